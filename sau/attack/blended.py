@@ -1,0 +1,60 @@
+"""Blended: a faint picture over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems", 2017)."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from sau.attack.base import Attack
+from sau.data.pictures import fit, read_picture
+from sau.types import Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blended(Attack):
+    """x' = (1 - alpha) x + alpha t.
+
+    Args:
+        attack_trigger_img_path: the picture t, squeezed to the data set's size; none means our own drawing.
+        attack_train_blended_alpha: alpha in the poisoned training pictures, 0 to 1.
+        attack_test_blended_alpha: alpha in the triggered test pictures, 0 to 1.
+    """
+
+    name: ClassVar[str] = "blended"
+
+    attack_trigger_img_path: str | None = None
+    attack_train_blended_alpha: float = 0.2
+    attack_test_blended_alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("attack_train_blended_alpha", "attack_test_blended_alpha"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
+        picture = _picture(self.attack_trigger_img_path, x.shape[-2], x.shape[-1]).to(x)
+        return (1 - alpha) * x + alpha * picture
+
+
+@cache
+def _picture(path: str | None, height: int, width: int) -> Tensor:
+    return fit(read_picture(path) if path else _sailing_boat(), height, width) / 255
+
+
+def _sailing_boat() -> Image.Image:
+    """Light ground, heavy dark outlines, one strong colour: the contrast that the benchmark's picture has."""
+    picture = Image.new("RGB", (320, 384), (250, 246, 250))
+    draw = ImageDraw.Draw(picture)
+    outline = (25, 20, 30)
+    draw.ellipse((24, 20, 104, 100), fill=(252, 214, 90), outline=outline, width=10)
+    draw.rectangle((152, 40, 168, 270), fill=outline)
+    for sail in (((176, 48), (176, 244), (300, 244)), ((144, 80), (144, 244), (40, 244))):
+        draw.polygon(sail, fill=(214, 40, 62), outline=outline, width=12)
+    hull = ((16, 276), (304, 276), (248, 346), (72, 346))
+    draw.polygon(hull, fill=(252, 250, 252), outline=outline, width=14)
+    for left in range(-20, 320, 80):
+        draw.arc((left, 340, left + 80, 384), 180, 360, fill=outline, width=9)
+    return picture

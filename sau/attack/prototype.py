@@ -1,0 +1,27 @@
+"""No attack: the clean network that every attack and defense is compared with."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from sau.attack.base import Attack
+from sau.data.images import Images
+from sau.types import Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototype(Attack):
+    """Clean training: nothing is poisoned and there is no triggered test set."""
+
+    name: ClassVar[str] = "prototype"
+    aliases: ClassVar[dict[str, str]] = {}
+
+    pratio: float = field(default=0.0, init=False)
+    attack_target: int = field(default=0, init=False)
+    attack_label_trans: Literal["all2one", "all2all"] = field(default="all2one", init=False)
+    attack_label_shift_amount: int = field(default=1, init=False)
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        return x
+
+    def poison_test(self, images: Images) -> Images:
+        return images[images.labels[:0]]

@@ -1,0 +1,187 @@
+"""From signatures to flags, help and YAML, and back to objects: a flag exists because a parameter exists.
+
+Precedence: explicit flag > YAML named by the user > what the record says > shipped YAML > signature.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from sau.errors import ConfigError
+
+# Flags of the benchmark that cannot act here; accepted with one warning so that old command lines keep working.
+IGNORED = {
+    "num_workers": "pictures lie on the device, nothing loads them",
+    "pin_memory": "pictures lie on the device, nothing copies them",
+    "non_blocking": "pictures lie on the device, nothing copies them",
+    "prefetch": "pictures lie on the device, nothing fetches them",
+    "git_hash": "the record writes the commit by itself",
+    "checkpoint_load": "an interrupted run resumes by repeating its command",
+    "checkpoint_save": "the checkpoint lies in the record",
+    "log": "the log lies in the record",
+}
+_SHORT = {"num_workers": "-n", "pin_memory": "-pm", "non_blocking": "-nb", "prefetch": "-pf"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One parameter: its type, default, help text and other names."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it was said, for error messages."""
+
+    value: Any
+    origin: str
+
+
+def options(cls: type) -> dict[str, Option]:
+    """The parameters of a dataclass, documented in the `Args:` of it and its bases."""
+    hints, texts, aliases = typing.get_type_hints(cls), {}, {}
+    for base in reversed(cls.__mro__):
+        texts.update(_args(base))
+        aliases.update(base.__dict__.get("aliases", {}))
+    if "aliases" in cls.__dict__ and not cls.__dict__["aliases"]:
+        aliases = {}
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.init:
+            others = tuple(other for other, ours in aliases.items() if ours == field.name)
+            found[field.name] = Option(field.name, hints[field.name], field.default, texts.get(field.name, ""), others)
+    return found
+
+
+def _args(cls: type) -> dict[str, str]:
+    doc = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+    block = re.search(r"^Args:\n((?:    .*\n?)+)", doc, re.M)
+    texts: dict[str, str] = {}
+    for line in block.group(1).splitlines() if block else ():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name, texts[start[1]] = start[1], start[2]
+        else:
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or str(value).lower() in ("none", "auto", "null"):
+            return None
+        return convert(value, next(part for part in parts if part is not type(None)))
+    if origin is Literal:
+        for choice in parts:
+            if str(value).lower() == str(choice).lower():
+                return choice
+        raise ConfigError(f"allowed is one of {', '.join(map(str, parts))}")
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).strip("[]() ").replace(",", " ").split()
+        return tuple(convert(item, parts[0]) for item in items)
+    return _scalar(value, hint)
+
+
+def _scalar(value: Any, hint: Any) -> Any:
+    text = str(value).strip()
+    if hint is bool and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    if hint is str and not isinstance(value, dict | list):
+        return text
+    if hint in (int, float) and not isinstance(value, bool | dict | list):
+        try:
+            number = hint(text)
+            if number == number and abs(number) != float("inf"):
+                return number
+        except ValueError:
+            pass  # said below, together with every other wrong value
+    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
+    raise ConfigError(f"allowed is {wanted}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise ConfigError(f"{option_string} is given twice; give it once")
+        setattr(namespace, self.dest, values)
+
+
+def flags(command: str, about: str, sections: Sequence[type], argv: Sequence[str]) -> dict[str, Setting]:
+    """The explicit flags of a command line, not yet converted; prints help and leaves where that is asked."""
+    parser = _Parser(prog=command, description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    seen: set[str] = set()
+    for section in sections:
+        group = parser.add_argument_group(section.__name__)
+        for option in options(section).values():
+            if option.name not in seen:
+                seen.add(option.name)
+                _add(group, option)
+    ignored = parser.add_argument_group("accepted for old command lines, without effect")
+    for name, reason in IGNORED.items():
+        names = [f"--{name}", *([_SHORT[name]] if name in _SHORT else [])]
+        ignored.add_argument(*names, dest=name, action=_Once, metavar="X", help=reason)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        every = [text for action in parser._actions for text in action.option_strings]
+        raise ConfigError(f"unknown flag {unknown[0]!r}{nearest(unknown[0].split('=')[0], every)}; see --help")
+    return {name: Setting(value, f"--{name}") for name, value in vars(known).items()}
+
+
+def _add(group: Any, option: Option) -> None:
+    names = [f"--{name}" for name in (option.name, *option.aliases)]
+    # `%` in a help text would be read as a placeholder.
+    text = f"{option.help} [{option.default}]".replace("%", "%%")
+    bare = {"nargs": "?", "const": "true"} if option.hint is bool else {}
+    group.add_argument(*names, dest=option.name, action=_Once, metavar=_kind(option.hint), help=text, **bare)
+
+
+def _kind(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if origin is tuple:
+        return f"{_kind(parts[0])},..."
+    if origin in (types.UnionType, typing.Union):
+        return _kind(parts[0])
+    return str(hint.__name__).upper()
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Every setting converted to its parameter's type; ConfigError says where the wrong one was given."""
+    found = {}
+    for name, setting in settings.items():
+        if name in known:
+            try:
+                found[name] = convert(setting.value, known[name].hint)
+            except ConfigError as error:
+                raise ConfigError(f"{setting.origin} is {setting.value!r}; {error}") from None
+    return found
+
+
+def build(cls: type, found: Mapping[str, Any]) -> Any:
+    """The object that the values describe."""
+    return cls(**{name: found[name] for name in options(cls) if name in found})

@@ -1,0 +1,125 @@
+"""A data set as tensors: pixels stay uint8 on the device, batches become float one at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sau.errors import DataError
+from sau.types import Bytes, Labels, Pixels
+
+CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [0, 1]; float pixels pass unchanged."""
+    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
+
+
+def quantise(x: Pixels) -> Bytes:
+    """[0, 1] -> 0..255, clipped and truncated (not rounded), as 8-bit pictures are written in the benchmark.
+
+    The thousandth of a grey level keeps k/255*255 at k in float32, where it may fall just below.
+    """
+    return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled pictures.
+
+    Args:
+        pixels: uint8 [N, C, H, W].
+        labels: int64 [N], what a network is trained or tested on.
+        true_labels: int64 [N], what the picture shows.
+        role: uint8 [N], CLEAN, BACKDOOR or COVER.
+        index: int64 [N], position in the original split.
+        num_classes: classes of the data set.
+    """
+
+    pixels: Bytes
+    labels: Labels
+    true_labels: Labels
+    role: Bytes | Tensor
+    index: Labels
+    num_classes: int
+
+    @classmethod
+    def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
+        """Unpoisoned pictures; refuses labels outside 0..num_classes-1."""
+        if len(pixels) != len(labels):
+            raise DataError(f"{len(pixels)} pictures but {len(labels)} labels; each picture needs one label")
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+            raise DataError(
+                f"labels range over {int(labels.min())}..{int(labels.max())}, allowed is 0..{num_classes - 1}"
+            )
+        role = torch.full_like(labels, CLEAN, dtype=torch.uint8)
+        return cls(pixels, labels, labels, role, torch.arange(len(labels), device=labels.device), num_classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Images":
+        picked = {name: getattr(self, name)[index] for name in _TENSORS}
+        return replace(self, **picked)
+
+    def to(self, device: torch.device) -> "Images":
+        """The same pictures on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as a record stores them."""
+        return {name: getattr(self, name) for name in _TENSORS}
+
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int | None = None,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        drop_last: bool = False,
+    ) -> "Batches":
+        """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given."""
+        return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last)
+
+
+_TENSORS = ("pixels", "labels", "true_labels", "role", "index")
+
+
+class Batches:
+    """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone."""
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: tuple[Tensor, ...],
+        size: int,
+        seed: int | None = None,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.pixels, self.labels, self.size, self.seed, self.augment = pixels, labels, size, seed, augment
+        self.drop_last = drop_last and len(pixels) >= size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration walks through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        n = len(self.pixels)
+        return n // self.size if self.drop_last else -(-n // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        n, device = len(self.pixels), self.pixels.device
+        # The generator lives on the CPU so that a run draws the same numbers whatever device holds the pictures.
+        generator = torch.Generator().manual_seed(((self.seed or 0) * 1_000_003 + self.epoch) % 2**63)
+        order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
+        order = order.to(device)
+        for start in range(0, len(self) * self.size, self.size):
+            index = order[start : start + self.size]
+            pixels = self.pixels[index]
+            if self.augment is not None:
+                pixels = self.augment(pixels, generator)
+            yield to_float(pixels), *(labels[index] for labels in self.labels)

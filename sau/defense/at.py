@@ -1,0 +1,82 @@
+"""AT: vanilla adversarial training (Madry et al., 2018) as a purifier, the negative control of the SAU paper.
+
+    min_h  l1 * CE(h(x), y) + l2 * max_{e in S} CE(h(x+e), y)
+
+with SAU's ball, steps and optimiser, so that the two differ in what they unlearn and in nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.defense.base import Tuning
+from sau.optim import Schedule
+from sau.perturb import Init, Norm, into_pixels, project, start
+from sau.types import Labels, Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AT(Tuning):
+    """Train on clean pictures and on the worst ones around them. The usual robust training is `--weight_clean 0
+    --eps 0.0314 --adv_lr 0.0078 --pgd_init random --clip_pixels true`.
+
+    Args:
+        weight_clean: weight of the clean loss.
+        weight_adv: weight of the adversarial loss.
+        eps: radius of the ball S, in [0, 1] pixels.
+        norm: norm of the ball; Reg means no ball.
+        adv_lr: step of the search; every norm uses sign steps.
+        adv_steps: steps of the search.
+        pgd_init: where the search starts: zero, random (uniform in the ball), max (+eps everywhere) or min.
+        clip_pixels: keep x + e inside [0, 1].
+    """
+
+    name: ClassVar[str] = "at"
+    aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
+
+    lr: float = 1e-4
+    lr_scheduler: Schedule = "constant"
+    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "adam"
+    wd: float = 0.0
+    weight_clean: float = 1.0
+    weight_adv: float = 1.0
+    eps: float = 0.2
+    norm: Norm = "L_inf"
+    adv_lr: float = 0.2
+    adv_steps: int = 5
+    pgd_init: Init = "max"
+    clip_pixels: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("eps", self.eps > 0, "above 0")
+        self.require("adv_lr", self.adv_lr > 0, "above 0")
+        self.require("adv_steps", self.adv_steps >= 1, "1 and more")
+        for name in ("weight_clean", "weight_adv"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
+        delta = self.pgd(model, x, y)
+        clean, z_adv = F.cross_entropy(model(x), y), model(x + delta)
+        adversarial = F.cross_entropy(z_adv, y)
+        loss = self.weight_clean * clean + self.weight_adv * adversarial
+        state["descent"](loss)
+        fooled = (z_adv.argmax(1) != y).sum()
+        return {"loss": loss, "clean_loss": clean, "adv_loss": adversarial, "fooled": fooled}
+
+    def pgd(self, model: nn.Module, x: Pixels, y: Labels) -> Pixels:
+        """Sign ascent on CE(h(x+e), y) inside the ball."""
+        delta = start(x, self.pgd_init, self.norm, self.eps)
+        for _ in range(self.adv_steps):
+            d = delta.requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model(x + d), y, reduction="sum"), d)
+            delta = project(d.detach() + self.adv_lr * gradient.sign(), self.norm, self.eps)
+            delta = into_pixels(x, delta) if self.clip_pixels else delta
+        return delta

@@ -1,0 +1,135 @@
+"""What every defense does: check, copy, repair the copy, hand it back."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from sau import loop
+from sau.data.augment import Augment
+from sau.data.images import Images
+from sau.defense.inputs import clean_batches
+from sau.errors import DataError, TrainingError
+from sau.method import Method
+from sau.models import Normalized
+from sau.optim import Training
+from sau.types import Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense(Method, ABC):
+    """A defense is its `run`; `purify` is the same for all."""
+
+    selection: ClassVar[str] = "defender"  # "oracle" if triggered or test data choose anything
+
+    batch_size: int = 256
+
+    def augmentation(self, offered: Augment) -> Augment | None:
+        """What each batch goes through: nothing, or `offered`, which suits the data set."""
+        return None
+
+    @abstractmethod
+    def run(self, model: nn.Module, batches: Loader, session: loop.Session) -> None:
+        """Repair `model` in place; it takes pixels in [0, 1], `batches` yields (pixels, labels) on its device."""
+
+    @final
+    def purify(
+        self,
+        model: nn.Module,
+        data: Images | Loader | tuple[Tensor, Tensor],
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+        session: loop.Session | None = None,
+    ) -> nn.Module:
+        """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
+
+        Args:
+            model: any network [B, C, H, W] -> logits [B, K].
+            data: clean pictures with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
+                uint8 in a pair; normalised if and only if `mean` and `std` are given.
+            mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted.
+            std: per-channel standard deviation that the network expects to be divided by.
+            device: where to compute; default is where the network is.
+            augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
+            seed: of the order and the augmentation of the clean pictures.
+            session: progress and checkpoints; default prints a line an epoch and keeps nothing.
+
+        Raises DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
+        """
+        home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        place = torch.device(device) if device is not None else home
+        copied = copy.deepcopy(model).to(place).eval()
+        owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
+        chosen = self.augmentation(augment or Augment())
+        batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
+        _check_fit(owned, batches)
+        self.run(owned, batches, session or loop.Session())
+        _check_weights(owned)
+        result = owned if owned is copied else owned.net
+        return result.to(home).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Training, Defense):
+    """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch.
+
+    Args:
+        augment: crop and flip the clean pictures as in training.
+    """
+
+    batch_size: int = 256
+    augment: bool = False
+
+    def augmentation(self, offered: Augment) -> Augment | None:
+        return offered if self.augment else None
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        """What changes while it runs; `steps` updates make an epoch."""
+
+    def run(self, model: nn.Module, batches: Loader, session: loop.Session) -> None:
+        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        loop.run(
+            partial(self.step, state),
+            batches,
+            self.epochs,
+            state=state,
+            end_epoch=partial(self.end_epoch, state),
+            session=session,
+            label="round",
+        )
+        self.finish(state, model)
+
+
+@torch.no_grad()
+def _check_fit(model: nn.Module, batches: Loader) -> None:
+    """Before anything changes: finite weights, logits [B, K], labels below K."""
+    _check_weights(model)
+    x, y, *_ = next(iter(batches))
+    try:
+        logits = model(x)
+    except RuntimeError as error:
+        raise DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {error}") from None
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
+    for _, labels, *_ in batches:
+        if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+            raise DataError(
+                f"labels range over {int(labels.min())}..{int(labels.max())}, but the network has {logits.shape[1]} classes"
+            )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TrainingError(f"{name} of the network holds NaN or infinity")

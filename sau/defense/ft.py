@@ -1,0 +1,28 @@
+"""FT: plain fine-tuning on the clean pictures, the first control of every comparison."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.defense.base import Tuning
+from sau.types import Labels, Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class FT(Tuning):
+    """Minimise CE(h(x), y) over all weights, batch norm in train mode."""
+
+    name: ClassVar[str] = "ft"
+
+    augment: bool = True
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        logits = state["model"](x)
+        loss = F.cross_entropy(logits, y)
+        state["descent"](loss)
+        return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}

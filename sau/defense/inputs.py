@@ -1,0 +1,109 @@
+"""What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sau.data.images import Batches, Images, to_float
+from sau.errors import DataError
+from sau.types import Loader
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
+
+
+def clean_batches(
+    data: Images | Loader | tuple[Tensor, Tensor],
+    size: int,
+    device: torch.device,
+    *,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    augment: Augmentation | None,
+    seed: int,
+) -> Loader:
+    """Batches of (pixels in [0, 1], labels) from `Images`, a pair of tensors or a loader.
+
+    Raises DataError for wrong shapes, pixels outside [0, 1], labels that are no whole numbers, and an empty set.
+    """
+    if isinstance(data, Images):
+        data = (data.pixels, data.labels)
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        pixels, labels = checked(data[0], data[1], mean, std)
+        return Batches(pixels.to(device), (labels.to(device),), size, seed, augment)
+    if isinstance(data, Tensor) or not hasattr(data, "__iter__") or not hasattr(data, "__len__"):
+        raise DataError(
+            f"clean data of type {type(data).__name__}; give a DataLoader of (pixels, labels) or a pair of tensors"
+        )
+    if len(data) == 0:
+        raise DataError("the clean set is empty; give at least one labelled picture")
+    return _Loader(data, device, mean, std, augment, seed)
+
+
+def checked(
+    x: Any, y: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pixels as uint8 or as float in [0, 1] (normalisation undone) and labels as int64; DataError if they cannot be."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise DataError(f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise DataError(f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3; try x.permute(0, 3, 1, 2)")
+    if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex():
+        raise DataError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; allowed are {len(x)} whole numbers")
+    if len(x) == 0:
+        raise DataError("the clean set is empty; give at least one labelled picture")
+    if x.dtype == torch.uint8:
+        return x, y.long()
+    if not x.is_floating_point():
+        raise DataError(f"pixels of type {x.dtype}; allowed are uint8 0..255 or floats in [0, 1]")
+    x = x.detach()
+    if mean is not None and std is not None:
+        x = x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1)
+    return _in_range(x, normalised=mean is not None), y.long()
+
+
+def _in_range(x: Tensor, normalised: bool) -> Tensor:
+    low, high = float(x.min()), float(x.max())
+    if not (low == low and high == high and abs(low) < float("inf") and abs(high) < float("inf")):
+        raise DataError("pixels hold NaN or infinity; allowed are floats in [0, 1]")
+    slack = SLACK if normalised else 0.0
+    if low >= -slack and high <= 1 + slack:
+        return x.clamp(0, 1) if normalised else x
+    if normalised:
+        advice = "mean and std are not those of this data; leave them out if the pixels are already in [0, 1]"
+    elif low >= 0 and high > 2:
+        advice = "divide them by 255, or give uint8"
+    else:
+        advice = "they look normalised; pass the normalisation as mean=..., std=..."
+    raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
+
+
+class _Loader:
+    """A user's loader with every batch checked and moved; its own augmentation and order stay in force."""
+
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        augment: Augmentation | None,
+        seed: int,
+    ) -> None:
+        self.loader, self.device, self.mean, self.std = loader, device, mean, std
+        self.augment, self.seed, self.epoch = augment, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        for x, y, *_ in self.loader:
+            x, y = checked(x, y, self.mean, self.std)
+            x, y = x.to(self.device), y.to(self.device)
+            yield to_float(self.augment(x, generator) if self.augment else x), y

@@ -1,0 +1,186 @@
+"""SAU, Shared Adversarial Unlearning (Wei, Zhang, Zha, Wu, NeurIPS 2023), as its authors released it.
+
+With h the network being purified (softmax p), h_b the backdoored one (softmax q), a ball S and clean pairs (x, y):
+
+    inner   max_{e in S}  b1 * 1/2 [CE(h(x+e), y) + CE(h_b(x+e), y)]  -  b2 * JS(p(x+e), q(x+e))
+    outer   min_h         l1 * CE(h(x), y)  +  l2 * CE(h(x+e), y)  +  l3 * 1[s != y] * -log(1 - p_s(x+e))
+
+where s = argmax h_b(x+e). An example is shared (type I) if both networks answer the same wrong class; the outer problem
+makes h either right on it or wrong in another way than h_b.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.defense.base import Tuning
+from sau.optim import Schedule
+from sau.perturb import Init, Norm, into_pixels, project, start
+from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
+
+
+def jensen_shannon(u: Logits, v: Logits) -> PerImage:
+    """JS divergence, in nats, of the softmax of two logits; probabilities are clamped at 1e-8 from below."""
+    p, q = u.softmax(1).clamp_min(1e-8), v.softmax(1).clamp_min(1e-8)
+    m = (p + q) / 2
+    return 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
+
+
+def unsharing_loss(z: Logits, s: Labels, mask: Flags) -> Scalar:
+    """Mean over the batch of mask * -log(1 - p_s); no gradient where p_s is below 0.001.
+
+    1 - p_s enters in its two equal forms, the sum of the other classes and the complement, which differ in rounding.
+    """
+    p = z.softmax(1)
+    p_s = p.gather(1, s[:, None])[:, 0]
+    others = p.scatter(1, s[:, None], 0.0).sum(1)
+    twice = (1e-6 + others.clamp_max(0.999)).log() + (1 + 1e-6 - p_s.clamp_min(0.001)).log()
+    return -0.5 * (mask * twice).sum() / len(z)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAU(Tuning):
+    """Unlearn the adversarial examples that fool the backdoored and the purified network alike.
+
+    Args:
+        outer_steps: weight updates a batch, all from the same perturbations.
+        weight_clean: lambda_1 of the paper: the clean loss.
+        weight_adv: adversarial training on the found examples; the paper has no such term (0).
+        weight_shared: lambda_2 of the paper: the shared adversarial risk.
+        inner_adv: lambda_3 of the paper: how much the search wants both networks to err.
+        inner_shared: lambda_4 of the paper: how much it wants them to err alike.
+        eps: radius of the ball S, in [0, 1] pixels.
+        norm: norm of the ball; Reg means no ball.
+        adv_lr: step of the search; every norm uses sign steps.
+        adv_steps: steps of the search.
+        pgd_init: where the search starts: zero, random (uniform in the ball), max (+eps everywhere) or min.
+        train_mode: use batch statistics, and update the running ones, in the outer step.
+        clip_pixels: keep x + e inside [0, 1] (the paper's set of images; the release does not).
+        success: a network counts as fooled when its answer differs from its own on the clean picture (prediction, as
+            released) or from the label (label, as in the paper).
+        stop_fooled: drop a network's term once it is fooled, and a sample once it is shared (as released).
+        outer_mask: also require s to differ from h_b's answer on the clean picture (moved, as released) or not (wrong).
+    """
+
+    name: ClassVar[str] = "sau"
+    aliases: ClassVar[dict[str, str]] = {
+        "n_rounds": "epochs",
+        "lmd_1": "weight_clean",
+        "lmd_2": "weight_adv",
+        "lmd_3": "weight_shared",
+        "beta_1": "inner_adv",
+        "beta_2": "inner_shared",
+        "trigger_norm": "eps",
+        "norm_type": "norm",
+    }
+
+    lr: float = 1e-4
+    lr_scheduler: Schedule = "constant"
+    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "adam"
+    wd: float = 0.0
+    outer_steps: int = 1
+    weight_clean: float = 1.0
+    weight_adv: float = 0.0
+    weight_shared: float = 1.0
+    inner_adv: float = 0.01
+    inner_shared: float = 1.0
+    eps: float = 0.2
+    norm: Norm = "L_inf"
+    adv_lr: float = 0.2
+    adv_steps: int = 5
+    pgd_init: Init = "max"
+    train_mode: bool = False
+    clip_pixels: bool = False
+    success: Literal["prediction", "label"] = "prediction"
+    stop_fooled: bool = True
+    outer_mask: Literal["moved", "wrong"] = "moved"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("eps", self.eps > 0, "above 0")
+        self.require("adv_lr", self.adv_lr > 0, "above 0")
+        for name in ("outer_steps", "adv_steps"):
+            self.require(name, getattr(self, name) >= 1, "1 and more")
+        for name in ("weight_clean", "weight_adv", "weight_shared", "inner_adv", "inner_shared"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        return {"model": model.eval(), "reference": reference, "descent": self.descent(model.parameters(), steps)}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model, reference = state["model"], state["reference"]
+        z = model(x)  # its graph serves the outer loss, so the clean pass is made once
+        with torch.no_grad():
+            clean_ref = reference(x).argmax(1)
+        delta, s = self.shared_pgd(model, reference, x, y, z.argmax(1), clean_ref)
+        mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
+        report: dict[str, Tensor] = {}
+        for repeat in range(self.outer_steps):
+            z, z_adv = self._outer_logits(model, x, x + delta, z if repeat == 0 else None)
+            clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
+            loss = self.weight_clean * clean + self.weight_shared * shared
+            if self.weight_adv:
+                loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
+            state["descent"](loss)
+            report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **_types(z_adv.argmax(1), s, y)}
+        return report
+
+    def shared_pgd(
+        self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
+    ) -> tuple[Pixels, Labels]:
+        """The inner problem, by sign steps; returns the perturbations and s, the reference's answers on them.
+
+        A shared sample has no gradient and stays where it is. On the CPU it therefore leaves the batch; elsewhere it
+        stays in, because asking which ones to drop would make the device wait.
+        """
+        n, compact = len(x), x.device.type == "cpu" and self.stop_fooled
+        base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
+        delta, s = start(x, self.pgd_init, self.norm, self.eps), clean_ref.clone()
+        active = torch.arange(n, device=x.device)
+        for _ in range(self.adv_steps):
+            d = delta[active].requires_grad_()
+            u, v = model(x[active] + d), reference(x[active] + d)
+            a, r = u.argmax(1), v.argmax(1)
+            fooled, fooled_ref = a != base[active], r != base_ref[active]
+            shared = fooled & fooled_ref & (a == r)
+            keep, keep_ref, keep_pair = (~fooled, ~fooled_ref, ~shared) if self.stop_fooled else (True, True, True)
+            err = keep * F.cross_entropy(u, y[active], reduction="none")
+            err_ref = keep_ref * F.cross_entropy(v, y[active], reduction="none")
+            apart = keep_pair * jensen_shannon(u, v)
+            loss = self.inner_shared * apart.sum() / n - self.inner_adv * (err.sum() + err_ref.sum()) / (2 * n)
+            (gradient,) = torch.autograd.grad(loss, d)  # with respect to d alone: no weight gradients
+            moved = project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps)
+            delta[active] = into_pixels(x[active], moved) if self.clip_pixels else moved
+            if compact:
+                s[active[shared]] = r[shared]
+                active = active[~shared]
+                if len(active) == 0:
+                    return delta, s
+        with torch.no_grad():
+            s[active] = reference(x[active] + delta[active]).argmax(1)
+        return delta, s
+
+    def _outer_logits(
+        self, model: nn.Module, x: Pixels, adversarial: Pixels, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.train_mode:
+            # Statistics over clean and perturbed pictures together, as released.
+            both = model.train()(torch.cat([x, adversarial]))
+            model.eval()
+            return both[: len(x)], both[len(x) :]
+        return model(x) if z is None else z, model(adversarial)
+
+
+def _types(answer: Labels, s: Labels, y: Labels) -> dict[str, Tensor]:
+    """Counts of adversarial examples: type I both networks alike, II only h, III both but differently."""
+    fooled, fooled_ref, alike = answer != y, s != y, answer == s
+    return {
+        "type1": (fooled & alike).sum(),
+        "type2": (fooled & ~fooled_ref).sum(),
+        "type3": (fooled & fooled_ref & ~alike).sum(),
+    }

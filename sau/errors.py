@@ -1,0 +1,21 @@
+"""What goes wrong because of the input. The command line prints these as one line and exits with status 2."""
+
+
+class SauError(ValueError):
+    """A mistake that the user can mend; the text says what was got, what is allowed and what to do."""
+
+
+class ConfigError(SauError):
+    """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range."""
+
+
+class DataError(SauError):
+    """Pixels, labels or files of a data set are missing or not what they should be."""
+
+
+class RecordError(SauError):
+    """A result folder is missing, finished, foreign, damaged or does not fit the request."""
+
+
+class TrainingError(SauError):
+    """A run cannot go on: a loss or a weight is not finite."""

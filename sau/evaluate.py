@@ -1,0 +1,130 @@
+"""Every number in every table: ACC, ASR, R-ACC and DER, in percent, with counts and intervals."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sau.data.images import Images, to_float
+from sau.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `total` pictures.
+
+    Args:
+        hits: pictures that count.
+        total: pictures looked at, at least 1.
+    """
+
+    hits: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """100 * hits / total, rounded to two decimals as the published tables are."""
+        return round(100 * self.hits / self.total, 2)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval in percent (Wilson 1927), two decimals; right also at 0 and 100 %."""
+        z, n, p = 1.959963984540054, self.total, self.hits / self.total
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network does on the two test sets.
+
+    Args:
+        acc: clean test pictures classified as their true label (ACC).
+        asr: triggered test pictures classified as the attack's label (ASR); None without triggered pictures.
+        racc: the same pictures classified as their true label (R-ACC); None without triggered pictures.
+    """
+
+    acc: Share
+    asr: Share | None = None
+    racc: Share | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """`acc, asr, racc` as percentages, their Wilson intervals and counts; what `summary.json` stores."""
+        shares = {"acc": self.acc, "asr": self.asr, "racc": self.racc}
+        out: dict[str, Any] = {name: share.percent if share else None for name, share in shares.items()}
+        for name, share in shares.items():
+            if share:
+                out[f"{name}_interval"] = list(share.interval)
+                out[f"{name}_count"] = [share.hits, share.total]
+        return out
+
+
+@torch.no_grad()
+def predict(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
+    """Classes [N] that `model`, in eval mode, gives to `pixels` [N, C, H, W] (uint8, or float in [0, 1]).
+
+    Raises TrainingError if a logit is not finite: a broken network has no accuracy.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters(), pixels).device
+    answers, finite = [], torch.ones((), dtype=torch.bool, device=device)
+    for block in pixels.split(batch_size):
+        logits = model(to_float(block.to(device)))
+        finite &= logits.isfinite().all()
+        answers.append(logits.argmax(1))
+    model.train(was_training)
+    if not finite:
+        raise TrainingError("the network answers with NaN or infinite logits; its weights are broken")
+    return torch.cat(answers).to(pixels.device)
+
+
+def score(
+    model: nn.Module, clean: Images | tuple[Tensor, Tensor], triggered: Images | tuple[Tensor, Tensor, Tensor] | None
+) -> Score:
+    """ACC on the clean test set, ASR and R-ACC from one pass over the triggered one.
+
+    Args:
+        model: pixels in [0, 1] -> logits; its mode is left as it was.
+        clean: `Images`, or (pixels, labels).
+        triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
+    """
+    pixels, labels = (clean.pixels, clean.labels) if isinstance(clean, Images) else clean
+    acc = Share(int((predict(model, pixels) == labels).sum()), len(labels))
+    if triggered is None or len(triggered) == 0:
+        return Score(acc)
+    if isinstance(triggered, Images):
+        triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
+    pixels, target, truth = triggered
+    answers = predict(model, pixels)
+    return Score(
+        acc, Share(int((answers == target).sum()), len(target)), Share(int((answers == truth).sum()), len(truth))
+    )
+
+
+def der(before: Score, after: Score) -> float | None:
+    """Defense effectiveness rating in percent: [max(0, ASR drop) - max(0, ACC drop) + 100] / 2 (FT-SAM, eq. 6).
+
+    50 means that nothing changed, 100 that an ASR of 100 vanished at no cost; None where there is no ASR.
+    """
+    if before.asr is None or after.asr is None:
+        return None
+    gain = max(0.0, before.asr.percent - after.asr.percent)
+    cost = max(0.0, before.acc.percent - after.acc.percent)
+    return round((gain - cost + 100) / 2, 2)
+
+
+def table(rows: dict[str, Score], rating: float | None = None) -> str:
+    """The scores as text, one row each, with intervals; DER behind the last row."""
+    lines = [f"{'':8}" + "".join(f"{name + ' %':>24}" for name in ("ACC", "ASR", "R-ACC")) + f"{'DER %':>9}"]
+    for name, row in rows.items():
+        cells = [
+            f"{share.percent:.2f} [{share.interval[0]:.2f}, {share.interval[1]:.2f}]" if share else "-"
+            for share in (row.acc, row.asr, row.racc)
+        ]
+        lines.append(f"{name:8}" + "".join(f"{cell:>24}" for cell in cells))
+    lines[-1] += f"{rating:>9.2f}" if rating is not None else f"{'-':>9}"
+    return "\n".join(lines)

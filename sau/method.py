@@ -1,0 +1,40 @@
+"""What attacks and defenses have in common: hyperparameters that are their signature, and a training step."""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sau.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
+
+    A class attribute `aliases` maps other names of a hyperparameter (the benchmark's flags, the paper's letters) to ours.
+    """
+
+    name: ClassVar[str] = ""
+    aliases: ClassVar[dict[str, str]] = {}
+
+    def params(self) -> dict[str, Any]:
+        """The hyperparameters, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by
+        epoch, or integer counts, summed."""
+        raise TypeError(f"{type(self).__name__} has no step of its own; it must define one or override the caller")
+
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
+        """After each epoch, with its mean losses: move the learning-rate schedule."""
+        state["descent"].end_epoch(losses["loss"])
+
+    def finish(self, state: dict[str, Any], model: nn.Module) -> None:
+        """After the last epoch: whatever remains to be done to the network in place."""
+
+    def require(self, name: str, ok: bool, allowed: str) -> None:
+        """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""
+        if not ok:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")

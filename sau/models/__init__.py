@@ -1,0 +1,56 @@
+"""The networks by name, each taking pixels in [0, 1]."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sau.errors import ConfigError
+from sau.models.preact_resnet import PreActResNet18
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
+
+
+class Normalized(nn.Module):
+    """A network that owns its normalisation and its precision: pixels in [0, 1] in, float logits out.
+
+    Args:
+        net: takes normalised pictures [B, C, H, W], returns logits [B, K].
+        mean: per-channel mean of the pixels in [0, 1], or None for no normalisation.
+        std: per-channel standard deviation, given together with `mean`.
+        amp: run `net` under bf16 autocast (weights stay as they are).
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self, net: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, amp: bool = False
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None):
+            raise ConfigError("mean and std belong together; give both or neither")
+        self.net, self.amp = net, amp
+        for name, values in (("mean", mean), ("std", std)):
+            stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, stats, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is not None and self.std is not None:
+            x = (x - self.mean) / self.std
+        if not self.amp:
+            return self.net(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.net(x).float()
+
+
+def build(
+    name: str, num_classes: int, *, width: int = 64, mean: Sequence[float], std: Sequence[float], amp: bool = False
+) -> Normalized:
+    """A new network by name, in the memory layout that convolutions are fastest in."""
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    if width < 1:
+        raise ConfigError(f"width is {width}, allowed is 1 and more (the published network has 64)")
+    net = MODELS[name](num_classes=num_classes, width=width)
+    return Normalized(net.to(memory_format=torch.channels_last), mean, std, amp)

@@ -1,0 +1,204 @@
+"""The result folder: every file that a run leaves, written atomically, hashed, and checked before it is used."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from sau.errors import RecordError
+
+SCHEMA = 1
+CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
+    "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
+)  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def folder(root: str | Path, name: str) -> Path:
+    """`root/name`; RecordError if the name could lead out of the root or is no plain folder name."""
+    base = Path(root)
+    if not _NAME.fullmatch(name) or name.endswith("."):
+        raise RecordError(f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first")
+    path = base / name
+    if path.resolve().parent != base.resolve():
+        raise RecordError(f"{path} is a link that leads out of {base}; name a real folder")
+    return path
+
+
+def write(path: Path, content: bytes) -> None:
+    """All of `content` or nothing: temporary file, flush to disk, rename. RecordError if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(path.parent).free
+            raise RecordError(
+                f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
+            ) from None
+        raise RecordError(f"cannot write {path}: {error}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+class Record:
+    """A result folder; while it is unfinished it is also the checkpoint of its run.
+
+    Args:
+        path: the folder, `record/<name>` or `record/<name>/defense/<method>`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.config: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end; the manifest is written last."""
+        return (self.path / MANIFEST).is_file()
+
+    def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
+        """Start the folder or go on with it.
+
+        Args:
+            config: what the run is asked and what was chosen for it, for `config.yaml`.
+            identity: the part of it that determines the result; an unfinished folder goes on only if it is the same.
+            overwrite: discard what is there.
+        """
+        identity = json.loads(json.dumps(identity))
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if self.path.exists() and any(self.path.iterdir()):
+            old = self._ours()
+            if overwrite:
+                shutil.rmtree(self.path)
+            elif self.finished:
+                raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
+            elif old.get("digest") != digest:
+                raise RecordError(
+                    f"{self.path} holds an unfinished run with other settings ({_difference(old['identity'], identity)}); "
+                    "repeat its flags to resume it, choose another name, or --overwrite to discard it"
+                )
+            else:
+                self.config = old
+                return
+        self.config = {}
+        self.note(schema=SCHEMA, digest=digest, identity=identity, **config)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to `config.yaml`."""
+        self.config.update(json.loads(json.dumps(facts)))  # tuples become lists, as YAML has them
+        write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False).encode())
+
+    def say(self, text: str) -> None:
+        """Print a line and keep it in the log."""
+        print(text, flush=True)
+        try:
+            with (self.path / LOG).open("a") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise RecordError(f"cannot write {self.path / LOG}: {error.strerror}") from None
+
+    def row(self, **figures: Any) -> None:
+        """Add a line to `metrics.jsonl`."""
+        self.rows.append(figures)
+        write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    def save(self, place: dict[str, Any]) -> None:
+        """Keep a checkpoint, its SHA-256 in front of it."""
+        buffer = io.BytesIO()
+        torch.save(place, buffer)
+        content = buffer.getvalue()
+        write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint, or None; rows of epochs after it are dropped, for they will come again."""
+        file = self.path / CHECKPOINT
+        if not file.is_file():
+            return None
+        raw = file.read_bytes()
+        if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
+            raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
+        place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
+        if (self.path / METRICS).is_file():
+            rows = [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+            self.rows = [row for row in rows if row["epoch"] <= place["place"]["epoch"]]
+        return place
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write `<name>.safetensors`."""
+        content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        write(self.path / f"{name}.safetensors", safetensors.torch.save(content))
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """Read `<name>.safetensors` of a finished folder; call `check` first."""
+        file = self.path / f"{name}.safetensors"
+        try:
+            return safetensors.torch.load(file.read_bytes())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise RecordError(f"cannot read {file}: {error}") from None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json` and the manifest, which closes the folder, and drop the checkpoint."""
+        write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        files = {file.name: _seal(file) for file in sorted(self.path.iterdir()) if file.is_file()}
+        write(self.path / MANIFEST, (json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n").encode())
+
+    def check(self) -> dict[str, Any]:
+        """Compare every file with the manifest; returns the configuration. RecordError names the first that differs."""
+        if not self.path.is_dir():
+            raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
+        self._ours()
+        if not self.finished:
+            raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+            schema, files = manifest["schema"], dict(manifest["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{self.path / MANIFEST} is damaged: {error}") from None
+        if schema != SCHEMA:
+            raise RecordError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA}")
+        for name, seal in files.items():
+            file = self.path / Path(name).name
+            if not file.is_file() or _seal(file) != seal:
+                raise RecordError(f"{file} is missing or damaged (it differs from {MANIFEST}); make the folder again")
+        self.config = self._ours()
+        return self.config
+
+    def _ours(self) -> dict[str, Any]:
+        try:
+            config = yaml.safe_load((self.path / CONFIG).read_text())
+            if isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys():
+                return config
+        except (OSError, ValueError, yaml.YAMLError):
+            config = None
+        raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
+
+
+def _seal(file: Path) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    both = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    return "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in sorted(both.items()))

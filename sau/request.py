@@ -1,0 +1,149 @@
+"""What a command is asked: the run-level flags, and how they come together with YAML files and records."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from sau import config
+from sau.config import Option, Setting
+from sau.errors import ConfigError
+from sau.method import Method
+from sau.yamlfile import read_yaml, shipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every command is asked.
+
+    Args:
+        dataset: cifar10, or digits (small, needs no files).
+        dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout.
+        model: the network.
+        recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto: paper on
+            CUDA and cpu elsewhere; a defense takes the recipe of the record.
+        device: auto, cpu, cuda or one like cuda:1.
+        amp: true is bf16, false is fp32; auto measures which is faster.
+        threads: CPU threads; 0 means all cores.
+        random_seed: of the weights, of the order of pictures and of every choice of pictures.
+        record_root: folder of the result folders.
+        overwrite: discard what is in the result folder.
+        eval_every: epochs between two evaluations; the last epoch is always evaluated.
+        frequency_save: epochs between two copies of the weights that are kept; 0 means none.
+        yaml_path: YAML file with any of these settings.
+    """
+
+    dataset: str = "cifar10"
+    dataset_path: str = "./data"
+    model: str = "preactresnet18"
+    recipe: Literal["auto", "paper", "cpu"] = "auto"
+    device: str = "auto"
+    amp: bool | None = None
+    threads: int = 0
+    random_seed: int = 0
+    record_root: str = "./record"
+    overwrite: bool = False
+    eval_every: int = 10
+    frequency_save: int = 0
+    yaml_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("eval_every", 1), ("frequency_save", 0), ("random_seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {least} and more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRun(Run):
+    """What an attack is asked besides its own hyperparameters.
+
+    Args:
+        save_folder_name: result folder below record_root; none makes one of the time and the attack.
+        width: channels of the network's first stage; the published network has 64.
+        bd_yaml_path: YAML file with settings of the attack; it beats yaml_path.
+        attack: the attack's name, which the script already says; another one is refused.
+    """
+
+    save_folder_name: str | None = None
+    width: int = 64
+    bd_yaml_path: str | None = None
+    attack: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseRun(Run):
+    """What a defense is asked besides its own hyperparameters.
+
+    Args:
+        result_file: result folder of the attack, below record_root.
+        ratio: share of the clean training set that the defender has.
+        index: file with the indices of the defender's pictures, one a line; beats ratio.
+    """
+
+    result_file: str | None = None
+    ratio: float = 0.05
+    index: str | None = None
+
+
+class Request:
+    """A command line, its YAML files and the shipped ones, on their way to objects.
+
+    Args:
+        command: as the user typed it, for help.
+        method: the attack or defense.
+        sections: dataclasses whose parameters are flags, the method among them.
+        argv: the flags.
+    """
+
+    files: ClassVar[tuple[str, ...]] = ("yaml_path", "bd_yaml_path")  # in rising precedence
+
+    def __init__(self, command: str, method: type[Method], sections: Sequence[type], argv: Sequence[str]) -> None:
+        self.method, self.sections = method, sections
+        self.known: dict[str, Option] = {}
+        for section in sections:
+            self.known.update({name: o for name, o in config.options(section).items() if name not in self.known})
+        for option in config.options(method).values():  # its own defaults and texts beat those of general sections
+            self.known[option.name] = option
+        about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+        self.given = config.flags(command, about, sections, argv)
+        self.ignored = [name for name in config.IGNORED if name in self.given]
+
+    def _files(self, recipe: str | None = None, dataset: str | None = None) -> dict[str, Setting]:
+        found: dict[str, Setting] = {}
+        for flag in self.files:
+            if flag in self.given:
+                path = Path(self.given[flag].value)
+                found.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
+        return found
+
+    def said(self, name: str) -> Any:
+        """What the flags or the user's YAML files say about a parameter, or None."""
+        return config.values({**self._files(), **self.given}, self.known).get(name)
+
+    def settle(self, kind: str, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
+        """The sections as objects, by the precedence of `sau.config`.
+
+        Args:
+            kind: "attack" or "defense", the folder of the method's shipped YAML.
+            recipe: the recipe in force.
+            dataset: the data set in force.
+            record: what the record says; a flag or YAML key that contradicts its data set or model is refused.
+        """
+        layers: dict[str, Setting] = {}
+        for folder, name in (("recipe", dataset), (kind, self.method.name)):
+            path = shipped(folder, name)
+            if path is not None and (folder != "recipe" or kind == "attack"):
+                layers.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
+        said = {**self._files(recipe, dataset), **self.given}
+        record = record or {}
+        for name in ("dataset", "model"):
+            if name in record and name in said and said[name].value != record[name]:
+                raise ConfigError(
+                    f"{said[name].origin} is {said[name].value!r}, but the record has {record[name]!r}; leave it out"
+                )
+        layers.update({name: Setting(value, f"record: {name}") for name, value in record.items()})
+        layers.update(said)
+        found = config.values(layers, self.known)
+        return [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
+
+

@@ -1,0 +1,79 @@
+"""Settings from YAML files: safe, with the line of every mistake, and with cases for recipes and data sets."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sau.config import IGNORED, Option, Setting, nearest
+from sau.errors import ConfigError
+
+OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
+
+
+_Yaml.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path, known: Mapping[str, Option], *, recipe: str | None, dataset: str | None) -> dict[str, Setting]:
+    """The settings of a YAML file, those under `recipes:` and `datasets:` laid over the rest; refuses unknown keys."""
+    try:
+        tree = yaml.compose(path.read_text(), Loader=_Yaml)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    plain = _mapping(tree, path)
+    found = _settings({key: node for key, node in plain.items() if key not in OVERLAYS}, path, known)
+    for overlay, chosen in zip(OVERLAYS, (recipe, dataset), strict=True):
+        cases = _mapping(plain[overlay], path) if overlay in plain else {}
+        for case, node in cases.items():
+            inner = _settings(_mapping(node, path), path, known)
+            found.update(inner if case == chosen else {})
+    return found
+
+
+def _mapping(node: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: allowed is a mapping of names to values")
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.value in found:
+            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; give it once")
+        found[key.value] = value
+    return found
+
+
+def _settings(nodes: Mapping[str, Any], path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
+    canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
+    found: dict[str, Setting] = {}
+    for key, node in nodes.items():
+        origin = f"{path}:{node.start_mark.line + 1}: {key}"
+        name = canonical.get(key, key if key in IGNORED else None)
+        if name is None:
+            raise ConfigError(f"{origin}: unknown key{nearest(key, list(canonical))}")
+        if name in found:
+            raise ConfigError(f"{origin}: {name} is given twice, under two of its names; give it once")
+        try:
+            # Tags that would build objects are refused by the safe loader.
+            found[name] = Setting(_Yaml("").construct_object(node, deep=True), origin)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
+    return found
+
+
+def shipped(kind: str, name: str) -> Path | None:
+    """The YAML that comes with the library, `configs/KIND/NAME.yaml`; in a wheel it lies inside the package."""
+    here = Path(__file__).resolve().parent
+    for root in (here / "configs", here.parent / "configs"):
+        if (root / kind / f"{name}.yaml").is_file():
+            return root / kind / f"{name}.yaml"
+    return None
