@@ -4,5 +4,11 @@ import sys
 
 from sau.cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Entry point of the command `sau`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

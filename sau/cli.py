@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 
 import sau
 from sau import device as machine
+from sau import victim
 from sau.attack import ATTACKS
 from sau.config import IGNORED
-from sau.data.images import Images
-from sau.data.sources import clean_subset, fingerprint, load, source
+from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, RecordError, SauError
 from sau.evaluate import der, score, table
@@ -34,15 +34,22 @@ class _Terminated(BaseException):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`attack NAME ...` or `defense NAME ...`; returns the exit status: 2 for a user's mistake, 130 and 143 if stopped."""
+    """`attack NAME ...` or `defense NAME ...`; returns the exit status.
+
+    0 is success, 2 a user's mistake (said in one line), 130 and 143 a run that was stopped and can be resumed.
+    """
     signal.signal(signal.SIGTERM, _terminate)
+    commands: dict[tuple[str, str], Callable[[str, Sequence[str]], None]] = {
+        **{("attack", name): attack for name in ATTACKS},
+        **{("defense", name): defend for name in DEFENSES},
+    }
     try:
-        kinds = {"attack": (ATTACKS, attack), "defense": (DEFENSES, defend)}
-        if len(argv) < 2 or argv[0] not in kinds or argv[1] not in kinds[argv[0]][0]:
-            names = "; ".join(f"{kind} {{{','.join(methods)}}}" for kind, (methods, _) in kinds.items())
-            print(f"usage: python -m sau KIND NAME [flags], with KIND NAME one of: {names}", file=sys.stderr)
+        command = commands.get((argv[0], argv[1])) if len(argv) > 1 else None
+        if command is None:
+            names = ", ".join(" ".join(words) for words in commands)
+            print(f"usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {names}", file=sys.stderr)
             return 0 if list(argv) in (["--help"], ["-h"]) else 2
-        kinds[argv[0]][1](argv[1], argv[2:])
+        command(argv[1], argv[2:])
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,27 +66,25 @@ def _terminate(number: int, frame: Any) -> None:
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
     started = time.monotonic()
-    method_class = ATTACKS[name]
-    request = Request(f"attack/{name}.py", method_class, (AttackRun, Training, method_class), argv)
+    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
-    recipe, why = _recipe(request)
+    origin, (recipe, why) = source(dataset), _recipe(request)
     run, training, method = request.settle("attack", recipe, dataset)
     if run.attack not in (None, name):
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
-    origin = source(dataset)
-    clean_train, clean_test = load(dataset, run.dataset_path)
-    poisoned = method.poison_train(clean_train, run.random_seed).to(where)
-    triggered, test = method.poison_test(clean_test).to(where), clean_test.to(where)
+    record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
+    train, test = load(dataset, run.dataset_path)
+    data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
+    poisoned, triggered, test = (
+        images.to(where) for images in (method.poison_train(train, run.random_seed), method.poison_test(test), test)
+    )
     torch.manual_seed(run.random_seed)
     model = build(run.model, origin.classes, width=run.width, mean=origin.mean, std=origin.std).to(where)
 
-    record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
-    data = {"dataset": dataset, "train": fingerprint(clean_train), "test": fingerprint(clean_test)}
-    shape = {"name": run.model, "classes": origin.classes, "width": run.width, "shape": list(origin.shape)}
-    settings = {"attack": name, **method.params(), **training.params()}
-    _begin(record, run, {**settings, **data, **shape, "random_seed": run.random_seed}, threads)
-    record.note(method=settings, data=data, model={**shape, "mean": list(origin.mean), "std": list(origin.std)})
+    settings, network = {"attack": name, **method.params(), **training.params()}, _network(run, origin)
+    _begin(record, run, {**settings, **data, **network, "random_seed": run.random_seed}, threads)
+    record.note(method=settings, data=data, model=network)
     record.say(f"recipe {recipe} ({why}): width {run.width}, {training.epochs} epochs; choose another with --recipe")
     _warn(record, request)
     model.amp = _precision(record, run, model, origin.shape, training.batch_size, where)
@@ -88,17 +93,12 @@ def attack(name: str, argv: Sequence[str]) -> None:
         f"{name} on {dataset}: {int((poisoned.role > 0).sum())} of {len(poisoned)} pictures poisoned, {changed} labels "
         f"changed, {len(triggered)} triggered test pictures; {record.path}"
     )
-    torch.manual_seed(run.random_seed)
+    torch.manual_seed(run.random_seed)  # the probe drew from it
     each = machine.seconds_per_image(model.eval(), origin.shape, where) * (len(test) + len(triggered))
     watch = Watch(record, run, training.epochs, test, triggered, started, each)
     method.fit(model, poisoned, training, augment=origin.augment, seed=run.random_seed, session=watch.session())
-
     final = watch.last or score(model, test, triggered)
-    record.save_tensors("model", model.net.state_dict())
-    kept = poisoned[(poisoned.role > 0).nonzero().flatten()]
-    for part, images in (("poisoned", kept), ("triggered", triggered)):
-        if len(images):
-            record.save_tensors(part, images.tensors())
+    victim.save(record, model, poisoned, triggered)
     record.say(table({"attacked": final}))
     record.finish({**final.summary(), "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
@@ -106,68 +106,42 @@ def attack(name: str, argv: Sequence[str]) -> None:
 def defend(name: str, argv: Sequence[str]) -> None:
     """Load an attack's record, purify, measure before and after, record."""
     started = time.monotonic()
-    method_class = DEFENSES[name]
-    request = Request(f"defense/{name}.py", method_class, (DefenseRun, method_class), argv)
-    target = request.said("result_file")
-    if target is None:
-        raise ConfigError("no --result_file; give the folder name that an attack was saved under")
-    attacked = Record(folder(request.said("record_root") or Run.record_root, target))
-    made = attacked.check()
-    dataset, recipe = made["data"]["dataset"], request.said("recipe") or made["run"]["recipe"]
-    says = {"dataset": dataset, "model": made["model"]["name"], "dataset_path": made["run"]["dataset_path"]}
+    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), argv)
+    attacked = _attacked(request)
+    made = attacked.config
+    dataset, recipe = made["data"]["dataset"], request.said("recipe") or "auto"
     recipe = made["run"]["recipe"] if recipe == "auto" else recipe
+    says = {"dataset": dataset, "model": made["model"]["name"], "dataset_path": made["run"]["dataset_path"]}
     run, method = request.settle("defense", recipe, dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
-    clean_train, clean_test = load(dataset, run.dataset_path)
-    if (seen := {"train": fingerprint(clean_train), "test": fingerprint(clean_test)}) != {
-        part: made["data"][part] for part in ("train", "test")
-    }:
-        raise RecordError(f"{run.dataset_path} holds other pictures of {dataset} than the attack saw; mend --dataset_path")
-    clean = clean_subset(clean_train, run.ratio, run.random_seed, run.index).to(where)
-    test, triggered = clean_test.to(where), _triggered(attacked, made["model"]["classes"], where)
-    model = restore(attacked).to(where)
+    train, test = load(dataset, run.dataset_path)
+    if {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)} != made["data"]:
+        raise RecordError(
+            f"{run.dataset_path} holds other pictures of {dataset} than the attack saw; mend --dataset_path"
+        )
+    clean = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
+    test, triggered = test.to(where), victim.load_images(attacked, "triggered", where)
+    model = victim.load_model(attacked).to(where)
 
     record = Record(attacked.path / "defense" / name)
-    settings = {"defense": name, **method.params(), "clean": fingerprint(clean)}
-    _begin(record, run, {**settings, **seen, "attacked": made["digest"], "random_seed": run.random_seed}, threads)
+    settings = {"defense": name, **method.params()}
+    identity = {**settings, "clean": fingerprint(clean), "attacked": made["digest"], "random_seed": run.random_seed}
+    _begin(record, run, identity, threads)
     record.note(method=settings, data=made["data"], model=made["model"], clean_index=clean.index.tolist())
-    record.say(f"recipe {recipe}, {len(clean)} clean pictures of {dataset}; {record.path}")
+    record.say(f"recipe {recipe}: {len(clean)} clean pictures of {dataset}; {record.path}")
     _warn(record, request)
     model.amp = _precision(record, run, model, tuple(made["model"]["shape"]), method.batch_size, where)
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
     before = score(model, test, triggered)
     watch = Watch(record, run, getattr(method, "epochs", 1), test, triggered, started, time.monotonic() - begun)
-    fixed = method.purify(
-        model, clean, augment=source(dataset).augment, seed=run.random_seed, session=watch.session()
-    )
+    fixed = method.purify(model, clean, augment=source(dataset).augment, seed=run.random_seed, session=watch.session())
     after = score(fixed, test, triggered)
+    record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
-    record.save_tensors("model", fixed.net.state_dict())
     record.say(table({"before": before, "after": after}, rating))
-    record.finish(
-        {
-            "before": before.summary(),
-            "after": after.summary(),
-            "der": rating,
-            "seconds": watch.seconds,
-            "peak_memory_mb": machine.peak_memory_mb(where),
-            "selection": method.selection,
-        }
-    )
-
-
-def restore(record: Record) -> Normalized:
-    """The network of a checked record, on the CPU; RecordError if the weights are not those of the named network."""
-    made = record.config["model"]
-    model = build(made["name"], made["classes"], width=made["width"], mean=made["mean"], std=made["std"])
-    weights = record.load_tensors("model")
-    own = model.net.state_dict()
-    wrong = [name for name in {**own, **weights} if name not in own or weights.get(name, own[name][None]).shape != own[name].shape]
-    if wrong:
-        raise RecordError(f"{record.path}: the weights do not fit {made['name']} of width {made['width']}: {wrong[0]}")
-    model.net.load_state_dict(weights)
-    return model.eval()
+    scores = {"before": before.summary(), "after": after.summary(), "der": rating, "selection": method.selection}
+    record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
 def _recipe(request: Request) -> tuple[str, str]:
@@ -179,20 +153,33 @@ def _recipe(request: Request) -> tuple[str, str]:
     return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
 
 
+def _network(run: AttackRun, origin: Source) -> dict[str, Any]:
+    """What a defense must know to build the network again."""
+    shape = {"name": run.model, "classes": origin.classes, "width": run.width, "shape": list(origin.shape)}
+    return {**shape, "mean": list(origin.mean), "std": list(origin.std)}
+
+
+def _attacked(request: Request) -> Record:
+    """The attack's record that a defense is asked to work on, checked."""
+    target = request.said("result_file")
+    if target is None:
+        raise ConfigError("no --result_file; give the folder name that an attack was saved under")
+    record = Record(folder(request.said("record_root") or Run.record_root, target))
+    record.check()
+    return record
+
+
 def _begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    record.begin(
-        {
-            "run": asdict(run),
-            "command": shlex.join(sys.argv),
-            "threads": threads,
-            "git": git.stdout.strip() or None,
-            "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        },
-        {**identity, "sau": sau.__version__},
-        run.overwrite,
-    )
+    here = str(Path(__file__).resolve().parent)
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    facts = {
+        "run": asdict(run),
+        "command": shlex.join(sys.argv),
+        "threads": threads,
+        "git": git.stdout.strip() or None,
+        "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    record.begin(facts, {**identity, "sau": sau.__version__}, run.overwrite)
 
 
 def _warn(record: Record, request: Request) -> None:
@@ -204,20 +191,10 @@ def _warn(record: Record, request: Request) -> None:
 def _precision(
     record: Record, run: Run, model: Normalized, shape: tuple[int, int, int], batch_size: int, where: torch.device
 ) -> bool:
-    """bf16 or not: as asked, as before the interruption, or whichever is faster."""
-    if run.amp is not None:
-        amp = run.amp
-    elif "amp" in record.config:
-        amp = record.config["amp"]
-    else:
+    """Whether bf16: as asked, or as before the interruption, or what a probe finds faster."""
+    amp = run.amp if run.amp is not None else record.config.get("amp")
+    if amp is None:
         amp = machine.bf16_is_faster(model, shape, batch_size, where)
     record.note(amp=amp)
     record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {torch.get_num_threads()} threads")
-    return amp
-
-
-def _triggered(record: Record, classes: int, where: torch.device) -> Images | None:
-    """The triggered test set of a checked record, or None for a clean network."""
-    if not (record.path / "triggered.safetensors").is_file():
-        return None
-    return Images(**record.load_tensors("triggered"), num_classes=classes).to(where)
+    return bool(amp)

@@ -14,7 +14,7 @@ from sau.models import Normalized
 
 
 def choose_device(wish: str) -> torch.device:
-    """`auto` is CUDA where there is one; a CUDA device on a machine without falls back to the CPU, as in the benchmark."""
+    """`auto` is CUDA where there is one; CUDA on a machine without falls back to the CPU, as in the benchmark."""
     if wish == "auto" or (wish.startswith("cuda") and not torch.cuda.is_available()):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,5 +1,6 @@
 """Time: epochs, progress, forecasts, checkpoints and resuming. Knows no model and no loss."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from sau.errors import TrainingError
 from sau.types import Loader
 
-FORECAST_STEPS = 5  # updates timed before the forecast is printed; the first one, which warms up, is left out
+FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
+Rng = dict[str, Any]
 
 
 class Checkpoint(Protocol):
@@ -26,7 +28,7 @@ class Checkpoint(Protocol):
         """Keep a place, replacing the last one."""
 
 
-def _silent(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
+def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
     return {}
 
 
@@ -44,7 +46,7 @@ class Session:
     """
 
     checkpoint: Checkpoint | None = None
-    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = _silent
+    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = _nothing
     say: Callable[[str], None] = print
     other_seconds: float = 0.0
     hint: str = ""
@@ -69,17 +71,14 @@ class _Place:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self) -> dict[str, float]:
-        # The only read of the device in an epoch, save for checkpoints.
-        losses = {}
-        for name, value in self.sums.items():
-            losses[name] = float(value) / self.seen if value.is_floating_point() else float(value)
-        if not all(map(_finite, losses.values())):
+        """The only read of the device in an epoch, save for checkpoints; refuses to go on from a broken loss."""
+        losses = {
+            name: float(value) / self.seen if value.is_floating_point() else float(value)
+            for name, value in self.sums.items()
+        }
+        if not all(map(math.isfinite, losses.values())):
             raise TrainingError(f"the loss is not finite in epoch {self.epoch + 1}: {losses}; try a smaller --lr")
         return losses
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
 
 
 def run(
@@ -105,60 +104,81 @@ def run(
 
     Raises TrainingError, leaving the last finite checkpoint, when a reported loss is not finite.
     """
-    place, resumed_rng = _resume(state, session)
-    while place.epoch < epochs:
-        started = time.monotonic()
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(place.epoch)
-        rng = _rng() if resumed_rng is None else resumed_rng[0]
-        _set_rng(rng)
-        walk = islice(iter(batches), place.batch, None)
-        _one_epoch(step, walk, place, epochs, len(batches), rng, resumed_rng, state, session, label)  # type: ignore[arg-type]
-        resumed_rng = None
-        losses = place.means()
-        end_epoch(losses)
-        place = _Place(place.epoch + 1)
-        figures = {**losses, **session.on_epoch(place.epoch, losses, state)}
-        text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
-        session.say(f"{label} {place.epoch}/{epochs}  {text}  {time.monotonic() - started:.1f} s")
-        _save(place, None, state, session)
+    _Run(step, batches, epochs, state, end_epoch, session, label).go()
 
 
-def _one_epoch(
-    step: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    walk: Any,
-    place: _Place,
-    epochs: int,
-    length: int,
-    rng: dict[str, Any],
-    resumed_rng: tuple[dict[str, Any], dict[str, Any]] | None,
-    state: dict[str, Any],
-    session: Session,
-    label: str,
-) -> None:
-    saved, times = time.monotonic(), []
-    bar = tqdm(
-        walk, desc=f"{label} {place.epoch + 1}/{epochs}", total=length, initial=place.batch, leave=False, disable=None
-    )
-    for number, (x, y, *_) in enumerate(bar):
-        if number == 0 and resumed_rng is not None:
-            _set_rng(resumed_rng[1])  # the batches that were skipped drew from it
-        place.add(step(x, y), len(y))
-        if place.epoch == 0 and len(times) < FORECAST_STEPS:
-            times.append(time.monotonic())
-            if len(times) == FORECAST_STEPS:
-                each = (times[-1] - times[0]) / (FORECAST_STEPS - 1)
-                _forecast(each * (epochs * length - place.batch) + session.other_seconds, session)
-        if session.checkpoint is not None and time.monotonic() - saved > session.save_every:
-            place.means()
-            _save(place, (rng, _rng()), state, session)
-            saved = time.monotonic()
+@dataclass
+class _Run:
+    step: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    batches: Any
+    epochs: int
+    state: dict[str, Any]
+    end_epoch: Callable[[dict[str, float]], None]
+    session: Session
+    label: str
+    place: _Place = field(default_factory=_Place)
+    ticks: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
 
+    def go(self) -> None:
+        begin, now = self._resume()
+        while self.place.epoch < self.epochs:
+            started = time.monotonic()
+            if hasattr(self.batches, "set_epoch"):
+                self.batches.set_epoch(self.place.epoch)
+            self._one_epoch(begin, now)
+            losses = self.place.means()
+            self.end_epoch(losses)
+            self.place = _Place(self.place.epoch + 1)
+            figures = {**losses, **self.session.on_epoch(self.place.epoch, losses, self.state)}
+            text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
+            took = time.monotonic() - started
+            self.session.say(f"{self.label} {self.place.epoch}/{self.epochs}  {text}  {took:.1f} s")
+            begin = now = _rng()
+            self._save(begin)
 
-def _forecast(seconds: float, session: Session) -> None:
-    session.say(f"forecast: about {_duration(seconds)} to go")
-    if seconds > 3600 and session.hint:
-        session.say(f"to make it shorter: {session.hint}")
+    def _one_epoch(self, begin: Rng, now: Rng) -> None:
+        """From `place` to the end of its epoch; `begin` and `now` are the generators there and at its first batch."""
+        _set_rng(begin)
+        skipped, saved = self.place.batch, time.monotonic()
+        title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
+        walk = islice(iter(self.batches), skipped, None)
+        for x, y, *_ in tqdm(walk, title, len(self.batches), initial=skipped, leave=False, disable=None):
+            if self.place.batch == skipped and skipped:
+                _set_rng(now)  # a loader may have drawn from them for the batches that were skipped
+            self.place.add(self.step(x, y), len(y))
+            self._forecast()
+            if self.session.checkpoint is not None and time.monotonic() - saved > self.session.save_every:
+                self.place.means()
+                self._save(begin)
+                saved = time.monotonic()
+
+    def _forecast(self) -> None:
+        if len(self.ticks) > FORECAST_STEPS:
+            return
+        self.ticks.append(time.monotonic())
+        if len(self.ticks) > FORECAST_STEPS:
+            left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch
+            seconds = left * (self.ticks[-1] - self.ticks[0]) / FORECAST_STEPS + self.session.other_seconds
+            self.session.say(f"forecast: about {_duration(seconds)} to go")
+            if seconds > 3600 and self.session.hint:
+                self.session.say(f"to make it shorter: {self.session.hint}")
+
+    def _save(self, begin: Rng) -> None:
+        if self.session.checkpoint is not None:
+            objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+            place = {"place": vars(self.place), "begin": begin, "now": _rng(), "objects": objects}
+            self.session.checkpoint.save(place)
+
+    def _resume(self) -> tuple[Rng, Rng]:
+        kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
+        if kept is None:
+            return _rng(), _rng()
+        for name, content in kept["objects"].items():
+            self.state[name].load_state_dict(content)
+        self.place = _Place(**kept["place"])
+        batch = f", batch {self.place.batch}" if self.place.batch else ""
+        self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")
+        return kept["begin"], kept["now"]
 
 
 def _duration(seconds: float) -> str:
@@ -171,33 +191,12 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
 
 
-def _save(
-    place: _Place, rng: tuple[dict[str, Any], dict[str, Any]] | None, state: dict[str, Any], session: Session
-) -> None:
-    if session.checkpoint is None:
-        return
-    objects = {name: thing.state_dict() for name, thing in state.items() if hasattr(thing, "state_dict")}
-    now = _rng()
-    session.checkpoint.save({"place": vars(place), "rng": rng or (now, now), "objects": objects})
-
-
-def _resume(state: dict[str, Any], session: Session) -> tuple[_Place, tuple[dict[str, Any], dict[str, Any]] | None]:
-    kept = session.checkpoint.load() if session.checkpoint is not None else None
-    if kept is None:
-        return _Place(), None
-    for name, content in kept["objects"].items():
-        state[name].load_state_dict(content)
-    place = _Place(**kept["place"])
-    session.say(f"resuming after epoch {place.epoch}" + (f", batch {place.batch}" if place.batch else ""))
-    return place, (kept["rng"][0], kept["rng"][1])
-
-
-def _rng() -> dict[str, Any]:
+def _rng() -> Rng:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_rng(rng: dict[str, Any]) -> None:
-    torch.set_rng_state(rng["cpu"].cpu())
+def _set_rng(rng: Rng) -> None:
+    torch.set_rng_state(rng["cpu"])
     if rng["cuda"]:
-        torch.cuda.set_rng_state_all([part.cpu() for part in rng["cuda"]])
+        torch.cuda.set_rng_state_all(rng["cuda"])

@@ -12,7 +12,7 @@ from sau.errors import ConfigError
 class Method:
     """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
 
-    A class attribute `aliases` maps other names of a hyperparameter (the benchmark's flags, the paper's letters) to ours.
+    `aliases` maps other names of a hyperparameter (the benchmark's flags, the paper's letters) to ours.
     """
 
     name: ClassVar[str] = ""

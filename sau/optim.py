@@ -23,8 +23,8 @@ class Training(Method):
         epochs: passes over the training pictures.
         batch_size: pictures a step.
         lr: learning rate at the start (OneCycleLR: at its highest).
-        lr_scheduler: constant, or a schedule of torch.optim by its name; stepped after each epoch, OneCycleLR after each
-            update.
+        lr_scheduler: constant, or a schedule of torch.optim by its name; stepped after each epoch, and OneCycleLR after
+            each update.
         client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta.
         sgd_momentum: momentum of sgd.
         wd: weight decay on every parameter, batch norm and biases included.
@@ -58,7 +58,9 @@ class Training(Method):
         self.require("lr", self.lr > 0, "above 0")
         self.require("sgd_momentum", 0 <= self.sgd_momentum < 1, "0 up to below 1")
         self.require("wd", self.wd >= 0, "0 and more")
-        self.require("adam_betas", len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")
+        self.require(
+            "adam_betas", len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)"
+        )
         self.require("steplr_stepsize", self.steplr_stepsize >= 1, "1 and more")
         self.require("steplr_gamma", 0 < self.steplr_gamma <= 1, "above 0 and up to 1")
         self.require("cos_t_max", self.cos_t_max is None or self.cos_t_max >= 1, "none, or 1 and more")

@@ -29,7 +29,9 @@ def folder(root: str | Path, name: str) -> Path:
     """`root/name`; RecordError if the name could lead out of the root or is no plain folder name."""
     base = Path(root)
     if not _NAME.fullmatch(name) or name.endswith("."):
-        raise RecordError(f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first")
+        raise RecordError(
+            f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first"
+        )
     path = base / name
     if path.resolve().parent != base.resolve():
         raise RecordError(f"{path} is a link that leads out of {base}; name a real folder")
@@ -94,8 +96,9 @@ class Record:
             elif self.finished:
                 raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
             elif old.get("digest") != digest:
+                other = _difference(old["identity"], identity)
                 raise RecordError(
-                    f"{self.path} holds an unfinished run with other settings ({_difference(old['identity'], identity)}); "
+                    f"{self.path} holds an unfinished run with other settings ({other}); "
                     "repeat its flags to resume it, choose another name, or --overwrite to discard it"
                 )
             else:

@@ -20,8 +20,8 @@ class Run:
         dataset: cifar10, or digits (small, needs no files).
         dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout.
         model: the network.
-        recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto: paper on
-            CUDA and cpu elsewhere; a defense takes the recipe of the record.
+        recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
+            is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record.
         device: auto, cpu, cuda or one like cuda:1.
         amp: true is bf16, false is fp32; auto measures which is faster.
         threads: CPU threads; 0 means all cores.
@@ -145,5 +145,3 @@ class Request:
         layers.update(said)
         found = config.values(layers, self.known)
         return [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
-
-

@@ -23,7 +23,9 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path, known: Mapping[str, Option], *, recipe: str | None, dataset: str | None) -> dict[str, Setting]:
+def read_yaml(
+    path: Path, known: Mapping[str, Option], *, recipe: str | None, dataset: str | None
+) -> dict[str, Setting]:
     """The settings of a YAML file, those under `recipes:` and `datasets:` laid over the rest; refuses unknown keys."""
     try:
         tree = yaml.compose(path.read_text(), Loader=_Yaml)

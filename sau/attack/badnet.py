@@ -18,8 +18,8 @@ class BadNet(Attack):
     """x' = t where the patch picture t is above 0, elsewhere x.
 
     Args:
-        patch_mask_path: picture of the patch on black, resized to the data set's size; none means a white 3x3 square (of
-            32x32) in the bottom right corner.
+        patch_mask_path: picture of the patch on black, resized to the data set's size; none means a white square of 3x3
+            (in 32x32) in the bottom right corner.
     """
 
     name: ClassVar[str] = "badnet"
@@ -33,7 +33,7 @@ class BadNet(Attack):
 
 @cache
 def _patch(path: str | None, height: int, width: int) -> Tensor:
-    # Resizing the picture, not the coordinates, gives the benchmark's soft border at other resolutions (attacks.md 1.1).
+    # Resizing the picture, not the coordinates, gives the benchmark's soft border at other resolutions.
     return fit(read_picture(path) if path else _white_corner(), height, width) / 255
 
 

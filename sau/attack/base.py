@@ -74,7 +74,7 @@ class Attack(Method, ABC):
         return replace(images, pixels=pixels, labels=labels, role=role)
 
     def poison_test(self, images: Images) -> Images:
-        """The test set of ASR and R-ACC: triggered, with the attacker's labels, without pictures that already have them."""
+        """The test set of ASR and R-ACC: triggered and relabelled, without pictures that have that label already."""
         self._check(images)
         wanted = self.relabel(images.true_labels, images.num_classes)
         kept = images[(wanted != images.true_labels).nonzero().flatten()]

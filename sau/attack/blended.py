@@ -1,4 +1,6 @@
-"""Blended: a faint picture over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems", 2017)."""
+"""Blended: a faint picture over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems
+Using Data Poisoning", 2017).
+"""
 
 from dataclasses import dataclass
 from functools import cache

@@ -114,7 +114,9 @@ def _cifar_batch(path: Path, md5: str, label_key: str) -> tuple[np.ndarray, list
 def _cifar10(root: Path) -> tuple[Images, Images]:
     from torchvision.datasets import CIFAR10  # names, sums and address of the official files
 
-    folder = _find(root, "cifar10", CIFAR10.base_folder, CIFAR10.test_list[0][0]) or _download(root / "cifar10", CIFAR10)
+    folder = _find(root, "cifar10", CIFAR10.base_folder, CIFAR10.test_list[0][0]) or _download(
+        root / "cifar10", CIFAR10
+    )
 
     def split(files: list[list[str]]) -> Images:
         parts = [_cifar_batch(folder / name, md5, "labels") for name, md5 in files]

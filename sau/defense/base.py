@@ -124,9 +124,8 @@ def _check_fit(model: nn.Module, batches: Loader) -> None:
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
     for _, labels, *_ in batches:
         if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
-            raise DataError(
-                f"labels range over {int(labels.min())}..{int(labels.max())}, but the network has {logits.shape[1]} classes"
-            )
+            low, high = int(labels.min()), int(labels.max())
+            raise DataError(f"labels range over {low}..{high}, but the network has {logits.shape[1]} classes")
 
 
 def _check_weights(model: nn.Module) -> None:

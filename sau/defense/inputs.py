@@ -1,6 +1,6 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def clean_batches(
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], mean, std)
         return Batches(pixels.to(device), (labels.to(device),), size, seed, augment)
-    if isinstance(data, Tensor) or not hasattr(data, "__iter__") or not hasattr(data, "__len__"):
+    if isinstance(data, Tensor) or not hasattr(data, "__iter__") or not isinstance(data, Sized):
         raise DataError(
             f"clean data of type {type(data).__name__}; give a DataLoader of (pixels, labels) or a pair of tensors"
         )
@@ -49,7 +49,9 @@ def checked(
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise DataError(f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors")
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise DataError(f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3; try x.permute(0, 3, 1, 2)")
+        raise DataError(
+            f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3; try x.permute(0, 3, 1, 2)"
+        )
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex():
         raise DataError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; allowed are {len(x)} whole numbers")
     if len(x) == 0:

@@ -127,7 +127,12 @@ class SAU(Tuning):
             if self.weight_adv:
                 loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
             state["descent"](loss)
-            report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **_types(z_adv.argmax(1), s, y)}
+            report = report or {
+                "loss": loss,
+                "clean_loss": clean,
+                "shared_loss": shared,
+                **_types(z_adv.argmax(1), s, y),
+            }
         return report
 
     def shared_pgd(

@@ -1,0 +1,39 @@
+"""Packaging: the folder `sau`, and `configs` as package data inside it (its only home is the repository's top)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+report = ["matplotlib>=3.8"]
+
+setup(
+    name="sau",
+    version=next(
+        line.split('"')[1] for line in (HERE / "sau/__init__.py").read_text().splitlines() if "__version__" in line
+    ),
+    description="Backdoor attacks and defenses for image classifiers, with Shared Adversarial Unlearning at the heart",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["sau", "sau.*"]), "sau.configs"],
+    package_dir={"sau.configs": "configs"},
+    package_data={"sau.configs": ["*/*.yaml"]},
+    install_requires=required,
+    extras_require={
+        "report": report,
+        "test": [
+            *report,
+            "pytest>=8",
+            "beartype>=0.18",
+            "ruff>=0.8",
+            "mypy>=1.10",
+            "types-PyYAML",
+            "types-tqdm",
+            "build",
+        ],
+    },
+    entry_points={"console_scripts": ["sau=sau.__main__:run"]},
+)
