@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The runs behind cifar10_cpu.md: CPU recipe, real CIFAR-10, three seeds. About four hours on two cores; repeat the
+# command after an interruption, finished runs are skipped.   bash docs/results/cifar10_cpu.sh DATASETS RECORDS [SEED...]
+set -u
+here="$(cd "$(dirname "$0")/../.." && pwd)"
+data=$1 root=$2
+shift 2
+attack() { python "$here/attack/$1.py" --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root"; }
+defense() { python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" "${@:4}"; }
+[ $# -gt 0 ] || set -- 0 1 2
+for seed in "$@"; do
+  for name in badnet blended prototype; do
+    [ -f "$root/${name}_s$seed/manifest.json" ] || attack "$name" "$seed"
+    for method in sau ft at; do
+      [ "$name" != prototype ] || [ "$method" = sau ] || continue
+      [ -f "$root/${name}_s$seed/defense/$method/manifest.json" ] || defense "$method" "$name" "$seed"
+    done
+  done
+done
