@@ -1,10 +1,12 @@
 """The order of calls behind `attack/NAME.py`, `defense/NAME.py` and `python -m sau`."""
 
+import os
 import platform
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -29,8 +31,11 @@ from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.watch import Watch
 
 
-class _Terminated(BaseException):
-    """SIGTERM, on its way out."""
+GRACE = 1.5  # seconds that a stopped run has to leave by itself
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM on its way out; carries its number."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
     0 is success, 2 a user's mistake (said in one line), 130 and 143 a run that was stopped and can be resumed.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     commands: dict[tuple[str, str], Callable[[str, Sequence[str]], None]] = {
         **{("attack", name): attack for name in ATTACKS},
         **{("defense", name): defend for name in DEFENSES},
@@ -53,14 +59,18 @@ def main(argv: Sequence[str]) -> int:
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except _Stopped as stop:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        return 128 + int(stop.args[0])
     return 0
 
 
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+def _stop(number: int, frame: Any) -> None:
+    # A long backward pass does not let Python raise; leaving by force is safe, for every file is written atomically.
+    timer = threading.Timer(GRACE, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
+    raise _Stopped(number)
 
 
 def attack(name: str, argv: Sequence[str]) -> None:

@@ -102,6 +102,8 @@ class Record:
                     "repeat its flags to resume it, choose another name, or --overwrite to discard it"
                 )
             else:
+                for leftover in self.path.glob(".*"):  # a write that was killed
+                    leftover.unlink()
                 self.config = old
                 return
         self.config = {}

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# The runs behind cifar10_cpu.md: CPU recipe, real CIFAR-10, three seeds. About four hours on two cores; repeat the
-# command after an interruption, finished runs are skipped.   bash docs/results/cifar10_cpu.sh DATASETS RECORDS [SEED...]
+# The runs behind cifar10_cpu.md: CPU recipe, real CIFAR-10, three seeds. About two hours on two cores, best as
+# THREADS=1 and one call a core with different seeds; repeat a call after an interruption, finished runs are skipped.
+#     bash docs/results/cifar10_cpu.sh DATASETS RECORDS [SEED...]
 set -u
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 data=$1 root=$2
 shift 2
-attack() { python "$here/attack/$1.py" --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root"; }
-defense() { python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" "${@:4}"; }
+attack() {
+  python "$here/attack/$1.py" --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root" \
+    --threads "${THREADS:-0}"
+}
+defense() { python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --threads "${THREADS:-0}"; }
 [ $# -gt 0 ] || set -- 0 1 2
 for seed in "$@"; do
   for name in badnet blended prototype; do

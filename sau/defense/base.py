@@ -71,8 +71,9 @@ class Defense(Method, ABC):
         owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
-        _check_fit(owned, batches)
-        self.run(owned, batches, session or loop.Session())
+        session = session or loop.Session()
+        _check_fit(owned, batches, session)
+        self.run(owned, batches, session)
         _check_weights(owned)
         result = owned if owned is copied else owned.net
         return result.to(home).eval()
@@ -111,21 +112,33 @@ class Tuning(Training, Defense):
 
 
 @torch.no_grad()
-def _check_fit(model: nn.Module, batches: Loader) -> None:
-    """Before anything changes: finite weights, logits [B, K], labels below K."""
+def _check_fit(model: nn.Module, batches: Loader, session: loop.Session) -> None:
+    """Before anything changes: finite weights, logits [B, K], labels below K; warns if nearly all answers are wrong."""
     _check_weights(model)
-    x, y, *_ = next(iter(batches))
+    right = total = classes = 0
+    for x, y, *_ in batches:
+        logits = _logits(model, x)
+        classes = logits.shape[1]
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
+        right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
+    if right < 1.5 * total / classes:
+        session.say(
+            f"warning: the network answers {right} of {total} clean pictures as labelled, hardly more than chance; are "
+            "the labels, the order of channels and mean and std those it was trained with?"
+        )
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
     try:
         logits = model(x)
     except RuntimeError as error:
-        raise DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {reason}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
-    for _, labels, *_ in batches:
-        if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
-            low, high = int(labels.min()), int(labels.max())
-            raise DataError(f"labels range over {low}..{high}, but the network has {logits.shape[1]} classes")
+    return logits
 
 
 def _check_weights(model: nn.Module) -> None:

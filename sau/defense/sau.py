@@ -22,6 +22,8 @@ from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
 
+BUCKET = 32  # every new batch size costs the convolutions a set-up, so the search uses few of them
+
 
 def jensen_shannon(u: Logits, v: Logits) -> PerImage:
     """JS divergence, in nats, of the softmax of two logits; probabilities are clamped at 1e-8 from below."""
@@ -140,8 +142,9 @@ class SAU(Tuning):
     ) -> tuple[Pixels, Labels]:
         """The inner problem, by sign steps; returns the perturbations and s, the reference's answers on them.
 
-        A shared sample has no gradient and stays where it is. On the CPU it therefore leaves the batch; elsewhere it
-        stays in, because asking which ones to drop would make the device wait.
+        A shared sample has no gradient and stays where it is. On the CPU shared samples therefore leave the batch, as
+        many as keep its size a multiple of BUCKET; elsewhere they stay, because asking how many there are would make
+        the device wait.
         """
         n, compact = len(x), x.device.type == "cpu" and self.stop_fooled
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
@@ -162,10 +165,11 @@ class SAU(Tuning):
             moved = project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps)
             delta[active] = into_pixels(x[active], moved) if self.clip_pixels else moved
             if compact:
-                s[active[shared]] = r[shared]
-                active = active[~shared]
-                if len(active) == 0:
+                s[active] = r  # final where shared, else found anew below
+                left = int((~shared).sum())
+                if left == 0:
                     return delta, s
+                active = active[shared.argsort(stable=True)[: -(-left // BUCKET) * BUCKET]]
         with torch.no_grad():
             s[active] = reference(x[active] + delta[active]).argmax(1)
         return delta, s

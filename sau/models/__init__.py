@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError
 from sau.models.preact_resnet import PreActResNet18
+from sau.models.zoo import torchvision_net
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
 
@@ -44,13 +45,40 @@ class Normalized(nn.Module):
             return self.net(x).float()
 
 
+def has_width(name: str) -> bool:
+    """Whether a network comes in widths; those of torchvision do not."""
+    return name in MODELS
+
+
 def build(
-    name: str, num_classes: int, *, width: int = 64, mean: Sequence[float], std: Sequence[float], amp: bool = False
+    name: str,
+    num_classes: int,
+    *,
+    width: int | None = None,
+    shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float],
+    std: Sequence[float],
+    amp: bool = False,
 ) -> Normalized:
-    """A new network by name, in the memory layout that convolutions are fastest in."""
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
-    if width < 1:
-        raise ConfigError(f"width is {width}, allowed is 1 and more (the published network has 64)")
-    net = MODELS[name](num_classes=num_classes, width=width)
+    """A new network by name, in the memory layout that convolutions are fastest in.
+
+    Args:
+        name: one of `MODELS`, or a classifier of torchvision, like vgg19_bn.
+        num_classes: how many logits it has.
+        width: channels of the first stage for networks of `MODELS`; None means the published width.
+        shape: channels, height and width of the pictures.
+        mean: see `Normalized`.
+        std: see `Normalized`.
+        amp: see `Normalized`.
+
+    Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
+    """
+    if width is not None and (width < 1 or not has_width(name)):
+        raise ConfigError(
+            f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, and none for other networks"
+        )
+    if has_width(name):
+        net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
+    else:
+        net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
     return Normalized(net.to(memory_format=torch.channels_last), mean, std, amp)

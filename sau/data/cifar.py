@@ -1,0 +1,135 @@
+"""CIFAR-10 and CIFAR-100 from their official python files, which are pickles and so are read with care."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sau.data.images import Images
+from sau.errors import DataError
+
+# Pictures of the official sets; GTSRB's training archive has 39,209 of them, the one that torchvision fetches 26,640.
+OFFICIAL = {
+    "cifar10": ((50_000,), 10_000),
+    "cifar100": ((50_000,), 10_000),
+    "gtsrb": ((39_209, 26_640), 12_630),
+    "tiny": ((100_000,), 10_000),
+}
+
+
+def subset_note(name: str, train: Images, test: Images) -> str | None:
+    """One line if a data set is not the whole official one; None if it is, or if there is no official one."""
+    if name not in OFFICIAL:
+        return None
+    trains, tests = OFFICIAL[name]
+    if len(train) in trains and len(test) == tests:
+        return None
+    return (
+        f"subset of {name}: {len(train):,} of {trains[0]:,} training and {len(test):,} of {tests:,} test pictures; "
+        f"no figure from it speaks for {name}"
+    )
+
+
+def cifar10(root: Path) -> tuple[Images, Images]:
+    """Train and test [N, 3, 32, 32] with 10 classes; downloaded to `root`/cifar10 if it is nowhere under `root`.
+
+    Raises:
+        DataError: a file is damaged or missing, or the download failed.
+    """
+    from torchvision.datasets import CIFAR10  # names, sums and address of the official files
+
+    return _cifar(root, "cifar10", CIFAR10, "labels", 10)
+
+
+def cifar100(root: Path) -> tuple[Images, Images]:
+    """Train and test [N, 3, 32, 32] with the 100 fine classes; otherwise as `cifar10`."""
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(root, "cifar100", CIFAR100, "fine_labels", 100)
+
+
+def _cifar(root: Path, name: str, dataset: Any, label_key: str, classes: int) -> tuple[Images, Images]:
+    folder = _find(root, name, dataset.base_folder, dataset.test_list[0][0]) or _download(root / name, dataset)
+
+    def split(files: list[list[str]], pictures: int) -> Images:
+        share = pictures // len(files)
+        parts = [_cifar_batch(folder / file, md5, label_key, share, classes) for file, md5 in files]
+        pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
+        return Images.clean(pixels, torch.tensor([y for _, labels in parts for y in labels]), classes)
+
+    (train, *_), test = OFFICIAL[name]
+    return split(dataset.train_list, train), split(dataset.test_list, test)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles dictionaries of numpy arrays, byte strings and numbers; refuses to import anything else."""
+
+    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    allowed |= {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _cifar_batch(
+    path: Path, md5: str, label_key: str, official: int = 10_000, classes: int = 10
+) -> tuple[np.ndarray, list[int]]:
+    """Pixels uint8 [N, 3, 32, 32] and labels; a file with another MD5 is a subset or it is damaged."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; delete {path.parent} to download it again") from None
+    try:
+        batch = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
+        pixels, labels = _checked(batch, label_key, classes)
+    except Exception as error:  # damaged pickles raise a dozen types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path} is damaged or no CIFAR file with {label_key!r}: {reason}") from None
+    if len(pixels) >= official and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
+        raise DataError(
+            f"{path} is damaged or not the official file: its MD5 differs, and it is no subset, for it holds "
+            f"{len(pixels):,} pictures of {official:,}; delete it to download it again"
+        )
+    return pixels, labels
+
+
+def _checked(batch: dict[str, Any], label_key: str, classes: int) -> tuple[np.ndarray, list[int]]:
+    missing = {"data", label_key} - set(batch)
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    pixels, labels = np.asarray(batch["data"]), [int(label) for label in batch[label_key]]
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or not labels:
+        raise ValueError(
+            f"{len(labels)} labels, but pictures {pixels.dtype} {pixels.shape}; allowed is uint8 (N, 3072)"
+        )
+    if not 0 <= min(labels) <= max(labels) < classes:
+        raise ValueError(f"labels range over {min(labels)}..{max(labels)}, allowed is 0..{classes - 1}")
+    return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def _find(root: Path, name: str, base: str, witness: str) -> Path | None:
+    """`root/name/base` (BackdoorBench), `root/base` (torchvision) or `root` itself, whichever holds `witness`."""
+    for folder in (root / name / base, root / base, root):
+        if (folder / witness).is_file():
+            return folder
+    return None
+
+
+def _download(root: Path, dataset: Any) -> Path:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    print(f"downloading {dataset.filename} to {root}")
+    try:
+        download_and_extract_archive(dataset.url, str(root), filename=dataset.filename, md5=dataset.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"no {dataset.base_folder} under {root.parent} and the download failed ({error}); "
+            "name the folder with --dataset_path, or try --dataset digits, which needs no files"
+        ) from None
+    return root / dataset.base_folder

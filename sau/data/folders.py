@@ -1,0 +1,122 @@
+"""GTSRB, Tiny ImageNet and anybody's folders of pictures, decoded once and then read from a cache."""
+
+from pathlib import Path
+
+import torch
+
+from sau.data.cache import cached
+from sau.data.images import Images
+from sau.data.listing import Split, class_folders, distinct, pictures, same_classes
+from sau.data.pictures import read_all
+from sau.errors import DataError
+
+_SIGNS = 43
+_FINAL = "GTSRB/Final_Test/Images"
+_LAYOUTS = (("GTSRB/Training", _FINAL), ("GTSRB/Final_Training/Images", _FINAL), ("Train", "Test"))
+
+
+def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
+    """German traffic signs, uint8 [N, 3, size, size], 43 classes: class folders in order, then the order of the CSVs.
+
+    Layouts: torchvision's (gtsrb/GTSRB/Training), the official archives' (GTSRB/Final_Training/Images) and
+    gtsrb/{Train,Test}. Pictures that no CSV names are left out.
+
+    Raises:
+        DataError: a folder, a CSV or a picture is missing, malformed or damaged; one line names it, as in every
+            function of this module.
+    """
+    base, signs, finals = _find_gtsrb(Path(root).absolute())
+    train, test = Split(base), Split(base)
+    for label in range(_SIGNS):
+        place = signs / f"{label:05d}"
+        train.add(train.annotated(place / f"GT-{label:05d}.csv", place, ";", 7, {str(label): label}))
+    tables = [place / "GT-final_test.csv" for place in (finals, *finals.parents) if place.is_relative_to(base)]
+    table = next((table for table in tables if table.is_file()), tables[-1])
+    test.add(test.annotated(table, finals, ";", 7, {str(label): label for label in range(_SIGNS)}))
+    return _load("gtsrb", size, train, test, _SIGNS)
+
+
+def _find_gtsrb(root: Path) -> tuple[Path, Path, Path]:
+    """The folder of the data set, of its training classes and of its test pictures."""
+    for base in (root / "gtsrb", root, *([root.parent] if root.name == "GTSRB" else [])):
+        for train, test in _LAYOUTS:
+            if (base / train).is_dir():
+                return base, base / train, base / test
+    names = ", ".join(train for train, _ in _LAYOUTS)
+    raise DataError(
+        f"no GTSRB in {root}: neither it nor its folder gtsrb has {names}; "
+        "torchvision.datasets.GTSRB(root, download=True) fetches it"
+    )
+
+
+def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
+    """Tiny ImageNet, uint8 [N, 3, size, size]: classes in the order of their sorted ids in wnids.txt, then file names.
+
+    There are as many classes as ids. The test pictures are those of `val`: val/images with val_annotations.txt, or
+    val/<id>.
+    """
+    root, name = Path(root).absolute(), "tiny-imagenet-200"
+    bases = [base for base in (root / "tiny" / name, root / "tiny", root / name, root) if (base / "train").is_dir()]
+    if not bases:
+        raise DataError(f"no Tiny ImageNet in {root}: there is no folder {name}/train, tiny/{name}/train or train")
+    base = bases[0]
+    train, test, wnids = Split(base), Split(base), base / "wnids.txt"
+    ids = train.text(wnids).split()
+    if len(set(ids)) != len(ids) or not all(one.isalnum() for one in ids):
+        raise DataError(f"{wnids} is malformed; allowed is one id a line, each id once")
+    classes = {one: label for label, one in enumerate(sorted(ids))}
+    same_classes(wnids, classes, base / "train", class_folders(base / "train"))
+    _add_classes(train, base / "train", classes)
+    val = base / "val"
+    if (val / "images").is_dir():
+        rows = test.annotated(val / "val_annotations.txt", val / "images", "\t", 1, classes)
+        test.add(sorted(rows, key=lambda row: (row[0], row[1].name)))
+    else:
+        _add_classes(test, val, classes)
+    return _load("tiny", size, train, test, len(classes))
+
+
+def _add_classes(split: Split, place: Path, classes: dict[str, int]) -> None:
+    """Append place/<class>/images/*, or place/<class>/* where there is no folder images."""
+    for name, label in classes.items():
+        inner = place / name / "images"
+        split.add((label, file) for file in pictures(inner if inner.is_dir() else place / name))
+
+
+def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
+    """Own pictures, uint8 [N, 3, size, size], from train/<class>/* and test/<class>/*; classes and files by name.
+
+    Hidden files and files beside the class folders are ignored. Names that look alike are refused, for on another disk
+    they would be one file and the data set another one.
+    """
+    root = Path(root).absolute()
+    for half in ("train", "test"):
+        if not (root / half).is_dir():
+            raise DataError(f"there is no folder {root / half}; needed are train/<class>/* and test/<class>/*")
+    classes, others = class_folders(root / "train"), class_folders(root / "test")
+    distinct(root, dict.fromkeys([*classes, *others]))
+    same_classes(root / "train", classes, root / "test", others)
+    if len(classes) < 2:
+        raise DataError(f"{root / 'train'} has {len(classes)} class folders; allowed are two or more")
+    splits = {"train": Split(root), "test": Split(root)}
+    for half, split in splits.items():
+        for label, name in enumerate(classes):
+            files = pictures(root / half / name)
+            distinct(root / half / name, [file.name for file in files])
+            split.add((label, file) for file in files)
+    return _load("folder", size, splits["train"], splits["test"], len(classes))
+
+
+def _load(name: str, size: int, train: Split, test: Split, classes: int) -> tuple[Images, Images]:
+    """Pixels of both splits from the cache, or decoded with a progress bar."""
+    kept = cached(
+        [name, str(size), "train", *train.key, "test", *test.key],
+        lambda: {
+            "train": read_all(train.paths, size, f"{name} train"),
+            "test": read_all(test.paths, size, f"{name} test"),
+        },
+    )
+    return (
+        Images.clean(kept["train"], torch.tensor(train.labels), classes),
+        Images.clean(kept["test"], torch.tensor(test.labels), classes),
+    )

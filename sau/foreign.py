@@ -1,0 +1,148 @@
+"""Opening a `.pt` file that somebody else made, without running anything in it.
+
+torch's restricted unpickler (`weights_only=True`) calls only functions on a list. BackdoorBench's files need numpy and,
+if pictures were kept in memory, Pillow on that list (attacks.md 4.3), under their names in numpy 1 and in numpy 2. The
+names are those; what they lead to here are stand-ins that check and copy, because a file can bring numpy's own dtype
+objects into states that numpy takes on trust (an int64 type that claims to hold Python objects).
+"""
+
+import hashlib
+import io
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.serialization import safe_globals
+
+from sau.errors import RecordError
+
+LARGEST = 2 << 30  # bytes of a file; the largest network of the benchmark has 1.2 GB
+MEMBERS = 10_000  # of the archive; the network with the most tensors has 967
+PICKLE = 64 << 20  # bytes of the pickle: 110,000 picture paths take 29 MB
+PICKLE_WITH_PICTURES = 512 << 20  # 20,000 pictures of 64x64 take 370 MB
+_TYPES = ("f8", "i8", "i4")  # i4 is what numpy 1 makes of int on Windows
+
+
+class Picture:
+    """A Pillow picture from a file: `pixels` is uint8 [H, W, 3]; ValueError if it is not RGB or its size is wrong."""
+
+    pixels: np.ndarray = np.zeros((0, 0, 3), np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, mode, (width, height), _, content = state
+        if mode != "RGB":
+            raise ValueError(f"a picture has mode {ascii(mode)[:20]}, allowed is RGB")
+        self.pixels = np.frombuffer(content, np.uint8).reshape(height, width, 3)
+
+
+class _Type:
+    """A numpy dtype from a file: plain numbers in little-endian order."""
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
+        if code not in _TYPES:
+            raise ValueError(f"a numpy array of {ascii(code)[:20]}, allowed are {', '.join(_TYPES)}")
+        self.code: str = code
+
+    def __setstate__(self, state: Any) -> None:
+        if tuple(state) != (3, "<", None, None, None, -1, -1, 0):
+            raise ValueError("a numpy dtype that is not a plain little-endian one")
+
+
+class Vector:
+    """A numpy array of one dimension from a file, as `values`; ValueError for anything else."""
+
+    values: np.ndarray = np.zeros(0)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, _, content = state
+        if len(shape) != 1:
+            raise ValueError(f"a numpy array of {len(shape)} dimensions, allowed is one")
+        values = np.frombuffer(content, np.dtype("<" + kind.code))
+        if len(values) != shape[0]:
+            raise ValueError("a numpy array of another length than it claims")
+        self.values = values
+
+
+def _array(kind: Any, shape: Any, code: Any) -> Vector:
+    return Vector()  # its content follows in __setstate__
+
+
+def _scalar(kind: Any, content: Any) -> int | float:
+    (value,) = np.frombuffer(content, np.dtype("<" + kind.code)).tolist()
+    return value
+
+
+_ALLOWED: list[Any] = [
+    (Vector, "numpy.ndarray"),
+    (_Type, "numpy.dtype"),
+    (Picture, "PIL.Image.Image"),
+    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
+def load(path: Path) -> tuple[Any, str]:
+    """What a torch zip file holds, numpy's vectors as `Vector`, and the SHA-256 of the file.
+
+    The archive is checked before anything in it is read: at most `LARGEST` bytes and `MEMBERS` members, none compressed
+    (so the content is no larger than the file), none overlapping or twice there, every CRC-32 right. The whole file is
+    in memory while it is read, beside its content.
+
+    Raises:
+        RecordError: in one line, for a file that is too large, damaged, of another format, or that asks for a function
+            outside the list; nothing of it has run.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise RecordError(f"{path} has {size:,} bytes, allowed are {LARGEST:,}")
+        raw = path.read_bytes()
+        _check(raw)
+        with safe_globals(_ALLOWED):
+            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except RecordError:
+        raise
+    except Exception as error:  # torch and zipfile raise a dozen types on damaged files
+        raise RecordError(f"{path} {_reason(error)}") from None
+    return content, hashlib.sha256(raw).hexdigest()
+
+
+def _check(raw: bytes) -> None:
+    """Refuse an archive by its table of contents."""
+    if raw[:4] != b"PK\x03\x04":
+        raise ValueError("it is no torch zip file; older formats are not read, save it anew with torch 1.6 or later")
+    # Two readers of a zip file agree on where its table is only if its end is at the end.
+    if raw[-22:-18] != b"PK\x05\x06" or raw[-2:] != b"\0\0":
+        raise ValueError("it does not end like a torch zip file; it is truncated or has something appended")
+    if raw.count(b"PK\x01\x02") > MEMBERS:
+        raise ValueError(f"its archive has more than {MEMBERS:,} members")
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        pickled = [member for member in members if member.filename.endswith("/data.pkl")]
+        if len(pickled) != 1 or any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+            raise ValueError("it is TorchScript or no archive of torch.save; save a dictionary with torch.save")
+        if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
+            raise ValueError("its archive is compressed, as torch.save never does")
+        if len({*names}) != len(names) or sum(member.file_size for member in members) > len(raw):
+            raise ValueError("members of its archive overlap or are there twice")
+        limit = PICKLE_WITH_PICTURES if b"cPIL.Image\n" in archive.read(pickled[0]) else PICKLE
+        if pickled[0].file_size > limit:
+            raise ValueError(f"its pickle has {pickled[0].file_size:,} bytes, allowed are {limit:,}")
+        if (bad := archive.testzip()) is not None:
+            raise ValueError(f"CRC-32 of its member {ascii(bad)[:60]} differs")
+
+
+def _reason(error: Exception) -> str:
+    """One printable line, from texts that may be long and may quote the file."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    text = str(error)
+    if wanted := re.search(r"GLOBAL (\S+)", text):
+        name = ascii(wanted[1])[1:-1][:100]
+        return f"asks for {name}, which weights and lists of pictures do not need; it is refused, nothing of it was run"
+    line = ascii(text.splitlines()[0] if text else type(error).__name__)[1:-1]
+    return f"cannot be read: {line[:160]}"

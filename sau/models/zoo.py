@@ -1,0 +1,57 @@
+"""Networks of torchvision by their names, adapted to the class count and the picture size."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.errors import ConfigError
+
+ENLARGED = 224  # the side that torchvision's classifiers were designed for
+_AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, which no attack or defense here reads
+
+
+class Enlarge(nn.Module):
+    """Bilinear enlargement to size x size, in front of networks that cannot take small pictures."""
+
+    def __init__(self, size: int = ENLARGED) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
+
+
+def names() -> list[str]:
+    """Every classifier that the installed torchvision has."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def torchvision_net(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """A new network, without pretrained weights, that maps pictures [B, *shape] to logits [B, num_classes].
+
+    It takes the pictures as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224 first, and
+    its state-dict keys begin with `1.`.
+    """
+    from torchvision import models
+
+    if name not in names():
+        raise ConfigError(
+            f"unknown model {name!r}; choose preactresnet18 or a classifier of torchvision, like vgg19_bn"
+        )
+    extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
+    net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    return net if _accepts(net, shape) else nn.Sequential(Enlarge(), net)
+
+
+@torch.no_grad()
+def _accepts(net: nn.Module, shape: tuple[int, int, int]) -> bool:
+    net.eval()
+    try:
+        net(torch.zeros(1, *shape))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    finally:
+        net.train()
+    return True
