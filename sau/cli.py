@@ -20,16 +20,17 @@ from sau import device as machine
 from sau import victim
 from sau.attack import ATTACKS
 from sau.config import IGNORED
+from sau.data.cifar import subset_note
+from sau.data.images import Images
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
-from sau.errors import ConfigError, RecordError, SauError
+from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
-from sau.models import Normalized, build
+from sau.models import Normalized, build, has_width
 from sau.optim import Training
 from sau.record import Record, folder
 from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.watch import Watch
-
 
 GRACE = 1.5  # seconds that a stopped run has to leave by itself
 
@@ -84,27 +85,33 @@ def attack(name: str, argv: Sequence[str]) -> None:
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
-    train, test = load(dataset, run.dataset_path)
+    train, test = load(dataset, run.dataset_path, run.img_size)
+    notes = [note for note in [subset_note(dataset, train, test)] if note]
     data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
     poisoned, triggered, test = (
         images.to(where) for images in (method.poison_train(train, run.random_seed), method.poison_test(test), test)
     )
     torch.manual_seed(run.random_seed)
-    model = build(run.model, origin.classes, width=run.width, mean=origin.mean, std=origin.std).to(where)
+    network = _network(request, run, train, origin)
+    shape = (network["shape"][0], network["shape"][1], network["shape"][2])
+    model = build(
+        run.model, train.num_classes, width=network["width"], shape=shape, mean=origin.mean, std=origin.std
+    ).to(where)
 
-    settings, network = {"attack": name, **method.params(), **training.params()}, _network(run, origin)
+    settings = {"attack": name, **method.params(), **training.params()}
     _begin(record, run, {**settings, **data, **network, "random_seed": run.random_seed}, threads)
-    record.note(method=settings, data=data, model=network)
-    record.say(f"recipe {recipe} ({why}): width {run.width}, {training.epochs} epochs; choose another with --recipe")
-    _warn(record, request)
-    model.amp = _precision(record, run, model, origin.shape, training.batch_size, where)
+    record.note(method=settings, data=data, model=network, notes=notes)
+    width = f", width {network['width']}" if network["width"] else ""
+    record.say(f"recipe {recipe} ({why}): {run.model}{width}, {training.epochs} epochs; choose another with --recipe")
+    _warn(record, request, notes)
+    model.amp = _precision(record, run, model, shape, training.batch_size, where)
     changed = int((poisoned.labels != poisoned.true_labels).sum())
     record.say(
         f"{name} on {dataset}: {int((poisoned.role > 0).sum())} of {len(poisoned)} pictures poisoned, {changed} labels "
         f"changed, {len(triggered)} triggered test pictures; {record.path}"
     )
     torch.manual_seed(run.random_seed)  # the probe drew from it
-    each = machine.seconds_per_image(model.eval(), origin.shape, where) * (len(test) + len(triggered))
+    each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     watch = Watch(record, run, training.epochs, test, triggered, started, each)
     method.fit(model, poisoned, training, augment=origin.augment, seed=run.random_seed, session=watch.session())
     final = watch.last or score(model, test, triggered)
@@ -114,38 +121,38 @@ def attack(name: str, argv: Sequence[str]) -> None:
 
 
 def defend(name: str, argv: Sequence[str]) -> None:
-    """Load an attack's record, purify, measure before and after, record."""
+    """Load what an attack left, purify, measure before and after, record."""
     started = time.monotonic()
     request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), argv)
-    attacked = _attacked(request)
-    made = attacked.config
-    dataset, recipe = made["data"]["dataset"], request.said("recipe") or "auto"
-    recipe = made["run"]["recipe"] if recipe == "auto" else recipe
-    says = {"dataset": dataset, "model": made["model"]["name"], "dataset_path": made["run"]["dataset_path"]}
-    run, method = request.settle("defense", recipe, dataset, says)
+    target = request.said("result_file")
+    if target is None:
+        raise ConfigError("no --result_file; give the folder name that an attack was saved under")
+    attacked = victim.load(_place(request.said("record_root") or Run.record_root, target))
+    recipe, _ = _recipe(request, attacked.recipe)
+    says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
+    run, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
-    train, test = load(dataset, run.dataset_path)
-    if {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)} != made["data"]:
-        raise RecordError(
-            f"{run.dataset_path} holds other pictures of {dataset} than the attack saw; mend --dataset_path"
-        )
+    train, test, notes = attacked.pictures(run.dataset_path)
     clean = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
-    test, triggered = test.to(where), victim.load_images(attacked, "triggered", where)
-    model = victim.load_model(attacked).to(where)
+    test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
+    model = attacked.model().to(where)
 
     record = Record(attacked.path / "defense" / name)
     settings = {"defense": name, **method.params()}
-    identity = {**settings, "clean": fingerprint(clean), "attacked": made["digest"], "random_seed": run.random_seed}
+    identity = {**settings, "clean": fingerprint(clean), "attacked": attacked.digest, "random_seed": run.random_seed}
     _begin(record, run, identity, threads)
-    record.note(method=settings, data=made["data"], model=made["model"], clean_index=clean.index.tolist())
-    record.say(f"recipe {recipe}: {len(clean)} clean pictures of {dataset}; {record.path}")
-    _warn(record, request)
-    model.amp = _precision(record, run, model, tuple(made["model"]["shape"]), method.batch_size, where)
+    record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
+    record.note(clean_index=clean.index.tolist())
+    record.say(f"recipe {recipe}: {len(clean)} clean pictures of {attacked.dataset}; {record.path}")
+    _warn(record, request, notes)
+    model.amp = _precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
     before = score(model, test, triggered)
-    watch = Watch(record, run, getattr(method, "epochs", 1), test, triggered, started, time.monotonic() - begun)
-    fixed = method.purify(model, clean, augment=source(dataset).augment, seed=run.random_seed, session=watch.session())
+    evaluation = time.monotonic() - begun
+    watch = Watch(record, run, getattr(method, "epochs", 1), test, triggered, started, evaluation)
+    augment = source(attacked.dataset).augment
+    fixed = method.purify(model, clean, augment=augment, seed=run.random_seed, session=watch.session())
     after = score(fixed, test, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
@@ -154,29 +161,27 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _recipe(request: Request) -> tuple[str, str]:
-    """The recipe of an attack and why it is that one."""
+def _place(root: str, target: str) -> Path:
+    """A folder name below the record root, or any folder written as a path."""
+    return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
+
+
+def _recipe(request: Request, recorded: str | None = None) -> tuple[str, str]:
+    """The recipe in force and why it is that one."""
     chosen = request.said("recipe") or "auto"
     if chosen != "auto":
         return chosen, "as asked"
+    if recorded is not None:
+        return recorded, "as the attack"
     cuda = machine.choose_device(request.said("device") or "auto").type == "cuda"
     return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
 
 
-def _network(run: AttackRun, origin: Source) -> dict[str, Any]:
-    """What a defense must know to build the network again."""
-    shape = {"name": run.model, "classes": origin.classes, "width": run.width, "shape": list(origin.shape)}
+def _network(request: Request, run: AttackRun, train: Images, origin: Source) -> dict[str, Any]:
+    """What a defense must know to build the network again; a width is refused only where the user asked for it."""
+    width = run.width if has_width(run.model) or "width" in request.given else None
+    shape = {"name": run.model, "classes": train.num_classes, "width": width, "shape": list(train.pixels.shape[1:])}
     return {**shape, "mean": list(origin.mean), "std": list(origin.std)}
-
-
-def _attacked(request: Request) -> Record:
-    """The attack's record that a defense is asked to work on, checked."""
-    target = request.said("result_file")
-    if target is None:
-        raise ConfigError("no --result_file; give the folder name that an attack was saved under")
-    record = Record(folder(request.said("record_root") or Run.record_root, target))
-    record.check()
-    return record
 
 
 def _begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
@@ -192,7 +197,9 @@ def _begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> 
     record.begin(facts, {**identity, "sau": sau.__version__}, run.overwrite)
 
 
-def _warn(record: Record, request: Request) -> None:
+def _warn(record: Record, request: Request, notes: Sequence[str]) -> None:
+    for note in notes:
+        record.say(f"note: {note}")
     if request.ignored:
         reasons = "; ".join(f"--{name}: {IGNORED[name]}" for name in request.ignored)
         record.say(f"warning: flags without effect here: {reasons}")

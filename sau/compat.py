@@ -78,7 +78,7 @@ def read(folder: Path) -> Foreign:
 def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """The state dict of the published network, without memory for its values; ConfigError if there is none."""
     with torch.device("meta"):
-        return build(name, classes, shape=shape, mean=(0,) * 3, std=(1,) * 3).net.state_dict()
+        return build(name, classes, shape=shape, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
 
 
 def _checked(content: Any, folder: Path, digest: str) -> Foreign:

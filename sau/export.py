@@ -20,12 +20,11 @@ from sau import record as files
 from sau import victim
 from sau.compat import RESULT, SPLITS, blank
 from sau.data.images import COVER, Images
-from sau.data.sources import fingerprint, load, source
+from sau.data.sources import source
 from sau.errors import RecordError
 from sau.record import Record
 
 NETWORKS = ("preactresnet18", "vgg19", "vgg19_bn")  # built in BackdoorBench as they are here
-_CPU = torch.device("cpu")
 
 
 def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, Images, int]:
@@ -42,16 +41,12 @@ def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, I
     Raises:
         RecordError: the record is of a clean network, or its data set is not what it was.
     """
-    made = record.config
-    dataset, path = made["data"]["dataset"], data or made["run"]["dataset_path"]
-    triggered = victim.load_images(record, "triggered", _CPU)
-    if triggered is None:
+    attacked = victim.load(record.path)
+    if attacked.triggered is None:
         raise RecordError(f"{record.path} holds a clean network, so there are no pictures to export; name an attack")
-    train, test = load(dataset, path)
-    if {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)} != made["data"]:
-        raise RecordError(f"{path} holds other pictures of {dataset} than the attack saw; mend --dataset_path")
-    poisoned = victim.load_images(record, "poisoned", _CPU)
-    return train, train[torch.arange(0)] if poisoned is None else poisoned, triggered, len(test)
+    train, test, _ = attacked.pictures(data or attacked.dataset_path)
+    poisoned = victim.load_images(record, "poisoned")
+    return train, train[torch.arange(0)] if poisoned is None else poisoned, attacked.triggered, len(test)
 
 
 def poison(train: Images, poisoned: Images) -> Images:
@@ -116,8 +111,7 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
             f"the record saw a part of {dataset} ({len(train):,} and {n_test:,} pictures), in BackdoorBench it has "
             f"{lengths[0]:,} and {lengths[1]:,} under other indices"
         )
-    weights = record.load_tensors("model")
-    order = blank(network["name"], classes, (3, size, size))
+    weights, order = record.load_tensors("model"), blank(network["name"], classes, (3, size, size))
     with whole(target) as place:
         content = {
             "model_name": network["name"],

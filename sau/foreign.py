@@ -9,6 +9,7 @@ objects into states that numpy takes on trust (an int64 type that claims to hold
 import hashlib
 import io
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def load(path: Path) -> tuple[Any, str]:
             raise RecordError(f"{path} has {size:,} bytes, allowed are {LARGEST:,}")
         raw = path.read_bytes()
         _check(raw)
-        with safe_globals(_ALLOWED):
+        with safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of, like sparse tensors, is refused later
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except RecordError:
         raise
@@ -144,5 +146,8 @@ def _reason(error: Exception) -> str:
     if wanted := re.search(r"GLOBAL (\S+)", text):
         name = ascii(wanted[1])[1:-1][:100]
         return f"asks for {name}, which weights and lists of pictures do not need; it is refused, nothing of it was run"
-    line = ascii(text.splitlines()[0] if text else type(error).__name__)[1:-1]
-    return f"cannot be read: {line[:160]}"
+    found = re.search(r"WeightsUnpickler error: *(.*)", text)  # after torch's advice to run the file
+    line = ascii(found[1] if found else text.split("\n")[0])[1:-1][:160]
+    if type(error) in (ValueError, zipfile.BadZipFile):
+        return f"cannot be read: {line}"
+    return f"cannot be read: its content is damaged or not from torch.save ({type(error).__name__}: {line})"

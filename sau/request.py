@@ -17,9 +17,10 @@ class Run:
     """What every command is asked.
 
     Args:
-        dataset: cifar10, or digits (small, needs no files).
+        dataset: cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own
+            pictures, in train/CLASS/ and test/CLASS/ of dataset_path).
         dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout.
-        model: the network.
+        model: preactresnet18, or a classifier of torchvision by its name, like vgg19_bn.
         recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
             is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record.
         device: auto, cpu, cuda or one like cuda:1.
@@ -59,13 +60,15 @@ class AttackRun(Run):
 
     Args:
         save_folder_name: result folder below record_root; none makes one of the time and the attack.
-        width: channels of the network's first stage; the published network has 64.
+        width: channels of preactresnet18's first stage; the published network has 64, torchvision's have no width.
+        img_size: height and width of the pictures in pixels (gtsrb, tiny, folder); none means the data set's own.
         bd_yaml_path: YAML file with settings of the attack; it beats yaml_path.
         attack: the attack's name, which the script already says; another one is refused.
     """
 
     save_folder_name: str | None = None
     width: int = 64
+    img_size: int | None = None
     bd_yaml_path: str | None = None
     attack: str | None = None
 
@@ -75,7 +78,7 @@ class DefenseRun(Run):
     """What a defense is asked besides its own hyperparameters.
 
     Args:
-        result_file: result folder of the attack, below record_root.
+        result_file: result folder of the attack, ours or BackdoorBench's: a name below record_root, or a path.
         ratio: share of the clean training set that the defender has.
         index: file with the indices of the defender's pictures, one a line; beats ratio.
     """

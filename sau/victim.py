@@ -1,11 +1,83 @@
-"""An attacked network and its pictures, to and from a record: all that a defense needs, without trigger code."""
+"""An attacked network and its pictures, to and from a result folder: all that a defense needs, without trigger code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from sau import compat
+from sau.data import sources
+from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.errors import RecordError
 from sau.models import Normalized, build
 from sau.record import Record
+
+
+@dataclass(frozen=True, eq=False)
+class Victim:
+    """What an attack left, read from our record or from BackdoorBench's folder.
+
+    Args:
+        path: the folder.
+        network: how to build the network: name, classes, width, shape, mean, std.
+        weights: its state dict.
+        triggered: the test set of ASR and R-ACC, or None for a clean network.
+        dataset: the data set of the attack.
+        dataset_path: where the attack found it.
+        recipe: the recipe of the attack; None if the folder does not say.
+        fingerprints: of the clean training and test pictures; None if the folder does not say.
+        lengths: training and test pictures that the attack saw; None means all.
+        digest: tells attacks apart.
+    """
+
+    path: Path
+    network: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    triggered: Images | None
+    dataset: str
+    dataset_path: str
+    recipe: str | None
+    fingerprints: dict[str, str] | None
+    lengths: tuple[int | None, int | None]
+    digest: str
+
+    def model(self) -> Normalized:
+        """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
+        made = self.network
+        model = build(
+            made["name"], made["classes"], width=made["width"], shape=made["shape"], mean=made["mean"], std=made["std"]
+        )
+        own = model.net.state_dict()
+        for name in {**own, **self.weights}:
+            got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (self.weights, own))
+            if got != wanted:
+                raise RecordError(f"{self.path}: {name} has {got}, but {made['name']} needs {wanted}")
+        model.net.load_state_dict(self.weights)
+        return model.eval()
+
+    def pictures(self, dataset_path: str) -> tuple[Images, Images, list[str]]:
+        """The clean pictures that the attack saw, train and test, and what there is to say about them.
+
+        Raises RecordError if `dataset_path` holds other pictures than the attack saw.
+        """
+        train, test = sources.load(self.dataset, dataset_path, self.network["shape"][1])
+        seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
+        if self.fingerprints != seen:
+            raise RecordError(
+                f"{dataset_path} holds other {self.dataset} pictures than the attack saw; mend --dataset_path"
+            )
+        notes = [note for note in [subset_note(self.dataset, train, test)] if note]
+        splits = []
+        for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
+            if length is not None and length > len(images):
+                raise RecordError(f"the attack saw {length} {name} pictures, but {dataset_path} has {len(images)}")
+            if length is not None and length < len(images):
+                notes.append(f"the attack saw the first {length} of {len(images)} {name} pictures; this run sees those")
+                images = images[torch.arange(length)]
+            splits.append(images)
+        return splits[0], splits[1], notes
 
 
 def save(record: Record, model: Normalized, poisoned: Images, triggered: Images) -> None:
@@ -17,23 +89,46 @@ def save(record: Record, model: Normalized, poisoned: Images, triggered: Images)
             record.save_tensors(part, images.tensors())
 
 
-def load_model(record: Record) -> Normalized:
-    """The network of a checked record, on the CPU; RecordError if the weights are not those of the named network."""
-    made = record.config["model"]
-    model = build(made["name"], made["classes"], width=made["width"], mean=made["mean"], std=made["std"])
-    weights, own = record.load_tensors("model"), model.net.state_dict()
-    for name in {**own, **weights}:
-        got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
-        if got != wanted:
-            raise RecordError(
-                f"{record.path}: {name} has {got}, but {made['name']} of width {made['width']} has {wanted}"
-            )
-    model.net.load_state_dict(weights)
-    return model.eval()
+def load(path: Path) -> Victim:
+    """Read a finished record of ours, after checking it, or a folder with BackdoorBench's `attack_result.pt`."""
+    if (path / compat.RESULT).is_file() and not (path / "config.yaml").is_file():
+        return _foreign(path)
+    record = Record(path)
+    made = record.check()
+    return Victim(
+        path=path,
+        network=made["model"],
+        weights=record.load_tensors("model"),
+        triggered=load_images(record, "triggered"),
+        dataset=made["data"]["dataset"],
+        dataset_path=made["run"]["dataset_path"],
+        recipe=made["run"]["recipe"],
+        fingerprints={part: made["data"][part] for part in ("train", "test")},
+        lengths=(None, None),
+        digest=made["digest"],
+    )
 
 
-def load_images(record: Record, part: str, device: torch.device) -> Images | None:
+def load_images(record: Record, part: str) -> Images | None:
     """The `triggered` or `poisoned` pictures of a checked record; None for a clean network, which has none."""
     if not (record.path / f"{part}.safetensors").is_file():
         return None
-    return Images(**record.load_tensors(part), num_classes=record.config["model"]["classes"]).to(device)
+    return Images(**record.load_tensors(part), num_classes=record.config["model"]["classes"])
+
+
+def _foreign(path: Path) -> Victim:
+    found = compat.read(path)
+    origin = sources.source(found.dataset)
+    shape = {"name": found.model_name, "classes": found.num_classes, "width": None, "shape": list(found.shape)}
+    return Victim(
+        path=path,
+        network={**shape, "mean": list(origin.mean), "std": list(origin.std)},
+        weights=found.weights,
+        triggered=found.triggered,
+        dataset=found.dataset,
+        dataset_path="./data",
+        recipe=None,
+        fingerprints=None,
+        lengths=(found.train_length, found.test_length),
+        digest=found.digest,
+    )

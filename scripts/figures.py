@@ -30,10 +30,10 @@ NAMES = {"acc": "ACC", "asr": "ASR", "racc": "R-ACC"}
 def draw_pictures(record: Record, path: Path, columns: int = 6) -> None:
     """Rows clean, triggered, difference magnified so that the largest one is white; columns are test pictures."""
     config = record.config
-    triggered = load_images(record, "triggered", torch.device("cpu"))
+    triggered = load_images(record, "triggered")
     if triggered is None:
         return
-    _, test = load(config["data"]["dataset"], config["run"]["dataset_path"])
+    _, test = load(config["data"]["dataset"], config["run"]["dataset_path"], config["run"]["img_size"])
     chosen = torch.linspace(0, len(triggered) - 1, columns).long()
     after = triggered.pixels[chosen].float() / 255
     before = test.pixels[triggered.index[chosen]].float() / 255

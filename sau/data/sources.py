@@ -1,18 +1,17 @@
 """The data sets by name: where their files are, how they become `Images`, and what goes with them."""
 
 import hashlib
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from sau.data.augment import Augment
+from sau.data.cifar import cifar10, cifar100
+from sau.data.folders import folder, gtsrb, tiny
 from sau.data.images import Images, quantise
 from sau.errors import ConfigError, DataError
 
@@ -22,20 +21,20 @@ class Source:
     """One data set.
 
     Args:
-        classes: number of classes.
-        shape: channels, height and width of a picture.
+        size: height and width of its pictures in pixels.
         mean: per-channel mean that its networks subtract, in [0, 1].
         std: per-channel standard deviation that they divide by.
         augment: crop and flip of the training pictures.
-        read: folder -> (train, test).
+        read: (folder, size) -> (train, test).
+        resizes: whether its pictures can be read at another size.
     """
 
-    classes: int
-    shape: tuple[int, int, int]
+    size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment
-    read: Callable[[Path], tuple[Images, Images]]
+    read: Callable[[Path, int], tuple[Images, Images]]
+    resizes: bool = False
 
 
 def source(name: str) -> Source:
@@ -45,9 +44,19 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def load(name: str, root: str | Path = "./data") -> tuple[Images, Images]:
-    """Read train and test pictures of a data set (module `SOURCES`) from under `root`."""
-    return source(name).read(Path(root))
+def load(name: str, root: str | Path = "./data", img_size: int | None = None) -> tuple[Images, Images]:
+    """Read train and test pictures of a data set, one of `SOURCES`, from under `root`.
+
+    Args:
+        name: of the data set.
+        root: folder of the data sets, in the benchmark's or in torchvision's layout.
+        img_size: height and width to bring the pictures to, where the data set can be resized; None means its own.
+    """
+    origin = source(name)
+    if img_size is not None and (img_size < 8 or (img_size != origin.size and not origin.resizes)):
+        allowed = "8 and more" if origin.resizes else str(origin.size)
+        raise ConfigError(f"img_size is {img_size}, allowed for {name} is {allowed}")
+    return origin.read(Path(root), img_size or origin.size)
 
 
 def fingerprint(images: Images) -> str:
@@ -88,67 +97,7 @@ def _read_indices(path: Path, n: int) -> list[int]:
     return [int(line) for line in lines]
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles dictionaries of numpy arrays, byte strings and numbers; refuses to import anything else."""
-
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    allowed |= {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _cifar_batch(path: Path, md5: str, label_key: str) -> tuple[np.ndarray, list[int]]:
-    raw = path.read_bytes()
-    if hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
-        raise DataError(f"{path} is damaged or not the official file (MD5 differs); delete it to download it again")
-    try:
-        batch = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
-        return batch["data"].reshape(-1, 3, 32, 32), batch[label_key]
-    except (pickle.UnpicklingError, KeyError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a CIFAR batch: {error}") from None
-
-
-def _cifar10(root: Path) -> tuple[Images, Images]:
-    from torchvision.datasets import CIFAR10  # names, sums and address of the official files
-
-    folder = _find(root, "cifar10", CIFAR10.base_folder, CIFAR10.test_list[0][0]) or _download(
-        root / "cifar10", CIFAR10
-    )
-
-    def split(files: list[list[str]]) -> Images:
-        parts = [_cifar_batch(folder / name, md5, "labels") for name, md5 in files]
-        pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
-        return Images.clean(pixels, torch.tensor([y for _, labels in parts for y in labels]), 10)
-
-    return split(CIFAR10.train_list), split(CIFAR10.test_list)
-
-
-def _find(root: Path, name: str, base: str, witness: str) -> Path | None:
-    """`root/name/base` (BackdoorBench), `root/base` (torchvision) or `root` itself, whichever holds `witness`."""
-    for folder in (root / name / base, root / base, root):
-        if (folder / witness).is_file():
-            return folder
-    return None
-
-
-def _download(root: Path, dataset: Any) -> Path:
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    print(f"downloading {dataset.filename} to {root}")
-    try:
-        download_and_extract_archive(dataset.url, str(root), filename=dataset.filename, md5=dataset.tgz_md5)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"no {dataset.base_folder} under {root.parent} and the download failed ({error}); "
-            "name the folder with --dataset_path, or try --dataset digits, which needs no files"
-        ) from None
-    return root / dataset.base_folder
-
-
-def _digits(root: Path) -> tuple[Images, Images]:
+def _digits(root: Path, size: int) -> tuple[Images, Images]:
     """scikit-learn's 1,797 scanned digits, 8x8 in 17 grey levels, enlarged to 32x32x3; every fifth one is a test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -164,9 +113,15 @@ def _digits(root: Path) -> tuple[Images, Images]:
     return split(train), split(test)
 
 
+_NATURAL = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of CIFAR-10
+
 SOURCES = {
-    "cifar10": Source(
-        10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), Augment(padding=4, flip=True), _cifar10
+    "cifar10": Source(32, *_NATURAL, Augment(padding=4, flip=True), lambda root, size: cifar10(root)),
+    "cifar100": Source(
+        32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(4), lambda root, size: cifar100(root)
     ),
-    "digits": Source(10, (3, 32, 32), (0.304,) * 3, (0.323,) * 3, Augment(padding=4, flip=False), _digits),
+    "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True),
+    "tiny": Source(64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), Augment(4), tiny, resizes=True),
+    "folder": Source(32, *_NATURAL, Augment(4), folder, resizes=True),
+    "digits": Source(32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits),
 }

@@ -81,4 +81,13 @@ def build(
         net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
     else:
         net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
-    return Normalized(net.to(memory_format=torch.channels_last), mean, std, amp)
+    return Normalized(net if _narrow(net) else net.to(memory_format=torch.channels_last), mean, std, amp)
+
+
+def _narrow(net: nn.Module) -> bool:
+    """Whether torch's CPU kernels would write past their memory in channels_last (seen with torch 2.15).
+
+    It is the weight gradient of a strided 1x1 convolution of 8 or fewer fp32 channels, as widths below 16 have.
+    """
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    return any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions)

@@ -31,8 +31,8 @@ def names() -> list[str]:
 def torchvision_net(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """A new network, without pretrained weights, that maps pictures [B, *shape] to logits [B, num_classes].
 
-    It takes the pictures as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224 first, and
-    its state-dict keys begin with `1.`.
+    It takes the pictures as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224
+    first, and its state-dict keys begin with `1.`.
     """
     from torchvision import models
 

@@ -1,0 +1,54 @@
+"""Compare the library's speed with that of the released order of work, in one process and on the same pictures.
+
+    python scripts/bench.py sau [--width 64] [--batch_size 64] [--repeats 5] [--json out.json]
+
+prints one row for each comparison: ratio = reference / ours, so above 1 means that ours is faster.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference is the twin of the tests
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from bench_parts import sau_step
+
+from sau.device import choose_device, set_threads
+
+PARTS: dict[str, ModuleType] = {"sau": sau_step}
+
+
+def main() -> None:
+    """Run the part that the command line names, print its rows and write them where `--json` says."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--repeats", type=int, default=5, help="repetitions; their median is reported [5]")
+    common.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
+    common.add_argument("--json", type=Path, help="file to write the rows to")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="part", required=True)
+    for name, part in PARTS.items():
+        about = (part.__doc__ or "").split("\n")[0]
+        part.add_arguments(commands.add_parser(name, parents=[common], help=about, description=about))
+    args = parser.parse_args()
+    args.device, args.threads = choose_device(args.device), set_threads(args.threads)
+    rows = PARTS[args.part].run(args)
+    print(f"\n{'':40}{'ratio':>8}{'min':>8}{'max':>8}{'ours':>12}{'reference':>12}")
+    for row in rows:
+        numbers = f"{row['ratio']:8.2f}{row['low']:8.2f}{row['high']:8.2f}{row['ours']:12.4g}{row['reference']:12.4g}"
+        print(f"{row['name']:40}{numbers} {row['unit']}")
+    if args.json:
+        setting = {"torch": torch.__version__, **{name: _plain(value) for name, value in vars(args).items()}}
+        args.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+if __name__ == "__main__":
+    main()

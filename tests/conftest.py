@@ -1,0 +1,115 @@
+"""Fixtures: the scripts in a subprocess, the command line in this process, a finished record, real data."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from toys import REPOSITORY, VICTIM, command, environment, the_error
+
+from sau.cli import main
+from sau.errors import SauError
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The same number of threads for every test, so that sums have the same rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As users run the library: without the checks of shapes and types that pytest adds, which would come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """`cli("attack", "badnet", *flags, cwd=folder)` runs a script of the repository from a foreign folder."""
+
+    def run(kind: str, name: str, *flags: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+        assert not Path(cwd).resolve().is_relative_to(REPOSITORY)
+        argv = command(kind, name, *flags)
+        return subprocess.run(argv, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=280)
+
+    return run
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """`here("attack", "badnet", *flags)` runs the command line in this process: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(list(argv))
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(here: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """`refused("attack", "badnet", *flags)` asserts one line of error and status 2, and returns the line."""
+
+    def run(*argv: str) -> str:
+        status, _, err = here(*argv)
+        assert status == 2
+        return the_error(err)
+
+    return run
+
+
+@pytest.fixture
+def one_line() -> Callable[[BaseException], str]:
+    """Asserts that an exception is a user's mistake said in one line, and returns the line."""
+
+    def check(error: BaseException) -> str:
+        text = str(error)
+        assert isinstance(error, SauError) and "\n" not in text and text
+        return text
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
+    """A folder with `record/victim`, made by attack/badnet.py on digits; do not change it, copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = cli("attack", "badnet", *VICTIM, "--save_folder_name", "victim", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "attack.out").write_text(done.stdout)
+    (folder / "attack.err").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def victim(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `record/victim` below `tmp_path`, free to be changed and defended."""
+    return Path(shutil.copytree(finished / "record" / "victim", tmp_path / "record" / "victim"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets that SAU_DATA names."""
+    if "SAU_DATA" not in os.environ:
+        pytest.skip("SAU_DATA is not set; let it name a folder that holds cifar-10-batches-py")
+    return Path(os.environ["SAU_DATA"]).resolve()

@@ -1,0 +1,913 @@
+"""BackdoorBench's folders: reading theirs, writing ours, and files that are broken or hostile."""
+
+import builtins
+import csv
+import importlib.util
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from toys import REPOSITORY, TinyNet, environment, tiny_net, toy_images
+
+from sau import compat, export, foreign, victim
+from sau.compat import KEYS, RESULT
+from sau.data import sources
+from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
+from sau.data.sources import fingerprint, load, source
+from sau.errors import RecordError
+from sau.evaluate import score
+from sau.models import MODELS, build
+from sau.record import Record
+
+NET = "preactresnet18"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of 1,000 weights under the name of the benchmark's."""
+    monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
+
+
+@pytest.fixture(scope="session")
+def original(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that BackdoorBench wrote; read it only."""
+    packed = real_data.parent / "fixtures" / "backdoorbench_badnet.tar.xz"
+    if not packed.is_file():
+        pytest.skip(f"there is no {packed}")
+    place = tmp_path_factory.mktemp("original")
+    with tarfile.open(packed) as archive:
+        archive.extractall(place, filter="data")
+    return place / "backdoorbench_badnet"
+
+
+@pytest.fixture(scope="session")
+def cifar10(real_data: Path) -> tuple[Images, Images]:
+    return load("cifar10", real_data)
+
+
+def network(found: compat.Foreign) -> nn.Module:
+    origin = source(found.dataset)
+    model = build(found.model_name, found.num_classes, mean=origin.mean, std=origin.std)
+    model.net.load_state_dict(found.weights)
+    return model.eval()
+
+
+def swap(folder: Path, other: str, place: Path) -> Path:
+    """A copy of a folder in which `other` is the result file."""
+    shutil.copytree(folder, place)
+    (place / other).replace(place / RESULT)
+    return place
+
+
+# The folder that BackdoorBench wrote
+
+
+@pytest.fixture(params=(RESULT, "attack_result_numpy1.pt"))
+def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> compat.Foreign:
+    return compat.read(swap(original, request.param, tmp_path / "theirs"))
+
+
+def test_lists_of_a_real_folder(theirs, original, cifar10):
+    expected = json.loads((original / "expected.json").read_text())
+    assert (theirs.dataset, theirs.model_name, theirs.num_classes) == ("cifar10", NET, 10)
+    assert theirs.data_path == expected["data_path"] and theirs.shape == (3, 32, 32)
+    assert (theirs.train_length, theirs.test_length) == (600, 200)
+    for images, name, clean in zip(
+        (theirs.poisoned, theirs.triggered), ("train_poisoned", "asr_test"), cifar10, strict=True
+    ):
+        assert images.index.tolist() == expected[name]["index"]
+        assert images.labels.tolist() == expected[name]["stored_label"]
+        assert images.true_labels.tolist() == expected[name]["true_label"]
+        assert torch.equal(images.true_labels, clean.labels[images.index])
+        assert (images.role == BACKDOOR).all() and images.num_classes == 10
+        assert (images.pixels[:, :, 29:, 29:] == 255).all()
+        assert torch.equal(images.pixels[:, :, :29], clean.pixels[images.index][:, :, :29])
+    assert int((theirs.poisoned.labels != theirs.poisoned.true_labels).sum()) == 57
+    assert len(theirs.weights) == expected["state_dict_entries"]
+    total = sum(float(tensor.double().abs().sum()) for tensor in theirs.weights.values())
+    assert total == pytest.approx(expected["state_dict_sum_abs_float64"], rel=1e-12)
+
+
+@torch.no_grad()
+def test_logits_and_scores_of_a_real_folder(original, cifar10):
+    found, expected = compat.read(original), json.loads((original / "expected.json").read_text())
+    model, test = network(found), cifar10[1][torch.arange(200)]
+    sets = {"clean": (test.pixels, test.labels)}
+    sets["bd"] = (found.triggered.pixels, found.triggered.labels)
+    sets["ra"] = (found.triggered.pixels, found.triggered.true_labels)
+    logits = {name: model(to_float(pixels)) for name, (pixels, _) in sets.items() if name != "ra"}
+    logits["ra"] = logits["bd"]
+    for name in ("clean", "bd"):
+        wanted = torch.tensor(expected[f"{name}_logits"])
+        assert torch.allclose(logits[name][:8], wanted, rtol=0, atol=1e-4)
+    for name, (_, labels) in sets.items():
+        losses = [F.cross_entropy(x, y) for x, y in zip(logits[name].split(128), labels.split(128), strict=True)]
+        assert float(sum(losses)) / len(losses) == pytest.approx(expected["losses_mean_over_batches"][name], abs=1e-4)
+    result = score(model, test, found.triggered)
+    assert (result.acc.hits, result.acc.total) == (45, 200)
+    assert (result.asr.hits, result.racc.hits, result.asr.total) == (77, 30, 180)
+    for share, name in ((result.acc, "test_acc"), (result.asr, "test_asr"), (result.racc, "test_ra")):
+        assert share.hits / share.total == expected[name]
+
+
+def test_a_real_file_opens_in_three_seconds_and_four_times_its_size(original, tmp_path):
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("there is no /proc/self/status to read the peak of memory from")
+    program = f"""
+import time, sys
+from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY)!r})
+from sau import compat
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+before, begun = peak(), time.process_time()
+compat.read(Path({str(original)!r}))
+print(time.process_time() - begun, peak() - before)
+"""
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seconds, memory = map(float, done.stdout.splitlines()[-1].split())
+    assert seconds < 3 and memory < 4 * (original / RESULT).stat().st_size, (seconds, memory)
+
+
+# Files that these tests make
+
+
+def pngs(images: Images, folder: Path, split: str) -> dict[Any, Any]:
+    table = {}
+    for i in range(len(images)):
+        index, true = int(images.index[i]), int(images.true_labels[i])
+        file = folder / f"bd_{split}_dataset" / str(true) / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(file)
+        stored = f"/home/somebody/record/a/bd_{split}_dataset/{true}/{index}.png"
+        table[np.int64(index)] = {"path": stored, "other_info": [int(images.labels[i]), true]}
+    return table
+
+
+def part(table: dict[Any, Any], order: np.ndarray, flagged: list[int], n: int) -> dict[str, Any]:
+    flags = np.zeros(n)
+    flags[flagged] = 1
+    return {
+        "bd_data_container": {"save_folder_path": "x", "save_file_format": ".png", "data_dict": table},
+        "getitem_all": True,
+        "getitem_all_switch": False,
+        "original_index_array": order,
+        "poison_indicator": flags,
+        "save_folder_path": "x",
+    }
+
+
+def toy_parts() -> tuple[Images, Images]:
+    """Poisoned training pictures 3, 1 and 7 of 40, and the triggered ones of 20 test pictures."""
+    train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
+    poisoned = train[torch.tensor([1, 3, 7])]
+    poisoned = replace(poisoned, labels=torch.zeros(3, dtype=torch.int64), role=torch.full((3,), BACKDOOR).byte())
+    triggered = test[(test.labels != 0).nonzero().flatten()]
+    triggered = replace(triggered, labels=torch.zeros_like(triggered.labels), role=torch.full((18,), BACKDOOR).byte())
+    return poisoned, triggered
+
+
+def toy_content(folder: Path) -> dict[str, Any]:
+    """What BackdoorBench would have saved in `folder`, whose PNG files are written."""
+    poisoned, triggered = toy_parts()
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "model_name": NET,
+        "num_classes": 10,
+        "model": OrderedDict(tiny_net(10).state_dict()),
+        "data_path": "./data/cifar10",
+        "img_size": (32, 32, 3),
+        "clean_data": "cifar10",
+        "bd_train": part(pngs(poisoned, folder, "train"), np.arange(40), poisoned.index.tolist(), 40),
+        "bd_test": part(pngs(triggered, folder, "test"), triggered.index.numpy(), triggered.index.tolist(), 20),
+    }
+
+
+def save(content: Any, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(content, folder / RESULT)
+    return folder
+
+
+def same(one: Images, other: Images) -> bool:
+    return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+def pickled(raw: bytes, change: Any) -> bytes:
+    """The archive with `change(pickle)` for its pickle; nothing is compressed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            content = old.read(member)
+            new.writestr(member.filename, change(content) if member.filename.endswith("data.pkl") else content)
+    return out.getvalue()
+
+
+def test_a_plain_file_is_read(tiny, tmp_path):
+    found = compat.read(save(toy_content(tmp_path / "a"), tmp_path / "a"))
+    poisoned, triggered = toy_parts()
+    assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
+    assert (found.train_length, found.test_length) == (40, 20)
+    for name, tensor in tiny_net(10).state_dict().items():
+        assert torch.equal(found.weights[name], tensor)
+    assert len(found.digest) == 64
+
+
+def test_numpy_1_and_numpy_2_names_are_read(tiny, tmp_path):
+    folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
+    raw = (folder / RESULT).read_bytes()
+    for old, new in ((b"numpy._core", b"numpy.core"), (b"numpy.core", b"numpy._core")):
+        changed = pickled(raw, lambda content, old=old, new=new: content.replace(old, new))
+        assert (old + b".multiarray") not in changed and changed.count(new + b".multiarray") == 2
+        (folder / RESULT).write_bytes(changed)
+        assert same(compat.read(folder).poisoned, toy_parts()[0])
+
+
+def test_an_attack_without_a_poisoned_training_set(tiny, tmp_path):
+    content = toy_content(tmp_path / "a")
+    content["bd_train"] = None
+    found = compat.read(save(content, tmp_path / "a"))
+    assert found.poisoned is None and found.train_length is None and len(found.triggered) == 18
+
+
+def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
+    content = toy_content(tmp_path / "a")
+    content["img_size"], content["more"] = [32, 32, 3], {"extra": 1}
+    for name in ("bd_train", "bd_test"):
+        for key in ("original_index_array", "poison_indicator"):
+            content[name][key] = content[name][key].tolist()
+        table = content[name]["bd_data_container"]["data_dict"]
+        table = {int(index): {**entry, "path": entry["path"].replace("/", "\\")} for index, entry in table.items()}
+        content[name]["bd_data_container"]["data_dict"] = table
+    found = compat.read(save(content, tmp_path / "a"))
+    assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
+
+
+def test_pictures_kept_in_the_file(tiny, tmp_path):
+    content = toy_content(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    for name, images in zip(("bd_train", "bd_test"), toy_parts(), strict=True):
+        content[name]["bd_data_container"]["save_folder_path"] = None
+        content[name]["bd_data_container"]["data_dict"] = {
+            np.int64(i): (Image.fromarray(pixels.permute(1, 2, 0).numpy()), stored, true)
+            for i, pixels, stored, true in zip(
+                images.index.tolist(), images.pixels, images.labels.tolist(), images.true_labels.tolist(), strict=True
+            )
+        }
+    found = compat.read(save(content, tmp_path / "a"))
+    assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
+
+
+def test_pictures_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, tmp_path):
+    content = toy_content(tmp_path / "a")
+    (tmp_path / "a" / "bd_train_dataset").rename(tmp_path / "a" / "cross_train_dataset")
+    table = content["bd_train"]["bd_data_container"]["data_dict"]
+    for entry in table.values():
+        entry["path"] = entry["path"].replace("bd_", "cross_")
+    for entry in content["bd_test"]["bd_data_container"]["data_dict"].values():
+        entry["path"] = entry["path"].replace("bd_test_dataset", "bd_other")
+    found = compat.read(save(content, tmp_path / "a"))
+    assert (found.poisoned.role == COVER).all() and same(found.triggered, toy_parts()[1])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
+    content = toy_content(tmp_path / "a")
+    names = list(content["model"])
+    random.Random(0).shuffle(names)
+    weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in content["model"].items()}
+    content["model"] = OrderedDict((f"module.{name}", weights[name]) for name in names)
+    found = compat.read(save(content, tmp_path / "a"))
+    assert list(found.weights) == list(weights)  # the order of the network
+    assert all(torch.equal(found.weights[name], weights[name].to(found.weights[name].dtype)) for name in weights)
+    assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32, torch.int64}
+
+
+def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
+    folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
+    first = compat.read(folder)
+    monkeypatch.setattr("sau.compat_pictures.read_picture", lambda path: pytest.fail(f"{path} is decoded again"))
+    assert same(compat.read(folder).poisoned, first.poisoned)
+    monkeypatch.undo()
+    monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    Image.new("RGB", (32, 32), "red").save(folder / "bd_train_dataset" / "3" / "3.png")
+    assert compat.read(folder).poisoned.pixels[1, 0].eq(255).all()
+
+
+def test_hundred_permutations_of_names_are_refused(tmp_path):
+    """Equal shapes under exchanged names look right to a reader that goes by position."""
+    own = {f"{a}.{b}": torch.full((4,), float(i)) for i, (a, b) in enumerate((a, b) for a in "xyz" for b in "abcd")}
+    for seed in range(100):
+        renamed = {f"{name[::-1]}": value for name, value in own.items()}
+        names = random.Random(seed).sample(sorted(renamed), len(renamed))
+        with pytest.raises(RecordError, match="names are not those"):
+            compat._weights({name: own[name[::-1]] for name in names}, own, "n")
+
+
+# Refusals
+
+HERE = "CANARY"
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def in_zip(code: bytes) -> bytes:
+    out = io.BytesIO()
+    torch.save({"x": torch.zeros(2)}, out)
+    return pickled(out.getvalue(), lambda content: b"\x80\x02" + code + b".")
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(content, out, **options)
+    return out.getvalue()
+
+
+def tarred(command: str) -> bytes:
+    """The format of torch 0.1: a tar archive of pickles."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            content = pickle.dumps(Call(os.system, command), protocol=2)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def deflated(megabytes: int) -> bytes:
+    out = io.BytesIO()
+    raw = saved({"x": torch.zeros(1)})
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            large = member.filename.endswith("data/0")
+            new.writestr(member.filename, bytes(megabytes << 20) if large else old.read(member))
+    return out.getvalue()
+
+
+def touch(canary: Path) -> str:
+    return f"touch {canary}"
+
+
+def getattr_chain(canary: Path) -> bytes:
+    module = b"cbuiltins\n__import__\n(" + text("os") + b"tR"
+    return in_zip(b"cbuiltins\ngetattr\n(" + module + text("system") + b"tR(" + text(touch(canary)) + b"tR")
+
+
+def module_attribute(canary: Path) -> bytes:
+    return in_zip(b"ctorch.serialization\nos.system\n(" + text(touch(canary)) + b"tR")
+
+
+def object_array(canary: Path) -> bytes:
+    return saved({**dict.fromkeys(KEYS), "bd_test": np.array([Call(os.system, touch(canary))], dtype=object)})
+
+
+def false_dtype() -> bytes:
+    """An int64 dtype that is told, after an array was made of it, that it holds Python objects."""
+    kind = b"cnumpy\ndtype\n(" + text("i8") + b"\x89\x88tRq\x01"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text("b") + b"tR"
+    state = b"(K\x01(K\x04th\x01\x89c_codecs\nencode\n(" + text("A" * 32) + text("latin1") + b"tRtb"
+    return in_zip(kind + array + state + b"h\x01(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb")
+
+
+@pytest.fixture
+def refused(tmp_path, one_line):
+    """`refused(bytes or content, word)`: the file is refused in one line that names it and holds the word."""
+
+    def check(content: Any, word: str, folder: Path | None = None) -> None:
+        folder = folder or tmp_path / "hostile"
+        folder.mkdir(exist_ok=True)
+        raw = content if isinstance(content, bytes) else saved(content)
+        (folder / RESULT).write_bytes(raw)
+        with pytest.raises(RecordError) as refusal:
+            compat.read(folder)
+        line = one_line(refusal.value)
+        assert str(folder / RESULT) in line and word in line and len(line) < 500 and line.isprintable(), line
+
+    return check
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is said to be on its way out
+def test_twelve_hostile_files_are_refused_and_nothing_runs(refused, tmp_path):
+    canary = tmp_path / HERE
+    command = touch(canary)
+    script = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), script)
+    hostile = {
+        "os.system": (saved(Call(os.system, command)), "system"),
+        "eval": (saved(Call(eval, f"open({str(canary)!r}, 'w')")), "eval"),
+        "getattr chain": (getattr_chain(canary), "getattr"),
+        "module attribute": (module_attribute(canary), "torch.serialization.os.system"),
+        "object array": (object_array(canary), "'O8'"),
+        "nested pickle": (saved(Call(pickle.loads, pickle.dumps(Call(os.system, command)))), "loads"),
+        "legacy": (saved(Call(os.system, command), _use_new_zipfile_serialization=False), "no torch zip file"),
+        "tar": (tarred(command), "no torch zip file"),
+        "TorchScript": (script.getvalue(), "TorchScript"),
+        "whole module": (saved(nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
+        "deflate bomb": (deflated(200), "compressed"),
+        "false dtype": (false_dtype(), "dtype"),
+        "exec": (saved(Call(builtins.exec, f"open({str(canary)!r}, 'w')")), "exec"),
+        "subprocess": (saved(Call(subprocess.check_call, ["touch", str(canary)])), "check_call"),
+    }
+    for raw, word in hostile.values():
+        refused(raw, word)
+        assert not canary.exists()
+    # The commands would have worked.
+    with zipfile.ZipFile(io.BytesIO(hostile["os.system"][0])) as archive:
+        pickle.loads(archive.read("archive/data.pkl"))  # noqa: S301 - our own
+    assert canary.exists()
+
+
+def test_broken_archives(refused, tmp_path):
+    raw = saved({"x": torch.zeros(1000)})
+    for length in (0, 3, 100, 2000, len(raw) - 1):
+        refused(raw[:length], "cannot be read")
+    refused(raw + b"\0" * 5, "does not end")
+    refused(b"PK\x03\x04" + b"x" * 100, "cannot be read")
+    refused(pickled(raw, lambda content: content[:-20]), "hostile")
+    twice = io.BytesIO(raw)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02N.")
+    refused(twice.getvalue(), "no archive of torch.save")
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
+        for i in range(foreign.MEMBERS):
+            archive.writestr(f"a/{i}", b"")
+        archive.writestr("a/data.pkl", b"\x80\x02N.")
+    refused(out.getvalue(), "10,000 members")
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
+        archive.writestr("a.txt", b"hello")
+    refused(out.getvalue(), "no archive of torch.save")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecordError, match="No such file"):
+        compat.read(tmp_path / "empty")
+
+
+def test_limits_of_size(refused, monkeypatch):
+    raw = saved({"x": torch.zeros(1000)})
+    monkeypatch.setattr(foreign, "LARGEST", 3000)
+    refused(raw, "3,000")
+    monkeypatch.setattr(foreign, "LARGEST", 1 << 20)
+    monkeypatch.setattr(foreign, "PICKLE", 20)
+    refused(raw, "its pickle has")
+
+
+def test_claims_of_size_cost_nothing(refused, tiny, tmp_path):
+    content = toy_content(tmp_path / "hostile")
+    content["model"]["linear.weight"] = torch.zeros(1).expand(1 << 40)
+    refused(content, "linear.weight has shape [1099511627776]")
+    claim = b"\x8a\x08" + (1 << 40).to_bytes(8, "little")
+    storage = b"((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + claim + b"tQ"
+    refused(in_zip(b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K\x00(K\x02t(K\x01t\x89)tR"), "record size")
+
+
+def test_flipped_bits_are_refused_or_harmless(tiny, tmp_path, one_line):
+    folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
+    raw, before = bytearray((folder / RESULT).read_bytes()), compat.read(folder)
+    with zipfile.ZipFile(folder / RESULT) as archive:
+        begin = archive.getinfo(f"{Path(RESULT).stem}/data.pkl").header_offset
+    draw, refusals = random.Random(0), 0
+    places = [*range(begin + 64, begin + 160), *(draw.randrange(len(raw)) for _ in range(150))]
+    for place in places:
+        changed = raw.copy()
+        changed[place] ^= 1 << draw.randrange(8)
+        (folder / RESULT).write_bytes(changed)
+        try:
+            found = compat.read(folder)
+        except RecordError as error:
+            one_line(error)
+            refusals += 1
+        else:
+            assert same(found.triggered, before.triggered) and same(found.poisoned, before.poisoned)
+            assert all(torch.equal(found.weights[name], before.weights[name]) for name in before.weights)
+    assert refusals > len(places) / 2
+
+
+def test_a_flipped_weight_is_noticed(tiny, tmp_path, refused):
+    folder = save(toy_content(tmp_path / "hostile"), tmp_path / "hostile")
+    raw = bytearray((folder / RESULT).read_bytes())
+    place = raw.index(tiny_net(10).linear.weight.detach().numpy().tobytes())
+    raw[place + 3] ^= 4
+    refused(bytes(raw), "CRC-32")
+
+
+def test_missing_keys(refused, tiny, tmp_path):
+    whole = toy_content(tmp_path / "hostile")
+    for key in KEYS:
+        refused({name: value for name, value in whole.items() if name != key}, f"no {key!r}")
+    for key in ("bd_data_container", "original_index_array", "poison_indicator"):
+        lacking = {name: value for name, value in whole["bd_test"].items() if name != key}
+        refused({**whole, "bd_test": lacking}, f"bd_test has no {key!r}")
+    refused({**whole, "bd_test": None}, "bd_test is a NoneType")
+    refused([1], "the file is a list")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("clean_data", "imagenet", "'imagenet'"),
+        ("clean_data", "gtsrb", "gtsrb has 43"),
+        ("clean_data", 3, "clean_data is 3"),
+        ("model_name", "nothing", "nothing"),
+        ("model_name", "a\nb\x1b[2J", "printable"),
+        ("num_classes", 11, "num_classes is 11"),
+        ("num_classes", True, "num_classes is True"),
+        ("num_classes", 10**500, "num_classes is a int"),
+        ("img_size", (64, 64, 3), "img_size"),
+        ("img_size", (3, 32, 32), "img_size"),
+        ("img_size", None, "img_size"),
+        ("data_path", "x" * 501, "data_path"),
+        ("model", None, "model is a NoneType"),
+        ("model", {3: torch.zeros(1)}, "a name in model is 3"),
+        ("model", {"x\n": torch.zeros(1)}, "a name in model"),
+    ],
+)
+def test_wrong_values(refused, tiny, tmp_path, key, value, word):
+    refused({**toy_content(tmp_path / "hostile"), key: value}, word)
+
+
+def test_wrong_weights(refused, tiny, tmp_path):
+    content = toy_content(tmp_path / "hostile")
+    weights = content["model"]
+
+    def changed(name: str, value: Any) -> dict[str, Any]:
+        return {**content, "model": OrderedDict({**weights, name: value})}
+
+    renamed = OrderedDict((name.replace("features.0", "features.3"), value) for name, value in weights.items())
+    refused({**content, "model": renamed}, "model lacks 'features.0.weight'")
+    refused({**content, "model": {**weights, "more": torch.zeros(1)}}, "unknown 'more'")
+    refused({**content, "model": {**weights, "module.linear.bias": torch.zeros(10)}}, "twice")
+    refused(changed("linear.bias", torch.zeros(11)), "linear.bias has shape [11]")
+    refused(changed("linear.bias", torch.zeros(10, dtype=torch.int64)), "torch.int64")
+    refused(changed("linear.bias", torch.zeros(10, dtype=torch.float64)), "torch.float64")
+    refused(changed("linear.bias", torch.full((10,), float("nan"))), "not finite")
+    refused(changed("linear.bias", torch.zeros(10).to_sparse()), "dense")
+    refused(changed("linear.bias", torch.zeros(10, device="meta")), "dense")
+    refused(changed("linear.bias", [0.0] * 10), "a list")
+    refused(changed("features.1.running_var", torch.full((10,), -1.0)), "negative variance")
+    refused(changed("features.1.num_batches_tracked", torch.tensor(1.0)), "torch.float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda part: part.update(poison_indicator=np.zeros((2, 2))), "2 dimensions"),
+        (lambda part: part.update(poison_indicator=np.full(20, np.nan)), "whole numbers"),
+        (lambda part: part.update(poison_indicator=np.full(20, 0.5)), "whole numbers"),
+        (lambda part: part.update(poison_indicator=np.zeros(10_001)), "10,001 flags"),
+        (lambda part: part.update(poison_indicator=["1"] * 20), "whole numbers"),
+        (lambda part: part.update(poison_indicator=torch.zeros(20)), "whole numbers"),
+        (lambda part: part.update(poison_indicator=np.zeros(20)), "0 of them triggered"),
+        (lambda part: part.update(original_index_array=np.array([1, 20])), "0 to 19"),
+        (lambda part: part.update(original_index_array=np.array([-1, 1])), "0 to 19"),
+        (lambda part: part.update(original_index_array=np.array([1, 1])), "different"),
+        (lambda part: part.update(original_index_array=[]), "0 pictures"),
+        (lambda part: part["bd_data_container"].pop("data_dict"), "data_dict"),
+        (lambda part: part["bd_data_container"].update(data_dict={}), "picture 1 is a NoneType"),
+    ],
+)
+def test_wrong_lists(refused, tiny, tmp_path, change, word):
+    content = toy_content(tmp_path / "hostile")
+    change(content["bd_test"])
+    refused(content, word)
+
+
+@pytest.mark.parametrize(
+    ("entry", "word"),
+    [
+        ({"other_info": [10, 1]}, "label 10"),
+        ({"other_info": [0, -1]}, "label -1"),
+        ({"other_info": [0.0, 1]}, "label 0.0"),
+        ({"other_info": [True, 1]}, "label True"),
+        ({"other_info": [0]}, "list of two"),
+        ({"other_info": 3}, "list of two"),
+        ({"path": "bd_test_dataset/1/2.png"}, "picture 1 is at"),
+        ({"path": "/etc/passwd"}, "/etc/passwd"),
+        ({"path": "../../bd_test_dataset/../1.png"}, "picture 1 is at"),
+        ({"path": "defense/1/1.png"}, "picture 1 is at"),
+        ({"path": "bd_test_dataset/..\\1/1.png"}, "picture 1 is at"),
+        ({"path": "bd_../1/1.png"}, "picture 1 is at"),
+        ({"path": "bd_test_dataset/\u0661/1.png"}, "picture 1 is at"),
+        ({"path": "bd_test_dataset/1/1.png\n"}, "picture 1 is at"),
+        ({"path": None}, "at a NoneType"),
+        ({"path": "bd_test_dataset/7/1.png", "other_info": [0, 8]}, "missing"),
+    ],
+)
+def test_wrong_entries(refused, tiny, tmp_path, entry, word):
+    content = toy_content(tmp_path / "hostile")
+    content["bd_test"]["bd_data_container"]["data_dict"][np.int64(1)].update(entry)
+    refused(content, word)
+
+
+def test_wrong_pictures(refused, tiny, tmp_path):
+    content = toy_content(tmp_path / "hostile")
+    picture = tmp_path / "hostile" / "bd_test_dataset" / "1" / "1.png"
+    good = picture.read_bytes()
+    Image.new("RGB", (33, 32)).save(picture)
+    refused(content, "33x32")
+    Image.new("RGBA", (32, 32)).save(picture)
+    refused(content, "mode RGBA")
+    picture.write_bytes(good[:-30])
+    refused(content, str(picture))
+    picture.unlink()
+    refused(content, "missing")
+    (tmp_path / "secret.png").write_bytes(good)
+    picture.symlink_to(tmp_path / "secret.png")
+    refused(content, "no ordinary file")
+    shutil.move(picture.parent, tmp_path / "outside")
+    picture.parent.symlink_to(tmp_path / "outside")
+    refused(content, "leads out")
+
+
+# Writing
+
+
+def bench_load(root: Path, name: str) -> dict[str, Any]:
+    """What BackdoorBench's loader asks of `root/record/name`, from backdoorbench-files.md; run with `root` as cwd.
+
+    Returns the weights as its position-by-position renaming leaves them, and for each part samples and indices.
+    """
+    path = root / "record" / name / RESULT
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            assert member.compress_type == zipfile.ZIP_STORED
+            with path.open("rb") as file:
+                file.seek(member.header_offset + 26)
+                lengths = struct.unpack("<HH", file.read(4))
+            assert (member.header_offset + 30 + sum(lengths)) % 64 == 0
+        (content,) = (archive.read(member) for member in archive.namelist() if member.endswith("data.pkl"))
+        assert b"numpy._core" not in content and b"numpy.core.multiarray" in content  # numpy 1.25 has no other
+    result = torch.load(path, weights_only=False)
+    assert set(result) >= set(KEYS)
+    assert "record" in os.path.realpath(path) and "data" in result["data_path"]
+    assert type(result["model_name"]) is str and type(result["num_classes"]) is int
+    own = build(result["model_name"], result["num_classes"], mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
+    assert type(result["model"]) is OrderedDict and len(result["model"]) == len(own)
+    assert [value.shape for value in result["model"].values()] == [value.shape for value in own.values()]
+    out: dict[str, Any] = {"model": dict(zip(own, result["model"].values(), strict=True)), **result}
+    for part in ("bd_train", "bd_test"):
+        state = result[part]
+        keys = "bd_data_container getitem_all getitem_all_switch original_index_array poison_indicator save_folder_path"
+        assert set(state) == set(keys.split())
+        assert state["getitem_all"] is True and state["getitem_all_switch"] is False
+        container = state["bd_data_container"]
+        assert set(container) == {"save_folder_path", "data_dict", "save_file_format"}
+        assert container["save_file_format"] == ".png" and container["save_folder_path"] == state["save_folder_path"]
+        order, flags = state["original_index_array"], state["poison_indicator"]
+        assert (order.dtype, flags.dtype) == (np.dtype("int64"), np.dtype("float64")) and order.ndim == flags.ndim == 1
+        order[np.array([0, 2])], flags[order]  # its `subset`
+        samples = {}
+        for index in order[flags[order] != 0]:
+            entry = container["data_dict"][index]
+            stored, true = entry["other_info"]
+            assert type(stored) is type(true) is int and entry["path"].startswith(f"./record/{name}/")
+            with Image.open(entry["path"]) as picture:  # as stored, relative to the working directory
+                samples[int(index)] = (np.asarray(picture.convert("RGB")), stored, true)
+        out[part] = {"samples": samples, "order": order, "flags": flags}
+    return out
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """`make(dataset=..., width=...)`: a finished record of an attack on 40 toy pictures that pass for CIFAR-10."""
+    origin = source("cifar10")
+    train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
+    monkeypatch.setattr(sources, "load", lambda dataset, path, size: (train, test))
+    monkeypatch.setitem(export.SPLITS, "cifar10", (10, 32, 40, 20))
+
+    def record(dataset: str = "cifar10", poison: bool = True, **network: Any) -> Record:
+        made = Record(tmp_path / "record" / "ours")
+        made.begin({"run": {"dataset_path": "there", "recipe": "cpu"}}, {"a": 1}, overwrite=True)
+        data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
+        about = {"name": NET, "classes": 10, "width": 64, "shape": [3, 32, 32]}
+        about |= {"mean": list(origin.mean), "std": list(origin.std), **network}
+        made.note(data=data, model=about)
+        torch.manual_seed(1)
+        model = build(NET, 10, mean=origin.mean, std=origin.std)
+        with torch.no_grad():
+            for tensor in model.net.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor += 0.01 * torch.rand_like(tensor)
+        poisoned, triggered = toy_parts()
+        if poison:
+            role = torch.tensor([BACKDOOR, COVER, BACKDOOR], dtype=torch.uint8)
+            labels = torch.where(role == COVER, poisoned.true_labels, poisoned.labels)
+            victim.save(made, model, export.poison(train, replace(poisoned, role=role, labels=labels)), triggered)
+        else:
+            victim.save(made, model, train, triggered[torch.arange(0)])
+        made.finish({})
+        made.check()
+        return made
+
+    return record
+
+
+@torch.no_grad()
+def test_written_and_read_again(make, tmp_path, monkeypatch):
+    record, root = make(), tmp_path / "bench"
+    export.write(record, root / "record" / "new", "new")
+    names = sorted(str(file.relative_to(root)) for file in (root / "record").glob("*"))
+    assert names == ["record/new"]  # nothing temporary is left
+    found = compat.read(root / "record" / "new")
+    poisoned, triggered = (victim.load_images(record, part) for part in ("poisoned", "triggered"))
+    assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
+    assert found.poisoned.role.tolist() == [BACKDOOR, COVER, BACKDOOR]
+    assert (found.dataset, found.model_name, found.num_classes) == ("cifar10", NET, 10)
+    assert (found.train_length, found.test_length) == (40, 20)
+    ours = victim.load(record.path).model()
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in ours.net.state_dict().items())
+    x = to_float(triggered.pixels[:4])
+    assert torch.allclose(network(found)(x), ours(x), rtol=0, atol=1e-6)
+
+    monkeypatch.chdir(root)
+    theirs = bench_load(root, "new")
+    assert list(theirs["model"]) == list(ours.net.state_dict()) and theirs["img_size"] == (32, 32, 3)
+    assert all(torch.equal(theirs["model"][name], tensor) for name, tensor in ours.net.state_dict().items())
+    for part, images, n in (("bd_train", poisoned, 40), ("bd_test", triggered, 20)):
+        assert len(theirs[part]["flags"]) == n and theirs[part]["flags"].sum() == len(images)
+        assert sorted(theirs[part]["samples"]) == images.index.tolist()
+        for i, (pixels, stored, true) in enumerate(theirs[part]["samples"].values()):
+            assert np.array_equal(pixels, images.pixels[i].permute(1, 2, 0).numpy())
+            assert (stored, true) == (int(images.labels[i]), int(images.true_labels[i]))
+    assert theirs["bd_train"]["order"].tolist() == list(range(40))
+    assert theirs["bd_test"]["order"].tolist() == triggered.index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"dataset": "digits"}, "no data set digits"),
+        ({"width": 16}, "not in width 16"),
+        ({"name": "resnet18"}, "no network resnet18"),
+        ({"shape": [3, 64, 64]}, "32x32 pixels only"),
+        ({"mean": [0.5, 0.5, 0.5]}, "normalises"),
+        ({"poison": False}, "clean network"),
+    ],
+)
+def test_what_cannot_be_expressed(make, tiny, tmp_path, one_line, changed, word):
+    with pytest.raises(RecordError) as refusal:
+        export.write(make(**changed), tmp_path / "out", "out")
+    assert word in one_line(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_other_pictures_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, monkeypatch, one_line):
+    record = make()
+    with monkeypatch.context() as patch:
+        patch.setitem(export.SPLITS, "cifar10", (10, 32, 50_000, 10_000))
+        with pytest.raises(RecordError) as refusal:
+            export.write(record, tmp_path / "out", "out")
+        assert "a part of cifar10 (40 and 20 pictures)" in one_line(refusal.value)
+        patch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
+        with pytest.raises(RecordError) as refusal:
+            export.write(record, tmp_path / "out", "out")
+        assert "holds other" in one_line(refusal.value)
+
+
+def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch, one_line):
+    record, target = make(), tmp_path / "out" / "new"
+    for name in ("../new", "a/b", "", ".x"):
+        with pytest.raises(RecordError):
+            export.write(record, target, name)
+    with monkeypatch.context() as patch:
+
+        def full(self: Any, path: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(RecordError) as refusal:
+            export.write(record, target, "new")
+        assert "No space left" in one_line(refusal.value)
+    assert not target.exists() and not list(target.parent.iterdir())
+    export.write(record, target, "new")
+    with pytest.raises(RecordError, match="exists"):
+        export.write(record, target, "new")
+
+
+# scripts/export.py
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(*flags)` runs it in this process: (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("export_script", REPOSITORY / "scripts" / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["export.py", *flags])
+        capsys.readouterr()
+        return module.main(), *capsys.readouterr()
+
+    return run
+
+
+def flags(tmp_path: Path, kind: str, out: str = "out") -> tuple[str, ...]:
+    return ("ours", "--format", kind, "--out", str(tmp_path / out), "--record_root", str(tmp_path / "record"))
+
+
+@pytest.fixture
+def wanted(make, tiny):
+    """The record's poisoned training set and triggered test set."""
+    record = make()
+    train, poisoned, triggered, n_test = export.pictures(record)
+    whole = export.poison(train, poisoned)
+    assert n_test == 20 and len(whole) == 40 and (whole.role > 0).sum() == 3
+    assert torch.equal(whole.pixels[poisoned.index], poisoned.pixels) and (whole.labels != whole.true_labels).any()
+    return {"train": whole, "test_triggered": triggered}
+
+
+def test_npz_is_read_back_equal(wanted, script, tmp_path):
+    assert script(*flags(tmp_path, "npz"))[0] == 0
+    for part, images in wanted.items():
+        with np.load(tmp_path / "out" / f"{part}.npz", allow_pickle=False) as arrays:
+            assert set(arrays) == {"pixels", "labels", "true_labels", "role", "index"}
+            assert all(np.array_equal(arrays[name], value.numpy()) for name, value in images.tensors().items())
+
+
+def test_png_folders_are_read_back_equal(wanted, script, tmp_path):
+    assert script(*flags(tmp_path, "png"))[0] == 0
+    with (tmp_path / "out" / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["file"] for row in rows}) == sum(map(len, wanted.values()))
+    assert len(rows) == len(list((tmp_path / "out").rglob("*.png")))
+    for part, images in wanted.items():
+        mine = [row for row in rows if row["file"].startswith(f"{part}/")]
+        for i, row in enumerate(mine):
+            with Image.open(tmp_path / "out" / row["file"]) as picture:
+                assert np.array_equal(np.asarray(picture), images.pixels[i].permute(1, 2, 0).numpy())
+            assert row["file"] == f"{part}/{row['label']}/{row['index']}.png"
+        for column, values in zip(("label", "true_label", "role", "index"), export_columns(images), strict=True):
+            assert [int(row[column]) for row in mine] == values
+    assert {int(row["role"]) for row in rows} == {CLEAN, BACKDOOR, COVER}
+
+
+def export_columns(images: Images) -> list[list[int]]:
+    return [getattr(images, name).tolist() for name in ("labels", "true_labels", "role", "index")]
+
+
+def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
+    status, out, _ = script(*flags(tmp_path, "backdoorbench", "bench/record/victim"))
+    assert status == 0 and out.strip() == str(tmp_path / "bench" / "record" / "victim")
+    found = compat.read(tmp_path / "bench" / "record" / "victim")
+    assert same(found.triggered, wanted["test_triggered"])
+    content = torch.load(tmp_path / "bench" / "record" / "victim" / RESULT, weights_only=False)
+    assert content["bd_test"]["save_folder_path"] == "./record/victim/bd_test_dataset"
+
+
+def test_mistakes_on_the_command_line(script, finished, tmp_path):
+    for name, kind, out, word in (
+        ("nothing", "npz", "out", "no folder"),
+        ("../x", "npz", "out", "folder name"),
+        ("victim", "backdoorbench", "out", "no data set digits"),
+        ("victim", "npz", ".", "exists"),
+    ):
+        argv = (name, "--format", kind, "--out", str(tmp_path / out), "--record_root", str(finished / "record"))
+        status, _, err = script(*argv)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_runs_from_a_foreign_folder(finished, tmp_path):
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "export.py"), "victim", "--format", "npz", "--out", "digits"]
+    argv += ["--record_root", str(finished / "record")]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "digits" / "train.npz") as arrays:
+        assert len(arrays["labels"]) == len(load("digits")[0]) and (arrays["role"] == BACKDOOR).any()

@@ -1,0 +1,471 @@
+"""From signatures to flags and YAML and back: what is accepted, what beats what, and what is refused with which words."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import yaml
+from toys import REPOSITORY
+
+from sau import config
+from sau.attack import ATTACKS, BadNet, Blended, Prototype
+from sau.config import IGNORED, convert, options
+from sau.data.sources import SOURCES
+from sau.defense import DEFENSES, FT, SAU
+from sau.errors import ConfigError
+from sau.optim import Training
+from sau.request import AttackRun, DefenseRun, Request
+from sau.yamlfile import OVERLAYS, read_yaml, shipped
+
+# Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """About.
+
+    Args:
+        lr: rate,
+            on two lines.
+        steps: how many.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {"learning_rate": "lr"}
+
+    lr: float = 0.1
+    steps: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(Base):
+    """More.
+
+    Args:
+        mode: one of two, 100 % sure.
+        strict: a switch.
+        path: a file.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {"n_steps": "steps", "m": "mode"}
+
+    steps: int = 5
+    mode: Literal["Fast", "slow"] = "slow"
+    strict: bool = False
+    path: str | None = None
+
+
+def test_options_come_from_the_signature_and_its_bases():
+    found = options(Small)
+    assert list(found) == ["lr", "steps", "mode", "strict", "path"]
+    assert found["lr"].help == "rate, on two lines." and found["lr"].aliases == ("learning_rate",)
+    assert found["steps"].default == 5 and found["steps"].aliases == ("n_steps",) and found["steps"].help == "how many."
+
+
+@pytest.mark.parametrize("cls", [AttackRun, DefenseRun, Training, *ATTACKS.values(), *DEFENSES.values()])
+def test_every_parameter_has_a_help_text(cls):
+    assert [name for name, option in options(cls).items() if not option.help] == []
+
+
+def test_the_flags_of_the_benchmark_exist():
+    """attacks.md 3.1 and 3.2, defenses.md 3.2 and 3.3: each is a parameter, another name of one, or ignored."""
+    attack = """save_folder_name yaml_path bd_yaml_path dataset dataset_path model pratio attack_target
+    attack_label_trans attack epochs batch_size lr lr_scheduler client_optimizer sgd_momentum wd steplr_stepsize
+    steplr_gamma steplr_milestones random_seed device amp num_workers pin_memory non_blocking prefetch frequency_save
+    git_hash""".split()
+    defense = """result_file yaml_path dataset dataset_path model device amp pin_memory non_blocking prefetch epochs
+    batch_size num_workers lr lr_scheduler steplr_stepsize steplr_gamma steplr_milestones client_optimizer sgd_momentum
+    wd frequency_save random_seed checkpoint_load checkpoint_save log ratio index""".split()
+    sau = """optim n_rounds outer_steps lmd_1 lmd_2 lmd_3 beta_1 beta_2 trigger_norm pgd_init norm_type adv_lr adv_steps
+    train_mode""".split()
+    for wanted, sections in (
+        (attack, (AttackRun, Training, BadNet)),
+        (["patch_mask_path"], (BadNet,)),
+        (["attack_trigger_img_path", "attack_train_blended_alpha", "attack_test_blended_alpha"], (Blended,)),
+        (defense, (DefenseRun, FT)),
+        (defense + sau, (DefenseRun, SAU)),
+    ):
+        known = {name for cls in sections for o in options(cls).values() for name in (o.name, *o.aliases)}
+        assert set(wanted) - known - set(IGNORED) == set()
+
+
+def test_the_published_settings_of_sau_are_its_defaults():
+    """defenses.md 3.3."""
+    found = {name: o.default for o in options(SAU).values() for name in (o.name, *o.aliases)}
+    published = {
+        "n_rounds": 100, "outer_steps": 1, "lmd_1": 1, "lmd_2": 0, "lmd_3": 1, "beta_1": 0.01, "beta_2": 1,
+        "trigger_norm": 0.2, "pgd_init": "max", "norm_type": "L_inf", "adv_lr": 0.2, "adv_steps": 5,
+        "train_mode": False, "lr": 1e-4, "batch_size": 256, "wd": 0, "optim": "adam", "adam_betas": (0.9, 0.999),
+    }  # fmt: skip
+    assert {name: found[name] for name in published} == published
+    assert options(DefenseRun)["ratio"].default == 0.05
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        *((text, bool, True) for text in ("True", "true", "TRUE", "1", 1, True)),
+        *((text, bool, False) for text in ("False", "false", "0", 0, False)),
+        ("1e-4", float, 1e-4),
+        (1e-4, float, 1e-4),
+        ("3", float, 3.0),
+        (3, float, 3.0),
+        ("-.5", float, -0.5),
+        ("7", int, 7),
+        (" 7 ", int, 7),
+        ("-7", int, -7),
+        ("60,90", tuple[int, ...], (60, 90)),
+        ("60, 90", tuple[int, ...], (60, 90)),
+        ("[60, 90]", tuple[int, ...], (60, 90)),
+        ([60, 90], tuple[int, ...], (60, 90)),
+        ((0.9, 0.999), tuple[float, ...], (0.9, 0.999)),
+        ("", tuple[int, ...], ()),
+        *((text, int | None, None) for text in ("none", "None", "auto", "null", None)),
+        *((text, bool | None, None) for text in ("none", "auto", None)),
+        ("3", int | None, 3),
+        ("true", bool | None, True),
+        ("a b", str, "a b"),
+        (2024, str, "2024"),
+        ("x.png", str | None, "x.png"),
+        *((text, Literal["Adam", "sgd"], "Adam") for text in ("Adam", "adam", "ADAM")),
+        ("L_INF", Literal["L_inf", "L1"], "L_inf"),
+    ],
+)
+def test_values_that_are_accepted(value, hint, expected):
+    converted = convert(value, hint)
+    assert converted == expected and type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "word"),
+    [
+        *((text, bool, "true or false") for text in ("yes", "on", "2", "", "tru", None)),
+        *((text, int, "a whole number") for text in ("1.5", "1e3", "one", "", 1.5, True, None, [1], {})),
+        *((text, float, "a finite number") for text in ("a", "", "nan", "inf", "-inf", True, None, [0.1], {"a": 1})),
+        *((text, tuple[int, ...], "a whole number") for text in ("60,a", "60;90", [60, 1.5], [None])),
+        *((text, Literal["adam", "sgd"], "one of adam, sgd") for text in ("lion", "", None, 3)),
+        *((text, int | None, "a whole number") for text in ("nothing", "0.5")),
+        *((text, str, "a text") for text in ([1], {"a": 1})),
+        ("9" * 5000, int, "a whole number"),
+    ],
+)
+def test_values_that_are_refused(value, hint, word, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        convert(value, hint)
+    assert word in one_line(refusal.value)
+
+
+# Flags
+
+
+def flags(*argv: str) -> dict[str, Any]:
+    return {name: setting.value for name, setting in config.flags("prog", "about", (Small,), argv).items()}
+
+
+def test_flags_under_all_their_names():
+    assert flags("--lr", "1", "--n_steps", "4", "--m=fast") == {"lr": "1", "steps": "4", "mode": "fast"}
+    assert flags("--learning_rate", "2") == {"lr": "2"} and flags() == {}
+
+
+def test_a_switch_needs_no_value():
+    assert flags("--strict") == {"strict": "true"} and flags("--strict", "--lr", "1")["strict"] == "true"
+    assert flags("--strict", "false") == {"strict": "false"}
+    run, method = Request("x", SAU, (DefenseRun, SAU), ["--train_mode"]).settle("defense", "paper", "cifar10")
+    assert method.train_mode is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lrr", "1"], ["unknown", "--lrr", "--lr"]),
+        (["--step", "1"], ["unknown", "--step", "--steps"]),  # no abbreviations
+        (["--learn", "1"], ["unknown", "--learn"]),
+        (["--zzzzzz"], ["unknown", "--zzzzzz"]),
+        (["1"], ["unknown", "1"]),
+        (["--lr=1", "--lr", "2"], ["--lr", "twice"]),
+        (["--lr", "1", "--learning_rate", "1"], ["--learning_rate", "twice"]),
+        (["--strict", "--strict"], ["--strict", "twice"]),
+        (["-n", "4", "--num_workers", "4"], ["--num_workers", "twice"]),
+        (["--lr"], ["--lr", "expected one argument"]),
+    ],
+)
+def test_flags_that_are_refused(argv, words, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        flags(*argv)
+    assert all(word in one_line(refusal.value) for word in words)
+
+
+def test_loader_flags_are_accepted_under_their_old_names():
+    request = Request("x", BadNet, (AttackRun, Training, BadNet), ["-n", "4", "-pm", "True", "-nb", "1", "-pf", "False"])
+    assert sorted(request.ignored) == ["non_blocking", "num_workers", "pin_memory", "prefetch"]
+    assert set(IGNORED) >= set(request.ignored) | {"git_hash"} and all(IGNORED.values())
+
+
+def test_help_lists_every_flag_with_its_names_and_default(capsys):
+    with pytest.raises(SystemExit) as left:
+        flags("--help")
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and "--learning_rate" in out and "100 % sure. [slow]" in out and "{Fast,slow}" in out
+    for option in options(Small).values():
+        assert f"--{option.name}" in out
+
+
+def test_a_value_that_is_refused_names_its_flag(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Request("x", BadNet, (AttackRun, Training, BadNet), ["--lr", "fast"]).settle("attack", "paper", "cifar10")
+    assert all(word in one_line(refusal.value) for word in ("--lr", "'fast'", "a finite number"))
+
+
+# YAML
+
+
+KNOWN = options(Small)
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "settings.yaml"
+    file.write_text(text)
+    return file
+
+
+def read(file: Path, recipe: str | None = None, dataset: str | None = None) -> dict[str, Any]:
+    settings = read_yaml(file, KNOWN, recipe=recipe, dataset=dataset)
+    return config.values(settings, KNOWN)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "+1e-4", ".0001", "0.0001", "1.0e-04", "'1e-4'"])
+def test_numbers_in_yaml_are_numbers(tmp_path, text):
+    """YAML 1.1, which PyYAML reads, takes 1e-4 for a text."""
+    settings = read_yaml(written(tmp_path, f"lr: {text}\n"), KNOWN, recipe=None, dataset=None)
+    assert read(tmp_path / "settings.yaml") == {"lr": 1e-4}
+    assert isinstance(settings["lr"].value, float) != text.startswith("'")
+
+
+def test_a_yaml_file_with_every_kind_of_value(tmp_path):
+    file = written(tmp_path, "# a comment\nlearning_rate: 2\nn_steps: 9\nmode: FAST\nstrict: yes\npath: none\n")
+    assert read(file) == {"lr": 2.0, "steps": 9, "mode": "Fast", "strict": True, "path": None}
+    assert read(written(tmp_path, "")) == {} and read(written(tmp_path, "# nothing\n")) == {}
+
+
+def test_overlays_of_recipe_and_data_set(tmp_path):
+    """The file, over it the recipe's settings, over these the data set's."""
+    text = "lr: 1\nsteps: 1\nmode: fast\nrecipes:\n  cpu: {steps: 2, mode: slow}\n  paper: {steps: 3}\ndatasets:\n  digits: {steps: 4}\n"
+    file = written(tmp_path, text)
+    assert read(file) == {"lr": 1.0, "steps": 1, "mode": "Fast"}
+    assert read(file, "cpu") == {"lr": 1.0, "steps": 2, "mode": "slow"}
+    assert read(file, "paper", "cifar10") == {"lr": 1.0, "steps": 3, "mode": "Fast"}
+    assert read(file, "cpu", "digits") == {"lr": 1.0, "steps": 4, "mode": "slow"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("lr: 1\nstep: 2\n", 2, ["step", "unknown", "steps"]),
+        ("lr: 1\n\n# a comment\nzzzzzz: 2\n", 4, ["zzzzzz", "unknown"]),
+        ("lr: 1\nsteps: 2\nlr: 1\n", 3, ["lr", "twice"]),
+        ("lr: 1\nlearning_rate: 1\n", 2, ["lr", "twice"]),
+        ("steps: 2\nlr: fast\n", 2, ["lr", "'fast'", "a finite number"]),
+        ("steps: 2.5\n", 1, ["steps", "2.5", "a whole number"]),
+        ("mode: quick\n", 1, ["mode", "'quick'", "one of Fast, slow"]),
+        ("lr: 1\nsteps: [1, 2]\n", 2, ["steps", "a whole number"]),
+        ("lr: {a: 1}\n", 1, ["lr", "a finite number"]),
+        ("- lr\n- steps\n", 1, ["a mapping"]),
+        ("just a text\n", 1, ["a mapping"]),
+        ("recipes:\n  cpu:\n    step: 2\n", 3, ["step", "unknown", "steps"]),
+        ("recipes:\n  paper: {steps: 2, steps: 3}\n", 2, ["steps", "twice"]),
+        ("recipes: {cpu: 1, cpu: 2}\n", 1, ["cpu", "twice"]),
+        ("recipes:\n  cpu: 3\n", 2, ["a mapping"]),
+        ("datasets: 3\n", 1, ["a mapping"]),
+        ("steps: 2\nlr: !!python/object/apply:os.system ['touch canary']\n", 2, ["lr"]),
+        ("lr: !!python/name:os.system\n", 1, ["lr"]),
+        ("steps: !!int abc\n", 1, ["steps"]),
+        ("strict: !!bool maybe\n", 1, ["strict"]),
+        ("path: 2024-13-01\n", 1, ["path"]),  # looks like a date and is none
+        ("steps: " + "9" * 5000 + "\n", 1, ["steps"]),
+        ("? [a, b]\n: 1\n", 1, []),
+        ("? {a: b}\n: 1\n", 1, []),
+    ],
+)
+def test_yaml_that_is_refused_with_file_and_line(tmp_path, monkeypatch, text, line, words, one_line):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, text)
+    with pytest.raises(ConfigError) as refusal:
+        read(file, "cpu")
+    assert f"{file}:{line}" in one_line(refusal.value)
+    assert all(word in str(refusal.value).replace(str(file), "") for word in words)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("text", ["lr: [1\n", "lr: 1\n  steps: 2\n", "a: *b\n", "--- 1\n--- 2\n", "\t- x", "[" * 1200])
+def test_text_that_is_no_yaml_is_refused(tmp_path, text, one_line):
+    file = written(tmp_path, text)
+    with pytest.raises(ConfigError) as refusal:
+        read(file)
+    assert str(file) in one_line(refusal.value)
+
+
+def test_yaml_that_unfolds_is_refused_in_few_words(tmp_path, one_line):
+    """Four levels of ten references each are 10,000 values from 200 bytes; the refusal does not print them all."""
+    text = "lr:\n - &a [0,0,0,0,0,0,0,0,0,0]\n"
+    for level, below in zip("bcd", "abc", strict=True):
+        text += f" - &{level} [{','.join([f'*{below}'] * 10)}]\n"
+    with pytest.raises(ConfigError) as refusal:
+        read(written(tmp_path, text))
+    assert len(one_line(refusal.value)) < 1000
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, one_line):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for file in (tmp_path / "missing.yaml", tmp_path, tmp_path / "binary.yaml"):
+        with pytest.raises(ConfigError) as refusal:
+            read(file)
+        assert str(file) in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_for_nothing_that_exists_is_refused(tmp_path, overlay, one_line):
+    """`recipes: {cpuu: ...}` would otherwise be read and forgotten."""
+    file = written(tmp_path, f"{overlay}:\n  cpuu:\n    lr: 1\n")
+    with pytest.raises(ConfigError) as refusal:
+        read(file, "cpu", "digits")
+    assert "cpuu" in one_line(refusal.value) and f"{file}:" in str(refusal.value)
+
+
+# What beats what
+
+
+def asked(argv: Sequence[str], record: dict[str, Any] | None = None, recipe: str = "paper", dataset: str = "cifar10"):
+    request = Request("x", SAU, (DefenseRun, SAU), argv)
+    return request.settle("defense", recipe, dataset, record)
+
+
+def test_flag_beats_yaml_beats_shipped_beats_signature(tmp_path):
+    file = written(tmp_path, "lr: 3\n")
+    assert asked([])[1].lr == SAU().lr == 1e-4
+    assert asked([], recipe="cpu")[1].lr == 1e-3  # the shipped overlay
+    assert asked(["--yaml_path", str(file)], recipe="cpu")[1].lr == 3
+    assert asked(["--yaml_path", str(file), "--lr", "4"], recipe="cpu")[1].lr == 4
+
+
+def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("lr: 3\nepochs: 3\npratio: 0.3\n")
+    two.write_text("lr: 4\npratio: 0.4\n")
+    sections = (AttackRun, Training, BadNet)
+    argv = ["--yaml_path", str(one), "--bd_yaml_path", str(two), "--pratio", "0.5"]
+    for order in (argv, argv[2:4] + argv[:2] + argv[4:]):
+        run, training, method = Request("x", BadNet, sections, order).settle("attack", "cpu", "cifar10")
+        assert (training.lr, training.epochs, method.pratio) == (4.0, 3, 0.5)
+
+
+def test_the_record_beats_the_signature_and_is_beaten_by_yaml_and_flags(tmp_path):
+    file = written(tmp_path, "dataset_path: from yaml\n")
+    record = {"dataset": "digits", "model": "preactresnet18", "dataset_path": "from record"}
+    assert asked([])[0].dataset_path == "./data"
+    assert asked([], record)[0].dataset_path == "from record" and asked([], record)[0].model == "preactresnet18"
+    assert asked(["--yaml_path", str(file)], record)[0].dataset_path == "from yaml"
+    assert asked(["--yaml_path", str(file), "--dataset_path", "from flag"], record)[0].dataset_path == "from flag"
+
+
+def test_recipe_and_data_set_choose_the_shipped_settings():
+    sections = (AttackRun, Training, BadNet)
+
+    def settled(recipe: str, dataset: str) -> tuple[int, int, float, str]:
+        run, training, _ = Request("x", BadNet, sections, []).settle("attack", recipe, dataset)
+        assert (run.recipe, run.dataset) == (recipe, dataset)
+        return run.width, training.epochs, training.lr, training.lr_scheduler
+
+    assert settled("paper", "cifar10") == (64, 100, 0.01, "CosineAnnealingLR")
+    assert settled("cpu", "cifar10")[0] == 16 and settled("cpu", "cifar10")[1] < 20
+    assert settled("paper", "digits")[0] == 64 and settled("cpu", "digits")[0] == 16
+
+
+def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
+    """Issue 2: 1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round."""
+    cpu, paper = asked([], recipe="cpu")[1], asked([], recipe="paper")[1]
+    assert cpu.lr * cpu.epochs == pytest.approx(paper.lr * paper.epochs) and cpu.epochs < paper.epochs
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("dataset", "digits"), ("model", "preactresnet18")])
+def test_a_flag_that_contradicts_the_record_is_refused_with_both_values(tmp_path, name, theirs, one_line):
+    record = {"dataset": "digits", "model": "preactresnet18", "dataset_path": "."}
+    assert asked([f"--{name}", theirs], record)
+    for argv in ([f"--{name}", "other"], ["--yaml_path", str(written(tmp_path, f"{name}: other\n"))]):
+        with pytest.raises(ConfigError) as refusal:
+            asked(argv, record)
+        assert "'other'" in one_line(refusal.value) and repr(theirs) in str(refusal.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("eval_every", "0"), ("frequency_save", "-1"), ("random_seed", "-1")])
+def test_run_settings_out_of_range_are_refused(name, value, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        asked([f"--{name}", value])
+    assert name in one_line(refusal.value)
+
+
+def test_what_was_said_can_be_asked_before_it_is_settled(tmp_path):
+    file = written(tmp_path, "dataset: digits\nrecipe: paper\n")
+    request = Request("x", SAU, (DefenseRun, SAU), ["--yaml_path", str(file), "--recipe", "cpu"])
+    assert request.said("dataset") == "digits" and request.said("recipe") == "cpu" and request.said("index") is None
+
+
+# Shipped files
+
+
+SHIPPED = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def sections_of(file: Path) -> tuple[type, ...]:
+    kind, name = file.parent.name, file.stem
+    if kind == "recipe":
+        return (AttackRun, Training)
+    return (AttackRun, ATTACKS[name]) if kind == "attack" else (DefenseRun, DEFENSES[name])
+
+
+def test_every_shipped_file_belongs_to_something_that_exists():
+    assert {file.stem for file in SHIPPED if file.parent.name == "recipe"} == set(SOURCES)
+    assert {file.stem for file in SHIPPED if file.parent.name == "attack"} == set(ATTACKS)
+    assert {file.stem for file in SHIPPED if file.parent.name == "defense"} == set(DEFENSES)
+    assert len(SHIPPED) == len(SOURCES) + len(ATTACKS) + len(DEFENSES)
+    assert all(shipped(file.parent.name, file.stem) == file for file in SHIPPED)
+    assert shipped("attack", "nothing") is None
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_shipped_file_is_read_and_its_values_are_allowed(file):
+    known = {name: option for cls in sections_of(file) for name, option in options(cls).items()}
+    cases = [(recipe, dataset) for recipe in ("paper", "cpu") for dataset in SOURCES]
+    for recipe, dataset in cases:
+        values = config.values(read_yaml(file, known, recipe=recipe, dataset=dataset), known)
+        for cls in sections_of(file):
+            config.build(cls, values)
+    overlays = yaml.safe_load(file.read_text()) or {}
+    assert set(overlays.get("recipes", {})) <= {"paper", "cpu"} and set(overlays.get("datasets", {})) <= set(SOURCES)
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in SHIPPED if file.parent.name != "recipe"], ids=lambda file: f"{file.parent.name}/{file.name}"
+)
+def test_shipped_values_outside_the_overlays_are_the_signatures(file):
+    """Every default has one home: the file is complete, and repeats it with its reason beside it."""
+    method = sections_of(file)[-1]
+    known = {**options(sections_of(file)[0]), **options(method)}
+    values = config.values(read_yaml(file, known, recipe=None, dataset=None), known)
+    assert set(values) == set(options(method))
+    assert values == {name: option.default for name, option in options(method).items()}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_shipped_files_use_the_canonical_names_and_say_why(file):
+    text = file.read_text()
+    known = {name for cls in sections_of(file) for name in options(cls)} | set(OVERLAYS) | {"paper", "cpu"} | set(SOURCES)
+    assert set(re.findall(r"^\s*(\w+):", text, re.M)) <= known and "#" in text
+
+
+def test_clean_training_has_no_poisoning_flags():
+    assert options(Prototype) == {}

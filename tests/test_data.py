@@ -1,0 +1,531 @@
+"""Pictures: containers, batches, augmentation, clean subsets, files of data sets and pictures of users."""
+
+import os
+import pickle
+import shutil
+import struct
+import urllib.error
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets.utils
+from PIL import Image
+from toys import toy_images
+
+from sau.attack import BadNet
+from sau.data import cifar
+from sau.data.augment import Augment
+from sau.data.images import Batches, Images, quantise, to_float
+from sau.data.pictures import fit, read_picture
+from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
+from sau.errors import ConfigError, DataError
+
+# Images and quantise
+
+
+def test_labels_out_of_range_are_refused(one_line):
+    pixels = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    for labels in ([0, 1, 4], [-1, 0, 1]):
+        with pytest.raises(DataError) as refusal:
+            Images.clean(pixels, torch.tensor(labels), 4)
+        assert "0..3" in one_line(refusal.value)
+
+
+def test_pictures_and_labels_must_be_as_many(one_line, unchecked):
+    with pytest.raises(DataError) as refusal:
+        Images.clean(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), 4)
+    assert "3 pictures but 2 labels" in one_line(refusal.value)
+
+
+def test_picking_keeps_what_belongs_together():
+    images = toy_images(12)
+    picked = images[torch.tensor([7, 2])]
+    assert len(picked) == 2 and picked.num_classes == 4
+    assert picked.index.tolist() == [7, 2] and picked.labels.tolist() == [3, 2]
+    assert torch.equal(picked.pixels, images.pixels[[7, 2]])
+    assert set(images.tensors()) == {"pixels", "labels", "true_labels", "role", "index"}
+    assert torch.equal(images.to(torch.device("cpu")).pixels, images.pixels)
+
+
+def test_every_grey_level_survives_the_way_to_float_and_back():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x = to_float(levels)
+    assert x.dtype == torch.float32 and float(x.max()) == 1 and float(x.min()) == 0
+    assert torch.equal(quantise(x), levels)
+    assert torch.equal(quantise(levels.float() / 255), levels) and torch.equal(quantise(levels.double() / 255), levels)
+
+
+def test_quantise_truncates_and_clips():
+    """3.99 grey levels are 3, not 4; 0.9 are 0; below 0 and above 255 are cut."""
+    x = torch.tensor([3.99, 0.9, -3.0, 300.0, 254.9, 255.0]).view(1, 1, 2, 3) / 255
+    assert quantise(x).flatten().tolist() == [3, 0, 0, 255, 254, 255]
+
+
+def test_conversions_leave_their_argument_alone():
+    x, levels = torch.rand(2, 3, 4, 4), torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
+    before = x.clone()
+    quantise(x), to_float(levels)
+    assert torch.equal(x, before) and (levels == 7).all()
+    assert to_float(x) is x
+
+
+# Batches
+
+
+def numbered(n: int, size: int, **how) -> Batches:
+    """Batches over n pictures whose pixel value and label are their number."""
+    numbers = torch.arange(n)
+    pixels = numbers.to(torch.uint8).view(n, 1, 1, 1).expand(n, 3, 4, 4).contiguous()
+    return Batches(pixels, (numbers,), size, **how)
+
+
+def order(batches: Batches) -> list[int]:
+    return [int(i) for _, labels in batches for i in labels]
+
+
+def test_without_a_seed_the_order_is_that_of_the_pictures():
+    batches = numbered(7, 3)
+    assert order(batches) == list(range(7)) and [len(y) for _, y in batches] == [3, 3, 1] and len(batches) == 3
+
+
+def test_pixels_and_labels_of_a_batch_belong_together():
+    for x, y in numbered(20, 6, seed=3):
+        assert x.dtype == torch.float32 and torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    def at(seed: int, epoch: int) -> list[int]:
+        batches = numbered(50, 8, seed=seed)
+        batches.set_epoch(epoch)
+        torch.rand(seed + epoch + 1)  # whatever was drawn elsewhere
+        return order(batches)
+
+    assert at(1, 2) == at(1, 2)
+    orders = [tuple(at(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(orders)) == 6 and all(sorted(one) == list(range(50)) for one in orders)
+    walked = numbered(50, 8, seed=1)
+    for _ in range(3):
+        order(walked)  # an earlier walk of the same object leaves no trace
+    assert order(walked) == at(1, 0)
+
+
+def test_the_last_batch_is_kept_or_dropped():
+    assert len(numbered(10, 4, seed=0)) == 3
+    dropping = numbered(10, 4, seed=0, drop_last=True)
+    assert len(dropping) == 2 and [len(y) for _, y in dropping] == [4, 4]
+    exact = numbered(8, 4, seed=0, drop_last=True)
+    assert len(exact) == 2 and sorted(order(exact)) == list(range(8))
+
+
+def test_a_set_smaller_than_a_batch_is_never_dropped():
+    assert [len(y) for _, y in numbered(3, 4, seed=0, drop_last=True)] == [3]
+
+
+def test_images_batches_have_three_parts():
+    images = BadNet(pratio=0.5).poison_train(toy_images(20), 0)
+    for x, y, truth in images.batches(8, seed=0, augment=Augment(), drop_last=True):
+        assert x.shape == (8, 3, 16, 16) and 0 <= float(x.min()) and float(x.max()) <= 1
+        assert y.shape == truth.shape == (8,) and (y[y != truth] == 0).all()
+
+
+# Augmentation
+
+
+def by_hand(x: torch.Tensor, padding: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """One picture at a time, with the draws of `Augment` in their order: all tops, all lefts, all mirrors."""
+    b, c, h, w = x.shape
+    top, left = torch.randint(2 * padding + 1, (2, b, 1), generator=generator)
+    mirrored = torch.rand(b, 1, generator=generator) < 0.5 if flip else torch.zeros(b, 1, dtype=torch.bool)
+    out = torch.zeros_like(x)
+    for i in range(b):
+        padded = torch.zeros(c, h + 2 * padding, w + 2 * padding, dtype=x.dtype)
+        padded[:, padding : padding + h, padding : padding + w] = x[i]
+        crop = padded[:, int(top[i]) : int(top[i]) + h, int(left[i]) : int(left[i]) + w]
+        out[i] = crop.flip(2) if mirrored[i] else crop
+    return out
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("padding", "shape"), [(4, (20, 3, 32, 32)), (2, (9, 1, 12, 7))])
+def test_augment_is_the_loop_over_pictures(flip, padding, shape):
+    for x in (torch.randint(256, shape, dtype=torch.uint8), torch.rand(shape)):
+        ours = Augment(padding, flip)(x, torch.Generator().manual_seed(5))
+        assert ours.dtype == x.dtype
+        assert torch.equal(ours, by_hand(x, padding, flip, torch.Generator().manual_seed(5)))
+
+
+def test_every_picture_has_its_own_crop_and_mirror():
+    """200 copies of one picture: nearly all of the 81 crops appear, and about half of the pictures are mirrored."""
+    one = torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    many = one.expand(200, -1, -1, -1).contiguous()
+    crops = Augment()(many, torch.Generator().manual_seed(0))
+    assert len(crops.flatten(1).unique(dim=0)) > 60
+    unmoved = Augment(padding=0, flip=True)(many, torch.Generator().manual_seed(0))
+    mirrored = (unmoved == many.flip(3)).flatten(1).all(1)
+    assert ((unmoved == many).flatten(1).all(1) ^ mirrored).all() and 70 < int(mirrored.sum()) < 130
+
+
+def test_the_cropped_border_is_black_and_the_draws_uniform():
+    white = torch.full((4000, 1, 9, 9), 255, dtype=torch.uint8)
+    crops = Augment(padding=4)(white, torch.Generator().manual_seed(1))
+    tops = (crops[:, 0, :, 4] == 0).sum(1)  # |top - 4| rows are black, seen in the one column that never is
+    counts = torch.bincount(tops, minlength=5) / 4000
+    # A shift of 0 has one way, every other distance two: 1/9 and 2/9, within four standard deviations (0.026).
+    assert (counts - torch.tensor([1, 2, 2, 2, 2]) / 9).abs().max() < 0.027
+
+
+def test_the_augmentation_of_each_data_set():
+    """attacks.md 2.2: crop with padding 4; flip for CIFAR-10, and not for digits, which are not symmetric."""
+    assert SOURCES["cifar10"].augment == Augment(padding=4, flip=True)
+    assert SOURCES["digits"].augment == Augment(padding=4, flip=False)
+    assert SOURCES["cifar10"].mean == (0.4914, 0.4822, 0.4465) and SOURCES["cifar10"].std == (0.247, 0.243, 0.261)
+
+
+# The defender's pictures
+
+
+def index_images(n: int) -> Images:
+    """n pictures of one pixel."""
+    return Images.clean(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), 10)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "first"),
+    [
+        (50_000, 2500, [25247, 49673, 27562, 2653, 16968]),
+        (100_000, 5000, [50494, 99346, 55125, 5306, 33936]),
+        (39_209, 1960, [25247, 27562, 2653, 16968, 33506]),
+    ],
+)
+def test_the_clean_subset_is_the_published_list(n, size, first):
+    """defenses.md 0.3: seed 0 and 5 % give, in this order, the list that ships with the benchmark."""
+    clean = clean_subset(index_images(n), 0.05, 0)
+    assert clean.index[:5].tolist() == first
+    assert len(clean) == size == len(set(clean.index.tolist()))
+
+
+def test_another_seed_gives_other_pictures():
+    assert clean_subset(index_images(1000), 0.05, 1).index.tolist() != clean_subset(
+        index_images(1000), 0.05, 0
+    ).index.tolist()
+    assert sorted(clean_subset(index_images(30), 1.0, 0).index.tolist()) == list(range(30))
+
+
+def test_an_index_file_replaces_the_draw(tmp_path):
+    file = tmp_path / "index.txt"
+    file.write_text("7\n3\n\n11\n")
+    assert clean_subset(index_images(20), 0.5, 0, str(file)).index.tolist() == [7, 3, 11]
+
+
+@pytest.mark.parametrize("content", ["7\n20\n", "-1\n", "1.5\n", "two\n", "1e1\n"])
+def test_an_index_file_with_something_else_is_refused(tmp_path, one_line, content):
+    file = tmp_path / "index.txt"
+    file.write_text(content)
+    with pytest.raises(DataError) as refusal:
+        clean_subset(index_images(20), 0.5, 0, str(file))
+    assert "0..19" in one_line(refusal.value) and content.split()[-1] in str(refusal.value)
+
+
+def test_an_index_file_that_cannot_be_read_is_refused(tmp_path, one_line):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for file in (tmp_path / "missing", tmp_path, binary):
+        with pytest.raises(DataError) as refusal:
+            clean_subset(index_images(20), 0.5, 0, str(file))
+        assert str(file) in one_line(refusal.value)
+
+
+def test_an_empty_clean_set_is_refused(tmp_path, one_line):
+    with pytest.raises(DataError) as refusal:
+        clean_subset(index_images(19), 0.05, 0)
+    assert "empty" in one_line(refusal.value)
+    (tmp_path / "index.txt").write_text("\n")
+    with pytest.raises(DataError) as refusal:
+        clean_subset(index_images(19), 0.05, 0, str(tmp_path / "index.txt"))
+    assert "empty" in one_line(refusal.value) and "index.txt" in str(refusal.value)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
+def test_a_clean_share_outside_0_to_1_is_refused(one_line, ratio):
+    with pytest.raises(ConfigError) as refusal:
+        clean_subset(index_images(100), ratio, 0)
+    assert "ratio" in one_line(refusal.value)
+
+
+# Data sets
+
+
+def test_digits():
+    """1,797 real images, every fifth one a test picture, 32x32x3, all classes in both parts."""
+    train, test = load("digits")
+    assert (len(train), len(test)) == (1437, 360) and train.num_classes == 10
+    for images in (train, test):
+        assert images.pixels.shape[1:] == (3, 32, 32) and images.pixels.dtype == torch.uint8
+        assert images.labels.unique().tolist() == list(range(10)) and (images.role == 0).all()
+        assert torch.equal(images.pixels[:, 0], images.pixels[:, 2])
+    assert int(train.pixels.max()) == 255 and int(train.pixels.min()) == 0
+    again, _ = load("digits")
+    assert fingerprint(again) == fingerprint(train) != fingerprint(test)
+
+
+def test_digits_are_scaled_by_16_and_truncated():
+    """Every pixel of the enlargement is a mean of the 8x8 grey levels 0..16 with weights that are multiples of 1/64, so
+    it is k/1024 of white; 255 k / 1024 is truncated (after the thousandth that `quantise` adds)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, _ = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    ours, _ = load("digits")
+    assert ours.labels.tolist() == labels[train].tolist()
+    small = torch.from_numpy(pixels[train][:20]).double().view(-1, 1, 8, 8) / 16
+    large = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    exact = (large * 255 + 1e-3).floor().long()
+    assert torch.equal(ours.pixels[:20, :1].long(), exact)
+
+
+def test_a_fingerprint_sees_pixels_labels_order_and_shape():
+    images = toy_images(8)
+    other = images.pixels.clone()
+    other[3, 1, 2, 2] ^= 1
+    variants = [
+        images,
+        Images.clean(other, images.labels, 4),
+        Images.clean(images.pixels, images.labels.flip(0), 4),
+        images[torch.arange(7, -1, -1)],
+        Images.clean(images.pixels.view(8, 3, 8, 32), images.labels, 4),
+    ]
+    assert len({fingerprint(one) for one in variants}) == len(variants)
+
+
+def test_an_unknown_data_set_lists_the_known_ones(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        source("cifar11")
+    assert "cifar11" in one_line(refusal.value) and "cifar10, digits" in str(refusal.value)
+
+
+def test_offline_without_cifar10_one_line_says_what_to_do(monkeypatch, tmp_path, one_line):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
+    with pytest.raises(DataError) as refusal:
+        load("cifar10", tmp_path)
+    assert all(word in one_line(refusal.value) for word in ("--dataset_path", "--dataset digits", str(tmp_path)))
+
+
+def test_a_corrupt_download_is_one_line_too(monkeypatch, tmp_path, one_line):
+    def corrupt(*args, **kwargs):
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", corrupt)
+    with pytest.raises(DataError) as refusal:
+        load("cifar10", tmp_path)
+    assert "--dataset_path" in one_line(refusal.value)
+
+
+def test_missing_cifar10_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp_path):
+    asked = {}
+
+    def fetch(url, root, filename, md5):
+        asked.update(url=url, root=root, md5=md5)
+        raise OSError("enough")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", fetch)
+    with pytest.raises(DataError):
+        load("cifar10", tmp_path)
+    assert asked["root"] == str(tmp_path / "cifar10") and asked["url"].endswith("cifar-10-python.tar.gz")
+    assert asked["md5"] == "c58f30108f718f92721af3b95e74349a"
+
+
+def fake_cifar(folder: Path) -> Path:
+    """A folder with the names of CIFAR-10's files and other bytes in them."""
+    base = folder / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        (base / name).write_bytes(b"not the official bytes")
+    return base
+
+
+def test_a_damaged_cifar_file_is_named(tmp_path, one_line):
+    base = fake_cifar(tmp_path)
+    with pytest.raises(DataError) as refusal:
+        load("cifar10", tmp_path)
+    assert str(base / "data_batch_1") in one_line(refusal.value) and "damaged" in str(refusal.value)
+
+
+def test_a_missing_cifar_file_is_named(tmp_path, one_line):
+    base = fake_cifar(tmp_path)
+    (base / "data_batch_1").unlink()
+    with pytest.raises(DataError) as refusal:
+        load("cifar10", tmp_path)
+    assert "data_batch_1" in one_line(refusal.value)
+
+
+class Canary:
+    """Unpickling it writes a file: what a malicious pickle would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_a_malicious_batch_is_refused_and_not_executed(tmp_path, one_line):
+    import hashlib
+
+    canary, file = tmp_path / "canary", tmp_path / "data_batch_1"
+    for payload in (Canary(canary), {"data": Canary(canary), "labels": [0]}, {"data": np.random.rand, "labels": [0]}):
+        raw = pickle.dumps(payload)
+        file.write_bytes(raw)
+        md5 = hashlib.md5(raw).hexdigest()
+        with pytest.raises(DataError) as refusal:  # even if someone had forged the sum
+            cifar._cifar_batch(file, md5, "labels")
+        assert str(file) in one_line(refusal.value) and not canary.exists()
+        with pytest.raises(DataError):
+            cifar._cifar_batch(file, "0" * 32, "labels")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_honest_batch_is_read(tmp_path, protocol):
+    import hashlib
+
+    pixels = np.arange(2 * 3072, dtype=np.uint8).reshape(2, 3072)
+    raw = pickle.dumps({"data": pixels, "labels": [3, 7]}, protocol=protocol)
+    (tmp_path / "batch").write_bytes(raw)
+    read, labels = cifar._cifar_batch(tmp_path / "batch", hashlib.md5(raw).hexdigest(), "labels")
+    assert labels == [3, 7] and np.array_equal(read, pixels.reshape(2, 3, 32, 32))
+
+
+def test_cifar10_is_the_official_one_in_every_layout(real_data, tmp_path):
+    """The sums are those of torchvision's decoded arrays, [N, 32, 32, 3]. Three layouts, one of them read."""
+    import hashlib
+
+    base = real_data / "cifar-10-batches-py"
+    benchmark, torchvisions = tmp_path / "benchmark", tmp_path / "torchvision"
+    (benchmark / "cifar10").mkdir(parents=True)
+    torchvisions.mkdir()
+    (benchmark / "cifar10" / base.name).symlink_to(base)
+    (torchvisions / base.name).symlink_to(base)
+    for root in (benchmark, torchvisions, base):
+        found = cifar._find(root, "cifar10", base.name, "test_batch")
+        assert found is not None and found.resolve() == base
+    train, test = load("cifar10", benchmark)
+    for images, n, md5 in (
+        (train, 50_000, "17e2cb5a4119d89a4a13e02b91701bff"),
+        (test, 10_000, "6d2714505047e13831cd876923568712"),
+    ):
+        channels_last = images.pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        assert len(images) == n and hashlib.md5(channels_last).hexdigest() == md5
+        assert (torch.bincount(images.labels) == n // 10).all()
+
+
+def test_one_flipped_bit_of_cifar10_is_found(real_data, tmp_path, one_line):
+    base = real_data / "cifar-10-batches-py"
+    copy = tmp_path / base.name
+    copy.mkdir()
+    for file in base.glob("*_batch*"):
+        (copy / file.name).symlink_to(file)
+    (copy / "data_batch_2").unlink()
+    shutil.copy(base / "data_batch_2", copy / "data_batch_2")
+    (copy / "data_batch_2").chmod(0o644)
+    with (copy / "data_batch_2").open("r+b") as file:
+        file.seek(10_000_000)
+        byte = file.read(1)[0]
+        file.seek(10_000_000)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(DataError) as refusal:
+        load("cifar10", tmp_path)
+    assert "data_batch_2" in one_line(refusal.value)
+
+
+# Pictures that a user names
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a hundred bytes whose header promises width x height pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
+
+
+def write_refused(folder: Path) -> dict[str, Path]:
+    """One file for each reason to refuse."""
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    files = {name: folder / name for name in ("truncated.png", "truncated.jpg", "animated.png", "animated.gif")}
+    rgb.save(folder / "whole.png")
+    rgb.save(folder / "whole.jpg")
+    for kind in ("png", "jpg"):
+        whole = (folder / f"whole.{kind}").read_bytes()
+        files[f"truncated.{kind}"].write_bytes(whole[: len(whole) // 2])
+    frames = [rgb, rgb.rotate(90)]
+    for kind in ("png", "gif"):
+        frames[0].save(files[f"animated.{kind}"], save_all=True, append_images=frames[1:])
+    for mode in ("RGBA", "LA", "CMYK", "I;16", "F"):
+        suffix = {"CMYK": "jpg", "F": "tiff"}.get(mode, "png")
+        files[mode] = folder / f"{mode.replace(';', '')}.{suffix}"
+        Image.new(mode, (8, 8)).save(files[mode])
+    files["transparent"] = folder / "transparent.png"
+    Image.new("P", (8, 8)).save(files["transparent"], transparency=0)
+    files["text"] = folder / "text.png"
+    files["text"].write_text("I am a picture")
+    files["empty"] = folder / "empty.png"
+    files["empty"].write_bytes(b"")
+    files["large header"] = folder / "large.png"
+    files["large header"].write_bytes(png_header(9000, 9000))
+    files["larger header"] = folder / "larger.png"
+    files["larger header"].write_bytes(png_header(12_000, 12_000))
+    files["huge header"] = folder / "huge.png"
+    files["huge header"].write_bytes(png_header(60_000, 60_000))
+    files["folder"] = folder
+    files["missing"] = folder / "missing.png"
+    return files
+
+
+REASONS = (
+    "truncated.png truncated.jpg animated.png animated.gif RGBA LA CMYK I;16 F transparent text empty folder missing"
+).split() + ["large header", "larger header", "huge header"]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_picture_is_refused_with_its_name(tmp_path, one_line, reason):
+    file = write_refused(tmp_path)[reason]
+    with pytest.raises(DataError) as refusal:
+        read_picture(file)
+    assert str(file) in one_line(refusal.value)
+
+
+def test_a_name_with_a_null_byte_is_refused(one_line):
+    with pytest.raises(DataError) as refusal:
+        read_picture("a\0b.png")
+    one_line(refusal.value)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_eight_bit_pictures_become_rgb(tmp_path, mode, kind):
+    file = tmp_path / f"picture.{kind}"
+    Image.new("RGB", (6, 5), (255, 255, 255)).convert(mode).save(file)
+    picture = read_picture(file)
+    assert picture.mode == "RGB" and picture.size == (6, 5) and picture.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_fit_squeezes_to_height_and_width_without_keeping_the_aspect():
+    picture = Image.new("RGB", (10, 20), (200, 100, 50))
+    squeezed = fit(picture, 4, 6)
+    assert squeezed.shape == (3, 4, 6) and squeezed.dtype == torch.float32
+    assert squeezed[:, 2, 2].tolist() == [200, 100, 50]
+
+
+def test_fit_keeps_rows_rows():
+    picture = Image.fromarray(np.array([[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]], dtype=np.uint8))
+    assert torch.equal(fit(picture, 2, 2), torch.arange(12.0).view(2, 2, 3).permute(2, 0, 1))

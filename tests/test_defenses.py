@@ -1,0 +1,434 @@
+"""Defenses: what holds for every one of them, by table; their claims on a toy; every wrong input."""
+
+import copy
+import inspect
+import typing
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import pytest
+import torch
+from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from sau.attack import Blended
+from sau.config import options
+from sau.data.images import Images, to_float
+from sau.defense import AT, DEFENSES, FT, SAU, Defense
+from sau.errors import ConfigError, DataError, TrainingError
+from sau.evaluate import der, score
+from sau.loop import Session
+from sau.models import Normalized
+from sau.optim import Training
+
+ROWS: dict[str, Defense] = {  # small settings that change the weights of a tiny network in a fraction of a second
+    "sau": SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2),
+    "ft": FT(epochs=2, batch_size=8, lr=0.01),
+    "at": AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2),
+}
+each = pytest.mark.parametrize("defense", ROWS.values(), ids=ROWS)
+
+
+def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:
+    """Float pictures in [0, 1] and their labels."""
+    images = toy_images(n, **how)
+    return to_float(images.pixels), images.labels
+
+
+def triples(pixels: Tensor, labels: Tensor, **how) -> DataLoader:
+    """A loader of (x, y, something else), as many data sets have."""
+    return DataLoader(TensorDataset(pixels, labels, torch.arange(len(labels))), batch_size=8, **how)
+
+
+# The catalogue
+
+
+def test_every_defense_has_a_row_here():
+    assert set(ROWS) == set(DEFENSES)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_every_defense_has_its_files_and_its_help(name):
+    defense = DEFENSES[name]
+    assert defense.name == name and inspect.getmodule(defense).__name__ == f"sau.defense.{name}"
+    assert (REPOSITORY / "defense" / f"{name}.py").is_file()
+    assert (REPOSITORY / "configs" / "defense" / f"{name}.yaml").is_file()
+    assert defense.__doc__ and all(option.help for option in options(defense).values())
+    assert defense.selection in ("defender", "oracle")
+    names = [other for option in options(defense).values() for other in (option.name, *option.aliases)]
+    assert len(names) == len(set(names))
+
+
+@each
+def test_hyperparameters_are_the_signature(defense):
+    assert type(defense)(**defense.params()) == defense
+    assert set(defense.params()) == set(options(type(defense)))
+
+
+# The user's objects
+
+
+def modes(model: nn.Module) -> list[tuple[bool, ...]]:
+    return [(module.training, *(p.requires_grad for p in module.parameters(False))) for module in model.modules()]
+
+
+@each
+def test_the_users_network_and_pictures_stay_as_they_are(defense):
+    """Also where parts of the network are frozen or in another mode than the rest."""
+    net = tiny_net()
+    net.train()
+    net.features[1].eval()
+    net.features[0].bias.requires_grad_(False)
+    net.linear.weight.grad = torch.ones_like(net.linear.weight)
+    kept, before, settings = copy.deepcopy(net), modes(net), defense.params()
+    pixels, labels = pair()
+    pixels_before, labels_before = pixels.clone(), labels.clone()
+    for data in ((pixels, labels), [(pixels[:8], labels[:8]), (pixels[8:], labels[8:])]):
+        fixed = defense.purify(net, data, session=quiet())
+        assert fixed is not net and not same_weights(fixed, kept)
+        assert same_weights(net, kept) and modes(net) == before
+        assert (net.linear.weight.grad == 1).all() and net.features[0].weight.grad is None
+        assert torch.equal(pixels, pixels_before) and torch.equal(labels, labels_before)
+    assert defense.params() == settings and pixels.grad is None and not pixels.requires_grad
+
+
+@each
+def test_a_network_that_changes_its_input_does_not_change_the_users_pictures(defense):
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.sub_(0.5))
+
+    pixels, labels = pair(8)
+    before = pixels.clone()
+    defense.purify(Shifted(), [(pixels, labels)], session=quiet())
+    assert torch.equal(pixels, before)
+
+
+@each
+def test_a_frozen_network_is_purified_or_refused(defense):
+    net = tiny_net().requires_grad_(False)
+    try:
+        fixed = defense.purify(net, pair(), session=quiet())
+    except (ConfigError, DataError, TrainingError):
+        return
+    assert not same_weights(fixed, net)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+@each
+def test_a_network_of_the_same_type_comes_back_in_eval_mode(defense):
+    class Mine(nn.Sequential):
+        pass
+
+    mine = Mine(tiny_net())
+    fixed = defense.purify(mine.train(), pair(), session=quiet())
+    assert type(fixed) is Mine and all(not module.training for module in fixed.modules())
+    wrapped = Normalized(tiny_net(), (0.5,) * 3, (0.25,) * 3)
+    fixed = defense.purify(wrapped, pair(), session=quiet())
+    assert type(fixed) is Normalized and torch.equal(fixed.mean, wrapped.mean)
+    assert fixed(pair()[0]).shape == (20, 4)
+
+
+# What the pictures may come in
+
+
+@each
+def test_pairs_and_images_are_the_same_to_it(defense):
+    images = toy_images(20)
+    kinds = [images, (images.pixels, images.labels), (to_float(images.pixels), images.labels.to(torch.int32))]
+    fixed = [defense.purify(tiny_net(), data, session=quiet()) for data in kinds]
+    assert same_weights(fixed[0], fixed[1]) and same_weights(fixed[0], fixed[2])
+
+
+@each
+def test_a_loader_of_triples_is_walked_once_a_round(defense):
+    pixels, labels = pair()
+    fixed = defense.purify(tiny_net(), triples(pixels, labels), session=quiet())
+    assert not same_weights(fixed, tiny_net())
+    plain = [(pixels[i : i + 8], labels[i : i + 8]) for i in (0, 8, 16)]
+    assert same_weights(fixed, defense.purify(tiny_net(), plain, session=quiet()))
+    walks = []
+
+    class Counting(list):
+        def __iter__(self):
+            walks.append(1)
+            return super().__iter__()
+
+    defense.purify(tiny_net(), Counting(plain), session=quiet())
+    rounds = typing.cast(Training, defense).epochs
+    assert rounds <= len(walks) <= rounds + 2  # the check of the first batch and of the labels may look too
+
+
+@each
+def test_a_loader_of_bytes_is_the_loader_of_floats(defense):
+    images = toy_images(16)
+    fixed = [
+        defense.purify(tiny_net(), triples(pixels, images.labels), session=quiet())
+        for pixels in (images.pixels, to_float(images.pixels))
+    ]
+    assert same_weights(*fixed)
+
+
+@each
+@pytest.mark.parametrize("kind", ["pair", "loader"])
+def test_normalised_pictures_with_their_statistics_are_pixels(defense, kind):
+    """Grey levels in 256ths, a mean of 1/2 and a deviation of 1/4 make the way there and back exact."""
+    images = toy_images(16)
+    pixels = images.pixels.float() / 256
+    give = (lambda x: (x, images.labels)) if kind == "pair" else (lambda x: triples(x, images.labels))
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    inside = defense.purify(Normalized(tiny_net(), mean, std), give(pixels), session=quiet())
+    outside = defense.purify(tiny_net(), give((pixels - 0.5) / 0.25), mean=mean, std=std, session=quiet())
+    assert same_weights(inside.get_submodule("net"), outside)
+    plain = defense.purify(tiny_net(), give(pixels), session=quiet())
+    assert not same_weights(plain, outside)
+
+
+@each
+@pytest.mark.parametrize(
+    ("classes", "size", "channels"), [(7, 12, 3), (4, 28, 1), (2, 33, 3)], ids=["seven", "grey", "odd"]
+)
+def test_other_sizes_classes_and_channels(defense, classes, size, channels):
+    data = pair(20, classes=classes, size=size, channels=channels)
+    fixed = defense.purify(tiny_net(classes, channels), data, session=quiet())
+    assert fixed(data[0]).shape == (20, classes) and not same_weights(fixed, tiny_net(classes, channels))
+
+
+@each
+def test_the_seed_decides(defense):
+    data = pair()
+    fixed = []
+    for seed, noise in ((3, 0), (3, 1), (4, 2)):
+        torch.manual_seed(noise)  # whatever the caller drew before
+        fixed.append(defense.purify(tiny_net(), data, seed=seed, session=quiet()))
+    assert same_weights(fixed[0], fixed[1]) and not same_weights(fixed[0], fixed[2])
+
+
+@each
+def test_a_device_may_be_named(defense):
+    fixed = defense.purify(tiny_net(), pair(), device="cpu", session=quiet())
+    assert same_weights(fixed, defense.purify(tiny_net(), pair(), session=quiet()))
+
+
+@each
+def test_without_a_session_a_line_a_round_is_printed(defense, capsys):
+    defense.purify(tiny_net(), pair())
+    out = capsys.readouterr().out
+    assert "round 1/2" in out and "round 2/2" in out and "loss" in out
+
+
+# What is refused
+
+
+class Answers(nn.Module):
+    """A network whose answer is shaped by a function."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.shape = tiny_net(), shape
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(self.net(x))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from zip(*pair(), strict=True)
+
+
+def broken_net() -> nn.Module:
+    net = tiny_net()
+    with torch.no_grad():
+        net.linear.weight[0, 0] = float("nan")
+    return net
+
+
+def spoiled(value: float) -> Tensor:
+    pixels = pair()[0].clone()
+    pixels[13, 1, 2, 3] = value  # not in the first batch
+    return pixels
+
+
+def late(value: int) -> Tensor:
+    labels = pair()[1].clone()
+    labels[-1] = value
+    return labels
+
+
+x, y = pair()
+NORMALISED = (x - 0.5) / 0.25
+WRONG: dict[str, tuple[Any, Any, str]] = {  # what is wrong: (network, data, a word that the refusal must say)
+    "0..255 as floats": (tiny_net(), (x * 255, y), "255"),
+    "0..255 as floats in a loader": (tiny_net(), triples(x * 255, y), "255"),
+    "normalised": (tiny_net(), (NORMALISED, y), "mean="),
+    "normalised in a loader": (tiny_net(), triples(NORMALISED, y), "mean="),
+    "a little above 1": (tiny_net(), (spoiled(1.01), y), "1.01"),
+    "a NaN pixel": (tiny_net(), (spoiled(float("nan")), y), "NaN"),
+    "a NaN pixel in a loader": (tiny_net(), triples(spoiled(float("nan")), y), "NaN"),
+    "an infinite pixel": (tiny_net(), (spoiled(float("inf")), y), "infinity"),
+    "whole numbers as pixels": (tiny_net(), ((x * 255).long(), y), "int64"),
+    "labels too high": (tiny_net(), (x, late(4)), "4 classes"),
+    "labels too high in a loader": (tiny_net(), triples(x, late(4)), "4 classes"),
+    "labels below 0": (tiny_net(), (x, late(-1)), "-1"),
+    "labels as floats": (tiny_net(), (x, y.float()), "whole numbers"),
+    "labels one-hot": (tiny_net(), (x, nn.functional.one_hot(y)), "(20, 4)"),
+    "fewer labels": (tiny_net(), (x, y[:-1]), "20"),
+    "channels last": (tiny_net(), (x.permute(0, 2, 3, 1), y), "permute"),
+    "a single picture": (tiny_net(), (x[0], y[:1]), "[B, C, H, W]"),
+    "an empty pair": (tiny_net(), (x[:0], y[:0]), "empty"),
+    "an empty loader": (tiny_net(), [], "empty"),
+    "an empty batch": (tiny_net(), [(x[:0], y[:0])], "empty"),
+    "only pixels": (tiny_net(), x, "Tensor"),
+    "a generator": (tiny_net(), ((x, y) for _ in range(2)), "generator"),
+    "a loader without a length": (tiny_net(), DataLoader(Endless(), batch_size=8), "length"),
+    "batches of lists": (tiny_net(), [([1, 2], [0, 1])], "list"),
+    "other channels": (tiny_net(channels=1), (x, y), "(8, 3, 16, 16)"),
+    "a vector of answers": (Answers(lambda z: z[:, 0]), (x, y), "logits"),
+    "a pair of answers": (Answers(lambda z: (z, z)), (x, y), "tuple"),
+    "too few answers": (Answers(lambda z: z[1:]), (x, y), "logits"),
+}
+
+
+@each
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_pictures_labels_and_networks_are_refused(defense, wrong, one_line, unchecked):
+    net, data, word = WRONG[wrong]
+    kept = copy.deepcopy(net)
+    with pytest.raises(DataError) as refusal:
+        defense.purify(net, data, session=quiet())
+    assert word in one_line(refusal.value)
+    assert same_weights(net, kept)
+
+
+@each
+def test_nan_weights_are_refused(defense, one_line):
+    with pytest.raises(TrainingError) as refusal:
+        defense.purify(broken_net(), pair(), session=quiet())
+    assert "linear.weight" in one_line(refusal.value)
+
+
+@each
+def test_statistics_that_are_not_those_of_the_pictures_are_refused(defense, one_line, unchecked):
+    x, y = pair()
+    for how in ({"mean": (0.5,) * 3}, {"std": (0.25,) * 3}):
+        with pytest.raises(ConfigError) as refusal:
+            defense.purify(tiny_net(), (x, y), session=quiet(), **how)
+        assert "both or neither" in one_line(refusal.value)
+    with pytest.raises(DataError) as refusal:
+        defense.purify(tiny_net(), ((x - 0.5) / 0.1, y), mean=(0.5,) * 3, std=(0.5,) * 3, session=quiet())
+    assert "mean and std" in one_line(refusal.value)
+
+
+@each
+def test_a_loss_that_is_not_finite_stops_the_run(defense, one_line):
+    net = tiny_net()
+    hot = type(defense)(**{**defense.params(), "lr": 1e30})
+    with pytest.raises(TrainingError) as stop:
+        hot.purify(net, pair(), session=quiet())
+    assert "not finite" in one_line(stop.value) or "NaN" in str(stop.value)
+    assert same_weights(net, tiny_net())
+
+
+def literals(cls: type) -> list[str]:
+    hints = typing.get_type_hints(cls)
+    return [name for name in options(cls) if typing.get_origin(hints[name]) is Literal]
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_choice_that_does_not_exist_is_refused(name, one_line, unchecked):
+    """In a notebook nothing else stands between a misspelt choice and a run that quietly does something else."""
+    for parameter in literals(DEFENSES[name]):
+        with pytest.raises(ConfigError) as refusal:
+            DEFENSES[name](**{parameter: "nonsense"})
+        assert parameter in one_line(refusal.value) and "nonsense" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("defense", "wrong"),
+    [
+        (SAU, {"eps": 0.0}),
+        (SAU, {"adv_lr": 0.0}),
+        (SAU, {"adv_steps": 0}),
+        (SAU, {"outer_steps": 0}),
+        *((SAU, {name: -0.1}) for name in ("weight_clean", "weight_adv", "weight_shared", "inner_adv", "inner_shared")),
+        (AT, {"eps": -1.0}),
+        (AT, {"adv_lr": float("nan")}),
+        (AT, {"adv_steps": 0}),
+        (AT, {"weight_adv": -1.0}),
+        (FT, {"epochs": -1}),
+        (FT, {"batch_size": 0}),
+        (FT, {"lr": 0.0}),
+        (FT, {"lr": float("nan")}),
+    ],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused(defense, wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        defense(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)
+
+
+# Options that every weight-moving defense shares
+
+
+@each
+def test_augmentation_is_a_switch(defense):
+    switched = [
+        type(defense)(**{**defense.params(), "augment": on}).purify(tiny_net(), pair(), session=quiet())
+        for on in (False, True)
+    ]
+    assert not same_weights(*switched)
+
+
+@each
+def test_no_rounds_give_the_network_back(defense):
+    idle = type(defense)(**{**defense.params(), "epochs": 0})
+    assert same_weights(idle.purify(tiny_net(), pair(), session=quiet()), tiny_net())
+
+
+# The claims, on a toy. The paper's settings do not move a network this small; a larger step and ball do.
+
+
+@cache
+def backdoored() -> tuple[nn.Module, Images, Images, Images]:
+    """A network with Blended's backdoor, the defender's pictures, the test set, the triggered test set."""
+    attack = Blended()
+    net = train_victim(attack, toy_images(400, seed=1))
+    test = toy_images(200, seed=2)
+    return net, toy_images(200, seed=3), test, attack.poison_test(test)
+
+
+def test_sau_removes_the_backdoor_and_keeps_the_accuracy():
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    rounds = []
+    session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: rounds.append(losses) or {})
+    fixed = SAU(lr=0.01, eps=0.3, epochs=20, batch_size=25).purify(net, clean, session=session)
+    after = score(fixed, test, triggered)
+    assert before.asr.percent > 90 and before.acc.percent > 90
+    assert after.asr.percent < 15 and after.acc.percent >= before.acc.percent - 10
+    assert after.racc.percent > before.racc.percent + 30 and der(before, after) > 85
+    assert rounds[-1]["type1"] < rounds[0]["type1"]  # examples that fool both networks alike become rare
+
+
+def test_fine_tuning_keeps_the_accuracy():
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    after = score(FT(lr=0.01, epochs=10, batch_size=50, augment=False).purify(net, clean, session=quiet()), test, triggered)
+    assert after.acc.percent >= before.acc.percent - 2
+
+
+def test_adversarial_training_makes_the_network_robust():
+    """Fewer pictures are fooled within the ball than before."""
+    net, clean, test, _ = backdoored()
+    defense = AT(lr=0.01, eps=0.1, adv_lr=0.1, epochs=5, batch_size=50)
+    fixed = defense.purify(net, clean, session=quiet())
+    x, y = to_float(test.pixels), test.labels
+    fooled = [int((model(x + defense.pgd(model, x, y)).argmax(1) != y).sum()) for model in (net, fixed)]
+    assert fooled[1] < fooled[0] - 20

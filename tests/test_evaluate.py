@@ -1,0 +1,236 @@
+"""Every number in every table: shares, intervals, ACC, ASR, R-ACC and DER."""
+
+import math
+
+import pytest
+import torch
+from toys import tiny_net, toy_images
+from torch import Tensor, nn
+
+from sau.attack import Blended
+from sau.errors import TrainingError
+from sau.evaluate import Score, Share, der, predict, score, table
+
+# Shares
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "percent"), [(0, 7, 0.0), (7, 7, 100.0), (1, 3, 33.33), (2, 3, 66.67), (9131, 10_000, 91.31)]
+)
+def test_a_share_has_two_decimals(hits, total, percent):
+    assert Share(hits, total).percent == percent
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "interval"),
+    [
+        (0, 10, (0.0, 27.75)),  # as R gives it: prop.test(0, 10, correct = FALSE)
+        (1, 10, (1.79, 40.42)),
+        (5, 10, (23.66, 76.34)),
+        (10, 10, (72.25, 100.0)),
+        (81, 263, (25.53, 36.62)),  # 0.2553 to 0.3662 in table I of Newcombe 1998
+        (15, 148, (6.24, 16.05)),  # the same table: 0.0624 to 0.1605
+        (1, 29, (0.61, 17.18)),  # the same table: 0.0061 to 0.1718
+    ],
+)
+def test_wilsons_interval(hits, total, interval):
+    assert Share(hits, total).interval == interval
+
+
+def test_wilsons_interval_is_where_the_normal_test_stops_rejecting():
+    """Its ends solve |p - q| = z sqrt(q (1 - q) / n) for q: found here by bisection."""
+    z = 1.959963984540054
+    for hits, n in ((3, 40), (20, 40), (39, 40), (137, 9000)):
+        p = hits / n
+
+        def excess(q: float, p: float = p, n: int = n) -> float:
+            return abs(p - q) - z * math.sqrt(q * (1 - q) / n)
+
+        for end, (inside, outside) in zip(Share(hits, n).interval, ((p, 0.0), (p, 1.0)), strict=True):
+            for _ in range(60):
+                middle = (inside + outside) / 2
+                inside, outside = (middle, outside) if excess(middle) < 0 else (inside, middle)
+            assert end == pytest.approx(100 * inside, abs=0.006)
+
+
+# Scores
+
+
+class Answers(nn.Module):
+    """A network that reads its answer off the first pixel: its grey level is the class."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot((x[:, 0, 0, 0] * 255).round().long(), self.classes).float()
+
+
+class Constant(nn.Module):
+    def __init__(self, answer: int, classes: int = 4) -> None:
+        super().__init__()
+        self.answer, self.classes = answer, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(torch.full((len(x),), self.answer), self.classes).float()
+
+
+def saying(answers: list[int]) -> Tensor:
+    """Pictures to which `Answers` gives these classes."""
+    return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+
+
+def test_a_constant_answer():
+    """40 pictures of four classes: a quarter is right; the target's answer is always the attack's, never the truth."""
+    test = toy_images(40)
+    triggered = Blended().poison_test(test)
+    target, other = score(Constant(0), test, triggered), score(Constant(2), test, triggered)
+    assert (target.acc, target.asr, target.racc) == (Share(10, 40), Share(30, 30), Share(0, 30))
+    assert (other.acc, other.asr, other.racc) == (Share(10, 40), Share(0, 30), Share(10, 30))
+
+
+def test_counts_by_hand():
+    """Four clean pictures, three right. Five triggered ones: two go to the target 0, two to their class, one astray."""
+    clean = (saying([0, 1, 2, 0]), torch.tensor([0, 1, 2, 3]))
+    triggered = (saying([0, 0, 1, 2, 3]), torch.zeros(5, dtype=torch.long), torch.tensor([1, 2, 1, 2, 2]))
+    result = score(Answers(), clean, triggered)
+    assert (result.acc, result.asr, result.racc) == (Share(3, 4), Share(2, 5), Share(2, 5))
+    summary = result.summary()
+    assert (summary["acc"], summary["asr"], summary["racc"]) == (75.0, 40.0, 40.0)
+    assert summary["acc_count"] == [3, 4] and summary["racc_count"] == [2, 5]
+    assert summary["asr_interval"] == list(Share(2, 5).interval)
+
+
+def test_all2all_has_another_target_for_every_picture():
+    triggered = (saying([1, 2, 3, 0]), torch.tensor([1, 2, 3, 0]), torch.tensor([0, 1, 2, 3]))
+    result = score(Answers(), triggered[:2], triggered)
+    assert result.asr == Share(4, 4) and result.racc == Share(0, 4)
+
+
+def test_images_and_tensors_are_the_same_to_it():
+    test = toy_images(30)
+    triggered = Blended().poison_test(test)
+    net = tiny_net()
+    as_tensors = ((test.pixels, test.labels), (triggered.pixels, triggered.labels, triggered.true_labels))
+    assert score(net, test, triggered) == score(net, *as_tensors)
+
+
+def test_without_triggers_there_is_no_asr():
+    test = toy_images(8)
+    for nothing in (None, test[test.labels[:0]]):
+        result = score(Constant(0), test, nothing)
+        assert result.asr is None and result.racc is None and result.acc == Share(2, 8)
+        assert result.summary() == {
+            "acc": 25.0,
+            "asr": None,
+            "racc": None,
+            "acc_interval": list(Share(2, 8).interval),
+            "acc_count": [2, 8],
+        }
+
+
+def test_predictions_do_not_depend_on_the_batches():
+    net, pixels = tiny_net(), toy_images(23).pixels
+    at_once = net(pixels.float() / 255).argmax(1)
+    for size in (1, 7, 23, 500):
+        assert torch.equal(predict(net, pixels, size), at_once)
+
+
+def test_scoring_leaves_the_network_as_it_was():
+    """In eval mode while it answers, afterwards in the modes of before, also where these are mixed."""
+    seen = []
+    net = tiny_net()
+    net.train()
+    net.features[1].eval()
+    before = [module.training for module in net.modules()]
+    statistics = net.features[1].running_mean.clone()
+    net.features[0].register_forward_hook(lambda module, inputs, output: seen.append(net.features[0].training))
+    score(net, toy_images(8), None)
+    assert not any(seen) and seen
+    assert torch.equal(net.features[1].running_mean, statistics)
+    assert [module.training for module in net.modules()] == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_network_has_no_accuracy(value, one_line):
+    net = tiny_net()
+    with torch.no_grad():
+        net.linear.bias[2] = value
+    with pytest.raises(TrainingError) as refusal:
+        score(net, toy_images(8), None)
+    assert "NaN" in one_line(refusal.value) and not net.training
+
+
+# DER
+
+
+def scored(acc: float, asr: float | None) -> Score:
+    """A score with these percentages, out of 10,000 pictures."""
+    triggered = None if asr is None else Share(round(100 * asr), 10_000)
+    return Score(Share(round(100 * acc), 10_000), triggered, triggered)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rating"),
+    [
+        ((90, 100), (90, 0), 100.0),  # all of an ASR of 100, at no cost
+        ((90, 100), (90, 100), 50.0),  # nothing changed
+        ((90, 100), (80, 0), 95.0),  # ten points of ACC cost five
+        ((90, 50), (90, 0), 75.0),  # only what was there can fall
+        ((90, 10), (95, 10), 50.0),  # a rise of ACC is no gain
+        ((90, 10), (90, 60), 50.0),  # a rise of ASR is no loss
+        ((90, 10), (0, 60), 5.0),
+        ((100, 0), (0, 0), 0.0),
+    ],
+)
+def test_der_by_cases(before, after, rating):
+    assert der(scored(*before), scored(*after)) == rating
+
+
+# ACC and ASR before, ACC and ASR after, DER: cells of the table in defenses.md 4.4 (CIFAR-10, PreAct-ResNet18, 10 %).
+PUBLISHED = {
+    "BadNets SAU": (91.32, 95.03, 89.31, 1.53, 95.74),
+    "Blended SAU": (93.47, 99.92, 90.96, 6.14, 95.63),
+    "Input-Aware SAU": (90.67, 98.26, 91.59, 1.27, 98.49),
+    "LF SAU": (93.19, 99.28, 90.32, 4.18, 96.12),
+    "SIG SAU": (84.48, 98.27, 88.56, 1.67, 98.30),
+    "SSBA SAU": (92.88, 97.86, 90.84, 1.79, 97.01),
+    "WaNet SAU": (91.25, 89.73, 91.26, 1.02, 94.36),
+    "BadNets ANP": (91.32, 95.03, 90.88, 4.88, 94.86),
+    "Blended FP": (93.47, 99.92, 93.17, 99.26, 50.18),
+    "Blended NC": (93.47, 99.92, 93.47, 99.92, 50.00),
+    "SIG FP": (84.48, 98.27, 89.10, 26.20, 86.03),
+    "WaNet EP": (91.25, 89.73, 90.09, 86.64, 50.96),
+    "LF NAD": (93.19, 99.28, 92.37, 47.83, 75.31),
+    "Input-Aware i-BAU": (90.67, 98.26, 90.29, 63.36, 67.26),
+}
+
+
+@pytest.mark.parametrize("cell", PUBLISHED)
+def test_der_of_the_published_table(cell):
+    """Computed from the rounded ACC and ASR of the table, so the last digit may differ by one."""
+    acc_0, asr_0, acc, asr, rating = PUBLISHED[cell]
+    assert der(scored(acc_0, asr_0), scored(acc, asr)) == pytest.approx(rating, abs=0.0101)
+
+
+def test_der_of_nothing():
+    assert der(scored(90, None), scored(80, 3)) is None and der(scored(90, 3), scored(80, None)) is None
+
+
+# The table
+
+
+def test_the_table_as_text():
+    before = Score(Share(9, 10), Share(10, 10), Share(0, 10))
+    after = Score(Share(8, 10), Share(1, 10), Share(7, 10))
+    head, first, second = table({"before": before, "after": after}, der(before, after)).splitlines()
+    assert head.split() == ["ACC", "%", "ASR", "%", "R-ACC", "%", "DER", "%"]
+    assert first.split()[0] == "before" and "90.00 [59.58, 98.21]" in first and "100.00" in first
+    assert second.split()[0] == "after" and "10.00 [1.79, 40.42]" in second and second.split()[-1] == "90.00"
+    assert len(head) == len(second)
+
+
+def test_the_table_of_a_clean_network():
+    head, only = table({"attacked": Score(Share(9, 10))}).splitlines()
+    assert only.split()[-3:] == ["-", "-", "-"] and "90.00" in only

@@ -1,0 +1,305 @@
+"""Time: epochs, means, forecasts, and runs that go on after an interruption as if there had been none."""
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import TinyNet, same_weights, toy_images
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sau import loop
+from sau.data.augment import Augment
+from sau.data.images import to_float
+from sau.errors import TrainingError
+from sau.loop import Session
+from sau.optim import Training
+
+EPOCHS, SIZE = 3, 8
+NEVER, ALWAYS = 1e9, -1.0  # seconds between two checkpoints inside an epoch
+
+
+class Tape:
+    """A checkpoint in memory, through the same serialisation as a record's."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+
+    def save(self, place: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(place, buffer)
+        self.content = buffer.getvalue()
+
+    def load(self) -> dict[str, Any] | None:
+        return None if self.content is None else torch.load(io.BytesIO(self.content), weights_only=True)
+
+
+class Experiment:
+    """A training run with everything that must survive: momentum, a schedule, batch norm, noise from torch's generator.
+
+    `stop` names the place of an interruption: ("before", n) or ("after", n) the n-th update, ("end_epoch", e) or
+    ("on_epoch", e).
+    """
+
+    def __init__(self, kind: str, tape: Tape | None = None, save_every: float = NEVER, stop: tuple | None = None) -> None:
+        torch.manual_seed(1)
+        self.net = TinyNet().train()
+        self.batches = batches(kind)
+        self.descent = Training(lr=0.05, lr_scheduler="CosineAnnealingLR", epochs=EPOCHS).descent(
+            self.net.parameters(), len(self.batches)
+        )
+        self.stop, self.updates, self.epochs, self.said = stop, 0, 0, []
+        self.rows: dict[int, dict[str, float]] = {}
+        self.session = Session(checkpoint=tape, on_epoch=self.on_epoch, say=self.said.append, save_every=save_every)
+
+    def interrupt(self, *place: Any) -> None:
+        if self.stop == place:
+            raise KeyboardInterrupt
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        self.updates += 1
+        self.interrupt("before", self.updates)
+        logits = self.net(x + 0.1 * torch.randn_like(x))
+        loss = F.cross_entropy(logits, y)
+        self.descent(loss)
+        self.interrupt("after", self.updates)
+        return {"loss": loss, "right": (logits.argmax(1) == y).sum()}
+
+    def end_epoch(self, losses: dict[str, float]) -> None:
+        self.epochs += 1
+        self.interrupt("end_epoch", self.epochs)
+        self.descent.end_epoch(losses["loss"])
+
+    def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
+        self.rows[epoch] = losses
+        self.interrupt("on_epoch", epoch)
+        return {"noise": float(torch.rand(())), "none": None}  # an evaluation may draw too
+
+    def run(self) -> "Experiment":
+        state = {"model": self.net, "descent": self.descent, "a number": 3}
+        loop.run(
+            self.step, self.batches, EPOCHS, state=state, end_epoch=self.end_epoch, session=self.session, label="round"
+        )
+        return self
+
+
+class Augmented(TensorDataset):
+    """Draws from torch's generator for every picture, as the transforms of torchvision do."""
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x * (0.8 + 0.2 * torch.rand(())), y
+
+
+def batches(kind: str) -> Any:
+    images = toy_images(20)
+    if kind == "ours":
+        return images.batches(SIZE, seed=5, augment=Augment())
+    dataset = Augmented if kind == "augmenting loader" else TensorDataset
+    return DataLoader(dataset(to_float(images.pixels), images.labels), SIZE, shuffle=kind != "loader")
+
+
+KINDS = ("ours", "loader", "shuffling loader", "augmenting loader")
+PER_EPOCH = 3  # 20 pictures in batches of 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(kind):
+    """Interrupted before and after every single update, and around the ends of epochs; resumed; equal to the undisturbed
+    run in weights, in the optimiser's state and in the figures of every epoch."""
+    whole = Experiment(kind).run()
+    assert whole.updates == EPOCHS * PER_EPOCH and sorted(whole.rows) == [1, 2, 3]
+    stops: list[tuple] = [(when, n) for when in ("before", "after") for n in range(1, EPOCHS * PER_EPOCH + 1)]
+    stops += [(when, epoch) for when in ("end_epoch", "on_epoch") for epoch in range(1, EPOCHS + 1)]
+    for save_every in (ALWAYS, NEVER):
+        for stop in stops:
+            tape = Tape()
+            first = Experiment(kind, tape, save_every, stop)
+            with pytest.raises(KeyboardInterrupt):
+                first.run()
+            second = Experiment(kind, tape, save_every).run()
+            where = f"{kind}, stopped {stop}, save_every {save_every}"
+            assert same_weights(second.net, whole.net), where
+            assert str(second.descent.state_dict()) == str(whole.descent.state_dict()), where
+            assert {**first.rows, **second.rows} == whole.rows, where
+            lost = first.updates + second.updates - EPOCHS * PER_EPOCH
+            assert lost <= (1 if save_every == ALWAYS else PER_EPOCH), where
+            began = tape.content is not None and any(text.startswith("resuming after round") for text in second.said)
+            assert began == (first.updates > (1 if save_every == ALWAYS else PER_EPOCH)), where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_stops_again_and_again(kind):
+    whole, tape = Experiment(kind).run(), Tape()
+    for _ in range(EPOCHS * PER_EPOCH):
+        stopped = Experiment(kind, tape, ALWAYS, ("before", 2))  # one update a start
+        try:
+            stopped.run()
+            break
+        except KeyboardInterrupt:
+            continue
+    assert same_weights(Experiment(kind, tape).run().net, whole.net)
+
+
+def test_a_run_that_is_done_does_nothing_more():
+    tape = Tape()
+    whole = Experiment("ours", tape).run()
+    again = Experiment("ours", tape).run()
+    assert again.updates == 0 and same_weights(again.net, whole.net) and again.rows == {}
+
+
+def test_checkpoints_hold_tensors_and_plain_numbers_only():
+    tape = Tape()
+    Experiment("ours", tape).run()
+    place = tape.load()
+    assert place is not None and set(place["objects"]) == {"model", "descent"}
+    assert place["place"]["epoch"] == EPOCHS and place["place"]["batch"] == 0
+
+
+# What is counted and reported
+
+
+class Plain:
+    """Batches without `set_epoch`."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.sizes = list(sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self):
+        return iter([(torch.zeros(n, 3, 4, 4), torch.zeros(n, dtype=torch.long)) for n in self.sizes])
+
+
+def run(step, batches, epochs: int, state=None, end_epoch=lambda losses: None, **session) -> list[str]:
+    said: list[str] = []
+    loop.run(
+        step, batches, epochs, state=state or {}, end_epoch=end_epoch, session=Session(say=said.append, **session)
+    )
+    return said
+
+
+def test_floats_are_averaged_over_pictures_and_counts_summed():
+    """Batches of 3, 3 and 1 with the loss 1, 2, 8: (3 * 1 + 3 * 2 + 1 * 8) / 7 = 17/7; counts 3 + 3 + 1."""
+    losses, seen = iter([1.0, 2.0, 8.0] * 2), []
+    reports = []
+
+    def step(x, y):
+        seen.append(len(x))
+        return {"loss": torch.tensor(next(losses)), "count": torch.tensor(len(x))}
+
+    run(step, Plain([3, 3, 1]), 2, on_epoch=lambda epoch, losses, state: reports.append((epoch, losses)) or {})
+    assert seen == [3, 3, 1] * 2
+    assert [epoch for epoch, _ in reports] == [1, 2]
+    for _, report in reports:
+        assert report["loss"] == pytest.approx(17 / 7) and report["count"] == 7
+
+
+def test_epochs_are_announced_to_the_batches_and_end_in_order():
+    order = []
+
+    class Announced(Plain):
+        def set_epoch(self, epoch: int) -> None:
+            order.append(("set", epoch))
+
+    def step(x, y):
+        order.append(("step",))
+        return {"loss": torch.tensor(1.0)}
+
+    run(
+        step,
+        Announced([2]),
+        2,
+        end_epoch=lambda losses: order.append(("end", losses["loss"])),
+        on_epoch=lambda epoch, losses, state: order.append(("on", epoch, state)) or {},
+        state={"a": 1},
+    )
+    assert order == [
+        item for e in (0, 1) for item in (("set", e), ("step",), ("end", 1.0), ("on", e + 1, {"a": 1}))
+    ]
+
+
+def test_a_line_an_epoch():
+    said = run(
+        lambda x, y: {"loss": torch.tensor(0.25)},
+        Plain([2]),
+        2,
+        on_epoch=lambda epoch, losses, state: {"acc": 91.5, "asr": None},
+    )
+    assert [line.split("  ")[:3] for line in said] == [[f"epoch {e}/2", "loss 0.25", "acc 91.5"] for e in (1, 2)]
+    assert not any("asr" in line for line in said)
+
+
+def test_no_epochs_no_steps():
+    assert run(lambda x, y: pytest.fail("a step"), Plain([2]), 0) == []
+
+
+# A loss that is not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("save_every", [NEVER, ALWAYS])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(value, save_every, one_line):
+    """Batch 4 of epoch 2 breaks. The checkpoint is from the end of epoch 1, or from batch 3 of epoch 2."""
+    weight, tape, count = nn.Linear(1, 1), Tape(), [0]
+
+    def step(x, y):
+        count[0] += 1
+        broken = count[0] == 9
+        with torch.no_grad():
+            weight.bias.fill_(value if broken else float(count[0]))
+        return {"loss": torch.tensor(value if broken else 1.0)}
+
+    with pytest.raises(TrainingError) as stop:
+        run(step, Plain([2] * 5), 3, state={"model": weight}, checkpoint=tape, save_every=save_every)
+    assert "epoch 2" in one_line(stop.value) and "--lr" in str(stop.value)
+    place = tape.load()
+    assert place is not None
+    kept = float(place["objects"]["model"]["bias"])
+    assert (place["place"]["epoch"], place["place"]["batch"], kept) == ((1, 3, 8.0) if save_every == ALWAYS else (1, 0, 5.0))
+
+
+# The forecast
+
+
+def forecasts(said: list[str]) -> list[str]:
+    return [line for line in said if "forecast" in line or "shorter" in line]
+
+
+def test_a_forecast_is_printed_once():
+    said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 4), 5, hint="fewer epochs")
+    assert len(forecasts(said)) == 1 and "forecast" in said[1]  # after the sixth update, so in the second epoch
+
+
+def test_the_forecast_counts_what_is_left():
+    """Updates of one second: after 6 of 8 * 100 there are 794 left, and 600 seconds of evaluation: 23 minutes."""
+    said, now = [], [0.0]
+
+    def step(x, y):
+        now[0] += 1.0
+        return {"loss": torch.tensor(1.0)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.time, "monotonic", lambda: now[0])
+        session = Session(say=said.append, other_seconds=600.0, hint="fewer epochs")
+        loop.run(step, Plain([2] * 8), 100, state={}, end_epoch=lambda losses: None, session=session)
+    assert forecasts(said) == ["forecast: about 23 min to go"]
+
+
+def test_a_run_of_more_than_an_hour_says_how_to_make_it_short():
+    said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 8), 1, hint="fewer epochs", other_seconds=7200.0)
+    assert "2.0 h" in forecasts(said)[0] and "fewer epochs" in forecasts(said)[1]
+    said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 8), 1, hint="fewer epochs", other_seconds=3000.0)
+    assert len(forecasts(said)) == 1
+
+
+def test_nothing_is_printed_by_default_but_lines(capfd):
+    loop.run(
+        lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2]), 1, state={}, end_epoch=lambda losses: None, session=Session()
+    )
+    out, err = capfd.readouterr()
+    assert out.startswith("epoch 1/1") and len(out.splitlines()) == 1 and err == ""  # no bar without a terminal

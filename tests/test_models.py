@@ -1,0 +1,135 @@
+"""Networks: the layout that state dicts are exchanged in, and normalisation and precision inside the network."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import tiny_net
+
+from sau.errors import ConfigError
+from sau.models import Normalized, build
+from sau.models.preact_resnet import PreActResNet18
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def batch_norm(name: str, n: int) -> list[tuple[str, tuple[int, ...]]]:
+    entries = [(f"{name}.{part}", (n,)) for part in ("weight", "bias", "running_mean", "running_var")]
+    return [*entries, (f"{name}.num_batches_tracked", ())]
+
+
+def published(width: int, classes: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in the order of attacks.md 2.3."""
+    found = [("conv1.weight", (width, 3, 3, 3))]
+    inputs = width
+    for stage in (1, 2, 3, 4):
+        outputs = width * 2 ** (stage - 1)
+        for block in (0, 1):
+            name = f"layer{stage}.{block}"
+            found += batch_norm(f"{name}.bn1", inputs)
+            found += [(f"{name}.conv1.weight", (outputs, inputs, 3, 3))]
+            found += batch_norm(f"{name}.bn2", outputs)
+            found += [(f"{name}.conv2.weight", (outputs, outputs, 3, 3))]
+            if stage > 1 and block == 0:
+                found += [(f"{name}.shortcut.0.weight", (outputs, inputs, 1, 1))]
+            inputs = outputs
+    return [*found, ("linear.weight", (classes, 8 * width)), ("linear.bias", (classes,))]
+
+
+@pytest.mark.parametrize(("width", "classes"), [(64, 10), (16, 10), (4, 43)])
+def test_the_state_dict_has_the_published_names_shapes_and_order(width, classes):
+    state = PreActResNet18(num_classes=classes, width=width).state_dict()
+    assert [(name, tuple(tensor.shape)) for name, tensor in state.items()] == published(width, classes)
+    for name, tensor in state.items():
+        assert tensor.dtype == (torch.int64 if name.endswith("tracked") else torch.float32)
+
+
+def test_the_published_network_is_the_default_and_has_its_size():
+    net = PreActResNet18()
+    assert len(net.state_dict()) == 102
+    assert sum(parameter.numel() for parameter in net.parameters()) == 11_171_146
+    assert net.linear.weight.shape == (10, 512)
+
+
+def test_one_block_by_hand():
+    """y = conv2(ReLU(bn2(conv1(a)))) + shortcut(a) with a = ReLU(bn1(x)), and + x where the shape stays."""
+    torch.manual_seed(0)
+    net = PreActResNet18(num_classes=3, width=2)
+    for block, inputs in ((net.layer1[0], 2), (net.layer2[0], 2)):
+        x = torch.randn(4, inputs, 8, 8)
+        before = x.clone()
+        with torch.no_grad():
+            a = F.relu(block.bn1(x))
+            y = block.conv2(F.relu(block.bn2(block.conv1(a))))
+            shortcut = block.shortcut(a) if inputs != y.shape[1] else x
+            assert torch.allclose(block(x), y + shortcut, atol=1e-6)
+        assert torch.equal(x, before)
+    assert net.layer2[0].conv1.stride == (2, 2) and net.layer2[0].shortcut[0].stride == (2, 2)
+    assert [stage[0].conv1.stride[0] for stage in (net.layer1, net.layer2, net.layer3, net.layer4)] == [1, 2, 2, 2]
+
+
+def test_between_the_last_block_and_the_linear_layer_there_is_only_a_mean():
+    torch.manual_seed(0)
+    net = PreActResNet18(num_classes=5, width=2).eval()
+    seen = []
+    net.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        logits = net(torch.rand(3, 3, 32, 32))
+    assert torch.allclose(logits, net.linear(seen[0].mean((2, 3))), atol=1e-6)
+    assert (seen[0] < 0).any()
+
+
+@pytest.mark.parametrize("side", [12, 32, 64])
+def test_any_size_goes_through(side):
+    assert PreActResNet18(num_classes=7, width=2).eval()(torch.rand(2, 3, side, side)).shape == (2, 7)
+
+
+def test_the_network_owns_its_normalisation():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    net = tiny_net()
+    x = torch.rand(5, 3, 16, 16)
+    by_hand = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+    assert torch.allclose(Normalized(net, mean, std)(x), net(by_hand), atol=1e-6)
+    assert torch.equal(Normalized(net)(x), net(x))
+
+
+def test_normalisation_is_no_part_of_the_exchanged_weights():
+    model = build("preactresnet18", 10, width=2, mean=HALF, std=HALF)
+    assert not {"mean", "std"} & set(model.state_dict())
+    assert list(model.net.state_dict()) == [name for name, _ in published(2, 10)]
+
+
+def test_bf16_computes_in_bf16_and_answers_in_float32():
+    torch.manual_seed(0)
+    model = build("preactresnet18", 10, width=4, mean=HALF, std=HALF, amp=True).eval()
+    inside = []
+    model.net.linear.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        rough = model(x)
+        model.amp = False
+        exact = model(x)
+    assert inside == [torch.bfloat16, torch.float32]
+    assert rough.dtype == exact.dtype == torch.float32
+    assert not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("given", [{"mean": HALF}, {"std": HALF}])
+def test_mean_and_std_belong_together(given, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Normalized(nn.Identity(), **given)
+    assert "both or neither" in one_line(refusal.value)
+
+
+def test_an_unknown_model_lists_the_known_one(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        build("preactresnet19", 10, mean=HALF, std=HALF)
+    assert "preactresnet19" in one_line(refusal.value) and "preactresnet18" in str(refusal.value)
+
+
+@pytest.mark.parametrize("width", [0, -4])
+def test_a_width_below_1_is_refused(width, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        build("preactresnet18", 10, width=width, mean=HALF, std=HALF)
+    assert "width" in one_line(refusal.value)

@@ -1,0 +1,259 @@
+"""How weights move: every optimiser by its formula, every schedule by its rates."""
+
+import io
+import math
+import typing
+from collections.abc import Callable
+
+import pytest
+import torch
+from toys import quiet, same_weights, tiny_net, toy_images
+from torch import Tensor, nn
+
+from sau.config import options
+from sau.defense import AT, FT, SAU
+from sau.errors import ConfigError
+from sau.optim import Descent, Training
+
+SCHEDULES = typing.get_args(options(Training)["lr_scheduler"].hint)
+OPTIMIZERS = typing.get_args(options(Training)["client_optimizer"].hint)
+
+
+def cosine(start: float, end: float, done: float) -> float:
+    """From `start` to `end` along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def one_cycle(updates: int, peak: float) -> list[float]:
+    """Up from a 25th of the peak over 30 % of the updates, then down to a 250,000th (Smith & Topin; torch's constants)."""
+    top = 0.3 * updates - 1
+    return [
+        cosine(peak / 25, peak, i / top) if i <= top else cosine(peak, peak / 250_000, (i - top) / (updates - 1 - top))
+        for i in range(updates)
+    ]
+
+
+# name: (settings, the rate in each of the first epochs), at lr = 0.1
+RATES: dict[str, tuple[dict, list[float]]] = {
+    "constant": ({}, [0.1] * 5),
+    "CosineAnnealingLR": ({"epochs": 4}, [0.1, 0.0853553, 0.05, 0.0146447, 0.0]),
+    "CosineAnnealingLR over 100": ({"epochs": 4, "cos_t_max": 8}, [cosine(0.1, 0, e / 8) for e in range(5)]),
+    "CosineAnnealingLR to 0.02": ({"epochs": 4, "min_lr": 0.02}, [cosine(0.1, 0.02, e / 4) for e in range(5)]),
+    "StepLR": ({"steplr_stepsize": 2, "steplr_gamma": 0.5}, [0.1, 0.1, 0.05, 0.05, 0.025]),
+    "MultiStepLR": ({"steplr_milestones": (1, 3), "steplr_gamma": 0.1}, [0.1, 0.01, 0.01, 0.001, 0.001]),
+    "CyclicLR": ({"min_lr": 0.02, "steplr_stepsize": 2}, [0.02, 0.06, 0.1, 0.06, 0.02]),
+    # The loss does not fall: after ten patient epochs and one more the rate does.
+    "ReduceLROnPlateau": ({"steplr_gamma": 0.5}, [0.1] * 12 + [0.05] * 11 + [0.025]),
+}
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
+
+
+def rate(descent: Descent) -> float:
+    return descent.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("case", RATES)
+def test_schedules_that_count_epochs(case, optimizer):
+    settings, expected = RATES[case]
+    weights = parameter()
+    training = Training(**{"lr": 0.1, "lr_scheduler": case.split()[0], "client_optimizer": optimizer, **settings})
+    descent, seen = training.descent([weights], 3), []
+    for _ in expected:
+        seen.append(rate(descent))
+        for _ in range(3):
+            descent(weights.square().sum())
+            assert rate(descent) == seen[-1]  # never moves inside an epoch
+        descent.end_epoch(1.0)
+    assert seen == pytest.approx(expected, abs=1e-7)
+
+
+def test_every_schedule_has_its_rates_here():
+    assert {case.split()[0] for case in RATES} | {"OneCycleLR"} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("epochs", "steps"), [(4, 5), (1, 20)])
+def test_one_cycle_counts_updates(optimizer, epochs, steps):
+    weights = parameter()
+    training = Training(lr=0.1, lr_scheduler="OneCycleLR", client_optimizer=optimizer, epochs=epochs)
+    descent, seen = training.descent([weights], steps), []
+    for _ in range(epochs):
+        for _ in range(steps):
+            seen.append(rate(descent))
+            descent(weights.square().sum())
+        descent.end_epoch(1.0)
+    assert seen == pytest.approx(one_cycle(epochs * steps, 0.1), abs=1e-9)
+    assert max(seen) == pytest.approx(0.1)
+
+
+def test_a_falling_loss_keeps_the_rate():
+    weights = parameter()
+    descent = Training(lr=0.1, lr_scheduler="ReduceLROnPlateau").descent([weights], 1)
+    for epoch in range(30):
+        descent(weights.square().sum())
+        descent.end_epoch(1.0 - 0.01 * epoch)
+    assert rate(descent) == 0.1
+
+
+# Optimisers
+
+
+def sgd(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
+    """v <- 0.8 v + (g + wd p), p <- p - lr v."""
+    kept["v"] = 0.8 * kept.get("v", torch.zeros_like(p)) + g + 0.01 * p
+    return p - 0.1 * kept["v"]
+
+
+def adam(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
+    """Adam with weight decay in the gradient, and AMSGrad: the second moment never falls."""
+    g = g + 0.01 * p
+    kept["m"] = 0.7 * kept.get("m", 0 * p) + 0.3 * g
+    kept["v"] = 0.9 * kept.get("v", 0 * p) + 0.1 * g * g
+    kept["max"] = torch.maximum(kept.get("max", 0 * p), kept["v"])
+    return p - 0.1 * (kept["m"] / (1 - 0.7**t)) / ((kept["max"] / (1 - 0.9**t)).sqrt() + 1e-8)
+
+
+def adamw(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
+    """Weight decay beside the step; no AMSGrad."""
+    p = p * (1 - 0.1 * 0.01)
+    kept["m"] = 0.7 * kept.get("m", 0 * p) + 0.3 * g
+    kept["v"] = 0.9 * kept.get("v", 0 * p) + 0.1 * g * g
+    return p - 0.1 * (kept["m"] / (1 - 0.7**t)) / ((kept["v"] / (1 - 0.9**t)).sqrt() + 1e-8)
+
+
+def adadelta(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
+    """Zeiler 2012 with rho 0.9 and 1e-6."""
+    g = g + 0.01 * p
+    kept["v"] = 0.9 * kept.get("v", 0 * p) + 0.1 * g * g
+    step = (kept.get("d", 0 * p) + 1e-6).sqrt() / (kept["v"] + 1e-6).sqrt() * g
+    kept["d"] = 0.9 * kept.get("d", 0 * p) + 0.1 * step * step
+    return p - 0.1 * step
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "adadelta": adadelta}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimisers_by_their_formula(name):
+    """Six updates of p on the loss sum(c p^3 / 3), whose gradient c p^2 first rises and then falls."""
+    training = Training(
+        lr=0.1, lr_scheduler="constant", client_optimizer=name, sgd_momentum=0.8, wd=0.01, adam_betas=(0.7, 0.9)
+    )
+    ours = parameter()
+    by_hand, kept = ours.detach().double(), {}
+    descent = training.descent([ours], 6)
+    for t, c in enumerate((0.1, 1.0, 2.0, 0.5, 0.1, 0.01), 1):
+        descent((c * ours**3 / 3).sum())
+        by_hand = FORMULAS[name](by_hand, c * by_hand**2, kept, t)
+    assert torch.allclose(ours.detach().double(), by_hand, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(ours, parameter(), atol=1e-3)
+
+
+def test_a_step_forgets_the_gradients_of_before():
+    weights = parameter()
+    weights.grad = torch.full_like(weights, 1e6)
+    descent = Training(lr=0.1, lr_scheduler="constant", wd=0.0, sgd_momentum=0.0).descent([weights], 1)
+    descent(weights.sum())
+    assert torch.allclose(weights, parameter() - 0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_descent_goes_on_from_its_state(schedule, optimizer):
+    """Three epochs at once, and one epoch, a checkpoint on disk, and two more: the same bits and rates."""
+    training = Training(
+        lr=0.1, lr_scheduler=schedule, client_optimizer=optimizer, epochs=3, steplr_stepsize=1, steplr_milestones=(1,)
+    )
+
+    def epochs(weights: nn.Parameter, descent: Descent, n: int) -> list[float]:
+        rates = []
+        for _ in range(n):
+            for _ in range(4):
+                rates.append(rate(descent))
+                descent((weights**4).sum() / 10)
+            descent.end_epoch(1.0)
+        return rates
+
+    weights = parameter()
+    whole = training.descent([weights], 4)
+    rates = epochs(weights, whole, 3)
+    half = parameter()
+    first = training.descent([half], 4)
+    half_rates = epochs(half, first, 1)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    resumed = nn.Parameter(half.detach().clone())
+    second = training.descent([resumed], 4)
+    second.load_state_dict(state)
+    half_rates += epochs(resumed, second, 2)
+    assert torch.equal(resumed, weights) and half_rates == rates
+
+
+# Every schedule in every defense
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "defense", [SAU, FT, AT, pytest.param(lambda **how: SAU(outer_steps=2, **how), id="SAU with two outer steps")]
+)
+def test_every_schedule_moves_every_defense(defense, schedule):
+    """Epoch schedules step between the rounds, OneCycleLR after every update, however many a batch has."""
+    net = tiny_net()
+    fixed = defense(lr=0.01, lr_scheduler=schedule, epochs=2, batch_size=8).purify(net, toy_images(16), session=quiet())
+    assert not same_weights(fixed, net)
+
+
+def test_a_schedule_changes_the_outcome():
+    fixed = [
+        FT(lr=0.01, lr_scheduler=schedule, epochs=3, batch_size=8, steplr_stepsize=1).purify(
+            tiny_net(), toy_images(16), session=quiet()
+        )
+        for schedule in ("constant", "StepLR", "CosineAnnealingLR", "OneCycleLR")
+    ]
+    assert not any(same_weights(one, other) for i, one in enumerate(fixed) for other in fixed[:i])
+
+
+# Defaults and refusals
+
+
+def test_the_published_settings_are_the_defaults():
+    """attacks.md 2.1 for CIFAR-10."""
+    training = Training()
+    assert (training.epochs, training.batch_size, training.lr, training.lr_scheduler) == (100, 128, 0.01, "CosineAnnealingLR")
+    assert (training.client_optimizer, training.sgd_momentum, training.wd) == ("sgd", 0.9, 5e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": -1},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": -0.1},
+        {"lr": float("nan")},
+        {"sgd_momentum": 1.0},
+        {"sgd_momentum": -0.1},
+        {"wd": -1e-4},
+        {"wd": float("nan")},
+        {"adam_betas": (0.9,)},
+        {"adam_betas": (0.9, 1.0)},
+        {"adam_betas": (-0.1, 0.9)},
+        {"steplr_stepsize": 0},
+        {"steplr_gamma": 0.0},
+        {"steplr_gamma": 1.5},
+        {"cos_t_max": 0},
+        {"min_lr": -0.1},
+        {"min_lr": 0.5},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Training(**wrong)
+    (name, value), text = next(iter(wrong.items())), one_line(refusal.value)
+    assert name in text and str(value) in text and "allowed is" in text

@@ -1,0 +1,521 @@
+"""The result folder: everything or nothing is written, and what was written is checked before it is used."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toys import REPOSITORY, environment
+
+from sau import record as module
+from sau.errors import RecordError
+from sau.record import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record, folder, write
+
+IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
+
+
+def begun(path: Path, identity=IDENTITY, overwrite: bool = False, **config) -> Record:
+    record = Record(path)
+    record.begin({"run": {"threads": 1}, **config}, identity, overwrite)
+    return record
+
+
+def made(path: Path) -> Record:
+    """A finished folder with every kind of file."""
+    record = begun(path)
+    record.say("a line")
+    record.row(epoch=1, loss=0.5)
+    record.save_tensors("model", {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7)})
+    record.finish({"acc": 91.3})
+    return record
+
+
+def listing(path: Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+
+
+# Writing
+
+
+def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path):
+    write(tmp_path / "a" / "b" / "file.bin", b"one")
+    write(tmp_path / "a" / "b" / "file.bin", b"two")
+    assert (tmp_path / "a" / "b" / "file.bin").read_bytes() == b"two"
+    assert listing(tmp_path) == ["a", "a/b", "a/b/file.bin"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    sync, replace = os.fsync, Path.replace
+
+    def fsync(number: int) -> None:
+        events.append(("fsync", os.fstat(number).st_size))
+        sync(number)
+
+    def rename(self: Path, target: Path) -> Path:
+        events.append(("rename", Path(target).name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", rename)
+    write(tmp_path / "file", b"12345")
+    assert events == [("fsync", 5), ("rename", "file")]
+
+
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, one_line, when, number):
+    write(tmp_path / "file", b"old")
+
+    def full(*args) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((os, "fsync", full) if when == "fsync" else (Path, "replace", full)))
+    with pytest.raises(RecordError) as refusal:
+        write(tmp_path / "file", b"new and longer")
+    text = one_line(refusal.value)
+    assert str(tmp_path / "file") in text and (("no room" in text and "14 bytes" in text) or number == errno.EIO)
+    assert (tmp_path / "file").read_bytes() == b"old" and listing(tmp_path) == ["file"]
+
+
+def test_an_interruption_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "file", b"new")
+    assert listing(tmp_path) == []
+
+
+def test_a_limit_on_file_sizes_is_said_in_one_line(tmp_path):
+    """A real limit of the operating system, in a process of its own: 4,096 bytes a file."""
+    code = """
+import resource, sys
+from pathlib import Path
+from sau.errors import RecordError
+from sau.record import write
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+file = Path(sys.argv[1]) / "file"
+write(file, b"small")
+try:
+    write(file, b"x" * 10_000)
+except RecordError as error:
+    print(error)
+"""
+    argv, env = [sys.executable, "-c", code, str(tmp_path)], environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no room" in done.stdout and "10,000 bytes" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert (tmp_path / "file").read_bytes() == b"small" and listing(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("root", ["a file", "/proc/nowhere"])
+def test_a_place_that_cannot_hold_files_is_said_in_one_line(tmp_path, monkeypatch, root, one_line):
+    monkeypatch.chdir(tmp_path)
+    Path("a file").write_text("in the way")
+    with pytest.raises(RecordError) as refusal:
+        begun(folder(root, "name"))
+    assert root in one_line(refusal.value)
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["a", "A1", "badnet_0.1", "2024-01-01", "x" * 100, "0", "a..b"])
+def test_names_that_are_allowed(tmp_path, name):
+    assert folder(tmp_path, name) == tmp_path / name
+    assert folder(str(tmp_path), name).name == name
+
+
+ESCAPES = [
+    "", ".", "..", "../x", "x/../../y", "/etc", "/", "a/b", "a\\b", "~", "~root", "$HOME", "a\0b", "a\nb", "a\n",
+    " a", "a ", "-rf", ".hidden", "é", "а", "x" * 300, "x" * 101, "a.", "C:x", "a;b", "a*b", "\u202ea",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESCAPES, ids=lambda name: repr(name)[:20])
+def test_names_that_could_lead_elsewhere_are_refused(tmp_path, name, one_line):
+    with pytest.raises(RecordError) as refusal:
+        folder(tmp_path, name)
+    assert len(one_line(refusal.value)) < 400 and listing(tmp_path) == []
+
+
+def test_a_link_that_leads_elsewhere_is_refused(tmp_path, one_line):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(RecordError) as refusal:
+        folder(tmp_path / "root", "link")
+    assert "link" in one_line(refusal.value)
+
+
+def test_the_root_itself_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "record").symlink_to(tmp_path / "disk")
+    assert folder(tmp_path / "record", "a") == tmp_path / "record" / "a"
+
+
+# Beginning
+
+
+def test_facts_come_back(tmp_path):
+    record = begun(tmp_path / "a", dataset="digits", values=(1, 2))
+    record.note(amp=False, mean=(0.5, 0.5))
+    assert record.config["values"] == [1, 2] and record.config["mean"] == [0.5, 0.5]
+    again = begun(tmp_path / "a")  # the same run goes on
+    assert again.config == record.config and again.config["amp"] is False
+    assert not again.finished and listing(tmp_path / "a") == [CONFIG]
+
+
+def test_the_identity_decides_not_the_rest(tmp_path):
+    first = begun(tmp_path / "a", {"lr": 0.1, "milestones": [60, 90], "path": None}, command="one")
+    assert begun(tmp_path / "a", command="another").config["digest"] == first.config["digest"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({**IDENTITY, "lr": 0.2}, ["lr: 0.1 there, 0.2 here"]),
+        ({**IDENTITY, "milestones": (60,)}, ["milestones: [60, 90] there, [60] here"]),
+        ({**IDENTITY, "new": 1}, ["new: None there, 1 here"]),
+        ({"lr": 0.3, "path": "x"}, ["lr", "milestones", "path: None there, 'x' here"]),
+    ],
+)
+def test_an_unfinished_run_with_other_settings_is_refused_with_the_difference(tmp_path, other, words, one_line):
+    begun(tmp_path / "a").say("kept")
+    before = listing(tmp_path)
+    with pytest.raises(RecordError) as refusal:
+        begun(tmp_path / "a", other)
+    assert all(word in one_line(refusal.value) for word in [*words, "--overwrite"])
+    assert listing(tmp_path) == before and (tmp_path / "a" / LOG).read_text() == "kept\n"
+
+
+def test_a_finished_folder_is_refused_until_it_is_overwritten(tmp_path, one_line):
+    made(tmp_path / "a")
+    before = listing(tmp_path)
+    for identity in (IDENTITY, {"lr": 3}):
+        with pytest.raises(RecordError) as refusal:
+            begun(tmp_path / "a", identity)
+        assert "finished" in one_line(refusal.value) and "--overwrite" in str(refusal.value)
+    assert listing(tmp_path) == before
+    begun(tmp_path / "a", overwrite=True)
+    assert listing(tmp_path / "a") == [CONFIG]
+
+
+@pytest.mark.parametrize("config", [None, "", "a: 1\n", "[1]\n", "a: [\n", "schema: 1\ndigest: x\n"])
+def test_a_foreign_folder_is_refused_and_nothing_in_it_is_touched(tmp_path, config, one_line):
+    """Also with --overwrite: what `sau` did not make it does not delete."""
+    foreign = tmp_path / "photos"
+    (foreign / "deep").mkdir(parents=True)
+    (foreign / "deep" / "one.jpg").write_text("precious")
+    if config is not None:
+        (foreign / CONFIG).write_text(config)
+    before = listing(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(RecordError) as refusal:
+            begun(foreign, overwrite=overwrite)
+        assert str(foreign) in one_line(refusal.value) and listing(tmp_path) == before
+    assert (foreign / "deep" / "one.jpg").read_text() == "precious"
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert begun(tmp_path / "a").config["identity"]["lr"] == 0.1
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, one_line):
+    (tmp_path / "a").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(RecordError) as refusal:
+            begun(tmp_path / "a", overwrite=overwrite)
+        assert str(tmp_path / "a") in one_line(refusal.value)
+    assert (tmp_path / "a").read_text() == "precious"
+
+
+# The manifest
+
+
+def test_a_finished_folder_passes_its_check(tmp_path):
+    record = made(tmp_path / "a")
+    assert listing(tmp_path / "a") == sorted([CONFIG, LOG, MANIFEST, METRICS, SUMMARY, "model.safetensors"])
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    for name, seal in manifest["files"].items():
+        content = (tmp_path / "a" / name).read_bytes()
+        assert seal == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert set(manifest["files"]) == set(listing(tmp_path / "a")) - {MANIFEST}
+    again = Record(tmp_path / "a")
+    assert again.finished and again.check() == record.config == again.config
+    assert json.loads((tmp_path / "a" / SUMMARY).read_text()) == {"acc": 91.3}
+
+
+def test_folders_inside_are_no_part_of_the_manifest(tmp_path):
+    """A defense's folder lies in the attack's, and is made after it."""
+    made(tmp_path / "a")
+    made(tmp_path / "a" / "defense" / "sau")
+    Record(tmp_path / "a").check()
+    Record(tmp_path / "a" / "defense" / "sau").check()
+
+
+FILES = [CONFIG, LOG, METRICS, SUMMARY, "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["first bit", "middle bit", "last bit", "truncated", "longer", "empty", "missing"])
+def test_a_damaged_file_is_named(tmp_path, name, damage, one_line):
+    made(tmp_path / "a")
+    file = tmp_path / "a" / name
+    content = bytearray(file.read_bytes())
+    if damage.endswith("bit"):
+        content[{"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[damage.split()[0]]] ^= 1
+    file.write_bytes(
+        {"truncated": content[:-1], "longer": content + b"\0", "empty": b""}.get(damage, bytes(content))
+    )
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").check()
+    assert name in one_line(refusal.value) or (name == CONFIG and str(tmp_path / "a") in str(refusal.value))
+
+
+def test_a_manifest_with_any_bit_flipped_is_refused(tmp_path, one_line):
+    made(tmp_path / "a")
+    file = tmp_path / "a" / MANIFEST
+    content = file.read_bytes()
+    for place in range(0, len(content), 7):
+        for bit in (0, 3, 7):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            file.write_bytes(damaged)
+            try:
+                Record(tmp_path / "a").check()
+            except RecordError as refusal:
+                assert str(tmp_path / "a") in one_line(refusal)
+            else:  # only white space may differ without a difference in meaning
+                assert json.loads(damaged) == json.loads(content), (place, bit)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"schema": 1}', '{"schema": 1, "files": 3}', "\xff"])
+def test_a_manifest_that_is_none_is_refused(tmp_path, text, one_line):
+    made(tmp_path / "a")
+    (tmp_path / "a" / MANIFEST).write_text(text, encoding="latin-1")
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").check()
+    assert MANIFEST in one_line(refusal.value)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path, one_line):
+    made(tmp_path / "a")
+    file = tmp_path / "a" / MANIFEST
+    file.write_text(file.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").check()
+    assert "schema 2" in one_line(refusal.value)
+
+
+def test_a_manifest_reads_nothing_outside_its_folder(tmp_path):
+    """A name with a path in it can neither be opened nor vouched for."""
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    made(tmp_path / "a")
+    file = tmp_path / "a" / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["files"]["../secret"] = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(RecordError):
+        Record(tmp_path / "a").check()
+
+
+def test_missing_unfinished_and_foreign_folders_are_refused(tmp_path, one_line):
+    begun(tmp_path / "unfinished")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / MANIFEST).write_text("{}")
+    (tmp_path / "file").write_text("")
+    for name, word in (("missing", "no folder"), ("unfinished", "unfinished"), ("foreign", "not a result folder"),
+                       ("file", "no folder")):  # fmt: skip
+        with pytest.raises(RecordError) as refusal:
+            Record(tmp_path / name).check()
+        assert word in one_line(refusal.value) and str(tmp_path / name) in str(refusal.value)
+
+
+def test_the_manifest_is_written_last_and_the_checkpoint_kept_until_then(tmp_path, monkeypatch):
+    """A disk that is full at the very end costs nothing but the end: the run can go on from its checkpoint."""
+    record = begun(tmp_path / "a")
+    record.save({"place": {"epoch": 1}})
+    really = module.write
+
+    def full_for_the_manifest(path: Path, content: bytes) -> None:
+        if path.name == MANIFEST:
+            raise RecordError("no room")
+        really(path, content)
+
+    monkeypatch.setattr(module, "write", full_for_the_manifest)
+    with pytest.raises(RecordError):
+        record.finish({"acc": 1.0})
+    assert not record.finished and begun(tmp_path / "a").load() == {"place": {"epoch": 1}}
+    monkeypatch.setattr(module, "write", really)
+    record.finish({"acc": 1.0})
+    assert record.finished and not (tmp_path / "a" / CHECKPOINT).exists()
+    Record(tmp_path / "a").check()
+
+
+# Tensors
+
+
+def test_tensors_come_back(tmp_path):
+    made(tmp_path / "a")
+    tensors = Record(tmp_path / "a").load_tensors("model")
+    assert torch.equal(tensors["weight"], torch.arange(6.0).view(2, 3)) and int(tensors["count"]) == 7
+
+
+def test_what_a_killed_write_left_is_swept(tmp_path):
+    """`kill -9` in the middle of a write leaves its temporary file; the resumed run takes it away."""
+    begun(tmp_path / "a")
+    (tmp_path / "a" / ".model.safetensors.x1y2z3").write_bytes(b"half a file")
+    record = begun(tmp_path / "a")
+    record.finish({"acc": 1.0})
+    assert listing(tmp_path / "a") == sorted([CONFIG, MANIFEST, SUMMARY])
+    assert set(json.loads((tmp_path / "a" / MANIFEST).read_text())["files"]) == {CONFIG, SUMMARY}
+
+
+def test_tensors_in_another_memory_layout_come_back(tmp_path):
+    record = begun(tmp_path / "a")
+    weight = torch.rand(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    record.save_tensors("model", {"weight": weight, "view": weight[:, 1].requires_grad_(False)})
+    again = record.load_tensors("model")
+    assert torch.equal(again["weight"], weight) and torch.equal(again["view"], weight[:, 1])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"not tensors", b"\xff" * 100])
+def test_a_file_without_tensors_is_refused(tmp_path, content, one_line):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    for name in ("model", "missing"):
+        with pytest.raises(RecordError) as refusal:
+            Record(tmp_path).load_tensors(name)
+        assert f"{name}.safetensors" in one_line(refusal.value)
+
+
+# Checkpoints
+
+
+PLACE = {"place": {"epoch": 2, "batch": 0}, "objects": {"model": {"weight": torch.ones(3)}}}
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    record = begun(tmp_path / "a")
+    assert record.load() is None
+    record.save({"place": {"epoch": 1}})
+    record.save(PLACE)
+    place = Record(tmp_path / "a").load()
+    assert place is not None and place["place"] == PLACE["place"]
+    assert torch.equal(place["objects"]["model"]["weight"], torch.ones(3))
+    assert listing(tmp_path / "a") == [CHECKPOINT, CONFIG]
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 100, -1])
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path, place, one_line):
+    record = begun(tmp_path / "a")
+    record.save(PLACE)
+    file = tmp_path / "a" / CHECKPOINT
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RecordError) as refusal:
+        record.load()
+    assert str(file) in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("length", [0, 10, 64, 200])
+def test_a_truncated_checkpoint_is_refused(tmp_path, length, one_line):
+    record = begun(tmp_path / "a")
+    record.save(PLACE)
+    file = tmp_path / "a" / CHECKPOINT
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(RecordError) as refusal:
+        record.load()
+    assert str(file) in one_line(refusal.value)
+
+
+class Canary:
+    """Unpickling it writes a file: what a malicious pickle would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "old torch", "nonsense"])
+def test_a_malicious_checkpoint_with_a_right_sum_is_refused_and_not_executed(tmp_path, kind, one_line):
+    canary, buffer = tmp_path / "canary", io.BytesIO()
+    if kind == "nonsense":
+        buffer.write(b"nonsense")
+    elif kind == "pickle":
+        pickle.dump(Canary(canary), buffer)
+    else:
+        torch.save({"place": Canary(canary)}, buffer, _use_new_zipfile_serialization=kind == "torch")
+    record = begun(tmp_path / "a")
+    content = buffer.getvalue()
+    (tmp_path / "a" / CHECKPOINT).write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+    with pytest.raises(RecordError) as refusal:
+        record.load()
+    assert CHECKPOINT in one_line(refusal.value) and not canary.exists()
+
+
+# Rows and the log
+
+
+def test_rows_are_a_line_each(tmp_path):
+    record = begun(tmp_path / "a")
+    record.row(epoch=1, loss=0.5, asr=None)
+    record.row(epoch=2, loss=0.25)
+    lines = (tmp_path / "a" / METRICS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.5, "asr": None}, {"epoch": 2, "loss": 0.25}]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
+    """A cut between the row and the checkpoint of an epoch would otherwise leave the epoch twice."""
+    first = begun(tmp_path / "a")
+    for epoch in (1, 2, 3):
+        first.row(epoch=epoch, loss=float(epoch))
+    first.save({"place": {"epoch": kept}})
+    second = begun(tmp_path / "a")
+    second.load()
+    assert [row["epoch"] for row in second.rows] == list(range(1, kept + 1))
+    second.row(epoch=kept + 1, loss=9.0)
+    rows = [json.loads(line) for line in (tmp_path / "a" / METRICS).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, kept + 2)) and rows[-1]["loss"] == 9.0
+
+
+@pytest.mark.parametrize("text", ["{", "3\n", '{"loss": 1}\n', "\xff\n"])
+def test_damaged_rows_are_refused(tmp_path, text, one_line):
+    record = begun(tmp_path / "a")
+    record.save({"place": {"epoch": 1}})
+    (tmp_path / "a" / METRICS).write_text(text, encoding="latin-1")
+    with pytest.raises(RecordError) as refusal:
+        begun(tmp_path / "a").load()
+    assert METRICS in one_line(refusal.value)
+
+
+def test_what_is_said_is_printed_and_kept(tmp_path, capsys):
+    record = begun(tmp_path / "a")
+    record.say("one")
+    record.say("two\nthree")
+    assert capsys.readouterr().out == "one\ntwo\nthree\n" == (tmp_path / "a" / LOG).read_text()
+
+
+def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, one_line):
+    record = begun(tmp_path / "a")
+    (tmp_path / "a" / LOG).mkdir()
+    with pytest.raises(RecordError) as refusal:
+        record.say("one")
+    assert LOG in one_line(refusal.value)

@@ -1,0 +1,735 @@
+"""SAU: equal to the released order of work (its twin in `released_sau`), and each part right by itself."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from released_sau import ReleasedSAU
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sau.data.augment import Augment
+from sau.defense.sau import SAU, _types, jensen_shannon, unsharing_loss
+from sau.errors import ConfigError
+from sau.loop import Session
+from sau.models import Normalized
+from sau.models.preact_resnet import PreActResNet18
+
+CLASSES, BATCH, LR = 4, 16, 3e-3
+OURS = {  # the release's options by our names
+    "trigger_norm": "eps",
+    "norm_type": "norm",
+    "beta_1": "inner_adv",
+    "beta_2": "inner_shared",
+    "lmd_1": "weight_clean",
+    "lmd_2": "weight_adv",
+    "lmd_3": "weight_shared",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared samples leave the small batches of these tests as they leave large ones elsewhere."""
+    monkeypatch.setattr("sau.defense.sau.BUCKET", 4)
+
+
+# Toy pictures, toy networks
+
+
+@cache
+def pictures(n: int = 64) -> tuple[Tensor, Tensor]:
+    """A faint coarse pattern for each class under strong noise, so that networks err on some pictures."""
+    random = torch.Generator().manual_seed(0)
+    pattern = torch.randn(CLASSES, 3, 4, 4, generator=random).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    y = torch.randint(CLASSES, (n,), generator=random)
+    x = 0.5 + 0.08 * pattern[y] + 0.25 * torch.randn(n, 3, 16, 16, generator=random)
+    return x.clamp(0, 1).double(), y
+
+
+def stamped(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., -3:, -3:] = 1
+    return x
+
+
+@cache
+def _trained(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    net: nn.Module = PreActResNet18(CLASSES, width=4)
+    steps = 20
+    if kind == "conv":
+        stem = (nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        net = nn.Sequential(*stem, nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+        steps = 30
+    model = Normalized(net, (0.5, 0.45, 0.4), (0.25, 0.3, 0.35)).double().train()
+    x, y = pictures()
+    x, y = torch.cat([x, stamped(x)]), torch.cat([y, torch.zeros_like(y)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        some = torch.randperm(len(x))[:48]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[some]), y[some]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def backdoored(kind: str = "conv") -> nn.Module:
+    """A network trained for a moment on clean and on stamped pictures; a new copy for every caller."""
+    return copy.deepcopy(_trained(kind)).requires_grad_(True)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
+    x, y = pictures()
+    yield from zip(x.to(dtype).split(BATCH)[:count], y.split(BATCH)[:count], strict=True)
+
+
+def apart(method: SAU, kind: str = "conv", updates: int = 2) -> dict[str, Any]:
+    """The state of a run in which h has already left h_b."""
+    state = method.prepare(backdoored(kind), 4)
+    for x, y in batches(updates):
+        method.step(state, x, y)
+    return state
+
+
+def search(method: SAU, state: dict[str, Any], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    h, h_b = state["model"], state["reference"]
+    return method.shared_pgd(h, h_b, x, y, h(x).argmax(1), h_b(x).argmax(1))
+
+
+def flags(state: dict[str, Any], x: Tensor, delta: Tensor) -> Tensor:
+    """Which samples are shared: both networks left their clean answers, for the same class."""
+    h, h_b = state["model"], state["reference"]
+    a, r = h(x + delta).argmax(1), h_b(x + delta).argmax(1)
+    return (a != h(x).argmax(1)) & (r != h_b(x).argmax(1)) & (a == r)
+
+
+class Line(nn.Module):
+    """Two classes by the mean m of a picture alone: logits (-k, k) with k = slope * (m - edge)."""
+
+    def __init__(self, edge: float, slope: float = 10.0) -> None:
+        super().__init__()
+        self.edge, self.slope = nn.Parameter(torch.tensor(edge)), slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.slope * (x.mean((1, 2, 3)) - self.edge)
+        return torch.stack([-k, k], 1)
+
+
+def lines(method: SAU, edge: float, edge_ref: float, slope_ref: float = 10.0) -> dict[str, Any]:
+    state = method.prepare(Line(edge), 1)
+    state["reference"] = Line(edge_ref, slope_ref).eval().requires_grad_(False)
+    return state
+
+
+def plain(value: float, n: int = 2) -> Tensor:
+    return torch.full((n, 3, 2, 2), value)
+
+
+@contextmanager
+def seen(*modules: nn.Module) -> Iterator[list[list[int]]]:
+    """How many pictures each forward pass of each module got."""
+    sizes: list[list[int]] = [[] for _ in modules]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, into=into: into.append(len(inputs[0])))
+        for module, into in zip(modules, sizes, strict=True)
+    ]
+    yield sizes
+    for hook in hooks:
+        hook.remove()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+# The same as the release
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "train_mode": {"train_mode": True},
+    "outer_steps": {"outer_steps": 2},
+    "L2": {"norm_type": "L2", "trigger_norm": 2.5, "adv_lr": 0.1, "adv_steps": 3},
+    "L1": {"norm_type": "L1", "trigger_norm": 40.0, "adv_lr": 0.1, "adv_steps": 3},
+    "Reg": {"norm_type": "Reg", "adv_lr": 0.07, "adv_steps": 3},
+    "lmd_2": {"lmd_2": 0.5, "lmd_1": 0.7, "lmd_3": 1.3},
+    "zero": {"pgd_init": "zero", "adv_lr": 0.05, "adv_steps": 6},
+    "min": {"pgd_init": "min", "beta_1": 0.1, "beta_2": 0.5},
+    "everything": {"train_mode": True, "outer_steps": 2, "lmd_2": 0.5, "pgd_init": "zero", "trigger_norm": 0.1},
+}
+
+
+def pair(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[SAU, dict[str, Any], Any]:
+    """Our method, its state and the twin, all from the same weights."""
+    start = backdoored(kind).to(dtype)
+    ours = SAU(lr=LR, **{OURS.get(name, name): value for name, value in options.items()})
+    twin = ReleasedSAU(copy.deepcopy(start), copy.deepcopy(start), lr=LR, **options)
+    return ours, ours.prepare(start, 4), twin
+
+
+def kept(monkeypatch: pytest.MonkeyPatch, cls: type, name: str) -> list[Any]:
+    """What a method returns from now on."""
+    results, original = [], getattr(cls, name)
+
+    def keep(self: Any, *inputs: Any) -> Any:
+        results.append(original(self, *inputs))
+        return results[-1]
+
+    monkeypatch.setattr(cls, name, keep)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("conv", case) for case in CASES]
+    + [("resnet", case) for case in ("default", "train_mode", "outer_steps", "L2", "lmd_2", "everything")],
+)
+def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perturbations bit by bit; losses, weights and statistics up to the rounding of sums in another order.
+
+    L1 and L2 shrink by a quotient of sums, so there the last bit may differ as well.
+    """
+    ours, state, twin = pair(kind, CASES[case])
+    found, expected_found = kept(monkeypatch, SAU, "shared_pgd"), kept(monkeypatch, ReleasedSAU, "perturb")
+    masked = 0
+    for x, y in batches(3):
+        report, losses = ours.step(state, x, y), twin.step(x, y)
+        (delta, s), expected = found.pop(), expected_found.pop()
+        if ours.norm in ("L1", "L2"):
+            torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
+        else:
+            assert torch.equal(delta, expected)
+        masked += int(((s != y) & (s != twin.h_b(x).argmax(1))).sum())
+        for name in ("loss", "clean_loss", "shared_loss"):
+            torch.testing.assert_close(report[name].detach(), losses[name], rtol=0, atol=1e-9, check_dtype=False)
+        for (name, value), other in zip(state["model"].state_dict().items(), twin.h.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, other, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    assert 0 < masked < 3 * BATCH  # otherwise the comparison would show nothing
+
+
+def test_the_toy_has_every_kind_of_sample() -> None:
+    """Shared and unshared samples, samples that froze at different steps, and all the answers."""
+    state = apart(SAU(lr=LR), "resnet")
+    counts = []
+    for steps in (1, 2, 5):
+        method = SAU(adv_steps=steps)
+        counts.append(sum(int(flags(state, x, search(method, state, x, y)[0]).sum()) for x, y in batches(4)))
+    assert 0 < counts[0] < counts[1] < counts[2] < 64
+    for kind in ("conv", "resnet"):
+        assert len(backdoored(kind)(pictures()[0]).argmax(1).unique()) == CLASSES
+
+
+def test_float32_has_the_same_outcome() -> None:
+    """Signs of gradients that nearly cancel depend on rounding, so outcomes are compared and not perturbations."""
+    ours, state, twin = pair("resnet", {}, torch.float32)
+    loss, shared = torch.zeros(2), [0, 0]
+    for x, y in batches(4, torch.float32):
+        found = (search(ours, state, x, y)[0], twin.perturb(x, y))
+        shared = [total + int(flags(state, x, delta).sum()) for total, delta in zip(shared, found, strict=True)]
+        loss += torch.stack([ours.step(state, x, y)["loss"].detach(), twin.step(x, y)["loss"]])
+    assert float(loss[0]) == pytest.approx(float(loss[1]), rel=0.05)
+    assert shared[0] > 10
+    assert abs(shared[0] - shared[1]) <= 3
+
+
+# The search
+
+
+def test_three_levels() -> None:
+    """Step = radius and a start at +radius leave -radius, 0 and +radius, whatever the gradient."""
+    method = SAU(lr=LR)
+    state = apart(method)
+    for x, y in batches(4):
+        delta, _ = search(method, state, x, y)
+        assert set(delta.unique().tolist()) == {-0.2, 0.0, 0.2}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_shared_samples_stay(steps: int) -> None:
+    state = apart(SAU(lr=LR), "resnet")
+    x, y = pictures()
+    (before, _), (after, _) = (search(SAU(adv_steps=k), state, x, y) for k in (steps, steps + 1))
+    shared = flags(state, x, before)
+    assert 0 < shared.sum() < len(x)
+    assert torch.equal(before[shared], after[shared])
+    assert not torch.equal(before[~shared], after[~shared])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adv_steps": 1}, {"stop_fooled": False}, {"success": "label"}, {"clip_pixels": True}, {"norm": "L2"}],
+)
+def test_answers_belong_to_the_perturbations(options: dict[str, Any]) -> None:
+    """s is what the reference says on the very pictures that the outer step sees."""
+    method = SAU(lr=LR, **options)
+    for kind in ("conv", "resnet"):
+        state = apart(method, kind)
+        for x, y in batches(4):
+            delta, s = search(method, state, x, y)
+            assert torch.equal(s, state["reference"](x + delta).argmax(1))
+
+
+def test_all_shared_ends_the_search() -> None:
+    """m = 0.4 + 0.2 lies beyond both edges, so everything is shared before the first step.
+
+    h: clean, one step, outer. h_b: clean, one step; its answers on the examples are then known.
+    """
+    method = SAU()
+    state = lines(method, 0.5, 0.5)
+    x, y = plain(0.4), torch.zeros(2, dtype=torch.long)
+    with seen(state["model"], state["reference"]) as sizes:
+        method.step(state, x, y)
+    assert sizes == [[2, 2, 2], [2, 2]]
+    delta, s = search(method, state, x, y)
+    assert torch.equal(delta, plain(0.2))
+    assert s.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("bucket", "left"), [(1, 3), (2, 4), (3, 3), (4, 4), (32, 5)])
+def test_shared_pictures_leave_the_batch(bucket: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """m = 0.4 is shared from the start and leaves; m = 0.1 cannot reach the edge, so three walk on through all steps.
+
+    Some shared ones stay where that makes the batch a multiple of the bucket.
+    """
+    monkeypatch.setattr("sau.defense.sau.BUCKET", bucket)
+    method = SAU(adv_steps=3)
+    state = lines(method, 0.5, 0.5)
+    x = torch.cat([plain(value, 1) for value in (0.1, 0.4, 0.1, 0.4, 0.1)])
+    with seen(state["model"], state["reference"]) as sizes:
+        method.step(state, x, torch.zeros(5, dtype=torch.long))
+    assert sizes == [[5, 5, left, left, 5], [5, 5, left, left, left]]
+    _, s = search(method, state, x, torch.zeros(5, dtype=torch.long))
+    assert s.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_bucket_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = apart(SAU(lr=LR), "resnet")
+    found = []
+    for bucket in (1, 8, 1000):
+        monkeypatch.setattr("sau.defense.sau.BUCKET", bucket)
+        found.append(search(SAU(), state, *pictures()))
+    for delta, s in found[1:]:
+        assert torch.equal(delta, found[0][0])
+        assert torch.equal(s, found[0][1])
+
+
+def test_first_batch_moves_by_cross_entropy_only() -> None:
+    """While h equals h_b their divergence is 0, and so is its gradient, up to rounding."""
+    x, y = pictures()
+    state = SAU().prepare(backdoored("resnet"), 1)
+    moved, without = (search(SAU(inner_shared=weight), state, x, y)[0] for weight in (1.0, 0.0))
+    assert torch.equal(moved, without)
+    assert not torch.equal(moved, torch.full_like(x, 0.2))
+    d = torch.zeros_like(x).requires_grad_()
+    divergence = jensen_shannon(state["model"](x + d), state["reference"](x + d))
+    assert divergence.abs().max() < 1e-15
+    assert torch.autograd.grad(divergence.sum(), d)[0].abs().max() < 1e-15
+
+
+def test_each_part_of_the_search_has_its_sign() -> None:
+    """y = 0 is the answer below the edge: cross-entropy drives m up; towards the edges' midpoint h and h_b agree less.
+
+    h has its edge at 0.5, h_b at 0.7, so at m = 0.55 they disagree and JS falls when m goes away from their midpoint.
+    """
+    y = torch.zeros(2, dtype=torch.long)
+    zero = {"pgd_init": "zero", "adv_steps": 1, "eps": 0.02, "adv_lr": 0.02}
+    up = SAU(inner_shared=0.0, **zero)
+    assert torch.equal(search(up, lines(up, 0.5, 0.7), plain(0.3), y)[0], plain(0.02))
+    alike = SAU(inner_adv=0.0, **zero)
+    assert torch.equal(search(alike, lines(alike, 0.5, 0.7), plain(0.55), y)[0], plain(-0.02))
+    assert torch.equal(search(alike, lines(alike, 0.5, 0.7), plain(0.65), y)[0], plain(0.02))
+
+
+@pytest.mark.parametrize("norm", ["L1", "L2", "Reg"])
+def test_short_perturbations_keep_their_length(norm: str) -> None:
+    """One step away from zero is far inside the ball, or there is none."""
+    method = SAU(norm=norm, eps=200.0, adv_lr=0.1, adv_steps=1, pgd_init="zero")  # type: ignore[arg-type]
+    delta, _ = search(method, apart(SAU(lr=LR)), *pictures())
+    assert set(delta.unique().tolist()) <= {-0.1, 0.0, 0.1}
+    assert delta.abs().mean() > 0.09
+
+
+@pytest.mark.parametrize(("norm", "order", "eps"), [("L1", 1, 30.0), ("L2", 2, 2.0)])
+def test_perturbations_lie_in_the_ball(norm: str, order: int, eps: float) -> None:
+    method = SAU(norm=norm, eps=eps, adv_lr=0.1, pgd_init="random")  # type: ignore[arg-type]
+    state = apart(SAU(lr=LR))
+    x, y = pictures()
+    length = torch.linalg.vector_norm(search(method, state, x, y)[0].flatten(1), ord=order, dim=1)
+    assert length.max() == pytest.approx(eps)
+    assert length.min() > eps / 2
+
+
+def test_random_start_is_drawn_from_the_ball() -> None:
+    method = SAU(pgd_init="random", inner_adv=0.0)
+    x, y = pictures()
+    first, second = (search(method, method.prepare(backdoored(), 1), x, y)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert -0.2 <= float(first.min()) < -0.19
+    assert 0.19 < float(first.max()) <= 0.2
+    assert abs(float(first.mean())) < 0.01
+
+
+# The losses
+
+
+def test_jensen_shannon_by_hand() -> None:
+    """p = (1/2, 1/2), q = (3/4, 1/4), m = (5/8, 3/8):
+
+    JS = 1/2 [1/2 ln 4/5 + 1/2 ln 4/3] + 1/2 [3/4 ln 6/5 + 1/4 ln 2/3]
+       = 1/2 [-0.1115718 + 0.1438410] + 1/2 [0.1367412 - 0.1013663] = 0.0161346 + 0.0176875 = 0.0338221
+
+    Equal distributions are 0 apart, disjoint ones ln 2; the clamp keeps the latter finite.
+    """
+    p, q = torch.tensor([[0.5, 0.5]]).double(), torch.tensor([[0.75, 0.25]]).double()
+    assert jensen_shannon(p.log(), q.log() + 3).item() == pytest.approx(0.0338221, abs=1e-7)
+    assert jensen_shannon(q.log(), p.log()).item() == pytest.approx(0.0338221, abs=1e-7)
+    far = torch.tensor([[1000.0, 0.0], [1.0, 1.0]]).double()
+    assert jensen_shannon(far, far.flip(1)).tolist() == pytest.approx([math.log(2), 0], abs=1e-6)
+
+
+def test_jensen_shannon_clamps() -> None:
+    """p = (1 - 1e-10, 1e-10), whose small entry counts as 1e-8, and q = (1 - 1e-6, 1e-6), so m_2 = 5.05e-7:
+
+    2 JS = [5e-7 + 1e-8 ln(1e-8 / 5.05e-7)] + [-5e-7 + 1e-6 ln(1e-6 / 5.05e-7)] = -3.922e-8 + 6.832e-7 = 6.440e-7
+    """
+    p, q = torch.tensor([[1 - 1e-10, 1e-10], [1 - 1e-6, 1e-6]], dtype=torch.float64).log().split(1)
+    assert jensen_shannon(p, q).item() == pytest.approx(3.220e-7, abs=2e-10)
+
+
+def test_unsharing_loss_by_hand() -> None:
+    """p_s = 1/2, 3/4 and 1/4, the last one masked, all others 0: (ln 2 + ln 4) / 3 = 0.6931472, up to 1e-6.
+
+    Inside the logarithms 1e-6 is added to 1/2 and to 1/4: (0.6931452 + 1.3862904) / 3 = 0.6931452.
+    """
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.25, 0.5, 0.25]]).double()
+    s, mask = torch.tensor([0, 1, 0]), torch.tensor([True, True, False])
+    assert unsharing_loss(p.log() - 2, s, mask).item() == pytest.approx(0.6931452, abs=1e-7)
+    assert unsharing_loss(p.log(), s, torch.zeros(3, dtype=torch.bool)).item() == 0
+
+
+def test_unsharing_loss_at_its_ends() -> None:
+    """p_s = 0.0005 counts as 0.001: -ln(0.999 + 1e-6) = 0.0009995; p_s = 1 stays finite: -ln 1e-6 = 13.815511."""
+    z = torch.tensor([[0.0005, 0.9995]]).double().log()
+    s, mask = torch.tensor([0]), torch.tensor([True])
+    assert unsharing_loss(z, s, mask).item() == pytest.approx(0.0009995, abs=1e-7)
+    sure = torch.tensor([[80.0, 0.0]]).double()
+    assert unsharing_loss(sure, s, mask).item() == pytest.approx(13.815511, abs=1e-6)
+    assert unsharing_loss(sure.float(), s, mask).item() == pytest.approx(13.8, abs=0.1)
+
+
+@pytest.mark.parametrize(("p_s", "moves"), [(0.0009, False), (0.0011, True), (0.5, True)])
+def test_unsharing_gradient_is_cut(p_s: float, moves: bool) -> None:
+    """Nothing is gained by pushing p_s below 0.001; above, the gradient with respect to z_s is p_s."""
+    z = torch.tensor([[p_s, 1 - p_s]]).double().log().requires_grad_()
+    gradient = torch.autograd.grad(unsharing_loss(z, torch.tensor([0]), torch.tensor([True])), z)[0]
+    assert gradient[0, 0].item() == (pytest.approx(p_s, rel=1e-5) if moves else 0.0)
+
+
+def test_types_of_adversarial_examples() -> None:
+    """y = 0 throughout: right, right though h_b errs, type I (twice), type II (three times), type III."""
+    answer, s = torch.tensor([0, 0, 1, 2, 1, 2, 1, 2]), torch.tensor([0, 1, 1, 2, 0, 0, 0, 1])
+    counts = _types(answer, s, torch.zeros(8, dtype=torch.long))
+    assert {name: int(value) for name, value in counts.items()} == {"type1": 2, "type2": 3, "type3": 1}
+
+
+# The outer step
+
+
+def test_report() -> None:
+    """The reported figures are those of the examples found, before the update."""
+    method = SAU(lr=LR, weight_clean=0.7, weight_adv=0.3, weight_shared=1.4)
+    state = apart(method)
+    x, y = pictures()
+    delta, s = search(method, state, x, y)
+    z = state["model"](x + delta).detach()
+    clean = F.cross_entropy(state["model"](x), y)
+    mask = (s != y) & (s != state["reference"](x).argmax(1))
+    shared = -(1 + 1e-6 - z.softmax(1)[torch.arange(len(y)), s].clamp_min(1e-3)).log()[mask].sum() / len(y)
+    report = method.step(state, x, y)
+    assert report["clean_loss"].item() == pytest.approx(clean.item())
+    assert report["shared_loss"].item() == pytest.approx(shared.item())
+    total = 0.7 * report["clean_loss"] + 0.3 * F.cross_entropy(z, y) + 1.4 * report["shared_loss"]
+    assert report["loss"].item() == pytest.approx(total.item())
+    assert {name: report[name] for name in ("type1", "type2", "type3")} == _types(z.argmax(1), s, y)
+
+
+@pytest.mark.parametrize("outer_steps", [1, 3])
+def test_batch_norm_statistics_move_only_in_train_mode(outer_steps: int) -> None:
+    x, y = pictures()
+    for train_mode in (False, True):
+        method = SAU(train_mode=train_mode, outer_steps=outer_steps)
+        state = method.prepare(backdoored("resnet"), 1)
+        before = {name: value.clone() for name, value in state["model"].named_buffers()}
+        search(method, state, x, y)
+        method.step(state, x, y)
+        assert not any(module.training for module in state["model"].modules())
+        for name, value in state["model"].named_buffers():
+            if name.endswith("num_batches_tracked"):
+                assert value == before[name] + train_mode * outer_steps
+            elif name.endswith(("running_mean", "running_var")):
+                assert torch.equal(value, before[name]) != train_mode
+
+
+def test_scale_and_shift_of_batch_norm_are_trained() -> None:
+    state = SAU().prepare(backdoored(), 1)
+    SAU().step(state, *pictures())
+    pairs = zip(state["model"].parameters(), state["reference"].parameters(), strict=True)
+    assert all(not torch.equal(ours, start) for ours, start in pairs)
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_reference_is_left_alone(train_mode: bool) -> None:
+    start = backdoored("resnet")
+    state = SAU(train_mode=train_mode).prepare(copy.deepcopy(start), 1)
+    for x, y in batches(2):
+        SAU(train_mode=train_mode).step(state, x, y)
+    assert not state["reference"].training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in state["reference"].parameters())
+    for (name, value), other in zip(start.state_dict().items(), state["reference"].state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_search_stores_no_gradients() -> None:
+    state = SAU().prepare(backdoored(), 1)
+    delta, s = search(SAU(), state, *pictures())
+    assert all(parameter.grad is None for parameter in state["model"].parameters())
+    assert not delta.requires_grad
+    assert not s.is_floating_point()
+
+
+def test_runs_in_bf16() -> None:
+    model = Normalized(PreActResNet18(CLASSES, width=4), (0.5,) * 3, (0.25,) * 3, amp=True)
+    state = SAU(adv_steps=2).prepare(model, 1)
+    before = weights(model)
+    report = SAU(adv_steps=2).step(state, pictures()[0][:8].float(), pictures()[1][:8])
+    assert report["loss"].dtype == torch.float32
+    assert report["loss"].isfinite()
+    assert not torch.equal(weights(model), before)
+
+
+# The cost
+
+
+def work(function: Any, x: Tensor, y: Tensor, model: nn.Module) -> float:
+    """Multiplications of `function(x, y)` in units of a forward pass of `model` on `x`, backward passes included."""
+    with FlopCounterMode(display=False) as unit, torch.no_grad():
+        model(x)
+    with FlopCounterMode(display=False) as all_of_it:
+        function(x, y)
+    return all_of_it.get_total_flops() / unit.get_total_flops()
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_cost_without_leaving(steps: int) -> None:
+    """4T + 8 forward passes where nothing is shared: the specified 4T + 7 and h_b's answers on the clean batch.
+
+    The release takes 8T + 8. First layers need no gradient of a picture in the outer step, hence the small slack.
+    """
+    x, y = next(batches(1))
+    options = {"adv_steps": steps, "lr": LR, "pgd_init": "zero", "adv_lr": 1e-9, "trigger_norm": 1e-9}
+    state = SAU().prepare(backdoored("resnet"), 1)
+    twin = ReleasedSAU(backdoored("resnet"), backdoored("resnet"), **options)  # type: ignore[arg-type]
+    ours = SAU(**{OURS.get(name, name): value for name, value in options.items()})
+    with seen(state["model"], state["reference"]) as sizes:
+        cost = work(lambda a, b: ours.step(state, a, b), x, y, backdoored("resnet"))
+    assert sizes == [[BATCH] * (steps + 2)] * 2
+    assert 4 * steps + 7.9 < cost <= 4 * steps + 8
+    assert 8 * steps + 7.9 < work(twin.step, x, y, twin.h) <= 8 * steps + 8
+
+
+def test_cost_with_leaving() -> None:
+    """4 sum(a_k) + 7 + (1 - f), with a_k the share of pictures active in step k and f the share frozen at the end."""
+    x, y = pictures()
+    state = apart(SAU(lr=LR), "resnet")
+    with seen(state["model"], state["reference"]) as (sizes, sizes_ref):
+        cost = work(lambda a, b: SAU().step(state, a, b), x, y, backdoored("resnet"))
+    active = sum(sizes[1:-1]) / 64
+    assert sizes_ref[:-1] == sizes[:-1]
+    assert sizes_ref[-1] < 64
+    assert active < 5
+    expected = 4 * active + 7 + sizes_ref[-1] / 64
+    assert expected - 0.1 < cost <= expected
+    assert cost <= 4 * 5 + 7
+
+
+def test_further_outer_steps_reuse_the_search() -> None:
+    """Each further update costs one more pass over clean and one over adversarial pictures, and none of h_b."""
+    counts = []
+    for outer_steps in (1, 3):
+        state = SAU().prepare(backdoored(), 1)
+        with seen(state["model"], state["reference"]) as sizes:
+            SAU(outer_steps=outer_steps).step(state, *pictures())
+        counts.append([sum(part) for part in sizes])
+    assert counts[1] == [counts[0][0] + 4 * 64, counts[0][1]]
+
+
+# Every switch switches something
+
+
+def test_clip_pixels() -> None:
+    state = apart(SAU(lr=LR))
+    x, y = pictures()
+    free, clipped = (x + search(SAU(clip_pixels=clip), state, x, y)[0] for clip in (False, True))
+    assert float(free.min()) < -0.1
+    assert float(free.max()) > 1.1
+    assert float(clipped.min()) >= -1e-12
+    assert float(clipped.max()) <= 1 + 1e-12
+    assert (clipped - x).abs().max() <= 0.2 + 1e-12
+
+
+@pytest.mark.parametrize("stop_fooled", [True, False])
+def test_clipped_answers_belong_to_the_perturbations(stop_fooled: bool) -> None:
+    """m = 0.9 + 0.2 lies beyond the edges at 1.05, but the picture that is left after clipping does not."""
+    method = SAU(clip_pixels=True, stop_fooled=stop_fooled)
+    state = lines(method, 1.05, 1.05)
+    delta, s = search(method, state, plain(0.9), torch.zeros(2, dtype=torch.long))
+    assert torch.allclose(delta, plain(0.1))
+    assert s.tolist() == [0, 0]
+
+
+def test_success_by_prediction_or_label() -> None:
+    """Both networks wrongly answer 1 on the clean picture: a success by the label, but nothing has moved yet."""
+    x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
+    for success, moved in (("label", 0.0), ("prediction", 0.2)):
+        method = SAU(success=success, pgd_init="zero")  # type: ignore[arg-type]
+        assert torch.equal(search(method, lines(method, 0.5, 0.5), x, y)[0], plain(moved))
+
+
+def test_stop_fooled() -> None:
+    """h, already fooled, pulls m up strongly; h_b, not yet fooled, pulls it down weakly and alone once h is dropped."""
+    x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
+    for stop, moved in ((True, -0.2), (False, 0.2)):
+        method = SAU(success="label", stop_fooled=stop, pgd_init="zero", inner_shared=0.0)
+        state = lines(method, 0.5, 0.3, slope_ref=-10.0)
+        assert torch.equal(search(method, state, x, y)[0], plain(moved))
+
+
+def test_stop_fooled_lets_shared_samples_move() -> None:
+    """Both are fooled from the start and end it by default; without the stop, cross-entropy drives m further up."""
+    x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
+    for stop, moved in ((True, 0.0), (False, 0.2)):
+        method = SAU(success="label", stop_fooled=stop, pgd_init="zero")
+        assert torch.equal(search(method, lines(method, 0.5, 0.5), x, y)[0], plain(moved))
+
+
+def test_outer_mask() -> None:
+    """h_b answers 1 with and without perturbation, and y = 0: it errs but has not moved.
+
+    m = 0.6 + 0.2 gives logits (-3, 3), so the loss is -ln p_0 = ln(1 + e^6) = 6.0025, a little less by the offset.
+    """
+    x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
+    for mask, expected in (("moved", 0.0), ("wrong", 6.0025)):
+        method = SAU(outer_mask=mask)  # type: ignore[arg-type]
+        assert method.step(lines(method, 0.5, 0.5), x, y)["shared_loss"].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_outer_mask_never_takes_right_answers() -> None:
+    """h_b answers 1 on the clean picture and 0, the label, below its edge: moved, but not wrong."""
+    x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
+    for mask in ("moved", "wrong"):
+        method = SAU(outer_mask=mask, pgd_init="min", inner_adv=0.0)  # type: ignore[arg-type]
+        assert method.step(lines(method, 0.5, 0.5), x, y)["shared_loss"].item() == 0
+
+
+@pytest.mark.parametrize("name", ["weight_clean", "weight_adv", "weight_shared", "inner_adv", "inner_shared"])
+def test_every_weight_weighs(name: str) -> None:
+    x, y = pictures()
+    moved = []
+    for value in (0.0, 0.5):
+        state = apart(SAU(lr=LR), updates=3)
+        SAU(lr=LR, **{name: value}).step(state, x, y)
+        moved.append(weights(state["model"]))
+    assert not torch.equal(*moved)
+
+
+def quiet(method: SAU, model: nn.Module, **options: Any) -> Tensor:
+    return weights(method.purify(model, pictures(), session=Session(say=lambda _: None), **options))
+
+
+def test_epochs() -> None:
+    """None leaves the network as it is; two walk on from where one ended."""
+    model = backdoored()
+    none, one, two = (quiet(SAU(epochs=count, batch_size=32, lr=LR), model) for count in (0, 1, 2))
+    assert torch.equal(none, weights(model))
+    assert not torch.equal(one, none)
+    assert not torch.equal(two, one)
+    assert torch.equal(two, quiet(SAU(epochs=2, batch_size=32, lr=LR), model))
+
+
+def test_learning_rate_is_constant_by_default() -> None:
+    for scheduler, rate in (("constant", LR), ("CosineAnnealingLR", 0.0)):
+        method = SAU(epochs=2, lr=LR, lr_scheduler=scheduler)  # type: ignore[arg-type]
+        state = method.prepare(backdoored(), 1)
+        for x, y in batches(2):
+            method.step(state, x, y)
+            method.end_epoch(state, {"loss": 1.0})
+        assert state["descent"].optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("outer_steps", [1, 2])
+def test_one_cycle_lasts_all_updates(outer_steps: int) -> None:
+    method = SAU(epochs=2, batch_size=32, lr=LR, lr_scheduler="OneCycleLR", outer_steps=outer_steps)
+    assert not torch.equal(quiet(method, backdoored()), weights(backdoored()))
+
+
+def test_augment() -> None:
+    offered = Augment(padding=2)
+    assert SAU().augmentation(offered) is None
+    assert SAU(augment=True).augmentation(offered) is offered
+    model = backdoored()
+    without, augmented = (quiet(SAU(epochs=1, augment=on), model, augment=offered) for on in (False, True))
+    assert not torch.equal(without, augmented)
+
+
+# Hyperparameters
+
+
+def test_defaults_are_the_released_ones() -> None:
+    method = SAU()
+    assert (method.lr, method.client_optimizer, method.wd, method.epochs, method.batch_size) == (
+        1e-4,
+        "adam",
+        0,
+        100,
+        256,
+    )
+    assert (method.eps, method.adv_lr, method.adv_steps, method.norm, method.pgd_init) == (0.2, 0.2, 5, "L_inf", "max")
+    assert (method.weight_clean, method.weight_adv, method.weight_shared) == (1, 0, 1)
+    assert (method.inner_adv, method.inner_shared, method.outer_steps) == (0.01, 1, 1)
+    assert (method.train_mode, method.augment, method.clip_pixels) == (False, False, False)
+    assert (method.success, method.stop_fooled, method.outer_mask) == ("prediction", True, "moved")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eps", 0.0),
+        ("eps", -0.1),
+        ("adv_lr", 0.0),
+        ("adv_steps", 0),
+        ("outer_steps", 0),
+        ("weight_clean", -1.0),
+        ("weight_adv", -1.0),
+        ("weight_shared", -1.0),
+        ("inner_adv", -0.01),
+        ("inner_shared", -1.0),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("wd", -1.0),
+    ],
+)
+def test_bad_hyperparameters(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}, allowed is"):
+        SAU(**{name: value})
+
+
+def test_unknown_hyperparameter() -> None:
+    with pytest.raises(TypeError, match="trigger_size"):
+        SAU(trigger_size=3)  # type: ignore[call-arg]

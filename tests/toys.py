@@ -1,0 +1,112 @@
+"""Small data, small networks and the command line: what several test files need."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sau.attack import Attack
+from sau.data.images import Images
+from sau.loop import Session
+from sau.optim import Training
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")  # the probe for bf16 times, so its answer may vary
+VICTIM = ("--dataset", "digits", "--width", "4", "--epochs", "4", "--eval_every", "2", *QUICK)
+
+
+def toy_images(n: int = 80, *, classes: int = 4, size: int = 16, channels: int = 3, seed: int = 0) -> Images:
+    """Striped pictures: the class is the direction and the width of the stripes, so that the maxima of small filters
+    tell them apart; phase and noise are drawn anew for every picture. Classes take turns.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    angle = labels * torch.pi / classes
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    along = row * angle.cos().view(-1, 1, 1) + column * angle.sin().view(-1, 1, 1)
+    phase = 2 * torch.pi * torch.rand(n, 1, 1, generator=generator)
+    stripes = (0.5 + 0.3 * torch.sin(along * (1.2 + 0.2 * labels.view(-1, 1, 1)) + phase)).unsqueeze(1)
+    noise = 0.05 * torch.randn(n, channels, size, size, generator=generator)
+    pixels = ((stripes + noise).clamp(0, 1) * 255).to(torch.uint8)
+    return Images.clean(pixels, labels, classes)
+
+
+class TinyNet(nn.Module):
+    """Two strided convolutions and their maxima: any size, under 1,000 weights for up to 10 classes."""
+
+    def __init__(self, classes: int = 4, channels: int = 3) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 10, 3, stride=2, padding=1),
+            nn.BatchNorm2d(10),
+            nn.ReLU(),
+            nn.Conv2d(10, 6, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+        )
+        self.linear = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x))
+
+
+def tiny_net(classes: int = 4, channels: int = 3, seed: int = 0) -> TinyNet:
+    """In eval mode; the same weights for the same seed, and the generator of the process is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyNet(classes, channels).eval()
+
+
+def quiet() -> Session:
+    """A session that prints nothing."""
+    return Session(say=lambda text: None)
+
+
+def train_victim(attack: Attack, images: Images, *, epochs: int = 20, seed: int = 0) -> nn.Module:
+    """A tiny network trained on poisoned toy pictures, in about a second."""
+    net = tiny_net(images.num_classes, images.pixels.shape[1], seed)
+    recipe = Training(epochs=epochs, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
+    return attack.fit(net, attack.poison_train(images, 0), recipe, seed=seed, session=quiet())
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks hold the same bits under the same names."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(kind: str, name: str, *flags: str) -> list[str]:
+    """The command line of a script of the repository."""
+    return [sys.executable, str(REPOSITORY / kind / f"{name}.py"), *flags]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread for each linear algebra call, and no path that would find the package by accident."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+
+
+def stop_after(words: Sequence[str], number: signal.Signals, argv: list[str], cwd: Path) -> subprocess.Popen[str]:
+    """Start a command and send it a signal as soon as a line of its output holds all of `words`."""
+    process = subprocess.Popen(
+        argv, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if all(word in line for word in words):
+            process.send_signal(number)
+            return process
+    raise AssertionError(f"the command ended before {words}: {process.communicate()[1]}")
+
+
+def the_error(stderr: str) -> str:
+    """The one line that stands on stderr."""
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    return lines[0]
