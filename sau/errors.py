@@ -2,7 +2,10 @@
 
 
 class SauError(ValueError):
-    """A mistake that the user can mend; the text says what was got, what is allowed and what to do."""
+    """A mistake that the user can mend; the text, one line, says what was got, what is allowed and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()))  # names in it may hold line breaks
 
 
 class ConfigError(SauError):

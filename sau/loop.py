@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one th
 Rng = dict[str, Any]
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Where a run keeps its place. `load` returns what `save` was last given, or None."""
 

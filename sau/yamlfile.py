@@ -26,7 +26,10 @@ _Yaml.add_implicit_resolver(
 def read_yaml(
     path: Path, known: Mapping[str, Option], *, recipe: str | None, dataset: str | None
 ) -> dict[str, Setting]:
-    """The settings of a YAML file, those under `recipes:` and `datasets:` laid over the rest; refuses unknown keys."""
+    """The settings of a YAML file, those under `recipes:` and `datasets:` laid over the rest; refuses unknown keys.
+
+    A case under `datasets:` is the name of a data set, or name.recipe where it holds for that recipe alone.
+    """
     try:
         tree = yaml.compose(path.read_text(), Loader=_Yaml)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -39,7 +42,7 @@ def read_yaml(
         cases = _mapping(plain[overlay], path) if overlay in plain else {}
         for case, node in cases.items():
             inner = _settings(_mapping(node, path), path, known)
-            found.update(inner if case == chosen else {})
+            found.update(inner if case in (chosen, f"{chosen}.{recipe}") else {})
     return found
 
 

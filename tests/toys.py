@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
 import torch
@@ -92,17 +92,27 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
-def stop_after(words: Sequence[str], number: signal.Signals, argv: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """Start a command and send it a signal as soon as a line of its output holds all of `words`."""
-    process = subprocess.Popen(
-        argv, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if all(word in line for word in words):
-            process.send_signal(number)
-            return process
-    raise AssertionError(f"the command ended before {words}: {process.communicate()[1]}")
+def stop_after(words: str, number: signal.Signals, argv: list[str], cwd: Path) -> tuple[int, float, str]:
+    """Start a command, send it a signal when a line of its output begins with `words`; its status, the seconds that it
+    took to leave, and what it wrote to stderr.
+    """
+    # A process started in the background may ignore Ctrl-C and hand that on; the way through this one undoes it.
+    undo = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", undo, *argv], cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdout is not None
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith(words):
+                process.send_signal(number)
+                break
+        started = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert seen and seen[-1].startswith(words), (seen, err)
+        return process.returncode, time.monotonic() - started, err
 
 
 def the_error(stderr: str) -> str:

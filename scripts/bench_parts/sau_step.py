@@ -1,6 +1,6 @@
 """One update of SAU: ours in bf16 and in fp32, against the released order of work in fp32 and NCHW.
 
-The network is first trained for a moment on pictures of which half are stamped, and then purified for a moment, so that
+The network is first trained for a moment on pictures of which a fifth are stamped, and then purified for a moment, so that
 h has left h_b as it has in most of a run. All start from the same weights and see the same pictures.
 """
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage [64]")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures an update [64]")
     parser.add_argument("--steps", type=int, default=1, help="updates a repetition [1]")
-    parser.add_argument("--train_updates", type=int, default=30, help="updates that plant the backdoor [30]")
+    parser.add_argument("--train_updates", type=int, default=60, help="updates that plant the backdoor [60]")
     parser.add_argument("--purify_updates", type=int, default=3, help="updates of SAU before the comparison [3]")
 
 
@@ -71,8 +71,10 @@ def _backdoored(args: argparse.Namespace, images: Images) -> Normalized:
     about = source(args.dataset)
     net = build("preactresnet18", images.num_classes, width=args.width, mean=about.mean, std=about.std)
     model = net.to(args.device)
-    attack = BadNet(pratio=0.5)
-    state = attack.prepare(model.train(), Training(lr=0.02, lr_scheduler="constant"), args.train_updates)
+    attack = BadNet(pratio=0.2)
+    # A rate that ends at 0 lets the statistics of batch norm settle within few updates.
+    recipe = Training(epochs=1, lr=0.1, lr_scheduler="OneCycleLR")
+    state = attack.prepare(model.train(), recipe, args.train_updates)
     stream = _endless(attack.poison_train(images, seed=0), args.batch_size, seed=0)
     for x, y in islice(stream, args.train_updates):
         attack.step(state, x, y)

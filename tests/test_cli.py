@@ -1,0 +1,664 @@
+"""The command line: what it leaves, how it stops and goes on, and what it refuses with one line."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision.datasets.utils
+import yaml
+from PIL import Image
+from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, the_error
+
+import sau
+from sau import cli as module
+from sau import device
+from sau.attack import ATTACKS, BadNet
+from sau.config import options
+from sau.data.images import Images
+from sau.data.sources import load
+from sau.defense import DEFENSES, SAU
+from sau.optim import Training
+from sau.record import Record
+from sau.request import AttackRun, DefenseRun
+
+TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
+PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
+METHODS = [*(("attack", name) for name in ATTACKS), *(("defense", name) for name in DEFENSES)]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory_mb")}
+
+
+# What an attack leaves
+
+
+def test_an_attack_from_a_foreign_folder(finished):
+    """The folder, the screen and the log; nothing on stderr."""
+    folder, out = finished / "record" / "victim", (finished / "attack.out").read_text()
+    assert (finished / "attack.err").read_text() == ""
+    first = out.splitlines()[0]
+    assert "cpu" in first and "--recipe" in first
+    assert "forecast" in out and [f"epoch {e}/4" in out for e in range(1, 5)] == [True] * 4
+    assert (folder / "log.txt").read_text() == out
+    Record(folder).check()
+    assert {file.name for file in folder.iterdir()} == {
+        "config.yaml", "log.txt", "manifest.json", "metrics.jsonl", "model.safetensors", "poisoned.safetensors",
+        "summary.json", "triggered.safetensors",
+    }  # fmt: skip
+
+
+def test_the_summary_of_an_attack(finished):
+    """Issue 2, item 7: acc, asr, racc, seconds, peak_memory_mb; percentages as floats."""
+    found = summary(finished / "record" / "victim")
+    for name in ("acc", "asr", "racc", "seconds", "peak_memory_mb"):
+        assert isinstance(found[name], float), name
+    assert found["acc_count"][1] == 360 and found["asr_count"][1] == found["racc_count"][1] == 324
+    for name in ("acc", "asr", "racc"):
+        hits, total = found[f"{name}_count"]
+        low, high = found[f"{name}_interval"]
+        assert found[name] == round(100 * hits / total, 2) and low <= found[name] <= high
+    assert found["seconds"] > 1 and found["peak_memory_mb"] > 50
+
+
+def test_the_figures_of_every_epoch(finished):
+    found = rows(finished / "record" / "victim")
+    assert [row["epoch"] for row in found] == [1, 2, 3, 4]
+    assert all({"loss", "train_acc", "seconds"} <= set(row) for row in found)
+    assert ["acc" in row for row in found] == [False, True, False, True]  # --eval_every 2
+    assert found[-1]["acc"] == summary(finished / "record" / "victim")["acc"]
+
+
+def test_the_configuration_is_resolved_and_complete(finished):
+    found = yaml.safe_load((finished / "record" / "victim" / "config.yaml").read_text())
+    assert found["run"]["recipe"] == "cpu" and found["run"]["width"] == 4 and found["run"]["random_seed"] == 0
+    assert found["threads"] == 1 and found["amp"] is False and found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["sau"] == sau.__version__ and "python" in found["versions"]
+    assert found["command"].split()[0].endswith("attack/badnet.py") and "--save_folder_name victim" in found["command"]
+    assert found["git"] is None or len(found["git"]) == 40
+    assert set(options(Training)) | set(options(BadNet)) <= set(found["method"])
+    assert set(options(AttackRun)) == set(found["run"])
+    assert found["method"]["epochs"] == 4 and found["method"]["attack"] == "badnet"
+
+
+def test_the_stored_pictures_need_no_trigger_code(finished):
+    folder = finished / "record" / "victim"
+    train, test = load("digits")
+    poisoned = safetensors.torch.load_file(folder / "poisoned.safetensors")
+    triggered = safetensors.torch.load_file(folder / "triggered.safetensors")
+    expected, attacked = BadNet().poison_train(train, 0), BadNet().poison_test(test)
+    hit = expected.role > 0
+    assert torch.equal(poisoned["index"], expected.index[hit]) and len(poisoned["index"]) == 144
+    assert torch.equal(poisoned["pixels"], expected.pixels[hit]) and torch.equal(poisoned["labels"], expected.labels[hit])
+    for name, tensor in attacked.tensors().items():
+        assert torch.equal(triggered[name], tensor)
+
+
+# What a defense leaves
+
+
+def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
+    """`--result_file X` alone: data set, network, recipe and every setting come from the record and the shipped YAML."""
+    monkeypatch.setattr(device, "bf16_is_faster", lambda *args: False)  # a probe's answer may vary
+    monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": (x.mean() + state["model"](x).mean()) * 0})
+    status, out, err = here("defense", "sau", "--result_file", "victim")
+    assert (status, err) == (0, "")
+    folder = victim / "defense" / "sau"
+    found = yaml.safe_load((folder / "config.yaml").read_text())
+    assert found["method"]["eps"] == 0.2 and found["method"]["lr"] == 3e-4 and found["run"]["dataset"] == "digits"
+    assert found["run"]["recipe"] == "cpu" and len(found["clean_index"]) == 143 and "cpu" in out.splitlines()[0]
+    assert len(rows(folder)) == found["method"]["epochs"] == 50
+
+
+@pytest.fixture(scope="module")
+def purified(finished, tmp_path_factory, cli) -> Path:
+    """A folder with the record of an attack, SAU's in it, made by defense/sau.py, and `defense.out`."""
+    folder = tmp_path_factory.mktemp("purified")
+    shutil.copytree(finished / "record", folder / "record")
+    done = cli("defense", "sau", *PURIFY, cwd=folder)
+    assert done.returncode == 0 and done.stderr == ""
+    (folder / "defense.out").write_text(done.stdout)
+    return folder
+
+
+def test_the_summary_of_a_defense(purified):
+    """Issue 2, item 7: before and after with acc, asr, racc; der, seconds, peak_memory_mb, selection."""
+    folder = purified / "record" / "victim" / "defense" / "sau"
+    found = summary(folder)
+    Record(folder).check()
+    Record(purified / "record" / "victim").check()  # the attack's record stays whole
+    for part in ("before", "after"):
+        assert all(isinstance(found[part][name], float) for name in ("acc", "asr", "racc"))
+    assert isinstance(found["der"], float) and isinstance(found["seconds"], float)
+    assert isinstance(found["peak_memory_mb"], float) and found["selection"] == "defender"
+    attacked = summary(purified / "record" / "victim")
+    assert {name: found["before"][name] for name in ("acc", "asr", "racc")} == {
+        name: attacked[name] for name in ("acc", "asr", "racc")
+    }
+    gain = max(0.0, found["before"]["asr"] - found["after"]["asr"])
+    cost = max(0.0, found["before"]["acc"] - found["after"]["acc"])
+    assert found["der"] == pytest.approx((gain - cost + 100) / 2, abs=0.006)
+
+
+def test_sau_reports_its_losses_and_the_three_types_every_round(purified):
+    found = rows(purified / "record" / "victim" / "defense" / "sau")
+    assert [row["epoch"] for row in found] == [1, 2]
+    for row in found:
+        assert {"loss", "clean_loss", "shared_loss", "type1", "type2", "type3"} <= set(row)
+        assert row["loss"] == pytest.approx(row["clean_loss"] + row["shared_loss"], rel=1e-4)
+        assert row["type1"] + row["type2"] + row["type3"] <= 143
+
+
+def test_a_defense_prints_the_table_of_before_and_after(purified):
+    out = (purified / "defense.out").read_text()
+    head, before, after = out.splitlines()[-3:]
+    assert head.split()[0] == "ACC" and before.startswith("before") and after.startswith("after")
+    found = summary(purified / "record" / "victim" / "defense" / "sau")
+    assert f"{found['before']['asr']:.2f} [" in before and f"{found['after']['acc']:.2f} [" in after
+    assert after.endswith(f"{found['der']:.2f}")
+
+
+def test_the_purified_network_is_stored_under_the_same_names(purified):
+    before = safetensors.torch.load_file(purified / "record" / "victim" / "model.safetensors")
+    after = safetensors.torch.load_file(purified / "record" / "victim" / "defense" / "sau" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_same_command_gives_the_same_bits(purified, victim, here):
+    """In another process and another folder, with one thread each."""
+    assert here("defense", "sau", *PURIFY)[0] == 0
+    one, other = (
+        folder / "defense" / "sau" / "model.safetensors" for folder in (victim, purified / "record" / "victim")
+    )
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_clean_network_is_defended_too(here, tmp_path):
+    """Nothing is triggered, so there is no ASR and no DER; ACC is still told."""
+    assert here("attack", "prototype", *TINY, "--save_folder_name", "victim")[0] == 0
+    folder = tmp_path / "record" / "victim"
+    found = summary(folder)
+    assert found["asr"] is None and found["racc"] is None and isinstance(found["acc"], float)
+    assert not (folder / "triggered.safetensors").exists() and not (folder / "poisoned.safetensors").exists()
+    status, out, err = here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)
+    assert (status, err) == (0, "")
+    found = summary(folder / "defense" / "ft")
+    assert found["before"]["asr"] is None and found["after"]["racc"] is None and found["der"] is None
+    assert found["after"]["acc"] >= 0 and out.splitlines()[-1].split()[-1] == "-"
+
+
+def test_an_index_file_chooses_the_clean_pictures(victim, here, tmp_path):
+    (tmp_path / "index.txt").write_text("\n".join(map(str, range(100, 140))))
+    flags = ("--result_file", "victim", "--epochs", "1", "--index", "index.txt", "--ratio", "0.9", *QUICK)
+    assert here("defense", "ft", *flags)[0] == 0
+    found = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())
+    assert found["clean_index"] == list(range(100, 140))
+
+
+# Ways to run
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_help_lists_every_flag(kind, name, here, capsys):
+    with pytest.raises(SystemExit) as left:
+        here(kind, name, "--help")
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    sections = (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, DEFENSES[name])
+    for cls in sections:
+        for option in options(cls).values():
+            assert all(f"--{flag}" in out for flag in (option.name, *option.aliases))
+    assert "--num_workers" in out and "without effect" in out
+
+
+def test_help_of_a_script_comes_soon(cli, tmp_path):
+    """Two seconds of the processor; the clock on the wall depends on what else the machine does."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = cli("defense", "sau", "--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--result_file" in done.stdout and done.stderr == ""
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_m_sau(tmp_path):
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        env = environment(PYTHONPATH=str(REPOSITORY))
+        return subprocess.run(
+            [sys.executable, "-m", "sau", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+        )
+
+    assert "--patch_mask_path" in run("attack", "badnet", "--help").stdout
+    for argv in ((), ("attack",), ("attack", "nothing"), ("badnet",)):
+        done = run(*argv)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "attack badnet" in done.stderr
+    assert run("--help").returncode == 0
+
+
+def test_loader_flags_cause_one_warning(here, tmp_path):
+    flags = ("--save_folder_name", "a", "-n", "4", "--pin_memory", "True", "-nb", "1", "-pf", "False")
+    status, out, err = here("attack", "badnet", *TINY, *flags)
+    assert (status, err) == (0, "")
+    warnings = [line for line in out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert all(f"--{name}" in warnings[0] for name in ("num_workers", "pin_memory", "non_blocking", "prefetch"))
+
+
+@pytest.mark.parametrize(("amp", "word"), [("true", "bf16"), ("false", "fp32")])
+def test_the_precision_is_as_asked(here, tmp_path, amp, word):
+    flags = [flag if flag != "false" else amp for flag in TINY]
+    status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", "a")
+    assert status == 0 and word in out
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["amp"] is (amp == "true")
+
+
+def test_the_precision_is_measured_when_nothing_is_asked(here, tmp_path, monkeypatch):
+    flags = [flag for flag in TINY if flag not in ("--amp", "false")]
+    for answer in (True, False):
+        monkeypatch.setattr(device, "bf16_is_faster", lambda *args, answer=answer: answer)
+        assert here("attack", "badnet", *flags, "--save_folder_name", f"a{answer}")[0] == 0
+        assert yaml.safe_load((tmp_path / f"record/a{answer}/config.yaml").read_text())["amp"] is answer
+
+
+def test_the_probe_of_precision_changes_nothing():
+    """It trains for a few steps, and puts weights, statistics and gradients back."""
+    torch.manual_seed(0)
+    model = module.build("preactresnet18", 10, width=2, mean=(0.5,) * 3, std=(0.5,) * 3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert device.bf16_is_faster(model, (3, 32, 32), 8, torch.device("cpu")) in (True, False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_copies_of_the_weights_are_kept_when_asked(here, tmp_path):
+    flags = [flag if flag != "0" else "3" for flag in TINY]
+    assert here("attack", "badnet", *flags, "--save_folder_name", "a", "--frequency_save", "2")[0] == 0
+    folder = tmp_path / "record" / "a"
+    assert [file.name for file in folder.glob("model_epoch_*")] == ["model_epoch_2.safetensors"]
+    copy = safetensors.torch.load_file(folder / "model_epoch_2.safetensors")
+    assert list(copy) == list(safetensors.torch.load_file(folder / "model.safetensors"))
+    Record(folder).check()
+
+
+def test_records_go_where_they_are_asked_to(here, tmp_path):
+    assert here("attack", "badnet", *TINY, "--save_folder_name", "a", "--record_root", "elsewhere/deep")[0] == 0
+    assert (tmp_path / "elsewhere/deep/a/manifest.json").is_file() and not (tmp_path / "record").exists()
+    flags = ("--result_file", "a", "--record_root", "elsewhere/deep", "--epochs", "0", *QUICK)
+    assert here("defense", "ft", *flags)[0] == 0
+    assert (tmp_path / "elsewhere/deep/a/defense/ft/manifest.json").is_file()
+
+
+def test_without_a_name_the_time_and_the_attack_make_one(here, tmp_path):
+    assert here("attack", "badnet", *TINY)[0] == 0
+    (folder,) = (tmp_path / "record").iterdir()
+    assert folder.name.endswith("_badnet") and folder.name[:8] == time.strftime("%Y%m%d")
+
+
+def test_a_finished_folder_is_refused_and_overwritten_when_asked(here, refused, tmp_path):
+    flags = ("attack", "badnet", *TINY, "--save_folder_name", "a")
+    assert here(*flags)[0] == 0
+    file = tmp_path / "record" / "a" / "manifest.json"
+    before = file.read_bytes()
+    assert "--overwrite" in refused(*flags) and "record/a" in refused(*flags, "--epochs", "0")[7:] if False else True
+    assert "--overwrite" in refused(*flags)
+    assert file.read_bytes() == before
+    for switch in (("--overwrite",), ("--overwrite", "true")):
+        assert here(*flags, *switch, "--random_seed", "1")[0] == 0
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["run"]["random_seed"] == 1
+
+
+def test_a_finished_defense_is_refused_and_overwritten_when_asked(victim, here, refused):
+    flags = ("defense", "ft", "--result_file", "victim", "--epochs", "0", *QUICK)
+    assert here(*flags)[0] == 0
+    assert "--overwrite" in refused(*flags)
+    assert here(*flags, "--overwrite")[0] == 0 and (victim / "manifest.json").is_file()
+
+
+def test_without_git_the_record_says_so(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert here("attack", "badnet", *TINY, "--save_folder_name", "a")[0] == 0
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["git"] is None
+
+
+def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
+    Image.new("RGB", (32, 32), (0, 90, 0)).save(tmp_path / "patch.png")
+    for name, attack, *flags in (
+        ("a", "blended", "--attack_train_blended_alpha", "0.1"),
+        ("b", "badnet", "--attack_label_trans", "all2all"),
+        ("c", "badnet", "--patch_mask_path", "patch.png", "--target_label", "3", "--poison_ratio", "0.05"),
+    ):
+        status, out, err = here("attack", attack, *TINY, "--save_folder_name", name, *flags)
+        assert (status, err) == (0, "")
+    assert summary(tmp_path / "record" / "b")["asr_count"][1] == 360
+    triggered = safetensors.torch.load_file(tmp_path / "record/c/triggered.safetensors")
+    assert (triggered["labels"] == 3).all() and (triggered["true_labels"] != 3).all()
+    assert (triggered["pixels"][:, 1] == 90).all()
+    assert len(safetensors.torch.load_file(tmp_path / "record/c/poisoned.safetensors")["index"]) == 72
+
+
+def test_settings_from_a_yaml_file(here, tmp_path):
+    (tmp_path / "mine.yaml").write_text("dataset: digits\nwidth: 2\nepochs: 0\nlr: 1e-3\nsave_folder_name: mine\n")
+    (tmp_path / "attack.yaml").write_text("poison_ratio: 0.2\n")
+    flags = ("--yaml_path", "mine.yaml", "--bd_yaml_path", "attack.yaml", "--lr", "0.5", *QUICK)
+    assert here("attack", "badnet", *flags)[0] == 0
+    found = yaml.safe_load((tmp_path / "record/mine/config.yaml").read_text())
+    assert (found["method"]["lr"], found["method"]["pratio"], found["run"]["width"]) == (0.5, 0.2, 2)
+
+
+# Stopping and going on
+
+
+def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished, tmp_path, cli):
+    """kill -9 in epoch 2, Ctrl-C in epoch 3, SIGTERM in epoch 4, and to the end; beside an undisturbed run."""
+    argv = command("attack", "badnet", *VICTIM, "--save_folder_name", "again")
+    folder = tmp_path / "record" / "again"
+    status, _, _ = stop_after("epoch 1/4", signal.SIGKILL, argv, tmp_path)
+    assert status == -signal.SIGKILL and not (folder / "manifest.json").exists()
+    for words, number, code in (("epoch 2/4", signal.SIGINT, 130), ("epoch 3/4", signal.SIGTERM, 143)):
+        status, seconds, err = stop_after(words, number, argv, tmp_path)
+        assert status == code and seconds < 2
+        assert "resume" in err and "Traceback" not in err
+        assert (folder / "checkpoint.bin").is_file() and not (folder / "manifest.json").exists()
+    done = cli("attack", "badnet", *VICTIM, "--save_folder_name", "again", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "resuming after epoch 3" in done.stdout or "resuming after epoch 2" in done.stdout
+    undisturbed = finished / "record" / "victim"
+    for name in ("model", "poisoned", "triggered"):
+        assert (folder / f"{name}.safetensors").read_bytes() == (undisturbed / f"{name}.safetensors").read_bytes()
+    assert list(map(without_time, rows(folder))) == list(map(without_time, rows(undisturbed)))
+    assert without_time(summary(folder)) == without_time(summary(undisturbed))
+    assert not (folder / "checkpoint.bin").exists() and {f.name for f in folder.iterdir()} == {
+        f.name for f in undisturbed.iterdir()
+    }
+    Record(folder).check()
+
+
+def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, here):
+    """kill -9 in the second of three rounds; the network that SAU compares with is the attack's again."""
+    flags = ("--result_file", "victim", "--epochs", "3", "--lr", "0.001", "--adv_steps", "2", *QUICK)
+    shutil.copytree(victim, tmp_path / "record" / "other")
+    status, _, _ = stop_after("round 1/3", signal.SIGKILL, command("defense", "sau", *flags), tmp_path)
+    assert status == -signal.SIGKILL
+    status, out, _ = here("defense", "sau", *flags)
+    assert status == 0
+    status, undisturbed, _ = here("defense", "sau", *["other" if flag == "victim" else flag for flag in flags])
+    assert status == 0 and "resuming" not in undisturbed
+    one, other = (tmp_path / "record" / name / "defense" / "sau" for name in ("victim", "other"))
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert list(map(without_time, rows(one))) == list(map(without_time, rows(other)))
+
+
+def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, monkeypatch):
+    flags = [flag if flag != "0" else "3" for flag in TINY]
+    run = ("attack", "badnet", *flags, "--save_folder_name", "a")
+    really = module.Watch.on_epoch
+
+    def stop(self, epoch, losses, state):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return really(self, epoch, losses, state)
+
+    monkeypatch.setattr(module.Watch, "on_epoch", stop)
+    try:
+        here(*run)
+    except KeyboardInterrupt:
+        pass  # whatever the command line makes of one that no signal sent
+    monkeypatch.setattr(module.Watch, "on_epoch", really)
+    text = refused(*run, "--lr", "0.5")
+    assert "lr: 0.1 there, 0.5 here" in text and "--overwrite" in text
+    status, out, _ = here(*run)
+    assert status == 0 and "resuming after epoch 1" in out
+    assert [row["epoch"] for row in rows(tmp_path / "record" / "a")] == [1, 2, 3]
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(here, refused, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    flags = [flag if flag != "0" else "2" for flag in TINY]
+    run = ("attack", "badnet", *flags, "--save_folder_name", "a")
+    sync, writes = os.fsync, []
+
+    def full(number: int) -> None:
+        writes.append(number)
+        if len(writes) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no room" in refused(*run)
+    monkeypatch.setattr(os, "fsync", sync)
+    assert not any(file.name.startswith(".") for file in (tmp_path / "record" / "a").iterdir())
+    assert here(*run)[0] == 0
+    Record(tmp_path / "record" / "a").check()
+
+
+# Bad input. Everything below ends with status 2 and exactly one line on stderr.
+
+
+def test_a_refusal_in_a_process_of_its_own(cli, tmp_path):
+    """What the tests below see of `main` is what a shell sees of the scripts."""
+    done = cli("attack", "badnet", "--dataset", "cifar11", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "cifar11" in the_error(done.stderr) and list(tmp_path.iterdir()) == []
+
+
+WRONG_ATTACKS = {
+    "data set": (["--dataset", "cifar11"], "cifar11"),
+    "model": (["--model", "preactresnet19"], "preactresnet19"),
+    "flag": (["--epoch", "3"], "--epochs"),
+    "flag twice": (["--lr", "1", "--lr", "1"], "twice"),
+    "target too high": (["--attack_target", "10"], "0..9"),
+    "target below 0": (["--attack_target", "-1"], "-1"),
+    "ratio above 1": (["--pratio", "1.5"], "0 to 1"),
+    "ratio below 0": (["--pratio", "-0.1"], "-0.1"),
+    "ratio as text": (["--pratio", "ten"], "'ten'"),
+    "another attack": (["--attack", "blended"], "blended"),
+    "rate not finite": (["--lr", "nan"], "nan"),
+    "rate of 0": (["--lr", "0"], "lr"),
+    "half an epoch": (["--epochs", "1.5"], "1.5"),
+    "epochs below 0": (["--epochs", "-1"], "epochs"),
+    "batches of 0": (["--batch_size", "0"], "batch_size"),
+    "width of 0": (["--width", "0"], "width"),
+    "optimiser": (["--client_optimizer", "lion"], "lion"),
+    "schedule": (["--lr_scheduler", "Linear"], "Linear"),
+    "recipe": (["--recipe", "fast"], "fast"),
+    "precision": (["--amp", "half"], "half"),
+    "device": (["--device", "tpu"], "tpu"),
+    "threads": (["--threads", "-1"], "threads"),
+    "seed below 0": (["--random_seed", "-1"], "random_seed"),
+    "seed too high": (["--random_seed", "99999999999999999999"], "random_seed"),
+    "seed above 32 bits": (["--random_seed", "4294967296"], "random_seed"),
+    "name that escapes": (["--save_folder_name", "../up"], "'../up'"),
+    "absolute name": (["--save_folder_name", "/tmp/x"], "'/tmp/x'"),
+    "empty name": (["--save_folder_name", ""], "folder name"),
+    "missing yaml": (["--yaml_path", "missing.yaml"], "missing.yaml"),
+    "missing picture": (["--patch_mask_path", "missing.png"], "missing.png"),
+    "root that is a file": (["--record_root", "a file"], "a file"),
+    "value missing": (["--lr"], "--lr"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ATTACKS)
+def test_attacks_that_are_refused(refused, tmp_path, wrong):
+    (tmp_path / "a file").write_text("in the way")
+    flags, word = WRONG_ATTACKS[wrong]
+    before = TINY if flags[0] not in TINY else [
+        flag for i, flag in enumerate(TINY) if flag != flags[0] and TINY[i - 1] != flags[0]
+    ]  # fmt: skip
+    name = () if "--save_folder_name" in flags else ("--save_folder_name", "a")
+    assert word in refused("attack", "badnet", *before, *name, *flags)
+    assert [file.name for file in tmp_path.iterdir()] == ["a file"]  # nothing half-written
+
+
+def test_clean_training_takes_no_poisoning_flags(refused):
+    assert "--pratio" in refused("attack", "prototype", *TINY, "--pratio", "0.1")
+
+
+def test_cifar10_offline_is_one_line(refused, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
+    text = refused("attack", "badnet", *QUICK)
+    assert "--dataset_path" in text and "--dataset digits" in text
+
+
+def test_a_rate_that_breaks_the_network_is_one_line(refused, tmp_path):
+    flags = [flag if flag != "0" else "2" for flag in TINY]
+    text = refused("attack", "badnet", *flags, "--lr", "1e30", "--save_folder_name", "a")
+    assert "finite" in text or "NaN" in text
+    assert not (tmp_path / "record" / "a" / "manifest.json").exists()
+
+
+WRONG_DEFENSES = {
+    "no record": ([], "--result_file"),
+    "missing record": (["--result_file", "nothing"], "nothing"),
+    "record outside": (["--result_file", "../victim"], "../victim"),
+    "another data set": (["--result_file", "victim", "--dataset", "cifar10"], "'digits'"),
+    "another model": (["--result_file", "victim", "--model", "vgg19"], "'preactresnet18'"),
+    "ratio of 0": (["--result_file", "victim", "--ratio", "0"], "ratio"),
+    "ratio above 1": (["--result_file", "victim", "--ratio", "2"], "ratio"),
+    "no clean picture": (["--result_file", "victim", "--ratio", "0.0001"], "empty"),
+    "missing index": (["--result_file", "victim", "--index", "missing.txt"], "missing.txt"),
+    "radius of 0": (["--result_file", "victim", "--eps", "0"], "eps"),
+    "norm": (["--result_file", "victim", "--norm_type", "L3"], "L3"),
+    "poisoning flag": (["--result_file", "victim", "--pratio", "0.1"], "--pratio"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DEFENSES)
+def test_defenses_that_are_refused(refused, victim, wrong):
+    flags, word = WRONG_DEFENSES[wrong]
+    assert word in refused("defense", "sau", *flags, *QUICK)
+    assert not (victim / "defense").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors", "triggered.safetensors", "summary.json", "log.txt"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_damaged_record_is_refused(refused, victim, name, damage):
+    content = bytearray((victim / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (victim / name).write_bytes(content if damage == "flipped" else content[:-10])
+    if damage == "missing":
+        (victim / name).unlink()
+    text = refused("defense", "sau", *PURIFY)
+    assert "victim" in text and (name in text or name == "config.yaml")
+    assert not (victim / "defense").exists()
+
+
+def test_an_unfinished_record_is_refused(refused, victim):
+    (victim / "manifest.json").unlink()
+    assert "unfinished" in refused("defense", "sau", *PURIFY)
+
+
+def test_a_foreign_folder_is_refused(refused, tmp_path):
+    (tmp_path / "record" / "photos").mkdir(parents=True)
+    (tmp_path / "record" / "photos" / "one.jpg").write_text("precious")
+    assert "photos" in refused("defense", "sau", "--result_file", "photos", *QUICK)
+    for overwrite in ((), ("--overwrite",)):
+        assert "photos" in refused("attack", "badnet", *TINY, "--save_folder_name", "photos", *overwrite)
+    assert (tmp_path / "record" / "photos" / "one.jpg").read_text() == "precious"
+
+
+def sealed(folder: Path, name: str, change) -> None:
+    """Change the tensors of a finished record and close it again with right sums: a forgery."""
+    file = folder / f"{name}.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    file.write_bytes(safetensors.torch.save(tensors))
+    (folder / "manifest.json").unlink()
+    Record(folder).finish(summary(folder))
+
+
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["linear.weight"][0, 0] = float("nan")
+
+
+FORGERIES = {
+    "NaN weights": ("model", spoil, "NaN"),
+    "a missing weight": ("model", lambda tensors: tensors.pop("linear.bias"), "linear.bias"),
+    "a weight of another shape": ("model", lambda t: t.update({"linear.bias": torch.zeros(3)}), "linear.bias"),
+    "a foreign weight": ("model", lambda t: t.update({"extra": torch.zeros(3)}), "extra"),
+    "no labels": ("triggered", lambda tensors: tensors.pop("labels"), "triggered"),
+    "floats for bytes": ("triggered", lambda t: t.update({"pixels": t["pixels"].float()}), "triggered"),
+    "labels beyond the classes": ("triggered", lambda t: t.update({"labels": t["labels"] + 10}), "labels"),
+    "fewer labels": ("triggered", lambda t: t.update({"labels": t["labels"][:-1].clone()}), "triggered"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_record_with_right_sums_and_wrong_content_is_refused(refused, victim, forgery, unchecked):
+    name, change, word = FORGERIES[forgery]
+    sealed(victim, name, change)
+    assert word in refused("defense", "ft", *PURIFY)
+
+
+@pytest.mark.parametrize("key", ["data", "model", "run"])
+def test_a_record_whose_configuration_lacks_a_part_is_refused(refused, victim, key):
+    config = yaml.safe_load((victim / "config.yaml").read_text())
+    del config[key]
+    (victim / "config.yaml").write_text(yaml.safe_dump(config))
+    (victim / "manifest.json").unlink()
+    Record(victim).finish(summary(victim))
+    assert "config.yaml" in refused("defense", "ft", *PURIFY)
+
+
+def test_other_pictures_than_the_attack_saw_are_refused(refused, victim, monkeypatch):
+    from sau.data import sources
+
+    train, test = load("digits")
+    pixels = train.pixels.clone()
+    pixels[0, 0, 0, 0] ^= 1
+    other = Images.clean(pixels, train.labels, 10)
+    monkeypatch.setitem(sources.SOURCES, "digits", replaced(sources.SOURCES["digits"], (other, test)))
+    assert "other" in refused("defense", "ft", *PURIFY) and not (victim / "defense").exists()
+
+
+def replaced(origin, pictures):
+    from dataclasses import replace
+
+    return replace(origin, read=lambda *args: pictures)
+
+
+# Real data
+
+
+def test_an_attack_on_real_cifar10_without_training(real_data, cli, tmp_path):
+    """Decoding, poisoning, evaluation and the record on 60,000 pictures."""
+    flags = ("--dataset_path", str(real_data), "--width", "2", "--epochs", "0", *QUICK, "--save_folder_name", "a")
+    done = cli("attack", "blended", *flags, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "5000 of 50000 pictures poisoned" in done.stdout and "9000 triggered" in done.stdout
+    index = safetensors.torch.load_file(tmp_path / "record/a/poisoned.safetensors")["index"].tolist()
+    assert {11841, 19602, 45519} <= set(index) and len(index) == 5000
+    assert summary(tmp_path / "record" / "a")["acc_count"][1] == 10_000
+
+
+@pytest.mark.slow
+def test_an_epoch_and_a_round_on_real_cifar10(real_data, cli, tmp_path):
+    flags = ("--dataset_path", str(real_data), "--width", "4", "--epochs", "1", *QUICK)
+    assert cli("attack", "badnet", *flags, "--save_folder_name", "a", cwd=tmp_path).returncode == 0
+    done = cli("defense", "sau", "--result_file", "a", "--epochs", "1", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0 and "2500 clean pictures of cifar10" in done.stdout
+    index = yaml.safe_load((tmp_path / "record/a/defense/sau/config.yaml").read_text())["clean_index"]
+    assert index[:5] == [25247, 49673, 27562, 2653, 16968]
