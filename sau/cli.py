@@ -142,7 +142,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     identity = {**settings, "clean": fingerprint(clean), "attacked": attacked.digest, "random_seed": run.random_seed}
     _begin(record, run, identity, threads)
     record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
-    record.note(clean_index=clean.index.tolist())
+    record.note(attacked=attacked.digest, clean_index=clean.index.tolist())
     record.say(f"recipe {recipe}: {len(clean)} clean pictures of {attacked.dataset}; {record.path}")
     _warn(record, request, notes)
     model.amp = _precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ IGNORED = {
     "checkpoint_save": "the checkpoint lies in the record",
     "log": "the log lies in the record",
 }
+_BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however it unfolds
+_BRIEF.maxlevel, _BRIEF.maxstring = 1, 100
 _SHORT = {"num_workers": "-n", "pin_memory": "-pm", "non_blocking": "-nb", "prefetch": "-pf"}
 
 
@@ -178,7 +181,7 @@ def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict
             try:
                 found[name] = convert(setting.value, known[name].hint)
             except ConfigError as error:
-                raise ConfigError(f"{setting.origin} is {setting.value!r}; {error}") from None
+                raise ConfigError(f"{setting.origin} is {_BRIEF.repr(setting.value)}; {error}") from None
     return found
 
 

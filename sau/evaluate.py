@@ -68,7 +68,7 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
 
     Raises TrainingError if a logit is not finite: a broken network has no accuracy.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters(), pixels).device
     answers, finite = [], torch.ones((), dtype=torch.bool, device=device)
@@ -76,7 +76,8 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
         logits = model(to_float(block.to(device)))
         finite &= logits.isfinite().all()
         answers.append(logits.argmax(1))
-    model.train(was_training)
+    for module, training in modes.items():
+        module.training = training
     if not finite:
         raise TrainingError("the network answers with NaN or infinite logits; its weights are broken")
     return torch.cat(answers).to(pixels.device)

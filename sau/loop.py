@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -138,17 +137,20 @@ class _Run:
             self._save(begin)
 
     def _one_epoch(self, begin: Rng, now: Rng) -> None:
-        """From `place` to the end of its epoch; `begin` and `now` are the generators there and at its first batch."""
+        """From `place` to the end of its epoch; the generators are `begin` at its first batch and `now` at `place`."""
         _set_rng(begin)
-        skipped, saved = self.place.batch, time.monotonic()
+        skipped, length, saved = self.place.batch, len(self.batches), time.monotonic()
+        walk = iter(self.batches)
+        for _ in range(skipped):
+            next(walk)
+        if skipped:
+            _set_rng(now)
         title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
-        walk = islice(iter(self.batches), skipped, None)
-        for x, y, *_ in tqdm(walk, title, len(self.batches), initial=skipped, leave=False, disable=None):
-            if self.place.batch == skipped and skipped:
-                _set_rng(now)  # a loader may have drawn from them for the batches that were skipped
+        for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=None):
             self.place.add(self.step(x, y), len(y))
             self._forecast()
-            if self.session.checkpoint is not None and time.monotonic() - saved > self.session.save_every:
+            due = self.session.checkpoint is not None and time.monotonic() - saved > self.session.save_every
+            if due and self.place.batch < length:  # the end of the epoch saves by itself
                 self.place.means()
                 self._save(begin)
                 saved = time.monotonic()

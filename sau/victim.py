@@ -77,7 +77,11 @@ class Victim:
                 notes.append(f"the attack saw the first {length} of {len(images)} {name} pictures; this run sees those")
                 images = images[torch.arange(length)]
             splits.append(images)
-        return splits[0], splits[1], notes
+        train, test = splits
+        bad = self.triggered
+        if bad is not None and not torch.equal(test.labels[bad.index], bad.true_labels):
+            raise RecordError(f"{self.path}: its pictures are in another order than those under {dataset_path}")
+        return train, test, notes
 
 
 def save(record: Record, model: Normalized, poisoned: Images, triggered: Images) -> None:

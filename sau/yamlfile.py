@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 
 from sau.config import IGNORED, Option, Setting, nearest
+from sau.data.sources import SOURCES
 from sau.errors import ConfigError
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
+RECIPES = ("paper", "cpu")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -32,7 +34,7 @@ def read_yaml(
     """
     try:
         tree = yaml.compose(path.read_text(), Loader=_Yaml)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -40,7 +42,11 @@ def read_yaml(
     found = _settings({key: node for key, node in plain.items() if key not in OVERLAYS}, path, known)
     for overlay, chosen in zip(OVERLAYS, (recipe, dataset), strict=True):
         cases = _mapping(plain[overlay], path) if overlay in plain else {}
+        allowed = RECIPES if overlay == "recipes" else [f"{d}{r}" for d in SOURCES for r in ("", ".paper", ".cpu")]
         for case, node in cases.items():
+            if case not in allowed:
+                line = node.start_mark.line
+                raise ConfigError(f"{path}:{line}: {overlay} has no {case!r}{nearest(case, allowed)}")
             inner = _settings(_mapping(node, path), path, known)
             found.update(inner if case in (chosen, f"{chosen}.{recipe}") else {})
     return found
@@ -51,6 +57,8 @@ def _mapping(node: Any, path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}:{node.start_mark.line + 1}: allowed is a mapping of names to values")
     found: dict[str, Any] = {}
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{path}:{key.start_mark.line + 1}: a key is no plain name")
         if key.value in found:
             raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; give it once")
         found[key.value] = value
@@ -68,9 +76,9 @@ def _settings(nodes: Mapping[str, Any], path: Path, known: Mapping[str, Option])
         if name in found:
             raise ConfigError(f"{origin}: {name} is given twice, under two of its names; give it once")
         try:
-            # Tags that would build objects are refused by the safe loader.
+            # Tags that would build objects are refused by the safe loader; a bad value of a known tag raises anything.
             found[name] = Setting(_Yaml("").construct_object(node, deep=True), origin)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
     return found
 

@@ -158,7 +158,9 @@ def test_all2all_shifts_every_label(attack, shift):
 
 def test_stamping_in_blocks_is_stamping_at_once():
     images = toy_images(2101, size=12)
-    assert torch.equal(Blended(pratio=1.0).poison_train(images, 0).pixels, quantise(Blended().stamp(to_float(images.pixels))))
+    assert torch.equal(
+        Blended(pratio=1.0).poison_train(images, 0).pixels, quantise(Blended().stamp(to_float(images.pixels)))
+    )
 
 
 def test_clean_training_poisons_nothing():

@@ -105,7 +105,9 @@ def test_the_stored_pictures_need_no_trigger_code(finished):
     expected, attacked = BadNet().poison_train(train, 0), BadNet().poison_test(test)
     hit = expected.role > 0
     assert torch.equal(poisoned["index"], expected.index[hit]) and len(poisoned["index"]) == 144
-    assert torch.equal(poisoned["pixels"], expected.pixels[hit]) and torch.equal(poisoned["labels"], expected.labels[hit])
+    assert torch.equal(poisoned["pixels"], expected.pixels[hit]) and torch.equal(
+        poisoned["labels"], expected.labels[hit]
+    )
     for name, tensor in attacked.tensors().items():
         assert torch.equal(triggered[name], tensor)
 
@@ -553,7 +555,9 @@ def test_defenses_that_are_refused(refused, victim, wrong):
     assert not (victim / "defense").exists()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors", "triggered.safetensors", "summary.json", "log.txt"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "model.safetensors", "triggered.safetensors", "summary.json", "log.txt"]
+)
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_a_damaged_record_is_refused(refused, victim, name, damage):
     content = bytearray((victim / name).read_bytes())

@@ -208,9 +208,10 @@ def test_the_clean_subset_is_the_published_list(n, size, first):
 
 
 def test_another_seed_gives_other_pictures():
-    assert clean_subset(index_images(1000), 0.05, 1).index.tolist() != clean_subset(
-        index_images(1000), 0.05, 0
-    ).index.tolist()
+    assert (
+        clean_subset(index_images(1000), 0.05, 1).index.tolist()
+        != clean_subset(index_images(1000), 0.05, 0).index.tolist()
+    )
     assert sorted(clean_subset(index_images(30), 1.0, 0).index.tolist()) == list(range(30))
 
 

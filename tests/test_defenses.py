@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import Blended
 from sau.config import options
@@ -420,7 +420,9 @@ def test_sau_removes_the_backdoor_and_keeps_the_accuracy():
 def test_fine_tuning_keeps_the_accuracy():
     net, clean, test, triggered = backdoored()
     before = score(net, test, triggered)
-    after = score(FT(lr=0.01, epochs=10, batch_size=50, augment=False).purify(net, clean, session=quiet()), test, triggered)
+    after = score(
+        FT(lr=0.01, epochs=10, batch_size=50, augment=False).purify(net, clean, session=quiet()), test, triggered
+    )
     assert after.acc.percent >= before.acc.percent - 2
 
 

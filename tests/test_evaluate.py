@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from toys import tiny_net, toy_images
 from torch import Tensor, nn
+from toys import tiny_net, toy_images
 
 from sau.attack import Blended
 from sau.errors import TrainingError

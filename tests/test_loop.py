@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import TinyNet, same_weights, toy_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from toys import TinyNet, same_weights, toy_images
 
 from sau import loop
 from sau.data.augment import Augment
@@ -44,7 +44,9 @@ class Experiment:
     ("on_epoch", e).
     """
 
-    def __init__(self, kind: str, tape: Tape | None = None, save_every: float = NEVER, stop: tuple | None = None) -> None:
+    def __init__(
+        self, kind: str, tape: Tape | None = None, save_every: float = NEVER, stop: tuple | None = None
+    ) -> None:
         torch.manual_seed(1)
         self.net = TinyNet().train()
         self.batches = batches(kind)
@@ -177,9 +179,7 @@ class Plain:
 
 def run(step, batches, epochs: int, state=None, end_epoch=lambda losses: None, **session) -> list[str]:
     said: list[str] = []
-    loop.run(
-        step, batches, epochs, state=state or {}, end_epoch=end_epoch, session=Session(say=said.append, **session)
-    )
+    loop.run(step, batches, epochs, state=state or {}, end_epoch=end_epoch, session=Session(say=said.append, **session))
     return said
 
 
@@ -218,9 +218,7 @@ def test_epochs_are_announced_to_the_batches_and_end_in_order():
         on_epoch=lambda epoch, losses, state: order.append(("on", epoch, state)) or {},
         state={"a": 1},
     )
-    assert order == [
-        item for e in (0, 1) for item in (("set", e), ("step",), ("end", 1.0), ("on", e + 1, {"a": 1}))
-    ]
+    assert order == [item for e in (0, 1) for item in (("set", e), ("step",), ("end", 1.0), ("on", e + 1, {"a": 1}))]
 
 
 def test_a_line_an_epoch():
@@ -260,7 +258,9 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(v
     place = tape.load()
     assert place is not None
     kept = float(place["objects"]["model"]["bias"])
-    assert (place["place"]["epoch"], place["place"]["batch"], kept) == ((1, 3, 8.0) if save_every == ALWAYS else (1, 0, 5.0))
+    assert (place["place"]["epoch"], place["place"]["batch"], kept) == (
+        (1, 3, 8.0) if save_every == ALWAYS else (1, 0, 5.0)
+    )
 
 
 # The forecast
@@ -299,7 +299,12 @@ def test_a_run_of_more_than_an_hour_says_how_to_make_it_short():
 
 def test_nothing_is_printed_by_default_but_lines(capfd):
     loop.run(
-        lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2]), 1, state={}, end_epoch=lambda losses: None, session=Session()
+        lambda x, y: {"loss": torch.tensor(1.0)},
+        Plain([2]),
+        1,
+        state={},
+        end_epoch=lambda losses: None,
+        session=Session(),
     )
     out, err = capfd.readouterr()
     assert out.startswith("epoch 1/1") and len(out.splitlines()) == 1 and err == ""  # no bar without a terminal

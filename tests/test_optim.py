@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from toys import quiet, same_weights, tiny_net, toy_images
 from torch import Tensor, nn
+from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.config import options
 from sau.defense import AT, FT, SAU
@@ -224,7 +224,12 @@ def test_a_schedule_changes_the_outcome():
 def test_the_published_settings_are_the_defaults():
     """attacks.md 2.1 for CIFAR-10."""
     training = Training()
-    assert (training.epochs, training.batch_size, training.lr, training.lr_scheduler) == (100, 128, 0.01, "CosineAnnealingLR")
+    assert (training.epochs, training.batch_size, training.lr, training.lr_scheduler) == (
+        100,
+        128,
+        0.01,
+        "CosineAnnealingLR",
+    )
     assert (training.client_optimizer, training.sgd_momentum, training.wd) == ("sgd", 0.9, 5e-4)
 
 

@@ -275,9 +275,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage, one_line):
     content = bytearray(file.read_bytes())
     if damage.endswith("bit"):
         content[{"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[damage.split()[0]]] ^= 1
-    file.write_bytes(
-        {"truncated": content[:-1], "longer": content + b"\0", "empty": b""}.get(damage, bytes(content))
-    )
+    file.write_bytes({"truncated": content[:-1], "longer": content + b"\0", "empty": b""}.get(damage, bytes(content)))
     if damage == "missing":
         file.unlink()
     with pytest.raises(RecordError) as refusal:

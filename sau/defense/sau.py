@@ -112,7 +112,8 @@ class SAU(Tuning):
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
-        return {"model": model.eval(), "reference": reference, "descent": self.descent(model.parameters(), steps)}
+        descent = self.descent(model.parameters(), steps * self.outer_steps)
+        return {"model": model.eval(), "reference": reference, "descent": descent}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, reference = state["model"], state["reference"]
