@@ -73,7 +73,7 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
     device = next(model.parameters(), pixels).device
     answers, finite = [], torch.ones((), dtype=torch.bool, device=device)
     for block in pixels.split(batch_size):
-        logits = model(to_float(block.to(device)))
+        logits = model(to_float(block.to(device, copy=True)))  # some networks change their input in place
         finite &= logits.isfinite().all()
         answers.append(logits.argmax(1))
     for module, training in modes.items():

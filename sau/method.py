@@ -1,7 +1,7 @@
 """What attacks and defenses have in common: hyperparameters that are their signature, and a training step."""
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -17,6 +17,13 @@ class Method:
 
     name: ClassVar[str] = ""
     aliases: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            if get_origin(hints[field.name]) is Literal:
+                choices = get_args(hints[field.name])
+                self.require(field.name, getattr(self, field.name) in choices, f"one of {', '.join(choices)}")
 
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""

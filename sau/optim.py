@@ -53,6 +53,7 @@ class Training(Method):
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("epochs", self.epochs >= 0, "0 and more")
         self.require("batch_size", self.batch_size >= 1, "1 and more")
         self.require("lr", self.lr > 0, "above 0")

@@ -33,7 +33,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         about = (part.__doc__ or "").split("\n")[0]
-        part.add_arguments(commands.add_parser(name, parents=[common], help=about, description=about))
+        part.add_arguments(
+            commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
+        )
     args = parser.parse_args()
     args.device, args.threads = choose_device(args.device), set_threads(args.threads)
     rows = PARTS[args.part].run(args)

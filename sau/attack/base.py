@@ -37,6 +37,7 @@ class Attack(Method, ABC):
     attack_label_shift_amount: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("pratio", 0 <= self.pratio <= 1, "0 to 1")
         self.require("attack_target", self.attack_target >= 0, "a class, counted from 0")
 

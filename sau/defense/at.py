@@ -74,6 +74,7 @@ class AT(Tuning):
     def pgd(self, model: nn.Module, x: Pixels, y: Labels) -> Pixels:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
         delta = start(x, self.pgd_init, self.norm, self.eps)
+        delta = into_pixels(x, delta) if self.clip_pixels else delta
         for _ in range(self.adv_steps):
             d = delta.requires_grad_()
             (gradient,) = torch.autograd.grad(F.cross_entropy(model(x + d), y, reduction="sum"), d)

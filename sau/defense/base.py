@@ -68,6 +68,9 @@ class Defense(Method, ABC):
         home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         place = torch.device(device) if device is not None else home
         copied = copy.deepcopy(model).to(place).eval()
+        frozen = [parameter for parameter in copied.parameters() if not parameter.requires_grad]
+        for parameter in frozen:  # a network that only answers is often handed over frozen
+            parameter.requires_grad_(True)
         owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
@@ -75,6 +78,8 @@ class Defense(Method, ABC):
         _check_fit(owned, batches, session)
         self.run(owned, batches, session)
         _check_weights(owned)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         result = owned if owned is copied else owned.net
         return result.to(home).eval()
 

@@ -1,6 +1,6 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,14 @@ def clean_batches(
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], mean, std)
         return Batches(pixels.to(device), (labels.to(device),), size, seed, augment)
-    if isinstance(data, Tensor) or not hasattr(data, "__iter__") or not isinstance(data, Sized):
-        raise DataError(
-            f"clean data of type {type(data).__name__}; give a DataLoader of (pixels, labels) or a pair of tensors"
-        )
-    if len(data) == 0:
+    try:
+        length = -1 if isinstance(data, Tensor) or not hasattr(data, "__iter__") else len(data)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader over an endless stream has a `__len__` that raises
+        length = -1
+    if length < 0:
+        kind = type(data).__name__
+        raise DataError(f"clean data of type {kind}; give a DataLoader with a length, or a pair of tensors")
+    if length == 0:
         raise DataError("the clean set is empty; give at least one labelled picture")
     return _Loader(data, device, mean, std, augment, seed)
 

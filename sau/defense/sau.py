@@ -150,6 +150,7 @@ class SAU(Tuning):
         n, compact = len(x), x.device.type == "cpu" and self.stop_fooled
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
         delta, s = start(x, self.pgd_init, self.norm, self.eps), clean_ref.clone()
+        delta = into_pixels(x, delta) if self.clip_pixels else delta
         active = torch.arange(n, device=x.device)
         for _ in range(self.adv_steps):
             d = delta[active].requires_grad_()

@@ -39,6 +39,8 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
+        else:
+            x = x.clone()  # some networks change their input in place
         if not self.amp:
             return self.net(x)
         with torch.autocast(x.device.type, torch.bfloat16):
