@@ -723,10 +723,15 @@ def test_defaults_are_the_released_ones() -> None:
         ("batch_size", 0),
         ("lr", 0.0),
         ("wd", -1.0),
+        ("norm", "L7"),
+        ("pgd_init", "middle"),
+        ("success", "luck"),
+        ("outer_mask", "none"),
+        ("client_optimizer", "lion"),
     ],
 )
-def test_bad_hyperparameters(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is {value}, allowed is"):
+def test_bad_hyperparameters(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}, allowed is"):
         SAU(**{name: value})
 
 
