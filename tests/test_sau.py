@@ -706,6 +706,7 @@ def test_defaults_are_the_released_ones() -> None:
     assert (method.success, method.stop_fooled, method.outer_mask) == ("prediction", True, "moved")
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "value"),
     [

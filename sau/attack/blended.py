@@ -47,16 +47,17 @@ def _picture(path: str | None, height: int, width: int) -> Tensor:
 
 
 def _sailing_boat() -> Image.Image:
-    """Light ground, heavy dark outlines, one strong colour: the contrast that the benchmark's picture has."""
+    """Our own drawing with the statistics of the benchmark's: at 32x32 a mean colour of about (207, 190, 198) and a
+    standard deviation of about 69 grey levels, from a light ground, dark outlines and one strong colour."""
     picture = Image.new("RGB", (320, 384), (250, 246, 250))
     draw = ImageDraw.Draw(picture)
-    outline = (25, 20, 30)
-    draw.ellipse((24, 20, 104, 100), fill=(252, 214, 90), outline=outline, width=10)
-    draw.rectangle((152, 40, 168, 270), fill=outline)
+    outline, width = (25, 20, 30), 10
+    draw.ellipse((24, 20, 104, 100), fill=(252, 214, 90), outline=outline, width=width)
+    draw.rectangle((153, 40, 167, 270), fill=outline)
     for sail in (((176, 48), (176, 244), (300, 244)), ((144, 80), (144, 244), (40, 244))):
-        draw.polygon(sail, fill=(214, 40, 62), outline=outline, width=12)
+        draw.polygon(sail, fill=(228, 70, 110), outline=outline, width=width)
     hull = ((16, 276), (304, 276), (248, 346), (72, 346))
-    draw.polygon(hull, fill=(252, 250, 252), outline=outline, width=14)
+    draw.polygon(hull, fill=(252, 250, 252), outline=outline, width=width)
     for left in range(-20, 320, 80):
-        draw.arc((left, 340, left + 80, 384), 180, 360, fill=outline, width=9)
+        draw.arc((left, 340, left + 80, 384), 180, 360, fill=outline, width=width - 2)
     return picture
