@@ -1,36 +1,31 @@
 """The order of calls behind `attack/NAME.py`, `defense/NAME.py` and `python -m sau`."""
 
 import os
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sau
 from sau import device as machine
 from sau import victim
 from sau.attack import ATTACKS
-from sau.config import IGNORED
 from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
+from sau.files import folder
 from sau.models import Normalized, build, has_width
 from sau.optim import Training
-from sau.record import Record, folder
+from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
-from sau.watch import Watch
+from sau.watch import Watch, begin, warn
 
 GRACE = 1.5  # seconds that a stopped run has to leave by itself
 
@@ -99,11 +94,11 @@ def attack(name: str, argv: Sequence[str]) -> None:
     ).to(where)
 
     settings = {"attack": name, **method.params(), **training.params()}
-    _begin(record, run, {**settings, **data, **network, "random_seed": run.random_seed}, threads)
+    begin(record, run, {**settings, **data, **network, "random_seed": run.random_seed}, threads)
     record.note(method=settings, data=data, model=network, notes=notes)
     width = f", width {network['width']}" if network["width"] else ""
     record.say(f"recipe {recipe} ({why}): {run.model}{width}, {training.epochs} epochs; choose another with --recipe")
-    _warn(record, request, notes)
+    warn(record, request, notes)
     model.amp = _precision(record, run, model, shape, training.batch_size, where)
     changed = int((poisoned.labels != poisoned.true_labels).sum())
     record.say(
@@ -140,11 +135,11 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record = Record(attacked.path / "defense" / name)
     settings = {"defense": name, **method.params()}
     identity = {**settings, "clean": fingerprint(clean), "attacked": attacked.digest, "random_seed": run.random_seed}
-    _begin(record, run, identity, threads)
+    begin(record, run, identity, threads)
     record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
     record.note(attacked=attacked.digest, clean_index=clean.index.tolist())
     record.say(f"recipe {recipe}: {len(clean)} clean pictures of {attacked.dataset}; {record.path}")
-    _warn(record, request, notes)
+    warn(record, request, notes)
     model.amp = _precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
@@ -182,27 +177,6 @@ def _network(request: Request, run: AttackRun, train: Images, origin: Source) ->
     width = run.width if has_width(run.model) or "width" in request.given else None
     shape = {"name": run.model, "classes": train.num_classes, "width": width, "shape": list(train.pixels.shape[1:])}
     return {**shape, "mean": list(origin.mean), "std": list(origin.std)}
-
-
-def _begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
-    here = str(Path(__file__).resolve().parent)
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    facts = {
-        "run": asdict(run),
-        "command": shlex.join(sys.argv),
-        "threads": threads,
-        "git": git.stdout.strip() or None,
-        "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    record.begin(facts, {**identity, "sau": sau.__version__}, run.overwrite)
-
-
-def _warn(record: Record, request: Request, notes: Sequence[str]) -> None:
-    for note in notes:
-        record.say(f"note: {note}")
-    if request.ignored:
-        reasons = "; ".join(f"--{name}: {IGNORED[name]}" for name in request.ignored)
-        record.say(f"warning: flags without effect here: {reasons}")
 
 
 def _precision(

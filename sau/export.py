@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sau import record as files
-from sau import victim
+from sau import files, victim
 from sau.compat import RESULT, SPLITS, blank
 from sau.data.images import COVER, Images
 from sau.data.sources import source

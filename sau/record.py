@@ -1,13 +1,9 @@
 """The result folder: every file that a run leaves, written atomically, hashed, and checked before it is used."""
 
-import errno
 import hashlib
 import io
 import json
-import os
-import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +13,12 @@ import yaml
 from torch import Tensor
 
 from sau.errors import RecordError
+from sau.files import write
 
 SCHEMA = 1
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def folder(root: str | Path, name: str) -> Path:
-    """`root/name`; RecordError if the name could lead out of the root or is no plain folder name."""
-    base = Path(root)
-    if not _NAME.fullmatch(name) or name.endswith("."):
-        raise RecordError(
-            f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first"
-        )
-    path = base / name
-    if path.resolve().parent != base.resolve():
-        raise RecordError(f"{path} is a link that leads out of {base}; name a real folder")
-    return path
-
-
-def write(path: Path, content: bytes) -> None:
-    """All of `content` or nothing: temporary file, flush to disk, rename. RecordError if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
-            raise RecordError(
-                f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
-            ) from None
-        raise RecordError(f"cannot write {path}: {error}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 class Record:

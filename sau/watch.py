@@ -1,15 +1,25 @@
-"""What the command line does while a run goes on: rows of figures, evaluations, copies of the weights."""
+"""What the command line keeps of a run: who asked what, rows of figures, evaluations, copies of the weights."""
 
+import platform
+import shlex
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+import sau
 from sau import loop
+from sau.config import IGNORED
 from sau.data.images import Images
 from sau.evaluate import Score, score
 from sau.record import Record
-from sau.request import Run
+from sau.request import Request, Run
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
 
@@ -67,3 +77,26 @@ class Watch:
             net = getattr(model, "net", model)
             self.record.save_tensors(f"model_epoch_{epoch}", net.state_dict())
         return figures
+
+
+def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
+    """Start or resume a record with what was asked, the versions and the commit; `identity` determines the result."""
+    here = str(Path(__file__).resolve().parent)
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    facts = {
+        "run": asdict(run),
+        "command": shlex.join(sys.argv),
+        "threads": threads,
+        "git": git.stdout.strip() or None,
+        "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    record.begin(facts, {**identity, "sau": sau.__version__}, run.overwrite)
+
+
+def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
+    """Say the notes, and which of the flags have no effect."""
+    for note in notes:
+        record.say(f"note: {note}")
+    if request.ignored:
+        reasons = "; ".join(f"--{name}: {IGNORED[name]}" for name in request.ignored)
+        record.say(f"warning: flags without effect here: {reasons}")

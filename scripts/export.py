@@ -22,7 +22,8 @@ import numpy as np
 from sau.data.images import Images
 from sau.errors import SauError
 from sau.export import pictures, poison, save_png, whole, write
-from sau.record import Record, folder
+from sau.files import folder
+from sau.record import Record
 
 COLUMNS = ("labels", "true_labels", "role", "index")
 

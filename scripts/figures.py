@@ -20,7 +20,8 @@ import torch
 
 from sau.data.sources import load
 from sau.errors import SauError
-from sau.record import Record, folder
+from sau.files import folder
+from sau.record import Record
 from sau.victim import load_images
 
 COLOURS = {"acc": "#0072b2", "asr": "#d55e00", "racc": "#009e73"}  # Okabe and Ito's, told apart by every reader

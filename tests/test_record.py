@@ -16,7 +16,8 @@ from toys import REPOSITORY, environment
 
 from sau import record as module
 from sau.errors import RecordError
-from sau.record import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record, folder, write
+from sau.files import folder, write
+from sau.record import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
 
@@ -101,7 +102,7 @@ def test_a_limit_on_file_sizes_is_said_in_one_line(tmp_path):
 import resource, sys
 from pathlib import Path
 from sau.errors import RecordError
-from sau.record import write
+from sau.files import write
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 file = Path(sys.argv[1]) / "file"
 write(file, b"small")

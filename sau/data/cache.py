@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sau.errors import SauError
-from sau.record import write
+from sau.files import write
 
 _FORMAT = 1  # of the file and of the decoding; a change makes everything anew
 
