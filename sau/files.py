@@ -27,9 +27,9 @@ def folder(root: str | Path, name: str) -> Path:
 
 def write(path: Path, content: bytes) -> None:
     """All of `content` or nothing: temporary file, flush to disk, rename. RecordError if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
             file.write(content)

@@ -48,6 +48,8 @@ class Record:
         """
         identity = json.loads(json.dumps(identity))
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if self.path.exists() and not self.path.is_dir():
+            raise RecordError(f"{self.path} is a file; choose another name")
         if self.path.exists() and any(self.path.iterdir()):
             old = self._ours()
             if overwrite:
@@ -102,10 +104,15 @@ class Record:
         raw = file.read_bytes()
         if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
             raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
-        place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-        if (self.path / METRICS).is_file():
-            rows = [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
-            self.rows = [row for row in rows if row["epoch"] <= place["place"]["epoch"]]
+        try:
+            place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
+            lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
+            self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= place["place"]["epoch"]]
+        except Exception as error:  # torch raises a dozen types on what it refuses
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RecordError(
+                f"{file} or {METRICS} is damaged ({reason[:100]}); start again with --overwrite"
+            ) from None
         return place
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -124,9 +131,10 @@ class Record:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and the manifest, which closes the folder, and drop the checkpoint."""
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-        (self.path / CHECKPOINT).unlink(missing_ok=True)
-        files = {file.name: _seal(file) for file in sorted(self.path.iterdir()) if file.is_file()}
+        kept = [file for file in sorted(self.path.iterdir()) if file.is_file() and file.name != CHECKPOINT]
+        files = {file.name: _seal(file) for file in kept}
         write(self.path / MANIFEST, (json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n").encode())
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def check(self) -> dict[str, Any]:
         """Compare every file with the manifest; returns the configuration. RecordError names the first that differs."""

@@ -305,7 +305,7 @@ def test_blended_changes_at_most_a_fifth():
 
 
 def test_blended_brings_its_own_picture():
-    """Light ground and strong contrast, like the benchmark's picture: mean near 200, deviation near 69 (attacks.md 1.2)."""
+    """Light ground and strong contrast, like the benchmark's: mean near 200, deviation near 69 (attacks.md 1.2)."""
     seen = (Blended(attack_train_blended_alpha=1.0).stamp(torch.zeros(1, 3, 32, 32)) * 255)[0]
     assert 170 < float(seen.mean()) < 230 and 50 < float(seen.std()) < 90
     assert (seen.amax(0) - seen.amin(0)).max() > 100  # a strong colour

@@ -116,7 +116,7 @@ def test_the_stored_pictures_need_no_trigger_code(finished):
 
 
 def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
-    """`--result_file X` alone: data set, network, recipe and every setting come from the record and the shipped YAML."""
+    """`--result_file X` alone: data set, network, recipe and settings come from the record and the shipped YAML."""
     monkeypatch.setattr(device, "bf16_is_faster", lambda *args: False)  # a probe's answer may vary
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
     status, out, err = here("defense", "sau", "--result_file", "victim")

@@ -1,4 +1,4 @@
-"""From signatures to flags and YAML and back: what is accepted, what beats what, and what is refused with which words."""
+"""From signatures to flags and YAML and back: what is accepted, what beats what, what is refused in which words."""
 
 import re
 from collections.abc import Sequence
@@ -256,7 +256,8 @@ def test_a_yaml_file_with_every_kind_of_value(tmp_path):
 
 def test_overlays_of_recipe_and_data_set(tmp_path):
     """The file, over it the recipe's settings, over these the data set's."""
-    text = "lr: 1\nsteps: 1\nmode: fast\nrecipes:\n  cpu: {steps: 2, mode: slow}\n  paper: {steps: 3}\ndatasets:\n  digits: {steps: 4}\n"
+    text = "lr: 1\nsteps: 1\nmode: fast\nrecipes:\n  cpu: {steps: 2, mode: slow}\n  paper: {steps: 3}\n"
+    text += "datasets:\n  digits: {steps: 4}\n"
     file = written(tmp_path, text)
     assert read(file) == {"lr": 1.0, "steps": 1, "mode": "Fast"}
     assert read(file, "cpu") == {"lr": 1.0, "steps": 2, "mode": "slow"}

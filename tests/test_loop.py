@@ -110,8 +110,8 @@ PER_EPOCH = 3  # 20 pictures in batches of 8
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(kind):
-    """Interrupted before and after every single update, and around the ends of epochs; resumed; equal to the undisturbed
-    run in weights, in the optimiser's state and in the figures of every epoch."""
+    """Interrupted before and after every single update, and around the ends of epochs; resumed; equal to the
+    undisturbed run in weights, in the optimiser's state and in the figures of every epoch."""
     whole = Experiment(kind).run()
     assert whole.updates == EPOCHS * PER_EPOCH and sorted(whole.rows) == [1, 2, 3]
     stops: list[tuple] = [(when, n) for when in ("before", "after") for n in range(1, EPOCHS * PER_EPOCH + 1)]

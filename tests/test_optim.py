@@ -25,7 +25,7 @@ def cosine(start: float, end: float, done: float) -> float:
 
 
 def one_cycle(updates: int, peak: float) -> list[float]:
-    """Up from a 25th of the peak over 30 % of the updates, then down to a 250,000th (Smith & Topin; torch's constants)."""
+    """Up from a 25th of the peak over 30 % of the updates, then down to a 250,000th (torch's constants)."""
     top = 0.3 * updates - 1
     return [
         cosine(peak / 25, peak, i / top) if i <= top else cosine(peak, peak / 250_000, (i - top) / (updates - 1 - top))
