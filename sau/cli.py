@@ -27,7 +27,7 @@ from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.watch import Watch, begin, warn
 
-GRACE = 1.5  # seconds that a stopped run has to leave by itself
+GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
 
 class _Stopped(BaseException):

@@ -49,9 +49,11 @@ class Run:
     yaml_path: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("eval_every", 1), ("frequency_save", 0), ("random_seed", 0)):
+        for name, least in (("eval_every", 1), ("frequency_save", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {least} and more")
+        if not 0 <= self.random_seed < 2**32:
+            raise ConfigError(f"random_seed is {self.random_seed}, allowed is 0..{2**32 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)

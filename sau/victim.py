@@ -10,7 +10,7 @@ from sau import compat
 from sau.data import sources
 from sau.data.cifar import subset_note
 from sau.data.images import Images
-from sau.errors import RecordError
+from sau.errors import DataError, RecordError
 from sau.models import Normalized, build
 from sau.record import Record
 
@@ -79,7 +79,8 @@ class Victim:
             splits.append(images)
         train, test = splits
         bad = self.triggered
-        if bad is not None and not torch.equal(test.labels[bad.index], bad.true_labels):
+        inside = bad is None or int(bad.index.max()) < len(test)
+        if bad is not None and not (inside and torch.equal(test.labels[bad.index], bad.true_labels)):
             raise RecordError(f"{self.path}: its pictures are in another order than those under {dataset_path}")
         return train, test, notes
 
@@ -98,10 +99,16 @@ def load(path: Path) -> Victim:
     if (path / compat.RESULT).is_file() and not (path / "config.yaml").is_file():
         return _foreign(path)
     record = Record(path)
-    made = record.check()
+    try:
+        return _ours(record, record.check())
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path / 'config.yaml'} lacks {error}; make the folder again") from None
+
+
+def _ours(record: Record, made: dict[str, Any]) -> Victim:
     return Victim(
-        path=path,
-        network=made["model"],
+        path=record.path,
+        network={key: made["model"][key] for key in ("name", "classes", "width", "shape", "mean", "std")},
         weights=record.load_tensors("model"),
         triggered=load_images(record, "triggered"),
         dataset=made["data"]["dataset"],
@@ -117,7 +124,10 @@ def load_images(record: Record, part: str) -> Images | None:
     """The `triggered` or `poisoned` pictures of a checked record; None for a clean network, which has none."""
     if not (record.path / f"{part}.safetensors").is_file():
         return None
-    return Images(**record.load_tensors(part), num_classes=record.config["model"]["classes"])
+    try:
+        return Images.restore(record.load_tensors(part), record.config["model"]["classes"])
+    except DataError as error:
+        raise RecordError(f"{record.path / part}.safetensors: {error}") from None
 
 
 def _foreign(path: Path) -> Victim:

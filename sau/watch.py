@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -82,12 +83,15 @@ class Watch:
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
     """Start or resume a record with what was asked, the versions and the commit; `identity` determines the result."""
     here = str(Path(__file__).resolve().parent)
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git = ""
+    if shutil.which("git"):
+        command = ["git", "-C", here, "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     facts = {
         "run": asdict(run),
         "command": shlex.join(sys.argv),
         "threads": threads,
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     record.begin(facts, {**identity, "sau": sau.__version__}, run.overwrite)

@@ -1,101 +1,200 @@
-"""What has one home stays there (CONTRIBUTING.md, "How the library is cut"), and files stay short."""
+"""Each concern has one home: nothing is written twice, and everybody knows where to look."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from toys import REPOSITORY
+from toys import REPOSITORY, environment
 
-CORE = sorted((REPOSITORY / "sau").rglob("*.py"))
-TEXTS = {file.relative_to(REPOSITORY).as_posix(): file.read_text() for file in CORE}
-
-HOMES = {
-    r"\bargparse\b": {"sau/config.py"},
-    r"^import yaml|yaml\.(safe_)?(load|dump|compose)": {"sau/yamlfile.py", "sau/record.py"},
-    r"(?<!safetensors\.)\btorch\.save\(": {"sau/record.py", "sau/export.py"},
-    r"(?<!safetensors\.)\btorch\.load\(": {"sau/record.py", "sau/foreign.py"},
-    r"\bpickle\.Unpickler\b": {"sau/data/cifar.py"},
-    r"^\s*(for epoch in|while .*epoch)": {"sau/loop.py"},
-    r"\.backward\(\)": {"sau/optim.py", "sau/device.py"},  # the second times a step that moves nothing
-    r"torch\.optim\.(SGD|Adam)": {"sau/optim.py"},
-    r"\bmanual_seed\(": {"sau/cli.py", "sau/data/images.py", "sau/defense/inputs.py"},
-    r"(?<!\w)print\(": {"sau/cli.py", "sau/record.py", "sau/data/cifar.py", "sau/data/cache.py"},
-    r"deepcopy\(": {"sau/defense/base.py", "sau/defense/sau.py"},
-    r"sys\.path": set(),
-    r"0\.4914": {"sau/data/sources.py"},
-    r"\.add_argument\(": {"sau/config.py"},
-    r"weights_only=False|allow_pickle=True": set(),
-}
+PACKAGE = REPOSITORY / "sau"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in FILES}
+NAMES = list(TREES)
 
 
-@pytest.mark.parametrize(("pattern", "homes"), HOMES.items(), ids=HOMES)
-def test_one_home(pattern, homes):
-    found = {name for name, text in TEXTS.items() if re.search(pattern, text, re.M)}
-    assert found == homes
+def files_with(wanted: Callable[[ast.AST], bool]) -> set[str]:
+    return {name for name, tree in TREES.items() if any(wanted(node) for node in ast.walk(tree))}
 
 
-def test_loads_are_restricted():
-    for name, text in TEXTS.items():
-        for call in re.findall(r"(?<!safetensors\.)torch\.load\([^\n]*", text):
-            assert "weights_only=True" in call, name
+def calling(*names: str) -> set[str]:
+    """Files that call one of these: a dotted name as it is written, or a plain one as a function or a method."""
+
+    def wanted(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call):
+            return False
+        called = ast.unparse(node.func)
+        return called in names or called.split(".")[-1] in names
+
+    return files_with(wanted)
 
 
-def test_files_and_functions_stay_short():
-    for name, text in TEXTS.items():
-        assert text.count("\n") <= 210, name
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
-                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
+def importing(*modules: str) -> set[str]:
+    def wanted(node: ast.AST) -> bool:
+        found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        return any(name == module or name.startswith(module + ".") for name in found for module in modules)
+
+    return files_with(wanted)
 
 
-def test_a_folder_of_scripts_holds_one_script():
-    """The name of the file is the name of the method; nothing else may differ."""
-    for folder in ("attack", "defense"):
-        assert len({file.read_text() for file in (REPOSITORY / folder).glob("*.py")}) == 1
+def below(folder: str) -> set[str]:
+    return {name for name in NAMES if name.startswith(f"{folder}/")}
+
+
+# concern: (who has it, who may)
+HOMES: dict[str, tuple[set[str], set[str]]] = {
+    "flags": (importing("argparse"), {"config.py"}),
+    "YAML": (importing("yaml"), {"yamlfile.py", "record.py"}),
+    "reading torch's files": (calling("torch.load"), {"record.py"}),
+    "writing torch's files": (calling("torch.save"), {"record.py", "export.py"}),
+    "pickles": (importing("pickle"), {"data/cifar.py", "foreign.py"}),
+    "gradients of weights": (calling("backward"), {"optim.py", "device.py"}),
+    "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py"}),
+    "copies of networks": (calling("deepcopy"), {"defense/base.py", "defense/sau.py"}),
+    "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
+    "the screen": (calling("print"), {"cli.py", "record.py"} | below("data")),
+    "seeds": (calling("manual_seed", "RandomState", "Random"), {"cli.py", "defense/inputs.py", "attack/base.py"} | below("data")),
+    "signals": (importing("signal"), {"cli.py"}),
+    "the machine": (importing("resource") | calling("set_num_threads"), {"device.py"}),
+    "moving files": (calling("fsync", "NamedTemporaryFile"), {"record.py"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("concern", HOMES)
+def test_a_concern_has_one_home(concern):
+    found, home = HOMES[concern]
+    assert found - home == set()
+    assert found, "nobody does it; is the rule still about anything?"
+
+
+def test_epochs_are_counted_in_the_loop_alone():
+    def counts(node: ast.AST) -> bool:
+        if isinstance(node, ast.For):
+            return bool(re.search(r"\b(epoch|round)s?\b", f"{ast.unparse(node.target)} {ast.unparse(node.iter)}"))
+        return isinstance(node, ast.While) and "epoch" in ast.unparse(node.test)
+
+    assert files_with(counts) == {"loop.py"}
+
+
+def test_torch_loads_tensors_and_plain_values_only():
+    calls = [
+        node
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert calls
+    for call in calls:
+        words = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert words.get("weights_only") == "True", ast.unparse(call)
+
+
+def test_nothing_is_executed_that_was_read():
+    assert calling("exec", "system", "popen", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load") == set()
+
+    def dangerous(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call):
+            return False
+        plain_eval = ast.unparse(node.func) == "eval"  # not `.eval()`, the mode of a network
+        return plain_eval or "shell" in {word.arg for word in node.keywords}
+
+    assert files_with(dangerous) == set()
+
+
+def test_the_path_of_modules_is_changed_in_the_scripts_alone():
+    assert files_with(lambda node: isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path") == set()
+
+
+def test_the_statistics_of_a_data_set_stand_in_one_file():
+    for number in (0.4914, 0.2023, 0.247, 0.5071, 0.4802):
+        holders = files_with(lambda node, number=number: isinstance(node, ast.Constant) and node.value == number)
+        assert holders <= {"data/sources.py"}
+
+
+@pytest.mark.parametrize("kind", ["attack", "defense"])
+def test_the_scripts_of_a_folder_are_the_same_bytes(kind):
+    scripts = sorted((REPOSITORY / kind).iterdir())
+    assert len(scripts) >= 3 and {script.suffix for script in scripts} == {".py"}
+    assert len({script.read_bytes() for script in scripts}) == 1
+    assert len(scripts[0].read_text().splitlines()) <= 12
+
+
+def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_and_functions_stay_short(name):
+    assert len((PACKAGE / name).read_text().splitlines()) <= 200
+    assert [(function, lines) for function, lines in functions(TREES[name]) if lines > 50] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("__init__.py")])
+def test_every_module_and_public_thing_says_what_it_is(name):
+    """Except methods that implement one that is documented in a base class."""
+    tree = TREES[name]
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and node.name != "nearest"
+        ):
+            plain_network = isinstance(node, ast.ClassDef) and any("Module" in ast.unparse(b) for b in node.bases)
+            assert ast.get_docstring(node) or plain_network, f"{name}: {node.name}"
 
 
 def test_importing_the_package_is_cheap():
-    code = "import sys, sau; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=REPOSITORY).returncode == 0
+    """It loads neither torch nor anything else that takes its time."""
+    code = "import sys; before = set(sys.modules); import sau; print(*(set(sys.modules) - before))"
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.split() == ["sau"]
 
 
-def blocks() -> dict[str, str]:
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    return dict(re.findall(r"```python (\w+)\n(.*?)```", text, re.S))
+def test_the_notebook_lines_of_the_readme_work():
+    """The three doors that are promised: sau.defense, sau.attack, sau.evaluate."""
+    from sau.attack import BadNet
+    from sau.defense import SAU
+    from sau.evaluate import der, score
+
+    assert BadNet.name == "badnet" and SAU.name == "sau" and callable(score) and callable(der)
 
 
-def test_the_examples_for_contributors_work(tmp_path: Path, monkeypatch):
-    """An attack, a defense and a data set, as CONTRIBUTING.md spells them, through one run of each."""
-    import importlib.util
+def test_the_readme_shows_both_commands_early():
+    lines = (REPOSITORY / "README.md").read_text().splitlines()[:30]
+    assert any("bash scripts/demo.sh" in line for line in lines) and any(
+        "bash scripts/test.sh" in line for line in lines
+    )
 
-    from sau import loop
-    from sau.data.sources import SOURCES, load
-    from sau.evaluate import score
-    from sau.models import build
-    from sau.optim import Training
 
-    modules = {}
-    monkeypatch.setattr("sau.data.sources.SOURCES", SOURCES)
-    for name, code in blocks().items():
-        (tmp_path / f"example_{name}.py").write_text(code)
-        spec = importlib.util.spec_from_file_location(f"example_{name}", tmp_path / f"example_{name}.py")
-        assert spec is not None and spec.loader is not None
-        modules[name] = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, f"example_{name}", modules[name])
-        spec.loader.exec_module(modules[name])
-    try:
-        train, test = load("stripes")
-        origin = SOURCES["stripes"]
-    finally:
-        del SOURCES["stripes"]
-    attack, quiet = modules["attack"].Frame(pratio=0.2), loop.Session(say=lambda text: None)
-    net = build("preactresnet18", 2, width=4, mean=origin.mean, std=origin.std)
-    recipe = Training(epochs=4, batch_size=32, lr=0.05, lr_scheduler="constant")
-    attack.fit(net, attack.poison_train(train, 0), recipe, session=quiet)
-    triggered = attack.poison_test(test)
-    assert score(net, test, triggered).acc.percent > 90
-    fixed = modules["defense"].LastLayer(epochs=1).purify(net, test, session=quiet)
-    assert score(fixed, test, triggered).acc.percent > 90
+def test_folders_of_scripts_and_tests_are_no_packages():
+    for folder in ("attack", "defense", "tests", "scripts"):
+        assert not (REPOSITORY / folder / "__init__.py").exists()
+
+
+def test_requirements_cover_the_imports():
+    """Every third-party module that the package imports is installed with it, or only where it is asked for."""
+    required = (REPOSITORY / "requirements.txt").read_text()
+    distribution = {"yaml": "PyYAML", "PIL": "Pillow", "sklearn": "scikit-learn"}
+    third = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            third |= {name.split(".")[0] for name in names} - {"sau", ""}
+    third -= set(sys.stdlib_module_names)
+    assert [name for name in sorted(third) if distribution.get(name, name) not in required] == []
+
+
+def test_nothing_but_the_package_is_installed():
+    text = (REPOSITORY / "setup.py").read_text()
+    assert 'include=["sau", "sau.*"]' in text
+    assert Path(REPOSITORY / "LICENSE").read_text().startswith("MIT")

@@ -57,6 +57,20 @@ class Images:
         role = torch.full_like(labels, CLEAN, dtype=torch.uint8)
         return cls(pixels, labels, labels, role, torch.arange(len(labels), device=labels.device), num_classes)
 
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], num_classes: int) -> "Images":
+        """Pictures from the tensors that `tensors` gave; DataError if names, types, lengths or labels are not such."""
+        wanted = {name: torch.uint8 if name in ("pixels", "role") else torch.int64 for name in _TENSORS}
+        if {name: tensor.dtype for name, tensor in tensors.items()} != wanted or tensors["pixels"].ndim != 4:
+            raise DataError(f"stored pictures are {', '.join(sorted(tensors))}, wanted are {', '.join(_TENSORS)}")
+        n = len(tensors["pixels"])
+        if any(tensors[name].shape != (n,) for name in _TENSORS[1:]) or n == 0 or int(tensors["index"].min()) < 0:
+            raise DataError("stored pictures, labels and indices do not have the same number")
+        for name in ("labels", "true_labels"):
+            if not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < num_classes:
+                raise DataError(f"stored {name} lie outside 0..{num_classes - 1}")
+        return cls(**tensors, num_classes=num_classes)
+
     def __len__(self) -> int:
         return len(self.labels)
 

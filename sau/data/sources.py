@@ -82,7 +82,8 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
             raise ConfigError(f"ratio (clean share) is {ratio}, allowed is above 0 and up to 1")
         picked = random.Random(seed).sample(range(n), int(ratio * n))
     if not picked:
-        raise DataError(f"the clean set is empty: {ratio} of {n} pictures is less than one; use a larger --ratio")
+        reason = f"{index_file} names none" if index_file else f"{ratio} of {n} is less than one; use a larger --ratio"
+        raise DataError(f"the clean set is empty: {reason}")
     return images[torch.tensor(picked, device=images.labels.device)]
 
 

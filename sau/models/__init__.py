@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError
 from sau.models.preact_resnet import PreActResNet18
-from sau.models.zoo import torchvision_net
+from sau.models.zoo import torchvision_names, torchvision_net
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
 
@@ -75,6 +75,8 @@ def build(
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """
+    if not has_width(name) and name not in torchvision_names():
+        raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
     if width is not None and (width < 1 or not has_width(name)):
         raise ConfigError(
             f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, and none for other networks"

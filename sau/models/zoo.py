@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.errors import ConfigError
-
 ENLARGED = 224  # the side that torchvision's classifiers were designed for
 _AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, which no attack or defense here reads
 
@@ -21,7 +19,7 @@ class Enlarge(nn.Module):
         return F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
 
 
-def names() -> list[str]:
+def torchvision_names() -> list[str]:
     """Every classifier that the installed torchvision has."""
     from torchvision import models
 
@@ -36,10 +34,6 @@ def torchvision_net(name: str, num_classes: int, shape: tuple[int, int, int]) ->
     """
     from torchvision import models
 
-    if name not in names():
-        raise ConfigError(
-            f"unknown model {name!r}; choose preactresnet18 or a classifier of torchvision, like vgg19_bn"
-        )
     extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
     net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
     return net if _accepts(net, shape) else nn.Sequential(Enlarge(), net)
