@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The runs behind digits.md: the demo's attack and defense on scikit-learn's digits, three seeds, about five minutes.
+#     bash docs/results/digits.sh RECORDS
+set -u
+here="$(cd "$(dirname "$0")/../.." && pwd)"
+for seed in 0 1 2; do
+  python "$here/attack/badnet.py" --dataset digits --save_folder_name "badnet_s$seed" --random_seed "$seed" --record_root "$1"
+  python "$here/defense/sau.py" --result_file "badnet_s$seed" --random_seed "$seed" --record_root "$1"
+done
+python "$here/scripts/tabulate.py" "$1"
