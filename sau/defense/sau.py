@@ -117,7 +117,8 @@ class SAU(Tuning):
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, reference = state["model"], state["reference"]
-        z = model(x)  # its graph serves the outer loss, so the clean pass is made once
+        with torch.set_grad_enabled(not self.train_mode):
+            z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
             clean_ref = reference(x).argmax(1)
         delta, s = self.shared_pgd(model, reference, x, y, z.argmax(1), clean_ref)

@@ -1,6 +1,6 @@
 """Mean and standard deviation over seeds of the records below a folder, as a Markdown table.
 
-python scripts/tabulate.py RECORDS        reads RECORDS/<attack>_s<seed>/summary.json and what its defenses wrote
+python scripts/seeds.py RECORDS        reads RECORDS/<attack>_s<seed>/summary.json and what its defenses wrote
 """
 
 import json
