@@ -330,13 +330,21 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, one_line):
         assert str(file) in one_line(refusal.value)
 
 
+def test_an_overlay_of_a_data_set_may_hold_for_one_recipe(tmp_path):
+    file = written(tmp_path, "steps: 1\ndatasets:\n  digits: {lr: 2}\n  digits.cpu: {steps: 3}\n")
+    assert read(file, "cpu", "digits") == {"lr": 2.0, "steps": 3}
+    assert read(file, "paper", "digits") == {"lr": 2.0, "steps": 1}
+    assert read(file, "cpu", "cifar10") == {"steps": 1}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlay_for_nothing_that_exists_is_refused(tmp_path, overlay, one_line):
+@pytest.mark.parametrize("content", ["{lr: 1}", "\n    lr: 1"])
+def test_an_overlay_for_nothing_that_exists_is_refused(tmp_path, overlay, content, one_line):
     """`recipes: {cpuu: ...}` would otherwise be read and forgotten."""
-    file = written(tmp_path, f"{overlay}:\n  cpuu:\n    lr: 1\n")
+    file = written(tmp_path, f"{overlay}:\n  cpuu: {content}\n")
     with pytest.raises(ConfigError) as refusal:
         read(file, "cpu", "digits")
-    assert "cpuu" in one_line(refusal.value) and f"{file}:" in str(refusal.value)
+    assert "cpuu" in one_line(refusal.value) and f"{file}:2" in str(refusal.value)
 
 
 # What beats what

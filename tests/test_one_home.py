@@ -57,7 +57,10 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "copies of networks": (calling("deepcopy"), {"defense/base.py", "defense/sau.py"}),
     "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
     "the screen": (calling("print"), {"cli.py", "record.py"} | below("data")),
-    "seeds": (calling("manual_seed", "RandomState", "Random"), {"cli.py", "defense/inputs.py", "attack/base.py"} | below("data")),
+    "seeds": (
+        calling("manual_seed", "RandomState", "Random"),
+        {"cli.py", "defense/inputs.py", "attack/base.py"} | below("data"),
+    ),
     "signals": (importing("signal"), {"cli.py"}),
     "the machine": (importing("resource") | calling("set_num_threads"), {"device.py"}),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
