@@ -45,6 +45,7 @@ def read_yaml(
         allowed = RECIPES if overlay == "recipes" else [f"{d}{r}" for d in SOURCES for r in ("", ".paper", ".cpu")]
         for case, node in cases.items():
             if case not in allowed:
+                line = next(key.start_mark.line + 1 for key, _ in plain[overlay].value if key.value == case)
                 line = node.start_mark.line
                 raise ConfigError(f"{path}:{line}: {overlay} has no {case!r}{nearest(case, allowed)}")
             inner = _settings(_mapping(node, path), path, known)
