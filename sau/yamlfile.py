@@ -46,7 +46,6 @@ def read_yaml(
         for case, node in cases.items():
             if case not in allowed:
                 line = next(key.start_mark.line + 1 for key, _ in plain[overlay].value if key.value == case)
-                line = node.start_mark.line
                 raise ConfigError(f"{path}:{line}: {overlay} has no {case!r}{nearest(case, allowed)}")
             inner = _settings(_mapping(node, path), path, known)
             found.update(inner if case in (chosen, f"{chosen}.{recipe}") else {})
