@@ -23,8 +23,8 @@ from sau import device
 from sau.attack import ATTACKS, BadNet
 from sau.config import options
 from sau.data.images import Images
-from sau.data.sources import load
-from sau.defense import DEFENSES, SAU
+from sau.data.sources import clean_subset, load
+from sau.defense import DEFENSES, FT, SAU
 from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun
@@ -165,6 +165,9 @@ def test_sau_reports_its_losses_and_the_three_types_every_round(purified):
         assert {"loss", "clean_loss", "shared_loss", "type1", "type2", "type3"} <= set(row)
         assert row["loss"] == pytest.approx(row["clean_loss"] + row["shared_loss"], rel=1e-4)
         assert row["type1"] + row["type2"] + row["type3"] <= 143
+    after = summary(purified / "record" / "victim" / "defense" / "sau")["after"]
+    assert ["asr" in row for row in found] == [False, True]  # the last round is evaluated whatever --eval_every says
+    assert (found[-1]["acc"], found[-1]["asr"]) == (after["acc"], after["asr"])
 
 
 def test_a_defense_prints_the_table_of_before_and_after(purified):
@@ -212,6 +215,35 @@ def test_an_index_file_chooses_the_clean_pictures(victim, here, tmp_path):
     assert here("defense", "ft", *flags)[0] == 0
     found = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())
     assert found["clean_index"] == list(range(100, 140))
+
+
+def test_the_seed_draws_the_clean_pictures(victim, here):
+    train, _ = load("digits")
+    for seed in (0, 1):
+        flags = ("--result_file", "victim", "--epochs", "0", "--random_seed", str(seed), "--overwrite", *QUICK)
+        assert here("defense", "ft", *flags)[0] == 0
+        found = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())
+        assert found["clean_index"] == clean_subset(train, 0.1, seed).index.tolist()
+
+
+def test_the_probe_of_precision_draws_nothing_from_the_run(victim, here, monkeypatch):
+    """However often it asks torch for random numbers, the training that follows sees the same ones."""
+    drawn: list[float] = []
+
+    def step(self, state, x, y):
+        drawn.append(float(torch.rand(())))
+        return {"loss": x.mean()}
+
+    monkeypatch.setattr(BadNet, "step", step)
+    monkeypatch.setattr(FT, "step", step)
+    flags = [flag for flag in QUICK if flag not in ("--amp", "false")]
+    for draws in (1, 7):
+        monkeypatch.setattr(device, "bf16_is_faster", lambda *args, n=draws: bool(torch.rand(n).sum() < 0))
+        attack = ("--dataset", "digits", "--width", "2", "--epochs", "1", "--save_folder_name", "a", "--overwrite")
+        assert here("attack", "badnet", *attack, *flags)[0] == 0
+        defense = ("--result_file", "victim", "--epochs", "1", "--lr_scheduler", "constant", "--overwrite")
+        assert here("defense", "ft", *defense, *flags)[0] == 0
+    assert len(drawn) == 24 and drawn[:12] == drawn[12:]  # eleven batches of the attack, one of the defense
 
 
 # Ways to run
