@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +130,20 @@ def defend(name: str, argv: Sequence[str]) -> None:
     run, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
     train, test, notes = attacked.pictures(run.dataset_path)
-    clean = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
+    kind = "clean" if method.needs == "clean" else "poisoned training"
+    if method.needs == "poisoned" and attacked.poisoned is not None:
+        train = train.updated(attacked.poisoned)
+    given = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
     test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
     record = Record(attacked.path / "defense" / name)
     settings = {"defense": name, **method.params()}
-    identity = {**settings, "clean": fingerprint(clean), "attacked": attacked.digest, "random_seed": run.random_seed}
+    identity = {**settings, "clean": fingerprint(given), "attacked": attacked.digest, "random_seed": run.random_seed}
     begin(record, run, identity, threads)
     record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
-    record.note(attacked=attacked.digest, clean_index=clean.index.tolist())
-    record.say(f"recipe {recipe}: {len(clean)} clean pictures of {attacked.dataset}; {record.path}")
+    record.note(attacked=attacked.digest, clean_index=given.index.tolist())
+    record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
     model.amp = _precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
     torch.manual_seed(run.random_seed)
@@ -147,12 +152,15 @@ def defend(name: str, argv: Sequence[str]) -> None:
     evaluation = time.monotonic() - begun
     watch = Watch(record, run, getattr(method, "epochs", 1), test, triggered, started, evaluation)
     augment = source(attacked.dataset).augment
-    fixed = method.purify(model, clean, augment=augment, seed=run.random_seed, session=watch.session())
+    judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
+    session = replace(watch.session(), judge=judge)
+    fixed = method.purify(model, given, augment=augment, seed=run.random_seed, session=session)
     after = score(fixed, test, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
     record.say(table({"before": before, "after": after}, rating))
     scores = {"before": before.summary(), "after": after.summary(), "der": rating, "selection": method.selection}
+    scores["data"] = method.needs
     record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 

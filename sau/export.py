@@ -7,7 +7,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -44,16 +43,8 @@ def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, I
     if attacked.triggered is None:
         raise RecordError(f"{record.path} holds a clean network, so there are no pictures to export; name an attack")
     train, test, _ = attacked.pictures(data or attacked.dataset_path)
-    poisoned = victim.load_images(record, "poisoned")
-    return train, train[torch.arange(0)] if poisoned is None else poisoned, attacked.triggered, len(test)
-
-
-def poison(train: Images, poisoned: Images) -> Images:
-    """The training set with the poisoned pictures in their places."""
-    tensors: dict[str, Any] = {name: value.clone() for name, value in train.tensors().items()}
-    for name, value in poisoned.tensors().items():
-        tensors[name][poisoned.index] = value
-    return replace(train, **tensors)
+    poisoned = train[torch.arange(0)] if attacked.poisoned is None else attacked.poisoned
+    return train, poisoned, attacked.triggered, len(test)
 
 
 @contextmanager

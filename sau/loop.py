@@ -2,55 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sau.errors import TrainingError
+from sau.session import Session
 from sau.types import Loader
 
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
 Rng = dict[str, Any]
-
-
-@runtime_checkable
-class Checkpoint(Protocol):
-    """Where a run keeps its place. `load` returns what `save` was last given, or None."""
-
-    def load(self) -> dict[str, Any] | None:
-        """The last place saved."""
-
-    def save(self, place: dict[str, Any]) -> None:
-        """Keep a place, replacing the last one."""
-
-
-def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
-    return {}
-
-
-@dataclass
-class Session:
-    """What the caller of a long run wants to see of it, and where its place is kept.
-
-    Args:
-        checkpoint: keeps the place; None means that nothing is kept.
-        on_epoch: called with (epochs done, mean losses, the state that changes); returns further figures to print.
-        say: prints a line.
-        other_seconds: expected seconds outside the updates (evaluation), for the forecast.
-        hint: what would make the run short; printed if the forecast exceeds an hour.
-        save_every: seconds between two checkpoints inside an epoch.
-    """
-
-    checkpoint: Checkpoint | None = None
-    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = _nothing
-    say: Callable[[str], None] = print
-    other_seconds: float = 0.0
-    hint: str = ""
-    save_every: float = 60.0
 
 
 @dataclass
@@ -87,7 +52,7 @@ def run(
     epochs: int,
     *,
     state: dict[str, Any],
-    end_epoch: Callable[[dict[str, float]], None],
+    end_epoch: Callable[[dict[str, float]], bool | None],
     session: Session,
     label: str = "epoch",
 ) -> None:
@@ -98,7 +63,7 @@ def run(
         batches: iterable of (x, y, ...) with a length; `set_epoch` is called where it exists.
         epochs: how many times to walk through `batches`.
         state: objects that change; those with `state_dict` are kept in checkpoints.
-        end_epoch: called with the mean losses before the checkpoint that closes an epoch.
+        end_epoch: called with the mean losses before the checkpoint that closes an epoch; True ends the run with it.
         session: progress and checkpoints.
         label: what an epoch is called on the screen.
 
@@ -113,7 +78,7 @@ class _Run:
     batches: Any
     epochs: int
     state: dict[str, Any]
-    end_epoch: Callable[[dict[str, float]], None]
+    end_epoch: Callable[[dict[str, float]], bool | None]
     session: Session
     label: str
     place: _Place = field(default_factory=_Place)
@@ -127,14 +92,17 @@ class _Run:
                 self.batches.set_epoch(self.place.epoch)
             self._one_epoch(begin, now)
             losses = self.place.means()
-            self.end_epoch(losses)
-            self.place = _Place(self.place.epoch + 1)
-            figures = {**losses, **self.session.on_epoch(self.place.epoch, losses, self.state)}
+            ended = self.end_epoch(losses)
+            done = self.place.epoch + 1
+            row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
+            figures = {**losses, **self.session.on_epoch(done, row, self.state)}
             text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
             took = time.monotonic() - started
-            self.session.say(f"{self.label} {self.place.epoch}/{self.epochs}  {text}  {took:.1f} s")
+            self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {took:.1f} s")
+            self.place = _Place(self.epochs if ended else done)
             begin = now = _rng()
             self._save(begin)
+        _set_rng(now)  # a run that was resumed at its end drew nothing
 
     def _one_epoch(self, begin: Rng, now: Rng) -> None:
         """From `place` to the end of its epoch; the generators are `begin` at its first batch and `now` at `place`."""
@@ -169,12 +137,14 @@ class _Run:
     def _save(self, begin: Rng) -> None:
         if self.session.checkpoint is not None:
             objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
-            place = {"place": vars(self.place), "begin": begin, "now": _rng(), "objects": objects}
-            self.session.checkpoint.save(place)
+            where = {"stage": self.session.stage, "place": vars(self.place)}
+            self.session.checkpoint.save({**where, "begin": begin, "now": _rng(), "objects": objects})
 
     def _resume(self) -> tuple[Rng, Rng]:
         kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
-        if kept is None:
+        if kept is not None and kept["stage"] > self.session.stage:
+            self.place.epoch = self.epochs
+        if kept is None or kept["stage"] != self.session.stage:
             return _rng(), _rng()
         for name, content in kept["objects"].items():
             self.state[name].load_state_dict(content)

@@ -34,9 +34,10 @@ class Method:
         epoch, or integer counts, summed."""
         raise TypeError(f"{type(self).__name__} has no step of its own; it must define one or override the caller")
 
-    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
-        """After each epoch, with its mean losses: move the learning-rate schedule."""
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
+        """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
         state["descent"].end_epoch(losses["loss"])
+        return None
 
     def finish(self, state: dict[str, Any], model: nn.Module) -> None:
         """After the last epoch: whatever remains to be done to the network in place."""

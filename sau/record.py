@@ -107,7 +107,8 @@ class Record:
         try:
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
             lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
-            self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= place["place"]["epoch"]]
+            done = place["stage"], place["place"]["epoch"]
+            self.rows = [row for row in map(json.loads, lines) if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RecordError(

@@ -24,6 +24,7 @@ class Victim:
         network: how to build the network: name, classes, width, shape, mean, std.
         weights: its state dict.
         triggered: the test set of ASR and R-ACC, or None for a clean network.
+        poisoned: the poisoned training pictures; None if there are none or the attack kept none.
         dataset: the data set of the attack.
         dataset_path: where the attack found it.
         recipe: the recipe of the attack; None if the folder does not say.
@@ -36,6 +37,7 @@ class Victim:
     network: dict[str, Any]
     weights: dict[str, torch.Tensor]
     triggered: Images | None
+    poisoned: Images | None
     dataset: str
     dataset_path: str
     recipe: str | None
@@ -111,6 +113,7 @@ def _ours(record: Record, made: dict[str, Any]) -> Victim:
         network={key: made["model"][key] for key in ("name", "classes", "width", "shape", "mean", "std")},
         weights=record.load_tensors("model"),
         triggered=load_images(record, "triggered"),
+        poisoned=load_images(record, "poisoned"),
         dataset=made["data"]["dataset"],
         dataset_path=made["run"]["dataset_path"],
         recipe=made["run"]["recipe"],
@@ -139,6 +142,7 @@ def _foreign(path: Path) -> Victim:
         network={**shape, "mean": list(origin.mean), "std": list(origin.std)},
         weights=found.weights,
         triggered=found.triggered,
+        poisoned=found.poisoned,
         dataset=found.dataset,
         dataset_path="./data",
         recipe=None,

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import sau
-from sau import loop
 from sau.config import IGNORED
 from sau.data.images import Images
 from sau.evaluate import Score, score
 from sau.record import Record
 from sau.request import Request, Run
+from sau.session import Session
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
 
@@ -47,10 +47,10 @@ class Watch:
         self.last: Score | None = None
         self.earlier: float | None = None
 
-    def session(self) -> loop.Session:
+    def session(self) -> Session:
         """How the loop talks to this watch."""
         evaluations = -(-self.epochs // self.run.eval_every)
-        return loop.Session(
+        return Session(
             checkpoint=self.record,
             on_epoch=self.on_epoch,
             say=self.record.say,
@@ -66,15 +66,15 @@ class Watch:
         return round(self.earlier + time.monotonic() - self.started, 2)
 
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
-        """Evaluate if it is time, write a row, keep a copy if it is time."""
-        model: nn.Module = state["model"]
+        """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
+        model: nn.Module | None = state.get("model")
         figures: dict[str, float | None] = {}
-        if epoch % self.run.eval_every == 0 or epoch == self.epochs:
+        if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
             self.last = score(model, self.test, self.triggered)
             shares = {"acc": self.last.acc, "asr": self.last.asr, "racc": self.last.racc}
             figures = {name: share.percent if share else None for name, share in shares.items()}
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
-        if self.run.frequency_save and epoch % self.run.frequency_save == 0:
+        if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net = getattr(model, "net", model)
             self.record.save_tensors(f"model_epoch_{epoch}", net.state_dict())
         return figures

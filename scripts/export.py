@@ -21,7 +21,7 @@ import numpy as np
 
 from sau.data.images import Images
 from sau.errors import SauError
-from sau.export import pictures, poison, save_png, whole, write
+from sau.export import pictures, save_png, whole, write
 from sau.files import folder
 from sau.record import Record
 
@@ -65,7 +65,7 @@ def main() -> int:
             write(record, target, asked.name_there or target.name, asked.dataset_path)
         else:
             train, poisoned, triggered, _ = pictures(record, asked.dataset_path)
-            parts = {"train": poison(train, poisoned), "test_triggered": triggered}
+            parts = {"train": train.updated(poisoned), "test_triggered": triggered}
             (export_png if asked.format == "png" else export_npz)(parts, target)
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -729,7 +729,7 @@ def make(tmp_path, monkeypatch):
         if poison:
             role = torch.tensor([BACKDOOR, COVER, BACKDOOR], dtype=torch.uint8)
             labels = torch.where(role == COVER, poisoned.true_labels, poisoned.labels)
-            victim.save(made, model, export.poison(train, replace(poisoned, role=role, labels=labels)), triggered)
+            victim.save(made, model, train.updated(replace(poisoned, role=role, labels=labels)), triggered)
         else:
             victim.save(made, model, train, triggered[torch.arange(0)])
         made.finish({})
@@ -847,7 +847,7 @@ def wanted(make, tiny):
     """The record's poisoned training set and triggered test set."""
     record = make()
     train, poisoned, triggered, n_test = export.pictures(record)
-    whole = export.poison(train, poisoned)
+    whole = train.updated(poisoned)
     assert n_test == 20 and len(whole) == 40 and (whole.role > 0).sum() == 3
     assert torch.equal(whole.pixels[poisoned.index], poisoned.pixels) and (whole.labels != whole.true_labels).any()
     return {"train": whole, "test_triggered": triggered}

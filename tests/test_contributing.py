@@ -7,11 +7,11 @@ from pathlib import Path
 
 from toys import REPOSITORY
 
-from sau import loop
 from sau.data.sources import SOURCES, load
 from sau.evaluate import score
 from sau.models import build
 from sau.optim import Training
+from sau.session import Session
 
 
 def blocks() -> dict[str, str]:
@@ -34,7 +34,7 @@ def test_the_examples_for_contributors_work(tmp_path: Path, monkeypatch):
         origin = SOURCES["stripes"]
     finally:
         del SOURCES["stripes"]
-    attack, quiet = modules["attack"].Frame(pratio=0.2), loop.Session(say=lambda text: None)
+    attack, quiet = modules["attack"].Frame(pratio=0.2), Session(say=lambda text: None)
     net = build("preactresnet18", 2, width=4, mean=origin.mean, std=origin.std)
     recipe = Training(epochs=4, batch_size=32, lr=0.05, lr_scheduler="constant")
     attack.fit(net, attack.poison_train(train, 0), recipe, session=quiet)

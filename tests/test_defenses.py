@@ -4,6 +4,7 @@ import copy
 import inspect
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -19,16 +20,41 @@ from sau.data.images import Images, to_float
 from sau.defense import AT, DEFENSES, FT, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
-from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
+from sau.session import Session
 
-ROWS: dict[str, Defense] = {  # small settings that change the weights of a tiny network in a fraction of a second
-    "sau": SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2),
-    "ft": FT(epochs=2, batch_size=8, lr=0.01),
-    "at": AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2),
+
+@dataclass(frozen=True)
+class Row:
+    """A method with small settings, which change the weights of a tiny network in a fraction of a second.
+
+    Args:
+        defense: the method.
+        rounds: whether it trains all weights, round by round, and in nothing but rounds.
+        random: whether its result depends on the seed.
+    """
+
+    defense: Defense
+    rounds: bool = True
+    random: bool = True
+
+
+ROWS = {
+    "sau": Row(SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
+    "ft": Row(FT(epochs=2, batch_size=8, lr=0.01)),
+    "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
 }
-each = pytest.mark.parametrize("defense", ROWS.values(), ids=ROWS)
+
+
+def rows(wanted: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
+    found = {name: row.defense for name, row in ROWS.items() if wanted(row)}
+    return pytest.mark.parametrize("defense", found.values(), ids=found)
+
+
+each = rows()
+each_in_rounds = rows(lambda row: row.rounds)
+each_at_random = rows(lambda row: row.random)
 
 
 def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:
@@ -52,11 +78,11 @@ def test_every_defense_has_a_row_here():
 @pytest.mark.parametrize("name", DEFENSES)
 def test_every_defense_has_its_files_and_its_help(name):
     defense = DEFENSES[name]
-    assert defense.name == name and inspect.getmodule(defense).__name__ == f"sau.defense.{name}"
+    assert defense.name == name and inspect.getmodule(defense).__name__ == f"sau.defense.{name.replace('-', '_')}"
     assert (REPOSITORY / "defense" / f"{name}.py").is_file()
     assert (REPOSITORY / "configs" / "defense" / f"{name}.yaml").is_file()
     assert defense.__doc__ and all(option.help for option in options(defense).values())
-    assert defense.selection in ("defender", "oracle")
+    assert defense().selection == "defender" and defense.needs in ("clean", "poisoned")
     names = [other for option in options(defense).values() for other in (option.name, *option.aliases)]
     assert len(names) == len(set(names))
 
@@ -146,7 +172,7 @@ def test_pairs_and_images_are_the_same_to_it(defense):
     assert same_weights(fixed[0], fixed[1]) and same_weights(fixed[0], fixed[2])
 
 
-@each
+@each_in_rounds
 def test_a_loader_of_triples_is_walked_once_a_round(defense):
     pixels, labels = pair()
     fixed = defense.purify(tiny_net(), triples(pixels, labels), session=quiet())
@@ -200,7 +226,7 @@ def test_other_sizes_classes_and_channels(defense, classes, size, channels):
     assert fixed(data[0]).shape == (20, classes) and not same_weights(fixed, tiny_net(classes, channels))
 
 
-@each
+@each_at_random
 def test_the_seed_decides(defense):
     data = pair()
     fixed = []
@@ -216,7 +242,7 @@ def test_a_device_may_be_named(defense):
     assert same_weights(fixed, defense.purify(tiny_net(), pair(), session=quiet()))
 
 
-@each
+@each_in_rounds
 def test_without_a_session_a_line_a_round_is_printed(defense, capsys):
     defense.purify(tiny_net(), pair())
     out = capsys.readouterr().out
@@ -325,7 +351,7 @@ def test_statistics_that_are_not_those_of_the_pictures_are_refused(defense, one_
     assert "mean and std" in one_line(refusal.value)
 
 
-@each
+@each_in_rounds
 def test_a_loss_that_is_not_finite_stops_the_run(defense, one_line):
     net = tiny_net()
     hot = type(defense)(**{**defense.params(), "lr": 1e30})
@@ -377,7 +403,7 @@ def test_hyperparameters_out_of_range_are_refused(defense, wrong, one_line):
 # Options that every weight-moving defense shares
 
 
-@each
+@each_in_rounds
 def test_augmentation_is_a_switch(defense):
     switched = [
         type(defense)(**{**defense.params(), "augment": on}).purify(tiny_net(), pair(), session=quiet())
@@ -386,7 +412,7 @@ def test_augmentation_is_a_switch(defense):
     assert not same_weights(*switched)
 
 
-@each
+@each_in_rounds
 def test_no_rounds_give_the_network_back(defense):
     idle = type(defense)(**{**defense.params(), "epochs": 0})
     assert same_weights(idle.purify(tiny_net(), pair(), session=quiet()), tiny_net())

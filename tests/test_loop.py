@@ -15,8 +15,8 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.errors import TrainingError
-from sau.loop import Session
 from sau.optim import Training
+from sau.session import Session
 
 EPOCHS, SIZE = 3, 8
 NEVER, ALWAYS = 1e9, -1.0  # seconds between two checkpoints inside an epoch
@@ -308,3 +308,66 @@ def test_nothing_is_printed_by_default_but_lines(capfd):
     )
     out, err = capfd.readouterr()
     assert out.startswith("epoch 1/1") and len(out.splitlines()) == 1 and err == ""  # no bar without a terminal
+
+
+# Several runs that share a checkpoint
+
+
+def two_stages(tape: Tape, *, stop: tuple[int, int] | None = None, said: list[str] | None = None) -> list[float]:
+    """Two runs, of 2 and 3 epochs, that move a number; `stop` is the (stage, update) before which it breaks off."""
+
+    class Number:
+        def __init__(self, value: float) -> None:
+            self.value, self.updates = torch.tensor(value, dtype=torch.float64), 0
+
+        def state_dict(self) -> dict:
+            return vars(self).copy()
+
+        def load_state_dict(self, state: dict) -> None:
+            vars(self).update(state)
+
+    session = Session(checkpoint=tape, say=(said if said is not None else []).append)
+    torch.manual_seed(5)
+    first, second = Number(1.0), Number(0.0)
+    for stage, epochs in ((0, 2), (1, 3)):
+        changing = {"first": first} if stage == 0 else {"first": first, "second": second}
+        number = first if stage == 0 else second
+
+        def step(x: torch.Tensor, y: torch.Tensor, stage=stage, number=number) -> dict[str, torch.Tensor]:
+            if (stage, number.updates) == stop:
+                raise KeyboardInterrupt
+            number.value = number.value + torch.rand((), dtype=torch.float64) * first.value
+            number.updates += 1
+            return {"loss": number.value}
+
+        batches = [(torch.zeros(1), torch.zeros(1))] * 2
+        loop.run(step, batches, epochs, state=changing, end_epoch=lambda losses: None, session=session.at(stage))
+    return [float(first.value), float(second.value)]
+
+
+@pytest.mark.parametrize("stop", [(0, 0), (0, 3), (1, 0), (1, 1), (1, 2), (1, 5)])
+def test_a_method_of_several_stages_resumes_in_the_one_it_was_stopped_in(stop):
+    whole, tape, said = two_stages(Tape()), Tape(), []
+    with pytest.raises(KeyboardInterrupt):
+        two_stages(tape, stop=stop)
+    assert two_stages(tape, said=said) == whole
+    assert sum("epoch" in line and "/2" in line for line in said) == max(0, 2 - stop[0] * 2 - stop[1] // 2)
+
+
+def test_end_epoch_may_end_a_run_and_a_resumed_one_stays_ended():
+    tape, said = Tape(), []
+
+    def go() -> None:
+        loop.run(
+            lambda x, y: {"loss": torch.ones(())},
+            [(torch.zeros(1), torch.zeros(1))],
+            5,
+            state={},
+            end_epoch=lambda losses: len(said) >= 1,
+            session=Session(checkpoint=tape, say=said.append),
+        )
+
+    go()
+    assert [line.split("  ")[0] for line in said] == ["epoch 1/5", "epoch 2/5"]
+    go()
+    assert len(said) == 3 and said[2].startswith("resuming")

@@ -347,7 +347,7 @@ def test_missing_unfinished_and_foreign_folders_are_refused(tmp_path, one_line):
 def test_the_manifest_is_written_last_and_the_checkpoint_kept_until_then(tmp_path, monkeypatch):
     """A disk that is full at the very end costs nothing but the end: the run can go on from its checkpoint."""
     record = begun(tmp_path / "a")
-    record.save({"place": {"epoch": 1}})
+    record.save({"stage": 0, "place": {"epoch": 1}})
     really = module.write
 
     def full_for_the_manifest(path: Path, content: bytes) -> None:
@@ -358,7 +358,7 @@ def test_the_manifest_is_written_last_and_the_checkpoint_kept_until_then(tmp_pat
     monkeypatch.setattr(module, "write", full_for_the_manifest)
     with pytest.raises(RecordError):
         record.finish({"acc": 1.0})
-    assert not record.finished and begun(tmp_path / "a").load() == {"place": {"epoch": 1}}
+    assert not record.finished and begun(tmp_path / "a").load() == {"stage": 0, "place": {"epoch": 1}}
     monkeypatch.setattr(module, "write", really)
     record.finish({"acc": 1.0})
     assert record.finished and not (tmp_path / "a" / CHECKPOINT).exists()
@@ -404,13 +404,13 @@ def test_a_file_without_tensors_is_refused(tmp_path, content, one_line):
 # Checkpoints
 
 
-PLACE = {"place": {"epoch": 2, "batch": 0}, "objects": {"model": {"weight": torch.ones(3)}}}
+PLACE = {"stage": 0, "place": {"epoch": 2, "batch": 0}, "objects": {"model": {"weight": torch.ones(3)}}}
 
 
 def test_a_checkpoint_comes_back(tmp_path):
     record = begun(tmp_path / "a")
     assert record.load() is None
-    record.save({"place": {"epoch": 1}})
+    record.save({"stage": 0, "place": {"epoch": 1}})
     record.save(PLACE)
     place = Record(tmp_path / "a").load()
     assert place is not None and place["place"] == PLACE["place"]
@@ -486,7 +486,7 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     first = begun(tmp_path / "a")
     for epoch in (1, 2, 3):
         first.row(epoch=epoch, loss=float(epoch))
-    first.save({"place": {"epoch": kept}})
+    first.save({"stage": 0, "place": {"epoch": kept}})
     second = begun(tmp_path / "a")
     second.load()
     assert [row["epoch"] for row in second.rows] == list(range(1, kept + 1))
@@ -498,7 +498,7 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
 @pytest.mark.parametrize("text", ["{", "3\n", '{"loss": 1}\n', "\xff\n"])
 def test_damaged_rows_are_refused(tmp_path, text, one_line):
     record = begun(tmp_path / "a")
-    record.save({"place": {"epoch": 1}})
+    record.save({"stage": 0, "place": {"epoch": 1}})
     (tmp_path / "a" / METRICS).write_text(text, encoding="latin-1")
     with pytest.raises(RecordError) as refusal:
         begun(tmp_path / "a").load()

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sau.data.augment import Augment
 from sau.defense.sau import SAU, _types, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
-from sau.loop import Session
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
+from sau.session import Session
 
 CLASSES, BATCH, LR = 4, 16, 3e-3
 OURS = {  # the release's options by our names

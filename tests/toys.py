@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sau.attack import Attack
 from sau.data.images import Images
-from sau.loop import Session
 from sau.optim import Training
+from sau.session import Session
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")  # the probe for bf16 times, so its answer may vary

@@ -15,6 +15,7 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images, quantise, to_float
 from sau.method import Method
 from sau.optim import Training
+from sau.session import Session
 from sau.types import Labels, Pixels
 
 
@@ -106,7 +107,7 @@ class Attack(Method, ABC):
         *,
         augment: Augment | None = None,
         seed: int = 0,
-        session: loop.Session | None = None,
+        session: Session | None = None,
     ) -> nn.Module:
         """Train `model` in place on pictures from `poison_train`; returns it in eval mode.
 
@@ -126,7 +127,7 @@ class Attack(Method, ABC):
             recipe.epochs,
             state=state,
             end_epoch=partial(self.end_epoch, state),
-            session=session or loop.Session(),
+            session=session or Session(),
         )
         self.finish(state, model)
         return model.eval()

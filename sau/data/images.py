@@ -78,6 +78,13 @@ class Images:
         picked = {name: getattr(self, name)[index] for name in _TENSORS}
         return replace(self, **picked)
 
+    def updated(self, others: "Images") -> "Images":
+        """These pictures, of a whole split, with `others` in the places that their `index` names."""
+        tensors = {name: value.clone() for name, value in self.tensors().items()}
+        for name, value in others.tensors().items():
+            tensors[name][others.index] = value
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> "Images":
         """The same pictures on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sau.errors import DataError, TrainingError
 from sau.method import Method
 from sau.models import Normalized
 from sau.optim import Training
+from sau.session import Session
 from sau.types import Loader
 
 
@@ -25,16 +26,21 @@ from sau.types import Loader
 class Defense(Method, ABC):
     """A defense is its `run`; `purify` is the same for all."""
 
-    selection: ClassVar[str] = "defender"  # "oracle" if triggered or test data choose anything
+    needs: ClassVar[Literal["clean", "poisoned"]] = "clean"  # what `data` holds: clean pictures, or the attacker's
 
     batch_size: int = 256
+
+    @property
+    def selection(self) -> Literal["defender", "oracle"]:
+        """Who chooses: the clean pictures, or, where a method's `select` says so, the test sets that nobody has."""
+        return getattr(self, "select", "defender")
 
     def augmentation(self, offered: Augment) -> Augment | None:
         """What each batch goes through: nothing, or `offered`, which suits the data set."""
         return None
 
     @abstractmethod
-    def run(self, model: nn.Module, batches: Loader, session: loop.Session) -> None:
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         """Repair `model` in place; it takes pixels in [0, 1], `batches` yields (pixels, labels) on its device."""
 
     @final
@@ -48,7 +54,7 @@ class Defense(Method, ABC):
         device: torch.device | str | None = None,
         augment: Augment | None = None,
         seed: int = 0,
-        session: loop.Session | None = None,
+        session: Session | None = None,
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
 
@@ -61,10 +67,14 @@ class Defense(Method, ABC):
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
             seed: of the order and the augmentation of the clean pictures.
-            session: progress and checkpoints; default prints a line an epoch and keeps nothing.
+            session: progress and checkpoints; default prints a line an epoch and keeps nothing. A method with
+                `select="oracle"` asks its `judge`.
 
-        Raises DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
+        Raises ConfigError for an oracle without a judge and for a network without the layers that the method needs,
+        DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
+        session = session or Session()
+        self.require("selection", self.selection == "defender" or session.judge is not None, "oracle only with a judge")
         home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         place = torch.device(device) if device is not None else home
         copied = copy.deepcopy(model).to(place).eval()
@@ -74,7 +84,6 @@ class Defense(Method, ABC):
         owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
-        session = session or loop.Session()
         _check_fit(owned, batches, session)
         self.run(owned, batches, session)
         _check_weights(owned)
@@ -102,7 +111,7 @@ class Tuning(Training, Defense):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """What changes while it runs; `steps` updates make an epoch."""
 
-    def run(self, model: nn.Module, batches: Loader, session: loop.Session) -> None:
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         state = self.prepare(model, len(batches))  # type: ignore[arg-type]
         loop.run(
             partial(self.step, state),
@@ -117,7 +126,7 @@ class Tuning(Training, Defense):
 
 
 @torch.no_grad()
-def _check_fit(model: nn.Module, batches: Loader, session: loop.Session) -> None:
+def _check_fit(model: nn.Module, batches: Loader, session: Session) -> None:
     """Before anything changes: finite weights, logits [B, K], labels below K; warns if nearly all answers are wrong."""
     _check_weights(model)
     right = total = classes = 0

@@ -1,0 +1,147 @@
+"""What defenses that prune have in common: batch norms, held-back pictures, and the choice of how much to prune.
+
+A level is one way to prune, and levels are ordered: each prunes what the ones before it prune, and more.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sau.errors import ConfigError, TrainingError
+from sau.evaluate import Score, score
+from sau.session import Session
+from sau.types import Loader
+
+Norms = dict[str, nn.BatchNorm2d]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to prune.
+
+    Args:
+        name: what to call it, like `threshold 0.35`.
+        pruned: for each layer, by its name, which channels [C] go.
+    """
+
+    name: str
+    pruned: Mapping[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        """How many channels go."""
+        return sum(int(flags.sum()) for flags in self.pruned.values())
+
+    @property
+    def everything(self) -> bool:
+        """Whether some layer would lose all of its channels, after which nothing reaches the logits."""
+        return any(bool(flags.all()) for flags in self.pruned.values())
+
+
+def batch_norms(model: nn.Module, method: str) -> Norms:
+    """The batch norms with weights of `model` by name; ConfigError if it has none, for `method` prunes channels."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    found = {name: norm for name, norm in found.items() if norm.affine}
+    if not found:
+        raise ConfigError(f"the network has no batch norm (BatchNorm2d), whose channels {method} prunes; try ft or sau")
+    return found
+
+
+def gather(batches: Loader) -> tuple[Tensor, Tensor]:
+    """One walk through `batches` as two tensors: pixels in [0, 1] [N, C, H, W] and labels [N]."""
+    pairs = [(x, y) for x, y, *_ in batches]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def hold_back(x: Tensor, y: Tensor, share: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Split clean pictures into those to work with and the last `share` of each class, to choose by.
+
+    Returns the two parts as (x, y). Every class keeps at least one picture to work with; if nothing can be held back
+    (one picture a class), both parts are all pictures.
+    """
+    held = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for label in y.unique():
+        mine = (y == label).nonzero().flatten()
+        count = min(len(mine) - 1, max(1, round(share * len(mine))))
+        held[mine[len(mine) - count :]] = count > 0
+    if not held.any():
+        return (x, y), (x, y)
+    return (x[~held], y[~held]), (x[held], y[held])
+
+
+@torch.no_grad()
+def silence(layer: nn.Module, pruned: Tensor, *, shift: bool) -> None:
+    """Zero the weights of the `pruned` channels [C] of a layer, and their biases if asked."""
+    layer.get_parameter("weight")[pruned] = 0
+    if shift:
+        layer.get_parameter("bias")[pruned] = 0
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to the weights inside is undone at the end."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
+
+
+def choose(
+    model: nn.Module,
+    levels: Sequence[Level],
+    prune: Callable[[Level], None],
+    held: tuple[Tensor, Tensor],
+    tolerance: float,
+    session: Session,
+    *,
+    oracle: bool,
+) -> None:
+    """Prune `model` in place by one of `levels`, or not at all where none is allowed.
+
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network.
+
+    Args:
+        model: in eval mode.
+        levels: from the mildest to the hardest.
+        prune: applies a level to `model` in place.
+        held: clean pictures and labels that ACC is measured on.
+        tolerance: share of the accuracy that may be lost.
+        session: says what was chosen; its `judge` scores networks for the oracle.
+        oracle: ACC and ASR of the test sets choose, as in the benchmark: the lowest ASR of the allowed levels.
+            Otherwise the defender does: the hardest level before the first that is not allowed.
+    """
+    measure = session.judge if oracle and session.judge is not None else lambda network: score(network, held, None)
+    first: Score = measure(model)
+    chosen, best = None, first
+    for level in levels:
+        if level.everything:
+            break
+        with kept(model):
+            prune(level)
+            found: Score = measure(model)
+        allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
+        if not allowed and not oracle:
+            break
+        if allowed and (not oracle or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
+            chosen, best = level, found
+    if chosen is None:
+        session.say(f"nothing is pruned: no level keeps the accuracy within {tolerance:g} of its {first.acc.percent} %")
+        return
+    prune(chosen)
+    whose = "test" if oracle else "held-back"
+    session.say(
+        f"pruned {chosen.count} channels ({chosen.name}): {whose} ACC {first.acc.percent} -> {best.acc.percent} %"
+    )
+
+
+def only(level: Level, prune: Callable[[Level], None], session: Session) -> None:
+    """Prune by a level that the user fixed; TrainingError, with the network as it was, if it leaves nothing."""
+    if level.everything:
+        lost = ", ".join(name for name, flags in level.pruned.items() if flags.all())
+        raise TrainingError(f"{level.name} would prune every channel of {lost}; prune less")
+    prune(level)
+    session.say(f"pruned {level.count} channels ({level.name})")

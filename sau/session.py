@@ -1,0 +1,53 @@
+"""What the caller of a long run wants to see of it, and where the run keeps its place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Where a run keeps its place. `load` returns what `save` was last given, or None."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The last place saved."""
+
+    def save(self, place: dict[str, Any]) -> None:
+        """Keep a place, replacing the last one."""
+
+
+def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
+    return {}
+
+
+@dataclass
+class Session:
+    """What the caller of a long run wants to see of it, and where its place is kept.
+
+    Args:
+        checkpoint: keeps the place; None means that nothing is kept.
+        on_epoch: called with (epochs done, mean losses, the state that changes); returns further figures to print.
+        say: prints a line.
+        other_seconds: expected seconds outside the updates (evaluation), for the forecast.
+        hint: what would make the run short; printed if the forecast exceeds an hour.
+        save_every: seconds between two checkpoints inside an epoch.
+        judge: scores a network on the test sets, for methods that are asked to choose by them (`select="oracle"`).
+        stage: number of the run among those that share the checkpoint; see `at`.
+    """
+
+    checkpoint: Checkpoint | None = None
+    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = _nothing
+    say: Callable[[str], None] = print
+    other_seconds: float = 0.0
+    hint: str = ""
+    save_every: float = 60.0
+    judge: Callable[[Any], Any] | None = None
+    stage: int = 0
+
+    def at(self, stage: int) -> "Session":
+        """The session of a later run of the same method (1, 2, ...).
+
+        When a method is resumed in a later stage, the runs before it return at once with their state untrained, so a
+        stage's `state` must hold all that it needs.
+        """
+        return replace(self, stage=stage)

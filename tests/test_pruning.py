@@ -1,0 +1,112 @@
+"""How much to prune: held-back pictures, levels, the defender's choice and the oracle's, by hand-made networks."""
+
+import pytest
+import torch
+from torch import nn
+from toys import quiet, same_weights, tiny_net
+
+from sau.defense import pruning
+from sau.errors import ConfigError, TrainingError
+from sau.evaluate import Score, Share
+from sau.session import Session
+
+
+def test_held_back_pictures_are_the_last_of_each_class():
+    """Of 10, 4 and 1 pictures a fifth is 2, 1 (at least) and none (a class keeps one to work with)."""
+    y = torch.tensor([0] * 10 + [1] * 4 + [2])
+    x = torch.arange(15.0)
+    (kept, kept_y), (held, held_y) = pruning.hold_back(x, y, 0.2)
+    assert held.tolist() == [8, 9, 13] and held_y.tolist() == [0, 0, 1]
+    assert sorted(kept.tolist() + held.tolist()) == list(range(15)) and len(kept_y) == 12
+
+
+def test_where_nothing_can_be_held_back_all_pictures_choose():
+    x, y = torch.arange(3.0), torch.tensor([0, 1, 2])
+    (kept, _), (held, _) = pruning.hold_back(x, y, 0.2)
+    assert kept.tolist() == held.tolist() == [0, 1, 2]
+
+
+def test_gathering_walks_once_and_keeps_the_order():
+    batches = [(torch.full((2, 1, 1, 1), float(i)), torch.tensor([i, i]), "more") for i in range(3)]
+    x, y = pruning.gather(batches)
+    assert x.flatten().tolist() == y.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_silencing_leaves_the_shift_unless_asked():
+    norm = nn.BatchNorm2d(3)
+    nn.init.ones_(norm.bias)
+    pruning.silence(norm, torch.tensor([True, False, False]), shift=False)
+    assert norm.weight.tolist() == [0, 1, 1] and norm.bias.tolist() == [1, 1, 1]
+    pruning.silence(norm, torch.tensor([False, False, True]), shift=True)
+    assert norm.weight.tolist() == [0, 1, 0] and norm.bias.tolist() == [1, 1, 0]
+
+
+def test_a_network_without_batch_norm_is_refused(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        pruning.batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), "anp")
+    assert "BatchNorm2d" in one_line(refusal.value) and "anp" in str(refusal.value)
+    assert list(pruning.batch_norms(tiny_net(), "anp")) == ["features.1"]
+
+
+LEVELS = [
+    pruning.Level(f"{n} channels", {"features.1": torch.arange(10) < n, "other": torch.zeros(2, dtype=torch.bool)})
+    for n in (1, 3, 5, 10)
+]
+
+
+def outcome(scores: dict[int, tuple[int, int]], *, oracle: bool, tolerance: float = 0.1) -> tuple[int, str]:
+    """How many channels go when the network scores (ACC, ASR) in percent with so many pruned."""
+    net, said = tiny_net(), []
+
+    def judge(network: nn.Module) -> Score:
+        acc, asr = scores[int((network.get_parameter("features.1.weight") == 0).sum())]
+        return Score(Share(acc, 100), Share(asr, 100), Share(0, 100))
+
+    def prune(level: pruning.Level) -> None:
+        pruning.silence(net.get_submodule("features.1"), level.pruned["features.1"], shift=False)
+
+    session = Session(say=said.append, judge=judge)
+    with pytest.MonkeyPatch.context() as patch:
+        if not oracle:  # the defender's scores, too, come from the table: held-back pictures have no ASR
+            patch.setattr(pruning, "score", lambda model, clean, triggered: Score(judge(model).acc))
+        held = (torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
+        pruning.choose(net, LEVELS, prune, held, tolerance, session, oracle=oracle)
+    assert len(said) == 1
+    return int((net.get_parameter("features.1.weight") == 0).sum()), said[0]
+
+
+def test_the_defender_takes_the_hardest_level_before_the_first_that_costs_too_much():
+    """A tenth of 80 % are 8 points: 72 is allowed, 71 is not, and what comes after it does not count."""
+    assert outcome({0: (80, 90), 1: (79, 90), 3: (72, 90), 5: (71, 0)}, oracle=False)[0] == 3
+    assert outcome({0: (80, 90), 1: (71, 0), 3: (80, 0), 5: (80, 0)}, oracle=False)[0] == 0
+
+
+def test_the_oracle_takes_the_lowest_asr_of_the_allowed_levels():
+    assert outcome({0: (80, 90), 1: (79, 20), 3: (60, 0), 5: (75, 30)}, oracle=True)[0] == 1
+    assert outcome({0: (80, 90), 1: (79, 90), 3: (79, 95), 5: (79, 90)}, oracle=True)[0] == 0
+
+
+def test_a_level_that_leaves_nothing_of_a_layer_is_never_taken():
+    count, said = outcome({0: (80, 90), 1: (80, 90), 3: (80, 90), 5: (80, 90), 10: (80, 0)}, oracle=False)
+    assert count == 5 and "5 channels" in said and "80.0" in said
+
+
+def test_a_fixed_level_that_leaves_nothing_is_refused_before_it_is_applied(one_line):
+    net = tiny_net()
+
+    def prune(level: pruning.Level) -> None:
+        pruning.silence(net.get_submodule("features.1"), level.pruned["features.1"], shift=True)
+
+    with pytest.raises(TrainingError) as refusal:
+        pruning.only(LEVELS[-1], prune, quiet())
+    assert "features.1" in one_line(refusal.value) and same_weights(net, tiny_net())
+    pruning.only(LEVELS[0], prune, quiet())
+    assert not same_weights(net, tiny_net())
+
+
+def test_whatever_is_tried_is_undone():
+    net = tiny_net()
+    with pytest.raises(KeyError), pruning.kept(net):
+        nn.init.zeros_(net.linear.weight)
+        raise KeyError
+    assert same_weights(net, tiny_net())
