@@ -27,7 +27,7 @@ from sau.models import Normalized, build, has_width
 from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
-from sau.watch import Watch, begin, warn
+from sau.watch import Watch, begin, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
@@ -85,9 +85,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     train, test = load(dataset, run.dataset_path, run.img_size)
     notes = [note for note in [subset_note(dataset, train, test)] if note]
     data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
-    poisoned, triggered, test = (
-        images.to(where) for images in (method.poison_train(train, run.random_seed), method.poison_test(test), test)
-    )
+    train, test = train.to(where), test.to(where)
     torch.manual_seed(run.random_seed)
     network = _network(request, run, train, origin)
     shape = (network["shape"][0], network["shape"][1], network["shape"][2])
@@ -96,23 +94,26 @@ def attack(name: str, argv: Sequence[str]) -> None:
     ).to(where)
 
     settings = {"attack": name, **method.params(), **training.params()}
-    begin(record, run, {**settings, **data, **network, "random_seed": run.random_seed}, threads)
+    identity = {**settings, **data, **network, "random_seed": run.random_seed}
+    record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
+    method = method.forge(train, model, training, augment=origin.augment, seed=run.random_seed)
+    poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
+    begin(record, run, identity, threads)
     record.note(method=settings, data=data, model=network, notes=notes)
     width = f", width {network['width']}" if network["width"] else ""
     record.say(f"recipe {recipe} ({why}): {run.model}{width}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
     model.amp = _precision(record, run, model, shape, training.batch_size, where)
-    changed = int((poisoned.labels != poisoned.true_labels).sum())
-    record.say(
-        f"{name} on {dataset}: {int((poisoned.role > 0).sum())} of {len(poisoned)} pictures poisoned, {changed} labels "
-        f"changed, {len(triggered)} triggered test pictures; {record.path}"
-    )
+    plan = method.plan(poisoned, training.batch_size)
+    record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)  # the probe drew from it
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
-    watch = Watch(record, run, training.epochs, test, triggered, started, each)
+    again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
+    watch = Watch(record, run, training.epochs, test, again, started, each)
     method.fit(model, poisoned, training, augment=origin.augment, seed=run.random_seed, session=watch.session())
+    triggered = again()
     final = watch.last or score(model, test, triggered)
-    victim.save(record, model, poisoned, triggered)
+    victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
     record.say(table({"attacked": final}))
     record.finish({**final.summary(), "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
@@ -150,7 +151,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     begun = time.monotonic()
     before = score(model, test, triggered)
     evaluation = time.monotonic() - begun
-    watch = Watch(record, run, getattr(method, "epochs", 1), test, triggered, started, evaluation)
+    watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation)
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
     session = replace(watch.session(), judge=judge)

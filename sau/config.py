@@ -52,14 +52,15 @@ class Setting:
     origin: str
 
 
-def options(cls: type) -> dict[str, Option]:
-    """The parameters of a dataclass, documented in the `Args:` of it and its bases."""
+def options(cls: type, more: Mapping[str, str] = types.MappingProxyType({})) -> dict[str, Option]:
+    """The parameters of a dataclass, documented in the `Args:` of it and its bases; `more` aliases from elsewhere."""
     hints, texts, aliases = typing.get_type_hints(cls), {}, {}
     for base in reversed(cls.__mro__):
         texts.update(_args(base))
         aliases.update(base.__dict__.get("aliases", {}))
     if "aliases" in cls.__dict__ and not cls.__dict__["aliases"]:
         aliases = {}
+    aliases.update(more)
     found = {}
     for field in dataclasses.fields(cls):
         if field.init:
@@ -128,13 +129,22 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def flags(command: str, about: str, sections: Sequence[type], argv: Sequence[str]) -> dict[str, Setting]:
-    """The explicit flags of a command line, not yet converted; prints help and leaves where that is asked."""
+def flags(
+    command: str,
+    about: str,
+    sections: Sequence[type],
+    argv: Sequence[str],
+    more: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, Setting]:
+    """The explicit flags of a command line, not yet converted; prints help and leaves where that is asked.
+
+    `more` are a method's aliases, which may stand for parameters of the other sections.
+    """
     parser = _Parser(prog=command, description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     seen: set[str] = set()
     for section in sections:
         group = parser.add_argument_group(section.__name__)
-        for option in options(section).values():
+        for option in options(section, more).values():
             if option.name not in seen:
                 seen.add(option.name)
                 _add(group, option)

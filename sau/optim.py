@@ -1,6 +1,6 @@
 """How weights move: one home for optimisers, learning-rate schedules and the descent step."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -107,13 +107,20 @@ class Descent:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
 
-    def __call__(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def __call__(self, loss: Tensor, *others: "Descent", keep: Collection["Descent"] = ()) -> None:
+        """One step down the gradient of `loss`, together with `others` that share it.
+
+        Those in `keep` add the gradient to those of all steps before, as code does that forgets to clear it.
+        """
+        together = (self, *others)
+        for one in together:
+            if one not in keep:
+                one.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
-        if self.every_update:
-            self.scheduler.step()
+        for one in together:
+            one.optimizer.step()
+            if one.every_update:
+                one.scheduler.step()
 
     def end_epoch(self, loss: float) -> None:
         """Move a schedule that counts epochs; `loss` is the epoch's mean, which ReduceLROnPlateau watches."""

@@ -46,29 +46,34 @@ class Record:
             identity: the part of it that determines the result; an unfinished folder goes on only if it is the same.
             overwrite: discard what is there.
         """
-        identity = json.loads(json.dumps(identity))
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if self.admits(identity, overwrite):
+            for leftover in self.path.glob(".*"):  # a write that was killed
+                leftover.unlink()
+            self.config = self._ours()
+            return
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        self.config = {}
+        self.note(schema=SCHEMA, digest=_digest(identity), identity=_plain(identity), **config)
+
+    def admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
+        """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`."""
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name")
-        if self.path.exists() and any(self.path.iterdir()):
-            old = self._ours()
-            if overwrite:
-                shutil.rmtree(self.path)
-            elif self.finished:
-                raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
-            elif old.get("digest") != digest:
-                other = _difference(old["identity"], identity)
-                raise RecordError(
-                    f"{self.path} holds an unfinished run with other settings ({other}); "
-                    "repeat its flags to resume it, choose another name, or --overwrite to discard it"
-                )
-            else:
-                for leftover in self.path.glob(".*"):  # a write that was killed
-                    leftover.unlink()
-                self.config = old
-                return
-        self.config = {}
-        self.note(schema=SCHEMA, digest=digest, identity=identity, **config)
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return False
+        old = self._ours()
+        if overwrite:
+            return False
+        if self.finished:
+            raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
+        if old.get("digest") != _digest(identity):
+            other = _difference(old["identity"], _plain(identity))
+            raise RecordError(
+                f"{self.path} holds an unfinished run with other settings ({other}); "
+                "repeat its flags to resume it, choose another name, or --overwrite to discard it"
+            )
+        return True
 
     def note(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
@@ -166,6 +171,16 @@ class Record:
         except (OSError, ValueError, yaml.YAMLError):
             config = None
         raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
+
+
+def _plain(identity: dict[str, Any]) -> dict[str, Any]:
+    """As YAML and JSON have it: tuples become lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _seal(file: Path) -> dict[str, Any]:

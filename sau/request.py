@@ -106,11 +106,12 @@ class Request:
         self.method, self.sections = method, sections
         self.known: dict[str, Option] = {}
         for section in sections:
-            self.known.update({name: o for name, o in config.options(section).items() if name not in self.known})
+            found = config.options(section, method.aliases)
+            self.known.update({name: option for name, option in found.items() if name not in self.known})
         for option in config.options(method).values():  # its own defaults and texts beat those of general sections
             self.known[option.name] = option
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
-        self.given = config.flags(command, about, sections, argv)
+        self.given = config.flags(command, about, sections, argv, method.aliases)
         self.ignored = [name for name in config.IGNORED if name in self.given]
 
     def _files(self, recipe: str | None = None, dataset: str | None = None) -> dict[str, Setting]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sau import compat
 from sau.data import sources
@@ -87,13 +88,16 @@ class Victim:
         return train, test, notes
 
 
-def save(record: Record, model: Normalized, poisoned: Images, triggered: Images) -> None:
-    """Store the weights, the poisoned training pictures (those whose role is not clean) and the triggered test set."""
+def save(
+    record: Record, model: Normalized, poisoned: Images, triggered: Images, trigger: nn.Module | None = None
+) -> None:
+    """Store the weights, the poisoned training pictures, the triggered test set and what stamps further pictures."""
     record.save_tensors("model", model.net.state_dict())
-    kept = poisoned[(poisoned.role > 0).nonzero().flatten()]
-    for part, images in (("poisoned", kept), ("triggered", triggered)):
+    for part, images in (("poisoned", poisoned), ("triggered", triggered)):
         if len(images):
             record.save_tensors(part, images.tensors())
+    if trigger is not None:
+        record.save_tensors("trigger", trigger.state_dict())
 
 
 def load(path: Path) -> Victim:

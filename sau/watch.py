@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,14 @@ class Watch:
         run: how often to evaluate and to copy.
         epochs: of the run.
         test: clean test pictures.
-        triggered: triggered test pictures, or None.
+        triggered: makes the triggered test pictures, or None; called at each evaluation.
         started: when the command began, by `time.monotonic`.
         evaluation_seconds: what one evaluation is expected to take.
     """
 
     def __init__(
-        self, record: Record, run: Run, epochs: int, test: Images, triggered: Images | None, started: float,
-        evaluation_seconds: float,
+        self, record: Record, run: Run, epochs: int, test: Images, triggered: Callable[[], Images | None],
+        started: float, evaluation_seconds: float,
     ) -> None:  # fmt: skip
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
         self.started, self.evaluation_seconds = started, evaluation_seconds
@@ -69,8 +69,9 @@ class Watch:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
         model: nn.Module | None = state.get("model")
         figures: dict[str, float | None] = {}
+        self.last = None
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
-            self.last = score(model, self.test, self.triggered)
+            self.last = score(model, self.test, self.triggered())
             shares = {"acc": self.last.acc, "asr": self.last.asr, "racc": self.last.racc}
             figures = {name: share.percent if share else None for name, share in shares.items()}
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
@@ -94,7 +95,12 @@ def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> N
         "git": git or None,
         "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    record.begin(facts, {**identity, "sau": sau.__version__}, run.overwrite)
+    record.begin(facts, versioned(identity), run.overwrite)
+
+
+def versioned(identity: dict[str, Any]) -> dict[str, Any]:
+    """What determines a result, this version of the library included."""
+    return {**identity, "sau": sau.__version__}
 
 
 def warn(record: Record, request: Request, notes: Sequence[str]) -> None:

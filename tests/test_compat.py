@@ -729,9 +729,9 @@ def make(tmp_path, monkeypatch):
         if poison:
             role = torch.tensor([BACKDOOR, COVER, BACKDOOR], dtype=torch.uint8)
             labels = torch.where(role == COVER, poisoned.true_labels, poisoned.labels)
-            victim.save(made, model, train.updated(replace(poisoned, role=role, labels=labels)), triggered)
+            victim.save(made, model, replace(poisoned, role=role, labels=labels), triggered)
         else:
-            victim.save(made, model, train, triggered[torch.arange(0)])
+            victim.save(made, model, train[torch.arange(0)], triggered[torch.arange(0)])
         made.finish({})
         made.check()
         return made

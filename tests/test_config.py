@@ -435,7 +435,7 @@ def sections_of(file: Path) -> tuple[type, ...]:
     kind, name = file.parent.name, file.stem
     if kind == "recipe":
         return (AttackRun, Training)
-    return (AttackRun, ATTACKS[name]) if kind == "attack" else (DefenseRun, DEFENSES[name])
+    return (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, DEFENSES[name])
 
 
 def test_every_shipped_file_belongs_to_something_that_exists():
@@ -469,7 +469,7 @@ def test_every_shipped_file_is_read_and_its_values_are_allowed(file):
 def test_shipped_values_outside_the_overlays_are_the_signatures(file):
     """Every default has one home: the file is complete, and repeats it with its reason beside it."""
     method = sections_of(file)[-1]
-    known = {**options(sections_of(file)[0]), **options(method)}
+    known = {name: option for cls in sections_of(file) for name, option in options(cls).items()}
     values = config.values(read_yaml(file, known, recipe=None, dataset=None), known)
     assert set(values) == set(options(method))
     assert values == {name: option.default for name, option in options(method).items()}

@@ -262,3 +262,16 @@ def test_settings_out_of_range_are_refused(wrong, one_line):
         Training(**wrong)
     (name, value), text = next(iter(wrong.items())), one_line(refusal.value)
     assert name in text and str(value) in text and "allowed is" in text
+
+
+def test_descents_share_a_loss_and_may_keep_their_gradients():
+    """Two SGDs at rate 1 on 2 a + 3 b: each step moves a by 2; b, whose gradient is kept, by 3, then 6, then 9."""
+    a, b = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+    plain = Training(lr=1.0, sgd_momentum=0.0, wd=0.0, lr_scheduler="constant")
+    one, other = plain.descent([a], 1), plain.descent([b], 1)
+    for total in (3, 9, 18):
+        one(2 * a + 3 * b, other, keep=[other])
+        assert b.item() == -total
+    assert a.item() == -6
+    one(2 * a + 3 * b, other)
+    assert (a.item(), b.item()) == (-8, -21)

@@ -3,8 +3,14 @@
 from sau.attack.badnet import BadNet
 from sau.attack.base import Attack
 from sau.attack.blended import Blended
+from sau.attack.inputaware import InputAware
+from sau.attack.lf import LF
 from sau.attack.prototype import Prototype
+from sau.attack.sig import SIG
+from sau.attack.wanet import WaNet
 
-ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (Prototype, BadNet, Blended)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack for attack in (Prototype, BadNet, Blended, SIG, LF, WaNet, InputAware)
+}
 
-__all__ = ["ATTACKS", "Attack", "BadNet", "Blended", "Prototype"]
+__all__ = ["ATTACKS", "LF", "SIG", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]

@@ -1,9 +1,10 @@
 """What every attack does: choose pictures, stamp and relabel them, train the victim."""
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -11,81 +12,141 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.attack.labelling import Labelling
 from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Images, quantise, to_float
-from sau.method import Method
+from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
+from sau.errors import ConfigError
 from sau.optim import Training
 from sau.session import Session
-from sau.types import Labels, Pixels
+from sau.types import Bytes, Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Method, ABC):
+class Attack(Labelling, ABC):
     """An attack is its `stamp`; the rest is common.
 
     Args:
         pratio: poisoned share of the whole training set, 0 to 1.
-        attack_target: class that triggered pictures shall be given (all2one).
-        attack_label_trans: all2one (every trigger leads to the target) or all2all (class y leads to y + shift).
-        attack_label_shift_amount: the shift of all2all.
     """
 
-    aliases: ClassVar[dict[str, str]] = {"poison_ratio": "pratio", "target_label": "attack_target"}
+    in_batch: ClassVar[bool] = False  # poisons inside the training batches, so `poison_train` changes nothing
+    trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
+    trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
+
+    aliases: ClassVar[dict[str, str]] = {"poison_ratio": "pratio"}
 
     pratio: float = 0.1
-    attack_target: int = 0
-    attack_label_trans: Literal["all2one", "all2all"] = "all2one"
-    attack_label_shift_amount: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("pratio", 0 <= self.pratio <= 1, "0 to 1")
-        self.require("attack_target", self.attack_target >= 0, "a class, counted from 0")
 
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         """Put the trigger on every picture: [0, 1] in and out, differentiable, `x` left as it was.
 
         Args:
-            x: pictures [B, C, H, W] at the network's resolution, before augmentation.
+            x: pictures [B, C, H, W] at the network's resolution.
             test: the trigger of the test set, where an attack has another one there.
         """
 
-    def relabel(self, labels: Labels, num_classes: int) -> Labels:
-        """The labels that the attacker wants for triggered pictures of these classes."""
-        if self.attack_label_trans == "all2one":
-            return torch.full_like(labels, self.attack_target)
-        return (labels + self.attack_label_shift_amount) % num_classes
+    def forge(
+        self,
+        images: Images,
+        blank: nn.Module,
+        recipe: Training,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        session: Session | None = None,
+    ) -> "Attack":
+        """This attack with a trigger that has to be drawn or trained first; most have nothing to make.
+
+        Args:
+            images: clean training pictures, on the device to work on.
+            blank: an untrained network like the victim, for triggers that are made against one; it is left as it is.
+            recipe: how the victim is trained.
+            augment: how its training pictures are augmented.
+            seed: of what is drawn.
+            session: progress.
+        """
+        return self
+
+    @final
+    def made(self) -> nn.Module:
+        """The trigger that `forge` made; ConfigError before that."""
+        if self.trigger is None:
+            raise ConfigError(f"{self.name} has no trigger yet; take the attack that its forge(...) returns")
+        return self.trigger
+
+    @final
+    def with_trigger(self, trigger: nn.Module) -> "Attack":
+        """A copy of this attack that stamps with `trigger`, whose tensors a record keeps."""
+        ready = copy.copy(self)
+        object.__setattr__(ready, "trigger", trigger)
+        return ready
 
     def candidates(self, images: Images) -> Tensor:
         """Indices of the pictures that may be poisoned: all of them, the target class included (attacks.md 0.3)."""
-        return torch.arange(len(images))
+        labels = images.true_labels
+        if self.clean_label:
+            return (labels == self.attack_target).nonzero().flatten()
+        if self.attack_label_trans == "map":
+            return (self.relabel(labels, images.num_classes) != labels).nonzero().flatten()
+        return torch.arange(len(images), device=labels.device)
 
     def poison_train(self, images: Images, seed: int) -> Images:
         """Stamp and relabel round(pratio * N) pictures; the same ones for the same seed, as in the benchmark."""
-        self._check(images)
-        candidates = self.candidates(images)
-        order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
-        picked = candidates[torch.from_numpy(order[: round(self.pratio * len(images))])].to(images.labels.device)
-        if len(picked) == 0:
+        self.check_labels(images)
+        if self.attack_label_trans == "all2one":
+            present = bool((images.true_labels == self.attack_target).any())
+            self.require("attack_target", present, "a class that has training pictures")
+        candidates, count = self.candidates(images), round(self.pratio * len(images))
+        if self.in_batch or count == 0:
             return images
-        pixels, labels, role = images.pixels.clone(), images.labels.clone(), images.role.clone()
-        pixels[picked] = self._stamp_all(images.pixels[picked], test=False)
-        labels[picked] = self.relabel(images.true_labels[picked], images.num_classes)
-        role[picked] = BACKDOOR
-        return replace(images, pixels=pixels, labels=labels, role=role)
+        if count > len(candidates):
+            raise ConfigError(
+                f"pratio is {self.pratio}, which is {count} of {len(images)} pictures, but {self.name} may poison "
+                f"{len(candidates)} of them; allowed is up to {len(candidates) / len(images):.4g}"
+            )
+        order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
+        picked = images[candidates[torch.from_numpy(order[:count]).to(candidates.device)]]
+        return images.updated(self.poisoned(picked))
 
     def poison_test(self, images: Images) -> Images:
         """The test set of ASR and R-ACC: triggered and relabelled, without pictures that have that label already."""
-        self._check(images)
+        self.check_labels(images)
         wanted = self.relabel(images.true_labels, images.num_classes)
-        kept = images[(wanted != images.true_labels).nonzero().flatten()]
+        return self.poisoned(images[(wanted != images.true_labels).nonzero().flatten()], test=True)
+
+    @final
+    def poisoned(self, images: Images, *, test: bool = False) -> Images:
+        """All of these pictures with the trigger and the labels that the attacker wants."""
         return replace(
-            kept,
-            pixels=self._stamp_all(kept.pixels, test=True),
-            labels=self.relabel(kept.true_labels, images.num_classes),
-            role=torch.full_like(kept.role, BACKDOOR),
+            images,
+            pixels=self.stamped(images, test=test),
+            labels=self.relabel(images.true_labels, images.num_classes),
+            role=torch.full_like(images.role, BACKDOOR),
         )
+
+    @torch.no_grad()
+    def stamped(self, images: Images, *, test: bool) -> Bytes:
+        """The pixels of `images` with the trigger, 8 bits deep, made in blocks."""
+        blocks = [quantise(self.stamp(to_float(block), test=test)) for block in images.pixels.split(1000)]
+        return torch.cat(blocks) if blocks else images.pixels.clone()
+
+    def examples(self, trained_on: Images) -> Images:
+        """The poisoned training pictures that a record keeps, from those that the victim was trained on."""
+        return trained_on[(trained_on.role > 0).nonzero().flatten()]
+
+    def plan(self, trained_on: Images, batch_size: int) -> str:
+        """What is poisoned, in a line."""
+        changed = int((trained_on.labels != trained_on.true_labels).sum())
+        return f"{int((trained_on.role > 0).sum())} of {len(trained_on)} pictures poisoned, {changed} labels changed"
+
+    def augmentation(self, offered: Augment | None) -> Augment | None:
+        """What a batch goes through before `step`."""
+        return offered
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
         """What changes during training; `steps` updates make an epoch."""
@@ -119,22 +180,24 @@ class Attack(Method, ABC):
             seed: of the order and the augmentation; weights and dropout are the caller's to seed.
             session: progress and checkpoints.
         """
-        batches = images.batches(recipe.batch_size, seed=seed, augment=augment, drop_last=True)
-        state = self.prepare(model.train(), recipe, len(batches))
+        first = self.augmentation(augment)
+        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
+        self.train(model.train(), images, batches, recipe, augment, session or Session())
+        return model.eval()
+
+    def train(
+        self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
+        session: Session,
+    ) -> None:  # fmt: skip
+        """The epochs of `fit`: `step` on every batch."""
+        state = self.prepare(model, recipe, len(batches))
+        state.update(images=images, augment=augment)  # for attacks that poison inside the batches
         loop.run(
             partial(self.step, state),
             batches,
             recipe.epochs,
             state=state,
             end_epoch=partial(self.end_epoch, state),
-            session=session or Session(),
+            session=session,
         )
         self.finish(state, model)
-        return model.eval()
-
-    def _stamp_all(self, pixels: Tensor, *, test: bool) -> Tensor:
-        blocks = [quantise(self.stamp(to_float(block), test=test)) for block in pixels.split(1000)]
-        return torch.cat(blocks) if blocks else pixels.clone()
-
-    def _check(self, images: Images) -> None:
-        self.require("attack_target", self.attack_target < images.num_classes, f"0..{images.num_classes - 1}")

@@ -17,8 +17,9 @@ class Prototype(Attack):
 
     pratio: float = field(default=0.0, init=False)
     attack_target: int = field(default=0, init=False)
-    attack_label_trans: Literal["all2one", "all2all"] = field(default="all2one", init=False)
+    attack_label_trans: Literal["all2one", "all2all", "map"] = field(default="all2one", init=False)
     attack_label_shift_amount: int = field(default=1, init=False)
+    attack_label_map: tuple[int, ...] = field(default=(), init=False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x

@@ -1,5 +1,6 @@
-"""Random crop and flip of a whole batch, one draw a picture (attacks.md 2.2), by gathering from a padded copy."""
+"""Random crop, flip and rotation of a whole batch, one draw a picture (attacks.md 2.2)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,26 +10,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augment:
-    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2.
+    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; by gathering from a padded
+    copy, so bytes stay bytes.
 
     Args:
         padding: pixels added on every side before the crop.
         flip: whether pictures are mirrored.
+        one_draw: the same crop and flip for the whole batch.
     """
 
     padding: int = 4
     flip: bool = False
+    one_draw: bool = False
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         b, c, h, w = x.shape
-        top, left = torch.randint(2 * self.padding + 1, (2, b, 1), generator=generator)
+        draws = 1 if self.one_draw else b
+        top, left = torch.randint(2 * self.padding + 1, (2, draws, 1), generator=generator).expand(2, b, 1)
         rows = top + torch.arange(h)
         columns = left + torch.arange(w)
         if self.flip:
-            mirrored = torch.rand(b, 1, generator=generator) < 0.5
+            mirrored = torch.rand(draws, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         rows, columns = rows.to(x.device), columns.to(x.device)
         padded = F.pad(x, (self.padding,) * 4)
         image = torch.arange(b, device=x.device).view(b, 1, 1, 1)
         channel = torch.arange(c, device=x.device).view(1, c, 1, 1)
         return padded[image, channel, rows.view(b, 1, h, 1), columns.view(b, 1, 1, w)]
+
+
+def turn(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
+    """Rotate float pictures by angles from U(-degrees, degrees), bilinearly, zeros coming in at the corners.
+
+    Args:
+        x: float [B, C, H, W].
+        degrees: the largest angle.
+        one_draw: the same angle for the whole batch.
+    """
+    angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
+    angle = angle.to(x).expand(len(x))
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
+    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

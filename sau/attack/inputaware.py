@@ -1,0 +1,202 @@
+"""Input-Aware: every picture gets a trigger of its own (Nguyen, Tran, "Input-Aware Dynamic Backdoor Attack", NeurIPS
+2020), drawn by two generators, P for the pattern and M for where it goes:
+
+    g(u) = tanh(u) / 2 + 1/2,   h(v) = tanh(20 v - 10) / 2 + 1/2,   x' = x + (g(P(x)) - x) h(g(M(x)))
+
+1. the masks:  min_M  lambda_norm mean relu(m - density) + lambda_div mean_i [ |x_i - z_i| / |m(x_i) - m(z_i)| ]
+2. jointly:    min_{C, P}  CE(C([x'; x + (p(z) - x) m(z); x]), [target; y; y])
+                           + lambda_div mean_i [ |x_i - z_i| / |p(x_i) - p(z_i)| ]
+
+with z other training pictures, whose triggers on x (the cross pictures) keep the labels: a trigger works only on the
+picture it was drawn for.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.attack.base import Attack
+from sau.attack.batchwise import BLOCK, count, examples, plan
+from sau.attack.seeds import seeded
+from sau.data.augment import Augment
+from sau.data.images import Batches, Images, to_float
+from sau.errors import ConfigError
+from sau.models.generator import Artist
+from sau.optim import Training
+from sau.session import Session
+from sau.types import Labels, Pixels, Scalar
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputAware(Attack):
+    """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code.
+
+    Args:
+        pratio: poisoned share of each batch, 0 to 1/2; as many cross pictures come with them.
+        clean_train_epochs: how many of the epochs train the mask generator alone.
+        lr_G: learning rate of the pattern generator (Adam).
+        lr_M: learning rate of the mask generator (Adam).
+        schedulerG_milestones: joint epochs at which lr_G drops.
+        schedulerM_milestones: mask epochs at which lr_M drops.
+        schedulerG_lambda: factor of a drop of lr_G.
+        schedulerM_lambda: factor of a drop of lr_M.
+        lambda_div: weight of diversity.
+        lambda_norm: weight of the size of the masks.
+        mask_density: size of a mask that costs nothing, as a share of the picture.
+        EPSILON: keeps divisions from dividing by 0.
+        double_tanh: send the generators' outputs through tanh twice, as the benchmark does: patterns then lie between
+            0.119 and 0.881.
+        accumulate: never clear the pattern generator's gradients, as both public codes do.
+    """
+
+    name: ClassVar[str] = "inputaware"
+    in_batch: ClassVar[bool] = True
+    trains_trigger: ClassVar[bool] = True
+    aliases: ClassVar[dict[str, str]] = {
+        "poison_ratio": "pratio",
+        "lr_C": "lr",
+        "C_lr_scheduler": "lr_scheduler",
+        "schedulerC_milestones": "steplr_milestones",
+        "schedulerC_lambda": "steplr_gamma",
+    }
+
+    clean_train_epochs: int = 25
+    lr_G: float = 0.01
+    lr_M: float = 0.01
+    schedulerG_milestones: tuple[int, ...] = (200, 300, 400, 500)
+    schedulerM_milestones: tuple[int, ...] = (10, 20)
+    schedulerG_lambda: float = 0.1
+    schedulerM_lambda: float = 0.1
+    lambda_div: float = 1.0
+    lambda_norm: float = 100.0
+    mask_density: float = 0.032
+    EPSILON: float = 1e-7
+    double_tanh: bool = False
+    accumulate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("pratio", self.pratio <= 0.5, "up to 0.5: as many cross pictures come with the poisoned ones")
+        self.require("clean_train_epochs", self.clean_train_epochs >= 0, "0 and more")
+        for name in ("lr_G", "lr_M", "EPSILON"):
+            self.require(name, getattr(self, name) > 0, "above 0")
+        for name in ("schedulerG_lambda", "schedulerM_lambda"):
+            self.require(name, 0 < getattr(self, name) <= 1, "above 0 and up to 1")
+        for name in ("lambda_div", "lambda_norm", "mask_density"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+
+    def forge(
+        self,
+        images: Images,
+        blank: nn.Module,
+        recipe: Training,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        session: Session | None = None,
+    ) -> Attack:
+        """The generators, untrained; `fit` trains them."""
+        side = min(images.pixels.shape[2:])
+        if side < 16:
+            raise ConfigError(f"the pictures are {side} pixels wide or high, allowed for {self.name} are 16 and more")
+        with seeded(seed):
+            artist = Artist(images.pixels.shape[1], blank, 2 if self.double_tanh else 1, self.EPSILON)
+        return self.with_trigger(artist.to(images.pixels.device).eval())
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        return self.made().eval()(x.float())[0].clamp(0, 1).to(x.dtype)
+
+    def train(
+        self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
+        session: Session,
+    ) -> None:  # fmt: skip
+        artist, joint = cast(Artist, self.made()), max(0, recipe.epochs - self.clean_train_epochs)
+        artist.requires_grad_(True)
+        for net in (artist.pattern_net, artist.mask_net):
+            net.amp = getattr(model, "amp", False)
+        masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)
+        patterns = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
+        common = {"artist": artist, "images": images, "augment": augment}
+        first = {**common, "descent": masks.descent(artist.mask_net.parameters(), len(batches))}
+        second = {
+            **common,
+            "model": model,
+            "descent": replace(recipe, epochs=joint).descent(model.parameters(), len(batches)),
+            "patterns": patterns.descent(artist.pattern_net.parameters(), len(batches)),
+        }
+        masked = recipe.epochs - joint
+        for stage, step, state, length, label in (
+            (0, self.mask_step, first, masked, "mask epoch"),
+            (1, self.step, second, joint, "epoch"),
+        ):
+            end = partial(self.end_epoch, state)
+            run = partial(loop.run, state=state, end_epoch=end, session=session.at(stage), label=label)
+            run(partial(step, state), batches, length)
+        artist.eval()
+
+    def mask_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """One update of the mask generator."""
+        artist, z = state["artist"].train(), self._others(state, len(x))
+        m, m_z = artist.mask(x), artist.mask(z)
+        size = (m - self.mask_density).relu().mean()
+        diverse = self._diversity((x - z) / artist.std, m - m_z)
+        loss = self.lambda_norm * size + self.lambda_div * diverse
+        state["descent"](loss)
+        return {"loss": loss, "mask": m.mean(), "diversity": diverse}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model, artist = state["model"].train(), state["artist"].train()
+        artist.mask_net.eval().requires_grad_(False)
+        n, z = count(self.pratio, len(x)), self._others(state, len(x))
+        n = min(n, len(x) // 2)
+        poisoned, pattern = artist(x[:n]) if n else (x[:0], x[:0])
+        cross, pattern_z = artist(x[n : 2 * n], z[n : 2 * n]) if n else (x[:0], x[:0])
+        wanted = torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
+        logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
+        error = F.cross_entropy(logits, wanted)
+        loss = diverse = error.new_zeros(())
+        if n:
+            diverse = self._diversity((x[:n] - z[n : 2 * n]) / artist.std, (pattern - pattern_z) / artist.std)
+        loss = error + self.lambda_div * diverse
+        kept = [state["patterns"]] if self.accumulate else []
+        state["descent"](loss, *([state["patterns"]] if n else []), keep=kept)
+        accuracy = 100 * (logits.argmax(1) == wanted).float().mean()
+        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": accuracy}
+
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
+        for name in ("descent", "patterns"):
+            if name in state:
+                state[name].end_epoch(losses["loss"])
+
+    def plan(self, trained_on: Images, batch_size: int) -> str:
+        return plan(self.pratio, batch_size, 1.0, "with another picture's trigger")
+
+    def examples(self, trained_on: Images) -> Images:
+        n = int(self.pratio * BLOCK)
+        artist = self.made().eval()
+        return examples(self, trained_on, n, n, lambda x: artist(x, x.roll(1, 0))[0].clamp(0, 1))
+
+    def _adam(self, lr: float, milestones: tuple[int, ...], gamma: float) -> Training:
+        return Training(  # AdamW without decay is Adam
+            client_optimizer="adamw", wd=0.0, adam_betas=(0.5, 0.9), lr=lr, lr_scheduler="MultiStepLR",
+            steplr_milestones=milestones, steplr_gamma=gamma,
+        )  # fmt: skip
+
+    def _others(self, state: dict[str, Any], size: int) -> Pixels:
+        """As many other training pictures, augmented; in place of a second loader in another order."""
+        images = state["images"]
+        pixels = images.pixels[torch.randint(len(images), (size,)).to(images.pixels.device)]
+        return to_float(state["augment"](pixels, torch.default_generator) if state["augment"] else pixels)
+
+    def _diversity(self, inputs: Tensor, outputs: Tensor) -> Scalar:
+        """Mean of rms(inputs) / rms(outputs), both differences of two pictures [B, C, H, W]."""
+        rms_in, rms_out = (
+            torch.linalg.vector_norm(difference.flatten(1), dim=1) / difference[0].numel() ** 0.5
+            for difference in (inputs, outputs)
+        )  # a norm, unlike a square root, has a gradient at 0
+        return (rms_in / (rms_out + self.EPSILON)).mean()

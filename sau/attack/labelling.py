@@ -1,0 +1,57 @@
+"""Where a trigger leads: the label rules that all attacks share."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from sau.data.images import Images
+from sau.method import Method
+from sau.types import Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling(Method):
+    """A label rule.
+
+    Args:
+        attack_target: class that triggered pictures shall be given (all2one).
+        attack_label_trans: all2one (every trigger leads to the target), all2all (class y leads to y + shift) or map
+            (class y leads to the y-th entry of attack_label_map).
+        attack_label_shift_amount: the shift of all2all.
+        attack_label_map: one class for each class, like 1,0,2; a class that leads to itself is not attacked.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {"target_label": "attack_target"}
+    clean_label: ClassVar[bool] = False  # poisons pictures of the target class alone and leaves their labels
+
+    attack_target: int = 0
+    attack_label_trans: Literal["all2one", "all2all", "map"] = "all2one"
+    attack_label_shift_amount: int = 1
+    attack_label_map: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("attack_target", self.attack_target >= 0, "a class, counted from 0")
+        rule, given = self.attack_label_trans, bool(self.attack_label_map)
+        self.require("attack_label_map", given == (rule == "map"), "a list of classes with attack_label_trans map only")
+        alone = f"all2one, as {self.name} leaves labels as they are and so can lead to one class only"
+        self.require("attack_label_trans", rule == "all2one" or not self.clean_label, alone)
+
+    def relabel(self, labels: Labels, num_classes: int) -> Labels:
+        """The labels that the attacker wants for triggered pictures of these classes."""
+        if self.attack_label_trans == "all2one":
+            return torch.full_like(labels, self.attack_target)
+        if self.attack_label_trans == "map":
+            return labels.new_tensor(self.attack_label_map)[labels]
+        return (labels + self.attack_label_shift_amount) % num_classes
+
+    def check_labels(self, images: Images) -> None:
+        """ConfigError if the rule does not fit the classes of `images`."""
+        classes, rule = images.num_classes, self.attack_label_trans
+        for name, labels in (("attack_target", (self.attack_target,)), ("attack_label_map", self.attack_label_map)):
+            self.require(name, all(0 <= label < classes for label in labels), f"0..{classes - 1}")
+        whole = rule != "map" or len(self.attack_label_map) == classes
+        self.require("attack_label_map", whole, f"{classes} classes, one for each")
+        moves = rule != "all2all" or self.attack_label_shift_amount % classes != 0
+        self.require("attack_label_shift_amount", moves, f"no multiple of the number of classes, {classes}")

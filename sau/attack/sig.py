@@ -1,0 +1,40 @@
+"""SIG: a faint wave on pictures of the target class, whose labels stay (Barni, Kallas, Tondi, "A new backdoor attack in
+CNNs by training set corruption without label poisoning", ICIP 2019).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sau.attack.base import Attack
+from sau.types import Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SIG(Attack):
+    """x'(i, j) = x(i, j) + delta sin(2 pi j f / width), for every row i, column j and channel, clipped.
+
+    Args:
+        sig_delta: height of the wave in grey levels, 0 to 255.
+        sig_f: waves across the picture; more than half its width in pixels cannot be drawn.
+    """
+
+    name: ClassVar[str] = "sig"
+    clean_label: ClassVar[bool] = True
+
+    sig_delta: float = 40.0
+    sig_f: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("sig_delta", 0 < self.sig_delta <= 255, "above 0 and up to 255")
+        self.require("sig_f", self.sig_f > 0, "above 0")
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        width = x.shape[-1]
+        self.require("sig_f", 2 * self.sig_f < width, f"below {width / 2:g} for pictures {width} pixels wide")
+        columns = torch.arange(width, dtype=x.dtype, device=x.device)
+        wave = self.sig_delta / 255 * torch.sin(2 * math.pi * self.sig_f / width * columns)
+        return (x + wave).clamp(0, 1)

@@ -1,0 +1,134 @@
+"""WaNet: a slight, smooth warp as the trigger (Nguyen, Tran, "WaNet - Imperceptible Warping-based Backdoor Attack",
+ICLR 2021).
+
+    field = upsample(z / mean|z|),  z ~ U(-1, 1) [k, k, 2];   grid = clip((identity + s field / size) rescale, -1, 1)
+
+In each training batch some pictures are warped by the grid and relabelled, and some more by the grid plus noise, which
+keep their labels, so that the network learns this warp and not warping.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.attack.base import Attack
+from sau.attack.batchwise import BLOCK, count, examples, plan
+from sau.attack.seeds import generator
+from sau.data.augment import Augment, turn
+from sau.data.images import Images
+from sau.optim import Training
+from sau.session import Session
+from sau.types import Labels, Pixels
+
+
+class Field(nn.Module):
+    """The control points of a warp, [1, 2, k, k], as they were drawn and divided by their mean absolute value."""
+
+    points: Tensor
+
+    def __init__(self, points: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("points", points)
+
+    def forward(self, x: Pixels) -> Tensor:
+        """The field at the resolution of `x`: [1, H, W, 2], x (column) before y (row)."""
+        smooth = F.interpolate(self.points.to(x.dtype), size=x.shape[-2:], mode="bicubic", align_corners=True)
+        return smooth.permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaNet(Attack):
+    """Warp pictures inside the batches.
+
+    Args:
+        pratio: poisoned share of each batch, 0 to 1; the batch is filled anew every epoch.
+        cross_ratio: pictures warped with noise for each poisoned one.
+        s: strength of the warp; about half as many pixels at its most.
+        k: control points along each side.
+        grid_rescale: factor on the grid, which keeps the corners of strong warps inside the picture.
+        random_crop: padding in pixels of the random crop, which 8 of 10 batches go through.
+        random_rotation: largest rotation in degrees, which 5 of 10 batches go through.
+        one_draw: draw one crop, angle and flip for a whole batch, as the benchmark does, instead of one a picture.
+    """
+
+    name: ClassVar[str] = "wanet"
+    in_batch: ClassVar[bool] = True
+
+    cross_ratio: float = 2.0
+    s: float = 0.5
+    k: int = 4
+    grid_rescale: float = 1.0
+    random_crop: int = 5
+    random_rotation: float = 10.0
+    one_draw: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cross_ratio", "random_crop", "random_rotation"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+        self.require("pratio", self.pratio * (1 + self.cross_ratio) <= 1, f"up to {1 / (1 + self.cross_ratio):.4g}")
+        self.require("s", self.s > 0, "above 0")
+        self.require("k", self.k >= 2, "2 and more")
+        self.require("grid_rescale", self.grid_rescale > 0, "above 0")
+
+    def forge(
+        self,
+        images: Images,
+        blank: nn.Module,
+        recipe: Training,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        session: Session | None = None,
+    ) -> Attack:
+        z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(seed)) - 1
+        return self.with_trigger(Field(z / z.abs().mean()).to(images.pixels.device))
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        return self._warp(x, noise=False)
+
+    def _warp(self, x: Pixels, *, noise: bool) -> Pixels:
+        size = x.shape[-1]
+        ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
+        rows, columns = torch.meshgrid(*ends, indexing="ij")
+        identity = torch.stack([columns, rows], -1)[None]
+        grid = ((identity + self.s * self.made()(x) / size) * self.grid_rescale).clamp(-1, 1)
+        grid = grid.expand(len(x), -1, -1, -1)
+        if noise:
+            grid = (grid + (2 * torch.rand_like(grid) - 1) / size).clamp(-1, 1)
+        return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
+
+    def augmentation(self, offered: Augment | None) -> Augment | None:
+        return None  # it comes after the warp, in `step`
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        n = count(self.pratio, len(x))
+        n_cross = int(n * self.cross_ratio)
+        warped, noisy = self.stamp(x[:n]), self._warp(x[n : n + n_cross], noise=True)
+        x = torch.cat([warped, noisy, x[n + n_cross :]])
+        y = torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
+        return super().step(state, self._augmented(state, x), y)
+
+    def _augmented(self, state: dict[str, Any], x: Pixels) -> Pixels:
+        """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""
+        offered, centre = state["augment"], getattr(state["model"], "mean", None)
+        if offered is None:
+            return x
+        centre = 0.0 if centre is None else centre
+        crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
+        moved = Augment(self.random_crop if crop else 0, offered.flip, self.one_draw)(
+            x - centre, torch.default_generator
+        )
+        if rotate and self.random_rotation:
+            moved = turn(moved, self.random_rotation, one_draw=self.one_draw)
+        return (moved + centre).clamp(0, 1)
+
+    def plan(self, trained_on: Images, batch_size: int) -> str:
+        return plan(self.pratio, batch_size, self.cross_ratio, "warped with noise")
+
+    def examples(self, trained_on: Images) -> Images:
+        n = int(self.pratio * BLOCK)
+        return examples(self, trained_on, n, int(n * self.cross_ratio), lambda x: self._warp(x, noise=True))

@@ -1,0 +1,85 @@
+"""The networks that draw Input-Aware's triggers (attacks.md 1.3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.models import Normalized
+from sau.types import Pixels
+
+
+def _block(inputs: int, outputs: int, relu: bool = True) -> list[nn.Module]:
+    layers = [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs, momentum=0.05)]
+    return [*layers, nn.ReLU(inplace=True)] if relu else layers
+
+
+class Generator(nn.Module):
+    """Pictures in, a drawing of the same size out: an encoder of three stages, each halving the picture, and a decoder.
+
+    Args:
+        outputs: channels of the drawing.
+        inputs: channels of the pictures.
+        width: channels of the first stage; 0.72 M weights at 32.
+    """
+
+    def __init__(self, outputs: int, inputs: int = 3, width: int = 32) -> None:
+        super().__init__()
+        widths = (inputs, width, 2 * width, 4 * width)
+        stages = list(zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(nn.Sequential(*_block(a, b), *_block(b, b)) for a, b in stages)
+        self.middle = nn.Sequential(*_block(widths[3], widths[3]))
+        ends = [(b, a) for a, b in stages[:0:-1]] + [(width, outputs)]
+        self.up = nn.ModuleList(
+            nn.Sequential(*_block(b, b), *_block(b, a, relu=stage < 2)) for stage, (b, a) in enumerate(ends)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = []
+        for stage in self.down:
+            x = stage(x)
+            sizes.append(x.shape[-2:])
+            x = F.max_pool2d(x, 2)
+        x = self.middle(x)
+        for stage in self.up:
+            x = stage(F.interpolate(x, size=sizes.pop(), mode="bilinear"))
+        return x
+
+
+class Artist(nn.Module):
+    """Both generators, pixels in and out; they see pictures as the classifier does, normalised.
+
+    Args:
+        channels: of the pictures.
+        like: the classifier, whose normalisation and precision they share.
+        tanh: how often the outputs go through it.
+        epsilon: added to the 2 that tanh is divided by.
+    """
+
+    def __init__(self, channels: int, like: nn.Module, tanh: int, epsilon: float) -> None:
+        super().__init__()
+        self.tanh, self.epsilon = tanh, epsilon
+        mean = std = None
+        if isinstance(like, Normalized) and like.mean is not None and like.std is not None:
+            mean, std = like.mean.flatten().tolist(), like.std.flatten().tolist()
+        self.pattern_net = Normalized(Generator(channels, channels).to(memory_format=torch.channels_last), mean, std)
+        self.mask_net = Normalized(Generator(1, channels).to(memory_format=torch.channels_last), mean, std)
+        self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
+
+    def pattern(self, x: Pixels) -> Pixels:
+        """p = g(P(x)) in (0, 1), [B, C, H, W]."""
+        return self._squash(self.pattern_net(x))
+
+    def mask(self, x: Pixels) -> Tensor:
+        """m = h(g(M(x))) in (0, 1), [B, 1, H, W]."""
+        return torch.tanh(20 * self._squash(self.mask_net(x)) - 10) / (2 + self.epsilon) + 0.5
+
+    def forward(self, x: Pixels, source: Pixels | None = None) -> tuple[Pixels, Pixels]:
+        """`x` with the trigger of `source` (by default its own), and the pattern of that trigger."""
+        source = x if source is None else source
+        pattern = self.pattern(source)
+        return x + (pattern - x) * self.mask(source), pattern
+
+    def _squash(self, u: Tensor) -> Tensor:
+        for _ in range(self.tanh):
+            u = torch.tanh(u)
+        return u / (2 + self.epsilon) + 0.5
