@@ -130,10 +130,8 @@ class InputAware(Attack):
             "patterns": patterns.descent(artist.pattern_net.parameters(), len(batches)),
         }
         masked = recipe.epochs - joint
-        for stage, step, state, length, label in (
-            (0, self.mask_step, first, masked, "mask epoch"),
-            (1, self.step, second, joint, "epoch"),
-        ):
+        stages = (0, self.mask_step, first, masked, "mask epoch"), (1, self.step, second, joint, "epoch")
+        for stage, step, state, length, label in stages:
             end = partial(self.end_epoch, state)
             run = partial(loop.run, state=state, end_epoch=end, session=session.at(stage), label=label)
             run(partial(step, state), batches, length)
