@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-report = ["matplotlib>=3.8"]
+report = ["matplotlib>=3.8", "scikit-image>=0.24"]
 
 setup(
     name="sau",

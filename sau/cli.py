@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sau import device as machine
-from sau import victim
+from sau import quality, victim
 from sau.attack import ATTACKS
 from sau.data.cifar import subset_note
 from sau.data.images import Images
@@ -115,7 +115,11 @@ def attack(name: str, argv: Sequence[str]) -> None:
     final = watch.last or score(model, test, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
     record.say(table({"attacked": final}))
-    record.finish({**final.summary(), "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
+    hidden = quality.of_attack(test, triggered)
+    if hidden is not None:
+        record.say(quality.describe(hidden))
+    cost = {"seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)}
+    record.finish({**final.summary(), "trigger": hidden, **cost})
 
 
 def defend(name: str, argv: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ class Attack(Labelling, ABC):
 
     in_batch: ClassVar[bool] = False  # poisons inside the training batches, so `poison_train` changes nothing
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
+    costly: ClassVar[bool] = False  # its trigger takes minutes to make
     trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
 
     aliases: ClassVar[dict[str, str]] = {"poison_ratio": "pratio"}

@@ -1,0 +1,78 @@
+"""How well a trigger hides, measured on the triggered test pictures as they are stored, 8 bits deep."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from sau.data.images import Images
+from sau.types import Bytes
+
+RADIUS = 0.2  # of the L-infinity ball that SAU searches, in [0, 1] pixels
+SAMPLE = 1000  # pictures that SSIM is averaged over; it takes about a millisecond each
+
+
+def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str, Any]:
+    """PSNR, SSIM and L-infinity of a trigger, and how many of the perturbations lie in a ball.
+
+    Args:
+        clean: uint8 [N, C, H, W].
+        triggered: the same pictures with the trigger.
+        radius: of the ball in the L-infinity norm, in [0, 1] pixels. SAU's Assumption (a) is that the perturbations
+            g(x) - x of the attack lie in the ball that it searches (Wei et al. 2023, section 3).
+
+    Returns:
+        psnr: mean over the changed pictures of 10 log10(1 / MSE), in dB; None if nothing changed.
+        ssim: mean structural similarity (Wang et al. 2004) of the first `ssim_count` pictures; None without skimage.
+        ssim_count: see there.
+        linf, linf_max: mean and maximum over pictures of the largest change of a value, in [0, 1] pixels.
+        unchanged: percentage of pictures that the trigger does not change.
+        in_ball: percentage of pictures whose change is at most `radius`.
+        radius: see there.
+    """
+    largest, errors = [], []
+    for x, g in zip(clean.split(1000), triggered.split(1000), strict=True):
+        change = (g.int() - x.int()).flatten(1).double() / 255
+        largest.append(change.abs().amax(1))
+        errors.append(change.square().mean(1))
+    linf, mse = torch.cat(largest), torch.cat(errors)
+    changed = mse > 0
+    ssim = _ssim(clean[:SAMPLE], triggered[:SAMPLE])
+    return {
+        "psnr": round(float((-10 * mse[changed].log10()).mean()), 2) if changed.any() else None,
+        "ssim": None if ssim is None else round(ssim, 4),
+        "ssim_count": min(SAMPLE, len(clean)) if ssim is not None else 0,
+        "linf": round(float(linf.mean()), 4),
+        "linf_max": round(float(linf.max()), 4),
+        "unchanged": round(100 * float((~changed).double().mean()), 2),
+        "in_ball": round(100 * float((linf <= radius + 1e-9).double().mean()), 2),
+        "radius": radius,
+    }
+
+
+def of_attack(test: Images, triggered: Images) -> dict[str, Any] | None:
+    """`quality` of a triggered test set made from `test`; None if it is empty."""
+    if len(triggered) == 0:
+        return None
+    return quality(test.pixels[triggered.index].cpu(), triggered.pixels.cpu())
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A line for the screen."""
+    ssim = "" if found["ssim"] is None else f", SSIM {found['ssim']:.3f}"
+    psnr = "unchanged" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB"
+    return (
+        f"trigger: {psnr}{ssim}, L-infinity {found['linf']:.3f} (at most {found['linf_max']:.3f}), "
+        f"{found['in_ball']:g} % within {found['radius']:g}"
+    )
+
+
+def _ssim(clean: Bytes, triggered: Bytes) -> float | None:
+    if importlib.util.find_spec("skimage") is None:
+        return None
+    from skimage.metrics import structural_similarity
+
+    window = min(7, clean.shape[-1], clean.shape[-2]) // 2 * 2 - 1 if min(clean.shape[-2:]) < 7 else 7
+    pairs = zip(clean.numpy(), triggered.numpy(), strict=True)
+    values = [structural_similarity(x, g, win_size=window, channel_axis=0, data_range=255) for x, g in pairs]
+    return float(sum(values) / len(values))

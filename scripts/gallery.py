@@ -1,0 +1,207 @@
+"""All triggers side by side, one PNG and one HTML page: rows are attacks, columns clean, triggered, difference.
+
+    python scripts/gallery.py --dataset cifar10 [--dataset_path ./data] [--record_root ./record] [--out gallery]
+        [--columns 4] [--radius 0.2]
+
+An attack is shown by the triggered test pictures of its newest finished record on the data set. Without a record its
+trigger is made from its default settings, or, where that means training, its row names the command that makes it.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from sau import quality
+from sau.attack import ATTACKS, Attack
+from sau.data.images import Images
+from sau.data.sources import load
+from sau.errors import SauError
+from sau.files import write
+from sau.models import build
+from sau.optim import Training
+from sau.record import Record
+from sau.victim import load_images
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
+table{border-collapse:collapse;width:100%}td,th{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #ddd}
+img{image-rendering:pixelated;width:72px;height:72px;margin:1px}td.n{font-variant-numeric:tabular-nums}
+@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}td,th{border-color:#444}}"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One attack: its pictures, or why there are none.
+
+    Args:
+        attack: the method.
+        before: clean pictures, uint8 [N, C, H, W].
+        after: the same with the trigger.
+        found: what `quality` says of all triggered test pictures.
+        note: where they come from, or what to do.
+    """
+
+    attack: type[Attack]
+    before: Tensor | None
+    after: Tensor | None
+    found: dict[str, Any] | None
+    note: str
+
+
+def recorded(attack: type[Attack], dataset: str, root: Path) -> tuple[Images, Record] | None:
+    """The triggered test pictures of the newest finished record of an attack on a data set."""
+    found = []
+    for manifest in root.glob("*/manifest.json"):
+        record = Record(manifest.parent)
+        try:
+            made = record.check()
+        except SauError:
+            continue  # somebody else's folder, or a damaged one
+        method, data = made.get("method") or {}, made.get("data") or {}
+        if method.get("attack") == attack.name and data.get("dataset") == dataset:
+            found.append((manifest.stat().st_mtime, record))
+    for _, record in sorted(found, key=lambda pair: pair[0], reverse=True):
+        pictures = load_images(record, "triggered")
+        if pictures is not None:
+            return pictures, record
+    return None
+
+
+def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Namespace) -> Line:
+    """What the gallery shows of one attack."""
+    own = recorded(attack, asked.dataset, Path(asked.record_root))
+    if own is not None and int(own[0].index.max()) < len(test):
+        triggered, note = own[0], f"from the record {own[1].path.name}"
+    elif attack.trains_trigger or attack.costly:
+        return Line(attack, None, None, None, f"python attack/{attack.name}.py --dataset {asked.dataset}")
+    else:
+        blank = build("preactresnet18", test.num_classes, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+        triggered, note = (
+            attack().forge(train, blank, Training()).poison_test(test),
+            "stamped with its default settings",
+        )
+    before = test.pixels[triggered.index]
+    found = quality.quality(before, triggered.pixels, asked.radius)
+    chosen = torch.linspace(0, len(triggered) - 1, asked.columns).long()
+    return Line(attack, before[chosen], triggered.pixels[chosen], found, note)
+
+
+def magnified(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
+    """Absolute differences scaled so that the largest is white, and the scale."""
+    change = (after.int() - before.int()).abs()
+    gain = 255 / max(1, int(change.max()))
+    return (change * gain).clamp(0, 255).to(torch.uint8), gain
+
+
+def figures(found: dict[str, Any]) -> str:
+    ssim = "" if found["ssim"] is None else f"SSIM {found['ssim']:.3f}\n"
+    psnr = "-" if found["psnr"] is None else f"{found['psnr']:.1f} dB"
+    return f"PSNR {psnr}\n{ssim}L\u221e {found['linf']:.3f}\nin ball {found['in_ball']:.0f} %"
+
+
+def draw(lines: list[Line], columns: int) -> bytes:
+    """The PNG."""
+    size = (0.85 * 3 * columns + 2.4, 0.95 * len(lines))
+    figure, axes = plt.subplots(len(lines), 3 * columns, figsize=size, squeeze=False)
+    for row, shown in zip(axes, lines, strict=True):
+        for axis in row:
+            axis.set_axis_off()
+
+        def say(x: float, text: str, axis: Any = row[0], **how: Any) -> None:
+            axis.text(x, 0.5, text, va="center", transform=axis.transAxes, **how)
+
+        say(-0.15, shown.attack.__name__, ha="right")
+        if shown.before is None or shown.after is None or shown.found is None:
+            say(0, f"no trained trigger here; make one with: {shown.note}", fontsize=8)
+            continue
+        difference, gain = magnified(shown.before, shown.after)
+        for block, pictures in enumerate((shown.before, shown.after, difference)):
+            for axis, pixels in zip(row[block * columns :], pictures, strict=False):
+                axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+        say(1.1, f"{figures(shown.found)}\n(x{gain:.0f})", row[-1], fontsize=7)
+    for block, title in enumerate(("clean", "triggered", "difference, magnified")):
+        axes[0][block * columns].set_title(title, loc="left", fontsize=10)
+    figure.subplots_adjust(left=0.09, right=0.9, top=0.94, bottom=0.01, wspace=0.04, hspace=0.06)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def picture(pixels: Tensor) -> str:
+    """An <img> with the picture inside."""
+    buffer = io.BytesIO()
+    plt.imsave(buffer, pixels.permute(1, 2, 0).numpy(), format="png")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def page(lines: list[Line], dataset: str, radius: float) -> str:
+    """The HTML, in one file."""
+    rows = []
+    for shown in lines:
+        about = html.escape(" ".join((sys.modules[shown.attack.__module__].__doc__ or "").split("\n\n")[0].split()))
+        name = f"<th>{shown.attack.__name__}</th>"
+        if shown.before is None or shown.after is None or shown.found is None:
+            how = f"no trained trigger here; <code>{html.escape(shown.note)}</code>"
+            rows.append(f"<tr>{name}<td colspan=4>{how}</td></tr>")
+            continue
+        blocks = (shown.before, shown.after, magnified(shown.before, shown.after)[0])
+        cells = "".join(f"<td>{''.join(map(picture, block))}</td>" for block in blocks)
+        text = html.escape(figures(shown.found)).replace("\n", "<br>")
+        rows.append(f"<tr>{name}{cells}<td class=n>{text}</td></tr>")
+        rows.append(f"<tr><td></td><td colspan=4><small>{about} ({html.escape(shown.note)})</small></td></tr>")
+    head = "<tr><th></th><th>clean</th><th>triggered</th><th>difference, magnified</th><th></th></tr>"
+    name = html.escape(dataset)
+    note = (
+        "Measured on the stored, 8-bit test pictures. In ball: share of pictures whose change is at most "
+        f"{radius:g} in every value, which is SAU's Assumption (a) for that radius."
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Triggers on {name}</title>'
+        f"<style>{STYLE}</style><h1>Triggers on {name}</h1><p>{note}</p><table>{head}{''.join(rows)}</table></html>\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--dataset_path", default="./data")
+    parser.add_argument("--record_root", default="./record")
+    parser.add_argument("--out", default="gallery")
+    parser.add_argument("--columns", type=int, default=4)
+    parser.add_argument("--radius", type=float, default=quality.RADIUS)
+    asked = parser.parse_args()
+    if asked.columns < 1 or not 0 < asked.radius <= 1:
+        parser.error(
+            f"columns is {asked.columns} and radius {asked.radius}; allowed are 1 and more, and above 0 up to 1"
+        )
+    train, test = load(asked.dataset, asked.dataset_path)
+    lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]
+    out = Path(asked.out)
+    write(out / f"{asked.dataset}.png", draw(lines, asked.columns))
+    write(out / f"{asked.dataset}.html", page(lines, asked.dataset, asked.radius).encode())
+    table = {shown.attack.name: shown.found for shown in lines if shown.found is not None}
+    write(out / f"{asked.dataset}.json", (json.dumps(table, indent=2) + "\n").encode())
+    print(f"{out / asked.dataset}.html, .png and .json")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
