@@ -115,27 +115,36 @@ class InputAware(Attack):
         self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
         session: Session,
     ) -> None:  # fmt: skip
-        artist, joint = cast(Artist, self.made()), max(0, recipe.epochs - self.clean_train_epochs)
-        artist.requires_grad_(True)
-        for net in (artist.pattern_net, artist.mask_net):
-            net.amp = getattr(model, "amp", False)
-        masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)
-        patterns = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
-        common = {"artist": artist, "images": images, "augment": augment}
-        first = {**common, "descent": masks.descent(artist.mask_net.parameters(), len(batches))}
-        second = {
-            **common,
-            "model": model,
-            "descent": replace(recipe, epochs=joint).descent(model.parameters(), len(batches)),
-            "patterns": patterns.descent(artist.pattern_net.parameters(), len(batches)),
-        }
+        joint = max(0, recipe.epochs - self.clean_train_epochs)
+        first, second = self.prepare_masks(model, len(batches)), self.prepare(model, recipe, len(batches))
+        for state in (first, second):
+            state.update(images=images, augment=augment)
         masked = recipe.epochs - joint
         stages = (0, self.mask_step, first, masked, "mask epoch"), (1, self.step, second, joint, "epoch")
         for stage, step, state, length, label in stages:
             end = partial(self.end_epoch, state)
             run = partial(loop.run, state=state, end_epoch=end, session=session.at(stage), label=label)
             run(partial(step, state), batches, length)
-        artist.eval()
+        self.made().eval()
+
+    def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        """The state of the first stage."""
+        artist = cast(Artist, self.made()).requires_grad_(True)
+        for net in (artist.pattern_net, artist.mask_net):
+            net.amp = getattr(model, "amp", False)
+        masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)
+        return {"artist": artist, "descent": masks.descent(artist.mask_net.parameters(), steps)}
+
+    def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
+        artist = cast(Artist, self.made())
+        patterns = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
+        joint = replace(recipe, epochs=max(0, recipe.epochs - self.clean_train_epochs))
+        return {
+            "model": model,
+            "artist": artist,
+            "descent": joint.descent(model.parameters(), steps),
+            "patterns": patterns.descent(artist.pattern_net.parameters(), steps),
+        }
 
     def mask_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of the mask generator."""

@@ -1,0 +1,107 @@
+"""What an attack costs: an update of each beside BadNets' on the same pictures, and stamping 50,000 pictures.
+
+Ratios of updates are attack / BadNets; `ours` is the attack, `reference` BadNets, so here a small ratio is cheap.
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from bench_parts.measure import Work, interleaved, passes
+from torch import Tensor, nn
+
+from sau.attack import ATTACKS, Attack
+from sau.attack.inputaware import InputAware
+from sau.data.images import Images
+from sau.data.sources import load, source
+from sau.models import Normalized, build
+from sau.optim import Training
+
+STAMPED = 50_000  # pictures, the size of CIFAR-10's training set
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this part."""
+    parser.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="pictures [digits]")
+    parser.add_argument("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage [16]")
+    parser.add_argument("--batch_size", type=int, default=128, help="pictures an update [128]")
+    parser.add_argument("--steps", type=int, default=4, help="updates a repetition [4]")
+    parser.add_argument("--amp", default="true", choices=("true", "false"), help="bf16 [true]")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare; prints what each update and each stamp costs, returns the rows."""
+    images = load(args.dataset, args.dataset_path)[0].to(args.device)
+    recipe = Training(batch_size=args.batch_size, lr_scheduler="constant")
+    blank = _network(args, images)
+    free = [name for name, attack in ATTACKS.items() if name != "prototype" and not attack.costly]
+    forged = {name: ATTACKS[name]().forge(images, blank, recipe) for name in free}
+    makers: dict[str, Callable[[], Work]] = {}
+    for name, attack in forged.items():
+        makers[name] = lambda attack=attack: _updates(attack, args, images, recipe)
+    if isinstance(forged.get("inputaware"), InputAware):
+        makers["inputaware, masks"] = lambda: _updates(forged["inputaware"], args, images, recipe, masks=True)
+    seen = args.steps * args.batch_size
+    forwards = {
+        name: passes(make(), blank, _batches(forged["badnet"], args, images)[0][0]) for name, make in makers.items()
+    }
+    seconds = interleaved(makers, args.repeats, args.device)
+    rows = []
+    for name in makers:
+        ratios = sorted(a / b for a, b in zip(seconds[name], seconds["badnet"], strict=True))
+        middle = args.repeats // 2
+        ours, reference = sorted(seconds[name])[middle] / seen, sorted(seconds["badnet"])[middle] / seen
+        rows.append({
+            "name": f"update: {name}", "ratio": ratios[middle], "ours": ours, "reference": reference,
+            "unit": "s a picture", "low": ratios[0], "high": ratios[-1], "passes_per_image": forwards[name] / seen,
+        })  # fmt: skip
+        print(f"{name:20}{forwards[name] / seen:8.2f} passes/picture")
+    return rows + [_stamping(attack, args, images) for attack in forged.values() if not attack.in_batch]
+
+
+def _network(args: argparse.Namespace, images: Images) -> Normalized:
+    torch.manual_seed(0)
+    origin = source(args.dataset)
+    amp = args.amp == "true"
+    model = build("preactresnet18", images.num_classes, width=args.width, mean=origin.mean, std=origin.std, amp=amp)
+    return model.to(args.device)
+
+
+def _batches(attack: Attack, args: argparse.Namespace, images: Images) -> list[tuple[Tensor, ...]]:
+    augment = attack.augmentation(source(args.dataset).augment)
+    return list(islice(images.batches(args.batch_size, seed=0, augment=augment, drop_last=True), args.steps))
+
+
+def _updates(
+    attack: Attack, args: argparse.Namespace, images: Images, recipe: Training, masks: bool = False
+) -> Callable[[], None]:
+    """`steps` updates as `fit` makes them, augmentation included, on clean pictures: stamping is measured by itself."""
+    model: nn.Module = _network(args, images).train()
+    if masks and isinstance(attack, InputAware):
+        state, step = attack.prepare_masks(model, args.steps), attack.mask_step
+    else:
+        state, step = attack.prepare(model, recipe, args.steps), attack.step
+    state.update(images=images, augment=source(args.dataset).augment)
+
+    def work() -> None:
+        for x, y, *_ in _batches(attack, args, images):
+            step(state, x, y)
+
+    return work
+
+
+def _stamping(attack: Attack, args: argparse.Namespace, images: Images) -> dict[str, Any]:
+    some = images[torch.arange(min(len(images), 5000), device=images.labels.device)]
+    seconds = interleaved({"stamp": lambda: lambda: attack.stamped(some, test=False)}, args.repeats, args.device)[
+        "stamp"
+    ]
+    each = sorted(seconds)[len(seconds) // 2] / len(some)
+    low, high = min(seconds) / len(some), max(seconds) / len(some)
+    ten = 10 / STAMPED  # the ratio is of ten seconds for 50,000 pictures
+    return {
+        "name": f"stamp: {attack.name}", "ratio": ten / each, "ours": STAMPED * each, "reference": 10.0,
+        "unit": "s for 50,000", "low": ten / high, "high": ten / low,
+    }  # fmt: skip
