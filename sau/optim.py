@@ -1,6 +1,6 @@
 """How weights move: one home for optimisers, learning-rate schedules and the descent step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -111,6 +111,21 @@ class Descent:
         """One step down the gradient of `loss`."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._move()
+
+    def follow(self, gradients: Sequence[Tensor]) -> None:
+        """One step down given gradients, one for each of `parameters`."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            # Fused optimisers walk memory, so a gradient must lie in it as its parameter does.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.detach())
+        self._move()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What moves, in the order it was given."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _move(self) -> None:
         self.optimizer.step()
         if self.every_update:
             self.scheduler.step()

@@ -3,8 +3,9 @@
 from sau.defense.at import AT
 from sau.defense.base import Defense
 from sau.defense.ft import FT
+from sau.defense.ft_sam import FTSAM
 from sau.defense.sau import SAU
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT)}
+DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, FTSAM, AT)}
 
-__all__ = ["AT", "DEFENSES", "FT", "SAU", "Defense"]
+__all__ = ["AT", "DEFENSES", "FT", "FTSAM", "SAU", "Defense"]
