@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_defenses import backdoored, pair
-from test_loop import Tape
+from test_loop import Stopping
 from torch import nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
@@ -132,20 +132,6 @@ def test_it_removes_the_backdoor_that_plain_fine_tuning_leaves():
     )
     assert before.asr.percent > 90 and plain.asr.percent > 90
     assert sharp.asr.percent < 10 and sharp.acc.percent >= before.acc.percent - 5
-
-
-class Stopping(Tape):
-    """Breaks off after so many saves."""
-
-    def __init__(self, saves: int) -> None:
-        super().__init__()
-        self.left = saves
-
-    def save(self, place) -> None:
-        super().save(place)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("saves", [1, 3, 4])
