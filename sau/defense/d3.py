@@ -12,6 +12,7 @@ distance along the sphere is cos(a / 2): 0.71 at right angles, where W starts, a
 gain. For lambda above 1 the sum is divided by lambda + 1, so that the size of a step depends on it less.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -62,11 +63,16 @@ class D3(Tuning):
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         spheres = [Sphere(weight) for weight in self.driven(model)]  # W0 is the attacker's, also when resumed
-        for sphere in spheres if self.epochs else []:  # without a round to learn in, the network stays as it is
+        if self.epochs:  # without a round to learn in, the network stays as it is
+            self.begin(spheres)
+        return {"model": model.train(), "descent": self.descent(model.parameters(), steps), "spheres": spheres}
+
+    def begin(self, spheres: Sequence[Sphere]) -> None:
+        """Put every W where it starts."""
+        for sphere in spheres:
             sphere.put(self.first(sphere.origin))
             if self.start == "random":
                 sphere.project()
-        return {"model": model.train(), "descent": self.descent(model.parameters(), steps), "spheres": spheres}
 
     def driven(self, model: nn.Module) -> list[Tensor]:
         """The weights in S."""

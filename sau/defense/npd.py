@@ -121,18 +121,10 @@ class NPD(Tuning):
         state = self.prepare(model, len(batches))  # type: ignore[arg-type]
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for stage, (step, epochs, label) in enumerate(
-            [(self.warm_step, self.warm_epochs, "warm-up"), (self.step, self.epochs, "epoch")]
-        ):
-            loop.run(
-                partial(step, state),
-                batches,
-                epochs,
-                state=state,
-                end_epoch=partial(self.end_epoch, state) if stage else lambda losses: None,
-                session=session.at(stage),
-                label=label,
-            )
+        train = partial(loop.run, batches=batches, state=state)
+        first, then = partial(self.warm_step, state), partial(self.step, state)
+        train(first, epochs=self.warm_epochs, end_epoch=lambda losses: None, session=session, label="warm-up")
+        train(then, epochs=self.epochs, end_epoch=partial(self.end_epoch, state), session=session.at(1))
         for parameter in frozen:
             parameter.requires_grad_(True)
 
