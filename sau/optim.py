@@ -1,6 +1,6 @@
 """How weights move: one home for optimisers, learning-rate schedules and the descent step."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -118,9 +118,24 @@ class Descent:
                 one.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for one in together:
-            one.optimizer.step()
-            if one.every_update:
-                one.scheduler.step()
+            one._move()
+
+    def follow(self, gradients: Sequence[Tensor]) -> None:
+        """One step down given gradients, one for each of `parameters`."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            # Fused optimisers walk memory, so a gradient must lie in it as its parameter does.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.detach())
+        self._move()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What moves, in the order it was given."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _move(self) -> None:
+        self.optimizer.step()
+        if self.every_update:
+            self.scheduler.step()
 
     def end_epoch(self, loss: float) -> None:
         """Move a schedule that counts epochs; `loss` is the epoch's mean, which ReduceLROnPlateau watches."""

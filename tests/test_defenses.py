@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import AT, DEFENSES, FT, SAU, Defense
+from sau.defense import AT, D3, DEFENSES, FST, FT, FTSAM, NPD, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -43,6 +43,10 @@ class Row:
 ROWS = {
     "sau": Row(SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
     "ft": Row(FT(epochs=2, batch_size=8, lr=0.01)),
+    "ft-sam": Row(FTSAM(epochs=2, batch_size=8, lr=0.01, rho=0.5)),
+    "d3": Row(D3(epochs=2, batch_size=8, lr=0.01)),
+    "fst": Row(FST(epochs=2, batch_size=8, lr=0.01)),
+    "npd": Row(NPD(epochs=2, warm_epochs=1, batch_size=8, lr=0.01, target_layer_name="features.3"), rounds=False),
     "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
 }
 

@@ -37,6 +37,20 @@ class Tape:
         return None if self.content is None else torch.load(io.BytesIO(self.content), weights_only=True)
 
 
+class Stopping(Tape):
+    """Breaks the run off after so many saves; what was saved goes on being there."""
+
+    def __init__(self, saves: int) -> None:
+        super().__init__()
+        self.left = saves
+
+    def save(self, place: dict[str, Any]) -> None:
+        super().save(place)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
 class Experiment:
     """A training run with everything that must survive: momentum, a schedule, batch norm, noise from torch's generator.
 

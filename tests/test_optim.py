@@ -161,6 +161,27 @@ def test_a_step_forgets_the_gradients_of_before():
     assert torch.allclose(weights, parameter() - 0.1)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_given_gradients_move_as_a_loss_does(name):
+    """Also where they lie in memory in another order than their weights, and OneCycleLR moves with them too."""
+    training = Training(lr=0.1, lr_scheduler="OneCycleLR", client_optimizer=name, epochs=1, wd=0.01)
+    moved = []
+    for given in (False, True):
+        weights = nn.Parameter(torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last) / 10)
+        descent = training.descent([weights], 3)
+        for _ in range(3):
+            loss = (weights**3).sum()
+            if given:
+                (gradient,) = torch.autograd.grad(loss, descent.parameters)
+                descent.follow([gradient.contiguous()])
+            else:
+                descent(loss)
+        moved.append(weights.detach())
+    assert torch.equal(*moved)
+    with pytest.raises(ValueError, match="shorter"):
+        descent.follow([])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_descent_goes_on_from_its_state(schedule, optimizer):

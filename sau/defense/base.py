@@ -66,7 +66,7 @@ class Defense(Method, ABC):
             std: per-channel standard deviation that the network expects to be divided by.
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
-            seed: of the order and the augmentation of the clean pictures.
+            seed: of the order and the augmentation of the clean pictures, and of whatever the method draws.
             session: progress and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
 
@@ -85,7 +85,9 @@ class Defense(Method, ABC):
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
         _check_fit(owned, batches, session)
-        self.run(owned, batches, session)
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            torch.manual_seed(seed)
+            self.run(owned, batches, session)
         _check_weights(owned)
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -1,0 +1,112 @@
+"""D3, Distance-Driven Detoxification (Wei, Liu, Zha, ICCV 2025): as far from the backdoored weights as the clean loss
+allows.
+
+Near the backdoored weights W0 the loss of the backdoor grows with the square of the distance, that of clean pictures
+hardly. So the distance of a few weights is what is trained for, and the clean loss is a budget of eps a picture:
+
+    min_W  lambda * mean_i max(0, CE_i - eps)  -  sum_{W in S} |W - W0|_2      subject to |W| = |W0| for W in S,
+
+where all weights of the network are trained, but only those in S (the classifier's) are measured and kept on their
+sphere; without it, longer weights would be distance for nothing. With a the angle between W and W0, the pull of the
+distance along the sphere is cos(a / 2): 0.71 at right angles, where W starts, and 0 at -W0, where nothing is left to
+gain. For lambda above 1 the sum is divided by lambda + 1, so that the size of a step depends on it less.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.defense.base import Tuning
+from sau.defense.layers import classifier, full_name
+from sau.defense.sphere import Sphere, uniform
+from sau.errors import ConfigError
+from sau.types import Labels, Logits, Pixels, Scalar
+
+
+def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
+    """Mean of max(0, CE_i - eps): the gradient of a picture that is right enough is 0."""
+    return (F.cross_entropy(z, y, reduction="none") - eps).clamp_min(0).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class D3(Tuning):
+    """Drive the classifier away from the backdoored one while the clean loss stays within its budget.
+
+    Args:
+        penalty: lambda of the paper: weight of the clean loss beyond its budget, above 0; 0.5 in the authors' settings,
+            10 in the paper.
+        eps: clean loss a picture that costs nothing, in nats, 0 and more.
+        start: the classifier's first weights: random (drawn anew on the sphere), near (W0), middle (0), far (-W0) or
+            noise (W0 plus normal noise of its own standard deviation).
+        layers: names of the layers whose weights are driven away, with all convolutions and linear layers inside them;
+            empty means the last linear layer.
+    """
+
+    name: ClassVar[str] = "d3"
+    aliases: ClassVar[dict[str, str]] = {"lmd": "penalty", "lambda": "penalty"}
+
+    wd: float = 0.0
+    augment: bool = True
+    penalty: float = 0.5
+    eps: float = 0.1
+    start: Literal["random", "near", "middle", "far", "noise"] = "random"
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("penalty", self.penalty > 0, "above 0")
+        self.require("eps", self.eps >= 0, "0 and more")
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        spheres = [Sphere(weight) for weight in self.driven(model)]  # W0 is the attacker's, also when resumed
+        if self.epochs:  # without a round to learn in, the network stays as it is
+            self.begin(spheres)
+        return {"model": model.train(), "descent": self.descent(model.parameters(), steps), "spheres": spheres}
+
+    def begin(self, spheres: Sequence[Sphere]) -> None:
+        """Put every W where it starts."""
+        for sphere in spheres:
+            sphere.put(self.first(sphere.origin))
+            if self.start == "random":
+                sphere.project()
+
+    def driven(self, model: nn.Module) -> list[Tensor]:
+        """The weights in S."""
+        if not self.layers:
+            return [classifier(model, self.name).weight]
+        advice = "name one of its layers with --layers, or leave it out for the last linear one"
+        places = [model.get_submodule(full_name(model, name, advice)) for name in self.layers]
+        found = [m for place in places for m in place.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        if not found:
+            raise ConfigError(f"layers is {','.join(self.layers)}, but no convolution or linear layer is inside")
+        return list({id(module.weight): module.weight for module in found}.values())
+
+    def first(self, origin: Tensor) -> Tensor:
+        """Where W starts."""
+        match self.start:
+            case "random":
+                return uniform(origin, 0.5)
+            case "near":
+                return origin
+            case "middle":
+                return torch.zeros_like(origin)
+            case "far":
+                return -origin
+            case "noise":
+                return origin + origin.std() * torch.randn(origin.shape).to(origin)
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        spheres = state["spheres"]
+        logits = state["model"](x)
+        excess = hinge(logits, y, self.eps)
+        distance = torch.stack([sphere.distance() for sphere in spheres]).sum()
+        loss = self.penalty * excess - distance
+        state["descent"](loss / (self.penalty + 1) if self.penalty > 1 else loss)
+        for sphere in spheres:
+            sphere.project()
+        right = (logits.argmax(1) == y).float().mean()
+        return {"loss": loss, "excess": excess, "distance": distance, "clean_acc": 100 * right}

@@ -1,0 +1,70 @@
+"""FST, Feature Shift Tuning (Min, Qin, Shen, Cheng, NeurIPS 2023): a classifier that turns away from the backdoored one
+takes the features with it.
+
+    min  CE(f(x), y) + alpha * <W, W0>      subject to |W| = |W0|,
+
+where W is the weight of the classifier, drawn anew at the start, W0 the backdoored one, and all weights of the network
+are trained. On the sphere <W, W0> = |W0|^2 - |W - W0|^2 / 2, so this maximises the squared distance; with a the angle
+between W and W0, the pull along the sphere is alpha |W0| sin(a).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.defense.base import Tuning
+from sau.defense.layers import classifier
+from sau.defense.sphere import Sphere, uniform
+from sau.types import Labels, Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class FST(Tuning):
+    """Fine-tune from a newly drawn classifier that is kept from turning back to the backdoored one.
+
+    Args:
+        alpha: weight of <W, W0>, 0 and more; with 0 the classifier is only drawn anew.
+        reset_bias: draw the classifier's bias anew too.
+    """
+
+    name: ClassVar[str] = "fst"
+
+    epochs: int = 10
+    batch_size: int = 128
+    wd: float = 0.0
+    augment: bool = True
+    alpha: float = 0.2
+    reset_bias: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("alpha", self.alpha >= 0, "0 and more")
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        last = classifier(model, self.name)
+        sphere = Sphere(last.weight)  # W0 is the attacker's, also when resumed
+        if self.epochs:  # without a round to learn in, the network stays as it is
+            self.redraw(last)
+        return {"model": model.train(), "descent": self.descent(model.parameters(), steps), "sphere": sphere}
+
+    @torch.no_grad()
+    def redraw(self, last: nn.Linear) -> None:
+        """Weight and bias from +-1 / sqrt(inputs), as new linear layers have them; the first step puts |W| right."""
+        bound = 1 / math.sqrt(last.in_features)
+        last.weight.copy_(uniform(last.weight, bound))
+        if self.reset_bias and last.bias is not None:
+            last.bias.copy_(uniform(last.bias, bound))
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        sphere = state["sphere"]
+        logits = state["model"](x)
+        clean, overlap = F.cross_entropy(logits, y), sphere.overlap()
+        loss = clean + self.alpha * overlap
+        state["descent"](loss)
+        sphere.project()
+        right = (logits.argmax(1) == y).float().mean()
+        return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": 100 * right}

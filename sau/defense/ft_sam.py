@@ -1,0 +1,123 @@
+"""FT-SAM (Zhu, Wei, Shen, Fan, Wu, ICCV 2023): fine-tuning by adaptive sharpness-aware minimisation.
+
+    min_w  max_{e in N(w)}  L(w + e),      N(w) = { e : | e / |w| |_2 <= rho },
+
+where L is the cross-entropy with smoothed labels on the clean pictures. With g = grad L(w), the maximum of the
+linearised loss (Kwon et al., ASAM, 2021) is taken at
+
+    e = rho * w^2 g / (| |w| g |_2 + 1e-12)        products entry by entry, one norm over all weights,
+
+so that large weights, which the backdoor's neurons tend to have, are shaken most. The weights then move from w along
+g_e = grad L(w + e). Optionally they also climb alpha times the part of g that is orthogonal to g_e (Zhuang et al.,
+GSAM, 2022), which narrows the gap between the two losses.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sau.defense.base import Tuning
+from sau.types import Labels, Logits, Pixels, Scalar
+
+TINY = 1e-12  # keeps a norm of 0 from dividing
+
+
+def smoothed_loss(z: Logits, y: Labels, share: float) -> Scalar:
+    """Mean cross-entropy against 1 - share for the label, with `share` spread evenly over the other classes."""
+    classes = z.shape[1]
+    # torch spreads over all classes, the label's own included; this much of it leaves the label exactly 1 - share.
+    return F.cross_entropy(z, y, label_smoothing=share * classes / max(1, classes - 1))
+
+
+@contextmanager
+def shifted(weights: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the weights are w + e; afterwards they are the same bits as before."""
+    with torch.no_grad():
+        kept = [weight.clone() for weight in weights]
+        for weight, e in zip(weights, by, strict=True):
+            weight.add_(e)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)  # subtracting e again would leave rounding behind
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in train mode use the batch's statistics without entering them in the running ones."""
+    tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTSAM(Tuning):
+    """Fine-tune towards weights around which the clean loss stays low, batch norm in train mode.
+
+    Args:
+        rho: radius of the neighbourhood; of |e / |w||_2 where adaptive, else of |e|_2; 0 and more.
+        adaptive: measure e relative to the size of each weight (ASAM); otherwise absolutely (SAM).
+        alpha: how much to climb along the part of the plain gradient orthogonal to the one at w + e; 0 and more.
+        label_smoothing: what the label gives to the other classes together, 0 to 0.5.
+    """
+
+    name: ClassVar[str] = "ft-sam"
+    aliases: ClassVar[dict[str, str]] = {"rho_max": "rho"}
+
+    augment: bool = True
+    rho: float = 2.0
+    adaptive: bool = True
+    alpha: float = 0.0
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("rho", self.rho >= 0, "0 and more")
+        self.require("alpha", self.alpha >= 0, "0 and more")
+        self.require("label_smoothing", 0 <= self.label_smoothing <= 0.5, "0 to 0.5")
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model, descent = state["model"], state["descent"]
+        weights, logits = descent.parameters, model(x)
+        loss = smoothed_loss(logits, y, self.label_smoothing)
+        here = torch.autograd.grad(loss, weights, materialize_grads=True)
+        with shifted(weights, self.perturbation(weights, here)), statistics_kept(model):
+            worst = smoothed_loss(model(x), y, self.label_smoothing)
+            there = torch.autograd.grad(worst, weights, materialize_grads=True)
+        descent.follow(self.direction(here, there) if self.alpha else there)
+        right = (logits.argmax(1) == y).float().mean()
+        return {"loss": loss, "worst_loss": worst, "clean_acc": 100 * right}
+
+    @torch.no_grad()
+    def perturbation(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """e, from the weights and the gradients at them, in the shapes of the weights."""
+        sizes = [weight.abs() if self.adaptive else torch.ones_like(weight) for weight in weights]
+        scaled = [size * gradient for size, gradient in zip(sizes, gradients, strict=True)]
+        factor = self.rho / (_norm(scaled) + TINY)
+        return [size * part * factor for size, part in zip(sizes, scaled, strict=True)]
+
+    @torch.no_grad()
+    def direction(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> list[Tensor]:
+        """g_e - alpha * (g - (<g, g_e> / |g_e|^2) g_e)."""
+        along = sum((g * ge).sum() for g, ge in zip(here, there, strict=True)) / (_norm(there) ** 2 + TINY)
+        return [ge - self.alpha * (g - along * ge) for g, ge in zip(here, there, strict=True)]
+
+
+def _norm(parts: Sequence[Tensor]) -> Scalar:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))

@@ -1,0 +1,182 @@
+"""NPD, Neural Polarizer Defense (Zhu, Wei, Zha, Wu, NeurIPS 2023): one new layer in a frozen network that lets clean
+features through and filters the trigger's out.
+
+The polarizer, a 1x1 convolution (first the identity) and a batch norm, is put before one convolution of the network;
+nothing else is trained. What the trigger looks like is not known, so perturbations towards the runner-up class stand in
+for it. With f the network that holds the polarizer, p its softmax, c = argmax f(x) and r the class after it,
+
+    inner   d = argmin CE(f(x + d), r)                          over |d|_2 <= eps, x + d in [0, 1]
+    outer   min  l1 * CE(f(x), y)  +  l2 * CE(f(x + d), c)
+                 -  l3 * log(1.0001 - max_{k != c} p_k(x + d))  -  l4 * log(1.0001 - p_r(x + d))
+
+In the result the convolution L is replaced by Sequential(polarizer, norm, layer = L), which `restore` loads again. It
+cannot be folded into L: L pads with zeros after the batch norm's shift, so a shift folded into its bias would be wrong
+along the border.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.defense.base import Tuning
+from sau.defense.layers import full_name
+from sau.errors import ConfigError
+from sau.optim import Training
+from sau.perturb import Norm, into_pixels, project
+from sau.session import Session
+from sau.types import Labels, Loader, Logits, Pixels, Scalar
+
+ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
+MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a polarizer has
+
+
+def insert(model: nn.Module, name: str) -> nn.Sequential:
+    """Put a new polarizer, the identity in front of a fresh batch norm, before the convolution `name` of `model`."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Conv2d):
+        raise ConfigError(f"{name} is a {type(layer).__name__}; a polarizer goes before a convolution (Conv2d)")
+    place, width = layer.weight, layer.in_channels
+    inside = nn.Sequential()
+    inside.add_module("polarizer", nn.Conv2d(width, width, 1, bias=False))
+    inside.add_module("norm", nn.BatchNorm2d(width))
+    nn.init.dirac_(inside.get_parameter("polarizer.weight"))
+    inside.to(place.device, place.dtype).add_module("layer", layer)
+    inside.train(layer.training)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, inside)
+    return inside
+
+
+def restore(net: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Load the state dict of a network that NPD purified into `net`, of the attacked network's architecture.
+
+    Polarizers are put in where `weights` has them; a state dict without any is loaded as it is. Returns `net`.
+    """
+    for key in weights:
+        if key.endswith(MARK):
+            insert(net, key.removesuffix(MARK))
+    net.load_state_dict(weights)
+    return net
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPD(Tuning):
+    """Train a polarizer, one linear layer in the frozen network, to filter perturbations towards the runner-up class.
+
+    Args:
+        target_layer_name: the convolution before which the polarizer goes, by its name in the network.
+        warm_epochs: epochs before the others, on clean pictures alone, 0 and more.
+        warm_lr: learning rate of these, which stays, above 0.
+        weight_clean: weight of the clean loss, 0 and more.
+        weight_adv: weight of the perturbed pictures' loss against the answer on the clean ones, 0 and more.
+        weight_wrong: weight of the log that keeps their strongest other class down, 0 and more.
+        weight_target: weight of the log that keeps the attacked class down, 0 and more.
+        eps: radius of the ball of perturbations of [0, 1] pixels, above 0.
+        norm: norm of the ball; Reg means no ball.
+        adv_lr: step of the search; every norm uses sign steps; above 0.
+        adv_steps: steps of the search, 1 and more; it stops once more than 60 % of a batch are at the runner-up.
+    """
+
+    name: ClassVar[str] = "npd"
+    aliases: ClassVar[dict[str, str]] = {
+        "lmd1": "weight_clean",
+        "lmd2": "weight_adv",
+        "lmd3": "weight_wrong",
+        "lmd4": "weight_target",
+        "trigger_norm": "eps",
+        "norm_type": "norm",
+        "inner_steps": "adv_steps",
+    }
+
+    epochs: int = 50
+    batch_size: int = 128
+    target_layer_name: str = "layer4.1.conv1"
+    warm_epochs: int = 5
+    warm_lr: float = 1e-4
+    weight_clean: float = 1.0
+    weight_adv: float = 0.4
+    weight_wrong: float = 0.4
+    weight_target: float = 0.4
+    eps: float = 3.0
+    norm: Norm = "L2"
+    adv_lr: float = 0.1
+    adv_steps: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("eps", "adv_lr", "warm_lr"):
+            self.require(name, getattr(self, name) > 0, "above 0")
+        for name in ("weight_clean", "weight_adv", "weight_wrong", "weight_target", "warm_epochs"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+        self.require("adv_steps", self.adv_steps >= 1, "1 and more")
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        frozen = list(model.eval().parameters())
+        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        train = partial(loop.run, batches=batches, state=state)
+        first, then = partial(self.warm_step, state), partial(self.step, state)
+        train(first, epochs=self.warm_epochs, end_epoch=lambda losses: None, session=session, label="warm-up")
+        train(then, epochs=self.epochs, end_epoch=partial(self.end_epoch, state), session=session.at(1))
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        if not convolutions:
+            raise ConfigError("the network has no convolution (Conv2d) to put a polarizer before; try ft or sau")
+        advice = f"name a convolution with --target_layer_name, like {convolutions[-1]}, its last one"
+        name = full_name(model, self.target_layer_name, advice)
+        inside = insert(model, name)
+        trained = [*inside.get_submodule("polarizer").parameters(), *inside.get_submodule("norm").parameters()]
+        warm = Training(lr=self.warm_lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=self.wd)
+        descents = {"warm": warm.descent(trained, steps), "descent": self.descent(trained, steps)}
+        return {"model": model, "norm": f"{name}.norm", **descents}
+
+    def warm_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """Clean pictures alone, mostly to fill the running statistics of the new batch norm."""
+        norm = state["model"].get_submodule(state["norm"]).train()
+        loss = F.cross_entropy(state["model"](x), y)
+        norm.eval()
+        state["warm"](loss)
+        return {"loss": loss}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model, norm = state["model"], state["model"].get_submodule(state["norm"])
+        with torch.no_grad():
+            answer, runner_up = model(x).topk(2).indices.unbind(1)
+        delta = self.search(model, x, runner_up)
+        norm.train()  # the batch's statistics here, the running ones in the search and in use
+        z, z_adv = model(x), model(x + delta)
+        norm.eval()
+        clean, (adv, wrong, target) = F.cross_entropy(z, y), held_losses(z_adv, answer, runner_up)
+        loss = self.weight_clean * clean + self.weight_adv * adv
+        loss = loss + self.weight_wrong * wrong + self.weight_target * target
+        state["descent"](loss)
+        return {"loss": loss, "clean_loss": clean, "adv_loss": adv, "fooled": (z_adv.argmax(1) != answer).sum()}
+
+    def search(self, model: nn.Module, x: Pixels, target: Labels) -> Pixels:
+        """Sign steps down CE(f(x + d), target), from 0, inside the ball and the pixels."""
+        delta = torch.zeros_like(x)
+        for _ in range(self.adv_steps):
+            d = delta.requires_grad_()
+            z = model(x + d)
+            if bool((z.argmax(1) == target).float().mean() > ENOUGH):
+                break
+            (gradient,) = torch.autograd.grad(F.cross_entropy(z, target, reduction="sum"), d)
+            delta = into_pixels(x, project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps))
+        return delta.detach()
+
+
+def held_losses(z: Logits, answer: Labels, target: Labels) -> tuple[Scalar, Scalar, Scalar]:
+    """Of perturbed pictures: CE(., c), -log(1.0001 - max_{k != c} p_k) and -log(1.0001 - p_r), means over the batch."""
+    p = z.softmax(1)
+    other, attacked = p.scatter(1, answer[:, None], 0.0).amax(1), p.gather(1, target[:, None])[:, 0]
+    return F.cross_entropy(z, answer), -(1.0001 - other).log().mean(), -(1.0001 - attacked).log().mean()

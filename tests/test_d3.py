@@ -1,0 +1,208 @@
+"""D3: its distance, its hinge and its sphere against closed forms, its starts, its layers."""
+
+import math
+
+import pytest
+import torch
+from test_defenses import backdoored, pair
+from test_loop import Stopping
+from torch import nn
+from toys import quiet, same_weights, tiny_net, toy_images
+
+from sau.defense import D3
+from sau.defense.d3 import hinge
+from sau.defense.layers import classifier, full_name
+from sau.defense.sphere import Sphere, uniform
+from sau.errors import ConfigError
+from sau.evaluate import der, score
+from sau.models import Normalized
+from sau.session import Session
+
+
+def at_angle(angle: float, radius: float = 3.0) -> tuple[Sphere, torch.Tensor, torch.Tensor]:
+    """A sphere whose W lies at an angle from W0, and the directions of W and of the way round from W0."""
+    torch.manual_seed(0)
+    first, second = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T.reshape(2, 3, 4)
+    sphere = Sphere(nn.Parameter(radius * first))
+    here, along = math.cos(angle) * first + math.sin(angle) * second, math.cos(angle) * second - math.sin(angle) * first
+    sphere.put(radius * here)
+    return sphere, here, along
+
+
+@pytest.mark.parametrize("radius", [0.5, 3.0])
+@pytest.mark.parametrize("degrees", [10, 60, 90, 150, 179])
+def test_the_pull_of_the_distance_along_the_sphere_is_the_cosine_of_half_the_angle(degrees, radius):
+    """And along the way round, away from W0, whatever the radius is."""
+    angle = math.radians(degrees)
+    sphere, here, along = at_angle(angle, radius)
+    (pull,) = torch.autograd.grad(sphere.distance(), sphere.weight)
+    tangential = pull - (pull * here).sum() * here
+    assert torch.allclose(tangential, math.cos(angle / 2) * along, rtol=1e-9, atol=1e-12)
+    assert sphere.distance().item() == pytest.approx(2 * radius * math.sin(angle / 2))
+    assert sphere.overlap().item() == pytest.approx(radius**2 - sphere.distance().item() ** 2 / 2)
+
+
+def test_at_the_backdoored_weights_the_distance_has_no_gradient():
+    sphere, _, _ = at_angle(0.0)
+    (pull,) = torch.autograd.grad(sphere.distance(), sphere.weight)
+    assert (pull == 0).all()
+
+
+def test_projecting_keeps_the_direction_and_restores_the_length():
+    sphere, here, _ = at_angle(1.0)
+    for factor in (1e-3, 0.7, 1e3):
+        sphere.put(factor * here)
+        sphere.project()
+        assert torch.allclose(sphere.weight, 3.0 * here, rtol=1e-12)
+    sphere.put(torch.zeros_like(here))
+    sphere.project()
+    assert (sphere.weight == 0).all()
+
+
+def test_the_hinge_by_hand():
+    """Losses of log 2, log 4 and log 1.01, from two equal logits, four of them, and one far ahead; 0.5 are free."""
+    z = torch.tensor([[0.0, 0.0, -99, -99], [1, 1, 1, 1], [math.log(100), 0, -99, -99]], dtype=torch.float64)
+    z.requires_grad_()
+    found = hinge(z, torch.tensor([0, 2, 0]), 0.5)
+    assert found.item() == pytest.approx((math.log(2) - 0.5 + math.log(4) - 0.5) / 3)
+    (gradient,) = torch.autograd.grad(found, z)
+    assert gradient[0].tolist() == pytest.approx([-1 / 6, 1 / 6, 0, 0], abs=1e-12) and (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize(("penalty", "divisor"), [(0.5, 1), (1.0, 1), (10.0, 11)])
+def test_a_step_within_the_budget_is_the_distances_alone(penalty, divisor):
+    """W <- sphere(W + lr (W - W0) / |W - W0|), the rest of the network stays; above 1 lambda + 1 divides."""
+    net, images = tiny_net().double(), toy_images(8)
+    method = D3(penalty=penalty, eps=100.0, lr=0.1, start="random", lr_scheduler="constant")
+    origin = net.linear.weight.detach().clone()
+    state = method.prepare(net, 1)
+    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    away = (before["linear.weight"] - origin) / (before["linear.weight"] - origin).norm()
+    moved = before["linear.weight"] + 0.1 / divisor * away
+    report = method.step(state, images.pixels.double() / 255, images.labels)
+    after = dict(net.named_parameters())
+    assert torch.allclose(after["linear.weight"], moved * origin.norm() / moved.norm(), rtol=1e-12)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "linear.weight")
+    assert report["excess"] == 0 and report["loss"] == -report["distance"] < 0
+
+
+@pytest.mark.parametrize("penalty", [0.5, 10.0])
+def test_the_clean_loss_counts_as_often_as_its_penalty(penalty):
+    """From W0 the distance has no gradient: the bias moves by lr * lambda * grad of the hinge, over lambda + 1."""
+    net, images = tiny_net().double(), toy_images(8)
+    x, y = images.pixels.double() / 255, images.labels
+    other = tiny_net().double().train()
+    (gradient,) = torch.autograd.grad(hinge(other(x), y, 0.1), [other.linear.bias])
+    method = D3(penalty=penalty, lr=0.1, start="near", lr_scheduler="constant")
+    method.step(method.prepare(net, 1), x, y)
+    factor = penalty / (penalty + 1 if penalty > 1 else 1)
+    assert torch.allclose(net.linear.bias, other.linear.bias - 0.1 * factor * gradient, rtol=1e-9)
+
+
+@pytest.mark.parametrize("start", ["random", "near", "middle", "far", "noise"])
+def test_the_starts(start):
+    net = tiny_net()
+    origin, bias = net.linear.weight.detach().clone(), net.linear.bias.detach().clone()
+    torch.manual_seed(0)
+    D3(start=start).prepare(net, 1)
+    found = net.linear.weight.detach()
+    assert torch.equal(net.linear.bias, bias)
+    match start:
+        case "random":
+            assert found.norm().item() == pytest.approx(origin.norm().item())
+            assert abs((found * origin).sum() / origin.norm() ** 2) < 0.7
+        case "near":
+            assert torch.equal(found, origin)
+        case "middle":
+            assert (found == 0).all()
+        case "far":
+            assert torch.equal(found, -origin)
+        case "noise":
+            assert (found - origin).std().item() == pytest.approx(origin.std().item(), rel=0.5)
+
+
+def test_a_random_start_is_uniform_and_at_right_angles():
+    """For ten classes and 512 features d / R is about sqrt 2."""
+    linear = nn.Linear(512, 10)
+    drawn = uniform(linear.weight, 0.5)
+    assert drawn.min() >= -0.5 and drawn.max() <= 0.5 and drawn.std().item() == pytest.approx(1 / 12**0.5, rel=0.05)
+    sphere = D3().prepare(nn.Sequential(nn.Flatten(), linear), 1)["spheres"][0]
+    assert sphere.distance().item() / sphere.radius.item() == pytest.approx(2**0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("start", ["random", "near", "middle", "far", "noise"])
+def test_the_classifier_ends_on_its_sphere_and_away(start):
+    net = tiny_net()
+    fixed = D3(start=start, epochs=2, batch_size=8).purify(net, pair(), session=quiet())
+    assert fixed.linear.weight.norm().item() == pytest.approx(net.linear.weight.norm().item(), rel=1e-5)
+    assert not torch.equal(fixed.linear.weight, net.linear.weight)
+
+
+def test_layers_are_found_by_the_names_in_the_users_network():
+    wrapped = Normalized(tiny_net(), (0.5,) * 3, (0.5,) * 3)
+    net = wrapped.get_submodule("net")
+    assert [id(w) for w in D3().driven(wrapped)] == [id(net.linear.weight)]
+    driven = D3(layers=("features", "linear", "features.0")).driven(wrapped)
+    assert [id(w) for w in driven] == [id(net.features[i].weight) for i in (0, 3)] + [id(net.linear.weight)]
+    spheres = D3(layers=("features", "linear")).prepare(wrapped, 1)["spheres"]
+    assert [sphere.origin.shape for sphere in spheres] == [(10, 3, 3, 3), (6, 10, 3, 3), (4, 6)]
+
+
+def test_the_layer_nearest_to_the_top_is_meant():
+    blocks = nn.ModuleDict({"conv": nn.Identity(), "a": nn.ModuleDict({"conv": nn.Identity()})})
+    assert full_name(nn.ModuleList([blocks]), "conv", "") == "0.conv" and full_name(blocks, "a.conv", "") == "a.conv"
+    with pytest.raises(ConfigError, match="several"):
+        full_name(nn.ModuleDict({"a": blocks["a"], "b": nn.ModuleDict({"conv": nn.Identity()})}), "conv", "")
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (("layer9",), ["layer9", "--layers"]),
+        (("eatures",), ["eatures"]),
+        (("features.2",), ["no convolution"]),
+        (("",), ["''"]),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(layers, words, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        D3(layers=layers).purify(tiny_net(), pair(), session=quiet())
+    assert all(word in one_line(refusal.value) for word in words)
+
+
+def test_a_network_without_a_linear_layer_is_refused(one_line):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError) as refusal:
+        D3().purify(net, pair(), session=quiet())
+    assert "Linear" in one_line(refusal.value) and "d3" in str(refusal.value)
+    assert classifier(tiny_net(), "d3").out_features == 4
+    fixed = D3(layers=("0",), epochs=1).purify(net, pair(), session=quiet())
+    assert not same_weights(fixed, net)
+
+
+def test_it_removes_the_backdoor_and_keeps_the_accuracy():
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    after = score(
+        D3(lr=0.02, epochs=20, batch_size=25, augment=False).purify(net, clean, session=quiet()), test, triggered
+    )
+    assert before.asr.percent > 90 and after.asr.percent < 5 and after.acc.percent >= before.acc.percent - 5
+    assert der(before, after) > 90
+
+
+@pytest.mark.parametrize("start", ["random", "noise"])
+@pytest.mark.parametrize("saves", [1, 3, 4])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(saves, start):
+    method, data = D3(epochs=2, batch_size=8, start=start), pair()
+    whole = method.purify(tiny_net(), data, session=quiet())
+    session = Session(checkpoint=Stopping(saves), say=lambda text: None, save_every=-1.0)
+    with pytest.raises(KeyboardInterrupt):
+        method.purify(tiny_net(), data, session=session)
+    assert same_weights(method.purify(tiny_net(), data, session=session), whole)
+
+
+@pytest.mark.parametrize("wrong", [{"penalty": 0.0}, {"penalty": float("nan")}, {"eps": -0.1}])
+def test_settings_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        D3(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)

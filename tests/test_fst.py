@@ -1,0 +1,117 @@
+"""FST: its pull and its steps against closed forms, and how its classifier starts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_d3 import at_angle
+from test_defenses import backdoored, pair
+from test_loop import Stopping
+from torch import nn
+from toys import quiet, same_weights, tiny_net, toy_images
+
+from sau.defense import FST, FT
+from sau.errors import ConfigError
+from sau.evaluate import der, score
+from sau.session import Session
+
+
+@pytest.mark.parametrize("degrees", [0, 10, 60, 90, 150, 180])
+def test_the_pull_along_the_sphere_is_the_radius_times_the_sine_of_the_angle(degrees):
+    """Away from W0, unlike the distance's: it vanishes at W0 and at -W0 and grows with the radius."""
+    angle, radius = math.radians(degrees), 2.5
+    sphere, here, along = at_angle(angle, radius)
+    (pull,) = torch.autograd.grad(-sphere.overlap(), sphere.weight)
+    tangential = pull - (pull * here).sum() * here
+    assert torch.allclose(tangential, radius * math.sin(angle) * along, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+def test_a_step_is_the_papers_in_double_precision(alpha):
+    """W <- sphere(W - lr (grad CE + alpha W0)); the bias only follows CE."""
+    net, images = tiny_net().double(), toy_images(8)
+    x, y = images.pixels.double() / 255, images.labels
+    method, origin = FST(alpha=alpha, lr=0.1, lr_scheduler="constant"), net.linear.weight.detach().clone()
+    state = method.prepare(net, 1)
+    weight, bias = net.linear.weight.detach().clone(), net.linear.bias.detach().clone()
+    other = tiny_net().double().train()
+    other.load_state_dict(net.state_dict())
+    gradients = torch.autograd.grad(F.cross_entropy(other(x), y), [other.linear.weight, other.linear.bias])
+    report = method.step(state, x, y)
+    moved = weight - 0.1 * (gradients[0] + alpha * origin)
+    assert torch.allclose(net.linear.weight, moved * origin.norm() / moved.norm(), rtol=1e-9)
+    assert torch.allclose(net.linear.bias, bias - 0.1 * gradients[1], rtol=1e-9)
+    assert report["overlap"].item() == pytest.approx((weight * origin).sum().item())
+
+
+@pytest.mark.parametrize("reset_bias", [True, False])
+def test_the_classifier_is_drawn_anew_from_the_interval_of_its_inputs(reset_bias):
+    """512 inputs: +-1/sqrt(512), so a length of about 1.8 for ten classes before the first step."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(512, 10))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net[1].weight.data *= 3
+    sphere = FST(reset_bias=reset_bias).prepare(net, 1)["sphere"]
+    weight, bias, bound = net[1].weight.detach(), net[1].bias.detach(), 1 / math.sqrt(512)
+    assert weight.abs().max() <= bound and weight.abs().max() > 0.95 * bound
+    assert weight.norm().item() == pytest.approx(1.826, rel=0.05)
+    assert abs((weight * sphere.origin).sum()) < 0.2 * weight.norm() * sphere.radius
+    assert torch.equal(bias, before["1.bias"]) != reset_bias and bias.abs().max() <= bound
+    assert sphere.radius.item() == pytest.approx(3 * before["1.weight"].norm().item())
+
+
+def test_the_length_of_the_classifier_is_kept():
+    net = tiny_net()
+    fixed = FST(epochs=2, batch_size=8).purify(net, pair(), session=quiet())
+    assert fixed.linear.weight.norm().item() == pytest.approx(net.linear.weight.norm().item(), rel=1e-5)
+    assert not torch.equal(fixed.linear.bias, net.linear.bias)
+
+
+def test_alpha_turns_the_classifier_away():
+    """Every larger alpha ends at a larger angle from W0."""
+    net, clean, _, _ = backdoored()
+    ends = []
+    for alpha in (0.0, 0.2, 1.0):
+        fixed = FST(alpha=alpha, epochs=5, lr=0.05, batch_size=25).purify(net, clean, session=quiet())
+        now, then = fixed.linear.weight.detach().flatten(), net.linear.weight.detach().flatten()
+        ends.append(float(F.cosine_similarity(now, then, dim=0)))
+    assert ends == sorted(ends, reverse=True) and ends[2] < -0.3
+
+
+def test_it_removes_the_backdoor_that_plain_fine_tuning_leaves():
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    same = {"lr": 0.05, "epochs": 20, "batch_size": 25, "augment": False}
+    plain, shift = (
+        score(method.purify(net, clean, session=quiet()), test, triggered) for method in (FT(**same), FST(**same))
+    )
+    assert before.asr.percent > 90 and plain.asr.percent > 90
+    assert shift.asr.percent < 5 and shift.acc.percent >= before.acc.percent - 5 and der(before, shift) > 90
+
+
+@pytest.mark.parametrize("saves", [1, 3, 4])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(saves):
+    method, data = FST(epochs=2, batch_size=8), pair()
+    whole = method.purify(tiny_net(), data, session=quiet())
+    session = Session(checkpoint=Stopping(saves), say=lambda text: None, save_every=-1.0)
+    with pytest.raises(KeyboardInterrupt):
+        method.purify(tiny_net(), data, session=session)
+    assert same_weights(method.purify(tiny_net(), data, session=session), whole)
+
+
+def test_a_classifier_without_a_bias_is_fine():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 4, bias=False))
+    assert not same_weights(FST(epochs=1).purify(net, pair(), session=quiet()), net)
+
+
+def test_a_network_without_a_linear_layer_is_refused(one_line):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError) as refusal:
+        FST().purify(net, pair(), session=quiet())
+    assert "Linear" in one_line(refusal.value) and "fst" in str(refusal.value)
+
+
+def test_settings_out_of_range_are_refused(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        FST(alpha=-0.1)
+    assert "alpha" in one_line(refusal.value)
