@@ -59,7 +59,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "the screen": (calling("print"), {"cli.py", "record.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"cli.py", "defense/inputs.py", "attack/base.py"} | below("data"),
+        {"cli.py", "defense/base.py", "defense/inputs.py", "attack/base.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"cli.py"}),
     "the machine": (importing("resource") | calling("set_num_threads"), {"device.py"}),
