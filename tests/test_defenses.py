@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import ANP, AT, BNP, CLP, DEFENSES, FT, SAU, Defense
+from sau.defense import ANP, AT, BNP, CLP, DEFENSES, EP, FT, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -49,6 +49,7 @@ ROWS = {
     "anp": Row(ANP(nb_iter=3, batch_size=8, lr=0.1, pruning_by="number", pruning_number=3.0), rounds=False),
     "clp": Row(CLP(u=0.0, batch_size=8), rounds=False, random=False, pictures=False),
     "bnp": Row(BNP(u=0.0, batch_size=8, augment=False), rounds=False, random=False),
+    "ep": Row(EP(u=0.0, batch_size=8, augment=False), rounds=False),
 }
 
 

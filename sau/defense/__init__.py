@@ -5,9 +5,10 @@ from sau.defense.at import AT
 from sau.defense.base import Defense
 from sau.defense.bnp import BNP
 from sau.defense.clp import CLP
+from sau.defense.ep import EP
 from sau.defense.ft import FT
 from sau.defense.sau import SAU
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, ANP, CLP, BNP)}
+DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, ANP, CLP, BNP, EP)}
 
-__all__ = ["ANP", "AT", "BNP", "CLP", "DEFENSES", "FT", "SAU", "Defense"]
+__all__ = ["ANP", "AT", "BNP", "CLP", "DEFENSES", "EP", "FT", "SAU", "Defense"]
