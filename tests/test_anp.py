@@ -148,6 +148,7 @@ def test_learning_leaves_weights_statistics_and_gradients_alone():
 
 def test_batches_are_drawn_with_replacement_in_chunks(monkeypatch):
     monkeypatch.setattr(anp, "CHUNK", 5)
+    torch.manual_seed(0)
     x, y = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.arange(4)
     draws = anp._Draws(x, y, 6, 12, None)
     assert draws.chunks == [5, 5, 2]

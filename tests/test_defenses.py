@@ -243,6 +243,14 @@ def test_the_seed_decides(defense):
 
 
 @each
+def test_what_the_caller_draws_next_stays_the_same(defense):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    defense.purify(tiny_net(), pair(), session=quiet())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each
 def test_a_device_may_be_named(defense):
     fixed = defense.purify(tiny_net(), pair(), device="cpu", session=quiet())
     assert same_weights(fixed, defense.purify(tiny_net(), pair(), session=quiet()))
