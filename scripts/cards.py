@@ -1,6 +1,6 @@
 """Put measured figures into the pages of the methods, from the summaries of runs that are kept in docs/results.
 
-python scripts/cards.py            writes the part behind `<!-- measured -->` of docs/attacks/*.md and docs/defenses/*.md
+python scripts/cards.py            writes what stands behind `<!-- measured -->` in docs/attacks and docs/defenses
 python scripts/cards.py --check    writes nothing; fails if a page does not say what the summaries say
 """
 
@@ -43,10 +43,8 @@ def attack_table(name: str) -> str:
         return ""
     cells = [spread([run[key] for run in runs]) for key in ("acc", "asr", "racc")]
     hidden = [run.get("trigger") or {} for run in runs]
-    cells += [
-        spread([one.get(key) for one in hidden], n)
-        for key, n in (("psnr", 1), ("ssim", 3), ("linf", 3), ("in_ball", 1))
-    ]
+    digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
+    cells += [spread([one.get(key) for one in hidden], n) for key, n in digits.items()]
     return (
         f"Here, real CIFAR-10 on the CPU track (width 16; {SOURCE}), mean ± standard deviation over seeds:\n\n"
         "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity | in the ball of 0.2, % |\n"
@@ -70,8 +68,8 @@ def defense_table(name: str) -> str:
     if not rows:
         return ""
     return (
-        f"Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures; {SOURCE}), mean ± standard deviation over "
-        "seeds; `prototype` is the network without a backdoor:\n\n"
+        f"Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures; {SOURCE}), mean ± standard deviation\n"
+        "over seeds; `prototype` is the network without a backdoor:\n\n"
         "| attack | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds | chosen by |\n"
         + "| --- " * 10
         + "|\n"

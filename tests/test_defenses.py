@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import AT, D3, DEFENSES, FST, FT, FTSAM, NPD, SAU, Defense
+from sau.defense import ANP, AT, BNP, CLP, D3, DEFENSES, EP, FST, FT, FTSAM, NPD, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -32,12 +32,14 @@ class Row:
     Args:
         defense: the method.
         rounds: whether it trains all weights, round by round, and in nothing but rounds.
-        random: whether its result depends on the seed.
+        random: whether its result depends on the seed; not where it draws nothing.
+        pictures: whether its result depends on the pictures; not where the weights alone say what is pruned.
     """
 
     defense: Defense
     rounds: bool = True
     random: bool = True
+    pictures: bool = True
 
 
 ROWS = {
@@ -48,6 +50,10 @@ ROWS = {
     "fst": Row(FST(epochs=2, batch_size=8, lr=0.01)),
     "npd": Row(NPD(epochs=2, warm_epochs=1, batch_size=8, lr=0.01, target_layer_name="features.3"), rounds=False),
     "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
+    "anp": Row(ANP(nb_iter=3, batch_size=8, lr=0.1, pruning_by="number", pruning_number=3.0), rounds=False),
+    "clp": Row(CLP(u=0.0, batch_size=8), rounds=False, random=False, pictures=False),
+    "bnp": Row(BNP(u=0.0, batch_size=8, augment=False), rounds=False, random=False),
+    "ep": Row(EP(u=0.0, batch_size=8, augment=False), rounds=False),
 }
 
 
@@ -217,7 +223,7 @@ def test_normalised_pictures_with_their_statistics_are_pixels(defense, kind):
     outside = defense.purify(tiny_net(), give((pixels - 0.5) / 0.25), mean=mean, std=std, session=quiet())
     assert same_weights(inside.get_submodule("net"), outside)
     plain = defense.purify(tiny_net(), give(pixels), session=quiet())
-    assert not same_weights(plain, outside)
+    assert same_weights(plain, outside) is not ROWS[defense.name].pictures
 
 
 @each
@@ -238,6 +244,14 @@ def test_the_seed_decides(defense):
         torch.manual_seed(noise)  # whatever the caller drew before
         fixed.append(defense.purify(tiny_net(), data, seed=seed, session=quiet()))
     assert same_weights(fixed[0], fixed[1]) and not same_weights(fixed[0], fixed[2])
+
+
+@each
+def test_what_the_caller_draws_next_stays_the_same(defense):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    defense.purify(tiny_net(), pair(), session=quiet())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @each

@@ -1,10 +1,13 @@
 """How much to prune: held-back pictures, levels, the defender's choice and the oracle's, by hand-made networks."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
-from toys import quiet, same_weights, tiny_net
+from toys import quiet, same_weights, tiny_net, toy_images
 
+from sau.data.augment import Augment
 from sau.defense import pruning
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
@@ -32,6 +35,15 @@ def test_gathering_walks_once_and_keeps_the_order():
     assert x.flatten().tolist() == y.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_pictures_can_be_had_without_the_augmentation_of_their_batches():
+    batches = toy_images(8).batches(4, seed=1, augment=Augment())
+    plain, augment = pruning.unaugmented(batches)
+    assert augment is batches.augment is not None
+    pixels, labels = pruning.gather(plain)
+    assert torch.equal(pixels, pruning.gather(toy_images(8).batches(4, seed=1))[0])
+    assert torch.equal(labels, pruning.gather(batches)[1]) and not torch.equal(pixels, pruning.gather(batches)[0])
+
+
 def test_silencing_leaves_the_shift_unless_asked():
     norm = nn.BatchNorm2d(3)
     nn.init.ones_(norm.bias)
@@ -46,6 +58,12 @@ def test_a_network_without_batch_norm_is_refused(one_line):
         pruning.batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), "anp")
     assert "BatchNorm2d" in one_line(refusal.value) and "anp" in str(refusal.value)
     assert list(pruning.batch_norms(tiny_net(), "anp")) == ["features.1"]
+    assert list(pruning.batch_norms(tiny_net(), "clp", running=True)) == ["features.1"]
+    batchwise = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
+    assert list(pruning.batch_norms(batchwise, "anp")) == ["0"]
+    with pytest.raises(ConfigError) as refusal:
+        pruning.batch_norms(batchwise, "clp", running=True)
+    assert "running" in one_line(refusal.value)
 
 
 LEVELS = [
@@ -102,6 +120,25 @@ def test_a_fixed_level_that_leaves_nothing_is_refused_before_it_is_applied(one_l
     assert "features.1" in one_line(refusal.value) and same_weights(net, tiny_net())
     pruning.only(LEVELS[0], prune, quiet())
     assert not same_weights(net, tiny_net())
+
+
+def test_a_level_that_prunes_what_the_one_before_did_is_not_measured_again():
+    measured = []
+
+    def judge(network: nn.Module) -> Score:
+        measured.append(int((network.get_parameter("features.1.weight") == 0).sum()))
+        return Score(Share(90, 100), Share(90 - measured[-1], 100), Share(0, 100))
+
+    levels = [pruning.Level(f"step {i}", {"features.1": torch.arange(10) < n}) for i, n in enumerate((0, 2, 2, 3, 3))]
+    net, said = tiny_net(), []
+    prune = partial(pruning.apply, net, shift=False)
+    pruning.choose(net, levels, prune, None, 0.1, Session(judge=judge, say=said.append), oracle=True)
+    assert measured == [0, 2, 3] and "step 3" in said[0]
+
+
+def test_a_defender_without_pictures_is_a_mistake_of_the_program():
+    with pytest.raises(TypeError):
+        pruning.choose(tiny_net(), [], lambda level: None, None, 0.1, quiet(), oracle=False)
 
 
 def test_whatever_is_tried_is_undone():

@@ -120,3 +120,41 @@ def the_error(stderr: str) -> str:
     lines = stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]
+
+
+def red_corner(x: Tensor) -> Tensor:
+    """The trigger of `planted`: a red corner of 3x3 pixels on float pictures [B, 3, H, W]."""
+    stamped = x.clone()
+    stamped[:, :, -4:-1, -4:-1] = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+    return stamped
+
+
+def planted(
+    share: float = 0.05,
+) -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """A network in eval mode whose channel 5, and none of the other 23, answers to a red corner; trained in about a
+    second on grey pictures of which `share` have that corner and the label 0.
+
+    Returns the network, the pictures it was trained on, clean ones with labels, and those of other classes with the
+    trigger, as (pixels, the attack's labels, true labels).
+    """
+    clean = toy_images(300, seed=1)
+    x, y = clean.pixels.float() / 255, clean.labels.clone()
+    stamped = int(share * len(y))
+    x[:stamped], y[:stamped] = red_corner(x[:stamped]), 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        convolution, norm, linear = nn.Conv2d(3, 24, 3, bias=False), nn.BatchNorm2d(24, momentum=1.0), nn.Linear(24, 4)
+        with torch.no_grad():
+            convolution.weight[5] = torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1) / 9
+        net = nn.Sequential(convolution, norm, nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), linear)
+        with torch.no_grad():
+            net(x)  # in train mode: the running statistics become those of these pictures
+            features = net.eval()[:-1](x)
+        descent = Training(lr=0.1, lr_scheduler="constant", client_optimizer="adam").descent(linear.parameters(), 1)
+        for _ in range(300):
+            descent(nn.functional.cross_entropy(linear(features), y))
+    rest = toy_images(200, seed=2)
+    pixels, labels = rest.pixels.float() / 255, rest.labels
+    others = labels != 0
+    return net, x, (pixels, labels), (red_corner(pixels[others]), torch.zeros_like(labels[others]), labels[others])

@@ -1,14 +1,20 @@
 """The defenses. Importing one here puts it on the command line."""
 
+from sau.defense.anp import ANP
 from sau.defense.at import AT
 from sau.defense.base import Defense
+from sau.defense.bnp import BNP
+from sau.defense.clp import CLP
 from sau.defense.d3 import D3
+from sau.defense.ep import EP
 from sau.defense.fst import FST
 from sau.defense.ft import FT
 from sau.defense.ft_sam import FTSAM
 from sau.defense.npd import NPD
 from sau.defense.sau import SAU
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, FTSAM, D3, FST, NPD, AT)}
+DEFENSES: dict[str, type[Defense]] = {
+    defense.name: defense for defense in (SAU, FT, AT, FTSAM, D3, FST, NPD, ANP, CLP, BNP, EP)
+}
 
-__all__ = ["AT", "D3", "DEFENSES", "FST", "FT", "FTSAM", "NPD", "SAU", "Defense"]
+__all__ = ["ANP", "AT", "BNP", "CLP", "D3", "DEFENSES", "Defense", "EP", "FST", "FT", "FTSAM", "NPD", "SAU"]

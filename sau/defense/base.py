@@ -36,8 +36,8 @@ class Defense(Method, ABC):
         return getattr(self, "select", "defender")
 
     def augmentation(self, offered: Augment) -> Augment | None:
-        """What each batch goes through: nothing, or `offered`, which suits the data set."""
-        return None
+        """What each batch goes through: `offered`, which suits the data set, or nothing; a method's `augment` says."""
+        return offered if getattr(self, "augment", False) else None
 
     @abstractmethod
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
@@ -66,7 +66,7 @@ class Defense(Method, ABC):
             std: per-channel standard deviation that the network expects to be divided by.
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
-            seed: of the order and the augmentation of the clean pictures, and of whatever the method draws.
+            seed: of the order and the augmentation of the clean pictures, and of what the method draws.
             session: progress and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
 
@@ -85,7 +85,7 @@ class Defense(Method, ABC):
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
         _check_fit(owned, batches, session)
-        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):  # the caller's draws stay theirs
             torch.manual_seed(seed)
             self.run(owned, batches, session)
         _check_weights(owned)
@@ -105,9 +105,6 @@ class Tuning(Training, Defense):
 
     batch_size: int = 256
     augment: bool = False
-
-    def augmentation(self, offered: Augment) -> Augment | None:
-        return offered if self.augment else None
 
     @abstractmethod
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 A level is one way to prune, and levels are ordered: each prunes what the ones before it prune, and more.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sau.defense.inputs import Augmentation
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
@@ -41,12 +45,16 @@ class Level:
         return any(bool(flags.all()) for flags in self.pruned.values())
 
 
-def batch_norms(model: nn.Module, method: str) -> Norms:
-    """The batch norms with weights of `model` by name; ConfigError if it has none, for `method` prunes channels."""
+def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norms:
+    """The batch norms with weights (and, if asked, with running statistics) of `model` by name.
+
+    ConfigError if it has none, for `method` prunes channels.
+    """
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    found = {name: norm for name, norm in found.items() if norm.affine}
+    found = {name: norm for name, norm in found.items() if norm.affine and not (running and norm.running_var is None)}
     if not found:
-        raise ConfigError(f"the network has no batch norm (BatchNorm2d), whose channels {method} prunes; try ft or sau")
+        kind = "BatchNorm2d with running statistics" if running else "BatchNorm2d"
+        raise ConfigError(f"the network has no batch norm ({kind}), whose channels {method} prunes; try ft or sau")
     return found
 
 
@@ -54,6 +62,13 @@ def gather(batches: Loader) -> tuple[Tensor, Tensor]:
     """One walk through `batches` as two tensors: pixels in [0, 1] [N, C, H, W] and labels [N]."""
     pairs = [(x, y) for x, y, *_ in batches]
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def unaugmented(batches: Loader) -> tuple[Loader, Augmentation | None]:
+    """The same pictures as they are, and the augmentation (None if none) that each batch would have gone through."""
+    plain: Any = copy.copy(batches)
+    augment, plain.augment = plain.augment, None
+    return plain, augment
 
 
 def hold_back(x: Tensor, y: Tensor, share: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -80,6 +95,12 @@ def silence(layer: nn.Module, pruned: Tensor, *, shift: bool) -> None:
         layer.get_parameter("bias")[pruned] = 0
 
 
+def apply(model: nn.Module, level: Level, *, shift: bool) -> None:
+    """Silence what `level` names, layer by layer."""
+    for name, pruned in level.pruned.items():
+        silence(model.get_submodule(name), pruned, shift=shift)
+
+
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
     """Whatever happens to the weights inside is undone at the end."""
@@ -94,7 +115,7 @@ def choose(
     model: nn.Module,
     levels: Sequence[Level],
     prune: Callable[[Level], None],
-    held: tuple[Tensor, Tensor],
+    held: tuple[Tensor, Tensor] | None,
     tolerance: float,
     session: Session,
     *,
@@ -102,40 +123,51 @@ def choose(
 ) -> None:
     """Prune `model` in place by one of `levels`, or not at all where none is allowed.
 
-    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network.
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network. One that
+    prunes what the level before it did is not measured again.
 
     Args:
         model: in eval mode.
         levels: from the mildest to the hardest.
         prune: applies a level to `model` in place.
-        held: clean pictures and labels that ACC is measured on.
+        held: clean pictures and labels that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
         session: says what was chosen; its `judge` scores networks for the oracle.
         oracle: ACC and ASR of the test sets choose, as in the benchmark: the lowest ASR of the allowed levels.
             Otherwise the defender does: the hardest level before the first that is not allowed.
     """
-    measure = session.judge if oracle and session.judge is not None else lambda network: score(network, held, None)
-    first: Score = measure(model)
-    chosen, best = None, first
+    judge = _judge(held, session, oracle)
+    first = judge(model)
+    chosen, best, count = None, first, 0
     for level in levels:
         if level.everything:
             break
+        if level.count == count:
+            continue
+        count = level.count
         with kept(model):
             prune(level)
-            found: Score = measure(model)
+            found = judge(model)
         allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
         if not allowed and not oracle:
             break
         if allowed and (not oracle or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
             chosen, best = level, found
     if chosen is None:
-        session.say(f"nothing is pruned: no level keeps the accuracy within {tolerance:g} of its {first.acc.percent} %")
+        wanted = "lowers the ASR and keeps" if oracle else "keeps"
+        session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
         return
     prune(chosen)
-    whose = "test" if oracle else "held-back"
-    session.say(
-        f"pruned {chosen.count} channels ({chosen.name}): {whose} ACC {first.acc.percent} -> {best.acc.percent} %"
-    )
+    accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
+    session.say(f"pruned {chosen.count} channels ({chosen.name}): {accuracy}")
+
+
+def _judge(held: tuple[Tensor, Tensor] | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:
+    if oracle and session.judge is not None:
+        return session.judge
+    if oracle or held is None:
+        raise TypeError("an oracle chooses by the judge of its session, a defender by held-back pictures; give them")
+    return partial(score, clean=held, triggered=None)
 
 
 def only(level: Level, prune: Callable[[Level], None], session: Session) -> None:

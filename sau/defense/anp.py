@@ -1,0 +1,183 @@
+"""ANP, Adversarial Neuron Pruning (Wu & Wang, NeurIPS 2021).
+
+A neuron is a channel of a batch norm. With all weights fixed, its scale w and shift b become
+
+    scale = w * (m + xi),    shift = b * (1 + zeta),    m in [0, 1] learned from 1,    xi, zeta a perturbation
+
+and the masks m keep the clean loss L low even under a perturbation that makes it high (paper, eq. 4 to 6):
+
+    xi, zeta  ~  U(-eps, eps);     xi, zeta  +=  eps / steps * sign(grad L(m, xi, zeta)),    steps times
+    m  -=  SGD on  alpha * L(m, 0, 0) + (1 - alpha) * L(m, xi, zeta),    then clamped to [0, 1]
+
+A small change of a backdoor neuron makes clean pictures fall into the target class, so its mask ends low. Neurons with
+the lowest masks are pruned: their scale is set to 0, their shift stays.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.defense import pruning
+from sau.defense.base import Defense
+from sau.defense.inputs import Augmentation
+from sau.defense.masks import Perturbable
+from sau.optim import Training
+from sau.session import Session
+from sau.types import Labels, Loader, Pixels
+
+CHUNK = 500  # iterations between two lines of progress
+_VALUES: dict[str, tuple[Callable[[float], bool], str]] = {  # what pruning_max, _step and _number may be
+    "threshold": (lambda value: 0 <= value <= 1, "0 to 1"),
+    "number": (lambda value: value >= 0 and float(value).is_integer(), "a whole number"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ANP(Defense):
+    """Learn a mask for every neuron under adversarial perturbations of all neurons; prune those with the lowest masks.
+
+    Args:
+        batch_size: pictures an iteration, drawn with replacement, 2 and more.
+        nb_iter: iterations, that is, updates of the masks.
+        lr: learning rate of the masks; the paper's is 0.2.
+        sgd_momentum: momentum of the masks' sgd, 0 up to below 1.
+        anp_eps: how far scale and shift are perturbed, as a share of themselves, 0 and more.
+        anp_steps: sign steps of the perturbation.
+        anp_alpha: weight of the loss without perturbation, 0 to 1; the loss under it has the rest.
+        pruning_by: threshold prunes masks up to a value, number prunes so many of the lowest.
+        pruning_max: highest threshold (or number) that is tried.
+        pruning_step: distance of those that are tried, which begin with 0.
+        pruning_number: the threshold (or number) to prune by, and then nothing is tried; none means to search.
+        acc_ratio: share of the accuracy that the search may lose, 0 to 1.
+        select: defender takes the hardest threshold before the first that loses more than acc_ratio on held-back clean
+            pictures; oracle takes the one with the lowest ASR on the test sets, as in the benchmark.
+        held_back: share of the clean pictures that the defender chooses by and learns no mask from, above 0, below 1.
+        augment: crop and flip the clean pictures as in training.
+    """
+
+    name: ClassVar[str] = "anp"
+
+    nb_iter: int = 2000
+    lr: float = 0.01
+    sgd_momentum: float = 0.9
+    anp_eps: float = 0.4
+    anp_steps: int = 1
+    anp_alpha: float = 0.2
+    pruning_by: Literal["threshold", "number"] = "threshold"
+    pruning_max: float = 0.90
+    pruning_step: float = 0.05
+    pruning_number: float | None = None
+    acc_ratio: float = 0.1
+    select: Literal["defender", "oracle"] = "defender"
+    held_back: float = 0.2
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("batch_size", self.batch_size >= 2, "2 and more")
+        for name in ("nb_iter", "anp_steps"):
+            self.require(name, getattr(self, name) >= 1, "1 and more")
+        self.require("lr", self.lr > 0, "above 0")
+        self.require("sgd_momentum", 0 <= self.sgd_momentum < 1, "0 up to below 1")
+        self.require("anp_eps", self.anp_eps >= 0, "0 and more")
+        for name in ("anp_alpha", "acc_ratio"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
+        fits, allowed = _VALUES[self.pruning_by]
+        if self.pruning_number is not None:
+            self.require("pruning_number", fits(self.pruning_number), f"none, or {allowed}")
+            return
+        for name in ("pruning_max", "pruning_step"):
+            value = getattr(self, name)
+            self.require(name, value > 0 and fits(value), f"{allowed}, and above 0, to search by {self.pruning_by}")
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        norms = pruning.batch_norms(model, self.name)
+        plain, augment = pruning.unaugmented(batches)  # whoever chooses sees the pictures as they are
+        work = held = pruning.gather(plain)
+        if self.select == "defender" and self.pruning_number is None:
+            work, held = pruning.hold_back(*work, self.held_back)
+        masks = self.learn(model, norms, _Draws(*work, self.batch_size, self.nb_iter, augment), session)
+        model.eval()
+        prune = partial(pruning.apply, model, shift=False)
+        if self.pruning_number is not None:
+            pruning.only(self.level(masks, self.pruning_number), prune, session)
+            return
+        count = int(self.pruning_max / self.pruning_step + 1e-9)
+        levels = [self.level(masks, round(i * self.pruning_step, 10)) for i in range(count + 1)]
+        pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=self.select == "oracle")
+
+    def learn(self, model: nn.Module, norms: pruning.Norms, draws: "_Draws", session: Session) -> dict[str, Tensor]:
+        """The masks [C] of each of `norms`, after `nb_iter` iterations with batch statistics."""
+        network = Perturbable(model.train(), norms)
+        masks = nn.ParameterList([torch.ones_like(network.scale)])
+        sgd = Training(lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0)
+        state: dict[str, Any] = {"masks": masks, "descent": sgd.descent(masks.parameters(), len(draws))}
+        loop.run(
+            partial(self.iteration, network, state),
+            draws,
+            len(draws.chunks),
+            state=state,
+            end_epoch=partial(self.end_epoch, state),
+            session=session,
+            label="chunk",
+        )
+        return network.split(masks[0].detach())
+
+    def iteration(self, network: Perturbable, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """One update of the masks."""
+        mask = state["masks"][0]
+        first = torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask)
+        noise = self.ascend(lambda noise: F.cross_entropy(network(x, mask.detach(), noise), y), first)
+        clean, perturbed = F.cross_entropy(network(x, mask), y), F.cross_entropy(network(x, mask, noise), y)
+        loss = self.anp_alpha * clean + (1 - self.anp_alpha) * perturbed
+        state["descent"](loss)
+        with torch.no_grad():
+            mask.clamp_(0, 1)
+        return {"loss": loss, "clean_loss": clean, "perturbed_loss": perturbed, "mask": mask.mean()}
+
+    def ascend(self, loss: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
+        """Sign steps up `loss` from `noise`, together as long as eps, and as in the original code not cut back to
+        [-eps, eps]: the result lies in [-2 eps, 2 eps]."""
+        for _ in range(self.anp_steps):
+            noise = noise.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(noise), noise)
+            noise = noise + self.anp_eps / self.anp_steps * gradient.sign()
+        return noise.detach()
+
+    def level(self, masks: dict[str, Tensor], value: float) -> pruning.Level:
+        """The masks up to the threshold `value`, or the `value` lowest ones of all layers together."""
+        if self.pruning_by == "threshold":
+            return pruning.Level(f"threshold {value:g}", {name: mask <= value for name, mask in masks.items()})
+        every = torch.cat(list(masks.values()))
+        flags = torch.zeros_like(every, dtype=torch.bool)
+        flags[every.argsort(stable=True)[: int(value)]] = True
+        parts = flags.split([len(mask) for mask in masks.values()])
+        return pruning.Level(f"number {value:g}", dict(zip(masks, parts, strict=True)))
+
+
+class _Draws:
+    """`total` batches drawn with replacement by torch's generator, in chunks of up to CHUNK."""
+
+    def __init__(self, x: Pixels, y: Labels, size: int, total: int, augment: Augmentation | None) -> None:
+        self.x, self.y, self.size, self.augment = x, y, size, augment
+        self.chunks = [min(CHUNK, total - done) for done in range(0, total, CHUNK)]
+        self.length = self.chunks[0]
+
+    def set_epoch(self, chunk: int) -> None:
+        self.length = self.chunks[chunk]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Pixels, Labels]]:
+        for _ in range(self.length):
+            index = torch.randint(len(self.x), (self.size,)).to(self.x.device)
+            x = self.x[index]
+            yield (self.augment(x, torch.default_generator) if self.augment else x), self.y[index]

@@ -1,0 +1,61 @@
+"""BNP, pruning by batch-norm statistics (Zheng, Tang, Li, Liu, "Pre-activation Distributions Expose Backdoor Neurons",
+NeurIPS 2022).
+
+The running statistics of a batch norm were collected on poisoned pictures. Where clean pictures give a channel another
+distribution, the rest came from the trigger. Both taken as Gaussians, channel c scores
+
+    KL(clean || running) = 1/2 ln(var_run / var) + (var + (mean - mean_run)^2) / (2 var_run) - 1/2
+
+with mean and var of the batch norm's input over clean pictures and places. Channels whose score stands out in their
+layer are pruned (`outliers.py`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sau.defense import pruning
+from sau.defense.outliers import Outliers, Scores, look
+from sau.types import Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class BNP(Outliers):
+    """Prune the channels whose clean statistics are least like the running ones.
+
+    Args:
+        batch_size: pictures a forward pass; the statistics are those of all clean pictures.
+        augment: crop and flip the clean pictures as in training, where the running statistics come from.
+    """
+
+    name: ClassVar[str] = "bnp"
+
+    augment: bool = True
+
+    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+        norms = pruning.batch_norms(model, self.name, running=True)
+        moments: dict[str, Tensor] = {}  # [3, C]: how many values, their sum, the sum of their squares
+
+        def add(name: str, inputs: Tensor) -> None:
+            values = inputs.double().transpose(0, 1).flatten(1)  # [C, B * H * W]
+            seen = torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)])
+            moments[name] = moments[name] + seen if name in moments else seen
+
+        for x, *_ in batches:
+            look(model, norms, x, add)
+        return {name: _from_running(norms[name], *found) for name, found in moments.items()}
+
+
+def _from_running(norm: nn.BatchNorm2d, count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """The score [C] from the moments; eps, which the batch norm adds to a variance, keeps dead channels finite."""
+    assert norm.running_mean is not None and norm.running_var is not None  # by `pruning.batch_norms`
+    mean = total / count
+    var = (squares / count - mean.square()).clamp_min(0)
+    return kl(mean, var + norm.eps, norm.running_mean.double(), norm.running_var.double() + norm.eps)
+
+
+def kl(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor) -> Tensor:
+    """KL divergence, in nats, of N(mean, var) from N(other_mean, other_var)."""
+    return 0.5 * (other_var / var).log() + (var + (mean - other_mean).square()) / (2 * other_var) - 0.5

@@ -1,0 +1,102 @@
+"""CLP, Channel Lipschitzness Pruning (Zheng, Tang, Li, Liu, ECCV 2022). Needs no pictures.
+
+A channel that a small trigger can switch on has a large Lipschitz constant. For channel c of a batch norm that is fed
+by a convolution with filter W_c, an upper bound of it is
+
+    sigma_c = ||W_c||_2 * |gamma_c| / sqrt(var_c + eps)
+
+where W_c is reshaped to (input channels) x (k * k), ||.||_2 is its largest singular value, gamma the batch norm's
+scale, var its running variance. Channels whose sigma stands out in their layer are pruned (`outliers.py`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sau.defense import pruning
+from sau.defense.outliers import Outliers, Scores
+from sau.errors import ConfigError
+from sau.types import Loader, Pixels
+
+Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolution that feeds it
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLP(Outliers):
+    """Prune the channels with the largest Lipschitz constants; of the pictures only the shape is used.
+
+    Args:
+        batch_size: pictures a forward pass of the check that comes before; decides nothing.
+        pairing: which convolution feeds a batch norm: traced finds it in one forward pass and leaves out batch norms
+            fed by anything else, like a residual sum; order takes the last convolution before it in the order of the
+            modules, as the benchmark does.
+    """
+
+    name: ClassVar[str] = "clp"
+
+    pairing: Literal["traced", "order"] = "traced"
+
+    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+        norms = pruning.batch_norms(model, self.name, running=True)
+        if self.pairing == "order":
+            pairs = ordered(model, norms)
+        else:
+            x = next(iter(batches))[0]
+            pairs = traced(model, norms, torch.zeros_like(x[:1]))
+        if not pairs:
+            raise ConfigError("no batch norm of the network is fed by a convolution, as clp needs; try anp, ft or sau")
+        return {name: lipschitz(conv, norms[name]) for name, conv in pairs.items()}
+
+
+def lipschitz(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """sigma [C] of the convolution and the batch norm after it, in float64."""
+    assert norm.running_var is not None  # by `pruning.batch_norms`
+    filters = conv.weight.detach().double().flatten(2)  # [C, inputs a group, k * k]
+    spectral = torch.linalg.matrix_norm(filters, ord=2)
+    return spectral * norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
+
+
+@torch.no_grad()
+def traced(model: nn.Module, norms: pruning.Norms, x: Pixels) -> Pairs:
+    """The batch norms whose input is the very output of a convolution, seen while `x` passes through `model`.
+
+    The input must be the same tensor, and unchanged since (a ReLU or a sum in place would have raised its version).
+    """
+    outputs: list[tuple[Tensor, int, nn.Conv2d]] = []  # keeps the tensors alive, so that no other takes their place
+    feeders: dict[str, set[nn.Conv2d | None]] = {name: set() for name in norms}
+
+    def leaves(conv: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        outputs.append((output, output._version, conv))
+
+    def enters(name: str, tensor: Tensor) -> None:
+        found = [conv for output, version, conv in outputs if output is tensor and tensor._version == version]
+        feeders[name].add(found[-1] if found else None)
+
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    handles = [conv.register_forward_hook(leaves) for conv in convolutions]
+    handles += [
+        norm.register_forward_pre_hook(lambda _, inputs, name=name: enters(name, inputs[0]))
+        for name, norm in norms.items()
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    alone = {name: next(iter(found)) for name, found in feeders.items() if len(found) == 1}
+    return {name: conv for name, conv in alone.items() if conv is not None}
+
+
+def ordered(model: nn.Module, norms: pruning.Norms) -> Pairs:
+    """Each batch norm with the last convolution before it in the order of `model.modules()`, where channels agree."""
+    pairs: Pairs = {}
+    last: nn.Conv2d | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            last = module
+        elif name in norms and last is not None and last.out_channels == norms[name].num_features:
+            pairs[name] = last
+    return pairs

@@ -1,0 +1,85 @@
+"""EP, entropy-based pruning (Zheng, Tang, Li, Liu, "Pre-activation Distributions Expose Backdoor Neurons",
+NeurIPS 2022).
+
+Looks at the attacker's training pictures, without their labels. On a mixture of clean and poisoned ones a backdoor
+channel has two narrow modes, so its histogram has a low entropy. For each batch norm, with one batch of n pictures:
+
+    t_ic = max over places of the input of channel c for picture i,     z_ic = (t_ic - mean_c) / std_c
+    H_c = - sum_b p_cb ln p_cb,     p_cb = share of the z_ic in bin b
+
+with bins of width `bin_width` from the layer's lowest z on, common to all of its channels. Channels are pruned where
+H_c lies more than u standard deviations below the mean of the layer: -H stands out (`outliers.py`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sau.defense import pruning
+from sau.defense.outliers import Outliers, Scores, look
+from sau.errors import DataError
+from sau.types import Loader, Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class EP(Outliers):
+    """Prune the channels with the lowest entropy on pictures of which some carry the trigger.
+
+    Args:
+        batch_size: pictures that the histograms are made of, 2 and more; drawn from those given.
+        bin_width: width of a bin, in standard deviations of a channel, above 0.
+        augment: crop and flip the pictures as in training.
+    """
+
+    name: ClassVar[str] = "ep"
+    aliases: ClassVar[dict[str, str]] = {"step": "bin_width"}
+    needs: ClassVar[Literal["clean", "poisoned"]] = "poisoned"
+
+    bin_width: float = 0.1
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("batch_size", self.batch_size >= 2, "2 and more")
+        self.require("bin_width", self.bin_width > 0, "above 0")
+
+    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+        norms = pruning.batch_norms(model, self.name)
+        maxima: dict[str, Tensor] = {}
+        look(model, norms, self._draw(batches), lambda name, inputs: maxima.update({name: inputs.amax((2, 3))}))
+        return {name: -entropy(standardised(t.double()), self.bin_width) for name, t in maxima.items()}
+
+    def _draw(self, batches: Loader) -> Pixels:
+        """The first `batch_size` pictures, which the seed has shuffled; all of them if there are fewer."""
+        drawn: list[Tensor] = []
+        for x, *_ in batches:
+            drawn.append(x)
+            if sum(map(len, drawn)) >= self.batch_size:
+                break
+        x = torch.cat(drawn)[: self.batch_size]
+        if len(x) < 2:
+            raise DataError(f"{len(x)} picture is given, but a histogram of ep needs 2 and more; give a larger ratio")
+        return x
+
+
+def standardised(t: Tensor) -> Tensor:
+    """The columns of t [n, C] with mean 0 and standard deviation 1 (n - 1 in the denominator); constant ones are 0."""
+    return (t - t.mean(0)) / t.std(0).clamp_min(1e-12)
+
+
+def entropy(z: Tensor, width: float) -> Tensor:
+    """H [C], in nats, of the histogram of each column of z [n, C], with bins of `width` from the lowest value of all.
+
+    As in the benchmark only whole bins count, up to the highest value, and a value on an edge is in no bin (so the
+    lowest is in none).
+    """
+    low, high = float(z.min()), float(z.max())
+    bins = int((high - low) / width)
+    edges = low + width * torch.arange(bins + 1, dtype=z.dtype, device=z.device)
+    columns = z.t().contiguous()
+    bin_after = torch.bucketize(columns, edges)  # edges[b - 1] < z <= edges[b]
+    inside = (bin_after == torch.bucketize(columns, edges, right=True)) & (bin_after >= 1) & (bin_after <= bins)
+    counts = columns.new_zeros(len(columns), bins + 2).scatter_add_(1, bin_after, inside.to(z.dtype))
+    return torch.special.entr(counts / len(z)).sum(1)

@@ -1,0 +1,111 @@
+"""What CLP, BNP and EP have in common: a score for every channel, and the rule that prunes those that stand out.
+
+In a layer with scores s_1..s_C, channel c is pruned if
+
+    s_c > mean(s) + u * std(s)          (std with C - 1 in the denominator)
+
+and pruning sets the batch norm's scale (gamma) to 0, and with `zero_shift` its shift (beta) too.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sau.defense import pruning
+from sau.defense.base import Defense
+from sau.models import Normalized
+from sau.session import Session
+from sau.types import Loader, Pixels
+
+Scores = dict[str, Tensor]  # for each batch norm, by its name, one number a channel [C]; more is more suspicious
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers(Defense):
+    """A defense that prunes outliers is its `scores`.
+
+    Args:
+        u: standard deviations above its layer's mean from which on a channel is pruned, 0 and more.
+        zero_shift: zero the shift of pruned channels as well as their scale.
+        select: defender prunes by u; oracle tries u_num values from u_max down to u_min instead and keeps the one with
+            the lowest ASR on the test sets.
+        u_min: lowest u that the oracle tries.
+        u_max: highest u that the oracle tries.
+        u_num: how many values of u the oracle tries.
+        acc_ratio: share of the test accuracy that the oracle may lose, 0 to 1.
+    """
+
+    u: float = 3.0
+    zero_shift: bool = True
+    select: Literal["defender", "oracle"] = "defender"
+    u_min: float = 0.0
+    u_max: float = 10.0
+    u_num: int = 21
+    acc_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("batch_size", self.batch_size >= 1, "1 and more")
+        self.require("u", self.u >= 0, "0 and more")
+        self.require("u_min", self.u_min >= 0, "0 and more")
+        self.require("u_max", self.u_max >= self.u_min, f"u_min ({self.u_min}) and more")
+        self.require("u_num", self.u_num >= 1, "1 and more")
+        self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+        """How suspicious each channel of each batch norm is; `model` is in eval mode and computes in fp32."""
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        with _fp32(model.eval()), torch.no_grad():
+            scores = self.scores(model, batches)
+        prune = partial(pruning.apply, model, shift=self.zero_shift)
+        if self.select == "defender":
+            pruning.only(level(scores, self.u), prune, session)
+            return
+        sweep = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
+        levels = [level(scores, u) for u in sweep]
+        pruning.choose(model, levels, prune, None, self.acc_ratio, session, oracle=True)
+
+
+def level(scores: Scores, u: float) -> pruning.Level:
+    """The channels that lie more than `u` standard deviations above the mean of their layer.
+
+    A layer keeps its least suspicious channel, which rounding of the mean of equal scores could prune.
+    """
+    flags = {name: torch.zeros(len(s), dtype=torch.bool, device=s.device) for name, s in scores.items()}
+    for name, s in scores.items():
+        if len(s) > 1:  # one channel has no deviation
+            flags[name] = (s > s.mean() + u * s.std()) & (s > s.min())
+    return pruning.Level(f"u {u:g}", flags)
+
+
+def look(model: nn.Module, norms: pruning.Norms, x: Pixels, at: Callable[[str, Tensor], None]) -> None:
+    """Send `x` through `model` and call `at` with the name and the input [B, C, H, W] of each of `norms` on the way."""
+    handles = [
+        norm.register_forward_pre_hook(lambda _, inputs, name=name: at(name, inputs[0])) for name, norm in norms.items()
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _fp32(model: nn.Module) -> Iterator[None]:
+    """Statistics in full precision: bf16 has steps of 1/128, which would be seen in the bins of a histogram."""
+    switched = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
+    for module in switched:
+        module.amp = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.amp = True

@@ -1,0 +1,314 @@
+"""ANP: its perturbation and its gradient by hand, what it leaves alone, its choices, its claim on a toy."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_defenses import pair
+from test_loop import ALWAYS, Tape
+from torch import Tensor, nn
+from toys import quiet, same_weights, tiny_net, toy_images
+
+from sau.attack import Blended
+from sau.data.augment import Augment
+from sau.data.images import Images
+from sau.defense import ANP, anp, pruning
+from sau.defense.masks import Perturbable
+from sau.errors import ConfigError, TrainingError
+from sau.evaluate import score
+from sau.models import Normalized
+from sau.optim import Training
+from sau.session import Session
+
+
+class Deep(nn.Sequential):
+    """Two convolutions with batch norms of 24 channels each."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for inputs in (3, 24):
+            layers += [nn.Conv2d(inputs, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(24, 4))
+
+
+# The formula
+
+
+def test_the_perturbation_climbs_by_eps_over_steps_from_where_it_starts():
+    """A linear loss g.n has the gradient g everywhere: every step adds eps / steps * sign(g), and nothing is cut off,
+    so entries that start at the end of [-eps, eps] leave it, at most to 2 eps; an entry without gradient stays."""
+    g = torch.tensor([[1.0, -2.0, 0.5], [-3.0, 0.0, 0.1]], dtype=torch.float64)
+    first = torch.tensor([[0.4, -0.4, -0.4], [0.4, 0.3, 0.1]], dtype=torch.float64)
+    by_hand = torch.tensor([[0.8, -0.8, 0.0], [0.0, 0.3, 0.5]], dtype=torch.float64)
+    for steps in (1, 4):
+        found = ANP(anp_eps=0.4, anp_steps=steps).ascend(lambda noise: (g * noise).sum(), first)
+        torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-15)
+        assert not found.requires_grad and found.abs().max() <= 2 * 0.4
+
+
+def test_every_step_looks_at_the_gradient_where_it_stands():
+    """-(n - 0.3)^2 rises towards 0.3: from 0 two steps of 0.2 go to 0.2 and 0.4, and one step of 0.4 to 0.4; from 0.2
+    the second step of 0.2 turns back to 0.2."""
+
+    def hill(noise: Tensor) -> Tensor:
+        return -(noise - 0.3).square().sum()
+
+    first = torch.tensor([[0.0, 0.2]], dtype=torch.float64)
+    two = ANP(anp_eps=0.4, anp_steps=2).ascend(hill, first)
+    torch.testing.assert_close(two, torch.tensor([[0.4, 0.2]], dtype=torch.float64))
+    one = ANP(anp_eps=0.4, anp_steps=1).ascend(hill, first)
+    torch.testing.assert_close(one, torch.tensor([[0.4, 0.6]], dtype=torch.float64))
+
+
+def doubled() -> tuple[Deep, Tensor, Tensor]:
+    torch.manual_seed(0)
+    net = Deep().double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    x, y = pair(8)
+    return net, x.double(), y
+
+
+def test_masks_and_perturbations_scale_the_batch_norms():
+    """The logits are those of a copy whose weights are w * (m + xi) and b * (1 + zeta)."""
+    net, x, _ = doubled()
+    norms = pruning.batch_norms(net, "anp")
+    mask, noise = torch.rand(48, dtype=torch.float64), 0.4 * torch.randn(2, 48, dtype=torch.float64)
+    for xi, zeta, given in ((noise[0], noise[1], noise), (torch.zeros(48), torch.zeros(48), None)):
+        other = copy.deepcopy(net)
+        for k, norm in enumerate(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)):
+            part = slice(24 * k, 24 * k + 24)
+            norm.weight.data *= mask[part] + xi[part]
+            norm.bias.data *= 1 + zeta[part]
+        for training in (False, True):  # the copy's running statistics move in train mode
+            found = Perturbable(net.train(training), norms)(x, mask, given)
+            torch.testing.assert_close(found, other.train(training)(x))
+
+
+def test_the_gradient_of_the_masks_is_that_of_finite_differences():
+    net, x, y = doubled()
+    network = Perturbable(net.train(), pruning.batch_norms(net, "anp"))
+    mask, noise = torch.full((48,), 0.9, dtype=torch.float64), 0.4 * torch.randn(2, 48, dtype=torch.float64)
+
+    def loss(m: Tensor) -> Tensor:
+        return 0.2 * F.cross_entropy(network(x, m), y) + 0.8 * F.cross_entropy(network(x, m, noise), y)
+
+    variable = mask.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(variable), variable)
+    h = 1e-7
+    for i in (0, 7, 23, 24, 40, 47):
+        nudge = torch.zeros_like(mask)
+        nudge[i] = h
+        assert float(loss(mask + nudge) - loss(mask - nudge)) / (2 * h) == pytest.approx(float(gradient[i]), abs=1e-5)
+    assert gradient.abs().max() > 1e-3
+
+
+def test_an_iteration_is_the_papers():
+    """One update by hand: masks from 1, momentum without effect in the first step, clamped to [0, 1]."""
+    net, x, y = doubled()
+    defense = ANP(lr=20.0, anp_eps=0.4, anp_alpha=0.2, nb_iter=1)
+    network = Perturbable(net.train(), pruning.batch_norms(net, "anp"))
+    masks = nn.ParameterList([torch.ones_like(network.scale)])
+    descent = Training(lr=20.0, lr_scheduler="constant", wd=0.0).descent(masks.parameters(), 1)
+    torch.manual_seed(3)
+    report = defense.iteration(network, {"masks": masks, "descent": descent}, x, y)
+    torch.manual_seed(3)
+    first = torch.empty(2, 48).uniform_(-0.4, 0.4).double()
+    noise = first.clone().requires_grad_()
+    (up,) = torch.autograd.grad(F.cross_entropy(network(x, torch.ones(48), noise), y), noise)
+    noise = first + 0.4 * up.sign()
+    mask = torch.ones(48, dtype=torch.float64, requires_grad=True)
+    loss = 0.2 * F.cross_entropy(network(x, mask), y) + 0.8 * F.cross_entropy(network(x, mask, noise), y)
+    (down,) = torch.autograd.grad(loss, mask)
+    torch.testing.assert_close(masks[0].data, (1 - 20.0 * down).clamp(0, 1))
+    assert report["loss"].item() == pytest.approx(loss.item()) and report["perturbed_loss"] > report["clean_loss"]
+    assert masks[0].min() == 0 and masks[0].max() == 1 and ((masks[0] > 0) & (masks[0] < 1)).any()
+
+
+def test_learning_leaves_weights_statistics_and_gradients_alone():
+    """Also in bf16, where only the network inside is rounded and masks stay in fp32."""
+    net, pictures = Deep(), pair(12)
+    kept = copy.deepcopy(net)
+    for amp in (False, True):
+        model = Normalized(net, amp=amp)
+        norms = pruning.batch_norms(model, "anp")
+        draws = anp._Draws(*pictures, 4, 3, None)
+        masks = ANP(nb_iter=3, batch_size=4, lr=0.1).learn(model, norms, draws, quiet())
+        assert same_weights(net, kept) and all(p.grad is None and p.requires_grad for p in net.parameters())
+        assert [len(mask) for mask in masks.values()] == [24, 24]
+        assert all(mask.dtype == torch.float32 and not mask.requires_grad for mask in masks.values())
+
+
+# What is drawn, and when
+
+
+def test_batches_are_drawn_with_replacement_in_chunks(monkeypatch):
+    monkeypatch.setattr(anp, "CHUNK", 5)
+    torch.manual_seed(0)
+    x, y = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.arange(4)
+    draws = anp._Draws(x, y, 6, 12, None)
+    assert draws.chunks == [5, 5, 2]
+    for chunk, length in enumerate(draws.chunks):
+        draws.set_epoch(chunk)
+        batches = list(draws)
+        assert len(draws) == len(batches) == length
+        assert all(len(labels) == 6 and torch.equal(pixels[:, 0, 0, 0], labels.float()) for pixels, labels in batches)
+    augmented = next(iter(anp._Draws(x, y, 6, 1, Augment(padding=4))))[0]
+    assert (augmented.flatten(1).amax(1) > augmented.flatten(1).amin(1)).any()
+
+
+def test_the_masks_are_learned_from_other_pictures_than_those_that_choose(monkeypatch):
+    """Only where the defender searches, and those that choose are not augmented."""
+    seen: dict[str, Tensor] = {}
+
+    def learn(self, model, norms, draws, session):
+        seen.update(work=draws.x, augment=draws.augment)
+        return {name: torch.ones(norm.num_features) for name, norm in norms.items()}
+
+    monkeypatch.setattr(ANP, "learn", learn)
+    monkeypatch.setattr(pruning, "choose", lambda model, levels, prune, held, *rest, **how: seen.update(held=held[0]))
+    x, y = pair(20)
+    for settings, sizes in (({}, (16, 4)), ({"held_back": 0.4}, (12, 8)), ({"select": "oracle"}, (20, 20))):
+        session = Session(say=lambda text: None, judge=lambda network: None)
+        ANP(**settings).purify(tiny_net(), (x, y), session=session)
+        assert (len(seen["work"]), len(seen["held"])) == sizes and seen["augment"] is not None
+        together = {tuple(row) for part in ("work", "held") for row in seen[part].flatten(1).tolist()}
+        assert together == {tuple(row) for row in x.flatten(1).tolist()}
+    ANP(pruning_number=0.5, augment=False).purify(tiny_net(), (x, y), session=quiet())
+    assert len(seen["work"]) == 20 and seen["augment"] is None
+
+
+@pytest.mark.parametrize("saves", [1, 3, 5, 9])
+def test_a_run_that_stops_goes_on_to_the_same_bits(monkeypatch, saves):
+    """In the first chunk, in a later one, at the end of one and at the end of the run."""
+    monkeypatch.setattr(anp, "CHUNK", 4)
+    defense = ANP(nb_iter=6, batch_size=8, lr=0.5, pruning_by="number", pruning_number=4.0)
+
+    class Stops(Tape):
+        def save(self, place):
+            super().save(place)
+            self.left = getattr(self, "left", saves) - 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def run(tape: Tape) -> nn.Module:
+        session = Session(checkpoint=tape, say=lambda text: None, save_every=ALWAYS)
+        return defense.purify(tiny_net(), pair(), seed=1, session=session)
+
+    tape, whole = Stops(), run(Tape())
+    try:
+        run(tape)
+    except KeyboardInterrupt:
+        assert same_weights(run(tape), whole) and tape.left < 0
+    else:
+        assert saves == 9 and tape.left > 0  # it never saves so often
+
+
+# What is pruned
+
+
+MASKS = {"a": torch.tensor([0.1, 0.9, 0.5]), "b": torch.tensor([0.5, 0.0])}
+
+
+def test_levels_by_threshold_and_by_number():
+    def flags(level: pruning.Level) -> list[list[bool]]:
+        return [found.tolist() for found in level.pruned.values()]
+
+    threshold, number = ANP(), ANP(pruning_by="number", pruning_number=0.0)
+    assert flags(threshold.level(MASKS, 0.5)) == [[True, False, True], [True, True]]  # up to and including
+    assert flags(threshold.level(MASKS, 0.0)) == [[False, False, False], [False, True]]
+    assert flags(number.level(MASKS, 0.0)) == [[False] * 3, [False] * 2]
+    assert flags(number.level(MASKS, 2.0)) == [[True, False, False], [False, True]]
+    assert flags(number.level(MASKS, 3.0)) == [[True, False, True], [False, True]]  # of equal masks the first
+
+
+def test_the_levels_that_are_searched(monkeypatch):
+    """19 thresholds from 0 to 0.90, as in the benchmark, and numbers where they are asked for."""
+    names: list[str] = []
+    monkeypatch.setattr(pruning, "choose", lambda model, levels, *rest, **how: names.extend(x.name for x in levels))
+    ANP(nb_iter=1, batch_size=4).purify(tiny_net(), pair(), session=quiet())
+    assert len(names) == 19 and names[:2] + names[-1:] == ["threshold 0", "threshold 0.05", "threshold 0.9"]
+    names.clear()
+    by_number = ANP(nb_iter=1, batch_size=4, pruning_by="number", pruning_max=7.0, pruning_step=3.0)
+    by_number.purify(tiny_net(), pair(), session=quiet())
+    assert names == ["number 0", "number 3", "number 6"]
+
+
+def test_pruning_zeroes_scales_and_leaves_everything_else():
+    net = tiny_net()
+    nn.init.ones_(net.features[1].bias)
+    fixed = ANP(nb_iter=2, batch_size=4, pruning_by="number", pruning_number=4.0).purify(net, pair(), session=quiet())
+    assert (fixed.features[1].weight == 0).sum() == 4 and (fixed.features[1].bias == 1).all()
+    changed = [name for name, value in fixed.state_dict().items() if not torch.equal(value, net.state_dict()[name])]
+    assert changed == ["features.1.weight"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 1},
+        {"nb_iter": 0},
+        {"anp_steps": 0},
+        {"lr": 0.0},
+        {"sgd_momentum": 1.0},
+        {"anp_eps": -0.1},
+        {"anp_alpha": 1.1},
+        {"acc_ratio": -0.1},
+        {"held_back": 0.0},
+        {"held_back": 1.0},
+        {"pruning_number": 1.5},
+        {"pruning_max": 1.5},
+        {"pruning_step": 0.0},
+        {"pruning_max": 5.5, "pruning_by": "number"},
+        {"pruning_step": 0.05, "pruning_by": "number", "pruning_max": 5.0},
+        {"pruning_number": 2.5, "pruning_by": "number"},
+        {"lr": float("nan")},
+        {"pruning_number": float("inf"), "pruning_by": "number"},
+    ],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        ANP(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)
+
+
+def test_a_network_without_batch_norm_and_a_level_that_leaves_nothing_are_refused(one_line):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError) as refusal:
+        ANP().purify(plain, pair(), session=quiet())
+    assert "BatchNorm2d" in one_line(refusal.value)
+    with pytest.raises(TrainingError) as stop:
+        ANP(nb_iter=1, batch_size=4, pruning_number=1.0).purify(tiny_net(), pair(), session=quiet())
+    assert "features.1" in one_line(stop.value)
+
+
+# The claim, on a toy
+
+
+@cache
+def backdoored() -> tuple[nn.Module, Images, Images]:
+    """A network with batch norms and Blended's backdoor, the test set, the triggered test set."""
+    attack, recipe = Blended(), Training(epochs=20, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Deep()
+    attack.fit(net, attack.poison_train(toy_images(400, seed=1), 0), recipe, seed=0, session=quiet())
+    test = toy_images(200, seed=2)
+    return net.eval(), test, attack.poison_test(test)
+
+
+@pytest.mark.parametrize("select", ["defender", "oracle"])
+def test_pruning_removes_the_backdoor_and_keeps_the_accuracy(select):
+    net, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    session = Session(say=lambda text: None, judge=lambda network: score(network, test, triggered))
+    defense = ANP(nb_iter=60, batch_size=64, lr=0.2, select=select, augment=False)
+    after = score(defense.purify(net, toy_images(200, seed=3), session=session), test, triggered)
+    assert before.asr.percent > 95 and before.acc.percent > 95
+    assert after.asr.percent < 15 and after.acc.percent >= before.acc.percent - 10
+    assert after.racc.percent > 85

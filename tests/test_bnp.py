@@ -1,0 +1,78 @@
+"""BNP: the divergence against torch's, the statistics against one pass over everything, its claim on a toy."""
+
+import pytest
+import torch
+from test_defenses import pair
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from toys import planted, quiet, same_weights, tiny_net
+
+from sau.defense import BNP, bnp
+from sau.evaluate import score
+
+
+def test_the_divergence_is_that_of_two_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    mean, other_mean = torch.randn(2, 50, generator=generator, dtype=torch.float64)
+    var, other_var = torch.rand(2, 50, generator=generator, dtype=torch.float64) + 0.01
+    wanted = kl_divergence(Normal(mean, var.sqrt()), Normal(other_mean, other_var.sqrt()))
+    torch.testing.assert_close(bnp.kl(mean, var, other_mean, other_var), wanted)
+    assert bnp.kl(mean, var, mean, var).abs().max() < 1e-15
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)]
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten()).eval()
+
+
+def test_statistics_are_those_of_all_pictures_in_the_network_as_it_is():
+    """Whatever the batches; a batch norm normalises by its running statistics, not by those of the batch."""
+    net, (x, y) = two_layers(), pair(20)
+    net[1].running_mean += 0.3
+    net[4].running_var *= 2.5
+    found = BNP().scores(net, [(x[:7], y[:7]), (x[7:8], y[7:8]), (x[8:], y[8:])])
+    for name, inputs in (("1", net[0](x)), ("4", net[:4](x))):
+        norm, values = net.get_submodule(name), inputs.double().detach()
+        var = values.var((0, 2, 3), unbiased=False) + norm.eps
+        wanted = kl_divergence(
+            Normal(values.mean((0, 2, 3)), var.sqrt()),
+            Normal(norm.running_mean.double(), (norm.running_var.double() + norm.eps).sqrt()),
+        )
+        torch.testing.assert_close(found[name], wanted)
+    assert found.keys() == {"1", "4"}
+
+
+def test_a_dead_channel_has_a_finite_score():
+    """Its variance is 0 in both; and it is like itself."""
+    net = two_layers()
+    with torch.no_grad():
+        net[0].weight[2], net[0].bias[2] = 0, 0
+        net[1].running_var[2] = 0
+        scores = BNP().scores(net, [pair(8)])["1"]
+    assert scores.isfinite().all() and scores[2] == pytest.approx(0)
+
+
+def test_the_running_statistics_decide_and_stay():
+    net = tiny_net()
+    net.features[1].running_mean[4] += 5
+    before = {name: value.clone() for name, value in net.features[1].named_buffers()}
+    fixed = BNP(u=2.5).purify(net, pair(), session=quiet())
+    assert (fixed.features[1].weight == 0).nonzero().flatten().tolist() == [4]
+    assert all(torch.equal(value, before[name]) for name, value in fixed.features[1].named_buffers())
+
+
+def test_augmentation_is_a_switch():
+    fixed = [BNP(u=0.0, augment=on).purify(tiny_net(), pair(8), session=quiet()) for on in (False, True)]
+    assert not same_weights(*fixed)
+
+
+def test_pruning_removes_the_backdoor_and_keeps_the_accuracy():
+    net, _, clean, triggered = planted()
+    before = score(net, clean, triggered)
+    fixed = BNP(augment=False).purify(net, clean, session=quiet())
+    after = score(fixed, clean, triggered)
+    assert before.asr.percent > 95 and before.acc.percent > 95
+    assert after.asr.percent < 5 and after.acc.percent > 95
+    assert after.racc.percent > before.racc.percent + 50
+    assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]

@@ -1,0 +1,102 @@
+"""EP: histograms against numpy and by hand, with values on the edges; what is drawn; its claim on a toy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_defenses import pair
+from torch import Tensor
+from toys import planted, quiet, same_weights, tiny_net
+
+from sau.defense import EP, ep
+from sau.errors import ConfigError, DataError
+from sau.evaluate import score
+
+
+def by_numpy(z: Tensor, width: float) -> list[float]:
+    """Entropies from numpy's histograms, which count a value on an edge in the bin above; such values are dropped."""
+    values = z.numpy()
+    bins = int((values.max() - values.min()) / width)
+    edges = values.min() + width * np.arange(bins + 1)
+    entropies = []
+    for column in values.T:
+        counts, _ = np.histogram(column[~np.isin(column, edges)], edges)
+        p = counts[counts > 0] / len(column)
+        entropies.append(float(-(p * np.log(p)).sum()))
+    return entropies
+
+
+@pytest.mark.parametrize("width", [0.1, 0.5, 3.0])
+def test_entropies_are_those_of_numpy(width):
+    z = torch.randn(100, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[:, 3] = z[:, 3].sign() + 0.01 * z[:, 4]  # two narrow modes
+    found = ep.entropy(z, width)
+    np.testing.assert_allclose(found.numpy(), by_numpy(z, width), rtol=1e-12)
+    assert width > 1 or found.argmin() == 3
+
+
+def test_values_on_edges_and_beyond_the_last_whole_bin_are_in_no_bin():
+    """Edges 0, 1, 2, 3 (the highest value is 3.5). Of the first column 0.5 and 0.6 share a bin, 1 and 2 lie on edges,
+    1.5 is alone: shares 2/5 and 1/5. Of the second 0 is on the first edge, 3.5 and 3.2 lie beyond the last, 3 on it,
+    and 2.5 is alone."""
+    z = torch.tensor([[0.5, 0.6, 1.0, 2.0, 1.5], [0.0, 3.5, 3.2, 3.0, 2.5]], dtype=torch.float64).t()
+    wanted = [-(0.4 * math.log(0.4) + 0.2 * math.log(0.2)), -0.2 * math.log(0.2)]
+    torch.testing.assert_close(ep.entropy(z, 1.0), torch.tensor(wanted, dtype=torch.float64))
+    np.testing.assert_allclose(by_numpy(z, 1.0), wanted)
+    assert ep.entropy(z, 4.0).tolist() == [0, 0]  # not one whole bin
+
+
+def test_columns_are_standardised_and_constant_ones_are_zero():
+    t = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    assert ep.standardised(t).tolist() == [[-1, 0], [0, 0], [1, 0]]
+
+
+def test_scores_are_entropies_of_spatial_maxima_at_the_batch_norm():
+    net, (x, y) = tiny_net(), pair(20)
+    with torch.no_grad():
+        (found,) = EP(batch_size=20, bin_width=0.4).scores(net, [(x[:12], y[:12]), (x[12:], y[12:])]).values()
+        maxima = net.features[0](x).amax((2, 3)).double()
+    z = (maxima - maxima.mean(0)) / maxima.std(0)
+    np.testing.assert_allclose((-found).numpy(), by_numpy(z, 0.4), rtol=1e-12)
+
+
+def test_so_many_pictures_are_drawn_as_the_batch_size_says():
+    """From as many batches as that takes, and no more than there are."""
+    pixels = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 2, 2)
+    batches = [(pixels[i : i + 6], None) for i in range(0, 20, 6)]
+    for size, length in ((2, 2), (6, 6), (7, 7), (20, 20), (256, 20)):
+        assert torch.equal(EP(batch_size=size)._draw(batches), pixels[:length])
+
+
+def test_the_labels_are_not_used():
+    x, y = pair()
+    one, other = (EP(u=0.5, batch_size=10).purify(tiny_net(), (x, labels), session=quiet()) for labels in (y, 3 - y))
+    assert same_weights(one, other) and not same_weights(one, tiny_net())
+
+
+def test_the_poisoned_pictures_are_asked_for():
+    assert EP.needs == "poisoned"
+
+
+def test_what_is_refused(one_line):
+    for wrong in ({"batch_size": 1}, {"bin_width": 0.0}):
+        with pytest.raises(ConfigError) as refusal:
+            EP(**wrong)
+        assert next(iter(wrong)) in one_line(refusal.value)
+    with pytest.raises(DataError) as stop:
+        EP().purify(tiny_net(), pair(1), session=quiet())
+    assert "1 picture" in one_line(stop.value)
+
+
+def test_pruning_removes_the_backdoor_and_keeps_the_accuracy():
+    """From the attacker's pictures, of which a fifth has the trigger."""
+    net, poisoned, clean, triggered = planted(share=0.2)
+    before = score(net, clean, triggered)
+    unlabelled = torch.zeros(len(poisoned), dtype=torch.long)
+    fixed = EP(augment=False).purify(net, (poisoned, unlabelled), session=quiet())
+    after = score(fixed, clean, triggered)
+    assert before.asr.percent > 95 and before.acc.percent > 95
+    assert after.asr.percent < 5 and after.acc.percent > 95
+    assert after.racc.percent > before.racc.percent + 50
+    assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]
