@@ -27,6 +27,11 @@ def spread(values: list[float | None], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
+def rule(columns: int) -> str:
+    """The line below the head of a Markdown table."""
+    return "| --- " * columns + "|\n"
+
+
 def summaries(pattern: str) -> dict[str, list[dict[str, Any]]]:
     """Summaries by attack, over seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -48,9 +53,7 @@ def attack_table(name: str) -> str:
     return (
         f"Here, real CIFAR-10 on the CPU track (width 16; {SOURCE}), mean ± standard deviation over seeds:\n\n"
         "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity | in the ball of 0.2, % |\n"
-        + "| --- "
-        * 8
-        + "|\n"
+        f"{rule(8)}"
         f"| {len(runs)} | {' | '.join(cells)} |\n"
     )
 
@@ -71,10 +74,7 @@ def defense_table(name: str) -> str:
         f"Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures; {SOURCE}), mean ± standard deviation\n"
         "over seeds; `prototype` is the network without a backdoor:\n\n"
         "| attack | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds | chosen by |\n"
-        + "| --- " * 10
-        + "|\n"
-        + "\n".join(rows)
-        + "\n"
+        f"{rule(10)}" + "\n".join(rows) + "\n"
     )
 
 
