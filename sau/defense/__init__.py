@@ -3,8 +3,9 @@
 from sau.defense.at import AT
 from sau.defense.base import Defense
 from sau.defense.ft import FT
+from sau.defense.i_bau import IBAU
 from sau.defense.sau import SAU
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT)}
+DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, IBAU)}
 
-__all__ = ["AT", "DEFENSES", "FT", "SAU", "Defense"]
+__all__ = ["AT", "DEFENSES", "FT", "IBAU", "SAU", "Defense"]
