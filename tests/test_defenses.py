@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import AT, DEFENSES, FT, IBAU, SAU, Defense
+from sau.defense import AT, DEFENSES, FT, IBAU, NC, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -45,6 +45,8 @@ ROWS = {
     "ft": Row(FT(epochs=2, batch_size=8, lr=0.01)),
     "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
     "i-bau": Row(IBAU(epochs=2, batch_size=8, lr=0.01)),
+    # Below the median is flagged: after two passes no patch of an untrained network is an outlier.
+    "nc": Row(NC(epochs=1, batch_size=8, nc_epoch=2, index_threshold=0.0), rounds=False),
 }
 
 

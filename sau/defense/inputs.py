@@ -1,5 +1,6 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,13 @@ class Kept(nn.Module):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True)
+
+
+def unaugmented(batches: Loader) -> Loader:
+    """The same batches, which `clean_batches` made, without augmentation."""
+    plain: Any = copy.copy(batches)
+    plain.augment = None
+    return plain
 
 
 def checked(
