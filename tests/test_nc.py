@@ -81,8 +81,8 @@ def test_the_best_patch_is_the_smallest_that_works():
 
 
 def test_a_class_stops_when_its_cost_went_both_ways_and_its_patch_no_longer_shrinks():
-    """Patience 1 moves the cost every pass. The best norm is 10 in pass 1; it does not shrink in passes 2, 3 and 4 (9.95
-    is above 0.99 * 10), so the third of them stops. With 9.8 in pass 3, and 8 in pass 5, it is passes 6 to 8."""
+    """Patience 1 moves the cost every pass. The best norm is 10 in pass 1; it does not shrink in passes 2, 3 and 4, for
+    9.95 is above 0.99 * 10, so the third of them stops. With 9.8 in pass 3, and 8 in pass 5, it is passes 6 to 8."""
     outcomes = [(99, 10), (0, 5), (99, 11), (99, 9.95), (99, 8), (0, 7), (0, 7), (0, 7)]
     defense = NC(patience=1, early_stop_patience=3)
     assert passes(defense, outcomes)[1] == [False] * 3 + [True] + [True] * 4
@@ -201,9 +201,11 @@ def said(defense: NC, net: nn.Module, data: Any) -> tuple[nn.Module, list[str]]:
     return defense.purify(net, data, session=Session(say=lines.append)), lines
 
 
-@pytest.mark.parametrize("planted", [(3,), (1, 5)])
-def test_every_planted_class_is_flagged(planted):
-    defense = NC(nc_epoch=60, batch_size=20, epochs=0, init_cost=0.05)
+@pytest.mark.parametrize(
+    ("planted", "how"), [((3,), {"nc_epoch": 60, "init_cost": 0.05}), ((1, 5), {"init_cost": 0.1, "mask_lr": 0.3})]
+)
+def test_every_planted_class_is_flagged(planted, how):
+    defense = NC(**{"nc_epoch": 40, "batch_size": 20, "epochs": 0, **how})
     fixed, lines = said(defense, Planted(planted), grey())
     flagged = [int(line.split()[1]) for line in lines if line.startswith("class")]
     assert tuple(flagged) == planted and any("largest anomaly index" in line for line in lines)
@@ -254,7 +256,7 @@ def badnet() -> tuple[nn.Module, Images, Images, Images]:
 def test_it_finds_the_patch_of_badnets_and_unlearns_it():
     net, clean, test, triggered = badnet()
     before = score(net, test, triggered)
-    fixed, lines = said(NC(nc_epoch=25, epochs=10, batch_size=50, init_cost=0.01, augment=False), net, clean)
+    fixed, lines = said(NC(nc_epoch=40, epochs=10, batch_size=50, augment=False), net, clean)
     after = score(fixed, test, triggered)
     assert [line.split()[1] for line in lines if line.startswith("class")] == ["2"]
     assert before.asr.percent > 90 and after.asr.percent < 10
