@@ -289,12 +289,14 @@ def test_the_inversion_sees_pictures_without_augmentation_unless_asked():
 
 
 @pytest.mark.parametrize(
-    ("save_every", "saves"), [(ALWAYS, (1, 3, 4, 7, 10, 12)), (NEVER, (1, 2, 3))], ids=["always", "never"]
+    ("save_every", "saves", "restarts"),
+    [(ALWAYS, (1, 3, 4, 7, 10, 12), 2), (NEVER, (1, 2, 3), 1)],
+    ids=["always", "never"],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(save_every, saves):
+def test_a_stopped_run_goes_on_to_the_same_bits(save_every, saves, restarts):
     """In both stages, also inside a pass, with a loader that draws its order, and with restarts that draw their start:
     two passes of three batches, then a fine-tuning of two rounds."""
-    defense = NC(nc_epoch=2, epochs=2, batch_size=8, index_threshold=0.0, restarts=2)
+    defense = NC(nc_epoch=2, epochs=2, batch_size=8, index_threshold=0.0, restarts=restarts)
     dataset = torch.utils.data.TensorDataset(*pair())
 
     def run(tape: Tape, seed: int) -> nn.Module:
