@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import ANP, AT, BNP, CLP, D3, DEFENSES, EP, FST, FT, FTSAM, NPD, SAU, Defense
+from sau.defense import ANP, AT, BNP, CLP, D3, DEFENSES, EP, FST, FT, FTSAM, IBAU, NC, NPD, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -54,6 +54,9 @@ ROWS = {
     "clp": Row(CLP(u=0.0, batch_size=8), rounds=False, random=False, pictures=False),
     "bnp": Row(BNP(u=0.0, batch_size=8, augment=False), rounds=False, random=False),
     "ep": Row(EP(u=0.0, batch_size=8, augment=False), rounds=False),
+    "i-bau": Row(IBAU(epochs=2, batch_size=8, lr=0.01)),
+    # Below the median is flagged: after two passes no patch of an untrained network is an outlier.
+    "nc": Row(NC(epochs=1, batch_size=8, nc_epoch=2, index_threshold=0.0), rounds=False),
 }
 
 

@@ -9,6 +9,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
 from sau.defense import pruning
+from sau.defense.inputs import unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
 from sau.session import Session
@@ -37,7 +38,7 @@ def test_gathering_walks_once_and_keeps_the_order():
 
 def test_pictures_can_be_had_without_the_augmentation_of_their_batches():
     batches = toy_images(8).batches(4, seed=1, augment=Augment())
-    plain, augment = pruning.unaugmented(batches)
+    plain, augment = unaugmented(batches)
     assert augment is batches.augment is not None
     pixels, labels = pruning.gather(plain)
     assert torch.equal(pixels, pruning.gather(toy_images(8).batches(4, seed=1))[0])

@@ -10,11 +10,29 @@ from sau.defense.ep import EP
 from sau.defense.fst import FST
 from sau.defense.ft import FT
 from sau.defense.ft_sam import FTSAM
+from sau.defense.i_bau import IBAU
+from sau.defense.nc import NC
 from sau.defense.npd import NPD
 from sau.defense.sau import SAU
 
 DEFENSES: dict[str, type[Defense]] = {
-    defense.name: defense for defense in (SAU, FT, AT, FTSAM, D3, FST, NPD, ANP, CLP, BNP, EP)
+    defense.name: defense for defense in (SAU, FT, AT, FTSAM, D3, FST, IBAU, NC, NPD, ANP, CLP, BNP, EP)
 }
 
-__all__ = ["ANP", "AT", "BNP", "CLP", "D3", "DEFENSES", "Defense", "EP", "FST", "FT", "FTSAM", "NPD", "SAU"]
+__all__ = [
+    "ANP",
+    "AT",
+    "BNP",
+    "CLP",
+    "D3",
+    "DEFENSES",
+    "Defense",
+    "EP",
+    "FST",
+    "FT",
+    "FTSAM",
+    "IBAU",
+    "NC",
+    "NPD",
+    "SAU",
+]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.defense.inputs import Augmentation
+from sau.defense.inputs import Augmentation, unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import Training
 from sau.session import Session
@@ -99,7 +99,7 @@ class ANP(Defense):
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         norms = pruning.batch_norms(model, self.name)
-        plain, augment = pruning.unaugmented(batches)  # whoever chooses sees the pictures as they are
+        plain, augment = unaugmented(batches)  # whoever chooses sees the pictures as they are
         work = held = pruning.gather(plain)
         if self.select == "defender" and self.pruning_number is None:
             work, held = pruning.hold_back(*work, self.held_back)

@@ -1,10 +1,11 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sau.data.images import Batches, Images, to_float
 from sau.errors import DataError
@@ -43,6 +44,35 @@ def clean_batches(
     if length == 0:
         raise DataError("the clean set is empty; give at least one labelled picture")
     return _Loader(data, device, mean, std, augment, seed)
+
+
+class Kept(nn.Module):
+    """One walk through `batches`, in the same batches again and again. Checkpoints hold it, so that a run that goes on
+    has the same pictures whoever drew their order and augmentation.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __init__(self, batches: Loader) -> None:
+        super().__init__()
+        pairs = [(x, y) for x, y, *_ in batches]
+        self.sizes = [len(y) for _, y in pairs]
+        self.register_buffer("x", torch.cat([x for x, _ in pairs]))
+        self.register_buffer("y", torch.cat([y for _, y in pairs]))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True)
+
+
+def unaugmented(batches: Loader) -> tuple[Loader, Augmentation | None]:
+    """The same pictures as they are, and the augmentation (None if none) that each batch would have gone through."""
+    plain: Any = copy.copy(batches)
+    augment, plain.augment = plain.augment, None
+    return plain, augment
 
 
 def checked(

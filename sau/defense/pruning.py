@@ -3,17 +3,14 @@
 A level is one way to prune, and levels are ordered: each prunes what the ones before it prune, and more.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sau.defense.inputs import Augmentation
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
@@ -62,13 +59,6 @@ def gather(batches: Loader) -> tuple[Tensor, Tensor]:
     """One walk through `batches` as two tensors: pixels in [0, 1] [N, C, H, W] and labels [N]."""
     pairs = [(x, y) for x, y, *_ in batches]
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
-
-
-def unaugmented(batches: Loader) -> tuple[Loader, Augmentation | None]:
-    """The same pictures as they are, and the augmentation (None if none) that each batch would have gone through."""
-    plain: Any = copy.copy(batches)
-    augment, plain.augment = plain.augment, None
-    return plain, augment
 
 
 def hold_back(x: Tensor, y: Tensor, share: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

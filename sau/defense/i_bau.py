@@ -1,0 +1,197 @@
+"""i-BAU, Implicit Backdoor Adversarial Unlearning (Zeng et al., "Adversarial Unlearning of Backdoors via Implicit
+Hypergradient", ICLR 2022), as the benchmark runs it.
+
+One perturbation d for all pictures, and weights w that answer it:
+
+    min_w  l_out(d*(w), w)                    l_out = CE(h(x + P d), y), P adds d to a few pictures of the batch
+    d*(w) = argmin_d  l_in(d, w)              l_in  = -CE(h(x + d), y) + l2 * |d|^2
+
+d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), so by the implicit function theorem
+
+    d l_out / d w  =  g_w + (dF/dw)^T v,      v = (dF/dd)^T v + g_d,      g = partial derivatives of l_out
+
+and K rounds of the equation for v, from v = 0, come close to its solution.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.defense.base import Tuning
+from sau.defense.inputs import Kept
+from sau.models import Normalized
+from sau.optim import Schedule
+from sau.session import Session
+from sau.types import Labels, Loader, Pixels, Scalar
+
+SETTLED = 1e-10  # v is taken for solved once a step changes it by less, in its 2-norm
+
+
+class Universal(nn.Module):
+    """The perturbation [1, C, H, W] of the current round, and how many batches of all rounds are done."""
+
+    delta: Tensor
+    done: Tensor
+
+    def __init__(self, like: Pixels) -> None:
+        super().__init__()
+        self.register_buffer("delta", torch.zeros_like(like[:1]))
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
+
+
+def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> Tensor:
+    """v after `steps` of v <- (dF/dd)^T v + g from v = 0, where F = delta - rate * slope.
+
+    Args:
+        slope: grad_d l_in, with the graph that leads to `delta`.
+        delta: the perturbation.
+        g: d l_out / d delta.
+        steps: at least 1; the first one gives g.
+        rate: r of the formula.
+    """
+    v = g
+    for _ in range(steps - 1):
+        (curved,) = torch.autograd.grad(slope, delta, v, retain_graph=True)  # the Hessian of l_in times v
+        before, v = v, v - rate * curved + g
+        if float((v - before).norm()) < SETTLED:
+            break
+    return v
+
+
+@contextmanager
+def single_precision(model: nn.Module) -> Iterator[None]:
+    """Without autocast: a network that owns its precision would turn it on again inside any outer context."""
+    owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
+    try:
+        for module in owners:
+            module.amp = False
+        yield
+    finally:
+        for module in owners:
+            module.amp = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class IBAU(Tuning):
+    """Unlearn one perturbation of all pictures, with the gradient of how it follows the weights.
+
+    A round is one pass of steps on the perturbation, from zero, then one update of the weights for each batch. The
+    pictures, their order and their augmentation are drawn once for all rounds.
+
+    Args:
+        epochs: rounds (n_rounds).
+        K: steps of the fixed-point iteration for v, 1 and more.
+        portion: share of a batch that carries the perturbation in the outer problem, 0 to 1; at least one picture
+            unless it is 0.
+        inner_lr: learning rate of the perturbation.
+        fixed_point_lr: rate r of the fixed-point map.
+        l2_weight: weight of the perturbation's squared length in the inner problem.
+        space: where the perturbation is added: to what the network sees after its normalisation (as in the benchmark)
+            or to the pixels; the same for a network without known statistics.
+    """
+
+    name: ClassVar[str] = "i-bau"
+    aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs"}
+
+    epochs: int = 5
+    lr: float = 1e-4
+    lr_scheduler: Schedule = "constant"
+    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "adam"
+    wd: float = 0.0
+    augment: bool = True
+    K: int = 5
+    portion: float = 0.01
+    inner_lr: float = 10.0
+    fixed_point_lr: float = 0.1
+    l2_weight: float = 0.001
+    space: Literal["normalised", "pixel"] = "normalised"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("K", self.K >= 1, "1 and more")
+        self.require("portion", 0 <= self.portion <= 1, "0 to 1")
+        self.require("inner_lr", self.inner_lr > 0, "above 0")
+        self.require("fixed_point_lr", self.fixed_point_lr > 0, "above 0")
+        self.require("l2_weight", self.l2_weight >= 0, "0 and more")
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        kept = Kept(batches)
+        state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Universal(kept.x)}
+        step, end_epoch = partial(self.step, state), partial(self.end_epoch, state)
+        with single_precision(model):
+            loop.run(step, kept, self.epochs, state=state, end_epoch=end_epoch, session=session, label="round")
+
+    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model, kept, universal = state["model"], state["kept"], state["universal"]
+        turn, place = divmod(int(universal.done), len(kept))
+        if place == 0:
+            universal.delta.copy_(self.inner_pass(model, kept))
+        carriers = self.carriers(len(x), turn).to(x.device)
+        surrogate, outer, inner = self.losses(model, (x, y), next(iter(kept)), universal.delta, carriers)
+        state["descent"](surrogate)
+        universal.done += 1
+        return {"loss": outer, "inner_loss": inner, "delta": universal.delta.norm()}
+
+    def carriers(self, size: int, turn: int) -> Tensor:
+        """Which pictures of a batch carry the perturbation in a round: they take turns, in the order of the batch."""
+        count = max(1, int(self.portion * size)) if self.portion else 0
+        return (turn * count + torch.arange(count)) % size
+
+    def inner_loss(self, model: nn.Module, x: Pixels, y: Labels, delta: Tensor) -> Scalar:
+        """l_in on one batch."""
+        return self.l2_weight * delta.square().sum() - F.cross_entropy(model(x + self.in_pixels(model, delta)), y)
+
+    def in_pixels(self, model: nn.Module, delta: Tensor) -> Tensor:
+        """The perturbation as it is added to pixels in [0, 1]."""
+        std = getattr(model, "std", None) if self.space == "normalised" else None
+        return delta if std is None else delta * std
+
+    def inner_pass(self, model: nn.Module, batches: Loader) -> Tensor:
+        """One pass of plain descent on l_in, from zero, with the network's own answers for labels."""
+        delta: Tensor | None = None
+        for x, _ in batches:
+            with torch.no_grad():
+                answers = model(x).argmax(1)
+            d = (torch.zeros_like(x[:1]) if delta is None else delta).requires_grad_()
+            (slope,) = torch.autograd.grad(self.inner_loss(model, x, answers, d), d)  # no weight gradients
+            delta = d.detach() - self.inner_lr * slope
+        assert delta is not None
+        return delta
+
+    def losses(
+        self,
+        model: nn.Module,
+        batch: tuple[Pixels, Labels],
+        first: tuple[Tensor, Tensor],  # another number of pictures, so not checked as Pixels and Labels
+        delta: Tensor,
+        carriers: Tensor,
+    ) -> tuple[Scalar, Scalar, Scalar]:
+        """(surrogate, l_out, l_in); the hypergradient is the gradient of the surrogate with respect to the weights.
+
+        Args:
+            model: in eval mode, so that what it answers to one picture does not depend on the others.
+            batch: pictures and labels of l_out.
+            first: pictures and labels of l_in.
+            delta: the perturbation [1, C, H, W].
+            carriers: which pictures of `batch` carry it.
+        """
+        (x, y), d = batch, delta.detach().clone().requires_grad_()
+        inner = self.inner_loss(model, *first, d)
+        (slope,) = torch.autograd.grad(inner, d, create_graph=True)
+        # Only the carriers' terms depend on the perturbation: a picture or two, not the whole batch.
+        carried = F.cross_entropy(model(x[carriers] + self.in_pixels(model, d)), y[carriers], reduction="sum")
+        (g,) = torch.autograd.grad(carried / len(x), d)
+        v = solve(slope, d, g, self.K, self.fixed_point_lr)
+        stamped = x.index_add(0, carriers, self.in_pixels(model, delta).expand(len(carriers), *x.shape[1:]))
+        outer = F.cross_entropy(model(stamped), y)
+        return outer - self.fixed_point_lr * (v * slope).sum(), outer, inner

@@ -1,0 +1,182 @@
+"""Inverting patches: for every class c, the smallest patch that sends clean pictures to c (Neural Cleanse, S&P 2019).
+
+    min_{m, p}  CE(h((1 - m) x + m p), c)  +  cost_c * |m|_1,      m = tanh(u)/2 + 1/2 [H, W],  p likewise [C, H, W]
+
+The cost of a class rises while the patch works and falls while it does not. All classes move at once, each by its own
+gradient, cost and counters; those that have stopped leave the work.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.method import Method
+from sau.optim import Training
+from sau.session import Session
+from sau.types import Labels, Loader, Pixels
+
+COUNTERS = ("hits", "norms", "above", "below", "still", "raised", "lowered")
+
+
+def unit(logits: Tensor) -> Tensor:
+    """From any number to (0, 1), as masks and patterns are made; the benchmark's 1e-7 keeps it off the ends."""
+    return logits.tanh() / (2 + 1e-7) + 0.5
+
+
+class Patches(nn.Module):
+    """Patches being inverted, row by row; row i is for class i % classes.
+
+    Args:
+        classes: how many classes there are.
+        starts: rows for each class; the first starts with logits of 1, the others at random.
+        like: a picture [1, C, H, W].
+        cost: weight of the norm at the start.
+    """
+
+    best_mask: Tensor  # [rows, 1, H, W] and
+    best_pattern: Tensor  # [rows, C, H, W] in (0, 1): the smallest that worked, else those of the first pass
+    best: Tensor  # [rows], norm at which it worked; infinite where nothing did
+    cost: Tensor  # [rows]
+    open: Tensor  # [rows], whether the inversion goes on
+    passes: Tensor
+
+    def __init__(self, classes: int, starts: int, like: Pixels, cost: float) -> None:
+        super().__init__()
+        rows, self.classes = classes * starts, classes
+        for name, depth in (("mask", 1), ("pattern", like.shape[1])):
+            logits = torch.randn(rows, depth, *like.shape[2:]).to(like)  # on the CPU: the same on every device
+            logits[:classes] = 1.0
+            self.register_parameter(name, nn.Parameter(logits))
+            self.register_buffer(f"best_{name}", unit(logits))
+        zeros = torch.zeros(rows, device=like.device)
+        self.register_buffer("best", zeros + math.inf)
+        self.register_buffer("cost", zeros + cost)
+        self.register_buffer("open", zeros == 0)
+        for name in COUNTERS:
+            self.register_buffer(name, zeros.clone())
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each class masks [K, 1, H, W], patterns [K, C, H, W] and norms [K]: of its starts, the smallest patch."""
+        norms = self.best_mask.flatten(1).sum(1)
+        rank = torch.where(self.best.isfinite(), norms, norms + norms.max() + 1).view(-1, self.classes)
+        chosen = rank.argmin(0) * self.classes + torch.arange(self.classes, device=norms.device)
+        return self.best_mask[chosen], self.best_pattern[chosen], norms[chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion(Method):
+    """The settings of the inversion.
+
+    Args:
+        nc_epoch: passes over the clean pictures to invert the patches, at most; 1 and more.
+        mask_lr: learning rate of masks and patterns (Adam with betas 0.5 and 0.9).
+        init_cost: weight of the mask's norm at the start.
+        atk_succ_threshold: share of pictures, in percent, that a patch must send to its class.
+        patience: passes in a row above or below that share after which the cost rises or falls.
+        cost_multiplier: factor by which the cost rises; it falls by this to the power of 1.5.
+        early_stop: stop the inversion of a class when its patch no longer shrinks.
+        early_stop_threshold: it no longer shrinks when its norm is at least this share of the last best, 0 to 1.
+        early_stop_patience: passes in a row without shrinking after which it stops.
+        restarts: starts for each class, of which the smallest patch counts; all but the first are drawn at random.
+        group: classes (times restarts) in one forward pass; more need more memory.
+        inversion_share: share of each batch that the inversion looks at; below 1 the updates are as many and cheaper.
+    """
+
+    nc_epoch: int = 80
+    mask_lr: float = 0.1
+    init_cost: float = 1e-3
+    atk_succ_threshold: float = 98.0
+    patience: int = 5
+    cost_multiplier: float = 2.0
+    early_stop: bool = True
+    early_stop_threshold: float = 0.99
+    early_stop_patience: int = 25
+    restarts: int = 1
+    group: int = 10
+    inversion_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nc_epoch", "patience", "early_stop_patience", "restarts", "group"):
+            self.require(name, getattr(self, name) >= 1, "1 and more")
+        for name in ("mask_lr", "init_cost"):
+            self.require(name, getattr(self, name) > 0, "above 0")
+        self.require("atk_succ_threshold", 0 <= self.atk_succ_threshold <= 100, "0 to 100")
+        self.require("cost_multiplier", self.cost_multiplier > 1, "above 1")
+        self.require("early_stop_threshold", 0 <= self.early_stop_threshold <= 1, "0 to 1")
+        self.require("inversion_share", 0 < self.inversion_share <= 1, "above 0 and up to 1")
+
+    def invert(self, model: nn.Module, batches: Loader, patches: Patches, session: Session, **more: Any) -> None:
+        """Move `patches` in place over `batches` of (pixels, labels).
+
+        Args:
+            model: [B, C, H, W] -> logits; stays as it is.
+            batches: with a length.
+            patches: what moves.
+            session: progress and checkpoints.
+            more: what else a resumed run shall have from the checkpoint.
+        """
+        model.eval().requires_grad_(False)
+        steps = len(batches)  # type: ignore[arg-type]
+        # AdamW without decay is Adam, while the library's adam has AMSGrad.
+        rates: dict[str, Any] = {"client_optimizer": "adamw", "wd": 0.0, "lr_scheduler": "constant"}
+        adam = Training(lr=self.mask_lr, adam_betas=(0.5, 0.9), **rates)
+        state = {**more, "patches": patches, "descent": adam.descent(patches.parameters(), steps)}
+        step, end_epoch = partial(self.invert_step, model, state), partial(self.end_pass, patches, steps)
+        loop.run(step, batches, self.nc_epoch, state=state, end_epoch=end_epoch, session=session, label="inversion")
+        model.requires_grad_(True)
+
+    def invert_step(self, model: nn.Module, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """One update of the patches whose inversion goes on."""
+        patches, x = state["patches"], x[: math.ceil(self.inversion_share * len(x))]
+        rows = patches.open.nonzero().flatten()
+        parameters, total = (patches.mask, patches.pattern), [torch.zeros_like(p) for p in patches.parameters()]
+        loss, hits = x.new_zeros(()), x.new_zeros(())
+        for part in rows.split(self.group):
+            mask, pattern = unit(patches.mask[part])[:, None], unit(patches.pattern[part])[:, None]
+            logits = model((x + mask * (pattern - x)).flatten(0, 1))
+            wanted = (part % patches.classes).repeat_interleave(len(x))
+            entropy = F.cross_entropy(logits, wanted, reduction="none").view(len(part), -1).mean(1)
+            norm = mask.flatten(1).sum(1)
+            gradients = torch.autograd.grad((entropy + patches.cost[part] * norm).sum(), parameters)
+            total = [a + b for a, b in zip(total, gradients, strict=True)]
+            right = (logits.argmax(1) == wanted).view(len(part), -1).float().mean(1)
+            patches.hits[part] += right
+            patches.norms[part] += norm.detach()
+            loss, hits = loss + entropy.detach().sum(), hits + right.sum()
+        # The gradient of this sum is the gradient gathered above; it is zero for rows that have stopped.
+        state["descent"](sum((g * p).sum() for g, p in zip(total, parameters, strict=True)))
+        return {"loss": loss / len(rows), "success": 100 * hits / len(rows), "open": patches.open.float().sum()}
+
+    @torch.no_grad()
+    def end_pass(self, patches: Any, steps: int, losses: dict[str, float]) -> bool:
+        """Keep better patches, stop those that no longer shrink, move the costs; True when all have stopped.
+
+        Args:
+            patches: what moves.
+            steps: updates of the pass; success and norm are means over them.
+            losses: of the pass, unused.
+        """
+        s = patches
+        works, norm = 100 * s.hits / steps >= self.atk_succ_threshold, s.norms / steps
+        better = s.open & works & (norm < s.best)
+        last, s.best = s.best, torch.where(better, norm, s.best)
+        keep = better if int(s.passes) else s.open  # the first pass's patch stands in until one works
+        s.best_mask[keep], s.best_pattern[keep] = unit(s.mask[keep]), unit(s.pattern[keep])
+        s.still = torch.where(s.best.isfinite() & (s.best >= self.early_stop_threshold * last), s.still + 1, 0)
+        if self.early_stop:
+            s.open &= ~((s.raised > 0) & (s.lowered > 0) & (s.still >= self.early_stop_patience))
+        s.above, s.below = torch.where(works, s.above + 1, 0), torch.where(works, 0, s.below + 1)
+        up, down = s.above >= self.patience, s.below >= self.patience
+        s.cost = s.cost * torch.where(up, self.cost_multiplier, torch.where(down, self.cost_multiplier**-1.5, 1.0))
+        s.above[up], s.below[down] = 0, 0
+        s.raised, s.lowered = s.raised + up, s.lowered + down
+        s.hits.zero_(), s.norms.zero_(), s.passes.add_(1)
+        return not bool(s.open.any())

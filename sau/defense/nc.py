@@ -1,0 +1,121 @@
+"""NC, Neural Cleanse (Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao, "Neural Cleanse: Identifying and Mitigating Backdoor
+Attacks in Neural Networks", S&P 2019), as the benchmark runs it.
+
+For each class c a patch with the mask m_c is inverted (see `inversion`). A backdoor is a short way to its class, so its
+patch is small. With n_c = |m_c|_1, class c is flagged if
+
+    n_c <= med   and   (med - n_c) / MAD > 2,      med = median(n),  MAD = 1.4826 * median|n - med|
+
+Then the network is fine-tuned on clean pictures, of which some carry the patches of the flagged classes and keep their
+true labels. Without a flagged class it stays as it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sau import loop
+from sau.data.images import Batches
+from sau.defense.ft import FT
+from sau.defense.inputs import Kept, unaugmented
+from sau.defense.inversion import Inversion, Patches
+from sau.session import Session
+from sau.types import Loader
+
+
+def anomaly(norms: Tensor) -> Tensor:
+    """(med - n) / MAD of every class, positive where the mask is smaller than the median's; 0 where it is the median's.
+
+    The median of an even number is the mean of the two in the middle.
+    """
+    below = norms.quantile(0.5) - norms
+    return torch.where(below == 0, 0.0, below / (1.4826 * below.abs().quantile(0.5)))
+
+
+class Repair:
+    """The clean pictures, their last part stamped once for each flagged class, all under their true labels.
+
+    They are put together when they are walked through, for in a resumed run the patches come after this object.
+    """
+
+    def __init__(self, method: "NC", kept: Kept, patches: Patches, like: Any) -> None:
+        self.method, self.kept, self.patches, self.epoch = method, kept, patches, 0
+        self.seed, self.augment = like.seed, like.augment
+
+    def batches(self) -> Batches:
+        """All of them, shuffled and augmented."""
+        masks, patterns, norms = self.patches.found()
+        x, y, flagged = self.kept.x, self.kept.y, self.method.flagged(norms)
+        first = len(y) - max(1, round(self.method.unlearning_ratio * len(y)))
+        stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
+        pixels, labels = torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
+        return Batches(pixels, (labels,), self.method.batch_size, self.seed, self.augment)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next walk."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        batches = self.batches()
+        batches.set_epoch(self.epoch)
+        return iter(batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NC(FT, Inversion):
+    """Invert a patch for every class, flag the classes whose patch is too small, unlearn their patches by fine-tuning.
+
+    Args:
+        epochs: passes of the fine-tuning.
+        augment: crop and flip the pictures of the fine-tuning, stamped ones included.
+        augment_inversion: crop and flip during the inversion too, as the benchmark does.
+        index_threshold: anomaly index above which a class is flagged.
+        unlearning_ratio: share of the clean pictures that are stamped for the fine-tuning.
+    """
+
+    name: ClassVar[str] = "nc"
+
+    augment_inversion: bool = False
+    index_threshold: float = 2.0
+    unlearning_ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("index_threshold", self.index_threshold >= 0, "0 and more")
+        self.require("unlearning_ratio", 0 < self.unlearning_ratio <= 1, "above 0 and up to 1")
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        plain, _ = unaugmented(batches)
+        kept = Kept(plain)
+        with torch.no_grad():
+            classes = model(kept.x[:1]).shape[1]
+        patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
+        self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
+        # Without a pass this run goes on in the second stage, and the patches come with its checkpoint.
+        if int(patches.passes) and not self.report(patches, session):
+            return
+        repair = Repair(self, kept, patches, batches)
+        state = {**self.prepare(model, len(repair)), "patches": patches, "kept": kept}
+        step, end_epoch = partial(self.step, state), partial(self.end_epoch, state)
+        loop.run(step, repair, self.epochs, state=state, end_epoch=end_epoch, session=session.at(1), label="round")
+
+    def flagged(self, norms: Tensor) -> list[int]:
+        """The classes whose mask is an outlier on the small side."""
+        return (anomaly(norms) > self.index_threshold).nonzero().flatten().tolist()
+
+    def report(self, patches: Patches, session: Session) -> list[int]:
+        """Say what was found; returns the flagged classes."""
+        norms = patches.found()[2]
+        index, flagged = anomaly(norms), self.flagged(norms)
+        for c in flagged:
+            session.say(f"class {c} is flagged: mask norm {float(norms[c]):.4g}, anomaly index {float(index[c]):.3g}")
+        text = f"largest anomaly index {float(index.max()):.3g}, median mask norm {float(norms.quantile(0.5)):.4g}"
+        session.say(text if flagged else f"no class is flagged and the network stays as it is: {text}")
+        return flagged

@@ -1,0 +1,296 @@
+"""i-BAU: its hypergradient against closed forms, finite differences and a literal transcription; rounds; the toy."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_defenses import backdoored, pair
+from test_loop import ALWAYS, NEVER, Tape
+from torch import Tensor, nn
+from toys import quiet, same_weights, tiny_net
+
+from sau.defense import IBAU
+from sau.defense.i_bau import single_precision, solve
+from sau.defense.inputs import Kept
+from sau.errors import ConfigError
+from sau.evaluate import score
+from sau.models import Normalized, build
+from sau.session import Session
+
+Double = tuple[Tensor, Tensor]
+
+
+def smooth_net() -> nn.Module:
+    """Double precision, no kinks, eval mode with statistics that matter."""
+    torch.manual_seed(3)
+    layers = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 3))
+    net = nn.Sequential(*layers).double().eval()
+    net[1].running_mean.fill_(0.2), net[1].running_var.fill_(0.5)
+    return net
+
+
+def batch(n: int, seed: int) -> Double:
+    torch.manual_seed(seed)
+    return torch.rand(n, 1, 4, 4, dtype=torch.float64), torch.arange(n) % 3
+
+
+def hypergradient(defense: IBAU, net: nn.Module, outer: Double, first: Double, delta: Tensor, carriers: Tensor) -> Any:
+    surrogate, *_ = defense.losses(net, outer, first, delta, carriers)
+    return torch.autograd.grad(surrogate, list(net.parameters()))
+
+
+def test_the_hypergradient_of_a_quadratic_problem():
+    """l_in = d'Hd/2 + d'Bw has d* = -H^-1 B w; with l_out = |d - a|^2/2 the total derivative is -B' H^-1 (d* - a)."""
+    torch.manual_seed(0)
+    roots, b, w, a = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (4, 3), (3,), (4,)))
+    h = roots @ roots.T / 4 + torch.eye(4)
+    w.requires_grad_()
+    delta = (-torch.linalg.solve(h, b @ w)).detach().requires_grad_()
+    g = (delta - a).detach()
+    exact = -b.T @ torch.linalg.solve(h, g)
+    rate, errors = 0.2, []
+    for steps in (1, 5, 20, 300):
+        slope = h @ delta + b @ w
+        v = solve(slope, delta, g, steps, rate)
+        (found,) = torch.autograd.grad(-rate * (v * slope).sum(), w)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1 and errors[-1] < 1e-8
+
+
+def test_the_iteration_is_the_neumann_sum():
+    """After K steps from zero v is the sum of the first K powers of 1 - r H, applied to g."""
+    h, g = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    delta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    v = solve(h @ delta, delta, g, 3, 0.1)
+    assert v.tolist() == pytest.approx([1 + 0.9 + 0.81, -2 * (1 + 0.7 + 0.49)])
+
+
+def test_the_hypergradient_is_the_derivative_of_the_bilevel_value():
+    """Against central differences of l_out(d*(w), w), d* found by Newton's method; l2 is large enough to make the
+    inner problem convex."""
+    defense = IBAU(K=400, fixed_point_lr=0.3, l2_weight=0.5, portion=0.5)
+    outer, first, carriers = batch(6, 1), batch(5, 2), torch.tensor([0, 2, 5])
+    net = smooth_net()
+
+    def best(model: nn.Module) -> Tensor:
+        delta = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+        for _ in range(20):
+            d = delta.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(defense.inner_loss(model, *first, d), d)
+            curvature = torch.autograd.functional.hessian(lambda d: defense.inner_loss(model, *first, d), delta)
+            delta = delta - torch.linalg.solve(curvature.view(16, 16), slope.flatten()).view_as(delta)
+        return delta
+
+    def value(shift: float, direction: list[Tensor]) -> float:
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            for parameter, part in zip(moved.parameters(), direction, strict=True):
+                parameter += shift * part
+        x = outer[0].clone()
+        x[carriers] += best(moved)
+        return float(F.cross_entropy(moved(x), outer[1]).detach())
+
+    delta = best(net)
+    assert float(delta.norm()) > 0.05
+    found = hypergradient(defense, net, outer, first, delta, carriers)
+    direct = hypergradient(IBAU(K=1, fixed_point_lr=1e-12), net, outer, first, delta, carriers)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        direction = [torch.randn_like(parameter) for parameter in net.parameters()]
+        difference = (value(1e-4, direction) - value(-1e-4, direction)) / 2e-4
+        along = [float(sum((a * b).sum() for a, b in zip(g, direction, strict=True))) for g in (found, direct)]
+        assert along[0] == pytest.approx(difference, rel=1e-5)
+        assert abs(along[1] - difference) > 1e-3 * abs(difference)  # the implicit part counts
+
+
+@pytest.mark.parametrize("space", ["normalised", "pixel"])
+def test_the_hypergradient_is_that_of_the_description_word_by_word(space):
+    """defenses.md 2.8: everything on the whole batch, every product by a map of its own, in the network's input."""
+    net, std = smooth_net(), torch.tensor([0.25], dtype=torch.float64)
+    owned = Normalized(net, (0.5,), (0.25,))
+    assert owned.mean is not None and owned.std is not None
+    (x, y), (x0, y0) = batch(6, 1), batch(5, 2)
+    delta, carriers = torch.rand(1, 1, 4, 4, dtype=torch.float64) - 0.5, torch.tensor([1, 4])
+    defense = IBAU(space=space, l2_weight=0.02, fixed_point_lr=0.15, K=5)
+    found = hypergradient(defense, owned, (x, y), (x0, y0), delta, carriers)
+
+    weights, into = list(net.parameters()), 1.0 if space == "normalised" else 1 / std
+    a, a0 = (x - 0.5) / 0.25, (x0 - 0.5) / 0.25
+
+    def l_in(d: Tensor) -> Tensor:
+        return -F.cross_entropy(net(a0 + d * into), y0) + 0.02 * d.norm() ** 2
+
+    def phi(d: Tensor) -> Tensor:
+        return d - 0.15 * torch.autograd.grad(l_in(d), d, create_graph=True)[0]
+
+    d = delta.clone().requires_grad_()
+    mask = torch.zeros(6, 1, 1, 1, dtype=torch.float64)
+    mask[carriers] = 1
+    l_out = F.cross_entropy(net(a + mask * d * into), y)
+    g_d, *g_t = torch.autograd.grad(l_out, [d, *weights])
+    v = torch.zeros_like(d)
+    for _ in range(5):
+        v = torch.autograd.grad(phi(d), d, v)[0] + g_d
+    implicit = torch.autograd.grad(phi(d), weights, v, allow_unused=True)
+    assert any(part is not None and float(part.abs().max()) > 1e-6 for part in implicit)
+    for ours, direct, part in zip(found, g_t, implicit, strict=True):
+        torch.testing.assert_close(ours, direct if part is None else direct + part, rtol=1e-9, atol=1e-12)
+
+
+def test_the_inner_pass_is_plain_descent_with_the_networks_own_labels():
+    net, defense = smooth_net(), IBAU(inner_lr=2.0, l2_weight=0.1)
+    batches = [batch(6, 1), batch(5, 2)]
+    delta = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    for x, _ in batches:
+        d = delta.clone().requires_grad_()
+        (-F.cross_entropy(net(x + d), net(x).argmax(1)) + 0.1 * d.square().sum()).backward()
+        delta = delta - 2.0 * d.grad
+    torch.testing.assert_close(defense.inner_pass(net, batches), delta, rtol=1e-12, atol=0)
+    assert float(delta.norm()) > 0.1
+
+
+def test_a_step_in_normalised_space_is_one_times_the_deviation_in_pixels():
+    delta, model = torch.ones(1, 3, 2, 2), Normalized(tiny_net(), (0.5,) * 3, (0.1, 0.2, 0.3))
+    assert IBAU().in_pixels(model, delta)[0, :, 0, 0].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    for defense, network in ((IBAU(space="pixel"), model), (IBAU(), Normalized(tiny_net())), (IBAU(), tiny_net())):
+        assert torch.equal(defense.in_pixels(network, delta), delta)
+
+
+def test_carriers_take_turns():
+    """1 % of 256 are 2, of 196 one; of fewer than 100 still one, unless nothing is asked for."""
+    assert [IBAU().carriers(256, turn).tolist() for turn in (0, 1, 128)] == [[0, 1], [2, 3], [0, 1]]
+    assert IBAU().carriers(196, 3).tolist() == [3] and IBAU().carriers(8, 9).tolist() == [1]
+    assert IBAU(portion=0.0).carriers(256, 0).tolist() == []
+    assert IBAU(portion=1.0).carriers(3, 1).tolist() == [0, 1, 2]
+
+
+def test_a_round_searches_once_and_updates_once_a_batch():
+    """Two rounds by hand, bit by bit; the second one has another perturbation."""
+    net, data = tiny_net(), [(pair()[0][:8], pair()[1][:8]), (pair()[0][8:], pair()[1][8:])]
+    defense = IBAU(epochs=2, lr=0.01, inner_lr=1.0, augment=False)
+    rows: list[dict[str, float]] = []
+    session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
+    fixed = defense.purify(net, data, session=session)
+    ours = copy.deepcopy(net)
+    optimiser = torch.optim.Adam(ours.parameters(), lr=0.01, amsgrad=True, fused=True)
+    lengths = []
+    for turn in range(2):
+        delta = defense.inner_pass(ours, data)
+        lengths.append(float(delta.norm()))
+        for x, y in data:
+            surrogate, *_ = defense.losses(ours, (x, y), data[0], delta, defense.carriers(len(x), turn))
+            optimiser.zero_grad()
+            surrogate.backward()
+            optimiser.step()
+    assert same_weights(fixed, ours)
+    assert [row["delta"] for row in rows] == pytest.approx(lengths) and lengths[0] != lengths[1]
+
+
+def test_without_carriers_it_is_fine_tuning_in_eval_mode():
+    net, defense = tiny_net(), IBAU(portion=0.0)
+    x, y = pair()
+    delta = torch.ones_like(x[:1])
+    found = hypergradient(defense, net, (x, y), (x, y), delta, defense.carriers(20, 0))
+    plain = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_it_computes_in_single_precision():
+    """Under bf16 second derivatives lose their digits; the network's own switch comes back afterwards."""
+    net, data = tiny_net(), pair()
+    plain = IBAU(epochs=1, lr=0.01).purify(Normalized(net), data, session=quiet())
+    fixed = IBAU(epochs=1, lr=0.01).purify(Normalized(net, amp=True), data, session=quiet())
+    assert same_weights(plain, fixed) and isinstance(fixed, Normalized) and fixed.amp
+    model = Normalized(net, amp=True)
+    with pytest.raises(KeyError), single_precision(model):
+        assert not model.amp
+        raise KeyError
+    assert model.amp
+
+
+def test_it_differentiates_twice_through_the_librarys_network():
+    net = build("preactresnet18", 3, width=4, mean=(0.5,) * 3, std=(0.25,) * 3)
+    before = copy.deepcopy(net)
+    fixed = IBAU(epochs=1, batch_size=4).purify(net, pair(8, classes=3, size=32), session=quiet())
+    assert not same_weights(fixed, before) and fixed.state_dict().keys() == before.state_dict().keys()
+
+
+# Resuming
+
+
+class Stop(Tape):
+    """A checkpoint that breaks off after so many saves."""
+
+    def __init__(self, saves: int) -> None:
+        super().__init__()
+        self.left = saves
+
+    def save(self, place: dict[str, Any]) -> None:
+        super().save(place)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("save_every", [ALWAYS, NEVER])
+def test_a_stopped_run_goes_on_to_the_same_bits(save_every):
+    """Also in the middle of a round, and where the user's loader draws its order from torch's generator."""
+    defense = IBAU(epochs=3, batch_size=8, lr=0.01)
+    x, y = pair()
+
+    def loader() -> Any:
+        dataset = torch.utils.data.TensorDataset(x, y)
+        return torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+
+    def run(data: Any, tape: Tape) -> nn.Module:
+        session = Session(checkpoint=tape, say=lambda text: None, save_every=save_every)
+        return defense.purify(tiny_net(), data, session=session)
+
+    for give in (lambda: (x, y), loader):
+        torch.manual_seed(1)
+        whole = run(give(), Tape())
+        for saves in (1, 2, 4, 8) if save_every == ALWAYS else (1, 2):
+            tape = Stop(saves)
+            torch.manual_seed(1)
+            with pytest.raises(KeyboardInterrupt):
+                run(give(), tape)
+            torch.manual_seed(2)
+            tape.left = -1
+            assert same_weights(run(give(), tape), whole), saves
+
+
+def test_the_pictures_are_drawn_once_for_all_rounds():
+    x, y = pair()
+    kept = Kept([(x[:8], y[:8], "more"), (x[8:], y[8:], "more")])
+    assert [len(labels) for _, labels in kept] == [8, 12] and len(kept) == 2
+    assert torch.equal(torch.cat([pixels for pixels, _ in kept]), x)
+    again = Kept([(x[:8] * 0, y[:8]), (x[8:] * 0, y[8:])])
+    again.load_state_dict(kept.state_dict())
+    assert torch.equal(torch.cat([pixels for pixels, _ in again]), x)
+
+
+# The claim, on a toy
+
+
+def test_it_removes_the_backdoor_and_keeps_the_accuracy():
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    defense = IBAU(lr=0.01, inner_lr=1.0, portion=0.1, epochs=5, batch_size=25, augment=False)
+    tuned = replace(defense, portion=0.0)  # the same updates on clean pictures alone
+    after, plain = (score(method.purify(net, clean, session=quiet()), test, triggered) for method in (defense, tuned))
+    assert before.asr.percent > 90 and plain.asr.percent > 50
+    assert after.asr.percent < 10 and after.racc.percent > 80 and after.acc.percent >= before.acc.percent - 10
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"K": 0}, {"portion": 1.1}, {"portion": -0.1}, {"inner_lr": 0.0}, {"fixed_point_lr": 0.0}, {"l2_weight": -1.0}],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        IBAU(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)

@@ -1,0 +1,333 @@
+"""NC: the cost schedule and the outlier rule by hand, the inversion against one class at a time, planted patches."""
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_defenses import pair
+from test_i_bau import Stop
+from test_loop import ALWAYS, NEVER, Tape
+from torch import Tensor, nn
+from toys import quiet, same_weights, tiny_net, toy_images, train_victim
+
+from sau.attack import BadNet
+from sau.data.images import Batches, Images
+from sau.defense import NC
+from sau.defense.inputs import Kept
+from sau.defense.inversion import Patches, unit
+from sau.defense.nc import Repair, anomaly
+from sau.errors import ConfigError
+from sau.evaluate import score
+from sau.session import Session
+
+# The outlier rule
+
+
+def test_the_anomaly_index_by_hand():
+    """Median 50, deviations 40, 10, 0, 10, 40 with the median 10: index 40 / 14.826, and only below the median."""
+    index = anomaly(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0]))
+    assert index.tolist() == pytest.approx([40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826])
+    assert NC().flagged(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0])) == [0]
+    assert NC(index_threshold=2.7).flagged(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0])) == []
+
+
+def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two():
+    """Median 3.5; deviations 2.5, 0.5, 0.5, 2.5 with the median 1.5."""
+    index = anomaly(torch.tensor([1.0, 3.0, 4.0, 6.0]))
+    assert index.tolist() == pytest.approx([2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239], rel=1e-5)
+
+
+def test_equal_norms_flag_nobody_and_one_below_equal_ones_is_flagged():
+    assert anomaly(torch.full((5,), 7.0)).tolist() == [0.0] * 5
+    assert NC().flagged(torch.tensor([7.0, 7.0, 7.0, 7.0, 6.0])) == [4]
+    assert NC().flagged(torch.tensor([7.0, 7.0, 7.0, 7.0, 8.0])) == []
+
+
+# The cost schedule
+
+
+def passes(defense: NC, outcomes: list[tuple[float, float]]) -> tuple[list[float], list[bool], Patches]:
+    """Costs and stops after passes of two updates with (success in %, norm); the mask of pass i is that of logit i."""
+    patches = Patches(1, 1, torch.zeros(1, 3, 2, 2), 1.0)
+    costs, stops = [], []
+    for number, (success, norm) in enumerate(outcomes):
+        nn.init.constant_(patches.mask, float(number))
+        patches.hits += 2 * success / 100
+        patches.norms += 2 * norm
+        stops.append(defense.end_pass(patches, 2, {}))
+        costs.append(float(patches.cost))
+    return costs, stops, patches
+
+
+def test_the_cost_rises_after_successes_in_a_row_and_falls_after_failures():
+    """Patience 2: two successes double it, two failures divide it by 2 ** 1.5, a change starts the count anew."""
+    outcomes = [(100, 9), (98, 9), (98, 9), (0, 9), (99, 9), (97.9, 9), (0, 9), (0, 9), (50, 9)]
+    low = 2**-1.5
+    costs, stops, _ = passes(NC(patience=2), outcomes)
+    assert costs == pytest.approx([1, 2, 2, 2, 2, 2, 2 * low, 2 * low, 2 * low * low]) and not any(stops)
+    assert passes(NC(patience=2, cost_multiplier=4.0), outcomes[:2])[0] == [1, 4]
+
+
+def test_the_best_patch_is_the_smallest_that_works():
+    """The first pass stands in, though it fails; then 8 works, 9 is larger, 5 fails, 6 works, 6 is not smaller."""
+    _, _, patches = passes(NC(), [(50, 3), (50, 2), (99, 8), (99, 9), (97, 5), (99, 6), (99, 6)])
+    assert torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), 5.0))) and float(patches.best) == 6
+    _, _, patches = passes(NC(), [(50, 3), (50, 2), (97, 1)])
+    assert torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), 0.0))) and float(patches.best) == math.inf
+
+
+def test_a_class_stops_when_its_cost_went_both_ways_and_its_patch_no_longer_shrinks():
+    """Patience 1 moves the cost every pass. The best norm is 10 in pass 1; it does not shrink in passes 2, 3 and 4, for
+    9.95 is above 0.99 * 10, so the third of them stops. With 9.8 in pass 3, and 8 in pass 5, it is passes 6 to 8."""
+    outcomes = [(99, 10), (0, 5), (99, 11), (99, 9.95), (99, 8), (0, 7), (0, 7), (0, 7)]
+    defense = NC(patience=1, early_stop_patience=3)
+    assert passes(defense, outcomes)[1] == [False] * 3 + [True] + [True] * 4
+    assert passes(replace(defense, early_stop_patience=4), outcomes)[1] == [False] * 8
+    outcomes[2] = (99, 9.8)
+    assert passes(defense, outcomes)[1] == [False] * 7 + [True]
+    assert passes(replace(defense, early_stop=False), outcomes)[1] == [False] * 8
+    assert passes(defense, [(99, 10)] * 9)[1] == [False] * 9  # the cost never fell
+    assert passes(defense, [(0, 10)] * 9)[1] == [False] * 9  # nothing ever worked
+
+
+# The inversion
+
+
+def test_masks_and_patterns_start_at_the_published_value():
+    patches = Patches(3, 1, torch.zeros(1, 3, 4, 4), 1e-3)
+    assert float(unit(patches.mask.detach()).mean()) == pytest.approx(math.tanh(1) / 2 + 0.5)
+    assert unit(torch.tensor([-1e9, 1e9])).tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("group", [1, 3, 10])
+def test_all_classes_at_once_are_each_class_by_itself(group):
+    """Three updates by plain Adam of one class after the other; class 1 has stopped and costs nothing."""
+    net, (x, y) = tiny_net().requires_grad_(False), pair(12)
+    defense, patches = NC(group=group, init_cost=0.01, nc_epoch=1), Patches(4, 1, x[:1], 0.01)
+    patches.open[1] = False
+    patches.cost[2] = 0.05
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return net(x)
+
+    before = patches.hits.clone()
+    session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: seen.append("end") or {})
+    kept = {}
+    end = type(defense).end_pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NC, "end_pass", lambda self, s, *rest: kept.update(hits=s.hits.clone()) or end(self, s, *rest))
+        defense.invert(Watched(), [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)], patches, session)
+    assert sum(n for n in seen[:-1]) == 3 * 3 * 4 and float(before.sum()) == 0 and float(kept["hits"][1]) == 0
+    for c, cost in ((0, 0.01), (2, 0.05), (3, 0.01)):
+        u, w = torch.ones(1, 16, 16, requires_grad=True), torch.ones(3, 16, 16, requires_grad=True)
+        adam = torch.optim.Adam([u, w], lr=0.1, betas=(0.5, 0.9))
+        hits = 0.0
+        for i in (0, 4, 8):
+            m, p = u.tanh() / (2 + 1e-7) + 0.5, w.tanh() / (2 + 1e-7) + 0.5
+            logits = net((1 - m) * x[i : i + 4] + m * p)
+            hits += float((logits.argmax(1) == c).float().mean())
+            loss = F.cross_entropy(logits, torch.full((4,), c)) + cost * m.abs().sum()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        torch.testing.assert_close(patches.mask[c].detach(), u.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(patches.pattern[c].detach(), w.detach(), rtol=1e-3, atol=1e-4)
+        assert float(kept["hits"][c]) == pytest.approx(hits)
+
+
+def test_a_share_of_each_batch():
+    sizes = []
+
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return tiny_net()(x)
+
+    x, y = pair(11)
+    patches = Patches(4, 1, x[:1], 0.01)
+    NC(inversion_share=0.3, nc_epoch=1, group=2).invert(Counted(), [(x[:8], y[:8]), (x[8:], y[8:])], patches, quiet())
+    assert sizes == [6, 6, 2, 2]  # three of eight and one of three pictures, for two classes at a time
+
+
+def test_of_several_starts_the_smallest_patch_that_works_counts():
+    patches = Patches(2, 3, torch.zeros(1, 3, 1, 1), 0.01)
+    norms = torch.tensor([0.5, 0.6, 0.4, 0.7, 0.3, 0.8])  # rows 0, 2, 4 are class 0, rows 1, 3, 5 class 1
+    patches.best_mask = norms.view(6, 1, 1, 1)
+    patches.best = torch.tensor([0.5, math.inf, 0.4, 0.7, math.inf, math.inf])
+    masks, patterns, found = patches.found()
+    assert found.tolist() == pytest.approx([0.4, 0.7]) and masks.flatten().tolist() == pytest.approx([0.4, 0.7])
+    assert torch.equal(patterns, patches.best_pattern[[2, 3]])
+    assert (patches.mask[:2] == 1).all() and not (patches.mask[2:] == 1).any()
+
+
+# Planted patches
+
+
+class Planted(nn.Module):
+    """A linear network of eight classes on 8x8 pictures: small orthogonal weights of all pixels, which ask for a large
+    patch; a planted class has large weights of four pixels."""
+
+    def __init__(self, planted: tuple[int, ...]) -> None:
+        super().__init__()
+        walsh = torch.ones(1, 1)
+        for _ in range(6):
+            walsh = torch.cat([torch.cat([walsh, walsh], 1), torch.cat([walsh, -walsh], 1)])
+        weight = 0.1 * walsh[11:19]
+        for c in planted:
+            weight[c] = 0
+            weight[c, 8 * c : 8 * c + 4] = 3.0
+        self.linear = nn.Linear(64, 8)
+        self.linear.load_state_dict({"weight": weight, "bias": torch.zeros(8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1) - 0.5)
+
+
+def grey(n: int = 40) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    x = 0.5 + 0.05 * torch.randn(n, 1, 8, 8)
+    return x.clamp(0, 1), torch.arange(n) % 8
+
+
+def said(defense: NC, net: nn.Module, data: Any) -> tuple[nn.Module, list[str]]:
+    lines: list[str] = []
+    return defense.purify(net, data, session=Session(say=lines.append)), lines
+
+
+@pytest.mark.parametrize(
+    ("planted", "how"), [((3,), {"nc_epoch": 60, "init_cost": 0.05}), ((1, 5), {"init_cost": 0.1, "mask_lr": 0.3})]
+)
+def test_every_planted_class_is_flagged(planted, how):
+    defense = NC(**{"nc_epoch": 40, "batch_size": 20, "epochs": 0, **how})
+    fixed, lines = said(defense, Planted(planted), grey())
+    flagged = [int(line.split()[1]) for line in lines if line.startswith("class")]
+    assert tuple(flagged) == planted and any("largest anomaly index" in line for line in lines)
+    assert same_weights(fixed, Planted(planted))  # no rounds of fine-tuning were asked for
+
+
+def test_without_an_outlier_the_network_stays_as_it_is():
+    defense = NC(nc_epoch=60, batch_size=20, epochs=2, init_cost=0.05)
+    fixed, lines = said(defense, Planted(()), grey())
+    assert same_weights(fixed, Planted(())) and not any("round" in line for line in lines)
+    assert len([line for line in lines if "no class is flagged" in line and "anomaly index" in line]) == 1
+    fixed, lines = said(replace(defense, index_threshold=0.0), Planted(()), grey())
+    assert not same_weights(fixed, Planted(())) and any(line.startswith("round 2/2") for line in lines)
+
+
+def test_the_pictures_of_the_fine_tuning_by_hand():
+    """Ten pictures, two flagged classes: eight clean, the last two stamped twice, all with their true labels."""
+    x, y = pair(10)
+    defense, patches = NC(batch_size=50), Patches(8, 1, x[:1], 0.01)
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.tensor([0.5, 0.01, 0.52, 0.48, 0.51, 0.02, 0.49, 0.5])
+    patches.best_mask = sizes.view(8, 1, 1, 1) * torch.rand(8, 1, 16, 16, generator=generator)
+    patches.best_pattern = torch.rand(8, 3, 16, 16, generator=generator)
+    assert defense.flagged(patches.found()[2]) == [1, 5]
+    kept = Kept([(x, y)])
+    like = Batches(x, (y,), 4, 9)
+    repair = Repair(defense, kept, patches, like)
+    found = repair.batches()
+    assert len(repair) == 1 and found.seed == 9 and found.augment is None and found.size == 50
+    assert torch.equal(found.pixels[:8], x[:8]) and found.labels[0].tolist() == [*y.tolist(), *y[8:].tolist()]
+    for place, c in ((8, 1), (10, 5)):
+        m, p = patches.best_mask[c], patches.best_pattern[c]
+        torch.testing.assert_close(found.pixels[place : place + 2], (1 - m) * x[8:] + m * p)
+    repair.set_epoch(1)
+    other, same = next(iter(repair))[0], next(iter(repair))[0]
+    assert torch.equal(other, same)
+    repair.set_epoch(2)
+    assert not torch.equal(next(iter(repair))[0], other)
+
+
+@cache
+def badnet() -> tuple[nn.Module, Images, Images, Images]:
+    attack = BadNet(attack_target=2)
+    test = toy_images(200, seed=2)
+    return train_victim(attack, toy_images(400, seed=1)), toy_images(200, seed=3), test, attack.poison_test(test)
+
+
+def test_it_finds_the_patch_of_badnets_and_unlearns_it():
+    net, clean, test, triggered = badnet()
+    before = score(net, test, triggered)
+    fixed, lines = said(NC(nc_epoch=40, epochs=10, batch_size=50, augment=False), net, clean)
+    after = score(fixed, test, triggered)
+    assert [line.split()[1] for line in lines if line.startswith("class")] == ["2"]
+    assert before.asr.percent > 90 and after.asr.percent < 10
+    assert after.racc.percent > 80 and after.acc.percent >= before.acc.percent - 5
+
+
+def test_the_caller_sees_the_patches_in_the_state():
+    seen: list[Any] = []
+    session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: seen.append(state["patches"]) or {})
+    NC(nc_epoch=2, epochs=1, batch_size=8, index_threshold=0.0).purify(tiny_net(), pair(), session=session)
+    masks, patterns, norms = seen[-1].found()
+    assert len(seen) == 3 and masks.shape == (4, 1, 16, 16) and patterns.shape == (4, 3, 16, 16)
+    assert norms.tolist() == pytest.approx(masks.sum((1, 2, 3)).tolist())
+
+
+def test_the_inversion_sees_pictures_without_augmentation_unless_asked():
+    def norms(**how: bool) -> list[float]:
+        rows: list[Any] = []
+        session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
+        defense = NC(nc_epoch=1, epochs=0, batch_size=8, **how)
+        defense.purify(tiny_net(), pair(), session=session)
+        return [row["loss"] for row in rows]
+
+    plain = norms(augment=False)
+    assert norms(augment=True) == plain and norms(augment=True, augment_inversion=True) != plain
+    assert norms(augment=False, augment_inversion=True) == plain  # nothing to crop by
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("save_every", "saves", "restarts"),
+    [(ALWAYS, (1, 3, 4, 7, 10, 12), 2), (NEVER, (1, 2, 3), 1)],
+    ids=["always", "never"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(save_every, saves, restarts):
+    """In both stages, also inside a pass, with a loader that draws its order, and with restarts that draw their start:
+    two passes of three batches, then a fine-tuning of two rounds."""
+    defense = NC(nc_epoch=2, epochs=2, batch_size=8, index_threshold=0.0, restarts=restarts)
+    dataset = torch.utils.data.TensorDataset(*pair())
+
+    def run(tape: Tape, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        data = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+        session = Session(checkpoint=tape, say=lambda text: None, save_every=save_every)
+        return defense.purify(tiny_net(), data, session=session)
+
+    whole = run(Tape(), 1)
+    for number in saves:
+        tape = Stop(number)
+        with pytest.raises(KeyboardInterrupt):
+            run(tape, 1)
+        tape.left = -1
+        assert same_weights(run(tape, 2), whole), number
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: 0} for name in ("nc_epoch", "patience", "early_stop_patience", "restarts", "group")),
+        *({name: 0.0} for name in ("mask_lr", "init_cost", "inversion_share", "unlearning_ratio")),
+        *({name: 1.1} for name in ("inversion_share", "unlearning_ratio", "early_stop_threshold")),
+        {"atk_succ_threshold": 101.0},
+        {"cost_multiplier": 1.0},
+        {"index_threshold": -1.0},
+        {"epochs": -1},
+    ],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        NC(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)
