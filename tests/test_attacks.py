@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_loop import Stopping, Tape
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import ATTACKS, LF, SIG, Attack, BadNet, Blended, InputAware, Prototype, WaNet
@@ -20,6 +21,7 @@ from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import score
 from sau.optim import Descent, Training
+from sau.session import Session
 
 
 @dataclass(frozen=True)
@@ -705,3 +707,32 @@ def test_pictures_too_small_for_the_generators_are_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         InputAware().forge(toy_images(8, size=12), tiny_net(), Training())
     assert "12 pixels" in one_line(refusal.value)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3])
+@each_in_batch
+def test_an_attack_inside_the_batches_resumes_with_equal_weights_and_triggers(attack, saves):
+    """Stopped after the first mask epoch, between the stages' epochs, and before the last one."""
+    images, recipe = toy_images(20, size=16), Training(epochs=3, batch_size=10)
+
+    def fitted(tape: Tape, go: Callable[..., Any] = lambda fit: fit()) -> tuple[Any, Any]:
+        torch.manual_seed(2)
+        fresh, net = forged(with_(attack, pratio=0.25)), tiny_net()
+        session = Session(say=lambda text: None, checkpoint=tape)
+        go(lambda: fresh.fit(net, images, recipe, augment=Augment(2, flip=True), session=session))
+        return net, fresh
+
+    whole_net, whole = fitted(Tape())
+    tape = Stopping(saves)
+
+    def stop(fit: Callable[[], Any]) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fit()
+
+    fitted(tape, stop)
+    net, resumed = fitted(tape)
+    assert same_weights(net, whole_net) and same_weights(resumed.made(), whole.made())
+    assert torch.equal(resumed.poison_test(images).pixels, whole.poison_test(images).pixels)

@@ -22,12 +22,13 @@ from sau import cli as module
 from sau import device
 from sau.attack import ATTACKS, BadNet
 from sau.config import options
-from sau.data.images import Images
+from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun
+from sau.victim import load_images
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -392,6 +393,44 @@ def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
     assert (triggered["labels"] == 3).all() and (triggered["true_labels"] != 3).all()
     assert (triggered["pixels"][:, 1] == 90).all()
     assert len(safetensors.torch.load_file(tmp_path / "record/c/poisoned.safetensors")["index"]) == 72
+
+
+@pytest.mark.parametrize(("name", "covers"), [("wanet", 24), ("inputaware", 12)])
+def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here, tmp_path, name, covers):
+    """It keeps examples of what it did, with their roles, and what stamps further pictures."""
+    own = ("--clean_train_epochs", "0") if name == "inputaware" else ()
+    flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", *QUICK, *own)
+    status, out, err = here("attack", name, *flags, "--save_folder_name", "a")
+    assert status == 0, err
+    assert f"of each batch of 128 12 pictures poisoned and {covers}" in out and "trigger: PSNR" in out
+    record = Record(tmp_path / "record" / "a")
+    record.check()
+    kept = load_images(record, "poisoned")
+    first = kept[kept.index < 128]
+    assert (first.role == BACKDOOR).sum() == 12 and (first.role == COVER).sum() == covers
+    assert record.load_tensors("trigger")
+    hidden = json.loads((record.path / "summary.json").read_text())["trigger"]
+    assert hidden["psnr"] > 5 and 0 <= hidden["in_ball"] <= 100
+    assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
+
+
+def test_a_free_label_map_and_a_refused_one(here, refused, tmp_path):
+    flags = ("--dataset", "digits", "--width", "4", "--epochs", "0", *QUICK, "--attack_label_trans", "map")
+    status, _, err = here(
+        "attack", "badnet", *flags, "--attack_label_map", "1,0,2,3,4,5,6,7,8,9", "--save_folder_name", "a"
+    )
+    assert status == 0, err
+    record = Record(tmp_path / "record" / "a")
+    record.check()
+    triggered = load_images(record, "triggered")
+    assert set(zip(triggered.true_labels.tolist(), triggered.labels.tolist(), strict=True)) == {(0, 1), (1, 0)}
+    assert "10 classes" in refused("attack", "badnet", *flags, "--attack_label_map", "1,0", "--save_folder_name", "b")
+    assert not (tmp_path / "record" / "b").exists()
+
+
+def test_a_clean_label_ratio_above_the_class_is_refused_and_leaves_nothing(refused, tmp_path):
+    line = refused("attack", "sig", "--dataset", "digits", *QUICK, "--pratio", "0.5", "--save_folder_name", "a")
+    assert "718 of 1437" in line and not (tmp_path / "record" / "a").exists()
 
 
 def test_settings_from_a_yaml_file(here, tmp_path):
