@@ -1,4 +1,4 @@
-"""BackdoorBench's result folders: what they hold, and reading one as the victim of our defenses (attacks.md 4)."""
+"""BackdoorBench's result folders: what they hold, and reading one as the victim of our defenses."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pictures that a BackdoorBench file lists, from the folders beside it or from the file itself (attacks.md 4.2)."""
+"""The pictures that a BackdoorBench file lists, from the folders beside it or from the file itself."""
 
 import os
 import re

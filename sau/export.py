@@ -79,7 +79,7 @@ def save_png(pixels: torch.Tensor, path: Path) -> None:
 def write(record: Record, target: Path, name: str, data: str | None = None) -> None:
     """Write a finished record as a folder that BackdoorBench's `load_attack_result` reads.
 
-    Requirements and layout: attacks.md 4.1 to 4.3. The folder appears whole or not at all.
+    The layout is the one that its own writer makes. The folder appears whole or not at all.
 
     Args:
         record: of an attack.

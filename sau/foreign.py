@@ -1,7 +1,7 @@
 """Opening a `.pt` file that somebody else made, without running anything in it.
 
 torch's restricted unpickler (`weights_only=True`) calls only functions on a list. BackdoorBench's files need numpy and,
-if pictures were kept in memory, Pillow on that list (attacks.md 4.3), under their names in numpy 1 and in numpy 2. The
+if pictures were kept in memory, Pillow on that list, under their names in numpy 1 and in numpy 2. The
 names are those; what they lead to here are stand-ins that check and copy, because a file can bring numpy's own dtype
 objects into states that numpy takes on trust (an int64 type that claims to hold Python objects).
 """

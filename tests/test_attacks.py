@@ -156,7 +156,7 @@ def test_the_number_of_poisoned_pictures_is_rounded(n, pratio, count):
 
 @each_fixed
 def test_the_benchmarks_indices_in_its_order(attack):
-    """attacks.md 0.3: N = 50,000 and seed 0 begin 11841, 19602, ...; k pictures are the first k of that draw."""
+    """N = 50,000 and seed 0 begin 11841, 19602, ...; k pictures are the first k of that draw."""
     images = Images.clean(torch.zeros(50_000, 3, 9, 9, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.long), 10)
     golden = [11841, 19602, 45519, 25747, 42642, 31902]
     for k in (1, 3, 6):
@@ -383,7 +383,7 @@ def test_badnets_patch_at_32():
 
 
 def test_badnets_patch_at_64_has_a_soft_border():
-    """attacks.md 1.1: a block of 5x5, and two rows and columns that the resizing made grey."""
+    """A block of 5x5, and two rows and columns that the resizing made grey."""
     expected = torch.full((64, 64), -1)
     expected[59:, 59:] = 255
     expected[57, 57:] = expected[57:, 57] = torch.tensor([16, 48, 64, 64, 64, 64, 64])
@@ -442,7 +442,7 @@ def test_blended_changes_at_most_a_fifth():
 
 
 def test_blended_brings_its_own_picture():
-    """Light ground and strong contrast, like the benchmark's: mean near 200, deviation near 69 (attacks.md 1.2)."""
+    """Light ground and strong contrast, like the benchmark's: mean near 200, deviation near 69."""
     seen = (Blended(attack_train_blended_alpha=1.0).stamp(torch.zeros(1, 3, 32, 32)) * 255)[0]
     assert 170 < float(seen.mean()) < 230 and 50 < float(seen.std()) < 90
     assert (seen.amax(0) - seen.amin(0)).max() > 100  # a strong colour
@@ -469,7 +469,7 @@ def test_a_trigger_picture_that_cannot_be_used_is_refused(attack, flag, tmp_path
 
 
 def test_sigs_wave_in_grey_levels():
-    """attacks.md 1.5: 32 columns begin 0, +37, +28.3, -15.3, -40, -15.3, +28.3, +37; rows and channels are alike."""
+    """32 columns begin 0, +37, +28.3, -15.3, -40, -15.3, +28.3, +37; rows and channels are alike."""
     x = torch.full((1, 3, 32, 32), 100 / 255, dtype=torch.float64)
     change = (SIG().stamp(x)[0] - x[0]) * 255
     wave = [0, 36.955, 28.284, -15.307, -40, -15.307, 28.284, 36.955]
@@ -490,7 +490,7 @@ def test_a_wave_that_pictures_are_too_narrow_for_is_refused(side, one_line):
 
 
 def test_lfs_pattern_is_smooth_faint_and_never_negative():
-    """attacks.md 1.4: at most 51 grey levels, one channel at zero, nearly all energy in the lowest 7x7 frequencies."""
+    """At most 51 grey levels, one channel at zero, nearly all energy in the lowest 7x7 frequencies."""
     pattern = LF().stamp(torch.zeros(1, 3, 32, 32, dtype=torch.float64))[0]
     assert float(pattern.max()) * 255 == pytest.approx(51, abs=0.5) and float(pattern.min()) == 0
     assert [round(float(channel.max()) * 255) for channel in pattern] == [18, 0, 51]

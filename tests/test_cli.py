@@ -66,7 +66,7 @@ def test_an_attack_from_a_foreign_folder(finished):
 
 
 def test_the_summary_of_an_attack(finished):
-    """Issue 2, item 7: acc, asr, racc, seconds, peak_memory_mb; percentages as floats."""
+    """acc, asr, racc, seconds, peak_memory_mb; percentages as floats."""
     found = summary(finished / "record" / "victim")
     for name in ("acc", "asr", "racc", "seconds", "peak_memory_mb"):
         assert isinstance(found[name], float), name
@@ -141,7 +141,7 @@ def purified(finished, tmp_path_factory, cli) -> Path:
 
 
 def test_the_summary_of_a_defense(purified):
-    """Issue 2, item 7: before and after with acc, asr, racc; der, seconds, peak_memory_mb, selection."""
+    """before and after with acc, asr, racc; der, seconds, peak_memory_mb, selection."""
     folder = purified / "record" / "victim" / "defense" / "sau"
     found = summary(folder)
     Record(folder).check()

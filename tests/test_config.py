@@ -70,7 +70,7 @@ def test_every_parameter_has_a_help_text(cls):
 
 
 def test_the_flags_of_the_benchmark_exist():
-    """attacks.md 3.1 and 3.2, defenses.md 3.2 and 3.3: each is a parameter, another name of one, or ignored."""
+    """The flags of the benchmark: each is a parameter, another name of one, or ignored."""
     attack = """save_folder_name yaml_path bd_yaml_path dataset dataset_path model pratio attack_target
     attack_label_trans attack epochs batch_size lr lr_scheduler client_optimizer sgd_momentum wd steplr_stepsize
     steplr_gamma steplr_milestones random_seed device amp num_workers pin_memory non_blocking prefetch frequency_save
@@ -92,7 +92,7 @@ def test_the_flags_of_the_benchmark_exist():
 
 
 def test_the_published_settings_of_sau_are_its_defaults():
-    """defenses.md 3.3."""
+    """The benchmark's flags of SAU."""
     found = {name: o.default for o in options(SAU).values() for name in (o.name, *o.aliases)}
     published = {
         "n_rounds": 100, "outer_steps": 1, "lmd_1": 1, "lmd_2": 0, "lmd_3": 1, "beta_1": 0.01, "beta_2": 1,
@@ -397,7 +397,7 @@ def test_recipe_and_data_set_choose_the_shipped_settings():
 
 
 def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
-    """Issue 2: 1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round."""
+    """1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round."""
     cpu, paper = asked([], recipe="cpu")[1], asked([], recipe="paper")[1]
     assert cpu.lr * cpu.epochs == pytest.approx(paper.lr * paper.epochs) and cpu.epochs < paper.epochs
 

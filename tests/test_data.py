@@ -178,7 +178,7 @@ def test_the_cropped_border_is_black_and_the_draws_uniform():
 
 
 def test_the_augmentation_of_each_data_set():
-    """attacks.md 2.2: crop with padding 4; flip for CIFAR-10, and not for digits, which are not symmetric."""
+    """Crop with padding 4; flip for CIFAR-10, and not for digits, which are not symmetric."""
     assert SOURCES["cifar10"].augment == Augment(padding=4, flip=True)
     assert SOURCES["digits"].augment == Augment(padding=4, flip=False)
     assert SOURCES["cifar10"].mean == (0.4914, 0.4822, 0.4465) and SOURCES["cifar10"].std == (0.247, 0.243, 0.261)
@@ -201,7 +201,7 @@ def index_images(n: int) -> Images:
     ],
 )
 def test_the_clean_subset_is_the_published_list(n, size, first):
-    """defenses.md 0.3: seed 0 and 5 % give, in this order, the list that ships with the benchmark."""
+    """Seed 0 and 5 % give, in this order, the list that ships with the benchmark."""
     clean = clean_subset(index_images(n), 0.05, 0)
     assert clean.index[:5].tolist() == first
     assert len(clean) == size == len(set(clean.index.tolist()))

@@ -15,7 +15,7 @@ from sau.models.zoo import Enlarge
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
-# name, side of the pictures, classes, entries of the state dict and last of them (attacks.md 2.4), enlarged or not
+# name, side of the pictures, classes, entries of the state dict and last of them, enlarged or not
 NETWORKS = [
     ("resnet18", 32, 7, 122, "fc.bias", False),
     ("resnet18", 64, 3, 122, "fc.bias", False),

@@ -188,7 +188,7 @@ def test_der_by_cases(before, after, rating):
     assert der(scored(*before), scored(*after)) == rating
 
 
-# ACC and ASR before, ACC and ASR after, DER: cells of the table in defenses.md 4.4 (CIFAR-10, PreAct-ResNet18, 10 %).
+# ACC and ASR before, ACC and ASR after, DER: cells of the table in the SAU paper (CIFAR-10, PreAct-ResNet18, 10 %).
 PUBLISHED = {
     "BadNets SAU": (91.32, 95.03, 89.31, 1.53, 95.74),
     "Blended SAU": (93.47, 99.92, 90.96, 6.14, 95.63),

@@ -108,7 +108,7 @@ def test_the_hypergradient_is_the_derivative_of_the_bilevel_value():
 
 @pytest.mark.parametrize("space", ["normalised", "pixel"])
 def test_the_hypergradient_is_that_of_the_description_word_by_word(space):
-    """defenses.md 2.8: everything on the whole batch, every product by a map of its own, in the network's input."""
+    """Everything on the whole batch, every product by a map of its own, in the network's input."""
     net, std = smooth_net(), torch.tensor([0.25], dtype=torch.float64)
     owned = Normalized(net, (0.5,), (0.25,))
     assert owned.mean is not None and owned.std is not None

@@ -19,7 +19,7 @@ def batch_norm(name: str, n: int) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def published(width: int, classes: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in the order of attacks.md 2.3."""
+    """Names and shapes in the order of the benchmark's files."""
     found = [("conv1.weight", (width, 3, 3, 3))]
     inputs = width
     for stage in (1, 2, 3, 4):

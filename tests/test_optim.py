@@ -243,7 +243,7 @@ def test_a_schedule_changes_the_outcome():
 
 
 def test_the_published_settings_are_the_defaults():
-    """attacks.md 2.1 for CIFAR-10."""
+    """The benchmark's recipe for CIFAR-10."""
     training = Training()
     assert (training.epochs, training.batch_size, training.lr, training.lr_scheduler) == (
         100,

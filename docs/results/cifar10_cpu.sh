@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind cifar10_cpu.md: CPU recipe, real CIFAR-10, three seeds. About two hours on two cores, best as
 # THREADS=1 and one call a core with different seeds; repeat a call after an interruption, finished runs are skipped.
+# ATTACKS and DEFENSES name others than the first three of each.
 #     bash docs/results/cifar10_cpu.sh DATASETS RECORDS [SEED...]
 set -u
 here="$(cd "$(dirname "$0")/../.." && pwd)"
@@ -13,10 +14,9 @@ attack() {
 defense() { python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --threads "${THREADS:-0}"; }
 [ $# -gt 0 ] || set -- 0 1 2
 for seed in "$@"; do
-  for name in badnet blended prototype; do
+  for name in ${ATTACKS:-badnet blended prototype}; do
     [ -f "$root/${name}_s$seed/manifest.json" ] || attack "$name" "$seed"
-    for method in sau ft at; do
-      [ "$name" != prototype ] || [ "$method" = sau ] || continue
+    for method in ${DEFENSES-sau ft at}; do
       [ -f "$root/${name}_s$seed/defense/$method/manifest.json" ] || defense "$method" "$name" "$seed"
     done
   done

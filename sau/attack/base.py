@@ -88,7 +88,7 @@ class Attack(Labelling, ABC):
         return ready
 
     def candidates(self, images: Images) -> Tensor:
-        """Indices of the pictures that may be poisoned: all of them, the target class included (attacks.md 0.3)."""
+        """Indices of the pictures that may be poisoned: all of them, the target class included."""
         labels = images.true_labels
         if self.clean_label:
             return (labels == self.attack_target).nonzero().flatten()

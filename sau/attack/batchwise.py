@@ -27,7 +27,7 @@ def plan(pratio: float, size: int, ratio: float, how: str) -> str:
 
 @torch.no_grad()
 def examples(attack: Attack, images: Images, n: int, n_cover: int, cover: Callable[[Pixels], Pixels]) -> Images:
-    """What one more walk through the training pictures, in their order, would make of them (attacks.md 0.6).
+    """What one more walk through the training pictures, in their order, would make of them.
 
     Of each block the first `n` are poisoned, the next `n_cover` go through `cover` and keep their labels. They stand
     for the pictures that the network saw, which were drawn anew in every epoch.

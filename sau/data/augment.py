@@ -1,4 +1,4 @@
-"""Random crop, flip and rotation of a whole batch, one draw a picture (attacks.md 2.2)."""
+"""Random crop, flip and rotation of a whole batch, one draw a picture."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The networks that draw Input-Aware's triggers (attacks.md 1.3)."""
+"""The networks that draw Input-Aware's triggers."""
 
 import torch
 import torch.nn.functional as F
