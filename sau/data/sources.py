@@ -70,7 +70,7 @@ def fingerprint(images: Images) -> str:
 def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None = None) -> Images:
     """The defender's clean pictures: `int(ratio * N)` drawn as the benchmark draws them, or the indices of a file.
 
-    The draw is Python's `random.sample` right after seeding as the benchmark does, so the indices equal the public lists.
+    The draw is Python's `random.sample` right after seeding, so the indices equal the public lists.
     """
     import random
 
