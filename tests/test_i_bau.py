@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net
 
 from sau.defense import IBAU
-from sau.defense.i_bau import single_precision, solve
+from sau.defense.i_bau import solve
 from sau.defense.inputs import Kept
 from sau.errors import ConfigError
 from sau.evaluate import score
@@ -205,7 +205,7 @@ def test_it_computes_in_single_precision():
     fixed = IBAU(epochs=1, lr=0.01).purify(Normalized(net, amp=True), data, session=quiet())
     assert same_weights(plain, fixed) and isinstance(fixed, Normalized) and fixed.amp
     model = Normalized(net, amp=True)
-    with pytest.raises(KeyError), single_precision(model):
+    with pytest.raises(KeyError), full_precision(model):
         assert not model.amp
         raise KeyError
     assert model.amp

@@ -13,8 +13,6 @@ d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), s
 and K rounds of the equation for v, from v = 0, come close to its solution.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
-from sau.models import Normalized
+from sau.models import full_precision
 from sau.optim import Schedule
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels, Scalar
@@ -63,19 +61,6 @@ def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> T
         if float((v - before).norm()) < SETTLED:
             break
     return v
-
-
-@contextmanager
-def single_precision(model: nn.Module) -> Iterator[None]:
-    """Without autocast: a network that owns its precision would turn it on again inside any outer context."""
-    owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
-    try:
-        for module in owners:
-            module.amp = False
-        yield
-    finally:
-        for module in owners:
-            module.amp = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +110,7 @@ class IBAU(Tuning):
         kept = Kept(batches)
         state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Universal(kept.x)}
         step, end_epoch = partial(self.step, state), partial(self.end_epoch, state)
-        with single_precision(model):
+        with full_precision(model):
             loop.run(step, kept, self.epochs, state=state, end_epoch=end_epoch, session=session, label="round")
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:

@@ -8,8 +8,7 @@ and pruning sets the batch norm's scale (gamma) to 0, and with `zero_shift` its 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.models import Normalized
+from sau.models import full_precision
 from sau.session import Session
 from sau.types import Loader, Pixels
 
@@ -63,7 +62,8 @@ class Outliers(Defense):
         """How suspicious each channel of each batch norm is; `model` is in eval mode and computes in fp32."""
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        with _fp32(model.eval()), torch.no_grad():
+        # bf16 has steps of 1/128, which would be seen in the bins of a histogram.
+        with full_precision(model.eval()), torch.no_grad():
             scores = self.scores(model, batches)
         prune = partial(pruning.apply, model, shift=self.zero_shift)
         if self.select == "defender":
@@ -96,16 +96,3 @@ def look(model: nn.Module, norms: pruning.Norms, x: Pixels, at: Callable[[str, T
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _fp32(model: nn.Module) -> Iterator[None]:
-    """Statistics in full precision: bf16 has steps of 1/128, which would be seen in the bins of a histogram."""
-    switched = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
-    for module in switched:
-        module.amp = False
-    try:
-        yield
-    finally:
-        for module in switched:
-            module.amp = True

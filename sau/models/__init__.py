@@ -1,6 +1,7 @@
 """The networks by name, each taking pixels in [0, 1]."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,19 @@ class Normalized(nn.Module):
             return self.net(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.net(x).float()
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Inside, no part of `model` turns autocast on. A `Normalized` would do so again inside any outer context."""
+    owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
+    try:
+        for module in owners:
+            module.amp = False
+        yield
+    finally:
+        for module in owners:
+            module.amp = True
 
 
 def has_width(name: str) -> bool:
