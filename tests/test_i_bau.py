@@ -17,7 +17,7 @@ from sau.defense.i_bau import solve
 from sau.defense.inputs import Kept
 from sau.errors import ConfigError
 from sau.evaluate import score
-from sau.models import Normalized, build
+from sau.models import Normalized, build, full_precision
 from sau.session import Session
 
 Double = tuple[Tensor, Tensor]
