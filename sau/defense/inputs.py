@@ -1,5 +1,6 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,14 @@ def clean_batches(
     if length == 0:
         raise DataError("the clean set is empty; give at least one labelled picture")
     return _Loader(data, device, mean, std, augment, seed)
+
+
+def unaugmented(batches: Loader) -> Loader:
+    """The same batches in the same order as they were handed over, without our crop and flip."""
+    plain: Any = copy.copy(batches)
+    if hasattr(plain, "augment"):
+        plain.augment = None
+    return plain
 
 
 def checked(

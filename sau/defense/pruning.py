@@ -99,8 +99,9 @@ def choose(
     session: Session,
     *,
     oracle: bool,
-) -> None:
-    """Prune `model` in place by one of `levels`, or not at all where none is allowed.
+    by_asr: bool = True,
+) -> Level | None:
+    """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
     A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network.
 
@@ -113,7 +114,9 @@ def choose(
         session: says what was chosen; its `judge` scores networks for the oracle.
         oracle: ACC and ASR of the test sets choose, as in the benchmark: the lowest ASR of the allowed levels.
             Otherwise the defender does: the hardest level before the first that is not allowed.
+        by_asr: False is an oracle that knows the test ACC alone and goes by the defender's rule.
     """
+    search = oracle and by_asr
     measure = session.judge if oracle and session.judge is not None else lambda network: score(network, held, None)
     first: Score = measure(model)
     chosen, best = None, first
@@ -124,18 +127,19 @@ def choose(
             prune(level)
             found: Score = measure(model)
         allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
-        if not allowed and not oracle:
+        if not allowed and not search:
             break
-        if allowed and (not oracle or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
+        if allowed and (not search or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
             chosen, best = level, found
     if chosen is None:
         session.say(f"nothing is pruned: no level keeps the accuracy within {tolerance:g} of its {first.acc.percent} %")
-        return
+        return None
     prune(chosen)
     whose = "test" if oracle else "held-back"
     session.say(
         f"pruned {chosen.count} channels ({chosen.name}): {whose} ACC {first.acc.percent} -> {best.acc.percent} %"
     )
+    return chosen
 
 
 def only(level: Level, prune: Callable[[Level], None], session: Session) -> None:
