@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import AT, DEFENSES, FP, FT, SAU, Defense
+from sau.defense import AT, DEFENSES, FP, FT, NAD, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -45,6 +45,7 @@ ROWS = {
     "ft": Row(FT(epochs=2, batch_size=8, lr=0.01)),
     "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
     "fp": Row(FP(epochs=1, batch_size=8, lr=0.01), rounds=False),
+    "nad": Row(NAD(te_epochs=1, epochs=1, batch_size=8, lr=0.01), rounds=False),
 }
 
 

@@ -4,8 +4,9 @@ from sau.defense.at import AT
 from sau.defense.base import Defense
 from sau.defense.fp import FP
 from sau.defense.ft import FT
+from sau.defense.nad import NAD
 from sau.defense.sau import SAU
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, FP)}
+DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, FP, NAD)}
 
-__all__ = ["AT", "DEFENSES", "FP", "FT", "SAU", "Defense"]
+__all__ = ["AT", "DEFENSES", "FP", "FT", "NAD", "SAU", "Defense"]
