@@ -107,10 +107,12 @@ class Descent:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
 
-    def __call__(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
+    def __call__(self, loss: Tensor, clip: float | None = None) -> None:
+        """One step down the gradient of `loss`, which is first shortened to the length `clip` where it is longer."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], clip)
         self.optimizer.step()
         if self.every_update:
             self.scheduler.step()

@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import AT, DEFENSES, FP, FT, NAD, SAU, Defense
+from sau.defense import AT, DEFENSES, FP, FT, NAD, RNP, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -46,6 +46,19 @@ ROWS = {
     "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
     "fp": Row(FP(epochs=1, batch_size=8, lr=0.01), rounds=False),
     "nad": Row(NAD(te_epochs=1, epochs=1, batch_size=8, lr=0.01), rounds=False),
+    "rnp": Row(
+        RNP(
+            batch_size=8,
+            unlearning_epochs=1,
+            recovering_epochs=2,
+            recovering_lr=8.0,
+            pruning_number=None,  # no threshold of its own would prune some channels of all the networks below
+            pruning_max=1.0,
+            pruning_step=0.02,
+            acc_ratio=0.99,
+        ),
+        rounds=False,
+    ),
 }
 
 

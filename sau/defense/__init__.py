@@ -5,8 +5,9 @@ from sau.defense.base import Defense
 from sau.defense.fp import FP
 from sau.defense.ft import FT
 from sau.defense.nad import NAD
+from sau.defense.rnp import RNP
 from sau.defense.sau import SAU
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, FP, NAD)}
+DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (SAU, FT, AT, FP, NAD, RNP)}
 
-__all__ = ["AT", "DEFENSES", "FP", "FT", "NAD", "SAU", "Defense"]
+__all__ = ["AT", "DEFENSES", "FP", "FT", "NAD", "RNP", "SAU", "Defense"]
