@@ -105,11 +105,11 @@ def pruned(net: nn.Module) -> Tensor:
 def test_the_threshold_decides_on_the_given_network():
     """Scales go where masks are low enough; shifts, other weights and statistics are those of the given network."""
     net, data = tiny_net(), pair(40)
-    nn.init.ones_(net.features[1].bias)
-    _, states = watched(RNP(recovering_lr=5.0, **SMALL, pruning_number=0.0), net, data)
+    nn.init.constant_(net.features[1].bias, 0.1)
+    _, states = watched(RNP(recovering_lr=1.0, **SMALL, pruning_number=0.0), net, data)
     (mask,) = states[-1]["masks"].values()
     threshold = float(mask.sort().values[4])
-    fixed = RNP(recovering_lr=5.0, **SMALL, pruning_number=threshold).purify(net, data, session=quiet())
+    fixed = RNP(recovering_lr=1.0, **SMALL, pruning_number=threshold).purify(net, data, session=quiet())
     assert torch.equal(pruned(fixed), mask <= threshold) and int(pruned(fixed).sum()) >= 5
     with torch.no_grad():
         net.features[1].weight[pruned(fixed)] = 0
