@@ -107,16 +107,21 @@ class Descent:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
 
-    def __call__(self, loss: Tensor, *others: "Descent", keep: Collection["Descent"] = ()) -> None:
+    def __call__(
+        self, loss: Tensor, *others: "Descent", keep: Collection["Descent"] = (), clip: float | None = None
+    ) -> None:
         """One step down the gradient of `loss`, together with `others` that share it.
 
-        Those in `keep` add the gradient to those of all steps before, as code does that forgets to clear it.
+        Those in `keep` add the gradient to those of all steps before, as code does that forgets to clear it. The
+        gradient of this one is shortened to the length `clip` where it is longer.
         """
         together = (self, *others)
         for one in together:
             if one not in keep:
                 one.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, clip)
         for one in together:
             one._move()
 

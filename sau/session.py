@@ -44,6 +44,11 @@ class Session:
     judge: Callable[[Any], Any] | None = None
     stage: int = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from, so that what comes before the first run is not repeated."""
+        return self.checkpoint is not None and self.checkpoint.load() is not None
+
     def at(self, stage: int) -> "Session":
         """The session of a later run of the same method (1, 2, ...).
 

@@ -52,12 +52,7 @@ class Victim:
         model = build(
             made["name"], made["classes"], width=made["width"], shape=made["shape"], mean=made["mean"], std=made["std"]
         )
-        own = model.net.state_dict()
-        for name in {**own, **self.weights}:
-            got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (self.weights, own))
-            if got != wanted:
-                raise RecordError(f"{self.path}: {name} has {got}, but {made['name']} needs {wanted}")
-        model.net.load_state_dict(self.weights)
+        _fill(model.net, self.weights, self.path, made["name"])
         return model.eval()
 
     def pictures(self, dataset_path: str) -> tuple[Images, Images, list[str]]:
@@ -125,6 +120,34 @@ def _ours(record: Record, made: dict[str, Any]) -> Victim:
         lengths=(None, None),
         digest=made["digest"],
     )
+
+
+def load_weights(model: nn.Module, place: Path) -> None:
+    """Give `model` the weights of a .safetensors file or of the folder of a finished run, ours.
+
+    The names may be those of `model` or of the `net` inside it. Raises RecordError if the file is none, if the folder
+    is damaged or unfinished, and if the weights are not those of such a network.
+    """
+    if place.is_dir():
+        record = Record(place)
+        record.check()
+        weights = record.load_tensors("model")
+    elif place.suffix == ".safetensors":
+        weights = Record(place.parent).load_tensors(place.stem)
+    else:
+        raise RecordError(f"{place} is no folder of a finished run and no .safetensors file; give one of the two")
+    own = model.state_dict()
+    named = {f"net.{name}" if f"net.{name}" in own else name: tensor for name, tensor in weights.items()}
+    _fill(model, named, place, "the network")
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, whose: str) -> None:
+    own = model.state_dict()
+    for name in {**own, **weights}:
+        got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
+        if got != wanted:
+            raise RecordError(f"{path}: {name} has {got}, but {whose} needs {wanted}")
+    model.load_state_dict(weights)
 
 
 def load_images(record: Record, part: str) -> Images | None:

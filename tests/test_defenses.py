@@ -17,7 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import ANP, AT, BNP, CLP, D3, DEFENSES, EP, FST, FT, FTSAM, IBAU, NC, NPD, SAU, Defense
+from sau.defense import ANP, AT, BNP, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU, Defense
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -57,6 +57,21 @@ ROWS = {
     "i-bau": Row(IBAU(epochs=2, batch_size=8, lr=0.01)),
     # Below the median is flagged: after two passes no patch of an untrained network is an outlier.
     "nc": Row(NC(epochs=1, batch_size=8, nc_epoch=2, index_threshold=0.0), rounds=False),
+    "fp": Row(FP(epochs=1, batch_size=8, lr=0.01), rounds=False),
+    "nad": Row(NAD(te_epochs=1, epochs=1, batch_size=8, lr=0.01), rounds=False),
+    "rnp": Row(
+        RNP(
+            batch_size=8,
+            unlearning_epochs=1,
+            recovering_epochs=2,
+            recovering_lr=8.0,
+            pruning_number=None,  # no threshold of its own would prune some channels of all the networks below
+            pruning_max=1.0,
+            pruning_step=0.02,
+            acc_ratio=0.99,
+        ),
+        rounds=False,
+    ),
 }
 
 

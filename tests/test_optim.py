@@ -182,6 +182,15 @@ def test_given_gradients_move_as_a_loss_does(name):
         descent.follow([])
 
 
+def test_a_long_gradient_is_clipped_before_the_step():
+    """(3, 4) has the length 5: cut to 1 it is (0.6, 0.8), over all weights together; cut to 6 it stays."""
+    for clip, step in ((1.0, (0.6, 0.8)), (6.0, (3.0, 4.0)), (None, (3.0, 4.0))):
+        a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        descent = Training(lr=1.0, lr_scheduler="constant", wd=0.0, sgd_momentum=0.0).descent([a, b], 1)
+        descent((3 * a + 4 * b).sum(), clip=clip)
+        assert (a.item(), b.item()) == pytest.approx((-step[0], -step[1]), rel=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_descent_goes_on_from_its_state(schedule, optimizer):

@@ -73,7 +73,9 @@ LEVELS = [
 ]
 
 
-def outcome(scores: dict[int, tuple[int, int]], *, oracle: bool, tolerance: float = 0.1) -> tuple[int, str]:
+def outcome(
+    scores: dict[int, tuple[int, int]], *, oracle: bool, tolerance: float = 0.1, by_asr: bool = True
+) -> tuple[int, str]:
     """How many channels go when the network scores (ACC, ASR) in percent with so many pruned."""
     net, said = tiny_net(), []
 
@@ -89,9 +91,10 @@ def outcome(scores: dict[int, tuple[int, int]], *, oracle: bool, tolerance: floa
         if not oracle:  # the defender's scores, too, come from the table: held-back pictures have no ASR
             patch.setattr(pruning, "score", lambda model, clean, triggered: Score(judge(model).acc))
         held = (torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
-        pruning.choose(net, LEVELS, prune, held, tolerance, session, oracle=oracle)
-    assert len(said) == 1
-    return int((net.get_parameter("features.1.weight") == 0).sum()), said[0]
+        taken = pruning.choose(net, LEVELS, prune, held, tolerance, session, oracle=oracle, by_asr=by_asr)
+    count = int((net.get_parameter("features.1.weight") == 0).sum())
+    assert len(said) == 1 and (taken.count if taken else 0) == count
+    return count, said[0]
 
 
 def test_the_defender_takes_the_hardest_level_before_the_first_that_costs_too_much():
@@ -103,6 +106,13 @@ def test_the_defender_takes_the_hardest_level_before_the_first_that_costs_too_mu
 def test_the_oracle_takes_the_lowest_asr_of_the_allowed_levels():
     assert outcome({0: (80, 90), 1: (79, 20), 3: (60, 0), 5: (75, 30)}, oracle=True)[0] == 1
     assert outcome({0: (80, 90), 1: (79, 90), 3: (79, 95), 5: (79, 90)}, oracle=True)[0] == 0
+
+
+def test_an_oracle_without_asr_goes_by_the_test_accuracy_as_the_defender_does():
+    scores = {0: (80, 90), 1: (79, 0), 3: (72, 90), 5: (71, 0), 10: (80, 0)}
+    count, said = outcome(scores, oracle=True, by_asr=False)
+    assert count == 3 and "test ACC 80.0 -> 72.0" in said
+    assert outcome(scores, oracle=True)[0] == 1
 
 
 def test_a_level_that_leaves_nothing_of_a_layer_is_never_taken():

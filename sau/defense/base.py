@@ -112,6 +112,11 @@ class Tuning(Training, Defense):
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        self.rounds(state, batches, session)
+        self.finish(state, model)
+
+    def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
+        """`step` on every batch of every epoch."""
         loop.run(
             partial(self.step, state),
             batches,
@@ -121,7 +126,6 @@ class Tuning(Training, Defense):
             session=session,
             label="round",
         )
-        self.finish(state, model)
 
 
 @torch.no_grad()

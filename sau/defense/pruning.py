@@ -110,8 +110,9 @@ def choose(
     session: Session,
     *,
     oracle: bool,
-) -> None:
-    """Prune `model` in place by one of `levels`, or not at all where none is allowed.
+    by_asr: bool = True,
+) -> Level | None:
+    """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
     A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network. One that
     prunes what the level before it did is not measured again.
@@ -125,7 +126,9 @@ def choose(
         session: says what was chosen; its `judge` scores networks for the oracle.
         oracle: ACC and ASR of the test sets choose, as in the benchmark: the lowest ASR of the allowed levels.
             Otherwise the defender does: the hardest level before the first that is not allowed.
+        by_asr: False is an oracle that knows the test ACC alone and goes by the defender's rule.
     """
+    search = oracle and by_asr
     judge = _judge(held, session, oracle)
     first = judge(model)
     chosen, best, count = None, first, 0
@@ -139,17 +142,18 @@ def choose(
             prune(level)
             found = judge(model)
         allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
-        if not allowed and not oracle:
+        if not allowed and not search:
             break
-        if allowed and (not oracle or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
+        if allowed and (not search or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
             chosen, best = level, found
     if chosen is None:
-        wanted = "lowers the ASR and keeps" if oracle else "keeps"
+        wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
-        return
+        return None
     prune(chosen)
     accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
     session.say(f"pruned {chosen.count} channels ({chosen.name}): {accuracy}")
+    return chosen
 
 
 def _judge(held: tuple[Tensor, Tensor] | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:

@@ -1,0 +1,163 @@
+"""FP, Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): prune what clean pictures leave idle, then fine-tune.
+
+Unit j has the mean activation a_j = mean over clean x of f_j(x), signed, the network being in eval mode. With the units
+in rising order of a, and ACC_n the accuracy without the first n of them, FP prunes the largest n = k, 2k, 3k, ...
+before the first one with (ACC_0 - ACC_n) / ACC_0 > acc_ratio, where k = ceil(once_prune_ratio * number of units). Then
+it minimises CE(h(x), y) over the weights that are left: those of a pruned unit are zero after every update.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sau.defense import pruning
+from sau.defense.ft import FT
+from sau.defense.inputs import unaugmented
+from sau.errors import ConfigError
+from sau.evaluate import predict
+from sau.session import Session
+from sau.types import Labels, Loader, Pixels
+
+Unit = Literal["linear_input", "last_conv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP(FT):
+    """Prune the units that are least active on clean pictures, then fine-tune the others.
+
+    Args:
+        unit: what is pruned: linear_input (inputs of the last linear layer, as in the benchmark) or last_conv (output
+            channels of the convolution that runs last, as in the paper).
+        acc_ratio: share of the accuracy that pruning may cost, 0 up to below 1.
+        once_prune_ratio: share of the units that a step of pruning takes, above 0 and up to 1.
+        held_back: share of each class's clean pictures that the accuracy is measured on, in (0, 1).
+        select: whose accuracy: defender (the held-back pictures) or oracle (the clean test set, as in the benchmark).
+    """
+
+    name: ClassVar[str] = "fp"
+
+    unit: Unit = "linear_input"
+    acc_ratio: float = 0.1
+    once_prune_ratio: float = 0.01
+    held_back: float = 0.2
+    select: Literal["defender", "oracle"] = "defender"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
+        self.require("once_prune_ratio", 0 < self.once_prune_ratio <= 1, "above 0 and up to 1")
+        self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        x, y = pruning.gather(unaugmented(batches)[0])
+        layers = last_layers(model, x[:1], self.unit)
+        mask = Mask(_width(layers[0])).to(x.device)
+        if not session.begun:  # otherwise the mask is in the checkpoint
+            self._prune(model, layers, mask, (x, y), session)
+        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        self.rounds({**state, "layers": layers, "mask": mask}, batches, session)
+
+    def _prune(
+        self, model: nn.Module, layers: list[nn.Module], mask: "Mask", clean: tuple[Tensor, Tensor], session: Session
+    ) -> None:
+        """Choose how many units go, zero their weights and note them in `mask`."""
+        (x, _), held = pruning.hold_back(*clean, self.held_back)
+        order = activations(model, layers[-1], x).argsort(stable=True)
+        total, levels = len(order), []
+        step = math.ceil(total * self.once_prune_ratio)
+        for n in range(step, total, step):
+            flags = torch.zeros_like(mask.pruned)
+            flags[order[:n]] = True
+            levels.append(pruning.Level(f"{n} of {total}, {self.unit}", {self.unit: flags}))
+        chosen = pruning.choose(
+            model,
+            levels,
+            lambda level: silence(layers, level.pruned[self.unit]),
+            held,
+            self.acc_ratio,
+            session,
+            oracle=self.select == "oracle",
+            by_asr=False,
+        )
+        if chosen is not None:
+            mask.pruned |= chosen.pruned[self.unit]
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        report = super().step(state, x, y)
+        silence(state["layers"], state["mask"].pruned)
+        return report
+
+
+class Mask(nn.Module):
+    """Which of the units are pruned: `pruned` is bool [units]; a module, so that checkpoints keep it."""
+
+    pruned: Tensor
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.register_buffer("pruned", torch.zeros(units, dtype=torch.bool))
+
+
+def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
+    """The layers that a unit consists of, in the order in which they run on `x`.
+
+    The linear layer that runs last; or the convolution that runs last, with the batch norm and the ReLU that take its
+    output. ConfigError if there is no such layer.
+    """
+    kind, after = (nn.Linear, ()) if unit == "linear_input" else (nn.Conv2d, (nn.BatchNorm2d, nn.ReLU))
+    found: list[nn.Module] = []
+    tail: list[tuple[Tensor, int]] = []  # the last output, and how often it had been written in place
+
+    def follow(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, kind):
+            found[:] = [module]
+        elif tail and inputs[0] is tail[0][0] and inputs[0]._version == tail[0][1] + getattr(module, "inplace", False):
+            found.append(module)  # nothing was added to it in between, as residual networks do
+        else:
+            return
+        tail[:] = [(output, output._version)]
+
+    hooks = [module.register_forward_hook(follow) for module in model.modules() if isinstance(module, (kind, *after))]
+    try:
+        predict(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        other = "last_conv" if unit == "linear_input" else "linear_input"
+        raise ConfigError(f"the network has no {kind.__name__}, which unit {unit} of fp prunes; try --unit {other}")
+    return found
+
+
+def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
+    """Mean activation [units] over pictures and positions: of the inputs of a linear layer, else of the outputs."""
+    sums: list[Tensor] = []
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        f = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else output
+        sums.append(f.float().flatten(2).mean(2).sum(0) if f.ndim > 2 else f.float().sum(0))
+
+    hook = layer.register_forward_hook(add)
+    try:
+        predict(model, x)
+    finally:
+        hook.remove()
+    return torch.stack(sums).sum(0) / len(x)
+
+
+@torch.no_grad()
+def silence(layers: list[nn.Module], pruned: Tensor) -> None:
+    """Zero what the `pruned` units [units] add: columns of a linear layer, or channels with their biases."""
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            layer.weight[:, pruned] = 0
+        elif not isinstance(layer, nn.ReLU):
+            pruning.silence(layer, pruned, shift=layer.bias is not None)
+
+
+def _width(layer: nn.Module) -> int:
+    shape = layer.get_parameter("weight").shape
+    return shape[1] if isinstance(layer, nn.Linear) else shape[0]

@@ -1,0 +1,176 @@
+"""NAD, Neural Attention Distillation (Li, Lyu, Koren, Lyu, Li, Ma, ICLR 2021).
+
+The attention map of features f [B, C, H, W] is A(f) = sum over c of |f_c|^p, and divided by its length it is
+a(f) = A / (||A||_2 + 1e-6), both [B, H, W]. A teacher h_t is fine-tuned from the backdoored network; then the student
+h, which starts from the backdoored network again, is trained by
+
+    min_h  CE(h(x), y)  +  sum over l of beta_l * mean (a(f_l(x)) - a(f_t,l(x)))^2
+
+where the mean goes over pictures and positions, and f_l, f_t,l are the features of layer l of student and teacher.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop, victim
+from sau.config import nearest
+from sau.defense.ft import FT
+from sau.errors import ConfigError
+from sau.evaluate import predict
+from sau.optim import Schedule
+from sau.session import Session
+from sau.types import Labels, Loader, Logits, Pixels
+
+DEFAULT_LAYERS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAD(FT):
+    """Fine-tune while the attention maps stay close to those of a teacher, itself fine-tuned.
+
+    Args:
+        epochs: of the student; the benchmark's entry of 100 is unused there, it trains te_epochs.
+        te_epochs: of the teacher, 0 and more.
+        beta1: weight of the attention in the first layer, 0 and more.
+        beta2: the same for the second layer.
+        beta3: the same for the third one, where `layers` names three.
+        p: power of the features in an attention map, above 0.
+        layers: up to three layers by name, like layer2,layer3,layer4; empty means the two deepest stages whose feature
+            maps have more than one position (layer3, layer4 in a ResNet).
+        teacher_model_loc: weights of a teacher instead of training one: a .safetensors file, or the folder of a
+            finished run.
+    """
+
+    name: ClassVar[str] = "nad"
+
+    epochs: int = 10
+    lr_scheduler: Schedule = "constant"
+    te_epochs: int = 10
+    beta1: float = 500.0
+    beta2: float = 1000.0
+    beta3: float = 1000.0
+    p: float = 2.0
+    layers: tuple[str, ...] = ()
+    teacher_model_loc: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("te_epochs", "beta1", "beta2", "beta3"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+        self.require("p", self.p > 0, "above 0")
+        self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        x = next(iter(batches))[0][:1]
+        layers = found(model, x, self.layers) if self.layers else deepest(model, x)
+        weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
+        terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
+        session.say(f"attention of {', '.join(terms)}")
+        teacher = self._teacher(model, batches, session).eval().requires_grad_(False)
+        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        self.rounds({**state, "teacher": teacher, "weights": weights}, batches, session.at(1))
+
+    def _teacher(self, model: nn.Module, batches: Loader, session: Session) -> nn.Module:
+        teacher = copy.deepcopy(model)
+        if self.teacher_model_loc is not None:
+            victim.load_weights(teacher, Path(self.teacher_model_loc))
+            return teacher
+        plan = replace(self, epochs=self.te_epochs)
+        state = plan.prepare(teacher, len(batches))  # type: ignore[arg-type]
+        kept = {"teacher": teacher, "descent": state["descent"]}  # without "model": nobody wants the teacher's scores
+        loop.run(
+            partial(FT.step, plan, state),
+            batches,
+            plan.epochs,
+            state=kept,
+            end_epoch=partial(plan.end_epoch, state),
+            session=session,
+            label="teacher",
+        )
+        return teacher
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        weights = state["weights"]
+        with torch.no_grad():
+            _, theirs = watched(state["teacher"], list(weights), x, self.p)
+        logits, ours = watched(state["model"], list(weights), x, self.p)
+        clean = F.cross_entropy(logits, y)
+        distilled = sum((beta * F.mse_loss(ours[name], theirs[name]) for name, beta in weights.items()), 0 * clean)
+        loss = clean + distilled
+        state["descent"](loss)
+        return {"loss": loss, "clean_loss": clean, "attention_loss": distilled}
+
+
+def attention(f: Tensor, p: float) -> Tensor:
+    """Normalised attention maps [B, H, W] of features [B, C, H, W]; a map of one position is the constant 1."""
+    maps = f.abs().pow(p).sum(1)
+    return maps / (torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True) + 1e-6)
+
+
+def watched(model: nn.Module, layers: Sequence[str], x: Pixels, p: float) -> tuple[Logits, dict[str, Tensor]]:
+    """Logits, and the attention map of every layer by its name, from one forward pass."""
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        # A copy, for a ReLU that works in place may follow; in fp32, for sums over channels need more than bf16.
+        maps[name] = attention(output.clone().float() if output.dtype != torch.float64 else output.clone(), p)
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
+    try:
+        return model(x), maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def deepest(model: nn.Module, x: Pixels) -> list[str]:
+    """The names of the layers that end the two deepest stages, the deepest last.
+
+    A stage is what has feature maps of one size; it ends with the outermost layer that has it, and of these with the
+    one that runs last. Maps of one position do not count, nor do adaptive poolings, which may blow them up again.
+    """
+    ends: dict[tuple[int, int], tuple[int, str]] = {}
+    for name, (h, w) in _sizes(model, x).items():
+        depth, pooled = name.count("."), isinstance(model.get_submodule(name), nn.AdaptiveAvgPool2d)
+        if h * w > 1 and not pooled and depth <= ends.get((h, w), (depth, ""))[0]:
+            ends[h, w] = depth, name
+    if not ends:
+        raise ConfigError("the network has no layer with feature maps [B, C, H, W], which nad distils; try ft or sau")
+    deep = sorted(ends, key=lambda size: size[0] * size[1])[:DEFAULT_LAYERS]
+    return [ends[size][1] for size in reversed(deep)]
+
+
+def found(model: nn.Module, x: Pixels, layers: Sequence[str]) -> list[str]:
+    """The full names of the layers that the user named; ConfigError for one without feature maps."""
+    known = _sizes(model, x)
+    names = [name if name in known else f"net.{name}" for name in layers]  # `net` is the user's network
+    for name, full in zip(layers, names, strict=True):
+        if full not in known:
+            plain = [other.removeprefix("net.") for other in known]
+            raise ConfigError(f"layers: no {name!r} with feature maps [B, C, H, W]{nearest(name, plain)}")
+    return names
+
+
+def _sizes(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
+    """Height and width of every layer's feature maps, by name, in the order in which the layers end."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            sizes[name] = output.shape[2], output.shape[3]
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name]
+    try:
+        predict(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes

@@ -1,0 +1,189 @@
+"""RNP, Reconstructive Neuron Pruning (Li, Lyu, Ma, Koren, Lyu, Li, Jiang, ICML 2023).
+
+Three stages, on clean pairs (x, y) alone, from the backdoored network h:
+
+    unlearn   max_w  CE(h_w(x), y)            until the accuracy of an epoch is at most clean_threshold: h' forgets what
+                                              clean pictures are, and is left with the backdoor
+    recover   min_m  alpha * CE(h'_m(x), y)   m in [0, 1]: h'_m is h' with every scale of its batch norms times its m
+    prune     scale of h = 0 where m <= pruning_number
+
+The channels whose masks fall are those that keep h' from the clean task: they serve the backdoor.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sau import loop
+from sau.data.augment import Augment
+from sau.data.images import Batches
+from sau.defense import pruning
+from sau.defense.base import Defense
+from sau.defense.inputs import unaugmented
+from sau.optim import Training
+from sau.session import Session
+from sau.types import Labels, Loader, Pixels
+
+CLIP = 20.0  # longest gradient of the ascent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNP(Defense):
+    """Unlearn the clean task, see which channels stand in the way of its recovery, and prune them.
+
+    Args:
+        batch_size: pictures a step.
+        augment: crop and flip the clean pictures as in training.
+        unlearning_epochs: at most so many epochs of gradient ascent.
+        unlearning_lr: learning rate of the ascent, above 0.
+        schedule: epochs at which that rate drops to a tenth, like 10,20.
+        clean_threshold: the ascent ends after an epoch with this training accuracy or less, 0 to 1.
+        recovering_epochs: epochs that the masks are trained.
+        recovering_lr: learning rate of the masks, above 0.
+        alpha: weight of the loss that trains the masks, above 0.
+        pruning_number: channels with masks up to this are pruned, 0 to 1; none looks for the threshold.
+        pruning_max: highest threshold of the search, above 0 and up to 1.
+        pruning_step: distance of two thresholds of the search, above 0.
+        acc_ratio: share of the accuracy that a threshold of the search may cost, 0 up to below 1.
+        held_back: share of each class's clean pictures that the search measures the accuracy on, in (0, 1).
+        select: who looks for the threshold: defender (held-back pictures, only where pruning_number is none), or oracle
+            (always, by ACC and ASR of the test sets).
+    """
+
+    name: ClassVar[str] = "rnp"
+
+    augment: bool = True
+    unlearning_epochs: int = 20
+    unlearning_lr: float = 0.01
+    schedule: tuple[int, ...] = (10, 20)
+    clean_threshold: float = 0.20
+    recovering_epochs: int = 20
+    recovering_lr: float = 0.2
+    alpha: float = 0.2
+    pruning_number: float | None = 0.70
+    pruning_max: float = 0.90
+    pruning_step: float = 0.05
+    acc_ratio: float = 0.1
+    held_back: float = 0.2
+    select: Literal["defender", "oracle"] = "defender"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("unlearning_lr", "recovering_lr", "alpha", "pruning_step"):
+            self.require(name, getattr(self, name) > 0, "above 0")
+        for name in ("unlearning_epochs", "recovering_epochs"):
+            self.require(name, getattr(self, name) >= 0, "0 and more")
+        self.require("batch_size", self.batch_size >= 1, "1 and more")
+        self.require("clean_threshold", 0 <= self.clean_threshold <= 1, "0 to 1")
+        self.require("pruning_number", 0 <= (self.pruning_number or 0) <= 1, "none, or 0 to 1")
+        self.require("pruning_max", 0 < self.pruning_max <= 1, "above 0 and up to 1")
+        self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
+        self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
+
+    def augmentation(self, offered: Augment) -> Augment | None:
+        return offered if self.augment else None
+
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        norms = pruning.batch_norms(model, self.name)
+        clean = held = pruning.gather(unaugmented(batches)[0])
+        if self.pruning_number is None and self.select == "defender":
+            (x, y), held = pruning.hold_back(*clean, self.held_back)
+            batches = Batches(x, (y,), self.batch_size, 0, getattr(batches, "augment", None))
+        unlearned, masks = copy.deepcopy(model).train(), Masks(norms).to(clean[0].device)
+        self._unlearn(unlearned, batches, session)
+        self._recover(unlearned.requires_grad_(False), masks, batches, session.at(1))
+        self._prune(model, norms, masks.named(), held, session)
+
+    def _unlearn(self, unlearned: nn.Module, batches: Loader, session: Session) -> None:
+        """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
+        plan = Training(
+            epochs=self.unlearning_epochs,
+            lr=self.unlearning_lr,
+            lr_scheduler="MultiStepLR",
+            steplr_milestones=self.schedule,
+        )
+        descent = plan.descent(unlearned.parameters(), len(batches))  # type: ignore[arg-type]
+
+        def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
+            logits = unlearned(x)
+            loss = F.cross_entropy(logits, y)
+            descent(-loss, clip=CLIP)
+            return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}
+
+        def end_epoch(losses: dict[str, float]) -> bool:
+            descent.end_epoch(losses["loss"])
+            return losses["clean_acc"] <= 100 * self.clean_threshold
+
+        state = {"unlearned": unlearned, "descent": descent}  # not as "model": nobody wants the scores of a ruin
+        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, session=session, label="unlearning")
+
+    def _recover(self, unlearned: nn.Module, masks: "Masks", batches: Loader, session: Session) -> None:
+        """Descent on the masks alone, which are cut to [0, 1] after every update."""
+        plan = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
+        descent = plan.descent(masks.parameters(), len(batches))  # type: ignore[arg-type]
+
+        def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
+            logits = functional_call(unlearned, masks.scales(unlearned), (x,))
+            loss = self.alpha * F.cross_entropy(logits, y)
+            descent(loss)
+            masks.cut()
+            return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}
+
+        def end_epoch(losses: dict[str, float]) -> None:
+            descent.end_epoch(losses["loss"])
+
+        state = {"unlearned": unlearned, "masks": masks, "descent": descent}
+        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, session=session, label="recovering")
+
+    def _prune(
+        self,
+        model: nn.Module,
+        norms: pruning.Norms,
+        masks: Mapping[str, Tensor],
+        held: tuple[Tensor, Tensor],
+        session: Session,
+    ) -> None:
+        def level(threshold: float) -> pruning.Level:
+            return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})
+
+        def prune(level: pruning.Level) -> None:
+            for name, norm in norms.items():
+                pruning.silence(norm, level.pruned[name], shift=False)
+
+        if self.pruning_number is not None and self.select == "defender":
+            pruning.only(level(self.pruning_number), prune, session)
+            return
+        count = int(self.pruning_max / self.pruning_step + 1e-9)
+        levels = [level(i * self.pruning_step) for i in range(count + 1)]
+        oracle = self.select == "oracle"
+        pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=oracle)
+
+
+class Masks(nn.Module):
+    """One number in [0, 1] for every channel of every batch norm, at first 1."""
+
+    def __init__(self, norms: pruning.Norms) -> None:
+        super().__init__()
+        self.names = list(norms)
+        self.values = nn.ParameterList(torch.ones_like(norm.weight) for norm in norms.values())
+
+    def named(self) -> dict[str, Tensor]:
+        """The masks [C] by the names of their batch norms, without gradients."""
+        return {name: mask.detach() for name, mask in zip(self.names, self.values, strict=True)}
+
+    def scales(self, model: nn.Module) -> dict[str, Tensor]:
+        """The scales of the batch norms of `model` times their masks, by parameter name."""
+        named = ((f"{name}.weight", mask) for name, mask in zip(self.names, self.values, strict=True))
+        return {name: model.get_parameter(name) * mask for name, mask in named}
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Back into [0, 1]."""
+        for mask in self.values:
+            mask.clamp_(0, 1)

@@ -1,0 +1,209 @@
+"""FP: which units are idle, how many go, and that they stay away; by hand-made networks, and its claim on a toy."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_defenses import backdoored, pair
+from test_loop import ALWAYS, Tape
+from torch import Tensor, nn
+from toys import quiet, same_weights, tiny_net
+
+from sau.defense import FP, Defense
+from sau.defense.fp import activations, last_layers, silence
+from sau.errors import ConfigError
+from sau.evaluate import Score, Share, score
+from sau.models import PreActResNet18
+from sau.models.zoo import torchvision_net
+from sau.session import Session
+
+
+class Stopping(Tape):
+    """A checkpoint that stops the run right after its n-th save."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def save(self, place: dict[str, Any]) -> None:
+        super().save(place)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def resumed(defense: Defense, net: nn.Module, data: Any) -> Iterator[tuple[nn.Module, list[str]]]:
+    """For every checkpoint of a run: what comes out when it is stopped there and resumed, and what was said then."""
+    for n in itertools.count(1):
+        tape, said = Stopping(n), []
+        try:
+            defense.purify(net, data, session=Session(checkpoint=tape, say=said.append, save_every=ALWAYS))
+            return
+        except KeyboardInterrupt:
+            said.clear()
+        torch.manual_seed(n)  # whatever was drawn in between
+        again = Session(checkpoint=tape, say=said.append, save_every=ALWAYS)
+        yield defense.purify(net, data, session=again), said
+
+
+def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Ten pixels are the inputs of a linear layer; pixel j is j / 10, but for the seventh, which is 0.6 or 0.8 and
+    tells the two classes apart. So the order of activation is that of the pixels, and only the seventh matters."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(10, 2))
+    y = torch.arange(20) % 2
+    x = (torch.arange(10) / 10).repeat(20, 1)
+    x[:, 7] = 0.6 + 0.2 * y
+    shuffled = torch.tensor([3, 8, 1, 9, 0, 7, 2, 5, 6, 4])  # place of the pixels in the picture
+    with torch.no_grad():
+        net[1].weight.fill_(1.0)
+        net[1].weight[0, (shuffled == 7).nonzero()] = 0.0
+        net[1].bias.copy_(torch.tensor([0.7, 0.0]))
+    return net, (x[:, shuffled].view(20, 1, 1, 10), y)
+
+
+def gone(net: nn.Module) -> list[int]:
+    """The pixels whose columns are zero, by their order of activation."""
+    shuffled = torch.tensor([3, 8, 1, 9, 0, 7, 2, 5, 6, 4])
+    return sorted(shuffled[(net[1].weight == 0).all(0)].tolist())
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0.01, 7), (0.2, 6), (0.25, 6), (0.4, 4), (1.0, 0)])
+def test_the_last_step_within_the_tolerance_is_the_one_applied(step, expected):
+    """Without the seventh pixel the accuracy falls from 100 to 50 %: steps of 1, 2, 3 (ceil of 2.5), 4 and 10 units
+    stop before it. The public code goes one step further and, in each, one unit less far."""
+    net, data = ten_units()
+    fixed = FP(epochs=0, once_prune_ratio=step, augment=False).purify(net, data, session=quiet())
+    assert gone(fixed) == list(range(expected))
+    kept = (fixed[1].weight != 0).any(0)
+    assert torch.equal(fixed[1].weight[:, kept], net[1].weight[:, kept]) and torch.equal(fixed[1].bias, net[1].bias)
+
+
+def test_a_tolerance_that_allows_all_leaves_one_unit():
+    net, data = ten_units()
+    fixed = FP(epochs=0, acc_ratio=0.6, augment=False).purify(net, data, session=quiet())
+    assert gone(fixed) == list(range(9))
+
+
+def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
+    net, data = ten_units()
+
+    def judge(network: nn.Module) -> Score:
+        n = len(gone(network.get_submodule("net")))
+        return Score(Share(90 if n <= 2 else 80, 100), Share(5 if n == 1 else 90, 100), Share(0, 100))
+
+    session = Session(say=lambda text: None, judge=judge)
+    fixed = FP(epochs=0, augment=False, select="oracle").purify(net, data, session=session)
+    assert gone(fixed) == [0, 1]
+    with pytest.raises(ConfigError):
+        FP(select="oracle").purify(net, data, session=quiet())
+
+
+def test_the_order_is_that_of_plain_pictures_even_where_tuning_augments():
+    """A crop would shift the pixels, and with them the activations."""
+    net, data = ten_units()
+    assert gone(FP(epochs=0, augment=True).purify(net, data, session=quiet())) == list(range(7))
+
+
+# The units
+
+
+def test_activations_are_signed_means():
+    """A convolution by -1 and by 2 of the mean pixel; a linear layer sees these means."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1))
+    x = torch.rand(700, 1, 2, 2, dtype=torch.float64)  # more than a block of `predict`
+    mean = float(x.mean())
+    for layer in (net[0], net[3]):
+        assert activations(net, layer, x).tolist() == pytest.approx([-mean, 2 * mean], abs=1e-6)
+
+
+def names(net: nn.Module, unit: str, side: int = 32) -> list[str]:
+    known = {module: name for name, module in net.named_modules()}
+    return [known[layer] for layer in last_layers(net.eval(), torch.rand(1, 3, side, side), unit)]
+
+
+def test_the_last_layers_of_networks():
+    small = PreActResNet18(width=4)
+    assert names(small, "linear_input") == ["linear"] and names(small, "last_conv") == ["layer4.1.conv2"]
+    resnet = torchvision_net("resnet18", 10, (3, 32, 32))
+    assert names(resnet, "linear_input") == ["fc"] and names(resnet, "last_conv") == ["layer4.1.conv2", "layer4.1.bn2"]
+    chain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Flatten()
+    )
+    assert names(chain, "last_conv", 8) == ["2", "3", "4"]
+    assert all(not module._forward_hooks for module in chain.modules())
+
+
+def test_a_pruned_channel_is_zero_behind_its_batch_norm():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    with torch.no_grad():
+        net[1].bias.fill_(0.5)
+    x = torch.rand(2, 3, 8, 8)
+    before, pruned = net(x), torch.tensor([True, False, True, False])
+    silence(last_layers(net, x, "last_conv"), pruned)
+    assert (net(x)[:, pruned] == 0).all() and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
+
+
+def test_networks_without_the_layer_are_refused(one_line):
+    without = {
+        "linear_input": nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "last_conv": nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)),
+    }
+    for unit, net in without.items():
+        with pytest.raises(ConfigError) as refusal:
+            FP(unit=unit).purify(net, pair(), session=quiet())
+        other = "last_conv" if unit == "linear_input" else "linear_input"
+        assert f"--unit {other}" in one_line(refusal.value)
+
+
+# Fine-tuning
+
+
+@pytest.mark.parametrize("unit", ["linear_input", "last_conv"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer):
+    """Also with momentum, which goes on pushing where a weight was zeroed."""
+    net, settings = tiny_net(), {"batch_size": 8, "lr": 0.05, "unit": unit, "client_optimizer": optimizer}
+    pruned, tuned = (
+        FP(epochs=epochs, acc_ratio=0.9, **settings).purify(net, pair(), session=quiet()) for epochs in (0, 3)
+    )
+    weights = "linear.weight" if unit == "linear_input" else "features.3.weight"
+    before, after = pruned.get_parameter(weights), tuned.get_parameter(weights)
+    assert torch.equal(before == 0, after == 0) and (before == 0).any() and not torch.equal(before, after)
+    assert tuned.state_dict().keys() == net.state_dict().keys()
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in tuned.modules())
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_prunes_once():
+    defense, net, data = FP(epochs=2, batch_size=8, lr=0.05, acc_ratio=0.9), tiny_net(), pair()
+    whole, count = defense.purify(net, data, session=quiet()), 0
+    for fixed, said in resumed(defense, net, data):
+        count += 1
+        assert same_weights(fixed, whole) and not any("pruned" in line for line in said)
+    assert count == 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"acc_ratio": -0.1}, {"acc_ratio": 1.0}, {"once_prune_ratio": 0.0}, {"once_prune_ratio": 1.1}]
+    + [{"held_back": 0.0}, {"held_back": 1.0}],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        FP(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)
+
+
+def test_the_accuracy_is_kept_on_a_toy():
+    """That the backdoor goes is not claimed: Blended survives FP in the published table, too (ASR 99.26)."""
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    for unit in ("linear_input", "last_conv"):
+        fixed = FP(unit=unit, epochs=5, batch_size=50, augment=False).purify(net, clean, session=quiet())
+        after = score(fixed, test, triggered)
+
+        assert after.acc.percent >= before.acc.percent - 5

@@ -1,0 +1,234 @@
+"""NAD: attention maps by hand, the layers that it finds, the teacher's ways in, and what the student learns."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from test_defenses import backdoored, pair
+from test_fp import resumed
+from torch import Tensor, nn
+from toys import quiet, same_weights, tiny_net
+
+from sau.defense import FT, NAD
+from sau.defense.nad import attention, deepest, found, watched
+from sau.errors import ConfigError, RecordError
+from sau.evaluate import score
+from sau.models import Normalized, PreActResNet18
+from sau.models.zoo import torchvision_net
+from sau.record import Record
+from sau.session import Session
+
+SMALL = {"batch_size": 8, "lr": 0.01, "augment": False}
+
+# Attention
+
+
+def test_attention_by_hand():
+    """p = 2: 1 + 9 and 4 + 1, length sqrt(125); p = 1: 1 + 3 and 2 + 1, length 5."""
+    f = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [0.0, -1.0]]]], dtype=torch.float64)
+    assert attention(f, 1.0).flatten().tolist() == pytest.approx([0.8, 0.0, 0.0, 0.6], abs=1e-6)
+    assert attention(f, 2.0).flatten().tolist() == pytest.approx([10 / 125**0.5, 0, 0, 5 / 125**0.5], abs=1e-6)
+    assert attention(f, 2.0).tolist() == attention(-f, 2.0).tolist()  # signs do not matter
+    shorter = attention(1e-3 * f, 2.0).flatten()[0].item()  # 1e-6 is added to the length: 1e-5 / (125**0.5 e-6 + e-6)
+    assert shorter == pytest.approx(10 / (125**0.5 + 1))
+
+
+def test_a_map_of_one_position_is_a_constant():
+    """The benchmark's third level, the pooled features: it costs nothing and teaches nothing."""
+    f = torch.randn(5, 8, 1, 1, dtype=torch.float64, requires_grad=True)
+    maps = attention(f, 2.0)
+    assert torch.allclose(maps, torch.ones_like(maps), atol=1e-5)
+    (gradient,) = torch.autograd.grad(F.mse_loss(maps, attention(torch.randn_like(f), 2.0).detach()), f)
+    assert gradient.abs().max() < 1e-9
+
+
+def test_the_loss_of_a_step_by_hand():
+    """Two convolutions in float64; the maps and their distances are computed anew, picture by picture."""
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 3)).double() for _ in range(2)
+    ]
+    x, y = torch.rand(5, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    defense = NAD(beta1=7.0, beta2=11.0, p=3.0, lr=1e-9, wd=0.0)
+    state = {**defense.prepare(nets[0], 1), "teacher": nets[1].eval(), "weights": {"0": 7.0, "1": 11.0}}
+    wanted = [0.0, 0.0]
+    for picture in x:
+        for level, features in enumerate((lambda net: net[0], lambda net: net[:2])):
+            maps = [(features(net)(picture[None])[0].abs() ** 3).sum(0) for net in nets]
+            student, teacher = (m / (m.square().sum().sqrt() + 1e-6) for m in maps)
+            wanted[level] += (student - teacher).square().mean().item() / 5
+    clean = F.cross_entropy(nets[0](x), y).item()
+    report = defense.step(state, x, y)
+    assert report["attention_loss"].item() == pytest.approx(7 * wanted[0] + 11 * wanted[1], rel=1e-9)
+    assert report["loss"].item() == pytest.approx(clean + 7 * wanted[0] + 11 * wanted[1], rel=1e-9)
+
+
+def test_features_are_taken_before_a_relu_in_place():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(F.relu(self.conv(x), inplace=True).mean((2, 3)))
+
+    net, x = Net(), torch.rand(2, 3, 6, 6)
+    logits, maps = watched(net, ["conv"], x, 2.0)
+    assert torch.equal(maps["conv"], attention(net.conv(x), 2.0))
+    torch.autograd.grad(logits.sum() + maps["conv"].square().sum(), net.conv.weight)  # nothing it needs was overwritten
+    assert not net.conv._forward_hooks
+
+
+# Layers
+
+
+def test_the_layers_of_networks():
+    x = torch.rand(1, 3, 32, 32)
+    assert deepest(PreActResNet18(width=4), x) == ["layer3", "layer4"]
+    assert deepest(Normalized(PreActResNet18(width=4)), x) == ["net.layer3", "net.layer4"]
+    resnet = torchvision_net("resnet18", 10, (3, 32, 32))
+    assert deepest(resnet, torch.rand(1, 3, 64, 64)) == ["layer3", "layer4"]
+    assert deepest(resnet, x) == ["layer2", "layer3"]  # layer4 has a single position left
+    # As in torchvision's VGG: what is pooled to 1x1 and then blown up to 7x7 does not count.
+    vgg = nn.Sequential(tiny_net().features[:5], nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(7), nn.Flatten())
+    assert deepest(vgg, x) == ["0.2", "0"]
+    assert deepest(tiny_net(), x) == ["features.2", "features.4"]
+    assert deepest(nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten()), x) == ["0"]
+
+
+def test_the_user_names_layers():
+    model, x = Normalized(PreActResNet18(width=4)), torch.rand(1, 3, 32, 32)
+    assert found(model, x, ("layer2", "net.layer4", "avgpool")) == ["net.layer2", "net.layer4", "net.avgpool"]
+    said: list[str] = []
+    NAD(te_epochs=0, epochs=0, layers=("features.2", "features.4", "features.0")).purify(
+        tiny_net(), pair(), session=Session(say=said.append)
+    )
+    assert said[-1] == "attention of features.2 (weight 500), features.4 (weight 1000), features.0 (weight 1000)"
+
+
+def test_layers_that_are_not_there_are_refused(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        NAD(layers=("features.22",)).purify(tiny_net(), pair(), session=quiet())
+    assert "'features.22'" in one_line(refusal.value) and "features.2?" in str(refusal.value)
+    with pytest.raises(ConfigError) as refusal:
+        NAD(layers=("linear",)).purify(tiny_net(), pair(), session=quiet())
+    assert "linear" in one_line(refusal.value)
+    with pytest.raises(ConfigError) as refusal:
+        NAD().purify(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)), pair(), session=quiet())
+    assert "feature maps" in one_line(refusal.value)
+
+
+# Student and teacher
+
+
+def test_without_attention_the_student_is_fine_tuned():
+    """It starts from the given network, not from the teacher; and attention changes it."""
+    net, data = tiny_net(), pair()
+    tuned = FT(epochs=2, lr_scheduler="constant", **SMALL).purify(net, data, session=quiet())
+    off = NAD(te_epochs=3, epochs=2, beta1=0.0, beta2=0.0, **SMALL).purify(net, data, session=quiet())
+    on = NAD(te_epochs=3, epochs=2, **SMALL).purify(net, data, session=quiet())
+    assert same_weights(off, tuned) and not same_weights(on, tuned)
+    assert int(on.features[1].num_batches_tracked) == 6  # three batches an epoch, each of them once
+    assert all(not module._forward_hooks for module in on.modules())
+
+
+def test_the_teacher_stays_as_it_is_while_the_student_learns():
+    seen: list[dict] = []
+
+    def look(epoch: int, losses: dict, state: dict) -> dict:
+        if "weights" in state:
+            seen.append({name: value.clone() for name, value in state["teacher"].state_dict().items()})
+            assert not any(module.training for module in state["teacher"].modules())
+        return {}
+
+    session = Session(say=lambda text: None, on_epoch=look)
+    NAD(te_epochs=1, epochs=2, **SMALL).purify(tiny_net(), pair(), session=session)
+    assert len(seen) == 2 and all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+
+
+def test_attention_comes_closer_to_the_teachers():
+    net, data = tiny_net(), pair()
+    losses: list[float] = []
+    session = Session(
+        say=lambda text: None, on_epoch=lambda e, row, s: losses.append(row.get("attention_loss", 0)) or {}
+    )
+    NAD(te_epochs=10, epochs=10, **SMALL).purify(net, data, session=session)
+    assert 0 < losses[-1] < losses[10] / 2
+
+
+@cache
+def a_teacher() -> nn.Module:
+    return FT(epochs=2, lr_scheduler="constant", **SMALL).purify(tiny_net(), pair(), session=quiet())
+
+
+def stored(folder: Path) -> Path:
+    """A finished run whose network is the teacher."""
+    record = Record(folder / "run")
+    record.begin({}, {}, False)
+    record.save_tensors("model", a_teacher().state_dict())
+    record.finish({})
+    return record.path
+
+
+def test_a_teacher_is_read_from_a_file_or_a_folder(tmp_path):
+    """It is the teacher that would have been trained, so the student is the same."""
+    whole = NAD(te_epochs=2, epochs=1, **SMALL).purify(tiny_net(), pair(), session=quiet())
+    folder = stored(tmp_path)
+    for place in (folder, folder / "model.safetensors"):
+        said: list[str] = []
+        defense = NAD(epochs=1, teacher_model_loc=str(place), **SMALL)
+        fixed = defense.purify(tiny_net(), pair(), session=Session(say=said.append))
+        assert same_weights(fixed, whole) and not any(line.startswith("teacher") for line in said)
+
+
+def test_a_teacher_that_is_none_is_refused(tmp_path, one_line):
+    folder = stored(tmp_path)
+    other, damaged = tmp_path / "other.safetensors", tmp_path / "damaged.safetensors"
+    safetensors.torch.save_file(tiny_net(7).state_dict(), other)
+    damaged.write_bytes((folder / "model.safetensors").read_bytes()[:-8])
+    wrong = {
+        tmp_path / "missing.safetensors": "missing.safetensors",
+        tmp_path / "teacher.pt": "no .safetensors file",
+        tmp_path: "not a result folder",
+        other: "linear.weight has (7, 6)",
+        damaged: "damaged.safetensors",
+    }
+    for place, words in wrong.items():
+        with pytest.raises(RecordError) as refusal:
+            NAD(teacher_model_loc=str(place)).purify(tiny_net(), pair(), session=quiet())
+        assert words in one_line(refusal.value)
+    (folder / "model.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(RecordError) as refusal:
+        NAD(teacher_model_loc=str(folder)).purify(tiny_net(), pair(), session=quiet())
+    assert "damaged" in one_line(refusal.value)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits():
+    """While the teacher is trained (3 checkpoints an epoch) and while the student is."""
+    defense, net, data = NAD(te_epochs=1, epochs=2, **SMALL), tiny_net(), pair()
+    whole = defense.purify(net, data, session=quiet())
+    results = [same_weights(fixed, whole) for fixed, _ in resumed(defense, net, data)]
+    assert results == [True] * 9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"te_epochs": -1}, {"beta1": -1.0}, {"beta2": -1.0}, {"beta3": -1.0}, {"p": 0.0}]
+    + [{"layers": ("a", "b", "c", "d")}, {"layers": ("a", "a")}],
+    ids=str,
+)
+def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        NAD(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)
+
+
+def test_the_accuracy_is_kept_on_a_toy():
+    """That the backdoor goes is not claimed: Blended survives NAD in the published table, too (ASR 97.69)."""
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    fixed = NAD(te_epochs=5, epochs=5, batch_size=50, augment=False).purify(net, clean, session=quiet())
+    assert score(fixed, test, triggered).acc.percent >= before.acc.percent - 5
