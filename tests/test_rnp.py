@@ -125,8 +125,8 @@ def test_a_threshold_that_prunes_all_is_refused(one_line):
 def test_without_a_threshold_held_back_pictures_look_for_it(monkeypatch):
     """The hardest threshold that keeps the accuracy of a fifth of the pictures, which train no mask."""
 
-    def judge(network: nn.Module, held: tuple[Tensor, Tensor], triggered: None) -> Score:
-        assert len(held[1]) == 8
+    def judge(network: nn.Module, clean: tuple[Tensor, Tensor], triggered: None) -> Score:
+        assert len(clean[1]) == 8
         n = int((network.get_submodule("net").get_parameter("features.1.weight") == 0).sum())
         return Score(Share(90 if n <= 4 else 10, 100))
 

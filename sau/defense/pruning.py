@@ -114,12 +114,11 @@ def choose(
 ) -> Level | None:
     """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
-    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network. One that
-    prunes what the level before it did is not measured again.
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network.
 
     Args:
         model: in eval mode.
-        levels: from the mildest to the hardest.
+        levels: from the mildest to the hardest; equal ones are measured once.
         prune: applies a level to `model` in place.
         held: clean pictures and labels that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
@@ -149,10 +148,10 @@ def choose(
     if chosen is None:
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
-        return None
-    prune(chosen)
-    accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
-    session.say(f"pruned {chosen.count} channels ({chosen.name}): {accuracy}")
+    else:
+        prune(chosen)
+        accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
+        session.say(f"pruned {chosen.count} channels ({chosen.name}): {accuracy}")
     return chosen
 
 
