@@ -114,7 +114,7 @@ def choose(
 ) -> Level | None:
     """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
-    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, ACC_0 being that of the unpruned network.
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network.
 
     Args:
         model: in eval mode.
@@ -123,12 +123,11 @@ def choose(
         held: clean pictures and labels that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
         session: says what was chosen; its `judge` scores networks for the oracle.
-        oracle: ACC and ASR of the test sets choose, as in the benchmark: the lowest ASR of the allowed levels.
-            Otherwise the defender does: the hardest level before the first that is not allowed.
-        by_asr: False is an oracle that knows the test ACC alone and goes by the defender's rule.
+        oracle: test ACC and ASR choose, as in the benchmark: the lowest ASR of the allowed levels. Otherwise the
+            defender does: the hardest level before the first that is not allowed.
+        by_asr: False is an oracle that goes by the defender's rule on test ACC.
     """
-    search = oracle and by_asr
-    judge = _judge(held, session, oracle)
+    search, judge = oracle and by_asr, _judge(held, session, oracle)
     first = judge(model)
     chosen, best, count = None, first, 0
     for level in levels:
@@ -149,9 +148,8 @@ def choose(
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
     else:
-        prune(chosen)
         accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
-        session.say(f"pruned {chosen.count} channels ({chosen.name}): {accuracy}")
+        only(chosen, prune, session, accuracy)
     return chosen
 
 
@@ -163,10 +161,10 @@ def _judge(held: tuple[Tensor, Tensor] | None, session: Session, oracle: bool) -
     return partial(score, clean=held, triggered=None)
 
 
-def only(level: Level, prune: Callable[[Level], None], session: Session) -> None:
-    """Prune by a level that the user fixed; TrainingError, with the network as it was, if it leaves nothing."""
+def only(level: Level, prune: Callable[[Level], None], session: Session, accuracy: str = "") -> None:
+    """Prune by one level, chosen by the user; TrainingError, with the network as it was, if it leaves nothing."""
     if level.everything:
         lost = ", ".join(name for name, flags in level.pruned.items() if flags.all())
         raise TrainingError(f"{level.name} would prune every channel of {lost}; prune less")
     prune(level)
-    session.say(f"pruned {level.count} channels ({level.name})")
+    session.say(f"pruned {level.count} channels ({level.name})" + (f": {accuracy}" if accuracy else ""))
