@@ -2,9 +2,10 @@
 
     python scripts/bench.py sau [--width 64] [--batch_size 64] [--repeats 5] [--json out.json]
     python scripts/bench.py attacks [--width 16] [--batch_size 128] [--repeats 5] [--json out.json]
+    python scripts/bench.py defenses [--width 16] [--pictures 256] [--only sau,ft] [--repeats 5] [--json out.json]
 
 prints one row for each comparison. sau: ratio = released / ours, so above 1 means that ours is faster. attacks: updates
-as attack / BadNets, and stamping as ten seconds / the time for 50,000 pictures.
+as attack / BadNets, and stamping as ten seconds / the time for 50,000 pictures. defenses: released / ours, FT / method.
 """
 
 import argparse
@@ -17,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_parts import attacks, sau_step
+from bench_parts import attacks, defenses, sau_step
 
 from sau.device import choose_device, set_threads
 
-PARTS: dict[str, ModuleType] = {"sau": sau_step, "attacks": attacks}
+PARTS: dict[str, ModuleType] = {"sau": sau_step, "attacks": attacks, "defenses": defenses}
 
 
 def main() -> None:

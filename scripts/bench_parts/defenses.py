@@ -1,0 +1,138 @@
+"""What a defense costs: whole runs side by side, and i-BAU, NAD and ANP against the order of work of their public code.
+
+Of a whole run `ours` is its seconds and `reference` those of FT: below 1 a method costs more than FT.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench_parts import released
+from bench_parts.measure import Work, interleaved, passes, row
+
+from sau.attack import BadNet
+from sau.data.images import Images
+from sau.data.sources import clean_subset, load, source
+from sau.defense import ANP, DEFENSES, IBAU, NAD
+from sau.models import Normalized, build
+from sau.optim import Training
+from sau.request import DefenseRun, Request
+from sau.session import Session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this part."""
+    parser.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="pictures [digits]")
+    parser.add_argument("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage [16]")
+    parser.add_argument("--pictures", type=int, default=256, help="clean pictures [256]")
+    parser.add_argument("--recipe", default="cpu", choices=("paper", "cpu"), help="settings of the defenses [cpu]")
+    parser.add_argument("--only", default=",".join(DEFENSES), help="defenses to run whole, or none")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare; prints what each costs, returns the rows."""
+    images = load(args.dataset, args.dataset_path)[0].to(args.device)
+    clean = clean_subset(images, args.pictures / len(images), 0)
+    h_b = _backdoored(args, images)
+    rows = [_against_released(name, args, h_b, clean) for name in ("i-bau", "nad", "anp")]
+    names = [name for name in args.only.split(",") if name in DEFENSES]
+    if not names:
+        return rows
+    works = {name: _whole(name, args, h_b, images, clean) for name in dict.fromkeys(["ft", *names])}
+    forwards = {name: passes(work, h_b, clean.pixels[:1].float() / 255) / len(clean) for name, work in works.items()}
+    seconds = interleaved({name: lambda work=work: work for name, work in works.items()}, args.repeats, args.device)
+    for name, count in forwards.items():
+        print(f"{name:10}{count:10.1f} passes a clean picture, {len(clean)} pictures, recipe {args.recipe}")
+        rows.append({**row(f"whole run: {name}", seconds[name], seconds["ft"], "s"), "passes_per_image": count})
+    return rows
+
+
+def _backdoored(args: argparse.Namespace, images: Images) -> Normalized:
+    torch.manual_seed(0)
+    origin = source(args.dataset)
+    model = build("preactresnet18", images.num_classes, width=args.width, mean=origin.mean, std=origin.std)
+    recipe = Training(epochs=2 if args.dataset == "digits" else 1, lr=0.1, lr_scheduler="OneCycleLR")
+    some = images[torch.arange(min(len(images), 5000), device=images.labels.device)]
+    attack = BadNet()
+    session = Session(say=lambda text: None)
+    attack.fit(model.to(args.device), attack.poison_train(some, 0), recipe, augment=origin.augment, session=session)
+    return model
+
+
+def _whole(name: str, args: argparse.Namespace, h_b: Normalized, images: Images, clean: Images) -> Work:
+    """`purify` with the settings of the recipe; NPD's layer and NC's classes as they come."""
+    request = Request(name, DEFENSES[name], (DefenseRun, DEFENSES[name]), [])
+    _, method = request.settle("defense", args.recipe, args.dataset)
+    given = BadNet().poison_train(images, 0)[clean.index] if method.needs == "poisoned" else clean
+    augment, session = source(args.dataset).augment, Session(say=lambda text: None)
+
+    def work() -> None:
+        method.purify(h_b, given, augment=augment, session=session)
+
+    return work
+
+
+def _against_released(name: str, args: argparse.Namespace, h_b: Normalized, clean: Images) -> dict[str, Any]:
+    """One unit of work (a round, a step, an iteration) in fp32 for both, from the same weights and pictures."""
+    batches = [(x, y) for x, y, _ in clean.batches(64)]
+    makers: dict[str, Callable[[], Work]] = {
+        "i-bau": (lambda: _ours_i_bau(h_b, batches), lambda: _released_i_bau(h_b, batches)),
+        "nad": (lambda: _ours_nad(h_b, batches), lambda: _released_nad(h_b, batches)),
+        "anp": (lambda: _ours_anp(h_b, batches), lambda: _released_anp(h_b, batches)),
+    }[name]
+    ours, reference = makers
+    for make in makers:
+        make()()  # warms everything up
+    seconds = interleaved({"ours": ours, "reference": reference}, args.repeats, args.device)
+    work = row(f"released order: {name}", seconds["ours"], seconds["reference"], "s")
+    x = batches[0][0]
+    work["passes_per_image"], work["passes_released"] = (passes(make(), h_b, x) / len(clean) for make in makers)
+    print(f"{name:10}{work['passes_per_image']:10.1f} passes a picture, released {work['passes_released']:.1f}")
+    return work
+
+
+def _ours_i_bau(h_b: Normalized, batches: list[released.Batch]) -> Work:
+    method, session = IBAU(epochs=1, batch_size=64, augment=False), Session(say=lambda text: None)
+    model = copy.deepcopy(h_b)
+    return lambda: method.run(model, batches, session)
+
+
+def _released_i_bau(h_b: Normalized, batches: list[released.Batch]) -> Work:
+    model = copy.deepcopy(h_b).eval()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-4, amsgrad=True)
+    return lambda: released.i_bau_round(model, batches, adam)
+
+
+def _ours_nad(h_b: Normalized, batches: list[released.Batch]) -> Work:
+    method, model, teacher = NAD(epochs=1, batch_size=64), copy.deepcopy(h_b), copy.deepcopy(h_b)
+    state = {**method.prepare(model, len(batches)), "teacher": teacher.eval().requires_grad_(False)}
+    state["weights"] = {"net.layer3": 500, "net.layer4": 1000}
+    return lambda: [method.step(state, x, y) for x, y in batches]
+
+
+def _released_nad(h_b: Normalized, batches: list[released.Batch]) -> Work:
+    student, teacher = copy.deepcopy(h_b.net), copy.deepcopy(h_b.net)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    return lambda: [released.nad_step(student, teacher, batch, sgd) for batch in batches]
+
+
+def _ours_anp(h_b: Normalized, batches: list[released.Batch]) -> Work:
+    from sau.defense import pruning
+    from sau.defense.masks import Perturbable
+
+    method, model = ANP(batch_size=64), copy.deepcopy(h_b).train()
+    network = Perturbable(model, pruning.batch_norms(model, "anp"))
+    masks = torch.nn.ParameterList([torch.ones_like(network.scale)])
+    sgd = Training(lr=0.01, lr_scheduler="constant", wd=0.0)
+    state = {"masks": masks, "descent": sgd.descent(masks.parameters(), len(batches))}
+    return lambda: [method.iteration(network, state, x, y) for x, y in batches]
+
+
+def _released_anp(h_b: Normalized, batches: list[released.Batch]) -> Work:
+    model = copy.deepcopy(h_b)
+    norms = released.perturb(model)
+    sgd = torch.optim.SGD([norm.mask for norm in norms], lr=0.01, momentum=0.9)
+    return lambda: [released.anp_iteration(model, norms, batch, sgd) for batch in batches]
