@@ -54,7 +54,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "pickles": (importing("pickle"), {"data/cifar.py", "foreign.py"}),
     "gradients of weights": (calling("backward"), {"optim.py", "device.py"}),
     "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py"}),
-    "copies of networks": (calling("deepcopy"), {"defense/base.py", "defense/sau.py"}),
+    "copies of networks": (calling("deepcopy"), {"attack/lf_network.py", "defense/base.py", "defense/sau.py"}),
     "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
     "the screen": (calling("print"), {"cli.py", "record.py"} | below("data")),
     "seeds": (
