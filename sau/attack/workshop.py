@@ -50,7 +50,7 @@ def made(
         except (OSError, RuntimeError, RecordError) as error:  # no home, no folder that can be written
             say(f"{name}: it will not be kept ({_brief(error)}); SAU_CACHE names another folder")
         kept: dict[str, Any] = {"checkpoint": shelf, "on_epoch": shelf.on_epoch} if shelf else {"checkpoint": None}
-        printed = session or Session(say=shelf.record.say if shelf else print)
+        printed = session or Session(say=shelf.tell if shelf else print)
         tensors, figures = build(replace(printed, stage=0, **kept))
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}  # as from a file
         say(f"{name}: {_line(figures)}")
@@ -107,6 +107,13 @@ class _Shelf:
 
     def __init__(self, record: Record, say: Callable[[str], None]) -> None:
         self.record, self.say, self.open = record, say, True
+
+    def tell(self, text: str) -> None:
+        """Print a line, and keep it while the record is kept."""
+        if self.open:
+            self._try(lambda: self.record.say(text))
+        else:
+            self.say(text)
 
     def load(self) -> dict[str, Any] | None:
         return self.record.load()
