@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 from toys import quiet, tiny_net, toy_images, train_victim
 
+from sau import victim
 from sau.attack import LF, Prototype, lf_network, lf_search
 from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
 from sau.data.images import Images, to_float
+from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError
+from sau.models import build
 from sau.optim import Training
+from sau.record import Record
 from sau.session import Session
 
 LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)
@@ -176,6 +179,14 @@ def test_a_search_that_finds_nothing_is_an_error(one_line):
 # All of it
 
 
+def coloured(n: int) -> Images:
+    """Noise whose class is its colour, red, green, blue or grey, which a smooth pattern can change."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(n) % 4
+    colour = torch.tensor([[160, 100, 100], [100, 160, 100], [100, 100, 160], [100, 100, 100]])[labels]
+    noise = torch.randint(-20, 21, (n, 3, 32, 32), generator=generator)
+    return Images.clean((colour.view(n, 3, 1, 1) + noise).to(torch.uint8), labels, 4)
+
+
 def forge(attack, images, lines=None, epochs=3):
     recipe = Training(epochs=epochs, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
     session = Session(say=(lambda text: None) if lines is None else lines.append)
@@ -183,11 +194,11 @@ def forge(attack, images, lines=None, epochs=3):
 
 
 def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
-    images, lines = toy_images(200, size=32), []
-    attack = LF(lf_optimise=True, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
+    images, lines = coloured(200), []
+    attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
     found = forge(attack, images, lines, epochs=20)
     pattern = found.made().pattern
-    assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.2)
+    assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.5)
     assert band_energy(pattern) > 0.95
     assert any(line.startswith("pass 1/2") and "fooled" in line for line in lines)
     assert "energy in the lowest 7x7" in lines[-1] and "led to the target" in lines[-1]
@@ -220,38 +231,47 @@ def test_the_network_is_trained_on_a_copy():
 # A network from a record
 
 
-@pytest.fixture
-def record(here, tmp_path) -> Path:
-    """A clean network of one epoch on digits."""
-    flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--threads", "1", "--amp", "false")
-    status, _, err = here("attack", "prototype", *flags, "--device", "cpu", "--save_folder_name", "clean")
-    assert status == 0, err
-    return tmp_path / "record" / "clean"
+def write_record(path: Path, images: Images, triggered: Images | None = None) -> Path:
+    """A record as attack/prototype.py leaves it, or another attack; its network is not trained."""
+    about = {"classes": 4, "width": 2, "shape": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    model = build("preactresnet18", 4, **{name: value for name, value in about.items() if name != "classes"})
+    record, data = Record(path), {"dataset": "digits", "train": fingerprint(images), "test": ""}
+    run = {"dataset_path": ".", "recipe": "cpu"}
+    record.begin({"model": {"name": "preactresnet18", **about}, "data": data, "run": run}, {}, overwrite=False)
+    none = images[images.labels[:0]]
+    victim.save(record, model, none, none if triggered is None else triggered)
+    record.finish({})
+    return path
 
 
-def test_the_network_of_a_record_is_used_and_other_records_are_refused(record, one_line):
-    from sau.data.sources import load
+def test_the_network_of_a_record_is_used(tmp_path):
+    images = toy_images(8, size=32)
+    net = lf_network.recorded(write_record(tmp_path / "clean", images), images)
+    assert not net.training and net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    assert not any(p.requires_grad for p in net.parameters())
 
-    digits, _ = load("digits")
-    net = lf_network.recorded(record, digits)
-    assert not net.training and net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    for images, word in ((toy_images(20), "4 of"), (digits[torch.arange(100)], "other digits pictures")):
-        with pytest.raises(RecordError) as refusal:
-            lf_network.recorded(record, images)
-        assert word in one_line(refusal.value)
-    with pytest.raises(RecordError):
-        lf_network.recorded(record.parent / "nothing", digits)
-    config = yaml.safe_load((record / "config.yaml").read_text())
-    assert config["data"]["dataset"] == "digits"
-    (record / "model.safetensors").write_bytes(b"x")
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ("nothing there", "no folder"),
+        ("damaged", "damaged"),
+        ("attacked", "attacked"),
+        ("other pictures", "other digits pictures"),
+        ("another size", "[3, 16, 16]"),
+        ("more classes", "7 of"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, word, one_line):
+    images = toy_images(8, size=32)
+    path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if wrong == "attacked" else None)
+    given = {
+        "other pictures": toy_images(8, size=32, seed=1),
+        "another size": toy_images(8),
+        "more classes": toy_images(8, size=32, classes=7),
+    }.get(wrong, images)
+    if wrong == "damaged":
+        (path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(RecordError) as refusal:
-        lf_network.recorded(record, digits)
-    assert "damaged" in one_line(refusal.value)
-
-
-def test_the_network_of_an_attack_is_refused(victim, one_line):
-    from sau.data.sources import load
-
-    with pytest.raises(RecordError) as refusal:
-        lf_network.recorded(victim, load("digits")[0])
-    assert "attacked" in one_line(refusal.value)
+        forge(LF(lf_optimise=True, lf_network=str(path.parent / "no" if wrong == "nothing there" else path)), given)
+    assert word in one_line(refusal.value)

@@ -33,7 +33,7 @@ def trained(
 
     def build(how: Session) -> workshop.Made:
         fit = partial(Prototype().fit, augment=augment, seed=seed, session=how)
-        return fit(network, images, recipe).state_dict(), {"epochs": recipe.epochs}
+        return fit(network, images, recipe).state_dict(), {"epochs": float(recipe.epochs)}
 
     with seeded(seed):
         found = workshop.made("clean-network", identity, build, session)

@@ -166,8 +166,7 @@ class SSBA(Attack):
             session=session,
             label="encoder epoch",
         )
-        figures = {**_figures(hidden.eval(), decoder.eval(), images), "w": float(weight())}
-        return encoder.state_dict(), figures
+        return encoder.state_dict(), {**_figures(hidden.eval(), decoder.eval(), images), "w": float(weight())}
 
     def encode_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of encoder and decoder, with codes drawn for this batch."""
