@@ -105,12 +105,12 @@ def test_training_makes_the_code_readable_and_the_picture_recognisable(monkeypat
     monkeypatch.setattr(ssba, "WAIT", 10)
     monkeypatch.setattr(ssba, "RAMP", 20)
     lines: list[str] = []
-    attack = SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 40})
+    attack = SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 30})
     images = toy_images(32)
     made = forge(attack, images, lines)
     first, last = (float(re.search(r"bits_right ([\d.]+)", line)[1]) for line in
-                   (next(x for x in lines if "epoch 1/" in x), next(x for x in lines if "epoch 40/" in x)))  # fmt: skip
-    assert first < 75 and last > 90
+                   (next(x for x in lines if "epoch 1/" in x), next(x for x in lines if "epoch 30/" in x)))  # fmt: skip
+    assert first < 90 < last
     report = re.search(r"percent of bits right ([\d.]+), psnr in db ([\d.]+)", lines[-1])
     assert float(report[1]) > 90 and 12 < float(report[2]) < 60
     x = to_float(images.pixels)

@@ -16,6 +16,14 @@ DEPTHS = (32, 32, 64, 128, 256)  # channels of conv1 to conv5, each after the fi
 READER = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # the decoder's (channels, stride)
 
 
+def _start(network: nn.Module) -> None:
+    """He's initialisation: with torch's own a code fades on its way through 16 layers and is not found for long."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+
 class Encoder(nn.Module):
     """A code and pictures in, pictures that carry it out: a U-Net that sees both side by side.
 
@@ -39,6 +47,7 @@ class Encoder(nn.Module):
             self.add_module(f"conv{i + 6}", nn.Conv2d(b + beside + more, b, 3, padding=1))
         self.conv10 = nn.Conv2d(DEPTHS[0], DEPTHS[0], 3, padding=1)
         self.residual = nn.Conv2d(DEPTHS[0], channels, 1)
+        _start(self)
 
     def forward(self, code: Tensor, x: Pixels) -> Pixels:
         """`x` [B, C, H, W], sides divisible by 16, with `code` [B, bits] of zeros and ones; may leave [0, 1] if it
@@ -69,6 +78,7 @@ class Decoder(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Flatten())
         left = -(-side // 32)  # each of the five halvings rounds up
         self.dense = nn.Sequential(nn.Linear(channels * left**2, 512), nn.ReLU(), nn.Linear(512, bits))
+        _start(self)
 
     def forward(self, x: Pixels) -> Tensor:
         return self.dense(self.decoder(x))
