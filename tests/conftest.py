@@ -1,9 +1,11 @@
 """Fixtures: the scripts in a subprocess, the command line in this process, a finished record, real data."""
 
+import atexit
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from toys import REPOSITORY, VICTIM, command, environment, the_error
 
 from sau.cli import main
 from sau.errors import SauError
+
+_CACHE = tempfile.TemporaryDirectory(prefix="sau-cache-")  # of triggers and pictures that tests make
+atexit.register(_CACHE.cleanup)
+os.environ.setdefault("SAU_CACHE", _CACHE.name)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 

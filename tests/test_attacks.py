@@ -13,7 +13,7 @@ from PIL import Image
 from test_loop import Stopping, Tape
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import ATTACKS, LF, SIG, Attack, BadNet, Blended, InputAware, Prototype, WaNet
+from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.batchwise import count
 from sau.config import options
 from sau.data.augment import Augment
@@ -48,6 +48,12 @@ ROWS = {
     "blended": Row(Blended()),
     "sig": Row(SIG(sig_f=4.0), {"sig_f": 15.0, "sig_delta": 120.0, "pratio": 0.25}, cost=20),  # its whole class
     "lf": Row(LF()),
+    "ssba": Row(
+        forged(SSBA(ssba_epochs=1, ssba_batch_size=16)),
+        {"ssba_epochs": 30, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
+        side=16,
+        least=16,
+    ),
     "wanet": Row(forged(WaNet()), {"s": 8.0, "pratio": 0.2, "cross_ratio": 0.5}),
     "inputaware": Row(
         forged(InputAware(clean_train_epochs=1)), {"pratio": 0.3, "mask_density": 0.2}, asr=40, side=16, least=16
@@ -155,9 +161,10 @@ def test_the_number_of_poisoned_pictures_is_rounded(n, pratio, count):
 
 
 @each_fixed
-def test_the_benchmarks_indices_in_its_order(attack):
+def test_the_benchmarks_indices_in_its_order(attack, monkeypatch):
     """N = 50,000 and seed 0 begin 11841, 19602, ...; k pictures are the first k of that draw."""
     images = Images.clean(torch.zeros(50_000, 3, 9, 9, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.long), 10)
+    monkeypatch.setattr(type(attack), "stamped", lambda self, images, *, test: images.pixels)  # it is about the choice
     golden = [11841, 19602, 45519, 25747, 42642, 31902]
     for k in (1, 3, 6):
         role = with_(attack, pratio=k / 50_000).poison_train(images, seed=0).role
@@ -174,7 +181,7 @@ def test_the_choice_depends_on_the_seed_alone():
 @each_poison
 def test_the_test_set_of_the_attack(attack):
     """All pictures but the target's, in their order, stamped with the trigger of the test set."""
-    images = toy_images(30, classes=7, size=12)
+    images = toy_images(30, classes=7)
     triggered = with_(attack, attack_target=3).poison_test(images)
     kept = (images.labels != 3).nonzero().flatten()
     assert triggered.index.tolist() == kept.tolist() and len(triggered) == 26
@@ -684,6 +691,20 @@ def test_gradients_of_the_pattern_generator_are_cleared_unless_asked(accumulate,
         (SIG, {"sig_delta": 0.0}),
         (SIG, {"sig_f": -1.0}),
         (LF, {"lf_strength": 0.0}),
+        (LF, {"lf_optimise": True, "lowFrequencyPatternPath": "pattern.npy"}),
+        (LF, {"lf_network": "record/clean"}),
+        (LF, {"lf_images": 0}),
+        (LF, {"lf_passes": 0}),
+        (LF, {"lf_delta": 1.0}),
+        (LF, {"lf_deepfool_steps": 0}),
+        (LF, {"lf_overshoot": -0.1}),
+        (SSBA, {"ssba_bits": 0}),
+        (SSBA, {"ssba_bits": 101}),
+        (SSBA, {"ssba_epochs": 0}),
+        (SSBA, {"ssba_batch_size": 0}),
+        (SSBA, {"ssba_lr": 0.0}),
+        (SSBA, {"trigger_seed": -1}),
+        (SSBA, {"attack_test_replace_imgs_path": "test.npy"}),
         (WaNet, {"cross_ratio": -1.0}),
         (WaNet, {"pratio": 0.5}),
         (WaNet, {"s": 0.0}),
@@ -701,6 +722,17 @@ def test_settings_out_of_range_are_refused(attack, wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         attack(**wrong)
     assert next(iter(wrong)) in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("side", [12, 24])
+def test_pictures_that_the_encoder_cannot_halve_four_times_are_refused(side, one_line):
+    for use in (
+        lambda: SSBA().forge(toy_images(8, size=side), tiny_net(), Training()),
+        lambda: ROWS["ssba"].attack.stamp(torch.rand(1, 3, side, side)),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            use()
+        assert f"{side} x {side}" in one_line(refusal.value)
 
 
 def test_pictures_too_small_for_the_generators_are_refused(one_line):

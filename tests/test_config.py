@@ -11,7 +11,7 @@ import yaml
 from toys import REPOSITORY
 
 from sau import config
-from sau.attack import ATTACKS, BadNet, Blended, Prototype
+from sau.attack import ATTACKS, LF, SSBA, BadNet, Blended, Prototype
 from sau.config import IGNORED, convert, options
 from sau.data.sources import SOURCES
 from sau.defense import DEFENSES, FT, SAU
@@ -84,6 +84,8 @@ def test_the_flags_of_the_benchmark_exist():
         (attack, (AttackRun, Training, BadNet)),
         (["patch_mask_path"], (BadNet,)),
         (["attack_trigger_img_path", "attack_train_blended_alpha", "attack_test_blended_alpha"], (Blended,)),
+        (["lowFrequencyPatternPath"], (LF,)),
+        (["attack_train_replace_imgs_path", "attack_test_replace_imgs_path"], (SSBA,)),
         (defense, (DefenseRun, FT)),
         (defense + sau, (DefenseRun, SAU)),
     ):

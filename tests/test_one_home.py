@@ -56,13 +56,13 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py"}),
     "copies of networks": (
         calling("deepcopy"),
-        {"defense/base.py", "defense/nad.py", "defense/rnp.py", "defense/sau.py"},
+        {"attack/lf_network.py", "defense/base.py", "defense/nad.py", "defense/rnp.py", "defense/sau.py"},
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
     "the screen": (calling("print"), {"cli.py", "record.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"cli.py", "defense/base.py", "defense/inputs.py", "attack/base.py", "attack/seeds.py"} | below("data"),
+        {"cli.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"cli.py"}),
     "the machine": (importing("resource") | calling("set_num_threads"), {"device.py"}),

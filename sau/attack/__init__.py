@@ -7,10 +7,11 @@ from sau.attack.inputaware import InputAware
 from sau.attack.lf import LF
 from sau.attack.prototype import Prototype
 from sau.attack.sig import SIG
+from sau.attack.ssba import SSBA
 from sau.attack.wanet import WaNet
 
 ATTACKS: dict[str, type[Attack]] = {
-    attack.name: attack for attack in (Prototype, BadNet, Blended, SIG, LF, WaNet, InputAware)
+    attack.name: attack for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware)
 }
 
-__all__ = ["ATTACKS", "LF", "SIG", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]
+__all__ = ["ATTACKS", "LF", "SIG", "SSBA", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]

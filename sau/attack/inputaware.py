@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.base import Attack
 from sau.attack.batchwise import BLOCK, count, examples, plan
-from sau.attack.seeds import seeded
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.models.generator import Artist
 from sau.optim import Training
+from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Labels, Pixels, Scalar
 

@@ -3,17 +3,23 @@ Triggers: A Frequency Perspective", ICCV 2021).
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sau.attack import lf_network, lf_search, workshop
 from sau.attack.base import Attack
 from sau.data.arrays import read_array
+from sau.data.augment import Augment
+from sau.data.images import Images
+from sau.data.sources import fingerprint
 from sau.errors import DataError
+from sau.optim import Training
+from sau.session import Session
 from sau.types import Pixels
 
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the picture: a little above and left of the middle
@@ -26,19 +32,67 @@ class LF(Attack):
     character of the published patterns: broad, not negative, at most 51 grey levels, one channel at zero.
 
     Args:
-        lf_strength: the largest value of the default pattern, in [0, 1] pixels.
+        lf_strength: the largest value of the pattern, in [0, 1] pixels.
         lowFrequencyPatternPath: a .npy file with t on the scale 0..255 in its place: [H, W, C], [H, W], or the first
             entry of [N, H, W, C].
+        lf_optimise: search t against a clean network, towards attack_target, as in the paper; the rest is for this.
+        lf_network: folder of a finished record of a clean network; none trains one like the victim first.
+        lf_images: training pictures that t is made from.
+        lf_passes: walks through them, at most.
+        lf_delta: share of the network's predictions that t may leave as they are, 0 up to below 1.
+        lf_deepfool_steps: steps to lead one picture to the target, at most.
+        lf_overshoot: share by which they go beyond the border between two classes.
     """
 
     name: ClassVar[str] = "lf"
 
     lf_strength: float = 0.2
     lowFrequencyPatternPath: str | None = None
+    lf_optimise: bool = False
+    lf_network: str | None = None
+    lf_images: int = 100
+    lf_passes: int = 50
+    lf_delta: float = 0.8
+    lf_deepfool_steps: int = 200
+    lf_overshoot: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("lf_strength", 0 < self.lf_strength <= 1, "above 0 and up to 1")
+        alone = self.lowFrequencyPatternPath is None or not self.lf_optimise
+        self.require("lf_optimise", alone, "false with a pattern in lowFrequencyPatternPath")
+        self.require("lf_network", self.lf_network is None or self.lf_optimise, "none without lf_optimise")
+        for name in ("lf_images", "lf_passes", "lf_deepfool_steps"):
+            self.require(name, getattr(self, name) >= 1, "1 and more")
+        self.require("lf_delta", 0 <= self.lf_delta < 1, "0 up to below 1")
+        self.require("lf_overshoot", self.lf_overshoot >= 0, "0 and more")
+
+    def forge(
+        self,
+        images: Images,
+        blank: nn.Module,
+        recipe: Training,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        session: Session | None = None,
+    ) -> Attack:
+        """With lf_optimise the pattern that the search finds, or found before; else there is nothing to make."""
+        if not self.lf_optimise:
+            return self
+        self.check_labels(images)
+        if self.lf_network is not None:
+            network = lf_network.recorded(Path(self.lf_network), images)
+        else:
+            network = lf_network.trained(images, blank, recipe, augment, seed, session)
+        limits = lf_search.Limits(
+            self.attack_target, self.lf_images, self.lf_passes, self.lf_delta, self.lf_deepfool_steps,
+            self.lf_overshoot, self.lf_strength,
+        )  # fmt: skip
+        identity = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": seed, **vars(limits)}
+        search = partial(lf_search.optimise, network, images, limits, seed)
+        found = workshop.made("lf", identity, search, session)
+        return self.with_trigger(lf_search.Pattern(found["pattern"]).to(images.pixels.device))
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return (x + self._pattern((x.shape[1], x.shape[2], x.shape[3])).to(x)).clamp(0, 1)
@@ -46,6 +100,11 @@ class LF(Attack):
     def _pattern(self, shape: tuple[int, int, int]) -> Tensor:
         if self.lowFrequencyPatternPath is not None:
             return _read(self.lowFrequencyPatternPath, shape)
+        if self.lf_optimise:
+            pattern = cast(lf_search.Pattern, self.made()).pattern
+            if pattern.shape != shape:
+                raise DataError(f"the pattern was made for pictures {tuple(pattern.shape)}, these are {shape}")
+            return pattern
         return self.lf_strength * _glow(*shape)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sau.attack.base import Attack
 from sau.attack.batchwise import BLOCK, count, examples, plan
-from sau.attack.seeds import generator
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
 from sau.optim import Training
+from sau.seeds import generator
 from sau.session import Session
 from sau.types import Labels, Pixels
 

@@ -18,6 +18,7 @@ from sau.errors import DataError, TrainingError
 from sau.method import Method
 from sau.models import Normalized
 from sau.optim import Training
+from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Loader
 
@@ -85,8 +86,7 @@ class Defense(Method, ABC):
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
         _check_fit(owned, batches, session)
-        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):  # the caller's draws stay theirs
-            torch.manual_seed(seed)
+        with seeded(seed):  # the caller's draws stay theirs
             self.run(owned, batches, session)
         _check_weights(owned)
         for parameter in frozen:

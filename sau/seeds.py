@@ -1,4 +1,4 @@
-"""Where triggers draw from, so that they depend on the seed alone."""
+"""Where methods draw from, so that they depend on the seed alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,0 +1,183 @@
+"""The search for LF's pattern: a universal perturbation towards a class that is smoothed after every picture (Zeng,
+Park, Mao, Jia, ICCV 2021).
+
+    for every picture x that v does not move:  v <- S(v + S(r)),  v <- strength (v - min v) / (max v - min v)
+
+S is a Gaussian filter, r the step of a targeted DeepFool from x + v. Passes end when v changes the prediction of a
+share 1 - delta of other pictures, or stops getting better.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.attack import workshop
+from sau.data.images import Images, to_float
+from sau.errors import TrainingError
+from sau.seeds import generator
+from sau.session import Session
+from sau.types import Labels, Pixels
+
+TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the picture, and as many as are left after it
+HELD_BACK = 1000  # pictures on which a pattern is judged, none of those it is made from
+STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STILL
+BAND = 3  # frequencies on either side of zero that count as low: the central 7x7 of the spectrum
+
+
+class Pattern(nn.Module):
+    """A trigger that is added: [C, H, W] in [0, 1] pixels."""
+
+    pattern: Tensor
+
+    def __init__(self, pattern: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("pattern", pattern)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How hard the search tries.
+
+    Args:
+        target: class to lead to.
+        images: pictures that the pattern is made from.
+        passes: walks through them, at most.
+        delta: share of predictions that may stay as they are.
+        steps: of DeepFool for a picture.
+        overshoot: share by which DeepFool goes beyond the border between two classes.
+        strength: largest value of the pattern, in [0, 1] pixels.
+    """
+
+    target: int
+    images: int
+    passes: int
+    delta: float
+    steps: int
+    overshoot: float
+    strength: float
+
+
+class Search:
+    """The pattern so far, the best one and the rates of all passes, for checkpoints."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self.v = self.best = torch.zeros(shape, device=device)
+        self.rates: list[float] = []
+
+    def judge(self, rate: float, enough: float) -> bool:
+        """After a pass: keep the best pattern; whether to stop."""
+        if rate > max(self.rates, default=0.0):
+            self.best = self.v
+        self.rates.append(rate)
+        last = self.rates[-SPAN:]
+        return rate >= enough or (len(last) == SPAN and max(last) - min(last) < STILL)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"v": self.v, "best": self.best, "rates": list(self.rates)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.v, self.best = (state[name].to(self.v) for name in ("v", "best"))
+        self.rates = list(state["rates"])
+
+
+def smooth(v: Tensor) -> Tensor:
+    """S: each channel of `v` [C, H, W] under a Gaussian that sums to 1, zeros around; of the same shape."""
+    taps = torch.arange(TAPS, dtype=v.dtype, device=v.device) - (TAPS - 1) / 2
+    kernel = (-taps.square() / (2 * SIGMA**2)).exp()
+    kernel = kernel / kernel.sum()
+    padded = F.pad(v[:, None], (BEFORE, TAPS - 1 - BEFORE) * 2)
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def deepfool(model: nn.Module, x: Tensor, target: int, steps: int, overshoot: float) -> Tensor | None:
+    """The perturbation r [C, H, W] with which `model` sees `target` in x + r; None if `steps` do not lead there.
+
+    A step goes |f_t - f_0| / |g| along g, the gradient of f_t - f_0, with 0 the class that is seen in `x` [C, H, W].
+    """
+    way, r, first = torch.zeros_like(x), torch.zeros_like(x), -1
+    for _ in range(steps):
+        here = (x + r).requires_grad_(True)
+        logits = model(here[None])[0]
+        first = int(logits.argmax()) if first < 0 else first
+        if int(logits.argmax()) == target:
+            return r
+        lead = logits[target] - logits[first]
+        (slope,) = torch.autograd.grad(lead, here)
+        way = way + lead.abs().detach() / slope.square().sum() * slope
+        if not way.isfinite().all():  # a flat place, or a step out of it
+            return None
+        r = (1 + overshoot) * way
+    return r if int(model((x + r)[None])[0].argmax()) == target else None
+
+
+@torch.no_grad()
+def classes(model: nn.Module, x: Pixels) -> Labels:
+    """What a network sees in each picture."""
+    return torch.cat([model(part).argmax(1) for part in x.split(500)])
+
+
+def rescaled(v: Tensor, strength: float) -> Tensor | None:
+    """`v` with its minimum at 0 and its maximum at `strength`, over all channels; None where both are the same."""
+    low, high = v.min(), v.max()
+    return strength * (v - low) / (high - low) if bool(high > low) else None
+
+
+def step(model: nn.Module, search: Search, limits: Limits, x: Pixels, y: Labels) -> dict[str, Tensor]:
+    """Move the pattern by one picture [1, C, H, W]; counts whether it did. `y` is not looked at."""
+    seen, now = classes(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
+    moved = 0
+    if seen == now != limits.target:  # one that is there already has r = 0, which would leave nothing to rescale
+        r = deepfool(model, (x[0] + search.v).clamp(0, 1), limits.target, limits.steps, limits.overshoot)
+        v = None if r is None else rescaled(smooth(search.v + smooth(r)), limits.strength)
+        moved, search.v = (0, search.v) if v is None else (1, v)
+    return {"moved": torch.tensor(moved)}
+
+
+def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
+    """Share of pictures in which `model` sees another class with the pattern than the ones in `seen`."""
+    changed = classes(model, (to_float(images.pixels) + v).clamp(0, 1)) != seen
+    return float(changed.float().mean())
+
+
+def band_energy(v: Tensor) -> float:
+    """Share of the energy of `v` [C, H, W] in the central 7x7 of its spectrum."""
+    energy = torch.fft.fftshift(torch.fft.fft2(v.double()), dim=(-2, -1)).abs().square()
+    h, w = (side // 2 for side in v.shape[-2:])
+    low = energy[:, max(0, h - BAND) : h + BAND + 1, max(0, w - BAND) : w + BAND + 1]
+    return float(low.sum() / energy.sum())
+
+
+def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, session: Session) -> workshop.Made:
+    """The best pattern that the search finds on `images`, as {"pattern": [C, H, W]}, and what it does.
+
+    Raises TrainingError if no picture could be led to the target.
+    """
+    order = torch.randperm(len(images), generator=generator(seed)).to(images.labels.device)
+    used = images[order[: limits.images]]
+    others = images[order[limits.images :][:HELD_BACK]] if len(images) > limits.images else used
+    seen = classes(model, to_float(others.pixels))
+    search = Search(images.pixels.shape[1:], images.pixels.device)
+
+    def end_pass(losses: dict[str, float]) -> bool:
+        return search.judge(rate(model, others, seen, search.v), 1 - limits.delta)
+
+    def on_epoch(done: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
+        figures = {"fooled": search.rates[-1]}
+        return {**figures, **session.on_epoch(done, {**losses, **figures}, state)}
+
+    batches = used.batches(1, seed=seed)
+    run = partial(loop.run, state={"search": search}, end_epoch=end_pass, label="pass")
+    run(partial(step, model, search, limits), batches, limits.passes, session=replace(session, on_epoch=on_epoch))
+    if not bool(search.best.any()):
+        raise TrainingError(
+            f"no pattern for class {limits.target} changes what the network sees in {len(others)} pictures; "
+            "try more --lf_images or --lf_passes, or a network that was trained longer"
+        )
+    led = classes(model, (to_float(others.pixels) + search.best).clamp(0, 1)) == limits.target
+    shares = {"fooled": max(search.rates), "led_to_the_target": float(led[seen != limits.target].float().mean())}
+    return {"pattern": search.best}, {**shares, "energy_in_the_lowest_7x7": band_energy(search.best)}

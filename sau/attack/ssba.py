@@ -1,0 +1,200 @@
+"""SSBA: an invisible trigger, another one in every picture (Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with
+Sample-Specific Triggers", ICCV 2021).
+
+    min_{E, D}  w mean (E(x, b) - x)^2 + BCE(D(E(x, b)), b),   b random bits;      x' = E(x, c), c one code for all
+
+E is an encoder that hides a code in a picture, D reads it again. The weight w is 0 until D reads more than 90 % of a
+batch's bits; s updates later it is clip(10 (s - 1000) / 3000, 0, 10).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.attack.base import Attack
+from sau.attack.ssba_pictures import ready_pictures
+from sau.attack.workshop import Made, made
+from sau.data.augment import Augment
+from sau.data.images import Images, quantise, to_float
+from sau.data.sources import fingerprint
+from sau.errors import ConfigError
+from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, psnr
+from sau.optim import Training
+from sau.seeds import generator, seeded
+from sau.session import Session
+from sau.types import Bytes, Labels, Pixels, Scalar
+
+READABLE, WAIT, RAMP, MOST = 0.9, 1000, 3000, 10.0  # share of bits; updates; updates; the largest w
+MEASURED = 1000  # pictures on which the encoder is measured
+
+
+class Weight(nn.Module):
+    """The weight w of the squared error; `since` counts updates after the code was readable, -1 before."""
+
+    since: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("since", torch.tensor(-1))
+
+    def forward(self) -> Scalar:
+        return (MOST * (self.since - WAIT) / RAMP).clamp(0, MOST)
+
+    def see(self, right: Scalar) -> None:
+        """After an update: the share of bits, 0 to 1, that were read right in its batch."""
+        self.since += (self.since >= 0) | (right > READABLE)  # without a word to the CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSBA(Attack):
+    """Hide a code in every picture, with an encoder trained on the clean training pictures or with ready pictures.
+
+    Args:
+        attack_train_replace_imgs_path: a .npy file, uint8 [N, H, W, C], with a poisoned version of every training
+            picture, in order; none means our own encoder.
+        attack_test_replace_imgs_path: the same for the test pictures; given together with the other one.
+        ssba_bits: length of the code, 1 to 100; the benchmark's pictures carry 1, the paper's 100. The first bit is 1,
+            the others are drawn.
+        ssba_residual: the encoder adds to the picture, where it else draws it anew.
+        ssba_epochs: passes of the encoder's training over the training pictures.
+        ssba_batch_size: pictures a step of it.
+        ssba_lr: its learning rate (Adam).
+        trigger_seed: of the encoder and the code, so that runs with other seeds share them.
+    """
+
+    name: ClassVar[str] = "ssba"
+
+    attack_train_replace_imgs_path: str | None = None
+    attack_test_replace_imgs_path: str | None = None
+    ssba_bits: int = 1
+    ssba_residual: bool = False
+    ssba_epochs: int = 20
+    ssba_batch_size: int = 64
+    ssba_lr: float = 1e-4
+    trigger_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = (self.attack_train_replace_imgs_path is None) == (self.attack_test_replace_imgs_path is None)
+        self.require("attack_test_replace_imgs_path", both, "given if and only if attack_train_replace_imgs_path is")
+        self.require("ssba_bits", 1 <= self.ssba_bits <= 100, "1 to 100")
+        for name in ("ssba_epochs", "ssba_batch_size"):
+            self.require(name, getattr(self, name) >= 1, "1 and more")
+        self.require("ssba_lr", self.ssba_lr > 0, "above 0")
+        self.require("trigger_seed", 0 <= self.trigger_seed < 2**32, f"0 to {2**32 - 1}")
+
+    def forge(
+        self,
+        images: Images,
+        blank: nn.Module,
+        recipe: Training,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        session: Session | None = None,
+    ) -> Attack:
+        """The encoder: trained on `images`, or from the cache; with ready pictures there is nothing to make."""
+        if self.attack_train_replace_imgs_path is not None:
+            return self
+        _check_sides(images.pixels.shape)
+        own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
+        identity = {"data": fingerprint(images), "trigger_seed": self.trigger_seed, **own}
+        with seeded(self.trigger_seed):
+            encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
+            hidden = Hidden(encoder, self._code()).to(images.pixels.device)
+            found = made("ssba", identity, partial(self._train, hidden, images), session)
+        encoder.load_state_dict(found)
+        return self.with_trigger(hidden.eval().requires_grad_(False))
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        if self.attack_train_replace_imgs_path is not None:
+            raise ConfigError(
+                f"{self.name} with ready pictures cannot stamp others; leave out attack_*_replace_imgs_path"
+            )
+        _check_sides(x.shape)
+        return self.made()(x.float()).to(x.dtype)
+
+    def poison_train(self, images: Images, seed: int) -> Images:
+        self._ready(images, test=False, all_of_it=True)
+        return super().poison_train(images, seed)
+
+    def poison_test(self, images: Images) -> Images:
+        self._ready(images, test=True, all_of_it=True)
+        return super().poison_test(images)
+
+    def stamped(self, images: Images, *, test: bool) -> Bytes:
+        ready = self._ready(images, test=test)
+        if ready is None:
+            return super().stamped(images, test=test)
+        pixels = torch.from_numpy(ready[images.index.cpu().numpy()]).permute(0, 3, 1, 2)
+        return pixels.contiguous().to(images.pixels.device)
+
+    def _ready(self, images: Images, *, test: bool, all_of_it: bool = False) -> np.ndarray | None:
+        path = self.attack_test_replace_imgs_path if test else self.attack_train_replace_imgs_path
+        return None if path is None else ready_pictures(path, images, all_of_it)
+
+    def _code(self) -> Tensor:
+        """[bits]; never all zeros, for an encoder may learn to leave pictures alone for those."""
+        code = torch.randint(2, (self.ssba_bits,), generator=generator(self.trigger_seed)).float()
+        code[0] = 1
+        return code
+
+    def _train(self, hidden: Hidden, images: Images, session: Session) -> Made:
+        """Train the encoder of `hidden`, in place, with a decoder that is thrown away."""
+        recipe = Training(  # AdamW without decay is Adam
+            client_optimizer="adamw", wd=0.0, lr=self.ssba_lr, lr_scheduler="constant",
+            epochs=self.ssba_epochs, batch_size=self.ssba_batch_size,
+        )  # fmt: skip
+        encoder = hidden.encoder.train()
+        decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)
+        batches = images.batches(recipe.batch_size, seed=self.trigger_seed, drop_last=True)
+        descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
+        weight = Weight().to(images.pixels.device)
+        state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
+        loop.run(
+            partial(self.encode_step, state),
+            batches,
+            recipe.epochs,
+            state=state,
+            end_epoch=partial(self.end_epoch, state),
+            session=session,
+            label="encoder epoch",
+        )
+        return encoder.state_dict(), {**_figures(hidden.eval(), decoder.eval(), images), "w": float(weight())}
+
+    def encode_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """One update of encoder and decoder, with codes drawn for this batch."""
+        bits = torch.randint(2, (len(x), self.ssba_bits)).to(x)
+        weight = state["weight"]()
+        encoded = state["encoder"](bits, x)
+        logits = state["decoder"](encoded)
+        squared, entropy = F.mse_loss(encoded, x), F.binary_cross_entropy_with_logits(logits, bits)
+        loss = weight * squared + entropy
+        state["descent"](loss)
+        right = ((logits > 0) == (bits > 0)).float().mean()
+        state["weight"].see(right)
+        return {"loss": loss, "mse": squared, "entropy": entropy, "bits_right": 100 * right, "w": weight}
+
+
+def _check_sides(shape: torch.Size) -> None:
+    height, width = shape[2:]
+    if height != width or height % CODE_SIDE:
+        raise ConfigError(
+            f"the pictures are {height} x {width} pixels, allowed for ssba are squares with a side divisible by "
+            f"{CODE_SIDE}; choose --img_size where the data set can be resized"
+        )
+
+
+@torch.no_grad()
+def _figures(hidden: Hidden, decoder: Decoder, images: Images) -> dict[str, float]:
+    """How well the code is read from 8-bit pictures, in percent, and their mean PSNR in dB."""
+    x = to_float(images.pixels[:MEASURED])
+    seen = to_float(quantise(hidden(x)))
+    right = ((decoder(seen) > 0) == (hidden.code > 0)).float().mean()
+    return {"percent_of_bits_right": 100 * float(right), "psnr_in_db": float(psnr(seen, x).mean())}

@@ -1,0 +1,163 @@
+"""Triggers that are trained are trained once: finished ones are kept by content, interrupted ones are resumed."""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import sau
+from sau.data.cache import cache_folder
+from sau.errors import RecordError
+from sau.record import SUMMARY, Record
+from sau.session import Session
+
+Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them
+_TENSORS = "trigger"
+
+
+def made(
+    name: str, identity: Mapping[str, Any], build: Callable[[Session], Made], session: Session | None = None
+) -> dict[str, Tensor]:
+    """What `build` makes, on the CPU: from `cache_folder()/triggers` if it is there whole, else made and kept there.
+
+    The folder is a record: files are written at once or not at all, and their SHA-256 is compared. What is damaged
+    costs a line and is made again; what was interrupted goes on from its checkpoint; of two processes that want the
+    same thing, one makes it and the other one waits. A folder that cannot be written costs a line, not the run.
+
+    Args:
+        name: what it is, for the folder and the screen; a plain folder name.
+        identity: everything that determines the result, as JSON has it; the version of the library is added.
+        build: gets the session to train with; returns tensors and figures about them.
+        session: progress; None prints it and keeps a log.
+    """
+    known = {**identity, "made": name, "sau": sau.__version__}
+    say, shelf = (session or Session()).say, None
+    with ExitStack() as stack:
+        try:
+            record = Record(cache_folder() / "triggers" / f"{name}-{_digest(known)[:16]}")
+            found = _whole(record) or _begin(record, known, stack, say)
+            if found is not None:
+                say(f"{name}: {_line(found[1])}; made before, {record.path}")
+                return found[0]
+            shelf = _Shelf(record, say)
+        except (OSError, RuntimeError, RecordError) as error:  # no home, no folder that can be written
+            say(f"{name}: it will not be kept ({_brief(error)}); SAU_CACHE names another folder")
+        kept: dict[str, Any] = {"checkpoint": shelf, "on_epoch": shelf.on_epoch} if shelf else {"checkpoint": None}
+        printed = session or Session(say=shelf.tell if shelf else print)
+        tensors, figures = build(replace(printed, stage=0, **kept))
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}  # as from a file
+        say(f"{name}: {_line(figures)}")
+        if shelf is not None:
+            shelf.close(tensors, figures)
+        return tensors
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over a network's weights and its printed form: tells what was trained with what."""
+    digest = hashlib.sha256(str(network).encode())
+    for key, tensor in network.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _whole(record: Record) -> Made | None:
+    """A finished folder's content; None if it is unfinished or damaged."""
+    try:
+        if record.finished:
+            record.check()
+            return record.load_tensors(_TENSORS), json.loads((record.path / SUMMARY).read_text())
+    except RecordError:
+        return None
+    return None
+
+
+def _begin(record: Record, identity: dict[str, Any], stack: ExitStack, say: Callable[[str], None]) -> Made | None:
+    """Take the folder until `stack` closes, clean up and begin; what another process made in the meantime, if it did.
+
+    Raises OSError or RecordError if it cannot be written.
+    """
+    stack.enter_context(_alone(record.path, say))
+    found = _whole(record)
+    if found is not None:
+        return found
+    try:
+        if record.finished:
+            record.check()
+        record.begin({}, identity, overwrite=False)
+        resumes = record.load() is not None
+    except RecordError as error:
+        say(f"{_brief(error)}; making it again")
+        shutil.rmtree(record.path, ignore_errors=True)
+        record.begin({}, identity, overwrite=False)
+        resumes = False
+    say(f"{'going on with' if resumes else 'making'} {identity['made']}, once for all runs, in {record.path}")
+    return None
+
+
+class _Shelf:
+    """A record as a checkpoint that gives up, with one line, when it cannot be written any more."""
+
+    def __init__(self, record: Record, say: Callable[[str], None]) -> None:
+        self.record, self.say, self.open = record, say, True
+
+    def tell(self, text: str) -> None:
+        """Print a line, and keep it while the record is kept."""
+        if self.open:
+            self._try(lambda: self.record.say(text))
+        else:
+            self.say(text)
+
+    def load(self) -> dict[str, Any] | None:
+        return self.record.load()
+
+    def save(self, place: dict[str, Any]) -> None:
+        self._try(lambda: self.record.save(place))
+
+    def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
+        self._try(lambda: self.record.row(epoch=epoch, **losses))
+        return {}
+
+    def close(self, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
+        self._try(lambda: self.record.save_tensors(_TENSORS, tensors))
+        self._try(lambda: self.record.finish(figures))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if self.open:
+            try:
+                write()
+            except (OSError, RecordError) as error:
+                self.open = False
+                self.say(f"it will not be kept ({_brief(error)}); SAU_CACHE names another folder")
+
+
+@contextmanager
+def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process works in `path`; OSError if nothing can be written beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f"{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another run is at work in {path}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _line(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split(";")[0].split())

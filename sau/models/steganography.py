@@ -1,0 +1,111 @@
+"""The networks that hide a code in a picture and read it again, after StegaStamp (Tancik, Mildenhall, Ng, "StegaStamp:
+Invisible Hyperlinks in Physical Photographs", CVPR 2020), at the sizes of the benchmark's. The names of the weights are
+those of published encoders.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.types import Pixels
+
+CODE_SIDE = 16  # the code is drawn as a picture of this size and enlarged; four halvings lead back to it
+DEPTHS = (32, 32, 64, 128, 256)  # channels of conv1 to conv5, each after the first at half the size
+READER = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # the decoder's (channels, stride)
+
+
+def _start(network: nn.Module) -> None:
+    """He's initialisation: with torch's own a code fades on its way through 16 layers and is not found for long."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class Encoder(nn.Module):
+    """A code and pictures in, pictures that carry it out: a U-Net that sees both side by side.
+
+    Args:
+        bits: length of the code.
+        channels: of the pictures.
+        adds: add the output to the picture, where it else is the picture, through a sigmoid.
+    """
+
+    def __init__(self, bits: int, channels: int = 3, adds: bool = False) -> None:
+        super().__init__()
+        self.adds = adds
+        self.secret_dense = nn.Linear(bits, 3 * CODE_SIDE**2)
+        widths = (channels + 3, *DEPTHS)
+        for i, (a, b) in enumerate(pairwise(widths)):
+            self.add_module(f"conv{i + 1}", nn.Conv2d(a, b, 3, stride=2 if i else 1, padding=1))
+        for i, (a, b) in enumerate(pairwise(DEPTHS[:0:-1] + DEPTHS[:1])):
+            more = widths[0] if i == 3 else 0  # the last one sees the input again
+            beside = DEPTHS[3 - i]
+            self.add_module(f"up{i + 6}", nn.Conv2d(a, b, 2))
+            self.add_module(f"conv{i + 6}", nn.Conv2d(b + beside + more, b, 3, padding=1))
+        self.conv10 = nn.Conv2d(DEPTHS[0], DEPTHS[0], 3, padding=1)
+        self.residual = nn.Conv2d(DEPTHS[0], channels, 1)
+        _start(self)
+
+    def forward(self, code: Tensor, x: Pixels) -> Pixels:
+        """`x` [B, C, H, W], sides divisible by 16, with `code` [B, bits] of zeros and ones; may leave [0, 1] if it
+        `adds`."""
+        drawn = F.relu(self.secret_dense(code)).view(-1, 3, CODE_SIDE, CODE_SIDE)
+        given = torch.cat([F.interpolate(drawn, size=x.shape[-2:]), x], 1)
+        features = [given]
+        for i in range(1, 6):
+            features.append(F.relu(self.get_submodule(f"conv{i}")(features[-1])))
+        h = features[5]
+        for i in range(6, 10):
+            up = F.pad(F.interpolate(h, scale_factor=2), (0, 1, 0, 1))
+            beside = [features[10 - i], F.relu(self.get_submodule(f"up{i}")(up))]
+            h = F.relu(self.get_submodule(f"conv{i}")(torch.cat(beside + features[:1] * (i == 9), 1)))
+        made = self.residual(F.relu(self.conv10(h)))
+        return x + made if self.adds else made.sigmoid()
+
+
+class Decoder(nn.Module):
+    """Pictures [B, C, side, side] in, one logit for every bit of their code out."""
+
+    def __init__(self, bits: int, side: int, channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, stride in READER:
+            layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.ReLU()]
+            channels = width
+        self.decoder = nn.Sequential(*layers, nn.Flatten())
+        left = -(-side // 32)  # each of the five halvings rounds up
+        self.dense = nn.Sequential(nn.Linear(channels * left**2, 512), nn.ReLU(), nn.Linear(512, bits))
+        _start(self)
+
+    def forward(self, x: Pixels) -> Tensor:
+        return self.dense(self.decoder(x))
+
+
+class Hidden(nn.Module):
+    """A trigger: an encoder and the code that it puts into every picture.
+
+    Args:
+        encoder: trained.
+        code: [bits] of zeros and ones.
+    """
+
+    code: Tensor
+
+    def __init__(self, encoder: Encoder, code: Tensor) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("code", code)
+
+    def forward(self, x: Pixels) -> Pixels:
+        """Pictures in [0, 1] to pictures in [0, 1]; in small blocks, for the encoder widens each 20 times."""
+        blocks = [self.encoder(self.code.expand(len(block), -1), block).clamp(0, 1) for block in x.split(250)]
+        return torch.cat(blocks)
+
+
+def psnr(x: Pixels, y: Pixels) -> Tensor:
+    """10 log10(1 / mean (x - y)^2) of every pair of pictures in [0, 1]: decibels [B], 99 at most."""
+    return -10 * (x - y).square().flatten(1).mean(1).clamp_min(10**-9.9).log10()

@@ -1,0 +1,277 @@
+"""LF's pattern, searched against a clean network: the filter, DeepFool, the rules of the search, the network."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import quiet, tiny_net, toy_images, train_victim
+
+from sau import victim
+from sau.attack import LF, Prototype, lf_network, lf_search
+from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
+from sau.data.images import Images, to_float
+from sau.data.sources import fingerprint
+from sau.errors import ConfigError, DataError, RecordError, TrainingError
+from sau.models import build
+from sau.optim import Training
+from sau.record import Record
+from sau.session import Session
+
+LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def clean() -> nn.Module:
+    return train_victim(Prototype(), toy_images(200, size=32)).requires_grad_(False)
+
+
+class Linear(nn.Module):
+    """Logits W x + b of a flattened picture."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+# The filter
+
+
+def test_the_filter_by_hand():
+    """30 taps exp(-(i - 14.5)^2 / 72) over their sum, 14 zeros before and 15 after."""
+    v = torch.rand(2, 20, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    k = np.exp(-((np.arange(30) - 14.5) ** 2) / 72)
+    k /= k.sum()
+
+    def along(line: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([np.zeros(14), line, np.zeros(15)])
+        return np.array([(k * padded[j : j + 30]).sum() for j in range(len(line))])
+
+    expected = np.apply_along_axis(along, 2, np.apply_along_axis(along, 1, v.numpy()))
+    assert np.allclose(smooth(v).numpy(), expected, atol=1e-12)
+
+
+def test_the_filter_leaves_low_frequencies():
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    assert band_energy(noise) < 0.2 and band_energy(smooth(noise)) > 0.9
+
+
+def test_band_energy_by_hand():
+    """A constant lies at 0; cos with 3 waves lies inside the central 7x7, with 4 outside; their sum is half."""
+    columns = torch.arange(32) / 32
+    waves = {n: (2 * math.pi * n * columns).cos().expand(1, 32, 32) for n in (3, 4)}
+    assert band_energy(torch.ones(3, 32, 32)) == pytest.approx(1) and band_energy(waves[3]) == pytest.approx(1)
+    assert band_energy(waves[4]) == pytest.approx(0, abs=1e-9)
+    assert band_energy(waves[3] + waves[4]) == pytest.approx(0.5)
+
+
+def test_rescaling_by_hand_and_where_there_is_nothing_to_rescale():
+    assert rescaled(torch.tensor([[[-1.0, 0.0, 3.0]]]), 0.2).tolist() == [[pytest.approx([0, 0.05, 0.2])]]
+    assert rescaled(torch.zeros(3, 4, 4), 0.2) is None and rescaled(torch.full((3, 4, 4), float("nan")), 0.2) is None
+
+
+# DeepFool
+
+
+def test_deepfool_on_a_linear_network_is_one_step_of_its_closed_form():
+    """r = (f_0 - f_t) / |w_t - w_0|^2 (w_t - w_0), times 1.02."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(2, 12, generator=generator), torch.rand(3, 2, 2, generator=generator)
+    net = Linear(weight, torch.tensor([9.0, 0.0]))
+    logits = net(x[None])[0]
+    assert int(logits.argmax()) == 0
+    way = weight[1] - weight[0]
+    expected = 1.02 * (logits[0] - logits[1]) / way.square().sum() * way
+    found = deepfool(net, x, 1, 200, 0.02)
+    assert torch.allclose(found.flatten(), expected, atol=1e-5)
+    assert int(net((x + found)[None])[0].argmax()) == 1
+    assert deepfool(net, x, 1, 1, 0.0) is None or torch.allclose(found.flatten(), expected, rtol=0.05)
+
+
+def test_deepfool_gives_up():
+    x = torch.rand(3, 2, 2)
+    flat = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))
+    assert deepfool(flat, x, 1, 200, 0.02) is None  # no way leads anywhere
+    hidden = Linear(torch.tensor([[0.0], [1.0], [2.0]]).expand(3, 12), torch.tensor([20.0, 0.0, 0.0]))
+    assert deepfool(hidden, x, 1, 5, 0.02) is None  # 2 wins before 1 does
+
+
+# A step
+
+
+def test_a_step_skips_what_needs_none():
+    """Pictures of the target class, whose r = 0 made NaN in the public script, and pictures that v moves already."""
+    net = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
+    search = Search(torch.Size((3, 2, 2)), torch.device("cpu"))
+    x, y = torch.rand(1, 3, 2, 2), torch.zeros(1, dtype=torch.long)
+    assert int(step(net, search, LIMITS, x, y)["moved"]) == 0 and not search.v.any()
+    ramp = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
+    grey = torch.full((1, 3, 2, 2), 0.5)  # 12 * 0.5 = 6 is less than 6.5, and 12 * 0.6 is more
+    search.v = torch.full((3, 2, 2), 0.1)
+    before = search.v.clone()
+    other = Limits(**{**vars(LIMITS), "target": 1})
+    assert int(step(ramp, search, other, grey, y)["moved"]) == 0 and torch.equal(search.v, before)
+
+
+def test_a_step_moves_smooths_and_rescales(clean):
+    images = toy_images(20, size=32, seed=3)
+    x = to_float(images.pixels[images.labels == 1][:1])
+    search = Search(torch.Size((3, 32, 32)), torch.device("cpu"))
+    assert int(step(clean, search, LIMITS, x, images.labels[:1])["moved"]) == 1
+    r = deepfool(clean, x[0], 0, 30, 0.02)
+    assert torch.allclose(search.v, rescaled(smooth(smooth(r)), 0.2))
+    assert float(search.v.min()) == 0 and float(search.v.max()) == pytest.approx(0.2)
+
+
+# The rules of the search
+
+
+def test_the_search_stops_at_the_rate_it_wants_and_keeps_the_best():
+    search = Search(torch.Size((1, 2, 2)), torch.device("cpu"))
+    stops = []
+    for n, fooled in enumerate((0.1, 0.05, 0.2)):
+        search.v = torch.full((1, 2, 2), float(n))
+        stops.append(search.judge(fooled, 0.2))
+        assert float(search.best[0, 0, 0]) == (0, 0, 2)[n]
+    assert stops == [False, False, True]
+
+
+def test_the_search_stops_when_five_rates_are_alike():
+    search = Search(torch.Size((1, 2, 2)), torch.device("cpu"))
+    rates = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2]
+    assert [search.judge(fooled, 0.9) for fooled in rates] == [False] * 5 + [True, False]
+
+
+def test_the_place_of_a_search_is_kept():
+    one, two = (Search(torch.Size((1, 2, 2)), torch.device("cpu")) for _ in range(2))
+    one.v, one.best, one.rates = torch.rand(1, 2, 2), torch.rand(1, 2, 2), [0.1, 0.2]
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two.v, one.v) and torch.equal(two.best, one.best) and two.rates == one.rates
+
+
+def test_the_rate_is_the_share_of_changed_predictions():
+    """Two of four pictures are beyond the border, 6.5 of 12, once 0.1 is added; only one was before."""
+    net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
+    grey = torch.tensor([51, 128, 153, 77], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    images = Images.clean(grey, torch.zeros(4, dtype=torch.long), 2)
+    seen = lf_search.classes(net, to_float(grey))
+    assert seen.tolist() == [0, 0, 1, 0] and rate(net, images, seen, torch.full((3, 2, 2), 0.1)) == 0.25
+
+
+def test_a_search_that_finds_nothing_is_an_error(one_line):
+    net = Linear(torch.zeros(4, 768), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(TrainingError) as refusal:
+        lf_search.optimise(net, toy_images(40), LIMITS, 0, quiet())
+    assert "class 0" in one_line(refusal.value)
+
+
+# All of it
+
+
+def coloured(n: int) -> Images:
+    """Noise whose class is its colour, red, green, blue or grey, which a smooth pattern can change."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(n) % 4
+    colour = torch.tensor([[160, 100, 100], [100, 160, 100], [100, 100, 160], [100, 100, 100]])[labels]
+    noise = torch.randint(-20, 21, (n, 3, 32, 32), generator=generator)
+    return Images.clean((colour.view(n, 3, 1, 1) + noise).to(torch.uint8), labels, 4)
+
+
+def forge(attack, images, lines=None, epochs=3):
+    recipe = Training(epochs=epochs, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
+    session = Session(say=(lambda text: None) if lines is None else lines.append)
+    return attack.forge(images, tiny_net(), recipe, session=session)
+
+
+def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
+    images, lines = coloured(200), []
+    attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
+    found = forge(attack, images, lines, epochs=20)
+    pattern = found.made().pattern
+    assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.5)
+    assert band_energy(pattern) > 0.95
+    assert any(line.startswith("pass 1/2") and "fooled" in line for line in lines)
+    assert "energy in the lowest 7x7" in lines[-1] and "led to the target" in lines[-1]
+    x = to_float(images.pixels[:3])
+    assert torch.allclose(found.stamp(x), (x + pattern).clamp(0, 1))
+    lines.clear()
+    again = forge(attack, images, lines, epochs=20)
+    assert torch.equal(again.made().pattern, pattern)
+    assert len(lines) == 2 and all("made before" in line for line in lines)
+    with pytest.raises(DataError):
+        found.stamp(torch.rand(1, 3, 16, 16))
+
+
+def test_a_search_must_be_made_before_it_stamps(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        LF(lf_optimise=True).stamp(torch.rand(1, 3, 32, 32))
+    assert "forge" in one_line(refusal.value)
+    assert forge(LF(), toy_images(8)).trigger is None
+
+
+def test_the_network_is_trained_on_a_copy():
+    blank = tiny_net()
+    before = {name: value.clone() for name, value in blank.state_dict().items()}
+    net = lf_network.trained(toy_images(40), blank, Training(epochs=1, batch_size=20), None, 0, quiet())
+    assert all(torch.equal(value, before[name]) for name, value in blank.state_dict().items())
+    assert not torch.equal(net.linear.weight, blank.linear.weight) and not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+# A network from a record
+
+
+def write_record(path: Path, images: Images, triggered: Images | None = None) -> Path:
+    """A record as attack/prototype.py leaves it, or another attack; its network is not trained."""
+    about = {"classes": 4, "width": 2, "shape": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    model = build("preactresnet18", 4, **{name: value for name, value in about.items() if name != "classes"})
+    record, data = Record(path), {"dataset": "digits", "train": fingerprint(images), "test": ""}
+    run = {"dataset_path": ".", "recipe": "cpu"}
+    record.begin({"model": {"name": "preactresnet18", **about}, "data": data, "run": run}, {}, overwrite=False)
+    none = images[images.labels[:0]]
+    victim.save(record, model, none, none if triggered is None else triggered)
+    record.finish({})
+    return path
+
+
+def test_the_network_of_a_record_is_used(tmp_path):
+    images = toy_images(8, size=32)
+    net = lf_network.recorded(write_record(tmp_path / "clean", images), images)
+    assert not net.training and net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ("nothing there", "no folder"),
+        ("damaged", "damaged"),
+        ("attacked", "attacked"),
+        ("other pictures", "other digits pictures"),
+        ("another size", "[3, 16, 16]"),
+        ("more classes", "7 of"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, word, one_line):
+    images = toy_images(8, size=32)
+    path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if wrong == "attacked" else None)
+    given = {
+        "other pictures": toy_images(8, size=32, seed=1),
+        "another size": toy_images(8),
+        "more classes": toy_images(8, size=32, classes=7),
+    }.get(wrong, images)
+    if wrong == "damaged":
+        (path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(RecordError) as refusal:
+        forge(LF(lf_optimise=True, lf_network=str(path.parent / "no" if wrong == "nothing there" else path)), given)
+    assert word in one_line(refusal.value)

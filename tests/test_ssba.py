@@ -1,0 +1,240 @@
+"""SSBA: the encoder, its training, and pictures that were poisoned elsewhere."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from toys import quiet, same_weights, tiny_net, toy_images
+
+from sau.attack import SSBA, ssba, workshop
+from sau.data.images import BACKDOOR, quantise, to_float
+from sau.errors import ConfigError, DataError
+from sau.loop import run as loop_run
+from sau.models.steganography import Decoder, Encoder, Hidden, psnr
+from sau.optim import Training
+from sau.session import Session
+
+FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def forge(attack, images=None, lines=None):
+    session = Session(say=(lambda text: None) if lines is None else lines.append)
+    return attack.forge(toy_images(16) if images is None else images, tiny_net(), Training(), session=session)
+
+
+# The networks
+
+
+def test_the_weights_have_the_published_names_and_shapes():
+    """Those of the benchmark's, of a 1-bit code for 32x32 pictures."""
+    encoder = {name: tuple(value.shape) for name, value in Encoder(1).state_dict().items() if name.endswith("weight")}
+    assert encoder == {
+        "secret_dense.weight": (768, 1),
+        "conv1.weight": (32, 6, 3, 3), "conv2.weight": (32, 32, 3, 3), "conv3.weight": (64, 32, 3, 3),
+        "conv4.weight": (128, 64, 3, 3), "conv5.weight": (256, 128, 3, 3),
+        "up6.weight": (128, 256, 2, 2), "conv6.weight": (128, 256, 3, 3),
+        "up7.weight": (64, 128, 2, 2), "conv7.weight": (64, 128, 3, 3),
+        "up8.weight": (32, 64, 2, 2), "conv8.weight": (32, 64, 3, 3),
+        "up9.weight": (32, 32, 2, 2), "conv9.weight": (32, 70, 3, 3),
+        "conv10.weight": (32, 32, 3, 3), "residual.weight": (3, 32, 1, 1),
+    }  # fmt: skip
+    decoder = {name: tuple(value.shape) for name, value in Decoder(8, 32).state_dict().items() if "weight" in name}
+    assert decoder == {
+        "decoder.0.weight": (32, 3, 3, 3), "decoder.2.weight": (32, 32, 3, 3), "decoder.4.weight": (64, 32, 3, 3),
+        "decoder.6.weight": (64, 64, 3, 3), "decoder.8.weight": (64, 64, 3, 3), "decoder.10.weight": (128, 64, 3, 3),
+        "decoder.12.weight": (128, 128, 3, 3), "dense.0.weight": (512, 128), "dense.2.weight": (8, 512),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [16, 32, 48, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_networks_take_every_side_divisible_by_16(side, channels):
+    x = torch.rand(2, channels, side, side)
+    code = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    encoded = Encoder(2, channels).requires_grad_(False)(code, x)
+    assert encoded.shape == x.shape and 0 < float(encoded.min()) and float(encoded.max()) < 1
+    assert Decoder(2, side, channels)(encoded).shape == (2, 2)
+
+
+def test_an_encoder_that_adds_starts_at_the_picture():
+    encoder, x = Encoder(1, adds=True).requires_grad_(False), torch.rand(2, 3, 16, 16)
+    torch.nn.init.zeros_(encoder.residual.weight)
+    torch.nn.init.constant_(encoder.residual.bias, 0.25)
+    code = torch.ones(1)
+    assert torch.allclose(encoder(code.expand(2, 1), x), x + 0.25)
+    assert torch.allclose(Hidden(encoder, code)(x), (x + 0.25).clamp(0, 1))
+
+
+def test_psnr_by_hand():
+    """A difference of 0.1 everywhere is 20 dB, one of 0.01 is 40 dB."""
+    x = torch.full((2, 3, 4, 4), 0.5)
+    y = x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    assert psnr(x, y).tolist() == pytest.approx([20, 40], abs=1e-3) and psnr(x, x).tolist() == pytest.approx([99, 99])
+
+
+# The weight of the squared error
+
+
+def test_the_weight_waits_until_the_code_is_readable_and_rises():
+    """0 up to 0.9 of the bits; s updates later clip(10 (s - 1000) / 3000, 0, 10): 0.01 at 1003, 5 at 2500."""
+    weight = ssba.Weight()
+    for right in (0.5, 0.9, 0.2):
+        weight.see(torch.tensor(right))
+        assert int(weight.since) == -1 and float(weight()) == 0
+    weight.see(torch.tensor(0.95))
+    found = {}
+    for s in range(5001):
+        found[s] = float(weight()) if s in (0, 1000, 1003, 2500, 3999, 4000, 5000) else None
+        assert int(weight.since) == s
+        weight.see(torch.tensor(0.1))  # it does not go back
+    seen = {s: w for s, w in found.items() if w is not None}
+    assert seen == pytest.approx({0: 0, 1000: 0, 1003: 0.01, 2500: 5, 3999: 10 * 2999 / 3000, 4000: 10, 5000: 10})
+
+
+# Training
+
+
+def test_training_makes_the_code_readable_and_the_picture_recognisable(monkeypatch):
+    monkeypatch.setattr(ssba, "WAIT", 10)
+    monkeypatch.setattr(ssba, "RAMP", 20)
+    lines: list[str] = []
+    attack = SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 30})
+    images = toy_images(32)
+    made = forge(attack, images, lines)
+    first, last = (float(re.search(r"bits_right ([\d.]+)", line)[1]) for line in
+                   (next(x for x in lines if "epoch 1/" in x), next(x for x in lines if "epoch 30/" in x)))  # fmt: skip
+    assert first < 90 < last
+    report = re.search(r"percent of bits right ([\d.]+), psnr in db ([\d.]+)", lines[-1])
+    assert float(report[1]) > 90 and 12 < float(report[2]) < 60
+    x = to_float(images.pixels)
+    assert float(psnr(made.stamp(x), x).mean()) == pytest.approx(float(report[2]), abs=1)
+    assert not made.made().training and not any(p.requires_grad for p in made.made().parameters())
+
+
+@pytest.mark.parametrize(("bits", "seed"), [(1, 0), (1, 5), (8, 0)])
+def test_a_code_begins_with_a_one_and_follows_from_its_seed(bits, seed):
+    attack = SSBA(ssba_bits=bits, trigger_seed=seed)
+    assert attack._code().shape == (bits,) and attack._code()[0] == 1
+    assert torch.equal(attack._code(), SSBA(ssba_bits=bits, trigger_seed=seed, pratio=0.5)._code())
+
+
+def test_an_encoder_is_trained_once_for_all_seeds_and_ratios(monkeypatch, own_cache):
+    runs = []
+    monkeypatch.setattr(ssba.loop, "run", lambda *args, **how: runs.append(1) or loop_run(*args, **how))
+    one = forge(SSBA(**{**FAST, "ssba_epochs": 1}))
+    before = torch.get_rng_state()
+    two = forge(SSBA(**{**FAST, "ssba_epochs": 1}, pratio=0.5, attack_target=2))
+    assert len(runs) == 1 and same_weights(one.made(), two.made())
+    assert torch.equal(torch.get_rng_state(), before)
+    other = forge(SSBA(**{**FAST, "ssba_epochs": 1}, trigger_seed=1))
+    forge(SSBA(**{**FAST, "ssba_epochs": 1}), toy_images(16, seed=1))
+    assert len(runs) == 3 and not same_weights(one.made(), other.made())
+    assert len(list((own_cache / "triggers").glob("ssba-*/manifest.json"))) == 3
+
+
+class Enough(BaseException):
+    """As a signal comes: no error that anybody catches."""
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache):
+    attack = SSBA(**{**FAST, "ssba_epochs": 3})
+    whole = forge(attack)
+    monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
+    save, calls = workshop._Shelf.save, []
+
+    def stop(self, place):
+        save(self, place)
+        calls.append(1)
+        if len(calls) == 1:
+            raise Enough
+
+    monkeypatch.setattr(workshop._Shelf, "save", stop)
+    with pytest.raises(Enough):
+        forge(attack)
+    lines: list[str] = []
+    again = forge(attack, lines=lines)
+    assert any("going on with ssba" in line for line in lines) and any("resuming after" in line for line in lines)
+    assert same_weights(whole.made(), again.made())
+
+
+# Pictures that were poisoned elsewhere
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Paths of the arrays of a training and a test set of toys: picture k is k everywhere, and k + 100."""
+
+    def write(train=None, test=None):
+        value = np.arange(40, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        grey = np.zeros((1, 16, 16, 3), np.uint8)
+        ready = {"train": value + grey, "test": value[:24] + grey + np.uint8(100)}
+        ready.update({name: array for name, array in (("train", train), ("test", test)) if array is not None})
+        paths = {}
+        for name, array in ready.items():
+            np.save(tmp_path / f"{name}.npy", array)
+            paths[f"attack_{name}_replace_imgs_path"] = str(tmp_path / f"{name}.npy")
+        return SSBA(pratio=0.3, attack_target=1, **paths)
+
+    return write
+
+
+def test_ready_pictures_replace_those_with_their_index(arrays, own_cache):
+    attack, train, test = arrays(), toy_images(40), toy_images(24)
+    assert forge(attack, train) is attack and not own_cache.exists()  # nothing is trained
+    poisoned, triggered = attack.poison_train(train, 0), attack.poison_test(test)
+    hit = poisoned.role == BACKDOOR
+    assert int(hit.sum()) == 12 and torch.equal(poisoned.pixels[~hit], train.pixels[~hit])
+    assert (poisoned.pixels[hit] == poisoned.index[hit].view(-1, 1, 1, 1)).all()
+    assert (triggered.pixels == 100 + triggered.index.view(-1, 1, 1, 1)).all() and len(triggered) == 18
+    some = attack.stamped(train[torch.tensor([7, 3])], test=False)
+    assert some.shape == (2, 3, 16, 16) and some[:, 0, 0, 0].tolist() == [7, 3]
+
+
+WRONG = {
+    "floats": (np.zeros((40, 16, 16, 3), np.float32) + 9, "float32"),
+    "another size": (np.full((40, 8, 8, 3), 9, np.uint8), "(40, 8, 8, 3)"),
+    "channels first": (np.full((40, 3, 16, 16), 9, np.uint8), "(40, 3, 16, 16)"),
+    "too few": (np.full((39, 16, 16, 3), 9, np.uint8), "39 pictures"),
+    "too many": (np.full((41, 16, 16, 3), 9, np.uint8), "41 pictures"),
+    "zeros and ones": (np.ones((40, 16, 16, 3), np.uint8), "0..1"),
+    "one picture": (np.full((16, 16, 3), 9, np.uint8), "(16, 16, 3)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_ready_pictures_that_do_not_fit_are_refused(wrong, arrays, one_line):
+    array, word = WRONG[wrong]
+    with pytest.raises(DataError) as refusal:
+        arrays(train=array).poison_train(toy_images(40), 0)
+    assert word in one_line(refusal.value) and "train.npy" in str(refusal.value)
+    with pytest.raises(DataError) as refusal:
+        arrays(test=array).poison_test(toy_images(40))
+    assert word in one_line(refusal.value) and "test.npy" in str(refusal.value)
+
+
+def test_an_index_beyond_the_ready_pictures_is_refused(arrays, one_line):
+    with pytest.raises(DataError) as refusal:
+        arrays().stamped(toy_images(50)[torch.tensor([3, 45])], test=False)
+    assert "40 pictures" in one_line(refusal.value)
+
+
+def test_ready_pictures_stamp_no_others(arrays, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        arrays().stamp(torch.rand(1, 3, 16, 16))
+    assert "replace_imgs_path" in one_line(refusal.value)
+
+
+def test_stamped_pictures_are_the_encoders():
+    attack, images = forge(SSBA(**{**FAST, "ssba_epochs": 1})), toy_images(16)
+    expected = quantise(attack.made().encoder(torch.ones(16, 1), to_float(images.pixels)).clamp(0, 1))
+    assert torch.equal(attack.stamped(images, test=True), expected)
+    with pytest.raises(ConfigError):
+        SSBA().stamp(torch.rand(1, 3, 16, 16))
+    assert quiet().checkpoint is None

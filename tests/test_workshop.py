@@ -1,0 +1,134 @@
+"""Triggers that are made once: kept, found again, made again when damaged, and not lost when nothing can be kept."""
+
+import pytest
+import torch
+from toys import tiny_net
+
+from sau import loop
+from sau.attack import workshop
+from sau.session import Session
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Counted:
+    """A builder that says how often it was called; its tensors follow from its number."""
+
+    def __init__(self, number: float = 1.0) -> None:
+        self.calls, self.number = 0, number
+
+    def __call__(self, session: Session) -> workshop.Made:
+        self.calls += 1
+        place = torch.nn.Parameter(torch.zeros(2))
+        loop.run(
+            lambda x, y: {"loss": x.mean()},
+            [(torch.ones(2), torch.zeros(2))],
+            2,
+            state={"net": torch.nn.ParameterList([place])},
+            end_epoch=lambda losses: None,
+            session=session,
+        )
+        return {"t": torch.full((2, 3), self.number).t()}, {"some_figure": 1.5}
+
+
+def make(build, lines=None, **identity):
+    session = Session(say=(lambda text: None) if lines is None else lines.append)
+    return workshop.made("thing", identity or {"seed": 0}, build, session)
+
+
+def entry(cache):
+    (folder,) = (file for file in (cache / "triggers").iterdir() if file.is_dir())
+    return folder
+
+
+def test_a_thing_is_made_once_and_found_again(own_cache):
+    build, lines = Counted(), []
+    first = make(build, lines)
+    assert any(str(own_cache) in line for line in lines) and lines[-1] == "thing: some figure 1.5"
+    lines.clear()
+    again = make(build, lines)
+    assert build.calls == 1 and torch.equal(first["t"], again["t"]) and again["t"].shape == (3, 2)
+    assert len(lines) == 1 and "made before" in lines[0] and "some figure 1.5" in lines[0]
+    folder = entry(own_cache)
+    assert folder.name.startswith("thing-") and (folder / "manifest.json").is_file()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2 and not (folder / "checkpoint.bin").exists()
+
+
+def test_another_identity_is_another_thing(monkeypatch):
+    build = Counted()
+    make(build, seed=0)
+    make(build, seed=1)
+    monkeypatch.setattr(workshop.sau, "__version__", "another")
+    make(build, seed=0)
+    assert build.calls == 3
+
+
+@pytest.mark.parametrize("file", ["trigger.safetensors", "summary.json", "config.yaml", "manifest.json"])
+def test_a_damaged_thing_is_made_again_with_one_line(own_cache, file):
+    build, lines = Counted(), []
+    make(build)
+    (entry(own_cache) / file).write_text("{")
+    found = make(build, lines)
+    assert build.calls == 2 and (found["t"] == 1).all()
+    assert len([line for line in lines if "making it again" in line]) == 1
+    make(build)
+    assert build.calls == 2
+
+
+@pytest.mark.parametrize("file", ["checkpoint.bin", "config.yaml"])
+def test_a_damaged_beginning_is_started_anew(own_cache, file, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(workshop._Shelf, "close", lambda self, tensors, figures: None)
+        make(Counted())
+    (entry(own_cache) / file).write_text("x" * 100)
+    lines: list[str] = []
+    assert (make(Counted(), lines)["t"] == 1).all()
+    assert any("making it again" in line for line in lines)
+
+
+@pytest.mark.parametrize("what", ["file", "read-only", "nowhere"])
+def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, what):
+    place = tmp_path / "place"
+    place.write_text("") if what == "file" else place.mkdir()
+    monkeypatch.setenv("SAU_CACHE", str(place / "below"))
+    if what == "read-only":
+        monkeypatch.setattr(workshop.Record, "begin", refuse)
+    if what == "nowhere":
+        monkeypatch.setattr(workshop, "cache_folder", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    build, lines = Counted(), []
+    assert (make(build, lines)["t"] == 1).all() and build.calls == 1
+    assert len([line for line in lines if "not be kept" in line]) == 1
+
+
+def refuse(*args, **how):
+    raise PermissionError("not here")
+
+
+def test_a_disk_that_fills_up_costs_a_line(monkeypatch):
+    monkeypatch.setattr(workshop.Record, "row", refuse)
+    lines: list[str] = []
+    assert (make(Counted(), lines)["t"] == 1).all()
+    assert len([line for line in lines if "not be kept" in line]) == 1
+
+
+def test_errors_of_the_builder_are_its_own(own_cache):
+    def broken(session: Session) -> workshop.Made:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make(broken)
+
+
+def test_without_a_session_it_is_printed_and_logged(own_cache, capsys):
+    workshop.made("thing", {"seed": 0}, Counted())
+    assert "epoch 2/2" in capsys.readouterr().out and "epoch 2/2" in (entry(own_cache) / "log.txt").read_text()
+
+
+def test_a_fingerprint_tells_weights_and_forms_apart():
+    one = workshop.fingerprint(tiny_net())
+    assert one == workshop.fingerprint(tiny_net())
+    assert one != workshop.fingerprint(tiny_net(seed=1)) != workshop.fingerprint(tiny_net(classes=5))
