@@ -69,6 +69,7 @@ class SSBA(Attack):
     """
 
     name: ClassVar[str] = "ssba"
+    costly: ClassVar[bool] = True
 
     attack_train_replace_imgs_path: str | None = None
     attack_test_replace_imgs_path: str | None = None
