@@ -344,6 +344,18 @@ def test_fit_trains_in_place_reproducibly_and_ends_in_eval_mode(row):
     assert not same_weights(nets[0], tiny_net(7))
 
 
+@each_poison
+@pytest.mark.parametrize("pratio", [0.0, 0.001, 0.01, 0.1])
+def test_every_ratio_down_to_nothing_trains(attack, pratio):
+    """0 is the clean network with a triggered test set; a small share leaves most batches without poison."""
+    few = with_(attack, pratio=pratio)
+    images = toy_images(40, size=16)
+    net = tiny_net()
+    few.fit(net, few.poison_train(images, 0), Training(epochs=2, batch_size=16), session=quiet())
+    assert not same_weights(net, tiny_net()) and all(tensor.isfinite().all() for tensor in net.state_dict().values())
+    assert len(few.poison_test(images)) == 30
+
+
 def test_an_incomplete_last_batch_is_dropped():
     """30 pictures in batches of 8: three updates an epoch, as the benchmark trains its victims."""
     sizes = []
