@@ -171,7 +171,7 @@ class InputAware(Attack):
             diverse = self._diversity((x[:n] - z[n : 2 * n]) / artist.std, (pattern - pattern_z) / artist.std)
         loss = error + self.lambda_div * diverse
         kept = [state["patterns"]] if self.accumulate else []
-        state["descent"](loss, *([state["patterns"]] if n else []), keep=kept)
+        state["descent"](loss, state["patterns"], keep=kept)
         accuracy = 100 * (logits.argmax(1) == wanted).float().mean()
         return {"loss": loss, "error": error, "diversity": diverse, "train_acc": accuracy}
 
