@@ -1,0 +1,75 @@
+"""ASR against the poisoning ratio, a curve an attack, as PNG and as a Markdown table.
+
+python scripts/ratios.py RECORDS [--out ratios.png]      reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> (ACC, ASR) of each seed
+
+
+def read(root: Path) -> Found:
+    """The summaries below a folder."""
+    found: Found = defaultdict(lambda: defaultdict(list))
+    for file in sorted(root.glob("*_r*_s*/summary.json")):
+        parts = re.fullmatch(r"(\w+?)_r([\d.]+)_s(\d+)", file.parent.name)
+        if parts:
+            summary = json.loads(file.read_text())
+            found[parts[1]][float(parts[2])].append((summary["acc"], summary["asr"]))
+    return found
+
+
+def table(found: Found) -> str:
+    """ACC / ASR, means over seeds."""
+    ratios = sorted({ratio for curve in found.values() for ratio in curve})
+    lines = ["| attack | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
+    for attack, curve in found.items():
+        cells = ["-" if ratio not in curve else _mean(curve[ratio]) for ratio in ratios]
+        lines.append(f"| {attack} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(scores: list[tuple[float, float]]) -> str:
+    return " / ".join(f"{statistics.mean(column):.2f}" for column in zip(*scores, strict=True))
+
+
+def draw(found: Found, path: Path) -> None:
+    """Ratios on a logarithmic scale, with 0 at the left; a vertical line from the least to the most over seeds."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    for colour, (attack, curve) in zip(COLOURS, found.items(), strict=False):
+        ratios = sorted(curve)
+        asr = [[score[1] for score in curve[ratio]] for ratio in ratios]
+        means = [statistics.mean(values) for values in asr]
+        low = [mean - min(values) for mean, values in zip(means, asr, strict=True)]
+        high = [max(values) - mean for mean, values in zip(means, asr, strict=True)]
+        axis.errorbar(ratios, means, yerr=[low, high], marker="o", label=attack, color=colour, capsize=2)
+    axis.set_xscale("symlog", linthresh=1e-3)
+    axis.set(xlabel="poisoning ratio", ylabel="ASR %", ylim=(-3, 103))
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("ratios.png"))
+    asked = parser.parse_args()
+    runs = read(asked.records)
+    if not runs:
+        sys.exit(f"error: no <attack>_r<ratio>_s<seed>/summary.json below {asked.records}; see docs/results/ratios.sh")
+    draw(runs, asked.out)
+    print(table(runs))
