@@ -17,6 +17,7 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.optim import Training
+from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels
 
@@ -178,12 +179,13 @@ class Attack(Labelling, ABC):
             images: on the device of the model.
             recipe: epochs, batch size, optimiser and schedule.
             augment: applied to each batch anew.
-            seed: of the order and the augmentation; weights and dropout are the caller's to seed.
+            seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
             session: progress and checkpoints.
         """
         first = self.augmentation(augment)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
-        self.train(model.train(), images, batches, recipe, augment, session or Session())
+        with seeded(seed):
+            self.train(model.train(), images, batches, recipe, augment, session or Session())
         return model.eval()
 
     def train(
