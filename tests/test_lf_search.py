@@ -12,6 +12,7 @@ from toys import quiet, tiny_net, toy_images, train_victim
 from sau import victim
 from sau.attack import LF, Prototype, lf_network, lf_search
 from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
+from sau.attack.making import Making
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError
@@ -222,7 +223,7 @@ def test_a_search_must_be_made_before_it_stamps(one_line):
 def test_the_network_is_trained_on_a_copy():
     blank = tiny_net()
     before = {name: value.clone() for name, value in blank.state_dict().items()}
-    net = lf_network.trained(toy_images(40), blank, Training(epochs=1, batch_size=20), None, 0, quiet())
+    net = lf_network.trained(Making(toy_images(40), blank, Training(epochs=1, batch_size=20), session=quiet()))
     assert all(torch.equal(value, before[name]) for name, value in blank.state_dict().items())
     assert not torch.equal(net.linear.weight, blank.linear.weight) and not net.training
     assert not any(p.requires_grad for p in net.parameters())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.labelling import Labelling
+from sau.attack.making import Making
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
@@ -52,6 +53,7 @@ class Attack(Labelling, ABC):
             test: the trigger of the test set, where an attack has another one there.
         """
 
+    @final
     def forge(
         self,
         images: Images,
@@ -62,17 +64,13 @@ class Attack(Labelling, ABC):
         seed: int = 0,
         session: Session | None = None,
     ) -> "Attack":
-        """This attack with a trigger that has to be drawn or trained first; most have nothing to make.
+        """This attack with a trigger that has to be drawn or trained first; most have nothing to make. See `Making`."""
+        trigger = self.make_trigger(Making(images, blank, recipe, augment, seed, session))
+        return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
 
-        Args:
-            images: clean training pictures, on the device to work on.
-            blank: an untrained network like the victim, for triggers that are made against one; it is left as it is.
-            recipe: how the victim is trained.
-            augment: how its training pictures are augmented.
-            seed: of what is drawn.
-            session: progress.
-        """
-        return self
+    def make_trigger(self, given: Making) -> nn.Module | None:
+        """What `forge` gives this attack to stamp with; None where there is nothing to make."""
+        return None
 
     @final
     def made(self) -> nn.Module:

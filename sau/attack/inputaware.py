@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.base import Attack
 from sau.attack.batchwise import BLOCK, count, examples, plan
+from sau.attack.making import Making
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
@@ -90,23 +91,15 @@ class InputAware(Attack):
         for name in ("lambda_div", "lambda_norm", "mask_density"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
-    def forge(
-        self,
-        images: Images,
-        blank: nn.Module,
-        recipe: Training,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-    ) -> Attack:
+    def make_trigger(self, given: Making) -> nn.Module | None:
         """The generators, untrained; `fit` trains them."""
-        side = min(images.pixels.shape[2:])
-        if side < 16:
-            raise ConfigError(f"the pictures are {side} pixels wide or high, allowed for {self.name} are 16 and more")
-        with seeded(seed):
-            artist = Artist(images.pixels.shape[1], blank, 2 if self.double_tanh else 1, self.EPSILON)
-        return self.with_trigger(artist.to(images.pixels.device).eval())
+        _, channels, *sides = given.images.pixels.shape
+        if min(sides) < 16:
+            raise ConfigError(
+                f"the pictures are {min(sides)} pixels wide or high, allowed for {self.name} are 16 and more"
+            )
+        with seeded(given.seed):
+            return Artist(channels, given.blank, 2 if self.double_tanh else 1, self.EPSILON).eval()
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return self.made().eval()(x.float())[0].clamp(0, 1).to(x.dtype)

@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from sau.attack import lf_network, lf_search, workshop
 from sau.attack.base import Attack
+from sau.attack.making import Making
 from sau.data.arrays import read_array
-from sau.data.augment import Augment
-from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import DataError
-from sau.optim import Training
-from sau.session import Session
 from sau.types import Pixels
 
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the picture: a little above and left of the middle
@@ -67,32 +64,29 @@ class LF(Attack):
         self.require("lf_delta", 0 <= self.lf_delta < 1, "0 up to below 1")
         self.require("lf_overshoot", self.lf_overshoot >= 0, "0 and more")
 
-    def forge(
-        self,
-        images: Images,
-        blank: nn.Module,
-        recipe: Training,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-    ) -> Attack:
+    def make_trigger(self, given: Making) -> nn.Module | None:
         """With lf_optimise the pattern that the search finds, or found before; else there is nothing to make."""
         if not self.lf_optimise:
-            return self
+            return None
+        images = given.images
         self.check_labels(images)
         if self.lf_network is not None:
             network = lf_network.recorded(Path(self.lf_network), images)
         else:
-            network = lf_network.trained(images, blank, recipe, augment, seed, session)
+            network = lf_network.trained(given)
         limits = lf_search.Limits(
             self.attack_target, self.lf_images, self.lf_passes, self.lf_delta, self.lf_deepfool_steps,
             self.lf_overshoot, self.lf_strength,
         )  # fmt: skip
-        identity = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": seed, **vars(limits)}
-        search = partial(lf_search.optimise, network, images, limits, seed)
-        found = workshop.made("lf", identity, search, session)
-        return self.with_trigger(lf_search.Pattern(found["pattern"]).to(images.pixels.device))
+        identity = {
+            "network": workshop.fingerprint(network),
+            "data": fingerprint(images),
+            "seed": given.seed,
+            **vars(limits),
+        }
+        search = partial(lf_search.optimise, network, images, limits, given.seed)
+        found = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
+        return lf_search.Pattern(found["pattern"])
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return (x + self._pattern((x.shape[1], x.shape[2], x.shape[3])).to(x)).clamp(0, 1)

@@ -8,36 +8,30 @@ from torch import nn
 
 from sau import victim
 from sau.attack import workshop
+from sau.attack.making import Making
 from sau.attack.prototype import Prototype
-from sau.data.augment import Augment
 from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import RecordError
-from sau.optim import Training
-from sau.seeds import seeded
 from sau.session import Session
 
 
-def trained(
-    images: Images, blank: nn.Module, recipe: Training, augment: Augment | None, seed: int, session: Session | None
-) -> nn.Module:
-    """A copy of `blank` trained on clean pictures, from the workshop's cache if it was before; in eval mode."""
-    network = copy.deepcopy(blank)
+def trained(given: Making) -> nn.Module:
+    """A copy of `given.blank` trained on clean pictures, from the workshop's cache if it was before; in eval mode."""
+    network, images, recipe = copy.deepcopy(given.blank), given.images, given.recipe
     identity = {
         **recipe.params(),
-        "blank": workshop.fingerprint(blank),
+        "blank": workshop.fingerprint(given.blank),
         "data": fingerprint(images),
-        "augment": str(augment),
-        "seed": seed,
+        "augment": str(given.augment),
+        "seed": given.seed,
     }
 
     def build(how: Session) -> workshop.Made:
-        fit = partial(Prototype().fit, augment=augment, seed=seed, session=how)
+        fit = partial(Prototype().fit, augment=given.augment, seed=given.seed, session=how)
         return fit(network, images, recipe).state_dict(), {"epochs": float(recipe.epochs)}
 
-    with seeded(seed):
-        found = workshop.made("clean-network", identity, build, session)
-    network.load_state_dict(found)
+    network.load_state_dict(workshop.made("clean-network", identity, build, given.session))
     return network.eval().requires_grad_(False)
 
 

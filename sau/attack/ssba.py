@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.base import Attack
+from sau.attack.making import Making
 from sau.attack.ssba_pictures import ready_pictures
 from sau.attack.workshop import Made, made
-from sau.data.augment import Augment
 from sau.data.images import Images, quantise, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError
@@ -90,28 +90,20 @@ class SSBA(Attack):
         self.require("ssba_lr", self.ssba_lr > 0, "above 0")
         self.require("trigger_seed", 0 <= self.trigger_seed < 2**32, f"0 to {2**32 - 1}")
 
-    def forge(
-        self,
-        images: Images,
-        blank: nn.Module,
-        recipe: Training,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-    ) -> Attack:
-        """The encoder: trained on `images`, or from the cache; with ready pictures there is nothing to make."""
+    def make_trigger(self, given: Making) -> nn.Module | None:
+        """The encoder: trained on the pictures, or from the cache; with ready pictures there is nothing to make."""
         if self.attack_train_replace_imgs_path is not None:
-            return self
+            return None
+        images = given.images
         _check_sides(images.pixels.shape)
         own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
         identity = {"data": fingerprint(images), "trigger_seed": self.trigger_seed, **own}
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
             hidden = Hidden(encoder, self._code()).to(images.pixels.device)
-            found = made("ssba", identity, partial(self._train, hidden, images), session)
+            found = made("ssba", identity, partial(self._train, hidden, images), given.session)
         encoder.load_state_dict(found)
-        return self.with_trigger(hidden.eval().requires_grad_(False))
+        return hidden.eval().requires_grad_(False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         if self.attack_train_replace_imgs_path is not None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from sau.attack.base import Attack
 from sau.attack.batchwise import BLOCK, count, examples, plan
+from sau.attack.making import Making
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
-from sau.optim import Training
 from sau.seeds import generator
-from sau.session import Session
 from sau.types import Labels, Pixels
 
 
@@ -74,18 +73,9 @@ class WaNet(Attack):
         self.require("k", self.k >= 2, "2 and more")
         self.require("grid_rescale", self.grid_rescale > 0, "above 0")
 
-    def forge(
-        self,
-        images: Images,
-        blank: nn.Module,
-        recipe: Training,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-    ) -> Attack:
-        z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(seed)) - 1
-        return self.with_trigger(Field(z / z.abs().mean()).to(images.pixels.device))
+    def make_trigger(self, given: Making) -> nn.Module | None:
+        z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(given.seed)) - 1
+        return Field(z / z.abs().mean())
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return self._warp(x, noise=False)
