@@ -78,12 +78,7 @@ class LF(Attack):
             self.attack_target, self.lf_images, self.lf_passes, self.lf_delta, self.lf_deepfool_steps,
             self.lf_overshoot, self.lf_strength,
         )  # fmt: skip
-        identity = {
-            "network": workshop.fingerprint(network),
-            "data": fingerprint(images),
-            "seed": given.seed,
-            **vars(limits),
-        }
+        made_from = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": given.seed}
         search = partial(lf_search.optimise, network, images, limits, given.seed)
         found = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
         return lf_search.Pattern(found["pattern"])
