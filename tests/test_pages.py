@@ -1,5 +1,6 @@
 """The pages of the methods: there is one for each, and its figures are those of the kept summaries."""
 
+import json
 import subprocess
 import sys
 
@@ -52,3 +53,29 @@ def test_the_gallery_refuses_what_it_cannot_draw(tmp_path):
     ]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=100)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown data set") and not list(tmp_path.iterdir())
+
+
+def test_the_curve_over_ratios_is_drawn_from_summaries(tmp_path):
+    for name, acc, asr in (("badnet_r0_s0", 90.0, 1.0), ("badnet_r0.1_s0", 89.0, 95.0), ("badnet_r0.1_s1", 88.0, 97.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"acc": acc, "asr": asr}))
+    script = [sys.executable, str(REPOSITORY / "scripts" / "ratios.py")]
+    done = subprocess.run([*script, str(tmp_path), "--out", str(tmp_path / "x.png")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| badnet | 90.00 / 1.00 | 88.50 / 96.00 |" in done.stdout
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width > 500
+    none = subprocess.run([*script, str(tmp_path / "none")], capture_output=True, text=True)
+    assert none.returncode != 0 and none.stderr.startswith("error: ") and len(none.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["attacks", "defenses"])
+def test_the_benchmarks_of_the_methods_run(part, tmp_path):
+    small = {"attacks": ("--steps", "1", "--batch_size", "16"), "defenses": ("--pictures", "32", "--only", "ft,clp")}
+    flags = ("--width", "4", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "out.json"), *small[part])
+    script = [sys.executable, str(REPOSITORY / "scripts" / "bench.py"), part, *flags]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=500)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) > 3 and all(row["ours"] > 0 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
