@@ -14,6 +14,6 @@ def generator(seed: int) -> torch.Generator:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's global generator starts from `seed`; outside it goes on as if nothing had been drawn."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # left out, it warns of many
         torch.manual_seed(seed)
         yield
