@@ -11,10 +11,10 @@ import yaml
 from toys import REPOSITORY
 
 from sau import config
-from sau.attack import ATTACKS, LF, SSBA, BadNet, Blended, Prototype
+from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.config import IGNORED, convert, options
 from sau.data.sources import SOURCES
-from sau.defense import DEFENSES, FT, SAU
+from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.optim import Training
 from sau.request import AttackRun, DefenseRun, Request
@@ -80,8 +80,26 @@ def test_the_flags_of_the_benchmark_exist():
     wd frequency_save random_seed checkpoint_load checkpoint_save log ratio index""".split()
     sau = """optim n_rounds outer_steps lmd_1 lmd_2 lmd_3 beta_1 beta_2 trigger_norm pgd_init norm_type adv_lr adv_steps
     train_mode""".split()
+    inputaware = """lr_G lr_C lr_M C_lr_scheduler schedulerG_milestones schedulerC_milestones schedulerM_milestones
+    schedulerG_lambda schedulerC_lambda schedulerM_lambda lambda_div lambda_norm mask_density EPSILON
+    clean_train_epochs""".split()
+    anp = "acc_ratio nb_iter anp_eps anp_steps anp_alpha pruning_by pruning_max pruning_step pruning_number".split()
+    nc = "unlearning_ratio nc_epoch mask_lr init_cost atk_succ_threshold patience cost_multiplier early_stop".split()
+    npd = "target_layer_name trigger_norm norm_type inner_steps warm_epochs lmd1 lmd2 lmd3 lmd4".split()
     for wanted, sections in (
         (attack, (AttackRun, Training, BadNet)),
+        (["sig_f", "sig_delta"], (SIG,)),
+        (["cross_ratio", "s", "k", "grid_rescale", "random_crop", "random_rotation"], (WaNet,)),
+        (inputaware, (Training, InputAware)),
+        (anp, (ANP,)),
+        (["acc_ratio", "once_prune_ratio"], (FP,)),
+        (nc, (NC,)),
+        (["te_epochs", "beta1", "beta2", "beta3", "p", "teacher_model_loc"], (NAD,)),
+        *((["u", "u_min", "u_max", "u_num"], (method,)) for method in (EP, CLP, BNP)),
+        (["optim", "n_rounds", "K"], (IBAU,)),
+        (["adaptive", "label_smoothing", "rho_max", "alpha"], (FTSAM,)),
+        (["alpha", "clean_threshold", "unlearning_lr", "recovering_lr", "schedule", "pruning_number"], (RNP,)),
+        (npd, (NPD,)),
         (["patch_mask_path"], (BadNet,)),
         (["attack_trigger_img_path", "attack_train_blended_alpha", "attack_test_blended_alpha"], (Blended,)),
         (["lowFrequencyPatternPath"], (LF,)),
@@ -89,7 +107,8 @@ def test_the_flags_of_the_benchmark_exist():
         (defense, (DefenseRun, FT)),
         (defense + sau, (DefenseRun, SAU)),
     ):
-        known = {name for cls in sections for o in options(cls).values() for name in (o.name, *o.aliases)}
+        more = sections[-1].aliases
+        known = {name for cls in sections for o in options(cls, more).values() for name in (o.name, *o.aliases)}
         assert set(wanted) - known - set(IGNORED) == set()
 
 
