@@ -22,6 +22,7 @@ from bench_parts import attacks, defenses, sau_step
 
 from sau.device import choose_device, set_threads
 
+PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
 PARTS: dict[str, ModuleType] = {"sau": sau_step, "attacks": attacks, "defenses": defenses}
 
 
@@ -47,7 +48,7 @@ def main() -> None:
         numbers = f"{row['ratio']:8.2f}{row['low']:8.2f}{row['high']:8.2f}{row['ours']:12.4g}{row['reference']:12.4g}"
         print(f"{row['name']:40}{numbers} {row['unit']}")
     if args.json:
-        setting = {"torch": torch.__version__, **{name: _plain(value) for name, value in vars(args).items()}}
+        setting = {"torch": torch.__version__, **{k: _plain(v) for k, v in vars(args).items() if k not in PATHS}}
         args.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_defenses import backdoored, pair
-from test_loop import ALWAYS, NEVER, Tape
+from test_loop import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net
 
@@ -221,20 +221,6 @@ def test_it_differentiates_twice_through_the_librarys_network():
 # Resuming
 
 
-class Stop(Tape):
-    """A checkpoint that breaks off after so many saves."""
-
-    def __init__(self, saves: int) -> None:
-        super().__init__()
-        self.left = saves
-
-    def save(self, place: dict[str, Any]) -> None:
-        super().save(place)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("save_every", [ALWAYS, NEVER])
 def test_a_stopped_run_goes_on_to_the_same_bits(save_every):
     """Also in the middle of a round, and where the user's loader draws its order from torch's generator."""
@@ -253,7 +239,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(save_every):
         torch.manual_seed(1)
         whole = run(give(), Tape())
         for saves in (1, 2, 4, 8) if save_every == ALWAYS else (1, 2):
-            tape = Stop(saves)
+            tape = Stopping(saves)
             torch.manual_seed(1)
             with pytest.raises(KeyboardInterrupt):
                 run(give(), tape)
