@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sau.errors import ConfigError
 
@@ -38,9 +38,6 @@ class Method:
         """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
         state["descent"].end_epoch(losses["loss"])
         return None
-
-    def finish(self, state: dict[str, Any], model: nn.Module) -> None:
-        """After the last epoch: whatever remains to be done to the network in place."""
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""

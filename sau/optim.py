@@ -101,6 +101,17 @@ class Training(Method):
         return None
 
 
+def adam(lr: float, schedule: Schedule = "constant", **settings: Any) -> Training:
+    """Adam as papers have it: without AMSGrad, which our `adam` has like the benchmark's, and without decay.
+
+    Args:
+        lr: learning rate.
+        schedule: of the rate.
+        settings: further fields of `Training`.
+    """
+    return Training(client_optimizer="adamw", wd=0.0, lr=lr, lr_scheduler=schedule, **settings)  # the two are the same
+
+
 class Descent:
     """An optimiser and its schedule as one checkpointable thing."""
 

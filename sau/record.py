@@ -54,7 +54,7 @@ class Record:
         if self.path.is_dir():
             shutil.rmtree(self.path)
         self.config = {}
-        self.note(schema=SCHEMA, digest=_digest(identity), identity=_plain(identity), **config)
+        self.note(schema=SCHEMA, digest=digest(identity), identity=_plain(identity), **config)
 
     def admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`."""
@@ -67,7 +67,7 @@ class Record:
             return False
         if self.finished:
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
-        if old.get("digest") != _digest(identity):
+        if old.get("digest") != digest(identity):
             other = _difference(old["identity"], _plain(identity))
             raise RecordError(
                 f"{self.path} holds an unfinished run with other settings ({other}); "
@@ -179,7 +179,8 @@ def _plain(identity: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _digest(identity: dict[str, Any]) -> str:
+def digest(identity: dict[str, Any]) -> str:
+    """SHA-256 over what determines a result, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

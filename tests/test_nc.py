@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_defenses import pair
-from test_i_bau import Stop
-from test_loop import ALWAYS, NEVER, Tape
+from test_loop import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net, toy_images, train_victim
 
@@ -307,7 +306,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(save_every, saves, restarts):
 
     whole = run(Tape(), 1)
     for number in saves:
-        tape = Stop(number)
+        tape = Stopping(number)
         with pytest.raises(KeyboardInterrupt):
             run(tape, 1)
         tape.left = -1

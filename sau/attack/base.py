@@ -201,4 +201,3 @@ class Attack(Labelling, ABC):
             end_epoch=partial(self.end_epoch, state),
             session=session,
         )
-        self.finish(state, model)

@@ -27,7 +27,7 @@ from sau.data.augment import Augment
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.models.generator import Artist
-from sau.optim import Training
+from sau.optim import Training, adam
 from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Labels, Pixels, Scalar
@@ -182,10 +182,7 @@ class InputAware(Attack):
         return examples(self, trained_on, n, n, lambda x: artist(x, x.roll(1, 0))[0].clamp(0, 1))
 
     def _adam(self, lr: float, milestones: tuple[int, ...], gamma: float) -> Training:
-        return Training(  # AdamW without decay is Adam
-            client_optimizer="adamw", wd=0.0, adam_betas=(0.5, 0.9), lr=lr, lr_scheduler="MultiStepLR",
-            steplr_milestones=milestones, steplr_gamma=gamma,
-        )  # fmt: skip
+        return adam(lr, "MultiStepLR", adam_betas=(0.5, 0.9), steplr_milestones=milestones, steplr_gamma=gamma)
 
     def _others(self, state: dict[str, Any], size: int) -> Pixels:
         """As many other training pictures, augmented; in place of a second loader in another order."""

@@ -25,7 +25,7 @@ from sau.data.images import Images, quantise, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, psnr
-from sau.optim import Training
+from sau.optim import adam
 from sau.seeds import generator, seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels, Scalar
@@ -140,10 +140,7 @@ class SSBA(Attack):
 
     def _train(self, hidden: Hidden, images: Images, session: Session) -> Made:
         """Train the encoder of `hidden`, in place, with a decoder that is thrown away."""
-        recipe = Training(  # AdamW without decay is Adam
-            client_optimizer="adamw", wd=0.0, lr=self.ssba_lr, lr_scheduler="constant",
-            epochs=self.ssba_epochs, batch_size=self.ssba_batch_size,
-        )  # fmt: skip
+        recipe = adam(self.ssba_lr, epochs=self.ssba_epochs, batch_size=self.ssba_batch_size)
         encoder = hidden.encoder.train()
         decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)
         batches = images.batches(recipe.batch_size, seed=self.trigger_seed, drop_last=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sau
 from sau.data.cache import cache_folder
 from sau.errors import RecordError
-from sau.record import SUMMARY, Record
+from sau.record import SUMMARY, Record, digest
 from sau.session import Session
 
 Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them
@@ -41,7 +41,7 @@ def made(
     say, shelf = (session or Session()).say, None
     with ExitStack() as stack:
         try:
-            record = Record(cache_folder() / "triggers" / f"{name}-{_digest(known)[:16]}")
+            record = Record(cache_folder() / "triggers" / f"{name}-{digest(known)[:16]}")
             found = _whole(record) or _begin(record, known, stack, say)
             if found is not None:
                 say(f"{name}: {_line(found[1])}; made before, {record.path}")
@@ -149,10 +149,6 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"another run is at work in {path}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _line(figures: Mapping[str, float]) -> str:

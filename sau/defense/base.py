@@ -113,7 +113,6 @@ class Tuning(Training, Defense):
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         state = self.prepare(model, len(batches))  # type: ignore[arg-type]
         self.rounds(state, batches, session)
-        self.finish(state, model)
 
     def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
         """`step` on every batch of every epoch."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.method import Method
-from sau.optim import Training
+from sau.optim import adam
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels
 
@@ -125,10 +125,8 @@ class Inversion(Method):
         """
         model.eval().requires_grad_(False)
         steps = len(batches)  # type: ignore[arg-type]
-        # AdamW without decay is Adam, while the library's adam has AMSGrad.
-        rates: dict[str, Any] = {"client_optimizer": "adamw", "wd": 0.0, "lr_scheduler": "constant"}
-        adam = Training(lr=self.mask_lr, adam_betas=(0.5, 0.9), **rates)
-        state = {**more, "patches": patches, "descent": adam.descent(patches.parameters(), steps)}
+        descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), steps)
+        state = {**more, "patches": patches, "descent": descent}
         step, end_epoch = partial(self.invert_step, model, state), partial(self.end_pass, patches, steps)
         loop.run(step, batches, self.nc_epoch, state=state, end_epoch=end_epoch, session=session, label="inversion")
         model.requires_grad_(True)
