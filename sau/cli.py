@@ -1,6 +1,5 @@
 """The order of calls behind `attack/NAME.py`, `defense/NAME.py` and `python -m sau`."""
 
-import copy
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
-from sau.models import build, has_width
+from sau.models import Normalized, build, has_width
 from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
@@ -157,7 +156,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
     before = score(model, test, triggered)
-    risks = _risks(run, copy.deepcopy(model), test, triggered) if run.track_risk else None
+    risks = _risks(run, attacked, model, test, triggered) if run.track_risk else None
     threat = risks(model).summary() if risks else None
     evaluation = time.monotonic() - begun
     watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation, risks)
@@ -172,19 +171,18 @@ def defend(name: str, argv: Sequence[str]) -> None:
     scores = {"before": before.summary(), "after": after.summary(), "der": rating, "selection": method.selection}
     scores["data"] = method.needs
     if risks:
-        left = risks(fixed)
-        if not record.rows or "r_adv" not in record.rows[-1]:  # a method that tells the loop of no network
-            record.row(epoch=len(record.rows) + 1, **left.row(), seconds=watch.seconds)
-        scores["risk"] = {"before": threat, "after": left.summary(), "search": asdict(run.search())}
+        scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _risks(run: DefenseRun, backdoored: nn.Module, test: Images, triggered: Images | None) -> Callable[..., Found]:
+def _risks(
+    run: DefenseRun, attacked: victim.Victim, model: Normalized, test: Images, triggered: Images | None
+) -> Callable[[nn.Module], Found]:
     """Measures the risks of a network on the same test pictures, with the same search, each time."""
+    backdoored = attacked.model().to(test.pixels.device)
+    backdoored.amp = model.amp
     clean, poison = sample(test, triggered, run.risk_samples, run.random_seed)
-    return partial(
-        measure, reference=backdoored, clean=clean, triggered=poison, search=run.search(), seed=run.random_seed
-    )
+    return lambda network: measure(network, backdoored, clean, poison, run.search(), seed=run.random_seed)
 
 
 def _place(root: str, target: str) -> Path:

@@ -86,6 +86,14 @@ class Watch:
             self.record.save_tensors(f"model_epoch_{epoch}", net.state_dict())
         return figures
 
+    def last_risks(self, model: nn.Module) -> dict[str, Any]:
+        """The risks of the result; a method that told the loop of no network gets its row here."""
+        assert self.risks is not None
+        found = self.risks(model)
+        if not self.record.rows or "r_adv" not in self.record.rows[-1]:
+            self.record.row(epoch=len(self.record.rows) + 1, **found.row(), seconds=self.seconds)
+        return found.summary()
+
 
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
     """Start or resume a record with what was asked, the versions and the commit; `identity` determines the result."""

@@ -1,9 +1,11 @@
 """The risks: exact where the maxima have closed forms, and ordered as the paper says."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
-from toys import tiny_net
+from toys import QUICK, tiny_net
 
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError
@@ -209,3 +211,46 @@ def test_no_pictures_are_refused():
         measure(model, reference, data[torch.arange(0)])
     with pytest.raises(DataError, match="no pictures"):
         measure(model, reference, data, triggered[torch.arange(0)])
+
+
+# The command line
+
+
+def tracked(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "summary.json").read_text())["risk"]
+
+
+TRACK = ("--track_risk", "true", "--risk_samples", "60", "--risk_steps", "2", "--risk_eps", "0.1", *QUICK)
+
+
+def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here):
+    flags = ("defense", "sau", "--result_file", "victim", "--epochs", "2", "--eval_every", "1")
+    assert here(*flags, *QUICK)[0] == 0
+    plain = (victim / "defense" / "sau" / "model.safetensors").read_bytes()
+    status, out, err = here(*flags, *TRACK, "--overwrite")
+    assert (status, err) == (0, "") and "r_share" in out
+    assert (victim / "defense" / "sau" / "model.safetensors").read_bytes() == plain
+    rows, risk = tracked(victim / "defense" / "sau")
+    names = {"r_cl", "r_bd", "r_adv", "r_share", "r_share_sau", "type1", "type2", "type3", "train_type1"}
+    for row in rows:
+        assert names <= set(row) and row["r_share"] <= row["r_adv"]
+    assert rows[-1]["r_adv"] == risk["after"]["r_adv"] and rows[-1]["r_bd"] == risk["after"]["r_bd"]
+    assert risk["before"]["r_cl_count"][1] == 60 and risk["before"]["r_bd_count"][1] < 60
+    assert risk["search"] == {"norm": "L_inf", "eps": 0.1, "steps": 2, "step_size": None, "restarts": 2}
+    # The network in question is the reference itself: what fools one fools both.
+    assert risk["before"]["r_share"] == risk["before"]["r_adv"] and risk["before"]["type2"] == 0
+
+
+def test_a_method_without_epochs_gets_its_row(victim, here):
+    assert here("defense", "clp", "--result_file", "victim", *TRACK)[0] == 0
+    rows, risk = tracked(victim / "defense" / "clp")
+    assert len(rows) == 1 and rows[0]["r_adv"] == risk["after"]["r_adv"]
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("risk_samples", "0"), ("risk_eps", "0"), ("risk_norm", "L3"), ("risk_steps", "0")]
+)
+def test_flags_of_the_risks_that_cannot_be(victim, refused, flag, value):
+    assert flag.removeprefix("risk_") in refused("defense", "clp", "--result_file", "victim", f"--{flag}", value)
+    assert not (victim / "defense").exists()
