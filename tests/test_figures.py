@@ -94,9 +94,8 @@ def test_pictures_show_what_was_changed(tmp_path):
 
 
 def test_examples_are_what_their_rows_say():
-    test, model, reference = toy_images(60), tiny_net(), tiny_net()
+    test, model, reference = toy_images(40), tiny_net(seed=1), tiny_net(seed=10)
     with torch.no_grad():
-        reference.linear.weight += 0.3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
         answers = [net(to_float(test.pixels)).argmax(1) for net in (model, reference)]
     both_right = Images.clean(test.pixels, answers[0], 4)[(answers[0] == answers[1]).nonzero()[:, 0]]
     triggered = Images(both_right.pixels, both_right.labels, both_right.labels, both_right.role,
