@@ -13,14 +13,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.errors import SauError
 from sau.grid.engines import Engine, Local
 from sau.grid.forecast import Forecast, duration, status, totals
-from sau.grid.plan import cells, select
+from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import Grid, read
 from sau.grid.store import Store
@@ -36,7 +35,13 @@ def parser() -> argparse.ArgumentParser:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("file", type=Path, help="the grid, like configs/grid/table1_cpu.yaml")
     asked.add_argument("--record_root", help="folder of the cells [what the file says, or ./record/grid]")
-    asked.add_argument("--published", help="folder of summaries that count as finished cells [what the file says]")
+    asked.add_argument("--dataset_path", help="folder of the data sets [what the file says, or ./data]")
+    asked.add_argument(
+        "--published",
+        action="append",
+        metavar="DIR",
+        help="folder of summaries that count as finished cells [what the file says]",
+    )
     asked.add_argument(
         "--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits"
     )
@@ -77,10 +82,12 @@ def run(asked: argparse.Namespace, look: bool) -> int:
     """Do what was asked; the exit status."""
     started = time.monotonic()
     grid, blocks = read(asked.file)
-    said = ("record_root", "published", "retries", "cell_timeout")
+    if asked.dataset_path:
+        blocks = [dataclasses.replace(block, dataset_path=asked.dataset_path) for block in blocks]
+    said = ("record_root", "retries", "cell_timeout")
     grid = dataclasses.replace(grid, **{n: getattr(asked, n) for n in said if getattr(asked, n) is not None})
     every = cells(blocks)
-    store = Store(Path(grid.record_root), Path(grid.published) if grid.published else None)
+    store = Store(Path(grid.record_root), tuple(Path(place).absolute() for place in asked.published or grid.published))
     if look:
         print("\n".join(status(every, store)))
         return 0
@@ -91,11 +98,7 @@ def run(asked: argparse.Namespace, look: bool) -> int:
         return 0
     forecast = Forecast(store.costs(every))
     if asked.dry_run:
-        todo = needed(every, store, asked.retry_failed)
-        for cell in todo:
-            say(f"would run {cell.label}")
-        print("\n".join([*forecast.table(todo), totals(todo, forecast, 1)]))
-        return 0
+        return foresee(needed(every, store, asked.retry_failed), forecast, asked)
     for note in store.prepare(every):
         say(note)
     todo = needed(every, store, asked.retry_failed)
@@ -104,13 +107,26 @@ def run(asked: argparse.Namespace, look: bool) -> int:
     return drive(asked, grid, store, every, todo, forecast) if todo else report(every, store)
 
 
+def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
+    """Print what would run and what it would take; a local engine also says here what it cannot hold."""
+    parallel = asked.jobs if asked.engine == "slurm" else 1
+    if asked.engine == "local" and todo:
+        here = Local(asked.cores, asked.memory_gb)
+        here.check(todo)
+        parallel = min(here.parallel(cell) for cell in todo)
+    for cell in todo:
+        say(f"would run {cell.label}")
+    print("\n".join([*forecast.table(todo), totals(todo, forecast, parallel)]))
+    return 0
+
+
 def drive(
-    asked: argparse.Namespace, grid: Grid, store: Store, every: list[Any], todo: list[Any], forecast: Forecast
+    asked: argparse.Namespace, grid: Grid, store: Store, every: list[Cell], todo: list[Cell], forecast: Forecast
 ) -> int:
     """Run the cells that are left; Ctrl-C stops them cleanly."""
     started = time.monotonic()
-    limits = {"retries": grid.retries, "timeout": grid.cell_timeout}
-    runner = Runner(todo, store, engine(asked, grid, store), **limits, forecast=forecast, say=say)
+    where = engine(asked, grid, store)
+    runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, forecast=forecast, say=say)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -122,7 +138,7 @@ def drive(
     return report(every, store)
 
 
-def report(every: list[Any], store: Store) -> int:
+def report(every: list[Cell], store: Store) -> int:
     """Say where the grid stands; 1 if a cell has failed."""
     print("\n".join(status(every, store)), flush=True)
     return int(not all(state.over for state in store.states(every).values()))

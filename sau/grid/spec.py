@@ -80,7 +80,7 @@ class Grid(Block):
         include: grid files that this one is laid over, relative to it.
         blocks: what differs between parts of the grid; none means one block.
         record_root: folder of the cells.
-        published: folder of summaries, relative to the file; a cell with a summary there counts as finished.
+        published: folders of summaries, relative to the file; a cell with a summary in one counts as finished.
         retries: how often a cell is tried again after a crash or a timeout; a mistake of the user is not tried again.
         cell_timeout: seconds that one try may take; none means no limit.
         slurm: partition, account and the like, by the names of sbatch.
@@ -89,7 +89,7 @@ class Grid(Block):
     include: tuple[str, ...] = ()
     blocks: tuple[Any, ...] = ()
     record_root: str = "./record/grid"
-    published: str | None = None
+    published: tuple[str, ...] = ()
     retries: int = 1
     cell_timeout: float | None = None
     slurm: dict[str, Any] = field(default_factory=dict)
@@ -129,12 +129,17 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
         raise ConfigError(f"{path}: include goes in a circle ({way}); break it")
     own = read_flat(path, _GRID)
     found: dict[str, Setting] = {}
-    include = own.pop("include", Setting((), ""))
-    for other in [include.value] if isinstance(include.value, str) else include.value:
+    for other in _several(own.pop("include", Setting(None, "")).value):
         found = _laid(found, _read((path.parent / str(other)).resolve(), (*chain, path)))
-    if own.get("published") and own["published"].value is not None:
-        own["published"] = Setting(str((path.parent / str(own["published"].value)).resolve()), own["published"].origin)
+    if "published" in own:
+        places = [str((path.parent / str(place)).resolve()) for place in _several(own["published"].value)]
+        own["published"] = Setting(places, own["published"].origin)
     return _laid(found, own)
+
+
+def _several(value: Any) -> list[Any]:
+    """One name, a list of names or none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _laid(under: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:

@@ -52,15 +52,15 @@ class Cost:
 
 @dataclass
 class Store:
-    """The record root of a grid and its folder of published summaries.
+    """The record root of a grid and its folders of published summaries.
 
     Args:
         root: folder of the cells; `.grid` in it holds locks, logs and failures.
-        published: folder with the same names that holds summaries; None if there is none.
+        published: folders with the same names that hold summaries; the first one that has a cell counts.
     """
 
     root: Path
-    published: Path | None = None
+    published: tuple[Path, ...] = ()
     own: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class Store:
         """finished, published, or nothing."""
         if os.path.isfile(f"{self.root}/{cell.folder}/{MANIFEST}"):
             return "finished"
-        return "published" if self.published and os.path.isfile(f"{self.published}/{cell.folder}/{SUMMARY}") else ""
+        return "published" if any(os.path.isfile(f"{at}/{cell.folder}/{SUMMARY}") for at in self.published) else ""
 
     def states(self, cells: Sequence[Cell]) -> dict[str, State]:
         """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
@@ -137,17 +137,16 @@ class Store:
 
     def summary(self, cell: Cell) -> dict[str, Any]:
         """The cell's summary, from its record or from the published ones; empty if there is none."""
-        for root in filter(None, (self.root, self.published)):
-            found = self._read(root / cell.folder / SUMMARY)
-            if found:
-                return found
-        return {}
+        return self._first(cell, (self.root, *self.published))
+
+    def _first(self, cell: Cell, roots: Sequence[Path]) -> dict[str, Any]:
+        return next(filter(None, (self._read(root / cell.folder / SUMMARY) for root in roots)), {})
 
     def differs(self, cell: Cell) -> bool:
         """Whether a finished cell's scores are not those that were published of it."""
-        if self.published is None or not (published := self._read(self.published / cell.folder / SUMMARY)):
-            return False
-        return any(published.get(name) != self.summary(cell).get(name) for name in ("acc", "asr", "racc"))
+        published = self._first(cell, self.published)
+        own = self.summary(cell) if published else {}
+        return any(published.get(name) != own.get(name) for name in ("acc", "asr", "racc"))
 
     def costs(self, cells: Iterable[Cell]) -> dict[tuple[str, ...], Cost]:
         """What finished cells cost, by what they are like."""
@@ -167,9 +166,7 @@ class Store:
         count = 0
         for cell in cells:
             if self.over(cell):
-                source = self.root if self.over(cell) == "finished" else self.published
-                content = ((source or self.root) / cell.folder / SUMMARY).read_bytes()
-                write(target / cell.folder / SUMMARY, content)
+                write(target / cell.folder / SUMMARY, (json.dumps(self.summary(cell), indent=2) + "\n").encode())
                 count += 1
         return count
 
