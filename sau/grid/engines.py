@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sau.errors import ConfigError
 from sau.grid.cells import Child, Job, Outcome
@@ -13,6 +13,7 @@ Done = list[tuple[Cell, Outcome]]
 GIB = 2**30
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs jobs side by side."""
 

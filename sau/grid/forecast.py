@@ -36,7 +36,7 @@ class Forecast:
         if not known:
             return None
         mean = sum(known) / len(known)
-        return sum(count * (self._of(like) or mean) for like, count in left.items())
+        return sum((count * (self._of(like) or mean) for like, count in left.items()), 0.0)
 
     def _of(self, like: Like) -> float | None:
         cost = self.costs.get(like)
@@ -61,7 +61,7 @@ class Forecast:
     def disk(self, cells: Iterable[Cell]) -> float:
         """Bytes that the cells will take, as far as like cells are known."""
         costs = (self.costs.get(cell.like) for cell in cells)
-        return sum(cost.disk_bytes or 0.0 for cost in costs if cost)
+        return sum((cost.disk_bytes or 0.0 for cost in costs if cost), 0.0)
 
 
 def totals(cells: Sequence[Cell], forecast: Forecast, parallel: int) -> str:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 import sau
@@ -93,11 +93,13 @@ class Store:
         write(stamp, json.dumps({"sau": sau.__version__}).encode())
         notes = []
         for cell in cells:
+            if self.over(cell) != "finished":
+                continue
             record = Record(self.folder(cell))
-            if record.finished and self._holder(cell) is None:
-                try:
-                    record.verify()
-                except RecordError as error:
+            try:
+                record.verify()
+            except RecordError as error:
+                if self._holder(cell) is None:
                     (record.path / MANIFEST).unlink()
                     notes.append(f"note: {error}; it is made again")
         return notes
@@ -152,14 +154,16 @@ class Store:
         """What finished cells cost, by what they are like."""
         seen: dict[tuple[str, ...], list[tuple[Any, Any, int | None]]] = defaultdict(list)
         for cell in cells:
-            state = self.over(cell)
-            if state and len(seen[cell.like]) < SAMPLE:
+            state = self.over(cell) if len(seen[cell.like]) < SAMPLE else ""
+            if state:
                 summary = self.summary(cell)
                 disk = (
                     sum(file.stat().st_size for file in self.folder(cell).glob("*.*")) if state == "finished" else None
                 )
                 seen[cell.like].append((summary.get("seconds"), summary.get("peak_memory_mb"), disk))
-        return {like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items()}
+        return {
+            like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items() if rows
+        }
 
     def publish(self, cells: Sequence[Cell], target: Path) -> int:
         """Copy the summaries of finished cells to the same names below `target`; returns how many."""
@@ -193,4 +197,4 @@ def _key(cell: Cell) -> str:
 
 def _mean(column: Iterable[Any]) -> float | None:
     values = [value for value in column if value is not None]
-    return mean(values) if values else None
+    return fmean(values) if values else None
