@@ -18,7 +18,8 @@ from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
 from sau.grid.forecast import Forecast, duration, status, totals
-from sau.grid.plan import Cell, cells, plain, select
+from sau.grid.names import plain
+from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import read
 from sau.grid.store import Store

@@ -1,7 +1,6 @@
 """From a grid's blocks to its cells: each has the digest of what determines its result, and a folder of its own."""
 
 import fnmatch
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from sau.attack import ATTACKS
 from sau.config import nearest
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
+from sau.grid.names import plain
 from sau.grid.spec import Block
 from sau.optim import Training
 from sau.record import digest
@@ -26,7 +26,6 @@ _NEVER = ("save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack"
 _AXES = {"pratio": "ratios", "ratio": "clean_shares"}
 _LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
 _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
-_FOLDER = re.compile(r"(?P<label>.+)_[0-9a-f]{10}(?P<seed>_s\d+)?")
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,6 @@ class Cell:
     def label(self) -> str:
         """The folder without digests, for people."""
         return "/".join(plain(part) for part in self.folder.split("/"))
-
-
-def plain(folder: str) -> str:
-    """The name of a cell's folder without its digest, like badnet_r0.1_s0; other names stay as they are."""
-    found = _FOLDER.fullmatch(folder)
-    return found["label"] + (found["seed"] or "") if found else folder
 
 
 def cells(blocks: Sequence[Block]) -> list[Cell]:
