@@ -1,6 +1,7 @@
 """The plan of a grid, its order and its books; nothing is trained here but in one pair of cells."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -54,7 +55,6 @@ def finish(store: Store, cell: Cell, **summary: Any) -> None:
     """Leave a record as a finished cell does."""
     record = Record(store.folder(cell))
     record.begin({}, {"cell": cell.digest}, overwrite=False)
-    record.say("recipe cpu")
     record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0, **summary})
 
 
@@ -281,7 +281,7 @@ def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(planned, on
             here.check([planned()[1], cell])
         assert words in one_line(caught.value)
     with pytest.raises(ConfigError, match="GiB, but 1.0 are free"):
-        check_disk(2.0**31, 2.0**30)
+        check_disk(2.0**31, 2**30)
 
 
 def test_a_root_of_another_version_is_refused(planned, tmp_path, one_line, monkeypatch):
@@ -366,6 +366,21 @@ def test_a_cell_that_another_runner_has_is_waited_for(planned, drive):
     engine, failures, _ = drive(every, {every[0].label: [Outcome("locked"), Outcome("locked")]})
     assert not failures and engine.order.count(every[0].label) == 3
     assert engine.order.index(every[1].label) > 2
+
+
+def test_a_cell_whose_lock_is_held_is_not_even_started(planned, drive, tmp_path):
+    every, seen = planned(), list[str]()
+    lock = Lock(Path(Store(tmp_path / "root").job(every[0], None).lock))
+    lock.acquire()
+
+    class Freed(dict[str, list[Outcome]]):
+        def get(self, label: str, default: Any = None) -> Any:
+            seen.append(label)
+            lock.release()
+            return None
+
+    engine, failures, _ = drive(every, Freed({"": []}))
+    assert not failures and seen[0] == engine.order[0] == every[3].label and len(engine.order) == 6
 
 
 def test_a_cell_that_another_runner_finished_is_not_started(planned, drive, tmp_path, monkeypatch):
@@ -560,6 +575,63 @@ def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path,
         while (outcome := child.poll()) is None:
             time.sleep(0.02)
         assert outcome == Outcome("failed", reason, again)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`script(*flags)` runs scripts/grid.py in this process: (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("grid_script", REPOSITORY / "scripts" / "grid.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["grid.py", *flags])
+        status = module.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_dry_run_changes_nothing(planned, script, tmp_path):
+    planned()
+    status, out, _ = script("grid.yaml", "--dry_run", "--only", "badnet*", "--cores", "1", "--memory_gb", "3")
+    assert status == 0 and "would run badnet_r0.1_s0\nwould run badnet_r0.1_s0/defense/ft_c0.1" in out
+    assert out.splitlines()[-1].startswith("3 cells, 1 at a time: time unknown")
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.yaml"]
+
+
+def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_path):
+    every, store = planned(), Store(tmp_path / "record" / "grid")
+    for cell in every:
+        finish(store, cell)
+    assert script("status", "grid.yaml") == (0, "6 cells: 6 finished\n", "")
+    assert script("grid.yaml", "--publish", "kept", "--only", "clp")[:2] == (0, "4 summaries of 4 cells are in kept\n")
+    status, out, _ = script("grid.yaml")
+    assert status == 0 and "6 cells, 0 to run" in out
+    status, out, _ = script("status", "grid.yaml", "--record_root", "new", "--published", "kept")
+    assert status == 0 and out.startswith("6 cells: 4 published, 2 waiting")
+    store.fail(every[0], "why", 1)
+    (store.folder(every[0]) / "manifest.json").unlink()
+    status, out, _ = script("grid.yaml")
+    assert status == 1 and f"failed  {every[0].label}: why" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("none.yaml",), "none.yaml: [Errno 2]"),
+        (("grid.yaml", "--only", "x"), "--only 'x' fits no cell"),
+        (("grid.yaml", "--memory_gb", "1"), "memory_gb is 2, but this machine has 1"),
+        (("grid.yaml", "--retries", "-1"), "retries is -1"),
+        (("grid.yaml", "--record_root", "grid.yaml"), "grid.yaml"),
+    ],
+)
+def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
+    planned()
+    status, _, err = script(*flags)
+    assert status == 2 and words in the_error(err)
 
 
 def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, planned):

@@ -86,12 +86,12 @@ class Slurm:
         options: partition, account and the like.
         jobs: most jobs at a time.
         cluster: `slurm`, or `local` for processes on this machine.
-        minutes: time limit of a job; None leaves it to the partition (submitit: 5 minutes) and is refused for slurm.
+        minutes: time limit of a job.
     """
 
-    def __init__(self, folder: Path, options: dict[str, Any], jobs: int, cluster: str, minutes: int | None) -> None:
+    def __init__(self, folder: Path, options: dict[str, Any], jobs: int, cluster: str, minutes: int) -> None:
         submitit = _import("submitit", "slurm")
-        self.jobs, self.limit = jobs, {"timeout_min": minutes or 60 * 24}
+        self.jobs, self.limit = jobs, {"timeout_min": minutes}
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(Path(sau.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         )

@@ -81,6 +81,9 @@ class Runner:
             if self.store.over(cell) == "finished":  # by another runner
                 heapq.heappop(self.ready)
                 self._done(cell, "elsewhere: ")
+            elif self.store.holder(cell):
+                heapq.heappop(self.ready)
+                self._line_up(cell, ELSEWHERE)
             elif self.engine.room(cell):
                 heapq.heappop(self.ready)
                 self.running[cell.digest] = cell
@@ -131,7 +134,7 @@ class Runner:
         return min(self.engine.parallel(cell), max(1, len(self.cells) - self.ended))
 
 
-def check_disk(needs: float, free: float) -> None:
+def check_disk(needs: float, free: int) -> None:
     """Refuse to begin what will not fit: bytes that like cells took, and bytes that are free."""
     if needs > free:
         raise ConfigError(f"the cells need about {needs / 2**30:.1f} GiB, but {free / 2**30:.1f} are free; free some")

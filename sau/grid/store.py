@@ -99,7 +99,7 @@ class Store:
             try:
                 record.verify()
             except RecordError as error:
-                if self._holder(cell) is None:
+                if self.holder(cell) is None:
                     (record.path / MANIFEST).unlink()
                     notes.append(f"note: {error}; it is made again")
         return notes
@@ -116,7 +116,7 @@ class Store:
         found: dict[str, State] = {}
         for cell in cells:
             over, key = self.over(cell), _key(cell)
-            who = self._holder(cell) if key in locked else None
+            who = self.holder(cell) if key in locked else None
             if who is not None:
                 found[cell.digest] = State("running", who=who)
             elif over:
@@ -174,7 +174,8 @@ class Store:
                 count += 1
         return count
 
-    def _holder(self, cell: Cell) -> Holder | None:
+    def holder(self, cell: Cell) -> Holder | None:
+        """Who runs the cell now, or None."""
         return holder(self.own / "locks" / _key(cell))
 
     def _names(self, part: str) -> set[str]:
