@@ -105,6 +105,7 @@ def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -
                 done = {cell.label for cell in every if store.over(cell)}
                 if driver_dies and len(done) >= len(every) // 3:
                     driver.kill()
+                    driver.wait()
                     early = done
                     print("driver killed", flush=True)
                 time.sleep(0.1)

@@ -16,7 +16,7 @@ from toys import QUICK, REPOSITORY, environment, the_error
 
 from sau.errors import ConfigError, RecordError
 from sau.grid import store as storing
-from sau.grid.cells import Child, Job, Outcome
+from sau.grid.cells import LOCKED, Child, Job, Outcome
 from sau.grid.engines import Local
 from sau.grid.forecast import Forecast, duration, status, totals
 from sau.grid.names import plain
@@ -24,7 +24,7 @@ from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import read
 from sau.grid.store import Store
-from sau.grid.work import LOCKED, work
+from sau.grid.work import work
 from sau.lock import Lock
 from sau.record import Record
 
@@ -434,6 +434,16 @@ def test_a_damaged_cell_is_made_again(planned, drive, tmp_path):
     assert [cell.label for cell in needed(every, store, False)] == [every[1].label]
 
 
+@pytest.mark.parametrize(("content", "words"), [("{", "is damaged"), ("{}", "holds no scores")])
+def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_line, content, words):
+    every = planned()
+    (tmp_path / "kept" / every[0].folder).mkdir(parents=True)
+    (tmp_path / "kept" / every[0].folder / "summary.json").write_text(content)
+    with pytest.raises(RecordError) as caught:
+        Store(tmp_path / "root", (tmp_path / "kept",)).prepare(every)
+    assert words in one_line(caught.value)
+
+
 def test_status_counts_and_names_what_runs_and_what_failed(planned, tmp_path):
     every, store = planned(), Store(tmp_path)
     finish(store, every[0])
@@ -535,6 +545,14 @@ def test_cores_and_memory_are_never_oversubscribed(planned, monkeypatch):
                 here.submit(cell, job)
                 count += 1
         assert count == most == here.parallel(cell)
+
+
+def test_what_waits_for_a_cell_is_light():
+    """A worker of Ray or a job of Slurm holds no second copy of torch beside that of the cell."""
+    code = "import sys; import sau.grid.cells; print('torch' in sys.modules)"
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_cell_whose_lock_is_held_says_so(tmp_path, capsys):

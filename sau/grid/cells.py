@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import sau
-from sau.grid.work import LOCKED
 
+LOCKED = 75  # exit status of a cell that another process works on
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
 
 

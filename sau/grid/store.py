@@ -81,7 +81,7 @@ class Store:
         """Make the folder ready; returns what there is to say.
 
         Finished cells are compared with their manifests; a damaged one is opened again, so that it is made anew.
-        RecordError if another version made cells here, or if nothing can be written.
+        RecordError if another version made cells here, if a published summary is none, or if nothing can be written.
         """
         stamp = self.own / "version.json"
         made = self._read(stamp).get("sau", sau.__version__)
@@ -93,7 +93,10 @@ class Store:
         write(stamp, json.dumps({"sau": sau.__version__}).encode())
         notes = []
         for cell in cells:
-            if self.over(cell) != "finished":
+            over = self.over(cell)
+            if over == "published" and not {"acc", "after"} & self.summary(cell).keys():
+                raise RecordError(f"the published summary of {cell.folder} holds no scores; remove it")
+            if over != "finished":
                 continue
             record = Record(self.folder(cell))
             try:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from sau.cli import main
 from sau.errors import LockedError, SauError
+from sau.grid.cells import LOCKED
 from sau.lock import Lock
 from sau.record import Record
-
-LOCKED = 75  # exit status: another process works on this cell
 
 
 def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
