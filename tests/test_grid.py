@@ -358,6 +358,7 @@ def test_a_failed_cell_runs_again_only_when_asked(planned, drive, tmp_path):
     assert states[every[0].digest].reason == "why" and states[every[5].digest].name == "finished"
     assert drive(every)[0].order == []
     assert drive(every, retry_failed=True)[0].order[0] == every[0].label
+    assert not list((tmp_path / "root" / ".grid" / "failed").iterdir())
     assert {state.name for state in Store(tmp_path / "root").states(every).values()} == {"finished"}
 
 
