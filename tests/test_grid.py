@@ -653,7 +653,7 @@ def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
     assert status == 2 and words in the_error(err)
 
 
-def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, planned):
+def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, planned):
     """Through the script: two cells, then nothing; the same bytes as attack/badnet.py and defense/clp.py leave."""
     text = (
         SMALL.replace("[badnet, prototype]", "[badnet]")
@@ -661,10 +661,8 @@ def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, planned)
         .replace("  ft: {epochs: 1}\n", "")
     )
     every = planned(text)
-    argv = [sys.executable, str(REPOSITORY / "scripts" / "grid.py"), "grid.yaml", "--record_root", "grid"]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "2 cells: 2 finished" in done.stdout and "[2/2] done" in done.stdout
+    status, out, err = script("grid.yaml", "--record_root", "grid")
+    assert status == 0 and "2 cells: 2 finished" in out and "[2/2] done" in out, out + err
     assert needed(every, Store(tmp_path / "grid"), retry_failed=False) == []
     attack = ("--dataset", "digits", "--pratio", "0.1", "--width", "2", "--epochs", "1", *QUICK)
     assert here("attack", "badnet", *attack, "--save_folder_name", "a")[0] == 0
