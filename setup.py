@@ -24,6 +24,8 @@ setup(
     install_requires=required,
     extras_require={
         "report": report,
+        "ray": ["ray>=2.40"],
+        "slurm": ["submitit>=1.5"],
         "test": [
             *report,
             "pytest>=8",

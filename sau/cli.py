@@ -144,7 +144,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
-    record = Record(attacked.path / "defense" / name)
+    record = Record(folder(attacked.path / "defense", run.save_folder_name or name))
     settings = {"defense": name, **method.params()}
     identity = {**settings, "clean": fingerprint(given), "attacked": attacked.digest, "random_seed": run.random_seed}
     begin(record, run, identity, threads)

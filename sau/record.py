@@ -149,6 +149,12 @@ class Record:
         self._ours()
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
+        self.verify()
+        self.config = self._ours()
+        return self.config
+
+    def verify(self) -> int:
+        """Compare every file of a finished folder with the manifest; returns their bytes. RecordError as in `check`."""
         try:
             manifest = json.loads((self.path / MANIFEST).read_text())
             schema, files = manifest["schema"], dict(manifest["files"])
@@ -160,8 +166,7 @@ class Record:
             file = self.path / Path(name).name
             if not file.is_file() or _seal(file) != seal:
                 raise RecordError(f"{file} is missing or damaged (it differs from {MANIFEST}); make the folder again")
-        self.config = self._ours()
-        return self.config
+        return sum(seal["bytes"] for seal in files.values())
 
     def _ours(self) -> dict[str, Any]:
         try:

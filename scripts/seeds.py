@@ -1,6 +1,8 @@
 """Mean and standard deviation over seeds of the records below a folder, as a Markdown table.
 
 python scripts/seeds.py RECORDS        reads RECORDS/<attack>_s<seed>/summary.json and what its defenses wrote
+
+A grid's digests in the names of folders are left out, its poisoning ratios and clean shares are not.
 """
 
 import json
@@ -10,6 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.grid.names import plain
+
 FIGURES = ("acc", "asr", "racc", "der", "lost", "seconds")
 
 
@@ -17,12 +23,12 @@ def rows(root: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
     """(attack, defense) -> figure -> its values over seeds; the attacked network itself has the defense `none`."""
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for file in sorted(root.glob("*_s*/summary.json")):
-        attack = file.parent.name.rsplit("_s", 1)[0]
+        attack = plain(file.parent.name).rsplit("_s", 1)[0]
         _add(found[attack, "none"], json.loads(file.read_text()))
         for other in sorted(file.parent.glob("defense/*/summary.json")):
             summary = json.loads(other.read_text())
             lost = summary["before"]["acc"] - summary["after"]["acc"]
-            _add(found[attack, other.parent.name], {**summary, **summary["after"], "lost": lost})
+            _add(found[attack, plain(other.parent.name)], {**summary, **summary["after"], "lost": lost})
     return found
 
 
