@@ -1,10 +1,10 @@
-"""How far the adversarial and the shared adversarial risk lie above the backdoor risk while defenses purify, as a table.
+"""How far the adversarial and the shared adversarial risk lie above the backdoor risk, as a table.
 
     python scripts/gaps.py RECORD [RECORD ...]
 
-For every defense of the records that ran with --track_risk: the mean of R_adv - R_bd, R_share - R_bd and R_share - R_bd as
-SAU's own search finds it, over the rounds that were evaluated, least and most in brackets; and the same for the purified
-network, with Newcombe's 95 % interval (from the two Wilson intervals; wide, for the risks share their pictures).
+For every defense of the records that ran with --track_risk: the mean of R_adv - R_bd, of R_share - R_bd and of the same
+with what SAU's own search finds, over the rounds that were evaluated, least and most in brackets; and each for the
+purified network, with Newcombe's 95 % interval (from two Wilson intervals; wide, for the risks share their pictures).
 """
 
 import json
