@@ -18,6 +18,7 @@ from sau import quality, victim
 from sau.attack import ATTACKS
 from sau.data.cifar import subset_note
 from sau.data.images import Images
+from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
@@ -139,6 +140,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if method.needs == "poisoned" and attacked.poisoned is not None:
         train = train.updated(attacked.poisoned)
     given = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
+    notes += scrutinise(given, test, method.batch_size)
     test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
