@@ -24,6 +24,7 @@ from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
+from sau.holding import give_all_back
 from sau.models import Normalized, build, has_width
 from sau.optim import Training
 from sau.record import Record
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     except _Stopped as stop:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
         return 128 + int(stop.args[0])
+    finally:
+        give_all_back()
     return 0
 
 

@@ -1,11 +1,12 @@
 """The result folders that this process writes to: one process at a time has a folder, and may begin it again."""
 
 import atexit
+from contextlib import suppress
 from pathlib import Path
 
 from sau.lock import Lock
 
-_held: dict[Path, Lock] = {}
+_held: dict[Path, tuple[Lock, bool]] = {}  # and whether the folder around it was made for the lock
 
 
 def hold(folder: Path) -> bool:
@@ -16,22 +17,28 @@ def hold(folder: Path) -> bool:
     place = _real(folder)
     if place in _held:
         return False
-    lock = Lock(place.parent / f".{place.name}.lock", str(folder))
+    lock, new = Lock(place.parent / f".{place.name}.lock", str(folder)), not place.parent.exists()
     lock.acquire()
-    _held[place] = lock
+    _held[place] = lock, new
     return True
 
 
 def give_back(folder: Path) -> None:
     """Let others have `folder`, if this process has it."""
-    if (lock := _held.pop(_real(folder), None)) is not None:
+    place = _real(folder)
+    if place in _held:
+        lock, new = _held.pop(place)
         lock.release()
+        if new:
+            with suppress(OSError):  # something was written there, as it should be
+                place.parent.rmdir()
 
 
 @atexit.register
-def _give_all_back() -> None:
-    for lock in _held.values():
-        lock.release()
+def give_all_back() -> None:
+    """Let others have every folder that this process has."""
+    for place in list(_held):
+        give_back(place)
 
 
 def _real(folder: Path) -> Path:

@@ -26,7 +26,9 @@ from sau.errors import DataError, LockedError, RecordError, SauError
 from sau.evaluate import Score, der, score
 from sau.files import folder
 from sau.lock import holder
+from sau.optim import Training
 from sau.record import CONFIG, METRICS, Record
+from sau.request import AttackRun, DefenseRun
 from sau.schema import SCHEMA, UPGRADES, signed
 from sau.session import Session
 
