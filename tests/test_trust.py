@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_defenses import ROWS
 from torch import nn
-from toys import QUICK, REPOSITORY, quiet, same_weights, tiny_net, toy_images
+from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.attack import ATTACKS
 from sau.cli import _place
@@ -243,6 +244,17 @@ def test_nothing_that_others_rely_on_has_gone(finished):
     assert {*golden["config"]} <= yaml.safe_load((folder / "config.yaml").read_text()).keys()
 
 
+# N1: without the extras
+
+
+@pytest.mark.parametrize("script", ["gallery", "ratios"])
+def test_a_missing_extra_is_one_line_with_its_installation(script):
+    place = REPOSITORY / "scripts" / f"{script}.py"
+    code = f"import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path({str(place)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 2 and "pip install 'sau[report]'" in the_error(done.stderr)
+
+
 # Schema
 
 
@@ -298,8 +310,6 @@ def test_a_folder_from_the_future_is_refused(tmp_path, version, one_line):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["mutations", "disks", "names", "races", "repeats", "leaks", "kills"])
 def test_torture(part, tmp_path):
-    import subprocess
-
     argv = [sys.executable, str(REPOSITORY / "scripts" / "torture.py"), part, "--share", "0.1"]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,7 +22,8 @@ from sau.watch import Watch
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")
 METHODS = [*(("attack", name) for name in ATTACKS), *(("defense", name) for name in DEFENSES)]
 SMALL = {  # what makes methods short, where they have it
-    "epochs": 2, "batch_size": 32, "adv_steps": 2, "ssba_epochs": 1, "clean_train_epochs": 1, "nb_iter": 4,
+    "epochs": 2, "batch_size": 32, "pratio": 0.05, "adv_steps": 2, "nb_iter": 4, "ssba_epochs": 1,
+    "clean_train_epochs": 1,
     "warm_epochs": 1, "te_epochs": 1, "nc_epoch": 2, "unlearning_epochs": 2, "recovering_epochs": 2,
 }  # fmt: skip
 
@@ -109,8 +110,23 @@ def run(argv: list[str], cache: Path, prepare: Callable[[], None] = lambda: None
     return work
 
 
-def whole(argv: list[str], cache: Path) -> None:
-    """A run that must succeed."""
-    status, text = forked(run(argv, cache))
+def whole(argv: list[str], cache: Path) -> int:
+    """A run that must succeed; how many files it wrote, in `sau.files.write`."""
+    cache.mkdir(parents=True, exist_ok=True)
+    tally = cache / "writes"
+    tally.write_bytes(b"")
+
+    def count() -> None:
+        sync = os.fsync
+
+        def fsync(file: int) -> None:
+            with tally.open("ab") as marks:
+                marks.write(b".")
+            sync(file)
+
+        os.fsync = fsync
+
+    status, text = forked(run(argv, cache, count))
     if status != 0:
         raise RuntimeError(f"{' '.join(argv)} ended with status {status}: {text}")
+    return tally.stat().st_size

@@ -77,9 +77,8 @@ def kills(folder: Path, seed: int, share: float) -> list[Row]:
         draw = random.Random(f"{seed} {name}")
         root = _with_victim(folder / f"{name} whole", attacked)
         started, argv = time.monotonic(), arguments(kind, name, root, seed)
-        whole(argv, root / "cache")
+        writes = whole(argv, root / "cache")
         seconds, wanted = time.monotonic() - started, tensors(result(kind, name, root))
-        writes = len(list(result(kind, name, root).iterdir())) + 10  # roughly; most are of the checkpoint
         survived, inside, ends, text = 0, 0, 0, ""
         killed = chain = 0
         root = _with_victim(folder / f"{name} 0", attacked)
@@ -87,7 +86,7 @@ def kills(folder: Path, seed: int, share: float) -> list[Row]:
             last = killed >= count
             in_write = not last and killed % 2 == 1
             moment = draw.choice(("before", "after", "renamed"))
-            prepare = dying(draw.randrange(1, writes), moment) if in_write else lambda: None
+            prepare = dying(draw.randint(1, writes), moment) if in_write else lambda: None
             status, text = forked(
                 run(arguments(kind, name, root, seed), root / "cache", prepare),
                 None if last or in_write else draw.uniform(0, seconds),
