@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +21,7 @@ import torch
 from torture_parts import faults, races, runs
 from torture_parts.common import Row, shrink
 
-PARTS: dict[str, Callable[[Path, int, float], list[Row]]] = {
+PARTS: dict[str, Callable[[Path, int, float], Iterable[Row]]] = {
     "mutations": faults.mutations,
     "disks": faults.disks,
     "names": faults.names,

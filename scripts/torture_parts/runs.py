@@ -5,7 +5,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -69,10 +69,9 @@ def leaks(folder: Path, seed: int, share: float) -> list[Row]:
     return [Row("E2", "noise for triggers", len(DEFENSES), len(DEFENSES) - len(differ), f"differ: {differ or 'none'}")]
 
 
-def kills(folder: Path, seed: int, share: float) -> list[Row]:
+def kills(folder: Path, seed: int, share: float) -> Iterator[Row]:
     """SIGKILL at random moments and inside writes, again and again, then to the end."""
     attacked, count = victim(folder / "first", folder / "cache"), max(1, round(KILLS * share))
-    rows = []
     for kind, name in METHODS:
         draw = random.Random(f"{seed} {name}")
         root = _with_victim(folder / f"{name} whole", attacked)
@@ -95,6 +94,7 @@ def kills(folder: Path, seed: int, share: float) -> list[Row]:
                 killed, chain, inside = killed + 1, chain + 1, inside + in_write
                 continue
             if status != 0:
+                killed += 1  # so that there is one more than survived
                 break
             ends += 1
             if tensors(result(kind, name, root)) == wanted:
@@ -102,13 +102,11 @@ def kills(folder: Path, seed: int, share: float) -> list[Row]:
             chain = 0
             shutil.rmtree(root)
             root = _with_victim(folder / f"{name} {ends}", attacked)
-        figures = (
-            f"{inside} inside writes, {ends} runs to the end, all bits equal" if survived == killed else text[-200:]
-        )
-        rows.append(Row("R2", f"kill -9, {kind} {name}", killed, survived, figures))
+        good = f"{inside} inside writes, {ends} runs to the end with equal bits"
+        figures = good if survived == killed else f"{ends} runs to the end; {text[-200:].strip()}"
+        yield Row("R2", f"kill -9, {kind} {name}", killed, survived, figures)
         for used in folder.glob(f"{name} *"):
             shutil.rmtree(used)
-    return rows
 
 
 def dying(number: int, when: str) -> Callable[[], None]:
