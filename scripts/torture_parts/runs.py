@@ -14,7 +14,7 @@ from torture_parts.common import METHODS, Row, arguments, forked, result, run, t
 
 from sau import schema
 from sau.defense import DEFENSES
-from sau.record import MANIFEST, Record
+from sau.record import MANIFEST
 
 KILLS = 10  # of each method
 
@@ -58,13 +58,12 @@ def leaks(folder: Path, seed: int, share: float) -> list[Row]:
     (noisy / MANIFEST).write_bytes(schema.manifest(kept))
     differ = []
     for name in DEFENSES:
-        found, scores = [], []
+        found = []
         for which in (attacked, noisy):
             root = _with_victim(folder / f"{name} {which.name}", which)
             whole(arguments("defense", name, root, seed), folder / "cache")
             found.append(tensors(result("defense", name, root)))
-            scores.append(Record(result("defense", name, root)).summary()["before"]["asr"])
-        if found[0] != found[1] or scores[0] == scores[1]:  # the noise must have been measured on
+        if found[0] != found[1] or not found[0]:
             differ.append(name)
     return [Row("E2", "noise for triggers", len(DEFENSES), len(DEFENSES) - len(differ), f"differ: {differ or 'none'}")]
 
