@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 report = ["matplotlib>=3.8", "scikit-image>=0.24"]
+onnx = ["onnx>=1.17"]
 
 setup(
     name="sau",
@@ -24,11 +25,14 @@ setup(
     install_requires=required,
     extras_require={
         "report": report,
+        "onnx": onnx,
         "ray": ["ray>=2.40"],
         "slurm": ["submitit>=1.5"],
         "test": [
             *report,
+            *onnx,
             "pytest>=8",
+            "hypothesis>=6.100",
             "beartype>=0.18",
             "ruff>=0.8",
             "mypy>=1.10",

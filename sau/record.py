@@ -12,10 +12,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from sau import schema
 from sau.errors import RecordError
 from sau.files import write
+from sau.holding import give_back, hold
+from sau.schema import SCHEMA, difference, digest, plain
 
-SCHEMA = 1
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
@@ -32,6 +34,7 @@ class Record:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
+        self.sealed: list[str] = []
 
     @property
     def finished(self) -> bool:
@@ -54,10 +57,23 @@ class Record:
         if self.path.is_dir():
             shutil.rmtree(self.path)
         self.config = {}
-        self.note(schema=SCHEMA, digest=digest(identity), identity=_plain(identity), **config)
+        self.note(schema=SCHEMA, digest=digest(identity), identity=plain(identity), **config)
 
     def admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
-        """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`."""
+        """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`.
+
+        From then on the folder is this process's until the run is finished or the process ends; LockedError names who
+        has it already.
+        """
+        new = hold(self.path)
+        try:
+            return self._admits(identity, overwrite)
+        except RecordError:
+            if new:
+                give_back(self.path)
+            raise
+
+    def _admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name")
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -68,7 +84,7 @@ class Record:
         if self.finished:
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
         if old.get("digest") != digest(identity):
-            other = _difference(old["identity"], _plain(identity))
+            other = difference(old["identity"], plain(identity))
             raise RecordError(
                 f"{self.path} holds an unfinished run with other settings ({other}); "
                 "repeat its flags to resume it, choose another name, or --overwrite to discard it"
@@ -78,7 +94,7 @@ class Record:
     def note(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
         self.config.update(json.loads(json.dumps(facts)))  # tuples become lists, as YAML has them
-        write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False).encode())
+        write(self.path / CONFIG, yaml.safe_dump(schema.signed(self.config), sort_keys=False).encode())
 
     def say(self, text: str) -> None:
         """Print a line and keep it in the log."""
@@ -95,9 +111,9 @@ class Record:
         write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def save(self, place: dict[str, Any]) -> None:
-        """Keep a checkpoint, its SHA-256 in front of it."""
+        """Keep a checkpoint and the rows so far, their SHA-256 in front."""
         buffer = io.BytesIO()
-        torch.save(place, buffer)
+        torch.save({**place, "rows": self.rows}, buffer)
         content = buffer.getvalue()
         write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
 
@@ -111,15 +127,20 @@ class Record:
             raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
         try:
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
+            rows = place.pop("rows") if "rows" in place else self._lines()
             done = place["stage"], place["place"]["epoch"]
-            self.rows = [row for row in map(json.loads, lines) if (row.get("stage", 0), row["epoch"]) <= done]
+            self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RecordError(
                 f"{file} or {METRICS} is damaged ({reason[:100]}); start again with --overwrite"
             ) from None
         return place
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The rows on the disk; folders of schema 1 have them nowhere else."""
+        lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
+        return [json.loads(line) for line in lines]
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write `<name>.safetensors`."""
@@ -135,12 +156,12 @@ class Record:
             raise RecordError(f"cannot read {file}: {error}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json` and the manifest, which closes the folder, and drop the checkpoint."""
+        """Write `summary.json` and the manifest, which closes the folder; drop the checkpoint and the lock."""
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         kept = [file for file in sorted(self.path.iterdir()) if file.is_file() and file.name != CHECKPOINT]
-        files = {file.name: _seal(file) for file in kept}
-        write(self.path / MANIFEST, (json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n").encode())
+        write(self.path / MANIFEST, schema.manifest(kept))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+        give_back(self.path)
 
     def check(self) -> dict[str, Any]:
         """Compare every file with the manifest; returns the configuration. RecordError names the first that differs."""
@@ -155,44 +176,22 @@ class Record:
 
     def verify(self) -> int:
         """Compare every file of a finished folder with the manifest; returns their bytes. RecordError as in `check`."""
+        self.sealed = schema.unbroken(self.path / MANIFEST)
+        return sum((self.path / Path(name).name).stat().st_size for name in self.sealed)
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json` of a finished folder; call `check` first."""
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            schema, files = manifest["schema"], dict(manifest["files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"{self.path / MANIFEST} is damaged: {error}") from None
-        if schema != SCHEMA:
-            raise RecordError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA}")
-        for name, seal in files.items():
-            file = self.path / Path(name).name
-            if not file.is_file() or _seal(file) != seal:
-                raise RecordError(f"{file} is missing or damaged (it differs from {MANIFEST}); make the folder again")
-        return sum(seal["bytes"] for seal in files.values())
+            content: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
+            return content
+        except (OSError, ValueError) as error:
+            raise RecordError(f"cannot read {self.path / SUMMARY}: {error}") from None
 
     def _ours(self) -> dict[str, Any]:
         try:
             config = yaml.safe_load((self.path / CONFIG).read_text())
-            if isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys():
-                return config
         except (OSError, ValueError, yaml.YAMLError):
             config = None
-        raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
-
-
-def _plain(identity: dict[str, Any]) -> dict[str, Any]:
-    """As YAML and JSON have it: tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
-
-
-def digest(identity: dict[str, Any]) -> str:
-    """SHA-256 over what determines a result, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _seal(file: Path) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    both = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
-    return "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in sorted(both.items()))
+        if not isinstance(config, dict) or not {"schema", "digest", "identity"} <= config.keys():
+            raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
+        return schema.opened(config, self.path / CONFIG)
