@@ -141,12 +141,9 @@ def measure(
         raise DataError("no pictures to measure risks on; give at least one")
     model.eval(), reference.eval()
     chosen = clean if triggered is None else clean[triggered.index]
+    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
     with seeded(seed):
-        return _found(
-            Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size),
-            clean,
-            triggered,
-        )
+        return _found(hunt, clean, triggered)
 
 
 def gauge(
