@@ -21,6 +21,7 @@ from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
+from sau.defense.base import Defense
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
@@ -139,13 +140,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
-    train, test, notes = attacked.pictures(run.dataset_path)
-    kind = "clean" if method.needs == "clean" else "poisoned training"
-    if method.needs == "poisoned" and attacked.poisoned is not None:
-        train = train.updated(attacked.poisoned)
-    given = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
-    notes += scrutinise(given, test, method.batch_size)
-    test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
+    given, test, notes = _given(attacked, run, method)
+    given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
     record = Record(folder(attacked.path / "defense", run.save_folder_name or name))
@@ -154,6 +150,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     begin(record, run, identity, threads)
     record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
     record.note(attacked=attacked.digest, clean_index=given.index.tolist())
+    kind = "clean" if method.needs == "clean" else "poisoned training"
     record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
     model.amp = precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
@@ -181,6 +178,15 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if risks:
         scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
+
+
+def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[Images, Images, list[str]]:
+    """What the method is given, the clean test set, and what there is to say about them."""
+    train, test, notes = attacked.pictures(run.dataset_path)
+    if method.needs == "poisoned" and attacked.poisoned is not None:
+        train = train.updated(attacked.poisoned)
+    given = clean_subset(train, run.ratio, run.random_seed, run.index)
+    return given, test, notes + scrutinise(given, test, method.batch_size)
 
 
 def _place(root: str, target: str) -> Path:
