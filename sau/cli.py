@@ -82,7 +82,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
-    origin, (recipe, why) = source(dataset), _recipe(request)
+    origin, (recipe, why) = source(dataset), request.recipe()
     run, training, method = request.settle("attack", recipe, dataset)
     if run.attack not in (None, name):
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
@@ -136,7 +136,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if target is None:
         raise ConfigError("no --result_file; give the folder name that an attack was saved under")
     attacked = victim.load(_place(request.said("record_root") or Run.record_root, target))
-    recipe, _ = _recipe(request, attacked.recipe)
+    recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
@@ -192,17 +192,6 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[I
 def _place(root: str, target: str) -> Path:
     """A folder name below the record root, or any folder written as a path."""
     return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
-
-
-def _recipe(request: Request, recorded: str | None = None) -> tuple[str, str]:
-    """The recipe in force and why it is that one."""
-    chosen = request.said("recipe") or "auto"
-    if chosen != "auto":
-        return chosen, "as asked"
-    if recorded is not None:
-        return recorded, "as the attack"
-    cuda = machine.choose_device(request.said("device") or "auto").type == "cuda"
-    return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
 
 
 def _network(request: Request, run: AttackRun, train: Images, origin: Source) -> dict[str, Any]:
