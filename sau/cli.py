@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sau import device as machine
-from sau import quality, victim
+from sau import own, quality, victim
 from sau.attack import ATTACKS
 from sau.data.cifar import subset_note
 from sau.data.images import Images
@@ -131,14 +131,17 @@ def attack(name: str, argv: Sequence[str]) -> None:
 def defend(name: str, argv: Sequence[str]) -> None:
     """Load what an attack left, purify, measure before and after, record."""
     started = time.monotonic()
-    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), argv)
+    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, own.OwnRun, DEFENSES[name]), argv)
     target = request.said("result_file")
-    if target is None:
-        raise ConfigError("no --result_file; give the folder name that an attack was saved under")
+    if request.said("model_file") is not None and target is None:
+        run, yours, method = request.settle("defense", request.recipe()[0], "folder")
+        return own.purify(name, method, run, yours, request)
+    if target is None or request.said("model_file") is not None:
+        raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
     attacked = victim.load(_place(request.said("record_root") or Run.record_root, target))
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
-    run, method = request.settle("defense", recipe, attacked.dataset, says)
+    run, _, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
     given, test, notes = _given(attacked, run, method)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
