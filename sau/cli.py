@@ -132,13 +132,10 @@ def defend(name: str, argv: Sequence[str]) -> None:
     """Load what an attack left, purify, measure before and after, record."""
     started = time.monotonic()
     request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, own.OwnRun, DEFENSES[name]), argv)
-    target = request.said("result_file")
-    if request.said("model_file") is not None and target is None:
+    if request.said("model_file") is not None and request.said("result_file") is None:
         run, yours, method = request.settle("defense", request.recipe()[0], "folder")
         return own.purify(name, method, run, yours, request)
-    if target is None or request.said("model_file") is not None:
-        raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
-    attacked = victim.load(_place(request.said("record_root") or Run.record_root, target))
+    attacked = victim.load(_place(request))
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
@@ -192,8 +189,12 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[I
     return given, test, notes + scrutinise(given, test, method.batch_size)
 
 
-def _place(root: str, target: str) -> Path:
-    """A folder name below the record root, or any folder written as a path."""
+def _place(request: Request) -> Path:
+    """The folder of the attack: a name below the record root, or any folder written as a path."""
+    target = request.said("result_file")
+    if target is None or request.said("model_file") is not None:
+        raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
+    root = request.said("record_root") or Run.record_root
     return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
 
 

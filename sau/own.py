@@ -141,7 +141,6 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     warn(record, request, notes)
     shape = (3, own.input_size, own.input_size)
     model.amp = precision(record, run, model, shape, method.batch_size, where)
-    torch.manual_seed(run.random_seed)
     before = score(model, test, None)
     reference = Normalized(network(own, images.num_classes)[0], own.mean or None, own.std or None, model.amp)
     measured = gauge(reference.to(where), test, None, run.risk_samples, run.search(), run.random_seed)
