@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-report = ["matplotlib>=3.8", "scikit-image>=0.24"]
+report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
 
 setup(
     name="sau",
@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["sau", "sau.*"]), "sau.configs"],
     package_dir={"sau.configs": "configs"},
-    package_data={"sau.configs": ["*/*.yaml"]},
+    package_data={"sau.configs": ["*/*.yaml"], "sau.report": ["published.json", "page.*"]},
     install_requires=required,
     extras_require={
         "report": report,

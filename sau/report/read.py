@@ -64,6 +64,12 @@ class Run:
         return self.path.name if self.defense == NONE else f"{self.path.parents[1].name}/defense/{self.path.name}"
 
     @property
+    def lost(self) -> float | None:
+        """Points of ACC that the defense cost; None without one."""
+        after, before = self.figures.get("acc"), self.figures.get("before_acc")
+        return None if after is None or before is None else before - after
+
+    @property
     def digest(self) -> str | None:
         """SHA-256 of what determines the result; None if the folder does not say."""
         return str(self.config["digest"]) if "digest" in self.config else None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,50 +11,11 @@ from typing import Any
 
 from sau.report import parse
 from sau.report.read import NONE, UNVERIFIED, VERIFIED, Run
+from sau.report.spread import Spread, spread
 
 MEASURED, PARTLY, FAILED, MISSING = "measured", "partly", "failed", "not run"
 NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*parse.PERCENT, *parse.COST)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values of one figure over seeds.
-
-    Args:
-        values: one a seed, at least one.
-    """
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Their mean."""
-        return statistics.mean(self.values)
-
-    @property
-    def sd(self) -> float | None:
-        """Standard deviation with n - 1; None for one value."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    @cached_property
-    def half(self) -> float | None:
-        """Half of the 95 % interval of the mean, by Student's t; None for one value."""
-        from scipy.special import stdtrit
-
-        n = len(self.values)
-        return None if self.sd is None else float(stdtrit(n - 1, 0.975)) * self.sd / math.sqrt(n)
-
-    def text(self, digits: int = 2) -> str:
-        """`mean ± standard deviation`, or the only value."""
-        mean = f"{self.mean:.{digits}f}"
-        return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
-
-
-def spread(values: Sequence[float | None]) -> Spread | None:
-    """The spread; None if there are no values or some run has none."""
-    known = tuple(value for value in values if value is not None)
-    return Spread(known) if known and len(known) == len(values) else None
 
 
 @dataclass(frozen=True)
@@ -121,6 +81,12 @@ class Section:
     network: dict[str, Any]
     notes: tuple[str, ...] = ()
     cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Data set and network in words."""
+        name, width = self.network.get("name", "network not recorded"), self.network.get("width")
+        return f"{self.dataset or 'data set not recorded'}, {name}" + (f" of width {width}" if width else "")
 
 
 def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:
