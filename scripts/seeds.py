@@ -1,7 +1,7 @@
 """Mean and standard deviation over seeds of the records below a folder, as a Markdown table.
 
-python scripts/seeds.py RECORDS        reads the result folders below RECORDS; without config.yaml their names say the rest:
-                                       <attack>_s<seed>, and <attack>_s<seed>/defense/<name>
+python scripts/seeds.py RECORDS        reads the result folders below RECORDS; those that hold summaries alone are named
+                                       <attack>_s<seed> and <attack>_s<seed>/defense/<name>
 """
 
 import sys

@@ -52,6 +52,14 @@ def cifar100(root: Path) -> tuple[Images, Images]:
     return _cifar(root, "cifar100", CIFAR100, "fine_labels", 100)
 
 
+def present(name: str, root: Path) -> bool:
+    """Whether a data set can be read without a download: always, but for CIFAR whose files are not under `root`."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    files = {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(name)
+    return files is None or _find(root, name, files.base_folder, files.test_list[0][0]) is not None
+
+
 def _cifar(root: Path, name: str, dataset: Any, label_key: str, classes: int) -> tuple[Images, Images]:
     folder = _find(root, name, dataset.base_folder, dataset.test_list[0][0]) or _download(root / name, dataset)
 

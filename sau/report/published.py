@@ -67,7 +67,8 @@ def compare(section: Section) -> list[Pair]:
         for attack, theirs in table["rows"].items():
             cells = [cell for cell in section.cells if (cell.attack, cell.defense) == (attack, defense)]
             fit = [cell for cell in cells if cell.status != MISSING and _fits(cell, wanted)]
-            for cell in [*fit] or [None]:
+            chosen: list[Cell | None] = [*fit] or [None]
+            for cell in chosen:
                 pairs.append(Pair(published()["names"][attack], defense, theirs, cell, _means(cell)))
     return sorted(pairs, key=lambda pair: (pair.attack, pair.defense != NONE))
 
