@@ -31,9 +31,10 @@ def _row(section: Section, cell: Cell) -> dict[str, Any]:
         spread = cell.figures[name]
         row[name] = None if spread is None else round(spread.mean, 2)
         row[f"{name}_ci95"] = None if spread is None or spread.half is None else round(spread.half, 2)
+    defended = bool(cell.good) and cell.defense != NONE
     return {
-        **row, "rank": cell.rank or None, "selection": "oracle" if cell.oracle else "defender" if cell.good else None,
-        "data": "poisoned" if cell.poisoned else "clean" if cell.good and cell.defense != NONE else None,
+        **row, "rank": cell.rank or None, "selection": ("oracle" if cell.oracle else "defender") if defended else None,
+        "data": ("poisoned" if cell.poisoned else "clean") if defended else None,
         "status": cell.status, "reason": cell.reason, "folders": [run.name for run in cell.runs],
     }  # fmt: skip
 

@@ -21,7 +21,7 @@ def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
         raise RecordError(f"{SUMMARY} lacks the scores before or after; run the defense again")
     found = {"acc": scores.get("acc"), "asr": scores.get("asr"), "racc": scores.get("racc"), "der": summary.get("der")}
     found |= {name: summary.get(name) for name in COST}
-    found |= {"before_acc": before.get("acc"), "before_asr": before.get("asr")}
+    found |= {f"before_{name}": before.get(name) for name in ("acc", "asr", "racc")}
     for name, value in found.items():
         most = MOST if name in COST else 100
         if value is not None and not (number(value) and 0 <= value <= most):

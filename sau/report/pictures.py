@@ -40,6 +40,11 @@ class Strip:
     columns: tuple[str, ...] = ()
     note: str = ""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Pictures across and down, for its proportions."""
+        return max(len(self.columns), 1), max(len(self.rows), 1)
+
 
 class Pictures:
     """Draws strips; a data set is read once.
@@ -55,7 +60,7 @@ class Pictures:
     def strip(self, run: Run) -> Strip:
         """The strip of an attack, whose folder is checked wholly before its pictures are read."""
         if run.status != VERIFIED or not (run.path / "triggered.safetensors").is_file():
-            return Strip("", note="")
+            return Strip("")
         record = Record(run.path)
         try:
             config = record.check()
@@ -63,9 +68,10 @@ class Pictures:
             assert triggered is not None
             made, data = parse.mapping(config.get("run")), parse.mapping(config.get("data"))
             where = self.dataset_path or str(made.get("dataset_path"))
-            clean = self._clean(str(run.dataset), where, made.get("img_size"))
-        except SauError as error:
-            return Strip("", note=str(error))
+            size = made.get("img_size")
+            clean = self._clean(str(run.dataset), where, size if parse.whole(size) else None)
+        except (SauError, KeyError, TypeError) as error:
+            return Strip("", note=f"no pictures: {error}")
         chosen = torch.linspace(0, len(triggered) - 1, min(COLUMNS, len(triggered))).long()
         shown = triggered[chosen]
         columns = tuple(
@@ -74,10 +80,12 @@ class Pictures:
         if isinstance(clean, str) or sources.fingerprint(clean) != data.get("test"):
             why = clean if isinstance(clean, str) else f"{where} holds other pictures than the attack saw"
             return Strip(_png(shown.pixels), ("triggered",), columns, f"{why}; so without clean pictures")
+        if int(shown.index.max()) >= len(clean):
+            return Strip(_png(shown.pixels), ("triggered",), columns, "its pictures have no places in the test set")
         before = clean.pixels[shown.index]
         difference = (shown.pixels.float() - before.float()).abs()
         gain = 255 / float(difference.max().clamp_min(1))
-        rows = ("clean", "triggered", f"difference, {gain:.3g} times")
+        rows = ("clean", "triggered", f"difference x{gain:.0f}" if gain >= 1.5 else "difference")
         return Strip(_png(before, shown.pixels, difference * gain), rows, columns)
 
 

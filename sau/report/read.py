@@ -31,7 +31,8 @@ class Run:
         status: `verified` (the files that are read here equal the manifest, weights and pictures have its sizes),
             `unverified` (a summary alone), `unfinished`, `damaged`, or `duplicate` of another folder.
         reason: what is wrong; empty if nothing is.
-        figures: acc, asr, racc, der (percent), seconds, peak_memory_mb, before_acc, before_asr; None if not measured.
+        figures: acc, asr, racc, der (percent), seconds, peak_memory_mb, and acc, asr, racc before the defense as
+            before_acc and so on; None where not measured.
         summary: `summary.json`; empty unless the status is verified or unverified.
         config: `config.yaml`; empty if there is none that can be read.
         attack_settings: what determines the attack except its seed; None if nobody says.

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from sau.report import parse
-from sau.report.read import NONE, UNVERIFIED, VERIFIED, Run
+from sau.report.read import DAMAGED, DUPLICATE, NONE, UNFINISHED, UNVERIFIED, VERIFIED, Run
 from sau.report.spread import Spread, spread
 
-MEASURED, PARTLY, FAILED, MISSING = "measured", "partly", "failed", "not run"
+MEASURED, PARTLY, MISSING = "measured", "partly", "not run"
 NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*parse.PERCENT, *parse.COST)
 
@@ -29,8 +29,8 @@ class Cell:
         variant: as `attack_variant`, of the defense.
         runs: the folders, over seeds.
         wanted: seeds of the attack.
-        status: `measured` (all runs verified), `unverified`, `partly` (some runs do not count), `failed` (none does) or
-            `not run`.
+        status: `measured` (all runs verified), `unverified`, `partly` (some runs do not count), `damaged` or
+            `unfinished` (none counts), or `not run`.
         reason: why it is not measured; empty if it is.
         rank: 1 for the best of its attack, 2 for the second, 0 for all others.
     """
@@ -49,6 +49,18 @@ class Cell:
     def figures(self) -> dict[str, Spread | None]:
         """acc, asr, racc, der, seconds, peak_memory_mb over the runs that count."""
         return {name: spread([run.figures[name] for run in self.good]) for name in FIGURES}
+
+    def before(self, name: str) -> Spread | None:
+        """acc, asr or racc of the attacked networks that the defense was given."""
+        return spread([run.figures[f"before_{name}"] for run in self.good])
+
+    @property
+    def trigger(self) -> list[tuple[str, float]]:
+        """How well the trigger hides, by the first run that says so: (PSNR dB, 31.2) and so on."""
+        names = {"psnr": "PSNR dB", "ssim": "SSIM", "linf": "L-infinity", "in_ball": "% in the ball of SAU"}
+        hidden = [parse.mapping(run.summary.get("trigger")) for run in self.good]
+        found: dict[str, Any] = next(filter(None, hidden), {})
+        return [(text, found[name]) for name, text in names.items() if parse.number(found.get(name))]
 
     @property
     def good(self) -> list[Run]:
@@ -111,7 +123,9 @@ def _section(runs: list[Run]) -> Section:
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     for run, first, second in zip(runs, attack_variants, variants, strict=True):
         groups[run.attack, first, run.defense, second].append(run)
-    attacks = {key[:2]: len({run.name for run in found if run.usable}) for key, found in groups.items() if NONE in key}
+    attacks = {
+        key[:2]: len({run.name for run in found if run.usable}) for key, found in groups.items() if key[2] == NONE
+    }
     cells = [_cell(key, found, attacks.get(key[:2], len(found))) for key, found in groups.items()]
     there = {key[:3] for key in groups}
     for attack in {key[:2] for key in groups}:
@@ -122,15 +136,15 @@ def _section(runs: list[Run]) -> Section:
 
 
 def _cell(key: tuple[str, str, str, str], runs: list[Run], wanted: int) -> Cell:
-    states = {run.status for run in runs}
-    good = [run for run in runs if run.usable]
+    states = {run.status for run in runs} - {DUPLICATE}
     reasons = "; ".join(f"{run.name}: {run.reason}" for run in runs if run.reason and run.status != UNVERIFIED)
     if states == {VERIFIED}:
         status = MEASURED
     elif states <= {VERIFIED, UNVERIFIED}:
         status, reasons = UNVERIFIED, "; ".join(sorted({run.reason for run in runs if run.reason}))
     else:
-        status = PARTLY if good else FAILED
+        bad = DAMAGED if DAMAGED in states else UNFINISHED
+        status = PARTLY if any(run.usable for run in runs) else bad
     return Cell(*key, tuple(runs), wanted, status, reasons)
 
 
@@ -152,7 +166,7 @@ def _merit(cell: Cell) -> tuple[float, float]:
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    late = cell.status in (FAILED, MISSING)
+    late = not cell.good
     return (cell.attack, cell.attack_variant, cell.defense != NONE, late, _merit(cell), cell.defense, cell.variant)
 
 
