@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ SCHEMA = 1
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
+
+_INDEX = re.compile(r"^clean_index:\n(?:- \d+\n)+", re.M)
 
 
 class Record:
@@ -142,15 +145,14 @@ class Record:
         write(self.path / MANIFEST, (json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n").encode())
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
-    def check(self, *, tensors: bool = True) -> dict[str, Any]:
+    def check(self, *, light: bool = False) -> dict[str, Any]:
         """Compare every file with the manifest; returns the configuration. RecordError names the first that differs.
 
-        Args:
-            tensors: hash `*.safetensors` too; False compares their sizes alone, for readers of the small files.
+        `light` is for readers of many folders: of `*.safetensors` the sizes alone are compared; see also `peek`.
         """
         if not self.path.is_dir():
             raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
-        self.config = self.peek()
+        self.config = self.peek(light=light)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
         try:
@@ -162,15 +164,16 @@ class Record:
             raise RecordError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA}")
         for name, seal in files.items():
             file = self.path / Path(name).name
-            light = not tensors and file.suffix == ".safetensors"
-            if not file.is_file() or seal != {**seal, **_seal(file, light)}:
+            size_alone = light and file.suffix == ".safetensors"
+            if not file.is_file() or seal != {**seal, **_seal(file, size_alone)}:
                 raise RecordError(f"{file} is missing or damaged (it differs from {MANIFEST}); make the folder again")
         return self.config
 
-    def peek(self) -> dict[str, Any]:
-        """The configuration as it stands there, unchecked; RecordError if this is no result folder of ours."""
+    def peek(self, *, light: bool = False) -> dict[str, Any]:
+        """The configuration, unchecked; RecordError if there is none of ours. `light`: without the long `clean_index`."""
         try:
-            config = _yaml((self.path / CONFIG).read_text())
+            text = (self.path / CONFIG).read_text()
+            config = _yaml(_INDEX.sub("", text) if light else text)
             if isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys():
                 return config
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -190,17 +193,16 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def _yaml(text: str) -> Any:
-    """Plain values; by libyaml where PyYAML has it, which reads a list of 2,500 indices five times as fast."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)  # libyaml's is five times as fast
     try:
         return loader.get_single_data()
     finally:
         loader.dispose()
 
 
-def _seal(file: Path, light: bool = False) -> dict[str, Any]:
+def _seal(file: Path, size_alone: bool = False) -> dict[str, Any]:
     size = {"bytes": file.stat().st_size}
-    return size if light else {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **size}
+    return size if size_alone else {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **size}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sau.data import sources
-from sau.data.cifar import present
+from sau.data.cifar import DOWNLOADED, test_split
 from sau.data.images import Images
 from sau.errors import SauError
 from sau.record import Record
@@ -91,12 +91,11 @@ class Pictures:
 
 def _test_pictures(name: str, root: str, size: int | None) -> Images | str:
     """The clean test pictures, or why there are none; nothing is downloaded for a report."""
-    if not present(name, Path(root)):
-        return f"{root} holds no {name}"
     try:
-        return sources.load(name, root, size)[1]
+        test = test_split(name, Path(root)) if name in DOWNLOADED else sources.load(name, root, size)[1]
     except SauError as error:
         return str(error)
+    return f"{root} holds no {name}" if test is None else test
 
 
 def _png(*rows: Tensor) -> str:

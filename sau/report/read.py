@@ -126,7 +126,7 @@ def _run(folder: Path, parent: Run | None) -> Run:
         if alone:
             status, reason = UNVERIFIED, f"{SUMMARY} alone: nothing to check it by"
         else:
-            record.check(tensors=False)
+            record.check(light=True)
         summary = parse.json_object(folder / SUMMARY)
         figures = parse.figures(summary, defense=parent is not None)
     except (RecordError, OSError, RecursionError) as error:
