@@ -170,7 +170,7 @@ class Record:
         return self.config
 
     def peek(self, *, light: bool = False) -> dict[str, Any]:
-        """The configuration, unchecked; RecordError if there is none of ours. `light`: without the long `clean_index`."""
+        """The configuration, unchecked, or RecordError if it is not ours; `light` leaves out the long `clean_index`."""
         try:
             text = (self.path / CONFIG).read_text()
             config = _yaml(_INDEX.sub("", text) if light else text)

@@ -61,9 +61,9 @@ def charts(cell: Cell) -> list[Chart]:
     losses = {name: name.replace("_", " ") for run in runs for row in run.rows for name in row if name.endswith("loss")}
     tracked = any(name in row for name in RISKS for run in runs for row in run.rows)
     found = [
-        _chart("Scores", "% of test pictures", across, runs, SCORES, top=100),
-        _chart("Risks", "% of clean pictures", across, runs, RISKS, top=100),
-        _chart("Adversarial examples by type", "%", across, runs, TYPES if tracked else {}, top=100),
+        _chart("Scores", "% of test pictures", across, runs, SCORES, top=100.0),
+        _chart("Risks", "% of clean pictures", across, runs, RISKS, top=100.0),
+        _chart("Adversarial examples by type", "%", across, runs, TYPES if tracked else {}, top=100.0),
         _chart("Loss", "nats", across, runs, losses),
     ]
     return [chart for chart in found if chart]

@@ -28,7 +28,7 @@ def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
             raise RecordError(f"{SUMMARY}: {name} is {str(value)[:40]!r}, allowed is a number from 0 to {most}")
     if found["acc"] is None:
         raise RecordError(f"{SUMMARY} has no acc; make the folder again")
-    return found
+    return {name: None if value is None else float(value) for name, value in found.items()}
 
 
 def json_object(file: Path) -> dict[str, Any]:
