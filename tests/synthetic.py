@@ -23,8 +23,11 @@ def attack(root: Path, name: str = "badnet", seed: int = 0, *, acc: float = 90.0
     config = {"run": {"dataset_path": "./nowhere", "img_size": None}, "command": f"attack/{name}.py", "notes": []}
     record.begin(config, {**method, **data, **NETWORK, "random_seed": seed}, False)
     record.note(method=method, data=data, model=NETWORK)
-    for epoch in range(1, rows + 1):
-        record.row(epoch=epoch, loss=1 / epoch, acc=acc, asr=asr, racc=1.5, seconds=10.0 * epoch)
+    figures = {"acc": acc, "asr": asr, "racc": 1.5}
+    _rows(
+        record,
+        [{"epoch": epoch, "loss": 1 / epoch, **figures, "seconds": 10.0 * epoch} for epoch in range(1, rows + 1)],
+    )
     record.save_tensors("model", {"weight": torch.zeros(3)})
     record.finish({**scores(acc, asr, None if asr is None else 1.5), "seconds": 100.0, "peak_memory_mb": 1000.0})
     return record.path
@@ -41,15 +44,23 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
     record.note(method=method, data={"dataset": dataset}, model=NETWORK, clean_index=list(range(100)))
     tracked = {"r_cl": 12.0, "r_bd": 60.0, "r_share": 70.0, "r_adv": 90.0, "type1": 50.0, "type2": 20.0, "type3": 10.0}
+    found = []
     for epoch in range(1, rows + 1):
         figures = {name: value / epoch for name, value in tracked.items()} if risks else {"type1": 900.0}
-        last = {"acc": acc, "asr": asr, "racc": 80.0} if epoch == rows else {}
-        record.row(epoch=epoch, loss=1 / epoch, clean_loss=0.5 / epoch, **figures, **last, seconds=1.0 * epoch)
+        found.append({"epoch": epoch, "loss": 1 / epoch, "clean_loss": 0.5 / epoch, **figures, "seconds": 1.0 * epoch})
+    found[-1] |= {"acc": acc, "asr": asr, "racc": 80.0}
+    _rows(record, found)
     record.save_tensors("model", {"weight": torch.zeros(3)})
     before, after = scores(90.0, None if asr is None else 98.0, 1.5), scores(acc, asr, None if asr is None else 80.0)
     cost = {"seconds": 50.0, "peak_memory_mb": 900.0}
     record.finish({"before": before, "after": after, "der": der, "selection": selection, "data": "clean", **cost})
     return record.path
+
+
+def _rows(record: Record, rows: list[dict[str, Any]]) -> None:
+    """All at once: a real run writes the file anew, and to the disk, with every row."""
+    record.rows = rows[:-1]
+    record.row(**rows[-1])
 
 
 def grid(root: Path, attacks: int, defenses: int, seeds: int, rows: int = 2, risks: bool = False) -> int:

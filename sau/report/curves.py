@@ -9,7 +9,7 @@ from sau.report import parse
 from sau.report.read import NONE, Run
 from sau.report.table import Cell
 
-WIDTH, HEIGHT, LEFT, BOTTOM, MOST = 320, 170, 34, 26, 60  # of a drawing; points of a curve
+WIDTH, HEIGHT, LEFT, BOTTOM, MOST = 640, 340, 68, 52, 60  # of a drawing in its own units; points of a curve
 SCORES = {"acc": "ACC", "asr": "ASR", "racc": "R-ACC"}
 RISKS = {"r_cl": "R_cl", "r_bd": "R_bd", "r_share": "R_share", "r_adv": "R_adv"}
 TYPES = {"type1": "Type I", "type2": "Type II", "type3": "Type III"}
@@ -22,14 +22,14 @@ class Line:
 
     Args:
         label: its name.
-        points: SVG coordinates, `x,y x,y`.
-        dots: those of them that are worth a dot: all of a curve that has few.
+        path: SVG path in whole units, each point from the one before: pages hold thousands of them.
+        dots: the same points as a path of dots, for a curve that has few; else empty.
         last: value at the end, for readers who do not see the drawing.
     """
 
     label: str
-    points: str
-    dots: list[tuple[float, float]]
+    path: str
+    dots: str
     last: float
 
 
@@ -42,7 +42,7 @@ class Chart:
         unit: of its vertical axis.
         across: of its horizontal axis.
         lines: the curves.
-        ticks: (vertical coordinate, text) of the vertical axis.
+        ticks: (vertical coordinate, text) of the vertical axis; empty for one of 0 to 100, `PERCENT_TICKS`.
         ends: texts at the left and the right end of the horizontal axis.
     """
 
@@ -50,7 +50,7 @@ class Chart:
     unit: str
     across: str
     lines: list[Line]
-    ticks: list[tuple[float, str]]
+    ticks: list[tuple[int, str]]
     ends: tuple[str, str]
 
 
@@ -80,19 +80,26 @@ def _chart(
     low, high = (0.0, top) if top is not None else (min(0.0, *ys), max(*ys, 0.0) or 1.0)
     left, right = min(xs), max(max(xs), min(xs) + 1)
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + (point[0] - left) / (right - left) * (WIDTH - LEFT - 6)
-        y = (HEIGHT - BOTTOM) - (point[1] - low) / (high - low) * (HEIGHT - BOTTOM - 8)
-        return round(x, 1), round(y, 1)
+    def place(point: tuple[float, float]) -> tuple[int, int]:
+        x = LEFT + (point[0] - left) / (right - left) * (WIDTH - LEFT - 12)
+        return round(x), _height((point[1] - low) / (high - low))
 
     lines = []
     for label, points in curves.items():
         spots = [place(point) for point in points]
-        text = " ".join(f"{x:g},{y:g}" for x, y in spots)
-        lines.append(Line(label, text, spots if len(spots) <= 12 else [], points[-1][1]))
-    marks = [low + (high - low) * part / 4 for part in range(5)]
-    ticks = [(place((left, mark))[1], f"{mark:.3g}") for mark in marks]
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(spots, spots[1:], strict=False)]
+        start = f"M{spots[0][0]} {spots[0][1]}"
+        dots = start + "h0" + "".join(f"m{x} {y}h0" for x, y in steps) if len(spots) <= 12 else ""
+        lines.append(Line(label, f"{start}l" + " ".join(f"{x} {y}" for x, y in steps), dots, points[-1][1]))
+    ticks = [(_height(part / 4), f"{low + (high - low) * part / 4:.3g}") for part in range(5)] if top is None else []
     return Chart(title, unit, across, lines, ticks, (f"{left:g}", f"{right:g}"))
+
+
+def _height(share: float) -> int:
+    return round((HEIGHT - BOTTOM) - share * (HEIGHT - BOTTOM - 16))
+
+
+PERCENT_TICKS = [(_height(part / 4), str(25 * part)) for part in range(5)]
 
 
 def _points(run: Run, name: str) -> Points:
@@ -110,12 +117,12 @@ def _points(run: Run, name: str) -> Points:
 
 
 def _mean(curves: list[Points]) -> Points:
-    """Mean over the runs that have the curve, where all of them have a value; thinned, the last point kept."""
+    """Mean over the runs that have the curve, where all of them have a value; thinned, both ends kept."""
     at: dict[float, list[float]] = defaultdict(list)
     having = [curve for curve in curves if curve]
     for curve in having:
         for x, y in curve:
             at[x].append(y)
     points = [(x, statistics.mean(ys)) for x, ys in sorted(at.items()) if len(ys) == len(having)]
-    step = -(-len(points) // MOST) or 1
-    return points[::-step][::-1]
+    last = len(points) - 1
+    return points if last < MOST else [points[round(place * last / (MOST - 1))] for place in range(MOST)]

@@ -70,7 +70,6 @@ document.addEventListener("keydown", event => {
   if (event.key === "Escape" && event.target === text) { text.value = ""; filter(); }
 });
 addEventListener("hashchange", jump);
-all(document, ".board > tbody[id]").forEach(body => open(body, false)); // without scripts everything stays open
 document.querySelector(".tools").hidden = false;
 filter();
 jump();

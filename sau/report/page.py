@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sau.report import parse
-from sau.report.curves import HEIGHT, WIDTH, Chart, charts
+from sau.report.curves import HEIGHT, LEFT, PERCENT_TICKS, WIDTH, Chart, charts
 from sau.report.pictures import Pictures, Strip
 from sau.report.published import Pair, compare, published
 from sau.report.read import NONE, Run, read
@@ -81,6 +81,7 @@ def build(root: Path, dataset: str | None = None, dataset_path: str | None = Non
     text = _environment().get_template("page.html").render(
         root=root.resolve().name, parts=parts, strips=strips, others=others, runs=runs, published=published(),
         counts=_counts([cell.status for section in found for cell in section.cells]), width=WIDTH, height=HEIGHT,
+        left=LEFT, ticks=PERCENT_TICKS,
         undefended=NONE, percent=parse.PERCENT,
     )  # fmt: skip
     return text, found
