@@ -90,7 +90,8 @@ def _chart(
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(spots, spots[1:], strict=False)]
         start = f"M{spots[0][0]} {spots[0][1]}"
         dots = start + "h0" + "".join(f"m{x} {y}h0" for x, y in steps) if len(spots) <= 12 else ""
-        lines.append(Line(label, f"{start}l" + " ".join(f"{x} {y}" for x, y in steps), dots, points[-1][1]))
+        path = start + ("l" + " ".join(f"{x} {y}" for x, y in steps) if steps else "h0")
+        lines.append(Line(label, path, dots, points[-1][1]))
     ticks = [(_height(part / 4), f"{low + (high - low) * part / 4:.3g}") for part in range(5)] if top is None else []
     return Chart(title, unit, across, lines, ticks, (f"{left:g}", f"{right:g}"))
 
