@@ -133,7 +133,7 @@ def _run(folder: Path, parent: Run | None) -> Run:
         finished = alone or record.finished
         status = DAMAGED if finished or not record.config else UNFINISHED
         reason, summary = _brief(error, folder), {}
-        reason += "" if finished else _progress(folder, record.config)
+        reason += "" if finished else _progress(folder)
     said = _said(record.config, folder, parent)
     said |= {"summary": summary, "config": record.config, "rows": parse.rows(folder / METRICS)}
     return Run(folder, **said, status=status, reason=reason, figures=figures)
@@ -170,15 +170,14 @@ def _once(runs: list[Run]) -> Iterator[Run]:
         yield run
 
 
-def _progress(folder: Path, config: dict[str, Any]) -> str:
+def _progress(folder: Path) -> str:
     """How far an unfinished run came, by its rows and the last line of its log."""
     rows = parse.rows(folder / METRICS)
-    of = parse.mapping(config.get("method")).get("epochs")
-    far = f"; it reached epoch {rows[-1]['epoch']:g}" + (f" of {of}" if of else "") if rows else "; no epoch is done"
     try:
         last = (folder / LOG).read_text(errors="replace").splitlines()[-1:]
     except OSError:
         last = []
+    far = f"; it reached epoch {rows[-1]['epoch']:g}" if rows else "; no epoch is done"
     return far + "".join(f"; last in its log: {line[:200]}" for line in last)
 
 
