@@ -24,6 +24,7 @@ setup(
     install_requires=required,
     extras_require={
         "report": report,
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
         "test": [
             *report,
             "pytest>=8",
@@ -33,6 +34,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "build",
+            "selenium>=4.20",
         ],
     },
     entry_points={"console_scripts": ["sau=sau.__main__:run"]},
