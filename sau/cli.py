@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sau import device as machine
 from sau import quality, victim
@@ -27,7 +28,8 @@ from sau.models import Normalized, build, has_width
 from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
-from sau.watch import Watch, begin, versioned, warn
+from sau.risk import Found, measure, sample
+from sau.watch import Watch, begin, precision, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
@@ -103,7 +105,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     width = f", width {network['width']}" if network["width"] else ""
     record.say(f"recipe {recipe} ({why}): {run.model}{width}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
-    model.amp = _precision(record, run, model, shape, training.batch_size, where)
+    model.amp = precision(record, run, model, shape, training.batch_size, where)
     plan = method.plan(poisoned, training.batch_size)
     record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)  # the probe drew from it
@@ -150,12 +152,14 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.note(attacked=attacked.digest, clean_index=given.index.tolist())
     record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
-    model.amp = _precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
+    model.amp = precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
     before = score(model, test, triggered)
+    risks = _risks(run, attacked, model, test, triggered) if run.track_risk else None
+    threat = risks(model).summary() if risks else None
     evaluation = time.monotonic() - begun
-    watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation)
+    watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation, risks)
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
     session = replace(watch.session(), judge=judge)
@@ -166,7 +170,19 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.say(table({"before": before, "after": after}, rating))
     scores = {"before": before.summary(), "after": after.summary(), "der": rating, "selection": method.selection}
     scores["data"] = method.needs
+    if risks:
+        scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
+
+
+def _risks(
+    run: DefenseRun, attacked: victim.Victim, model: Normalized, test: Images, triggered: Images | None
+) -> Callable[[nn.Module], Found]:
+    """Measures the risks of a network on the same test pictures, with the same search, each time."""
+    backdoored = attacked.model().to(test.pixels.device)
+    backdoored.amp = model.amp
+    clean, poison = sample(test, triggered, run.risk_samples, run.random_seed)
+    return lambda network: measure(network, backdoored, clean, poison, run.search(), seed=run.random_seed)
 
 
 def _place(root: str, target: str) -> Path:
@@ -190,15 +206,3 @@ def _network(request: Request, run: AttackRun, train: Images, origin: Source) ->
     width = run.width if has_width(run.model) or "width" in request.given else None
     shape = {"name": run.model, "classes": train.num_classes, "width": width, "shape": list(train.pixels.shape[1:])}
     return {**shape, "mean": list(origin.mean), "std": list(origin.std)}
-
-
-def _precision(
-    record: Record, run: Run, model: Normalized, shape: tuple[int, int, int], batch_size: int, where: torch.device
-) -> bool:
-    """Whether bf16: as asked, or as before the interruption, or what a probe finds faster."""
-    amp = run.amp if run.amp is not None else record.config.get("amp")
-    if amp is None:
-        amp = machine.bf16_is_faster(model, shape, batch_size, where)
-    record.note(amp=amp)
-    record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {torch.get_num_threads()} threads")
-    return bool(amp)

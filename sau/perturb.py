@@ -3,9 +3,8 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from sau.types import Pixels
+from sau.types import PerImage, Pixels
 
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Init = Literal["zero", "random", "max", "min"]
@@ -37,11 +36,12 @@ def project(delta: Pixels, norm: Norm, eps: float) -> Pixels:
         return delta.clamp(-eps, eps)
     if norm == "Reg":
         return delta
-    length = _length(delta, 1 if norm == "L1" else 2)
-    return delta * (eps / length.clamp_min(1e-12)).clamp_max(1).view(-1, 1, 1, 1)
+    return delta * (eps / length(delta, norm).clamp_min(1e-12)).clamp_max(1).view(-1, 1, 1, 1)
 
 
-def _length(delta: Pixels, order: int) -> Tensor:
+def length(delta: Pixels, norm: Literal["L_inf", "L1", "L2"]) -> PerImage:
+    """The norm of every picture's perturbation."""
+    order = {"L_inf": torch.inf, "L1": 1, "L2": 2}[norm]
     return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
 
 

@@ -9,6 +9,7 @@ from sau import config
 from sau.config import Option, Setting
 from sau.errors import ConfigError
 from sau.method import Method
+from sau.witness import Search
 from sau.yamlfile import read_yaml, shipped
 
 
@@ -83,11 +84,33 @@ class DefenseRun(Run):
         result_file: result folder of the attack, ours or BackdoorBench's: a name below record_root, or a path.
         ratio: share of the clean training set that the defender has.
         index: file with the indices of the defender's pictures, one a line; beats ratio.
+        track_risk: at every evaluation, before and after, also measure the risks R_cl, R_bd, R_adv and R_share.
+        risk_samples: test pictures that the risks are measured on.
+        risk_norm: norm of the ball that is searched.
+        risk_eps: its radius, in [0, 1] pixels.
+        risk_steps: gradient steps of each search.
+        risk_restarts: searches from random places.
     """
 
     result_file: str | None = None
     ratio: float = 0.05
     index: str | None = None
+    track_risk: bool = False
+    risk_samples: int = 1000
+    risk_norm: Literal["L_inf", "L2", "L1"] = "L_inf"
+    risk_eps: float = 0.2
+    risk_steps: int = 20
+    risk_restarts: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.risk_samples < 1:
+            raise ConfigError(f"risk_samples is {self.risk_samples}, allowed is 1 and more")
+        self.search()
+
+    def search(self) -> Search:
+        """How the risks are searched; ConfigError if it cannot be."""
+        return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
 
 
 class Request:

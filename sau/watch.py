@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 import sau
+from sau import device as machine
 from sau.config import IGNORED
 from sau.data.images import Images
 from sau.evaluate import Score, score
+from sau.models import Normalized
 from sau.record import Record
 from sau.request import Request, Run
+from sau.risk import Found
 from sau.session import Session
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
@@ -36,14 +39,15 @@ class Watch:
         triggered: makes the triggered test pictures, or None; called at each evaluation.
         started: when the command began, by `time.monotonic`.
         evaluation_seconds: what one evaluation is expected to take.
+        risks: measures the risks of a network, or None; called at each evaluation.
     """
 
     def __init__(
         self, record: Record, run: Run, epochs: int, test: Images, triggered: Callable[[], Images | None],
-        started: float, evaluation_seconds: float,
+        started: float, evaluation_seconds: float, risks: Callable[[nn.Module], Found] | None = None,
     ) -> None:  # fmt: skip
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
-        self.started, self.evaluation_seconds = started, evaluation_seconds
+        self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
         self.last: Score | None = None
         self.earlier: float | None = None
 
@@ -74,11 +78,21 @@ class Watch:
             self.last = score(model, self.test, self.triggered())
             shares = {"acc": self.last.acc, "asr": self.last.asr, "racc": self.last.racc}
             figures = {name: share.percent if share else None for name, share in shares.items()}
+            if self.risks is not None:
+                figures.update(self.risks(model).row())
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net = getattr(model, "net", model)
             self.record.save_tensors(f"model_epoch_{epoch}", net.state_dict())
         return figures
+
+    def last_risks(self, model: nn.Module) -> dict[str, Any]:
+        """The risks of the result; a method that told the loop of no network gets its row here."""
+        assert self.risks is not None
+        found = self.risks(model)
+        if not self.record.rows or "r_adv" not in self.record.rows[-1]:
+            self.record.row(epoch=len(self.record.rows) + 1, **found.row(), seconds=self.seconds)
+        return found.summary()
 
 
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
@@ -110,3 +124,15 @@ def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     if request.ignored:
         reasons = "; ".join(f"--{name}: {IGNORED[name]}" for name in request.ignored)
         record.say(f"warning: flags without effect here: {reasons}")
+
+
+def precision(
+    record: Record, run: Run, model: Normalized, shape: tuple[int, int, int], batch_size: int, where: torch.device
+) -> bool:
+    """Whether bf16: as asked, or as before the interruption, or what a probe finds faster."""
+    amp = run.amp if run.amp is not None else record.config.get("amp")
+    if amp is None:
+        amp = machine.bf16_is_faster(model, shape, batch_size, where)
+    record.note(amp=amp)
+    record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {torch.get_num_threads()} threads")
+    return bool(amp)

@@ -1,8 +1,10 @@
-"""Draw what a record holds: pictures (clean, triggered, difference magnified) and the curves of its metrics, as PNG.
+"""Draw what a record holds, as PNG and SVG.
 
     python scripts/figures.py NAME [--record_root ./record]
 
-writes `figures/` into the record; a defense's curves are drawn beside the attack's.
+writes `figures/` into the record: `pictures` (clean, triggered, difference), curves of the attack and of each defense,
+`risks` and `types` of the defenses that ran with --track_risk; and with `--defense D` also `examples_D`, adversarial
+examples that fool both networks and such that do not, and `features_D`, a map of the last features.
 """
 
 import argparse
@@ -15,71 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
 
-from sau.data.sources import load
-from sau.errors import SauError
+from sau import victim
+from sau.errors import RecordError, SauError
+from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.files import folder
 from sau.record import Record
-from sau.victim import load_images
+from sau.risk import sample
+from sau.witness import Search
 
-COLOURS = {"acc": "#0072b2", "asr": "#d55e00", "racc": "#009e73"}  # Okabe and Ito's, told apart by every reader
-NAMES = {"acc": "ACC", "asr": "ASR", "racc": "R-ACC"}
-
-
-def draw_pictures(record: Record, path: Path, columns: int = 6) -> None:
-    """Rows clean, triggered, difference magnified so that the largest one is white; columns are test pictures."""
-    config = record.config
-    triggered = load_images(record, "triggered")
-    if triggered is None:
-        return
-    _, test = load(config["data"]["dataset"], config["run"]["dataset_path"], config["run"]["img_size"])
-    chosen = torch.linspace(0, len(triggered) - 1, columns).long()
-    after = triggered.pixels[chosen].float() / 255
-    before = test.pixels[triggered.index[chosen]].float() / 255
-    difference = (after - before).abs()
-    gain = 1 / float(difference.max().clamp_min(1 / 255))
-    rows = {"clean": before, "triggered": after, f"difference x{gain:.0f}": difference * gain}
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns, 1.45 * len(rows)), squeeze=False)
-    for line, (title, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title)
-    for axis, truth, label in zip(axes[1], triggered.true_labels[chosen], triggered.labels[chosen], strict=True):
-        axis.set_xlabel(f"class {truth}, wanted {label}", fontsize=7)
-    _save(figure, path)
-
-
-def draw_curves(record: Record, path: Path) -> None:
-    """Left the loss, right ACC, ASR and R-ACC where they were measured, against epochs (attack) or rounds (defense)."""
-    rows = [json.loads(line) for line in (record.path / "metrics.jsonl").read_text().splitlines()]
-    unit = "round" if record.path.parent.name == "defense" else "epoch"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    for name in ("loss", "clean_loss", "shared_loss", "adv_loss"):
-        if name in rows[0]:
-            left.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name.replace("_", " "))
-    left.set(xlabel=unit, ylabel="mean loss (nats)")
-    left.legend(frameon=False)
-    summary = json.loads((record.path / "summary.json").read_text())
-    for name, colour in COLOURS.items():
-        points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-        if "before" in summary and summary["before"][name] is not None:
-            points.insert(0, (0, summary["before"][name]))
-        if points:
-            right.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=NAMES[name])
-    right.set(xlabel=unit, ylabel="share of test pictures (%)", ylim=(-3, 103))
-    right.legend(frameon=False)
-    _save(figure, path)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(path)
+LOOKED_AT = 300  # test pictures, for examples
 
 
 def main() -> int:
@@ -87,21 +34,51 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="folder of the attack below the record root")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
+    parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
+    parser.add_argument("--defense", help="the defense whose network examples and features are drawn of [none]")
+    parser.add_argument("--eps", type=float, default=0.2, help="radius of the L-infinity ball of the examples [0.2]")
+    parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="how the features are drawn [tsne]")
     asked = parser.parse_args()
     try:
-        record = Record(folder(asked.record_root, asked.name))
-        record.check()
-        figures = record.path / "figures"
-        draw_pictures(record, figures / "pictures.png")
-        draw_curves(record, figures / "attack.png")
-        for manifest in sorted(record.path.glob("defense/*/manifest.json")):
-            defense = Record(manifest.parent)
-            defense.check()
-            draw_curves(defense, figures / f"{manifest.parent.name}.png")
+        draw(asked)
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def draw(asked: argparse.Namespace) -> None:
+    attacked = victim.load(folder(asked.record_root, asked.name))
+    out, record = attacked.path / "figures", Record(attacked.path)
+    _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
+    if attacked.triggered is not None:
+        _tell(save(pictures(test, attacked.triggered), out / "pictures"))
+    _tell(save(curves(record), out / "attack"))
+    tracked = []
+    for manifest in sorted(attacked.path.glob("defense/*/manifest.json")):
+        defense = Record(manifest.parent)
+        defense.check()
+        _tell(save(curves(defense), out / defense.path.name))
+        if "risk" in json.loads((defense.path / "summary.json").read_text()):
+            tracked.append(defense)
+    if tracked:
+        _tell(save(risks(tracked), out / "risks"))
+        _tell(save(types(tracked), out / "types"))
+    if asked.defense:
+        if attacked.triggered is None:
+            raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
+        before, after = attacked.model(), attacked.model()
+        victim.load_weights(after, folder(attacked.path / "defense", asked.defense))
+        mapped = features(before, after, test, attacked.triggered, asked.map)
+        _tell(save(mapped, out / f"features_{asked.defense}"))
+        clean, triggered = sample(test, attacked.triggered, LOOKED_AT)
+        shown = examples(after, before, clean, triggered, Search(eps=asked.eps)) if triggered else None
+        if shown:
+            _tell(save(shown, out / f"examples_{asked.defense}"))
+
+
+def _tell(paths: list[Path]) -> None:
+    print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

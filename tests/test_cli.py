@@ -163,9 +163,9 @@ def test_sau_reports_its_losses_and_the_three_types_every_round(purified):
     found = rows(purified / "record" / "victim" / "defense" / "sau")
     assert [row["epoch"] for row in found] == [1, 2]
     for row in found:
-        assert {"loss", "clean_loss", "shared_loss", "type1", "type2", "type3"} <= set(row)
+        assert {"loss", "clean_loss", "shared_loss", "train_type1", "train_type2", "train_type3"} <= set(row)
         assert row["loss"] == pytest.approx(row["clean_loss"] + row["shared_loss"], rel=1e-4)
-        assert row["type1"] + row["type2"] + row["type3"] <= 143
+        assert row["train_type1"] + row["train_type2"] + row["train_type3"] <= 143
     after = summary(purified / "record" / "victim" / "defense" / "sau")["after"]
     assert ["asr" in row for row in found] == [False, True]  # the last round is evaluated whatever --eval_every says
     assert (found[-1]["acc"], found[-1]["asr"]) == (after["acc"], after["asr"])

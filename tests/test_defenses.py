@@ -476,7 +476,7 @@ def test_sau_removes_the_backdoor_and_keeps_the_accuracy():
     assert before.asr.percent > 90 and before.acc.percent > 90
     assert after.asr.percent < 15 and after.acc.percent >= before.acc.percent - 10
     assert after.racc.percent > before.racc.percent + 30 and der(before, after) > 85
-    assert rounds[-1]["type1"] < rounds[0]["type1"]  # examples that fool both networks alike become rare
+    assert rounds[-1]["train_type1"] < rounds[0]["train_type1"]  # examples that fool both networks alike become rare
 
 
 def test_fine_tuning_keeps_the_accuracy():

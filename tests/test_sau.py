@@ -435,7 +435,11 @@ def test_types_of_adversarial_examples() -> None:
     """y = 0 throughout: right, right though h_b errs, type I (twice), type II (three times), type III."""
     answer, s = torch.tensor([0, 0, 1, 2, 1, 2, 1, 2]), torch.tensor([0, 1, 1, 2, 0, 0, 0, 1])
     counts = _types(answer, s, torch.zeros(8, dtype=torch.long))
-    assert {name: int(value) for name, value in counts.items()} == {"type1": 2, "type2": 3, "type3": 1}
+    assert {name: int(value) for name, value in counts.items()} == {
+        "train_type1": 2,
+        "train_type2": 3,
+        "train_type3": 1,
+    }
 
 
 # The outer step
@@ -456,7 +460,7 @@ def test_report() -> None:
     assert report["shared_loss"].item() == pytest.approx(shared.item())
     total = 0.7 * report["clean_loss"] + 0.3 * F.cross_entropy(z, y) + 1.4 * report["shared_loss"]
     assert report["loss"].item() == pytest.approx(total.item())
-    assert {name: report[name] for name in ("type1", "type2", "type3")} == _types(z.argmax(1), s, y)
+    assert {name: report[name] for name in ("train_type1", "train_type2", "train_type3")} == _types(z.argmax(1), s, y)
 
 
 @pytest.mark.parametrize("outer_steps", [1, 3])

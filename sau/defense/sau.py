@@ -192,7 +192,7 @@ def _types(answer: Labels, s: Labels, y: Labels) -> dict[str, Tensor]:
     """Counts of adversarial examples: type I both networks alike, II only h, III both but differently."""
     fooled, fooled_ref, alike = answer != y, s != y, answer == s
     return {
-        "type1": (fooled & alike).sum(),
-        "type2": (fooled & ~fooled_ref).sum(),
-        "type3": (fooled & fooled_ref & ~alike).sum(),
+        "train_type1": (fooled & alike).sum(),
+        "train_type2": (fooled & ~fooled_ref).sum(),
+        "train_type3": (fooled & fooled_ref & ~alike).sum(),
     }

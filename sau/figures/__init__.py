@@ -1,0 +1,26 @@
+"""Figures of a record, as matplotlib draws them: curves, pictures, risks, features. They need the extra `report`.
+
+Colours are Okabe and Ito's, which readers with any colour vision tell apart; line styles repeat what colours say.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from sau.figures.curves import curves, risks, types
+from sau.figures.examples import examples
+from sau.figures.features import features
+from sau.figures.pictures import pictures
+
+__all__ = ["curves", "examples", "features", "pictures", "risks", "save", "types"]
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg, close the figure, and return the two paths."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths

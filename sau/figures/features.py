@@ -1,0 +1,75 @@
+"""Where clean and triggered pictures lie in a network's last features, before and after purification."""
+
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+from sau.data.images import Images, to_float
+from sau.errors import ConfigError
+from sau.types import Pixels
+
+NAMES = {"tsne": "t-SNE", "pca": "principal components"}
+
+
+@torch.no_grad()
+def last_features(model: nn.Module, x: Pixels, batch_size: int = 500) -> Tensor:
+    """[B, F]: what the last linear layer of `model` is given. ConfigError for a network without one."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ConfigError("the network has no linear layer, so there are no last features to draw")
+    kept: list[Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda layer, given: kept.append(given[0].float().flatten(1)))
+    try:
+        for block in x.split(batch_size):
+            model(block)
+    finally:
+        hook.remove()
+    return torch.cat(kept)
+
+
+def features(
+    before: nn.Module,
+    after: nn.Module,
+    test: Images,
+    triggered: Images,
+    method: Literal["tsne", "pca"] = "tsne",
+    count: int = 600,
+    seed: int = 0,
+) -> Figure:
+    """Two maps by scikit-learn, each of its own network: `count` clean pictures and a quarter as many triggered ones.
+
+    Clean pictures of the label that most triggered ones want are blue, the others grey with their class written at
+    their centre; triggered ones are crosses.
+    """
+    clean = test[torch.linspace(0, len(test) - 1, min(count, len(test))).long()]
+    bad = triggered[torch.linspace(0, len(triggered) - 1, min(max(1, count // 4), len(triggered))).long()]
+    x = to_float(torch.cat([clean.pixels, bad.pixels]))
+    target = int(bad.labels.mode().values)
+    figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
+    for panel, (name, model) in zip(panels, {"backdoored": before, "purified": after}.items(), strict=True):
+        points = _flat(last_features(model.eval(), x), method, seed)
+        wanted, ours, theirs = clean.labels == target, points[: len(clean)], points[len(clean) :]
+        panel.scatter(*ours[~wanted].T, s=5, color="#bbbbbb", label="clean, other classes")
+        panel.scatter(*ours[wanted].T, s=8, color="#0072b2", label=f"clean, class {target} (target)")
+        panel.scatter(*theirs.T, s=14, color="#d55e00", marker="x", linewidths=0.8, label="triggered")
+        for label in clean.labels[~wanted].unique().tolist():
+            panel.annotate(str(label), ours[clean.labels == label].median(0).values.tolist(), fontsize=9, weight="bold")
+        panel.set(xticks=[], yticks=[], title=name, xlabel=f"{NAMES[method]} of the last features (no unit)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _flat(points: Tensor, method: str, seed: int) -> Tensor:
+    standing = points - points.mean(0)
+    if method == "pca":
+        return torch.from_numpy(PCA(2, random_state=seed).fit_transform(standing.numpy()))
+    perplexity = min(30, (len(points) - 1) / 3)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    return torch.from_numpy(tsne.fit_transform(standing.numpy()))

@@ -1,0 +1,44 @@
+"""Pictures beside their triggered versions, and the grid that pictures are shown in."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sau.data.images import Images, to_float
+
+
+def pictures(test: Images, triggered: Images, columns: int = 6) -> Figure:
+    """Rows clean, triggered, difference magnified so that the largest one is white; columns are test pictures."""
+    chosen = torch.linspace(0, len(triggered) - 1, min(columns, len(triggered))).long()
+    after, before = to_float(triggered.pixels[chosen]), to_float(test.pixels[triggered.index[chosen]])
+    title, difference = magnified(after - before)
+    truth, wanted = triggered.true_labels[chosen], triggered.labels[chosen]
+    notes = [f"class {y}, wanted {t}" for y, t in zip(truth.tolist(), wanted.tolist(), strict=True)]
+    return grid({"clean": before, "triggered": after, title: difference}, {"triggered": notes})
+
+
+def magnified(difference: Tensor) -> tuple[str, Tensor]:
+    """A name for the row, and |difference| times the factor that makes the largest one 1."""
+    gain = 1 / float(difference.abs().max().clamp_min(1 / 255))
+    return f"difference\nx{gain:.3g}", difference.abs() * gain
+
+
+def grid(rows: Mapping[str, Tensor], notes: Mapping[str, Sequence[str]]) -> Figure:
+    """Named rows of pictures [columns, C, H, W] in [0, 1], with a line of text below those that have one."""
+    columns = len(next(iter(rows.values())))
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.15 * columns + 0.5, 1.4 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, (title, row) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, row, strict=True):
+            colours = picture.expand(3, -1, -1) if len(picture) == 1 else picture
+            axis.imshow(colours.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(title, fontsize=8)
+        for axis, text in zip(line, notes.get(title, ()), strict=False):
+            axis.set_xlabel(text, fontsize=7)
+    return figure

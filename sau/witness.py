@@ -1,0 +1,199 @@
+"""Searches for adversarial examples of one network and for those that two networks share.
+
+Both climb in S = {e : |e| <= eps, x + e in [0, 1]}: the first one the cross-entropy CE(h(x+e), y), the second one the
+distance from the goal itself, with m_c(z) = z_c - max_{j != c} z_j the margin of class c,
+
+    max_{c != y}  min(0, m_c(h(x+e))) + min(0, m_c(h_b(x+e)))
+
+which is 0 exactly where h and h_b answer the same class other than y.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.errors import ConfigError
+from sau.perturb import into_pixels, length, project, start
+from sau.types import Flags, Labels, Logits, PerImage, Pixels
+
+BUCKET = 32  # every new batch size costs the convolutions a set-up, so searches use few of them
+SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Projected gradient steps in S.
+
+    Args:
+        norm: of the ball: L_inf, L2 or L1.
+        eps: its radius, in [0, 1] pixels.
+        steps: of each search.
+        step_size: length of a step in that norm; None means 2.5 eps / steps.
+        restarts: searches from random places, for each risk.
+    """
+
+    norm: Literal["L_inf", "L2", "L1"] = "L_inf"
+    eps: float = 0.2
+    steps: int = 20
+    step_size: float | None = None
+    restarts: int = 2
+
+    def __post_init__(self) -> None:
+        for name, fine, allowed in (
+            ("eps", self.eps > 0, "above 0"),
+            ("steps", self.steps >= 1, "1 and more"),
+            ("step_size", self.step_size is None or self.step_size > 0, "none, or above 0"),
+            ("restarts", self.restarts >= 1, "1 and more"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} of the risks' search is {getattr(self, name)}, allowed is {allowed}")
+
+    def into(self, x: Pixels, delta: Pixels) -> Pixels:
+        """The perturbation brought into S. Cutting at 0 and 1 moves values towards 0, so it stays in the ball."""
+        return into_pixels(x, project(delta, self.norm, self.eps))
+
+    def contains(self, delta: Pixels) -> Flags:
+        """Which perturbations lie in the ball, up to the rounding of 8-bit pictures."""
+        return length(delta, self.norm) <= self.eps * (1 + 1e-6)
+
+    def move(self, x: Pixels, delta: Pixels, gradient: Pixels) -> Pixels:
+        """One step of steepest ascent in the norm."""
+        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        flat = gradient.flatten(1)
+        if self.norm == "L_inf":
+            direction = flat.sign()
+        elif self.norm == "L2":
+            direction = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        else:
+            k = max(1, int(SPARSE * flat.shape[1]))
+            top = flat.abs().topk(k, 1).indices
+            direction = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k)
+        return self.into(x, delta + size * direction.view_as(x))
+
+
+def margins(z: Logits) -> Tensor:
+    """[B, K]: by how much each class beats all others; above 0 only for the answer."""
+    first, second = z.topk(2, 1).values.unbind(1)
+    answer = F.one_hot(z.argmax(1), z.shape[1]).bool()
+    return z - torch.where(answer, second[:, None], first[:, None])
+
+
+def shared_margin(u: Logits, v: Logits, y: Labels) -> PerImage:
+    """How far both networks are from answering one class other than y: 0 where they do, else below 0.
+
+    The maximum over c != y of min(0, margin of c in u) + min(0, margin of c in v).
+    """
+    both = margins(u).clamp_max(0) + margins(v).clamp_max(0)
+    return both.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+class Hunt:
+    """Pictures x [M, C, H, W] in [0, 1] with labels y, and the witnesses found for them so far.
+
+    Attributes:
+        adv: [M], some e in S makes h err.
+        share: [M], some e in S makes h and h_b answer the same class other than y.
+        witness: [M, C, H, W], that e of `share`; 0 where there is none.
+        done: forward passes of one network so far (a gradient counts as one more).
+        least: the same without the pictures that only fill buckets.
+    """
+
+    def __init__(
+        self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, search: Search, batch_size: int
+    ) -> None:
+        self.model, self.reference, self.x, self.y = model, reference, x, y
+        self.search, self.batch_size = search, batch_size
+        self.adv, self.share = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
+        self.witness = torch.zeros_like(x)
+        self.done = self.least = 0
+
+    def random(self) -> Pixels:
+        """A place in S for every picture."""
+        return into_pixels(self.x, start(self.x, "random", self.search.norm, self.search.eps))
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module, x: Pixels) -> Labels:
+        """Classes that `model` gives to x."""
+        self.count(len(x), len(x))
+        return torch.cat([model(block).argmax(1) for block in x.split(self.batch_size)])
+
+    def note(
+        self, delta: Pixels, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
+    ) -> Labels:
+        """Take h's answers `a` and h_b's answers `r` on x[index] + delta for witnesses, `where` delta lies in S.
+
+        Returns the types: 0 h is right, 1 (I) both give the same wrong class, 2 (II) h_b is right, 3 (III) they differ.
+        """
+        index = torch.arange(len(self.y), device=self.y.device) if index is None else index
+        where = torch.ones_like(index, dtype=torch.bool) if where is None else where
+        y = self.y[index]
+        errs, alike = a != y, (a != y) & (a == r)
+        new = alike & where & ~self.share[index]
+        self.witness[index[new]] = delta[new]
+        self.adv[index] |= errs & where
+        self.share[index] |= alike & where
+        return torch.where(alike, 1, torch.where(r == y, 2, 3)) * errs
+
+    def strongest(self) -> Pixels:
+        """For every picture the e with the largest cross-entropy of h on one full search, as training would use it."""
+        best, highest = torch.zeros_like(self.x), torch.full_like(self.x[:, 0, 0, 0], -torch.inf)
+
+        def keep(at: Labels, delta: Pixels, loss: PerImage) -> None:
+            better = loss > highest[at]
+            best[at[better]], highest[at[better]] = delta[better], loss[better]
+
+        self._climb(self._alone, self.random(), lambda: torch.ones_like(self.adv), keep)
+        return best
+
+    def adversarial(self, delta: Pixels) -> None:
+        """Search for witnesses of `adv` from `delta`, where there is none yet."""
+        self._climb(self._alone, delta, lambda: ~self.adv)
+
+    def shared(self, delta: Pixels) -> None:
+        """Search for witnesses of `share` from `delta`, where there is none yet."""
+        self._climb(self._together, delta, lambda: ~self.share, networks=2)
+
+    def _alone(self, at: Labels, delta: Pixels) -> PerImage:
+        z = self.model(self.x[at] + delta)
+        self.adv[at] |= z.argmax(1) != self.y[at]
+        return F.cross_entropy(z, self.y[at], reduction="none")
+
+    def _together(self, at: Labels, delta: Pixels) -> PerImage:
+        u, v = self.model(self.x[at] + delta), self.reference(self.x[at] + delta)
+        self.note(delta.detach(), u.argmax(1), v.argmax(1), index=at)
+        return shared_margin(u, v, self.y[at])
+
+    def _climb(
+        self,
+        goal: Callable[[Labels, Pixels], PerImage],
+        delta: Pixels,
+        left: Callable[[], Flags],
+        keep: Callable[[Labels, Pixels, PerImage], None] | None = None,
+        networks: int = 1,
+    ) -> None:
+        """`steps` steps up `goal` for the pictures that are `left`, and a look at where the last one leads."""
+        delta = delta.clone()
+        for step in range(self.search.steps + 1):
+            needed, last = int(left().sum()), step == self.search.steps
+            # Those that fill the last bucket climb on; their witness is kept.
+            active = (~left()).to(torch.uint8).argsort(stable=True)[: -(-needed // BUCKET) * BUCKET]
+            passes = networks * (1 if last else 2)
+            self.count(passes * len(active), passes * needed)
+            for at in active.split(self.batch_size) if needed else ():
+                d = delta[at].requires_grad_(not last)
+                with torch.set_grad_enabled(not last):
+                    height = goal(at, d)
+                if keep is not None:
+                    keep(at, d.detach(), height.detach())
+                if not last:
+                    (gradient,) = torch.autograd.grad(height.sum(), d)  # no weight gradients
+                    delta[at] = self.search.move(self.x[at], d.detach(), gradient)
+
+    def count(self, done: int, least: int) -> None:
+        """Add to the passes."""
+        self.done += done
+        self.least += least

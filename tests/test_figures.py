@@ -1,0 +1,131 @@
+"""Figures: what they show is what was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from toys import QUICK, REPOSITORY, environment, the_error, tiny_net, toy_images
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from sau.data.images import Images, to_float
+from sau.errors import ConfigError, DataError, RecordError
+from sau.figures import curves, examples, features, pictures, risks, save, types
+from sau.figures.curves import RISKS
+from sau.figures.features import last_features
+from sau.record import Record
+from sau.witness import Search
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def tracked(victim, here) -> Path:
+    flags = ("--epochs", "2", "--eval_every", "1", "--track_risk", "true", "--risk_samples", "40", "--risk_steps", "2")
+    assert here("defense", "sau", "--result_file", "victim", *flags, *QUICK)[0] == 0
+    return victim / "defense" / "sau"
+
+
+def test_the_script_draws_every_figure_as_png_and_svg(tracked):
+    folder = tracked.parents[1]
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "figures.py"), "victim", "--defense", "sau", "--map", "pca"]
+    argv += ["--record_root", str(folder.parent), "--eps", "0.05"]
+    done = subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stderr) == (0, "")
+    names = {"pictures", "attack", "sau", "risks", "types", "examples_sau", "features_sau"}
+    assert {file.name for file in (folder / "figures").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg")}
+    assert {Path(line).name for line in done.stdout.split()} == {file.name for file in (folder / "figures").iterdir()}
+    argv[argv.index("sau")] = "nothing"
+    done = subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2 and "nothing" in the_error(done.stderr)
+
+
+def test_the_risks_are_those_of_the_rows_and_of_the_network_before(tracked):
+    record = Record(tracked)
+    rows = [json.loads(line) for line in (tracked / "metrics.jsonl").read_text().splitlines()]
+    before = json.loads((tracked / "summary.json").read_text())["risk"]["before"]
+    (panel,) = risks([record]).axes
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    assert set(lines) == {label for label, _, _ in RISKS.values()}
+    for name in ("r_adv", "r_share", "r_bd"):
+        line = lines[RISKS[name][0]]
+        assert line.get_xdata().tolist() == [0, 1, 2]
+        assert line.get_ydata().tolist() == [before[name], *(row[name] for row in rows)]
+    assert panel.get_xlabel() == "round" and "%" in panel.get_ylabel()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == len(lines)
+    (panel,) = types([record]).axes
+    top = panel.collections[-1].get_datalim(panel.transData).y1
+    assert top == pytest.approx(max(sum(row[f"type{i}"] for i in (1, 2, 3)) for row in [before, *rows]), abs=0.1)
+
+
+def test_curves_start_at_the_network_before(tracked):
+    left, right = curves(Record(tracked)).axes
+    assert {line.get_label() for line in left.get_lines()} == {"loss", "clean loss", "shared loss"}
+    asr = next(line for line in right.get_lines() if line.get_label() == "ASR")
+    summary = json.loads((tracked / "summary.json").read_text())
+    assert asr.get_ydata()[0] == summary["before"]["asr"] and asr.get_ydata()[-1] == summary["after"]["asr"]
+
+
+def test_a_run_without_risks_is_refused(victim):
+    with pytest.raises(RecordError, match="--track_risk"):
+        risks([Record(victim)])
+
+
+def test_pictures_show_what_was_changed(tmp_path):
+    test = toy_images(6)
+    pixels = test.pixels.clone()
+    pixels[:, :, 0, 0] = 255 - pixels[:, :, 0, 0] // 2
+    triggered = Images(pixels, test.labels, test.labels, test.role, test.index, test.num_classes)
+    figure = pictures(test, triggered, columns=3)
+    difference = figure.axes[6].get_images()[0].get_array()
+    assert (difference[1:] == 0).all() and difference[0, 0].max() > 0.1
+    assert [path.suffix for path in save(figure, tmp_path / "deep" / "p")] == [".png", ".svg"]
+    assert (tmp_path / "deep" / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "deep" / "p.svg").read_text()
+
+
+def test_examples_are_what_their_rows_say():
+    test, model, reference = toy_images(40), tiny_net(seed=1), tiny_net(seed=10)
+    with torch.no_grad():
+        answers = [net(to_float(test.pixels)).argmax(1) for net in (model, reference)]
+    both_right = Images.clean(test.pixels, answers[0], 4)[(answers[0] == answers[1]).nonzero()[:, 0]]
+    triggered = Images(both_right.pixels, both_right.labels, both_right.labels, both_right.role,
+                       torch.arange(len(both_right)), 4)  # fmt: skip
+    figure = examples(model, reference, both_right, triggered, Search(eps=0.3, steps=10), columns=2)
+    columns = len(figure.axes) // 6
+    answers = [axis.get_xlabel().replace("$h_b$: ", "").replace("$h$: ", "").split() for axis in figure.axes]
+    for column in range(columns):
+        clean, shared, other = (answers[row * columns + column] for row in (0, 2, 4))
+        assert clean[0] == clean[1]  # both are right
+        assert shared[0] == shared[1] != clean[0]
+        assert other[0] != other[1] != clean[0]
+    with pytest.raises(DataError, match="none of"):
+        examples(model, model, both_right, triggered, Search(eps=0.3, steps=2))
+
+
+def test_features_are_the_input_of_the_last_layer():
+    model, x = tiny_net(), to_float(toy_images(10).pixels)
+    kept = last_features(model, x, batch_size=4)
+    torch.testing.assert_close(model.linear(kept), model(x))
+    assert not model.linear._forward_pre_hooks
+    with pytest.raises(ConfigError, match="no linear layer"):
+        last_features(torch.nn.Conv2d(3, 2, 1), x)
+
+
+def test_the_map_shows_clean_and_triggered_pictures():
+    test = toy_images(40)
+    triggered = Images(test.pixels, torch.ones_like(test.labels), test.labels, test.role, test.index, 4)
+    left, right = features(tiny_net(), tiny_net(seed=1), test, triggered, "pca", count=24).axes
+    for panel in (left, right):
+        others, wanted, crosses = (len(points.get_offsets()) for points in panel.collections)
+        assert others + wanted == 24 and crosses == 6 and wanted > 0
+    assert (left.get_title(), right.get_title()) == ("backdoored", "purified")

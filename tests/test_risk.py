@@ -1,0 +1,256 @@
+"""The risks: exact where the maxima have closed forms, and ordered as the paper says."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from toys import QUICK, tiny_net
+
+from sau.data.images import Images
+from sau.errors import ConfigError, DataError
+from sau.risk import measure, sample
+from sau.witness import Search, margins, shared_margin
+
+SIDE, N = 8, 96
+
+
+class Line(nn.Module):
+    """Two classes: logits (0, w . (x - 1/2))."""
+
+    def __init__(self, w: torch.Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height = (x - 0.5).flatten(1) @ self.w
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+def pictures(seed=0, n=N, classes=2):
+    torch.manual_seed(seed)
+    pixels = torch.randint(90, 166, (n, 3, SIDE, SIDE), dtype=torch.uint8)
+    return Images.clean(pixels, torch.randint(0, classes, (n,)), classes)
+
+
+def lines(seed, overlap):
+    """Two weight vectors; without overlap they look at different values."""
+    torch.manual_seed(seed)
+    first, second = torch.randn(2, 3 * SIDE * SIDE)
+    if not overlap:
+        half = torch.arange(len(first)) % 2 == 0
+        first, second = first * half, second * ~half
+    return first, second
+
+
+def depth(w, data):
+    """How far each picture is from being misclassified: y (w . (x - 1/2)), below 0 where it already is."""
+    side = 2 * data.labels - 1
+    return side * ((data.pixels.float() / 255 - 0.5).flatten(1) @ w)
+
+
+DUAL = {"L_inf": 1, "L2": 2, "L1": torch.inf}
+
+
+def nearest_shared(norm, w1, w2, data):
+    """Smallest norm that fools both lines; for L_inf and L1 the two must not look at the same values."""
+    reach = [depth(w, data).clamp_min(0) / torch.linalg.vector_norm(w, ord=DUAL[norm]) for w in (w1, w2)]
+    if norm == "L_inf":
+        return torch.maximum(*reach)
+    if norm == "L1":
+        return reach[0] + reach[1]
+    m1, m2 = (depth(w, data) / w.norm() for w in (w1, w2))
+    rho = float(w1 @ w2 / w1.norm() / w2.norm())
+    corner = ((m1**2 + m2**2 - 2 * rho * m1 * m2) / (1 - rho**2)).sqrt()
+    one_is_enough = torch.where(rho * m1 >= m2, m1, torch.where(rho * m2 >= m1, m2, corner))
+    return torch.where((m1 <= 0) & (m2 <= 0), 0.0, one_is_enough.clamp_min(0))
+
+
+@pytest.mark.parametrize("norm, eps, overlap", [("L_inf", 0.006, False), ("L2", 0.07, True), ("L1", 0.25, False)])
+def test_the_risks_of_two_linear_networks_are_the_exact_ones(norm, eps, overlap):
+    w1, w2 = lines(1, overlap)
+    data = pictures()
+    found = measure(Line(w1), Line(w2), data, search=Search(norm=norm, eps=eps, steps=60, step_size=eps / 12))
+    alone = depth(w1, data) / torch.linalg.vector_norm(w1, ord=DUAL[norm])
+    both = nearest_shared(norm, w1, w2, data)
+    for reach, flags in ((alone, found.adv), (both, found.share)):
+        clear = (reach / eps - 1).abs() > 0.03  # a search of finite steps stops short of the boundary
+        assert clear.sum() > 0.85 * N and 0.15 * N < (reach < eps).sum() < 0.9 * N
+        assert torch.equal(flags[clear], (reach < eps)[clear])
+
+
+def test_filtering_adversarial_examples_misses_shared_ones():
+    w1, w2 = lines(2, overlap=False)
+    found = measure(Line(w1), Line(w2), pictures(), search=Search(eps=0.03, steps=20)).shares()
+    assert found["r_share"].percent > found["type1"].percent + 20
+
+
+def planted(seed, eps):
+    """A network, its reference, pictures and triggered ones, some of which lie in the ball."""
+    model, reference = tiny_net(4, seed=seed), tiny_net(4, seed=seed + 100)
+    data = pictures(seed, 60, 4)
+    chosen = data[(data.labels != 0).nonzero()[:, 0]]
+    noise = torch.randint(-40, 41, chosen.pixels.shape)
+    g = (chosen.pixels.int() + noise * (torch.rand(len(chosen), 1, 1, 1) < 0.5)).clamp(0, 255).to(torch.uint8)
+    triggered = Images(g, torch.zeros_like(chosen.labels), chosen.labels, chosen.role, chosen.index, 4)
+    return model, reference, data, triggered
+
+
+@pytest.mark.parametrize("norm, eps", [("L_inf", 0.1), ("L2", 0.5), ("L1", 4.0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_witness_is_one_and_the_risks_are_ordered(norm, eps, seed):
+    model, reference, data, triggered = planted(seed, eps)
+    search = Search(norm=norm, eps=eps, steps=5)
+    found = measure(model, reference, data, triggered, search, seed=seed)
+    assert not (found.share & ~found.adv).any() and not (found.blind & ~found.share).any()
+    assert not (found.inside & found.target & found.planted & ~found.share).any()
+    bound = found.bound()
+    assert bound is not None and bound["r_bd"] <= bound["at_most"] + 0.01
+    x, y = data.pixels[triggered.index].float() / 255, data.labels[triggered.index]
+    order = {"L_inf": torch.inf, "L2": 2, "L1": 1}[norm]
+    for delta in (found.witness, found.example):
+        assert torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1).max() <= eps * 1.00001
+        assert -1e-6 <= (x + delta).min() and (x + delta).max() <= 1 + 1e-6
+    with torch.no_grad():
+        a, r = model(x + found.witness).argmax(1), reference(x + found.witness).argmax(1)
+        assert torch.equal(found.share & (a == r) & (a != y), found.share)
+        a, r = model(x + found.example).argmax(1), reference(x + found.example).argmax(1)
+    for kind, flags in ((1, (a != y) & (a == r)), (2, (a != y) & (r == y)), (3, (a != y) & (r != y) & (a != r))):
+        assert torch.equal(found.kind == kind, flags)
+    shares = found.shares()
+    assert found.row()["r_bd"] == shares["r_bd"].percent and 0 < shares["in_ball"].hits < shares["in_ball"].total
+    assert shares["r_cl"].total == 60 and shares["r_adv"].total == len(triggered)
+
+
+def test_without_a_trigger_all_pictures_count_and_there_is_no_bound():
+    model, reference, data, _ = planted(0, 0.1)
+    found = measure(model, reference, data, search=Search(eps=0.1, steps=2))
+    assert found.bound() is None and "r_bd" not in found.row() and len(found.adv) == len(data)
+
+
+def test_triggers_outside_the_ball_give_no_bound():
+    model, reference, data, triggered = planted(0, 0.1)
+    far = triggered[(triggered.pixels != data.pixels[triggered.index]).flatten(1).any(1)]
+    found = measure(model, reference, data, far, Search(eps=0.001, steps=2))
+    assert found.bound() is None and "r_bd_in_ball" not in found.shares() and found.summary()["in_ball"] == 0
+
+
+def test_the_search_starts_at_the_trigger():
+    """Networks that are fooled at one point of the ball only, which no gradient leads to."""
+    torch.manual_seed(0)
+    data = pictures(0, 20)
+    data = Images.clean(data.pixels, torch.zeros(20, dtype=torch.int64), 2)
+    g = data.pixels.clone()
+    g[:, 0, 0, 0] = data.pixels[:, 0, 0, 0] + 20
+
+    class Lock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            opened = (x[:, None] - g.float()[None] / 255).abs().amax((2, 3, 4)).amin(1) < 1e-3
+            return torch.stack([1 - 2.0 * opened, self.w.expand(len(x))], 1) + 0 * x.sum((1, 2, 3))[:, None]
+
+    triggered = Images(g, torch.ones_like(data.labels), data.labels, data.role, data.index, 2)
+    found = measure(Lock(), Lock(), data, triggered, Search(eps=0.1, steps=3))
+    assert found.share.all() and not found.blind.any()
+    assert found.bound() == {"r_bd": 100.0, "at_most": 100.0}
+
+
+def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
+    _, _, data, triggered = planted(0, 0.1)
+    before = torch.get_rng_state()
+    clean, left = sample(data, triggered, 25, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(clean) == 25 and left is not None and 0 < len(left) < len(triggered)
+    assert torch.equal(clean.labels[left.index], left.true_labels)
+    at = clean.index[left.index]
+    assert torch.equal(data.pixels[at], clean.pixels[left.index])
+    assert torch.equal(triggered.pixels[torch.isin(triggered.index, at)], left.pixels)
+    everything, same = sample(data, triggered, 1000)
+    assert len(everything) == len(data) and torch.equal(same.index, triggered.index)
+
+
+def test_the_same_seed_finds_the_same_and_leaves_global_draws_alone():
+    model, reference, data, triggered = planted(1, 0.1)
+    before = torch.get_rng_state()
+    one, two = (measure(model, reference, data, triggered, Search(steps=3), seed=5) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.witness, two.witness) and one.summary() == two.summary()
+
+
+def test_the_shared_margin_is_zero_only_where_both_answer_the_same_wrong_class():
+    torch.manual_seed(0)
+    u, v, y = torch.randn(200, 4), torch.randn(200, 4), torch.randint(0, 4, (200,))
+    a, r = u.argmax(1), v.argmax(1)
+    margin = shared_margin(u, v, y)
+    assert torch.equal(margin == 0, (a == r) & (a != y)) and (margin <= 0).all()
+    assert torch.equal(margins(u) > 0, nn.functional.one_hot(a, 4).bool())
+    # By hand: class 1 lacks 2 in u and 1 in v, class 2 lacks 3 and 0.
+    u, v = torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+    assert shared_margin(u, v, torch.tensor([0])).item() == -3.0
+    assert shared_margin(u, v, torch.tensor([1])).item() == -2.0  # class 0: 0 in u, 2 in v
+
+
+def test_pictures_that_only_fill_batches_cost_little():
+    data = pictures(0, 1500, 4)
+    found = measure(tiny_net(), tiny_net(seed=1), data, search=Search(eps=0.02, steps=10))
+    assert found.least <= found.passes <= 1.15 * found.least
+
+
+@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"steps": 0}, {"step_size": 0.0}, {"restarts": 0}])
+def test_a_search_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Search(**wrong)
+
+
+def test_no_pictures_are_refused():
+    model, reference, data, triggered = planted(0, 0.1)
+    with pytest.raises(DataError, match="no pictures"):
+        measure(model, reference, data[torch.arange(0)])
+    with pytest.raises(DataError, match="no pictures"):
+        measure(model, reference, data, triggered[torch.arange(0)])
+
+
+# The command line
+
+
+def tracked(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "summary.json").read_text())["risk"]
+
+
+TRACK = ("--track_risk", "true", "--risk_samples", "60", "--risk_steps", "2", "--risk_eps", "0.1", *QUICK)
+
+
+def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here):
+    flags = ("defense", "sau", "--result_file", "victim", "--epochs", "2", "--eval_every", "1")
+    assert here(*flags, *QUICK)[0] == 0
+    plain = (victim / "defense" / "sau" / "model.safetensors").read_bytes()
+    status, out, err = here(*flags, *TRACK, "--overwrite")
+    assert (status, err) == (0, "") and "r_share" in out
+    assert (victim / "defense" / "sau" / "model.safetensors").read_bytes() == plain
+    rows, risk = tracked(victim / "defense" / "sau")
+    names = {"r_cl", "r_bd", "r_adv", "r_share", "r_share_sau", "type1", "type2", "type3", "train_type1"}
+    for row in rows:
+        assert names <= set(row) and row["r_share"] <= row["r_adv"]
+    assert rows[-1]["r_adv"] == risk["after"]["r_adv"] and rows[-1]["r_bd"] == risk["after"]["r_bd"]
+    assert risk["before"]["r_cl_count"][1] == 60 and risk["before"]["r_bd_count"][1] < 60
+    assert risk["search"] == {"norm": "L_inf", "eps": 0.1, "steps": 2, "step_size": None, "restarts": 2}
+    # The network in question is the reference itself: what fools one fools both.
+    assert risk["before"]["r_share"] == risk["before"]["r_adv"] and risk["before"]["type2"] == 0
+
+
+def test_a_method_without_epochs_gets_its_row(victim, here):
+    assert here("defense", "clp", "--result_file", "victim", *TRACK)[0] == 0
+    rows, risk = tracked(victim / "defense" / "clp")
+    assert len(rows) == 1 and rows[0]["r_adv"] == risk["after"]["r_adv"]
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("risk_samples", "0"), ("risk_eps", "0"), ("risk_norm", "L3"), ("risk_steps", "0")]
+)
+def test_flags_of_the_risks_that_cannot_be(victim, refused, flag, value):
+    assert flag.removeprefix("risk_") in refused("defense", "clp", "--result_file", "victim", f"--{flag}", value)
+    assert not (victim / "defense").exists()
