@@ -52,8 +52,10 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     _rows(record, found)
     record.save_tensors("model", {"weight": torch.zeros(3)})
     before, after = scores(90.0, None if asr is None else 98.0, 1.5), scores(acc, asr, None if asr is None else 80.0)
-    cost = {"seconds": 50.0, "peak_memory_mb": 900.0}
-    record.finish({"before": before, "after": after, "der": der, "selection": selection, "data": "clean", **cost})
+    found = {"before": before, "after": after, "der": der, "selection": selection, "data": "clean"}
+    if risks:
+        found["risk"] = {"before": tracked, "after": {**tracked, "bound": {"r_bd": 2.0, "at_most": 72.0}}}
+    record.finish({**found, "seconds": 50.0, "peak_memory_mb": 900.0})
     return record.path
 
 

@@ -202,6 +202,7 @@ def test_curves_begin_before_the_defense_and_go_on_through_its_stages(tmp_path):
     assert set(drawn) == {"Scores", "Risks", "Adversarial examples by type", "Loss"}
     acc = drawn["Scores"].lines[0]
     assert acc.label == "ACC" and acc.dots.count("h0") == 2 and acc.last == 88 and drawn["Scores"].ends == ("0", "3")
+    assert drawn["Risks"].ends == ("0", "3") and "2.00 ≤ 72.00." in build(tmp_path)[0]
     rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}, {"stage": 1, "epoch": 1, "loss": 3.0}]
     alone(path)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch":')
@@ -210,7 +211,7 @@ def test_curves_begin_before_the_defense_and_go_on_through_its_stages(tmp_path):
 
 
 def test_counts_of_types_are_no_shares(tmp_path):
-    """SAU's own rows count adversarial examples by type; only tracked risks are percentages."""
+    """SAU's rows once counted adversarial examples by type under these names; only tracked risks are percentages."""
     defense(attack(tmp_path), risks=False)
     assert {chart.title for chart in charts(cells(tmp_path)["badnet", "sau"])} == {"Scores", "Loss"}
 

@@ -104,8 +104,8 @@ PERCENT_TICKS = [(_height(part / 4), str(25 * part)) for part in range(5)]
 
 
 def _points(run: Run, name: str) -> Points:
-    """(epoch, value), stages one after the other; scores of a defense begin with those before it, at 0."""
-    before = run.figures.get(f"before_{name}") if name in parse.PERCENT else None
+    """(epoch, value), stages one after the other; scores and risks of a defense begin with those before it, at 0."""
+    before = run.figures.get(f"before_{name}") if name in parse.PERCENT else _risk_before(run, name)
     points = [] if before is None else [(0.0, before)]
     past, stage, last = 0.0, 0.0, 0.0
     for row in run.rows:
@@ -115,6 +115,11 @@ def _points(run: Run, name: str) -> Points:
         if name in row:
             points.append((past + last, row[name]))
     return points if len(points) > (before is not None) else []
+
+
+def _risk_before(run: Run, name: str) -> float | None:
+    value = parse.mapping(parse.mapping(run.summary.get("risk")).get("before")).get(name)
+    return float(value) if parse.number(value) else None
 
 
 def _mean(curves: list[Points]) -> Points:

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sau.errors import RecordError
 from sau.record import SUMMARY
@@ -64,11 +64,11 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def number(value: Any) -> bool:
+def number(value: Any) -> TypeGuard[float]:
     """Whether it is an int or a float."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def whole(value: Any) -> bool:
+def whole(value: Any) -> TypeGuard[int]:
     """Whether it is an int."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -63,6 +63,14 @@ class Cell:
         return [(text, found[name]) for name, text in names.items() if parse.number(found.get(name))]
 
     @property
+    def bounds(self) -> list[tuple[float, float]]:
+        """(R_bd, R_share + 1 - R_bd before) in percent of the pictures whose trigger lies in the ball, a pair a run."""
+        after = [parse.mapping(parse.mapping(run.summary.get("risk")).get("after")) for run in self.good]
+        found = [parse.mapping(risk.get("bound")) for risk in after]
+        pairs = [(bound.get("r_bd"), bound.get("at_most")) for bound in found]
+        return [(a, b) for a, b in pairs if parse.number(a) and parse.number(b)]
+
+    @property
     def good(self) -> list[Run]:
         """The runs that count."""
         return [run for run in self.runs if run.usable]
