@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
+onnx = ["onnx>=1.17"]
 
 setup(
     name="sau",
@@ -25,9 +26,14 @@ setup(
     extras_require={
         "report": report,
         "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
+        "onnx": onnx,
+        "ray": ["ray>=2.40"],
+        "slurm": ["submitit>=1.5"],
         "test": [
             *report,
+            *onnx,
             "pytest>=8",
+            "hypothesis>=6.100",
             "beartype>=0.18",
             "ruff>=0.8",
             "mypy>=1.10",
@@ -35,6 +41,9 @@ setup(
             "types-tqdm",
             "build",
             "selenium>=4.20",
+            "ipykernel>=6",
+            "nbclient>=0.10",
+            "nbformat>=5",
         ],
     },
     entry_points={"console_scripts": ["sau=sau.__main__:run"]},

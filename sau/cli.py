@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sau import device as machine
 from sau import quality, victim
 from sau.attack import ATTACKS
 from sau.data.cifar import subset_note
 from sau.data.images import Images
+from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
+from sau.defense.base import Defense
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
-from sau.models import Normalized, build, has_width
+from sau.holding import give_all_back
+from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
-from sau.risk import Found, measure, sample
+from sau.risk import gauge
 from sau.watch import Watch, begin, precision, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
@@ -62,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     except _Stopped as stop:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
         return 128 + int(stop.args[0])
+    finally:
+        give_all_back()
     return 0
 
 
@@ -136,27 +140,28 @@ def defend(name: str, argv: Sequence[str]) -> None:
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
-    train, test, notes = attacked.pictures(run.dataset_path)
-    kind = "clean" if method.needs == "clean" else "poisoned training"
-    if method.needs == "poisoned" and attacked.poisoned is not None:
-        train = train.updated(attacked.poisoned)
-    given = clean_subset(train, run.ratio, run.random_seed, run.index).to(where)
-    test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
+    given, test, notes = _given(attacked, run, method)
+    given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
-    record = Record(attacked.path / "defense" / name)
+    record = Record(folder(attacked.path / "defense", run.save_folder_name or name))
     settings = {"defense": name, **method.params()}
     identity = {**settings, "clean": fingerprint(given), "attacked": attacked.digest, "random_seed": run.random_seed}
     begin(record, run, identity, threads)
     record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
     record.note(attacked=attacked.digest, clean_index=given.index.tolist())
+    kind = "clean" if method.needs == "clean" else "poisoned training"
     record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
     model.amp = precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
     before = score(model, test, triggered)
-    risks = _risks(run, attacked, model, test, triggered) if run.track_risk else None
+    risks = None
+    if run.track_risk:
+        reference = attacked.model().to(where)
+        reference.amp = model.amp
+        risks = gauge(reference, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat = risks(model).summary() if risks else None
     evaluation = time.monotonic() - begun
     watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation, risks)
@@ -168,21 +173,20 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
     record.say(table({"before": before, "after": after}, rating))
-    scores = {"before": before.summary(), "after": after.summary(), "der": rating, "selection": method.selection}
-    scores["data"] = method.needs
+    scores = {"before": before.summary(), "after": after.summary(), "der": rating}
+    scores |= {"selection": method.selection, "data": method.needs}
     if risks:
         scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _risks(
-    run: DefenseRun, attacked: victim.Victim, model: Normalized, test: Images, triggered: Images | None
-) -> Callable[[nn.Module], Found]:
-    """Measures the risks of a network on the same test pictures, with the same search, each time."""
-    backdoored = attacked.model().to(test.pixels.device)
-    backdoored.amp = model.amp
-    clean, poison = sample(test, triggered, run.risk_samples, run.random_seed)
-    return lambda network: measure(network, backdoored, clean, poison, run.search(), seed=run.random_seed)
+def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[Images, Images, list[str]]:
+    """What the method is given, the clean test set, and what there is to say about them."""
+    train, test, notes = attacked.pictures(run.dataset_path)
+    if method.needs == "poisoned" and attacked.poisoned is not None:
+        train = train.updated(attacked.poisoned)
+    given = clean_subset(train, run.ratio, run.random_seed, run.index)
+    return given, test, notes + scrutinise(given, test, method.batch_size)
 
 
 def _place(root: str, target: str) -> Path:

@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -75,3 +76,15 @@ def _step(model: nn.Module, x: torch.Tensor) -> None:
     F.cross_entropy(model(x), y).backward()
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
+
+
+def confine(memory: int, seconds: int) -> None:
+    """For a process that opens what it must not trust: no file may be written, and at most `memory` bytes more than it
+    has now and `seconds` of computing be used. Where the system does not count memory (macOS), that limit is not set.
+    """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    mapped = Path("/proc/self/statm")
+    if mapped.is_file():
+        limit = int(mapped.read_text().split()[0]) * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

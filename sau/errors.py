@@ -20,5 +20,9 @@ class RecordError(SauError):
     """A result folder is missing, finished, foreign, damaged or does not fit the request."""
 
 
+class LockedError(RecordError):
+    """Somebody else works in a result folder."""
+
+
 class TrainingError(SauError):
     """A run cannot go on: a loss or a weight is not finite."""

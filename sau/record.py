@@ -13,14 +13,17 @@ import torch
 import yaml
 from torch import Tensor
 
+from sau import schema
 from sau.errors import RecordError
 from sau.files import write
+from sau.holding import give_back, hold
+from sau.schema import SCHEMA, difference, digest, plain
 
-SCHEMA = 1
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
 
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
 _INDEX = re.compile(r"^clean_index:\n(?:- \d+\n)+", re.M)
 
 
@@ -35,6 +38,7 @@ class Record:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
+        self.sealed: list[str] = []
 
     @property
     def finished(self) -> bool:
@@ -52,26 +56,39 @@ class Record:
         if self.admits(identity, overwrite):
             for leftover in self.path.glob(".*"):  # a write that was killed
                 leftover.unlink()
-            self.config = self.peek()
+            self.config = self._ours()
             return
         if self.path.is_dir():
             shutil.rmtree(self.path)
         self.config = {}
-        self.note(schema=SCHEMA, digest=digest(identity), identity=_plain(identity), **config)
+        self.note(schema=SCHEMA, digest=digest(identity), identity=plain(identity), **config)
 
     def admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
-        """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`."""
+        """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`.
+
+        From then on the folder is this process's until the run is finished or the process ends; LockedError names who
+        has it already.
+        """
+        new = hold(self.path)
+        try:
+            return self._admits(identity, overwrite)
+        except RecordError:
+            if new:
+                give_back(self.path)
+            raise
+
+    def _admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name")
         if not self.path.exists() or not any(self.path.iterdir()):
             return False
-        old = self.peek()
+        old = self._ours()
         if overwrite:
             return False
         if self.finished:
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
         if old.get("digest") != digest(identity):
-            other = _difference(old["identity"], _plain(identity))
+            other = difference(old["identity"], plain(identity))
             raise RecordError(
                 f"{self.path} holds an unfinished run with other settings ({other}); "
                 "repeat its flags to resume it, choose another name, or --overwrite to discard it"
@@ -81,7 +98,7 @@ class Record:
     def note(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
         self.config.update(json.loads(json.dumps(facts)))  # tuples become lists, as YAML has them
-        write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False).encode())
+        write(self.path / CONFIG, yaml.safe_dump(schema.signed(self.config), sort_keys=False).encode())
 
     def say(self, text: str) -> None:
         """Print a line and keep it in the log."""
@@ -98,9 +115,9 @@ class Record:
         write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def save(self, place: dict[str, Any]) -> None:
-        """Keep a checkpoint, its SHA-256 in front of it."""
+        """Keep a checkpoint and the rows so far, their SHA-256 in front."""
         buffer = io.BytesIO()
-        torch.save(place, buffer)
+        torch.save({**place, "rows": self.rows}, buffer)
         content = buffer.getvalue()
         write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
 
@@ -114,15 +131,20 @@ class Record:
             raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
         try:
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
+            rows = place.pop("rows") if "rows" in place else self._lines()
             done = place["stage"], place["place"]["epoch"]
-            self.rows = [row for row in map(json.loads, lines) if (row.get("stage", 0), row["epoch"]) <= done]
+            self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RecordError(
                 f"{file} or {METRICS} is damaged ({reason[:100]}); start again with --overwrite"
             ) from None
         return place
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The rows on the disk; folders of schema 1 have them nowhere else."""
+        lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
+        return [json.loads(line) for line in lines]
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write `<name>.safetensors`."""
@@ -138,73 +160,48 @@ class Record:
             raise RecordError(f"cannot read {file}: {error}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json` and the manifest, which closes the folder, and drop the checkpoint."""
+        """Write `summary.json` and the manifest, which closes the folder; drop the checkpoint and the lock."""
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         kept = [file for file in sorted(self.path.iterdir()) if file.is_file() and file.name != CHECKPOINT]
-        files = {file.name: _seal(file) for file in kept}
-        write(self.path / MANIFEST, (json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n").encode())
+        write(self.path / MANIFEST, schema.manifest(kept))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+        give_back(self.path)
 
     def check(self, *, light: bool = False) -> dict[str, Any]:
         """Compare every file with the manifest; returns the configuration. RecordError names the first that differs.
 
-        `light` is for readers of many folders: of `*.safetensors` the sizes alone are compared; see also `peek`.
+        `light` is for readers of many folders: of `*.safetensors` the sizes alone are compared, and the configuration
+        comes without the long `clean_index`, which takes most of the time to read.
         """
         if not self.path.is_dir():
             raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
-        self.config = self.peek(light=light)
+        self.config = self._ours(light)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
-        try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            schema, files = manifest["schema"], {name: dict(seal) for name, seal in manifest["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"{self.path / MANIFEST} is damaged: {error}") from None
-        if schema != SCHEMA:
-            raise RecordError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA}")
-        for name, seal in files.items():
-            file = self.path / Path(name).name
-            size_alone = light and file.suffix == ".safetensors"
-            if not file.is_file() or seal != {**seal, **_seal(file, size_alone)}:
-                raise RecordError(f"{file} is missing or damaged (it differs from {MANIFEST}); make the folder again")
+        self.verify(light=light)
+        if not light:
+            self.config = self._ours()  # what was compared is what counts
         return self.config
 
-    def peek(self, *, light: bool = False) -> dict[str, Any]:
-        """The configuration, unchecked, or RecordError if it is not ours; `light` leaves out the long `clean_index`."""
+    def verify(self, *, light: bool = False) -> int:
+        """Compare every file of a finished folder with the manifest; returns their bytes. RecordError as in `check`."""
+        self.sealed = schema.unbroken(self.path / MANIFEST, light)
+        return sum((self.path / Path(name).name).stat().st_size for name in self.sealed)
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json` of a finished folder; call `check` first."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
+            return content
+        except (OSError, ValueError) as error:
+            raise RecordError(f"cannot read {self.path / SUMMARY}: {error}") from None
+
+    def _ours(self, light: bool = False) -> dict[str, Any]:
         try:
             text = (self.path / CONFIG).read_text()
-            config = _yaml(_INDEX.sub("", text) if light else text)
-            if isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys():
-                return config
+            config = _YAML(_INDEX.sub("", text) if light else text).get_single_data()
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             config = None
-        raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
-
-
-def _plain(identity: dict[str, Any]) -> dict[str, Any]:
-    """As YAML and JSON have it: tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
-
-
-def digest(identity: dict[str, Any]) -> str:
-    """SHA-256 over what determines a result, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _yaml(text: str) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)  # libyaml's is five times as fast
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _seal(file: Path, size_alone: bool = False) -> dict[str, Any]:
-    size = {"bytes": file.stat().st_size}
-    return size if size_alone else {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **size}
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    both = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
-    return "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in sorted(both.items()))
+        if not isinstance(config, dict) or not {"schema", "digest", "identity"} <= config.keys():
+            raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
+        return schema.opened(config, self.path / CONFIG, sealed=not light)

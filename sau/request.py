@@ -32,6 +32,8 @@ class Run:
         overwrite: discard what is in the result folder.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         frequency_save: epochs between two copies of the weights that are kept; 0 means none.
+        save_folder_name: result folder, of an attack below record_root (none makes one of the time and the attack), of
+            a defense below `defense` in the attack's folder (none means the defense's name).
         yaml_path: YAML file with any of these settings.
     """
 
@@ -47,6 +49,7 @@ class Run:
     overwrite: bool = False
     eval_every: int = 10
     frequency_save: int = 0
+    save_folder_name: str | None = None
     yaml_path: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,14 +65,12 @@ class AttackRun(Run):
     """What an attack is asked besides its own hyperparameters.
 
     Args:
-        save_folder_name: result folder below record_root; none makes one of the time and the attack.
         width: channels of preactresnet18's first stage; the published network has 64, torchvision's have no width.
         img_size: height and width of the pictures in pixels (gtsrb, tiny, folder); none means the data set's own.
         bd_yaml_path: YAML file with settings of the attack; it beats yaml_path.
         attack: the attack's name, which the script already says; another one is refused.
     """
 
-    save_folder_name: str | None = None
     width: int = 64
     img_size: int | None = None
     bd_yaml_path: str | None = None

@@ -13,6 +13,7 @@ R_share is one for R_adv, so R_share <= R_adv holds for what is found, too. Wher
 and h_b answers t, a picture that h answers with t has a witness for R_share: R_bd <= R_share + 1 - R_bd(h_b).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,12 +141,17 @@ def measure(
         raise DataError("no pictures to measure risks on; give at least one")
     model.eval(), reference.eval()
     chosen = clean if triggered is None else clean[triggered.index]
+    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
     with seeded(seed):
-        return _found(
-            Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size),
-            clean,
-            triggered,
-        )
+        return _found(hunt, clean, triggered)
+
+
+def gauge(
+    reference: nn.Module, clean: Images, triggered: Images | None, count: int, search: Search, seed: int
+) -> Callable[[nn.Module], Found]:
+    """Measures the risks of one network after the other on the same sample, with the same search."""
+    some, bad = sample(clean, triggered, count, seed)
+    return lambda model: measure(model, reference, some, bad, search, seed=seed)
 
 
 def _by_sau(hunt: Hunt, a: Labels, r: Labels) -> Flags:

@@ -18,6 +18,14 @@ RECIPES = ("paper", "cpu")
 class _Yaml(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that is given twice, which plain YAML would silently take from its last place."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} is given twice; give it once")
+        return super().construct_mapping(node, deep)
+
 
 _Yaml.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Yaml.add_implicit_resolver(
@@ -32,13 +40,7 @@ def read_yaml(
 
     A case under `datasets:` is the name of a data set, or name.recipe where it holds for that recipe alone.
     """
-    try:
-        tree = yaml.compose(path.read_text(), Loader=_Yaml)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    plain = _mapping(tree, path)
+    plain = _nodes(path)
     found = _settings({key: node for key, node in plain.items() if key not in OVERLAYS}, path, known)
     for overlay, chosen in zip(OVERLAYS, (recipe, dataset), strict=True):
         cases = _mapping(plain[overlay], path) if overlay in plain else {}
@@ -50,6 +52,19 @@ def read_yaml(
             inner = _settings(_mapping(node, path), path, known)
             found.update(inner if case in (chosen, f"{chosen}.{recipe}") else {})
     return found
+
+
+def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
+    """The settings of a YAML file that knows no cases; values may be lists and mappings. Refuses unknown keys."""
+    return _settings(_nodes(path), path, known)
+
+
+def _nodes(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.compose(path.read_text(), Loader=_Yaml)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    return _mapping(tree, path) if tree is not None else {}
 
 
 def _mapping(node: Any, path: Path) -> dict[str, Any]:

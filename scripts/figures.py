@@ -14,7 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")
 

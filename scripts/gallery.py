@@ -19,7 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -11,10 +11,18 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from sau.grid.names import plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> (ACC, ASR) of each seed
@@ -24,7 +32,7 @@ def read(root: Path) -> Found:
     """The summaries below a folder."""
     found: Found = defaultdict(lambda: defaultdict(list))
     for file in sorted(root.glob("*_r*_s*/summary.json")):
-        parts = re.fullmatch(r"(\w+?)_r([\d.]+)_s(\d+)", file.parent.name)
+        parts = re.fullmatch(r"(\w+?)_r([\d.]+)_s(\d+)", plain(file.parent.name))
         if parts:
             summary = json.loads(file.read_text())
             found[parts[1]][float(parts[2])].append((summary["acc"], summary["asr"]))

@@ -37,7 +37,7 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
             der: float | None = 96.0, selection: str = "defender", rows: int = 2, risks: bool = False,
             ratio: float = 0.05, dataset: str = "cifar10", **settings: Any) -> Path:  # fmt: skip
     """A finished defense of a folder."""
-    digest = Record(attacked).peek()["digest"] if (attacked / "config.yaml").is_file() else "0" * 64
+    digest = Record(attacked).check()["digest"] if (attacked / "config.yaml").is_file() else "0" * 64
     method = {"defense": name, "lr": 0.01, **settings}
     record = Record(attacked / "defense" / name)
     config = {"run": {"ratio": ratio}, "command": f"defense/{name}.py --result_file {attacked.name}"}

@@ -1,6 +1,5 @@
 """BackdoorBench's folders: reading theirs, writing ours, and files that are broken or hostile."""
 
-import builtins
 import csv
 import importlib.util
 import io
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hostile import HERE, hostile, in_zip, pickled, saved, text
 from PIL import Image
 from torch import nn
 from toys import REPOSITORY, TinyNet, environment, tiny_net, toy_images
@@ -218,16 +218,6 @@ def same(one: Images, other: Images) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
-def pickled(raw: bytes, change: Any) -> bytes:
-    """The archive with `change(pickle)` for its pickle; nothing is compressed."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
-        for member in old.infolist():
-            content = old.read(member)
-            new.writestr(member.filename, change(content) if member.filename.endswith("data.pkl") else content)
-    return out.getvalue()
-
-
 def test_a_plain_file_is_read(tiny, tmp_path):
     found = compat.read(save(toy_content(tmp_path / "a"), tmp_path / "a"))
     poisoned, triggered = toy_parts()
@@ -332,81 +322,6 @@ def test_hundred_permutations_of_names_are_refused(tmp_path):
 
 # Refusals
 
-HERE = "CANARY"
-
-
-class Call:
-    """Pickles as a call of a function."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def in_zip(code: bytes) -> bytes:
-    out = io.BytesIO()
-    torch.save({"x": torch.zeros(2)}, out)
-    return pickled(out.getvalue(), lambda content: b"\x80\x02" + code + b".")
-
-
-def saved(content: Any, **options: Any) -> bytes:
-    out = io.BytesIO()
-    torch.save(content, out, **options)
-    return out.getvalue()
-
-
-def tarred(command: str) -> bytes:
-    """The format of torch 0.1: a tar archive of pickles."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            content = pickle.dumps(Call(os.system, command), protocol=2)
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return out.getvalue()
-
-
-def deflated(megabytes: int) -> bytes:
-    out = io.BytesIO()
-    raw = saved({"x": torch.zeros(1)})
-    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
-        for member in old.infolist():
-            large = member.filename.endswith("data/0")
-            new.writestr(member.filename, bytes(megabytes << 20) if large else old.read(member))
-    return out.getvalue()
-
-
-def touch(canary: Path) -> str:
-    return f"touch {canary}"
-
-
-def getattr_chain(canary: Path) -> bytes:
-    module = b"cbuiltins\n__import__\n(" + text("os") + b"tR"
-    return in_zip(b"cbuiltins\ngetattr\n(" + module + text("system") + b"tR(" + text(touch(canary)) + b"tR")
-
-
-def module_attribute(canary: Path) -> bytes:
-    return in_zip(b"ctorch.serialization\nos.system\n(" + text(touch(canary)) + b"tR")
-
-
-def object_array(canary: Path) -> bytes:
-    return saved({**dict.fromkeys(KEYS), "bd_test": np.array([Call(os.system, touch(canary))], dtype=object)})
-
-
-def false_dtype() -> bytes:
-    """An int64 dtype that is told, after an array was made of it, that it holds Python objects."""
-    kind = b"cnumpy\ndtype\n(" + text("i8") + b"\x89\x88tRq\x01"
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text("b") + b"tR"
-    state = b"(K\x01(K\x04th\x01\x89c_codecs\nencode\n(" + text("A" * 32) + text("latin1") + b"tRtb"
-    return in_zip(kind + array + state + b"h\x01(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb")
-
 
 @pytest.fixture
 def refused(tmp_path, one_line):
@@ -428,30 +343,13 @@ def refused(tmp_path, one_line):
 @pytest.mark.filterwarnings("ignore")  # TorchScript is said to be on its way out
 def test_twelve_hostile_files_are_refused_and_nothing_runs(refused, tmp_path):
     canary = tmp_path / HERE
-    command = touch(canary)
-    script = io.BytesIO()
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), script)
-    hostile = {
-        "os.system": (saved(Call(os.system, command)), "system"),
-        "eval": (saved(Call(eval, f"open({str(canary)!r}, 'w')")), "eval"),
-        "getattr chain": (getattr_chain(canary), "getattr"),
-        "module attribute": (module_attribute(canary), "torch.serialization.os.system"),
-        "object array": (object_array(canary), "'O8'"),
-        "nested pickle": (saved(Call(pickle.loads, pickle.dumps(Call(os.system, command)))), "loads"),
-        "legacy": (saved(Call(os.system, command), _use_new_zipfile_serialization=False), "no torch zip file"),
-        "tar": (tarred(command), "no torch zip file"),
-        "TorchScript": (script.getvalue(), "TorchScript"),
-        "whole module": (saved(nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
-        "deflate bomb": (deflated(200), "compressed"),
-        "false dtype": (false_dtype(), "dtype"),
-        "exec": (saved(Call(builtins.exec, f"open({str(canary)!r}, 'w')")), "exec"),
-        "subprocess": (saved(Call(subprocess.check_call, ["touch", str(canary)])), "check_call"),
-    }
-    for raw, word in hostile.values():
+    files = hostile(canary)
+    assert len(files) >= 12
+    for raw, word in files.values():
         refused(raw, word)
         assert not canary.exists()
     # The commands would have worked.
-    with zipfile.ZipFile(io.BytesIO(hostile["os.system"][0])) as archive:
+    with zipfile.ZipFile(io.BytesIO(files["os.system"][0])) as archive:
         pickle.loads(archive.read("archive/data.pkl"))  # noqa: S301 - our own
     assert canary.exists()
 

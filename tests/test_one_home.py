@@ -59,12 +59,12 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
         {"attack/lf_network.py", "defense/base.py", "defense/nad.py", "defense/rnp.py", "defense/sau.py"},
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
-    "the screen": (calling("print"), {"cli.py", "record.py"} | below("data")),
+    "the screen": (calling("print"), {"cli.py", "record.py", "grid/work.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
         {"cli.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
-    "signals": (importing("signal"), {"cli.py"}),
+    "signals": (importing("signal"), {"cli.py", "grid/cells.py", "grid/work.py"}),
     "the machine": (importing("resource") | calling("set_num_threads"), {"device.py"}),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
 }  # fmt: skip

@@ -313,10 +313,10 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, text, one_line):
 def test_a_manifest_of_another_version_is_refused(tmp_path, one_line):
     made(tmp_path / "a")
     file = tmp_path / "a" / MANIFEST
-    file.write_text(file.read_text().replace('"schema": 1', '"schema": 2'))
+    file.write_text(file.read_text().replace('"schema": 2', '"schema": 3'))
     with pytest.raises(RecordError) as refusal:
         Record(tmp_path / "a").check()
-    assert "schema 2" in one_line(refusal.value)
+    assert "schema 3" in one_line(refusal.value)
 
 
 def test_a_manifest_reads_nothing_outside_its_folder(tmp_path):
@@ -496,9 +496,13 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
 
 
 @pytest.mark.parametrize("text", ["{", "3\n", '{"loss": 1}\n', "\xff\n"])
-def test_damaged_rows_are_refused(tmp_path, text, one_line):
+def test_damaged_rows_of_an_older_checkpoint_are_refused(tmp_path, text, one_line):
+    """Schema 1 had no rows in its checkpoints."""
     record = begun(tmp_path / "a")
-    record.save({"stage": 0, "place": {"epoch": 1}})
+    content = io.BytesIO()
+    torch.save({"stage": 0, "place": {"epoch": 1}}, content)
+    sealed = hashlib.sha256(content.getvalue()).hexdigest().encode() + content.getvalue()
+    (record.path / CHECKPOINT).write_bytes(sealed)
     (tmp_path / "a" / METRICS).write_text(text, encoding="latin-1")
     with pytest.raises(RecordError) as refusal:
         begun(tmp_path / "a").load()

@@ -144,6 +144,20 @@ def test_summaries_alone_are_unverified_and_their_names_say_the_rest(tmp_path):
     assert compare(section) == [] and compare(tables(tmp_path, "cifar10")[0])
 
 
+def test_the_names_of_a_grid_say_ratio_share_and_seed(tmp_path):
+    """Whole folders say it themselves; of kept summaries the names do, and the digests in them keep nothing apart."""
+    for seed in (0, 1):
+        for ratio, pratio in ((0.1, 0.1), (0.05, 0.05)):
+            attacked = attack(tmp_path, seed=seed, folder=f"badnet_r{ratio}_0123{seed}56789_s{seed}", pratio=pratio)
+            (attacked / "defense" / "sau_c0.05_abcdef0123").parent.mkdir()
+            defense(attacked, "sau", seed).rename(attacked / "defense" / f"sau_c0.05_abcdef012{seed}")
+    whole = cells(tmp_path)
+    assert {len(cell.good) for cell in whole.values()} == {2} and ("badnet", "pratio 0.1", "sau") in whole
+    for manifest in list(tmp_path.rglob("manifest.json")):
+        alone(manifest.parent)
+    assert set(cells(tmp_path)) == set(whole)
+
+
 def test_the_kept_results_are_shown():
     (section,) = tables(REPOSITORY / "docs" / "results" / "cifar10_cpu", "cifar10")
     assert {cell.status for cell in section.cells} == {"unverified", "not run"}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import sau
 from sau.data.cache import cache_folder
-from sau.errors import RecordError
-from sau.record import SUMMARY, Record, digest
+from sau.errors import LockedError, RecordError
+from sau.record import SUMMARY, Record
+from sau.schema import digest
 from sau.session import Session
 
 Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them
@@ -93,6 +94,8 @@ def _begin(record: Record, identity: dict[str, Any], stack: ExitStack, say: Call
             record.check()
         record.begin({}, identity, overwrite=False)
         resumes = record.load() is not None
+    except LockedError:
+        raise
     except RecordError as error:
         say(f"{_brief(error)}; making it again")
         shutil.rmtree(record.path, ignore_errors=True)

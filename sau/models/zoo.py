@@ -32,11 +32,17 @@ def torchvision_net(name: str, num_classes: int, shape: tuple[int, int, int]) ->
     It takes the pictures as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224
     first, and its state-dict keys begin with `1.`.
     """
+    net = torchvision_plain(name, num_classes)
+    return net if _accepts(net, shape) else nn.Sequential(Enlarge(), net)
+
+
+def torchvision_plain(name: str, num_classes: int) -> nn.Module:
+    """The network itself, without anything in front."""
     from torchvision import models
 
     extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
     net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
-    return net if _accepts(net, shape) else nn.Sequential(Enlarge(), net)
+    return net
 
 
 @torch.no_grad()

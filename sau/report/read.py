@@ -1,6 +1,5 @@
 """Result folders, whatever their state, as runs: what was measured, how far it can be trusted, and what is wrong."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from sau.errors import RecordError
 from sau.record import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.report import parse
+from sau.report.names import attack_named, defense_named
 
 VERIFIED, UNVERIFIED, UNFINISHED, DAMAGED, DUPLICATE = (
     "verified", "unverified", "unfinished", "damaged", "duplicate"
@@ -100,7 +100,8 @@ def _below(folder: Path) -> Iterator[Run]:
     if attack is not None:
         yield attack
     # A folder of BackdoorBench has no configuration of ours; what defends it does.
-    parent = attack or Run(folder, *_from_name(folder.name), None, UNVERIFIED)
+    name, seed, settings = attack_named(folder.name)
+    parent = attack or Run(folder, name, NONE, seed, None, UNVERIFIED, attack_settings=settings)
     for below in sorted(path for path in folder.glob("defense/*") if path.is_dir()):
         if _is_result(below):
             yield _run(below, parent)
@@ -108,12 +109,6 @@ def _below(folder: Path) -> Iterator[Run]:
 
 def _is_result(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG, SUMMARY, MANIFEST))
-
-
-def _from_name(name: str) -> tuple[str, str, int | None]:
-    """Attack, `none` and seed as `<attack>_s<seed>` says them."""
-    parts = re.fullmatch(r"(.+)_s(\d{1,10})", name)
-    return (parts[1], NONE, int(parts[2])) if parts else (name, NONE, None)
 
 
 def _run(folder: Path, parent: Run | None) -> Run:
@@ -144,17 +139,22 @@ def _said(config: dict[str, Any], folder: Path, parent: Run | None) -> dict[str,
     identity = parse.mapping(config.get("identity"))
     own = {str(key): value for key, value in identity.items() if key not in OF_A_SEED} if identity else None
     dataset = parse.mapping(config.get("data")).get("dataset")
-    name, _, numbered = _from_name(folder.name) if parent is None else (parent.attack, NONE, parent.seed)
     seed = identity.get("random_seed")
-    said = {"seed": seed if parse.whole(seed) else numbered, "dataset": str(dataset) if dataset else None}
+    said: dict[str, Any] = {"dataset": str(dataset) if dataset else None, "seed": seed if parse.whole(seed) else None}
     if parent is None:
+        name, numbered, named = attack_named(folder.name)
+        said["seed"] = numbered if said["seed"] is None else said["seed"]
         settings: dict[str, Any] | None = {} if identity else None
-        return {**said, "attack": str(identity.get("attack", name)), "defense": NONE, "attack_settings": own,
-                "settings": settings}  # fmt: skip
+        return {**said, "attack": str(identity.get("attack", name)), "defense": NONE, "settings": settings,
+                "attack_settings": named if own is None else own}  # fmt: skip
+    name, named = defense_named(folder.name)
     if own is not None:
         own["ratio"] = parse.mapping(config.get("run")).get("ratio")
-    return {**said, "attack": name, "defense": folder.name, "attack_settings": parent.attack_settings, "settings": own,
-            "dataset": parent.dataset or said["dataset"]}  # fmt: skip
+    return {
+        "attack": parent.attack, "attack_settings": parent.attack_settings,
+        "defense": str(identity.get("defense", name)), "settings": named if own is None else own,
+        "dataset": parent.dataset or said["dataset"], "seed": parent.seed if said["seed"] is None else said["seed"],
+    }  # fmt: skip
 
 
 def _once(runs: list[Run]) -> Iterator[Run]:

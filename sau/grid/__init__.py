@@ -1,0 +1,1 @@
+"""A comparison as one file: attacks x defenses x seeds x ratios, run cell by cell on whatever machines there are."""

@@ -1,0 +1,152 @@
+"""Engines that others wrote: Ray, for one machine or a cluster, and Slurm."""
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sau
+from sau.errors import ConfigError
+from sau.grid.cells import Job, Outcome, run_cell
+from sau.grid.engines import GIB, Done, usable_cores
+from sau.grid.plan import Cell
+
+
+class RayEngine:
+    """Ray: one machine or a cluster. Retries are the grid's, so that they are counted alike everywhere.
+
+    Args:
+        address: of a running cluster (`auto` finds the one on this machine); None starts one here.
+        cores: to use where one is started; None means all.
+    """
+
+    def __init__(self, address: str | None = None, cores: int | None = None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self.ray = _import("ray", "ray")
+        home = {"env_vars": {"PYTHONPATH": str(Path(sau.__file__).parents[1])}}
+        started: dict[str, Any] = (
+            {"num_cpus": cores or usable_cores(), "include_dashboard": False} if address is None else {}
+        )
+        try:
+            self.ray.init(address=address, runtime_env=home, log_to_driver=False, logging_level="error", **started)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+        self.task = self.ray.remote(run_cell)
+        self.running: dict[Any, Cell] = {}
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        nodes = self._nodes()
+        for need in {(cell.threads, cell.memory_gb, cell.gpus): cell for cell in cells}.values():
+            wants = {"CPU": need.threads, "memory": need.memory_gb * GIB, "GPU": need.gpus}
+            if not any(all(node.get(what, 0) >= amount for what, amount in wants.items()) for node in nodes):
+                asked = f"{need.threads} threads, {need.memory_gb:g} GiB and {need.gpus:g} GPUs"
+                raise ConfigError(f"{need.label} needs {asked}, but none of the {len(nodes)} machines has them")
+
+    def parallel(self, cell: Cell) -> int:
+        return max(1, int(sum(node.get("CPU", 0) for node in self._nodes()) // cell.threads))
+
+    def room(self, cell: Cell) -> bool:
+        return len(self.running) < 1000  # Ray keeps the line; a longer one would only cost it memory
+
+    def submit(self, cell: Cell, job: Job) -> None:
+        needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": int(cell.memory_gb * GIB), "max_retries": 0}
+        self.running[self.task.options(**needs, name=cell.label).remote(job)] = cell
+
+    def poll(self) -> Done:
+        if not self.running:
+            return []
+        ready, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
+        done = []
+        for reference in ready:
+            try:
+                outcome = self.ray.get(reference)
+            except self.ray.exceptions.RayError as error:
+                outcome = Outcome("failed", f"worker lost: {_first(error)}")
+            done.append((self.running.pop(reference), outcome))
+        return done
+
+    def stop(self) -> None:
+        for reference in self.running:
+            self.ray.cancel(reference)
+        if self.running:
+            self.ray.wait(list(self.running), num_returns=len(self.running), timeout=10)
+        self.ray.shutdown()
+
+
+class Slurm:
+    """Slurm, through submitit: a cell is a job.
+
+    Args:
+        folder: shared folder for submitit's files.
+        options: partition, account and the like.
+        jobs: most jobs at a time.
+        cluster: `slurm`, or `local` for processes on this machine.
+        minutes: time limit of a job.
+    """
+
+    def __init__(self, folder: Path, options: dict[str, Any], jobs: int, cluster: str, minutes: int) -> None:
+        submitit = _import("submitit", "slurm")
+        self.jobs, self.limit = jobs, {"timeout_min": minutes}
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(sau.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        except RuntimeError as error:
+            raise ConfigError(f"no Slurm here: {_first(error)}") from None
+        self.options = {"slurm_additional_parameters": options} if options and cluster == "slurm" else {}
+        self.lost = (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError)
+        self.running: list[tuple[Cell, Any]] = []
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        for cell in cells:
+            if cell.gpus != int(cell.gpus):
+                raise ConfigError(f"{cell.label}: gpus is {cell.gpus:g}; slurm gives whole GPUs")
+
+    def parallel(self, cell: Cell) -> int:
+        return self.jobs
+
+    def room(self, cell: Cell) -> bool:
+        return len(self.running) < self.jobs
+
+    def submit(self, cell: Cell, job: Job) -> None:
+        wants = {"cpus_per_task": cell.threads, "mem_gb": cell.memory_gb, "gpus_per_node": int(cell.gpus)}
+        self.executor.update_parameters(name=cell.name, **wants, **self.limit, **self.options)
+        self.running.append((cell, self.executor.submit(run_cell, job)))
+
+    def poll(self) -> Done:
+        done = []
+        for cell, job in list(self.running):
+            if not job.done():
+                continue
+            try:
+                outcome = job.result()
+            except self.lost as error:
+                outcome = Outcome("failed", f"job {job.job_id} lost: {_first(error)}")
+            done.append((cell, outcome))
+            self.running.remove((cell, job))
+        return done
+
+    def stop(self) -> None:
+        for _, job in self.running:
+            job.cancel()
+        for _, job in self.running:
+            job.wait()
+        self.running.clear()
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"the engine needs {module}, which is not installed; pip install 'sau[{extra}]'") from None
+
+
+def _first(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

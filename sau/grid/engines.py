@@ -1,0 +1,120 @@
+"""Where cells run: what an engine is, and the one that is always there, the cores and GPUs of this machine."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from sau.errors import ConfigError
+from sau.grid.cells import Child, Job, Outcome
+from sau.grid.plan import Cell
+
+Done = list[tuple[Cell, Outcome]]
+GIB = 2**30
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs jobs side by side."""
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Refuse cells that could never run here, by a ConfigError that names the first."""
+
+    def parallel(self, cell: Cell) -> int:
+        """How many cells like this one run at the same time."""
+
+    def room(self, cell: Cell) -> bool:
+        """Whether the cell can be submitted now."""
+
+    def submit(self, cell: Cell, job: Job) -> None:
+        """Start a job, or put it in line."""
+
+    def poll(self) -> Done:
+        """The jobs that ended since the last call."""
+
+    def stop(self) -> None:
+        """Stop what runs and give back what is held."""
+
+
+class Local:
+    """This machine: as many cells as its cores, its memory and its GPUs hold, never more threads than cores.
+
+    Args:
+        cores: to use; None means all that this process may use.
+        memory_gb: GiB to use; None means nine tenths of what there is.
+    """
+
+    def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
+        self.cores, self.memory = cores or usable_cores(), memory_gb or 0.9 * _memory()
+        self.gpus = [1.0] * _gpus()
+        self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        for cell in cells:
+            has = {"threads": self.cores, "memory_gb": self.memory, "gpus": len(self.gpus)}
+            for what, most in has.items():
+                if getattr(cell, what) > most:
+                    raise ConfigError(f"{cell.label}: {what} is {getattr(cell, what):g}, but this machine has {most:g}")
+
+    def parallel(self, cell: Cell) -> int:
+        bounds = [self.cores // cell.threads]
+        bounds += [int(self.memory // cell.memory_gb)] if cell.memory_gb else []
+        bounds += [int(len(self.gpus) // cell.gpus)] if cell.gpus else []
+        return max(1, min(bounds))
+
+    def room(self, cell: Cell) -> bool:
+        running = [other for other, _, _ in self.running.values()]
+        return (
+            sum(other.threads for other in running) + cell.threads <= self.cores
+            and sum(other.memory_gb for other in running) + cell.memory_gb <= self.memory
+            and self._devices(cell) is not None
+        )
+
+    def _devices(self, cell: Cell) -> dict[int, float] | None:
+        """Free shares of GPUs: of the fullest one that has room, or of as many whole ones; None if there are none."""
+        free = [1.0 - sum(taken.get(n, 0.0) for _, _, taken in self.running.values()) for n in range(len(self.gpus))]
+        if cell.gpus == 0:
+            return {}
+        share, count = (cell.gpus, 1) if cell.gpus < 1 else (1.0, int(cell.gpus))
+        fitting = sorted((left, number) for number, left in enumerate(free) if left > share - 1e-9)
+        return {number: share for _, number in fitting[:count]} if len(fitting) >= count else None
+
+    def submit(self, cell: Cell, job: Job) -> None:
+        taken = self._devices(cell) or {}
+        # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
+        seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        names = ",".join(seen[number] if seen else str(number) for number in taken)
+        self.running[cell.digest] = cell, Child(job, names if taken else None), taken
+
+    def poll(self) -> Done:
+        polled = [(cell, child.poll()) for cell, child, _ in list(self.running.values())]
+        done = [(cell, outcome) for cell, outcome in polled if outcome is not None]
+        for cell, _ in done:
+            del self.running[cell.digest]
+        return done
+
+    def stop(self) -> None:
+        for _, child, _ in self.running.values():
+            child.interrupt()
+        for _, child, _ in self.running.values():
+            child.stop()
+        self.running.clear()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> float:
+    """GiB of this machine, or of the share that a container has."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    share = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(share) if share.isdecimal() else total) / GIB
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

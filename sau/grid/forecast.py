@@ -1,0 +1,111 @@
+"""What a grid will take, from what like cells took; and how figures are said."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sau.grid.plan import Cell
+from sau.grid.store import Cost, State, Store
+
+Like = tuple[str, ...]
+
+
+class Forecast:
+    """Seconds, memory and disk of cells to come.
+
+    Args:
+        costs: of like cells, from `Store.costs`.
+    """
+
+    def __init__(self, costs: Mapping[Like, Cost]) -> None:
+        self.costs = dict(costs)
+        self.seen: dict[Like, list[float]] = {}
+
+    def add(self, cell: Cell, summary: Mapping[str, Any]) -> None:
+        """Learn from a cell that just ended; the mean of this run takes the place of older ones."""
+        seconds = self.seen.setdefault(cell.like, [])
+        seconds.append(float(summary.get("seconds", 0.0)))
+        old = self.costs.get(cell.like, Cost(None, None, None))
+        self.costs[cell.like] = Cost(sum(seconds) / len(seconds), old.memory_mb, old.disk_bytes)
+
+    def seconds(self, left: Mapping[Like, int]) -> float | None:
+        """Seconds of all cells that are left, one after another; None if nothing is known.
+
+        Cells unlike any so far count as the mean of the others.
+        """
+        known = [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
+        if not known:
+            return None
+        mean = sum(known) / len(known)
+        return sum((count * (self._of(like) or mean) for like, count in left.items()), 0.0)
+
+    def _of(self, like: Like) -> float | None:
+        cost = self.costs.get(like)
+        return cost.seconds if cost else None
+
+    def table(self, cells: Sequence[Cell]) -> list[str]:
+        """A line for each kind of cell: how many, seconds each, memory, disk; and what there is no record of."""
+        lines = []
+        groups: dict[Like, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(cell.like, []).append(cell)
+        for like, group in groups.items():
+            cost = self.costs.get(like, Cost(None, None, None))
+            each = "time unknown" if cost.seconds is None else f"{duration(cost.seconds)} each"
+            memory = f"needs {group[0].memory_gb:g} GiB" + (
+                f" (took {cost.memory_mb:.0f} MiB)" if cost.memory_mb else ""
+            )
+            disk = "disk unknown" if cost.disk_bytes is None else f"{cost.disk_bytes / 2**20:.1f} MiB each on disk"
+            lines.append(f"{len(group):5} x {' '.join(like)}: {each}, {memory}, {disk}")
+        return lines
+
+    def disk(self, cells: Iterable[Cell]) -> float:
+        """Bytes that the cells will take, as far as like cells are known."""
+        costs = (self.costs.get(cell.like) for cell in cells)
+        return sum((cost.disk_bytes or 0.0 for cost in costs if cost), 0.0)
+
+
+def totals(cells: Sequence[Cell], forecast: Forecast, parallel: int) -> str:
+    """One line: time, memory and disk of the cells, and of how many of them there is no record."""
+    left: dict[Like, int] = {}
+    for cell in cells:
+        left[cell.like] = left.get(cell.like, 0) + 1
+    unknown = sum(count for like, count in left.items() if like not in forecast.costs)
+    seconds = forecast.seconds(left)
+    time = "time unknown (nothing like it is recorded)" if seconds is None else f"about {duration(seconds / parallel)}"
+    guess = (
+        f"; {unknown} of them like no recorded cell, counted as the mean of the others" if unknown and seconds else ""
+    )
+    memory = max((cell.memory_gb for cell in cells), default=0.0)
+    disk = forecast.disk(cells) / 2**20
+    needs = f"up to {memory * parallel:g} GiB of memory; {disk:.0f} MiB of disk known"
+    return f"{len(cells)} cells, {parallel} at a time: {time}{guess}; {needs}"
+
+
+def status(cells: Sequence[Cell], store: Store) -> list[str]:
+    """Where a grid stands: counts, what runs and where, what failed and why, and what is left to do."""
+    states = store.states(cells)
+    names = ("finished", "published", "running", "waiting", "failed", "blocked")
+    counts = {name: sum(state.name == name for state in states.values()) for name in names}
+    lines = [f"{len(cells)} cells: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)]
+    running: list[tuple[Cell, State]] = [(c, states[c.digest]) for c in cells if states[c.digest].name == "running"]
+    lines += [f"running {cell.label}: {state.who}" for cell, state in running]
+    lines += [f"failed  {c.label}: {states[c.digest].reason}" for c in cells if states[c.digest].name == "failed"]
+    todo = [cell for cell in cells if states[cell.digest].name in ("running", "waiting")]
+    if todo:
+        lines.append("left: " + totals(todo, Forecast(store.costs(cells)), max(1, len(running))))
+    return lines
+
+
+def scores(summary: Mapping[str, Any]) -> str:
+    """ACC and ASR of a summary, those after the defense if it is one."""
+    found = summary.get("after", summary)
+    parts = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Like 45 s, 12 min or 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,197 @@
+"""From a grid's blocks to its cells: each has the digest of what determines its result, and a folder of its own."""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sau.attack import ATTACKS
+from sau.config import nearest
+from sau.defense import DEFENSES
+from sau.errors import ConfigError
+from sau.grid.names import plain
+from sau.grid.spec import Block
+from sau.optim import Training
+from sau.request import AttackRun, DefenseRun, Request
+from sau.schema import digest
+
+# What the grid says itself, and where.
+_OWN = {
+    "dataset": "dataset", "dataset_path": "dataset_path", "recipe": "recipe", "device": "device", "amp": "amp",
+    "threads": "threads", "random_seed": "seeds", "record_root": "record_root", "result_file": "attacks",
+}  # fmt: skip
+_NEVER = ("save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack")
+_AXES = {"pratio": "ratios", "ratio": "clean_shares"}
+_LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
+_FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an attack, or a defense on an attack.
+
+    Args:
+        kind: attack or defense.
+        name: the method.
+        digest: of all that determines the result, hexadecimal.
+        folder: below the record root, unique to the digest.
+        flags: of attack/NAME.py or defense/NAME.py, all but the record root.
+        attack: digest of the attack's cell; None for an attack.
+        like: what cells that should take about as long have in common.
+        threads: CPU threads.
+        memory_gb: GiB of memory.
+        gpus: GPUs, or a share of one.
+    """
+
+    kind: str
+    name: str
+    digest: str
+    folder: str
+    flags: tuple[str, ...]
+    attack: str | None
+    like: tuple[str, ...]
+    threads: int
+    memory_gb: float
+    gpus: float
+
+    @property
+    def label(self) -> str:
+        """The folder without digests, for people."""
+        return "/".join(plain(part) for part in self.folder.split("/"))
+
+
+def cells(blocks: Sequence[Block]) -> list[Cell]:
+    """Every cell once, attacks before their defenses; ConfigError if a block cannot be."""
+    found: dict[str, Cell] = {}
+    for block in blocks:
+        for cell in _Crossed(block).cells():
+            found.setdefault(cell.digest, cell)
+    folders = {cell.folder: cell for cell in found.values()}
+    if len(folders) < len(found):
+        raise ConfigError("two cells have the same folder, by an accident of their digests; change a setting of one")
+    return list(found.values())
+
+
+def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose label or method fits a pattern (`*` and `?` as in a shell), and the attacks that they need."""
+    chosen = {cell.digest for cell in every for p in patterns if p == cell.name or fnmatch.fnmatch(cell.label, p)}
+    for pattern in patterns:
+        if not any(pattern == cell.name or fnmatch.fnmatch(cell.label, pattern) for cell in every):
+            raise ConfigError(f"--only {pattern!r} fits no cell; labels are like {every[-1].label}")
+    chosen |= {cell.attack for cell in every if cell.digest in chosen and cell.attack}
+    return [cell for cell in every if cell.digest in chosen]
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A method with all of its settings, but for seed and attack."""
+
+    flags: tuple[str, ...]
+    digest: str
+    label: str
+
+
+class _Crossed:
+    """The cells of one block; a method is settled once for each value of its axis."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.memo: dict[tuple[str, str, float | None], _Settled] = {}
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed by seed, attack by attack, each followed by its defenses."""
+        for seed in self.block.seeds:
+            AttackRun(random_seed=seed)  # refuses what is no seed
+            for name in self.block.attacks:
+                poisons = "pratio" in _canonical("attack", name)
+                for ratio in self.block.ratios if poisons and self.block.ratios else (None,):
+                    attack = self._cell("attack", name, seed, ratio, None)
+                    yield attack
+                    for defense in self.block.defenses:
+                        for share in self.block.clean_shares or (None,):
+                            yield self._cell("defense", defense, seed, share, attack)
+
+    def _cell(self, kind: str, name: str, seed: int, amount: float | None, attack: Cell | None) -> Cell:
+        key = (kind, name, amount)
+        if key not in self.memo:
+            self.memo[key] = self._settle(*key)
+        settled, block = self.memo[key], self.block
+        on = attack.digest if attack else None
+        mark = digest({"settings": settled.digest, "random_seed": seed, "attack": on})
+        own = f"{settled.label}_{mark[:10]}" + ("" if attack else f"_s{seed}")
+        target = (f"--result_file={attack.folder}",) if attack else ()
+        flags = (*settled.flags, f"--random_seed={seed}", f"--save_folder_name={own}", *target)
+        folder = f"{attack.folder}/defense/{own}" if attack else own
+        like = (kind, name, block.dataset, block.recipe)
+        return Cell(kind, name, mark, folder, flags, on, like, block.threads, block.memory_gb, block.gpus)
+
+    def _settle(self, kind: str, name: str, amount: float | None) -> _Settled:
+        block, axis = self.block, {"attack": "pratio", "defense": "ratio"}[kind]
+        said: dict[str, Any] = {
+            "recipe": block.recipe,
+            "device": block.device,
+            "amp": block.amp,
+            "threads": block.threads,
+        }
+        said |= {"dataset_path": str(Path(block.dataset_path).absolute())}
+        said |= {"dataset": block.dataset} if kind == "attack" else {}
+        said |= {axis: amount} if amount is not None else {}
+        for group in (kind, name):
+            said |= self._overrides(kind, name, group, axis if amount is not None else "")
+        flags = tuple(f"--{key}={_text(value)}" for key, value in said.items())
+        try:
+            request = _request(kind, name, flags)
+            run, *sections = request.settle(kind, block.recipe, block.dataset)
+        except ConfigError as error:
+            raise ConfigError(f"{kind} {name}: {error}") from None
+        settings = {key: value for section in sections for key, value in section.params().items()}
+        facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
+        where = {"dataset": block.dataset, "dataset_path": said["dataset_path"] if block.dataset == "folder" else None}
+        machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
+        share = {"attack": settings.get("pratio"), "defense": facts.get("ratio")}[kind]
+        label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in _canonical(kind, name) or kind == "defense" else name
+        return _Settled(flags, digest({kind: name, **settings, **facts, **where, **machine}), label)
+
+    def _overrides(self, kind: str, name: str, group: str, axis: str) -> dict[str, Any]:
+        """What the overrides under `group` say to a method, by its parameters' own names."""
+        known, found = _canonical(kind, name), dict[str, Any]()
+        catalogue: Sequence[str] = list(ATTACKS if kind == "attack" else DEFENSES)
+        everywhere = {key for other in catalogue for key in _canonical(kind, other)}
+        for key, value in self.block.overrides.get(group, {}).items():
+            origin = f"overrides.{group}.{key}"
+            if group == kind and key not in known and key in everywhere:
+                continue  # a setting for all of them, which this one does not have
+            if key not in known:
+                raise ConfigError(f"{origin}: {name} has no such setting{nearest(str(key), list(known))}")
+            if known[key] in _OWN:
+                raise ConfigError(f"{origin}: the grid itself says {_OWN[known[key]]}; say it there")
+            if known[key] in _NEVER:
+                raise ConfigError(f"{origin}: the grid chooses this itself; leave it out")
+            if known[key] == axis:
+                raise ConfigError(f"{origin} contradicts {_AXES[axis]}, which says the same; keep one of them")
+            if known[key] in found:
+                raise ConfigError(f"{origin}: {known[key]} is given twice, under two of its names; give it once")
+            found[known[key]] = value
+        return found
+
+
+def _request(kind: str, name: str, flags: Sequence[str]) -> Request:
+    if kind == "attack":
+        return Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), flags)
+    return Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), flags)
+
+
+@cache
+def _canonical(kind: str, name: str) -> dict[str, str]:
+    """Every name of a method's settings, to the parameter behind it."""
+    options = _request(kind, name, ()).known.values()
+    return {other: option.name for option in options for other in (option.name, *option.aliases)}
+
+
+def _text(value: Any) -> str:
+    """As on a command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,0 +1,140 @@
+"""The order of cells: attacks before their defenses, retries, other runners, and a line for each cell that ends."""
+
+import heapq
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+from sau.errors import ConfigError
+from sau.grid.cells import Outcome
+from sau.grid.engines import Engine
+from sau.grid.forecast import Forecast, duration, scores
+from sau.grid.plan import Cell
+from sau.grid.store import Store
+
+POLL = 0.1  # seconds between two looks at what runs
+ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again
+
+
+def needed(cells: Sequence[Cell], store: Store, retry_failed: bool) -> list[Cell]:
+    """The cells to run: neither finished nor failed before, and the attacks whose weights their defenses need."""
+    states = store.states(cells)
+    skipped = ("failed", "blocked") if not retry_failed else ()
+    todo = {cell.digest for cell in cells if not store.over(cell) and states[cell.digest].name not in skipped}
+    wanted = {cell.attack for cell in cells if cell.digest in todo and cell.attack}
+    todo |= {cell.digest for cell in cells if cell.digest in wanted and store.over(cell) != "finished"}
+    return [cell for cell in cells if cell.digest in todo]
+
+
+class Runner:
+    """Runs cells on an engine until all are finished or failed for good.
+
+    Args:
+        cells: to run, attacks before their defenses; see `needed`.
+        store: where they lie.
+        engine: what runs them.
+        retries: tries after the first one.
+        timeout: seconds of a try; None means no limit.
+        forecast: what like cells took.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], store: Store, engine: Engine, *, retries: int, timeout: float | None,
+        forecast: Forecast, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.cells, self.store, self.engine, self.forecast, self.say = cells, store, engine, forecast, say
+        self.retries, self.timeout = retries, timeout
+        self.order = {cell.digest: number for number, cell in enumerate(cells)}
+        self.ready: list[tuple[float, int]] = []  # (not before, number of the cell)
+        self.behind: dict[str, list[Cell]] = defaultdict(list)  # attack -> its defenses
+        self.tries: Counter[str] = Counter()
+        self.left = Counter(cell.like for cell in cells)
+        self.running: dict[str, Cell] = {}
+        self.ended, self.failures = 0, list[tuple[Cell, str]]()
+        for cell in cells:
+            if cell.attack in self.order:
+                self.behind[cell.attack].append(cell)
+            else:
+                self._line_up(cell)
+
+    def run(self) -> list[tuple[Cell, str]]:
+        """Run everything; returns the cells that failed, each with its reason. The engine is stopped at the end."""
+        try:
+            self.engine.check(self.cells)
+            while self.ready or self.running:
+                self._submit()
+                for cell, outcome in self.engine.poll():
+                    del self.running[cell.digest]
+                    self._ended(cell, outcome)
+                time.sleep(POLL)
+        finally:
+            self.engine.stop()
+        return self.failures
+
+    def _line_up(self, cell: Cell, wait: float = 0.0) -> None:
+        heapq.heappush(self.ready, (time.monotonic() + wait if wait else 0.0, self.order[cell.digest]))
+
+    def _submit(self) -> None:
+        while self.ready and self.ready[0][0] <= time.monotonic():
+            cell = self.cells[self.ready[0][1]]
+            if self.store.over(cell) == "finished":  # by another runner
+                heapq.heappop(self.ready)
+                self._done(cell, "elsewhere: ")
+            elif self.store.holder(cell):
+                heapq.heappop(self.ready)
+                self._line_up(cell, ELSEWHERE)
+            elif self.engine.room(cell):
+                heapq.heappop(self.ready)
+                self.running[cell.digest] = cell
+                self.engine.submit(cell, self.store.job(cell, self.timeout))
+            else:
+                return
+
+    def _ended(self, cell: Cell, outcome: Outcome) -> None:
+        if outcome.status == "locked":
+            self._line_up(cell, ELSEWHERE)
+        elif outcome.status == "done" and self.store.over(cell) == "finished":
+            self._done(cell)
+        else:
+            reason = outcome.reason or "it ended without a result"
+            self.tries[cell.digest] += 1
+            if outcome.again and self.tries[cell.digest] <= self.retries:
+                self.say(f"again   {cell.label}: {reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
+                self._line_up(cell)
+            else:
+                self._failed(cell, reason)
+
+    def _done(self, cell: Cell, where: str = "") -> None:
+        self.store.forgive(cell)
+        summary = self.store.summary(cell)
+        self.forecast.add(cell, summary)
+        self._line("done", cell, f"{where}{scores(summary)}; {duration(summary.get('seconds', 0.0))}")
+        if cell.attack is None and self.store.differs(cell):
+            self.say(f"warning: {cell.label} differs from its published summary; this machine computes other bits")
+        for defense in self.behind.pop(cell.digest, []):
+            self._line_up(defense)
+
+    def _failed(self, cell: Cell, reason: str) -> None:
+        self.store.fail(cell, reason, self.tries[cell.digest])
+        self.failures.append((cell, reason))
+        self._line("failed", cell, reason)
+        for defense in self.behind.pop(cell.digest, []):
+            self.failures.append((defense, "its attack failed"))
+            self._line("blocked", defense, "its attack failed")
+
+    def _line(self, word: str, cell: Cell, text: str) -> None:
+        self.ended += 1
+        self.left[cell.like] -= 1
+        eta = self.forecast.seconds(self.left)
+        end = "" if eta is None or self.ended == len(self.cells) else f"; ETA {duration(eta / self._parallel(cell))}"
+        self.say(f"[{self.ended}/{len(self.cells)}] {word:7} {cell.label}: {text}{end}")
+
+    def _parallel(self, cell: Cell) -> int:
+        return min(self.engine.parallel(cell), max(1, len(self.cells) - self.ended))
+
+
+def check_disk(needs: float, free: int) -> None:
+    """Refuse to begin what will not fit: bytes that like cells took, and bytes that are free."""
+    if needs > free:
+        raise ConfigError(f"the cells need about {needs / 2**30:.1f} GiB, but {free / 2**30:.1f} are free; free some")

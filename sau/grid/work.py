@@ -1,0 +1,50 @@
+"""The process of one cell: `python -m sau.grid.work PARENT FOLDER LOCK KIND NAME flags...`.
+
+It holds the cell's lock while it lives, and does what `python -m sau KIND NAME flags...` does. When the process that
+started it dies, it stops, so that a killed grid leaves nothing behind that works on unseen.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sau.cli import main
+from sau.errors import LockedError, SauError
+from sau.grid.cells import LOCKED
+from sau.lock import Lock
+from sau.record import Record
+
+
+def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
+    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, or LOCKED."""
+    try:
+        with Lock(lock, f"the cell {folder}"):
+            if Record(folder).finished:
+                return 0
+            return main(argv)
+    except LockedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOCKED
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _follow(parent: int) -> None:
+    """Stop this process, as Ctrl-C would, once its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+    os._exit(130)  # it was not listening yet; every file is written atomically
+
+
+if __name__ == "__main__":
+    started_by, where, key, *words = sys.argv[1:]
+    threading.Thread(target=_follow, args=(int(started_by),), daemon=True).start()
+    sys.argv = ["sau", *words]  # the record keeps this as its command
+    sys.exit(work(Path(where), Path(key), words))

@@ -1,0 +1,68 @@
+"""Which of the networks that `build` makes a state dict belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sau.errors import RecordError
+from sau.models import MODELS
+from sau.models.zoo import torchvision_names, torchvision_plain
+from sau.weights import Weights
+
+_FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
+
+
+_LEAST = 16  # tensors of the smallest, alexnet
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A network that a file's tensors fit by every name and shape.
+
+    Args:
+        name: of the network, as `build` takes it.
+        width: of a network of `MODELS`, else None.
+        classes: its logits.
+        prefix: where its tensors lie in the file.
+    """
+
+    name: str
+    width: int | None
+    classes: int
+    prefix: str
+
+
+def guess(found: Weights) -> Guess | None:
+    """The network whose names and shapes are in `found`, or None.
+
+    Tried are preactresnet18 of any width and torchvision's classifiers, save regnet, which cannot be laid out without
+    the memory for its weights. A network that `build` puts behind an enlargement is found under the prefix `1.`.
+    """
+    if len(found.tensors) < _LEAST:
+        return None
+    names = [*MODELS, *sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))]
+    for name in names:
+        if name.startswith("regnet"):
+            continue
+        try:
+            layout = _layout(name, 10, 64 if name in MODELS else None)
+            prefix = found.under(layout)
+            last = found.tensors[prefix + list(layout)[-1]]
+            first = found.tensors[prefix + next(iter(layout))]
+            width = len(first) if name in MODELS else None
+            if last.ndim == 0 or (width is not None and not 0 < width <= 1024):
+                continue
+            found.of(_layout(name, len(last), width))
+        except RecordError:
+            continue
+        return Guess(name, width, len(last), prefix)
+    return None
+
+
+def _layout(name: str, classes: int, width: int | None) -> Mapping[str, Tensor]:
+    """The state dict without memory for its values."""
+    with torch.device("meta"):
+        made: nn.Module = MODELS[name](classes, width) if name in MODELS else torchvision_plain(name, classes)
+    return made.state_dict()

@@ -1,0 +1,105 @@
+"""Which functions a file's pickles would import, found by reading their opcodes; nothing is run.
+
+`sau.foreign` decides by a list of what is allowed while it reads. This is the other half: the names of everything that
+an ordinary reader would import, also in files that are refused.
+"""
+
+import io
+import pickletools
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+from torch import _weights_only_unpickler as torchs
+
+from sau import foreign
+
+UNKNOWN = "a name put together on the stack"
+OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
+_KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+
+
+def allowed() -> set[str]:
+    """The names that reading with `sau.foreign` lets pass: torch's own list, and ours for lists of pictures."""
+    return {*torchs._get_allowed_globals(), *(name for _, name in foreign.ALLOWED)}
+
+
+def imports(raw: bytes) -> list[str]:
+    """The dotted names that the pickles in a file would import, each once, in their order.
+
+    Looks into torch's zip files (every member that is a pickle), torch's older format, tar archives and bare pickles.
+    A name that is not written down but computed comes as `UNKNOWN`. Of a damaged pickle it gives the names up to there.
+    """
+    names: dict[str, None] = {}
+    with suppress(Exception):  # zipfile and tarfile raise a dozen types; reading such a file says what is wrong with it
+        for content, several in _pickles(raw):
+            for name in islice(_names(content, several), 1000):
+                names.setdefault(name)
+    return list(names)
+
+
+def _pickles(raw: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Every part that may be pickled, and whether several pickles may follow each other in it."""
+    if raw[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            for member in archive.infolist():
+                if member.file_size > max(len(raw), 1 << 20):
+                    continue  # compressed beyond measure; such an archive is refused anyway
+                content = archive.read(member)
+                if member.filename.endswith(".pkl") or _looks_pickled(content):
+                    yield content, False
+    elif raw[257:262] == b"ustar":
+        with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+            for entry in archive:
+                file = archive.extractfile(entry) if entry.isreg() else None
+                if file is not None:
+                    yield file.read(), True
+    elif _looks_pickled(raw):
+        yield raw, True
+
+
+def _looks_pickled(content: bytes) -> bool:
+    return len(content) > 2 and content[0] == 0x80 and 2 <= content[1] <= 5
+
+
+def _names(content: bytes, several: bool) -> Iterator[str]:
+    stream, seen = io.BytesIO(content), 0
+    while stream.tell() < len(content):
+        memo: dict[Any, str | None] = {}
+        pushed: list[str | None] = []  # what the last opcodes pushed, as far as it is known
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                seen += 1
+                if seen > OPCODES:
+                    yield UNKNOWN
+                    return
+                name = opcode.name
+                if name in ("GLOBAL", "INST"):
+                    yield str(argument).replace(" ", ".", 1)
+                elif name == "STACK_GLOBAL":
+                    yield ".".join(map(str, pushed[-2:])) if len(pushed) > 1 and None not in pushed[-2:] else UNKNOWN
+                elif name.startswith("EXT"):
+                    yield UNKNOWN  # a number in a table of the process that reads it
+                if name in _KEEP:
+                    memo[len(memo) if argument is None else argument] = pushed[-1] if pushed else None
+                elif name in _TEXT:
+                    pushed = [*pushed[-1:], str(argument)]
+                elif name in ("GET", "BINGET", "LONG_BINGET"):
+                    pushed = [*pushed[-1:], memo.get(argument or 0)]
+                elif name != "FRAME":
+                    pushed = []
+        except Exception:  # pickletools raises half a dozen types on what is no pickle, as raw storages are not
+            return
+        if not several:
+            return
+
+
+def scripted(raw: bytes) -> bool:
+    """Whether a file is a zip archive with TorchScript, a program, in it."""
+    with suppress(Exception), zipfile.ZipFile(io.BytesIO(raw)) as archive:  # see `imports`
+        return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    return False

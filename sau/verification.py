@@ -1,0 +1,184 @@
+"""Whether a result folder says the truth: its files, its settings, its data, and its figures measured again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sau import claims, victim
+from sau.data.images import Images
+from sau.data.sources import fingerprint
+from sau.defense.npd import restore
+from sau.errors import ConfigError, DataError, RecordError, SauError
+from sau.evaluate import Score, score
+from sau.models import Normalized, build
+from sau.record import Record
+
+VERIFIED, BROKEN, PARTLY = 0, 1, 3  # exit status of `scripts/verify.py`; 2 is a mistake in the command
+State = Literal["held", "broken", "not checked"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: what it is, how it stands, and why."""
+
+    what: str
+    state: State
+    text: str
+
+
+@dataclass
+class Verification:
+    """A record of an attack and its defenses, being looked at.
+
+    Args:
+        path: folder of the attack.
+        dataset_path: folder of the data sets; None is where the attack had them.
+        where: device to measure on.
+        findings: what was looked at, in order.
+    """
+
+    path: Path
+    dataset_path: str | None = None
+    where: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        """`BROKEN` if anything is, else `PARTLY` if anything was not checked, else `VERIFIED`."""
+        states = {finding.state for finding in self.findings}
+        return BROKEN if "broken" in states else PARTLY if "not checked" in states else VERIFIED
+
+    def run(self) -> "Verification":
+        """Look at everything; RecordError if there is no such folder, or none that an attack of ours began."""
+        record = Record(self.path)
+        if not (self.path / "config.yaml").is_file():
+            raise RecordError(f"{self.path} is no result folder of sau; name the folder of an attack")
+        if not self._look("files", lambda: claims.files(record)):
+            return self
+        if "attacked" in record.config:
+            raise RecordError(f"{self.path} is the folder of a defense; name that of its attack")
+        self.attacked = victim.load(self.path)
+        self._look("settings", lambda: claims.settings(record.config))
+        self._look("versions", lambda: claims.versions(record.config))
+        self._data()
+        self.before: dict[bool, Score] = {}  # by precision, for a defense may have run in another
+        amp = bool(record.config.get("amp"))
+        if (found := self._measure("weights", record, amp)) is not None:
+            self.before[amp] = found
+            self._compare("", record.summary(), found)
+        for folder in sorted(place for place in (self.path / "defense").glob("*") if place.is_dir()):
+            try:
+                self._defense(Record(folder))
+            except (RecordError, KeyError, TypeError) as error:
+                self.findings.append(Finding(f"{folder.name}: record", "broken", f"its files lack something: {error}"))
+        return self
+
+    def _look(self, what: str, check: Callable[[], str]) -> bool:
+        """Note what `check` says; an error from it means that the record is broken there."""
+        try:
+            self.findings.append(Finding(what, "held", check()))
+        except SauError as error:
+            self.findings.append(Finding(what, "broken", str(error)))
+        except (KeyError, TypeError) as error:
+            self.findings.append(Finding(what, "broken", f"its files lack something or have another type: {error}"))
+        return self.findings[-1].state == "held"
+
+    def _data(self) -> None:
+        """Training and test pictures, if they are here and are those that the attack saw."""
+        self.data: tuple[Images, Images] | None = None
+        place, name = self.dataset_path or self.attacked.dataset_path, self.attacked.dataset
+        if name != "digits" and not Path(place).is_dir():  # digits come with scikit-learn
+            why = f"there is no folder {place}; give --dataset_path"
+            self.findings.append(Finding("data", "not checked", f"{why}; without it there is no ACC"))
+            return
+        try:
+            train, test, notes = self.attacked.pictures(place)
+        except SauError as error:
+            state: State = "not checked" if isinstance(error, DataError) else "broken"
+            self.findings.append(Finding("data", state, str(error)))
+            return
+        self.data = train, test
+        self.findings.append(Finding("data", "held", "; ".join([f"{name} as the attack saw it", *notes])))
+
+    def _measure(self, what: str, record: Record, amp: bool) -> Score | None:
+        """The scores of a record's stored weights; without the data set `acc` means nothing."""
+        made = self.attacked.network
+        net = build(
+            made["name"], made["classes"], width=made["width"], shape=made["shape"], mean=made["mean"], std=made["std"]
+        ).net
+        bad = self.attacked.triggered
+        found: list[Score] = []
+
+        def check() -> str:
+            try:
+                restore(net, record.load_tensors("model"))
+            except (RuntimeError, AttributeError, ConfigError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise RecordError(f"the weights are not those of {made['name']}: {reason}") from None
+            model = Normalized(net.eval(), made["mean"], made["std"], amp).to(self.where)
+            clean = (self.data[1].to(self.where)) if self.data else _one(bad, made["shape"]).to(self.where)
+            found.append(score(model, clean, bad.to(self.where) if bad else None))
+            return f"of {made['name']}, finite, measured in {'bf16' if amp else 'fp32'} on {self.where}"
+
+        self._look(what, check)
+        return found[0] if found else None
+
+    def _compare(self, whose: str, said: dict[str, Any], found: Score) -> None:
+        """Recorded figures with those measured."""
+        for name, share in (("acc", found.acc), ("asr", found.asr), ("racc", found.racc)):
+            what = f"{whose}{name}"
+            if name == "acc" and self.data is None:
+                self.findings.append(Finding(what, "not checked", "without the data set there is no ACC"))
+            elif (share is None) != (said.get(name) is None):
+                self.findings.append(Finding(what, "broken", f"{said.get(name)} there, {share} here"))
+            elif share is not None:
+                self._look(what, lambda said=said, name=name, share=share: claims.equal(said, name, share))  # type: ignore[misc]
+
+    def _defense(self, record: Record) -> None:
+        """One defense below the attack."""
+        whose = f"{record.path.name}: "
+        if not record.finished:
+            self.findings.append(Finding(f"{whose}files", "not checked", "unfinished; repeat its command to finish it"))
+            return
+        if not self._look(f"{whose}files", lambda: claims.files(record)):
+            return
+        self._look(f"{whose}settings", lambda: claims.settings(record.config))
+        said, amp = record.summary(), bool(record.config.get("amp"))
+        self._look(f"{whose}attack", lambda: self._purified_this(record.config))
+        if self.data is None:
+            self.findings.append(Finding(f"{whose}clean set", "not checked", "without the data set"))
+        else:
+            self._look(f"{whose}clean set", lambda: self._clean_set(record.config, said.get("data", "clean")))
+        if amp not in self.before and (found := self._measure(f"{whose}attack's weights", Record(self.path), amp)):
+            self.before[amp] = found
+        if amp in self.before:
+            self._compare(f"{whose}before ", said["before"], self.before[amp])
+        if (found := self._measure(f"{whose}weights", record, amp)) is not None:
+            self._compare(f"{whose}after ", said["after"], found)
+        self._look(f"{whose}der", lambda: claims.der(said))
+
+    def _purified_this(self, config: dict[str, Any]) -> str:
+        if config["attacked"] != self.attacked.digest:
+            raise RecordError("it purified another attack than the one it lies in")
+        return "it purified the attack that it lies in"
+
+    def _clean_set(self, config: dict[str, Any], kind: str) -> str:
+        assert self.data is not None
+        train, index = self.data[0], torch.tensor(config["clean_index"])
+        if kind == "poisoned" and self.attacked.poisoned is not None:
+            train = train.updated(self.attacked.poisoned)
+        if int(index.max()) >= len(train) or fingerprint(train[index]) != config["identity"]["clean"]:
+            raise RecordError("the pictures at clean_index are not those that it was given")
+        return f"{len(index)} pictures as it was given them"
+
+
+def _one(bad: Images | None, shape: list[int]) -> Images:
+    """A picture to stand in for the clean test set where that is not here."""
+    return (
+        bad[torch.arange(1)]
+        if bad
+        else Images.clean(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), 2)
+    )

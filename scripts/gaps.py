@@ -1,0 +1,75 @@
+"""How far the adversarial and the shared adversarial risk lie above the backdoor risk, as a table.
+
+    python scripts/gaps.py RECORD [RECORD ...]
+
+For every defense of the records that ran with --track_risk: the mean of R_adv - R_bd, of R_share - R_bd and of the same
+with what SAU's own search finds, over the rounds that were evaluated, least and most in brackets; and each for the
+purified network, with Newcombe's 95 % interval (from two Wilson intervals; wide, for the risks share their pictures).
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.errors import RecordError, SauError
+from sau.figures.curves import history
+from sau.record import Record
+
+GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
+
+
+def newcombe(risk: dict, name: str) -> tuple[float, float, float]:
+    """The difference of two shares in percent, and its interval (Newcombe 1998, method 10)."""
+    (low, high), (floor, roof) = risk[f"{name}_interval"], risk["r_bd_interval"]
+    gap = risk[name] - risk["r_bd"]
+    below = math.hypot(risk[name] - low, roof - risk["r_bd"])
+    above = math.hypot(high - risk[name], risk["r_bd"] - floor)
+    return gap, gap - below, gap + above
+
+
+def line(record: Record) -> str:
+    """A row of the table."""
+    rows, summary = history(record)
+    risk, tracked = summary["risk"]["after"], [row for row in rows if "r_bd" in row]
+    cells = [record.path.parents[1].name, record.path.name, str(len(tracked)), f"{risk['r_bd']:.1f}"]
+    for name in GAPS:
+        gaps = [row[name] - row["r_bd"] for row in tracked]
+        after, low, high = newcombe(risk, name)
+        cells.append(f"{statistics.mean(gaps):.1f} ({min(gaps):.1f}..{max(gaps):.1f})")
+        cells.append(f"{after:.1f} [{low:.1f}, {high:.1f}]")
+    return f"| {' | '.join(cells)} |"
+
+
+def main(paths: list[str]) -> int:
+    """Print the table; exit status 2 for a user's mistake."""
+    if not paths or paths[0].startswith("-"):
+        print(__doc__)
+        return 0 if paths[:1] in (["--help"], ["-h"]) else 2
+    try:
+        lines = []
+        for path in paths:
+            if not Path(path).is_dir():
+                raise RecordError(f"there is no folder {path}; give result folders of attacks")
+            for manifest in sorted(Path(path).glob("defense/*/manifest.json")):
+                record = Record(manifest.parent)
+                record.check()
+                if "r_bd" in json.loads((record.path / "summary.json").read_text()).get("risk", {}).get("after", {}):
+                    lines.append(line(record))
+        if not lines:
+            raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    heads = [f"{gap}{part}" for gap in GAPS.values() for part in (", mean of rounds", ", purified")]
+    print(f"| attack | defense | rounds | R_bd % | {' | '.join(heads)} |")
+    print("|---|---|---|---|" + "---|" * len(heads))
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,159 @@
+"""A whole comparison: attacks x defenses x seeds x ratios, from one file; docs/grid.md is its guide.
+
+    python scripts/grid.py configs/grid/NAME.yaml [flags]           run what is not finished yet
+    python scripts/grid.py status configs/grid/NAME.yaml [flags]    where it stands, from any terminal
+
+Repeat the command after whatever stopped it: finished cells are verified and skipped, unfinished ones resumed.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.errors import SauError
+from sau.grid.engines import Engine, Local
+from sau.grid.forecast import Forecast, duration, status, totals
+from sau.grid.plan import Cell, cells, select
+from sau.grid.runner import Runner, check_disk, needed
+from sau.grid.spec import Grid, read
+from sau.grid.store import Store
+
+
+def say(text: str) -> None:
+    """Print a line at once, whoever reads it."""
+    print(text, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags; those that the file says too beat it."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("file", type=Path, help="the grid, like configs/grid/table1_cpu.yaml")
+    asked.add_argument("--record_root", help="folder of the cells [what the file says, or ./record/grid]")
+    asked.add_argument("--dataset_path", help="folder of the data sets [what the file says, or ./data]")
+    asked.add_argument(
+        "--published",
+        action="append",
+        metavar="DIR",
+        help="folder of summaries that count as finished cells [what the file says]",
+    )
+    asked.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits"
+    )
+    asked.add_argument("--dry_run", action="store_true", help="print cells, time, memory and disk, and run nothing")
+    asked.add_argument("--retry_failed", action="store_true", help="also run cells that failed in an earlier call")
+    asked.add_argument("--retries", type=int, help="tries after a crash or a timeout [what the file says, or 1]")
+    asked.add_argument("--cell_timeout", type=float, metavar="SECONDS", help="most time of a try [no limit]")
+    asked.add_argument(
+        "--publish", type=Path, metavar="DIR", help="copy finished cells' summary.json there, run nothing"
+    )
+    asked.add_argument(
+        "--engine", choices=("local", "ray", "slurm"), default="local", help="what runs the cells [local]"
+    )
+    asked.add_argument("--cores", type=int, help="local, ray and slurm's local cluster: cores to use [all]")
+    asked.add_argument("--memory_gb", type=float, help="local: GiB to use [nine tenths of the machine's]")
+    asked.add_argument("--address", help="ray: a running cluster, `auto` for the one of this machine [start one here]")
+    asked.add_argument("--jobs", type=int, default=100, help="slurm: most jobs at a time [100]")
+    asked.add_argument("--job_minutes", type=int, default=1440, help="slurm: time limit of a job [1440]")
+    asked.add_argument(
+        "--cluster", choices=("slurm", "local"), default="slurm", help="slurm: local means processes here"
+    )
+    return asked
+
+
+def engine(asked: argparse.Namespace, grid: Grid, store: Store) -> Engine:
+    """The engine that was asked for."""
+    if asked.engine == "local":
+        return Local(asked.cores, asked.memory_gb)
+    from sau.grid.clusters import RayEngine, Slurm
+
+    if asked.engine == "ray":
+        return RayEngine(asked.address, asked.cores)
+    jobs = asked.jobs if asked.cluster == "slurm" else asked.cores or 1
+    return Slurm(store.own / "slurm", grid.slurm, jobs, asked.cluster, asked.job_minutes)
+
+
+def run(asked: argparse.Namespace, look: bool) -> int:
+    """Do what was asked; the exit status."""
+    started = time.monotonic()
+    grid, blocks = read(asked.file)
+    if asked.dataset_path:
+        blocks = [dataclasses.replace(block, dataset_path=asked.dataset_path) for block in blocks]
+    said = ("record_root", "retries", "cell_timeout")
+    grid = dataclasses.replace(grid, **{n: getattr(asked, n) for n in said if getattr(asked, n) is not None})
+    every = cells(blocks)
+    store = Store(Path(grid.record_root), tuple(Path(place).absolute() for place in asked.published or grid.published))
+    if look:
+        print("\n".join(status(every, store)))
+        return 0
+    if asked.only:
+        every = select(every, asked.only)
+    if asked.publish:
+        say(f"{store.publish(every, asked.publish)} summaries of {len(every)} cells are in {asked.publish}")
+        return 0
+    forecast = Forecast(store.costs(every))
+    if asked.dry_run:
+        return foresee(needed(every, store, asked.retry_failed), forecast, asked)
+    for note in store.prepare(every):
+        say(note)
+    todo = needed(every, store, asked.retry_failed)
+    check_disk(forecast.disk(todo), shutil.disk_usage(store.root).free)
+    say(f"{len(every)} cells, {len(todo)} to run (planned in {time.monotonic() - started:.1f} s); {store.root}")
+    return drive(asked, grid, store, every, todo, forecast) if todo else report(every, store)
+
+
+def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
+    """Print what would run and what it would take; a local engine also says here what it cannot hold."""
+    parallel = asked.jobs if asked.engine == "slurm" else 1
+    if asked.engine == "local" and todo:
+        here = Local(asked.cores, asked.memory_gb)
+        here.check(todo)
+        parallel = min(here.parallel(cell) for cell in todo)
+    for cell in todo:
+        say(f"would run {cell.label}")
+    print("\n".join([*forecast.table(todo), totals(todo, forecast, parallel)]))
+    return 0
+
+
+def drive(
+    asked: argparse.Namespace, grid: Grid, store: Store, every: list[Cell], todo: list[Cell], forecast: Forecast
+) -> int:
+    """Run the cells that are left; Ctrl-C stops them cleanly."""
+    started = time.monotonic()
+    where = engine(asked, grid, store)
+    runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, forecast=forecast, say=say)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        runner.run()
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the command to go on", file=sys.stderr)
+        return 130
+    say(f"took {duration(time.monotonic() - started)}")
+    return report(every, store)
+
+
+def report(every: list[Cell], store: Store) -> int:
+    """Say where the grid stands; 1 if a cell has failed."""
+    print("\n".join(status(every, store)), flush=True)
+    return int(not all(state.over for state in store.states(every).values()))
+
+
+def main() -> int:
+    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped."""
+    look = sys.argv[1:2] == ["status"]
+    asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
+    try:
+        return run(asked, look)
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""A grid under fire: cells killed, one that always fails, one that hangs, the driver killed; and what a grid costs.
+
+    python scripts/grid_drill.py WORK --engine local|ray|slurm     exit status 0 if nothing was lost or repeated
+    python scripts/grid_drill.py WORK --overhead --epochs 40       the same cells by hand and by the grid, one at a time
+
+The drill runs configs/grid/digits.yaml undisturbed into WORK/reference (once), then with the engine into WORK/<engine>
+while a tenth of its cells is killed at random moments, one cell is frozen whenever it starts, one more names a file
+that does not exist, and the driver is killed when a third is done; then it repeats the command, and compares.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.grid.plan import Cell, cells
+from sau.grid.spec import read
+from sau.grid.store import Store
+from sau.lock import holder
+
+HERE = Path(__file__).resolve().parents[1]
+HUNG, COSTS = "blended_r0.1_s1/defense/ft_c0.1", ("seconds", "peak_memory_mb")
+
+
+def grid(file: Path, root: Path, *flags: str) -> list[str]:
+    """The command line of a grid."""
+    return [sys.executable, str(HERE / "scripts" / "grid.py"), str(file), "--record_root", str(root), *flags]
+
+
+def results(store: Store, every: Sequence[Cell]) -> dict[str, str]:
+    """SHA-256 over the tensors and the scores of each finished cell, by label."""
+    found = {}
+    for cell in every:
+        if store.over(cell) == "finished":
+            seal = hashlib.sha256()
+            for file in sorted(store.folder(cell).glob("*.safetensors")):
+                seal.update(file.name.encode() + file.read_bytes())
+            summary = {name: value for name, value in store.summary(cell).items() if name not in COSTS}
+            seal.update(json.dumps(summary, sort_keys=True).encode())
+            found[cell.label] = seal.hexdigest()
+    return found
+
+
+def runs(store: Store, every: Sequence[Cell]) -> dict[str, int]:
+    """How often each finished cell was begun: every run says its recipe."""
+    done = [cell for cell in every if store.over(cell) == "finished"]
+    logs = {cell.label: (store.folder(cell) / "log.txt").read_text().splitlines() for cell in done}
+    return {label: sum(line.startswith("recipe ") for line in lines) for label, lines in logs.items()}
+
+
+class Fire:
+    """Kills and freezes cells of a running grid, by the pids in their locks.
+
+    Args:
+        store: where the grid runs.
+        every: its cells.
+        seed: of who is killed, and when.
+    """
+
+    def __init__(self, store: Store, every: Sequence[Cell], seed: int) -> None:
+        self.store, self.draw = store, random.Random(seed)
+        healthy = [cell for cell in every if cell.label != HUNG]
+        self.hung = next(cell for cell in every if cell.label == HUNG)
+        self.doomed = {cell: self.draw.uniform(0.5, 6.0) for cell in self.draw.sample(healthy, -(-len(every) // 10))}
+        self.seen: dict[Cell, float] = {}
+        self.killed: list[str] = []
+
+    def look(self) -> None:
+        """Strike where it is time."""
+        for cell, delay in list(self.doomed.items()):
+            who = holder(Path(self.store.job(cell, None).lock))
+            if who and time.monotonic() - self.seen.setdefault(cell, time.monotonic()) > delay:
+                _signal(who.pid, signal.SIGKILL)
+                self.killed.append(cell.label)
+                del self.doomed[cell]
+        who = holder(Path(self.store.job(self.hung, None).lock))
+        if who:
+            _signal(who.pid, signal.SIGSTOP)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended between the look and the blow
+
+
+def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -> tuple[set[str], list[str]]:
+    """Run a grid under fire, kill its driver once; the cells that were finished at that moment, and who was killed."""
+    fire, early = Fire(store, every, seed), set[str]()
+    for driver_dies in (True, False):
+        with subprocess.Popen(argv, start_new_session=True) as driver:
+            while driver.poll() is None:
+                fire.look()
+                done = {cell.label for cell in every if store.over(cell)}
+                if driver_dies and len(done) >= len(every) // 3:
+                    driver.kill()
+                    driver.wait()
+                    early = done
+                    print("driver killed", flush=True)
+                time.sleep(0.1)
+        if not driver_dies and driver.returncode != 1:
+            raise SystemExit(f"the grid left with {driver.returncode}, but two of its cells cannot finish")
+    return early, fire.killed
+
+
+def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
+    """The whole drill; what went wrong."""
+    base = HERE / "configs" / "grid" / "digits.yaml"
+    every = cells(read(base)[1])
+    with_failure = work / "drill.yaml"
+    with_failure.write_text(
+        f"include: {base}\nblocks:\n  - {{}}\n"
+        "  - {attacks: [badnet], seeds: [0], defenses: [ep], overrides: {ep: {index: no_such_file.txt}}}\n"
+    )
+    reference = Store(work / "reference")
+    subprocess.run(grid(base, reference.root), check=True)
+    store = Store(work / engine)
+    shutil.rmtree(store.root, ignore_errors=True)
+    more = ["--cluster", "local", "--cores", "2"] if engine == "slurm" else []
+    argv = grid(with_failure, store.root, "--engine", engine, "--cell_timeout", str(timeout), "--retries", "1", *more)
+    early, killed = disturbed(argv, store, every, seed)
+    print(f"killed: {', '.join(killed)}", flush=True)
+    wanted = {label: seal for label, seal in results(reference, every).items() if label != HUNG}
+    got, counts = results(store, every), runs(store, every)
+    wrong = [f"{label} differs or is missing" for label, seal in wanted.items() if got.get(label) != seal]
+    wrong += [f"{label} was begun {counts[label]} times" for label in early if counts[label] > 1 + (label in killed)]
+    states = {cell.label: state for cell, state in zip(every, store.states(every).values(), strict=True)}
+    wrong += [] if "no end after" in states[HUNG].reason else [f"{HUNG} should have failed by its time: {states[HUNG]}"]
+    ep = [state for state in store.states(cells(read(with_failure)[1])).values() if "no_such_file" in state.reason]
+    wrong += [] if len(ep) == 1 else ["the cell that cannot work has no reason"]
+    third = subprocess.run(argv, check=False, capture_output=True, text=True)
+    wrong += [] if ", 0 to run (" in third.stdout else [f"a third call had work to do: {third.stdout}{third.stderr}"]
+    wrong += [] if runs(store, every) == counts else ["a third call began finished cells again"]
+    return wrong
+
+
+def overhead(work: Path, epochs: int) -> None:
+    """Seconds of the same four cells by hand and by the grid with one slot, in turns."""
+    base, file = HERE / "configs" / "grid" / "digits.yaml", work / "overhead.yaml"
+    file.write_text(
+        f"include: {base}\nattacks: [badnet, blended]\ndefenses: [ft]\nseeds: [0]\n"
+        f"overrides: {{attack: {{epochs: {epochs}}}, ft: {{epochs: {20 * epochs}}}}}\n"
+    )
+    every, took = cells(read(file)[1]), {"hand": 0.0, "grid": 0.0}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for way in ("hand", "grid"):
+        root = work / f"overhead_{way}"
+        shutil.rmtree(root, ignore_errors=True)
+        started = time.monotonic()
+        if way == "grid":
+            subprocess.run(grid(file, root, "--cores", "1"), check=True, env=env)
+        for cell in every if way == "hand" else ():
+            script = [sys.executable, str(HERE / cell.kind / f"{cell.name}.py"), *cell.flags, f"--record_root={root}"]
+            subprocess.run(script, check=True, env=env, stdout=subprocess.DEVNULL)
+        took[way] = time.monotonic() - started
+    more = 100 * (took["grid"] / took["hand"] - 1)
+    each = took["hand"] / len(every)
+    both = f"{took['hand']:.1f} s by hand, {took['grid']:.1f} s by the grid"
+    print(f"{len(every)} cells of {each:.1f} s: {both}, {more:+.1f} %")
+
+
+def main() -> int:
+    """The drill or the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for the runs")
+    parser.add_argument("--engine", choices=("local", "ray", "slurm"), default="local")
+    parser.add_argument("--seed", type=int, default=0, help="of who is killed, and when [0]")
+    parser.add_argument("--cell_timeout", type=float, default=60, help="seconds; ten times what a cell takes [60]")
+    parser.add_argument("--overhead", action="store_true", help="measure what the grid costs")
+    parser.add_argument("--epochs", type=int, default=40, help="of the attacks whose cost is measured [40]")
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    if asked.overhead:
+        overhead(asked.work.absolute(), asked.epochs)
+        return 0
+    wrong = drill(asked.work.absolute(), asked.engine, asked.seed, asked.cell_timeout)
+    print("\n".join(wrong) or "nothing lost, nothing repeated, every result as undisturbed")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Whether result folders say the truth: files, settings, data, and every figure measured again from the stored weights.
+
+    python scripts/verify.py RECORD [RECORD ...] [--record_root ./record] [--dataset_path DIR]
+
+RECORD is the folder of an attack, by name below the record root or by path; the defenses in it are verified too.
+A figure holds if at most one picture in a thousand (and at least one) is answered otherwise here than was recorded.
+Exit status: 0 everything was checked and holds, 1 something does not hold, 2 a mistake in the command, 3 nothing is
+broken, but something could not be checked (without the data set there is no ACC).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.device import choose_device, set_threads
+from sau.errors import SauError
+from sau.files import folder
+from sau.verification import BROKEN, PARTLY, VERIFIED, Verification
+
+WORDS = {VERIFIED: "verified", BROKEN: "BROKEN", PARTLY: "holds as far as it could be checked"}
+
+
+def main() -> int:
+    """Verify every record that is named; the exit status is the worst of theirs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", nargs="+", help="folder of an attack")
+    parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
+    parser.add_argument("--dataset_path", help="folder of the data sets [where the attack had them]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+    asked = parser.parse_args()
+    states = []
+    try:
+        set_threads(asked.threads)
+        where = choose_device(asked.device)
+        for name in asked.record:
+            path = Path(name) if Path(name).is_dir() else folder(asked.record_root, name)
+            found = Verification(path, asked.dataset_path, where).run()
+            for finding in found.findings:
+                print(f"{finding.state:12}{finding.what}: {finding.text}")
+            print(f"{path}: {WORDS[found.status]}", flush=True)
+            states.append(found.status)
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return BROKEN if BROKEN in states else max(states)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Files that would do harm if they were read as pickles usually are."""
+
+import builtins
+import io
+import os
+import pickle
+import struct
+import subprocess
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.collect_env import run
+
+from sau.compat import KEYS
+
+HERE = "CANARY"
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def in_zip(code: bytes) -> bytes:
+    out = io.BytesIO()
+    torch.save({"x": torch.zeros(2)}, out)
+    return pickled(out.getvalue(), lambda content: b"\x80\x02" + code + b".")
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(content, out, **options)
+    return out.getvalue()
+
+
+def tarred(command: str) -> bytes:
+    """The format of torch 0.1: a tar archive of pickles."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            content = pickle.dumps(Call(os.system, command), protocol=2)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def deflated(megabytes: int) -> bytes:
+    out = io.BytesIO()
+    raw = saved({"x": torch.zeros(1)})
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            large = member.filename.endswith("data/0")
+            new.writestr(member.filename, bytes(megabytes << 20) if large else old.read(member))
+    return out.getvalue()
+
+
+def touch(canary: Path) -> str:
+    return f"touch {canary}"
+
+
+def getattr_chain(canary: Path) -> bytes:
+    module = b"cbuiltins\n__import__\n(" + text("os") + b"tR"
+    return in_zip(b"cbuiltins\ngetattr\n(" + module + text("system") + b"tR(" + text(touch(canary)) + b"tR")
+
+
+def module_attribute(canary: Path) -> bytes:
+    return in_zip(b"ctorch.serialization\nos.system\n(" + text(touch(canary)) + b"tR")
+
+
+def object_array(canary: Path) -> bytes:
+    return saved({**dict.fromkeys(KEYS), "bd_test": np.array([Call(os.system, touch(canary))], dtype=object)})
+
+
+def false_dtype() -> bytes:
+    """An int64 dtype that is told, after an array was made of it, that it holds Python objects."""
+    kind = b"cnumpy\ndtype\n(" + text("i8") + b"\x89\x88tRq\x01"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text("b") + b"tR"
+    state = b"(K\x01(K\x04th\x01\x89c_codecs\nencode\n(" + text("A" * 32) + text("latin1") + b"tRtb"
+    return in_zip(kind + array + state + b"h\x01(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb")
+
+
+def builtins_of_numpy(canary: Path) -> bytes:
+    item = b"coperator\ngetitem\n(cnumpy\n__builtins__\n" + text("eval") + b"tR"
+    return in_zip(item + b"(" + text(f"open({str(canary)!r}, 'w')") + b"tR")
+
+
+def pickled(raw: bytes, change: Any) -> bytes:
+    """The archive with `change(pickle)` for its pickle; nothing is compressed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            content = old.read(member)
+            new.writestr(member.filename, change(content) if member.filename.endswith("data.pkl") else content)
+    return out.getvalue()
+
+
+def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
+    """Files that do harm to an ordinary reader, most by creating `canary`, and a word of their refusal."""
+    command = touch(canary)
+    script = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is said to be on its way out
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), script)
+    return {
+        "os.system": (saved(Call(os.system, command)), "system"),
+        "eval": (saved(Call(eval, f"open({str(canary)!r}, 'w')")), "eval"),
+        "getattr chain": (getattr_chain(canary), "getattr"),
+        "module attribute": (module_attribute(canary), "torch.serialization.os.system"),
+        "object array": (object_array(canary), "'O8'"),
+        "nested pickle": (saved(Call(pickle.loads, pickle.dumps(Call(os.system, command)))), "loads"),
+        "legacy": (saved(Call(os.system, command), _use_new_zipfile_serialization=False), "no torch zip file"),
+        "tar": (tarred(command), "no torch zip file"),
+        "TorchScript": (script.getvalue(), "TorchScript"),
+        "whole module": (saved(nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
+        "deflate bomb": (deflated(200), "compressed"),
+        "false dtype": (false_dtype(), "dtype"),
+        "torch.utils": (saved(Call(run, command)), "torch.utils.collect_env.run"),
+        "builtins of numpy": (builtins_of_numpy(canary), "operator.getitem"),
+        "exec": (saved(Call(builtins.exec, f"open({str(canary)!r}, 'w')")), "exec"),
+        "subprocess": (saved(Call(subprocess.check_call, ["touch", str(canary)])), "check_call"),
+    }
+
+
+EVENTS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.remove", "os.rename", "subprocess.", "socket.")
+
+
+def watched(calls: str, places: list[Path]) -> str:
+    """A program that opens each of `places` in turn by `calls` (with `path` for it) and prints what Python's audit hook
+    saw beside reading: programs started, sockets, files opened for writing, renamed or removed.
+    """
+    return f"""
+import sys
+from pathlib import Path
+from sau import compat, foreign, inspection, weights
+from sau.errors import RecordError
+from sau.models.zoo import torchvision_names
+torchvision_names()
+def watch(event, arguments):
+    wrote = event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wax+")
+    if wrote or event.startswith({EVENTS!r}):
+        print("event", event, arguments[:1])
+sys.addaudithook(watch)
+for path in map(Path, {[str(place) for place in places]!r}):
+    try:
+        {calls}
+    except RecordError as error:
+        print("refused", error)
+"""

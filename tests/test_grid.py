@@ -1,0 +1,679 @@
+"""The plan of a grid, its order and its books; nothing is trained here but in one pair of cells."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import QUICK, REPOSITORY, environment, the_error
+
+from sau.errors import ConfigError, RecordError
+from sau.grid import store as storing
+from sau.grid.cells import LOCKED, Child, Job, Outcome
+from sau.grid.engines import Local
+from sau.grid.forecast import Forecast, duration, status, totals
+from sau.grid.names import plain
+from sau.grid.plan import Cell, cells, select
+from sau.grid.runner import Runner, check_disk, needed
+from sau.grid.spec import read
+from sau.grid.store import Store
+from sau.grid.work import work
+from sau.lock import Lock
+from sau.record import Record
+
+SMALL = """
+dataset: digits
+attacks: [badnet, prototype]
+defenses: [ft, clp]
+ratios: [0.1]
+clean_shares: [0.1]
+overrides:
+  attack: {width: 2, epochs: 1}
+  ft: {epochs: 1}
+"""
+
+
+@pytest.fixture
+def planned(tmp_path) -> Callable[..., list[Cell]]:
+    """`planned(text)` are the cells of a grid file with that text."""
+
+    def plan(text: str = SMALL, name: str = "grid.yaml") -> list[Cell]:
+        (tmp_path / name).write_text(text)
+        return cells(read(tmp_path / name)[1])
+
+    return plan
+
+
+def finish(store: Store, cell: Cell, **summary: Any) -> None:
+    """Leave a record as a finished cell does."""
+    record = Record(store.folder(cell))
+    record.begin({}, {"cell": cell.digest}, overwrite=False)
+    record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0, **summary})
+
+
+class Scripted:
+    """An engine on which the tries of a cell, by its label, end as they are told; others finish."""
+
+    def __init__(self, store: Store, script: dict[str, list[Outcome]] | None = None, room: int = 2) -> None:
+        self.store, self.script, self.slots = store, script or {}, room
+        self.running: list[Cell] = []
+        self.order: list[str] = []
+        self.stopped = False
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        pass
+
+    def parallel(self, cell: Cell) -> int:
+        return self.slots
+
+    def room(self, cell: Cell) -> bool:
+        return len(self.running) < self.slots
+
+    def submit(self, cell: Cell, job: Job) -> None:
+        assert not any(other.digest == cell.digest for other in self.running)
+        self.running.append(cell)
+        self.order.append(cell.label)
+
+    def poll(self) -> list[tuple[Cell, Outcome]]:
+        done = []
+        for cell in self.running:
+            told = self.script.get(cell.label)
+            outcome = told.pop(0) if told else Outcome("done")
+            if outcome.status == "done":
+                finish(self.store, cell)
+            done.append((cell, outcome))
+        self.running = []
+        return done
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch) -> Callable[..., tuple[Scripted, list[tuple[Cell, str]], list[str]]]:
+    """`drive(cells, script)` runs a grid on a scripted engine: the engine, the failures and the lines."""
+    monkeypatch.setattr("sau.grid.runner.POLL", 0.0)
+    monkeypatch.setattr("sau.grid.runner.ELSEWHERE", 0.05)
+
+    def run(every, script=None, *, retries=1, retry_failed=False, published=()):
+        store, lines = Store(tmp_path / "root", tuple(published)), list[str]()
+        store.prepare(every)
+        engine = Scripted(store, script)
+        todo = needed(every, store, retry_failed)
+        forecast = Forecast(store.costs(every))
+        runner = Runner(todo, store, engine, retries=retries, timeout=None, forecast=forecast, say=lines.append)
+        return engine, runner.run(), lines
+
+    return run
+
+
+# Which cells there are
+
+
+def test_an_attack_is_one_cell_for_all_of_its_defenses(planned):
+    every = planned()
+    labels = [cell.label for cell in every]
+    assert labels[:3] == ["badnet_r0.1_s0", "badnet_r0.1_s0/defense/ft_c0.1", "badnet_r0.1_s0/defense/clp_c0.1"]
+    assert labels[3:] == ["prototype_s0", "prototype_s0/defense/ft_c0.1", "prototype_s0/defense/clp_c0.1"]
+    assert every[1].attack == every[2].attack == every[0].digest and every[0].attack is None
+    assert every[1].folder.startswith(every[0].folder + "/defense/ft_c0.1_")
+    assert len({cell.digest for cell in every}) == len({cell.folder for cell in every}) == 6
+
+
+def test_seeds_ratios_and_shares_are_crossed(planned):
+    text = SMALL.replace("[0.1]\nclean", "[0.05, 0.1]\nclean").replace(
+        "clean_shares: [0.1]", "clean_shares: [0.1, 0.2]"
+    )
+    every = planned(text + "seeds: [0, 3]\n")
+    assert len(every) == 2 * (3 * 1 + 3 * 2 * 2)  # a clean network has no poisoning ratio
+    assert {cell.label for cell in every if cell.kind == "attack"} >= {"badnet_r0.05_s3", "prototype_s3"}
+
+
+CHANGES = {
+    "a defense's setting": ("ft: {epochs: 1}", "ft: {epochs: 2}", {"ft"}),
+    "an attack's setting": ("epochs: 1}\n  ft", "epochs: 2}\n  ft", {"badnet", "prototype", "ft", "clp"}),
+    "the threads": ("dataset: digits", "dataset: digits\nthreads: 2", {"badnet", "prototype", "ft", "clp"}),
+    "the precision": ("dataset: digits", "dataset: digits\namp: true", {"badnet", "prototype", "ft", "clp"}),
+    "the data set": ("dataset: digits", "dataset: cifar10", {"badnet", "prototype", "ft", "clp"}),
+    "the clean share": ("clean_shares: [0.1]", "clean_shares: [0.2]", {"ft", "clp"}),
+    "memory and data folder": ("dataset: digits", "dataset: digits\nmemory_gb: 7\ndataset_path: /elsewhere", set()),
+    "how often it is evaluated": ("ft: {epochs: 1}", "ft: {epochs: 1}\n  defense: {eval_every: 1}", set()),
+    "a default that is said": ("ft: {epochs: 1}", "ft: {epochs: 1}\n  badnet: {attack_target: 0}", set()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_makes_new_cells_only_where_it_acts(planned, change):
+    old, new, names = CHANGES[change]
+    before, after = planned(), planned(SMALL.replace(old, new))
+    kept = {cell.digest for cell in before}
+    assert {cell.name for cell in after if cell.digest not in kept} == names
+
+
+def test_pictures_of_ones_own_are_known_by_their_folder(planned):
+    one, other = (planned(SMALL.replace("digits", f"folder\ndataset_path: {place}")) for place in ("a", "b"))
+    assert one[0].digest != other[0].digest
+
+
+def test_blocks_are_laid_over_the_rest_and_shared_cells_come_once(planned):
+    blocks = "blocks:\n  - {seeds: [0]}\n  - {seeds: [0, 1], attacks: [badnet], overrides: {ft: {lr: 0.5}}}\n"
+    every = planned(SMALL + blocks)
+    assert len(every) == 6 + 1 + 3  # of the second block on seed 0, attack and clp are there already
+    flags = [cell.flags for cell in every if cell.name == "ft" and "--lr=0.5" in cell.flags]
+    assert len(flags) == 2 and all("--epochs=1" in each for each in flags)
+
+
+def test_a_file_is_laid_over_those_that_it_includes(planned, tmp_path):
+    planned(SMALL + "published: there\n", "base.yaml")
+    grid, (block,) = read_text(tmp_path, "include: base.yaml\nseeds: [4]\noverrides: {ft: {lr: 0.5}}\n")
+    assert block.seeds == (4,) and block.overrides["ft"] == {"epochs": 1, "lr": 0.5}
+    assert block.overrides["attack"] == {"width": 2, "epochs": 1}
+    assert grid.published == (str(tmp_path / "there"),)
+
+
+def read_text(folder: Path, text: str) -> Any:
+    (folder / "mine.yaml").write_text(text)
+    return read(folder / "mine.yaml")
+
+
+def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):
+    every = planned(SMALL + "seeds: [0, 1]\n")
+    assert [cell.label for cell in select(every, ["badnet*s1/*clp*"])] == [
+        "badnet_r0.1_s1",
+        "badnet_r0.1_s1/defense/clp_c0.1",
+    ]
+    assert {cell.name for cell in select(every, ["clp"])} == {"badnet", "prototype", "clp"}
+    with pytest.raises(ConfigError, match="fits no cell"):
+        select(every, ["nothing*"])
+
+
+def test_the_names_of_folders_without_their_digests():
+    assert plain("badnet_r0.1_0123456789_s3") == "badnet_r0.1_s3" and plain("ft-sam_c0.05_0123456789") == "ft-sam_c0.05"
+    assert plain("badnet_s0") == "badnet_s0"
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "grid").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_grid_can_be_planned(file):
+    assert len(cells(read(file)[1])) >= 20
+
+
+def test_the_table_of_the_cpu_track_is_what_was_promised():
+    every = cells(read(REPOSITORY / "configs" / "grid" / "table1_cpu.yaml")[1])
+    attacks = {cell.name for cell in every if cell.kind == "attack"}
+    rows: dict[int, set[str]] = {seed: set() for seed in range(3)}
+    for cell in every:
+        seed = next(int(flag.split("=")[1]) for flag in cell.flags if flag.startswith("--random_seed"))
+        rows[seed].add(cell.name)
+    from sau.attack import ATTACKS
+    from sau.defense import DEFENSES
+
+    assert attacks == set(ATTACKS) and rows[0] == {*ATTACKS, *DEFENSES}
+    assert rows[1] == rows[2] == {*ATTACKS, "ft", "ft-sam", "i-bau", "d3", "sau"}
+
+
+# What cannot be
+
+
+BAD = {
+    "unknown key": (SMALL + "seedz: [0]\n", "did you mean seeds?"),
+    "unknown attack": (SMALL.replace("badnet", "badnets"), "'badnets'; did you mean badnet?"),
+    "unknown defense": (SMALL.replace("clp", "clip"), "'clip'; did you mean clp?"),
+    "unknown data set": (SMALL.replace("digits", "digit"), "digit"),
+    "no attack": ("dataset: digits\n", "attacks names none"),
+    "twice": (SMALL.replace("[badnet,", "[badnet, badnet,"), "attacks has badnet twice"),
+    "unknown method in overrides": (SMALL + "  saw: {lr: 1}\n", "overrides has 'saw'; did you mean sau?"),
+    "unknown setting": (SMALL.replace("ft: {epochs", "ft: {epochz"), "overrides.ft.epochz: ft has no such setting"),
+    "bad value": (SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"), "'many'"),
+    "out of range": (SMALL.replace("clean_shares: [0.1]", "clean_shares: [0.1]\nthreads: 0"), "threads is 0"),
+    "auto": (SMALL + "recipe: auto\n", "allowed is one of paper, cpu"),
+    "the grid's own": (SMALL.replace("ft: {epochs: 1", "ft: {random_seed: 1"), "the grid itself says seeds"),
+    "the runner's own": (SMALL.replace("ft: {epochs: 1", "ft: {overwrite: true"), "the grid chooses this itself"),
+    "two homes of a ratio": (SMALL + "  badnet: {pratio: 0.2}\n", "overrides.badnet.pratio contradicts ratios"),
+    "two homes of a share": (SMALL + "  defense: {ratio: 0.2}\n", "contradicts clean_shares"),
+    "twice, by two names": (SMALL + "  clp: {u: 2, clp_u: 3}\n", "no such setting"),
+    "the same key twice": (SMALL + "  ft: {lr: 1}\n", "ft is given twice"),
+    "a block's unknown key": (SMALL + "blocks:\n  - {published: x}\n", "blocks[0] has 'published'"),
+    "an override that acts nowhere": (SMALL + "blocks:\n  - {overrides: {sau: {lr: 1}}}\n", "does not run"),
+    "blocks that are none": (SMALL + "blocks: 3\n", "list of mappings"),
+    "overrides that are none": ("dataset: digits\nattacks: [badnet]\noverrides: [1]\n", "mapping of methods"),
+    "GPUs without CUDA": (SMALL + "gpus: 0.5\n", "device is cpu, but gpus is 0.5"),
+    "one GPU and a half": (SMALL + "device: cuda\ngpus: 1.5\n", "share up to 1 or a whole number"),
+    "retries": (SMALL + "retries: -1\n", "retries is -1"),
+    "timeout": (SMALL + "cell_timeout: 0\n", "cell_timeout is 0"),
+    "seed": (SMALL + "seeds: [-1]\n", "random_seed is -1"),
+    "slurm": (SMALL + "slurm: 3\n", "mapping of sbatch"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_file_is_refused_in_one_line(planned, one_line, case):
+    text, words = BAD[case]
+    with pytest.raises(ConfigError) as caught:
+        planned(text)
+    assert words in one_line(caught.value)
+
+
+def test_a_circle_of_includes_is_named(tmp_path, one_line):
+    for name, other in (("a", "b"), ("b", "c"), ("c", "b")):
+        (tmp_path / f"{name}.yaml").write_text(f"include: {other}.yaml\n")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "a.yaml")
+    assert "b.yaml -> c.yaml -> b.yaml" in one_line(caught.value)
+
+
+def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(planned, one_line):
+    for change, words in (
+        ({"memory_gb": 10.0}, "memory_gb is 10, but"),
+        ({"threads": 3}, "threads is 3, but"),
+        ({"gpus": 1.0}, "has 0"),
+    ):
+        cell = dataclasses.replace(planned()[0], **change)
+        with pytest.raises(ConfigError) as caught:
+            here = Local(cores=2, memory_gb=4.0)
+            here.gpus = []
+            here.check([planned()[1], cell])
+        assert words in one_line(caught.value)
+    with pytest.raises(ConfigError, match="GiB, but 1.0 are free"):
+        check_disk(2.0**31, 2**30)
+
+
+def test_a_root_of_another_version_is_refused(planned, tmp_path, one_line, monkeypatch):
+    Store(tmp_path).prepare(planned())
+    Store(tmp_path).prepare(planned())
+    monkeypatch.setattr("sau.__version__", "0.0.0")
+    with pytest.raises(RecordError) as caught:
+        Store(tmp_path).prepare(planned())
+    assert "this is 0.0.0" in one_line(caught.value)
+
+
+@pytest.mark.parametrize(("engine", "module"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_engine_that_is_not_installed_is_named(engine, module, monkeypatch, tmp_path, one_line):
+    from sau.grid.clusters import RayEngine, Slurm
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError) as caught:
+        RayEngine() if engine == "ray" else Slurm(tmp_path, {}, 1, "local", 5)
+    assert f"pip install 'sau[{engine}]'" in one_line(caught.value)
+
+
+def test_slurm_gives_whole_gpus(planned, tmp_path):
+    pytest.importorskip("submitit")
+    from sau.grid.clusters import Slurm
+
+    with pytest.raises(ConfigError, match="whole GPUs"):
+        Slurm(tmp_path, {}, 1, "local", 5).check([dataclasses.replace(planned()[0], gpus=0.5)])
+
+
+def test_a_full_disk_stops_the_grid_in_one_line(planned, tmp_path, monkeypatch, one_line, drive):
+    every = planned()
+
+    def full(*args: object) -> None:
+        raise RecordError("no room for it")
+
+    monkeypatch.setattr(Store, "fail", full)
+    with pytest.raises(RecordError) as caught:
+        drive(every, {every[0].label: [Outcome("failed", "x", again=False)]})
+    assert "no room" in one_line(caught.value)
+
+
+# The order of things
+
+
+def test_attacks_come_before_their_defenses_and_finished_cells_are_not_run_again(planned, drive):
+    every = planned()
+    engine, failures, lines = drive(every)
+    assert not failures and sorted(engine.order) == sorted(cell.label for cell in every) and engine.stopped
+    for cell in every:
+        assert cell.attack is None or engine.order.index(cell.label) > engine.order.index(cell.label.split("/")[0])
+    assert len(lines) == 6 and lines[0].startswith("[1/6] done") and "ACC 90.00, ASR 1.00; 4 s; ETA" in lines[0]
+    again, failures, lines = drive(every)
+    assert (again.order, failures, lines) == ([], [], [])
+
+
+def test_a_crash_is_tried_again_and_a_mistake_is_not(planned, drive):
+    every = planned()
+    crash, mistake = Outcome("failed", "killed by SIGKILL"), Outcome("failed", "no such file", again=False)
+    script = {every[1].label: [crash], every[2].label: [mistake], every[4].label: [crash, crash]}
+    engine, failures, lines = drive(every, script)
+    assert [(cell.label, reason) for cell, reason in failures] == [
+        (every[2].label, "no such file"), (every[4].label, "killed by SIGKILL")
+    ]  # fmt: skip
+    assert engine.order.count(every[1].label) == engine.order.count(every[4].label) == 2
+    assert engine.order.count(every[2].label) == 1
+    assert any(line.startswith(f"again   {every[1].label}: killed by SIGKILL; try 2 of 2") for line in lines)
+
+
+def test_a_failed_cell_runs_again_only_when_asked(planned, drive, tmp_path):
+    every = planned()
+    drive(every, {every[0].label: [Outcome("failed", "why", again=False)]})
+    states = Store(tmp_path / "root").states(every)
+    assert [states[cell.digest].name for cell in every[:3]] == ["failed", "blocked", "blocked"]
+    assert states[every[0].digest].reason == "why" and states[every[5].digest].name == "finished"
+    assert drive(every)[0].order == []
+    assert drive(every, retry_failed=True)[0].order[0] == every[0].label
+    assert not list((tmp_path / "root" / ".grid" / "failed").iterdir())
+    assert {state.name for state in Store(tmp_path / "root").states(every).values()} == {"finished"}
+
+
+def test_a_cell_that_another_runner_has_is_waited_for(planned, drive):
+    every = planned()
+    engine, failures, _ = drive(every, {every[0].label: [Outcome("locked"), Outcome("locked")]})
+    assert not failures and engine.order.count(every[0].label) == 3
+    assert engine.order.index(every[1].label) > 2
+
+
+def test_a_cell_whose_lock_is_held_is_not_even_started(planned, drive, tmp_path):
+    every, seen = planned(), list[str]()
+    lock = Lock(Path(Store(tmp_path / "root").job(every[0], None).lock))
+    lock.acquire()
+
+    class Freed(dict[str, list[Outcome]]):
+        def get(self, label: str, default: Any = None) -> Any:
+            seen.append(label)
+            lock.release()
+            return None
+
+    engine, failures, _ = drive(every, Freed({"": []}))
+    assert not failures and seen[0] == engine.order[0] == every[3].label and len(engine.order) == 6
+
+
+def test_a_cell_that_another_runner_finished_is_not_started(planned, drive, tmp_path, monkeypatch):
+    every, store = planned(), Store(tmp_path / "root")
+    submit = Scripted.submit
+
+    def both(self: Scripted, cell: Cell, job: Job) -> None:
+        if cell.digest == every[0].digest:  # meanwhile, elsewhere
+            finish(store, every[3])
+            finish(store, every[4])
+        submit(self, cell, job)
+
+    monkeypatch.setattr(Scripted, "submit", both)
+    engine, failures, lines = drive(every)
+    assert not failures and every[3].label not in engine.order and every[4].label not in engine.order
+    assert any("elsewhere" in line for line in lines) and len(lines) == 6
+
+
+def test_a_published_summary_counts_and_its_attack_is_trained_again_only_for_work_that_is_left(
+    planned, drive, tmp_path
+):
+    every = planned()
+    drive(every)
+    done, kept = Store(tmp_path / "root"), tmp_path / "kept"
+    assert done.publish([*every[:2], *every[3:]], kept) == 5
+    assert {file.name for file in kept.rglob("*") if file.is_file()} == {"summary.json"}
+    (tmp_path / "root").rename(tmp_path / "gone")
+    engine, _, lines = drive(every, published=[kept])
+    assert engine.order == [every[0].label, every[2].label] and not any("differs" in line for line in lines)
+    states = Store(tmp_path / "root", (kept,)).states(every)
+    assert [states[cell.digest].name for cell in every] == ["finished", "published", "finished", *["published"] * 3]
+    assert drive(every, published=[kept])[0].order == []
+
+
+def test_an_attack_that_comes_out_otherwise_than_published_is_told(planned, drive, tmp_path):
+    every = planned()
+    finish(Store(tmp_path / "other"), every[0], acc=12.0)
+    Store(tmp_path / "other").publish(every, tmp_path / "kept")
+    lines = drive(every, published=[tmp_path / "kept"])[2]
+    assert any(line.startswith(f"warning: {every[0].label} differs") for line in lines)
+
+
+def test_a_damaged_cell_is_made_again(planned, drive, tmp_path):
+    every = planned()
+    drive(every)
+    store = Store(tmp_path / "root")
+    with (store.folder(every[1]) / "summary.json").open("a") as file:
+        file.write(" ")
+    (note,) = store.prepare(every)
+    assert "differs from manifest.json" in note and "made again" in note
+    assert [cell.label for cell in needed(every, store, False)] == [every[1].label]
+
+
+@pytest.mark.parametrize(("content", "words"), [("{", "is damaged"), ("{}", "holds no scores")])
+def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_line, content, words):
+    every = planned()
+    (tmp_path / "kept" / every[0].folder).mkdir(parents=True)
+    (tmp_path / "kept" / every[0].folder / "summary.json").write_text(content)
+    with pytest.raises(RecordError) as caught:
+        Store(tmp_path / "root", (tmp_path / "kept",)).prepare(every)
+    assert words in one_line(caught.value)
+
+
+def test_status_counts_and_names_what_runs_and_what_failed(planned, tmp_path):
+    every, store = planned(), Store(tmp_path)
+    finish(store, every[0])
+    store.fail(every[1], "killed by SIGKILL", 2)
+    with Lock(Path(store.job(every[2], None).lock)):
+        lines = status(every, store)
+    assert lines[0] == "6 cells: 1 finished, 1 running, 3 waiting, 1 failed"
+    assert lines[1].startswith(f"running {every[2].label}: process {os.getpid()} on ")
+    assert lines[2] == f"failed  {every[1].label}: killed by SIGKILL"
+    assert lines[3].startswith("left: 4 cells, 1 at a time: about 16 s; 4 of them like no recorded cell")
+
+
+def test_what_is_to_come_is_told_from_what_like_cells_took(planned, tmp_path):
+    every, store = planned(SMALL + "seeds: [0, 1]\n"), Store(tmp_path)
+    assert "time unknown" in totals(every, Forecast(store.costs(every)), 1)
+    for cell, seconds in zip(every[:6], (100.0, 10.0, 1.0, 50.0, 20.0, 3.0), strict=True):
+        finish(store, cell, seconds=seconds)
+    forecast = Forecast(store.costs(every))
+    text = totals(needed(every, store, False), forecast, 2)
+    assert (
+        text.startswith(f"6 cells, 2 at a time: about {duration((100 + 50 + 2 * 15 + 2 * 2) / 2)};") and "4 GiB" in text
+    )
+    table = forecast.table(every[6:])
+    assert table[0].startswith("    1 x attack badnet digits cpu: 2 min each, needs 2 GiB (took 100 MiB)")
+    assert table[1].startswith("    2 x defense ft digits cpu: 15 s each")
+
+
+def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, planned):
+    """Half of them finished, a thousand failed, a hundred running."""
+    text = SMALL.replace("[badnet, prototype]", "[badnet, blended, lf, ssba, wanet, inputaware, prototype]")
+    text = text.replace("[ft, clp]", "[sau, ft, at, ft-sam, d3, fst, nad, i-bau, nc, npd, fp, anp, rnp, clp, bnp, ep]")
+    text += f"seeds: [{', '.join(map(str, range(85)))}]\n"
+    started = time.process_time()
+    every = planned(text)
+    took = time.process_time() - started
+    store = Store(tmp_path / "root")
+    (store.own / "failed").mkdir(parents=True)
+    (store.own / "locks").mkdir()
+    with Lock(store.own / "locks" / "example"):
+        lock = (store.own / "locks" / "example").read_bytes()
+    for number, cell in enumerate(every):
+        folder, key = store.folder(cell), storing._key(cell)
+        if number % 2:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").write_text('{"acc": 90.0, "seconds": 4.0}')
+            (folder / "manifest.json").write_text('{"schema": 1, "files": {}}')
+        elif number % 10 == 0:
+            (store.own / "failed" / key).write_text('{"reason": "killed"}')
+        elif number % 100 == 2:
+            (store.own / "locks" / key).write_bytes(lock)
+    started = time.process_time()
+    store.prepare(every)
+    todo = needed(every, store, retry_failed=False)
+    took += time.process_time() - started
+    started = time.process_time()
+    lines = status(every, store)
+    looked = time.process_time() - started
+    assert len(every) == 10_115 and 3_000 < len(todo) < 4_500
+    assert lines[0].startswith("10115 cells: 5057 finished, 102 running, ")
+    assert took < 5 and looked < 2, (took, looked)
+
+
+# Slots and processes
+
+
+def test_gpus_are_shared_out(planned, monkeypatch):
+    class Nothing:
+        def __init__(self, job: Job, gpus: str | None) -> None:
+            seen.append(gpus)
+
+    seen: list[str | None] = []
+    monkeypatch.setattr("sau.grid.engines.Child", Nothing)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    here, plan = Local(cores=8, memory_gb=64.0), planned(SMALL + "seeds: [0, 1, 2]\n")
+    here.gpus = [1.0, 1.0]
+    job = Store(Path("x")).job(plan[0], None)
+    shares = [0.5, 0.75, 0.5, 0.5, 1.0, 0.25, 2.0]
+    fitted = []
+    for cell, share in zip(plan, shares, strict=False):
+        cell = dataclasses.replace(cell, gpus=share)
+        fitted.append(here.room(cell))
+        if fitted[-1]:
+            here.submit(cell, job)
+    assert fitted == [True, True, True, False, False, True, False] and seen == ["4", "7", "4", "7"]
+    assert here.parallel(dataclasses.replace(plan[0], gpus=0.5)) == 4
+    here.running.clear()
+    here.submit(dataclasses.replace(plan[0], gpus=2.0), job)
+    assert seen[-1] == "4,7"
+
+
+def test_cores_and_memory_are_never_oversubscribed(planned, monkeypatch):
+    monkeypatch.setattr("sau.grid.engines.Child", lambda job, gpus: None)
+    job = Store(Path("x")).job(planned()[0], None)
+    for change, most in ({"threads": 2, "memory_gb": 1.0}, 2), ({"threads": 1, "memory_gb": 3.0}, 3):
+        here, count = Local(cores=5, memory_gb=10.0), 0
+        for cell in planned():
+            cell = dataclasses.replace(cell, **change)
+            if here.room(cell):
+                here.submit(cell, job)
+                count += 1
+        assert count == most == here.parallel(cell)
+
+
+def test_what_waits_for_a_cell_is_light():
+    """A worker of Ray or a job of Slurm holds no second copy of torch beside that of the cell."""
+    code = "import sys; import sau.grid.cells; print('torch' in sys.modules)"
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_cell_whose_lock_is_held_says_so(tmp_path, capsys):
+    with Lock(tmp_path / "lock"):
+        assert work(tmp_path / "folder", tmp_path / "lock", ["attack", "nothing"]) == LOCKED
+    assert "in use by process" in the_error(capsys.readouterr().err)
+
+
+SLEEPER = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path, monkeypatch):
+    """With a program of our own in the place of Python's: it prints, and sleeps or dies."""
+    monkeypatch.setattr("sau.grid.cells.GRACE", 0.2)
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{SLEEPER}")
+    program.chmod(0o755)
+    monkeypatch.setattr("sau.grid.cells.sys", type("other", (), {"executable": str(program)}))
+    job = Job("attack", "badnet", (), str(tmp_path / "x"), str(tmp_path / "l"), str(tmp_path / "log"), 3, 1.0)
+    child = Child(job)
+    while (outcome := child.poll()) is None:
+        time.sleep(0.05)
+    assert outcome == Outcome("failed", "no end after 1 s (cell_timeout)") and child.process.returncode == -9
+    assert (tmp_path / "log.out").read_text() == "threads 3\n"
+    for code, reason, again in (
+        ("raise SystemExit(3)", "exit status 3", True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, perhaps for want of memory", True),
+        ("raise ValueError('broken')", "ValueError: broken", True),
+        ("print('error: no such file', file=sys.stderr); raise SystemExit(2)", "no such file", False),
+    ):
+        program.write_text(f"#!{sys.executable}\nimport os, signal, sys\n{code}\n")
+        child = Child(job)
+        while (outcome := child.poll()) is None:
+            time.sleep(0.02)
+        assert outcome == Outcome("failed", reason, again)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`script(*flags)` runs scripts/grid.py in this process: (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("grid_script", REPOSITORY / "scripts" / "grid.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["grid.py", *flags])
+        status = module.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_dry_run_changes_nothing(planned, script, tmp_path):
+    planned()
+    status, out, _ = script("grid.yaml", "--dry_run", "--only", "badnet*", "--cores", "1", "--memory_gb", "3")
+    assert status == 0 and "would run badnet_r0.1_s0\nwould run badnet_r0.1_s0/defense/ft_c0.1" in out
+    assert out.splitlines()[-1].startswith("3 cells, 1 at a time: time unknown")
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.yaml"]
+
+
+def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_path):
+    every, store = planned(), Store(tmp_path / "record" / "grid")
+    for cell in every:
+        finish(store, cell)
+    assert script("status", "grid.yaml") == (0, "6 cells: 6 finished\n", "")
+    assert script("grid.yaml", "--publish", "kept", "--only", "clp")[:2] == (0, "4 summaries of 4 cells are in kept\n")
+    status, out, _ = script("grid.yaml")
+    assert status == 0 and "6 cells, 0 to run" in out
+    status, out, _ = script("status", "grid.yaml", "--record_root", "new", "--published", "kept")
+    assert status == 0 and out.startswith("6 cells: 4 published, 2 waiting")
+    store.fail(every[0], "why", 1)
+    (store.folder(every[0]) / "manifest.json").unlink()
+    status, out, _ = script("grid.yaml")
+    assert status == 1 and f"failed  {every[0].label}: why" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("none.yaml",), "none.yaml: [Errno 2]"),
+        (("grid.yaml", "--only", "x"), "--only 'x' fits no cell"),
+        (("grid.yaml", "--memory_gb", "1"), "memory_gb is 2, but this machine has 1"),
+        (("grid.yaml", "--retries", "-1"), "retries is -1"),
+        (("grid.yaml", "--record_root", "grid.yaml"), "grid.yaml"),
+    ],
+)
+def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
+    planned()
+    status, _, err = script(*flags)
+    assert status == 2 and words in the_error(err)
+
+
+def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, planned):
+    """Through the script: two cells, then nothing; the same bytes as attack/badnet.py and defense/clp.py leave."""
+    text = (
+        SMALL.replace("[badnet, prototype]", "[badnet]")
+        .replace("[ft, clp]", "[clp]")
+        .replace("  ft: {epochs: 1}\n", "")
+    )
+    every = planned(text)
+    status, out, err = script("grid.yaml", "--record_root", "grid")
+    assert status == 0 and "2 cells: 2 finished" in out and "[2/2] done" in out, out + err
+    assert needed(every, Store(tmp_path / "grid"), retry_failed=False) == []
+    attack = ("--dataset", "digits", "--pratio", "0.1", "--width", "2", "--epochs", "1", *QUICK)
+    assert here("attack", "badnet", *attack, "--save_folder_name", "a")[0] == 0
+    assert here("defense", "clp", "--result_file", "a", "--ratio", "0.1", *QUICK, "--save_folder_name", "mine")[0] == 0
+    for cell, folder in zip(
+        every, (tmp_path / "record" / "a", tmp_path / "record" / "a" / "defense" / "mine"), strict=True
+    ):
+        mine = Store(tmp_path / "grid").folder(cell)
+        for file in folder.glob("*.safetensors"):
+            assert file.read_bytes() == (mine / file.name).read_bytes()
+        scores = [json.loads((place / "summary.json").read_text()) for place in (folder, mine)]
+        for found in scores:
+            del found["seconds"], found["peak_memory_mb"]
+        assert scores[0] == scores[1]

@@ -1,0 +1,377 @@
+"""Files of other people's networks: what is in them, hostile ones, six honest layouts, and the way to safetensors."""
+
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hostile import HERE, deflated, hostile, in_zip, saved, text, watched
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toys import REPOSITORY, environment
+
+from sau import inspection, pickles, weights
+from sau.errors import RecordError
+from sau.inspection import HARMLESS, SUSPICIOUS, UNREADABLE, look
+from sau.models import build
+from sau.models.guess import guess
+
+NET = "preactresnet18"
+
+
+def small(width: int = 4, classes: int = 7) -> dict[str, Tensor]:
+    """A state dict of the library's network."""
+    torch.manual_seed(0)
+    return build(NET, classes, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
+
+
+def stored(tmp_path: Path, content: Any, name: str = "net.pt", **options: Any) -> Path:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else saved(content, **options))
+    return tmp_path / name
+
+
+def lightning(own: dict[str, Tensor]) -> dict[str, Any]:
+    adam = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+    return {
+        "epoch": 3,
+        "global_step": 12,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": OrderedDict({f"model.{name}": value for name, value in own.items()}),
+        "optimizer_states": [adam],
+        "lr_schedulers": [{"last_epoch": 3}],
+        "hyper_parameters": {"lr": 0.1, "name": "cifar"},
+    }
+
+
+LAYOUTS = {
+    "plain": lambda own: saved(OrderedDict(own)),
+    "several GPUs": lambda own: saved(OrderedDict({f"module.{name}": value for name, value in own.items()})),
+    "Lightning": lambda own: saved(lightning(own)),
+    "BackdoorBox": lambda own: saved(OrderedDict(own), _use_new_zipfile_serialization=False),
+    "BackdoorBench, numpy 2": lambda own: in_benchmark(own, b"numpy._core"),
+    "BackdoorBench, numpy 1": lambda own: in_benchmark(own, b"numpy.core"),
+}
+
+
+def in_benchmark(own: dict[str, Tensor], core: bytes) -> bytes:
+    """A zip file with the weights below `model` beside an array in numpy's words; `hostile.in_zip` has one tensor."""
+    import io
+    import zipfile
+
+    import numpy as np
+
+    raw = saved({"model": OrderedDict(own), "clean_data": "cifar10", "bd_test": {"indices": np.arange(3)}})
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            content = old.read(member)
+            new.writestr(member.filename, content.replace(b"numpy._core", core).replace(b"numpy.core", core))
+    return out.getvalue()
+
+
+# Harmless files
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_six_honest_layouts_load_or_say_which_key_is_missing(layout, tmp_path, one_line):
+    own = small()
+    found = weights.read(stored(tmp_path, LAYOUTS[layout](own)))
+    assert all(torch.equal(value, own[name]) for name, value in found.of(own).items()) and list(found.of(own)) == [*own]
+    assert guess(found).name == NET
+    lost = {name: value for name, value in own.items() if name != "layer2.0.bn1.bias"}
+    broken = weights.read(stored(tmp_path, LAYOUTS[layout](lost)))
+    with pytest.raises(RecordError) as refusal:
+        broken.of(own)
+    assert "lacks" in str(refusal.value) and "layer2.0.bn1.bias" in one_line(refusal.value)
+
+
+def test_names_decide_and_never_positions(tmp_path, one_line):
+    """100 of 100 exchanges of names are refused, whatever the layout."""
+    import random
+
+    own = {f"{a}.{b}": torch.full((4,), float(i)) for i, (a, b) in enumerate((a, b) for a in "xyz" for b in "abcd")}
+    for seed in range(100):
+        names = random.Random(seed).sample(sorted(own), len(own))
+        other = {f"m.{name[::-1]}": own[name] for name in names}
+        with pytest.raises(RecordError) as refusal:
+            weights.Weights(tmp_path, weights.ZIP, "", other, {}).of(own)
+        one_line(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda own: {**own, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "shape [4, 3, 5, 5]"),
+        (lambda own: {**own, "conv2.weight": torch.zeros(1)}, "unknown 'conv2.weight'"),
+        (lambda own: {"a": own, "b": own}, "2 times"),
+        (lambda own: {"x": torch.zeros(3)}, "no 'conv1.weight'"),
+    ],
+)
+def test_weights_of_another_network(change, word, tmp_path, one_line):
+    own = small()
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, change(own))).of(own)
+    assert word in one_line(refusal.value)
+
+
+@pytest.mark.parametrize(("width", "classes"), [(1, 2), (4, 7), (16, 10), (64, 43)])
+def test_the_librarys_network_is_recognised_in_any_width(width, classes, tmp_path):
+    with torch.device("meta"):
+        own = build(NET, classes, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
+    found = guess(weights.Weights(tmp_path, weights.ZIP, "", {f"net.{name}": value for name, value in own.items()}, {}))
+    assert (found.name, found.width, found.classes, found.prefix) == (NET, width, classes, "net.")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg19_bn"])
+def test_torchvisions_networks_are_recognised(name, tmp_path):
+    from torchvision import models
+
+    with torch.device("meta"):
+        own = models.get_model(name, weights=None, num_classes=12).state_dict()
+    found = guess(weights.Weights(tmp_path, weights.ZIP, "", dict(own), {}))
+    assert (found.name, found.width, found.classes) == (name, None, 12)
+
+
+def test_the_report_of_a_harmless_file(tmp_path):
+    own = small()
+    own["linear.bias"][1] = float("nan")
+    report, _, known = look(stored(tmp_path, {"net": own, "clean_data": "gtsrb"}))
+    assert report["status"] == HARMLESS and report["format"] == weights.ZIP and known.prefix == "net."
+    assert report["network"] == {"name": NET, "width": 4, "classes": 7, "prefix": "net."}
+    assert len(report["tensors"]) == len(own) and sum(t["values"] for t in report["tensors"]) == sum(
+        value.numel() for value in own.values()
+    )
+    assert {t["name"]: t["nan"] for t in report["tensors"] if t["nan"]} == {"net.linear.bias": 1}
+    assert report["normalisation"] == {"mean": [0.0] * 3, "std": [1.0] * 3, "from": "clean_data, gtsrb"}
+    assert "torch._utils._rebuild_tensor_v2" in report["imports"] and report["refused"] == []
+    assert "1 of them hold NaN" in report["verdict"] and "\n" not in report["verdict"]
+    lines = inspection.text(report).splitlines()
+    assert lines[-1] == report["verdict"] and "tensor    net.linear.bias  [7]  float32  1 NaN" in lines
+
+
+def test_statistics_among_the_tensors_are_found(tmp_path):
+    content = {"norm.mean": torch.tensor([0.5, 0.25, 0.125]).view(1, 3, 1, 1), "norm.std": torch.full((3,), 0.5)}
+    content |= {"bn.running_mean": torch.zeros(3)}
+    save_file(content, tmp_path / "x.safetensors")
+    report, _, known = look(tmp_path / "x.safetensors")
+    assert report["format"] == weights.SAFE and known is None
+    assert report["normalisation"] == {"mean": [0.5, 0.25, 0.125], "std": [0.5] * 3, "from": "norm.mean"}
+
+
+def test_an_onnx_file_is_read(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    weight = onnx.numpy_helper.from_array(torch.arange(6.0).view(2, 3).numpy(), "fc.weight")
+    graph = onnx.helper.make_graph([], "g", [], [], [weight])
+    model = onnx.helper.make_model(graph)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    found = weights.read(tmp_path / "x.onnx")
+    assert found.kind == weights.ONNX and torch.equal(found.tensors["fc.weight"], torch.arange(6.0).view(2, 3))
+    weight.external_data.add(key="location", value="../../secret")
+    (tmp_path / "x.onnx").write_bytes(
+        onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [weight])).SerializeToString()
+    )
+    with pytest.raises(RecordError, match="another file"):
+        weights.read(tmp_path / "x.onnx")
+
+
+def test_without_onnx_its_line_of_installation_is_said(tmp_path, monkeypatch, one_line):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, b"\x08\x07" + b"x" * 20, "x.onnx"))
+    assert "pip install 'sau[onnx]'" in one_line(refusal.value)
+
+
+# Hostile files
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Every hostile file, and the word that its refusal must have."""
+    folder = tmp_path_factory.mktemp("hostile")
+    found = {}
+    for i, (name, (raw, word)) in enumerate(hostile(folder / HERE).items()):
+        (folder / f"{i}.pt").write_bytes(raw)
+        found[name] = folder / f"{i}.pt", word
+    return found
+
+
+def test_hostile_files_are_suspicious_and_their_imports_named(places):
+    whole = {"deflate bomb": "compressed", "false dtype": "dtype", "TorchScript": "TorchScript"}
+    named = dict.fromkeys(("object array", "legacy", "tar", "os.system"), "posix.system")
+    for name, (path, word) in places.items():
+        report, found, _ = look(path)
+        assert found is None and report["status"] != HARMLESS and not (path.parent / HERE).exists(), name
+        assert whole.get(name) or report["status"] == SUSPICIOUS, (name, report["verdict"])
+        wanted = whole.get(name) or named.get(name, word)
+        assert wanted in report["verdict"] + " ".join(report["refused"]), (name, report["verdict"])
+
+
+def test_nothing_runs_by_the_audit_hook_and_the_canary(places):
+    """No program, no socket, no file written, by any of three ways to open 15 hostile files."""
+    paths = [path for path, _ in places.values()]
+    calls = "foreign.load(path, old=True)", "weights.read(path)", "inspection.look(path)"
+    code = watched(calls[0], paths) + "".join(
+        f"\nfor path in map(Path, {[str(path) for path in paths]!r}):\n    try:\n        {call}\n"
+        "    except RecordError as error:\n        print('refused', error)\n"
+        for call in calls[1:]
+    )
+    honest = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''])\nopen(sys.argv[1], 'w').close()\n"
+    argv = [sys.executable, "-c", code + honest, str(paths[0].parent / "mark")]
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=250)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    events = [line for line in lines if line.startswith("event")]
+    assert len(events) >= 2 and all("mark" in line or "python" in line or sys.executable in line for line in events)
+    assert sum("subprocess.Popen" in line for line in events) == 1  # ours: the hook sees such things
+    assert sum(line.startswith("refused") for line in lines) == 2 * len(paths)
+    assert not (paths[0].parent / HERE).exists()
+
+
+def test_names_that_are_put_together_are_not_harmless():
+    def zipped(code: bytes) -> list[str]:
+        return pickles.imports(in_zip(code))
+
+    assert zipped(text("os") + text("system") + b"\x93") == ["os.system"]
+    assert zipped(text("os") + b"\x94" + text("system") + b"\x94" + b"\x93") == ["os.system"]
+    assert zipped(text("os") + b"q\x050" + text("system") + b"q\x060" + b"h\x05h\x06\x93") == ["os.system"]
+    assert zipped(text("os") + text("system") + b"N0\x93") == [pickles.UNKNOWN]
+    assert zipped(text("os") + text("x") + b"0" + text("system") + b"\x93") == [pickles.UNKNOWN]
+    assert zipped(b"\x82\x01") == [pickles.UNKNOWN]
+    assert zipped(b"(ios\nsystem\n") == ["os.system"]
+    assert pickles.imports(b"PK\x03\x04" + b"junk") == [] and pickles.imports(b"") == []
+
+
+def test_a_file_may_hide_no_second_pickle(tmp_path):
+    """Beside honest weights, where another reader may come to it."""
+    import io
+    import zipfile
+
+    raw = io.BytesIO(saved({"x": torch.zeros(2)}))
+    with zipfile.ZipFile(raw, "a") as archive:
+        archive.writestr("archive/more.pkl", b"\x80\x02cos\nsystem\n.")
+    report, found, _ = look(stored(tmp_path, raw.getvalue()))
+    assert found is not None and report["status"] == SUSPICIOUS and "os.system" in report["verdict"]
+
+
+def bombs() -> dict[str, bytes]:
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
+    rebuild = b"(ctorch._utils\n_rebuild_tensor_v2\nq\x00(" + storage + b"K\x00(K\x01t(K\x01t\x89N"
+    huge = struct.pack("<Q", 1 << 62) + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4)
+    return {
+        "deflate": deflated(200),
+        "header": huge,
+        "expanded view": saved({"x": torch.zeros(1).expand(1 << 40)}),
+        "a million tensors": in_zip(rebuild + b"tq\x01R" + b"h\x00h\x01R" * 10**6 + b"t"),
+    }
+
+
+def test_bombs_cost_a_second_and_64_megabytes_at_most(tmp_path):
+    paths = [str(stored(tmp_path, raw, f"{i}.pt")) for i, raw in enumerate(bombs().values())]
+    code = f"""
+import time
+from pathlib import Path
+from sau import weights
+from sau.errors import RecordError
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+for path in map(Path, {paths!r}):
+    before, started = peak(), time.process_time()
+    try:
+        weights.read(path)
+    except RecordError as error:
+        print(time.process_time() - started, peak() - before, error)
+"""
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(paths) == 4, (done.stdout, done.stderr)
+    for line in lines:
+        seconds, memory, _ = line.split(" ", 2)
+        assert float(seconds) < 1 and int(memory) < 64 << 20, line
+
+
+# The process of its own, and the script
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("inspect_script", REPOSITORY / "scripts" / "inspect_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_conversion_from_the_command_line(tmp_path):
+    own = small()
+    path = stored(tmp_path, lightning(own), "their.ckpt")
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "inspect_checkpoint.py"), str(path), "--to", "out.safetensors"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines()[-1].startswith("harmless")
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == own.keys() and all(torch.equal(out[name], value) for name, value in own.items())
+    assert os.stat(tmp_path / "out.safetensors").st_mode & 0o777 == 0o644
+
+
+def test_mistakes_and_verdicts_on_the_command_line(script, places, tmp_path, monkeypatch, capsys):
+    made: dict[Path, inspection.Report] = {}
+
+    def here(path: Path, to: Path | None) -> inspection.Report:  # the process is tried above and below
+        made[path], _, _ = look(path)
+        return made[path]
+
+    monkeypatch.setattr(script, "inspect", here)
+    honest, evil = stored(tmp_path, {"x": torch.zeros(2)}), places["os.system"][0]
+    for path, status in ((honest, HARMLESS), (evil, SUSPICIOUS), (stored(tmp_path, b"text", "y"), UNREADABLE)):
+        monkeypatch.setattr(sys, "argv", ["x", str(path), "--json"])
+        assert script.main() == status and json.loads(capsys.readouterr().out) == made[path]
+    monkeypatch.setattr(sys, "argv", ["x", str(evil), "--to", str(tmp_path / "new")])
+    assert script.main() == SUSPICIOUS and "was not written" in capsys.readouterr().err
+
+
+def test_mistakes_in_the_command(script, tmp_path, monkeypatch, capsys):
+    honest = stored(tmp_path, {"x": torch.zeros(2)})
+    for argv, word in (([str(tmp_path / "none")], "no file"), ([str(honest), "--to", str(honest)], "exists")):
+        monkeypatch.setattr(sys, "argv", ["x", *argv])
+        assert script.main() == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+def test_a_process_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "SECONDS", 0)
+    started = time.monotonic()
+    report = inspection.inspect(stored(tmp_path, {"x": torch.zeros(2)}))
+    assert report["status"] == SUSPICIOUS and "more than 0 seconds" in report["verdict"]
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count memory")
+def test_a_confined_process_has_neither_memory_nor_files(tmp_path):
+    code = f"""
+from pathlib import Path
+import signal
+from sau import device
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+device.confine(64 << 20, 5)
+for attempt in (lambda: bytearray(128 << 20), lambda: Path({str(tmp_path / "x")!r}).write_text("x")):
+    try:
+        attempt()
+    except (MemoryError, OSError) as error:
+        print(type(error).__name__)
+while True:
+    pass
+"""
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    assert done.stdout.split() == ["MemoryError", "OSError"] and done.returncode < 0, (done.stdout, done.stderr)
+    assert time.monotonic() - started < 60

@@ -1,0 +1,315 @@
+"""The test plan's rows that no other file has: names, spoiled folders, leakage, small clean sets, the evaluator."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_defenses import ROWS
+from torch import nn
+from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
+
+from sau.attack import ATTACKS
+from sau.cli import _place
+from sau.config import options
+from sau.data.images import to_float
+from sau.data.scrutiny import scrutinise
+from sau.defense import DEFENSES
+from sau.errors import DataError, LockedError, RecordError, SauError
+from sau.evaluate import Score, der, score
+from sau.files import folder
+from sau.lock import holder
+from sau.optim import Training
+from sau.record import CONFIG, METRICS, Record
+from sau.request import AttackRun, DefenseRun
+from sau.schema import SCHEMA, UPGRADES, signed
+from sau.session import Session
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from torture_parts import faults, races  # noqa: E402
+
+# R1: spoiled folders
+
+
+def test_an_unfinished_folder_notices_what_was_spoiled(tmp_path, one_line):
+    """Settings carry a seal and rows lie in the checkpoint, so that no wrong figure gets into a resumed run."""
+    record = Record(tmp_path / "a")
+    record.begin({"amp": False}, {"lr": 0.1}, overwrite=False)
+    record.row(epoch=1, acc=91.5)
+    record.save({"stage": 0, "place": {"epoch": 1}})
+    (record.path / METRICS).write_text(json.dumps({"epoch": 1, "acc": 99.5}) + "\n")
+    again = Record(tmp_path / "a")
+    again.begin({}, {"lr": 0.1}, overwrite=False)
+    again.load()
+    assert again.rows == [{"epoch": 1, "acc": 91.5}]
+    text = (record.path / CONFIG).read_text()
+    (record.path / CONFIG).write_text(text.replace("amp: false", "amp: fbase"))
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").begin({}, {"lr": 0.1}, overwrite=False)
+    assert CONFIG in one_line(refusal.value) and "seal" in str(refusal.value)
+
+
+def test_spoiled_files_are_refused_or_harmless(tmp_path):
+    """150 mishaps of every kind, on a folder like a run's; `scripts/torture.py mutations` does 10,000."""
+    record = Record(tmp_path / "a")
+    record.begin({"amp": False}, {"lr": 0.1}, overwrite=False)
+    record.row(epoch=1, acc=91.5)
+    record.say("a line")
+    record.save_tensors("model", {"w": torch.arange(50.0)})
+    record.finish({"acc": 91.5})
+
+    def read() -> str:
+        found = Record(tmp_path / "a")
+        return faults._digest([found.check(), found.load_tensors("model"), found.summary()])
+
+    right, draw, refused = read(), random.Random(0), 0
+    files = sorted((tmp_path / "a").iterdir())
+    for i in range(150):
+        file, content = files[i % len(files)], files[i % len(files)].read_bytes()
+        changed = faults.spoiled(content, faults.KINDS[i % len(faults.KINDS)], draw)
+        file.unlink() if changed is None else file.write_bytes(changed)
+        try:
+            assert read() == right, file
+        except SauError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        file.write_bytes(content)
+    assert refused > 140 and read() == right
+
+
+# R5: two processes, one folder
+
+
+def test_a_folder_has_one_process(tmp_path, one_line):
+    rows = races.races(tmp_path, 0, 0.03)
+    assert [row.survived for row in rows] == [row.injected for row in rows] == [6, 1]
+    record = Record(tmp_path / "mine")
+    record.begin({}, {"a": 1}, overwrite=False)
+    place = tmp_path / ".mine.lock"
+    assert holder(place) is not None
+
+    def other() -> int:
+        try:
+            Record(tmp_path / "mine").begin({}, {"a": 1}, overwrite=True)
+        except LockedError:
+            return 7
+        return 0
+
+    from sau import holding
+
+    def stranger() -> int:
+        holding._held.clear()
+        return other()
+
+    assert races.forked(stranger)[0] == 7 and (record.path / CONFIG).is_file()
+    record.finish({})
+    assert holder(place) is None and not place.exists()
+
+
+# P1: names
+
+
+def check_name(root: Path, name: str) -> None:
+    for find in (folder, _place):
+        try:
+            path = find(str(root), name)
+        except RecordError:
+            continue
+        if find is _place and "/" in name:
+            continue  # a path that the user wrote out and that exists
+        assert path.resolve().parent == root.resolve() and path != root
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.one_of(st.text(max_size=300), st.lists(st.sampled_from(["..", "/", "\0", "~", "\n", "a", "."])).map("".join)))
+def test_no_name_leads_out_of_the_record_root(name):
+    check_name(REPOSITORY / "tests", name)
+
+
+# V4: clean sets
+
+
+def test_a_clean_set_that_is_part_of_the_test_set_is_refused(one_line):
+    test = toy_images(40)
+    with pytest.raises(DataError) as refusal:
+        scrutinise(test[torch.arange(10)], test, 4)
+    assert "10 of 10 clean pictures are test pictures" in one_line(refusal.value)
+    other = toy_images(300, seed=1)
+    pixels = other.pixels.clone()
+    pixels[7] = test.pixels[3]
+    assert scrutinise(replace(other, pixels=pixels), test, 4) == ["1 of 300 clean pictures are test pictures, too"]
+
+
+def test_small_and_lopsided_clean_sets_are_said():
+    test, clean = toy_images(8, seed=5), toy_images(40, seed=6)
+    assert scrutinise(clean, test, 8) == []
+    one = scrutinise(clean[torch.tensor([2])], test, 8)
+    assert one == [
+        "the clean pictures have none of 3 of 4 classes: 0, 1, 3",
+        "1 clean pictures are less than a batch of 8",
+    ]
+    twice = scrutinise(clean[torch.tensor([0, 1, 2, 3, 3, 2])], test, 2)
+    assert twice == ["2 of 6 clean pictures are copies of others"]
+
+
+def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here):
+    (tmp_path / "one.txt").write_text("5\n")
+    flags = ("--result_file", "victim", "--index", "one.txt", "--epochs", "1", *QUICK)
+    status, out, err = here("defense", "ft", *flags)
+    assert status == 0 and "note: 1 clean pictures are less than a batch" in out, err
+    notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
+    assert len(notes) == 2 and "9 of 10 classes" in notes[0]
+
+
+# E1: the evaluator against brute force
+
+
+class Told(nn.Module):
+    """Answers picture i with the class written in its first pixel."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.eye = nn.Parameter(torch.eye(classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.eye[(x[:, 0, 0, 0] * 255).round().long()]
+
+
+def told(answers: list[int]) -> torch.Tensor:
+    return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1)
+
+
+@settings(max_examples=1000, deadline=None, database=None)
+@given(st.data())
+def test_figures_are_those_of_a_count_by_hand(data):
+    classes = data.draw(st.integers(2, 6))
+    label = st.integers(0, classes - 1)
+    clean = data.draw(st.lists(st.tuples(label, label), min_size=1, max_size=12))
+    bad = data.draw(st.lists(st.tuples(label, label, label), min_size=1, max_size=12))
+    answers, truth = (list(part) for part in zip(*clean, strict=True))
+    guessed, wanted, really = (list(part) for part in zip(*bad, strict=True))
+    triggered = told(guessed), torch.tensor(wanted), torch.tensor(really)
+    found = score(Told(classes), (told(answers), torch.tensor(truth)), triggered)
+    counts = [sum(a == b for a, b in zip(one, other, strict=True))
+              for one, other in ((answers, truth), (guessed, wanted), (guessed, really))]  # fmt: skip
+    shares = [found.acc, found.asr, found.racc]
+    assert [share.hits for share in shares] == counts
+    assert [share.total for share in shares] == [len(clean), len(bad), len(bad)]
+    other = Score(replace(found.acc, hits=0), replace(found.asr, hits=0), found.racc)
+    expected = (found.asr.percent - found.acc.percent + 100) / 2
+    assert der(found, other) == round(expected, 2)
+
+
+# E2: no defense sees the test sets
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS])
+def test_a_defense_never_asks_for_the_test_sets(name):
+    """Whatever the judge would say: without `select=oracle` it is not asked, and the weights are the same bytes."""
+
+    def judge(model: nn.Module) -> Any:
+        pytest.fail("a defense asked for scores on the test sets")
+
+    images = toy_images(20)
+    pair = to_float(images.pixels), images.labels
+    one = ROWS[name].defense.purify(tiny_net(), pair, session=quiet())
+    other = ROWS[name].defense.purify(tiny_net(), pair, session=Session(say=lambda text: None, judge=judge))
+    assert same_weights(one, other)
+
+
+# E3: what others rely on
+
+
+def test_nothing_that_others_rely_on_has_gone(finished):
+    """Names may be added here and in the library; taking one away breaks somebody's scripts."""
+    golden = json.loads((REPOSITORY / "tests" / "golden.json").read_text())
+    for kind, methods in (("attack", ATTACKS), ("defense", DEFENSES)):
+        assert {*golden[kind]} <= {*methods}
+        for name, flags in golden[kind].items():
+            known = {flag for option in options(methods[name]).values() for flag in (option.name, *option.aliases)}
+            assert {*flags} <= known, name
+    for section in (AttackRun, DefenseRun, Training):
+        assert {*golden[section.__name__]} <= {*options(section)}
+    folder = finished / "record" / "victim"
+    assert {*golden["files"]} <= {file.name for file in folder.iterdir()}
+    assert {*golden["summary"]} <= json.loads((folder / "summary.json").read_text()).keys()
+    assert {*golden["config"]} <= yaml.safe_load((folder / "config.yaml").read_text()).keys()
+
+
+# N1: without the extras
+
+
+@pytest.mark.parametrize("script", ["gallery", "ratios"])
+def test_a_missing_extra_is_one_line_with_its_installation(script):
+    place = REPOSITORY / "scripts" / f"{script}.py"
+    code = f"import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path({str(place)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 2 and "pip install 'sau[report]'" in the_error(done.stderr)
+
+
+# Schema
+
+
+def test_a_folder_of_the_first_schema_is_read(tmp_path, one_line):
+    """Without a seal, and with its attack named in the identity alone, as the first defenses wrote it."""
+    record = Record(tmp_path / "a")
+    record.begin({"amp": False}, {"attacked": "abc"}, overwrite=False)
+    config = {**record.config, "schema": 1}
+    (record.path / CONFIG).write_text(yaml.safe_dump(config))
+    record.finish({"acc": 1.0})
+    text = (record.path / "manifest.json").read_text()
+    (record.path / "manifest.json").write_text(text.replace(f'"schema": {SCHEMA}', '"schema": 1'))
+    found = Record(tmp_path / "a").check()
+    assert found == {**config, "schema": SCHEMA, "attacked": "abc"}
+    assert yaml.safe_load((record.path / CONFIG).read_text())["schema"] == 1  # on the disk it stays as it was
+
+
+def test_an_unfinished_folder_of_the_first_schema_goes_on(tmp_path):
+    record = Record(tmp_path / "a")
+    record.begin({"amp": False}, {"lr": 0.1}, overwrite=False)
+    (record.path / CONFIG).write_text(yaml.safe_dump({**record.config, "schema": 1}))
+    again = Record(tmp_path / "a")
+    again.begin({}, {"lr": 0.1}, overwrite=False)
+    again.note(more=1)
+    config = yaml.safe_load((record.path / CONFIG).read_text())
+    assert config["schema"] == SCHEMA and config == signed({**record.config, "more": 1})
+
+
+def test_steps_follow_each_other(tmp_path, monkeypatch):
+    """A further version registers its step, and folders of all earlier ones are read."""
+    record = Record(tmp_path / "a")
+    record.begin({"amp": False}, {"attacked": "abc"}, overwrite=False)
+    (record.path / CONFIG).write_text(yaml.safe_dump({**record.config, "schema": 1}))
+    monkeypatch.setattr("sau.schema.SCHEMA", SCHEMA + 1)
+    monkeypatch.setitem(UPGRADES, SCHEMA, lambda config: {**config, "precision": config["amp"]})
+    found = Record(tmp_path / "a")._ours()
+    assert (found["schema"], found["attacked"], found["precision"]) == (SCHEMA + 1, "abc", False)
+
+
+@pytest.mark.parametrize("version", [SCHEMA + 1, 0, "2", None, True, 2.0])
+def test_a_folder_from_the_future_is_refused(tmp_path, version, one_line):
+    record = Record(tmp_path / "a")
+    record.begin({}, {}, overwrite=False)
+    (record.path / CONFIG).write_text(yaml.safe_dump({**record.config, "schema": version}))
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").begin({}, {}, overwrite=False)
+    assert f"schema {version!r}" in one_line(refusal.value) and "newer" in str(refusal.value)
+
+
+# The long version
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["mutations", "disks", "names", "races", "repeats", "leaks", "kills"])
+def test_torture(part, tmp_path):
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "torture.py"), part, "--share", "0.1"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr

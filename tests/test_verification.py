@@ -1,0 +1,209 @@
+"""Records that say the truth, and every way not to, with all sums made right again."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from toys import QUICK, REPOSITORY
+
+from sau import schema
+from sau.cli import defend
+from sau.data import sources
+from sau.errors import DataError, RecordError
+from sau.record import CONFIG, MANIFEST, SUMMARY
+from sau.verification import BROKEN, PARTLY, VERIFIED, Verification
+
+
+@pytest.fixture(scope="module")
+def defended(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished attack with FT and NPD in it; do not change it, copy it."""
+    root = tmp_path_factory.mktemp("defended")
+    shutil.copytree(finished / "record" / "victim", root / "victim")
+    for name, more in (("ft", ()), ("npd", ("--warm_epochs", "1"))):
+        defend(name, ["--record_root", str(root), "--result_file", "victim", "--epochs", "1", *more, *QUICK])
+    return root / "victim"
+
+
+@pytest.fixture
+def copied(defended: Path, tmp_path: Path) -> Path:
+    """A copy of it, free to be changed."""
+    return Path(shutil.copytree(defended, tmp_path / "record" / "victim"))
+
+
+def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
+    """Change a file of a record and make every sum right again."""
+    place = folder / file
+    if file == CONFIG:
+        config = schema.opened(yaml.safe_load(place.read_text()), place)
+        how(config)
+        place.write_text(yaml.safe_dump(schema.signed(config), sort_keys=False))
+    elif file == SUMMARY:
+        content = json.loads(place.read_text())
+        how(content)
+        place.write_text(json.dumps(content))
+    else:
+        tensors = load_file(place)
+        how(tensors)
+        save_file(tensors, place)
+    kept = [one for one in sorted(folder.iterdir()) if one.is_file() and one.name != MANIFEST]
+    (folder / MANIFEST).write_bytes(schema.manifest(kept))
+
+
+def broken(found: Verification) -> list[str]:
+    return [finding.what for finding in found.findings if finding.state == "broken"]
+
+
+def test_an_honest_record_is_verified_to_the_last_picture(defended):
+    found = Verification(defended).run()
+    assert found.status == VERIFIED and broken(found) == []
+    whats = [finding.what for finding in found.findings]
+    assert {"files", "settings", "versions", "data", "weights", "acc", "asr", "racc", "ft: der", "npd: after asr"} <= {
+        *whats
+    }
+    figures = [finding.text for finding in found.findings if finding.what.split()[-1] in ("acc", "asr", "racc")]
+    assert len(figures) == 3 + 2 * 6 and all(text.endswith("equal") for text in figures)
+
+
+def pop(*names: str) -> Callable[[Any], Any]:
+    return lambda content: [content.pop(name) for name in names]
+
+
+def less(content: Any) -> None:
+    content["acc_count"][0] -= 5
+    share = 100 * content["acc_count"][0] / content["acc_count"][1]
+    content["acc"] = round(share, 2)
+
+
+def louder(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["linear.bias"][3] += 30
+
+
+FORGERIES = {
+    "a figure": ("", SUMMARY, lambda s: s.update(asr=s["asr"] - 3), ["asr"]),
+    "a figure and its count": ("", SUMMARY, less, ["acc"]),
+    "a count that is missing": ("", SUMMARY, pop("acc_count"), ["acc"]),
+    "weights": ("", "model.safetensors", louder, ["acc", "asr", "racc", "ft: before acc", "npd: before acc"]),
+    "weights of another network": ("", "model.safetensors", pop("linear.bias"), ["weights"]),
+    "labels of the triggered": (
+        "",
+        "triggered.safetensors",
+        lambda t: t["true_labels"].add_(1).remainder_(10),
+        ["data"],
+    ),
+    "an identity": ("", CONFIG, lambda c: c["identity"].update(lr=7.0), ["settings"]),
+    "a setting": ("", CONFIG, lambda c: c["method"].update(pratio=0.9), ["settings"]),
+    "a data set": ("", CONFIG, lambda c: c["data"].update(train="0" * 64), ["data", "settings"]),
+    "a clean set": ("ft", CONFIG, lambda c: c.update(clean_index=c["clean_index"][1:]), ["ft: clean set"]),
+    "another attack": ("ft", CONFIG, lambda c: c.update(attacked="0" * 64), ["ft: attack"]),
+    "a defense's figure": ("ft", SUMMARY, lambda s: less(s["after"]), ["ft: after acc"]),
+    "a defense's network": ("npd", "model.safetensors", louder, ["npd: after acc"]),
+    "a polarizer": ("npd", "model.safetensors", pop("layer4.1.conv1.norm.bias"), ["npd: weights"]),
+    "a polarizer elsewhere": (
+        "npd",
+        "model.safetensors",
+        lambda t: t.update({"layer9.polarizer.weight": t["layer4.1.conv1.polarizer.weight"].clone()}),
+        ["npd: weights"],
+    ),
+    "a rating": ("npd", SUMMARY, lambda s: s.update(der=99.9), ["npd: der"]),
+    "no summary of a defense": ("npd", SUMMARY, pop("before"), ["npd: record"]),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_every_forgery_is_found_where_it_is(name, copied):
+    where, file, how, expected = FORGERIES[name]
+    change(copied / "defense" / where if where else copied, file, how)
+    found = Verification(copied).run()
+    assert found.status == BROKEN and {*expected} <= {*broken(found)}, broken(found)
+    others = [what for what in broken(found) if where and not what.startswith(where)]
+    assert others == []
+
+
+def test_damage_ends_the_check_of_a_folder(copied):
+    (copied / "defense" / "ft" / "log.txt").write_text("x")
+    found = Verification(copied).run()
+    assert broken(found) == ["ft: files"] and not any(f.what == "ft: der" for f in found.findings)
+    (copied / "log.txt").write_text("x")
+    found = Verification(copied).run()
+    assert broken(found) == ["files"] and len(found.findings) == 1
+
+
+def test_what_cannot_be_checked_is_said(copied, monkeypatch):
+    """Without the data set ASR and R-ACC remain; an unfinished defense and an added file are named."""
+
+    def gone(dataset: str, path: str, size: int) -> None:
+        raise DataError("no such data set here")
+
+    monkeypatch.setattr(sources, "load", gone)
+    (copied / "defense" / "ft" / MANIFEST).unlink()
+    (copied / "mine.txt").write_text("x")
+    found = Verification(copied).run()
+    texts = {finding.what: f"{finding.state}: {finding.text}" for finding in found.findings}
+    assert found.status == PARTLY and broken(found) == []
+    assert texts["data"] == "not checked: no such data set here" and texts["acc"].startswith("not checked")
+    assert texts["asr"].startswith("held") and texts["npd: after asr"].endswith("equal")
+    assert texts["npd: clean set"].startswith("not checked") and "unfinished" in texts["ft: files"]
+    assert "mine.txt" in texts["files"]
+
+
+def test_other_data_and_no_folder_of_data(copied):
+    change(copied, CONFIG, lambda config: config["data"].update(dataset="cifar10"))
+    found = Verification(copied, str(copied / "nowhere")).run()
+    texts = {finding.what: finding.text for finding in found.findings if finding.state == "not checked"}
+    assert "no folder" in texts["data"] and "--dataset_path" in texts["data"]
+
+
+def test_another_version_of_a_library_is_no_fault(copied):
+    change(copied, CONFIG, lambda config: config["versions"].update(torch="1.0"))
+    found = Verification(copied).run()
+    (text,) = [finding.text for finding in found.findings if finding.what == "versions"]
+    assert found.status == VERIFIED and "torch 1.0 there" in text
+
+
+def test_one_picture_in_a_thousand_may_differ(copied):
+    change(copied, SUMMARY, lambda said: said.update(acc_count=[said["acc_count"][0] - 1, said["acc_count"][1]]))
+
+    def mended(said: Any) -> None:
+        from sau.evaluate import Share
+
+        share = Share(*said["acc_count"])
+        said.update(acc=share.percent, acc_interval=list(share.interval))
+
+    change(copied, SUMMARY, mended)
+    found = Verification(copied).run()
+    (text,) = [finding.text for finding in found.findings if finding.what == "acc"]
+    assert "1 of 360 pictures answered otherwise" in text and "acc" not in broken(found)
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "defense"])
+def test_what_is_no_attack_is_refused(what, defended, tmp_path, one_line):
+    (tmp_path / "empty").mkdir()
+    place = {"nothing": tmp_path / "x", "empty": tmp_path / "empty", "defense": defended / "defense" / "ft"}[what]
+    with pytest.raises(RecordError) as refusal:
+        Verification(place).run()
+    assert str(place) in one_line(refusal.value)
+
+
+def test_the_script(defended, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("verify_script", REPOSITORY / "scripts" / "verify.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+    root = ("--record_root", str(defended.parent), "--threads", "1", "--device", "cpu")
+    for argv, status, word in (
+        (["victim", *root], VERIFIED, "victim: verified"),
+        (["../victim", *root], 2, "folder name"),
+        (["victim", "--threads", "-1"], 2, "threads"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["verify.py", *argv])
+        assert script.main() == status
+        out, err = capsys.readouterr()
+        assert word in (err if status == 2 else out.splitlines()[-1])
