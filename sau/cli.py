@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sau import device as machine
-from sau import quality, victim
+from sau import own, quality, victim
 from sau.attack import ATTACKS
 from sau.data.cifar import subset_note
 from sau.data.images import Images
@@ -82,7 +82,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
-    origin, (recipe, why) = source(dataset), _recipe(request)
+    origin, (recipe, why) = source(dataset), request.recipe()
     run, training, method = request.settle("attack", recipe, dataset)
     if run.attack not in (None, name):
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
@@ -131,14 +131,14 @@ def attack(name: str, argv: Sequence[str]) -> None:
 def defend(name: str, argv: Sequence[str]) -> None:
     """Load what an attack left, purify, measure before and after, record."""
     started = time.monotonic()
-    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), argv)
-    target = request.said("result_file")
-    if target is None:
-        raise ConfigError("no --result_file; give the folder name that an attack was saved under")
-    attacked = victim.load(_place(request.said("record_root") or Run.record_root, target))
-    recipe, _ = _recipe(request, attacked.recipe)
+    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, own.OwnRun, DEFENSES[name]), argv)
+    if request.said("model_file") is not None and request.said("result_file") is None:
+        run, yours, method = request.settle("defense", request.recipe()[0], "folder")
+        return own.purify(name, method, run, yours, request)
+    attacked = victim.load(_place(request))
+    recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
-    run, method = request.settle("defense", recipe, attacked.dataset, says)
+    run, _, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
     given, test, notes = _given(attacked, run, method)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
@@ -189,20 +189,13 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[I
     return given, test, notes + scrutinise(given, test, method.batch_size)
 
 
-def _place(root: str, target: str) -> Path:
-    """A folder name below the record root, or any folder written as a path."""
+def _place(request: Request) -> Path:
+    """The folder of the attack: a name below the record root, or any folder written as a path."""
+    target = request.said("result_file")
+    if target is None or request.said("model_file") is not None:
+        raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
+    root = request.said("record_root") or Run.record_root
     return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
-
-
-def _recipe(request: Request, recorded: str | None = None) -> tuple[str, str]:
-    """The recipe in force and why it is that one."""
-    chosen = request.said("recipe") or "auto"
-    if chosen != "auto":
-        return chosen, "as asked"
-    if recorded is not None:
-        return recorded, "as the attack"
-    cuda = machine.choose_device(request.said("device") or "auto").type == "cuda"
-    return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
 
 
 def _network(request: Request, run: AttackRun, train: Images, origin: Source) -> dict[str, Any]:

@@ -151,6 +151,12 @@ class Record:
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         write(self.path / f"{name}.safetensors", safetensors.torch.save(content))
 
+    def save_state(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write `<name>.pt`, a plain state dict for those who want one."""
+        buffer = io.BytesIO()
+        torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, buffer)
+        write(self.path / f"{name}.pt", buffer.getvalue())
+
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """Read `<name>.safetensors` of a finished folder; call `check` first."""
         file = self.path / f"{name}.safetensors"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from sau import config
 from sau.config import Option, Setting
+from sau.device import choose_device
 from sau.errors import ConfigError
 from sau.method import Method
 from sau.witness import Search
@@ -149,6 +150,16 @@ class Request:
     def said(self, name: str) -> Any:
         """What the flags or the user's YAML files say about a parameter, or None."""
         return config.values({**self._files(), **self.given}, self.known).get(name)
+
+    def recipe(self, recorded: str | None = None) -> tuple[str, str]:
+        """The recipe in force and why it is that one; `recorded` is that of the attack."""
+        chosen = self.said("recipe") or "auto"
+        if chosen != "auto":
+            return chosen, "as asked"
+        if recorded is not None:
+            return recorded, "as the attack"
+        cuda = choose_device(self.said("device") or "auto").type == "cuda"
+        return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
 
     def settle(self, kind: str, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
         """The sections as objects, by the precedence of `sau.config`.

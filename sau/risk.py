@@ -45,7 +45,8 @@ class Found:
         by_sau: [M], SAU's inner search, as released but kept in S, ends at one for R_share.
         kind: [M], type of the example that maximises h's cross-entropy: 0 none, 1 (I) h and h_b answer the same wrong
             class, 2 (II) h alone errs, 3 (III) both err, differently.
-        example: [M, C, H, W], that example's perturbation.
+        answer: [M], the class that h gives to that example.
+        example: [M, C, H, W], its perturbation.
         witness: [M, C, H, W], the perturbation of a witness for R_share; 0 where there is none.
         passes: forward passes of one network a picture of D' (a gradient counts as one more).
         least: the same without the pictures that only fill batches.
@@ -60,6 +61,7 @@ class Found:
     blind: Flags
     by_sau: Flags
     kind: Labels
+    answer: Labels
     example: Pixels
     witness: Pixels
     passes: float
@@ -139,9 +141,8 @@ def measure(
     """
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
         raise DataError("no pictures to measure risks on; give at least one")
-    model.eval(), reference.eval()
     chosen = clean if triggered is None else clean[triggered.index]
-    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
+    hunt = Hunt(model.eval(), reference.eval(), to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
     with seeded(seed):
         return _found(hunt, clean, triggered)
 
@@ -175,7 +176,7 @@ def _found(hunt: Hunt, clean: Images, triggered: Images | None) -> Found:
     by_sau = _by_sau(hunt, a, r)
     example = hunt.strongest()
     a, r = (hunt.answers(network, x + example) for network in (hunt.model, hunt.reference))
-    kind = hunt.note(example, a, r)
+    kind, answer = hunt.note(example, a, r), a
     for _ in range(hunt.search.restarts - 1):
         hunt.adversarial(hunt.random())
     for _ in range(hunt.search.restarts):
@@ -201,6 +202,7 @@ def _found(hunt: Hunt, clean: Images, triggered: Images | None) -> Found:
         blind=blind,
         by_sau=by_sau,
         kind=kind,
+        answer=answer,
         example=example,
         witness=hunt.witness,
         passes=hunt.done / len(x),

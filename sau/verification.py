@@ -60,7 +60,8 @@ class Verification:
             return self
         if "attacked" in record.config:
             raise RecordError(f"{self.path} is the folder of a defense; name that of its attack")
-        self.attacked = victim.load(self.path)
+        if not self._look("contents", self._load):
+            return self
         self._look("settings", lambda: claims.settings(record.config))
         self._look("versions", lambda: claims.versions(record.config))
         self._data()
@@ -85,6 +86,10 @@ class Verification:
         except (KeyError, TypeError) as error:
             self.findings.append(Finding(what, "broken", f"its files lack something or have another type: {error}"))
         return self.findings[-1].state == "held"
+
+    def _load(self) -> str:
+        self.attacked = victim.load(self.path)
+        return f"{self.attacked.network['name']} attacked on {self.attacked.dataset}"
 
     def _data(self) -> None:
         """Training and test pictures, if they are here and are those that the attack saw."""

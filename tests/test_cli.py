@@ -26,6 +26,7 @@ from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.optim import Training
+from sau.own import OwnRun
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun
 from sau.victim import load_images
@@ -256,7 +257,7 @@ def test_help_lists_every_flag(kind, name, here, capsys):
         here(kind, name, "--help")
     out = capsys.readouterr().out
     assert left.value.code == 0
-    sections = (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, DEFENSES[name])
+    sections = (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
     for cls in sections:
         for option in options(cls).values():
             assert all(f"--{flag}" in out for flag in (option.name, *option.aliases))

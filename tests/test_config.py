@@ -17,6 +17,7 @@ from sau.data.sources import SOURCES
 from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.optim import Training
+from sau.own import OwnRun
 from sau.request import AttackRun, DefenseRun, Request
 from sau.yamlfile import OVERLAYS, read_yaml, shipped
 
@@ -456,7 +457,7 @@ def sections_of(file: Path) -> tuple[type, ...]:
     kind, name = file.parent.name, file.stem
     if kind == "recipe":
         return (AttackRun, Training)
-    return (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, DEFENSES[name])
+    return (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
 
 
 def test_every_shipped_file_belongs_to_something_that_exists():

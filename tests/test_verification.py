@@ -98,6 +98,7 @@ FORGERIES = {
         lambda t: t["true_labels"].add_(1).remainder_(10),
         ["data"],
     ),
+    "no labels": ("", "triggered.safetensors", pop("labels"), ["contents"]),
     "an identity": ("", CONFIG, lambda c: c["identity"].update(lr=7.0), ["settings"]),
     "a setting": ("", CONFIG, lambda c: c["method"].update(pratio=0.9), ["settings"]),
     "a data set": ("", CONFIG, lambda c: c["data"].update(train="0" * 64), ["data", "settings"]),

@@ -107,6 +107,19 @@ def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
     return _load("folder", size, splits["train"], splits["test"], len(classes))
 
 
+def labelled(root: Path, size: int = 32) -> Images:
+    """Own pictures, uint8 [N, 3, size, size], from <class>/*; classes and files by name, as in `folder`."""
+    root = Path(root).absolute()
+    classes, split = class_folders(root), Split(root)
+    distinct(root, classes)
+    if len(classes) < 2:
+        raise DataError(f"{root} has {len(classes)} class folders; needed are two or more, with clean pictures in them")
+    for label, name in enumerate(classes):
+        split.add((label, file) for file in pictures(root / name))
+    pixels = cached(["labelled", str(size), *split.key], lambda: {"all": read_all(split.paths, size, "clean pictures")})
+    return Images.clean(pixels["all"], torch.tensor(split.labels), len(classes))
+
+
 def _load(name: str, size: int, train: Split, test: Split, classes: int) -> tuple[Images, Images]:
     """Pixels of both splits from the cache, or decoded with a progress bar."""
     kept = cached(

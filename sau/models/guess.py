@@ -64,5 +64,9 @@ def guess(found: Weights) -> Guess | None:
 def _layout(name: str, classes: int, width: int | None) -> Mapping[str, Tensor]:
     """The state dict without memory for its values."""
     with torch.device("meta"):
-        made: nn.Module = MODELS[name](classes, width) if name in MODELS else torchvision_plain(name, classes)
-    return made.state_dict()
+        return plain(name, classes, width).state_dict()
+
+
+def plain(name: str, classes: int, width: int | None) -> nn.Module:
+    """The network by its name, as its authors wrote it; ConfigError for a name that is unknown."""
+    return MODELS[name](classes, width) if name in MODELS else torchvision_plain(name, classes)

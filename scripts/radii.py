@@ -1,0 +1,59 @@
+"""The risks of a record's networks against the radius of the ball, as a table.
+
+    python scripts/radii.py RECORD [DEFENSE ...] [--radii 0.001 0.004] [--samples 250] [--steps 10]
+
+for the attacked network and for the purified ones of the defenses named, on the same test pictures.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau import victim
+from sau.errors import SauError
+from sau.risk import gauge
+from sau.witness import Search
+
+COLUMNS = {
+    "r_adv": "R_adv",
+    "r_share": "R_share",
+    "r_share_sau": "R_share, SAU's search",
+    "type1": "type I",
+    "r_bd": "R_bd",
+}
+
+
+def main() -> int:
+    """Print the table; exit status 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, help="result folder of an attack")
+    parser.add_argument("defenses", nargs="*", help="defenses of the record")
+    parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
+    parser.add_argument("--radii", type=float, nargs="+", default=[0.001, 0.004, 0.016, 0.2], help="L-infinity radii")
+    parser.add_argument("--samples", type=int, default=250, help="test pictures [250]")
+    parser.add_argument("--steps", type=int, default=10, help="gradient steps of each search, from one place [10]")
+    asked = parser.parse_args()
+    try:
+        attacked = victim.load(asked.record)
+        _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
+        reference = attacked.model()
+        print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")
+        for name in [None, *asked.defenses]:
+            model = attacked.model()
+            if name is not None:
+                victim.load_weights(model, asked.record / "defense" / name)
+            for eps in asked.radii:
+                search = Search(eps=eps, steps=asked.steps, restarts=1)
+                row = gauge(reference, test, attacked.triggered, asked.samples, search, 0)(model).row()
+                cells = [f"{row[column]:.1f}" if column in row else "-" for column in COLUMNS]
+                print(f"| {name or 'attacked'} | {eps:g} | {' | '.join(cells)} |", flush=True)
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""A network of one's own: weights from a file, clean pictures from a folder, no trigger."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from toys import QUICK, tiny_net
+
+from sau.data.images import Images
+from sau.errors import ConfigError, DataError, RecordError
+from sau.models.preact_resnet import PreActResNet18
+from sau.own import OwnRun, concentration, network, split
+from sau.risk import Found, measure
+from sau.victim import load_weights
+from sau.witness import Search
+
+CLASSES, SIDE = 3, 16
+FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", *QUICK)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Three classes of six pictures: red, green, blue."""
+    for label, name in enumerate(("blue", "green", "red")):
+        (tmp_path / "clean" / name).mkdir(parents=True)
+        for i in range(6):
+            colour = [30 + 5 * i] * 3
+            colour[2 - label] = 220 - i
+            Image.new("RGB", (SIDE, SIDE), tuple(colour)).save(tmp_path / "clean" / name / f"{i}.png")
+    return tmp_path / "clean"
+
+
+@pytest.fixture
+def net() -> PreActResNet18:
+    torch.manual_seed(0)
+    return PreActResNet18(CLASSES, 2).eval()
+
+
+def flags(file: Path, pictures: Path, *more: str) -> tuple[str, ...]:
+    given = ("--model_file", str(file), "--clean_dir", str(pictures), "--input_size", str(SIDE))
+    return ("defense", "ft", *given, *FAST, *more)
+
+
+def layouts(net, folder):
+    """The same weights as people hand them round."""
+    state = net.state_dict()
+    torch.save(state, folder / "plain.pt")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "lightning.ckpt")
+    safetensors.torch.save_file(state, folder / "safe.safetensors")
+    return [folder / name for name in ("plain.pt", "lightning.ckpt", "safe.safetensors")]
+
+
+def test_any_layout_is_purified_and_comes_back_in_its_format(net, pictures, tmp_path, here):
+    weights = []
+    for file in layouts(net, tmp_path):
+        before = file.read_bytes()
+        status, out, err = here(*flags(file, pictures))
+        assert (status, err) == (0, ""), out
+        assert "R_share" in out and "adversarial examples lead to class" in out
+        folder = tmp_path / "record" / f"{file.stem}_ft"
+        weights.append(safetensors.torch.load_file(folder / "model.safetensors"))
+        assert (folder / "model.pt").is_file() == (file.suffix != ".safetensors")
+        if file.suffix != ".safetensors":
+            again = torch.load(folder / "model.pt", weights_only=True)
+            assert all(torch.equal(again[name], tensor) for name, tensor in weights[-1].items())
+        assert file.read_bytes() == before
+        load_weights(net, folder)
+    for other in weights[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in weights[0].items())
+
+
+def test_the_report_claims_what_clean_pictures_can_say(net, pictures, tmp_path, here):
+    assert here(*flags(layouts(net, tmp_path)[0], pictures, "--mean", "0.5", "--std", "0.25"))[0] == 0
+    summary = json.loads((tmp_path / "record" / "plain_ft" / "summary.json").read_text())
+    for when in ("before", "after"):
+        said = summary[when]
+        assert said["asr"] is None and said["acc_count"][1] == 3  # one picture of each class measures
+        assert said["risk"]["r_adv"] >= said["risk"]["r_share"] and "r_bd" not in said["risk"]
+        assert len(said["flips"]["by_class"]) in (0, CLASSES)
+    assert summary["before"]["risk"]["r_adv"] == summary["before"]["risk"]["r_share"]
+
+
+def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here, refused, monkeypatch):
+    (tmp_path / "somebody.py").write_text(
+        "from pathlib import Path\nfrom sau.models.preact_resnet import PreActResNet18\n"
+        f"def made():\n    Path({str(tmp_path / 'ran')!r}).touch()\n    return PreActResNet18({CLASSES}, 2)\n"
+        "def broken():\n    raise RuntimeError('no')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = layouts(net, tmp_path)[0]
+    assert "--trust_code" in refused(*flags(file, pictures, "--arch", "somebody:made"))
+    assert not (tmp_path / "ran").exists() and "somebody" not in sys.modules
+    assert "no" in refused(*flags(file, pictures, "--arch", "somebody:broken", "--trust_code", "true"))
+    assert here(*flags(file, pictures, "--arch", "somebody:made", "--trust_code", "true"))[0] == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
+    file = layouts(net, tmp_path)[0]
+    assert network(OwnRun(model_file=str(file), clean_dir="x"), CLASSES)[2] == "preactresnet18"
+    assert network(OwnRun(model_file=str(file), clean_dir="x", arch="preactresnet18"), CLASSES)[2] == "preactresnet18"
+    with pytest.raises(RecordError, match="shape"):
+        network(OwnRun(model_file=str(file), clean_dir="x", arch="preactresnet18"), CLASSES + 1)
+    with pytest.raises(RecordError, match="no 'features"):
+        network(OwnRun(model_file=str(file), clean_dir="x", arch="vgg11"), CLASSES)
+    torch.save(tiny_net().state_dict(), tmp_path / "tiny.pt")
+    with pytest.raises(ConfigError, match="--arch"):
+        network(OwnRun(model_file=str(tmp_path / "tiny.pt"), clean_dir="x"), CLASSES)
+
+
+def test_what_is_refused(net, pictures, tmp_path, refused):
+    file = layouts(net, tmp_path)[0]
+    assert "--model_file" in refused("defense", "ft", *QUICK)
+    assert "--result_file" in refused(*flags(file, pictures, "--result_file", "x"))
+    assert "clean_dir" in refused("defense", "ft", "--model_file", str(file), *QUICK)
+    assert "std" in refused(*flags(file, pictures, "--mean", "0.5"))
+    assert "missing.pt" in refused(*flags(tmp_path / "missing.pt", pictures))
+    assert "attacker" in refused("defense", "ep", *flags(file, pictures)[2 : -len(FAST)], *QUICK)
+    (pictures / "extra").mkdir()
+    assert "extra" in refused(*flags(file, pictures))
+    assert not (tmp_path / "record").exists()
+
+
+def test_the_split_measures_with_some_of_each_class():
+    labels = torch.tensor([0] * 10 + [1] * 3)
+    images = Images.clean(torch.zeros(13, 3, 2, 2, dtype=torch.uint8), labels, 2)
+    given, test = split(images, 0.2)
+    assert given.labels.tolist() == [0] * 8 + [1] * 2 and test.index.tolist() == [8, 9, 12]
+    with pytest.raises(DataError, match="class 1 has 1"):
+        split(images[torch.arange(11)], 0.2)
+
+
+def test_flips_are_counted_by_the_class_they_lead_to():
+    model = tiny_net(4)
+    with torch.no_grad():
+        model.linear.bias[2] += 1  # class 2 is near from everywhere
+    data = Images.clean(torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64), 4)
+    found = measure(model, model, data, search=Search(eps=0.3, steps=5))
+    flips = concentration(found, 4)
+    answers = found.answer[found.kind > 0]
+    assert flips["count"] == len(answers) and flips["even"] == 25.0
+    assert flips["share"] == round(100 * int((answers == flips["class"]).sum()) / len(answers), 2)
+    assert sum(flips["by_class"]) == pytest.approx(100, abs=0.05) and flips["share"] == max(flips["by_class"])
+    calm = Found(**{**vars(found), "kind": torch.zeros_like(found.kind)})
+    assert concentration(calm, 4)["count"] == 0
