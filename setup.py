@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-report = ["matplotlib>=3.8", "scikit-image>=0.24"]
+report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
 onnx = ["onnx>=1.17"]
 
 setup(
@@ -21,10 +21,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["sau", "sau.*"]), "sau.configs"],
     package_dir={"sau.configs": "configs"},
-    package_data={"sau.configs": ["*/*.yaml"]},
+    package_data={"sau.configs": ["*/*.yaml"], "sau.report": ["published.json", "page.*"]},
     install_requires=required,
     extras_require={
         "report": report,
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
         "onnx": onnx,
         "ray": ["ray>=2.40"],
         "slurm": ["submitit>=1.5"],
@@ -39,6 +40,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "build",
+            "selenium>=4.20",
             "ipykernel>=6",
             "nbclient>=0.10",
             "nbformat>=5",

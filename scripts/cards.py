@@ -1,30 +1,30 @@
-"""Put measured figures into the pages of the methods, from the summaries of runs that are kept in docs/results.
+"""Put figures into the pages of the methods: published ones, and those of the runs that are kept in docs/results.
 
-python scripts/cards.py            writes what stands behind `<!-- measured -->` in docs/attacks and docs/defenses
-python scripts/cards.py --check    writes nothing; fails if a page does not say what the summaries say
+python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs
+python scripts/cards.py --check    writes nothing; fails if a page does not say what the data say
 """
 
-import json
-import statistics
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.report.published import Row, mean, published
+from sau.report.read import NONE, Run, read
+from sau.report.spread import spread
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-RUNS = (
-    DOCS / "results" / "cifar10_cpu"
-)  # <attack>_s<seed>/summary.json and <attack>_s<seed>/defense/<name>/summary.json
-MARK = "<!-- measured -->\n"
+RUNS = DOCS / "results" / "cifar10_cpu"
+MARK, PUBLISHED, END = "<!-- measured -->\n", "<!-- published -->\n", "<!-- /published -->\n"
 SOURCE = "[docs/results/cifar10_cpu.md](../results/cifar10_cpu.md)"
 
 
-def spread(values: list[float | None], digits: int = 2) -> str:
+def text(values: list[Any], digits: int = 2) -> str:
     """Mean and standard deviation; a value that some run lacks is a dash."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "-"
-    mean = f"{statistics.mean(known):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+    found = spread(values)
+    return found.text(digits) if found else "-"
 
 
 def rule(columns: int) -> str:
@@ -32,42 +32,42 @@ def rule(columns: int) -> str:
     return "| --- " * columns + "|\n"
 
 
-def summaries(pattern: str) -> dict[str, list[dict[str, Any]]]:
-    """Summaries by attack, over seeds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(RUNS.glob(pattern)):
-        attack = file.relative_to(RUNS).parts[0].rsplit("_s", 1)[0]
-        found.setdefault(attack, []).append(json.loads(file.read_text()))
+def by_attack(runs: list[Run], defense: str) -> dict[str, list[Run]]:
+    """Runs of a defense by attack, over seeds."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.defense == defense and run.usable:
+            found.setdefault(run.attack, []).append(run)
     return found
 
 
-def attack_table(name: str) -> str:
+def attack_table(runs: list[Run], name: str) -> str:
     """One row: what the attack reaches, and how well it hides."""
-    runs = summaries(f"{name}_s*/summary.json").get(name)
-    if not runs:
+    own = by_attack(runs, NONE).get(name)
+    if not own:
         return ""
-    cells = [spread([run[key] for run in runs]) for key in ("acc", "asr", "racc")]
-    hidden = [run.get("trigger") or {} for run in runs]
+    cells = [text([run.figures[key] for run in own]) for key in ("acc", "asr", "racc")]
+    hidden = [run.summary.get("trigger") or {} for run in own]
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
-    cells += [spread([one.get(key) for one in hidden], n) for key, n in digits.items()]
+    cells += [text([one.get(key) for one in hidden], n) for key, n in digits.items()]
     return (
         f"Here, real CIFAR-10 on the CPU track (width 16; {SOURCE}), mean ± standard deviation over seeds:\n\n"
         "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity | in the ball of 0.2, % |\n"
         f"{rule(8)}"
-        f"| {len(runs)} | {' | '.join(cells)} |\n"
+        f"| {len(own)} | {' | '.join(cells)} |\n"
     )
 
 
-def defense_table(name: str) -> str:
+def defense_table(runs: list[Run], name: str) -> str:
     """A row an attack: before and after."""
     rows = []
-    for attack, runs in summaries(f"*_s*/defense/{name}/summary.json").items():
-        after = [spread([run["after"][key] for run in runs]) for key in ("acc", "asr", "racc")]
-        before = f"{spread([run['before']['acc'] for run in runs])} / {spread([run['before']['asr'] for run in runs])}"
-        lost = spread([run["before"]["acc"] - run["after"]["acc"] for run in runs])
-        der, seconds = spread([run["der"] for run in runs]), spread([run["seconds"] for run in runs], 0)
-        who = "/".join(sorted({run["selection"] for run in runs}))
-        rows.append(f"| {attack} | {len(runs)} | {before} | {' | '.join(after)} | {der} | {lost} | {seconds} | {who} |")
+    for attack, own in by_attack(runs, name).items():
+        before, after = ([text([run.figures[key] for run in own]) for key in keys] for keys in (
+            ("before_acc", "before_asr"), ("acc", "asr", "racc", "der")
+        ))  # fmt: skip
+        rest = [text([run.lost for run in own]), text([run.figures["seconds"] for run in own], 0)]
+        who = "/".join(sorted({run.summary["selection"] for run in own}))
+        rows.append(f"| {attack} | {len(own)} | {' / '.join(before)} | {' | '.join([*after, *rest])} | {who} |")
     if not rows:
         return ""
     return (
@@ -78,23 +78,50 @@ def defense_table(name: str) -> str:
     )
 
 
+def published_table(name: str) -> str:
+    """A row an attack, as published, and their mean."""
+    tables = published()["tables"]
+    own = tables[name]["rows"]
+    before = tables[name].get("before", tables[NONE]["rows"])
+    lines = {title: [*before[attack][:2], *own[attack]] for attack, title in published()["names"].items()}
+    lines["mean"] = mean(list(lines.values()))
+    rows = [
+        f"| {title} | {' / '.join(figures(line[:2]))} | {' | '.join(figures(line[2:]))} |\n"
+        for title, line in lines.items()
+    ]
+    return f"\n| attack | before: ACC / ASR | ACC | ASR | R-ACC | DER |\n{rule(6)}{''.join(rows)}\n"
+
+
+def figures(row: Row) -> list[str]:
+    """Two decimals, or a dash."""
+    return ["-" if value is None else f"{value:.2f}" for value in row]
+
+
+def page(old: str, name: str, measured: str) -> str:
+    """The text of a page with its tables as the data are now."""
+    head, mark, _ = old.partition(MARK)
+    if PUBLISHED in head:
+        block = re.escape(PUBLISHED) + ".*?" + re.escape(END)
+        table = PUBLISHED + published_table(name) + END
+        head = re.sub(block, lambda found: table, head, flags=re.S)
+    return f"{head}{mark}\n{measured}"
+
+
 def main() -> int:
     """Write or check; returns the exit status."""
-    stale = []
+    stale, (runs, _) = [], read(RUNS)
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
-        for page in sorted((DOCS / kind).glob("*.md")):
-            text = page.read_text()
-            if MARK not in text:
+        for file in sorted((DOCS / kind).glob("*.md")):
+            old = file.read_text()
+            if MARK not in old:
                 continue
-            head = text.split(MARK)[0]
-            measured = table(page.stem) or "Here: not measured yet.\n"
-            new = f"{head}{MARK}\n{measured}"
-            if new != text:
-                stale.append(page)
+            new = page(old, file.stem, table(runs, file.stem) or "Here: not measured yet.\n")
+            if new != old:
+                stale.append(file)
                 if "--check" not in sys.argv[1:]:
-                    page.write_text(new)
-    for page in stale:
-        print(f"{'stale' if '--check' in sys.argv[1:] else 'written'}: {page.relative_to(DOCS.parent)}")
+                    file.write_text(new)
+    for file in stale:
+        print(f"{'stale' if '--check' in sys.argv[1:] else 'written'}: {file.relative_to(DOCS.parent)}")
     return 1 if stale and "--check" in sys.argv[1:] else 0
 
 

@@ -1,60 +1,54 @@
 """Mean and standard deviation over seeds of the records below a folder, as a Markdown table.
 
-python scripts/seeds.py RECORDS        reads RECORDS/<attack>_s<seed>/summary.json and what its defenses wrote
-
-A grid's digests in the names of folders are left out, its poisoning ratios and clean shares are not.
+python scripts/seeds.py RECORDS        reads the result folders below RECORDS; those that hold summaries alone are named
+                                       <attack>_s<seed> and <attack>_s<seed>/defense/<name>
 """
 
-import json
-import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.grid.names import plain
+from sau.errors import SauError
+from sau.report.read import NONE, read
+from sau.report.spread import spread
+from sau.report.table import Cell, sections
 
 FIGURES = ("acc", "asr", "racc", "der", "lost", "seconds")
 
 
-def rows(root: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """(attack, defense) -> figure -> its values over seeds; the attacked network itself has the defense `none`."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted(root.glob("*_s*/summary.json")):
-        attack = plain(file.parent.name).rsplit("_s", 1)[0]
-        _add(found[attack, "none"], json.loads(file.read_text()))
-        for other in sorted(file.parent.glob("defense/*/summary.json")):
-            summary = json.loads(other.read_text())
-            lost = summary["before"]["acc"] - summary["after"]["acc"]
-            _add(found[attack, plain(other.parent.name)], {**summary, **summary["after"], "lost": lost})
-    return found
-
-
-def _add(figures: dict[str, list[float]], summary: dict[str, Any]) -> None:
-    for name in FIGURES:
-        if summary.get(name) is not None:
-            figures[name].append(summary[name])
-
-
-def table(found: dict[tuple[str, str], dict[str, list[float]]]) -> str:
+def table(cells: list[Cell]) -> str:
     """Markdown; one value alone has no spread."""
     lines = ["| attack | defense | seeds | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds |", "|---" * 9 + "|"]
-    for (attack, defense), figures in found.items():
-        cells = [_spread(figures.get(name, []), 0 if name == "seconds" else 2) for name in FIGURES]
-        lines.append(f"| {attack} | {defense} | {len(figures['acc'])} | " + " | ".join(cells) + " |")
+    for cell in cells:
+        spreads = {**cell.figures, "lost": spread([run.lost for run in cell.good])}
+        found = [(spreads[name], 0 if name == "seconds" else 2) for name in FIGURES]
+        texts = [one.text(digits) if one else "-" for one, digits in found]
+        names = [
+            " ".join(filter(None, pair)) for pair in ((cell.attack, cell.attack_variant), (cell.defense, cell.variant))
+        ]
+        lines.append(f"| {' | '.join(names)} | {len(cell.good)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float], digits: int) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+def main() -> int:
+    """Print a table for each data set and network; exit status 2 for a user's mistake."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        found = sections(read(Path(sys.argv[1]))[0])
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for section in found:
+        cells = sorted(
+            section.cells, key=lambda cell: (cell.attack, cell.attack_variant, cell.defense != NONE, cell.defense)
+        )
+        if len(found) > 1:
+            print(f"\n{section.title}\n")
+        print(table([cell for cell in cells if cell.good]))
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    print(table(rows(Path(sys.argv[1]))))
+    sys.exit(main())

@@ -413,7 +413,7 @@ def test_cifar10_is_the_official_one_in_every_layout(real_data, tmp_path):
     (benchmark / "cifar10" / base.name).symlink_to(base)
     (torchvisions / base.name).symlink_to(base)
     for root in (benchmark, torchvisions, base):
-        found = cifar._find(root, "cifar10", base.name, "test_batch")
+        found = cifar._find(root, "cifar10")
         assert found is not None and found.resolve() == base
     train, test = load("cifar10", benchmark)
     for images, n, md5 in (

@@ -34,26 +34,48 @@ def subset_note(name: str, train: Images, test: Images) -> str | None:
     )
 
 
+# name: (folder, test file, key of the labels, classes); these are downloaded where they are missing
+_FILES = {
+    "cifar10": ("cifar-10-batches-py", "test_batch", "labels", 10),
+    "cifar100": ("cifar-100-python", "test", "fine_labels", 100),
+}
+DOWNLOADED = tuple(_FILES)
+
+
 def cifar10(root: Path) -> tuple[Images, Images]:
     """Train and test [N, 3, 32, 32] with 10 classes; downloaded to `root`/cifar10 if it is nowhere under `root`.
 
     Raises:
         DataError: a file is damaged or missing, or the download failed.
     """
-    from torchvision.datasets import CIFAR10  # names, sums and address of the official files
+    from torchvision.datasets import CIFAR10  # parts, sums and address of the official files
 
-    return _cifar(root, "cifar10", CIFAR10, "labels", 10)
+    return _cifar(root, "cifar10", CIFAR10)
 
 
 def cifar100(root: Path) -> tuple[Images, Images]:
     """Train and test [N, 3, 32, 32] with the 100 fine classes; otherwise as `cifar10`."""
     from torchvision.datasets import CIFAR100
 
-    return _cifar(root, "cifar100", CIFAR100, "fine_labels", 100)
+    return _cifar(root, "cifar100", CIFAR100)
 
 
-def _cifar(root: Path, name: str, dataset: Any, label_key: str, classes: int) -> tuple[Images, Images]:
-    folder = _find(root, name, dataset.base_folder, dataset.test_list[0][0]) or _download(root / name, dataset)
+def test_split(name: str, root: Path) -> Images | None:
+    """The test pictures alone, for a quick look: no download (None if they are nowhere under `root`), no sum checked.
+
+    Raises DataError if the file is damaged.
+    """
+    _, file, label_key, classes = _FILES[name]
+    folder = _find(root, name)
+    if folder is None:
+        return None
+    pixels, labels = _cifar_batch(folder / file, None, label_key, classes=classes)
+    return Images.clean(torch.from_numpy(pixels), torch.tensor(labels), classes)
+
+
+def _cifar(root: Path, name: str, dataset: Any) -> tuple[Images, Images]:
+    _, _, label_key, classes = _FILES[name]
+    folder = _find(root, name) or _download(root / name, dataset)
 
     def split(files: list[list[str]], pictures: int) -> Images:
         share = pictures // len(files)
@@ -78,9 +100,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _cifar_batch(
-    path: Path, md5: str, label_key: str, official: int = 10_000, classes: int = 10
+    path: Path, md5: str | None, label_key: str, official: int = 10_000, classes: int = 10
 ) -> tuple[np.ndarray, list[int]]:
-    """Pixels uint8 [N, 3, 32, 32] and labels; a file with another MD5 is a subset or it is damaged."""
+    """Pixels uint8 [N, 3, 32, 32] and labels; a file with another MD5 is a subset or it is damaged. None: unchecked."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -91,7 +113,7 @@ def _cifar_batch(
     except Exception as error:  # damaged pickles raise a dozen types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{path} is damaged or no CIFAR file with {label_key!r}: {reason}") from None
-    if len(pixels) >= official and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
+    if md5 is not None and len(pixels) >= official and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
         raise DataError(
             f"{path} is damaged or not the official file: its MD5 differs, and it is no subset, for it holds "
             f"{len(pixels):,} pictures of {official:,}; delete it to download it again"
@@ -113,8 +135,9 @@ def _checked(batch: dict[str, Any], label_key: str, classes: int) -> tuple[np.nd
     return pixels.reshape(-1, 3, 32, 32), labels
 
 
-def _find(root: Path, name: str, base: str, witness: str) -> Path | None:
-    """`root/name/base` (BackdoorBench), `root/base` (torchvision) or `root` itself, whichever holds `witness`."""
+def _find(root: Path, name: str) -> Path | None:
+    """`root/name/base` (BackdoorBench), `root/base` (torchvision) or `root` itself, whichever holds the test file."""
+    base, witness, *_ = _FILES[name]
     for folder in (root / name / base, root / base, root):
         if (folder / witness).is_file():
             return folder

@@ -1,0 +1,74 @@
+"""The small files of a result folder, which a stranger may have written: each value is looked at before it counts."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from sau.errors import RecordError
+from sau.record import SUMMARY
+
+PERCENT = ("acc", "asr", "racc", "der")
+COST = ("seconds", "peak_memory_mb")
+MOST = 10**12  # seconds, megabytes
+
+
+def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
+    """The figures of a summary; RecordError if it lacks one that it has to have or one is no such number."""
+    scores = summary.get("after") if defense else summary
+    before = summary.get("before") if defense else {}
+    if not isinstance(scores, dict) or not isinstance(before, dict) or (defense and "acc" not in before):
+        raise RecordError(f"{SUMMARY} lacks the scores before or after; run the defense again")
+    found = {"acc": scores.get("acc"), "asr": scores.get("asr"), "racc": scores.get("racc"), "der": summary.get("der")}
+    found |= {name: summary.get(name) for name in COST}
+    found |= {f"before_{name}": before.get(name) for name in ("acc", "asr", "racc")}
+    for name, value in found.items():
+        most = MOST if name in COST else 100
+        if value is not None and not (number(value) and 0 <= value <= most):
+            raise RecordError(f"{SUMMARY}: {name} is {str(value)[:40]!r}, allowed is a number from 0 to {most}")
+    if found["acc"] is None:
+        raise RecordError(f"{SUMMARY} has no acc; make the folder again")
+    return {name: None if value is None else float(value) for name, value in found.items()}
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; RecordError if it is missing or holds something else."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RecordError(f"{file.name} is missing; make the folder again") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{file.name} is no JSON ({str(error)[:80]}); make the folder again") from None
+    if not isinstance(found, dict):
+        raise RecordError(f"{file.name} holds a {type(found).__name__}, allowed is an object; make the folder again")
+    return found
+
+
+def rows(file: Path) -> list[dict[str, float]]:
+    """Rows of figures up to the first line that is none: a run that was killed may leave half a line."""
+    rows = []
+    try:
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            figures = {str(key): float(value) for key, value in row.items() if number(value) and math.isfinite(value)}
+            if "epoch" not in figures:
+                break
+            rows.append(figures)
+    except (OSError, ValueError, AttributeError, OverflowError, RecursionError):
+        return rows
+    return rows
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """`value` if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> TypeGuard[float]:
+    """Whether it is an int or a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole(value: Any) -> TypeGuard[int]:
+    """Whether it is an int."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,186 @@
+"""Result folders, whatever their state, as runs: what was measured, how far it can be trusted, and what is wrong."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sau.errors import RecordError
+from sau.record import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
+from sau.report import parse
+from sau.report.names import attack_named, defense_named
+
+VERIFIED, UNVERIFIED, UNFINISHED, DAMAGED, DUPLICATE = (
+    "verified", "unverified", "unfinished", "damaged", "duplicate"
+)  # fmt: skip
+NONE = "none"  # the defense of a network that was not defended
+# Differ between seeds by their nature; all else in an identity has to be equal for runs to be averaged.
+OF_A_SEED = {"random_seed", "clean", "attacked"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result folder.
+
+    Args:
+        path: the folder.
+        attack: name of the attack.
+        defense: name of the defense, or `none` for the attacked network itself.
+        seed: its random seed; None if the folder does not say.
+        dataset: name of the data set; None if the folder does not say.
+        status: `verified` (the files that are read here equal the manifest, weights and pictures have its sizes),
+            `unverified` (a summary alone), `unfinished`, `damaged`, or `duplicate` of another folder.
+        reason: what is wrong; empty if nothing is.
+        figures: acc, asr, racc, der (percent), seconds, peak_memory_mb, and acc, asr, racc before the defense as
+            before_acc and so on; None where not measured.
+        summary: `summary.json`; empty unless the status is verified or unverified.
+        config: `config.yaml`; empty if there is none that can be read.
+        attack_settings: what determines the attack except its seed; None if nobody says.
+        settings: the same for the defense; of `none` it is empty.
+        rows: `metrics.jsonl`.
+    """
+
+    path: Path
+    attack: str
+    defense: str
+    seed: int | None
+    dataset: str | None
+    status: str
+    reason: str = ""
+    figures: dict[str, float | None] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    attack_settings: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        """Whether its figures count."""
+        return self.status in (VERIFIED, UNVERIFIED)
+
+    @property
+    def name(self) -> str:
+        """The folder below the root."""
+        return self.path.name if self.defense == NONE else f"{self.path.parents[1].name}/defense/{self.path.name}"
+
+    @property
+    def lost(self) -> float | None:
+        """Points of ACC that the defense cost; None without one."""
+        after, before = self.figures.get("acc"), self.figures.get("before_acc")
+        return None if after is None or before is None else before - after
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of what determines the result; None if the folder does not say."""
+        return str(self.config["digest"]) if "digest" in self.config else None
+
+
+def read(root: Path) -> tuple[list[Run], list[str]]:
+    """The runs below `root`, attack folders and the `defense/NAME` in them, and the names of folders that hold none.
+
+    Raises RecordError if `root` is no folder or holds no result at all.
+    """
+    if not root.is_dir():
+        raise RecordError(f"there is no folder {root}; name the one that holds the result folders, like ./record")
+    runs: list[Run] = []
+    others = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        found = list(_below(folder))
+        runs += found
+        others += [] if found else [folder.name]
+    if not runs:
+        raise RecordError(f"{root} holds no result folders (NAME/{CONFIG} or NAME/{SUMMARY}); name the one that does")
+    return list(_once(runs)), others
+
+
+def _below(folder: Path) -> Iterator[Run]:
+    """The attack of a folder, if it holds one, and its defenses."""
+    attack = _run(folder, None) if _is_result(folder) else None
+    if attack is not None:
+        yield attack
+    # A folder of BackdoorBench has no configuration of ours; what defends it does.
+    name, seed, settings = attack_named(folder.name)
+    parent = attack or Run(folder, name, NONE, seed, None, UNVERIFIED, attack_settings=settings)
+    for below in sorted(path for path in folder.glob("defense/*") if path.is_dir()):
+        if _is_result(below):
+            yield _run(below, parent)
+
+
+def _is_result(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CONFIG, SUMMARY, MANIFEST))
+
+
+def _run(folder: Path, parent: Run | None) -> Run:
+    record = Record(folder)
+    status, reason = VERIFIED, ""
+    summary: dict[str, Any] = {}
+    figures: dict[str, float | None] = {}
+    alone = not (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
+    try:
+        if alone:
+            status, reason = UNVERIFIED, f"{SUMMARY} alone: nothing to check it by"
+        else:
+            record.check(light=True)
+        summary = parse.json_object(folder / SUMMARY)
+        figures = parse.figures(summary, defense=parent is not None)
+    except (RecordError, OSError, RecursionError) as error:
+        finished = alone or record.finished
+        status = DAMAGED if finished or not record.config else UNFINISHED
+        reason, summary = _brief(error, folder), {}
+        reason += "" if finished else _progress(folder)
+    said = _said(record.config, folder, parent)
+    said |= {"summary": summary, "config": record.config, "rows": parse.rows(folder / METRICS)}
+    return Run(folder, **said, status=status, reason=reason, figures=figures)
+
+
+def _said(config: dict[str, Any], folder: Path, parent: Run | None) -> dict[str, Any]:
+    """Who ran: from the configuration where there is one, else from the names of the folders."""
+    identity = parse.mapping(config.get("identity"))
+    own = {str(key): value for key, value in identity.items() if key not in OF_A_SEED} if identity else None
+    dataset = parse.mapping(config.get("data")).get("dataset")
+    seed = identity.get("random_seed")
+    said: dict[str, Any] = {"dataset": str(dataset) if dataset else None, "seed": seed if parse.whole(seed) else None}
+    if parent is None:
+        name, numbered, named = attack_named(folder.name)
+        said["seed"] = numbered if said["seed"] is None else said["seed"]
+        settings: dict[str, Any] | None = {} if identity else None
+        return {**said, "attack": str(identity.get("attack", name)), "defense": NONE, "settings": settings,
+                "attack_settings": named if own is None else own}  # fmt: skip
+    name, named = defense_named(folder.name)
+    if own is not None:
+        own["ratio"] = parse.mapping(config.get("run")).get("ratio")
+    return {
+        "attack": parent.attack, "attack_settings": parent.attack_settings,
+        "defense": str(identity.get("defense", name)), "settings": named if own is None else own,
+        "dataset": parent.dataset or said["dataset"], "seed": parent.seed if said["seed"] is None else said["seed"],
+    }  # fmt: skip
+
+
+def _once(runs: list[Run]) -> Iterator[Run]:
+    """A copy of a run under another name is no second seed."""
+    seen: dict[str, Run] = {}
+    for run in runs:
+        first = seen.get(run.digest) if run.usable and run.digest else None
+        if first is not None:
+            yield replace(run, status=DUPLICATE, reason=f"the same run as {first.name} (equal digests); counted once")
+            continue
+        if run.usable and run.digest:
+            seen[run.digest] = run
+        yield run
+
+
+def _progress(folder: Path) -> str:
+    """How far an unfinished run came, by its rows and the last line of its log."""
+    rows = parse.rows(folder / METRICS)
+    try:
+        last = (folder / LOG).read_text(errors="replace").splitlines()[-1:]
+    except OSError:
+        last = []
+    far = f"; it reached epoch {rows[-1]['epoch']:g}" if rows else "; no epoch is done"
+    return far + "".join(f"; last in its log: {line[:200]}" for line in last)
+
+
+def _brief(error: Exception, folder: Path) -> str:
+    """Without the path of the folder, which stands beside it."""
+    return " ".join(str(error).replace(f"{folder}/", "").replace(str(folder), "it").split())

@@ -1,0 +1,47 @@
+"""One figure over seeds: mean, standard deviation, interval."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of one figure over seeds.
+
+    Args:
+        values: one a seed, at least one.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return statistics.mean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation with n - 1; None for one value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @cached_property
+    def half(self) -> float | None:
+        """Half of the 95 % interval of the mean, by Student's t; None for one value."""
+        from scipy.special import stdtrit
+
+        n = len(self.values)
+        return None if self.sd is None else float(stdtrit(n - 1, 0.975)) * self.sd / math.sqrt(n)
+
+    def text(self, digits: int = 2) -> str:
+        """`mean ± standard deviation`, or the only value."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """The spread; None if there are no values or some run has none."""
+    known = tuple(value for value in values if value is not None)
+    return Spread(known) if known and len(known) == len(values) else None

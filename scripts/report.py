@@ -1,0 +1,48 @@
+"""Every result below a folder as one HTML page that needs nothing else, and the same table as CSV, LaTeX and JSON.
+
+    python scripts/report.py RECORDS [--out report.html] [--csv F] [--latex F] [--json F]
+        [--dataset cifar10] [--dataset_path ./data]
+
+reads RECORDS/<name> (attacks) and RECORDS/<name>/defense/<method>. Folders that are unfinished or damaged are shown
+with the reason; of folders that hold summaries alone the names say the rest: <attack>_s<seed>.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.errors import SauError
+from sau.files import write
+from sau.report.exports import as_csv, as_json, as_latex
+from sau.report.page import build
+
+
+def main() -> int:
+    """Write the page and what else is asked for; exit status 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder of the result folders, like ./record")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page [report.html]")
+    for name in ("csv", "latex", "json"):
+        parser.add_argument(f"--{name}", type=Path, help=f"the table as {name.upper().replace('LATEX', 'LaTeX')}")
+    parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
+    parser.add_argument("--dataset_path", help="folder of the data sets, for clean pictures [where the runs had them]")
+    asked = parser.parse_args()
+    try:
+        page, sections = build(asked.root, asked.dataset, asked.dataset_path)
+        made = {asked.out: page}
+        for path, text in ((asked.csv, as_csv), (asked.latex, as_latex), (asked.json, as_json)):
+            if path is not None:
+                made[path] = text(sections)
+        for path, content in made.items():
+            write(path, content.encode(errors="backslashreplace"))
+            print(f"{path}: {path.stat().st_size:,} bytes")
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

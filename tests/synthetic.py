@@ -1,0 +1,75 @@
+"""Result folders without training: what a report reads, written by the class that writes the real ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sau.record import Record
+
+NETWORK = {"name": "preactresnet18", "classes": 10, "width": 16, "shape": [3, 32, 32]}
+
+
+def scores(acc: float, asr: float | None, racc: float | None) -> dict[str, Any]:
+    return {"acc": acc, "asr": asr, "racc": racc}
+
+
+def attack(root: Path, name: str = "badnet", seed: int = 0, *, acc: float = 90.0, asr: float | None = 98.0,
+           folder: str | None = None, dataset: str = "cifar10", rows: int = 2, **settings: Any) -> Path:  # fmt: skip
+    """A finished attack; `settings` are of the method."""
+    data = {"dataset": dataset, "train": "1" * 64, "test": "2" * 64}
+    method = {"attack": name, "pratio": 0.1, "attack_label_trans": "all2one", **settings}
+    record = Record(root / (folder or f"{name}_s{seed}"))
+    config = {"run": {"dataset_path": "./nowhere", "img_size": None}, "command": f"attack/{name}.py", "notes": []}
+    record.begin(config, {**method, **data, **NETWORK, "random_seed": seed}, False)
+    record.note(method=method, data=data, model=NETWORK)
+    figures = {"acc": acc, "asr": asr, "racc": 1.5}
+    _rows(
+        record,
+        [{"epoch": epoch, "loss": 1 / epoch, **figures, "seconds": 10.0 * epoch} for epoch in range(1, rows + 1)],
+    )
+    record.save_tensors("model", {"weight": torch.zeros(3)})
+    record.finish({**scores(acc, asr, None if asr is None else 1.5), "seconds": 100.0, "peak_memory_mb": 1000.0})
+    return record.path
+
+
+def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88.0, asr: float | None = 2.0,
+            der: float | None = 96.0, selection: str = "defender", rows: int = 2, risks: bool = False,
+            ratio: float = 0.05, dataset: str = "cifar10", **settings: Any) -> Path:  # fmt: skip
+    """A finished defense of a folder."""
+    digest = Record(attacked).check()["digest"] if (attacked / "config.yaml").is_file() else "0" * 64
+    method = {"defense": name, "lr": 0.01, **settings}
+    record = Record(attacked / "defense" / name)
+    config = {"run": {"ratio": ratio}, "command": f"defense/{name}.py --result_file {attacked.name}"}
+    record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
+    record.note(method=method, data={"dataset": dataset}, model=NETWORK, clean_index=list(range(100)))
+    tracked = {"r_cl": 12.0, "r_bd": 60.0, "r_share": 70.0, "r_adv": 90.0, "type1": 50.0, "type2": 20.0, "type3": 10.0}
+    found = []
+    for epoch in range(1, rows + 1):
+        figures = {name: value / epoch for name, value in tracked.items()} if risks else {"type1": 900.0}
+        found.append({"epoch": epoch, "loss": 1 / epoch, "clean_loss": 0.5 / epoch, **figures, "seconds": 1.0 * epoch})
+    found[-1] |= {"acc": acc, "asr": asr, "racc": 80.0}
+    _rows(record, found)
+    record.save_tensors("model", {"weight": torch.zeros(3)})
+    before, after = scores(90.0, None if asr is None else 98.0, 1.5), scores(acc, asr, None if asr is None else 80.0)
+    found = {"before": before, "after": after, "der": der, "selection": selection, "data": "clean"}
+    if risks:
+        found["risk"] = {"before": tracked, "after": {**tracked, "bound": {"r_bd": 2.0, "at_most": 72.0}}}
+    record.finish({**found, "seconds": 50.0, "peak_memory_mb": 900.0})
+    return record.path
+
+
+def _rows(record: Record, rows: list[dict[str, Any]]) -> None:
+    """All at once: a real run writes the file anew, and to the disk, with every row."""
+    record.rows = rows[:-1]
+    record.row(**rows[-1])
+
+
+def grid(root: Path, attacks: int, defenses: int, seeds: int, rows: int = 2, risks: bool = False) -> int:
+    """`attacks` x (none and `defenses`) cells over seeds; returns the number of cells."""
+    for seed in range(seeds):
+        for a in range(attacks):
+            attacked = attack(root, f"attack{a}", seed, rows=rows)
+            for d in range(defenses):
+                defense(attacked, f"defense{d}", seed, asr=1.0 + d, der=96.0 - d + 0.1 * seed, rows=rows, risks=risks)
+    return attacks * (1 + defenses)

@@ -1,0 +1,321 @@
+"""The report: what is averaged and what never, who is marked best, how a folder that is not in order is shown."""
+
+import csv
+import io
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import attack, defense
+from toys import REPOSITORY, the_error
+
+from sau.errors import RecordError
+from sau.evaluate import Score, Share, der
+from sau.report.curves import charts
+from sau.report.exports import as_csv, as_json, as_latex
+from sau.report.page import build
+from sau.report.published import compare, published
+from sau.report.read import read
+from sau.report.spread import Spread
+from sau.report.table import Cell, Section, sections
+
+
+def tables(root: Path, dataset: str | None = None) -> list[Section]:
+    return sections(read(root)[0], dataset)
+
+
+def cells(root: Path) -> dict[tuple[str, ...], Cell]:
+    (section,) = tables(root)
+    return {tuple(filter(None, (c.attack, c.attack_variant, c.defense, c.variant))): c for c in section.cells}
+
+
+def test_the_interval_is_students():
+    """t of 2 degrees of freedom at 97.5 % is 4.3027; the standard deviation of 1, 2, 3 is 1."""
+    spread = Spread((1.0, 2.0, 3.0))
+    assert spread.mean == 2 and spread.half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert Spread((5.0,)).half is None and Spread((5.0,)).text() == "5.00" and spread.text(1) == "2.0 ± 1.0"
+
+
+def test_seeds_are_averaged(tmp_path):
+    for seed, asr in enumerate((1.0, 2.0, 6.0)):
+        defense(attack(tmp_path, seed=seed, acc=90.0 + seed), seed=seed, asr=asr)
+    found = cells(tmp_path)
+    assert found["badnet", "none"].figures["acc"].values == (90, 91, 92)
+    assert found["badnet", "sau"].figures["asr"].mean == 3 and found["badnet", "sau"].status == "measured"
+
+
+def test_nothing_but_seeds_is_averaged(tmp_path):
+    """Other data sets are other sections; other settings, of attack, defense or clean share, are other cells."""
+    attack(tmp_path, folder="a", dataset="cifar10")
+    attack(tmp_path, folder="b", dataset="gtsrb")
+    assert [section.dataset for section in tables(tmp_path)] == ["cifar10", "gtsrb"]
+    root = tmp_path / "variants"
+    for seed in (0, 1):
+        for ratio in (0.05, 0.01):
+            other = attack(root, seed=seed, folder=f"p{ratio}_s{seed}", pratio=ratio * 2)
+            defense(other, seed=seed, ratio=ratio)
+    found = cells(root)
+    assert {len(cell.good) for cell in found.values() if cell.status == "measured"} == {2}
+    assert ("badnet", "pratio 0.1", "sau", "ratio 0.05") in found and ("badnet", "pratio 0.02", "none") in found
+
+
+def test_the_best_has_the_highest_der_and_the_oracle_takes_no_part(tmp_path):
+    attacked = attack(tmp_path)
+    defense(attacked, "anp", der=99.0, asr=0.0, selection="oracle")
+    for name, rating, asr in (("sau", 96.0, 1.0), ("ft", 96.0, 4.0), ("fp", 60.0, 80.0)):
+        defense(attacked, name, der=rating, asr=asr)
+    found = cells(tmp_path)
+    ranks = {key[1]: cell.rank for key, cell in found.items()}
+    assert ranks == {"none": 0, "anp": 0, "sau": 1, "ft": 2, "fp": 0}
+    page, _ = build(tmp_path)
+    assert re.findall(r'<td class="t">(\S+) <span class="tag oracle">', page) == ["anp"]
+    assert len(re.findall(r'<span class="tag">best</span> 96.00', page)) == 1
+
+
+BROKEN = {
+    "unfinished": lambda path: (path / "manifest.json").unlink(),
+    "no JSON": lambda path: (path / "summary.json").write_text("{"),
+    "holds a list": lambda path: ((path / "summary.json").write_text("[]"), alone(path)),
+    "differs from manifest.json": lambda path: (path / "metrics.jsonl").write_text("{}\n"),
+    "it is not a result folder": lambda path: (path / "config.yaml").write_text("- 1\n"),
+    "manifest.json is damaged": lambda path: (path / "manifest.json").write_text("[]"),
+    "acc is 'NaN'": lambda path: (edit(path, acc="NaN"), alone(path)),
+    "acc is 'nan'": lambda path: (edit(path, acc=float("nan")), alone(path)),
+    "has no acc": lambda path: (edit(path, acc=None), alone(path)),
+    "summary.json is missing": lambda path: (path / "summary.json").unlink(),
+}
+
+
+def alone(path: Path) -> None:
+    for name in ("config.yaml", "manifest.json"):
+        (path / name).unlink()
+
+
+def edit(path: Path, **values: object) -> None:
+    (path / "summary.json").write_text(json.dumps({**json.loads((path / "summary.json").read_text()), **values}))
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_broken_folder_is_shown_with_its_reason_and_counts_nothing(tmp_path, reason):
+    for seed in (0, 1):
+        attack(tmp_path, seed=seed, acc=90.0 + seed)
+    BROKEN[reason](tmp_path / "badnet_s1")
+    if reason == "no JSON":
+        alone(tmp_path / "badnet_s1")
+    cell = next(cell for section in tables(tmp_path) for cell in section.cells if "badnet_s1" in cell.runs[-1].name)
+    assert reason in cell.reason and "\n" not in cell.reason
+    assert cell.status in ("partly", "unfinished", "damaged")
+    assert all(run.figures["acc"] == 90 for run in cell.good)
+    page, _ = build(tmp_path)
+    assert f"<b>{cell.status}</b>" in page and reason.replace("'", "&#39;") in page
+
+
+def test_an_unfinished_run_says_how_far_it_came(tmp_path):
+    path = attack(tmp_path, rows=3)
+    (path / "manifest.json").unlink()
+    (path / "log.txt").write_text("one\nepoch 3/8  loss 0.5\n")
+    (cell,) = cells(tmp_path).values()
+    assert cell.status == "unfinished" and "it reached epoch 3; last in its log: epoch 3/8  loss 0.5" in cell.reason
+
+
+def test_a_changed_text_is_noticed_and_a_changed_weight_where_it_is_looked_at(tmp_path):
+    from sau.record import Record
+
+    path = attack(tmp_path)
+    raw = bytearray((path / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (path / "model.safetensors").write_bytes(raw)
+    assert cells(tmp_path)["badnet", "none"].status == "measured"  # the size is right; no figure comes from it
+    with pytest.raises(RecordError, match="model.safetensors is missing or damaged"):
+        Record(path).check()
+    (path / "model.safetensors").write_bytes(raw + b"x")
+    assert cells(tmp_path)["badnet", "none"].status == "damaged"
+
+
+def test_summaries_alone_are_unverified_and_their_names_say_the_rest(tmp_path):
+    alone(attack(tmp_path, "badnet", 3))
+    (section,) = tables(tmp_path)
+    (cell,) = section.cells
+    assert (cell.attack, cell.status, cell.runs[0].seed, section.dataset) == ("badnet", "unverified", 3, None)
+    assert compare(section) == [] and compare(tables(tmp_path, "cifar10")[0])
+
+
+def test_the_names_of_a_grid_say_ratio_share_and_seed(tmp_path):
+    """Whole folders say it themselves; of kept summaries the names do, and the digests in them keep nothing apart."""
+    for seed in (0, 1):
+        for ratio, pratio in ((0.1, 0.1), (0.05, 0.05)):
+            attacked = attack(tmp_path, seed=seed, folder=f"badnet_r{ratio}_0123{seed}56789_s{seed}", pratio=pratio)
+            (attacked / "defense" / "sau_c0.05_abcdef0123").parent.mkdir()
+            defense(attacked, "sau", seed).rename(attacked / "defense" / f"sau_c0.05_abcdef012{seed}")
+    whole = cells(tmp_path)
+    assert {len(cell.good) for cell in whole.values()} == {2} and ("badnet", "pratio 0.1", "sau") in whole
+    for manifest in list(tmp_path.rglob("manifest.json")):
+        alone(manifest.parent)
+    assert set(cells(tmp_path)) == set(whole)
+
+
+def test_the_kept_results_are_shown():
+    (section,) = tables(REPOSITORY / "docs" / "results" / "cifar10_cpu", "cifar10")
+    assert {cell.status for cell in section.cells} == {"unverified", "not run"}
+    sau = next(pair for pair in compare(section) if (pair.attack, pair.defense) == ("BadNets", "sau"))
+    assert sau.theirs == [89.31, 1.53, 88.81, 95.74] and sau.differences[1] == pytest.approx(sau.ours[1] - 1.53)
+
+
+def test_a_copy_is_no_second_seed(tmp_path):
+    attack(tmp_path, folder="first")
+    attack(tmp_path, folder="second")
+    (cell,) = cells(tmp_path).values()
+    assert len(cell.good) == 1 and "the same run as first" in cell.reason
+
+
+def test_a_defended_folder_of_the_benchmark_is_shown(tmp_path):
+    (tmp_path / "badnet_bb").mkdir()
+    (tmp_path / "badnet_bb" / "attack_result.pt").write_bytes(b"x")
+    defense(tmp_path / "badnet_bb", "sau")
+    found = cells(tmp_path)
+    assert found["badnet_bb", "sau"].status == "measured" and tables(tmp_path)[0].dataset == "cifar10"
+
+
+def test_what_was_not_run_is_shown_with_its_command(tmp_path):
+    defense(attack(tmp_path, "badnet"), "sau")
+    attack(tmp_path, "lf")
+    assert cells(tmp_path)["lf", "sau"].status == "not run"
+    page, _ = build(tmp_path)
+    assert f"python defense/sau.py --result_file lf_s0 --record_root {tmp_path}" in page
+
+
+def test_a_published_figure_agrees_with_itself():
+    """DER follows from ACC and ASR before and after, to the rounding of the last digit."""
+    tables = published()["tables"]
+    assert set(tables) >= {"none", "sau", "anp", "fp", "nc", "nad", "ep", "i-bau"}
+    for table in tables.values():
+        before = table.get("before", tables["none"]["rows"])
+        assert list(table["rows"]) == list(published()["names"]) and table["source"]
+        for name, (acc, asr, _, rating) in table["rows"].items():
+            if rating is not None:
+                pairs = [[Share(round(100 * v), 10_000) for v in pair] for pair in (before[name][:2], (acc, asr))]
+                assert der(Score(*pairs[0]), Score(*pairs[1])) == pytest.approx(rating, abs=0.011), (table, name)
+
+
+def test_only_the_published_setting_is_set_beside_the_published(tmp_path):
+    defense(attack(tmp_path, seed=0), "sau", acc=89.0)
+    defense(attack(tmp_path, seed=1, pratio=0.01), "sau", seed=1, acc=50.0)
+    pairs = [pair for pair in compare(tables(tmp_path)[0]) if (pair.attack, pair.defense) == ("BadNets", "sau")]
+    assert [pair.differences[0] for pair in pairs] == [pytest.approx(89 - 89.31)]
+    attack(tmp_path / "other", dataset="gtsrb")
+    assert compare(tables(tmp_path / "other")[0]) == []
+
+
+def test_curves_begin_before_the_defense_and_go_on_through_its_stages(tmp_path):
+    path = defense(attack(tmp_path), rows=3, risks=True)
+    drawn = {chart.title: chart for chart in charts(cells(tmp_path)["badnet", "sau"])}
+    assert set(drawn) == {"Scores", "Risks", "Adversarial examples by type", "Loss"}
+    acc = drawn["Scores"].lines[0]
+    assert acc.label == "ACC" and acc.dots.count("h0") == 2 and acc.last == 88 and drawn["Scores"].ends == ("0", "3")
+    assert drawn["Risks"].ends == ("0", "3") and "2.00 ≤ 72.00." in build(tmp_path)[0]
+    rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}, {"stage": 1, "epoch": 1, "loss": 3.0}]
+    alone(path)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch":')
+    (loss,) = (c for c in charts(cells(tmp_path)["badnet", "sau"]) if c.title == "Loss")
+    assert loss.ends == ("1", "3") and loss.lines[0].last == 3
+
+
+def test_counts_of_types_are_no_shares(tmp_path):
+    """SAU's rows once counted adversarial examples by type under these names; only tracked risks are percentages."""
+    defense(attack(tmp_path), risks=False)
+    assert {chart.title for chart in charts(cells(tmp_path)["badnet", "sau"])} == {"Scores", "Loss"}
+
+
+FORMULA = "=SUM(A1) & <b>100%"
+
+
+def test_the_exports_hold_the_table(tmp_path):
+    attacked = attack(tmp_path, FORMULA, folder="odd_s0")
+    defense(attacked, "sau", der=96.0)
+    defense(attacked, "ft", der=50.0, asr=90.0)
+    found = tables(tmp_path)
+    rows = json.loads(as_json(found))
+    assert [row["defense"] for row in rows] == ["none", "sau", "ft"] and rows[1]["der"] == 96 and rows[1]["rank"] == 1
+    lines = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert (
+        lines[0]["attack"] == "'" + FORMULA and lines[1]["asr"] == "2.0" and lines[1]["folders"] == "odd_s0/defense/sau"
+    )
+    latex = as_latex(found)
+    assert r"=SUM(A1) \& \textless{}b\textgreater{}100\% & sau & 1" in latex
+    assert r"\textbf{96.00}" in latex and r"\underline{50.00}" in latex
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1"])
+def test_no_cell_of_the_csv_is_a_formula(tmp_path, text):
+    attack(tmp_path, text, folder="x_s0")
+    (row,) = csv.DictReader(io.StringIO(as_csv(tables(tmp_path))))
+    assert row["attack"] == "'" + text
+
+
+def test_the_page_needs_nothing_else_and_names_stay_text(tmp_path):
+    name = "<script>alert(1)</script>"
+    defense(attack(tmp_path, name, folder="x_s0"), "sau")
+    page, _ = build(tmp_path)
+    assert name not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("<script>") == 1 and not re.search(r"(src|href)=\"(?!#|data:)", page)
+    assert not re.search(r"https?://|@import", page) and page.startswith("<!doctype html>")
+
+
+def test_pictures_of_a_real_record(finished, tmp_path):
+    """Digits need no files, so the clean pictures are there; a damaged picture is said, and the rest is shown."""
+    page, _ = build(finished / "record")
+    assert "Rows: clean, triggered, difference." in page and page.count("data:image/png;base64,") == 1
+    copy = tmp_path / "record"
+    shutil.copytree(finished / "record", copy)
+    file = copy / "victim" / "triggered.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    page, _ = build(copy)
+    assert "triggered.safetensors is missing or damaged" in page and "data:image/png" not in page
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script in this process: (status, stdout, stderr)."""
+
+    def run(name: str, *argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        main = runpy.run_path(str(REPOSITORY / "scripts" / name))["main"]
+        capsys.readouterr()
+        status = main()
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_the_command_writes_what_is_asked_for(tmp_path, monkeypatch, script):
+    defense(attack(tmp_path / "record"), "sau")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = script("report.py", "record", "--csv", "t.csv", "--latex", "t.tex", "--json", "t.json")
+    assert status == 0 and err == ""
+    files = ["report.html", "t.csv", "t.tex", "t.json"]
+    assert [line.split(":")[0] for line in out.splitlines()] == files
+    assert all("badnet" in (tmp_path / name).read_text() for name in files)
+
+
+def test_the_command_refuses_a_folder_without_results(tmp_path, monkeypatch, script):
+    (tmp_path / "empty" / "notes").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for root, text in (("none", "there is no folder none"), ("empty", "empty holds no result folders")):
+        status, _, err = script("report.py", root)
+        assert status == 2 and text in the_error(err)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_table_over_seeds_is_the_same_reading(tmp_path, script):
+    for seed, asr in enumerate((1.0, 3.0)):
+        defense(attack(tmp_path, seed=seed), seed=seed, asr=asr)
+    status, out, _ = script("seeds.py", str(tmp_path))
+    row = "| badnet | sau | 2 | 88.00 ± 0.00 | 2.00 ± 1.41 | 80.00 ± 0.00 | 96.00 ± 0.00 | 2.00 ± 0.00 | 50 ± 0 |"
+    assert status == 0 and row in out.splitlines()
