@@ -157,7 +157,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     state = fixed.get_submodule("net").state_dict()
     record.save_tensors("model", state)
     if file.kind != weights.SAFE:
-        record.save_state("model", state)
+        record.save_tensors("model", state, pickled=True)
     record.say(f"purified weights: {record.path / ('model.safetensors' if file.kind == weights.SAFE else 'model.pt')}")
     record.finish({**report, "seconds": watch.seconds})
 

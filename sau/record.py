@@ -146,16 +146,13 @@ class Record:
         lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
         return [json.loads(line) for line in lines]
 
-    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write `<name>.safetensors`."""
-        content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        write(self.path / f"{name}.safetensors", safetensors.torch.save(content))
-
-    def save_state(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write `<name>.pt`, a plain state dict for those who want one."""
-        buffer = io.BytesIO()
-        torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, buffer)
-        write(self.path / f"{name}.pt", buffer.getvalue())
+    def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
+        """Write `<name>.safetensors`, or `<name>.pt`, a plain state dict for those who want one."""
+        content, buffer = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, io.BytesIO()
+        if pickled:
+            torch.save(content, buffer)
+        raw = buffer.getvalue() if pickled else safetensors.torch.save(content)
+        write(self.path / f"{name}.{'pt' if pickled else 'safetensors'}", raw)
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """Read `<name>.safetensors` of a finished folder; call `check` first."""
