@@ -2,10 +2,12 @@
 
     python scripts/bench.py sau [--width 64] [--batch_size 64] [--repeats 5] [--json out.json]
     python scripts/bench.py attacks [--width 16] [--batch_size 128] [--repeats 5] [--json out.json]
+    python scripts/bench.py risks RECORD DEFENSE [--samples 2500] [--repeats 3] [--json out.json]
     python scripts/bench.py defenses [--width 16] [--pictures 256] [--only sau,ft] [--repeats 5] [--json out.json]
 
 prints one row for each comparison. sau: ratio = released / ours, so above 1 means that ours is faster. attacks: updates
 as attack / BadNets, and stamping as ten seconds / the time for 50,000 pictures. defenses: released / ours, FT / method.
+risks: four minutes / seconds, and the least passes / those made.
 """
 
 import argparse
@@ -18,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_parts import attacks, defenses, sau_step
+from bench_parts import attacks, defenses, risks, sau_step
 
 from sau.device import choose_device, set_threads
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
-PARTS: dict[str, ModuleType] = {"sau": sau_step, "attacks": attacks, "defenses": defenses}
+PARTS: dict[str, ModuleType] = {"sau": sau_step, "attacks": attacks, "defenses": defenses, "risks": risks}
 
 
 def main() -> None:
