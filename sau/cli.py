@@ -135,7 +135,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if request.said("model_file") is not None and request.said("result_file") is None:
         run, yours, method = request.settle("defense", request.recipe()[0], "folder")
         return own.purify(name, method, run, yours, request)
-    attacked = victim.load(_place(request))
+    attacked = victim.load(_place(request.said("record_root") or Run.record_root, _target(request)))
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
@@ -189,12 +189,16 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[I
     return given, test, notes + scrutinise(given, test, method.batch_size)
 
 
-def _place(request: Request) -> Path:
-    """The folder of the attack: a name below the record root, or any folder written as a path."""
-    target = request.said("result_file")
+def _target(request: Request) -> str:
+    """What the user calls the folder of the attack."""
+    target: str | None = request.said("result_file")
     if target is None or request.said("model_file") is not None:
         raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
-    root = request.said("record_root") or Run.record_root
+    return target
+
+
+def _place(root: str, target: str) -> Path:
+    """A folder name below the record root, or any folder written as a path."""
     return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
 
 

@@ -63,7 +63,8 @@ def own_pictures(root: Path) -> None:
             folder = root / split / colour
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (20 + i, 24), colour if i % 2 else (40 * number, 20 * i, 90)).save(folder / f"{i}.png")
+                shade = 20 * i + (10 if split == "test" else 0)  # no test picture is a training picture
+                Image.new("RGB", (20 + i, 24), (90 * number, shade, 90)).save(folder / f"{i}.png")
 
 
 def test_own_pictures_of_any_size(here, tmp_path, monkeypatch):

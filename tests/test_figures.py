@@ -44,12 +44,14 @@ def test_the_script_draws_every_figure_as_png_and_svg(tracked):
     names = {"pictures", "attack", "sau", "risks", "types", "examples_sau", "features_sau"}
     assert {file.name for file in (folder / "figures").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg")}
     assert {Path(line).name for line in done.stdout.split()} == {file.name for file in (folder / "figures").iterdir()}
-    argv[argv.index("sau")] = "nothing"
+    argv[2] = "nobody"
     done = subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 2 and "nothing" in the_error(done.stderr)
+    assert done.returncode == 2 and "nobody" in the_error(done.stderr)
+    risks_are_those_of_the_rows_and_of_the_network_before(tracked)
+    curves_start_at_the_network_before(tracked)
 
 
-def test_the_risks_are_those_of_the_rows_and_of_the_network_before(tracked):
+def risks_are_those_of_the_rows_and_of_the_network_before(tracked):
     record = Record(tracked)
     rows = [json.loads(line) for line in (tracked / "metrics.jsonl").read_text().splitlines()]
     before = json.loads((tracked / "summary.json").read_text())["risk"]["before"]
@@ -67,7 +69,7 @@ def test_the_risks_are_those_of_the_rows_and_of_the_network_before(tracked):
     assert top == pytest.approx(max(sum(row[f"type{i}"] for i in (1, 2, 3)) for row in [before, *rows]), abs=0.1)
 
 
-def test_curves_start_at_the_network_before(tracked):
+def curves_start_at_the_network_before(tracked):
     left, right = curves(Record(tracked)).axes
     assert {line.get_label() for line in left.get_lines()} == {"loss", "clean loss", "shared loss"}
     asr = next(line for line in right.get_lines() if line.get_label() == "ASR")
