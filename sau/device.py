@@ -1,5 +1,6 @@
 """The machine: which device, how many threads, which precision is faster, how much memory was used."""
 
+import math
 import os
 import resource
 import sys
@@ -79,11 +80,13 @@ def _step(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def confine(memory: int, seconds: int) -> None:
-    """For a process that opens what it must not trust: no file may be written, and at most `memory` bytes more than it
-    has now and `seconds` of computing be used. Where the system does not count memory (macOS), that limit is not set.
+    """For a process that opens what it must not trust: no file may be written, and at most `memory` bytes and `seconds`
+    of computing more be used than so far. Where the system does not count memory (macOS), that limit is not set.
     """
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    used = resource.getrusage(resource.RUSAGE_SELF)  # importing torch may take longer than what is allowed here
+    end = math.ceil(used.ru_utime + used.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (end, end))
     mapped = Path("/proc/self/statm")
     if mapped.is_file():
         limit = int(mapped.read_text().split()[0]) * resource.getpagesize() + memory
