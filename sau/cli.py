@@ -158,10 +158,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     begun = time.monotonic()
     before = score(model, test, triggered)
     risks = None
-    if run.track_risk:
-        reference = attacked.model().to(where)
-        reference.amp = model.amp
-        risks = gauge(reference, test, triggered, run.risk_samples, run.search(), run.random_seed)
+    if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
+        risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat = risks(model).summary() if risks else None
     evaluation = time.monotonic() - begun
     watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation, risks)

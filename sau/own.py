@@ -142,8 +142,8 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     shape = (3, own.input_size, own.input_size)
     model.amp = precision(record, run, model, shape, method.batch_size, where)
     before = score(model, test, None)
-    reference = Normalized(network(own, images.num_classes)[0], own.mean or None, own.std or None, model.amp)
-    measured = gauge(reference.to(where), test, None, run.risk_samples, run.search(), run.random_seed)
+    # `purify` leaves the network as it is, so that it is the reference throughout.
+    measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
     threat = measured(model)
     watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: None, started, 0.0)
     fixed = method.purify(model, given, seed=run.random_seed, session=watch.session())

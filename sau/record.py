@@ -97,7 +97,7 @@ class Record:
 
     def note(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
-        self.config.update(json.loads(json.dumps(facts)))  # tuples become lists, as YAML has them
+        self.config.update(plain(facts))
         write(self.path / CONFIG, yaml.safe_dump(schema.signed(self.config), sort_keys=False).encode())
 
     def say(self, text: str) -> None:

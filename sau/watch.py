@@ -90,8 +90,10 @@ class Watch:
         """The risks of the result; a method that told the loop of no network gets its row here."""
         assert self.risks is not None
         found = self.risks(model)
-        if not self.record.rows or "r_adv" not in self.record.rows[-1]:
-            self.record.row(epoch=len(self.record.rows) + 1, **found.row(), seconds=self.seconds)
+        last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
+        if "r_adv" not in last:
+            place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
+            self.record.row(**place, **found.row(), seconds=self.seconds)
         return found.summary()
 
 

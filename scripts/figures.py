@@ -8,7 +8,6 @@ examples that fool both networks and such that do not, and `features_D`, a map o
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def draw(asked: argparse.Namespace) -> None:
         defense = Record(manifest.parent)
         defense.check()
         _tell(save(curves(defense), out / defense.path.name))
-        if "risk" in json.loads((defense.path / "summary.json").read_text()):
+        if "risk" in defense.summary():
             tracked.append(defense)
     if tracked:
         _tell(save(risks(tracked), out / "risks"))

@@ -7,7 +7,6 @@ with what SAU's own search finds, over the rounds that were evaluated, least and
 purified network, with Newcombe's 95 % interval (from two Wilson intervals; wide, for the risks share their pictures).
 """
 
-import json
 import math
 import statistics
 import sys
@@ -16,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.errors import RecordError, SauError
-from sau.figures.curves import history
-from sau.record import Record
+from sau.record import METRICS, Record
+from sau.report import parse
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
 
@@ -33,8 +32,8 @@ def newcombe(risk: dict, name: str) -> tuple[float, float, float]:
 
 def line(record: Record) -> str:
     """A row of the table."""
-    rows, summary = history(record)
-    risk, tracked = summary["risk"]["after"], [row for row in rows if "r_bd" in row]
+    risk, rows = record.summary()["risk"]["after"], parse.last_stage(parse.rows(record.path / METRICS))
+    tracked = [row for row in rows if "r_bd" in row]
     cells = [record.path.parents[1].name, record.path.name, str(len(tracked)), f"{risk['r_bd']:.1f}"]
     for name in GAPS:
         gaps = [row[name] - row["r_bd"] for row in tracked]
@@ -57,7 +56,7 @@ def main(paths: list[str]) -> int:
             for manifest in sorted(Path(path).glob("defense/*/manifest.json")):
                 record = Record(manifest.parent)
                 record.check()
-                if "r_bd" in json.loads((record.path / "summary.json").read_text()).get("risk", {}).get("after", {}):
+                if "r_bd" in record.summary().get("risk", {}).get("after", {}):
                     lines.append(line(record))
         if not lines:
             raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")

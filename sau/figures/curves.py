@@ -1,6 +1,5 @@
 """What a run measured, against its epochs or rounds."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from sau.errors import RecordError
-from sau.record import Record
+from sau.record import METRICS, Record
+from sau.report import parse
 
 Style = tuple[str, str, str]  # name, colour, line
 
@@ -77,10 +77,7 @@ def types(records: Sequence[Record]) -> Figure:
 
 def history(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of `metrics.jsonl`, those of a method's last stage where it has several, and `summary.json`."""
-    rows = [json.loads(line) for line in (record.path / "metrics.jsonl").read_text().splitlines()]
-    stage = max((row.get("stage", 0) for row in rows), default=0)
-    summary = json.loads((record.path / "summary.json").read_text())
-    return [row for row in rows if row.get("stage", 0) == stage], summary
+    return parse.last_stage(parse.rows(record.path / METRICS)), record.summary()
 
 
 def _tracked(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any]]:

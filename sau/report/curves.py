@@ -109,8 +109,8 @@ def _points(run: Run, name: str) -> Points:
     points = [] if before is None else [(0.0, before)]
     past, stage, last = 0.0, 0.0, 0.0
     for row in run.rows:
-        if row.get("stage", 0.0) != stage:
-            past, stage = past + last, row["stage"]
+        if (now := row.get("stage", 0.0)) != stage:
+            past, stage = past + last, now
         last = row["epoch"]
         if name in row:
             points.append((past + last, row[name]))

@@ -59,6 +59,12 @@ def rows(file: Path) -> list[dict[str, float]]:
     return rows
 
 
+def last_stage(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Of a method with several stages the rows of its last one, which trains the result."""
+    stage = max((row.get("stage", 0.0) for row in rows), default=0.0)
+    return [row for row in rows if row.get("stage", 0.0) == stage]
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """`value` if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
