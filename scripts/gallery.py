@@ -34,7 +34,7 @@ from sau import quality
 from sau.attack import ATTACKS, Attack
 from sau.data.images import Images
 from sau.data.sources import load
-from sau.errors import SauError
+from sau.errors import SauError, told
 from sau.files import write
 from sau.models import build
 from sau.optim import Training
@@ -180,7 +180,8 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
+    """Write the gallery; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--dataset_path", default="./data")
@@ -201,11 +202,8 @@ def main() -> None:
     table = {shown.attack.name: shown.found for shown in lines if shown.found is not None}
     write(out / f"{asked.dataset}.json", (json.dumps(table, indent=2) + "\n").encode())
     print(f"{out / asked.dataset}.html, .png and .json")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(told(main))
