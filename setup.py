@@ -29,6 +29,7 @@ setup(
         "onnx": onnx,
         "ray": ["ray>=2.40"],
         "slurm": ["submitit>=1.5"],
+        "multigpu": ["lightning-fabric>=2.4"],
         "test": [
             *report,
             *onnx,

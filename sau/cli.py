@@ -22,6 +22,7 @@ from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
+from sau.devices import place, spread
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
@@ -86,7 +87,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     run, training, method = request.settle("attack", recipe, dataset)
     if run.attack not in (None, name):
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
-    where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
+    where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
     train, test = load(dataset, run.dataset_path, run.img_size)
     notes = [note for note in [subset_note(dataset, train, test)] if note]
@@ -116,7 +117,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     watch = Watch(record, run, training.epochs, test, again, started, each)
-    method.fit(model, poisoned, training, augment=origin.augment, seed=run.random_seed, session=watch.session())
+    how = {"recipe": training, "augment": origin.augment, "seed": run.random_seed}
+    spread(run.devices, method.fit, model, poisoned, session=watch.session(), **how)
     triggered = again()
     final = watch.last or score(model, test, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
@@ -139,7 +141,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
+    where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     given, test, notes = _given(attacked, run, method)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
@@ -166,7 +168,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
     session = replace(watch.session(), judge=judge)
-    fixed = method.purify(model, given, augment=augment, seed=run.random_seed, session=session)
+    fixed = spread(run.devices, method.purify, model, given, augment=augment, seed=run.random_seed, session=session)
     after = score(fixed, test, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)

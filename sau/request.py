@@ -26,6 +26,8 @@ class Run:
         recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
             is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record.
         device: auto, cpu, cuda or one like cuda:1.
+        devices: cuda devices that share the run, each with a part of every batch (cpu: processes); above 1 for attacks
+            that poison before training, sau and at.
         amp: true is bf16, false is fp32; auto measures which is faster.
         threads: CPU threads; 0 means all cores.
         random_seed: of the weights, of the order of pictures and of every choice of pictures.
@@ -43,6 +45,7 @@ class Run:
     model: str = "preactresnet18"
     recipe: Literal["auto", "paper", "cpu"] = "auto"
     device: str = "auto"
+    devices: int = 1
     amp: bool | None = None
     threads: int = 0
     random_seed: int = 0
@@ -54,7 +57,7 @@ class Run:
     yaml_path: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("eval_every", 1), ("frequency_save", 0)):
+        for name, least in (("devices", 1), ("eval_every", 1), ("frequency_save", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {least} and more")
         if not 0 <= self.random_seed < 2**32:

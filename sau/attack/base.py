@@ -31,6 +31,7 @@ class Attack(Labelling, ABC):
         pratio: poisoned share of the whole training set, 0 to 1.
     """
 
+    splits: ClassVar[bool] = True
     in_batch: ClassVar[bool] = False  # poisons inside the training batches, so `poison_train` changes nothing
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make

@@ -69,6 +69,7 @@ class SAU(Tuning):
     """
 
     name: ClassVar[str] = "sau"
+    splits: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "n_rounds": "epochs",
         "lmd_1": "weight_clean",

@@ -150,6 +150,7 @@ class _Crossed:
         facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
         where = {"dataset": block.dataset, "dataset_path": said["dataset_path"] if block.dataset == "folder" else None}
         machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
+        machine |= {"devices": run.devices} if run.devices > 1 else {}  # cells had digests before there was a choice
         share = {"attack": settings.get("pratio"), "defense": facts.get("ratio")}[kind]
         label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in _canonical(kind, name) or kind == "defense" else name
         return _Settled(flags, digest({kind: name, **settings, **facts, **where, **machine}), label)
