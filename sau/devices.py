@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from sau.data.images import Images
-from sau.device import choose_device
+from sau.device import choose_device, set_threads
 from sau.errors import ConfigError, SauError, TrainingError
 from sau.method import Method
-from sau.parent import outlive
+from sau.parent import outlive, python_path
 from sau.request import Run
 from sau.session import Session
 from sau.team import Team, fabric, leave
@@ -85,7 +85,7 @@ def spread(devices: int, work: Any, model: nn.Module, images: Images, *, session
 def assist(parent: int, kind: str, devices: int, threads: int) -> None:
     """What the process of a helper does: its part of what the command, the process `parent`, hands over."""
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    torch.set_num_threads(threads)
+    set_threads(threads)
     fabric()  # most of the time until here was importing
     sys.stdout.write("ready\n")
     sys.stdout.flush()
@@ -113,7 +113,7 @@ class _Helper:
         words = (os.getpid(), kind, devices, torch.get_num_threads())
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from sau.devices import assist; assist{words}"],
-            env={**os.environ, "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "LOCAL_RANK": str(rank), "PYTHONPATH": python_path()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self.errors,

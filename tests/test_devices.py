@@ -23,6 +23,12 @@ from sau.team import Team
 TWO = ("--devices", "2")
 
 
+@pytest.fixture(autouse=True)
+def for_helpers(monkeypatch):
+    """The networks of the tests are those of their processes, too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
 class Settled(TinyNet):
     """Batch norm keeps its statistics while the rest trains: it is shared among devices on CUDA only."""
 
