@@ -104,11 +104,10 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     return Line(attack, before[chosen], triggered.pixels[chosen], found, note)
 
 
-def magnified(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
+def difference(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
     """Absolute differences scaled so that the largest is white, and the scale."""
-    change = (after.int() - before.int()).abs()
-    gain = 255 / max(1, int(change.max()))
-    return (change * gain).clamp(0, 255).to(torch.uint8), gain
+    change, gain = quality.magnified(after.float() - before.float(), 255.0)
+    return change.clamp(0, 255).to(torch.uint8), gain
 
 
 def figures(found: dict[str, Any]) -> str:
@@ -132,8 +131,8 @@ def draw(lines: list[Line], columns: int) -> bytes:
         if shown.before is None or shown.after is None or shown.found is None:
             say(0, f"no trained trigger here; make one with: {shown.note}", fontsize=8)
             continue
-        difference, gain = magnified(shown.before, shown.after)
-        for block, pictures in enumerate((shown.before, shown.after, difference)):
+        change, gain = difference(shown.before, shown.after)
+        for block, pictures in enumerate((shown.before, shown.after, change)):
             for axis, pixels in zip(row[block * columns :], pictures, strict=False):
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
         say(1.1, f"{figures(shown.found)}\n(x{gain:.0f})", row[-1], fontsize=7)
@@ -163,7 +162,7 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
             how = f"no trained trigger here; <code>{html.escape(shown.note)}</code>"
             rows.append(f"<tr>{name}<td colspan=4>{how}</td></tr>")
             continue
-        blocks = (shown.before, shown.after, magnified(shown.before, shown.after)[0])
+        blocks = (shown.before, shown.after, difference(shown.before, shown.after)[0])
         cells = "".join(f"<td>{''.join(map(picture, block))}</td>" for block in blocks)
         text = html.escape(figures(shown.found)).replace("\n", "<br>")
         rows.append(f"<tr>{name}{cells}<td class=n>{text}</td></tr>")
