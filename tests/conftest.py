@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +82,25 @@ def refused(here: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
         status, _, err = here(*argv)
         assert status == 2
         return the_error(err)
+
+    return run
+
+
+@pytest.fixture
+def script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`script("grid.py", *flags)` runs a script of the repository in this process: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def run(name: str, *flags: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(REPOSITORY / "scripts" / name), run_name="__main__")
+        assert isinstance(left.value.code, int), left.value.code
+        return left.value.code, *capsys.readouterr()
 
     return run
 
