@@ -33,6 +33,7 @@ setup(
             *report,
             *onnx,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "beartype>=0.18",
             "ruff>=0.8",
