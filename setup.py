@@ -21,7 +21,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["sau", "sau.*"]), "sau.configs"],
     package_dir={"sau.configs": "configs"},
-    package_data={"sau": ["clean_indices.json"], "sau.configs": ["*/*.yaml"], "sau.report": ["published.json", "page.*"]},
+    package_data={
+        "sau": ["clean_indices.json"],
+        "sau.configs": ["*/*.yaml"],
+        "sau.report": ["published.json", "page.*"],
+    },
     install_requires=required,
     extras_require={
         "report": report,
