@@ -111,7 +111,7 @@ class Check:
         memory = dict(map(json.loads, self.known.read_text().splitlines())) if self.known.is_file() else {}
         found = []
         for file in self.target.files:
-            every = changes((self.root / file).read_text())
+            every = changes((self.tree / file).read_text())
             drawn = sorted(random.Random(seed).sample(range(len(every)), min(limit, len(every))))
             for count, change in enumerate([every[place] for place in drawn], 1):
                 same = {"file": file, "was": change.was, "becomes": change.becomes}
@@ -130,11 +130,12 @@ class Check:
 
     def try_out(self, file: str, change: Change, patience: float) -> str:
         """What becomes of one mutant."""
+        original = (self.tree / file).read_text()
         (self.tree / file).write_text(change.source)
         try:
             return self.tests(patience)
         finally:
-            shutil.copyfile(self.root / file, self.tree / file)
+            (self.tree / file).write_text(original)
 
     def tests(self, patience: float) -> str:
         """Run the tests in the copy, in a process that has the large libraries already."""
