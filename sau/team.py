@@ -36,8 +36,10 @@ def fabric() -> Any:
 
 
 def leave() -> None:
-    """Belong to no team any more."""
-    if torch.distributed.is_initialized():
+    """Belong to no team any more; what it still waits for is given up."""
+    group = torch.distributed.group.WORLD
+    if group is not None:
+        group.abort()  # without it, cards would wait here for those of a lost process
         torch.distributed.destroy_process_group()
 
 
