@@ -3,7 +3,8 @@ CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -38,3 +39,8 @@ class SIG(Attack):
         columns = torch.arange(width, dtype=x.dtype, device=x.device)
         wave = self.sig_delta / 255 * torch.sin(2 * math.pi * self.sig_f / width * columns)
         return (x + wave).clamp(0, 1)
+
+    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
+        """Waves of other lengths."""
+        others = {f"frequency {self.sig_f + n:g}": self.sig_f + n for n in (-2, -1, 1, 2) if self.sig_f + n > 0}
+        return {name: replace(self, sig_f=f).stamp for name, f in others.items()}
