@@ -116,7 +116,7 @@ class Measure:
         return self.case.poisons[order[:count]]
 
     def _row(
-        self, part: str, curve: str, network: Network, x: float | str, seed: int, shown: Images,
+        self, part: str, curve: str, network: Network, x: int | float | str, seed: int, shown: Images,
         pixels: Pixels | Bytes | None = None,
     ) -> Row:  # fmt: skip
         """ASR and R-ACC on the pictures that are shown, or on these pixels in their place."""

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from sau.data.images import Images, to_float
 from sau.defense.npd import held_losses
 from sau.seeds import generator
-from sau.types import Labels, Pixels
+from sau.types import Labels, Pixels, Universal
 
 BATCH, RATE = 128, 0.05  # as released
 
 
 def universal(
     models: Sequence[nn.Module], pictures: Images, budgets: Sequence[float], *, steps: int, seed: int = 0
-) -> Iterator[tuple[float, Pixels]]:
+) -> Iterator[tuple[float, Universal]]:
     """(eps, D) for one budget after the other, D [1, C, H, W] with |D|_inf <= eps.
 
     Each budget, which should be no smaller than the one before, begins where the last one ended; the first one begins
@@ -46,18 +46,18 @@ def universal(
         yield eps, delta
 
 
-def noise(pictures: Images, eps: float, draw: torch.Generator) -> Pixels:
+def noise(pictures: Images, eps: float, draw: torch.Generator) -> Universal:
     """A perturbation [1, C, H, W] drawn evenly from the ball: where the search begins, and a control by itself."""
     shape = (1, *pictures.pixels.shape[1:])
     return ((2 * torch.rand(shape, generator=draw) - 1) * eps).to(pictures.pixels.device)
 
 
-def shifted(pictures: Images, delta: Pixels) -> Pixels:
+def shifted(pictures: Images, delta: Universal) -> Pixels:
     """The pictures with D, cut to [0, 1]."""
     return (to_float(pictures.pixels) + delta).clamp(0, 1)
 
 
-def _gradient(model: nn.Module, x: Pixels, target: Labels, delta: Pixels) -> Tensor:
+def _gradient(model: nn.Module, x: Pixels, target: Labels, delta: Universal) -> Universal:
     d = delta.clone().requires_grad_()
     reached, others, _ = held_losses(model((x + d).clamp(0, 1)), target, target)
     (gradient,) = torch.autograd.grad(reached + others, d)

@@ -12,7 +12,7 @@ from torch import nn
 from sau.audit.reactivate import shifted
 from sau.data.images import Images
 from sau.seeds import generator
-from sau.types import Pixels
+from sau.types import Universal
 
 FIRST = 0.1  # share of the picture that the first squares cover
 HALVED = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # trials of 10,000 after which squares are half as large
@@ -20,7 +20,7 @@ HALVED = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # trials of 10,000 af
 
 def square(
     model: nn.Module, pictures: Images, eps: float, marks: Sequence[int], *, seed: int = 0
-) -> Iterator[tuple[int, Pixels]]:
+) -> Iterator[tuple[int, Universal]]:
     """(pictures scored so far, the best D so far [1, C, H, W]) each time that `marks` of them are reached.
 
     D begins as vertical stripes of -eps and +eps; each trial sets a square of it to -eps or +eps, channel by channel,
@@ -57,10 +57,10 @@ def _side(done: float, height: int, width: int) -> int:
     return min(height, width, max(1, round(math.sqrt(share * height * width))))
 
 
-def _signs(shape: tuple[int, ...], draw: torch.Generator) -> Pixels:
+def _signs(shape: tuple[int, ...], draw: torch.Generator) -> Universal:
     return 2.0 * torch.randint(2, shape, generator=draw) - 1
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, pictures: Images, delta: Pixels) -> float:
+def _loss(model: nn.Module, pictures: Images, delta: Universal) -> float:
     return float(F.cross_entropy(model(shifted(pictures, delta)), pictures.labels, reduction="sum"))
