@@ -1,8 +1,10 @@
 """The re-activation audit: its attacks do what they claim on networks with a backdoor, and not on those without."""
 
+import importlib.util
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,18 +98,22 @@ def test_five_poisons_bring_back_a_backdoor_and_plant_none(nets):
 
 
 def test_relearning_is_what_the_protocol_says(nets):
-    """SGD 0.01 with momentum 0.9 and nothing else, by hand for one epoch of one batch."""
-    pictures = mixture(TRAIN, poisons(), 3, share=0.1, seed=1)
+    """SGD 0.01 with momentum 0.9 and nothing else, batches of 128, by hand for one epoch of two batches."""
+    pictures = mixture(TRAIN, poisons(), 3, share=0.5, seed=1)
     again = relearn(nets["ft"], pictures, epochs=1, seed=1)
     by_hand = tiny_net()
     by_hand.load_state_dict(nets["ft"].state_dict())
-    by_hand.train()
-    loss = torch.nn.functional.cross_entropy(by_hand(to_float(pictures.pixels)), pictures.labels)
-    gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
-    for parameter, gradient, got in zip(by_hand.parameters(), gradients, again.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter - 0.01 * gradient, rtol=1e-4, atol=1e-6)
+    weights = list(by_hand.train().parameters())
+    speed = [torch.zeros_like(weight) for weight in weights]
+    for x, y, *_ in pictures.batches(128, seed=1):
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(by_hand(x), y), weights)
+        speed = [0.9 * v + gradient for v, gradient in zip(speed, gradients, strict=True)]
+        with torch.no_grad():
+            for weight, v in zip(weights, speed, strict=True):
+                weight -= 0.01 * v
+    for weight, got in zip(weights, again.parameters(), strict=True):
+        torch.testing.assert_close(got, weight, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(again.features[1].running_mean, by_hand.features[1].running_mean)
-    assert again.features[1].num_batches_tracked == nets["ft"].features[1].num_batches_tracked + 1
 
 
 def test_more_shots_than_pictures_are_refused(one_line):
@@ -488,39 +494,67 @@ def test_records_that_cannot_be_audited_are_refused(victim, clean, one_line):
         assert words in one_line(refusal.value)
 
 
-SCRIPT = [sys.executable, str(REPOSITORY / "scripts" / "audit.py")]
 BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--queries", "200", "--scored", "50",
          "--samples", "60", "--threads", "1", "--device", "cpu")  # fmt: skip
 
 
-def script(cwd, *flags, name="audit"):
-    argv = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), *flags]
-    return subprocess.run(argv, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=280)
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script("audit", *flags)` runs a script in this process: (status, stdout, stderr)."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(name, *flags, stop=None):
+        place = REPOSITORY / "scripts" / f"{name}.py"
+        loaded = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"script_{name}", place))
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        loaded.__spec__.loader.exec_module(loaded)
+
+        def say(*texts, **how):
+            print(*texts, **how)
+            if stop is not None and str(texts[0]).startswith(stop):
+                raise KeyboardInterrupt
+
+        if stop is not None:
+            monkeypatch.setattr(loaded, "say", say)
+        monkeypatch.setattr(sys, "argv", [str(place), *flags])
+        capsys.readouterr()
+        return loaded.main(), *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here):
+def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, script):
     assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
     shutil.copytree(victim, victim.parent / "copy")
-    folder = victim.parents[1]
     flags = ("--defense", "ft", "--control", "clean", *BRIEF)
-    done = script(folder, "--result_file", "copy", *flags)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "Backdoor existence coefficient" in done.stdout and "relearn " in done.stdout.splitlines()[-4]
+    status, out, err = script("audit", "--result_file", "copy", *flags)
+    assert (status, err) == (0, "") and "Backdoor existence coefficient" in out
+    assert "relearn " in out.splitlines()[-4] and out.splitlines()[-1].endswith("audit.json")
     whole = json.loads((victim.parent / "copy" / "audit" / "audit.json").read_text())
-    status, _, err = stop_after("6/", 2, [*SCRIPT, "--result_file", "victim", *flags], folder)
+    status, _, err = script("audit", "--result_file", "victim", *flags, stop="6/")
     assert status == 130 and "repeat" in err and not (victim / "audit" / "audit.json").exists()
-    kept = len(list((victim / "audit" / "pieces").iterdir()))
-    assert 6 <= kept < 20
-    done = script(folder, "--result_file", "victim", *flags)
-    assert done.returncode == 0 and done.stdout.count("as before") == kept
+    assert len(list((victim / "audit" / "pieces").iterdir())) == 6
+    status, out, _ = script("audit", "--result_file", "record/victim", *flags)
+    assert status == 0 and out.count("as before") == 6
     again = json.loads((victim / "audit" / "audit.json").read_text())
     assert again["rows"] == whole["rows"] and again["asked"] == whole["asked"]
     assert {file.name for file in (victim / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg", "pieces"}
-    together = script(folder, "record/victim", "record/copy/audit", "--out", "both/badnet", name="audits")
-    assert together.returncode == 0 and "± 0.0" in together.stdout
-    assert {file.name for file in (folder / "both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
-    none = script(folder, "record/clean", "--out", "x", name="audits")
-    assert none.returncode == 2 and "scripts/audit.py" in the_error(none.stderr)
+    status, out, _ = script("audits", "record/victim", "record/copy/audit", "--out", "both/badnet")
+    assert status == 0 and "± 0.0" in out
+    assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
+    status, _, err = script("audits", "record/clean", "--out", "x")
+    assert status == 2 and "scripts/audit.py" in the_error(err)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_finished_pieces(victim, clean):
+    folder = victim.parents[1]
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "audit.py"), "--result_file", "victim", "--control", "clean"]
+    status, _, err = stop_after("4/", signal.SIGINT, [*argv, *BRIEF], folder)
+    assert status == 130 and "repeat" in err and len(list((victim / "audit" / "pieces").iterdir())) >= 4
+    done = subprocess.run([*argv, *BRIEF], cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("as before") >= 4
 
 
 @pytest.mark.parametrize(
@@ -532,7 +566,15 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here):
         (("--result_file", "victim", "--eps", "0.1,0.05"), "eps"),
     ],
 )
-def test_the_script_refuses_in_one_line(victim, flags, words):
-    done = script(victim.parents[1], *flags)
-    assert done.returncode == 2 and words in the_error(done.stderr)
-    assert not (Path(victim) / "audit").exists()
+def test_the_script_refuses_in_one_line(victim, script, monkeypatch, flags, words, unchecked):
+    monkeypatch.chdir(victim.parents[1])
+    status, _, err = script("audit", *flags)
+    assert status == 2 and words in the_error(err)
+    assert not (victim / "audit").exists()
+
+
+def test_without_a_control_it_says_so_and_leaves_bec_out(victim, script, monkeypatch):
+    monkeypatch.chdir(victim.parents[1])
+    status, out, _ = script("audit", "--result_file", "victim", "--out", "elsewhere", *BRIEF)
+    assert status == 0 and out.startswith("note: there is no --control") and "existence" not in out
+    assert "same D" not in out and Path("elsewhere/audit.png").stat().st_size > 0
