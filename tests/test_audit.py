@@ -1,6 +1,5 @@
 """The re-activation audit: its attacks do what they claim on networks with a backdoor, and not on those without."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -498,52 +497,49 @@ BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--qu
          "--samples", "60", "--threads", "1", "--device", "cpu")  # fmt: skip
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """`script("audit", *flags)` runs a script in this process: (status, stdout, stderr)."""
-    handler = signal.getsignal(signal.SIGTERM)
+class Stop:
+    """Ctrl-C when it is called so many times."""
 
-    def run(name, *flags, stop=None):
-        place = REPOSITORY / "scripts" / f"{name}.py"
-        loaded = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"script_{name}", place))
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        loaded.__spec__.loader.exec_module(loaded)
+    def __init__(self, calls):
+        self.left = calls
 
-        def say(*texts, **how):
-            print(*texts, **how)
-            if stop is not None and str(texts[0]).startswith(stop):
-                raise KeyboardInterrupt
-
-        if stop is not None:
-            monkeypatch.setattr(loaded, "say", say)
-        monkeypatch.setattr(sys, "argv", [str(place), *flags])
-        capsys.readouterr()
-        return loaded.main(), *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    def __call__(self, *given):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return ""
 
 
-def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, script):
+@pytest.fixture(autouse=True)
+def handler():
+    """The script takes SIGTERM for itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, script, monkeypatch):
     assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
     shutil.copytree(victim, victim.parent / "copy")
     flags = ("--defense", "ft", "--control", "clean", *BRIEF)
-    status, out, err = script("audit", "--result_file", "copy", *flags)
+    status, out, err = script("audit.py", "--result_file", "copy", *flags)
     assert (status, err) == (0, "") and "Backdoor existence coefficient" in out
     assert "relearn " in out.splitlines()[-4] and out.splitlines()[-1].endswith("audit.json")
     whole = json.loads((victim.parent / "copy" / "audit" / "audit.json").read_text())
-    status, _, err = script("audit", "--result_file", "victim", *flags, stop="6/")
+    with monkeypatch.context() as during:
+        during.setattr("sau.audit.plan._brief", Stop(6))
+        status, _, err = script("audit.py", "--result_file", "victim", *flags)
     assert status == 130 and "repeat" in err and not (victim / "audit" / "audit.json").exists()
     assert len(list((victim / "audit" / "pieces").iterdir())) == 6
-    status, out, _ = script("audit", "--result_file", "record/victim", *flags)
+    status, out, _ = script("audit.py", "--result_file", "record/victim", *flags)
     assert status == 0 and out.count("as before") == 6
     again = json.loads((victim / "audit" / "audit.json").read_text())
     assert again["rows"] == whole["rows"] and again["asked"] == whole["asked"]
     assert {file.name for file in (victim / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg", "pieces"}
-    status, out, _ = script("audits", "record/victim", "record/copy/audit", "--out", "both/badnet")
+    status, out, _ = script("audits.py", "record/victim", "record/copy/audit", "--out", "both/badnet")
     assert status == 0 and "± 0.0" in out
     assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
-    status, _, err = script("audits", "record/clean", "--out", "x")
+    status, _, err = script("audits.py", "record/clean", "--out", "x")
     assert status == 2 and "scripts/audit.py" in the_error(err)
 
 
@@ -568,13 +564,13 @@ def test_ctrl_c_leaves_finished_pieces(victim, clean):
 )
 def test_the_script_refuses_in_one_line(victim, script, monkeypatch, flags, words, unchecked):
     monkeypatch.chdir(victim.parents[1])
-    status, _, err = script("audit", *flags)
+    status, _, err = script("audit.py", *flags)
     assert status == 2 and words in the_error(err)
     assert not (victim / "audit").exists()
 
 
 def test_without_a_control_it_says_so_and_leaves_bec_out(victim, script, monkeypatch):
     monkeypatch.chdir(victim.parents[1])
-    status, out, _ = script("audit", "--result_file", "victim", "--out", "elsewhere", *BRIEF)
+    status, out, _ = script("audit.py", "--result_file", "victim", "--out", "elsewhere", *BRIEF)
     assert status == 0 and out.startswith("note: there is no --control") and "existence" not in out
     assert "same D" not in out and Path("elsewhere/audit.png").stat().st_size > 0
