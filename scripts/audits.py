@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 
 from sau.audit import tables
-from sau.audit.plan import RESULT
+from sau.audit.carry import RESULT
 from sau.errors import RecordError, SauError
 from sau.figures import audit, save
 from sau.files import write

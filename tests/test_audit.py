@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +23,7 @@ from sau.attack.recall import recall
 from sau.audit import Asked, Plan, carry_out, open_case, tables
 from sau.audit.case import Case, Network
 from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
-from sau.audit.neighbours import STRENGTHS, neighbours
+from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
 from sau.audit.reactivate import shifted, universal
 from sau.audit.relearn import mixture, relearn
 from sau.audit.square import HALVED, _side, square
@@ -41,6 +42,7 @@ from sau.schema import plain
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
+STRENGTHS = [*(f"strength {a:g}" for a in FAINTER), ITSELF, *(f"strength {a:g}" for a in STRONGER)]
 
 
 def poisons(attack=None, images=TRAIN):
@@ -250,8 +252,8 @@ def test_strengths_go_through_the_trigger():
     clean = toy_images(20)
     triggered = Blended().poisoned(clean)
     found = dict(neighbours(clean, triggered, None))
-    assert list(found) == [f"strength {a:g}" for a in STRENGTHS]
-    for a in STRENGTHS:
+    assert list(found) == STRENGTHS and torch.equal(found[ITSELF], triggered.pixels)
+    for a in (*FAINTER, *STRONGER):
         exact = Blended(attack_train_blended_alpha=0.2 * a).poisoned(clean).pixels
         assert int((found[f"strength {a:g}"].int() - exact.int()).abs().max()) <= 1 + a
     assert set(neighbours(clean, triggered, Blended())) != set(found)
@@ -358,7 +360,7 @@ def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
         assert set(lines[key]) == names and all(list(line) == wanted for line in lines[key].values()), key
     assert set(lines["white", "same D on control"]) == {"none", "ft"}
     near = list(lines["neighbours", ""]["ft"])
-    assert near[0] == "as it was" and set(BadNet().neighbours()) < set(near)
+    assert near == [*STRENGTHS, *BadNet().neighbours()]
     as_it_is = {name: score(model, TEST, BAD).asr.percent for name, model in nets.items()}
     for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0), (("black", "trigger + D"), 0)):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
@@ -473,6 +475,21 @@ def clean(victim, here):
     return victim.parent / "clean"
 
 
+def test_a_folder_that_does_not_say_its_attack_has_strengths_alone(victim, monkeypatch, one_line):
+    """As BackdoorBench's do not; and where it kept no poisons either, there is nothing to learn from."""
+    kept = stored.load(victim)
+    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, trigger=None, amp=None))
+    opened = open_case(victim, samples=30)
+    found = carry_out(Plan(opened, Asked(parts=("neighbours",))), victim / "audit", lambda line: None)
+    assert opened.attack is None and found["attack"] is None
+    steps = [row["x"] for row in found["rows"] if row["part"] == "neighbours"]
+    assert steps == STRENGTHS
+    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, poisoned=None))
+    with pytest.raises(RecordError) as refusal:
+        open_case(victim, samples=30)
+    assert "no poisoned pictures" in one_line(refusal.value)
+
+
 def test_clean_label_poisons_are_stamped_anew(victim, here):
     flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--pratio", "0.05", *QUICK)
     assert here("attack", "sig", "--save_folder_name", "waves", *flags)[0] == 0
@@ -527,7 +544,7 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     assert "relearn " in out.splitlines()[-4] and out.splitlines()[-1].endswith("audit.json")
     whole = json.loads((victim.parent / "copy" / "audit" / "audit.json").read_text())
     with monkeypatch.context() as during:
-        during.setattr("sau.audit.plan._brief", Stop(6))
+        during.setattr("sau.audit.carry._brief", Stop(6))
         status, _, err = script("audit.py", "--result_file", "victim", *flags)
     assert status == 130 and "repeat" in err and not (victim / "audit" / "audit.json").exists()
     assert len(list((victim / "audit" / "pieces").iterdir())) == 6

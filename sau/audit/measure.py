@@ -85,7 +85,7 @@ class Measure:
     def questioned(self, network: Network, seed: int) -> list[Row]:
         """D found by questions alone, at the largest radius."""
         fitted, shown, asked = self._poisons(self.asked.scored, seed), self.case.triggered, self.asked
-        marks = [max(len(fitted), round(share * asked.queries)) for share in MARKS]
+        marks = sorted({max(len(fitted), round(share * asked.queries)) for share in MARKS})
         found = [self._row("black", TRIGGER, network, 0, seed, shown)]
         for spent, delta in square(network.model, fitted, asked.eps[-1], marks, seed=seed):
             found.append(self._row("black", TRIGGER, network, spent, seed, shown, shifted(shown, delta)))
@@ -95,8 +95,7 @@ class Measure:
         """Neighbouring triggers."""
         case = self.case
         others = neighbours(case.untriggered, case.triggered, case.attack)
-        found = [self._row("neighbours", "", network, "as it was", 0, case.triggered)]
-        return found + [self._row("neighbours", "", network, name, 0, case.triggered, other) for name, other in others]
+        return [self._row("neighbours", "", network, name, 0, case.triggered, pixels) for name, pixels in others]
 
     def alike(self, network: Network) -> list[Row]:
         """How alike the network's reaction to the trigger is to the attacked one's: `s`, the mean of `layers`."""

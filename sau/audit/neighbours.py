@@ -8,7 +8,8 @@ from sau.attack.base import Attack
 from sau.data.images import Images, quantise, to_float
 from sau.types import Bytes
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
+FAINTER, STRONGER = (0.25, 0.5, 0.75), (1.25, 1.5, 2.0)
+ITSELF = "as it was"
 BLOCK = 1000  # pictures stamped at a time
 
 
@@ -16,8 +17,8 @@ BLOCK = 1000  # pictures stamped at a time
 def neighbours(clean: Images, triggered: Images, attack: Attack | None) -> Iterator[tuple[str, Bytes]]:
     """(what is different, the pictures with that trigger), 8 bits deep, cut to [0, 1].
 
-    With g the trigger, `strength a` is x + a (g(x) - x), for any attack; the others are the attack's own, where it is
-    known and has some.
+    With g the trigger, `strength a` is x + a (g(x) - x), for any attack, and `as it was` stands at a = 1; the others
+    are the attack's own, where it is known and has some.
 
     Args:
         clean: x.
@@ -25,7 +26,10 @@ def neighbours(clean: Images, triggered: Images, attack: Attack | None) -> Itera
         attack: what stamps; None leaves the strengths.
     """
     x, g = to_float(clean.pixels), to_float(triggered.pixels)
-    for strength in STRENGTHS:
-        yield f"strength {strength:g}", quantise((x + strength * (g - x)).clamp(0, 1))
+    for strength in (*FAINTER, 1.0, *STRONGER):
+        if strength == 1.0:
+            yield ITSELF, triggered.pixels  # as they are stored, which no rounding changes
+        else:
+            yield f"strength {strength:g}", quantise((x + strength * (g - x)).clamp(0, 1))
     for name, stamp in attack.neighbours().items() if attack is not None else ():
         yield name, torch.cat([quantise(stamp(block)) for block in x.split(BLOCK)])

@@ -51,7 +51,9 @@ def audit(audits: Sequence[Audit]) -> Figure:
         _bars(panels[len(shown)], left, styles)
     for panel in panels[count:]:
         panel.set_axis_off()
-    handles = {text: line for panel in panels[: len(shown)] for line, text in zip(*panel.get_legend_handles_labels())}  # noqa: B905
+    legends = [panel.get_legend_handles_labels() for panel in reversed(panels[: len(shown)])]
+    # of each network the line of the first panel, for not all draw one
+    handles = {text: line for legend in legends for line, text in zip(*legend, strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
@@ -75,11 +77,12 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _curves(panel: Axes, lines: Mapping[str, Mapping[Any, Spread]], styles: Mapping[str, dict[str, Any]]) -> None:
     steps = list(dict.fromkeys(x for line in lines.values() for x in line))
+    words = any(isinstance(x, str) for x in steps)
     for name, line in lines.items():
         places, means = [steps.index(x) for x in line], [value.mean for value in line.values()]
         spreads = [value.sd or 0.0 for value in line.values()]
-        panel.errorbar(places, means, spreads, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
-    words = any(isinstance(x, str) for x in steps)
+        style = {**styles[name], "linestyle": "none"} if words else styles[name]  # nothing lies between two words
+        panel.errorbar(places, means, spreads, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **style)
     texts = [f"{x:,}" if isinstance(x, int) else str(x) for x in steps]
     panel.set_xticks(range(len(steps)), texts, rotation=90 if words else 0, fontsize=6 if words else 8)
     panel.spines[["top", "right"]].set_visible(False)
