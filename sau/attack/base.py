@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, final
@@ -86,6 +87,11 @@ class Attack(Labelling, ABC):
         ready = copy.copy(self)
         object.__setattr__(ready, "trigger", trigger)
         return ready
+
+    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
+        """Triggers near this one: what is different -> what stamps it, as `stamp` does. How strong it is, is not here,
+        for any trigger can be made fainter."""
+        return {}
 
     def candidates(self, images: Images) -> Tensor:
         """Indices of the pictures that may be poisoned: all of them, the target class included."""
