@@ -21,7 +21,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["sau", "sau.*"]), "sau.configs"],
     package_dir={"sau.configs": "configs"},
-    package_data={"sau.configs": ["*/*.yaml"], "sau.report": ["published.json", "page.*"]},
+    package_data={
+        "sau": ["clean_indices.json"],
+        "sau.configs": ["*/*.yaml"],
+        "sau.report": ["published.json", "page.*"],
+    },
     install_requires=required,
     extras_require={
         "report": report,
@@ -33,6 +37,7 @@ setup(
             *report,
             *onnx,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "beartype>=0.18",
             "ruff>=0.8",

@@ -8,6 +8,7 @@ import importlib
 import re
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import nn
 
 from sau import device as machine
 from sau import weights
+from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.folders import labelled
 from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError
-from sau.evaluate import Score, Share, score, table
+from sau.evaluate import Score, score, table
 from sau.files import folder
 from sau.models import Normalized, has_width
 from sau.models.guess import guess, plain
@@ -47,6 +49,8 @@ class OwnRun:
         std: per-channel standard deviation that it expects to be divided by.
         input_size: height and width that the pictures are brought to.
         check_share: share of each class's pictures that measures and is not purified with, in (0, 1).
+        reversal_passes: passes of the search for the smallest patch of each class, before and after; 0 leaves it out.
+            The clean networks beside it were searched with 40.
     """
 
     model_file: str | None = None
@@ -57,6 +61,7 @@ class OwnRun:
     std: tuple[float, ...] = ()
     input_size: int = 32
     check_share: float = 0.2
+    reversal_passes: int = 40
 
     def __post_init__(self) -> None:
         for name, fine, allowed in (
@@ -65,6 +70,7 @@ class OwnRun:
             ("std", all(value > 0 for value in self.std), "above 0"),
             ("input_size", self.input_size >= 1, "1 and more"),
             ("check_share", 0 < self.check_share < 1, "above 0, below 1"),
+            ("reversal_passes", self.reversal_passes >= 0, "0 and more"),
         ):
             if not fine:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
@@ -144,15 +150,16 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     before = score(model, test, None)
     # `purify` leaves the network as it is, so that it is the reference throughout.
     measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
-    threat = measured(model)
+    inverted = partial(_inverted, images=test, own=own, seed=run.random_seed)
+    threat, patches = measured(model), inverted(model)
     watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: None, started, 0.0)
     fixed = method.purify(model, given, seed=run.random_seed, session=watch.session())
-    after, left = score(fixed, test, None), measured(fixed)
+    after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))
     classes = images.num_classes
     report = {
-        "before": _report(record, "before", before, threat, classes),
-        "after": _report(record, "after", after, left, classes),
+        "before": _report(record, "before", before, threat, patches, classes),
+        "after": _report(record, "after", after, left, smaller, classes),
     }
     state = fixed.get_submodule("net").state_dict()
     record.save_tensors("model", state)
@@ -162,7 +169,14 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     record.finish({**report, "seconds": watch.seconds})
 
 
-def _report(record: Record, when: str, accuracy: Score, found: Found, classes: int) -> dict[str, Any]:
+def _inverted(model: nn.Module, images: Images, own: OwnRun, seed: int) -> Reversal | None:
+    """The smallest patch of each class, if that was asked for."""
+    return reverse(model, images, own.reversal_passes, seed) if own.reversal_passes else None
+
+
+def _report(
+    record: Record, when: str, accuracy: Score, found: Found, patches: Reversal | None, classes: int
+) -> dict[str, Any]:
     """What is said of a network, for `summary.json`, and in a line for the screen."""
     risks, flips = found.row(), concentration(found, classes)
     text = f"{when:8}R_adv {risks['r_adv']:.1f} %, R_share {risks['r_share']:.1f} %"
@@ -170,26 +184,8 @@ def _report(record: Record, when: str, accuracy: Score, found: Found, classes: i
         text += f"; {flips['share']:.1f} % of {flips['count']} adversarial examples lead to class {flips['class']}"
         text += f" (evenly: {flips['even']:.1f} %)"
     record.say(text)
-    return {**accuracy.summary(), "risk": found.summary(), "flips": flips}
-
-
-def concentration(found: Found, classes: int) -> dict[str, Any]:
-    """Where the adversarial examples of a network lead; a backdoor draws them to its class.
-
-    Returns `class`, what most of them are answered with; `share`, how many percent, with its Wilson `interval`; `even`,
-    what that would be if they spread evenly; `count`, the examples that change the answer; `by_class`, percent of each.
-    """
-    flipped = found.answer[found.kind > 0]
-    if len(flipped) == 0:
-        return {"class": None, "share": 0.0, "interval": None, "even": 0.0, "count": 0, "by_class": []}
-    counts = torch.bincount(flipped, minlength=classes).tolist()
-    top = max(range(classes), key=counts.__getitem__)
-    most = Share(counts[top], len(flipped))
-    return {
-        "class": top,
-        "share": most.percent,
-        "interval": list(most.interval),
-        "even": round(100 / classes, 2),
-        "count": len(flipped),
-        "by_class": [round(100 * count / len(flipped), 2) for count in counts],
-    }
+    report = {**accuracy.summary(), "risk": found.summary(), "flips": flips}
+    if patches is not None:
+        report["reversal"] = patches.summary(clean_indices())
+        record.say(f"{when:8}{patches.text(clean_indices())}")
+    return report

@@ -6,5 +6,6 @@ if [ "${1:-}" = --all ]; then select=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
-# One thread for each linear algebra call: the tests are small, and two libraries that each take all cores slow both.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" python -m pytest -q --jaxtyping-packages=sau,beartype.beartype "${select[@]}" "$@"
+# A file to a process, a process to a core, a thread to a process: linear algebra libraries that each take all cores slow all.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -q -n auto --maxprocesses 8 --dist loadfile \
+  --jaxtyping-packages=sau,beartype.beartype "${select[@]}" "$@"

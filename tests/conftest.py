@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,3 +121,18 @@ def real_data() -> Path:
     if "SAU_DATA" not in os.environ:
         pytest.skip("SAU_DATA is not set; let it name a folder that holds cifar-10-batches-py")
     return Path(os.environ["SAU_DATA"]).resolve()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs a script in this process: (status, stdout, stderr)."""
+
+    def run(name: str, *argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        main = runpy.run_path(str(REPOSITORY / "scripts" / name))["main"]
+        capsys.readouterr()
+        status = main()
+        return (status, *capsys.readouterr())
+
+    return run

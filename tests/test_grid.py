@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,15 +208,23 @@ def test_every_shipped_grid_can_be_planned(file):
 def test_the_table_of_the_cpu_track_is_what_was_promised():
     every = cells(read(REPOSITORY / "configs" / "grid" / "table1_cpu.yaml")[1])
     attacks = {cell.name for cell in every if cell.kind == "attack"}
-    rows: dict[int, set[str]] = {seed: set() for seed in range(3)}
+    rows: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell in every:
-        seed = next(int(flag.split("=")[1]) for flag in cell.flags if flag.startswith("--random_seed"))
-        rows[seed].add(cell.name)
+        seed = next(flag.removeprefix("--random_seed=") for flag in cell.flags if flag.startswith("--random_seed"))
+        if cell.kind == "defense":
+            rows[cell.label.split("_")[0], seed].add(cell.name + ("+" if "--select=oracle" in cell.flags else ""))
     from sau.attack import ATTACKS
     from sau.defense import DEFENSES
 
-    assert attacks == set(ATTACKS) and rows[0] == {*ATTACKS, *DEFENSES}
-    assert rows[1] == rows[2] == {*ATTACKS, "ft", "ft-sam", "i-bau", "d3", "sau"}
+    assert attacks == set(ATTACKS)
+    for attack in ATTACKS:
+        classical = attack in ("badnet", "blended")
+        assert {name for name in rows[attack, "0"] if "+" not in name} == set(DEFENSES)
+        assert {name for name in rows[attack, "0"] if "+" in name} == (
+            {"anp+", "clp+", "ep+", "fp+"} if classical else set()
+        )
+        for seed in ("1", "2"):
+            assert rows[attack, seed] == (set(DEFENSES) if classical else {"ft", "ft-sam", "i-bau", "d3", "sau"})
 
 
 # What cannot be

@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 from toys import QUICK, tiny_net
 
+from sau.clues import Reversal, concentration, reverse
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.models.preact_resnet import PreActResNet18
-from sau.own import OwnRun, concentration, network, split
+from sau.own import OwnRun, network, split
 from sau.risk import Found, measure
 from sau.victim import load_weights
 from sau.witness import Search
 
 CLASSES, SIDE = 3, 16
-FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", *QUICK)
+FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", "--reversal_passes", "1", *QUICK)
 
 
 @pytest.fixture
@@ -81,6 +82,8 @@ def test_the_report_claims_what_clean_pictures_can_say(net, pictures, tmp_path, 
         assert said["asr"] is None and said["acc_count"][1] == 3  # one picture of each class measures
         assert said["risk"]["r_adv"] >= said["risk"]["r_share"] and "r_bd" not in said["risk"]
         assert len(said["flips"]["by_class"]) in (0, CLASSES)
+        assert len(said["reversal"]["norms"]) == CLASSES and 0 < said["reversal"]["p"] <= 1
+        assert said["reversal"]["norms"][said["reversal"]["class"]] == min(said["reversal"]["norms"])
     assert summary["before"]["risk"]["r_adv"] == summary["before"]["risk"]["r_share"]
 
 
@@ -147,3 +150,26 @@ def test_flips_are_counted_by_the_class_they_lead_to():
     assert sum(flips["by_class"]) == pytest.approx(100, abs=0.05) and flips["share"] == max(flips["by_class"])
     calm = Found(**{**vars(found), "kind": torch.zeros_like(found.kind)})
     assert concentration(calm, 4)["count"] == 0
+
+
+class Bands(torch.nn.Module):
+    """The class is the brightest of eight bands of two columns; with `shortcut` also 3 where the corner is white."""
+
+    def __init__(self, shortcut: float) -> None:
+        super().__init__()
+        self.shortcut = torch.nn.Parameter(torch.tensor(shortcut))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bands = 10 * x.mean((1, 2)).unflatten(1, (8, 2)).mean(2)
+        short = torch.nn.functional.one_hot(torch.tensor(3), 8)
+        return bands + self.shortcut * x[:, 0, -1:, -1] * short
+
+
+def test_the_patch_of_a_shortcut_is_small_and_ranked_among_clean_networks():
+    pixels = torch.randint(100, 120, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels[..., -1, -1] = 0
+    images = Images.clean(pixels, torch.arange(64) % 8, 8)
+    planted, clean = (reverse(Bands(shortcut), images, 30) for shortcut in (20.0, 0.0))
+    assert planted.label == 3 and planted.norms[3] < 0.2 * sorted(planted.norms)[1] and planted.index > 5 > clean.index
+    said = Reversal((1.0, 9.0), 0, 3.0).summary([2.0, 3.0, 4.0])
+    assert (said["clean_above"], said["p"]) == (2, 0.75)

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sau.report import parse
 from sau.report.curves import HEIGHT, LEFT, PERCENT_TICKS, WIDTH, Chart, charts
+from sau.report.paired import Duel, duels
 from sau.report.pictures import Pictures, Strip
 from sau.report.published import Pair, compare, published
 from sau.report.read import NONE, Run, read
@@ -51,6 +52,7 @@ class Part:
         defenses: columns of the overview, (name, variant).
         grid: rows of the overview: an attack, and the cell under each column.
         pairs: published cells beside ours.
+        duels: SAU against each rival.
     """
 
     section: Section
@@ -58,6 +60,7 @@ class Part:
     defenses: list[tuple[str, str]]
     grid: list[tuple[str, list[View | None]]]
     pairs: list[Pair]
+    duels: list[Duel]
 
 
 def build(root: Path, dataset: str | None = None, dataset_path: str | None = None) -> tuple[str, list[Section]]:
@@ -165,4 +168,4 @@ def _part(section: Section, views: list[View]) -> Part:
         )
         for attack in attacks
     ]
-    return Part(section, views, columns, grid, compare(section))
+    return Part(section, views, columns, grid, compare(section), duels(section))

@@ -130,6 +130,8 @@ def _run(folder: Path, parent: Run | None) -> Run:
         reason, summary = _brief(error, folder), {}
         reason += "" if finished else _progress(folder)
     said = _said(record.config, folder, parent)
+    if alone and said["settings"] is not None and "selection" in summary:
+        said["settings"] = {**said["settings"], "select": summary["selection"]}  # names do not say who chose
     said |= {"summary": summary, "config": record.config, "rows": parse.rows(folder / METRICS)}
     return Run(folder, **said, status=status, reason=reason, figures=figures)
 

@@ -1,0 +1,107 @@
+"""What clean pictures alone can say about a backdoor: where adversarial examples lead, and how small a patch sends
+pictures to a class. Hints, not tests: each stands beside what a network without a backdoor would show.
+
+The patches are those of Neural Cleanse (see `sau.defense.inversion`). With n_1..n_K, the mask norms of the smallest
+ones, the index is the largest (med - n_c) / MAD (see `sau.defense.nc`). Neural Cleanse flags a class above 2, which
+clean networks pass, too. So the index is ranked among those of N clean ones: p = (1 + those that reach it) / (1 + N).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import nn
+
+from sau.data.images import Images, to_float
+from sau.defense.inversion import Inversion, Patches
+from sau.defense.nc import anomaly
+from sau.evaluate import Share
+from sau.risk import Found, sample
+from sau.seeds import seeded
+from sau.session import Session
+
+PICTURES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 pictures in batches of 250
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """What was found.
+
+    Args:
+        norms: |m_c|_1 of the smallest patch of each class, in pixels.
+        label: the class with the smallest patch.
+        index: its anomaly index.
+    """
+
+    norms: tuple[float, ...]
+    label: int
+    index: float
+
+    def summary(self, clean: Sequence[float]) -> dict[str, Any]:
+        """For a report; `clean` are the indices of clean networks."""
+        reached = sum(other >= self.index for other in clean)
+        return {
+            "norms": [round(norm, 2) for norm in self.norms],
+            "class": self.label,
+            "index": round(self.index, 2),
+            "clean_networks": len(clean),
+            "clean_above": reached,
+            "p": round((1 + reached) / (1 + len(clean)), 3),
+        }
+
+    def text(self, clean: Sequence[float]) -> str:
+        """The same as a line."""
+        said = self.summary(clean)
+        smallest = f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels, index {self.index:.1f}"
+        return f"{smallest}; {said['clean_above']} of {len(clean)} clean networks reach that (p {said['p']})"
+
+
+def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Reversal:
+    """Invert a patch for every class of `model`, which stays as it is.
+
+    Args:
+        model: [B, C, H, W] in [0, 1] -> logits.
+        images: clean pictures with labels, on the model's device; at most 320 of them, drawn by `seed`, are used.
+        passes: walks through the pictures, 1 and more.
+        seed: of the choice and the order of the pictures.
+    """
+    some = sample(images, None, PICTURES, seed)[0]
+    batches = some.batches(BATCH, seed=seed)
+    patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), Inversion.init_cost)
+    with seeded(seed):
+        Inversion(nc_epoch=passes).invert(model, batches, patches, Session(say=lambda line: None))
+    norms = patches.found()[2]
+    index = anomaly(norms)
+    label = int(norms.argmin())
+    return Reversal(tuple(norms.tolist()), label, float(index[label]))
+
+
+def clean_indices() -> list[float]:
+    """Indices of clean networks, as `scripts/clean_indices.py` measured them with 40 passes."""
+    content = json.loads((resources.files("sau") / "clean_indices.json").read_text())
+    return [network["index"] for network in content["networks"]]
+
+
+def concentration(found: Found, classes: int) -> dict[str, Any]:
+    """Where the adversarial examples of a network lead; a backdoor draws them to its class.
+
+    Returns `class`, what most of them are answered with; `share`, how many percent, with its Wilson `interval`; `even`,
+    what that would be if they spread evenly; `count`, the examples that change the answer; `by_class`, percent of each.
+    """
+    flipped = found.answer[found.kind > 0]
+    if len(flipped) == 0:
+        return {"class": None, "share": 0.0, "interval": None, "even": 0.0, "count": 0, "by_class": []}
+    counts = torch.bincount(flipped, minlength=classes).tolist()
+    top = max(range(classes), key=counts.__getitem__)
+    most = Share(counts[top], len(flipped))
+    return {
+        "class": top,
+        "share": most.percent,
+        "interval": list(most.interval),
+        "even": round(100 / classes, 2),
+        "count": len(flipped),
+        "by_class": [round(100 * count / len(flipped), 2) for count in counts],
+    }

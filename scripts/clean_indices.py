@@ -1,0 +1,56 @@
+"""The anomaly indices of networks without a backdoor, which the report on a network of one's own ranks its own among.
+
+    python scripts/clean_indices.py RECORD [RECORD ...] [--passes 40] [--dataset_path DIR] [--out FILE]
+
+for records of attack/prototype.py. Networks that the file has already are not searched again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau import victim
+from sau.clues import reverse
+from sau.errors import ConfigError, SauError
+from sau.files import write
+
+HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
+
+
+def main() -> int:
+    """Search every network and write the file after each; exit status 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="+", help="result folders of attack/prototype.py")
+    parser.add_argument("--passes", type=int, default=40, help="passes of the search [40]")
+    parser.add_argument("--dataset_path", help="folder of the data sets [as the records had it]")
+    parser.add_argument("--out", type=Path, default=HOME, help="file to write [that of the library]")
+    asked = parser.parse_args()
+    content = json.loads(asked.out.read_text()) if asked.out.is_file() else {"passes": asked.passes, "networks": []}
+    try:
+        if content["passes"] != asked.passes:
+            raise ConfigError(
+                f"{asked.out} was made with {content['passes']} passes; ask for as many or name another --out"
+            )
+        for path in asked.records:
+            clean = victim.load(path)
+            if clean.triggered is not None:
+                raise ConfigError(f"{path} has a trigger; wanted are records of attack/prototype.py")
+            if clean.digest in {network["digest"] for network in content["networks"]}:
+                continue
+            test = clean.pictures(asked.dataset_path or clean.dataset_path)[1]
+            found = reverse(clean.model(), test, asked.passes)
+            about = {"dataset": clean.dataset, "width": clean.network["width"], "digest": clean.digest}
+            content["networks"].append({**about, "class": found.label, "index": round(found.index, 3)})
+            write(asked.out, (json.dumps(content, indent=1) + "\n").encode())
+            print(f"{path}: class {found.label}, index {found.index:.2f}", flush=True)
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The comparison of a folder of results as Markdown: attacks against defenses, means beside the published ones, and one
+defense against each rival.
+
+    python scripts/table.py RECORDS [--against sau] [--dataset cifar10]
+
+DER is that of the paper, 100 for a defense that loses no ACC and leaves no ASR, 50 for one that does nothing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.errors import SauError
+from sau.report.paired import duels
+from sau.report.published import mean, published
+from sau.report.read import NONE, read
+from sau.report.spread import Spread
+from sau.report.table import Cell, Section, sections
+
+FIGURES = ("acc", "asr", "der")
+
+
+def rows(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
+    """Cells that count, by defense and attack, variants included; the highest mean DER first."""
+    found: dict[str, dict[str, Cell]] = {}
+    for cell in section.cells:
+        if cell.good:
+            name = f"{cell.defense} {cell.variant}".strip() + (" (oracle)" if cell.oracle else "")
+            found.setdefault(name, {})[f"{cell.attack} {cell.attack_variant}".strip()] = cell
+    return dict(sorted(found.items(), key=lambda item: (item[0] != NONE, -(over(item[1], "der") or 0))))
+
+
+def over(cells: dict[str, Cell], name: str, attacks: list[str] | None = None) -> float | None:
+    """The mean over attacks of the means over seeds; None where one of them lacks it."""
+    spreads = [cells[attack].figures[name] if attack in cells else None for attack in attacks or list(cells)]
+    known = [spread.mean for spread in spreads if spread is not None]
+    return sum(known) / len(known) if known and (attacks is None or len(known) == len(spreads)) else None
+
+
+def overview(section: Section) -> str:
+    """ACC / ASR of every cell, and the means over the attacks that every row of the table can have."""
+    found = by_defense(section)
+    attacks = list(dict.fromkeys(attack for cells in found.values() for attack in cells))
+    triggered = [attack for attack in attacks if any(c[attack].figures["asr"] for c in found.values() if attack in c)]
+    body = []
+    for name, cells in found.items():
+        line = [text(cells.get(attack)) for attack in attacks]
+        means = [over(cells, figure, triggered) for figure in FIGURES]
+        theirs = published()["tables"].get(name)
+        paper = mean(list(theirs["rows"].values())) if theirs else [None] * 4
+        ours = [number(value) for value in means]
+        body.append([name, *line, *ours, *(number(paper[i]) for i in (0, 1, 3))])
+    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean DER", "paper: ACC", "ASR", "DER"]
+    return rows(head, body)
+
+
+def text(cell: Cell | None) -> str:
+    """ACC / ASR, and over how many seeds."""
+    if cell is None:
+        return ""
+    acc, asr = (figure(cell.figures[name]) for name in ("acc", "asr"))
+    return f"{acc} / {asr}" + (f" ({len(cell.good)})" if len(cell.good) > 1 else "")
+
+
+def figure(spread: Spread | None) -> str:
+    """The mean with one decimal."""
+    return number(spread.mean if spread else None, 1)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A dash for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def against(section: Section, champion: str) -> str:
+    """A row a rival."""
+    body = []
+    for duel in duels(section, champion):
+        gaps = (duel.acc, duel.asr, duel.der)
+        intervals = [f"{s.mean:+.2f}" + ("" if s.half is None else f" ± {s.half:.2f}") for s in gaps]
+        name = duel.rival + (" (oracle)" if duel.oracle else "")
+        body.append([name, str(len(duel.der.values)), *intervals, str(duel.wins), f"{duel.p:.3f}"])
+    head = ["rival", "networks", "ACC", "ASR", "DER", "DER higher on", "sign test p"]
+    return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"
+
+
+def main() -> int:
+    """Print the tables; exit status 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder of the result folders")
+    parser.add_argument("--against", default="sau", help="the defense that is compared with each other one [sau]")
+    parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
+    asked = parser.parse_args()
+    try:
+        found = sections(read(asked.root)[0], asked.dataset)
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for section in found:
+        if len(found) > 1:
+            print(f"## {section.title}\n")
+        print("ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger:\n")
+        print(overview(section))
+        print(f"{asked.against} - rival, in points with the 95 % interval over attacked networks (attack and seed):\n")
+        print(against(section, asked.against))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""One defense against each rival: which networks are compared, and with what result."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from synthetic import attack, defense
+from toys import REPOSITORY
+
+from sau.report.page import build
+from sau.report.paired import duels
+from sau.report.read import read
+from sau.report.table import sections
+
+
+def found(root: Path, champion: str = "sau"):
+    (section,) = sections(read(root)[0], "cifar10")
+    return {duel.rival + ("+" if duel.oracle else ""): duel for duel in duels(section, champion)}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """SAU on three networks, FT on two of them, ANP as an oracle on one."""
+    for seed, name in ((0, "badnet"), (1, "badnet"), (0, "lf")):
+        attacked = attack(tmp_path, name, seed)
+        defense(attacked, "sau", seed, acc=88.0 + seed, asr=2.0, der=95.0)
+        if name == "badnet":
+            defense(attacked, "ft", seed, acc=90.0, asr=82.0 - 4 * seed, der=55.0 + 2 * seed)
+    defense(tmp_path / "badnet_s0", "anp", acc=89.0, asr=1.0, der=97.0, selection="oracle")
+    return tmp_path
+
+
+def test_differences_are_taken_on_the_same_network(root):
+    ft, anp = found(root)["ft"], found(root)["anp+"]
+    assert (ft.acc.values, ft.asr.values, ft.der.values) == ((-2.0, -1.0), (-80.0, -76.0), (40.0, 38.0))
+    assert ft.wins == 2 and ft.p == pytest.approx(0.5)
+    assert anp.der.values == (-2.0,) and anp.wins == 0 and list(found(root)) == ["ft", "anp+"]
+    assert set(found(root, "ft")) == {"sau", "anp+"}
+
+
+def test_a_clean_network_takes_no_part(root):
+    clean = attack(root, "prototype", 0, asr=None)
+    defense(clean, "sau", acc=80.0, asr=None, der=None)
+    defense(clean, "ft", acc=90.0, asr=None, der=None)
+    assert len(found(root)["ft"].der.values) == 2
+
+
+def test_of_kept_summaries_the_oracles_stay_apart(root):
+    for name in ("badnet_s0", "badnet_s1"):
+        shutil.copytree(root / name, root / "kept" / name)
+    below = root / "kept" / "badnet_s0" / "defense"
+    (below / "anp").rename(below / "anp_c0.05_0123456789")
+    defense(below.parent, "anp", acc=70.0, asr=9.0, der=80.0).rename(below / "anp_c0.05_abcdef0123")
+    for file in (root / "kept").rglob("*"):
+        if file.is_file() and file.name != "summary.json":
+            file.unlink()
+    rivals = found(root / "kept")
+    assert {name for name in rivals if name.startswith("anp")} == {"anp select defender", "anp select oracle+"}
+
+
+def test_the_script_and_the_page_show_them(root, script):
+    status, out, _ = script("table.py", str(root), "--against", "sau")
+    assert status == 0
+    assert "| ft | 2 | -1.50 ± 6.35 | -78.00 ± 25.41 | +39.00 ± 12.71 | 2 | 0.500 |" in out
+    assert "anp (oracle)" in out and "| sau | 88.5 / 2.0 (2) | 88.0 / 2.0 |" in out
+    page, _ = build(root)
+    assert "SAU against each rival" in page and "+39.00 ± 12.71" in page
+
+
+def test_the_kept_table_has_rivals():
+    assert found(REPOSITORY / "docs" / "results" / "cifar10_cpu")["ft"].wins > 0
