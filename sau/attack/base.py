@@ -18,6 +18,7 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.optim import Training
+from sau.parts import InParts
 from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels
@@ -159,6 +160,12 @@ class Attack(Labelling, ABC):
         state["descent"](loss)
         return {"loss": loss, "train_acc": 100 * (logits.argmax(1) == y).float().mean()}
 
+    def passes(self) -> float:
+        return 3.0
+
+    def splits(self) -> bool:
+        return type(self).step is Attack.step  # attacks inside the batches take theirs apart themselves
+
     @final
     def fit(
         self,
@@ -194,7 +201,7 @@ class Attack(Labelling, ABC):
         state = self.prepare(model, recipe, len(batches))
         state.update(images=images, augment=augment)  # for attacks that poison inside the batches
         loop.run(
-            partial(self.step, state),
+            InParts(self.step, state, self.splits(), session.say),
             batches,
             recipe.epochs,
             state=state,

@@ -61,6 +61,9 @@ class AT(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
 
+    def splits(self) -> bool:
+        return True
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
         delta = self.pgd(model, x, y)
