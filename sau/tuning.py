@@ -30,6 +30,7 @@ def tune(
         pictures: that all updates see together.
         where: the device.
     """
+    torch.backends.cudnn.benchmark = where.type == "cuda"  # batches have few sizes, so the search for the best is short
     amp = run.amp if run.amp is not None else record.config.get("amp")
     if amp is None:
         amp = machine.bf16_is_faster(model, shape, batch_size, where)

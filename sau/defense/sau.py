@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
+from sau.models.frozen import frozen
 from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
@@ -117,7 +118,7 @@ class SAU(Tuning):
         descent = self.descent(model.parameters(), steps * self.outer_steps)
         state = {"model": model.eval(), "reference": reference, "descent": descent}
         if getattr(model, "compiled", None):
-            state["frozen"] = _frozen(model).forward  # not the network itself, so that a checkpoint keeps it once
+            state["frozen"] = frozen(model).forward  # not the network itself, so that a checkpoint keeps it once
         return state
 
     def passes(self) -> float:
@@ -156,8 +157,8 @@ class SAU(Tuning):
         """The inner problem, by sign steps; returns the perturbations and s, the reference's answers on them.
 
         A shared sample has no gradient and stays where it is. On the CPU shared samples therefore leave the batch, as
-        many as keep its size a multiple of BUCKET; elsewhere they stay, because asking how many there are would make
-        the device wait, and in compiled networks, which know few sizes.
+        many as keep its size a multiple of BUCKET. Elsewhere counting them would make the device wait, and compiled
+        networks know few sizes.
         """
         compact = x.device.type == "cpu" and self.stop_fooled and not getattr(reference, "compiled", None)
         n = len(x)
@@ -198,18 +199,6 @@ class SAU(Tuning):
             model.eval()
             return both[: len(x)], both[len(x) :]
         return model(x) if z is None else z, model(adversarial)
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    """The same weights and statistics in memory, without gradients of weights: compiled code forms all that there may
-    be, asked for or not.
-    """
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for ours, theirs in zip(
-        (*twin.parameters(), *twin.buffers()), (*model.parameters(), *model.buffers()), strict=True
-    ):
-        ours.data = theirs.data
-    return twin
 
 
 def _types(answer: Labels, s: Labels, y: Labels) -> dict[str, Tensor]:

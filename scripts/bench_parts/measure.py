@@ -62,6 +62,7 @@ def compare(
         middle = statistics.median(seconds[name])
         fact["images_per_second"] = task.pictures / middle
         fact["share_of_peak"] = fact.pop("flops") / middle / task.peak[name.split()[0]]
+        fact["peak_flops"], fact["forward_flops"] = task.peak[name.split()[0]], unit_flops
         print(
             f"{name:24}{fact['images_per_second']:10.1f} images/s{fact['passes_per_image']:8.2f} passes/image"
             f"{100 * fact['share_of_peak']:8.1f} % of the peak{fact['peak_mb']:10.1f} MB at most"

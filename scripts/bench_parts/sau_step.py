@@ -7,6 +7,7 @@ that h has left h_b as it has in most of a run. All start from the same weights 
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     setting.add_arguments(parser, width=64, batch_size=64, steps=1)
     parser.add_argument("--train_updates", type=int, default=60, help="updates that plant the backdoor [60]")
     parser.add_argument("--purify_updates", type=int, default=3, help="updates of SAU before the comparison [3]")
+    setting.add_compiled(parser)
     parser.add_argument("--whole_batch", default="false", choices=("true", "false"), help="also without compaction")
 
 
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     if args.whole_batch == "true":
         makers["bf16 whole batches"] = lambda: _whole(_ours(h, h_b, batches, amp=True))
+    for mode in setting.modes(args):
+        makers[f"bf16 {mode}"] = cache(partial(_ours, h, h_b, batches, amp=True, compiled=mode))
     makers["fp32 released"] = lambda: _reference(h, h_b, batches)
     needed = 4 * SAU.adv_steps + 7.0
     task = Task(args.steps * args.batch_size, h, batches[0][0], needed, roofline.peaks(args))
@@ -91,8 +95,11 @@ def _endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Ten
         epoch += 1
 
 
-def _ours(h: Normalized, h_b: Normalized, batches: list[tuple[Tensor, Tensor]], amp: bool) -> Work:
-    method, model, reference = SAU(), setting.copied(h, amp=amp), setting.copied(h_b, amp=amp)
+def _ours(
+    h: Normalized, h_b: Normalized, batches: list[tuple[Tensor, Tensor]], amp: bool, compiled: str | None = None
+) -> Work:
+    method = SAU()
+    model, reference = (setting.copied(net, amp=amp, compiled=compiled) for net in (h, h_b))
     state = method.prepare(model, len(batches))
     state["reference"] = reference.eval().requires_grad_(False)
     return lambda: [method.step(state, x, y) for x, y in batches]

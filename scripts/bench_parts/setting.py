@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser, width: int, batch_size: int, 
     parser.add_argument("--workers", type=int, default=-1, help="processes of the released loaders [4 on CUDA, else 0]")
 
 
+def add_compiled(parser: argparse.ArgumentParser) -> None:
+    """The flag of parts that can also compile our networks."""
+    parser.add_argument("--compiled", default="", help="modes of torch.compile with commas: default,reduce-overhead")
+
+
 def workers(args: argparse.Namespace) -> int:
     """Loader processes; without CUDA they would only take cores from the network."""
     return args.workers if args.workers >= 0 else 4 if args.device.type == "cuda" else 0
@@ -47,13 +52,16 @@ def network(args: argparse.Namespace, classes: int, width: int | None = None) ->
     return net.to(args.device)
 
 
-def copied(model: Normalized, *, amp: bool, compiled: bool = False) -> Normalized:
-    """A copy in a precision, compiled if asked."""
+def copied(model: Normalized, *, amp: bool, compiled: str | None = None) -> Normalized:
+    """A copy in a precision, and in a mode of torch.compile."""
     other = copy.deepcopy(model)
-    other.amp = amp
-    if compiled:
-        other.net.compile(dynamic=False)
+    other.amp, other.compiled = amp, compiled
     return other
+
+
+def modes(args: argparse.Namespace) -> list[str]:
+    """The modes of torch.compile that are asked for."""
+    return [mode for mode in args.compiled.split(",") if mode]
 
 
 def as_released(net: nn.Module) -> nn.Module:

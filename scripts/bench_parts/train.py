@@ -1,12 +1,13 @@
 """Training of the victim: ours in bf16 and in fp32, against one PIL picture at a time in fp32 and NCHW.
 
-Both go through the same pictures, a tenth of them with BadNets' patch, from the same weights.
+Both go through the same pictures, a tenth of them with BadNets' patch, from the same weights. Compiled networks go on
+from one repetition to the next, so that they are compiled once.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ RECIPE = Training(lr_scheduler="constant")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
     setting.add_arguments(parser, width=64, batch_size=128, steps=2)
-    parser.add_argument("--compile", default="false", choices=("true", "false"), help="also compiled [false]")
+    setting.add_compiled(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         made = partial(ours, args=args, model=model, images=images)
         makers: dict[str, Callable[[], Work]] = {"bf16": partial(made, amp=True), "fp32": partial(made, amp=False)}
-        if args.compile == "true":
-            makers["bf16 compiled"] = partial(made, amp=True, compiled=True)
+        makers |= {f"bf16 {mode}": cache(partial(made, amp=True, compiled=mode)) for mode in setting.modes(args)}
         makers["fp32 released"] = partial(released, args, model, poisoned, Path(folder))
         task = Task(len(images), model, to_float(images.pixels[:1]), 3.0, roofline.peaks(args))
         rows = compare(f"training step, width {args.width}", makers, task, args, "s/step", args.steps)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def ours(
-    args: argparse.Namespace, model: Normalized, images: Images, amp: bool, compiled: bool = False
+    args: argparse.Namespace, model: Normalized, images: Images, amp: bool, compiled: str | None = None
 ) -> Callable[[], None]:
     """An epoch as `Attack.fit` makes it."""
     victim = setting.copied(model, amp=amp, compiled=compiled).train()
