@@ -32,7 +32,8 @@ from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.risk import gauge
-from sau.watch import Watch, begin, precision, versioned, warn
+from sau.tuning import tune
+from sau.watch import Watch, begin, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
@@ -61,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
         command(argv[1], argv[2:])
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}); try a smaller --batch_size", file=sys.stderr)
         return 2
     except _Stopped as stop:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
@@ -95,10 +99,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     train, test = train.to(where), test.to(where)
     torch.manual_seed(run.random_seed)
     network = _network(request, run, train, origin)
-    shape = (network["shape"][0], network["shape"][1], network["shape"][2])
-    model = build(
-        run.model, train.num_classes, width=network["width"], shape=shape, mean=origin.mean, std=origin.std
-    ).to(where)
+    shape, width = network["shape"], network["width"]
+    model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
 
     settings = {"attack": name, **method.params(), **training.params()}
     identity = {**settings, **data, **network, "random_seed": run.random_seed}
@@ -107,10 +109,10 @@ def attack(name: str, argv: Sequence[str]) -> None:
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     begin(record, run, identity, threads)
     record.note(method=settings, data=data, model=network, notes=notes)
-    width = f", width {network['width']}" if network["width"] else ""
-    record.say(f"recipe {recipe} ({why}): {run.model}{width}, {training.epochs} epochs; choose another with --recipe")
+    size = f", width {width}" if width else ""
+    record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
-    model.amp = precision(record, run, model, shape, training.batch_size, where)
+    tune(record, run, model, method, shape, training.batch_size, training.epochs * len(train), where)
     plan = method.plan(poisoned, training.batch_size)
     record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)  # the probe drew from it
@@ -126,8 +128,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     hidden = quality.of_attack(test, triggered)
     if hidden is not None:
         record.say(quality.describe(hidden))
-    cost = {"seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)}
-    record.finish({**final.summary(), "trigger": hidden, **cost})
+    watch.finish({**final.summary(), "trigger": hidden, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
 def defend(name: str, argv: Sequence[str]) -> None:
@@ -155,7 +156,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     kind = "clean" if method.needs == "clean" else "poisoned training"
     record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
-    model.amp = precision(record, run, model, tuple(attacked.network["shape"]), method.batch_size, where)
+    epochs = getattr(method, "epochs", 1)
+    tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
     torch.manual_seed(run.random_seed)
     begun = time.monotonic()
     before = score(model, test, triggered)
@@ -164,7 +166,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat = risks(model).summary() if risks else None
     evaluation = time.monotonic() - begun
-    watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: triggered, started, evaluation, risks)
+    watch = Watch(record, run, epochs, test, lambda: triggered, started, evaluation, risks)
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
     session = replace(watch.session(), judge=judge)
@@ -177,7 +179,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     scores |= {"selection": method.selection, "data": method.needs}
     if risks:
         scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
-    record.finish({**scores, "seconds": watch.seconds, "peak_memory_mb": machine.peak_memory_mb(where)})
+    watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
 def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[Images, Images, list[str]]:

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def set_threads(wish: int) -> int:
     return torch.get_num_threads()
 
 
-def bf16_is_faster(model: Normalized, shape: tuple[int, int, int], batch_size: int, device: torch.device) -> bool:
+def bf16_is_faster(model: Normalized, shape: Sequence[int], batch_size: int, device: torch.device) -> bool:
     """Time a few training steps of a copy's size in both precisions; leaves gradients and statistics as they were."""
     kept = {name: value.clone() for name, value in model.net.state_dict().items()}
     x = torch.rand(min(batch_size, 128), *shape, device=device)
@@ -54,7 +55,23 @@ def bf16_is_faster(model: Normalized, shape: tuple[int, int, int], batch_size: i
     return seconds[True] < seconds[False]
 
 
-def seconds_per_image(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> float:
+def crowded(threads: int) -> str | None:
+    """What to say where others keep the cores busy that `threads` threads are to run on; None where they do not.
+
+    The load is an average over a minute, so one core's worth of it is taken for what has just ended.
+    """
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load + threads <= cores + 1:
+        return None
+    return (
+        f"{cores} cores have {load:.1f} threads to run and now {threads} more; threads that wait for each other can be "
+        "many times slower, so use fewer --threads or wait"
+    )
+
+
+def seconds_per_image(model: nn.Module, shape: Sequence[int], device: torch.device) -> float:
     """Seconds that a forward pass costs per picture, to forecast evaluations."""
     x = torch.rand(250, *shape, device=device)
     with torch.no_grad():

@@ -37,7 +37,7 @@ def place(run: Run, method: Method, batch_size: int) -> torch.device:
     if n == 1:
         return where
     for fine, problem in (
-        (method.splits, f"{method.name} works on one; leave the flag out"),
+        (method.teamwork, f"{method.name} works on one; leave the flag out"),
         (where.index is None, f"device is {run.device!r}, which is one of them; give cuda"),
         (where.type == "cpu" or n <= cards, f"this machine has {cards} cuda devices"),
         (batch_size % n == 0, f"batch_size is {batch_size}; allowed is a multiple of {n}"),
@@ -53,7 +53,7 @@ def spread(devices: int, work: Any, model: nn.Module, images: Images, *, session
 
     Args:
         devices: how many, this process's included.
-        work: `fit` of an attack or `purify` of a defense whose class has `splits`.
+        work: `fit` of an attack or `purify` of a defense whose class has `teamwork`.
         model: where this process computes; its first argument.
         images: the second one, on the same device.
         session: progress and checkpoints, of this process alone.

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sau.errors import TrainingError
-from sau.session import Session
+from sau.session import Limit, Session
 from sau.types import Loader
 
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
@@ -91,7 +91,8 @@ class _Run:
             started = time.monotonic()
             if hasattr(self.batches, "set_epoch"):
                 self.batches.set_epoch(self.place.epoch)
-            self._one_epoch(begin, now)
+            if not self._one_epoch(begin, now):
+                return
             losses = self.place.means()
             ended = self.end_epoch(losses)
             done = self.place.epoch + 1
@@ -105,8 +106,10 @@ class _Run:
             self._save(begin)
         _set_rng(now)  # a run that was resumed at its end drew nothing
 
-    def _one_epoch(self, begin: Rng, now: Rng) -> None:
-        """From `place` to the end of its epoch; the generators are `begin` at its first batch and `now` at `place`."""
+    def _one_epoch(self, begin: Rng, now: Rng) -> bool:
+        """From `place` to the end of its epoch, or (False) to the session's limit; the generators are `begin` at its
+        first batch and `now` at `place`.
+        """
         _set_rng(begin)
         skipped, length, saved = self.place.batch, len(self.batches), time.monotonic()
         walk = iter(self.batches)
@@ -116,6 +119,9 @@ class _Run:
             _set_rng(now)
         title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
         for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=None):
+            if self.session.limit is not None and self.session.limit.reached():
+                self._end_early(self.session.limit, length)
+                return False
             self.place.add(self.step(x, y), len(y))
             self._forecast()
             due = self.session.checkpoint is not None and time.monotonic() - saved > self.session.save_every
@@ -123,10 +129,19 @@ class _Run:
                 self.place.means()
                 self._save(begin)
                 saved = time.monotonic()
+        return True
+
+    def _end_early(self, limit: Limit, length: int) -> None:
+        self.place.means()  # refuses to hand on what a broken loss has made
+        where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
+        limit.ended = limit.ended or where
+        self.session.say(f"the time is over: ended in {where}")
 
     def _forecast(self) -> None:
         if len(self.ticks) > FORECAST_STEPS:
             return
+        if len(self.ticks) in (0, FORECAST_STEPS) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what was asked of CUDA is not done yet; elsewhere nothing waits for it
         self.ticks.append(time.monotonic())
         if len(self.ticks) > FORECAST_STEPS:
             left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch

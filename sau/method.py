@@ -16,7 +16,7 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    splits: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
+    teamwork: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
     aliases: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -39,6 +39,16 @@ class Method:
         """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
         state["descent"].end_epoch(losses["loss"])
         return None
+
+    def passes(self) -> float:
+        """Forward passes that an update costs a picture, a backward pass being two; 0 where the network must not be
+        compiled, because the method looks into it or changes its layers."""
+        return 0.0
+
+    def splits(self) -> bool:
+        """Whether `step` makes one update, of `state["descent"]`, from a mean over the pictures of its batch; such a
+        batch may go through in parts when memory does not hold it."""
+        return False
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""

@@ -112,11 +112,30 @@ def adam(lr: float, schedule: Schedule = "constant", **settings: Any) -> Trainin
     return Training(client_optimizer="adamw", wd=0.0, lr=lr, lr_scheduler=schedule, **settings)  # the two are the same
 
 
+@dataclass(frozen=True)
+class Part:
+    """The place of a loss in an update that several losses make.
+
+    Args:
+        share: its weight; those of all parts sum up to 1.
+        first: whether the gradients of the update before are cleared.
+        last: whether the weights move.
+    """
+
+    share: float = 1.0
+    first: bool = True
+    last: bool = True
+
+
+WHOLE = Part()
+
+
 class Descent:
-    """An optimiser and its schedule as one checkpointable thing."""
+    """An optimiser and its schedule as one checkpointable thing; `part` says which part of an update a loss is."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
+        self.part = WHOLE
 
     def __call__(
         self, loss: Tensor, *others: "Descent", keep: Collection["Descent"] = (), clip: float | None = None
@@ -126,11 +145,13 @@ class Descent:
         Those in `keep` add the gradient to those of all steps before, as code does that forgets to clear it. The
         gradient of this one is shortened to the length `clip` where it is longer.
         """
-        together = (self, *others)
+        together, part = (self, *others), self.part
         for one in together:
-            if one not in keep:
+            if one not in keep and part.first:
                 one.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss if part is WHOLE else part.share * loss).backward()
+        if not part.last:
+            return
         if clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, clip)
         for one in together:

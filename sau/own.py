@@ -32,7 +32,8 @@ from sau.models.guess import guess, plain
 from sau.record import Record
 from sau.request import DefenseRun, Request
 from sau.risk import Found, gauge
-from sau.watch import Watch, begin, precision, warn
+from sau.tuning import tune
+from sau.watch import Watch, begin, warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +147,14 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)
     record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
     warn(record, request, notes)
-    shape = (3, own.input_size, own.input_size)
-    model.amp = precision(record, run, model, shape, method.batch_size, where)
+    shape, epochs = (3, own.input_size, own.input_size), getattr(method, "epochs", 1)
+    tune(record, run, model, method, shape, method.batch_size, epochs * len(given), where)
     before = score(model, test, None)
     # `purify` leaves the network as it is, so that it is the reference throughout.
     measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
     inverted = partial(_inverted, images=test, own=own, seed=run.random_seed)
     threat, patches = measured(model), inverted(model)
-    watch = Watch(record, run, getattr(method, "epochs", 1), test, lambda: None, started, 0.0)
+    watch = Watch(record, run, epochs, test, lambda: None, started, 0.0)
     fixed = spread(run.devices, method.purify, model, given, seed=run.random_seed, session=watch.session())
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))
@@ -167,7 +168,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     if file.kind != weights.SAFE:
         record.save_tensors("model", state, pickled=True)
     record.say(f"purified weights: {record.path / ('model.safetensors' if file.kind == weights.SAFE else 'model.pt')}")
-    record.finish({**report, "seconds": watch.seconds})
+    watch.finish(report)
 
 
 def _inverted(model: nn.Module, images: Images, own: OwnRun, seed: int) -> Reversal | None:

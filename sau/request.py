@@ -30,6 +30,9 @@ class Run:
             that poison before training, sau and at.
         amp: true is bf16, false is fp32; auto measures which is faster.
         threads: CPU threads; 0 means all cores.
+        compile: torch.compile of the network: on, off, graphs (with CUDA graphs), or auto, which is on where the run is
+            long enough on CUDA and off on the CPU, where it saves little and changes the rounding.
+        max_minutes: ends the updates in time for the run to end after so many minutes; none means no limit.
         random_seed: of the weights, of the order of pictures and of every choice of pictures.
         record_root: folder of the result folders.
         overwrite: discard what is in the result folder.
@@ -48,6 +51,8 @@ class Run:
     devices: int = 1
     amp: bool | None = None
     threads: int = 0
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"
+    max_minutes: float | None = None
     random_seed: int = 0
     record_root: str = "./record"
     overwrite: bool = False
@@ -60,6 +65,8 @@ class Run:
         for name, least in (("devices", 1), ("eval_every", 1), ("frequency_save", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {least} and more")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError(f"max_minutes is {self.max_minutes:g}, allowed is above 0, and none")
         if not 0 <= self.random_seed < 2**32:
             raise ConfigError(f"random_seed is {self.random_seed}, allowed is 0..{2**32 - 1}")
 

@@ -1,5 +1,6 @@
 """What the caller of a long run wants to see of it, and where the run keeps its place."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +33,27 @@ def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dic
     return {}
 
 
+class Limit:
+    """When the updates of a run must have come to their end.
+
+    Args:
+        end: that time, by `time.monotonic`.
+
+    `ended` is where the run stood when it was ended by this, None if it was not.
+    """
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+        self.ended: str | None = None
+        self.last, self.longest = time.monotonic(), 0.0
+
+    def reached(self) -> bool:
+        """Whether what lies between two calls, at its longest so far, would go beyond the end."""
+        now = time.monotonic()
+        self.last, self.longest = now, max(self.longest, now - self.last)
+        return now + self.longest > self.end
+
+
 @dataclass
 class Session:
     """What the caller of a long run wants to see of it, and where its place is kept.
@@ -45,6 +67,7 @@ class Session:
         save_every: seconds between two checkpoints inside an epoch.
         judge: scores a network on the test sets, for methods that are asked to choose by them (`select="oracle"`).
         team: splits every batch over several devices; None means that one does it all.
+        limit: ends a run in time, after its last update; None means that none is set.
         stage: number of the run among those that share the checkpoint; see `at`.
     """
 
@@ -56,6 +79,7 @@ class Session:
     save_every: float = 60.0
     judge: Callable[[Any], Any] | None = None
     team: Splitter | None = None
+    limit: Limit | None = None
     stage: int = 0
 
     @property

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 import sau
-from sau import device as machine
 from sau.config import IGNORED
 from sau.data.images import Images
 from sau.evaluate import Score, score
-from sau.models import Normalized
 from sau.record import Record
 from sau.request import Request, Run
 from sau.risk import Found
-from sau.session import Session
+from sau.schema import digest
+from sau.session import Limit, Session
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
 
@@ -50,6 +49,7 @@ class Watch:
         self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
         self.last: Score | None = None
         self.earlier: float | None = None
+        self.limit = run.max_minutes and Limit(started + 60 * run.max_minutes - evaluation_seconds)
 
     def session(self) -> Session:
         """How the loop talks to this watch."""
@@ -60,6 +60,7 @@ class Watch:
             say=self.record.say,
             other_seconds=evaluations * self.evaluation_seconds,
             hint=SHORTER,
+            limit=self.limit or None,
         )
 
     @property
@@ -85,6 +86,16 @@ class Watch:
             net = getattr(model, "net", model)
             self.record.save_tensors(f"model_epoch_{epoch}", net.state_dict())
         return figures
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Close the record; a run that was ended early says where, and has a digest of its own."""
+        ended = self.limit.ended if self.limit else None
+        if ended:
+            known = self.record.config
+            identity, note = {**known["identity"], "ended_early": ended}, f"ended early, {ended}"
+            self.record.note(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
+            summary = {**summary, "ended_early": ended}
+        self.record.finish({**summary, "seconds": self.seconds})
 
     def last_risks(self, model: nn.Module) -> dict[str, Any]:
         """The risks of the result; a method that told the loop of no network gets its row here."""
@@ -126,15 +137,3 @@ def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     if request.ignored:
         reasons = "; ".join(f"--{name}: {IGNORED[name]}" for name in request.ignored)
         record.say(f"warning: flags without effect here: {reasons}")
-
-
-def precision(
-    record: Record, run: Run, model: Normalized, shape: tuple[int, int, int], batch_size: int, where: torch.device
-) -> bool:
-    """Whether bf16: as asked, or as before the interruption, or what a probe finds faster."""
-    amp = run.amp if run.amp is not None else record.config.get("amp")
-    if amp is None:
-        amp = machine.bf16_is_faster(model, shape, batch_size, where)
-    record.note(amp=amp)
-    record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {torch.get_num_threads()} threads")
-    return bool(amp)

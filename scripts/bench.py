@@ -1,13 +1,15 @@
 """Compare the library's speed with that of the released order of work, in one process and on the same pictures.
 
-    python scripts/bench.py sau [--width 64] [--batch_size 64] [--repeats 5] [--json out.json]
+    python scripts/bench.py {train,sau,eval,data,runs,growth} [--width 64] [--batch_size 64] [--json out.json]
     python scripts/bench.py attacks [--width 16] [--batch_size 128] [--repeats 5] [--json out.json]
-    python scripts/bench.py risks RECORD DEFENSE [--samples 2500] [--repeats 3] [--json out.json]
     python scripts/bench.py defenses [--width 16] [--pictures 256] [--only sau,ft] [--repeats 5] [--json out.json]
+    python scripts/bench.py risks RECORD DEFENSE [--samples 2500] [--repeats 3] [--json out.json]
+    python scripts/bench.py all [--json out.json]
 
-prints one row for each comparison. sau: ratio = released / ours, so above 1 means that ours is faster. attacks: updates
-as attack / BadNets, and stamping as ten seconds / the time for 50,000 pictures. defenses: released / ours, FT / method.
-risks: four minutes / seconds, and the least passes / those made.
+prints one row for each comparison. train, sau, eval, data, runs: ratio = released / ours, so above 1 means that ours is
+faster. growth: 1 is growth in proportion. attacks: updates as attack / BadNets, and stamping as ten seconds / the time
+for 50,000 pictures. defenses: released / ours, FT / method. risks: four minutes / seconds, and the least passes / those
+made. all: every part but risks, which needs a record.
 """
 
 import argparse
@@ -20,12 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_parts import attacks, defenses, risks, sau_step
+from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, train
 
 from sau.device import choose_device, set_threads
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
-PARTS: dict[str, ModuleType] = {"sau": sau_step, "attacks": attacks, "defenses": defenses, "risks": risks}
+PARTS: dict[str, ModuleType] = {
+    "train": train, "sau": sau_step, "defenses": defenses, "eval": evaluation, "data": data, "runs": runs,
+    "growth": growth, "attacks": attacks, "risks": risks, "all": everything,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -34,6 +39,7 @@ def main() -> None:
     common.add_argument("--repeats", type=int, default=5, help="repetitions; their median is reported [5]")
     common.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
+    common.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor seconds [wall]")
     common.add_argument("--json", type=Path, help="file to write the rows to")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="part", required=True)

@@ -139,7 +139,7 @@ def test_batch_norm_in_train_mode_needs_cuda(monkeypatch, one_line):
 def test_what_may_not_be_split_is_refused(one_line):
     splits = {"attack": {"prototype", "badnet", "blended", "sig", "lf", "ssba"}, "defense": {"sau", "at"}}
     for kind, methods in (("attack", ATTACKS), ("defense", DEFENSES)):
-        assert {name for name, method in methods.items() if method.splits} == splits[kind]
+        assert {name for name, method in methods.items() if method.teamwork} == splits[kind]
         for name in methods.keys() - splits[kind]:
             with pytest.raises(ConfigError) as refusal:
                 place(Run(devices=2, device="cpu"), methods[name](), 128)

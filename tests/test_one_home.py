@@ -56,7 +56,10 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py"}),
     "copies of networks": (
         calling("deepcopy"),
-        {"attack/lf_network.py", "defense/base.py", "defense/nad.py", "defense/rnp.py", "defense/sau.py"},
+        {
+            "attack/lf_network.py", "defense/base.py", "defense/nad.py", "defense/rnp.py", "defense/sau.py",
+            "models/frozen.py",
+        },
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
     "the screen": (calling("print"), {"cli.py", "errors.py", "record.py", "grid/work.py"} | below("data")),

@@ -19,6 +19,7 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.optim import Training
+from sau.parts import InParts
 from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels
@@ -32,7 +33,7 @@ class Attack(Labelling, ABC):
         pratio: poisoned share of the whole training set, 0 to 1.
     """
 
-    splits: ClassVar[bool] = True
+    teamwork: ClassVar[bool] = True
     in_batch: ClassVar[bool] = False  # poisons inside the training batches, so `poison_train` changes nothing
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
@@ -166,6 +167,12 @@ class Attack(Labelling, ABC):
         state["descent"](loss)
         return {"loss": loss, "train_acc": 100 * (logits.argmax(1) == y).float().mean()}
 
+    def passes(self) -> float:
+        return 3.0
+
+    def splits(self) -> bool:
+        return type(self).step is Attack.step  # attacks inside the batches take theirs apart themselves
+
     @final
     def fit(
         self,
@@ -201,7 +208,7 @@ class Attack(Labelling, ABC):
         state = self.prepare(model, recipe, len(batches))
         state.update(images=images, augment=augment)  # for attacks that poison inside the batches
         loop.run(
-            partial(self.step, state),
+            InParts(self.step, state, self.splits(), session.say),
             batches,
             recipe.epochs,
             state=state,

@@ -23,7 +23,7 @@ from sau import loop
 from sau.attack.base import Attack
 from sau.attack.batchwise import BLOCK, count, examples, plan
 from sau.attack.making import Making
-from sau.data.augment import Augment
+from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.models.generator import Artist
@@ -57,7 +57,7 @@ class InputAware(Attack):
 
     name: ClassVar[str] = "inputaware"
     in_batch: ClassVar[bool] = True
-    splits: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
+    teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
     trains_trigger: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "poison_ratio": "pratio",
@@ -188,7 +188,7 @@ class InputAware(Attack):
     def _others(self, state: dict[str, Any], size: int) -> Pixels:
         """As many other training pictures, augmented; in place of a second loader in another order."""
         images = state["images"]
-        pixels = images.pixels[torch.randint(len(images), (size,)).to(images.pixels.device)]
+        pixels = images.pixels[sent(torch.randint(len(images), (size,)), images.pixels.device)]
         return to_float(state["augment"](pixels, torch.default_generator) if state["augment"] else pixels)
 
     def _diversity(self, inputs: Tensor, outputs: Tensor) -> Scalar:

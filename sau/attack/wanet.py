@@ -56,7 +56,7 @@ class WaNet(Attack):
 
     name: ClassVar[str] = "wanet"
     in_batch: ClassVar[bool] = True
-    splits: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
+    teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
 
     cross_ratio: float = 2.0
     s: float = 0.5

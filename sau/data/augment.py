@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, drawn on the CPU, on `device`; CUDA copies it from pinned memory, so that nothing waits for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass(frozen=True)
 class Augment:
     """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; by gathering from a padded
@@ -32,7 +37,7 @@ class Augment:
         if self.flip:
             mirrored = torch.rand(draws, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        rows, columns = rows.to(x.device), columns.to(x.device)
+        rows, columns = sent(rows, x.device), sent(columns, x.device)
         padded = F.pad(x, (self.padding,) * 4)
         image = torch.arange(b, device=x.device).view(b, 1, 1, 1)
         channel = torch.arange(c, device=x.device).view(1, c, 1, 1)
@@ -48,7 +53,7 @@ def turn(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
         one_draw: the same angle for the whole batch.
     """
     angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
-    angle = angle.to(x).expand(len(x))
+    angle = sent(angle.to(x.dtype), x.device).expand(len(x))
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
     matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)

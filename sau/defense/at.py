@@ -35,7 +35,7 @@ class AT(Tuning):
     """
 
     name: ClassVar[str] = "at"
-    splits: ClassVar[bool] = True
+    teamwork: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
 
     lr: float = 1e-4
@@ -61,6 +61,9 @@ class AT(Tuning):
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
+
+    def splits(self) -> bool:
+        return True
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack

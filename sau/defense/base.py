@@ -18,6 +18,7 @@ from sau.errors import DataError, TrainingError
 from sau.method import Method
 from sau.models import Normalized
 from sau.optim import Training
+from sau.parts import InParts
 from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Loader
@@ -117,7 +118,7 @@ class Tuning(Training, Defense):
     def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
-            partial(self.step, state),
+            InParts(self.step, state, self.splits(), session.say),
             batches,
             self.epochs,
             state=state,

@@ -21,6 +21,12 @@ class FT(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
 
+    def passes(self) -> float:
+        return 3.0
+
+    def splits(self) -> bool:
+        return True
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         logits = state["model"](x)
         loss = F.cross_entropy(logits, y)

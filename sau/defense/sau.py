@@ -10,6 +10,7 @@ makes h either right on it or wrong in another way than h_b.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
+from sau.models.frozen import frozen
 from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
 
+Network = Callable[[Tensor], Tensor]
 BUCKET = 32  # every new batch size costs the convolutions a set-up, so the search uses few of them
 
 
@@ -69,7 +72,7 @@ class SAU(Tuning):
     """
 
     name: ClassVar[str] = "sau"
-    splits: ClassVar[bool] = True
+    teamwork: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "n_rounds": "epochs",
         "lmd_1": "weight_clean",
@@ -114,7 +117,16 @@ class SAU(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        return {"model": model.eval(), "reference": reference, "descent": descent}
+        state = {"model": model.eval(), "reference": reference, "descent": descent}
+        if getattr(model, "compiled", None):
+            state["frozen"] = frozen(model).forward  # not the network itself, so that a checkpoint keeps it once
+        return state
+
+    def passes(self) -> float:
+        return 4 * self.adv_steps + 7.0
+
+    def splits(self) -> bool:
+        return self.outer_steps == 1
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, reference = state["model"], state["reference"]
@@ -122,7 +134,7 @@ class SAU(Tuning):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
             clean_ref = reference(x).argmax(1)
-        delta, s = self.shared_pgd(model, reference, x, y, z.argmax(1), clean_ref)
+        delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
         mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
         report: dict[str, Tensor] = {}
         for repeat in range(self.outer_steps):
@@ -141,15 +153,16 @@ class SAU(Tuning):
         return report
 
     def shared_pgd(
-        self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
+        self, model: Network, reference: Network, x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
     ) -> tuple[Pixels, Labels]:
         """The inner problem, by sign steps; returns the perturbations and s, the reference's answers on them.
 
         A shared sample has no gradient and stays where it is. On the CPU shared samples therefore leave the batch, as
-        many as keep its size a multiple of BUCKET; elsewhere they stay, because asking how many there are would make
-        the device wait.
+        many as keep its size a multiple of BUCKET. Elsewhere counting them would make the device wait, and compiled
+        networks know few sizes.
         """
-        n, compact = len(x), x.device.type == "cpu" and self.stop_fooled
+        compact = x.device.type == "cpu" and self.stop_fooled and not getattr(reference, "compiled", None)
+        n = len(x)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
         delta, s = start(x, self.pgd_init, self.norm, self.eps), clean_ref.clone()
         delta = into_pixels(x, delta) if self.clip_pixels else delta

@@ -1,7 +1,7 @@
 """The networks by name, each taking pixels in [0, 1]."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,12 @@ class Normalized(nn.Module):
         mean: per-channel mean of the pixels in [0, 1], or None for no normalisation.
         std: per-channel standard deviation, given together with `mean`.
         amp: run `net` under bf16 autocast (weights stay as they are).
+
+    `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
+    passes, whose batches come in other sizes, are not worth it.
     """
 
+    compiled: str | None
     mean: Tensor | None
     std: Tensor | None
 
@@ -32,7 +36,7 @@ class Normalized(nn.Module):
         super().__init__()
         if (mean is None) != (std is None):
             raise ConfigError("mean and std belong together; give both or neither")
-        self.net, self.amp = net, amp
+        self.net, self.amp, self.compiled = net, amp, None
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
@@ -42,6 +46,14 @@ class Normalized(nn.Module):
             x = (x - self.mean) / self.std
         else:
             x = x.clone()  # some networks change their input in place
+        if self.compiled is None:
+            return self._logits(x)
+        if self.net._compiled_call_impl is None:  # copies of a module leave it behind
+            self.net.compile(mode=self.compiled, dynamic=False)
+        with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
+            return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
         if not self.amp:
             return self.net(x)
         with torch.autocast(x.device.type, torch.bfloat16):

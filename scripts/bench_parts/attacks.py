@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     forwards = {
         name: passes(make(), blank, _batches(forged["badnet"], args, images)[0][0]) for name, make in makers.items()
     }
-    seconds = interleaved(makers, args.repeats, args.device)
+    seconds = interleaved(makers, args)
     rows = []
     for name in makers:
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds["badnet"], strict=True))
@@ -95,9 +95,7 @@ def _updates(
 
 def _stamping(attack: Attack, args: argparse.Namespace, images: Images) -> dict[str, Any]:
     some = images[torch.arange(min(len(images), 5000), device=images.labels.device)]
-    seconds = interleaved({"stamp": lambda: lambda: attack.stamped(some, test=False)}, args.repeats, args.device)[
-        "stamp"
-    ]
+    seconds = interleaved({"stamp": lambda: lambda: attack.stamped(some, test=False)}, args)["stamp"]
     each = sorted(seconds)[len(seconds) // 2] / len(some)
     low, high = min(seconds) / len(some), max(seconds) / len(some)
     ten = 10 / STAMPED  # the ratio is of ten seconds for 50,000 pictures

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         return rows
     works = {name: _whole(name, args, h_b, images, clean) for name in dict.fromkeys(["ft", *names])}
     forwards = {name: passes(work, h_b, clean.pixels[:1].float() / 255) / len(clean) for name, work in works.items()}
-    seconds = interleaved({name: lambda work=work: work for name, work in works.items()}, args.repeats, args.device)
+    seconds = interleaved({name: lambda work=work: work for name, work in works.items()}, args)
     for name, count in forwards.items():
         print(f"{name:10}{count:10.1f} passes a clean picture, {len(clean)} pictures, recipe {args.recipe}")
         rows.append({**row(f"whole run: {name}", seconds[name], seconds["ft"], "s"), "passes_per_image": count})
@@ -86,7 +86,7 @@ def _against_released(name: str, args: argparse.Namespace, h_b: Normalized, clea
     ours, reference = makers
     for make in makers:
         make()()  # warms everything up
-    seconds = interleaved({"ours": ours, "reference": reference}, args.repeats, args.device)
+    seconds = interleaved({"ours": ours, "reference": reference}, args)
     work = row(f"released order: {name}", seconds["ours"], seconds["reference"], "s")
     x = batches[0][0]
     work["passes_per_image"], work["passes_released"] = (passes(make(), h_b, x) / len(clean) for make in makers)

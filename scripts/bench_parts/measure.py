@@ -1,9 +1,11 @@
 """Timing, counting and memory: what every part of the benchmark measures with."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +16,103 @@ from torch.utils.flop_counter import FlopCounterMode
 from sau.device import peak_memory_mb
 
 Work = Callable[[], object]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def interleaved(makers: dict[str, Callable[[], Work]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Task:
+    """What several works do alike.
+
+    Args:
+        pictures: how many they go through.
+        model: the network.
+        x: some pictures in [0, 1], to count a forward pass with.
+        needed: forward passes a picture without which it cannot be done.
+        peak: operations a second of the device by precision; see `roofline.peaks`.
+    """
+
+    pictures: int
+    model: nn.Module
+    x: torch.Tensor
+    needed: float
+    peak: dict[str, float]
+
+
+def compare(
+    title: str, makers: dict[str, Callable[[], Work]], task: Task, args: argparse.Namespace, unit: str, per: int = 1
+) -> list[dict[str, Any]]:
+    """A row for each of `makers` but the last, against the last; each name begins with its precision.
+
+    The rows' details have images a second, forward passes made and needed for each picture, the share of the device's
+    peak that the convolutions reach, and the most memory.
+    """
+    *ours, reference = makers
+    unit_flops = forward_flops(task.model, task.x)
+    facts: dict[str, dict[str, float]] = {}
+    for name, make in makers.items():  # these runs also warm everything up
+        done = flops(make())
+        facts[name] = {
+            "passes_per_image": done / unit_flops / task.pictures,
+            "passes_needed": task.needed,
+            "flops": done,
+        }
+        facts[name]["peak_mb"] = peak_mb(make(), args.device)
+    seconds = interleaved(makers, args)
+    for name, fact in facts.items():
+        middle = statistics.median(seconds[name])
+        fact["images_per_second"] = task.pictures / middle
+        fact["share_of_peak"] = fact.pop("flops") / middle / task.peak[name.split()[0]]
+        fact["peak_flops"], fact["forward_flops"] = task.peak[name.split()[0]], unit_flops
+        print(
+            f"{name:24}{fact['images_per_second']:10.1f} images/s{fact['passes_per_image']:8.2f} passes/image"
+            f"{100 * fact['share_of_peak']:8.1f} % of the peak{fact['peak_mb']:10.1f} MB at most"
+        )
+    details = {name: {"ours": facts[name], "reference": facts[reference]} for name in ours}
+    return [
+        {**row(f"{title}, {name}", seconds[name], seconds[reference], unit, per), "details": details[name]}
+        for name in ours
+    ]
+
+
+def interleaved(makers: dict[str, Callable[[], Work]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each work in each repetition, the works taking turns so that drifts of the machine meet all alike.
 
     Args:
         makers: name -> what makes the work anew, untimed, so that every repetition starts from the same state.
-        repeats: how often.
-        device: where the work is done; it is waited for.
+        args: `repeats`, how often; `device`, where the work is done, which is waited for; `clock`, wall or cpu.
     """
+    now = CLOCKS[args.clock]
     seconds: dict[str, list[float]] = {name: [] for name in makers}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for name, make in makers.items():
             work = make()
-            _wait(device)
-            started = time.perf_counter()
+            _wait(args.device)
+            started = now()
             work()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            _wait(args.device)
+            seconds[name].append(now() - started)
     return seconds
+
+
+def flops(work: Work) -> int:
+    """Operations of the convolutions and matrix products of `work`, a multiplication and an addition being two.
+
+    Compiled networks are run as they stand, because the operations of compiled code cannot be counted.
+    """
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def passes(work: Work, model: nn.Module, x: torch.Tensor) -> float:
     """Multiplications of `work`, backward passes included, in units of one forward pass of `model` for one picture."""
-    with FlopCounterMode(display=False) as unit, torch.no_grad():
-        model(x)
-    with FlopCounterMode(display=False) as total:
-        work()
-    return total.get_total_flops() / unit.get_total_flops() * len(x)
+    return flops(work) / forward_flops(model, x)
+
+
+def forward_flops(model: nn.Module, x: torch.Tensor) -> float:
+    """Operations of one forward pass of `model` for one picture like those of `x`."""
+    with torch.no_grad():
+        return flops(lambda: model(x[:1]))
 
 
 def peak_mb(work: Work, device: torch.device) -> float:

@@ -7,71 +7,59 @@ that h has left h_b as it has in most of a run. All start from the same weights 
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
 import torch
-from bench_parts.measure import Work, interleaved, passes, peak_mb, row
+from bench_parts import profile, roofline, setting
+from bench_parts.measure import Task, Work, compare
 from released_sau import ReleasedSAU
 from torch import Tensor
 
 from sau.attack import BadNet
 from sau.data.images import Images, to_float
-from sau.data.sources import load, source
-from sau.defense import SAU
-from sau.models import Normalized, build
+from sau.defense import SAU, sau
+from sau.models import Normalized
 from sau.optim import Training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    parser.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="pictures [digits]")
-    parser.add_argument("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
-    parser.add_argument("--width", type=int, default=64, help="channels of the first stage [64]")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures an update [64]")
-    parser.add_argument("--steps", type=int, default=1, help="updates a repetition [1]")
+    setting.add_arguments(parser, width=64, batch_size=64, steps=1)
     parser.add_argument("--train_updates", type=int, default=60, help="updates that plant the backdoor [60]")
     parser.add_argument("--purify_updates", type=int, default=3, help="updates of SAU before the comparison [3]")
+    setting.add_compiled(parser)
+    parser.add_argument("--whole_batch", default="false", choices=("true", "false"), help="also without compaction")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compare; prints what each variant does and needs, returns the rows."""
+    """Compare; prints what each variant does and needs and where our time goes, returns the rows."""
     torch.manual_seed(0)
-    images = load(args.dataset, args.dataset_path)[0].to(args.device)
+    images = setting.pictures(args)[0].to(args.device)
     h_b = _backdoored(args, images)
     stream = _endless(images, args.batch_size, seed=1)
     h = _purified(h_b, stream, args.purify_updates)
     batches = list(islice(stream, args.steps))
     makers: dict[str, Callable[[], Work]] = {
-        "ours bf16": lambda: _ours(h, h_b, batches, amp=True),
-        "ours fp32": lambda: _ours(h, h_b, batches, amp=False),
-        "reference": lambda: _reference(h, h_b, batches),
+        "bf16": lambda: _ours(h, h_b, batches, amp=True),
+        "fp32": lambda: _ours(h, h_b, batches, amp=False),
     }
-    seen = args.steps * args.batch_size
-    facts = {}
-    for name, make in makers.items():  # these runs also warm everything up
-        memory = peak_mb(make(), args.device)
-        facts[name] = {"passes_per_image": passes(make(), h, batches[0][0]) / seen, "peak_mb": memory}
-    seconds = interleaved(makers, args.repeats, args.device)
-    for name, fact in facts.items():
-        fact["images_per_second"] = seen / sorted(seconds[name])[args.repeats // 2]
-        print(
-            f"{name:10}{fact['images_per_second']:10.1f} images/s{fact['passes_per_image']:8.1f} passes/image"
-            f"{fact['peak_mb']:10.1f} MB at most"
-        )
-    rows = []
-    for name, label in (("ours bf16", "bf16 channels-last"), ("ours fp32", "fp32 channels-last")):
-        title = f"SAU update, width {args.width}, {label}"
-        found = row(title, seconds[name], seconds["reference"], "s/update", args.steps)
-        rows.append({**found, "details": {"ours": facts[name], "reference": facts["reference"]}})
+    if args.whole_batch == "true":
+        makers["bf16 whole batches"] = lambda: _whole(_ours(h, h_b, batches, amp=True))
+    for mode in setting.modes(args):
+        makers[f"bf16 {mode}"] = cache(partial(_ours, h, h_b, batches, amp=True, compiled=mode))
+    makers["fp32 released"] = lambda: _reference(h, h_b, batches)
+    needed = 4 * SAU.adv_steps + 7.0
+    task = Task(args.steps * args.batch_size, h, batches[0][0], needed, roofline.peaks(args))
+    rows = compare(f"SAU update, width {args.width}", makers, task, args, "s/update", args.steps)
+    rows[0]["profile"] = profile.shares(makers["bf16"](), args.device)
+    print("bf16: " + ", ".join(f"{kind} {share:.1f} %" for kind, share in rows[0]["profile"].items()))
     return rows
 
 
 def _backdoored(args: argparse.Namespace, images: Images) -> Normalized:
-    about = source(args.dataset)
-    net = build("preactresnet18", images.num_classes, width=args.width, mean=about.mean, std=about.std)
-    model = net.to(args.device)
-    attack = BadNet(pratio=0.2)
+    model, attack = setting.network(args, images.num_classes), BadNet(pratio=0.2)
     # A rate that ends at 0 lets the statistics of batch norm settle within few updates.
     recipe = Training(epochs=1, lr=0.1, lr_scheduler="OneCycleLR")
     state = attack.prepare(model.train(), recipe, args.train_updates)
@@ -107,15 +95,27 @@ def _endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Ten
         epoch += 1
 
 
-def _ours(h: Normalized, h_b: Normalized, batches: list[tuple[Tensor, Tensor]], amp: bool) -> Work:
-    method, model, reference = SAU(), copy.deepcopy(h), copy.deepcopy(h_b)
-    model.amp = reference.amp = amp
+def _ours(
+    h: Normalized, h_b: Normalized, batches: list[tuple[Tensor, Tensor]], amp: bool, compiled: str | None = None
+) -> Work:
+    method = SAU()
+    model, reference = (setting.copied(net, amp=amp, compiled=compiled) for net in (h, h_b))
     state = method.prepare(model, len(batches))
     state["reference"] = reference.eval().requires_grad_(False)
     return lambda: [method.step(state, x, y) for x, y in batches]
 
 
+def _whole(work: Work) -> Work:
+    """`work` with samples that stay in the batch when they are shared."""
+
+    def whole() -> None:
+        kept, sau.BUCKET = sau.BUCKET, 1 << 30
+        work()
+        sau.BUCKET = kept
+
+    return whole
+
+
 def _reference(h: Normalized, h_b: Normalized, batches: list[tuple[Tensor, Tensor]]) -> Work:
-    pair = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (h, h_b))
-    twin = ReleasedSAU(*pair)
+    twin = ReleasedSAU(setting.as_released(h), setting.as_released(h_b))
     return lambda: [twin.step(x, y) for x, y in batches]

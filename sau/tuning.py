@@ -1,0 +1,80 @@
+"""How a run uses its machine: precision, torch.compile and threads, each chosen once, said and recorded."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sau import device as machine
+from sau.method import Method
+from sau.models import Normalized
+from sau.record import Record
+from sau.request import Run
+
+SAVED = 0.15  # of the time, assumed for CUDA: airbench94 takes 3.83 s as it stands and 3.09 s compiled (its README)
+COSTS = 90.0  # seconds until everything is compiled, about what PreAct-ResNet18 takes a CPU core
+
+
+def tune(
+    record: Record, run: Run, model: Normalized, method: Method, shape: Sequence[int], batch_size: int,
+    pictures: int, where: torch.device,
+) -> None:  # fmt: skip
+    """Set the precision of `model` and whether it is compiled: as asked, or as before an interruption, or what suits.
+
+    Args:
+        record: of the run; keeps the choices.
+        run: what was asked.
+        model: the network, which goes on as it is otherwise.
+        method: whose updates they are.
+        shape: of a picture, [C, H, W].
+        batch_size: of an update.
+        pictures: that all updates see together.
+        where: the device.
+    """
+    torch.backends.cudnn.benchmark = where.type == "cuda"  # batches have few sizes, so the search for the best is short
+    amp = run.amp if run.amp is not None else record.config.get("amp")
+    if amp is None:
+        amp = machine.bf16_is_faster(model, shape, batch_size, where)
+    model.amp = bool(amp)
+    record.note(amp=amp)
+    record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {torch.get_num_threads()} threads")
+    busy = machine.crowded(torch.get_num_threads()) if where.type == "cpu" else None
+    if busy:
+        record.say(f"warning: {busy}")
+    model.compiled = _compiled(record, run, model, method, shape, pictures, where)
+
+
+def _compiled(
+    record: Record, run: Run, model: Normalized, method: Method, shape: Sequence[int], pictures: int,
+    where: torch.device,
+) -> str | None:  # fmt: skip
+    if not method.passes():
+        if run.compile in ("on", "graphs"):
+            record.say(f"note: {method.name} looks into its networks, so --compile {run.compile} has no effect")
+        return None
+    if "compile" in record.config:
+        return record.config["compile"]
+    chosen = run.compile
+    if chosen == "auto":
+        chosen = "on" if where.type == "cuda" and _pays(model, method, shape, pictures, where) else "off"
+    mode = {"on": "default", "graphs": "reduce-overhead", "off": None}[chosen]
+    absent = no_compiler(where) if mode else None
+    if absent:
+        record.say(f"note: no compiler works here, so the network runs as it stands: {absent}")
+    elif mode:
+        record.say(f"compiling the network (torch.compile, {mode} mode), which takes about a minute")
+    record.note(compile=None if absent else mode)
+    return None if absent else mode
+
+
+def _pays(model: Normalized, method: Method, shape: Sequence[int], pictures: int, where: torch.device) -> bool:
+    """Whether compiling saves more of a run than it costs."""
+    return SAVED * method.passes() * pictures * machine.seconds_per_image(model, shape, where) > COSTS
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """Why nothing can be compiled for `device`, in a line; None if a small function could be."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler raises, or its absence; the caller says it
+        return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return None

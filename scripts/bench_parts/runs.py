@@ -1,0 +1,138 @@
+"""Whole runs, small: an attack, and SAU on what it left, evaluations included, against the released order of work.
+
+The proportions are those of CIFAR-10: 50 training pictures to 10 clean and 9 triggered test pictures, 5 % of the first
+for the defender. The released order evaluates after every epoch and every round, ours as `--eval_every 10` does.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_parts import pil, setting
+from bench_parts.measure import Work, interleaved, row
+from released_sau import ReleasedSAU
+
+from sau.data.images import Images
+from sau.data.sources import source
+from sau.defense import SAU
+from sau.evaluate import score
+from sau.models import Normalized
+from sau.optim import Training
+from sau.session import Session
+
+QUIET = Session(say=lambda text: None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this part."""
+    setting.add_arguments(parser, width=16, batch_size=128, steps=1)
+    parser.add_argument("--pictures", type=int, default=1280, help="training pictures [1280]")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of the attack [8]")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of SAU [10]")
+    parser.add_argument("--precisions", default="bf16,fp32", help="of ours [bf16,fp32]")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare; returns the rows."""
+    train, test = setting.pictures(args)
+    train, test = setting.first(train, args.pictures), setting.first(test, args.pictures // 5)
+    clean = setting.first(train, args.pictures // 20)
+    poisoned, triggered = setting.ATTACK.poison_train(train, seed=0), setting.ATTACK.poison_test(test)
+    model = setting.network(args, train.num_classes)
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        tests = partial(_tests, args, test, triggered, Path(place))
+        attacked = setting.copied(model, amp=True)
+        setting.ATTACK.fit(attacked, poisoned.to(args.device), _recipe(args), session=QUIET)
+        for title, ours, reference in (
+            ("attack", partial(_attack, args, model, poisoned, test, triggered),
+             partial(_released_attack, args, model, poisoned, tests, Path(place) / "train")),
+            ("SAU", partial(_sau, args, attacked, clean, test, triggered),
+             partial(_released_sau, args, attacked, clean, tests, Path(place) / "clean")),
+        ):  # fmt: skip
+            makers: dict[str, Callable[[], Work]] = {
+                name: partial(_in, name == "bf16", ours) for name in args.precisions.split(",")
+            }
+            seconds = interleaved({**makers, "released": reference}, args)
+            named = f"{title}, whole run, width {args.width}"
+            rows += [row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in makers]
+    return rows
+
+
+def _recipe(args: argparse.Namespace) -> Training:
+    return Training(epochs=args.epochs, batch_size=args.batch_size, lr=0.1, lr_scheduler="OneCycleLR")
+
+
+def _in(amp: bool, make: Callable[..., Work]) -> Work:
+    return make(amp=amp)
+
+
+def _tests(
+    args: argparse.Namespace, test: Images, triggered: Images, place: Path, normalise: bool
+) -> list[pil.Batches]:
+    workers, origin = setting.workers(args), source(args.dataset)
+    return pil.evaluations(test, triggered, origin, place, args.batch_size, workers, args.device, normalise)
+
+
+def _attack(
+    args: argparse.Namespace, model: Normalized, poisoned: Images, test: Images, triggered: Images, amp: bool = True
+) -> Work:
+    victim = setting.copied(model, amp=amp)
+    images, clean, stamped = (part.to(args.device) for part in (poisoned, test, triggered))
+    recipe, augment = _recipe(args), source(args.dataset).augment
+
+    def work() -> None:
+        setting.ATTACK.fit(victim, images, recipe, augment=augment, session=QUIET)
+        score(victim, clean, stamped)
+
+    return work
+
+
+def _released_attack(
+    args: argparse.Namespace, model: Normalized, poisoned: Images, tests: Callable[..., list[pil.Batches]], place: Path
+) -> Work:
+    net, sets = setting.as_released(model.net), tests(normalise=True)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    files = pil.Files(poisoned, poisoned.labels, pil.transform(source(args.dataset), True), place)
+    batches = pil.loader(files, args.batch_size, train=True, workers=setting.workers(args), device=args.device)
+
+    def work() -> None:
+        for _ in range(args.epochs):
+            pil.train_epoch(net, sgd, batches, args.device)
+            pil.evaluate(net, sets, args.device)
+
+    return work
+
+
+def _sau(
+    args: argparse.Namespace, attacked: Normalized, clean: Images, test: Images, triggered: Images, amp: bool = True
+) -> Work:
+    model = setting.copied(attacked, amp=amp)
+    given, plain, stamped = (part.to(args.device) for part in (clean, test, triggered))
+    method = SAU(epochs=args.rounds, lr=1e-3, batch_size=args.batch_size)
+
+    def work() -> None:
+        score(method.purify(model, given, session=QUIET), plain, stamped)
+
+    return work
+
+
+def _released_sau(
+    args: argparse.Namespace, attacked: Normalized, clean: Images, tests: Callable[..., list[pil.Batches]], place: Path
+) -> Work:
+    h, h_b = (setting.as_released(attacked) for _ in range(2))
+    twin, sets = ReleasedSAU(h, h_b, lr=1e-3), tests(normalise=False)
+    files = pil.Files(clean, clean.labels, pil.transform(source(args.dataset), False, False), place)
+    batches = pil.loader(files, args.batch_size, train=False, workers=setting.workers(args), device=args.device)
+
+    def work() -> None:
+        for _ in range(args.rounds):
+            for x, y in batches:
+                twin.step(x.to(args.device), y.to(args.device))
+            pil.evaluate(h, sets, args.device)
+
+    return work

@@ -1,0 +1,374 @@
+"""What makes runs fast or ends them in time: no waiting for the device, parts of a batch, compiled networks, limits."""
+
+import copy
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import QUICK, VICTIM, tiny_net, toy_images
+
+from sau import device, loop, schema, tuning
+from sau.attack import ATTACKS, BadNet
+from sau.data.augment import Augment, sent
+from sau.data.images import to_float
+from sau.defense import AT, FT, SAU
+from sau.errors import TrainingError
+from sau.models import Normalized
+from sau.models.preact_resnet import PreActResNet18
+from sau.optim import Training
+from sau.parts import InParts
+from sau.record import Record
+from sau.session import Limit, Session
+from sau.verification import VERIFIED, Verification
+
+
+def network(amp: bool = False) -> Normalized:
+    torch.manual_seed(0)
+    return Normalized(PreActResNet18(4, width=4), (0.5,) * 3, (0.25,) * 3, amp)
+
+
+def batch(n: int = 16) -> tuple[Tensor, Tensor]:
+    images = toy_images(n)
+    return to_float(images.pixels), images.labels
+
+
+# Nothing in a step waits for the device
+
+
+class Reads(TorchDispatchMode):
+    """Collects the operations that hand a tensor's content to Python, which on CUDA waits for everything before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "equal", "masked_select"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [FT(), AT(), SAU(), SAU(outer_steps=2, norm="L2"), BadNet()], ids=lambda m: m.name)
+def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
+    """SAU as it is on CUDA: on the CPU, where reading costs nothing, it does, to compact the batch."""
+    model = network()
+    if isinstance(method, BadNet):
+        state = method.prepare(model.train(), Training(lr_scheduler="OneCycleLR"), 10)
+    else:
+        state = method.prepare(model, 10)
+    if isinstance(method, SAU):
+        monkeypatch.setattr(state["reference"], "compiled", "default")
+        monkeypatch.setattr(state["reference"].net, "_compiled_call_impl", state["reference"].net._call_impl)
+    x, y = batch()
+    place, pictures = loop._Place(), toy_images(20).batches(8, seed=0, augment=Augment(flip=True))
+    method.step(state, x, y)  # optimisers make their state in the first one
+    with Reads() as reads:
+        place.add(method.step(state, x, y), len(y))
+        list(pictures)
+    assert reads.found == []
+    with Reads() as reads:
+        place.means()
+    assert reads.found != []
+
+
+def test_small_tensors_reach_the_device_as_they_are():
+    x = torch.rand(3)
+    assert torch.equal(sent(x, torch.device("cpu")), x)
+
+
+# Memory
+
+
+class Full(nn.Module):
+    """Runs out of memory with more than so many pictures, as often as they come."""
+
+    def __init__(self, net: nn.Module, most: int) -> None:
+        super().__init__()
+        self.net, self.most, self.sizes = net, most, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("injected")
+        return self.net(x)
+
+
+def updates(method: SAU | FT, most: int, say: list[str], count: int = 3) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    full = Full(network().double(), 1000)
+    state = method.prepare(full, count)
+    full.most = most
+    step = InParts(method.step, state, method.splits(), say.append)
+    x, y = batch(15)
+    return full, [step(x.double(), y) for _ in range(count)]
+
+
+@pytest.mark.parametrize("most", [1000, 8, 4, 1])
+def test_a_batch_that_memory_does_not_hold_makes_the_same_update(most):
+    """Batch norm frozen, float64: weights, losses and counts are those of the whole batch."""
+    method, said = SAU(lr=1e-3, weight_adv=0.3), []
+    whole, wanted = updates(method, 1000, [])
+    parts, found = updates(method, most, said)
+    assert len(said) == {1000: 0, 8: 1, 4: 2, 1: 4}[most] and all("with the same updates" in line for line in said)
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys() and all(one[name].dtype == other[name].dtype for name in one)
+        assert all(torch.allclose(one[name].double(), other[name].double(), atol=1e-9) for name in one)
+
+
+def test_later_batches_keep_the_number_of_parts_and_the_line_says_what_batch_norm_does():
+    said: list[str] = []
+    full, _ = updates(FT(), 8, said)
+    assert full.sizes == [15, 8, 7, 8, 7, 8, 7]
+    assert said == ["out of memory: batches of 15 go through in 2 parts from here on, with batch statistics of a part"]
+
+
+@pytest.mark.parametrize(("method", "most"), [(SAU(outer_steps=2), 8), (SAU(), 0)])
+def test_what_cannot_be_divided_says_so(method, most, one_line):
+    with pytest.raises(TrainingError) as refusal:
+        updates(method, most, [])
+    assert "--batch_size" in one_line(refusal.value)
+
+
+def test_attacks_that_share_their_step_split_and_others_do_not():
+    splits = {name for name, attack in ATTACKS.items() if attack().splits()}
+    assert splits == set(ATTACKS) - {"wanet", "inputaware"}
+
+
+def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr("sau.cli.score", full)
+    monkeypatch.setattr("sau.watch.score", full)
+    status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
+    assert status == 2 and err.startswith("error: out of memory (CUDA out of memory.)") and len(err.splitlines()) == 1
+
+
+# Time
+
+
+def test_a_limit_ends_a_run_between_two_updates():
+    """An update takes 10 s by this clock: the third one would end at 30 s, beyond the limit of 25 s."""
+    now = [0.0]
+    said: list[str] = []
+    net = tiny_net()
+
+    def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        now[0] += 10
+        return {"loss": net(x).sum()}
+
+    ended = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now[0])
+        limit = Limit(25.0)
+        session = Session(say=said.append, limit=limit)
+        for label in ("epoch", "second"):
+            loop.run(step, toy_images(12).batches(4), 2, state={}, end_epoch=ended.append, session=session, label=label)
+    assert now == [20.0] and limit.ended == "epoch 1 of 2, before batch 3 of 3" and ended == []
+    assert said == [f"the time is over: ended in {label} 1 of 2, before batch {n} of 3" for label, n in
+                    (("epoch", 3), ("second", 1))]  # fmt: skip
+
+
+def test_a_broken_loss_is_not_handed_on_when_the_time_is_over():
+    limit = Limit(time.monotonic() + 0.2)
+
+    def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        time.sleep(0.05)
+        return {"loss": torch.tensor(torch.nan)}
+
+    with pytest.raises(TrainingError, match="not finite"):
+        loop.run(step, toy_images(80).batches(1), 1, state={}, end_epoch=lambda losses: None,
+                 session=Session(say=lambda text: None, limit=limit))  # fmt: skip
+
+
+def test_the_machine_is_crowded_when_more_threads_run_than_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for load, threads, crowded in ((0.4, 2, False), (1.0, 2, False), (2.0, 1, False), (2.0, 2, True), (5.0, 1, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 9.0, 9.0))
+        text = device.crowded(threads)
+        assert (text is not None) is crowded
+        assert text is None or f"{load:.1f} threads to run and now {threads} more" in text
+    monkeypatch.delattr("os.getloadavg")
+    assert device.crowded(64) is None
+
+
+# Compiled networks
+
+
+def small() -> Normalized:
+    """A network that is compiled in a second; of torch's modules alone, which these tests do not look into."""
+    torch.manual_seed(0)
+    stem = (nn.Conv2d(3, 8, 3, stride=4, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    return Normalized(
+        nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), (0.5,) * 3, (0.25,) * 3
+    )
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are taken and guarded as always, and run by torch itself, which spares the minute of a compiler."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda net, mode=None, dynamic=None: original(net, backend="aot_eager", dynamic=dynamic)
+    )
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def rounds(method: SAU | FT, model: Normalized, sizes: tuple[int, ...] = (16, 8)) -> tuple[dict[str, Any], Any]:
+    """The state and a function that makes one update for each size."""
+    state = method.prepare(model, 10)
+    x, y = batch(sum(sizes))
+    x = x.to(next(model.parameters()).dtype)
+    pairs = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    return state, lambda: [method.step(state, *pair) for pair in pairs]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
+@pytest.mark.parametrize("method", [SAU(lr=1e-3, stop_fooled=True), FT(lr=1e-2)], ids=lambda m: m.name)
+def test_compiled_networks_compute_the_same_and_are_compiled_once(method, quick_compiler):
+    """No graph is taken after the first round, which sees every batch size; results agree in float64."""
+    plain, fast = small().double(), small().double()
+    fast.compiled = "default"
+    (_, one), (state, other) = rounds(method, plain), rounds(method, fast)
+    first = (one(), other())
+    taken = graphs()
+    assert taken > 0
+    later = (one(), other(), one(), other())
+    assert graphs() == taken
+    for ours, theirs in ((first[1], first[0]), (later[1], later[0]), (later[3], later[2])):
+        for found, wanted in zip(ours, theirs, strict=True):
+            assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    for ours, theirs in zip(state["model"].parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
+def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compiler):
+    """It goes through the same weights, which cannot ask for any, and a checkpoint keeps them once."""
+    model = small()
+    model.compiled = "default"
+    state, work = rounds(SAU(lr=1e-2), model)
+    twin = state["frozen"].__self__
+    work()
+    assert {name for name, thing in state.items() if hasattr(thing, "state_dict")} == {"model", "reference", "descent"}
+    for name, tensor in twin.state_dict().items():
+        assert tensor.data_ptr() == state["model"].state_dict()[name].data_ptr()
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
+    assert all(parameter.requires_grad for parameter in state["model"].parameters())
+
+
+def test_a_copy_compiles_anew_and_passes_without_gradients_run_as_they_stand(quick_compiler):
+    model = small()
+    keys, (x, _) = list(model.state_dict()), batch(4)
+    model.compiled = "default"
+    with torch.no_grad():
+        model(x)
+    assert graphs() == 0
+    model(x)
+    assert graphs() == 1 and list(model.state_dict()) == keys
+    other = copy.deepcopy(model)
+    assert other.compiled == "default" and other.net._compiled_call_impl is None
+    with torch.no_grad():
+        other.net[-1].weight.zero_()
+        other.net[-1].bias.fill_(3)
+    assert torch.all(other(x) == 3) and not torch.all(model(x) == 3)
+
+
+SHORT = tuple("1" if before == "--epochs" else flag for before, flag in zip(("", *VICTIM), VICTIM, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("wish", "mode"), [("auto", None), ("off", None), ("on", "default"), ("graphs", "reduce-overhead")]
+)
+def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish, mode):
+    """On the CPU nothing is unless it is asked for, so that results do not change."""
+    modes: list[str | None] = []
+    monkeypatch.setattr(torch, "compile", lambda work, mode=None, dynamic=None: modes.append(mode) or work)
+    status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", wish)
+    assert status == 0 and ("torch.compile" in out) is (mode is not None)
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] == mode
+    assert modes == ([None, mode] if mode else [])  # the first one tries whether there is a compiler
+
+
+def test_without_a_compiler_the_network_runs_as_it_stands(here, tmp_path, monkeypatch):
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no g++ here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", "on")
+    notes = [line for line in out.splitlines() if "compiler" in line]
+    assert status == 0 and notes == ["note: no compiler works here, so the network runs as it stands: no g++ here"]
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is None
+
+
+def test_methods_that_look_into_networks_do_not_compile_them(victim, here):
+    status, out, _ = here("defense", "clp", "--result_file", str(victim), "--compile", "on")
+    assert status == 0 and "note: clp looks into its networks, so --compile on has no effect" in out
+
+
+def test_compiling_pays_where_the_run_is_long(monkeypatch):
+    """15 % of 3 passes of a million pictures at 1 ms are 450 s, of 100,000 pictures 45 s."""
+    monkeypatch.setattr(device, "seconds_per_image", lambda *args: 1e-3)
+    for pictures, pays in ((1_000_000, True), (100_000, False)):
+        assert tuning._pays(small(), FT(), (3, 32, 32), pictures, torch.device("cpu")) is pays
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
+@pytest.mark.slow
+def test_the_machines_own_compiler_is_used_once():
+    """Through torch's own compiler, if this machine has one: no graph after the first round."""
+    if tuning.no_compiler(torch.device("cpu")):
+        pytest.skip("no compiler works here")
+    torch._dynamo.reset()
+    model = small()
+    model.compiled = "default"
+    _, work = rounds(SAU(lr=1e-3), model)
+    first = work()
+    taken = graphs()
+    work()
+    assert graphs() == taken > 0
+    _, plain = rounds(SAU(lr=1e-3), small())
+    for found, wanted in zip(first, plain(), strict=True):
+        assert torch.allclose(found["loss"], wanted["loss"], atol=1e-3)
+
+
+def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
+    """Exit status 0, a network that verifies, a digest of its own; and a defense of it that is ended too."""
+    calls = iter(range(1000))
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 15)
+    status, out, _ = here("attack", "badnet", *VICTIM, "--save_folder_name", "a", "--max_minutes", "60")
+    assert status == 0 and "the time is over: ended in epoch 2 of 4, before batch 5 of 11" in out
+    folder = tmp_path / "record" / "a"
+    config = Record(folder).check()
+    assert Record(folder).summary()["ended_early"] == "epoch 2 of 4, before batch 5 of 11"
+    assert config["notes"][-1] == "ended early, epoch 2 of 4, before batch 5 of 11"
+    assert config["digest"] == schema.digest(config["identity"]) and "ended_early" in config["identity"]
+    assert [json.loads(row)["epoch"] for row in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
+    calls = iter(range(1000))
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 3)
+    flags = ("--result_file", "a", *QUICK, "--ratio", "0.5", "--batch_size", "512", "--epochs", "7")
+    assert here("defense", "ft", *flags, "--max_minutes", "60")[0] == 0
+    summary = Record(folder / "defense" / "ft").summary()
+    assert summary["ended_early"] == "round 2 of 7, before batch 2 of 2"
+    assert Verification(folder).run().status == VERIFIED
+
+
+def test_a_run_that_has_time_says_nothing(here, tmp_path):
+    assert here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
+    assert "ended_early" not in Record(tmp_path / "record" / "a").summary()
+
+
+def test_minutes_are_above_zero(refused):
+    assert "max_minutes is 0" in refused("attack", "badnet", *VICTIM, "--max_minutes", "0")
