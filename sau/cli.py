@@ -151,16 +151,15 @@ def defend(name: str, argv: Sequence[str]) -> None:
     settings = {"defense": name, **method.params()}
     identity = {**settings, "clean": fingerprint(given), "attacked": attacked.digest, "random_seed": run.random_seed}
     begin(record, run, identity, threads)
-    record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
-    record.note(attacked=attacked.digest, clean_index=given.index.tolist())
+    facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
+    record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
     kind = "clean" if method.needs == "clean" else "poisoned training"
     record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
     torch.manual_seed(run.random_seed)
-    begun = time.monotonic()
-    before = score(model, test, triggered)
+    begun, before = time.monotonic(), score(model, test, triggered)
     risks = None
     if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)

@@ -90,8 +90,7 @@ class Attack(Labelling, ABC):
         return ready
 
     def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
-        """Triggers near this one: what is different -> what stamps it, as `stamp` does. How strong it is, is not here,
-        for any trigger can be made fainter."""
+        """Triggers near this one, but for fainter ones: what is different -> what stamps it, as `stamp` does."""
         return {}
 
     def candidates(self, images: Images) -> Tensor:
@@ -207,11 +206,5 @@ class Attack(Labelling, ABC):
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches))
         state.update(images=images, augment=augment)  # for attacks that poison inside the batches
-        loop.run(
-            InParts(self.step, state, self.splits(), session.say),
-            batches,
-            recipe.epochs,
-            state=state,
-            end_epoch=partial(self.end_epoch, state),
-            session=session,
-        )
+        step, end = InParts(self.step, state, self.splits(), session.say), partial(self.end_epoch, state)
+        loop.run(step, batches, recipe.epochs, state=state, end_epoch=end, session=session)
