@@ -17,6 +17,7 @@ from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import folder
 from sau.models import Normalized
+from sau.report.names import defense_named
 from sau.risk import sample
 from sau.seeds import generator
 
@@ -86,6 +87,12 @@ class Case:
         return self.test[self.triggered.index]
 
 
+def _named(folders: Sequence[str]) -> dict[str, str]:
+    """What to call the defenses: by their method where the folder of a grid says more than that, if that is unique."""
+    short = {name: defense_named(name)[0] for name in folders}
+    return {name: one if list(short.values()).count(one) == 1 else name for name, one in short.items()}
+
+
 def open_case(
     place: Path,
     defenses: Sequence[str] = (),
@@ -120,14 +127,14 @@ def open_case(
     train, test, _ = attacked.pictures(dataset_path or attacked.dataset_path)
     attack = recall(attacked.settings, attacked.trigger) if attacked.settings else None
     models = {NONE: attacked.model()}
-    for name in defenses:
+    for subfolder, name in _named(defenses).items():
         models[name] = attacked.model()
-        victim.load_weights(models[name], folder(attacked.path / "defense", name))
+        victim.load_weights(models[name], folder(attacked.path / "defense", subfolder))
     if control is not None:
         models[CONTROL] = _clean(control, attacked, train)
-        for name in control_defenses:
+        for subfolder, name in _named(control_defenses).items():
             models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
-            victim.load_weights(models[f"{CONTROL}/{name}"], folder(control / "defense", name))
+            victim.load_weights(models[f"{CONTROL}/{name}"], folder(control / "defense", subfolder))
     networks = {}
     for name, model in models.items():
         model.amp = bool(attacked.amp) if amp is None else amp
