@@ -116,10 +116,9 @@ class SAU(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        state = {"model": model.eval(), "reference": reference, "descent": descent}
-        if getattr(model, "compiled", None):
-            state["frozen"] = frozen(model).forward  # not the network itself, so that a checkpoint keeps it once
-        return state
+        # Its function, not the network itself, so that a checkpoint keeps the weights once.
+        more = {"frozen": frozen(model).forward} if getattr(model, "compiled", None) else {}
+        return {"model": model.eval(), "reference": reference, "descent": descent, **more}
 
     def passes(self) -> float:
         return 4 * self.adv_steps + 7.0
