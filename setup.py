@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
 onnx = ["onnx>=1.17"]
+multigpu = ["lightning-fabric>=2.4"]
 
 setup(
     name="sau",
@@ -33,9 +34,11 @@ setup(
         "onnx": onnx,
         "ray": ["ray>=2.40"],
         "slurm": ["submitit>=1.5"],
+        "multigpu": multigpu,
         "test": [
             *report,
             *onnx,
+            *multigpu,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

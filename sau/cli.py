@@ -16,18 +16,19 @@ import torch
 from sau import device as machine
 from sau import own, quality, victim
 from sau.attack import ATTACKS
+from sau.attack.recipe import Recipe
 from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
+from sau.devices import place, spread
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
 from sau.holding import give_all_back
 from sau.models import build, has_width
-from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.risk import gauge
@@ -84,13 +85,13 @@ def _stop(number: int, frame: Any) -> None:
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
     started = time.monotonic()
-    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
+    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
     origin, (recipe, why) = source(dataset), request.recipe()
     run, training, method = request.settle("attack", recipe, dataset)
     if run.attack not in (None, name):
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
-    where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
+    where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
     train, test = load(dataset, run.dataset_path, run.img_size)
     notes = [note for note in [subset_note(dataset, train, test)] if note]
@@ -118,7 +119,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     watch = Watch(record, run, training.epochs, test, again, started, each)
-    method.fit(model, poisoned, training, augment=origin.augment, seed=run.random_seed, session=watch.session())
+    how = {"recipe": training, "augment": origin.augment, "seed": run.random_seed}
+    spread(run.devices, method.fit, model, poisoned, session=watch.session(), **how)
     triggered = again()
     final = watch.last or score(model, test, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
@@ -140,7 +142,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
+    where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     given, test, notes = _given(attacked, run, method)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
@@ -149,16 +151,15 @@ def defend(name: str, argv: Sequence[str]) -> None:
     settings = {"defense": name, **method.params()}
     identity = {**settings, "clean": fingerprint(given), "attacked": attacked.digest, "random_seed": run.random_seed}
     begin(record, run, identity, threads)
-    record.note(method=settings, data={"dataset": attacked.dataset}, model=attacked.network, notes=notes)
-    record.note(attacked=attacked.digest, clean_index=given.index.tolist())
+    facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
+    record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
     kind = "clean" if method.needs == "clean" else "poisoned training"
     record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
     torch.manual_seed(run.random_seed)
-    begun = time.monotonic()
-    before = score(model, test, triggered)
+    begun, before = time.monotonic(), score(model, test, triggered)
     risks = None
     if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
@@ -168,7 +169,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
     session = replace(watch.session(), judge=judge)
-    fixed = method.purify(model, given, augment=augment, seed=run.random_seed, session=session)
+    fixed = spread(run.devices, method.purify, model, given, augment=augment, seed=run.random_seed, session=session)
     after = score(fixed, test, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)

@@ -1,4 +1,7 @@
-"""What goes wrong because of the input. The command line prints these as one line and exits with status 2."""
+"""What goes wrong because of the input. Every command prints these as one line and exits with status 2."""
+
+import sys
+from collections.abc import Callable
 
 
 class SauError(ValueError):
@@ -26,3 +29,12 @@ class LockedError(RecordError):
 
 class TrainingError(SauError):
     """A run cannot go on: a loss or a weight is not finite."""
+
+
+def told(main: Callable[[], int]) -> int:
+    """What `main` returns, an exit status; a mistake that the user can mend is said on stderr, and 2 returned."""
+    try:
+        return main()
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,6 +1,7 @@
 """Every number in every table: ACC, ASR, R-ACC and DER, in percent, with counts and intervals."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,17 @@ class Score:
 
     def summary(self) -> dict[str, Any]:
         """`acc, asr, racc` as percentages, their Wilson intervals and counts; what `summary.json` stores."""
-        shares = {"acc": self.acc, "asr": self.asr, "racc": self.racc}
-        out: dict[str, Any] = {name: share.percent if share else None for name, share in shares.items()}
-        for name, share in shares.items():
-            if share:
-                out[f"{name}_interval"] = list(share.interval)
-                out[f"{name}_count"] = [share.hits, share.total]
-        return out
+        return figures({"acc": self.acc, "asr": self.asr, "racc": self.racc})
+
+
+def figures(shares: Mapping[str, Share | None]) -> dict[str, Any]:
+    """Shares by name as percentages, their Wilson intervals and counts."""
+    out: dict[str, Any] = {name: share.percent if share else None for name, share in shares.items()}
+    for name, share in shares.items():
+        if share:
+            out[f"{name}_interval"] = list(share.interval)
+            out[f"{name}_count"] = [share.hits, share.total]
+    return out
 
 
 @torch.no_grad()
@@ -99,11 +104,13 @@ def score(
         return Score(acc)
     if isinstance(triggered, Images):
         triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
-    pixels, target, truth = triggered
+    return Score(acc, *led(model, *triggered))
+
+
+def led(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Share, Share]:
+    """Where pictures, at least one, lead: shares of those answered with `target` (ASR) and with `truth` (R-ACC)."""
     answers = predict(model, pixels)
-    return Score(
-        acc, Share(int((answers == target).sum()), len(target)), Share(int((answers == truth).sum()), len(truth))
-    )
+    return Share(int((answers == target).sum()), len(target)), Share(int((answers == truth).sum()), len(truth))
 
 
 def der(before: Score, after: Score) -> float | None:

@@ -100,33 +100,38 @@ class _Few(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load(path: Path, old: bool = False) -> tuple[Any, str]:
+def content(path: Path) -> bytes:
+    """A file's bytes; RecordError if it cannot be read or is larger than `LARGEST`."""
+    try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise RecordError(f"{path} has {size:,} bytes, allowed are {LARGEST:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path} {_reason(error)}") from None
+
+
+def load(path: Path, old: bool = False, raw: bytes | None = None) -> tuple[Any, str]:
     """What a torch zip file holds, numpy's vectors as `Vector`, and the SHA-256 of the file.
 
     The archive is checked before anything in it is read: at most `LARGEST` bytes and `MEMBERS` members, none compressed
     (so the content is no larger than the file), none overlapping or twice there, every CRC-32 right. The whole file is
     in memory while it is read, beside its content. `old` lets the format of torch before 1.6 pass too, which has no
-    sums: damage to a weight in it is not noticed.
+    sums: damage to a weight in it is not noticed. `raw` is the file's content where it has been read.
 
     Raises:
         RecordError: in one line, for a file that is too large, damaged, of another format, or that asks for a function
             outside the list; nothing of it has run.
     """
+    raw = content(path) if raw is None else raw
     try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise RecordError(f"{path} has {size:,} bytes, allowed are {LARGEST:,}")
-        raw = path.read_bytes()
         if not (old and raw.startswith(LEGACY)):
             _check(raw)
         with safe_globals(ALLOWED), warnings.catch_warnings(), _Few():
             warnings.simplefilter("ignore")  # what torch warns of, like sparse tensors, is refused later
-            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except RecordError:
-        raise
+            found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise a dozen types on damaged files
         raise RecordError(f"{path} {_reason(error)}") from None
-    return content, hashlib.sha256(raw).hexdigest()
+    return found, hashlib.sha256(raw).hexdigest()
 
 
 def _check(raw: bytes) -> None:

@@ -104,9 +104,8 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
     report["sha256"], report["imports"] = hashlib.sha256(raw).hexdigest(), pickles.imports(raw)
     report["refused"] = sorted({*report["imports"]} - pickles.allowed())
     scripted = pickles.scripted(raw)
-    del raw
     try:
-        found = weights.read(path)
+        found = weights.read(path, raw)
     except RecordError as error:
         verdict, status = f"unreadable: {error}", UNREADABLE
         if scripted:

@@ -69,6 +69,7 @@ def run(
 
     Raises TrainingError, leaving the last finite checkpoint, when a reported loss is not finite.
     """
+    step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label).go()
 
 

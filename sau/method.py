@@ -16,6 +16,7 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    teamwork: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
     aliases: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
+from sau.devices import place, spread
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Score, score, table
 from sau.files import folder
@@ -130,7 +131,7 @@ def split(images: Images, share: float) -> tuple[Images, Images]:
 def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Request) -> None:
     """Purify, and report what clean pictures say before and after."""
     started = time.monotonic()
-    where, threads = machine.choose_device(run.device), machine.set_threads(run.threads)
+    where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     if method.needs == "poisoned" or method.selection == "oracle":
         raise ConfigError(f"{name} needs the attacker's pictures, which a network of your own does not come with")
     images = labelled(Path(str(own.clean_dir)), own.input_size)
@@ -154,7 +155,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     inverted = partial(_inverted, images=test, own=own, seed=run.random_seed)
     threat, patches = measured(model), inverted(model)
     watch = Watch(record, run, epochs, test, lambda: None, started, 0.0)
-    fixed = method.purify(model, given, seed=run.random_seed, session=watch.session())
+    fixed = spread(run.devices, method.purify, model, given, seed=run.random_seed, session=watch.session())
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))
     classes = images.num_classes

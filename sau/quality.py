@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sau.data.images import Images
 from sau.types import Bytes
@@ -76,3 +77,14 @@ def _ssim(clean: Bytes, triggered: Bytes) -> float | None:
     pairs = zip(clean.numpy(), triggered.numpy(), strict=True)
     values = [structural_similarity(x, g, win_size=window, channel_axis=0, data_range=255) for x, g in pairs]
     return float(sum(values) / len(values))
+
+
+def magnified(difference: Tensor, white: float = 1.0) -> tuple[Tensor, float]:
+    """|difference| times the factor that makes its largest value white, and the factor.
+
+    Args:
+        difference: of pictures, any shape; where it is less than a grey level it is taken for one.
+        white: the value of white in the pictures, 1 or 255.
+    """
+    gain = white / max(float(difference.abs().max()), white / 255)
+    return difference.abs() * gain, gain

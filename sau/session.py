@@ -5,6 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
+Step = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
 
 @runtime_checkable
 class Checkpoint(Protocol):
@@ -15,6 +19,14 @@ class Checkpoint(Protocol):
 
     def save(self, place: dict[str, Any]) -> None:
         """Keep a place, replacing the last one."""
+
+
+@runtime_checkable
+class Splitter(Protocol):
+    """The devices that share a run."""
+
+    def split(self, step: Step, state: dict[str, Any]) -> Step:
+        """`step` for a whole batch, of which this process does its part; `state` is what moves."""
 
 
 def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
@@ -54,6 +66,7 @@ class Session:
         hint: what would make the run short; printed if the forecast exceeds an hour.
         save_every: seconds between two checkpoints inside an epoch.
         judge: scores a network on the test sets, for methods that are asked to choose by them (`select="oracle"`).
+        team: splits every batch over several devices; None means that one does it all.
         limit: ends a run in time, after its last update; None means that none is set.
         stage: number of the run among those that share the checkpoint; see `at`.
     """
@@ -65,6 +78,7 @@ class Session:
     hint: str = ""
     save_every: float = 60.0
     judge: Callable[[Any], Any] | None = None
+    team: Splitter | None = None
     limit: Limit | None = None
     stage: int = 0
 

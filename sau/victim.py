@@ -13,6 +13,7 @@ from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.errors import DataError, RecordError
 from sau.models import Normalized, build
+from sau.models.polarizer import make_room
 from sau.record import Record
 
 
@@ -32,6 +33,9 @@ class Victim:
         fingerprints: of the clean training and test pictures; None if the folder does not say.
         lengths: training and test pictures that the attack saw; None means all.
         digest: tells attacks apart.
+        settings: of the attack, by name, its own name as `attack`; None if the folder does not say.
+        trigger: the tensors of what stamps further pictures; None where a formula does, or where the attack kept none.
+        amp: whether the attack's network ran in bf16; None if the folder does not say.
     """
 
     path: Path
@@ -45,6 +49,9 @@ class Victim:
     fingerprints: dict[str, str] | None
     lengths: tuple[int | None, int | None]
     digest: str
+    settings: dict[str, Any] | None = None
+    trigger: dict[str, torch.Tensor] | None = None
+    amp: bool | None = None
 
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
@@ -119,14 +126,18 @@ def _ours(record: Record, made: dict[str, Any]) -> Victim:
         fingerprints={part: made["data"][part] for part in ("train", "test")},
         lengths=(None, None),
         digest=made["digest"],
+        settings=made.get("method"),
+        trigger=record.load_tensors("trigger") if (record.path / "trigger.safetensors").is_file() else None,
+        amp=made.get("amp"),
     )
 
 
 def load_weights(model: nn.Module, place: Path) -> None:
     """Give `model` the weights of a .safetensors file or of the folder of a finished run, ours.
 
-    The names may be those of `model` or of the `net` inside it. Raises RecordError if the file is none, if the folder
-    is damaged or unfinished, and if the weights are not those of such a network.
+    The names may be those of `model` or of the `net` inside it; where NPD put a polarizer, `model` is given room for
+    it. Raises RecordError if the file is none, if the folder is damaged or unfinished, and if the weights are not those
+    of such a network.
     """
     if place.is_dir():
         record = Record(place)
@@ -136,6 +147,7 @@ def load_weights(model: nn.Module, place: Path) -> None:
         weights = Record(place.parent).load_tensors(place.stem)
     else:
         raise RecordError(f"{place} is no folder of a finished run and no .safetensors file; give one of the two")
+    make_room(model, [*weights, *(f"net.{name}" for name in weights)])
     own = model.state_dict()
     named = {f"net.{name}" if f"net.{name}" in own else name: tensor for name, tensor in weights.items()}
     _fill(model, named, place, "the network")

@@ -68,25 +68,22 @@ class Weights:
         return {name: self.tensors[prefix + name] for name in own}
 
 
-def read(path: Path) -> Weights:
+def read(path: Path, raw: bytes | None = None) -> Weights:
     """Read a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.onnx` file; its content tells the format, not its name.
 
-    Nothing in it is run. RecordError, in one line, for anything that cannot be read so.
+    Nothing in it is run. `raw` is the file's content where it has been read. RecordError, in one line, for anything
+    that cannot be read so.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(foreign.LEGACY))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from None
-    if head[8:9] == b"{":
-        return _safetensors(path)
-    if head[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
-        return _onnx(path)
-    content, digest = foreign.load(path, old=True)
+    raw = foreign.content(path) if raw is None else raw
+    if raw[8:9] == b"{":
+        return _safetensors(path, raw)
+    if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
+        return _onnx(path, raw)
+    content, digest = foreign.load(path, old=True, raw=raw)
     tensors: dict[str, Tensor] = {}
     texts: dict[str, str] = {}
     _flatten(content, "", tensors, texts, path)
-    return Weights(path, LEGACY if head == foreign.LEGACY else ZIP, digest, tensors, texts)
+    return Weights(path, LEGACY if raw.startswith(foreign.LEGACY) else ZIP, digest, tensors, texts)
 
 
 def _flatten(value: Any, place: str, tensors: dict[str, Tensor], texts: dict[str, str], path: Path) -> None:
@@ -109,10 +106,7 @@ def _plain(value: Tensor, place: str, path: Path) -> Tensor:
     return value
 
 
-def _safetensors(path: Path) -> Weights:
-    if (size := path.stat().st_size) > foreign.LARGEST:
-        raise RecordError(f"{path} has {size:,} bytes, allowed are {foreign.LARGEST:,}")
-    raw = path.read_bytes()
+def _safetensors(path: Path, raw: bytes) -> Weights:
     try:
         tensors = safetensors.torch.load(raw)
     except Exception as error:  # a header that is no UTF-8, an unknown type, an offset outside
@@ -120,14 +114,12 @@ def _safetensors(path: Path) -> Weights:
     return Weights(path, SAFE, hashlib.sha256(raw).hexdigest(), tensors, {})
 
 
-def _onnx(path: Path) -> Weights:
+def _onnx(path: Path, raw: bytes) -> Weights:
     try:
         import onnx
     except ModuleNotFoundError:
         raise RecordError(f"{path} is an ONNX file; reading those needs: pip install 'sau[onnx]'") from None
-    if (size := path.stat().st_size) > foreign.LARGEST:
-        raise RecordError(f"{path} has {size:,} bytes, allowed are {foreign.LARGEST:,}")
-    raw, tensors = path.read_bytes(), {}
+    tensors = {}
     try:
         model = onnx.load_from_string(raw)
         for tensor in model.graph.initializer:

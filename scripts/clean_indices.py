@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau import victim
 from sau.clues import reverse
-from sau.errors import ConfigError, SauError
+from sau.errors import ConfigError, told
 from sau.files import write
 
 HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
@@ -29,28 +29,24 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HOME, help="file to write [that of the library]")
     asked = parser.parse_args()
     content = json.loads(asked.out.read_text()) if asked.out.is_file() else {"passes": asked.passes, "networks": []}
-    try:
-        if content["passes"] != asked.passes:
-            raise ConfigError(
-                f"{asked.out} was made with {content['passes']} passes; ask for as many or name another --out"
-            )
-        for path in asked.records:
-            clean = victim.load(path)
-            if clean.triggered is not None:
-                raise ConfigError(f"{path} has a trigger; wanted are records of attack/prototype.py")
-            if clean.digest in {network["digest"] for network in content["networks"]}:
-                continue
-            test = clean.pictures(asked.dataset_path or clean.dataset_path)[1]
-            found = reverse(clean.model(), test, asked.passes)
-            about = {"dataset": clean.dataset, "width": clean.network["width"], "digest": clean.digest}
-            content["networks"].append({**about, "class": found.label, "index": round(found.index, 3)})
-            write(asked.out, (json.dumps(content, indent=1) + "\n").encode())
-            print(f"{path}: class {found.label}, index {found.index:.2f}", flush=True)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if content["passes"] != asked.passes:
+        raise ConfigError(
+            f"{asked.out} was made with {content['passes']} passes; ask for as many or name another --out"
+        )
+    for path in asked.records:
+        clean = victim.load(path)
+        if clean.triggered is not None:
+            raise ConfigError(f"{path} has a trigger; wanted are records of attack/prototype.py")
+        if clean.digest in {network["digest"] for network in content["networks"]}:
+            continue
+        test = clean.pictures(asked.dataset_path or clean.dataset_path)[1]
+        found = reverse(clean.model(), test, asked.passes)
+        about = {"dataset": clean.dataset, "width": clean.network["width"], "digest": clean.digest}
+        content["networks"].append({**about, "class": found.label, "index": round(found.index, 3)})
+        write(asked.out, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"{path}: class {found.label}, index {found.index:.2f}", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

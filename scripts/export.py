@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from sau.data.images import Images
-from sau.errors import SauError
+from sau.errors import told
 from sau.export import pictures, save_png, whole, write
 from sau.files import folder
 from sau.record import Record
@@ -58,21 +58,17 @@ def main() -> int:
     parser.add_argument("--dataset_path", help="folder of the data sets [where the attack had them]")
     parser.add_argument("--name_there", help="backdoorbench: name below its `record` folder [the last part of --out]")
     asked = parser.parse_args()
-    try:
-        record, target = Record(folder(asked.record_root, asked.name)), Path(asked.out).absolute()
-        record.check()
-        if asked.format == "backdoorbench":
-            write(record, target, asked.name_there or target.name, asked.dataset_path)
-        else:
-            train, poisoned, triggered, _ = pictures(record, asked.dataset_path)
-            parts = {"train": train.updated(poisoned), "test_triggered": triggered}
-            (export_png if asked.format == "png" else export_npz)(parts, target)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    record, target = Record(folder(asked.record_root, asked.name)), Path(asked.out).absolute()
+    record.check()
+    if asked.format == "backdoorbench":
+        write(record, target, asked.name_there or target.name, asked.dataset_path)
+    else:
+        train, poisoned, triggered, _ = pictures(record, asked.dataset_path)
+        parts = {"train": train.updated(poisoned), "test_triggered": triggered}
+        (export_png if asked.format == "png" else export_npz)(parts, target)
     print(target)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 
 from sau import victim
-from sau.errors import RecordError, SauError
+from sau.errors import RecordError, told
 from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.files import folder
 from sau.record import Record
@@ -42,11 +42,7 @@ def main() -> int:
     parser.add_argument("--eps", type=float, default=0.2, help="radius of the L-infinity ball of the examples [0.2]")
     parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="how the features are drawn [tsne]")
     asked = parser.parse_args()
-    try:
-        draw(asked)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw(asked)
     return 0
 
 
@@ -85,4 +81,4 @@ def _tell(paths: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -34,7 +34,7 @@ from sau import quality
 from sau.attack import ATTACKS, Attack
 from sau.data.images import Images
 from sau.data.sources import load
-from sau.errors import SauError
+from sau.errors import SauError, told
 from sau.files import write
 from sau.models import build
 from sau.optim import Training
@@ -104,11 +104,10 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     return Line(attack, before[chosen], triggered.pixels[chosen], found, note)
 
 
-def magnified(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
+def difference(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
     """Absolute differences scaled so that the largest is white, and the scale."""
-    change = (after.int() - before.int()).abs()
-    gain = 255 / max(1, int(change.max()))
-    return (change * gain).clamp(0, 255).to(torch.uint8), gain
+    change, gain = quality.magnified(after.float() - before.float(), 255.0)
+    return change.clamp(0, 255).to(torch.uint8), gain
 
 
 def figures(found: dict[str, Any]) -> str:
@@ -132,8 +131,8 @@ def draw(lines: list[Line], columns: int) -> bytes:
         if shown.before is None or shown.after is None or shown.found is None:
             say(0, f"no trained trigger here; make one with: {shown.note}", fontsize=8)
             continue
-        difference, gain = magnified(shown.before, shown.after)
-        for block, pictures in enumerate((shown.before, shown.after, difference)):
+        change, gain = difference(shown.before, shown.after)
+        for block, pictures in enumerate((shown.before, shown.after, change)):
             for axis, pixels in zip(row[block * columns :], pictures, strict=False):
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
         say(1.1, f"{figures(shown.found)}\n(x{gain:.0f})", row[-1], fontsize=7)
@@ -163,7 +162,7 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
             how = f"no trained trigger here; <code>{html.escape(shown.note)}</code>"
             rows.append(f"<tr>{name}<td colspan=4>{how}</td></tr>")
             continue
-        blocks = (shown.before, shown.after, magnified(shown.before, shown.after)[0])
+        blocks = (shown.before, shown.after, difference(shown.before, shown.after)[0])
         cells = "".join(f"<td>{''.join(map(picture, block))}</td>" for block in blocks)
         text = html.escape(figures(shown.found)).replace("\n", "<br>")
         rows.append(f"<tr>{name}{cells}<td class=n>{text}</td></tr>")
@@ -180,7 +179,8 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
+    """Write the gallery; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--dataset_path", default="./data")
@@ -201,11 +201,8 @@ def main() -> None:
     table = {shown.attack.name: shown.found for shown in lines if shown.found is not None}
     write(out / f"{asked.dataset}.json", (json.dumps(table, indent=2) + "\n").encode())
     print(f"{out / asked.dataset}.html, .png and .json")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(told(main))

@@ -10,11 +10,12 @@ purified network, with Newcombe's 95 % interval (from two Wilson intervals; wide
 import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import RecordError, SauError
+from sau.errors import RecordError, told
 from sau.record import METRICS, Record
 from sau.report import parse
 
@@ -48,21 +49,17 @@ def main(paths: list[str]) -> int:
     if not paths or paths[0].startswith("-"):
         print(__doc__)
         return 0 if paths[:1] in (["--help"], ["-h"]) else 2
-    try:
-        lines = []
-        for path in paths:
-            if not Path(path).is_dir():
-                raise RecordError(f"there is no folder {path}; give result folders of attacks")
-            for manifest in sorted(Path(path).glob("defense/*/manifest.json")):
-                record = Record(manifest.parent)
-                record.check()
-                if "r_bd" in record.summary().get("risk", {}).get("after", {}):
-                    lines.append(line(record))
-        if not lines:
-            raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    lines = []
+    for path in paths:
+        if not Path(path).is_dir():
+            raise RecordError(f"there is no folder {path}; give result folders of attacks")
+        for manifest in sorted(Path(path).glob("defense/*/manifest.json")):
+            record = Record(manifest.parent)
+            record.check()
+            if "r_bd" in record.summary().get("risk", {}).get("after", {}):
+                lines.append(line(record))
+    if not lines:
+        raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")
     heads = [f"{gap}{part}" for gap in GAPS.values() for part in (", mean of rounds", ", purified")]
     print(f"| attack | defense | rounds | R_bd % | {' | '.join(heads)} |")
     print("|---|---|---|---|" + "---|" * len(heads))
@@ -71,4 +68,4 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(told(partial(main, sys.argv[1:])))

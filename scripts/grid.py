@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import SauError
+from sau.errors import told
 from sau.grid.engines import Engine, Local
 from sau.grid.forecast import Forecast, duration, status, totals
 from sau.grid.plan import Cell, cells, select
@@ -148,12 +148,8 @@ def main() -> int:
     """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped."""
     look = sys.argv[1:2] == ["status"]
     asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
-    try:
-        return run(asked, look)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(asked, look)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import SauError
+from sau.errors import told
 from sau.inspection import HARMLESS, inspect, text
 
 
@@ -26,11 +26,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, help="write its tensors to this new file as safetensors, if it is harmless")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     asked = parser.parse_args()
-    try:
-        report = inspect(asked.file, asked.to)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = inspect(asked.file, asked.to)
     print(json.dumps(report, indent=2) if asked.json else text(report))
     if asked.to is not None and report["status"] != HARMLESS:
         print(f"error: {asked.to} was not written, see the verdict", file=sys.stderr)
@@ -39,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau import victim
-from sau.errors import SauError
+from sau.errors import told
 from sau.risk import gauge
 from sau.witness import Search
 
@@ -35,25 +35,21 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=250, help="test pictures [250]")
     parser.add_argument("--steps", type=int, default=10, help="gradient steps of each search, from one place [10]")
     asked = parser.parse_args()
-    try:
-        attacked = victim.load(asked.record)
-        _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
-        reference = attacked.model()
-        print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")
-        for name in [None, *asked.defenses]:
-            model = attacked.model()
-            if name is not None:
-                victim.load_weights(model, asked.record / "defense" / name)
-            for eps in asked.radii:
-                search = Search(eps=eps, steps=asked.steps, restarts=1)
-                row = gauge(reference, test, attacked.triggered, asked.samples, search, 0)(model).row()
-                cells = [f"{row[column]:.1f}" if column in row else "-" for column in COLUMNS]
-                print(f"| {name or 'attacked'} | {eps:g} | {' | '.join(cells)} |", flush=True)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    attacked = victim.load(asked.record)
+    _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
+    reference = attacked.model()
+    print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")
+    for name in [None, *asked.defenses]:
+        model = attacked.model()
+        if name is not None:
+            victim.load_weights(model, asked.record / "defense" / name)
+        for eps in asked.radii:
+            search = Search(eps=eps, steps=asked.steps, restarts=1)
+            row = gauge(reference, test, attacked.triggered, asked.samples, search, 0)(model).row()
+            cells = [f"{row[column]:.1f}" if column in row else "-" for column in COLUMNS]
+            print(f"| {name or 'attacked'} | {eps:g} | {' | '.join(cells)} |", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import SauError
+from sau.errors import told
 from sau.files import write
 from sau.report.exports import as_csv, as_json, as_latex
 from sau.report.page import build
@@ -29,20 +29,16 @@ def main() -> int:
     parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean pictures [where the runs had them]")
     asked = parser.parse_args()
-    try:
-        page, sections = build(asked.root, asked.dataset, asked.dataset_path)
-        made = {asked.out: page}
-        for path, text in ((asked.csv, as_csv), (asked.latex, as_latex), (asked.json, as_json)):
-            if path is not None:
-                made[path] = text(sections)
-        for path, content in made.items():
-            write(path, content.encode(errors="backslashreplace"))
-            print(f"{path}: {path.stat().st_size:,} bytes")
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    page, sections = build(asked.root, asked.dataset, asked.dataset_path)
+    made = {asked.out: page}
+    for path, text in ((asked.csv, as_csv), (asked.latex, as_latex), (asked.json, as_json)):
+        if path is not None:
+            made[path] = text(sections)
+    for path, content in made.items():
+        write(path, content.encode(errors="backslashreplace"))
+        print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import SauError
+from sau.errors import told
 from sau.report.read import NONE, read
 from sau.report.spread import spread
 from sau.report.table import Cell, sections
@@ -35,11 +35,7 @@ def main() -> int:
     """Print a table for each data set and network; exit status 2 for a user's mistake."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    try:
-        found = sections(read(Path(sys.argv[1]))[0])
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = sections(read(Path(sys.argv[1]))[0])
     for section in found:
         cells = sorted(
             section.cells, key=lambda cell: (cell.attack, cell.attack_variant, cell.defense != NONE, cell.defense)
@@ -51,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -1,7 +1,7 @@
 """The comparison of a folder of results as Markdown: attacks against defenses, means beside the published ones, and one
 defense against each rival.
 
-    python scripts/table.py RECORDS [--against sau] [--dataset cifar10]
+    python scripts/table.py RECORDS [--against sau] [--dataset cifar10] [--into PAGE.md]
 
 DER is that of the paper, 100 for a defense that loses no ACC and leaves no ASR, 50 for one that does nothing.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import SauError
+from sau.errors import ConfigError, told
 from sau.report.paired import duels
 from sau.report.published import mean, published
 from sau.report.read import NONE, read
@@ -20,6 +20,7 @@ from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
 
 FIGURES = ("acc", "asr", "der")
+MARK, END = "<!-- table -->\n", "<!-- /table -->\n"
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
@@ -92,27 +93,38 @@ def against(section: Section, champion: str) -> str:
     return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"
 
 
+def shown(section: Section, champion: str, titled: bool) -> str:
+    """The tables of a section, each with a line that says what it is."""
+    title = f"## {section.title}\n\n" if titled else ""
+    return (
+        f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger:\n\n"
+        f"{overview(section)}\n"
+        f"{champion} - rival, in points with the 95 % interval over attacked networks (attack and seed):\n\n"
+        f"{against(section, champion)}"
+    )
+
+
 def main() -> int:
     """Print the tables; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the result folders")
     parser.add_argument("--against", default="sau", help="the defense that is compared with each other one [sau]")
     parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
+    parser.add_argument(
+        "--into", type=Path, help="page whose part between <!-- table --> marks this becomes [print it]"
+    )
     asked = parser.parse_args()
-    try:
-        found = sections(read(asked.root)[0], asked.dataset)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for section in found:
-        if len(found) > 1:
-            print(f"## {section.title}\n")
-        print("ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger:\n")
-        print(overview(section))
-        print(f"{asked.against} - rival, in points with the 95 % interval over attacked networks (attack and seed):\n")
-        print(against(section, asked.against))
+    found = sections(read(asked.root)[0], asked.dataset)
+    text = "\n".join(shown(section, asked.against, len(found) > 1) for section in found)
+    if asked.into is None:
+        print(text)
+        return 0
+    head, mark, rest = asked.into.read_text().partition(MARK)
+    if END not in rest:
+        raise ConfigError(f"{asked.into} has no {MARK.strip()} with a {END.strip()} after it")
+    asked.into.write_text(f"{head}{mark}\n{text}\n{END}{rest.partition(END)[2]}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.device import choose_device, set_threads
-from sau.errors import SauError
+from sau.errors import told
 from sau.files import folder
 from sau.verification import BROKEN, PARTLY, VERIFIED, Verification
 
@@ -32,21 +32,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
     asked = parser.parse_args()
     states = []
-    try:
-        set_threads(asked.threads)
-        where = choose_device(asked.device)
-        for name in asked.record:
-            path = Path(name) if Path(name).is_dir() else folder(asked.record_root, name)
-            found = Verification(path, asked.dataset_path, where).run()
-            for finding in found.findings:
-                print(f"{finding.state:12}{finding.what}: {finding.text}")
-            print(f"{path}: {WORDS[found.status]}", flush=True)
-            states.append(found.status)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    set_threads(asked.threads)
+    where = choose_device(asked.device)
+    for name in asked.record:
+        path = Path(name) if Path(name).is_dir() else folder(asked.record_root, name)
+        found = Verification(path, asked.dataset_path, where).run()
+        for finding in found.findings:
+            print(f"{finding.state:12}{finding.what}: {finding.text}")
+        print(f"{path}: {WORDS[found.status]}", flush=True)
+        states.append(found.status)
     return BROKEN if BROKEN in states else max(states)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -88,6 +88,25 @@ def refused(here: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
 
 
 @pytest.fixture
+def script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`script("grid.py", *flags)` runs a script of the repository in this process: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def run(name: str, *flags: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(REPOSITORY / "scripts" / name), run_name="__main__")
+        assert isinstance(left.value.code, int), left.value.code
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def one_line() -> Callable[[BaseException], str]:
     """Asserts that an exception is a user's mistake said in one line, and returns the line."""
 
@@ -122,18 +141,3 @@ def real_data() -> Path:
     if "SAU_DATA" not in os.environ:
         pytest.skip("SAU_DATA is not set; let it name a folder that holds cifar-10-batches-py")
     return Path(os.environ["SAU_DATA"]).resolve()
-
-
-@pytest.fixture
-def script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs a script in this process: (status, stdout, stderr)."""
-
-    def run(name: str, *argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *argv])
-        monkeypatch.setattr(sys, "path", sys.path[:])
-        main = runpy.run_path(str(REPOSITORY / "scripts" / name))["main"]
-        capsys.readouterr()
-        status = main()
-        return (status, *capsys.readouterr())
-
-    return run

@@ -1,7 +1,6 @@
 """BackdoorBench's folders: reading theirs, writing ours, and files that are broken or hostile."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -721,21 +720,6 @@ def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch,
 # scripts/export.py
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """`script(*flags)` runs it in this process: (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("export_script", REPOSITORY / "scripts" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export.py", *flags])
-        capsys.readouterr()
-        return module.main(), *capsys.readouterr()
-
-    return run
-
-
 def flags(tmp_path: Path, kind: str, out: str = "out") -> tuple[str, ...]:
     return ("ours", "--format", kind, "--out", str(tmp_path / out), "--record_root", str(tmp_path / "record"))
 
@@ -752,7 +736,7 @@ def wanted(make, tiny):
 
 
 def test_npz_is_read_back_equal(wanted, script, tmp_path):
-    assert script(*flags(tmp_path, "npz"))[0] == 0
+    assert script("export.py", *flags(tmp_path, "npz"))[0] == 0
     for part, images in wanted.items():
         with np.load(tmp_path / "out" / f"{part}.npz", allow_pickle=False) as arrays:
             assert set(arrays) == {"pixels", "labels", "true_labels", "role", "index"}
@@ -760,7 +744,7 @@ def test_npz_is_read_back_equal(wanted, script, tmp_path):
 
 
 def test_png_folders_are_read_back_equal(wanted, script, tmp_path):
-    assert script(*flags(tmp_path, "png"))[0] == 0
+    assert script("export.py", *flags(tmp_path, "png"))[0] == 0
     with (tmp_path / "out" / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len({row["file"] for row in rows}) == sum(map(len, wanted.values()))
@@ -781,7 +765,7 @@ def export_columns(images: Images) -> list[list[int]]:
 
 
 def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
-    status, out, _ = script(*flags(tmp_path, "backdoorbench", "bench/record/victim"))
+    status, out, _ = script("export.py", *flags(tmp_path, "backdoorbench", "bench/record/victim"))
     assert status == 0 and out.strip() == str(tmp_path / "bench" / "record" / "victim")
     found = compat.read(tmp_path / "bench" / "record" / "victim")
     assert same(found.triggered, wanted["test_triggered"])
@@ -797,7 +781,7 @@ def test_mistakes_on_the_command_line(script, finished, tmp_path):
         ("victim", "npz", ".", "exists"),
     ):
         argv = (name, "--format", kind, "--out", str(tmp_path / out), "--record_root", str(finished / "record"))
-        status, _, err = script(*argv)
+        status, _, err = script("export.py", *argv)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
     assert not (tmp_path / "out").exists()
 

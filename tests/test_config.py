@@ -419,9 +419,10 @@ def test_recipe_and_data_set_choose_the_shipped_settings():
 
 
 def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
-    """1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round."""
+    """1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round; the rate is the one at the start."""
     cpu, paper = asked([], recipe="cpu")[1], asked([], recipe="paper")[1]
     assert cpu.lr * cpu.epochs == pytest.approx(paper.lr * paper.epochs) and cpu.epochs < paper.epochs
+    assert (cpu.lr_scheduler, paper.lr_scheduler) == ("CosineAnnealingLR", "constant")
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("dataset", "digits"), ("model", "preactresnet18")])

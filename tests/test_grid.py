@@ -1,7 +1,6 @@
 """The plan of a grid, its order and its books; nothing is trained here but in one pair of cells."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -605,26 +604,11 @@ def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path,
         assert outcome == Outcome("failed", reason, again)
 
 
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """`script(*flags)` runs scripts/grid.py in this process: (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("grid_script", REPOSITORY / "scripts" / "grid.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grid.py", *flags])
-        status = module.main()
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def test_a_dry_run_changes_nothing(planned, script, tmp_path):
     planned()
-    status, out, _ = script("grid.yaml", "--dry_run", "--only", "badnet*", "--cores", "1", "--memory_gb", "3")
+    status, out, _ = script(
+        "grid.py", "grid.yaml", "--dry_run", "--only", "badnet*", "--cores", "1", "--memory_gb", "3"
+    )
     assert status == 0 and "would run badnet_r0.1_s0\nwould run badnet_r0.1_s0/defense/ft_c0.1" in out
     assert out.splitlines()[-1].startswith("3 cells, 1 at a time: time unknown")
     assert [file.name for file in tmp_path.iterdir()] == ["grid.yaml"]
@@ -634,15 +618,18 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
     every, store = planned(), Store(tmp_path / "record" / "grid")
     for cell in every:
         finish(store, cell)
-    assert script("status", "grid.yaml") == (0, "6 cells: 6 finished\n", "")
-    assert script("grid.yaml", "--publish", "kept", "--only", "clp")[:2] == (0, "4 summaries of 4 cells are in kept\n")
-    status, out, _ = script("grid.yaml")
+    assert script("grid.py", "status", "grid.yaml") == (0, "6 cells: 6 finished\n", "")
+    assert script("grid.py", "grid.yaml", "--publish", "kept", "--only", "clp")[:2] == (
+        0,
+        "4 summaries of 4 cells are in kept\n",
+    )
+    status, out, _ = script("grid.py", "grid.yaml")
     assert status == 0 and "6 cells, 0 to run" in out
-    status, out, _ = script("status", "grid.yaml", "--record_root", "new", "--published", "kept")
+    status, out, _ = script("grid.py", "status", "grid.yaml", "--record_root", "new", "--published", "kept")
     assert status == 0 and out.startswith("6 cells: 4 published, 2 waiting")
     store.fail(every[0], "why", 1)
     (store.folder(every[0]) / "manifest.json").unlink()
-    status, out, _ = script("grid.yaml")
+    status, out, _ = script("grid.py", "grid.yaml")
     assert status == 1 and f"failed  {every[0].label}: why" in out
 
 
@@ -658,7 +645,7 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
 )
 def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
     planned()
-    status, _, err = script(*flags)
+    status, _, err = script("grid.py", *flags)
     assert status == 2 and words in the_error(err)
 
 
@@ -670,7 +657,7 @@ def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, 
         .replace("  ft: {epochs: 1}\n", "")
     )
     every = planned(text)
-    status, out, err = script("grid.yaml", "--record_root", "grid")
+    status, out, err = script("grid.py", "grid.yaml", "--record_root", "grid")
     assert status == 0 and "2 cells: 2 finished" in out and "[2/2] done" in out, out + err
     assert needed(every, Store(tmp_path / "grid"), retry_failed=False) == []
     attack = ("--dataset", "digits", "--pratio", "0.1", "--width", "2", "--epochs", "1", *QUICK)

@@ -1,6 +1,5 @@
 """Files of other people's networks: what is in them, hostile ones, six honest layouts, and the way to safetensors."""
 
-import importlib.util
 import json
 import os
 import struct
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from hostile import HERE, deflated, hostile, in_zip, saved, text, watched
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
-from toys import REPOSITORY, environment
+from toys import REPOSITORY, environment, the_error
 
 from sau import inspection, pickles, weights
 from sau.errors import RecordError
@@ -236,6 +235,17 @@ def test_nothing_runs_by_the_audit_hook_and_the_canary(places):
     assert not (paths[0].parent / HERE).exists()
 
 
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_what_is_judged_is_what_is_read(name, tmp_path, monkeypatch):
+    """Once: a file that changes in between cannot show one content to the checks and another one to the reader."""
+    path, opened = tmp_path / name, []
+    path.write_bytes(saved(small()) if name == "net.pt" else save(small()))
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self) or read_bytes(self))
+    report, found, _ = look(path)
+    assert opened == [path] and found is not None and report["status"] == HARMLESS and report["sha256"] == found.digest
+
+
 def test_names_that_are_put_together_are_not_harmless():
     def zipped(code: bytes) -> list[str]:
         return pickles.imports(in_zip(code))
@@ -302,14 +312,6 @@ for path in map(Path, {paths!r}):
 # The process of its own, and the script
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("inspect_script", REPOSITORY / "scripts" / "inspect_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_conversion_from_the_command_line(tmp_path):
     own = small()
     path = stored(tmp_path, lightning(own), "their.ckpt")
@@ -321,29 +323,27 @@ def test_conversion_from_the_command_line(tmp_path):
     assert os.stat(tmp_path / "out.safetensors").st_mode & 0o777 == 0o644
 
 
-def test_mistakes_and_verdicts_on_the_command_line(script, places, tmp_path, monkeypatch, capsys):
+def test_verdicts_on_the_command_line(script, places, tmp_path, monkeypatch):
     made: dict[Path, inspection.Report] = {}
 
     def here(path: Path, to: Path | None) -> inspection.Report:  # the process is tried above and below
         made[path], _, _ = look(path)
         return made[path]
 
-    monkeypatch.setattr(script, "inspect", here)
+    monkeypatch.setattr(inspection, "inspect", here)
     honest, evil = stored(tmp_path, {"x": torch.zeros(2)}), places["os.system"][0]
     for path, status in ((honest, HARMLESS), (evil, SUSPICIOUS), (stored(tmp_path, b"text", "y"), UNREADABLE)):
-        monkeypatch.setattr(sys, "argv", ["x", str(path), "--json"])
-        assert script.main() == status and json.loads(capsys.readouterr().out) == made[path]
-    monkeypatch.setattr(sys, "argv", ["x", str(evil), "--to", str(tmp_path / "new")])
-    assert script.main() == SUSPICIOUS and "was not written" in capsys.readouterr().err
+        found, out, _ = script("inspect_checkpoint.py", str(path), "--json")
+        assert found == status and json.loads(out) == made[path]
+    found, _, err = script("inspect_checkpoint.py", str(evil), "--to", str(tmp_path / "new"))
+    assert found == SUSPICIOUS and "was not written" in err
 
 
-def test_mistakes_in_the_command(script, tmp_path, monkeypatch, capsys):
+def test_mistakes_in_the_command(script, tmp_path):
     honest = stored(tmp_path, {"x": torch.zeros(2)})
     for argv, word in (([str(tmp_path / "none")], "no file"), ([str(honest), "--to", str(honest)], "exists")):
-        monkeypatch.setattr(sys, "argv", ["x", *argv])
-        assert script.main() == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+        status, _, err = script("inspect_checkpoint.py", *argv)
+        assert status == 2 and word in the_error(err)
 
 
 def test_a_process_that_takes_too_long_is_stopped(tmp_path, monkeypatch):

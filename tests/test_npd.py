@@ -13,10 +13,11 @@ from torch import nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import NPD
-from sau.defense.npd import held_losses, insert, restore
+from sau.defense.npd import held_losses
 from sau.errors import ConfigError
 from sau.evaluate import der, score
 from sau.models import Normalized, build
+from sau.models.polarizer import insert, restore
 from sau.session import Session
 
 SMALL = {"epochs": 2, "warm_epochs": 2, "batch_size": 8, "target_layer_name": "features.3"}

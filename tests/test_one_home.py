@@ -62,7 +62,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
-    "the screen": (calling("print"), {"cli.py", "record.py", "grid/work.py"} | below("data")),
+    "the screen": (calling("print"), {"cli.py", "errors.py", "record.py", "grid/work.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
         {"cli.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),

@@ -7,6 +7,7 @@ import pytest
 from synthetic import attack, defense
 from toys import REPOSITORY
 
+from sau.errors import ConfigError
 from sau.report.page import build
 from sau.report.paired import duels
 from sau.report.read import read
@@ -65,6 +66,27 @@ def test_the_script_and_the_page_show_them(root, script):
     assert "anp (oracle)" in out and "| sau | 88.5 / 2.0 (2) | 88.0 / 2.0 |" in out
     page, _ = build(root)
     assert "SAU against each rival" in page and "+39.00 ± 12.71" in page
+
+
+def test_a_page_gets_the_tables_between_its_marks(root, tmp_path, script):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
+    assert script("table.py", str(root), "--into", str(page))[0] == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table -->\n\nACC") and text.endswith("\n<!-- /table -->\nafter\n")
+    assert "old" not in text and "| ft | 2 |" in text
+    page.write_text("nothing\n")
+    with pytest.raises(ConfigError, match="has no <!-- table -->"):
+        script("table.py", str(root), "--into", str(page))
+
+
+def test_the_page_of_the_kept_table_says_what_the_kept_table_says(tmp_path, script):
+    page = REPOSITORY / "docs" / "results" / "table1_cpu.md"
+    copy = shutil.copy(page, tmp_path)
+    script("table.py", str(page.with_suffix("")), "--dataset", "cifar10", "--into", str(copy))
+    assert Path(copy).read_text() == page.read_text()
+    cells = len(list(page.with_suffix("").rglob("summary.json")))
+    assert f" {cells} of 284 " in page.read_text()
 
 
 def test_the_kept_table_has_rivals():

@@ -79,3 +79,12 @@ def test_pictures_are_compared_with_those_they_were_made_from():
     found = quality.of_attack(images, triggered)
     assert found["psnr"] > 18 and found["linf"] > 0.2 and found["in_ball"] < 50  # a white square is a large change
     assert quality.of_attack(images, triggered[triggered.index < 0]) is None
+
+
+def test_the_largest_difference_is_white_and_none_is_black():
+    difference = torch.tensor([0.1, -0.25, 0.0])
+    for white in (1.0, 255.0):
+        shown, gain = quality.magnified(white * difference, white)
+        assert gain == pytest.approx(4) and shown.tolist() == pytest.approx([0.4 * white, white, 0])
+        shown, gain = quality.magnified(torch.zeros(2), white)
+        assert gain == pytest.approx(255) and shown.tolist() == [0, 0]

@@ -277,9 +277,8 @@ def test_pictures_of_a_real_record(finished, tmp_path):
     assert "triggered.safetensors is missing or damaged" in page and "data:image/png" not in page
 
 
-def test_the_command_writes_what_is_asked_for(tmp_path, monkeypatch, script):
+def test_the_command_writes_what_is_asked_for(tmp_path, script):
     defense(attack(tmp_path / "record"), "sau")
-    monkeypatch.chdir(tmp_path)
     status, out, err = script("report.py", "record", "--csv", "t.csv", "--latex", "t.tex", "--json", "t.json")
     assert status == 0 and err == ""
     files = ["report.html", "t.csv", "t.tex", "t.json"]
@@ -287,9 +286,8 @@ def test_the_command_writes_what_is_asked_for(tmp_path, monkeypatch, script):
     assert all("badnet" in (tmp_path / name).read_text() for name in files)
 
 
-def test_the_command_refuses_a_folder_without_results(tmp_path, monkeypatch, script):
+def test_the_command_refuses_a_folder_without_results(tmp_path, script):
     (tmp_path / "empty" / "notes").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
     for root, text in (("none", "there is no folder none"), ("empty", "empty holds no result folders")):
         status, _, err = script("report.py", root)
         assert status == 2 and text in the_error(err)

@@ -1,9 +1,7 @@
 """Records that say the truth, and every way not to, with all sums made right again."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from toys import QUICK, REPOSITORY
+from toys import QUICK
 
 from sau import schema
 from sau.cli import defend
@@ -193,18 +191,12 @@ def test_what_is_no_attack_is_refused(what, defended, tmp_path, one_line):
     assert str(place) in one_line(refusal.value)
 
 
-def test_the_script(defended, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("verify_script", REPOSITORY / "scripts" / "verify.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.chdir(tmp_path)
+def test_the_script(defended, script):
     root = ("--record_root", str(defended.parent), "--threads", "1", "--device", "cpu")
     for argv, status, word in (
         (["victim", *root], VERIFIED, "victim: verified"),
         (["../victim", *root], 2, "folder name"),
         (["victim", "--threads", "-1"], 2, "threads"),
     ):
-        monkeypatch.setattr(sys, "argv", ["verify.py", *argv])
-        assert script.main() == status
-        out, err = capsys.readouterr()
-        assert word in (err if status == 2 else out.splitlines()[-1])
+        found, out, err = script("verify.py", *argv)
+        assert found == status and word in (err if status == 2 else out.splitlines()[-1])

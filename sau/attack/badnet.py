@@ -1,10 +1,12 @@
 """BadNets: a small patch in a corner (Gu, Dolan-Gavitt, Garg, "BadNets", 2017)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -27,8 +29,21 @@ class BadNet(Attack):
     patch_mask_path: str | None = None
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        patch = _patch(self.patch_mask_path, x.shape[-2], x.shape[-1]).to(x)
-        return torch.where(patch > 0, patch, x)
+        return _put(_patch(self.patch_mask_path, x.shape[-2], x.shape[-1]), x)
+
+    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
+        """The patch moved towards the top left, and in other sizes with its bottom right corner where it was."""
+        places = {f"moved {n} px": partial(torch.roll, shifts=(-n, -n), dims=(-2, -1)) for n in (1, 2, 4, 8, 16)}
+        sizes = {f"size {n}/3": partial(_sized, thirds=n) for n in (1, 2, 4, 5)}
+        return {name: partial(self._changed, change) for name, change in {**places, **sizes}.items()}
+
+    def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
+        return _put(change(_patch(self.patch_mask_path, x.shape[-2], x.shape[-1])), x)
+
+
+def _put(patch: Tensor, x: Pixels) -> Pixels:
+    patch = patch.to(x)
+    return torch.where(patch > 0, patch, x)
 
 
 @cache
@@ -41,3 +56,20 @@ def _white_corner() -> Image.Image:
     picture = Image.new("RGB", (32, 32))
     ImageDraw.Draw(picture).rectangle((29, 29, 31, 31), fill="white")
     return picture
+
+
+def _sized(patch: Tensor, thirds: int) -> Tensor:
+    if not (patch > 0).any():
+        return patch
+    (top, bottom), (left, right) = (
+        (int(where[0]), int(where[-1]) + 1) for where in (patch.amax((0, n)).nonzero()[:, 0] for n in (2, 1))
+    )
+    box = patch[:, top:bottom, left:right]
+    height, width = min(bottom, _third(bottom - top, thirds)), min(right, _third(right - left, thirds))
+    changed = torch.zeros_like(patch)
+    changed[:, bottom - height : bottom, right - width : right] = F.interpolate(box[None], (height, width))[0]
+    return changed
+
+
+def _third(side: int, thirds: int) -> int:
+    return max(1, round(side * thirds / 3))

@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, final
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.labelling import Labelling
 from sau.attack.making import Making
+from sau.attack.recipe import Recipe
 from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
+from sau.data.images import BACKDOOR, Batches, Images, quantise, shrunk, to_float
 from sau.errors import ConfigError
 from sau.optim import Training
 from sau.parts import InParts
@@ -32,6 +34,7 @@ class Attack(Labelling, ABC):
         pratio: poisoned share of the whole training set, 0 to 1.
     """
 
+    teamwork: ClassVar[bool] = True
     in_batch: ClassVar[bool] = False  # poisons inside the training batches, so `poison_train` changes nothing
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
@@ -86,6 +89,10 @@ class Attack(Labelling, ABC):
         ready = copy.copy(self)
         object.__setattr__(ready, "trigger", trigger)
         return ready
+
+    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
+        """Triggers near this one, but for fainter ones: what is different -> what stamps it, as `stamp` does."""
+        return {}
 
     def candidates(self, images: Images) -> Tensor:
         """Indices of the pictures that may be poisoned: all of them, the target class included."""
@@ -188,10 +195,26 @@ class Attack(Labelling, ABC):
             session: progress and checkpoints.
         """
         first = self.augmentation(augment)
-        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
+        sides = self._sides(model, images, recipe)
+        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
         with seeded(seed):
             self.train(model.train(), images, batches, recipe, augment, session or Session())
         return model.eval()
+
+    def _sides(self, model: nn.Module, images: Images, recipe: Training) -> tuple[float, ...]:
+        """The sizes of the pictures by epoch; ConfigError if the attack or the network needs them as they are."""
+        sides = recipe.sides if isinstance(recipe, Recipe) else ()
+        if sides and self.in_batch:
+            raise ConfigError(f"sides is {sides}, allowed is none for {self.name}, whose triggers fit whole pictures")
+        for side in {*sides} - {1.0}:
+            small = shrunk(to_float(images.pixels[:1]), side)
+            try:
+                with torch.no_grad():
+                    model.eval()(small)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"sides has {side}, but the network takes no {tuple(small.shape[2:])}: {reason}") from None
+        return sides
 
     def train(
         self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
@@ -200,11 +223,5 @@ class Attack(Labelling, ABC):
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches))
         state.update(images=images, augment=augment)  # for attacks that poison inside the batches
-        loop.run(
-            InParts(self.step, state, self.splits(), session.say),
-            batches,
-            recipe.epochs,
-            state=state,
-            end_epoch=partial(self.end_epoch, state),
-            session=session,
-        )
+        step, end = InParts(self.step, state, self.splits(), session.say), partial(self.end_epoch, state)
+        loop.run(step, batches, recipe.epochs, state=state, end_epoch=end, session=session)

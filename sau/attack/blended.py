@@ -2,10 +2,12 @@
 Using Data Poisoning", 2017).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -39,6 +41,16 @@ class Blended(Attack):
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
         picture = _picture(self.attack_trigger_img_path, x.shape[-2], x.shape[-1]).to(x)
         return (1 - alpha) * x + alpha * picture
+
+    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
+        """The picture moved towards the top left and round the edge, mirrored, and upside down."""
+        places = {f"moved {n} px": partial(torch.roll, shifts=(-n, -n), dims=(-2, -1)) for n in (1, 2, 4, 8)}
+        sides = {"mirrored": partial(torch.flip, dims=(-1,)), "upside down": partial(torch.flip, dims=(-2,))}
+        return {name: partial(self._changed, change) for name, change in {**places, **sides}.items()}
+
+    def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
+        picture = change(_picture(self.attack_trigger_img_path, x.shape[-2], x.shape[-1])).to(x)
+        return (1 - self.attack_test_blended_alpha) * x + self.attack_test_blended_alpha * picture
 
 
 @cache

@@ -57,6 +57,7 @@ class InputAware(Attack):
 
     name: ClassVar[str] = "inputaware"
     in_batch: ClassVar[bool] = True
+    teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
     trains_trigger: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "poison_ratio": "pratio",

@@ -71,7 +71,7 @@ class LF(Attack):
         images = given.images
         self.check_labels(images)
         if self.lf_network is not None:
-            network = lf_network.recorded(Path(self.lf_network), images)
+            network: nn.Module = lf_network.recorded(Path(self.lf_network), images)
         else:
             network = lf_network.trained(given)
         limits = lf_search.Limits(

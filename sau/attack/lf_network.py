@@ -13,6 +13,7 @@ from sau.attack.prototype import Prototype
 from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import RecordError
+from sau.models import Normalized
 from sau.session import Session
 
 
@@ -35,7 +36,7 @@ def trained(given: Making) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def recorded(path: Path, images: Images) -> nn.Module:
+def recorded(path: Path, images: Images) -> Normalized:
     """The network of a finished record, in eval mode; RecordError unless it is clean and saw pictures like these."""
     found = victim.load(path)
     if found.triggered is not None or found.poisoned is not None:

@@ -7,8 +7,9 @@ In each training batch some pictures are warped by the grid and relabelled, and 
 keep their labels, so that the network learns this warp and not warping.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ class WaNet(Attack):
 
     name: ClassVar[str] = "wanet"
     in_batch: ClassVar[bool] = True
+    teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
 
     cross_ratio: float = 2.0
     s: float = 0.5
@@ -79,6 +81,11 @@ class WaNet(Attack):
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return self._warp(x, noise=False)
+
+    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
+        """The same field at other strengths; at -1 it pulls where this one pushes."""
+        points = cast(Field, self.made()).points
+        return {f"warp x {a:g}": self.with_trigger(Field(a * points)).stamp for a in (-1, 0.25, 0.5, 0.75, 1.5, 2)}
 
     def _warp(self, x: Pixels, *, noise: bool) -> Pixels:
         size = x.shape[-1]

@@ -35,6 +35,7 @@ class AT(Tuning):
     """
 
     name: ClassVar[str] = "at"
+    teamwork: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
 
     lr: float = 1e-4

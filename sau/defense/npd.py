@@ -9,12 +9,9 @@ for it. With f the network that holds the polarizer, p its softmax, c = argmax f
     outer   min  l1 * CE(f(x), y)  +  l2 * CE(f(x + d), c)
                  -  l3 * log(1.0001 - max_{k != c} p_k(x + d))  -  l4 * log(1.0001 - p_r(x + d))
 
-In the result the convolution L is replaced by Sequential(polarizer, norm, layer = L), which `restore` loads again. It
-cannot be folded into L: L pads with zeros after the batch norm's shift, so a shift folded into its bias would be wrong
-along the border.
+How it stands in the network, and how such a network is loaded again: `sau.models.polarizer`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -27,42 +24,13 @@ from sau import loop
 from sau.defense.base import Tuning
 from sau.defense.layers import full_name
 from sau.errors import ConfigError
+from sau.models.polarizer import insert
 from sau.optim import Training
 from sau.perturb import Norm, into_pixels, project
 from sau.session import Session
 from sau.types import Labels, Loader, Logits, Pixels, Scalar
 
 ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
-MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a polarizer has
-
-
-def insert(model: nn.Module, name: str) -> nn.Sequential:
-    """Put a new polarizer, the identity in front of a fresh batch norm, before the convolution `name` of `model`."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, nn.Conv2d):
-        raise ConfigError(f"{name} is a {type(layer).__name__}; a polarizer goes before a convolution (Conv2d)")
-    place, width = layer.weight, layer.in_channels
-    inside = nn.Sequential()
-    inside.add_module("polarizer", nn.Conv2d(width, width, 1, bias=False))
-    inside.add_module("norm", nn.BatchNorm2d(width))
-    nn.init.dirac_(inside.get_parameter("polarizer.weight"))
-    inside.to(place.device, place.dtype).add_module("layer", layer)
-    inside.train(layer.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, inside)
-    return inside
-
-
-def restore(net: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Load the state dict of a network that NPD purified into `net`, of the attacked network's architecture.
-
-    Polarizers are put in where `weights` has them; a state dict without any is loaded as it is. Returns `net`.
-    """
-    for key in weights:
-        if key.endswith(MARK):
-            insert(net, key.removesuffix(MARK))
-    net.load_state_dict(weights)
-    return net
 
 
 @dataclass(frozen=True, kw_only=True)

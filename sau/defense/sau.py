@@ -72,6 +72,7 @@ class SAU(Tuning):
     """
 
     name: ClassVar[str] = "sau"
+    teamwork: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "n_rounds": "epochs",
         "lmd_1": "weight_clean",
@@ -116,9 +117,8 @@ class SAU(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        # Its function, not the network itself, so that a checkpoint keeps the weights once.
-        more = {"frozen": frozen(model).forward} if getattr(model, "compiled", None) else {}
-        return {"model": model.eval(), "reference": reference, "descent": descent, **more}
+        twin = {"frozen": frozen(model).forward} if getattr(model, "compiled", None) else {}
+        return {"model": model.eval(), "reference": reference, "descent": descent, **twin}
 
     def passes(self) -> float:
         return 4 * self.adv_steps + 7.0

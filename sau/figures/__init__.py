@@ -8,12 +8,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from sau.figures.audit import audit
 from sau.figures.curves import curves, risks, types
 from sau.figures.examples import examples
 from sau.figures.features import features
 from sau.figures.pictures import pictures
 
-__all__ = ["curves", "examples", "features", "pictures", "risks", "save", "types"]
+__all__ = ["audit", "curves", "examples", "features", "pictures", "risks", "save", "types"]
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from torch import nn
 from sau.data.images import Images, to_float
 from sau.errors import DataError
 from sau.evaluate import predict
-from sau.figures.pictures import grid, magnified
+from sau.figures.pictures import beside, grid
 from sau.risk import measure
 from sau.types import Pixels
 from sau.witness import Search
@@ -41,7 +41,7 @@ def examples(
             "or at another network"
         )
     shared, other = found.witness[chosen], found.example[chosen]
-    title, added = magnified(torch.cat([shared, other]))
+    title, added = beside(torch.cat([shared, other]))
     rows = {
         "clean": x[chosen],
         "triggered": to_float(triggered.pixels[chosen]),

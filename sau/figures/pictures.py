@@ -8,22 +8,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sau.data.images import Images, to_float
+from sau.quality import magnified
 
 
 def pictures(test: Images, triggered: Images, columns: int = 6) -> Figure:
     """Rows clean, triggered, difference magnified so that the largest one is white; columns are test pictures."""
     chosen = torch.linspace(0, len(triggered) - 1, min(columns, len(triggered))).long()
     after, before = to_float(triggered.pixels[chosen]), to_float(test.pixels[triggered.index[chosen]])
-    title, difference = magnified(after - before)
+    title, difference = beside(after - before)
     truth, wanted = triggered.true_labels[chosen], triggered.labels[chosen]
     notes = [f"class {y}, wanted {t}" for y, t in zip(truth.tolist(), wanted.tolist(), strict=True)]
     return grid({"clean": before, "triggered": after, title: difference}, {"triggered": notes})
 
 
-def magnified(difference: Tensor) -> tuple[str, Tensor]:
-    """A name for the row, and |difference| times the factor that makes the largest one 1."""
-    gain = 1 / float(difference.abs().max().clamp_min(1 / 255))
-    return f"difference\nx{gain:.3g}", difference.abs() * gain
+def beside(difference: Tensor) -> tuple[str, Tensor]:
+    """A name for the row that shows a difference, and what it shows."""
+    shown, gain = magnified(difference)
+    return f"difference\nx{gain:.3g}", shown
 
 
 def grid(rows: Mapping[str, Tensor], notes: Mapping[str, Sequence[str]]) -> Figure:

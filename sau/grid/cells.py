@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import sau
+from sau.parent import python_path
 
 LOCKED = 75  # exit status of a cell that another process works on
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
@@ -69,10 +69,8 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.errors = log.with_name(log.name + ".err")
         self.seen = self.errors.stat().st_size if self.errors.is_file() else 0
-        home = str(Path(sau.__file__).parents[1])
-        path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         threads = {f"{library}_NUM_THREADS": str(job.threads) for library in ("OMP", "MKL", "OPENBLAS")}
-        env = {**os.environ, **threads, "PYTHONPATH": path}
+        env = {**os.environ, **threads, "PYTHONPATH": python_path()}
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpus
         work = [sys.executable, "-P", "-m", "sau.grid.work", str(os.getpid()), job.folder, job.lock]

@@ -11,6 +11,7 @@ from sau.errors import ConfigError
 from sau.grid.cells import Job, Outcome, run_cell
 from sau.grid.engines import GIB, Done, usable_cores
 from sau.grid.plan import Cell
+from sau.parent import python_path
 
 
 class RayEngine:
@@ -92,9 +93,7 @@ class Slurm:
     def __init__(self, folder: Path, options: dict[str, Any], jobs: int, cluster: str, minutes: int) -> None:
         submitit = _import("submitit", "slurm")
         self.jobs, self.limit = jobs, {"timeout_min": minutes}
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(sau.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        os.environ["PYTHONPATH"] = python_path()
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         except RuntimeError as error:

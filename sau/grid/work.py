@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sau.cli import main
-from sau.errors import LockedError, SauError
+from sau.errors import LockedError, told
 from sau.grid.cells import LOCKED
 from sau.lock import Lock
+from sau.parent import outlive
 from sau.record import Record
 
 
@@ -29,15 +31,11 @@ def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
     except LockedError as error:
         print(f"error: {error}", file=sys.stderr)
         return LOCKED
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def _follow(parent: int) -> None:
     """Stop this process, as Ctrl-C would, once its parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+    outlive(parent)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(5)
     os._exit(130)  # it was not listening yet; every file is written atomically
@@ -47,4 +45,4 @@ if __name__ == "__main__":
     started_by, where, key, *words = sys.argv[1:]
     threading.Thread(target=_follow, args=(int(started_by),), daemon=True).start()
     sys.argv = ["sau", *words]  # the record keeps this as its command
-    sys.exit(work(Path(where), Path(key), words))
+    sys.exit(told(partial(work, Path(where), Path(key), words)))

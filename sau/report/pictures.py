@@ -16,6 +16,7 @@ from sau.data import sources
 from sau.data.cifar import DOWNLOADED, test_split
 from sau.data.images import Images
 from sau.errors import SauError
+from sau.quality import magnified
 from sau.record import Record
 from sau.report import parse
 from sau.report.read import VERIFIED, Run
@@ -83,10 +84,9 @@ class Pictures:
         if int(shown.index.max()) >= len(clean):
             return Strip(_png(shown.pixels), ("triggered",), columns, "its pictures have no places in the test set")
         before = clean.pixels[shown.index]
-        difference = (shown.pixels.float() - before.float()).abs()
-        gain = 255 / float(difference.max().clamp_min(1))
+        difference, gain = magnified(shown.pixels.float() - before.float(), 255.0)
         rows = ("clean", "triggered", f"difference x{gain:.0f}" if gain >= 1.5 else "difference")
-        return Strip(_png(before, shown.pixels, difference * gain), rows, columns)
+        return Strip(_png(before, shown.pixels, difference), rows, columns)
 
 
 def _test_pictures(name: str, root: str, size: int | None) -> Images | str:

@@ -1,0 +1,55 @@
+"""What an audit is asked: its parts, and how much the attacker may spend in each."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sau.errors import ConfigError
+
+Part = Literal["relearn", "white", "black", "transfer", "neighbours", "bec"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The settings of an audit.
+
+    Args:
+        parts: of `PARTS`.
+        shots: poisoned pictures that the attacker re-learns from; 0 is always among them.
+        epochs: of re-learning.
+        share: of the training pictures that the attacker draws for it.
+        eps: L-infinity radii of universal perturbations in [0, 1] pixels, rising.
+        steps: gradient steps for each radius.
+        pictures: triggered training pictures that a perturbation is fitted to.
+        queries: pictures that the network scores for the black box, in all.
+        scored: triggered training pictures that each of its questions is about.
+        seeds: of the attacker's draws; everything that draws is repeated for each.
+    """
+
+    parts: tuple[Part, ...] = PARTS
+    shots: tuple[int, ...] = (1, 2, 5, 10, 50)
+    epochs: int = 5
+    share: float = 0.02
+    eps: tuple[float, ...] = (0.01, 0.02, 0.05)
+    steps: int = 100
+    pictures: int = 1000
+    queries: int = 50_000
+    scored: int = 100
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        rising = bool(self.eps) and tuple(sorted(set(self.eps))) == self.eps
+        for name, fine, allowed in (
+            ("parts", bool(self.parts) and set(self.parts) <= set(PARTS), f"some of {', '.join(PARTS)}"),
+            ("shots", bool(self.shots) and min(self.shots) >= 0, "numbers, 0 and more"),
+            ("epochs", self.epochs >= 1, "1 and more"),
+            ("share", 0 < self.share <= 1, "above 0 and up to 1"),
+            ("eps", rising and self.eps[0] > 0 and self.eps[-1] <= 1, "rising numbers, above 0 and up to 1"),
+            ("steps", self.steps >= 1, "1 and more"),
+            ("pictures", self.pictures >= 1, "1 and more"),
+            ("scored", self.scored >= 1, "1 and more"),
+            ("queries", self.queries >= self.scored, "at least what one question scores, and more"),
+            ("seeds", bool(self.seeds) and 0 <= min(self.seeds), "numbers, 0 and more"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} of the audit is {getattr(self, name)}, allowed is {allowed}")

@@ -1,0 +1,86 @@
+"""Audits as tables: a row for each network, a column for each step of what the attacker spent, means over seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sau.audit.measure import ALONE, FRESH, NOISE, RELEASED, TRIGGER, Row
+from sau.report.spread import Spread, spread
+
+Audit = Mapping[str, Any]  # what `audit.json` holds
+Key = tuple[str, str]  # part and curve
+
+TITLES: dict[Key, str] = {
+    ("before", ""): "As they are",
+    ("relearn", RELEASED): "Re-learning from k poisons, augmented once (as released)",
+    ("relearn", FRESH): "Re-learning from k poisons, every batch augmented anew",
+    ("white", TRIGGER): "White box: trigger and universal D, by radius",
+    ("white", ALONE): "White box: D on pictures without a trigger (gUAA), by radius",
+    ("white", NOISE): "Trigger and noise, by radius",
+    ("black", TRIGGER): "Black box: trigger and universal D, by pictures scored",
+    ("transfer", TRIGGER): "Transfer: trigger and D fitted to the other purified networks, by radius",
+    ("neighbours", ""): "Neighbouring triggers",
+}
+
+
+def curves(audits: Sequence[Audit]) -> dict[Key, dict[str, dict[Any, Spread]]]:
+    """ASR by part and curve, network, and what the attacker spent: one value for each audit and seed."""
+    found: dict[Key, dict[str, dict[Any, list[float]]]] = {}
+    for row in _rows(audits):
+        if "asr" in row:
+            line = found.setdefault((row["part"], row["curve"]), {}).setdefault(row["network"], {})
+            line.setdefault(row["x"], []).append(row["asr"])
+    return {
+        key: {network: {x: Spread(tuple(values)) for x, values in line.items()} for network, line in lines.items()}
+        for key, lines in found.items()
+    }
+
+
+def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, Spread | None]]:
+    """`s`, `bec` and `stretched` by network; None where a value is not defined."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for row in _rows(audits):
+        if row["part"] == "bec":
+            for name, values in found.setdefault(row["network"], {"s": [], "bec": [], "stretched": []}).items():
+                values.append(row[name])
+    return {network: {name: spread(values) for name, values in some.items()} for network, some in found.items()}
+
+
+def tables(audits: Sequence[Audit]) -> str:
+    """Markdown: ASR in percent for every part, then BEC; mean ± standard deviation where there are several seeds."""
+    texts = []
+    for key, lines in curves(audits).items():
+        steps = list(dict.fromkeys(x for line in lines.values() for x in line))
+        heads = ["network", *(_step(key[0], x) for x in steps)]
+        body = [[name, *(_text(line.get(x)) for x in steps)] for name, line in lines.items()]
+        if key[0] in ("before", "relearn"):
+            heads += ["ACC" if key[0] == "before" else f"ACC at {_step('relearn', steps[-1])}"]
+            body = [[*cells, _text(_acc(audits, key, cells[0], steps[-1]))] for cells in body]
+        texts.append(_table(TITLES.get(key, f"{key[0]}: trigger and the {key[1]}"), heads, body))
+    found = coefficients(audits)
+    if found:
+        body = [[name, *(_text(value, 3) for value in values.values())] for name, values in found.items()]
+        texts.append(_table("Backdoor existence coefficient", ["network", "s", "BEC", "BEC as released"], body))
+    return "\n\n".join(texts)
+
+
+def _rows(audits: Iterable[Audit]) -> Iterable[Row]:
+    return (row for audit in audits for row in audit["rows"])
+
+
+def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> Spread | None:
+    rows = (row for row in _rows(audits) if (row["part"], row["curve"]) == key)
+    return spread([row["acc"] for row in rows if (row["network"], row["x"]) == (network, x)])
+
+
+def _step(part: str, x: Any) -> str:
+    """The head of a column."""
+    return {"before": "ASR", "relearn": f"k = {x}"}.get(part, f"{x:,}" if part == "black" else str(x))
+
+
+def _text(value: Spread | None, digits: int = 1) -> str:
+    return "-" if value is None else value.text(digits)
+
+
+def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *body)]
+    return "\n".join([f"{title}\n", lines[0], "|" + "---|" * len(heads), *lines[1:]])

@@ -1,0 +1,126 @@
+"""What it takes to bring the backdoor back into purified networks: curves of ASR against what the attacker spent.
+
+    python scripts/audit.py --result_file NAME --defense sau ft d3 --control CLEAN [--control_defense sau]
+
+audits the attacked network itself, those of the defenses, and the control, a network that was trained without a
+backdoor (a record of attack/prototype.py): without it the curves mean little. docs/audit.md says what each part does.
+Results go to `audit/` in the record: audit.json, audit.png, audit.svg, and a file for each finished piece, so that an
+interrupted audit goes on when its command is repeated, and one that is asked more does only what is new.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    sys.exit(2)
+
+matplotlib.use("Agg")
+
+from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
+from sau.device import choose_device, set_threads
+from sau.errors import SauError
+from sau.figures import audit, save
+from sau.files import folder
+
+say = partial(print, flush=True)
+
+
+def several(kind: type) -> Any:
+    """A list from one word, like 1,2,5."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(word) for word in text.split(","))
+
+    read.__name__ = f"list of {kind.__name__}"  # argparse names it in its refusals
+    return read
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    asked = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add, default = asked.add_argument, Asked()
+    add("--result_file", required=True, help="result folder of an attack: a name below the record root, or a path")
+    add("--defense", action="extend", nargs="+", default=[], help="defenses in it")
+    add("--control", help="result folder of a network without a backdoor, on the same pictures [none]")
+    add("--control_defense", action="extend", nargs="+", default=[], help="defenses in the control's folder")
+    add("--parts", type=several(str), default=PARTS, help=f"of {','.join(PARTS)} [all that there is material for]")
+    add("--shots", type=several(int), default=default.shots, help="poisons to re-learn from [1,2,5,10,50]")
+    add("--epochs", type=int, default=default.epochs, help="of re-learning [5]")
+    add("--share", type=float, default=default.share, help="of the training pictures, for re-learning [0.02]")
+    add("--eps", type=several(float), default=default.eps, help="radii of perturbations, in [0, 1] [0.01,0.02,0.05]")
+    add("--steps", type=int, default=default.steps, help="gradient steps for each radius [100]")
+    add("--pictures", type=int, default=default.pictures, help="pictures that a perturbation is fitted to [1000]")
+    add("--queries", type=int, default=default.queries, help="pictures scored for the black box [50000]")
+    add("--scored", type=int, default=default.scored, help="pictures in each of its questions [100]")
+    add("--seeds", type=several(int), default=default.seeds, help="of the attacker's draws, like 0,1,2 [0]")
+    add("--samples", type=int, default=2500, help="test pictures that figures come from [2500]")
+    add("--amp", choices=("true", "false"), help="bf16 or fp32 [as the attack ran]")
+    add("--out", type=Path, help="folder of the results [audit/ in the record]")
+    add("--record_root", default="./record", help="folder of the result folders [./record]")
+    add("--dataset_path", help="folder of the data sets [where the attack had them]")
+    add("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
+    add("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+    return asked
+
+
+def place(root: str, name: str) -> Path:
+    """A folder below the record root, or any folder written as a path."""
+    return Path(name) if os.sep in name and Path(name).is_dir() else folder(root, name)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Open, audit, draw, and print the tables."""
+    set_threads(given.threads)
+    parts = given.parts
+    if parts is PARTS and given.control is None:
+        say("note: there is no --control, so that nothing tells what is the backdoor's; and no bec, which needs one")
+        parts = tuple(part for part in PARTS if part != "bec")
+    names = ("shots", "epochs", "share", "eps", "steps", "pictures", "queries", "scored", "seeds")
+    asked = Asked(parts=parts, **{name: getattr(given, name) for name in names})
+    attacked = place(given.record_root, given.result_file)
+    case = open_case(
+        attacked,
+        given.defense,
+        place(given.record_root, given.control) if given.control else None,
+        given.control_defense,
+        dataset_path=given.dataset_path,
+        samples=given.samples,
+        amp=None if given.amp is None else given.amp == "true",
+        where=choose_device(given.device),
+    )
+    out = given.out or attacked / "audit"
+    found = carry_out(Plan(case, asked), out, say)
+    say("\n" + tables([found]) + "\n")
+    say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
+    say(*save(audit([found]), out / "audit"), out / "audit.json", sep="\n")
+
+
+def main() -> int:
+    """Audit; exit status 2 for a user's mistake, 130 if stopped."""
+    given = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run(given)
+    except SauError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,593 @@
+"""The re-activation audit: its attacks do what they claim on networks with a backdoor, and not on those without."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from test_attacks import ROWS, each_poison
+from toys import QUICK, REPOSITORY, environment, quiet, stop_after, the_error, tiny_net, toy_images, train_victim
+
+matplotlib.use("Agg")
+
+from sau import victim as stored
+from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
+from sau.attack.recall import recall
+from sau.audit import Asked, Plan, carry_out, open_case, tables
+from sau.audit.case import Case, Network
+from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
+from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
+from sau.audit.reactivate import shifted, universal
+from sau.audit.relearn import mixture, relearn
+from sau.audit.square import HALVED, _side, square
+from sau.audit.table import curves
+from sau.data.augment import Augment
+from sau.data.images import BACKDOOR, Images, to_float
+from sau.data.sources import clean_subset
+from sau.defense import FT
+from sau.errors import ConfigError, RecordError
+from sau.evaluate import score
+from sau.figures import audit
+from sau.models import Normalized
+from sau.models.polarizer import insert
+from sau.record import Record
+from sau.schema import plain
+
+TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
+BAD = BadNet().poison_test(TEST)
+STRENGTHS = [*(f"strength {a:g}" for a in FAINTER), ITSELF, *(f"strength {a:g}" for a in STRONGER)]
+
+
+def poisons(attack=None, images=TRAIN):
+    made = (attack or BadNet()).poisoned(images)
+    return made[(made.labels != made.true_labels).nonzero()[:, 0]]
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """A network with BadNets' backdoor, the same lightly fine-tuned, and one that was never poisoned; frozen."""
+    torch.set_num_threads(1)
+    attacked, clean = train_victim(BadNet(), TRAIN), train_victim(Prototype(), TRAIN)
+    tuned = FT(lr=0.05, epochs=20, batch_size=25, augment=False).purify(
+        attacked, toy_images(200, seed=3), session=quiet()
+    )
+    return {"none": attacked, "ft": tuned, "control": clean}
+
+
+def asr(model, delta=None):
+    pixels = to_float(BAD.pixels) if delta is None else shifted(BAD, delta)
+    return score(model, TEST, (pixels, BAD.labels, BAD.true_labels)).asr.percent
+
+
+# Re-learning
+
+
+def test_the_attackers_pictures_are_nested_and_drawn_apart_from_the_defenders():
+    bad, step = poisons(), Augment(2)
+    draws = {k: mixture(TRAIN, bad, k, share=0.25, seed=3, augment=step) for k in (0, 2, 5)}
+    for k, drawn in draws.items():
+        assert len(drawn) == 100 and int((drawn.role == BACKDOOR).sum()) == k and bool((drawn.labels[:k] == 0).all())
+        assert torch.equal(drawn.pixels[k:], draws[0].pixels[k:])  # the first k clean ones make room
+    assert torch.equal(draws[2].pixels[:2], draws[5].pixels[:2])
+    chosen = draws[5].index[:5]
+    at = [(bad.index == place).nonzero()[0, 0] for place in chosen]
+    assert torch.equal(draws[5].pixels[:5], bad.pixels[torch.stack(at)])  # poisons are not augmented
+    assert not torch.equal(draws[0].pixels, TRAIN.pixels[draws[0].index])
+    plain_draw = mixture(TRAIN, bad, 0, share=0.25, seed=3)
+    assert torch.equal(plain_draw.pixels, TRAIN.pixels[draws[0].index])
+    both = set(plain_draw.index.tolist()) & set(clean_subset(TRAIN, 0.25, 3).index.tolist())
+    assert 10 < len(both) < 40  # 25 is what two independent draws share
+    assert set(plain_draw.index.tolist()) != set(mixture(TRAIN, bad, 0, share=0.25, seed=4).index.tolist())
+
+
+def test_five_poisons_bring_back_a_backdoor_and_plant_none(nets):
+    after = {
+        (name, k): asr(relearn(nets[name], mixture(TRAIN, poisons(), k, share=0.25, seed=0), epochs=20))
+        for name in ("ft", "control")
+        for k in (0, 5)
+    }
+    assert asr(nets["none"]) > 50 and asr(nets["ft"]) < 15 and asr(nets["control"]) < 5
+    assert after["ft", 0] < 15
+    assert after["ft", 5] - after["ft", 0] > after["control", 5] - after["control", 0] + 25
+
+
+def test_relearning_is_what_the_protocol_says(nets):
+    """SGD 0.01 with momentum 0.9 and nothing else, batches of 128, by hand for one epoch of two batches."""
+    pictures = mixture(TRAIN, poisons(), 3, share=0.5, seed=1)
+    again = relearn(nets["ft"], pictures, epochs=1, seed=1)
+    by_hand = tiny_net()
+    by_hand.load_state_dict(nets["ft"].state_dict())
+    weights = list(by_hand.train().parameters())
+    speed = [torch.zeros_like(weight) for weight in weights]
+    for x, y, *_ in pictures.batches(128, seed=1):
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(by_hand(x), y), weights)
+        speed = [0.9 * v + gradient for v, gradient in zip(speed, gradients, strict=True)]
+        with torch.no_grad():
+            for weight, v in zip(weights, speed, strict=True):
+                weight -= 0.01 * v
+    for weight, got in zip(weights, again.parameters(), strict=True):
+        torch.testing.assert_close(got, weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(again.features[1].running_mean, by_hand.features[1].running_mean)
+
+
+def test_more_shots_than_pictures_are_refused(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        mixture(TRAIN, poisons(), 41, share=0.1, seed=0)
+    assert "shots is 41" in one_line(refusal.value) and "0 to 40" in one_line(refusal.value)
+
+
+# Universal perturbations
+
+
+def test_a_perturbation_raises_the_asr_and_never_leaves_its_ball(nets):
+    budgets = (0.01, 0.05, 0.1)
+    found = dict(universal([nets["ft"].requires_grad_(False)], poisons(), budgets, steps=20))
+    again = dict(universal([nets["ft"]], poisons(), budgets, steps=20))
+    assert list(found) == list(budgets)
+    for eps, delta in found.items():
+        assert delta.shape == (1, 3, 16, 16) and float(delta.abs().max()) <= torch.tensor(eps)
+        pixels = shifted(BAD, delta)
+        assert 0 <= float(pixels.min()) and float(pixels.max()) <= 1
+        assert torch.equal(delta, again[eps])
+    assert asr(nets["ft"], found[0.1]) > asr(nets["ft"], found[0.01]) + 30 > asr(nets["ft"]) + 30
+    other = dict(universal([nets["ft"]], poisons(), budgets, steps=20, seed=1))
+    assert not torch.equal(other[0.1], found[0.1])
+
+
+class Line(torch.nn.Module):
+    """Two classes: logits (0, w . (x - 1/2))."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.register_buffer("w", w)
+
+    def forward(self, x):
+        height = (x - 0.5).flatten(1) @ self.w
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+def grey(n, target):
+    labels = torch.full((n,), target)
+    return Images(torch.full((n, 3, 4, 4), 128, dtype=torch.uint8), labels, 1 - labels, labels.byte(), labels, 2)
+
+
+def test_the_perturbation_of_a_linear_network_is_the_exact_one():
+    """The largest rise of w . D in the ball is at eps sign(w)."""
+    w = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    w = 3 * w.sign() * (0.2 + w.abs())
+    ((_, delta),) = universal([Line(w)], grey(200, 1), [0.01], steps=20)
+    assert torch.equal(delta.flatten(), torch.tensor(0.01) * w.sign())
+
+
+def test_each_step_asks_the_next_network():
+    """Half of the pixels matter to one network and half to the other; D moves all of them."""
+    w, half = torch.full((48,), 4.0), torch.arange(48) < 24
+    first, second = Line(w * half), Line(w * ~half)
+    ((_, alone),) = universal([first], grey(200, 1), [0.05], steps=40)
+    ((_, both),) = universal([first, second], grey(200, 1), [0.05], steps=80)
+    assert (alone.flatten()[half] == torch.tensor(0.05)).all() and (alone.flatten()[~half] < 0.05).any()
+    assert (both == torch.tensor(0.05)).all()
+
+
+class Counting(Line):
+    def __init__(self, w):
+        super().__init__(w)
+        self.seen, self.losses = 0, []
+
+    def forward(self, x):
+        logits = super().forward(x)
+        self.seen += len(x)
+        self.losses.append(float(torch.nn.functional.cross_entropy(logits, torch.ones(len(x)).long())))
+        return logits
+
+
+def test_the_black_box_pays_for_every_picture_and_keeps_what_helps():
+    w = torch.randn(48, generator=torch.Generator().manual_seed(1))
+    model, pictures = Counting(w), grey(10, 1)
+    found = list(square(model, pictures, 0.05, [10, 200, 1000]))
+    assert [spent for spent, _ in found] == [10, 200, 1000] and model.seen == 1000
+    kept = []
+    for (spent, delta), rows in zip(found, (1, 20, 100), strict=True):
+        assert float(delta.abs().max()) <= torch.tensor(0.05) and delta.shape == (1, 3, 4, 4)
+        assert set(delta.unique().tolist()) <= set(torch.tensor([-0.05, 0.05]).tolist()), spent
+        kept.append(float(Line(w)(shifted(pictures, delta))[0, 1]))
+        assert min(model.losses[:rows]) == pytest.approx(math.log1p(math.exp(-kept[-1])), abs=1e-5)
+    assert kept[0] < kept[-1]
+    stripes = found[0][1]
+    assert (stripes == stripes[:, :, :1]).all()  # one value a column and channel
+    assert torch.equal(dict(square(model, pictures, 0.05, [1000]))[1000], found[-1][1])
+
+
+def test_squares_shrink_as_the_budget_goes():
+    assert _side(0.0, 32, 32) == 10 and _side(0.0009, 32, 32) == 10  # sqrt(0.1 x 1024)
+    assert _side(0.0011, 32, 32) == 7 and _side(0.0051, 32, 32) == 5 and _side(0.99, 32, 32) == 1
+    assert len(HALVED) == 9 and _side(0.0, 4, 4) == 1
+
+
+def test_the_black_box_without_room_for_a_second_question():
+    assert [spent for spent, _ in square(Line(torch.ones(48)), grey(10, 1), 0.1, [10, 10])] == [10, 10]
+
+
+# Neighbouring triggers
+
+
+@each_poison
+def test_neighbours_are_pictures_with_another_trigger(attack):
+    x = to_float(toy_images(4, size=32).pixels)
+    stamps = attack.neighbours()
+    own = attack.stamp(x)
+    for name, stamp in stamps.items():
+        seen = stamp(x)
+        assert seen.shape == x.shape and seen.dtype == x.dtype, name
+        assert 0 <= float(seen.min()) and float(seen.max()) <= 1 and not torch.equal(seen, own), name
+    assert bool(stamps) == (type(attack).__name__ not in ("LF", "SSBA", "InputAware"))
+
+
+def test_badnets_neighbours_at_32():
+    black = torch.zeros(1, 3, 32, 32)
+    found = {name: stamp(black)[0, 0] for name, stamp in BadNet().neighbours().items()}
+    assert {n: int(found[f"size {n}/3"].sum()) for n in (1, 2, 4, 5)} == {1: 1, 2: 4, 4: 16, 5: 25}
+    assert all(found[f"size {n}/3"][31, 31] == 1 for n in (1, 2, 4, 5))
+    for n in (1, 2, 4, 8, 16):
+        assert found[f"moved {n} px"][29 - n : 32 - n, 29 - n : 32 - n].sum() == 9 == found[f"moved {n} px"].sum()
+
+
+def test_the_neighbours_of_wanet_and_sig_by_their_formulas():
+    x = to_float(toy_images(3, size=16).pixels)
+    warp = ROWS["wanet"].attack
+    assert torch.equal(warp.neighbours()["warp x 2"](x), WaNet(s=2 * warp.s).with_trigger(warp.trigger).stamp(x))
+    wave = SIG(sig_f=4.0)
+    assert torch.equal(wave.neighbours()["frequency x 0.5"](x), SIG(sig_f=2.0).stamp(x))
+
+
+def test_strengths_go_through_the_trigger():
+    """Blended: x + a (g - x) with g = x + 0.2 (t - x) is Blended at 0.2 a, but for rounding to bytes."""
+    clean = toy_images(20)
+    triggered = Blended().poisoned(clean)
+    found = dict(neighbours(clean, triggered, None))
+    assert list(found) == STRENGTHS and torch.equal(found[ITSELF], triggered.pixels)
+    for a in (*FAINTER, *STRONGER):
+        exact = Blended(attack_train_blended_alpha=0.2 * a).poisoned(clean).pixels
+        assert int((found[f"strength {a:g}"].int() - exact.int()).abs().max()) <= 1 + a
+    assert set(neighbours(clean, triggered, Blended())) != set(found)
+    own = dict(neighbours(clean, triggered, Blended()))
+    assert set(own) - set(found) == set(Blended().neighbours())
+
+
+@each_poison
+def test_an_attack_is_recalled_from_its_record(attack):
+    settings = plain({"attack": attack.name, **attack.params(), "epochs": 3})
+    trigger = attack.trigger.state_dict() if attack.trigger is not None else None
+    again = recall(settings, trigger)
+    assert again == attack and type(again) is type(attack)
+    if isinstance(attack, WaNet):
+        x = to_float(toy_images(2).pixels)
+        assert torch.equal(again.stamp(x), attack.stamp(x))
+    with pytest.raises(RecordError, match="'mine'"):
+        recall({"attack": "mine"}, None)
+
+
+# The coefficient
+
+
+def test_cka_by_hand():
+    """Of one feature each it is the squared correlation: (-1, 0, 1) with (-1, 1, 0) 1/4, with (1, -2, 1) 0. With two
+    features, X X' of the rows (1, 0), (0, 1), (-1, -1) is centred already: [[1, 0, -1], [0, 1, -1], [-1, -1, 2]], of
+    length sqrt(10); that of y = (-1, 0, 1) is [[1, 0, -1], [0, 0, 0], [-1, 0, 1]], of length 2; their product 5.
+    """
+    line = torch.tensor([[-1.0], [0.0], [1.0]])
+    assert cka(line, torch.tensor([[-1.0], [1.0], [0.0]])) == pytest.approx(0.25, abs=1e-12)
+    assert cka(line, torch.tensor([[1.0], [-2.0], [1.0]])) == pytest.approx(0, abs=1e-12)
+    assert cka(line, 3 - 2 * line) == pytest.approx(1, abs=1e-12)
+    plane = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    assert cka(plane, line) == pytest.approx(5 / (2 * math.sqrt(10)), abs=1e-12)
+    assert cka(plane, torch.ones(3, 4)) == 0.0
+
+
+def test_the_coefficient_is_1_for_the_attacked_network_and_0_for_the_clean_one(nets):
+    chosen = busiest(nets["none"], TEST[BAD.index], BAD)
+    assert layers(nets["none"]) == ["features.3"] and {n: len(c) for n, c in chosen.items()} == {"features.3": 1}
+    alike = {}
+    for name, model in nets.items():
+        by_layer = similarity(nets["none"], model, BAD, chosen)
+        alike[name] = sum(by_layer.values()) / len(by_layer)
+    left = existence(alike, "control")
+    assert left["none"] == pytest.approx(1, abs=1e-9) and left["control"] == 0
+    assert left["none"] > left["ft"]
+    scaled = stretched(alike, "none")
+    assert scaled["none"] == 1 and {scaled["ft"], scaled["control"]} == {0.0, 1.0}
+    assert existence({"none": 1.0, "control": 1.0}, "control")["none"] is None
+    assert stretched({"none": 1.0, "a": 0.5, "b": 0.5}, "none")["a"] is None
+
+
+def test_the_channels_that_change_with_the_trigger_are_chosen():
+    """Channel 7 of 20 alone sees the corner; a second one is chosen, for a tenth of 20 is two."""
+    first, second = torch.nn.Conv2d(3, 3, 1, bias=False), torch.nn.Conv2d(3, 20, 3, padding=1)
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+        second.weight.mul_(1e-3)
+        second.weight[7] = 1.0
+    net = torch.nn.Sequential(first, second, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    chosen = busiest(net, TEST[BAD.index], BAD)
+    assert list(chosen) == ["1"] and len(chosen["1"]) == 2 and 7 in chosen["1"].tolist()
+    assert not net[1]._forward_hooks
+
+
+def test_a_layer_with_a_polarizer_answers_under_its_old_name(nets):
+    model = tiny_net()
+    model.load_state_dict(nets["none"].state_dict())
+    insert(model.eval(), "features.3")
+    chosen = busiest(nets["none"], TEST[BAD.index], BAD)
+    assert similarity(nets["none"], model, BAD, chosen)["features.3"] == pytest.approx(1, abs=1e-6)
+
+
+# The plan
+
+
+def case(nets, names=("none", "ft", "control")):
+    networks = {
+        name: Network(name, Normalized(nets[name]).eval().requires_grad_(False), f"digest of {name}") for name in names
+    }
+    return Case("toy", "digest", BadNet(), networks, TRAIN, poisons(), TEST, BAD, Augment(2))
+
+
+SMALL = {"shots": (2,), "epochs": 1, "share": 0.25, "eps": (0.05, 0.1), "steps": 2, "queries": 400, "scored": 40}
+
+
+def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
+    said = []
+    found = carry_out(Plan(case(nets), Asked(**SMALL)), tmp_path / "audit", said.append)
+    lines = curves([found])
+    names = {"none", "ft", "control"}
+    steps = {
+        ("before", ""): [0],
+        ("relearn", "released"): [0, 2],
+        ("relearn", "fresh"): [0, 2],
+        ("white", "trigger + D"): [0.0, 0.05, 0.1],
+        ("white", "D alone"): [0.0, 0.05, 0.1],
+        ("white", "trigger + noise"): [0.05, 0.1],
+        ("black", "trigger + D"): [0, 40, 80, 200, 400],
+        ("transfer", "trigger + D"): [0.0, 0.05, 0.1],
+    }
+    for key, wanted in steps.items():
+        assert set(lines[key]) == names and all(list(line) == wanted for line in lines[key].values()), key
+    assert set(lines["white", "same D on control"]) == {"none", "ft"}
+    near = list(lines["neighbours", ""]["ft"])
+    assert near == [*STRENGTHS, *BadNet().neighbours()]
+    as_it_is = {name: score(model, TEST, BAD).asr.percent for name, model in nets.items()}
+    for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0), (("black", "trigger + D"), 0)):
+        assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
+    left = {row["network"]: row for row in found["rows"] if row["part"] == "bec"}
+    assert left["none"]["bec"] == pytest.approx(1) and left["control"]["bec"] == 0 == left["control"]["stretched"]
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text()) == json.loads(json.dumps(found))
+    assert said[0].startswith("1/") and set(found["seconds"]) == {"before", *Asked().parts}
+    text = tables([found])
+    assert "| ft | " in text and "k = 2" in text and "| network | s | BEC | BEC as released |" in text
+
+
+def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, tmp_path):
+    out, said = tmp_path / "audit", []
+    first = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",)})), out, said.append)
+    assert not any("as before" in line for line in said)
+    said.clear()
+    more = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
+    assert len(said) == 3 + 3 * 2 * 3 and sum("as before" not in line for line in said) == 3 * 2
+    assert [row for row in more["rows"] if row["x"] != 5] == first["rows"]
+    place = next((out / "pieces").glob("relearn_*"))
+    place.write_text(place.read_text()[:-40])
+    said.clear()
+    again = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
+    assert again["rows"] == more["rows"] and sum("damaged" in line for line in said) == 1
+    said.clear()
+    carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "epochs": 2})), out, said.append)
+    assert sum("as before" in line for line in said) == 3  # the networks as they are
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parts": ("grey",)}, {"parts": ()}, {"shots": ()}, {"shots": (-1,)}, {"epochs": 0}, {"share": 0.0},
+        {"share": 1.5}, {"eps": ()}, {"eps": (0.1, 0.05)}, {"eps": (0.0, 0.1)}, {"eps": (0.5, 1.5)},
+        {"steps": 0}, {"pictures": 0}, {"scored": 0}, {"queries": 99}, {"seeds": ()}, {"seeds": (-1,)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(wrong, one_line, unchecked):
+    with pytest.raises(ConfigError) as refusal:
+        Asked(**wrong)
+    assert next(iter(wrong)) in one_line(refusal.value)
+
+
+def test_a_plan_that_cannot_be_is_refused(nets, one_line):
+    for networks, changes, words in (
+        (("none", "ft"), {}, "--control"),
+        (("none", "control"), {"shots": (101,)}, "shots is 101"),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            Plan(case(nets, networks), Asked(**{**SMALL, **changes}))
+        assert words in one_line(refusal.value)
+
+
+def test_surrogates_are_the_other_purified_networks(nets):
+    some = {**nets, "sau": nets["ft"], "control/ft": nets["control"]}
+    for names, wanted in (
+        (("none", "ft", "control"), {("ft",): ["none", "control"], ("none",): ["ft"]}),
+        (("none", "control"), {("none",): ["control"]}),
+        (tuple(some), {("ft", "sau"): ["none", "control", "control/ft"], ("sau",): ["ft"], ("ft",): ["sau"]}),
+    ):
+        pieces = Plan(case(some, names), Asked(parts=("transfer",))).pieces()
+        found = {tuple(p.identity["surrogates"]): p.identity["targets"] for p in pieces if p.part == "transfer"}
+        assert found == wanted
+
+
+def test_the_figure_shows_what_was_found(nets, tmp_path):
+    found = carry_out(Plan(case(nets), Asked(**SMALL)), tmp_path / "audit", lambda line: None)
+    figure = audit([found, found])
+    panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
+    assert len(panels) == 8
+    line = panels["re-learning, augmented once"].containers[1].lines[0]
+    wanted = [curves([found])["relearn", "released"]["ft"][k].mean for k in (0, 2)]
+    assert line.get_ydata().tolist() == wanted
+    assert [text.get_text() for text in panels["black box, trigger + D"].get_xticklabels()][-1] == "400"
+    bars = panels["existence coefficient"].patches
+    assert bars[0].get_width() == pytest.approx(1)
+    matplotlib.pyplot.close("all")
+
+
+# Records
+
+
+def test_networks_of_npd_are_loaded_like_any_other(victim, here):
+    flags = ("--result_file", "victim", "--epochs", "1", "--warm_epochs", "1", *QUICK)
+    assert here("defense", "npd", *flags)[0] == 0
+    attacked = stored.load(victim)
+    model = attacked.model()
+    stored.load_weights(model, victim / "defense" / "npd")
+    _, test, _ = attacked.pictures(attacked.dataset_path)
+    said = Record(victim / "defense" / "npd").summary()["after"]
+    found = score(model, test, attacked.triggered).summary()
+    assert {name: found[name] for name in ("acc", "asr")} == {name: said[name] for name in ("acc", "asr")}
+    assert "npd" in open_case(victim, ["npd"], samples=50).networks
+
+
+def test_poisons_come_from_the_record_or_are_stamped(victim):
+    opened = open_case(victim, samples=10**6)
+    kept = stored.load(victim)
+    assert len(opened.test) == 360 and len(opened.triggered) == len(kept.triggered)
+    assert opened.networks["none"].model.amp is False
+    assert bool((opened.poisons.labels != opened.poisons.true_labels).all())
+    assert set(opened.poisons.index.tolist()) <= set(kept.poisoned.index.tolist())
+    assert torch.equal(opened.untriggered.labels, opened.triggered.true_labels)
+
+
+@pytest.fixture
+def clean(victim, here):
+    """A record of a clean network beside `victim`."""
+    flags = ("--dataset", "digits", "--width", "4", "--epochs", "2", *QUICK)
+    assert here("attack", "prototype", "--save_folder_name", "clean", *flags)[0] == 0
+    return victim.parent / "clean"
+
+
+def test_a_folder_that_does_not_say_its_attack_has_strengths_alone(victim, monkeypatch, one_line):
+    """As BackdoorBench's do not; and where it kept no poisons either, there is nothing to learn from."""
+    kept = stored.load(victim)
+    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, trigger=None, amp=None))
+    opened = open_case(victim, samples=30)
+    found = carry_out(Plan(opened, Asked(parts=("neighbours",))), victim / "audit", lambda line: None)
+    assert opened.attack is None and found["attack"] is None
+    steps = [row["x"] for row in found["rows"] if row["part"] == "neighbours"]
+    assert steps == STRENGTHS
+    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, poisoned=None))
+    with pytest.raises(RecordError) as refusal:
+        open_case(victim, samples=30)
+    assert "no poisoned pictures" in one_line(refusal.value)
+
+
+def test_clean_label_poisons_are_stamped_anew(victim, here):
+    flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--pratio", "0.05", *QUICK)
+    assert here("attack", "sig", "--save_folder_name", "waves", *flags)[0] == 0
+    opened = open_case(victim.parent / "waves", samples=50)
+    train, _, _ = stored.load(victim.parent / "waves").pictures("./data")
+    assert len(opened.poisons) == int((train.labels != 0).sum()) and bool((opened.poisons.labels == 0).all())
+
+
+def test_records_that_cannot_be_audited_are_refused(victim, clean, one_line):
+    for wrong, words in (
+        ({"place": clean}, "clean network"),
+        ({"place": victim, "defenses": ["nobody"]}, "nobody"),
+        ({"place": victim, "control": victim}, "attacked network"),
+        ({"place": victim, "control_defenses": ["sau"]}, "without control"),
+    ):
+        with pytest.raises((RecordError, ConfigError)) as refusal:
+            open_case(**wrong)
+        assert words in one_line(refusal.value)
+
+
+BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--queries", "200", "--scored", "50",
+         "--samples", "60", "--threads", "1", "--device", "cpu")  # fmt: skip
+
+
+class Stop:
+    """Ctrl-C when it is called so many times."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __call__(self, *given):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return ""
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """The script takes SIGTERM for itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, script, monkeypatch):
+    assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
+    shutil.copytree(victim, victim.parent / "copy")
+    flags = ("--defense", "ft", "--control", "clean", *BRIEF)
+    status, out, err = script("audit.py", "--result_file", "copy", *flags)
+    assert (status, err) == (0, "") and "Backdoor existence coefficient" in out
+    assert "relearn " in out.splitlines()[-4] and out.splitlines()[-1].endswith("audit.json")
+    whole = json.loads((victim.parent / "copy" / "audit" / "audit.json").read_text())
+    with monkeypatch.context() as during:
+        during.setattr("sau.audit.carry._brief", Stop(6))
+        status, _, err = script("audit.py", "--result_file", "victim", *flags)
+    assert status == 130 and "repeat" in err and not (victim / "audit" / "audit.json").exists()
+    assert len(list((victim / "audit" / "pieces").iterdir())) == 6
+    status, out, _ = script("audit.py", "--result_file", "record/victim", *flags)
+    assert status == 0 and out.count("as before") == 6
+    again = json.loads((victim / "audit" / "audit.json").read_text())
+    assert again["rows"] == whole["rows"] and again["asked"] == whole["asked"]
+    assert {file.name for file in (victim / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg", "pieces"}
+    status, out, _ = script("audits.py", "record/victim", "record/copy/audit", "--out", "both/badnet")
+    assert status == 0 and "± 0.0" in out
+    assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
+    status, _, err = script("audits.py", "record/clean", "--out", "x")
+    assert status == 2 and "scripts/audit.py" in the_error(err)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_finished_pieces(victim, clean):
+    folder = victim.parents[1]
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "audit.py"), "--result_file", "victim", "--control", "clean"]
+    status, _, err = stop_after("4/", signal.SIGINT, [*argv, *BRIEF], folder)
+    assert status == 130 and "repeat" in err and len(list((victim / "audit" / "pieces").iterdir())) >= 4
+    done = subprocess.run([*argv, *BRIEF], cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("as before") >= 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--result_file", "nobody"), "nobody"),
+        (("--result_file", "victim", "--parts", "bec"), "--control"),
+        (("--result_file", "victim", "--parts", "bec,grey"), "grey"),
+        (("--result_file", "victim", "--eps", "0.1,0.05"), "eps"),
+    ],
+)
+def test_the_script_refuses_in_one_line(victim, script, monkeypatch, flags, words, unchecked):
+    monkeypatch.chdir(victim.parents[1])
+    status, _, err = script("audit.py", *flags)
+    assert status == 2 and words in the_error(err)
+    assert not (victim / "audit").exists()
+
+
+def test_without_a_control_it_says_so_and_leaves_bec_out(victim, script, monkeypatch):
+    monkeypatch.chdir(victim.parents[1])
+    status, out, _ = script("audit.py", "--result_file", "victim", "--out", "elsewhere", *BRIEF)
+    assert status == 0 and out.startswith("note: there is no --control") and "existence" not in out
+    assert "same D" not in out and Path("elsewhere/audit.png").stat().st_size > 0
