@@ -21,6 +21,7 @@ import sau
 from sau import cli as module
 from sau import device
 from sau.attack import ATTACKS, BadNet
+from sau.attack.recipe import Recipe
 from sau.config import options
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load

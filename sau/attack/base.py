@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.labelling import Labelling
 from sau.attack.making import Making
-from sau.attack.recipe import Recipe
+from sau.attack.recipe import sizes
 from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Batches, Images, quantise, shrunk, to_float
+from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.optim import Training
 from sau.parts import InParts
@@ -194,34 +194,17 @@ class Attack(Labelling, ABC):
             seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
             session: progress and checkpoints.
         """
-        first = self.augmentation(augment)
-        sides = self._sides(model, images, recipe)
+        first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
         with seeded(seed):
             self.train(model.train(), images, batches, recipe, augment, session or Session())
         return model.eval()
-
-    def _sides(self, model: nn.Module, images: Images, recipe: Training) -> tuple[float, ...]:
-        """The sizes of the pictures by epoch; ConfigError if the attack or the network needs them as they are."""
-        sides = recipe.sides if isinstance(recipe, Recipe) else ()
-        if sides and self.in_batch:
-            raise ConfigError(f"sides is {sides}, allowed is none for {self.name}, whose triggers fit whole pictures")
-        for side in {*sides} - {1.0}:
-            small = shrunk(to_float(images.pixels[:1]), side)
-            try:
-                with torch.no_grad():
-                    model.eval()(small)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"sides has {side}, but the network takes no {tuple(small.shape[2:])}: {reason}") from None
-        return sides
 
     def train(
         self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
         session: Session,
     ) -> None:  # fmt: skip
         """The epochs of `fit`: `step` on every batch."""
-        state = self.prepare(model, recipe, len(batches))
-        state.update(images=images, augment=augment)  # for attacks that poison inside the batches
+        state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
         step, end = InParts(self.step, state, self.splits(), session.say), partial(self.end_epoch, state)
         loop.run(step, batches, recipe.epochs, state=state, end_epoch=end, session=session)

@@ -105,7 +105,7 @@ class Images:
     ) -> "Batches":
         """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given.
 
-        Each epoch's pictures have a share of their height and width that `sides` says, the last one for all that follow.
+        `sides` are the shares of their height and width in each epoch, the last one in all that follow.
         """
         return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last, sides)
 
