@@ -16,6 +16,7 @@ import torch
 from sau import device as machine
 from sau import own, quality, victim
 from sau.attack import ATTACKS
+from sau.attack.recipe import Recipe
 from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
@@ -28,7 +29,6 @@ from sau.evaluate import der, score, table
 from sau.files import folder
 from sau.holding import give_all_back
 from sau.models import build, has_width
-from sau.optim import Training
 from sau.record import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.risk import gauge
@@ -85,7 +85,7 @@ def _stop(number: int, frame: Any) -> None:
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
     started = time.monotonic()
-    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
+    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
     origin, (recipe, why) = source(dataset), request.recipe()
     run, training, method = request.settle("attack", recipe, dataset)

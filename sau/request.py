@@ -24,7 +24,9 @@ class Run:
         dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout.
         model: preactresnet18, or a classifier of torchvision by its name, like vgg19_bn.
         recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
-            is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record.
+            is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record. fast trains a victim in a
+            fraction of that (fast_cpu without CUDA); defenses, and attacks inside the batches, then have those of
+            paper or cpu.
         device: auto, cpu, cuda or one like cuda:1.
         devices: cuda devices that share the run, each with a part of every batch (cpu: processes); above 1 for attacks
             that poison before training, sau and at.
@@ -46,7 +48,7 @@ class Run:
     dataset: str = "cifar10"
     dataset_path: str = "./data"
     model: str = "preactresnet18"
-    recipe: Literal["auto", "paper", "cpu"] = "auto"
+    recipe: Literal["auto", "paper", "cpu", "fast", "fast_cpu"] = "auto"
     device: str = "auto"
     devices: int = 1
     amp: bool | None = None
@@ -125,6 +127,9 @@ class DefenseRun(Run):
         return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
 
 
+FAST = {"fast": "paper", "fast_cpu": "cpu"}  # and the recipe that each is a short one of
+
+
 class Request:
     """A command line, its YAML files and the shipped ones, on their way to objects.
 
@@ -163,13 +168,17 @@ class Request:
 
     def recipe(self, recorded: str | None = None) -> tuple[str, str]:
         """The recipe in force and why it is that one; `recorded` is that of the attack."""
-        chosen = self.said("recipe") or "auto"
-        if chosen != "auto":
-            return chosen, "as asked"
-        if recorded is not None:
-            return recorded, "as the attack"
+        chosen, why = self.said("recipe") or "auto", "as asked"
         cuda = choose_device(self.said("device") or "auto").type == "cuda"
-        return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
+        if chosen == "auto" and recorded is not None:
+            chosen, why = recorded, "as the attack"
+        elif chosen == "auto":
+            return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
+        elif chosen == "fast" and not cuda:
+            chosen, why = "fast_cpu", "fast, without CUDA"
+        if chosen in FAST and (AttackRun not in self.sections or getattr(self.method, "in_batch", False)):
+            return FAST[chosen], f"{why}, {chosen} being for pictures that are poisoned beforehand"
+        return chosen, why
 
     def settle(self, kind: str, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
         """The sections as objects, by the precedence of `sau.config`.
@@ -185,6 +194,8 @@ class Request:
             path = shipped(folder, name)
             if path is not None and (folder != "recipe" or kind == "attack"):
                 layers.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
+            if folder == "recipe" and recipe in FAST and "epochs" not in layers:
+                raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
         said = {**self._files(recipe, dataset), **self.given}
         record = record or {}
         for name in ("dataset", "model"):

@@ -12,7 +12,7 @@ from sau.data.sources import SOURCES
 from sau.errors import ConfigError
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
-RECIPES = ("paper", "cpu")
+RECIPES = ("paper", "cpu", "fast", "fast_cpu")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -44,7 +44,11 @@ def read_yaml(
     found = _settings({key: node for key, node in plain.items() if key not in OVERLAYS}, path, known)
     for overlay, chosen in zip(OVERLAYS, (recipe, dataset), strict=True):
         cases = _mapping(plain[overlay], path) if overlay in plain else {}
-        allowed = RECIPES if overlay == "recipes" else [f"{d}{r}" for d in SOURCES for r in ("", ".paper", ".cpu")]
+        allowed = (
+            RECIPES
+            if overlay == "recipes"
+            else [d + r for d in SOURCES for r in ("", *(f".{name}" for name in RECIPES))]
+        )
         for case, node in cases.items():
             if case not in allowed:
                 line = next(key.start_mark.line + 1 for key, _ in plain[overlay].value if key.value == case)

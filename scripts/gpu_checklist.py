@@ -12,6 +12,10 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURES, EPOCHS, ROUNDS, CLEAN = 50_000, 100, 100, 2_500  # of the runs that the targets speak of
+MINIATURE = {
+    "train": ("--steps", "1"), "data": ("--steps", "1"), "eval": ("--pictures", "20"),
+    "sau": ("--train_updates", "2", "--purify_updates", "1"),
+}  # fmt: skip
 SMALL = ("--width", "4", "--epochs", "1", "--eval_every", "1")
 
 
@@ -62,8 +66,9 @@ class Checklist:
     def bench(self, part: str, *flags: str, target: str) -> list[dict[str, Any]]:
         """Run a part of the benchmark; a row for each of its comparisons."""
         file = self.out / f"bench_{part}.json"
-        small = ("--width", "4", "--batch_size", "8", "--repeats", "1") if self.smoke else ("--width", "64", *flags)
-        if not self.run(f"bench {part}", "scripts/bench.py", part, *self.data, *small, "--json", str(file)):
+        small = ("--width", "4", "--batch_size", "16", "--repeats", "1", *MINIATURE.get(part, ()))
+        flags = small if self.smoke else ("--width", "64", *flags)
+        if not self.run(f"bench {part}", "scripts/bench.py", part, *self.data, *flags, "--json", str(file)):
             return []
         rows = json.loads(file.read_text())["rows"]
         for row in rows:

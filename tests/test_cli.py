@@ -21,6 +21,7 @@ import sau
 from sau import cli as module
 from sau import device
 from sau.attack import ATTACKS, BadNet
+from sau.attack.recipe import Recipe
 from sau.config import options
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
@@ -257,7 +258,7 @@ def test_help_lists_every_flag(kind, name, here, capsys):
         here(kind, name, "--help")
     out = capsys.readouterr().out
     assert left.value.code == 0
-    sections = (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
+    sections = (AttackRun, Recipe, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
     for cls in sections:
         for option in options(cls).values():
             assert all(f"--{flag}" in out for flag in (option.name, *option.aliases))
@@ -560,7 +561,7 @@ WRONG_ATTACKS = {
     "width of 0": (["--width", "0"], "width"),
     "optimiser": (["--client_optimizer", "lion"], "lion"),
     "schedule": (["--lr_scheduler", "Linear"], "Linear"),
-    "recipe": (["--recipe", "fast"], "fast"),
+    "recipe": (["--recipe", "slow"], "slow"),
     "precision": (["--amp", "half"], "half"),
     "device": (["--device", "tpu"], "tpu"),
     "threads": (["--threads", "-1"], "threads"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.labelling import Labelling
 from sau.attack.making import Making
+from sau.attack.recipe import sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
@@ -193,8 +194,8 @@ class Attack(Labelling, ABC):
             seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
             session: progress and checkpoints.
         """
-        first = self.augmentation(augment)
-        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
+        first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
+        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
         with seeded(seed):
             self.train(model.train(), images, batches, recipe, augment, session or Session())
         return model.eval()
@@ -204,7 +205,6 @@ class Attack(Labelling, ABC):
         session: Session,
     ) -> None:  # fmt: skip
         """The epochs of `fit`: `step` on every batch."""
-        state = self.prepare(model, recipe, len(batches))
-        state.update(images=images, augment=augment)  # for attacks that poison inside the batches
+        state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
         step, end = InParts(self.step, state, self.splits(), session.say), partial(self.end_epoch, state)
         loop.run(step, batches, recipe.epochs, state=state, end_epoch=end, session=session)

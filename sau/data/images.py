@@ -1,9 +1,10 @@
 """A data set as tensors: pixels stay uint8 on the device, batches become float one at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sau.errors import DataError
@@ -100,9 +101,13 @@ class Images:
         seed: int | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         drop_last: bool = False,
+        sides: Sequence[float] = (),
     ) -> "Batches":
-        """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given."""
-        return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last)
+        """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given.
+
+        `sides` are the shares of their height and width in each epoch, the last one in all that follow.
+        """
+        return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last, sides)
 
 
 _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
@@ -119,10 +124,11 @@ class Batches:
         seed: int | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         drop_last: bool = False,
+        sides: Sequence[float] = (),
     ) -> None:
         self.pixels, self.labels, self.size, self.seed, self.augment = pixels, labels, size, seed, augment
         self.drop_last = drop_last and len(pixels) >= size
-        self.epoch = 0
+        self.sides, self.epoch = sides, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration walks through."""
@@ -143,4 +149,14 @@ class Batches:
             pixels = self.pixels[index]
             if self.augment is not None:
                 pixels = self.augment(pixels, generator)
-            yield to_float(pixels), *(labels[index] for labels in self.labels)
+            yield self._sized(to_float(pixels)), *(labels[index] for labels in self.labels)
+
+    def _sized(self, x: Tensor) -> Tensor:
+        share = self.sides[min(self.epoch, len(self.sides) - 1)] if self.sides else 1.0
+        return x if share == 1 else shrunk(x, share)
+
+
+def shrunk(x: Tensor, share: float) -> Tensor:
+    """Float pictures at a share of their height and width, each pixel an average of those that it stands for."""
+    size = [max(1, round(share * n)) for n in x.shape[-2:]]
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sau.attack import ATTACKS
+from sau.attack.recipe import Recipe
 from sau.config import nearest
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
 from sau.grid.names import plain
 from sau.grid.spec import Block
-from sau.optim import Training
 from sau.request import AttackRun, DefenseRun, Request
 from sau.schema import digest
 
@@ -22,7 +22,7 @@ _OWN = {
     "dataset": "dataset", "dataset_path": "dataset_path", "recipe": "recipe", "device": "device", "amp": "amp",
     "threads": "threads", "random_seed": "seeds", "record_root": "record_root", "result_file": "attacks",
 }  # fmt: skip
-_NEVER = ("save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack")
+_NEVER = ("save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack", "max_minutes", "compile")
 _AXES = {"pratio": "ratios", "ratio": "clean_shares"}
 _LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
 _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
@@ -180,7 +180,7 @@ class _Crossed:
 
 def _request(kind: str, name: str, flags: Sequence[str]) -> Request:
     if kind == "attack":
-        return Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), flags)
+        return Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), flags)
     return Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), flags)
 
 

@@ -1,0 +1,49 @@
+"""How a victim is trained: gradient descent, and what defenses have no use for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sau.data.images import Images, shrunk, to_float
+from sau.errors import ConfigError
+from sau.optim import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
+    """The settings of a victim's training.
+
+    Args:
+        sides: height and width of the pictures in each epoch as a share of their own, like 0.5,0.5,1; the last one
+            holds for the epochs that follow, none means 1. Small pictures are cheap, and teach a network most of it.
+    """
+
+    sides: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("sides", all(0 < side <= 1 for side in self.sides), "shares above 0 and up to 1")
+
+    def params(self) -> dict[str, Any]:
+        """The hyperparameters, by name; `sides` only if there are any, for it came after results that have none."""
+        return {name: value for name, value in super().params().items() if name != "sides" or value}
+
+
+def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) -> tuple[float, ...]:
+    """The `sides` of a recipe; ConfigError if `model`, or an attack inside the batches, cannot have them."""
+    sides = recipe.sides if isinstance(recipe, Recipe) else ()
+    if sides and in_batch:
+        raise ConfigError(
+            f"sides is {sides}, allowed is none for attacks inside the batches, which stamp whole pictures"
+        )
+    for side in {*sides} - {1.0}:
+        small = shrunk(to_float(images.pixels[:1]), side)
+        try:
+            with torch.no_grad():
+                model.eval()(small)
+        except RuntimeError as error:
+            size, reason = "x".join(map(str, small.shape[2:])), str(error).splitlines()[0]
+            raise ConfigError(f"sides has {side:g}, but the network takes no pictures of {size}: {reason}") from None
+    return sides

@@ -1,0 +1,138 @@
+"""The benchmark: its rival does the same work as ours, its figures are what they say, and every part runs."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from toys import REPOSITORY, environment, tiny_net, toy_images
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+from bench_parts import growth, measure, pil, roofline, setting
+
+from sau.attack import BadNet
+from sau.data.augment import Augment
+from sau.data.images import to_float
+from sau.data.sources import SOURCES, Source
+from sau.evaluate import score
+from sau.models import Normalized
+
+CPU = torch.device("cpu")
+ORIGIN = Source(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), Augment(2), lambda root, size: (toy_images(), toy_images()))
+
+
+def args(**more: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"repeats": 2, "device": CPU, "clock": "cpu", **more})
+
+
+def test_the_released_evaluation_finds_the_same_shares(tmp_path):
+    """One picture after the other through PNG files, normalised by the loader, in three passes instead of two."""
+    test = toy_images(30, seed=3)
+    triggered = BadNet().poison_test(test)
+    net = tiny_net()
+    sets = pil.evaluations(test, triggered, ORIGIN, tmp_path, 8, 0, CPU)
+    found = score(Normalized(net, ORIGIN.mean, ORIGIN.std), test, triggered)
+    wanted = [share.hits / share.total for share in (found.acc, found.asr, found.racc) if share]
+    assert pil.evaluate(net, sets, CPU) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_released_loader_gives_the_same_pictures(tmp_path):
+    """Poisoned ones come from files, clean ones from memory; in training they are cropped."""
+    poisoned = BadNet(pratio=0.5).poison_train(toy_images(20), 0)
+    files = pil.Files(poisoned, poisoned.labels, pil.transform(ORIGIN, False, normalise=False), tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(files.files) == 10
+    x, y = next(iter(pil.loader(files, 20, train=False, workers=0, device=CPU)))
+    assert torch.equal(x, to_float(poisoned.pixels)) and torch.equal(y, poisoned.labels)
+    cropped = pil.Files(poisoned, poisoned.labels, pil.transform(ORIGIN, True), tmp_path)
+    batches = list(pil.loader(cropped, 8, train=True, workers=0, device=CPU))
+    assert [len(y) for _, y in batches] == [8, 8] and batches[0][0].shape == (8, 3, 16, 16)
+
+
+def test_the_released_training_learns(tmp_path):
+    images = toy_images(40)
+    net = tiny_net()
+    files = pil.Files(images, images.labels, pil.transform(ORIGIN, False), tmp_path)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    batches = pil.loader(files, 8, train=True, workers=0, device=CPU)
+    losses = [pil.train_epoch(net, sgd, batches, CPU) for _ in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_passes_and_the_share_of_the_peak_are_counted_by_operations():
+    """A linear layer of 8 x 4 on one picture is 64 operations; with both gradients a step is three passes."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+    x = torch.rand(5, 2, 2, 2)
+    assert measure.forward_flops(net, x) == 64
+
+    def step() -> None:
+        net(x.clone().requires_grad_()).sum().backward()
+
+    def forward() -> None:
+        net(x)
+
+    assert measure.passes(step, net, x) == 15 and measure.passes(forward, net, x) == 5
+    task = measure.Task(5, net, x, 3.0, {"fp32": 1e6})
+    rows = measure.compare("title", {"fp32": lambda: step, "fp32 slow": lambda: forward}, task, args(), "s")
+    assert [row["name"] for row in rows] == ["title, fp32"]
+    ours = rows[0]["details"]["ours"]
+    assert ours["passes_per_image"] == 3 and ours["passes_needed"] == 3
+    assert ours["share_of_peak"] == pytest.approx(960 * ours["images_per_second"] / 5 / 1e6)
+    assert rows[0]["details"]["reference"]["passes_per_image"] == 1
+
+
+def test_growth_in_proportion_is_one(monkeypatch):
+    """Work that doubles and takes twice as long; and work that doubles and takes the same time."""
+    for power, ratio in ((1, 1.0), (0, 4.0)):
+        monkeypatch.setattr(growth, "flops", lambda work: work())
+        monkeypatch.setattr(growth, "peak_mb", lambda work, device: 1.0)
+        monkeypatch.setattr(
+            growth, "interleaved",
+            lambda makers, args, power=power: {name: [0.5 * int(name) ** power] for name in makers},
+        )  # fmt: skip
+        found = growth._grown("x", {n: lambda n=n: lambda: 10 * n for n in (1, 2, 4)}, args())
+        assert found["ratio"] == ratio and [point["work"] for point in found["points"]] == [1, 2, 4]
+
+
+def test_the_peak_is_positive_and_pictures_repeat(monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "PRECISIONS", {"fp32": torch.float32})
+    assert roofline.peaks(args())["fp32"] > 1e8 and "GFLOP/s" in capsys.readouterr().out
+    assert setting.first(toy_images(4), 10).index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert set(SOURCES) >= {"digits", "cifar10"}
+
+
+MINIATURE = {
+    "train": ("--steps", "1"),
+    "sau": ("--train_updates", "2", "--purify_updates", "1", "--whole_batch", "true"),
+    "eval": ("--pictures", "20"),
+    "data": ("--steps", "1"),
+    "runs": ("--pictures", "320", "--epochs", "1", "--rounds", "1"),
+    "growth": (),
+    "stacked": (),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", MINIATURE)
+def test_every_part_runs(part, tmp_path):
+    flags = ("--width", "4", "--batch_size", "16", "--repeats", "1", "--threads", "1", "--json", "out.json")
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "bench.py"), part, *flags, *MINIATURE[part]]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=500)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows and all(row["ours"] > 0 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
+    argv = ["bash", str(REPOSITORY / "scripts" / "gpu_checklist.sh"), "--smoke", "--device", "cpu", "--out", "out"]
+    env = environment(PYTHON=sys.executable)
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "table.md").read_text()
+    for what in ("training step", "SAU update", "attack, 100 epochs", "SAU, 100 rounds", "fast recipe", "evaluation"):
+        assert what in text
+    assert "failed" not in text and "no time left" not in text

@@ -1,0 +1,104 @@
+"""How victims are trained fast: small pictures first, and recipes that say so."""
+
+import pytest
+import torch
+from torch import nn
+from toys import QUICK, quiet, tiny_net, toy_images
+
+from sau.attack import BadNet, WaNet
+from sau.attack.recipe import Recipe
+from sau.config import options
+from sau.data.images import shrunk, to_float
+from sau.defense import SAU
+from sau.errors import ConfigError
+from sau.optim import Training
+from sau.request import AttackRun, DefenseRun, Request
+
+
+def settled(*flags: str, dataset: str = "cifar10", method: type = BadNet) -> tuple:
+    request = Request("x", method, (AttackRun, Recipe, method), [*flags, "--device", "cpu"])
+    return request.recipe(), *request.settle("attack", request.recipe()[0], dataset)
+
+
+def test_pictures_grow_from_epoch_to_epoch():
+    """16 pixels: a half, three quarters, then whole for good; whole ones are the bits that they were."""
+    images = toy_images(8)
+    growing, plain = images.batches(4, seed=1, sides=(0.5, 0.75, 1.0)), images.batches(4, seed=1)
+    for epoch, side in enumerate((8, 12, 16, 16)):
+        for batches in (growing, plain):
+            batches.set_epoch(epoch)
+        for (x, y, _), (whole, labels, _) in zip(growing, plain, strict=True):
+            assert x.shape[2:] == (side, side) and torch.equal(y, labels)
+            assert torch.equal(x, whole if side == 16 else shrunk(whole, side / 16))
+
+
+def test_a_small_pixel_is_an_average():
+    x = torch.zeros(1, 1, 8, 8)
+    x[..., ::2] = 1  # stripes of one pixel
+    assert torch.allclose(shrunk(x, 0.5)[..., 1:-1], torch.tensor(0.5), atol=0.1)
+    assert (
+        shrunk(torch.ones(1, 3, 9, 5), 0.5).shape == (1, 3, 4, 2) and shrunk(torch.ones(1, 3, 1, 1), 0.1).shape[2] == 1
+    )
+
+
+def test_a_victim_sees_pictures_of_these_sizes():
+    seen: list[int] = []
+    net = tiny_net().train()
+    net.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    recipe = Recipe(epochs=3, batch_size=40, lr=0.05, sides=(0.5, 1.0))
+    BadNet().fit(net, toy_images(80), recipe, session=quiet())
+    assert seen[1:] == [8, 8, 16, 16, 16, 16]  # the first one asks whether the network takes 8x8
+
+
+def test_without_sides_a_recipe_is_what_it_was():
+    """The digests of results contain the settings, so a setting that came later is left out where it does nothing."""
+    assert Recipe().params() == Training().params() and "sides" not in Recipe().params()
+    assert Recipe(sides=(0.5, 1.0)).params()["sides"] == (0.5, 1.0)
+    assert set(options(Recipe)) == {*options(Training), "sides"}
+
+
+@pytest.mark.parametrize("sides", [(0.0,), (0.5, 1.5), (-1.0,)])
+def test_sides_are_shares(sides, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Recipe(sides=sides)
+    assert "sides" in one_line(refusal.value)
+
+
+def test_sides_that_cannot_be_are_refused(one_line):
+    """By an attack inside the batches, and by a network that takes no such pictures."""
+    images, recipe = toy_images(8), Recipe(epochs=1, sides=(0.5, 1.0))
+    with pytest.raises(ConfigError) as refusal:
+        WaNet().forge(images, tiny_net(), recipe).fit(tiny_net(), images, recipe, session=quiet())
+    assert "inside the batches" in one_line(refusal.value)
+    with pytest.raises(ConfigError) as refusal:
+        BadNet().fit(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)), images, recipe, session=quiet())
+    assert "8x8" in one_line(refusal.value)
+
+
+def test_fast_depends_on_the_device_and_is_for_attacks_beforehand():
+    (recipe, why), run, training, _ = settled("--recipe", "fast")
+    assert (recipe, run.recipe, run.width) == ("fast_cpu", "fast_cpu", 16) and "without CUDA" in why
+    assert training.sides and training.epochs < settled("--recipe", "cpu")[2].epochs
+    assert settled("--recipe", "cpu")[2].sides == () and settled("--recipe", "paper")[2].sides == ()
+    (recipe, why), _, training, _ = settled("--recipe", "fast", method=WaNet)
+    assert recipe == "cpu" and "poisoned beforehand" in why and training.sides == ()
+
+
+@pytest.mark.parametrize(("recorded", "full"), [("fast_cpu", "cpu"), ("fast", "paper"), ("cpu", "cpu")])
+def test_a_defense_takes_the_whole_recipe(recorded, full):
+    assert Request("x", SAU, (DefenseRun, SAU), []).recipe(recorded)[0] == full
+    assert Request("x", SAU, (DefenseRun, SAU), ["--recipe", "fast", "--device", "cpu"]).recipe("paper")[0] == "cpu"
+
+
+def test_data_sets_without_a_fast_recipe_say_so(refused):
+    line = refused("attack", "badnet", "--dataset", "digits", "--recipe", "fast", *QUICK)
+    assert "fast_cpu" in line and "digits" in line and "allowed is cpu" in line
+
+
+def test_the_probe_leaves_no_trace():
+    """Whether a network takes small pictures is asked in eval mode: its statistics stay what they were."""
+    net, images = tiny_net(), toy_images(8)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    BadNet().fit(net, images, Recipe(epochs=0, sides=(0.5, 1.0)), session=quiet())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert to_float(images.pixels).shape[-1] == 16
