@@ -21,7 +21,7 @@ from sau import victim as stored
 from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
 from sau.attack.recall import recall
 from sau.audit import Asked, Plan, carry_out, open_case, tables
-from sau.audit.case import Case, Network, _named
+from sau.audit.case import Case, Network, _purified
 from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
 from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
 from sau.audit.reactivate import shifted, universal
@@ -490,10 +490,13 @@ def test_a_folder_that_does_not_say_its_attack_has_strengths_alone(victim, monke
     assert "no poisoned pictures" in one_line(refusal.value)
 
 
-def test_defenses_of_a_grid_are_called_by_their_method():
+def test_defenses_of_a_grid_are_called_by_their_method(monkeypatch):
+    read = []
+    monkeypatch.setattr(stored, "load_weights", lambda model, place: read.append(place))
     one, two = "sau_c0.05_0123456789", "sau_c0.05_abcdef0123"
-    assert _named([one, "ft"]) == {one: "sau", "ft": "ft"}
-    assert _named([one, two]) == {one: one, two: two}
+    assert list(_purified(lambda: Normalized(tiny_net()), Path("x"), [one, "ft"])) == ["sau", "ft"]
+    assert read == [Path(f"x/defense/{one}"), Path("x/defense/ft")]
+    assert list(_purified(lambda: Normalized(tiny_net()), Path("x"), [one, two])) == [one, two]
 
 
 def test_clean_label_poisons_are_stamped_anew(victim, here):

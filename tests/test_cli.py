@@ -1,6 +1,7 @@
 """The command line: what it leaves, how it stops and goes on, and what it refuses with one line."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -455,7 +456,8 @@ def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished,
     assert status == -signal.SIGKILL and not (folder / "manifest.json").exists()
     for words, number, code in (("epoch 2/4", signal.SIGINT, 130), ("epoch 3/4", signal.SIGTERM, 143)):
         status, seconds, err = stop_after(words, number, argv, tmp_path)
-        assert status == code and seconds < 2
+        crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # processes that share a core
+        assert status == code and seconds < 2 * crowd
         assert "resume" in err and "Traceback" not in err
         assert (folder / "checkpoint.bin").is_file() and not (folder / "manifest.json").exists()
     done = cli("attack", "badnet", *VICTIM, "--save_folder_name", "again", cwd=tmp_path)

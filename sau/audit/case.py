@@ -1,7 +1,8 @@
 """What an audit looks at: the networks of a record, and what its attacker has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,10 +88,24 @@ class Case:
         return self.test[self.triggered.index]
 
 
-def _named(folders: Sequence[str]) -> dict[str, str]:
-    """What to call the defenses: by their method where the folder of a grid says more than that, if that is unique."""
-    short = {name: defense_named(name)[0] for name in folders}
-    return {name: one if list(short.values()).count(one) == 1 else name for name, one in short.items()}
+def _network(name: str, model: Normalized, bf16: bool) -> Network:
+    model.amp = bf16
+    return Network(name, model.eval().requires_grad_(False), fingerprint(model.net))
+
+
+def _purified(attacked: Callable[[], Normalized], place: Path, defenses: Sequence[str]) -> dict[str, Normalized]:
+    """The networks of the defenses, called by their method where the folder of a grid says more, if that is unique."""
+    short = [defense_named(name)[0] for name in defenses]
+    found = {}
+    for name, one in zip(defenses, short, strict=True):
+        model = found[one if short.count(one) == 1 else name] = attacked()
+        victim.load_weights(model, folder(place / "defense", name))
+    return found
+
+
+def _controls(clean: Callable[[], Normalized], place: Path, defenses: Sequence[str]) -> dict[str, Normalized]:
+    again = _purified(clean, place, defenses)
+    return {CONTROL: clean(), **{f"{CONTROL}/{name}": model for name, model in again.items()}}
 
 
 def open_case(
@@ -126,28 +141,18 @@ def open_case(
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, _ = attacked.pictures(dataset_path or attacked.dataset_path)
     attack = recall(attacked.settings, attacked.trigger) if attacked.settings else None
-    models = {NONE: attacked.model()}
-    for subfolder, name in _named(defenses).items():
-        models[name] = attacked.model()
-        victim.load_weights(models[name], folder(attacked.path / "defense", subfolder))
+    models = {NONE: attacked.model(), **_purified(attacked.model, attacked.path, defenses)}
     if control is not None:
-        models[CONTROL] = _clean(control, attacked, train)
-        for subfolder, name in _named(control_defenses).items():
-            models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
-            victim.load_weights(models[f"{CONTROL}/{name}"], folder(control / "defense", subfolder))
-    networks = {}
-    for name, model in models.items():
-        model.amp = bool(attacked.amp) if amp is None else amp
-        networks[name] = Network(name, model.to(where).eval().requires_grad_(False), fingerprint(model.net))
+        models |= _controls(partial(_clean, control, attacked, train), control, control_defenses)
+    there, bf16 = torch.device(where), bool(attacked.amp) if amp is None else amp
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test pictures has a triggered version; measure on more")
-    there = torch.device(where)
     return Case(
         name=attacked.path.name,
         digest=attacked.digest,
         attack=attack,
-        networks=networks,
+        networks={name: _network(name, model.to(there), bf16) for name, model in models.items()},
         train=train.to(there),
         poisons=_poisons(attacked, train, attack).to(there),
         test=clean.to(there),
