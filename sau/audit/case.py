@@ -148,15 +148,14 @@ def open_case(
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test pictures has a triggered version; measure on more")
+    given = {"train": train.to(there), "test": clean.to(there), "triggered": triggered.to(there)}
     return Case(
         name=attacked.path.name,
         digest=attacked.digest,
         attack=attack,
         networks={name: _network(name, model.to(there), bf16) for name, model in models.items()},
-        train=train.to(there),
         poisons=_poisons(attacked, train, attack).to(there),
-        test=clean.to(there),
-        triggered=triggered.to(there),
+        **given,
         augment=source(attacked.dataset).augment,
     )
 
