@@ -117,7 +117,7 @@ class SAU(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        twin = {"frozen": frozen(model).forward} if getattr(model, "compiled", None) else {}
+        twin = {"frozen": frozen(model.eval()).forward} if getattr(model, "compiled", None) else {}
         return {"model": model.eval(), "reference": reference, "descent": descent, **twin}
 
     def passes(self) -> float:
