@@ -33,9 +33,10 @@ GRACE = 5.0  # seconds that a process has to say by itself what went wrong
 
 def place(run: Run, method: Method, batch_size: int) -> torch.device:
     """The device of this process; ConfigError if `run.devices` of them cannot work together on `method`."""
-    where, n, cards = choose_device(run.device), run.devices, torch.cuda.device_count()
+    where, n = choose_device(run.device), run.devices
     if n == 1:
         return where
+    cards = torch.cuda.device_count()
     for fine, problem in (
         (method.teamwork, f"{method.name} works on one; leave the flag out"),
         (where.index is None, f"device is {run.device!r}, which is one of them; give cuda"),

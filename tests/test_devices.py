@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sau.devices import place, spread
 from sau.errors import ConfigError
 from sau.optim import Training
 from sau.request import Run
-from sau.team import Team
+from sau.team import Team, fabric
 
 TWO = ("--devices", "2")
 
@@ -172,6 +173,13 @@ def test_without_fabric_one_device_works_and_two_say_what_is_missing(monkeypatch
     spread(1, SAU(epochs=1).purify, tiny_net(), images, session=quiet())
     assert "pip install 'sau[multigpu]'" in refused("attack", "badnet", "--dataset", "digits", *TWO, "--device", "cpu")
     assert "devices is 0" in refused("attack", "badnet", "--devices", "0")
+
+
+@pytest.mark.parametrize("name", ["lightning.fabric", "lightning_fabric"])
+def test_fabric_has_two_names(name, monkeypatch):
+    for other in ("lightning", "lightning.fabric", "lightning_fabric"):
+        monkeypatch.setitem(sys.modules, other, ModuleType(other) if name.startswith(other) else None)
+    assert fabric() is sys.modules[name]
 
 
 def helpers(of: int) -> list[int]:

@@ -152,6 +152,17 @@ def test_scoring_leaves_the_network_as_it_was():
     assert [module.training for module in net.modules()] == before
 
 
+def test_a_network_that_changes_its_input_leaves_the_pictures_as_they_are():
+    class Hasty(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(0.5).flatten(1)
+
+    pixels = torch.rand(3, 3, 4, 4)
+    kept = pixels.clone()
+    predict(Hasty(), pixels)
+    assert torch.equal(pixels, kept)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_broken_network_has_no_accuracy(value, one_line):
     net = tiny_net()
@@ -182,6 +193,7 @@ def scored(acc: float, asr: float | None) -> Score:
         ((90, 10), (90, 60), 50.0),  # a rise of ASR is no loss
         ((90, 10), (0, 60), 5.0),
         ((100, 0), (0, 0), 0.0),
+        ((90, 10.03), (90, 10), 50.02),  # 50.015, of which two decimals are kept
     ],
 )
 def test_der_by_cases(before, after, rating):
