@@ -12,16 +12,18 @@ from toys import REPOSITORY
 
 from sau import config
 from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, Blended, InputAware, Prototype, WaNet
+from sau.attack.recipe import Recipe
 from sau.config import IGNORED, convert, options
 from sau.data.sources import SOURCES
 from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
-from sau.optim import Training
 from sau.own import OwnRun
 from sau.request import AttackRun, DefenseRun, Request
 from sau.yamlfile import OVERLAYS, read_yaml, shipped
 
 # Options
+
+RECIPES = ("paper", "cpu", "fast", "fast_cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def test_options_come_from_the_signature_and_its_bases():
     assert found["steps"].default == 5 and found["steps"].aliases == ("n_steps",) and found["steps"].help == "how many."
 
 
-@pytest.mark.parametrize("cls", [AttackRun, DefenseRun, Training, *ATTACKS.values(), *DEFENSES.values()])
+@pytest.mark.parametrize("cls", [AttackRun, DefenseRun, Recipe, *ATTACKS.values(), *DEFENSES.values()])
 def test_every_parameter_has_a_help_text(cls):
     assert [name for name, option in options(cls).items() if not option.help] == []
 
@@ -88,10 +90,10 @@ def test_the_flags_of_the_benchmark_exist():
     nc = "unlearning_ratio nc_epoch mask_lr init_cost atk_succ_threshold patience cost_multiplier early_stop".split()
     npd = "target_layer_name trigger_norm norm_type inner_steps warm_epochs lmd1 lmd2 lmd3 lmd4".split()
     for wanted, sections in (
-        (attack, (AttackRun, Training, BadNet)),
+        (attack, (AttackRun, Recipe, BadNet)),
         (["sig_f", "sig_delta"], (SIG,)),
         (["cross_ratio", "s", "k", "grid_rescale", "random_crop", "random_rotation"], (WaNet,)),
-        (inputaware, (Training, InputAware)),
+        (inputaware, (Recipe, InputAware)),
         (anp, (ANP,)),
         (["acc_ratio", "once_prune_ratio"], (FP,)),
         (nc, (NC,)),
@@ -223,9 +225,7 @@ def test_flags_that_are_refused(argv, words, one_line):
 
 
 def test_loader_flags_are_accepted_under_their_old_names():
-    request = Request(
-        "x", BadNet, (AttackRun, Training, BadNet), ["-n", "4", "-pm", "True", "-nb", "1", "-pf", "False"]
-    )
+    request = Request("x", BadNet, (AttackRun, Recipe, BadNet), ["-n", "4", "-pm", "True", "-nb", "1", "-pf", "False"])
     assert sorted(request.ignored) == ["non_blocking", "num_workers", "pin_memory", "prefetch"]
     assert set(IGNORED) >= set(request.ignored) | {"git_hash"} and all(IGNORED.values())
 
@@ -241,7 +241,7 @@ def test_help_lists_every_flag_with_its_names_and_default(capsys):
 
 def test_a_value_that_is_refused_names_its_flag(one_line):
     with pytest.raises(ConfigError) as refusal:
-        Request("x", BadNet, (AttackRun, Training, BadNet), ["--lr", "fast"]).settle("attack", "paper", "cifar10")
+        Request("x", BadNet, (AttackRun, Recipe, BadNet), ["--lr", "fast"]).settle("attack", "paper", "cifar10")
     assert all(word in one_line(refusal.value) for word in ("--lr", "'fast'", "a finite number"))
 
 
@@ -389,7 +389,7 @@ def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("lr: 3\nepochs: 3\npratio: 0.3\n")
     two.write_text("lr: 4\npratio: 0.4\n")
-    sections = (AttackRun, Training, BadNet)
+    sections = (AttackRun, Recipe, BadNet)
     argv = ["--yaml_path", str(one), "--bd_yaml_path", str(two), "--pratio", "0.5"]
     for order in (argv, argv[2:4] + argv[:2] + argv[4:]):
         run, training, method = Request("x", BadNet, sections, order).settle("attack", "cpu", "cifar10")
@@ -406,7 +406,7 @@ def test_the_record_beats_the_signature_and_is_beaten_by_yaml_and_flags(tmp_path
 
 
 def test_recipe_and_data_set_choose_the_shipped_settings():
-    sections = (AttackRun, Training, BadNet)
+    sections = (AttackRun, Recipe, BadNet)
 
     def settled(recipe: str, dataset: str) -> tuple[int, int, float, str]:
         run, training, _ = Request("x", BadNet, sections, []).settle("attack", recipe, dataset)
@@ -457,8 +457,8 @@ SHIPPED = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if fi
 def sections_of(file: Path) -> tuple[type, ...]:
     kind, name = file.parent.name, file.stem
     if kind == "recipe":
-        return (AttackRun, Training)
-    return (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
+        return (AttackRun, Recipe)
+    return (AttackRun, Recipe, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
 
 
 def test_every_shipped_file_belongs_to_something_that_exists():
@@ -473,13 +473,13 @@ def test_every_shipped_file_belongs_to_something_that_exists():
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_shipped_file_is_read_and_its_values_are_allowed(file):
     known = {name: option for cls in sections_of(file) for name, option in options(cls).items()}
-    cases = [(recipe, dataset) for recipe in ("paper", "cpu") for dataset in SOURCES]
+    cases = [(recipe, dataset) for recipe in RECIPES for dataset in SOURCES]
     for recipe, dataset in cases:
         values = config.values(read_yaml(file, known, recipe=recipe, dataset=dataset), known)
         for cls in sections_of(file):
             config.build(cls, values)
     overlays = yaml.safe_load(file.read_text()) or {}
-    assert set(overlays.get("recipes", {})) <= {"paper", "cpu"} and {
+    assert set(overlays.get("recipes", {})) <= set(RECIPES) and {
         case.split(".")[0] for case in overlays.get("datasets", {})
     } <= set(SOURCES)
 
@@ -501,9 +501,7 @@ def test_shipped_values_outside_the_overlays_are_the_signatures(file):
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_shipped_files_use_the_canonical_names_and_say_why(file):
     text = file.read_text()
-    known = (
-        {name for cls in sections_of(file) for name in options(cls)} | set(OVERLAYS) | {"paper", "cpu"} | set(SOURCES)
-    )
+    known = {name for cls in sections_of(file) for name in options(cls)} | set(OVERLAYS) | set(RECIPES) | set(SOURCES)
     assert set(re.findall(r"^\s*(\w+):", text, re.M)) <= known and "#" in text
 
 
