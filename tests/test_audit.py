@@ -380,11 +380,12 @@ def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, 
     more = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
     assert len(said) == 3 + 3 * 2 * 3 and sum("as before" not in line for line in said) == 3 * 2
     assert [row for row in more["rows"] if row["x"] != 5] == first["rows"]
-    place = next((out / "pieces").glob("relearn_*"))
-    place.write_text(place.read_text()[:-40])
+    cut, other, third = sorted((out / "pieces").glob("relearn_*"))[:3]
+    cut.write_text(cut.read_text()[:-40])
+    other.write_text(third.read_text())
     said.clear()
     again = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
-    assert again["rows"] == more["rows"] and sum("damaged" in line for line in said) == 1
+    assert again["rows"] == more["rows"] and sum("damaged" in line for line in said) == 2
     said.clear()
     carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "epochs": 2})), out, said.append)
     assert sum("as before" in line for line in said) == 3  # the networks as they are
