@@ -39,7 +39,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         rising = bool(self.eps) and tuple(sorted(set(self.eps))) == self.eps
-        for name, fine, allowed in (
+        rules = (
             ("parts", bool(self.parts) and set(self.parts) <= set(PARTS), f"some of {', '.join(PARTS)}"),
             ("shots", bool(self.shots) and min(self.shots) >= 0, "numbers, 0 and more"),
             ("epochs", self.epochs >= 1, "1 and more"),
@@ -50,6 +50,7 @@ class Asked:
             ("scored", self.scored >= 1, "1 and more"),
             ("queries", self.queries >= self.scored, "at least what one question scores, and more"),
             ("seeds", bool(self.seeds) and 0 <= min(self.seeds), "numbers, 0 and more"),
-        ):
+        )
+        for name, fine, allowed in rules:
             if not fine:
                 raise ConfigError(f"{name} of the audit is {getattr(self, name)}, allowed is {allowed}")

@@ -58,6 +58,7 @@ class Case:
         test: clean test pictures.
         triggered: triggered ones, the target class left out; `index` is the place in `test`.
         augment: how training pictures are augmented.
+        notes: what there is to say about the pictures, like that they are a subset.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     test: Images
     triggered: Images
     augment: Augment
+    notes: tuple[str, ...] = ()
 
     @property
     def controls(self) -> list[Network]:
@@ -109,27 +111,15 @@ def open_case(
         amp: whether networks run in bf16; None is as the attack's did.
         where: device to work on.
 
-    Raises RecordError for a clean network, for a control that was attacked or saw other pictures, and for a record
-    without poisoned training pictures to learn from.
+    Raises RecordError for a clean network, an attacked control or one of other pictures, and for want of poisons.
     """
-    if control is None and control_defenses:
-        raise ConfigError("control_defense is given without control; name the record that it lies in")
     attacked = victim.load(place)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
-    train, test, _ = attacked.pictures(dataset_path or attacked.dataset_path)
+    train, test, notes = attacked.pictures(dataset_path or attacked.dataset_path)
     attack = recall(attacked.settings, attacked.trigger) if attacked.settings else None
-    models = {NONE: attacked.model()}
-    for name in defenses:
-        models[name] = attacked.model()
-        victim.load_weights(models[name], folder(attacked.path / "defense", name))
-    if control is not None:
-        models[CONTROL] = _clean(control, attacked, train)
-        for name in control_defenses:
-            models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
-            victim.load_weights(models[f"{CONTROL}/{name}"], folder(control / "defense", name))
     networks = {}
-    for name, model in models.items():
+    for name, model in _models(attacked, train, defenses, control, control_defenses).items():
         model.amp = bool(attacked.amp) if amp is None else amp
         networks[name] = Network(name, model.to(where).eval().requires_grad_(False), fingerprint(model.net))
     clean, triggered = sample(test, attacked.triggered, samples)
@@ -146,7 +136,26 @@ def open_case(
         test=clean.to(there),
         triggered=triggered.to(there),
         augment=source(attacked.dataset).augment,
+        notes=tuple(notes),
     )
+
+
+def _models(
+    attacked: victim.Victim, train: Images, defenses: Sequence[str], control: Path | None, more: Sequence[str]
+) -> dict[str, Normalized]:
+    """The networks to compare, by name; `more` are defenses of the control."""
+    models = {NONE: attacked.model()}
+    for name in defenses:
+        models[name] = attacked.model()
+        victim.load_weights(models[name], folder(attacked.path / "defense", name))
+    if control is None and more:
+        raise ConfigError("control_defense is given without control; name the record that it lies in")
+    if control is not None:
+        models[CONTROL] = _clean(control, attacked, train)
+        for name in more:
+            models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
+            victim.load_weights(models[f"{CONTROL}/{name}"], folder(control / "defense", name))
+    return models
 
 
 def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:
