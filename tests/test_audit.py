@@ -458,6 +458,17 @@ def test_networks_of_npd_are_loaded_like_any_other(victim, here):
     assert "npd" in open_case(victim, ["npd"], samples=50).networks
 
 
+def test_a_grids_defense_is_found_by_its_name(victim, here, one_line):
+    flags = ("--result_file", "victim", "--epochs", "1", *QUICK)
+    assert here("defense", "ft", *flags, "--save_folder_name", "ft_c0.05_0123456789")[0] == 0
+    assert list(open_case(victim, ["ft"], samples=30).networks) == ["none", "ft"]
+    shutil.copytree(victim / "defense" / "ft_c0.05_0123456789", victim / "defense" / "ft_c0.1_abcdef0123")
+    with pytest.raises(RecordError) as refusal:
+        open_case(victim, ["ft"], samples=30)
+    assert "ft_c0.1_abcdef0123" in one_line(refusal.value)
+    assert list(open_case(victim, ["ft_c0.1_abcdef0123"], samples=30).networks) == ["none", "ft_c0.1_abcdef0123"]
+
+
 def test_poisons_come_from_the_record_or_are_stamped(victim):
     opened = open_case(victim, samples=10**6)
     kept = stored.load(victim)

@@ -17,6 +17,7 @@ from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import folder
 from sau.models import Normalized
+from sau.report.names import defense_named
 from sau.risk import sample
 from sau.seeds import generator
 
@@ -103,7 +104,7 @@ def open_case(
 
     Args:
         place: folder of an attack, ours or BackdoorBench's.
-        defenses: names of defenses in it.
+        defenses: names of defenses in it; of a grid's folder, like sau_c0.05_0123456789, the first part is enough.
         control: folder of a `prototype` record, on the same pictures.
         control_defenses: names of defenses in that one.
         dataset_path: folder of the data sets; None is where the attack found them.
@@ -147,15 +148,29 @@ def _models(
     models = {NONE: attacked.model()}
     for name in defenses:
         models[name] = attacked.model()
-        victim.load_weights(models[name], folder(attacked.path / "defense", name))
+        victim.load_weights(models[name], _purified(attacked.path, name))
     if control is None and more:
         raise ConfigError("control_defense is given without control; name the record that it lies in")
     if control is not None:
         models[CONTROL] = _clean(control, attacked, train)
         for name in more:
             models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
-            victim.load_weights(models[f"{CONTROL}/{name}"], folder(control / "defense", name))
+            victim.load_weights(models[f"{CONTROL}/{name}"], _purified(control, name))
     return models
+
+
+def _purified(attack: Path, name: str) -> Path:
+    """The folder of a defense: the one called so, or the only one of a grid that is of the defense called so."""
+    place = folder(attack / "defense", name)
+    found = (
+        [place]
+        if place.is_dir()
+        else [other for other in place.parent.glob("*") if defense_named(other.name)[0] == name]
+    )
+    if len(found) > 1:
+        texts = ", ".join(sorted(other.name for other in found))
+        raise RecordError(f"{attack} has several defenses {name}: {texts}; name one of these folders")
+    return found[0] if found else place
 
 
 def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:
