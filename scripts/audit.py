@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add, default = asked.add_argument, Asked()
     add("--result_file", required=True, help="result folder of an attack: a name below the record root, or a path")
-    add("--defense", action="extend", nargs="+", default=[], help="defenses in it")
+    add("--defense", action="extend", nargs="+", default=[], help="defenses in it, by name or by folder")
     add("--control", help="result folder of a network without a backdoor, on the same pictures [none]")
     add("--control_defense", action="extend", nargs="+", default=[], help="defenses in the control's folder")
     add("--parts", type=several(str), default=PARTS, help=f"of {','.join(PARTS)} [all that there is material for]")

@@ -33,6 +33,8 @@ def carry_out(plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict
 
 def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     pieces, rows = plan.pieces(), []
+    for note in plan.case.notes:
+        say(f"note: {note}")
     seconds: dict[str, float] = {}
     for number, piece in enumerate(pieces, 1):
         kept = _kept(out / PIECES / piece.file, piece, say)
@@ -48,7 +50,7 @@ def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str,
     asked = {**asdict(plan.asked), "samples": [len(case.test), len(case.triggered)]}
     attack = case.attack.name if case.attack is not None else None
     found = {"record": case.name, "attack": attack, "networks": networks, "asked": plain(asked), "seconds": seconds}
-    result = {**found, "rows": rows}
+    result = {**found, "notes": list(case.notes), "rows": rows}
     write(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     return result
 

@@ -1,8 +1,7 @@
 """What an audit looks at: the networks of a record, and what its attacker has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +59,7 @@ class Case:
         test: clean test pictures.
         triggered: triggered ones, the target class left out; `index` is the place in `test`.
         augment: how training pictures are augmented.
+        notes: what there is to say about the pictures, like that they are a subset.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Case:
     test: Images
     triggered: Images
     augment: Augment
+    notes: tuple[str, ...] = ()
 
     @property
     def controls(self) -> list[Network]:
@@ -88,26 +89,6 @@ class Case:
         return self.test[self.triggered.index]
 
 
-def _network(name: str, model: Normalized, bf16: bool) -> Network:
-    model.amp = bf16
-    return Network(name, model.eval().requires_grad_(False), fingerprint(model.net))
-
-
-def _purified(attacked: Callable[[], Normalized], place: Path, defenses: Sequence[str]) -> dict[str, Normalized]:
-    """The networks of the defenses, called by their method where the folder of a grid says more, if that is unique."""
-    short = [defense_named(name)[0] for name in defenses]
-    found = {}
-    for name, one in zip(defenses, short, strict=True):
-        model = found[one if short.count(one) == 1 else name] = attacked()
-        victim.load_weights(model, folder(place / "defense", name))
-    return found
-
-
-def _controls(clean: Callable[[], Normalized], place: Path, defenses: Sequence[str]) -> dict[str, Normalized]:
-    again = _purified(clean, place, defenses)
-    return {CONTROL: clean(), **{f"{CONTROL}/{name}": model for name, model in again.items()}}
-
-
 def open_case(
     place: Path,
     defenses: Sequence[str] = (),
@@ -123,7 +104,7 @@ def open_case(
 
     Args:
         place: folder of an attack, ours or BackdoorBench's.
-        defenses: names of defenses in it.
+        defenses: names of defenses in it; of a grid's folder, like sau_c0.05_0123456789, the first part is enough.
         control: folder of a `prototype` record, on the same pictures.
         control_defenses: names of defenses in that one.
         dataset_path: folder of the data sets; None is where the attack found them.
@@ -131,33 +112,65 @@ def open_case(
         amp: whether networks run in bf16; None is as the attack's did.
         where: device to work on.
 
-    Raises RecordError for a clean network, for a control that was attacked or saw other pictures, and for a record
-    without poisoned training pictures to learn from.
+    Raises RecordError for a clean network, an attacked control or one of other pictures, and for want of poisons.
     """
-    if control is None and control_defenses:
-        raise ConfigError("control_defense is given without control; name the record that it lies in")
     attacked = victim.load(place)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
-    train, test, _ = attacked.pictures(dataset_path or attacked.dataset_path)
+    train, test, notes = attacked.pictures(dataset_path or attacked.dataset_path)
     attack = recall(attacked.settings, attacked.trigger) if attacked.settings else None
-    models = {NONE: attacked.model(), **_purified(attacked.model, attacked.path, defenses)}
-    if control is not None:
-        models |= _controls(partial(_clean, control, attacked, train), control, control_defenses)
-    there, bf16 = torch.device(where), bool(attacked.amp) if amp is None else amp
+    networks = {}
+    for name, model in _models(attacked, train, defenses, control, control_defenses).items():
+        model.amp = bool(attacked.amp) if amp is None else amp
+        networks[name] = Network(name, model.to(where).eval().requires_grad_(False), fingerprint(model.net))
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test pictures has a triggered version; measure on more")
-    given = {"train": train.to(there), "test": clean.to(there), "triggered": triggered.to(there)}
+    there = torch.device(where)
     return Case(
         name=attacked.path.name,
         digest=attacked.digest,
         attack=attack,
-        networks={name: _network(name, model.to(there), bf16) for name, model in models.items()},
+        networks=networks,
+        train=train.to(there),
         poisons=_poisons(attacked, train, attack).to(there),
-        **given,
+        test=clean.to(there),
+        triggered=triggered.to(there),
         augment=source(attacked.dataset).augment,
+        notes=tuple(notes),
     )
+
+
+def _models(
+    attacked: victim.Victim, train: Images, defenses: Sequence[str], control: Path | None, more: Sequence[str]
+) -> dict[str, Normalized]:
+    """The networks to compare, by name; `more` are defenses of the control."""
+    models = {NONE: attacked.model()}
+    for name in defenses:
+        models[name] = attacked.model()
+        victim.load_weights(models[name], _purified(attacked.path, name))
+    if control is None and more:
+        raise ConfigError("control_defense is given without control; name the record that it lies in")
+    if control is not None:
+        models[CONTROL] = _clean(control, attacked, train)
+        for name in more:
+            models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
+            victim.load_weights(models[f"{CONTROL}/{name}"], _purified(control, name))
+    return models
+
+
+def _purified(attack: Path, name: str) -> Path:
+    """The folder of a defense: the one called so, or the only one of a grid that is of the defense called so."""
+    place = folder(attack / "defense", name)
+    found = (
+        [place]
+        if place.is_dir()
+        else [other for other in place.parent.glob("*") if defense_named(other.name)[0] == name]
+    )
+    if len(found) > 1:
+        texts = ", ".join(sorted(other.name for other in found))
+        raise RecordError(f"{attack} has several defenses {name}: {texts}; name one of these folders")
+    return found[0] if found else place
 
 
 def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:

@@ -63,13 +63,14 @@ class Measure:
             fitted, shown = _led(self.case.train[fitted.index], fitted), _led(self.case.untriggered, shown)
         found = [self._row("white", curve, network, 0.0, seed, shown)]
         for eps, delta in universal([network.model], fitted, self.asked.eps, steps=self.asked.steps, seed=seed):
-            found.append(self._row("white", curve, network, eps, seed, shown, shifted(shown, delta)))
+            pixels = shifted(shown, delta)
             if curve == TRIGGER:
                 random = shifted(shown, noise(shown, eps, generator(seed)))
                 found.append(self._row("white", NOISE, network, eps, seed, shown, random))
                 for other in [] if network.control else self.case.controls:
-                    row = self._row("white", f"same D on {other.name}", other, eps, seed, shown, shifted(shown, delta))
+                    row = self._row("white", f"same D on {other.name}", other, eps, seed, shown, pixels)
                     found.append({**row, "network": network.name})
+            found.append(self._row("white", curve, network, eps, seed, shown, pixels))
         return found
 
     def transferred(self, surrogates: Sequence[Network], targets: Sequence[Network], seed: int) -> list[Row]:
