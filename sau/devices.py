@@ -41,6 +41,7 @@ def place(run: Run, method: Method, batch_size: int) -> torch.device:
         (method.teamwork, f"{method.name} works on one; leave the flag out"),
         (where.index is None, f"device is {run.device!r}, which is one of them; give cuda"),
         (where.type == "cpu" or n <= cards, f"this machine has {cards} cuda devices"),
+        (run.max_minutes is None, "max_minutes ends the run of one alone; leave one of the two flags out"),
         (batch_size % n == 0, f"batch_size is {batch_size}; allowed is a multiple of {n}"),
     ):
         if not fine:

@@ -82,6 +82,28 @@ def test_small_tensors_reach_the_device_as_they_are():
     assert torch.equal(sent(x, torch.device("cpu")), x)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", [FT(), AT(), SAU(), BadNet()], ids=lambda m: m.name)
+def test_cuda_is_not_waited_for(method):
+    """CUDA itself reports whatever waits for it, the path of the pictures included."""
+    where = torch.device("cuda")
+    model, images = network(amp=True).to(where), toy_images(64).to(where)
+    prepared = (
+        method.prepare(model.train(), Training(), 10) if isinstance(method, BadNet) else method.prepare(model, 10)
+    )
+    place, batches = loop._Place(), images.batches(16, seed=0, augment=Augment(flip=True))
+    walk = iter(batches)
+    x, y, *_ = next(walk)
+    method.step(prepared, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y, *_ in walk:
+            place.add(method.step(prepared, x, y), len(y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # Memory
 
 
@@ -368,6 +390,12 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
 def test_a_run_that_has_time_says_nothing(here, tmp_path):
     assert here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
     assert "ended_early" not in Record(tmp_path / "record" / "a").summary()
+
+
+def test_a_limit_is_for_one_device(refused):
+    """The others would wait for one that has left."""
+    line = refused("attack", "badnet", *VICTIM, "--save_folder_name", "a", "--devices", "2", "--max_minutes", "5")
+    assert "devices is 2, but max_minutes" in line
 
 
 def test_minutes_are_above_zero(refused):
