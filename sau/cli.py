@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from sau import device as machine
-from sau import own, quality, victim
+from sau import own, quality
 from sau.attack import ATTACKS
 from sau.attack.recipe import Recipe
 from sau.data.cifar import subset_note
@@ -23,16 +22,17 @@ from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
-from sau.devices import place, spread
 from sau.errors import ConfigError, SauError
 from sau.evaluate import der, score, table
 from sau.files import folder
-from sau.holding import give_all_back
+from sau.machine import device as machine
+from sau.machine.devices import place, spread
+from sau.machine.tuning import tune
 from sau.models import build, has_width
-from sau.record import Record
+from sau.record import holding, victim
+from sau.record.folder import Record
 from sau.request import AttackRun, DefenseRun, Request, Run
 from sau.risk import gauge
-from sau.tuning import tune
 from sau.watch import Watch, begin, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
         return 128 + int(stop.args[0])
     finally:
-        give_all_back()
+        holding.give_all_back()
     return 0
 
 

@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau import device as machine
-from sau import weights
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.folders import labelled
 from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
-from sau.devices import place, spread
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Score, score, table
 from sau.files import folder
+from sau.foreign import weights
+from sau.machine import device as machine
+from sau.machine.devices import place, spread
+from sau.machine.tuning import tune
 from sau.models import Normalized, has_width
 from sau.models.guess import guess, plain
-from sau.record import Record
+from sau.record.folder import Record
 from sau.request import DefenseRun, Request
 from sau.risk import Found, gauge
-from sau.tuning import tune
 from sau.watch import Watch, begin, warn
 
 

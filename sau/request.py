@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from sau import config
 from sau.config import Option, Setting
-from sau.device import choose_device
 from sau.errors import ConfigError
+from sau.machine.device import choose_device
 from sau.method import Method
 from sau.witness import Search
 from sau.yamlfile import read_yaml, shipped

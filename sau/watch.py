@@ -18,10 +18,10 @@ import sau
 from sau.config import IGNORED
 from sau.data.images import Images
 from sau.evaluate import Score, score
-from sau.record import Record
+from sau.record.folder import Record
+from sau.record.schema import digest
 from sau.request import Request, Run
 from sau.risk import Found
-from sau.schema import digest
 from sau.session import Limit, Session
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"

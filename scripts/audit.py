@@ -27,10 +27,10 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
-from sau.device import choose_device, set_threads
 from sau.errors import SauError
 from sau.figures import audit, save
 from sau.files import folder
+from sau.machine.device import choose_device, set_threads
 
 say = partial(print, flush=True)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
 
-from sau.device import choose_device, set_threads
+from sau.machine.device import choose_device, set_threads
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
 PARTS: dict[str, ModuleType] = {

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau import victim
 from sau.clues import reverse
 from sau.errors import ConfigError, told
 from sau.files import write
+from sau.record import victim
 
 HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
 

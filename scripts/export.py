@@ -21,9 +21,9 @@ import numpy as np
 
 from sau.data.images import Images
 from sau.errors import told
-from sau.export import pictures, save_png, whole, write
 from sau.files import folder
-from sau.record import Record
+from sau.foreign.export import pictures, save_png, whole, write
+from sau.record.folder import Record
 
 COLUMNS = ("labels", "true_labels", "role", "index")
 

@@ -21,11 +21,11 @@ except ModuleNotFoundError:
 
 matplotlib.use("Agg")
 
-from sau import victim
 from sau.errors import RecordError, told
 from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.files import folder
-from sau.record import Record
+from sau.record import victim
+from sau.record.folder import Record
 from sau.risk import sample
 from sau.witness import Search
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau.grid.plan import Cell, cells
 from sau.grid.spec import read
 from sau.grid.store import Store
-from sau.lock import holder
+from sau.record.lock import holder
 
 HERE = Path(__file__).resolve().parents[1]
 HUNG, COSTS = "blended_r0.1_s1/defense/ft_c0.1", ("seconds", "peak_memory_mb")

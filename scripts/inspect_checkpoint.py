@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.errors import told
-from sau.inspection import HARMLESS, inspect, text
+from sau.foreign.inspection import HARMLESS, inspect, text
 
 
 def main() -> int:

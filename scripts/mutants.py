@@ -56,7 +56,7 @@ class Target:
 
 TARGETS = {
     "evaluate": Target(("sau/evaluate.py",), ("tests/test_evaluate.py",)),
-    "record": Target(("sau/record.py",), ("tests/test_record.py",)),
+    "record": Target(("sau/record/folder.py",), ("tests/test_record.py",)),
     "losses": Target(("sau/perturb.py", "sau/defense/sau.py"), ("tests/test_sau.py",)),
 }
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau import victim
 from sau.errors import told
+from sau.record import victim
 from sau.risk import gauge
 from sau.witness import Search
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.device import choose_device, set_threads
 from sau.errors import told
 from sau.files import folder
-from sau.verification import BROKEN, PARTLY, VERIFIED, Verification
+from sau.machine.device import choose_device, set_threads
+from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
 
 WORDS = {VERIFIED: "verified", BROKEN: "BROKEN", PARTLY: "holds as far as it could be checked"}
 

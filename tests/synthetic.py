@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sau.record import Record
+from sau.record.folder import Record
 
 NETWORK = {"name": "preactresnet18", "classes": 10, "width": 16, "shape": [3, 32, 32]}
 

@@ -17,7 +17,6 @@ from toys import QUICK, REPOSITORY, environment, quiet, stop_after, the_error, t
 
 matplotlib.use("Agg")
 
-from sau import victim as stored
 from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
 from sau.attack.recall import recall
 from sau.audit import Asked, Plan, carry_out, open_case, tables
@@ -37,8 +36,9 @@ from sau.evaluate import score
 from sau.figures import audit
 from sau.models import Normalized
 from sau.models.polarizer import insert
-from sau.record import Record
-from sau.schema import plain
+from sau.record import victim as stored
+from sau.record.folder import Record
+from sau.record.schema import plain
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)

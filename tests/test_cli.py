@@ -20,18 +20,18 @@ from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, th
 
 import sau
 from sau import cli as module
-from sau import device
 from sau.attack import ATTACKS, BadNet
 from sau.attack.recipe import Recipe
 from sau.config import options
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
+from sau.machine import device
 from sau.optim import Training
 from sau.own import OwnRun
-from sau.record import Record
+from sau.record.folder import Record
+from sau.record.victim import load_images
 from sau.request import AttackRun, DefenseRun
-from sau.victim import load_images
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)

@@ -26,15 +26,17 @@ from PIL import Image
 from torch import nn
 from toys import REPOSITORY, TinyNet, environment, tiny_net, toy_images
 
-from sau import compat, export, foreign, victim
-from sau.compat import KEYS, RESULT
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
 from sau.data.sources import fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
+from sau.foreign import compat, compat_pictures, export
+from sau.foreign import torchfile as foreign
+from sau.foreign.compat import KEYS, RESULT
 from sau.models import MODELS, build
-from sau.record import Record
+from sau.record import victim
+from sau.record.folder import Record
 
 NET = "preactresnet18"
 
@@ -139,7 +141,7 @@ def test_a_real_file_opens_in_three_seconds_and_four_times_its_size(original, tm
 import time, sys
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
-from sau import compat
+from sau.foreign import compat
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before, begun = peak(), time.process_time()
@@ -300,7 +302,7 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
 def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
     first = compat.read(folder)
-    monkeypatch.setattr("sau.compat_pictures.read_picture", lambda path: pytest.fail(f"{path} is decoded again"))
+    monkeypatch.setattr(compat_pictures, "read_picture", lambda path: pytest.fail(f"{path} is decoded again"))
     assert same(compat.read(folder).poisoned, first.poisoned)
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))

@@ -15,11 +15,11 @@ from toys import QUICK, TinyNet, command, environment, quiet, stop_after, tiny_n
 from sau.attack import ATTACKS, BadNet
 from sau.data.augment import Augment
 from sau.defense import AT, DEFENSES, FT, SAU
-from sau.devices import place, spread
 from sau.errors import ConfigError
+from sau.machine.devices import place, spread
+from sau.machine.team import Team, fabric
 from sau.optim import Training
 from sau.request import Run
-from sau.team import Team, fabric
 
 TWO = ("--devices", "2")
 
@@ -91,7 +91,7 @@ def test_an_attack_trains_as_on_one_device():
 
 def member(rank: int, devices: int, monkeypatch: pytest.MonkeyPatch) -> Team:
     """A member of a team whose others are left out: sums are its own part."""
-    monkeypatch.setattr("sau.team._sum", lambda tensor: None)
+    monkeypatch.setattr("sau.machine.team._sum", lambda tensor: None)
     team = object.__new__(Team)
     team.rank, team.devices, team.share, team.hooks = rank, devices, 0.0, []
     team.fabric = type("Fabric", (), {"device": torch.device("cpu")})()

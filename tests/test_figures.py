@@ -18,7 +18,7 @@ from sau.errors import ConfigError, DataError, RecordError
 from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.figures.curves import RISKS
 from sau.figures.features import last_features
-from sau.record import Record
+from sau.record.folder import Record
 from sau.witness import Search
 
 

@@ -25,8 +25,8 @@ from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import read
 from sau.grid.store import Store
 from sau.grid.work import work
-from sau.lock import Lock
-from sau.record import Record
+from sau.record.folder import Record
+from sau.record.lock import Lock
 
 SMALL = """
 dataset: digits

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from toys import REPOSITORY, environment, the_error
 
-from sau import inspection, pickles, weights
 from sau.errors import RecordError
-from sau.inspection import HARMLESS, SUSPICIOUS, UNREADABLE, look
+from sau.foreign import inspection, pickles, weights
+from sau.foreign.inspection import HARMLESS, SUSPICIOUS, UNREADABLE, look
 from sau.models import build
 from sau.models.guess import guess
 
@@ -289,7 +289,7 @@ def test_bombs_cost_a_second_and_64_megabytes_at_most(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from sau import weights
+from sau.foreign import weights
 from sau.errors import RecordError
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -359,7 +359,7 @@ def test_a_confined_process_has_neither_memory_nor_files(tmp_path):
     code = f"""
 from pathlib import Path
 import signal
-from sau import device
+from sau.machine import device
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 device.confine(64 << 20, 5)
 for attempt in (lambda: bytearray(128 << 20), lambda: Path({str(tmp_path / "x")!r}).write_text("x")):

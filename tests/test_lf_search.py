@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from toys import quiet, tiny_net, toy_images, train_victim
 
-from sau import victim
 from sau.attack import LF, Prototype, lf_network, lf_search
 from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
 from sau.attack.making import Making
@@ -18,7 +17,8 @@ from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError
 from sau.models import build
 from sau.optim import Training
-from sau.record import Record
+from sau.record import victim
+from sau.record.folder import Record
 from sau.session import Session
 
 LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)

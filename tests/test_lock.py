@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from toys import REPOSITORY, environment
 
-from sau import lock
 from sau.errors import LockedError, RecordError
-from sau.lock import Lock, holder
+from sau.record import lock
+from sau.record.lock import Lock, holder
 
 HOLD = """
 import sys, time
-from sau.lock import Lock, Path
+from sau.record.lock import Lock, Path
 Lock(Path(sys.argv[1])).acquire()
 print("has it", flush=True)
 time.sleep(60)
@@ -26,7 +26,7 @@ TAKE = """
 import sys, time
 from pathlib import Path
 from sau.errors import LockedError
-from sau.lock import Lock
+from sau.record.lock import Lock
 path, log = Path(sys.argv[1]), Path(sys.argv[2])
 while not Path(sys.argv[3]).exists():
     time.sleep(0.001)

@@ -48,11 +48,11 @@ def below(folder: str) -> set[str]:
 # concern: (who has it, who may)
 HOMES: dict[str, tuple[set[str], set[str]]] = {
     "flags": (importing("argparse") | calling("add_argument"), {"config.py"}),
-    "YAML": (importing("yaml"), {"yamlfile.py", "record.py"}),
-    "reading torch's files": (calling("torch.load"), {"record.py", "foreign.py"}),
-    "writing torch's files": (calling("torch.save"), {"record.py", "export.py"}),
-    "pickles": (importing("pickle"), {"data/cifar.py", "foreign.py"}),
-    "gradients of weights": (calling("backward"), {"optim.py", "device.py"}),
+    "YAML": (importing("yaml"), {"yamlfile.py", "record/folder.py"}),
+    "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
+    "writing torch's files": (calling("torch.save"), {"record/folder.py", "foreign/export.py"}),
+    "pickles": (importing("pickle"), {"data/cifar.py", "foreign/torchfile.py"}),
+    "gradients of weights": (calling("backward"), {"optim.py", "machine/device.py"}),
     "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py"}),
     "copies of networks": (
         calling("deepcopy"),
@@ -61,14 +61,14 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
             "models/frozen.py",
         },
     ),
-    "progress bars": (importing("tqdm"), {"loop.py", "compat_pictures.py"} | below("data")),
-    "the screen": (calling("print"), {"cli.py", "errors.py", "record.py", "grid/work.py"} | below("data")),
+    "progress bars": (importing("tqdm"), {"loop.py", "foreign/compat_pictures.py"} | below("data")),
+    "the screen": (calling("print"), {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
         {"cli.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"cli.py", "grid/cells.py", "grid/work.py"}),
-    "the machine": (importing("resource") | calling("set_num_threads"), {"device.py"}),
+    "the machine": (importing("resource") | calling("set_num_threads"), {"machine/device.py"}),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
 }  # fmt: skip
 

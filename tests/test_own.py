@@ -15,8 +15,8 @@ from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.models.preact_resnet import PreActResNet18
 from sau.own import OwnRun, network, split
+from sau.record.victim import load_weights
 from sau.risk import Found, measure
-from sau.victim import load_weights
 from sau.witness import Search
 
 CLASSES, SIDE = 3, 16

@@ -14,10 +14,10 @@ import pytest
 import torch
 from toys import REPOSITORY, environment
 
-from sau import record as module
 from sau.errors import RecordError
 from sau.files import folder, write
-from sau.record import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
+from sau.record import folder as module
+from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
 

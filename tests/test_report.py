@@ -121,7 +121,7 @@ def test_an_unfinished_run_says_how_far_it_came(tmp_path):
 
 
 def test_a_changed_text_is_noticed_and_a_changed_weight_where_it_is_looked_at(tmp_path):
-    from sau.record import Record
+    from sau.record.folder import Record
 
     path = attack(tmp_path)
     raw = bytearray((path / "model.safetensors").read_bytes())

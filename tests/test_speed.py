@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import QUICK, VICTIM, tiny_net, toy_images
 
-from sau import device, loop, schema, tuning
+from sau import loop
 from sau.attack import ATTACKS, BadNet
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, FT, SAU
 from sau.errors import TrainingError
+from sau.machine import device, tuning
+from sau.machine.parts import InParts
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
-from sau.parts import InParts
-from sau.record import Record
+from sau.record import schema
+from sau.record.folder import Record
+from sau.record.verification import VERIFIED, Verification
 from sau.session import Limit, Session
-from sau.verification import VERIFIED, Verification
 
 
 def network(amp: bool = False) -> Normalized:

@@ -26,11 +26,11 @@ from sau.defense import DEFENSES
 from sau.errors import DataError, LockedError, RecordError, SauError
 from sau.evaluate import Score, der, score
 from sau.files import folder
-from sau.lock import holder
 from sau.optim import Training
-from sau.record import CONFIG, METRICS, Record
+from sau.record.folder import CONFIG, METRICS, Record
+from sau.record.lock import holder
+from sau.record.schema import SCHEMA, UPGRADES, signed
 from sau.request import AttackRun, DefenseRun
-from sau.schema import SCHEMA, UPGRADES, signed
 from sau.session import Session
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -103,7 +103,7 @@ def test_a_folder_has_one_process(tmp_path, one_line):
             return 7
         return 0
 
-    from sau import holding
+    from sau.record import holding
 
     def stranger() -> int:
         holding._held.clear()
@@ -288,7 +288,7 @@ def test_steps_follow_each_other(tmp_path, monkeypatch):
     record = Record(tmp_path / "a")
     record.begin({"amp": False}, {"attacked": "abc"}, overwrite=False)
     (record.path / CONFIG).write_text(yaml.safe_dump({**record.config, "schema": 1}))
-    monkeypatch.setattr("sau.schema.SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr("sau.record.schema.SCHEMA", SCHEMA + 1)
     monkeypatch.setitem(UPGRADES, SCHEMA, lambda config: {**config, "precision": config["amp"]})
     found = Record(tmp_path / "a")._ours()
     assert (found["schema"], found["attacked"], found["precision"]) == (SCHEMA + 1, "abc", False)

@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from toys import QUICK
 
-from sau import schema
 from sau.cli import defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
-from sau.record import CONFIG, MANIFEST, SUMMARY
-from sau.verification import BROKEN, PARTLY, VERIFIED, Verification
+from sau.record import schema
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY
+from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
 
 
 @pytest.fixture(scope="module")

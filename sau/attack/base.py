@@ -19,8 +19,8 @@ from sau.attack.recipe import sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
+from sau.machine.parts import InParts
 from sau.optim import Training
-from sau.parts import InParts
 from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from sau import victim
 from sau.attack import workshop
 from sau.attack.making import Making
 from sau.attack.prototype import Prototype
@@ -14,6 +13,7 @@ from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import RecordError
 from sau.models import Normalized
+from sau.record import victim
 from sau.session import Session
 
 

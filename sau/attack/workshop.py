@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import sau
 from sau.data.cache import cache_folder
 from sau.errors import LockedError, RecordError
-from sau.record import SUMMARY, Record
-from sau.schema import digest
+from sau.record.folder import SUMMARY, Record
+from sau.record.schema import digest
 from sau.session import Session
 
 Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them

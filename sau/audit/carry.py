@@ -12,8 +12,8 @@ from sau.audit.coefficient import existence, stretched
 from sau.audit.measure import Row
 from sau.audit.plan import Piece, Plan
 from sau.files import write
-from sau.holding import give_back, hold
-from sau.schema import plain
+from sau.record.holding import give_back, hold
+from sau.record.schema import plain
 
 PIECES, RESULT = "pieces", "audit.json"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from sau import victim
 from sau.attack.base import Attack
 from sau.attack.lf_network import recorded
 from sau.attack.recall import recall
@@ -17,6 +16,7 @@ from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import folder
 from sau.models import Normalized
+from sau.record import victim
 from sau.report.names import defense_named
 from sau.risk import sample
 from sau.seeds import generator

@@ -12,7 +12,7 @@ from sau.audit.measure import ALONE, FRESH, RELEASED, TRIGGER, Measure, Row
 from sau.audit.relearn import mixture
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError
-from sau.schema import digest, plain
+from sau.record.schema import digest, plain
 from sau.watch import versioned
 
 

@@ -15,10 +15,10 @@ from sau.data.augment import Augment
 from sau.data.images import Images
 from sau.defense.inputs import clean_batches
 from sau.errors import DataError, TrainingError
+from sau.machine.parts import InParts
 from sau.method import Method
 from sau.models import Normalized
 from sau.optim import Training
-from sau.parts import InParts
 from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Loader

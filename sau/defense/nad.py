@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau import loop, victim
+from sau import loop
 from sau.config import nearest
 from sau.defense.ft import FT
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.optim import Schedule
+from sau.record import victim
 from sau.session import Session
 from sau.types import Labels, Loader, Logits, Pixels
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from sau.errors import RecordError
-from sau.record import METRICS, Record
+from sau.record.folder import METRICS, Record
 from sau.report import parse
 
 Style = tuple[str, str, str]  # name, colour, line

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sau.parent import python_path
+from sau.machine.parent import python_path
 
 LOCKED = 75  # exit status of a cell that another process works on
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds

@@ -11,7 +11,7 @@ from sau.errors import ConfigError
 from sau.grid.cells import Job, Outcome, run_cell
 from sau.grid.engines import GIB, Done, usable_cores
 from sau.grid.plan import Cell
-from sau.parent import python_path
+from sau.machine.parent import python_path
 
 
 class RayEngine:

@@ -14,8 +14,8 @@ from sau.defense import DEFENSES
 from sau.errors import ConfigError
 from sau.grid.names import plain
 from sau.grid.spec import Block
+from sau.record.schema import digest
 from sau.request import AttackRun, DefenseRun, Request
-from sau.schema import digest
 
 # What the grid says itself, and where.
 _OWN = {

@@ -14,8 +14,8 @@ from sau.errors import RecordError
 from sau.files import write
 from sau.grid.cells import Job
 from sau.grid.plan import Cell
-from sau.lock import Holder, holder
-from sau.record import MANIFEST, SUMMARY, Record
+from sau.record.folder import MANIFEST, SUMMARY, Record
+from sau.record.lock import Holder, holder
 
 SAMPLE = 20  # like cells whose cost is looked at
 

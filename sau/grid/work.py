@@ -16,9 +16,9 @@ from pathlib import Path
 from sau.cli import main
 from sau.errors import LockedError, told
 from sau.grid.cells import LOCKED
-from sau.lock import Lock
-from sau.parent import outlive
-from sau.record import Record
+from sau.machine.parent import outlive
+from sau.record.folder import Record
+from sau.record.lock import Lock
 
 
 def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:

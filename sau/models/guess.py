@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import RecordError
+from sau.foreign.weights import Weights
 from sau.models import MODELS
 from sau.models.zoo import torchvision_names, torchvision_plain
-from sau.weights import Weights
 
 _FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
 

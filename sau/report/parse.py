@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sau.errors import RecordError
-from sau.record import SUMMARY
+from sau.record.folder import SUMMARY
 
 PERCENT = ("acc", "asr", "racc", "der")
 COST = ("seconds", "peak_memory_mb")

@@ -17,10 +17,10 @@ from sau.data.cifar import DOWNLOADED, test_split
 from sau.data.images import Images
 from sau.errors import SauError
 from sau.quality import magnified
-from sau.record import Record
+from sau.record.folder import Record
+from sau.record.victim import load_images
 from sau.report import parse
 from sau.report.read import VERIFIED, Run
-from sau.victim import load_images
 
 COLUMNS, SIZE, GAP = 4, 48, 2  # pictures; their largest side in the strip, and what separates them, in pixels
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sau.errors import RecordError
-from sau.record import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
+from sau.record.folder import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.report import parse
 from sau.report.names import attack_named, defense_named
 

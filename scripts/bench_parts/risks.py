@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sau import victim
 from sau.models import Normalized
+from sau.record import victim
 from sau.risk import Found, measure, sample
 from sau.witness import Search
 

@@ -16,11 +16,11 @@ import torch
 from torture_parts.common import Row, arguments, forked, result, run, tensors, whole
 from torture_parts.runs import dying, victim
 
-from sau import victim as victims
 from sau.errors import RecordError, SauError
 from sau.files import folder as named
-from sau.holding import give_back
-from sau.record import CHECKPOINT, Record
+from sau.record import victim as victims
+from sau.record.folder import CHECKPOINT, Record
+from sau.record.holding import give_back
 
 MUTATIONS, POINTS, RACES, NAMES = 10_000, 40, 200, 5_000
 AGAIN = "starts again"

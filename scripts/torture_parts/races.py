@@ -11,7 +11,7 @@ import torch
 from torture_parts.common import Row, forked
 
 from sau.errors import LockedError, RecordError
-from sau.record import Record
+from sau.record.folder import Record
 
 RACES, STALE = 200, 20
 WON, LOCKED, TOO_LATE = 10, 11, 12

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torture_parts.common import METHODS, Row, arguments, forked, result, run, tensors, whole
 
-from sau import schema
 from sau.defense import DEFENSES
-from sau.record import MANIFEST
+from sau.record import schema
+from sau.record.folder import MANIFEST
 
 KILLS = 10  # of each method
 

@@ -4,7 +4,7 @@ import atexit
 from contextlib import suppress
 from pathlib import Path
 
-from sau.lock import Lock
+from sau.record.lock import Lock
 
 _held: dict[Path, tuple[Lock, bool]] = {}  # and whether the folder around it was made for the lock
 

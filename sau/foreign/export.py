@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sau import files, victim
-from sau.compat import RESULT, SPLITS, blank
+from sau import files
 from sau.data.images import COVER, Images
 from sau.data.sources import source
 from sau.errors import RecordError
-from sau.record import Record
+from sau.foreign.compat import RESULT, SPLITS, blank
+from sau.record import victim
+from sau.record.folder import Record
 
 NETWORKS = ("preactresnet18", "vgg19", "vgg19_bn")  # built in BackdoorBench as they are here
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau import foreign
-from sau.compat_pictures import Part, fields, show
 from sau.data.images import Images
 from sau.errors import RecordError, SauError
+from sau.foreign import torchfile as foreign
+from sau.foreign.compat_pictures import Part, fields, show
 from sau.models import build
 
 RESULT = "attack_result.pt"
@@ -60,7 +60,7 @@ class Foreign:
 def read(folder: Path) -> Foreign:
     """Read `attack_result.pt` of a folder and the pictures that it lists; clean pictures are not among them.
 
-    Nothing in the file is run (`sau.foreign`), weights are matched by name, never by position, and pictures are opened
+    Nothing in the file is run (`torchfile`), weights are matched by name, never by position, and pictures are opened
     only in the folders `bd_...` and `cross_...` beside the file, wherever the attack had stored them. A file carries
     no checksum of its own beside the archive's CRC-32, so who changes it on purpose is not noticed.
 

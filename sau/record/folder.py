@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from sau import schema
 from sau.errors import RecordError
 from sau.files import write
-from sau.holding import give_back, hold
-from sau.schema import SCHEMA, difference, digest, plain
+from sau.record import schema
+from sau.record.holding import give_back, hold
+from sau.record.schema import SCHEMA, difference, digest, plain
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"

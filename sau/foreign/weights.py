@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sau import foreign
 from sau.errors import RecordError
+from sau.foreign import torchfile as foreign
 
 ZIP, LEGACY, SAFE, ONNX = "torch zip archive", "torch before 1.6", "safetensors", "ONNX"
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau import compat
 from sau.data import sources
 from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.errors import DataError, RecordError
+from sau.foreign import compat
 from sau.models import Normalized, build
 from sau.models.polarizer import make_room
-from sau.record import Record
+from sau.record.folder import Record
 
 
 @dataclass(frozen=True, eq=False)

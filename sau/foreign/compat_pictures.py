@@ -15,7 +15,7 @@ from sau.data.cache import cached
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.pictures import read_picture
 from sau.errors import RecordError
-from sau.foreign import Picture, Vector
+from sau.foreign.torchfile import Picture, Vector
 
 _PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
 Place = os.DirEntry[str] | Picture

@@ -1,7 +1,7 @@
 """What is in a network file that somebody else made, found out in a process that cannot do much harm.
 
 The process that opens the file has a limit on its memory and on its time, and may write no file. It reads by allow
-list (`sau.foreign`), so that nothing in the file is run, and hands back JSON and plain tensors, never objects.
+list (`torchfile`), so that nothing in the file is run, and hands back JSON and plain tensors, never objects.
 """
 
 import hashlib
@@ -16,10 +16,12 @@ from typing import Any
 
 import safetensors.torch
 
-from sau import device, foreign, pickles, weights
 from sau.data.sources import SOURCES
 from sau.errors import RecordError
 from sau.files import write
+from sau.foreign import pickles, weights
+from sau.foreign import torchfile as foreign
+from sau.machine import device
 from sau.models.guess import Guess, guess
 from sau.models.zoo import torchvision_names
 

@@ -1,6 +1,6 @@
 """Which functions a file's pickles would import, found by reading their opcodes; nothing is run.
 
-`sau.foreign` decides by a list of what is allowed while it reads. This is the other half: the names of everything that
+`torchfile` decides by a list of what is allowed while it reads. This is the other half: the names of everything that
 an ordinary reader would import, also in files that are refused.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import _weights_only_unpickler as torchs
 
-from sau import foreign
+from sau.foreign import torchfile as foreign
 
 UNKNOWN = "a name put together on the stack"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
@@ -24,7 +24,7 @@ _KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 
 def allowed() -> set[str]:
-    """The names that reading with `sau.foreign` lets pass: torch's own list, and ours for lists of pictures."""
+    """The names that reading with `torchfile` lets pass: torch's own list, and ours for lists of pictures."""
     return {*torchs._get_allowed_globals(), *(name for _, name in foreign.ALLOWED)}
 
 

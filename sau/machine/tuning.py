@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from sau import device as machine
+from sau.machine import device as machine
 from sau.method import Method
 from sau.models import Normalized
-from sau.record import Record
+from sau.record.folder import Record
 from sau.request import Run
 
 SAVED = 0.15  # of the time, assumed for CUDA: airbench94 takes 3.83 s as it stands and 3.09 s compiled (its README)

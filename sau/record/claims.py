@@ -9,8 +9,8 @@ import sau
 from sau.errors import RecordError
 from sau.evaluate import Score, Share
 from sau.evaluate import der as rating_of
-from sau.record import MANIFEST, Record
-from sau.schema import digest
+from sau.record.folder import MANIFEST, Record
+from sau.record.schema import digest
 
 SLACK = 0.001  # share of the pictures that may be answered otherwise here: other processors round otherwise
 

@@ -1,7 +1,7 @@
 """Several devices for one run: which can, and the processes that do a part of the command's work.
 
 The command starts a helper for every further device of this machine and hands it the method, the network and the
-pictures; see `sau.team` for what they then do together.
+pictures; see `sau.machine.team` for what they then do together.
 """
 
 import math
@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from sau.data.images import Images
-from sau.device import choose_device, set_threads
 from sau.errors import ConfigError, SauError, TrainingError
+from sau.machine.device import choose_device, set_threads
+from sau.machine.parent import outlive, python_path
+from sau.machine.team import Team, fabric, leave
 from sau.method import Method
-from sau.parent import outlive, python_path
 from sau.request import Run
 from sau.session import Session
-from sau.team import Team, fabric, leave
 
 GRACE = 5.0  # seconds that a process has to say by itself what went wrong
 
@@ -114,7 +114,7 @@ class _Helper:
         self.rank, self.errors = rank, tempfile.TemporaryFile()
         words = (os.getpid(), kind, devices, torch.get_num_threads())
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from sau.devices import assist; assist{words}"],
+            [sys.executable, "-P", "-c", f"from sau.machine.devices import assist; assist{words}"],
             env={**os.environ, "LOCAL_RANK": str(rank), "PYTHONPATH": python_path()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

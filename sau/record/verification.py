@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import torch
 
-from sau import claims, victim
 from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, SauError
 from sau.evaluate import Score, score
 from sau.models import Normalized, build
 from sau.models.polarizer import restore
-from sau.record import Record
+from sau.record import claims, victim
+from sau.record.folder import Record
 
 VERIFIED, BROKEN, PARTLY = 0, 1, 3  # exit status of `scripts/verify.py`; 2 is a mistake in the command
 State = Literal["held", "broken", "not checked"]

@@ -1,0 +1,1 @@
+"""What a run is given to run on: devices, threads, precision, memory, processes."""
