@@ -33,7 +33,7 @@ def rule(columns: int) -> str:
 
 
 def kept() -> list[Run]:
-    """The runs of each attack and defense; those chosen with the test sets are in `docs/results/table1_cpu.md` alone."""
+    """The runs of each attack and defense; those chosen with the test sets stand in `table1_cpu.md` alone."""
     found: dict[tuple[str, str], list[Run]] = {}
     for name in RUNS:
         here: dict[tuple[str, str], list[Run]] = {}
