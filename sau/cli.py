@@ -103,7 +103,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
 
     settings = {"attack": name, **method.params(), **training.params()}
-    identity = {**settings, **data, **network, "random_seed": run.random_seed}
+    identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
     record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
     method = method.forge(train, model, training, augment=origin.augment, seed=run.random_seed)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)

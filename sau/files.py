@@ -1,13 +1,14 @@
-"""Names of folders and atomic writing: nothing lands outside its root, nothing is ever half-written."""
+"""Names of folders, atomic writing, checksums: nothing lands outside its root, nothing is ever half-written."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from sau.errors import RecordError
+from sau.errors import DataError, RecordError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -47,3 +48,12 @@ def write(path: Path, content: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file that is given as data; DataError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None

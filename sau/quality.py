@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sau.data.images import Images
+from sau.data.images import Images, some
 from sau.types import Bytes
 
 RADIUS = 0.2  # of the L-infinity ball that SAU searches, in [0, 1] pixels
@@ -24,8 +24,8 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
 
     Returns:
         psnr: mean over the changed pictures of 10 log10(1 / MSE), in dB; None if nothing changed.
-        ssim: mean structural similarity (Wang et al. 2004) of the first `ssim_count` pictures; None without skimage.
-        ssim_count: see there.
+        ssim: mean structural similarity (Wang et al. 2004) of `ssim_count` pictures; None without skimage.
+        ssim_count: see there; they are spread evenly.
         linf, linf_max: mean and maximum over pictures of the largest change of a value, in [0, 1] pixels.
         unchanged: percentage of pictures that the trigger does not change.
         in_ball: percentage of pictures whose change is at most `radius`.
@@ -38,7 +38,8 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         errors.append(change.square().mean(1))
     linf, mse = torch.cat(largest), torch.cat(errors)
     changed = mse > 0
-    ssim = _ssim(clean[:SAMPLE], triggered[:SAMPLE])
+    seen = some(len(clean), SAMPLE)
+    ssim = _ssim(clean[seen], triggered[seen])
     return {
         "psnr": round(float((-10 * mse[changed].log10()).mean()), 2) if changed.any() else None,
         "ssim": None if ssim is None else round(ssim, 4),
@@ -51,11 +52,11 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
     }
 
 
-def of_attack(test: Images, triggered: Images) -> dict[str, Any] | None:
+def of_attack(test: Images, triggered: Images, radius: float = RADIUS) -> dict[str, Any] | None:
     """`quality` of a triggered test set made from `test`; None if it is empty."""
     if len(triggered) == 0:
         return None
-    return quality(test.pixels[triggered.index].cpu(), triggered.pixels.cpu())
+    return quality(test.pixels[triggered.index].cpu(), triggered.pixels.cpu(), radius)
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -193,7 +193,8 @@ class Request:
         for folder, name in (("recipe", dataset), (kind, self.method.name)):
             path = shipped(folder, name)
             if path is not None and (folder != "recipe" or kind == "attack"):
-                layers.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
+                case = recipe if folder == "recipe" else FAST.get(recipe, recipe)  # `fast` is about the victim alone
+                layers.update(read_yaml(path, self.known, recipe=case, dataset=dataset))
             if folder == "recipe" and recipe in FAST and "epochs" not in layers:
                 raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
         said = {**self._files(recipe, dataset), **self.given}

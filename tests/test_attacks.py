@@ -21,6 +21,7 @@ from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import score
 from sau.models import build
+from sau.models.steganography import Encoder, Hidden
 from sau.optim import Descent, Training
 from sau.session import Session
 
@@ -40,7 +41,7 @@ class Row:
 
 def forged(attack: Attack, seed: int = 0) -> Attack:
     """With its trigger, which most have from the start."""
-    return attack.forge(toy_images(20), tiny_net(), Training(epochs=1), seed=seed, session=quiet())
+    return attack.forge(toy_images(20), tiny_net(), Training(), seed=seed, session=quiet())
 
 
 ROWS = {
@@ -50,7 +51,7 @@ ROWS = {
     "sig": Row(SIG(sig_f=4.0), {"sig_f": 15.0, "sig_delta": 120.0, "pratio": 0.25}, cost=20),  # its whole class
     "lf": Row(LF()),
     "ssba": Row(
-        forged(SSBA(ssba_epochs=1, ssba_batch_size=16)),
+        SSBA().with_trigger(Hidden(Encoder(1, 3, True), torch.ones(1)).eval().requires_grad_(False)),
         {"ssba_epochs": 30, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
         side=16,
         least=16,
@@ -163,7 +164,7 @@ def test_the_number_of_poisoned_pictures_is_rounded(n, pratio, count):
 def test_the_benchmarks_indices_in_its_order(attack, monkeypatch):
     """N = 50,000 and seed 0 begin 11841, 19602, ...; k pictures are the first k of that draw."""
     images = Images.clean(torch.zeros(50_000, 3, 9, 9, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.long), 10)
-    monkeypatch.setattr(type(attack), "stamped", lambda self, images, *, test: images.pixels)  # it is about the choice
+    monkeypatch.setattr(type(attack), "stamped", lambda self, images, *, test: images.pixels + 1)  # it is about the choice
     golden = [11841, 19602, 45519, 25747, 42642, 31902]
     for k in (1, 3, 6):
         role = with_(attack, pratio=k / 50_000).poison_train(images, seed=0).role
@@ -219,6 +220,30 @@ def test_a_map_leads_each_class_where_it_says_and_leaves_the_others(attack):
     assert torch.equal(triggered.index, images.index[kept]) and torch.equal(triggered.labels, wanted[kept])
 
 
+@each_in_batch
+def test_a_map_leads_each_class_where_it_says_inside_the_batches(attack, monkeypatch):
+    """1 leads to itself, so its pictures are learned as they are, and are not among the examples of the record."""
+    images, seen = toy_images(128, classes=4), []
+    mapped = with_(attack, attack_label_trans="map", attack_label_map=(2, 1, 0, 0), pratio=0.25)
+    net, x = tiny_net(), to_float(images.pixels)
+    net.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    labels: list[torch.Tensor] = []
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda z, y, **how: labels.append(y) or real(z, y, **how))
+    state = mapped.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}
+    mapped.step(state, x, images.labels)
+    wanted = torch.tensor([2, 1, 0, 0])
+    order = (images.labels == 1).int().argsort(stable=True)
+    assert torch.equal(labels[0][:32], wanted[images.labels[order[:32]]])
+    assert torch.equal(labels[0][32:], images.labels[order[32:]])
+    assert (seen[0][:32] != x[order[:32]]).flatten(1).any(1).all()
+    stays = images.labels[order] == 1
+    assert torch.equal(seen[0][stays][-8:], x[order][stays][-8:])
+    kept = mapped.examples(images)
+    hit = kept.role == BACKDOOR
+    assert hit.any() and (kept.labels[hit] != kept.true_labels[hit]).all()
+
+
 @each_poison
 @pytest.mark.parametrize(
     "wrong",
@@ -228,6 +253,7 @@ def test_a_map_leads_each_class_where_it_says_and_leaves_the_others(attack):
         {"attack_label_trans": "map", "attack_label_map": (1, 0)},
         {"attack_label_trans": "map", "attack_label_map": (1, 0, 2, 4)},
         {"attack_label_trans": "map", "attack_label_map": (1, 0, 2, -1)},
+        {"attack_label_trans": "map", "attack_label_map": (0, 1, 2, 3)},
         {"attack_label_trans": "all2all", "attack_label_shift_amount": 4},
         {"attack_label_trans": "all2all", "attack_label_shift_amount": 0},
     ],
@@ -263,11 +289,27 @@ def test_a_target_without_pictures_is_refused(attack, one_line):
     assert "attack_target is 3" in one_line(refusal.value)
 
 
+@each_poison
+def test_what_cannot_be_poisoned_is_refused_before_a_trigger_is_made(attack, monkeypatch):
+    monkeypatch.setattr(type(attack), "make_trigger", lambda self, given: pytest.fail("the trigger is made"))
+    with pytest.raises(ConfigError, match="attack_target is 99"):
+        forged(type(attack)(attack_target=99))
+
+
+@each_poison
+def test_a_trigger_that_changes_nothing_is_refused(attack, monkeypatch, one_line):
+    monkeypatch.setattr(type(attack), "stamp", lambda self, x, test=False: x)
+    with pytest.raises(ConfigError) as refusal:
+        attack.poison_test(toy_images(40))
+    assert "changes none of 30 pictures" in one_line(refusal.value)
+
+
 @each_in_batch
 def test_what_is_poisoned_inside_the_batches_leaves_the_training_set_alone(attack):
     images = toy_images(40)
     assert attack.poison_train(images, 0) is images
-    assert "of each batch of 8" in attack.plan(images, 8)
+    assert "one picture in 0.8 of the batches of 8" in attack.plan(images, 8)
+    assert "of each batch of 20 2 pictures poisoned" in attack.plan(images, 20)
 
 
 @each_in_batch
@@ -702,6 +744,69 @@ def test_input_aware_trains_masks_first_and_then_patterns_and_classifier():
     before[:] = [copy.deepcopy(part.state_dict()) for part in (artist.mask_net, artist.pattern_net, net)]
     with_(attack, clean_train_epochs=0).fit(net, images, Training(epochs=1, batch_size=8), session=quiet())
     assert unchanged() == [True, False, False]
+
+
+def test_input_awares_batch_has_poisoned_cross_and_clean_pictures(monkeypatch):
+    """Of eight two with their own trigger and the target, two with those of others and their own label, four clean."""
+    attack, images, seen, labels = forged(InputAware(pratio=0.25, attack_target=3)), toy_images(8), [], []
+    net, artist, x = tiny_net(), attack.made(), to_float(images.pixels)
+    z = x.flip(0)
+    monkeypatch.setattr(InputAware, "_others", lambda self, state, size: z)
+    net.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda a, y, **how: labels.append(y) or real(a, y, **how))
+    state = attack.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}
+    own, other = copy.deepcopy(artist), copy.deepcopy(artist)
+    for twin in (own, other):
+        twin.train().mask_net.eval()
+    with torch.no_grad():
+        wanted = torch.cat([own(x[:2])[0], other(x[2:4], z[2:4])[0], x[4:]])
+    attack.step(state, x, images.labels)
+    assert torch.allclose(seen[0], wanted, atol=1e-5)
+    assert labels[0].tolist() == [3, 3, *images.labels[2:].tolist()]
+
+
+def test_input_awares_losses_by_hand(monkeypatch):
+    """Masks: lambda_norm times what goes beyond the density, plus lambda_div times the diversity; then the latter."""
+    attack = forged(InputAware(lambda_norm=7.0, lambda_div=3.0, mask_density=0.1, pratio=0.5))
+    images = toy_images(4)
+    x, artist, net = to_float(images.pixels), attack.made(), tiny_net()
+    z = x.flip(0)
+    monkeypatch.setattr(InputAware, "_others", lambda self, state, size: z)
+    masks = attack.prepare_masks(net, 1) | {"images": images, "augment": None}
+    twin = copy.deepcopy(artist).train()
+    with torch.no_grad():
+        m, m_z = twin.mask(x), twin.mask(z)
+        size, diverse = (m - 0.1).clamp_min(0).mean(), attack._diversity((x - z) / artist.std, m - m_z)
+    found = attack.mask_step(masks, x, images.labels)
+    assert float(found["loss"].detach()) == pytest.approx(float(7 * size + 3 * diverse), rel=1e-4)
+    assert float(size) > 0 and float(diverse) > 0
+    found = attack.step(
+        attack.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}, x, images.labels
+    )
+    loss, error, diverse = (float(found[name].detach()) for name in ("loss", "error", "diversity"))
+    assert loss == pytest.approx(error + 3 * diverse, rel=1e-5)
+
+
+@pytest.mark.parametrize("epochs", [1, 25])
+def test_input_aware_without_joint_epochs_is_refused(epochs, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        InputAware().forge(toy_images(20), tiny_net(), Training(epochs=epochs), session=quiet())
+    assert f"epochs is {epochs}" in one_line(refusal.value)
+
+
+def test_input_awares_settings_reach_its_optimisers():
+    attack = forged(InputAware(lr_G=0.5, lr_M=0.25, schedulerG_milestones=(1,), schedulerM_milestones=(2,),
+                               schedulerG_lambda=0.1, schedulerM_lambda=0.01))  # fmt: skip
+    patterns = attack.prepare(tiny_net(), Training(epochs=30), 1)["patterns"]
+    masks = attack.prepare_masks(tiny_net(), 1)["descent"]
+    rates = []
+    for descent in (patterns, masks):
+        for _ in range(3):
+            rates.append(descent.optimizer.param_groups[0]["lr"])
+            descent(sum(p.sum() for p in descent.parameters))
+            descent.end_epoch(0.0)
+    assert rates == pytest.approx([0.5, 0.05, 0.05, 0.25, 0.25, 0.0025])
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

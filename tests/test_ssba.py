@@ -9,7 +9,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.attack import SSBA, ssba, workshop
 from sau.data.images import BACKDOOR, quantise, to_float
-from sau.errors import ConfigError, DataError
+from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import run as loop_run
 from sau.models.steganography import Decoder, Encoder, Hidden, psnr
 from sau.optim import Training
@@ -27,6 +27,12 @@ def own_cache(tmp_path, monkeypatch):
 def forge(attack, images=None, lines=None):
     session = Session(say=(lambda text: None) if lines is None else lines.append)
     return attack.forge(toy_images(16) if images is None else images, tiny_net(), Training(), session=session)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """For tests of other things: an encoder whose code nobody can read yet will do."""
+    monkeypatch.setattr(ssba, "READABLE", 0.0)
 
 
 # The networks
@@ -118,6 +124,21 @@ def test_training_makes_the_code_readable_and_the_picture_recognisable(monkeypat
     assert not made.made().training and not any(p.requires_grad for p in made.made().parameters())
 
 
+def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache, one_line):
+    with pytest.raises(TrainingError) as refusal:
+        forge(SSBA(ssba_epochs=1, ssba_batch_size=16))
+    assert "--ssba_epochs" in one_line(refusal.value)
+    assert not list(own_cache.glob("triggers/*/manifest.json"))
+
+
+def test_a_decoder_that_always_answers_the_same_reads_half_of_the_bits():
+    hidden, decoder = Hidden(Encoder(1), torch.ones(1)), Decoder(1, 32, 3)
+    torch.nn.init.zeros_(decoder.dense[-1].weight)
+    torch.nn.init.ones_(decoder.dense[-1].bias)
+    torch.manual_seed(0)
+    assert 30 < ssba._figures(hidden, decoder, toy_images(100, size=32))["percent_of_bits_right"] < 70
+
+
 @pytest.mark.parametrize(("bits", "seed"), [(1, 0), (1, 5), (8, 0)])
 def test_a_code_begins_with_a_one_and_follows_from_its_seed(bits, seed):
     attack = SSBA(ssba_bits=bits, trigger_seed=seed)
@@ -125,7 +146,7 @@ def test_a_code_begins_with_a_one_and_follows_from_its_seed(bits, seed):
     assert torch.equal(attack._code(), SSBA(ssba_bits=bits, trigger_seed=seed, pratio=0.5)._code())
 
 
-def test_an_encoder_is_trained_once_for_all_seeds_and_ratios(monkeypatch, own_cache):
+def test_an_encoder_is_trained_once_for_all_seeds_and_ratios(monkeypatch, own_cache, unread):
     runs = []
     monkeypatch.setattr(ssba.loop, "run", lambda *args, **how: runs.append(1) or loop_run(*args, **how))
     one = forge(SSBA(**{**FAST, "ssba_epochs": 1}))
@@ -143,7 +164,7 @@ class Enough(BaseException):
     """As a signal comes: no error that anybody catches."""
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache):
+def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache, unread):
     attack = SSBA(**{**FAST, "ssba_epochs": 3})
     whole = forge(attack)
     monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
@@ -231,7 +252,7 @@ def test_ready_pictures_stamp_no_others(arrays, one_line):
     assert "replace_imgs_path" in one_line(refusal.value)
 
 
-def test_stamped_pictures_are_the_encoders():
+def test_stamped_pictures_are_the_encoders(unread):
     attack, images = forge(SSBA(**{**FAST, "ssba_epochs": 1})), toy_images(16)
     expected = quantise(attack.made().encoder(torch.ones(16, 1), to_float(images.pixels)).clamp(0, 1))
     assert torch.equal(attack.stamped(images, test=True), expected)

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 from sau.attack.base import Attack
+from sau.attack.making import Making, Picture
 from sau.data.pictures import fit, read_picture
+from sau.errors import ConfigError
 from sau.types import Pixels
 
 
@@ -28,8 +30,14 @@ class BadNet(Attack):
 
     patch_mask_path: str | None = None
 
+    files: ClassVar[tuple[str, ...]] = ("patch_mask_path",)
+
+    def make_trigger(self, given: Making) -> nn.Module | None:
+        """The picture of a file; our own patch needs no making."""
+        return None if self.patch_mask_path is None else Picture(self._patch(given.images.pixels))
+
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return _put(_patch(self.patch_mask_path, x.shape[-2], x.shape[-1]), x)
+        return _put(self._patch(x), x)
 
     def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
         """The patch moved towards the top left, and in other sizes with its bottom right corner where it was."""
@@ -38,7 +46,17 @@ class BadNet(Attack):
         return {name: partial(self._changed, change) for name, change in {**places, **sizes}.items()}
 
     def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
-        return _put(change(_patch(self.patch_mask_path, x.shape[-2], x.shape[-1])), x)
+        return _put(change(self._patch(x)), x)
+
+    def _patch(self, x: Tensor) -> Tensor:
+        """[3, H, W] for pictures like `x`; resizing the picture, not the coordinates, gives the benchmark's soft border
+        at other resolutions."""
+        height, width = x.shape[-2:]
+        if self.trigger is not None:
+            return cast(Picture, self.trigger).of((3, height, width))
+        if self.patch_mask_path is not None:
+            return fit(read_picture(self.patch_mask_path), height, width) / 255
+        return _white_corner(height, width)
 
 
 def _put(patch: Tensor, x: Pixels) -> Pixels:
@@ -47,15 +65,16 @@ def _put(patch: Tensor, x: Pixels) -> Pixels:
 
 
 @cache
-def _patch(path: str | None, height: int, width: int) -> Tensor:
-    # Resizing the picture, not the coordinates, gives the benchmark's soft border at other resolutions.
-    return fit(read_picture(path) if path else _white_corner(), height, width) / 255
-
-
-def _white_corner() -> Image.Image:
+def _white_corner(height: int, width: int) -> Tensor:
     picture = Image.new("RGB", (32, 32))
     ImageDraw.Draw(picture).rectangle((29, 29, 31, 31), fill="white")
-    return picture
+    patch = fit(picture, height, width) / 255
+    if float(patch.max()) < 0.5:
+        raise ConfigError(
+            f"the pictures are {height} x {width}, in which the patch (3 of 32 pixels) is narrower than a pixel; "
+            "allowed are sides of 11 and more, or a patch of your own in patch_mask_path"
+        )
+    return patch
 
 
 def _sized(patch: Tensor, thirds: int) -> Tensor:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -19,6 +20,7 @@ from sau.attack.recipe import sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
+from sau.files import checksum
 from sau.machine.parts import InParts
 from sau.optim import Training
 from sau.seeds import seeded
@@ -28,25 +30,13 @@ from sau.types import Bytes, Labels, Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Labelling, ABC):
-    """An attack is its `stamp`; the rest is common.
-
-    Args:
-        pratio: poisoned share of the whole training set, 0 to 1.
-    """
+    """An attack is its `stamp`; the rest is common."""
 
     teamwork: ClassVar[bool] = True
-    in_batch: ClassVar[bool] = False  # poisons inside the training batches, so `poison_train` changes nothing
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
+    files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
     trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
-
-    aliases: ClassVar[dict[str, str]] = {"poison_ratio": "pratio"}
-
-    pratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("pratio", 0 <= self.pratio <= 1, "0 to 1")
 
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
@@ -69,8 +59,14 @@ class Attack(Labelling, ABC):
         session: Session | None = None,
     ) -> "Attack":
         """This attack with a trigger that has to be drawn or trained first; most have nothing to make. See `Making`."""
+        self.check(images)  # before a trigger is made, which may take long
         trigger = self.make_trigger(Making(images, blank, recipe, augment, seed, session))
         return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
+
+    def contents(self) -> dict[str, str]:
+        """The SHA-256 of each file that is given."""
+        given = {name: getattr(self, name) for name in self.files}
+        return {f"{name}_sha256": checksum(Path(path)) for name, path in given.items() if path is not None}
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """What `forge` gives this attack to stamp with; None where there is nothing to make."""
@@ -94,29 +90,12 @@ class Attack(Labelling, ABC):
         """Triggers near this one, but for fainter ones: what is different -> what stamps it, as `stamp` does."""
         return {}
 
-    def candidates(self, images: Images) -> Tensor:
-        """Indices of the pictures that may be poisoned: all of them, the target class included."""
-        labels = images.true_labels
-        if self.clean_label:
-            return (labels == self.attack_target).nonzero().flatten()
-        if self.attack_label_trans == "map":
-            return (self.relabel(labels, images.num_classes) != labels).nonzero().flatten()
-        return torch.arange(len(images), device=labels.device)
-
     def poison_train(self, images: Images, seed: int) -> Images:
         """Stamp and relabel round(pratio * N) pictures; the same ones for the same seed, as in the benchmark."""
-        self.check_labels(images)
-        if self.attack_label_trans == "all2one":
-            present = bool((images.true_labels == self.attack_target).any())
-            self.require("attack_target", present, "a class that has training pictures")
-        candidates, count = self.candidates(images), round(self.pratio * len(images))
-        if self.in_batch or count == 0:
+        count = self.check(images)
+        if count == 0:
             return images
-        if count > len(candidates):
-            raise ConfigError(
-                f"pratio is {self.pratio}, which is {count} of {len(images)} pictures, but {self.name} may poison "
-                f"{len(candidates)} of them; allowed is up to {len(candidates) / len(images):.4g}"
-            )
+        candidates = self.candidates(images)
         order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
         picked = images[candidates[torch.from_numpy(order[:count]).to(candidates.device)]]
         return images.updated(self.poisoned(picked))
@@ -129,10 +108,16 @@ class Attack(Labelling, ABC):
 
     @final
     def poisoned(self, images: Images, *, test: bool = False) -> Images:
-        """All of these pictures with the trigger and the labels that the attacker wants."""
+        """All of these pictures with the trigger and the labels that the attacker wants.
+
+        Raises ConfigError if the trigger changes none of them.
+        """
+        pixels = self.stamped(images, test=test)
+        if len(images) and torch.equal(pixels, images.pixels):
+            raise ConfigError(f"the trigger changes none of {len(images)} pictures; give {self.name} one that shows")
         return replace(
             images,
-            pixels=self.stamped(images, test=test),
+            pixels=pixels,
             labels=self.relabel(images.true_labels, images.num_classes),
             role=torch.full_like(images.role, BACKDOOR),
         )

@@ -7,7 +7,7 @@ import torch
 
 from sau.attack.base import Attack
 from sau.data.images import COVER, Images, quantise, to_float
-from sau.types import Pixels
+from sau.types import Labels, Pixels
 
 BLOCK = 128  # the walk that makes the examples takes pictures in blocks of this size, as the benchmark does
 
@@ -21,21 +21,38 @@ def count(pratio: float, size: int) -> int:
 def plan(pratio: float, size: int, ratio: float, how: str) -> str:
     """What a batch of `size` consists of, as text."""
     share = pratio * size
-    n = str(int(share)) if share >= 1 else f"{share:.3g}"
-    return f"of each batch of {size} {n} pictures poisoned and {int(int(share) * ratio)} {how}"
+    if share < 1:
+        return f"one picture in {share:.3g} of the batches of {size} poisoned, and {int(ratio)} of them {how}"
+    return f"of each batch of {size} {int(share)} pictures poisoned and {int(int(share) * ratio)} {how}"
+
+
+def attacked_first(attack: Attack, x: Pixels, y: Labels, num_classes: int) -> tuple[Pixels, Labels, int]:
+    """The batch with the pictures in front that the label rule leads anywhere, and how many those are.
+
+    Only a map may leave classes out; under the other rules every picture is attacked, those of the target included.
+    """
+    if attack.attack_label_trans != "map":
+        return x, y, len(y)
+    stays = attack.relabel(y, num_classes) == y
+    order = stays.int().argsort(stable=True)
+    return x[order], y[order], len(y) - int(stays.sum())
 
 
 @torch.no_grad()
-def examples(attack: Attack, images: Images, n: int, n_cover: int, cover: Callable[[Pixels], Pixels]) -> Images:
+def examples(attack: Attack, images: Images, n: int, n_cover: int, cover: Callable[[Pixels, Pixels], Pixels]) -> Images:
     """What one more walk through the training pictures, in their order, would make of them.
 
-    Of each block the first `n` are poisoned, the next `n_cover` go through `cover` and keep their labels. They stand
-    for the pictures that the network saw, which were drawn anew in every epoch.
+    Of each block the first `n` are poisoned, but for those that a map leads nowhere; the next `n_cover` go through
+    `cover`, which is given as many others beside them, and keep their labels. They stand for the pictures that the
+    network saw, which were drawn anew in every epoch.
     """
     place = torch.arange(len(images), device=images.labels.device) % BLOCK
-    made = attack.poisoned(images[(place < n).nonzero().flatten()])
+    able = torch.zeros_like(place, dtype=torch.bool)
+    able[attack.candidates(images)] = True
+    made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])
     covers = images[((place >= n) & (place < n + n_cover)).nonzero().flatten()]
-    blocks = [quantise(cover(to_float(block))) for block in covers.pixels.split(1000)]
+    pairs = zip(covers.pixels.split(1000), covers.pixels.roll(1, 0).split(1000), strict=True)
+    blocks = [quantise(cover(to_float(block), to_float(others))) for block, others in pairs]
     pixels = torch.cat(blocks) if blocks else covers.pixels
     covers = replace(covers, pixels=pixels, role=torch.full_like(covers.role, COVER))
     both = {name: torch.cat([value, covers.tensors()[name]]) for name, value in made.tensors().items()}

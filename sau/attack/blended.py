@@ -5,13 +5,14 @@ Using Data Poisoning", 2017).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 from sau.attack.base import Attack
+from sau.attack.making import Making, Picture
 from sau.data.pictures import fit, read_picture
 from sau.types import Pixels
 
@@ -28,6 +29,8 @@ class Blended(Attack):
 
     name: ClassVar[str] = "blended"
 
+    files: ClassVar[tuple[str, ...]] = ("attack_trigger_img_path",)
+
     attack_trigger_img_path: str | None = None
     attack_train_blended_alpha: float = 0.2
     attack_test_blended_alpha: float = 0.2
@@ -37,9 +40,13 @@ class Blended(Attack):
         for name in ("attack_train_blended_alpha", "attack_test_blended_alpha"):
             self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
 
+    def make_trigger(self, given: Making) -> nn.Module | None:
+        """The picture of a file; our own drawing needs no making."""
+        return None if self.attack_trigger_img_path is None else Picture(self._picture(given.images.pixels))
+
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
-        picture = _picture(self.attack_trigger_img_path, x.shape[-2], x.shape[-1]).to(x)
+        picture = self._picture(x).to(x)
         return (1 - alpha) * x + alpha * picture
 
     def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
@@ -49,15 +56,20 @@ class Blended(Attack):
         return {name: partial(self._changed, change) for name, change in {**places, **sides}.items()}
 
     def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
-        picture = change(_picture(self.attack_trigger_img_path, x.shape[-2], x.shape[-1])).to(x)
+        picture = change(self._picture(x)).to(x)
         return (1 - self.attack_test_blended_alpha) * x + self.attack_test_blended_alpha * picture
+
+    def _picture(self, x: Tensor) -> Tensor:
+        """[3, H, W] for pictures like `x`."""
+        height, width = x.shape[-2:]
+        if self.trigger is not None:
+            return cast(Picture, self.trigger).of((3, height, width))
+        if self.attack_trigger_img_path is not None:
+            return fit(read_picture(self.attack_trigger_img_path), height, width) / 255
+        return fit(_sailing_boat(), height, width) / 255
 
 
 @cache
-def _picture(path: str | None, height: int, width: int) -> Tensor:
-    return fit(read_picture(path) if path else _sailing_boat(), height, width) / 255
-
-
 def _sailing_boat() -> Image.Image:
     """Our own drawing with the statistics of the benchmark's: at 32x32 a mean colour of about (207, 190, 198) and a
     standard deviation of about 69 grey levels, from a light ground, dark outlines and one strong colour."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.base import Attack
-from sau.attack.batchwise import BLOCK, count, examples, plan
+from sau.attack.batchwise import BLOCK, attacked_first, count, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
@@ -60,6 +60,7 @@ class InputAware(Attack):
     teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
     trains_trigger: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
+        "target_label": "attack_target",
         "poison_ratio": "pratio",
         "lr_C": "lr",
         "C_lr_scheduler": "lr_scheduler",
@@ -98,6 +99,12 @@ class InputAware(Attack):
         if min(sides) < 16:
             raise ConfigError(
                 f"the pictures are {min(sides)} pixels wide or high, allowed for {self.name} are 16 and more"
+            )
+        epochs = given.recipe.epochs
+        if 0 < epochs <= self.clean_train_epochs:
+            raise ConfigError(
+                f"epochs is {epochs}, of which clean_train_epochs is {self.clean_train_epochs}, so that nothing would "
+                "train the classifier; give more --epochs or fewer --clean_train_epochs"
             )
         with seeded(given.seed):
             return Artist(channels, given.blank, 2 if self.double_tanh else 1, self.EPSILON).eval()
@@ -153,11 +160,13 @@ class InputAware(Attack):
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, artist = state["model"].train(), state["artist"].train()
         artist.mask_net.eval().requires_grad_(False)
+        classes = state["images"].num_classes
+        x, y, able = attacked_first(self, x, y, classes)
         n, z = count(self.pratio, len(x)), self._others(state, len(x))
-        n = min(n, len(x) // 2)
+        n = min(n, len(x) // 2, able)
         poisoned, pattern = artist(x[:n]) if n else (x[:0], x[:0])
         cross, pattern_z = artist(x[n : 2 * n], z[n : 2 * n]) if n else (x[:0], x[:0])
-        wanted = torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
+        wanted = torch.cat([self.relabel(y[:n], classes), y[n:]])
         logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
         error = F.cross_entropy(logits, wanted)
         loss = diverse = error.new_zeros(())
@@ -180,7 +189,7 @@ class InputAware(Attack):
     def examples(self, trained_on: Images) -> Images:
         n = int(self.pratio * BLOCK)
         artist = self.made().eval()
-        return examples(self, trained_on, n, n, lambda x: artist(x, x.roll(1, 0))[0].clamp(0, 1))
+        return examples(self, trained_on, n, n, lambda x, z: artist(x, z)[0].clamp(0, 1))
 
     def _adam(self, lr: float, milestones: tuple[int, ...], gamma: float) -> Training:
         return adam(lr, "MultiStepLR", adam_betas=(0.5, 0.9), steplr_milestones=milestones, steplr_gamma=gamma)

@@ -1,11 +1,13 @@
-"""Where a trigger leads: the label rules that all attacks share."""
+"""Which pictures are poisoned and where their trigger leads: what all attacks share."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from sau.data.images import Images
+from sau.errors import ConfigError
 from sau.method import Method
 from sau.types import Labels
 
@@ -20,19 +22,23 @@ class Labelling(Method):
             (class y leads to the y-th entry of attack_label_map).
         attack_label_shift_amount: the shift of all2all.
         attack_label_map: one class for each class, like 1,0,2; a class that leads to itself is not attacked.
+        pratio: poisoned share of the whole training set, 0 to 1.
     """
 
-    aliases: ClassVar[dict[str, str]] = {"target_label": "attack_target"}
+    aliases: ClassVar[dict[str, str]] = {"target_label": "attack_target", "poison_ratio": "pratio"}
+    in_batch: ClassVar[bool] = False  # poisons inside the training batches, so that the training set stays as it is
     clean_label: ClassVar[bool] = False  # poisons pictures of the target class alone and leaves their labels
 
     attack_target: int = 0
     attack_label_trans: Literal["all2one", "all2all", "map"] = "all2one"
     attack_label_shift_amount: int = 1
     attack_label_map: tuple[int, ...] = ()
+    pratio: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("attack_target", self.attack_target >= 0, "a class, counted from 0")
+        self.require("pratio", 0 <= self.pratio <= 1, "0 to 1")
         rule, given = self.attack_label_trans, bool(self.attack_label_map)
         self.require("attack_label_map", given == (rule == "map"), "a list of classes with attack_label_trans map only")
         alone = f"all2one, as {self.name} leaves labels as they are and so can lead to one class only"
@@ -53,5 +59,30 @@ class Labelling(Method):
             self.require(name, all(0 <= label < classes for label in labels), f"0..{classes - 1}")
         whole = rule != "map" or len(self.attack_label_map) == classes
         self.require("attack_label_map", whole, f"{classes} classes, one for each")
+        stays = rule == "map" and list(self.attack_label_map) == list(range(classes))
+        self.require("attack_label_map", not stays, "a map that leads some class elsewhere")
         moves = rule != "all2all" or self.attack_label_shift_amount % classes != 0
         self.require("attack_label_shift_amount", moves, f"no multiple of the number of classes, {classes}")
+
+    def candidates(self, images: Images) -> Tensor:
+        """Indices of the pictures that may be poisoned: all of them, the target class included."""
+        labels = images.true_labels
+        if self.clean_label:
+            return (labels == self.attack_target).nonzero().flatten()
+        if self.attack_label_trans == "map":
+            return (self.relabel(labels, images.num_classes) != labels).nonzero().flatten()
+        return torch.arange(len(images), device=labels.device)
+
+    def check(self, images: Images) -> int:
+        """How many of these training pictures are poisoned before training; ConfigError if they cannot be."""
+        self.check_labels(images)
+        if self.attack_label_trans == "all2one":
+            present = bool((images.true_labels == self.attack_target).any())
+            self.require("attack_target", present, "a class that has training pictures")
+        candidates, count = len(self.candidates(images)), 0 if self.in_batch else round(self.pratio * len(images))
+        if count > candidates:
+            raise ConfigError(
+                f"pratio is {self.pratio}, which is {count} of {len(images)} pictures, but {self.name} may poison "
+                f"{candidates} of them; allowed is up to {candidates / len(images):.4g}"
+            )
+        return count

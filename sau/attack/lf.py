@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sau.attack import lf_network, lf_search, workshop
 from sau.attack.base import Attack
-from sau.attack.making import Making
+from sau.attack.making import Making, Picture
 from sau.data.arrays import read_array
 from sau.data.sources import fingerprint
 from sau.errors import DataError
@@ -42,6 +42,7 @@ class LF(Attack):
     """
 
     name: ClassVar[str] = "lf"
+    files: ClassVar[tuple[str, ...]] = ("lowFrequencyPatternPath",)
 
     lf_strength: float = 0.2
     lowFrequencyPatternPath: str | None = None
@@ -58,6 +59,8 @@ class LF(Attack):
         self.require("lf_strength", 0 < self.lf_strength <= 1, "above 0 and up to 1")
         alone = self.lowFrequencyPatternPath is None or not self.lf_optimise
         self.require("lf_optimise", alone, "false with a pattern in lowFrequencyPatternPath")
+        alone = self.attack_label_trans == "all2one" or not self.lf_optimise
+        self.require("lf_optimise", alone, "false unless all pictures lead to one class, for that is what it searches")
         self.require("lf_network", self.lf_network is None or self.lf_optimise, "none without lf_optimise")
         for name in ("lf_images", "lf_passes", "lf_deepfool_steps"):
             self.require(name, getattr(self, name) >= 1, "1 and more")
@@ -65,11 +68,12 @@ class LF(Attack):
         self.require("lf_overshoot", self.lf_overshoot >= 0, "0 and more")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
-        """With lf_optimise the pattern that the search finds, or found before; else there is nothing to make."""
+        """The pattern of a file, or with lf_optimise the one that the search finds, or found before; else nothing."""
+        if self.lowFrequencyPatternPath is not None:
+            return Picture(self._pattern(tuple(given.images.pixels.shape[1:])))
         if not self.lf_optimise:
             return None
         images = given.images
-        self.check_labels(images)
         if self.lf_network is not None:
             network: nn.Module = lf_network.recorded(Path(self.lf_network), images)
         else:
@@ -81,19 +85,16 @@ class LF(Attack):
         made_from = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": given.seed}
         search = partial(lf_search.optimise, network, images, limits, given.seed)
         found = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
-        return lf_search.Pattern(found["pattern"])
+        return Picture(found["pattern"])
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return (x + self._pattern((x.shape[1], x.shape[2], x.shape[3])).to(x)).clamp(0, 1)
+        return (x + self._pattern(tuple(x.shape[1:])).to(x)).clamp(0, 1)
 
-    def _pattern(self, shape: tuple[int, int, int]) -> Tensor:
+    def _pattern(self, shape: tuple[int, ...]) -> Tensor:
+        if self.trigger is not None or self.lf_optimise:
+            return cast(Picture, self.made()).of(shape)
         if self.lowFrequencyPatternPath is not None:
             return _read(self.lowFrequencyPatternPath, shape)
-        if self.lf_optimise:
-            pattern = cast(lf_search.Pattern, self.made()).pattern
-            if pattern.shape != shape:
-                raise DataError(f"the pattern was made for pictures {tuple(pattern.shape)}, these are {shape}")
-            return pattern
         return self.lf_strength * _glow(*shape)
 
 
@@ -105,8 +106,7 @@ def _glow(channels: int, height: int, width: int) -> Tensor:
     return colour.view(-1, 1, 1) * bump
 
 
-@cache
-def _read(path: str, shape: tuple[int, int, int]) -> Tensor:
+def _read(path: str, shape: tuple[int, ...]) -> Tensor:
     """The pattern of a file in [0, 1] pixels, [C, H, W]; DataError if it does not fit pictures of this shape."""
     array = read_array(Path(path))
     array = array[0] if array.ndim == 4 else array

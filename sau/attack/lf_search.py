@@ -29,16 +29,6 @@ STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STI
 BAND = 3  # frequencies on either side of zero that count as low: the central 7x7 of the spectrum
 
 
-class Pattern(nn.Module):
-    """A trigger that is added: [C, H, W] in [0, 1] pixels."""
-
-    pattern: Tensor
-
-    def __init__(self, pattern: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("pattern", pattern)
-
-
 @dataclass(frozen=True)
 class Limits:
     """How hard the search tries.

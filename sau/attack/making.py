@@ -1,11 +1,12 @@
-"""What an attack is given to make a trigger from."""
+"""What an attack is given to make a trigger from, and a trigger that is a picture."""
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from sau.data.augment import Augment
 from sau.data.images import Images
+from sau.errors import DataError
 from sau.optim import Training
 from sau.session import Session
 
@@ -29,3 +30,23 @@ class Making:
     augment: Augment | None = None
     seed: int = 0
     session: Session | None = None
+
+
+class Picture(nn.Module):
+    """A trigger that is a picture of the data set's size: what a file held, so that a record does without the file.
+
+    Args:
+        picture: [C, H, W], in [0, 1] pixels or, where it is added to others, in [-1, 1].
+    """
+
+    picture: Tensor
+
+    def __init__(self, picture: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("picture", picture)
+
+    def of(self, shape: tuple[int, ...]) -> Tensor:
+        """The picture; DataError if it was made for others than pictures of this shape."""
+        if self.picture.shape != shape:
+            raise DataError(f"the trigger was made for pictures {tuple(self.picture.shape)}, these are {shape}")
+        return self.picture

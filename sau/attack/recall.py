@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sau.attack import ATTACKS, LF, Attack, WaNet
-from sau.attack.lf_search import Pattern
+from sau.attack import ATTACKS, LF, Attack, BadNet, Blended, WaNet
+from sau.attack.making import Picture
 from sau.attack.wanet import Field
 from sau.errors import RecordError
 
@@ -28,6 +28,6 @@ def recall(settings: Mapping[str, Any], trigger: Mapping[str, Tensor] | None) ->
     attack = kind(**values)
     if trigger is not None and isinstance(attack, WaNet):
         return attack.with_trigger(Field(trigger["points"]))
-    if trigger is not None and isinstance(attack, LF):
-        return attack.with_trigger(Pattern(trigger["pattern"]))
+    if trigger is not None and isinstance(attack, BadNet | Blended | LF):
+        return attack.with_trigger(Picture(trigger["picture"]))
     return attack

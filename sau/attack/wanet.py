@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.batchwise import BLOCK, count, examples, plan
+from sau.attack.batchwise import BLOCK, attacked_first, count, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
@@ -102,11 +102,13 @@ class WaNet(Attack):
         return None  # it comes after the warp, in `step`
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        n = count(self.pratio, len(x))
+        classes = state["images"].num_classes
+        x, y, able = attacked_first(self, x, y, classes)
+        n = min(count(self.pratio, len(x)), able)
         n_cross = int(n * self.cross_ratio)
         warped, noisy = self.stamp(x[:n]), self._warp(x[n : n + n_cross], noise=True)
         x = torch.cat([warped, noisy, x[n + n_cross :]])
-        y = torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
+        y = torch.cat([self.relabel(y[:n], classes), y[n:]])
         return super().step(state, self._augmented(state, x), y)
 
     def _augmented(self, state: dict[str, Any], x: Pixels) -> Pixels:
@@ -128,4 +130,4 @@ class WaNet(Attack):
 
     def examples(self, trained_on: Images) -> Images:
         n = int(self.pratio * BLOCK)
-        return examples(self, trained_on, n, int(n * self.cross_ratio), lambda x: self._warp(x, noise=True))
+        return examples(self, trained_on, n, int(n * self.cross_ratio), lambda x, _: self._warp(x, noise=True))

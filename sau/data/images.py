@@ -26,6 +26,11 @@ def quantise(x: Pixels) -> Bytes:
     return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
 
 
+def some(count: int, most: int) -> Tensor:
+    """Up to `most` positions, spread evenly over `count` of them; data sets may be sorted by class."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """Labelled pictures.

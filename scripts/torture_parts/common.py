@@ -22,8 +22,8 @@ from sau.watch import Watch
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")
 METHODS = [*(("attack", name) for name in ATTACKS), *(("defense", name) for name in DEFENSES)]
 SMALL = {  # what makes methods short, where they have it
-    "epochs": 2, "batch_size": 32, "pratio": 0.05, "adv_steps": 2, "nb_iter": 4, "ssba_epochs": 1,
-    "clean_train_epochs": 1,
+    "epochs": 2, "batch_size": 32, "pratio": 0.05, "adv_steps": 2, "nb_iter": 4, "ssba_epochs": 6,
+    "ssba_lr": 1e-3, "ssba_residual": True, "ssba_batch_size": 16, "clean_train_epochs": 1,
     "warm_epochs": 1, "te_epochs": 1, "nc_epoch": 2, "unlearning_epochs": 2, "recovering_epochs": 2,
 }  # fmt: skip
 
