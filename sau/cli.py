@@ -31,8 +31,9 @@ from sau.machine.tuning import tune
 from sau.models import build, has_width
 from sau.record import holding, victim
 from sau.record.folder import Record
-from sau.request import AttackRun, DefenseRun, Request, Run
+from sau.request import Request
 from sau.risk import gauge
+from sau.run import AttackRun, DefenseRun, Run
 from sau.watch import Watch, begin, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
@@ -125,7 +126,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     final = watch.last or score(model, test, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
     record.say(table({"attacked": final}))
-    hidden = quality.of_attack(test, triggered)
+    hidden = quality.of_attack(test, triggered, run.trigger_radius)
     if hidden is not None:
         record.say(quality.describe(hidden))
     watch.finish({**final.summary(), "trigger": hidden, "peak_memory_mb": machine.peak_memory_mb(where)})
@@ -153,8 +154,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     begin(record, run, identity, threads)
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
-    kind = "clean" if method.needs == "clean" else "poisoned training"
-    record.say(f"recipe {recipe}: {len(given)} {kind} pictures of {attacked.dataset}; {record.path}")
+    record.say(f"recipe {recipe}: {len(given)} {method.needs} pictures of {attacked.dataset}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)

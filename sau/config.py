@@ -27,6 +27,8 @@ IGNORED = {
     "checkpoint_load": "an interrupted run resumes by repeating its command",
     "checkpoint_save": "the checkpoint lies in the record",
     "log": "the log lies in the record",
+    "random_crop": "the attack crops as its data set says",
+    "random_rotation": "the attack rotates nothing",
 }
 _BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however it unfolds
 _BRIEF.maxlevel, _BRIEF.maxstring = 1, 100
@@ -150,6 +152,8 @@ def flags(
                 _add(group, option)
     ignored = parser.add_argument_group("accepted for old command lines, without effect")
     for name, reason in IGNORED.items():
+        if name in seen:
+            continue
         names = [f"--{name}", *([_SHORT[name]] if name in _SHORT else [])]
         ignored.add_argument(*names, dest=name, action=_Once, metavar="X", help=reason)
     known, unknown = parser.parse_known_args(argv)

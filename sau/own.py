@@ -31,8 +31,9 @@ from sau.machine.tuning import tune
 from sau.models import Normalized, has_width
 from sau.models.guess import guess, plain
 from sau.record.folder import Record
-from sau.request import DefenseRun, Request
+from sau.request import Request
 from sau.risk import Found, gauge
+from sau.run import DefenseRun
 from sau.watch import Watch, begin, warn
 
 

@@ -20,8 +20,9 @@ from sau.data.images import Images
 from sau.evaluate import Score, score
 from sau.record.folder import Record
 from sau.record.schema import digest
-from sau.request import Request, Run
+from sau.request import Request
 from sau.risk import Found
+from sau.run import Run
 from sau.session import Limit, Session
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"

@@ -1,10 +1,10 @@
 """All triggers side by side, one PNG and one HTML page: rows are attacks, columns clean, triggered, difference.
 
-    python scripts/gallery.py --dataset cifar10 [--dataset_path ./data] [--record_root ./record] [--out gallery]
-        [--columns 4] [--radius 0.2]
+    python scripts/gallery.py --dataset cifar10 [--dataset_path ./data] [--img_size 32] [--record_root ./record]
+        [--out gallery] [--columns 4] [--radius 0.2]
 
-An attack is shown by the triggered test pictures of its newest finished record on the data set. Without a record its
-trigger is made from its default settings, or, where that means training, its row names the command that makes it.
+An attack is shown by the triggered test pictures of its newest finished record on these test pictures. Without a record
+its trigger is made from its default settings, or, where that means training, its row names the command that makes it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from torch import Tensor
 from sau import quality
 from sau.attack import ATTACKS, Attack
 from sau.data.images import Images
-from sau.data.sources import load
+from sau.data.sources import fingerprint, load
 from sau.errors import SauError, told
 from sau.files import write
 from sau.models import build
@@ -66,8 +66,8 @@ class Line:
     note: str
 
 
-def recorded(attack: type[Attack], dataset: str, root: Path) -> tuple[Images, Record] | None:
-    """The triggered test pictures of the newest finished record of an attack on a data set."""
+def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Record] | None:
+    """The triggered test pictures of the newest finished record of an attack on test pictures of this fingerprint."""
     found = []
     for manifest in root.glob("*/manifest.json"):
         record = Record(manifest.parent)
@@ -76,7 +76,7 @@ def recorded(attack: type[Attack], dataset: str, root: Path) -> tuple[Images, Re
         except SauError:
             continue  # somebody else's folder, or a damaged one
         method, data = made.get("method") or {}, made.get("data") or {}
-        if method.get("attack") == attack.name and data.get("dataset") == dataset:
+        if method.get("attack") == attack.name and data.get("test") == test:
             found.append((manifest.stat().st_mtime, record))
     for _, record in sorted(found, key=lambda pair: pair[0], reverse=True):
         pictures = load_images(record, "triggered")
@@ -87,15 +87,15 @@ def recorded(attack: type[Attack], dataset: str, root: Path) -> tuple[Images, Re
 
 def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Namespace) -> Line:
     """What the gallery shows of one attack."""
-    own = recorded(attack, asked.dataset, Path(asked.record_root))
-    if own is not None and int(own[0].index.max()) < len(test):
+    own = recorded(attack, fingerprint(test), Path(asked.record_root))
+    if own is not None:
         triggered, note = own[0], f"from the record {own[1].path.name}"
     elif attack.trains_trigger or attack.costly:
         return Line(attack, None, None, None, f"python attack/{attack.name}.py --dataset {asked.dataset}")
     else:
         blank = build("preactresnet18", test.num_classes, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
         triggered, note = (
-            attack().forge(train, blank, Training()).poison_test(test),
+            attack(pratio=0.0).forge(train, blank, Training()).poison_test(test),
             "stamped with its default settings",
         )
     before = test.pixels[triggered.index]
@@ -184,6 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--dataset_path", default="./data")
+    parser.add_argument("--img_size", type=int)
     parser.add_argument("--record_root", default="./record")
     parser.add_argument("--out", default="gallery")
     parser.add_argument("--columns", type=int, default=4)
@@ -193,7 +194,7 @@ def main() -> int:
         parser.error(
             f"columns is {asked.columns} and radius {asked.radius}; allowed are 1 and more, and above 0 up to 1"
         )
-    train, test = load(asked.dataset, asked.dataset_path)
+    train, test = load(asked.dataset, asked.dataset_path, asked.img_size)
     lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]
     out = Path(asked.out)
     write(out / f"{asked.dataset}.png", draw(lines, asked.columns))

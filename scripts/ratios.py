@@ -22,6 +22,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from sau.errors import RecordError, told
 from sau.grid.names import plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
@@ -34,7 +35,10 @@ def read(root: Path) -> Found:
     for file in sorted(root.glob("*_r*_s*/summary.json")):
         parts = re.fullmatch(r"(\w+?)_r([\d.]+)_s(\d+)", plain(file.parent.name))
         if parts:
-            summary = json.loads(file.read_text())
+            try:
+                summary = json.loads(file.read_text())
+            except ValueError as error:
+                raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
             found[parts[1]][float(parts[2])].append((summary["acc"], summary["asr"]))
     return found
 
@@ -71,13 +75,19 @@ def draw(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Draw the curve and print the table; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("records", type=Path)
     parser.add_argument("--out", type=Path, default=Path("ratios.png"))
     asked = parser.parse_args()
     runs = read(asked.records)
     if not runs:
-        sys.exit(f"error: no <attack>_r<ratio>_s<seed>/summary.json below {asked.records}; see docs/results/ratios.sh")
+        raise RecordError(f"no <attack>_r<ratio>_s<seed>/summary.json in {asked.records}; see docs/results/ratios.sh")
     draw(runs, asked.out)
     print(table(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(told(main))

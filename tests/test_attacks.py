@@ -13,7 +13,7 @@ from PIL import Image
 from test_loop import Stopping, Tape
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
+from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, ssba
 from sau.attack.batchwise import count
 from sau.config import options
 from sau.data.augment import Augment
@@ -52,7 +52,7 @@ ROWS = {
     "lf": Row(LF()),
     "ssba": Row(
         SSBA().with_trigger(Hidden(Encoder(1, 3, True), torch.ones(1)).eval().requires_grad_(False)),
-        {"ssba_epochs": 30, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
+        {"ssba_epochs": 60, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
         side=16,
         least=16,
     ),
@@ -164,7 +164,9 @@ def test_the_number_of_poisoned_pictures_is_rounded(n, pratio, count):
 def test_the_benchmarks_indices_in_its_order(attack, monkeypatch):
     """N = 50,000 and seed 0 begin 11841, 19602, ...; k pictures are the first k of that draw."""
     images = Images.clean(torch.zeros(50_000, 3, 9, 9, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.long), 10)
-    monkeypatch.setattr(type(attack), "stamped", lambda self, images, *, test: images.pixels + 1)  # it is about the choice
+    monkeypatch.setattr(
+        type(attack), "stamped", lambda self, images, *, test: images.pixels + 1
+    )  # it is about the choice
     golden = [11841, 19602, 45519, 25747, 42642, 31902]
     for k in (1, 3, 6):
         role = with_(attack, pratio=k / 50_000).poison_train(images, seed=0).role
@@ -411,8 +413,10 @@ def test_an_incomplete_last_batch_is_dropped():
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.poisons and row.toy is not None])
-def test_the_claim_on_a_toy(name):
+def test_the_claim_on_a_toy(name, monkeypatch):
     """Poisoned training plants the backdoor and keeps the accuracy; clean training does not plant it."""
+    monkeypatch.setattr(ssba, "WAIT", 10)  # the weight rises over 4,000 updates, a toy has few
+    monkeypatch.setattr(ssba, "RAMP", 20)
     row = ROWS[name]
     attack = forged(with_(row.attack, **row.toy))
     train, test = toy_images(400, size=row.side, seed=1), toy_images(200, size=row.side, seed=2)

@@ -31,7 +31,7 @@ from sau.optim import Training
 from sau.own import OwnRun
 from sau.record.folder import Record
 from sau.record.victim import load_images
-from sau.request import AttackRun, DefenseRun
+from sau.run import AttackRun, DefenseRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)

@@ -18,7 +18,8 @@ from sau.data.sources import SOURCES
 from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.own import OwnRun
-from sau.request import AttackRun, DefenseRun, Request
+from sau.request import Request
+from sau.run import AttackRun, DefenseRun
 from sau.yamlfile import OVERLAYS, read_yaml, shipped
 
 # Options

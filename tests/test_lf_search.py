@@ -198,7 +198,7 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     images, lines = coloured(200), []
     attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
     found = forge(attack, images, lines, epochs=20)
-    pattern = found.made().pattern
+    pattern = found.made().picture
     assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.5)
     assert band_energy(pattern) > 0.95
     assert any(line.startswith("pass 1/2") and "fooled" in line for line in lines)
@@ -207,7 +207,7 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     assert torch.allclose(found.stamp(x), (x + pattern).clamp(0, 1))
     lines.clear()
     again = forge(attack, images, lines, epochs=20)
-    assert torch.equal(again.made().pattern, pattern)
+    assert torch.equal(again.made().picture, pattern)
     assert len(lines) == 2 and all("made before" in line for line in lines)
     with pytest.raises(DataError):
         found.stamp(torch.rand(1, 3, 16, 16))

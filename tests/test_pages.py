@@ -17,7 +17,7 @@ PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defe
 @pytest.mark.parametrize(("kind", "name"), PAGES)
 def test_every_method_has_its_page(kind, name):
     text = (REPOSITORY / "docs" / kind / f"{name}.md").read_text()
-    assert "<!-- measured -->" in text and f"{kind.removesuffix('s')}/{name}.py" in text
+    assert "<!-- measured -->" in text and f"python {kind.removesuffix('s')}/{name}.py" in text
     assert f"({name}.md)" in (REPOSITORY / "docs" / kind / "README.md").read_text()
 
 

@@ -12,7 +12,8 @@ from sau.data.images import shrunk, to_float
 from sau.defense import SAU
 from sau.errors import ConfigError
 from sau.optim import Training
-from sau.request import AttackRun, DefenseRun, Request
+from sau.request import Request
+from sau.run import AttackRun, DefenseRun
 
 
 def settled(*flags: str, dataset: str = "cifar10", method: type = BadNet) -> tuple:

@@ -30,7 +30,7 @@ from sau.optim import Training
 from sau.record.folder import CONFIG, METRICS, Record
 from sau.record.lock import holder
 from sau.record.schema import SCHEMA, UPGRADES, signed
-from sau.request import AttackRun, DefenseRun
+from sau.run import AttackRun, DefenseRun
 from sau.session import Session
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))

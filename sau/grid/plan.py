@@ -15,7 +15,8 @@ from sau.errors import ConfigError
 from sau.grid.names import plain
 from sau.grid.spec import Block
 from sau.record.schema import digest
-from sau.request import AttackRun, DefenseRun, Request
+from sau.request import Request
+from sau.run import AttackRun, DefenseRun
 
 # What the grid says itself, and where.
 _OWN = {

@@ -25,7 +25,7 @@ from sau.machine.device import choose_device, set_threads
 from sau.machine.parent import outlive, python_path
 from sau.machine.team import Team, fabric, leave
 from sau.method import Method
-from sau.request import Run
+from sau.run import Run
 from sau.session import Session
 
 GRACE = 5.0  # seconds that a process has to say by itself what went wrong

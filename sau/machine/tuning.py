@@ -8,7 +8,7 @@ from sau.machine import device as machine
 from sau.method import Method
 from sau.models import Normalized
 from sau.record.folder import Record
-from sau.request import Run
+from sau.run import Run
 
 SAVED = 0.15  # of the time, assumed for CUDA: airbench94 takes 3.83 s as it stands and 3.09 s compiled (its README)
 COSTS = 90.0  # seconds until everything is compiled, about what PreAct-ResNet18 takes a CPU core

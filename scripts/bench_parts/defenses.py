@@ -18,7 +18,8 @@ from sau.data.sources import clean_subset, load, source
 from sau.defense import ANP, DEFENSES, IBAU, NAD
 from sau.models import Normalized, build
 from sau.optim import Training
-from sau.request import DefenseRun, Request
+from sau.request import Request
+from sau.run import DefenseRun
 from sau.session import Session
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sau import cli
-from sau.attack import ATTACKS
+from sau.attack import ATTACKS, ssba
 from sau.config import options
 from sau.data import sources
 from sau.defense import DEFENSES
@@ -22,16 +22,17 @@ from sau.watch import Watch
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")
 METHODS = [*(("attack", name) for name in ATTACKS), *(("defense", name) for name in DEFENSES)]
 SMALL = {  # what makes methods short, where they have it
-    "epochs": 2, "batch_size": 32, "pratio": 0.05, "adv_steps": 2, "nb_iter": 4, "ssba_epochs": 6,
+    "epochs": 2, "batch_size": 32, "pratio": 0.05, "adv_steps": 2, "nb_iter": 4, "ssba_epochs": 8,
     "ssba_lr": 1e-3, "ssba_residual": True, "ssba_batch_size": 16, "clean_train_epochs": 1,
     "warm_epochs": 1, "te_epochs": 1, "nc_epoch": 2, "unlearning_epochs": 2, "recovering_epochs": 2,
 }  # fmt: skip
 
 
 def shrink() -> None:
-    """Make scikit-learn's digits a data set of 240 pictures to train with and 60 to test with, for this process."""
+    """For this process: digits are 240 pictures to train with and 60 to test with, and SSBA's schedule is as short."""
     train, test = (images[torch.arange(n)] for images, n in zip(sources.load("digits"), (240, 60), strict=True))
     sources.SOURCES["digits"] = replace(sources.SOURCES["digits"], read=lambda root, size: (train, test))
+    ssba.WAIT, ssba.RAMP = 10, 20  # updates; the encoder has few here
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""What every command is asked: the flags of a run beside those of its method."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sau.errors import ConfigError
+from sau.quality import RADIUS
+from sau.witness import Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every command is asked.
+
+    Args:
+        dataset: cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own
+            pictures, in train/CLASS/ and test/CLASS/ of dataset_path).
+        dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout.
+        model: preactresnet18, or a classifier of torchvision by its name, like vgg19_bn.
+        recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
+            is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record. fast trains a victim in a
+            fraction of that (fast_cpu without CUDA); defenses, and attacks inside the batches, then have those of
+            paper or cpu.
+        device: auto, cpu, cuda or one like cuda:1.
+        devices: cuda devices that share the run, each with a part of every batch (cpu: processes); above 1 for attacks
+            that poison before training, sau and at.
+        amp: true is bf16, false is fp32; auto measures which is faster.
+        threads: CPU threads; 0 means all cores.
+        compile: torch.compile of the network: on, off, graphs (with CUDA graphs), or auto, which is on where the run is
+            long enough on CUDA and off on the CPU, where it saves little and changes the rounding.
+        max_minutes: ends the updates in time for the run to end after so many minutes; none means no limit.
+        random_seed: of the weights, of the order of pictures and of every choice of pictures.
+        record_root: folder of the result folders.
+        overwrite: discard what is in the result folder.
+        eval_every: epochs between two evaluations; the last epoch is always evaluated.
+        frequency_save: epochs between two copies of the weights that are kept; 0 means none.
+        save_folder_name: result folder, of an attack below record_root (none makes one of the time and the attack), of
+            a defense below `defense` in the attack's folder (none means the defense's name).
+        yaml_path: YAML file with any of these settings.
+    """
+
+    dataset: str = "cifar10"
+    dataset_path: str = "./data"
+    model: str = "preactresnet18"
+    recipe: Literal["auto", "paper", "cpu", "fast", "fast_cpu"] = "auto"
+    device: str = "auto"
+    devices: int = 1
+    amp: bool | None = None
+    threads: int = 0
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"
+    max_minutes: float | None = None
+    random_seed: int = 0
+    record_root: str = "./record"
+    overwrite: bool = False
+    eval_every: int = 10
+    frequency_save: int = 0
+    save_folder_name: str | None = None
+    yaml_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("devices", 1), ("eval_every", 1), ("frequency_save", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {least} and more")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError(f"max_minutes is {self.max_minutes:g}, allowed is above 0, and none")
+        if not 0 <= self.random_seed < 2**32:
+            raise ConfigError(f"random_seed is {self.random_seed}, allowed is 0..{2**32 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRun(Run):
+    """What an attack is asked besides its own hyperparameters.
+
+    Args:
+        width: channels of preactresnet18's first stage; the published network has 64, torchvision's have no width.
+        img_size: height and width of the pictures in pixels (gtsrb, tiny, folder); none means the data set's own.
+        bd_yaml_path: YAML file with settings of the attack; it beats yaml_path.
+        attack: the attack's name, which the script already says; another one is refused.
+        trigger_radius: of the L-infinity ball, in [0, 1] pixels, that the summary counts triggers in (0.2: SAU's).
+    """
+
+    width: int = 64
+    img_size: int | None = None
+    bd_yaml_path: str | None = None
+    attack: str | None = None
+    trigger_radius: float = RADIUS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.trigger_radius <= 1:
+            raise ConfigError(f"trigger_radius is {self.trigger_radius}, allowed is above 0 and up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseRun(Run):
+    """What a defense is asked besides its own hyperparameters.
+
+    Args:
+        result_file: result folder of the attack, ours or BackdoorBench's: a name below record_root, or a path.
+        ratio: share of the clean training set that the defender has.
+        index: file with the indices of the defender's pictures, one a line; beats ratio.
+        track_risk: at every evaluation, before and after, also measure the risks R_cl, R_bd, R_adv and R_share.
+        risk_samples: test pictures that the risks are measured on.
+        risk_norm: norm of the ball that is searched.
+        risk_eps: its radius, in [0, 1] pixels.
+        risk_steps: gradient steps of each search.
+        risk_restarts: searches from random places.
+    """
+
+    result_file: str | None = None
+    ratio: float = 0.05
+    index: str | None = None
+    track_risk: bool = False
+    risk_samples: int = 1000
+    risk_norm: Literal["L_inf", "L2", "L1"] = "L_inf"
+    risk_eps: float = 0.2
+    risk_steps: int = 20
+    risk_restarts: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.risk_samples < 1:
+            raise ConfigError(f"risk_samples is {self.risk_samples}, allowed is 1 and more")
+        self.search()
+
+    def search(self) -> Search:
+        """How the risks are searched; ConfigError if it cannot be."""
+        return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
