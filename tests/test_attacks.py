@@ -13,7 +13,7 @@ from PIL import Image
 from test_loop import Stopping, Tape
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, ssba
+from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, ssba, wanet
 from sau.attack.batchwise import count
 from sau.config import options
 from sau.data.augment import Augment
@@ -673,6 +673,22 @@ def test_wanets_augmentation_draws_once_a_picture_or_once_a_batch(one_draw):
     torch.manual_seed(0)
     kinds = [len({tuple(picture.flatten().tolist()) for picture in attack._augmented(state, x)}) for _ in range(5)]
     assert max(kinds) == 1 if one_draw else max(kinds) > 30
+
+
+def test_wanet_crops_8_of_10_batches_and_rotates_5_into_the_mean_colour(monkeypatch):
+    attack = forged(WaNet(random_crop=3, random_rotation=7.0))
+    crops, turns, turn = [], [], wanet.turn
+    call = Augment.__call__
+    monkeypatch.setattr(Augment, "__call__", lambda self, x, g: crops.append(self.padding) or call(self, x, g))
+    monkeypatch.setattr(wanet, "turn", lambda x, most, one_draw: turns.append(most) or turn(x, most, one_draw=one_draw))
+    net = build("preactresnet18", 4, width=4, mean=(0.25,) * 3, std=(0.25,) * 3)
+    state = {"augment": Augment(4, flip=True), "model": net}
+    torch.manual_seed(0)
+    white = torch.ones(4, 3, 12, 12)
+    moved = [attack._augmented(state, white) for _ in range(200)]
+    assert 140 < crops.count(3) < 180 and crops.count(0) == 200 - crops.count(3)
+    assert set(turns) == {7.0} and 80 < len(turns) < 120
+    assert torch.cat(moved).min() == pytest.approx(0.25, abs=1e-3)
 
 
 def test_a_batch_has_one_picture_poisoned_with_the_probability_of_its_share():

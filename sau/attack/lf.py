@@ -79,8 +79,8 @@ class LF(Attack):
         else:
             network = lf_network.trained(given)
         limits = lf_search.Limits(
-            self.attack_target, self.lf_images, self.lf_passes, self.lf_delta, self.lf_deepfool_steps,
-            self.lf_overshoot, self.lf_strength,
+            target=self.attack_target, images=self.lf_images, passes=self.lf_passes, delta=self.lf_delta,
+            steps=self.lf_deepfool_steps, overshoot=self.lf_overshoot, strength=self.lf_strength,
         )  # fmt: skip
         made_from = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": given.seed}
         search = partial(lf_search.optimise, network, images, limits, given.seed)
