@@ -41,6 +41,7 @@ setup(
             *multigpu,
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pytest-cov>=6",
             "hypothesis>=6.100",
             "beartype>=0.18",
             "ruff>=0.8",
