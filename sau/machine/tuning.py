@@ -49,7 +49,7 @@ def _compiled(
 ) -> str | None:  # fmt: skip
     if not method.passes():
         if run.compile in ("on", "graphs"):
-            record.say(f"note: {method.name} looks into its networks, so --compile {run.compile} has no effect")
+            record.say(f"note: {method.name} runs its networks as they stand, so --compile {run.compile} has no effect")
         return None
     if "compile" in record.config:
         return record.config["compile"]
