@@ -128,7 +128,7 @@ def updates(method: SAU | FT, most: int, say: list[str], count: int = 3) -> tupl
     full = Full(network().double(), 1000)
     state = method.prepare(full, count)
     full.most = most
-    step = InParts(method.step, state, method.splits(), say.append)
+    step = InParts(method.step, state, method.splits(), say.append, getattr(method, "train_mode", False))
     x, y = batch(15)
     return full, [step(x.double(), y) for _ in range(count)]
 
@@ -152,6 +152,16 @@ def test_later_batches_keep_the_number_of_parts_and_the_line_says_what_batch_nor
     full, _ = updates(FT(), 8, said)
     assert full.sizes == [15, 8, 7, 8, 7, 8, 7]
     assert said == ["out of memory: batches of 15 go through in 2 parts from here on, with batch statistics of a part"]
+
+
+@pytest.mark.parametrize("most", [20, 8], ids=["in the outer step", "in the search"])
+def test_memory_that_runs_out_in_train_mode_leaves_the_search_in_eval_mode(most):
+    """Batch norm counts the outer passes alone, one for each part: 15 and 15 pictures go through it together."""
+    said: list[str] = []
+    full, _ = updates(SAU(train_mode=True), most, said, count=1)
+    assert len(said) == 1 + (most == 8) and all("with batch statistics of a part" in line for line in said)
+    norm = next(module for module in full.modules() if isinstance(module, nn.BatchNorm2d))
+    assert int(norm.num_batches_tracked) == 2 * len(said)
 
 
 @pytest.mark.parametrize(("method", "most"), [(SAU(outer_steps=2), 8), (SAU(), 0)])

@@ -118,7 +118,7 @@ class Tuning(Training, Defense):
     def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
-            InParts(self.step, state, self.splits(), session.say),
+            InParts(self.step, state, self.splits(), session.say, getattr(self, "train_mode", False)),
             batches,
             self.epochs,
             state=state,

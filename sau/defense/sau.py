@@ -127,7 +127,7 @@ class SAU(Tuning):
         return self.outer_steps == 1
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, reference = state["model"], state["reference"]
+        model, reference = state["model"].eval(), state["reference"]  # memory may have run out in train mode
         with torch.set_grad_enabled(not self.train_mode):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():

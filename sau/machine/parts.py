@@ -24,10 +24,13 @@ class InParts:
         state: with the `descent` of the step.
         splits: whether the step makes one update, from a mean over its pictures; see `Method.splits`.
         say: prints a line.
+        train_mode: whether the step itself puts batch norm into train mode for a while.
     """
 
-    def __init__(self, step: Step, state: dict[str, Any], splits: bool, say: Callable[[str], None]) -> None:
-        self.step, self.state, self.splits, self.say = step, state, splits, say
+    def __init__(
+        self, step: Step, state: dict[str, Any], splits: bool, say: Callable[[str], None], train_mode: bool = False
+    ) -> None:
+        self.step, self.state, self.splits, self.say, self.train_mode = step, state, splits, say, train_mode
         self.parts = 1
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -63,7 +66,7 @@ class InParts:
 
     def _same(self) -> str:
         batch_norm = any(
-            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (module.training or self.train_mode)
             for module in self.state["model"].modules()
         )
         return "with batch statistics of a part" if batch_norm else "with the same updates"
