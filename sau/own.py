@@ -149,12 +149,15 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     warn(record, request, notes)
     shape, epochs = (3, own.input_size, own.input_size), getattr(method, "epochs", 1)
     tune(record, run, model, method, shape, method.batch_size, epochs * len(given), where)
+    begun = time.monotonic()
     before = score(model, test, None)
+    evaluation = time.monotonic() - begun
     # `purify` leaves the network as it is, so that it is the reference throughout.
     measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
     inverted = partial(_inverted, images=test, own=own, seed=run.random_seed)
     threat, patches = measured(model), inverted(model)
-    watch = Watch(record, run, epochs, test, lambda: None, started, 0.0)
+    closing = time.monotonic() - begun  # what is measured now is measured again in the end
+    watch = Watch(record, run, epochs, test, lambda: None, started, evaluation, closing_seconds=closing)
     fixed = spread(run.devices, method.purify, model, given, seed=run.random_seed, session=watch.session())
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))

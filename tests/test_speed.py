@@ -27,7 +27,9 @@ from sau.optim import Training
 from sau.record import schema
 from sau.record.folder import Record
 from sau.record.verification import VERIFIED, Verification
+from sau.request import Run
 from sau.session import Limit, Session
+from sau.watch import Watch
 
 
 def network(amp: bool = False) -> Normalized:
@@ -468,6 +470,51 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     summary = Record(folder / "defense" / "ft").summary()
     assert summary["ended_early"] == "round 2 of 7, before batch 2 of 2"
     assert Verification(folder).run().status == VERIFIED
+
+
+def test_a_first_update_that_compiles_is_forgotten(monkeypatch):
+    """It took 60 s and the others 1 s: the run ends a second before the end, not a minute."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limit = Limit(300.0)
+    while not limit.reached():
+        now[0] += 60.0 if now[0] == 0 else 1.0
+    assert now == [300.0]
+    limit = Limit(400.0)
+    while not limit.reached():
+        now[0] += 60.0
+    assert now == [360.0]
+
+
+def test_what_moved_after_its_last_evaluation_is_evaluated_again(here, tmp_path, monkeypatch):
+    """Ended in the second epoch, the first one having been evaluated."""
+    calls = iter(range(1000))
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 15)
+    flags = ["1" if before == "--eval_every" else flag for before, flag in zip(("", *VICTIM), VICTIM, strict=False)]
+    assert here("attack", "badnet", *flags, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
+    assert Record(tmp_path / "record" / "a").summary()["ended_early"].startswith("epoch 2")
+    assert Verification(tmp_path / "record" / "a").run().status == VERIFIED
+
+
+def test_the_time_for_what_follows_the_last_update_is_kept_free(tmp_path):
+    run, record = Run(max_minutes=10.0), Record(tmp_path / "r")
+    for closing, wanted in ((None, 570.0), (100.0, 485.0)):
+        watch = Watch(record, run, 1, toy_images(4), lambda: None, 0.0, 15.0, closing_seconds=closing)
+        assert watch.limit is not None and watch.limit.end == wanted
+    assert Watch(record, Run(), 1, toy_images(4), lambda: None, 0.0, 15.0).limit is None
+
+
+def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monkeypatch):
+    """One line and status 2; the next command goes on from the checkpoint, and no victim has been begun."""
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    calls = iter(range(10_000))
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 15)
+    little = ("--lf_optimise", "true", "--lf_images", "4", "--lf_passes", "1", "--lf_deepfool_steps", "2")
+    flags = ("lf", *VICTIM, "--save_folder_name", "a", *little)
+    status, _, err = here("attack", *flags, "--max_minutes", "60")
+    assert status == 2 and err.startswith("error: max_minutes are over before the trigger is made")
+    assert len(err.splitlines()) == 1 and not (tmp_path / "record" / "a").exists()
+    assert "resuming after" in here("attack", *flags)[1]
 
 
 def test_a_run_that_has_time_says_nothing(here, tmp_path):
