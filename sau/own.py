@@ -28,7 +28,7 @@ from sau.foreign import weights
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
-from sau.models import Normalized, has_width
+from sau.models import Normalized, has_width, quick
 from sau.models.guess import guess, plain
 from sau.record.folder import Record
 from sau.request import DefenseRun, Request
@@ -137,7 +137,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     images = labelled(Path(str(own.clean_dir)), own.input_size)
     given, test = (part.to(where) for part in split(images, own.check_share))
     net, file, arch = network(own, images.num_classes)
-    model = Normalized(net, own.mean or None, own.std or None).to(where).eval()
+    model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     stem = re.sub(r"\W+", "_", Path(str(own.model_file)).stem)
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     settings = {"defense": name, **method.params()}

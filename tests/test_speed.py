@@ -21,7 +21,7 @@ from sau.defense import AT, DEFENSES, FT, SAU
 from sau.errors import TrainingError
 from sau.machine import device, tuning
 from sau.machine.parts import InParts
-from sau.models import Normalized
+from sau.models import Normalized, quick
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.record import schema
@@ -276,6 +276,31 @@ def test_the_probes_take_fewer_pictures_where_memory_holds_no_more(most):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert device.seconds_per_image(model, (3, 16, 16), torch.device("cpu")) > 0
+
+
+# Networks of others
+
+
+def test_any_network_is_purified_in_the_layout_that_is_fast():
+    """The copy lies so, the caller's as it was; one that torch cannot be trusted with in that layout keeps its own."""
+
+    class Seen(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            layouts.append(self[0].weight.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(x)
+
+    def net(strided: nn.Conv2d) -> Seen:
+        return Seen(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), strided, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                    nn.Linear(8, 4))  # fmt: skip
+
+    for strided, fast in ((nn.Conv2d(16, 8, 3, 2), True), (nn.Conv2d(16, 8, 1, 2, groups=2), True)):
+        layouts: list[bool] = []
+        mine = net(strided)
+        fixed = FT(epochs=1, batch_size=8).purify(mine, toy_images(16), session=quiet())
+        assert layouts and all(layout is fast for layout in layouts)
+        assert mine[0].weight.is_contiguous() and list(fixed.state_dict()) == list(mine.state_dict())
+    narrow = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, 2))
+    assert quick(narrow)[0].weight.is_contiguous()
 
 
 # Compiled networks

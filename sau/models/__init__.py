@@ -111,7 +111,16 @@ def build(
         net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
     else:
         net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
-    return Normalized(net if _narrow(net) else net.to(memory_format=torch.channels_last), mean, std, amp)
+    return Normalized(quick(net), mean, std, amp)
+
+
+def quick(net: nn.Module) -> nn.Module:
+    """`net`, its convolutions in the memory layout that they are fastest in, where torch can be trusted with it."""
+    if not _narrow(net):
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+    return net
 
 
 def _narrow(net: nn.Module) -> bool:
