@@ -358,6 +358,31 @@ def test_compiled_networks_compute_the_same_and_are_compiled_once(method, quick_
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [SAU(), AT()], ids=lambda m: m.name)
+def test_graphs_are_for_networks_whose_answers_do_not_outlive_the_search(method):
+    model = small()
+    model.compiled = "reduce-overhead"
+    state = method.prepare(model, 10)
+    assert state["model"].compiled == "default" and state["frozen"].__self__.compiled == "reduce-overhead"
+    assert "reference" not in state or state["reference"].compiled == "reduce-overhead"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", [SAU(lr=1e-3), SAU(lr=1e-3, train_mode=True), AT(lr=1e-3), FT(lr=1e-2)],
+                         ids=["sau", "sau in train mode", "at", "ft"])  # fmt: skip
+def test_cuda_graphs_do_the_same(method):
+    """In fp32, as the network that is not compiled does."""
+    found = []
+    for mode in (None, "reduce-overhead"):
+        model = small().to("cuda")
+        model.compiled = mode
+        state, (x, y) = method.prepare(model, 10), batch(16)
+        found.append([method.step(state, x.to("cuda"), y.to("cuda")) for _ in range(4)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours["loss"], theirs["loss"], atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
 def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compiler):
     """It goes through the same weights, which cannot ask for any, and a checkpoint keeps them once."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import frozen
+from sau.models.frozen import searched
 from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Labels, Pixels
@@ -62,8 +62,7 @@ class AT(Tuning):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        twin = {"frozen": frozen(model.eval()).forward} if getattr(model, "compiled", None) else {}
-        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **twin}
+        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **searched(model)}
 
     def passes(self) -> float:
         return 2 * self.adv_steps + 6.0

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import frozen
+from sau.models.frozen import searched
 from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
@@ -118,8 +118,7 @@ class SAU(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        twin = {"frozen": frozen(model.eval()).forward} if getattr(model, "compiled", None) else {}
-        return {"model": model.eval(), "reference": reference, "descent": descent, **twin}
+        return {"model": model.eval(), "reference": reference, "descent": descent, **searched(model)}
 
     def passes(self) -> float:
         return 4 * self.adv_steps + 7.0
