@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from released_sau import ReleasedSAU
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
@@ -440,6 +441,46 @@ def test_without_a_compiler_the_network_runs_as_it_stands(here, tmp_path, monkey
     notes = [line for line in out.splitlines() if "compiler" in line]
     assert status == 0 and notes == ["note: no compiler works here, so the network runs as it stands: no g++ here"]
     assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is None
+
+
+def test_a_network_that_cannot_be_compiled_runs_as_it_stands(monkeypatch):
+    """The small probe passed, and the compiler gives up at the network itself."""
+    original = torch.compile
+    torch._dynamo.reset()
+
+    def picky(graph: Any, inputs: Any) -> Any:
+        if len(list(graph.graph.nodes)) > 8:
+            raise RuntimeError("too large\nand a long story")
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda net, mode=None, dynamic=None: original(net, backend=picky, dynamic=dynamic)
+    )
+    assert tuning.no_compiler(torch.device("cpu")) is None
+    model, (x, _) = small(), batch(4)
+    wanted = model(x)
+    model.compiled = "default"
+    with pytest.warns(UserWarning, match="cannot be compiled and runs as it stands: .*too large and a long"):
+        assert torch.equal(model(x), wanted)
+    assert model.compiled is None and torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_low_precision_agrees_with_the_released_order_of_work(amp):
+    """SAU in bf16 and in fp32 beside the twin in fp32, two updates of a trained network: the losses within 5 and 0.1
+    percent, and the answers on 64 pictures alike for 95 percent and all.
+    """
+    trained = FT(epochs=8, batch_size=16, lr=0.05).purify(network(), toy_images(64), session=quiet())
+    ours, theirs = copy.deepcopy(trained), copy.deepcopy(trained)
+    state = SAU(lr=1e-3).prepare(ours, 3)
+    twin = ReleasedSAU(theirs, copy.deepcopy(theirs), lr=1e-3)
+    ours.amp = state["reference"].amp = amp
+    x, y = batch(64)
+    for part, labels in zip(x.split(32), y.split(32), strict=True):
+        report, released = SAU(lr=1e-3).step(state, part, labels), twin.step(part, labels)
+        assert float(report["loss"].detach()) == pytest.approx(float(released["loss"]), rel=0.05 if amp else 1e-3)
+    alike = (ours(x).argmax(1) == theirs(x).argmax(1)).float().mean()
+    assert float(alike) >= (0.95 if amp else 1.0)
 
 
 def test_methods_that_look_into_networks_do_not_compile_them(victim, here):
