@@ -34,7 +34,7 @@ from sau.record.folder import Record
 from sau.request import Request
 from sau.risk import gauge
 from sau.run import AttackRun, DefenseRun, Run
-from sau.watch import Watch, begin, versioned, warn
+from sau.watch import Watch, begin, making, versioned, warn
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
@@ -106,7 +106,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     settings = {"attack": name, **method.params(), **training.params()}
     identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
     record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
-    method = method.forge(train, model, training, augment=origin.augment, seed=run.random_seed)
+    how = {"augment": origin.augment, "seed": run.random_seed}
+    method = method.forge(train, model, training, session=making(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     begin(record, run, identity, threads)
     record.note(method=settings, data=data, model=network, notes=notes)
@@ -120,8 +121,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     watch = Watch(record, run, training.epochs, test, again, started, each)
-    how = {"recipe": training, "augment": origin.augment, "seed": run.random_seed}
-    spread(run.devices, method.fit, model, poisoned, session=watch.session(), **how)
+    spread(run.devices, method.fit, model, poisoned, recipe=training, session=watch.session(), **how)
     triggered = again()
     final = watch.last or score(model, test, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)

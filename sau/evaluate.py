@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
 from sau.errors import TrainingError
+from sau.machine.parts import blocks
+
+AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,19 @@ def figures(shares: Mapping[str, Share | None]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
+def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
     """Classes [N] that `model`, in eval mode, gives to `pixels` [N, C, H, W] (uint8, or float in [0, 1]).
 
-    Raises TrainingError if a logit is not finite: a broken network has no accuracy.
+    `batch_size` pictures go through it at once, or as many as suit the device, and fewer where memory does not hold
+    them. Raises TrainingError if a logit is not finite: a broken network has no accuracy.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters(), pixels).device
+    size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
     answers, finite = [], torch.ones((), dtype=torch.bool, device=device)
-    for block in pixels.split(batch_size):
-        logits = model(to_float(block.to(device, copy=True)))  # some networks change their input in place
+    # A copy, for some networks change their input in place.
+    for logits in blocks(lambda block: model(to_float(block.to(device, copy=True))), pixels, size):
         finite &= logits.isfinite().all()
         answers.append(logits.argmax(1))
     for module, training in modes.items():

@@ -42,7 +42,7 @@ class Method:
 
     def passes(self) -> float:
         """Forward passes that an update costs a picture, a backward pass being two; 0 where the network must not be
-        compiled, because the method looks into it or changes its layers."""
+        compiled, because the method looks into it, changes its layers or asks batches of ever new sizes of it."""
         return 0.0
 
     def splits(self) -> bool:

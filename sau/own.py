@@ -28,7 +28,7 @@ from sau.foreign import weights
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
-from sau.models import Normalized, has_width
+from sau.models import Normalized, has_width, quick
 from sau.models.guess import guess, plain
 from sau.record.folder import Record
 from sau.request import Request
@@ -138,7 +138,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     images = labelled(Path(str(own.clean_dir)), own.input_size)
     given, test = (part.to(where) for part in split(images, own.check_share))
     net, file, arch = network(own, images.num_classes)
-    model = Normalized(net, own.mean or None, own.std or None).to(where).eval()
+    model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     stem = re.sub(r"\W+", "_", Path(str(own.model_file)).stem)
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     settings = {"defense": name, **method.params()}
@@ -150,12 +150,15 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     warn(record, request, notes)
     shape, epochs = (3, own.input_size, own.input_size), getattr(method, "epochs", 1)
     tune(record, run, model, method, shape, method.batch_size, epochs * len(given), where)
+    begun = time.monotonic()
     before = score(model, test, None)
+    evaluation = time.monotonic() - begun
     # `purify` leaves the network as it is, so that it is the reference throughout.
     measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
     inverted = partial(_inverted, images=test, own=own, seed=run.random_seed)
     threat, patches = measured(model), inverted(model)
-    watch = Watch(record, run, epochs, test, lambda: None, started, 0.0)
+    closing = time.monotonic() - begun  # what is measured now is measured again in the end
+    watch = Watch(record, run, epochs, test, lambda: None, started, evaluation, closing_seconds=closing)
     fixed = spread(run.devices, method.purify, model, given, seed=run.random_seed, session=watch.session())
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))

@@ -1,12 +1,16 @@
 """What the caller of a long run wants to see of it, and where the run keeps its place."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from sau.errors import TrainingError
+
+LATELY = 50  # updates, after which a first one that compiled no longer counts
 Step = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
@@ -45,13 +49,25 @@ class Limit:
     def __init__(self, end: float) -> None:
         self.end = end
         self.ended: str | None = None
-        self.last, self.longest = time.monotonic(), 0.0
+        self.last, self.spans = time.monotonic(), deque[float](maxlen=LATELY)
 
     def reached(self) -> bool:
-        """Whether what lies between two calls, at its longest so far, would go beyond the end."""
+        """Whether what lies between two calls, at its longest lately, would go beyond the end."""
         now = time.monotonic()
-        self.last, self.longest = now, max(self.longest, now - self.last)
-        return now + self.longest > self.end
+        self.spans.append(now - self.last)
+        self.last = now
+        return now + max(self.spans) > self.end
+
+
+class Deadline(Limit):
+    """A limit for what is of no use unfinished, as a trigger is: TrainingError, which leaves the last checkpoint."""
+
+    def reached(self) -> bool:
+        if super().reached():
+            raise TrainingError(
+                "max_minutes are over before the trigger is made; repeat the command with more of them to go on with it"
+            )
+        return False
 
 
 @dataclass

@@ -23,7 +23,7 @@ from sau.record.schema import digest
 from sau.request import Request
 from sau.risk import Found
 from sau.run import Run
-from sau.session import Limit, Session
+from sau.session import Deadline, Limit, Session
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
 
@@ -40,17 +40,22 @@ class Watch:
         started: when the command began, by `time.monotonic`.
         evaluation_seconds: what one evaluation is expected to take.
         risks: measures the risks of a network, or None; called at each evaluation.
+        closing_seconds: what is expected to take place after the last update; None is an evaluation.
     """
 
     def __init__(
         self, record: Record, run: Run, epochs: int, test: Images, triggered: Callable[[], Images | None],
         started: float, evaluation_seconds: float, risks: Callable[[nn.Module], Found] | None = None,
+        closing_seconds: float | None = None,
     ) -> None:  # fmt: skip
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
         self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
-        self.last: Score | None = None
+        self.scored: Score | None = None
         self.earlier: float | None = None
-        self.limit = run.max_minutes and Limit(started + 60 * run.max_minutes - evaluation_seconds)
+        closing = evaluation_seconds if closing_seconds is None else closing_seconds
+        # An epoch may end, and be evaluated, with the last update.
+        left = 60 * (run.max_minutes or 0) - evaluation_seconds - closing
+        self.limit = Limit(started + left) if run.max_minutes else None
 
     def session(self) -> Session:
         """How the loop talks to this watch."""
@@ -61,8 +66,13 @@ class Watch:
             say=self.record.say,
             other_seconds=evaluations * self.evaluation_seconds,
             hint=SHORTER,
-            limit=self.limit or None,
+            limit=self.limit,
         )
+
+    @property
+    def last(self) -> Score | None:
+        """The score of the network as it is, if it is known: one that the limit ended may have moved since."""
+        return None if self.limit is not None and self.limit.ended else self.scored
 
     @property
     def seconds(self) -> float:
@@ -75,10 +85,10 @@ class Watch:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
         model: nn.Module | None = state.get("model")
         figures: dict[str, float | None] = {}
-        self.last = None
+        self.scored = None
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
-            self.last = score(model, self.test, self.triggered())
-            shares = {"acc": self.last.acc, "asr": self.last.asr, "racc": self.last.racc}
+            self.scored = score(model, self.test, self.triggered())
+            shares = {"acc": self.scored.acc, "asr": self.scored.asr, "racc": self.scored.racc}
             figures = {name: share.percent if share else None for name, share in shares.items()}
             if self.risks is not None:
                 figures.update(self.risks(model).row())
@@ -107,6 +117,11 @@ class Watch:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
             self.record.row(**place, **found.row(), seconds=self.seconds)
         return found.summary()
+
+
+def making(run: Run, started: float) -> Session | None:
+    """How a trigger is made: with the limit of the run, if it has one; a trigger needs no evaluation."""
+    return Session(limit=Deadline(started + 60 * run.max_minutes)) if run.max_minutes else None
 
 
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
 
-from sau.machine.device import choose_device, set_threads
+from sau.machine.device import busy, choose_device, cores, crowded, processor, set_threads
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
 PARTS: dict[str, ModuleType] = {
@@ -50,13 +50,24 @@ def main() -> None:
         )
     args = parser.parse_args()
     args.device, args.threads = choose_device(args.device), set_threads(args.threads)
+    torch.backends.cudnn.benchmark = args.device.type == "cuda"  # for both sides, as every run of the library has it
+    others, warning = busy(), crowded(args.threads)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     rows = PARTS[args.part].run(args)
     print(f"\n{'':40}{'ratio':>8}{'min':>8}{'max':>8}{'ours':>12}{'reference':>12}")
     for row in rows:
         numbers = f"{row['ratio']:8.2f}{row['low']:8.2f}{row['high']:8.2f}{row['ours']:12.4g}{row['reference']:12.4g}"
         print(f"{row['name']:40}{numbers} {row['unit']}")
     if args.json:
-        setting = {"torch": torch.__version__, **{k: _plain(v) for k, v in vars(args).items() if k not in PATHS}}
+        machine = {"processor": processor(torch.device("cpu")), "cores": cores(), "busy_before": others}
+        if args.device.type == "cuda":
+            machine["card"] = processor(args.device)
+        setting = {
+            "torch": torch.__version__,
+            **machine,
+            **{k: _plain(v) for k, v in vars(args).items() if k not in PATHS},
+        }
         args.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
 
 

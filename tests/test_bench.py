@@ -1,6 +1,7 @@
 """The benchmark: its rival does the same work as ours, its figures are what they say, and every part runs."""
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -12,14 +13,16 @@ from toys import REPOSITORY, environment, tiny_net, toy_images
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-from bench_parts import growth, measure, pil, roofline, setting
+from bench_parts import everything, growth, measure, pil, profile, roofline, setting
 
 from sau.attack import BadNet
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.data.sources import SOURCES, Source
+from sau.defense import SAU
 from sau.evaluate import score
 from sau.models import Normalized
+from sau.session import Session
 
 CPU = torch.device("cpu")
 ORIGIN = Source(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), Augment(2), lambda root, size: (toy_images(), toy_images()))
@@ -124,6 +127,41 @@ def test_every_part_runs(part, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert rows and all(row["ours"] > 0 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
+
+
+def test_all_gives_every_part_its_own_settings(monkeypatch):
+    """Each row has the name of its part; what the command line says goes to all."""
+    seen: dict[str, argparse.Namespace] = {}
+    for name, part in everything.PARTS.items():
+        monkeypatch.setattr(part, "run", lambda own, name=name: seen.update({name: own}) or [{"name": "row"}])
+    common = args(dataset="digits", dataset_path="x", threads=1, only=",".join(everything.PARTS))
+    rows = everything.run(common)
+    assert [row["part"] for row in rows] == list(everything.PARTS) == list(seen)
+    assert all(own.dataset_path == "x" and own.repeats == 2 and own.device == CPU for own in seen.values())
+    assert seen["train"].batch_size == 128 and seen["sau"].batch_size == 64
+
+
+def test_operations_are_told_apart_by_their_whole_names():
+    for name, wanted in (
+        ("aten::addmm", "matrix products"), ("aten::add_", "ReLU, addition, other arithmetic"),
+        ("aten::to", "copies, change of precision"), ("aten::topk", "everything else"),
+        ("autograd::engine::evaluate_function: ConvolutionBackward0", "convolution, backward"),
+        ("Optimizer.step#SGD.step", "optimiser"), ("aten::convolution", "convolution, forward"),
+    ):  # fmt: skip
+        assert profile.kind(name) == wanted, name
+
+
+def test_memory_is_flat_in_rounds():
+    """Eight rounds of SAU leave no more tensors alive than two: their sizes are summed up after each."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+
+    held: list[int] = []
+    session = Session(say=lambda text: None, on_epoch=lambda *what: held.append(alive()) or {})
+    SAU(epochs=8, batch_size=16).purify(tiny_net(), toy_images(32), session=session)
+    assert len(held) == 8 and held[-1] == held[1]
 
 
 @pytest.mark.slow

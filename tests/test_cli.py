@@ -121,7 +121,7 @@ def test_the_stored_pictures_need_no_trigger_code(finished):
 
 def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
     """`--result_file X` alone: data set, network, recipe and settings come from the record and the shipped YAML."""
-    monkeypatch.setattr(device, "bf16_is_faster", lambda *args: False)  # a probe's answer may vary
+    monkeypatch.setattr(device, "step_seconds", lambda *args: {False: 1.0, True: 2.0})  # a probe's answer may vary
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
     status, out, err = here("defense", "sau", "--result_file", "victim")
     assert (status, err) == (0, "")
@@ -242,7 +242,9 @@ def test_the_probe_of_precision_draws_nothing_from_the_run(victim, here, monkeyp
     monkeypatch.setattr(FT, "step", step)
     flags = [flag for flag in QUICK if flag not in ("--amp", "false")]
     for draws in (1, 7):
-        monkeypatch.setattr(device, "bf16_is_faster", lambda *args, n=draws: bool(torch.rand(n).sum() < 0))
+        monkeypatch.setattr(
+            device, "step_seconds", lambda *args, n=draws: {False: 0.0, True: float(torch.rand(n).sum())}
+        )
         attack = ("--dataset", "digits", "--width", "2", "--epochs", "1", "--save_folder_name", "a", "--overwrite")
         assert here("attack", "badnet", *attack, *flags)[0] == 0
         defense = ("--result_file", "victim", "--epochs", "1", "--lr_scheduler", "constant", "--overwrite")
@@ -317,19 +319,11 @@ def test_the_precision_is_as_asked(here, tmp_path, amp, word):
 def test_the_precision_is_measured_when_nothing_is_asked(here, tmp_path, monkeypatch):
     flags = [flag for flag in TINY if flag not in ("--amp", "false")]
     for answer in (True, False):
-        monkeypatch.setattr(device, "bf16_is_faster", lambda *args, answer=answer: answer)
-        assert here("attack", "badnet", *flags, "--save_folder_name", f"a{answer}")[0] == 0
-        assert yaml.safe_load((tmp_path / f"record/a{answer}/config.yaml").read_text())["amp"] is answer
-
-
-def test_the_probe_of_precision_changes_nothing():
-    """It trains for a few steps, and puts weights, statistics and gradients back."""
-    torch.manual_seed(0)
-    model = module.build("preactresnet18", 10, width=2, mean=(0.5,) * 3, std=(0.5,) * 3)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert device.bf16_is_faster(model, (3, 32, 32), 8, torch.device("cpu")) in (True, False)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+        monkeypatch.setattr(device, "step_seconds", lambda *args, answer=answer: {False: 2.0 * answer, True: 1.0})
+        status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", f"a{answer}")
+        assert status == 0 and f"a training step takes {2000.0 * answer:.3g} ms a picture in fp32, 1e+03 in bf16" in out
+        found = yaml.safe_load((tmp_path / f"record/a{answer}/config.yaml").read_text())
+        assert found["amp"] is answer and found["step_ms"] == {"fp32": 2000.0 * answer, "bf16": 1000.0}
 
 
 def test_copies_of_the_weights_are_kept_when_asked(here, tmp_path):

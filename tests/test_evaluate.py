@@ -137,6 +137,24 @@ def test_predictions_do_not_depend_on_the_batches():
         assert torch.equal(predict(net, pixels, size), at_once)
 
 
+def test_blocks_that_memory_does_not_hold_are_halved():
+    """From there on, so that each picture is answered once; a single one that is too much is an error."""
+    net, pixels, sizes = tiny_net(), toy_images(23).pixels, []
+
+    def most(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if len(inputs[0]) > 6:
+            raise torch.OutOfMemoryError("injected")
+        sizes.append(len(inputs[0]))
+
+    wanted = predict(net, pixels)
+    hook = net.register_forward_pre_hook(most)
+    assert torch.equal(predict(net, pixels, 20), wanted) and sizes == [5, 5, 5, 5, 3]
+    hook.remove()
+    net.register_forward_pre_hook(lambda module, inputs: most(module, (torch.zeros(7),)))
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(net, pixels)
+
+
 def test_scoring_leaves_the_network_as_it_was():
     """In eval mode while it answers, afterwards in the modes of before, also where these are mixed."""
     seen = []

@@ -109,6 +109,17 @@ def flags(state: dict[str, Any], x: Tensor, delta: Tensor) -> Tensor:
     return (a != h(x).argmax(1)) & (r != h_b(x).argmax(1)) & (a == r)
 
 
+@pytest.mark.parametrize("stop_fooled", [True, False])
+def test_the_search_in_chunks_is_the_search_of_the_batch(stop_fooled, monkeypatch):
+    """Samples do not depend on each other; float64, bit for bit."""
+    method = SAU(lr=LR, stop_fooled=stop_fooled)
+    state = apart(method)
+    x, y = pictures(50)
+    whole = search(method, state, x, y)
+    monkeypatch.setattr("sau.defense.sau.CHUNK", 16)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(search(method, state, x, y), whole, strict=True))
+
+
 class Line(nn.Module):
     """Two classes by the mean m of a picture alone: logits (-k, k) with k = slope * (m - edge)."""
 

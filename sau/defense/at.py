@@ -5,6 +5,7 @@
 with SAU's ball, steps and optimiser, so that the two differ in what they unlearn and in nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
+from sau.models.frozen import searched
 from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Labels, Pixels
@@ -60,14 +62,17 @@ class AT(Tuning):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
+        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **searched(model)}
+
+    def passes(self) -> float:
+        return 2 * self.adv_steps + 6.0
 
     def splits(self) -> bool:
         return True
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
-        delta = self.pgd(model, x, y)
+        delta = self.pgd(state.get("frozen", model), x, y)
         clean, z_adv = F.cross_entropy(model(x), y), model(x + delta)
         adversarial = F.cross_entropy(z_adv, y)
         loss = self.weight_clean * clean + self.weight_adv * adversarial
@@ -75,7 +80,7 @@ class AT(Tuning):
         fooled = (z_adv.argmax(1) != y).sum()
         return {"loss": loss, "clean_loss": clean, "adv_loss": adversarial, "fooled": fooled}
 
-    def pgd(self, model: nn.Module, x: Pixels, y: Labels) -> Pixels:
+    def pgd(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Pixels:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
         delta = start(x, self.pgd_init, self.norm, self.eps)
         delta = into_pixels(x, delta) if self.clip_pixels else delta

@@ -17,7 +17,7 @@ from sau.defense.inputs import clean_batches
 from sau.errors import DataError, TrainingError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized
+from sau.models import Normalized, quick
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
@@ -60,6 +60,8 @@ class Defense(Method, ABC):
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
 
+        The copy's convolutions lie in memory as they are fastest (channels_last), which changes no value of it.
+
         Args:
             model: any network [B, C, H, W] -> logits [B, K].
             data: clean pictures with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
@@ -79,7 +81,7 @@ class Defense(Method, ABC):
         self.require("selection", self.selection == "defender" or session.judge is not None, "oracle only with a judge")
         home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         place = torch.device(device) if device is not None else home
-        copied = copy.deepcopy(model).to(place).eval()
+        copied = quick(copy.deepcopy(model).to(place).eval())
         frozen = [parameter for parameter in copied.parameters() if not parameter.requires_grad]
         for parameter in frozen:  # a network that only answers is often handed over frozen
             parameter.requires_grad_(True)
@@ -118,7 +120,7 @@ class Tuning(Training, Defense):
     def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
-            InParts(self.step, state, self.splits(), session.say),
+            InParts(self.step, state, self.splits(), session.say, getattr(self, "train_mode", False)),
             batches,
             self.epochs,
             state=state,

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import frozen
+from sau.models.frozen import searched
 from sau.optim import Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
 BUCKET = 32  # every new batch size costs the convolutions a set-up, so the search uses few of them
+CHUNK = 128  # pictures searched at once on the CPU, whose caches do not hold the activations of more
 
 
 def jensen_shannon(u: Logits, v: Logits) -> PerImage:
@@ -117,8 +118,7 @@ class SAU(Tuning):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        twin = {"frozen": frozen(model.eval()).forward} if getattr(model, "compiled", None) else {}
-        return {"model": model.eval(), "reference": reference, "descent": descent, **twin}
+        return {"model": model.eval(), "reference": reference, "descent": descent, **searched(model)}
 
     def passes(self) -> float:
         return 4 * self.adv_steps + 7.0
@@ -127,7 +127,7 @@ class SAU(Tuning):
         return self.outer_steps == 1
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, reference = state["model"], state["reference"]
+        model, reference = state["model"].eval(), state["reference"]  # memory may have run out in train mode
         with torch.set_grad_enabled(not self.train_mode):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
@@ -155,38 +155,37 @@ class SAU(Tuning):
     ) -> tuple[Pixels, Labels]:
         """The inner problem, by sign steps; returns the perturbations and s, the reference's answers on them.
 
-        A shared sample has no gradient and stays where it is. On the CPU shared samples therefore leave the batch, as
-        many as keep its size a multiple of BUCKET. Elsewhere counting them would make the device wait, and compiled
-        networks know few sizes.
+        A shared sample has no gradient and stays where it is. On the CPU the batch is searched in chunks and shared
+        samples leave theirs, as many as keep its size a multiple of BUCKET. Elsewhere counting them would make the
+        device wait, and compiled networks know few sizes.
         """
-        compact = x.device.type == "cpu" and self.stop_fooled and not getattr(reference, "compiled", None)
-        n = len(x)
+        n, plain = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", None)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
         delta, s = start(x, self.pgd_init, self.norm, self.eps), clean_ref.clone()
         delta = into_pixels(x, delta) if self.clip_pixels else delta
-        active = torch.arange(n, device=x.device)
-        for _ in range(self.adv_steps):
-            d = delta[active].requires_grad_()
-            u, v = model(x[active] + d), reference(x[active] + d)
-            a, r = u.argmax(1), v.argmax(1)
-            fooled, fooled_ref = a != base[active], r != base_ref[active]
-            shared = fooled & fooled_ref & (a == r)
-            keep, keep_ref, keep_pair = (~fooled, ~fooled_ref, ~shared) if self.stop_fooled else (True, True, True)
-            err = keep * F.cross_entropy(u, y[active], reduction="none")
-            err_ref = keep_ref * F.cross_entropy(v, y[active], reduction="none")
-            apart = keep_pair * jensen_shannon(u, v)
-            loss = self.inner_shared * apart.sum() / n - self.inner_adv * (err.sum() + err_ref.sum()) / (2 * n)
-            (gradient,) = torch.autograd.grad(loss, d)  # with respect to d alone: no weight gradients
-            moved = project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps)
-            delta[active] = into_pixels(x[active], moved) if self.clip_pixels else moved
-            if compact:
-                s[active] = r  # final where shared, else found anew below
-                left = int((~shared).sum())
-                if left == 0:
-                    return delta, s
-                active = active[shared.argsort(stable=True)[: -(-left // BUCKET) * BUCKET]]
-        with torch.no_grad():
-            s[active] = reference(x[active] + delta[active]).argmax(1)
+        for active in torch.arange(n, device=x.device).split(CHUNK if plain else n):
+            for _ in range(self.adv_steps):
+                d = delta[active].requires_grad_()
+                u, v = model(x[active] + d), reference(x[active] + d)
+                a, r = u.argmax(1), v.argmax(1)
+                fooled, fooled_ref = a != base[active], r != base_ref[active]
+                shared = fooled & fooled_ref & (a == r)
+                keep, keep_ref, keep_pair = (~fooled, ~fooled_ref, ~shared) if self.stop_fooled else (True, True, True)
+                err = keep * F.cross_entropy(u, y[active], reduction="none")
+                err_ref = keep_ref * F.cross_entropy(v, y[active], reduction="none")
+                apart = keep_pair * jensen_shannon(u, v)
+                loss = self.inner_shared * apart.sum() / n - self.inner_adv * (err.sum() + err_ref.sum()) / (2 * n)
+                (gradient,) = torch.autograd.grad(loss, d)  # with respect to d alone: no weight gradients
+                moved = project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps)
+                delta[active] = into_pixels(x[active], moved) if self.clip_pixels else moved
+                if plain and self.stop_fooled:
+                    s[active] = r  # final where shared, else found anew below
+                    if (left := int((~shared).sum())) == 0:
+                        break
+                    active = active[shared.argsort(stable=True)[: -(-left // BUCKET) * BUCKET]]
+            else:
+                with torch.no_grad():
+                    s[active] = reference(x[active] + delta[active]).argmax(1)
         return delta, s
 
     def _outer_logits(

@@ -2,10 +2,12 @@
 
 import math
 import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sau.errors import ConfigError
+from sau.evaluate import predict
 from sau.models import Normalized
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time granted in each period, and the period
+TRIES = 3  # steps of each precision that are timed
 
 
 def choose_device(wish: str) -> torch.device:
@@ -29,55 +35,107 @@ def choose_device(wish: str) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """How many cores this process may keep busy: those that it may run on, within what its control group is granted."""
+    allowed = len(_places())
+    with suppress(OSError, ValueError):  # no such file, or "max" in it, where nothing is limited
+        granted, period = map(int, QUOTA.read_text().split())
+        allowed = min(allowed, max(1, granted // period))
+    return allowed
+
+
 def set_threads(wish: int) -> int:
     """Use `wish` CPU threads, or as many as this process has cores if it is 0; returns how many are used."""
     if wish < 0:
         raise ConfigError(f"threads is {wish}, allowed is 0 (all cores) and more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(wish or cores)
+    torch.set_num_threads(wish or cores())
     return torch.get_num_threads()
 
 
-def bf16_is_faster(model: Normalized, shape: Sequence[int], batch_size: int, device: torch.device) -> bool:
-    """Time a few training steps of a copy's size in both precisions; leaves gradients and statistics as they were."""
+def step_seconds(
+    model: Normalized, shape: Sequence[int], batch_size: int, device: torch.device,
+    precisions: Sequence[bool] = (False, True),
+) -> dict[bool, float]:  # fmt: skip
+    """Seconds a picture that a training step takes, in fp32 (False) and in bf16 (True): the best of a few, in turn.
+
+    The step is of up to 128 pictures, and of fewer where memory does not hold them. Weights, statistics and gradients
+    are left as they were.
+    """
     kept = {name: value.clone() for name, value in model.net.state_dict().items()}
-    x = torch.rand(min(batch_size, 128), *shape, device=device)
-    seconds = {}
-    for amp in (False, True):
-        model.amp = amp
-        _step(model, x)
-        started = time.monotonic()
-        for _ in range(3):
-            _step(model, x)
-        seconds[amp] = time.monotonic() - started
+    size, seconds = min(batch_size, 128), dict[bool, float]()
+    while not seconds:
+        try:
+            seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-size // 2)
+        model.zero_grad(set_to_none=True)
     model.net.load_state_dict(kept)
-    model.zero_grad(set_to_none=True)
-    return seconds[True] < seconds[False]
+    return seconds
+
+
+def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool]) -> dict[bool, float]:
+    tries: dict[bool, list[float]] = {amp: [] for amp in precisions}
+    for _ in range(1 + TRIES):
+        for amp, seconds in tries.items():
+            model.amp, started = amp, time.monotonic()
+            _step(model, x)
+            seconds.append(time.monotonic() - started)
+    return {amp: min(seconds[1:]) / len(x) for amp, seconds in tries.items()}  # the first one warms up
+
+
+def busy(seconds: float = 0.2) -> float | None:
+    """How many of the cores that this process may run on are busy while it sleeps; None where no system says so."""
+    try:
+        before = _spent()
+        time.sleep(seconds)
+        after = _spent()
+    except OSError:
+        return None
+    spans = [(idle - before[core][0], total - before[core][1]) for core, (idle, total) in after.items()]
+    return sum(1 - idle / max(1, total) for idle, total in spans)
+
+
+def _spent() -> dict[str, tuple[int, int]]:
+    """Time of each core so far: idle, and in all."""
+    mine = {f"cpu{place}" for place in _places()}
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    return {row[0]: (int(row[4]) + int(row[5]), sum(map(int, row[1:9]))) for row in rows if row[0] in mine}
+
+
+def _places() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def crowded(threads: int) -> str | None:
-    """What to say where others keep the cores busy that `threads` threads are to run on; None where they do not.
-
-    The load is an average over a minute, so one core's worth of it is taken for what has just ended.
-    """
-    if not hasattr(os, "getloadavg"):
-        return None
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load + threads <= cores + 1:
+    """What to say where others keep the cores busy that `threads` threads are to run on; None where they do not."""
+    others, places = busy(), len(_places())
+    if others is None or others + threads <= places + 0.5:
         return None
     return (
-        f"{cores} cores have {load:.1f} threads to run and now {threads} more; threads that wait for each other can be "
-        "many times slower, so use fewer --threads or wait"
+        f"others keep {others:.1f} of {places} cores busy and now {threads} threads more are to run there; threads "
+        "that wait for each other can be many times slower, so use fewer --threads or wait"
     )
 
 
+def processor(device: torch.device) -> str:
+    """The name of the processor or card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def seconds_per_image(model: nn.Module, shape: Sequence[int], device: torch.device) -> float:
-    """Seconds that a forward pass costs per picture, to forecast evaluations."""
+    """Seconds that an answer to a picture takes, to forecast evaluations."""
     x = torch.rand(250, *shape, device=device)
-    with torch.no_grad():
-        float(model(x).sum())
-        started = time.monotonic()
-        float(model(x).sum())
+    predict(model, x)
+    started = time.monotonic()
+    predict(model, x)
     return (time.monotonic() - started) / len(x)
 
 

@@ -1,6 +1,6 @@
 """A batch that memory does not hold goes through in parts, with the same update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ class InParts:
         state: with the `descent` of the step.
         splits: whether the step makes one update, from a mean over its pictures; see `Method.splits`.
         say: prints a line.
+        train_mode: whether the step itself puts batch norm into train mode for a while.
     """
 
-    def __init__(self, step: Step, state: dict[str, Any], splits: bool, say: Callable[[str], None]) -> None:
-        self.step, self.state, self.splits, self.say = step, state, splits, say
+    def __init__(
+        self, step: Step, state: dict[str, Any], splits: bool, say: Callable[[str], None], train_mode: bool = False
+    ) -> None:
+        self.step, self.state, self.splits, self.say, self.train_mode = step, state, splits, say, train_mode
         self.parts = 1
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -63,10 +66,25 @@ class InParts:
 
     def _same(self) -> str:
         batch_norm = any(
-            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (module.training or self.train_mode)
             for module in self.state["model"].modules()
         )
         return "with batch statistics of a part" if batch_norm else "with the same updates"
+
+
+def blocks(work: Callable[[Tensor], Tensor], pixels: Tensor, size: int) -> Iterator[Tensor]:
+    """`work` on `size` of `pixels` at a time, and on half as many from where memory does not hold so many."""
+    at = 0
+    while at < max(1, len(pixels)):
+        try:
+            done = work(pixels[at : at + size])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-size // 2)
+            continue
+        at += size
+        yield done
 
 
 def _joined(reports: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """How a run uses its machine: precision, torch.compile and threads, each chosen once, said and recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from sau.record.folder import Record
 from sau.run import Run
 
 SAVED = 0.15  # of the time, assumed for CUDA: airbench94 takes 3.83 s as it stands and 3.09 s compiled (its README)
-COSTS = 90.0  # seconds until everything is compiled, about what PreAct-ResNet18 takes a CPU core
+COSTS = 90.0  # seconds until everything is compiled: what PreAct-ResNet18 takes a CPU core, assumed for CUDA, too
 
 
 def tune(
@@ -31,31 +31,40 @@ def tune(
         where: the device.
     """
     torch.backends.cudnn.benchmark = where.type == "cuda"  # batches have few sizes, so the search for the best is short
-    amp = run.amp if run.amp is not None else record.config.get("amp")
+    amp, seconds, said = run.amp if run.amp is not None else record.config.get("amp"), dict[bool, float](), ""
     if amp is None:
-        amp = machine.bf16_is_faster(model, shape, batch_size, where)
+        seconds = machine.step_seconds(model, shape, batch_size, where)
+        amp = seconds[True] < seconds[False]
+        fp32, bf16 = 1000 * seconds[False], 1000 * seconds[True]
+        record.note(step_ms={"fp32": fp32, "bf16": bf16})
+        said = f"; a training step takes {fp32:.3g} ms a picture in fp32, {bf16:.3g} in bf16"
     model.amp = bool(amp)
     record.note(amp=amp)
-    record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {torch.get_num_threads()} threads")
-    busy = machine.crowded(torch.get_num_threads()) if where.type == "cpu" else None
+    threads = torch.get_num_threads()
+    record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {threads} threads{said}")
+    busy = machine.crowded(threads) if where.type == "cpu" else None
     if busy:
         record.say(f"warning: {busy}")
-    model.compiled = _compiled(record, run, model, method, shape, pictures, where)
+
+    def pays() -> bool:
+        if where.type == "cpu":
+            return False
+        found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp])
+        return _pays(method, pictures, found[model.amp])
+
+    model.compiled = _compiled(record, run, method, where, pays)
 
 
-def _compiled(
-    record: Record, run: Run, model: Normalized, method: Method, shape: Sequence[int], pictures: int,
-    where: torch.device,
-) -> str | None:  # fmt: skip
+def _compiled(record: Record, run: Run, method: Method, where: torch.device, pays: Callable[[], bool]) -> str | None:
     if not method.passes():
         if run.compile in ("on", "graphs"):
-            record.say(f"note: {method.name} looks into its networks, so --compile {run.compile} has no effect")
+            record.say(f"note: {method.name} runs its networks as they stand, so --compile {run.compile} has no effect")
         return None
     if "compile" in record.config:
         return record.config["compile"]
     chosen = run.compile
     if chosen == "auto":
-        chosen = "on" if where.type == "cuda" and _pays(model, method, shape, pictures, where) else "off"
+        chosen = "on" if pays() else "off"
     mode = {"on": "default", "graphs": "reduce-overhead", "off": None}[chosen]
     absent = no_compiler(where) if mode else None
     if absent:
@@ -66,9 +75,9 @@ def _compiled(
     return None if absent else mode
 
 
-def _pays(model: Normalized, method: Method, shape: Sequence[int], pictures: int, where: torch.device) -> bool:
-    """Whether compiling saves more of a run than it costs."""
-    return SAVED * method.passes() * pictures * machine.seconds_per_image(model, shape, where) > COSTS
+def _pays(method: Method, pictures: int, seconds: float) -> bool:
+    """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes."""
+    return SAVED * method.passes() / 3 * pictures * seconds > COSTS
 
 
 def no_compiler(device: torch.device) -> str | None:

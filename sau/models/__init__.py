@@ -1,5 +1,6 @@
 """The networks by name, each taking pixels in [0, 1]."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -23,7 +24,8 @@ class Normalized(nn.Module):
         amp: run `net` under bf16 autocast (weights stay as they are).
 
     `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
-    passes, whose batches come in other sizes, are not worth it.
+    passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
+    warning.
     """
 
     compiled: str | None
@@ -51,7 +53,13 @@ class Normalized(nn.Module):
         if self.net._compiled_call_impl is None:  # copies of a module leave it behind
             self.net.compile(mode=self.compiled, dynamic=False)
         with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
-            return self._logits(x)
+            try:
+                return self._logits(x)
+            except torch._dynamo.exc.TorchDynamoException as error:  # the compiler's, not the network's
+                reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"the network cannot be compiled and runs as it stands: {reason}", stacklevel=2)
+        self.compiled = self.net._compiled_call_impl = None
+        return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self.amp:
@@ -111,7 +119,16 @@ def build(
         net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
     else:
         net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
-    return Normalized(net if _narrow(net) else net.to(memory_format=torch.channels_last), mean, std, amp)
+    return Normalized(quick(net), mean, std, amp)
+
+
+def quick(net: nn.Module) -> nn.Module:
+    """`net`, its convolutions in the memory layout that they are fastest in, where torch can be trusted with it."""
+    if not _narrow(net):
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+    return net
 
 
 def _narrow(net: nn.Module) -> bool:

@@ -1,21 +1,32 @@
 """Where the time goes: the share of each kind of operation in a work."""
 
 import warnings
+from fnmatch import fnmatchcase
 
 import torch
 from bench_parts.measure import Work
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# The first fit counts; names are those of torch's operations.
-KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("convolution, backward", ("convolution_backward", "ConvolutionBackward")),
-    ("convolution, forward", ("convolution", "conv2d")),
-    ("batch norm", ("batch_norm", "BatchNorm")),
-    ("optimiser", ("fused_sgd", "fused_adam", "Optimizer", "_foreach")),
-    ("ReLU, addition, other arithmetic", ("add", "relu", "clamp", "threshold", "mul", "div", "sub", "sum", "where")),
-    ("pictures: gather, pad", ("index", "gather", "pad", "randint", "randperm", "fill")),
-    ("copies, change of precision", ("copy", "to", "empty", "zero", "cat", "clone")),
-)
+# The first fit counts; whole names of torch's operations, or patterns.
+KINDS: dict[str, str] = {
+    "convolution, backward": "*convolution_backward ConvolutionBackward0",
+    "convolution, forward": "convolution _convolution mkldnn_convolution cudnn_convolution conv2d",
+    "batch norm": "*batch_norm *batch_norm_backward *BatchNormBackward0",
+    "matrix products": "addmm mm linear bmm matmul",
+    "optimiser": "_fused_sgd_ _fused_adam_ _fused_adamw_ _foreach* Optimizer*",
+    "ReLU, addition, other arithmetic":
+        "add add_ relu relu_ clamp* threshold_backward mul mul_ div div_ sub sub_ sum where sign neg",
+    "pictures: gather, pad": "index index_put_ _index_put_impl_ gather constant_pad_nd randint randperm fill_",
+    "copies, change of precision": "copy_ _to_copy to empty* zero_ zeros* cat clone contiguous resize_",
+}  # fmt: skip
+
+
+def kind(key: str) -> str:
+    """The kind of an operation by the profiler's name for it, like `aten::addmm`."""
+    name = key.split("::")[-1].split(": ")[-1].split("#")[0]
+    fits = (kind for kind, names in KINDS.items() if any(fnmatchcase(name, pattern) for pattern in names.split()))
+    return next(fits, "everything else")
 
 
 def shares(work: Work, device: torch.device) -> dict[str, float]:
@@ -28,8 +39,8 @@ def shares(work: Work, device: torch.device) -> dict[str, float]:
             work()
     spent: dict[str, float] = {}
     for event in found.key_averages():
-        took = event.self_device_time_total if cuda else event.self_cpu_time_total
-        kind = next((kind for kind, parts in KINDS if any(part in event.key for part in parts)), "everything else")
-        spent[kind] = spent.get(kind, 0.0) + took
+        if event.device_type == DeviceType.CPU:  # a kernel is an event of its own, too, and counts for its operation
+            took = event.self_device_time_total if cuda else event.self_cpu_time_total
+            spent[kind(event.key)] = spent.get(kind(event.key), 0.0) + took
     total = sum(spent.values())
-    return {kind: round(100 * took / total, 1) for kind, took in sorted(spent.items(), key=lambda item: -item[1])}
+    return {name: round(100 * took / total, 1) for name, took in sorted(spent.items(), key=lambda item: -item[1])}

@@ -1,7 +1,8 @@
 """One update of SAU: ours in bf16 and in fp32, against the released order of work in fp32 and NCHW.
 
 The network is first trained for a moment on pictures of which a fifth are stamped, and then purified for a moment, so
-that h has left h_b as it has in most of a run. All start from the same weights and see the same pictures.
+that h has left h_b as it has in most of a run. All see the same pictures and start from the same weights, but for
+compiled variants, which go on from one repetition to the next, so that they are compiled once.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from bench_parts import pil, profile, roofline, setting
-from bench_parts.measure import Task, Work, compare
+from bench_parts.measure import Task, Work, compare, forward_flops
 
 from sau.data.images import Images, to_float
 from sau.data.sources import source
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         made = partial(ours, args=args, model=model, images=images)
         makers: dict[str, Callable[[], Work]] = {"bf16": partial(made, amp=True), "fp32": partial(made, amp=False)}
         makers |= {f"bf16 {mode}": cache(partial(made, amp=True, compiled=mode)) for mode in setting.modes(args)}
-        makers["fp32 released"] = partial(released, args, model, poisoned, Path(folder))
-        task = Task(len(images), model, to_float(images.pixels[:1]), 3.0, roofline.peaks(args))
+        makers["fp32 released"] = partial(released, args, model, _loader(args, poisoned, Path(folder)))
+        task = Task(len(images), model, to_float(images.pixels[:1]), _needed(model, images), roofline.peaks(args))
         rows = compare(f"training step, width {args.width}", makers, task, args, "s/step", args.steps)
     for row, name in zip(rows[:2], ("bf16", "fp32"), strict=True):
         row["profile"] = profile.shares(makers[name](), args.device)
@@ -63,10 +63,20 @@ def ours(
     return work
 
 
-def released(args: argparse.Namespace, model: Normalized, images: Images, folder: Path) -> Callable[[], float]:
-    """An epoch in the released order."""
+def released(args: argparse.Namespace, model: Normalized, batches: pil.Batches) -> Callable[[], float]:
+    """An epoch in the released order; the loader and its processes are the same in all repetitions."""
     net = setting.as_released(model.net)
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    files = pil.Files(images, images.labels, pil.transform(source(args.dataset), True), folder)
-    batches = pil.loader(files, args.batch_size, train=True, workers=setting.workers(args), device=args.device)
     return lambda: pil.train_epoch(net, sgd, batches, args.device)
+
+
+def _loader(args: argparse.Namespace, images: Images, folder: Path) -> pil.Batches:
+    files = pil.Files(images, images.labels, pil.transform(source(args.dataset), True), folder)
+    return pil.loader(files, args.batch_size, train=True, workers=setting.workers(args), device=args.device)
+
+
+def _needed(model: Normalized, images: Images) -> float:
+    """Passes that a step needs: three, but for the gradient with respect to the pictures, which nobody asks for."""
+    x = to_float(images.pixels[:1])
+    stem = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    return 3.0 - forward_flops(stem, x) / forward_flops(model, x)
