@@ -201,7 +201,7 @@ def test_the_names_of_folders_without_their_digests():
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "grid").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_grid_can_be_planned(file):
-    assert len(cells(read(file)[1])) >= 20
+    assert len(cells(read(file)[1])) >= 6
 
 
 def test_the_table_of_the_cpu_track_is_what_was_promised():

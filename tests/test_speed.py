@@ -299,7 +299,11 @@ def test_any_network_is_purified_in_the_layout_that_is_fast():
         mine = net(strided)
         fixed = FT(epochs=1, batch_size=8).purify(mine, toy_images(16), session=quiet())
         assert layouts and all(layout is fast for layout in layouts)
-        assert mine[0].weight.is_contiguous() and list(fixed.state_dict()) == list(mine.state_dict())
+        assert (
+            mine[0].weight.is_contiguous()
+            and fixed[0].weight.is_contiguous()
+            and list(fixed.state_dict()) == list(mine.state_dict())
+        )
     narrow = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, 2))
     assert quick(narrow)[0].weight.is_contiguous()
 

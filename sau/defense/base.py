@@ -17,7 +17,7 @@ from sau.defense.inputs import clean_batches
 from sau.errors import DataError, TrainingError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized, quick
+from sau.models import Normalized, laid_as, quick
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
@@ -60,7 +60,7 @@ class Defense(Method, ABC):
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
 
-        The copy's convolutions lie in memory as they are fastest (channels_last), which changes no value of it.
+        While it is purified its convolutions lie in memory as they are fastest (channels_last).
 
         Args:
             model: any network [B, C, H, W] -> logits [B, K].
@@ -95,7 +95,7 @@ class Defense(Method, ABC):
         for parameter in frozen:
             parameter.requires_grad_(False)
         result = owned if owned is copied else owned.net
-        return result.to(home).eval()
+        return laid_as(result, model).to(home).eval()
 
 
 @dataclass(frozen=True, kw_only=True)

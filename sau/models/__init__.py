@@ -131,6 +131,14 @@ def quick(net: nn.Module) -> nn.Module:
     return net
 
 
+def laid_as(net: nn.Module, other: nn.Module) -> nn.Module:
+    """`net`, its parameters in plain order in memory if those of `other` are: files of tensors want that."""
+    if all(parameter.is_contiguous() for parameter in other.parameters()):
+        for parameter in net.parameters():
+            parameter.data = parameter.data.contiguous()
+    return net
+
+
 def _narrow(net: nn.Module) -> bool:
     """Whether torch's CPU kernels would write past their memory in channels_last (seen with torch 2.15).
 
