@@ -367,7 +367,7 @@ for attempt in (lambda: bytearray(128 << 20), lambda: Path({str(tmp_path / "x")!
     try:
         attempt()
     except (MemoryError, OSError) as error:
-        print(type(error).__name__)
+        print(type(error).__name__, flush=True)
 while True:
     pass
 """
