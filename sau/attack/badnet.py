@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture
-from sau.data.pictures import fit, read_picture
+from sau.attack.making import Making, Picture, pictured
+from sau.data.pictures import fit
 from sau.errors import ConfigError
 from sau.types import Pixels
 
@@ -52,11 +52,8 @@ class BadNet(Attack):
         """[3, H, W] for pictures like `x`; resizing the picture, not the coordinates, gives the benchmark's soft border
         at other resolutions."""
         height, width = x.shape[-2:]
-        if self.trigger is not None:
-            return cast(Picture, self.trigger).of((3, height, width))
-        if self.patch_mask_path is not None:
-            return fit(read_picture(self.patch_mask_path), height, width) / 255
-        return _white_corner(height, width)
+        given = pictured(self.trigger, self.patch_mask_path, height, width)
+        return _white_corner(height, width) if given is None else given
 
 
 def _put(patch: Tensor, x: Pixels) -> Pixels:

@@ -5,15 +5,15 @@ Using Data Poisoning", 2017).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture
-from sau.data.pictures import fit, read_picture
+from sau.attack.making import Making, Picture, pictured
+from sau.data.pictures import fit
 from sau.types import Pixels
 
 
@@ -62,14 +62,15 @@ class Blended(Attack):
     def _picture(self, x: Tensor) -> Tensor:
         """[3, H, W] for pictures like `x`."""
         height, width = x.shape[-2:]
-        if self.trigger is not None:
-            return cast(Picture, self.trigger).of((3, height, width))
-        if self.attack_trigger_img_path is not None:
-            return fit(read_picture(self.attack_trigger_img_path), height, width) / 255
-        return fit(_sailing_boat(), height, width) / 255
+        given = pictured(self.trigger, self.attack_trigger_img_path, height, width)
+        return _own_picture(height, width) if given is None else given
 
 
 @cache
+def _own_picture(height: int, width: int) -> Tensor:
+    return fit(_sailing_boat(), height, width) / 255
+
+
 def _sailing_boat() -> Image.Image:
     """Our own drawing with the statistics of the benchmark's: at 32x32 a mean colour of about (207, 190, 198) and a
     standard deviation of about 69 grey levels, from a light ground, dark outlines and one strong colour."""

@@ -1,11 +1,13 @@
 """What an attack is given to make a trigger from, and a trigger that is a picture."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from sau.data.augment import Augment
 from sau.data.images import Images
+from sau.data.pictures import fit, read_picture
 from sau.errors import DataError
 from sau.optim import Training
 from sau.session import Session
@@ -50,3 +52,10 @@ class Picture(nn.Module):
         if self.picture.shape != shape:
             raise DataError(f"the trigger was made for pictures {tuple(self.picture.shape)}, these are {shape}")
         return self.picture
+
+
+def pictured(trigger: nn.Module | None, path: str | None, height: int, width: int) -> Tensor | None:
+    """The picture of a trigger [3, height, width], from `forge` or, before that, from its file; None without a file."""
+    if trigger is not None:
+        return cast(Picture, trigger).of((3, height, width))
+    return None if path is None else fit(read_picture(path), height, width) / 255

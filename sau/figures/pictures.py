@@ -3,17 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sau.data.images import Images, to_float
+from sau.data.images import Images, some, to_float
 from sau.quality import magnified
 
 
 def pictures(test: Images, triggered: Images, columns: int = 6) -> Figure:
     """Rows clean, triggered, difference magnified so that the largest one is white; columns are test pictures."""
-    chosen = torch.linspace(0, len(triggered) - 1, min(columns, len(triggered))).long()
+    chosen = some(len(triggered), columns)
     after, before = to_float(triggered.pixels[chosen]), to_float(test.pixels[triggered.index[chosen]])
     title, difference = beside(after - before)
     truth, wanted = triggered.true_labels[chosen], triggered.labels[chosen]

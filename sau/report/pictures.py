@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sau.data import sources
 from sau.data.cifar import DOWNLOADED, test_split
-from sau.data.images import Images
+from sau.data.images import Images, some
 from sau.errors import SauError
 from sau.quality import magnified
 from sau.record.folder import Record
@@ -73,7 +73,7 @@ class Pictures:
             clean = self._clean(str(run.dataset), where, size if parse.whole(size) else None)
         except (SauError, KeyError, TypeError) as error:
             return Strip("", note=f"no pictures: {error}")
-        chosen = torch.linspace(0, len(triggered) - 1, min(COLUMNS, len(triggered))).long()
+        chosen = some(len(triggered), COLUMNS)
         shown = triggered[chosen]
         columns = tuple(
             f"class {int(a)}, wanted {int(b)}" for a, b in zip(shown.true_labels, shown.labels, strict=True)
