@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
 
-from sau.machine.device import busy, choose_device, cores, crowded, processor, set_threads
+from sau.machine.cores import busy, crowded, usable
+from sau.machine.device import choose_device, processor, set_threads
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
 PARTS: dict[str, ModuleType] = {
@@ -60,7 +61,7 @@ def main() -> None:
         numbers = f"{row['ratio']:8.2f}{row['low']:8.2f}{row['high']:8.2f}{row['ours']:12.4g}{row['reference']:12.4g}"
         print(f"{row['name']:40}{numbers} {row['unit']}")
     if args.json:
-        machine = {"processor": processor(torch.device("cpu")), "cores": cores(), "busy_before": others}
+        machine = {"processor": processor(torch.device("cpu")), "cores": usable(), "busy_before": others}
         if args.device.type == "cuda":
             machine["card"] = processor(args.device)
         setting = {

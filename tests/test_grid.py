@@ -207,11 +207,13 @@ def test_every_shipped_grid_can_be_planned(file):
 def test_the_table_of_the_cpu_track_is_what_was_promised():
     every = cells(read(REPOSITORY / "configs" / "grid" / "table1_cpu.yaml")[1])
     attacks = {cell.name for cell in every if cell.kind == "attack"}
+    assert len({cell.label for cell in every}) == len(every)
     rows: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell in every:
         seed = next(flag.removeprefix("--random_seed=") for flag in cell.flags if flag.startswith("--random_seed"))
         if cell.kind == "defense":
-            rows[cell.label.split("_")[0], seed].add(cell.name + ("+" if "--select=oracle" in cell.flags else ""))
+            assert cell.label.endswith("_oracle") is ("--select=oracle" in cell.flags)
+            rows[cell.label.split("_")[0], seed].add(cell.name + ("+" if cell.label.endswith("_oracle") else ""))
     from sau.attack import ATTACKS
     from sau.defense import DEFENSES
 

@@ -20,7 +20,7 @@ from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, DEFENSES, FT, SAU
 from sau.errors import TrainingError
-from sau.machine import device, tuning
+from sau.machine import cores, device, tuning
 from sau.machine.parts import InParts
 from sau.models import Normalized, quick
 from sau.models.preact_resnet import PreActResNet18
@@ -228,32 +228,32 @@ def test_a_broken_loss_is_not_handed_on_when_the_time_is_over():
 
 def test_the_machine_is_crowded_when_more_threads_run_than_cores(monkeypatch):
     """What others keep busy of the cores that this process may run on, whatever the machine has beside them."""
-    monkeypatch.setattr(device, "_places", lambda: {3, 5})
+    monkeypatch.setattr(cores, "_places", lambda: {3, 5})
     for others, threads, crowded in ((0.4, 2, False), (1.0, 1, False), (1.0, 2, True), (2.0, 1, True), (0.0, 3, True)):
-        monkeypatch.setattr(device, "busy", lambda others=others: others)
-        text = device.crowded(threads)
+        monkeypatch.setattr(cores, "busy", lambda others=others: others)
+        text = cores.crowded(threads)
         assert (text is not None) is crowded
         assert text is None or f"others keep {others:.1f} of 2 cores busy and now {threads} threads more" in text
-    monkeypatch.setattr(device, "busy", lambda: None)
-    assert device.crowded(64) is None
+    monkeypatch.setattr(cores, "busy", lambda: None)
+    assert cores.crowded(64) is None
 
 
 def test_busy_cores_are_those_that_do_not_idle(monkeypatch):
     """Core 3 worked for 5 of 10 ticks, core 5 for all; core 4 is none of ours."""
-    monkeypatch.setattr(device, "_places", lambda: {3, 5})
+    monkeypatch.setattr(cores, "_places", lambda: {3, 5})
     rows = iter(["cpu 9 9\ncpu3 0 0 0 0 0 0 0 0\ncpu4 0 0 0 0 0 0 0 0\ncpu5 0 0 0 0 0 0 0 0\n",
                  "cpu 9 9\ncpu3 4 1 0 4 1 0 0 0\ncpu4 0 0 0 9 0 0 0 0\ncpu5 9 0 1 0 0 0 0 0\n"])  # fmt: skip
-    monkeypatch.setattr(device.Path, "read_text", lambda self: next(rows))
-    assert device.busy(0.0) == pytest.approx(1.5)
+    monkeypatch.setattr(cores.Path, "read_text", lambda self: next(rows))
+    assert cores.busy(0.0) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(("content", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1)])
 def test_threads_stay_within_what_a_container_is_granted(content, wanted, monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "_places", lambda: {0, 1, 2, 3})
-    monkeypatch.setattr(device, "QUOTA", tmp_path / "cpu.max")
-    assert device.cores() == 4
+    monkeypatch.setattr(cores, "_places", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    assert cores.usable() == 4
     (tmp_path / "cpu.max").write_text(content)
-    assert device.cores() == wanted
+    assert cores.usable() == wanted
 
 
 @pytest.mark.parametrize("most", [128, 40, 1])

@@ -9,8 +9,9 @@ from typing import Any
 import sau
 from sau.errors import ConfigError
 from sau.grid.cells import Job, Outcome, run_cell
-from sau.grid.engines import GIB, Done, usable_cores
+from sau.grid.engines import GIB, Done
 from sau.grid.plan import Cell
+from sau.machine.cores import usable
 from sau.machine.parent import python_path
 
 
@@ -27,9 +28,7 @@ class RayEngine:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self.ray = _import("ray", "ray")
         home = {"env_vars": {"PYTHONPATH": str(Path(sau.__file__).parents[1])}}
-        started: dict[str, Any] = (
-            {"num_cpus": cores or usable_cores(), "include_dashboard": False} if address is None else {}
-        )
+        started: dict[str, Any] = {"num_cpus": cores or usable(), "include_dashboard": False} if address is None else {}
         try:
             self.ray.init(address=address, runtime_env=home, log_to_driver=False, logging_level="error", **started)
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from sau.errors import ConfigError
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.plan import Cell
+from sau.machine.cores import usable
 
 Done = list[tuple[Cell, Outcome]]
 GIB = 2**30
@@ -45,7 +46,7 @@ class Local:
     """
 
     def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
-        self.cores, self.memory = cores or usable_cores(), memory_gb or 0.9 * _memory()
+        self.cores, self.memory = cores or usable(), memory_gb or 0.9 * _memory()
         self.gpus = [1.0] * _gpus()
         self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
 
@@ -99,11 +100,6 @@ class Local:
         for _, child, _ in self.running.values():
             child.stop()
         self.running.clear()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> float:

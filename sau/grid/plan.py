@@ -154,6 +154,7 @@ class _Crossed:
         machine |= {"devices": run.devices} if run.devices > 1 else {}  # cells had digests before there was a choice
         share = {"attack": settings.get("pratio"), "defense": facts.get("ratio")}[kind]
         label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in _canonical(kind, name) or kind == "defense" else name
+        label += "_oracle" if settings.get("select") == "oracle" else ""
         return _Settled(flags, digest({kind: name, **settings, **facts, **where, **machine}), label)
 
     def _overrides(self, kind: str, name: str, group: str, axis: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The machine: which device, how many threads, which precision is faster, how much memory was used."""
 
 import math
-import os
 import platform
 import resource
 import sys
@@ -16,9 +15,9 @@ from torch import nn
 
 from sau.errors import ConfigError
 from sau.evaluate import predict
+from sau.machine import cores
 from sau.models import Normalized
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time granted in each period, and the period
 TRIES = 3  # steps of each precision that are timed
 
 
@@ -35,20 +34,11 @@ def choose_device(wish: str) -> torch.device:
     return device
 
 
-def cores() -> int:
-    """How many cores this process may keep busy: those that it may run on, within what its control group is granted."""
-    allowed = len(_places())
-    with suppress(OSError, ValueError):  # no such file, or "max" in it, where nothing is limited
-        granted, period = map(int, QUOTA.read_text().split())
-        allowed = min(allowed, max(1, granted // period))
-    return allowed
-
-
 def set_threads(wish: int) -> int:
     """Use `wish` CPU threads, or as many as this process has cores if it is 0; returns how many are used."""
     if wish < 0:
         raise ConfigError(f"threads is {wish}, allowed is 0 (all cores) and more")
-    torch.set_num_threads(wish or cores())
+    torch.set_num_threads(wish or cores.usable())
     return torch.get_num_threads()
 
 
@@ -83,40 +73,6 @@ def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool]) 
             _step(model, x)
             seconds.append(time.monotonic() - started)
     return {amp: min(seconds[1:]) / len(x) for amp, seconds in tries.items()}  # the first one warms up
-
-
-def busy(seconds: float = 0.2) -> float | None:
-    """How many of the cores that this process may run on are busy while it sleeps; None where no system says so."""
-    try:
-        before = _spent()
-        time.sleep(seconds)
-        after = _spent()
-    except OSError:
-        return None
-    spans = [(idle - before[core][0], total - before[core][1]) for core, (idle, total) in after.items()]
-    return sum(1 - idle / max(1, total) for idle, total in spans)
-
-
-def _spent() -> dict[str, tuple[int, int]]:
-    """Time of each core so far: idle, and in all."""
-    mine = {f"cpu{place}" for place in _places()}
-    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-    return {row[0]: (int(row[4]) + int(row[5]), sum(map(int, row[1:9]))) for row in rows if row[0] in mine}
-
-
-def _places() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
-def crowded(threads: int) -> str | None:
-    """What to say where others keep the cores busy that `threads` threads are to run on; None where they do not."""
-    others, places = busy(), len(_places())
-    if others is None or others + threads <= places + 0.5:
-        return None
-    return (
-        f"others keep {others:.1f} of {places} cores busy and now {threads} threads more are to run there; threads "
-        "that wait for each other can be many times slower, so use fewer --threads or wait"
-    )
 
 
 def processor(device: torch.device) -> str:

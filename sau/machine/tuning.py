@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sau.machine import cores
 from sau.machine import device as machine
 from sau.method import Method
 from sau.models import Normalized
@@ -42,7 +43,7 @@ def tune(
     record.note(amp=amp)
     threads = torch.get_num_threads()
     record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {threads} threads{said}")
-    busy = machine.crowded(threads) if where.type == "cpu" else None
+    busy = cores.crowded(threads) if where.type == "cpu" else None
     if busy:
         record.say(f"warning: {busy}")
 
