@@ -1,40 +1,19 @@
-"""The order of calls behind `attack/NAME.py`, `defense/NAME.py` and `python -m sau`."""
+"""`attack/NAME.py`, `defense/NAME.py` and `python -m sau`: which command is meant, and how it ends."""
 
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sau import own, quality
 from sau.attack import ATTACKS
-from sau.attack.recipe import Recipe
-from sau.data.cifar import subset_note
-from sau.data.images import Images
-from sau.data.scrutiny import scrutinise
-from sau.data.sources import Source, clean_subset, fingerprint, load, source
+from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.defense.base import Defense
-from sau.errors import ConfigError, SauError
-from sau.evaluate import der, score, table
-from sau.files import folder
-from sau.machine import device as machine
-from sau.machine.devices import place, spread
-from sau.machine.tuning import tune
-from sau.models import build, has_width
-from sau.record import holding, victim
-from sau.record.folder import Record
-from sau.request import Request
-from sau.risk import gauge
-from sau.run import AttackRun, DefenseRun, Run
-from sau.watch import Watch, begin, making, versioned, warn
+from sau.errors import SauError
+from sau.record import holding
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
@@ -81,130 +60,3 @@ def _stop(number: int, frame: Any) -> None:
     timer.daemon = True
     timer.start()
     raise _Stopped(number)
-
-
-def attack(name: str, argv: Sequence[str]) -> None:
-    """Poison, train, measure, record."""
-    started = time.monotonic()
-    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
-    dataset = request.said("dataset") or AttackRun.dataset
-    origin, (recipe, why) = source(dataset), request.recipe()
-    run, training, method = request.settle("attack", recipe, dataset)
-    if run.attack not in (None, name):
-        raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
-    where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
-    record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
-    train, test = load(dataset, run.dataset_path, run.img_size)
-    notes = [note for note in [subset_note(dataset, train, test)] if note]
-    data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
-    train, test = train.to(where), test.to(where)
-    torch.manual_seed(run.random_seed)
-    network = _network(request, run, train, origin)
-    shape, width = network["shape"], network["width"]
-    model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
-
-    settings = {"attack": name, **method.params(), **training.params()}
-    identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
-    record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
-    how = {"augment": origin.augment, "seed": run.random_seed}
-    method = method.forge(train, model, training, session=making(run, started), **how)
-    poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
-    begin(record, run, identity, threads)
-    record.note(method=settings, data=data, model=network, notes=notes)
-    size = f", width {width}" if width else ""
-    record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
-    warn(record, request, notes)
-    tune(record, run, model, method, shape, training.batch_size, training.epochs * len(train), where)
-    plan = method.plan(poisoned, training.batch_size)
-    record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
-    torch.manual_seed(run.random_seed)  # the probe drew from it
-    each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
-    again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
-    watch = Watch(record, run, training.epochs, test, again, started, each)
-    spread(run.devices, method.fit, model, poisoned, recipe=training, session=watch.session(), **how)
-    triggered = again()
-    final = watch.last or score(model, test, triggered)
-    victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
-    record.say(table({"attacked": final}))
-    hidden = quality.of_attack(test, triggered, run.trigger_radius)
-    if hidden is not None:
-        record.say(quality.describe(hidden))
-    watch.finish({**final.summary(), "trigger": hidden, "peak_memory_mb": machine.peak_memory_mb(where)})
-
-
-def defend(name: str, argv: Sequence[str]) -> None:
-    """Load what an attack left, purify, measure before and after, record."""
-    started = time.monotonic()
-    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, own.OwnRun, DEFENSES[name]), argv)
-    if request.said("model_file") is not None and request.said("result_file") is None:
-        run, yours, method = request.settle("defense", request.recipe()[0], "folder")
-        return own.purify(name, method, run, yours, request)
-    attacked = victim.load(_place(request.said("record_root") or Run.record_root, _target(request)))
-    recipe, _ = request.recipe(attacked.recipe)
-    says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
-    run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
-    given, test, notes = _given(attacked, run, method)
-    given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
-    model = attacked.model().to(where)
-
-    record = Record(folder(attacked.path / "defense", run.save_folder_name or name))
-    settings = {"defense": name, **method.params()}
-    identity = {**settings, "clean": fingerprint(given), "attacked": attacked.digest, "random_seed": run.random_seed}
-    begin(record, run, identity, threads)
-    facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
-    record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
-    record.say(f"recipe {recipe}: {len(given)} {method.needs} pictures of {attacked.dataset}; {record.path}")
-    warn(record, request, notes)
-    epochs = getattr(method, "epochs", 1)
-    tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
-    torch.manual_seed(run.random_seed)
-    begun, before = time.monotonic(), score(model, test, triggered)
-    risks = None
-    if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
-        risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
-    threat = risks(model).summary() if risks else None
-    evaluation = time.monotonic() - begun
-    watch = Watch(record, run, epochs, test, lambda: triggered, started, evaluation, risks)
-    augment = source(attacked.dataset).augment
-    judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
-    session = replace(watch.session(), judge=judge)
-    fixed = spread(run.devices, method.purify, model, given, augment=augment, seed=run.random_seed, session=session)
-    after = score(fixed, test, triggered)
-    record.save_tensors("model", fixed.get_submodule("net").state_dict())
-    rating = der(before, after)
-    record.say(table({"before": before, "after": after}, rating))
-    scores = {"before": before.summary(), "after": after.summary(), "der": rating}
-    scores |= {"selection": method.selection, "data": method.needs}
-    if risks:
-        scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
-    watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
-
-
-def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[Images, Images, list[str]]:
-    """What the method is given, the clean test set, and what there is to say about them."""
-    train, test, notes = attacked.pictures(run.dataset_path)
-    if method.needs == "poisoned" and attacked.poisoned is not None:
-        train = train.updated(attacked.poisoned)
-    given = clean_subset(train, run.ratio, run.random_seed, run.index)
-    return given, test, notes + scrutinise(given, test, method.batch_size)
-
-
-def _target(request: Request) -> str:
-    """What the user calls the folder of the attack."""
-    target: str | None = request.said("result_file")
-    if target is None or request.said("model_file") is not None:
-        raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
-    return target
-
-
-def _place(root: str, target: str) -> Path:
-    """A folder name below the record root, or any folder written as a path."""
-    return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
-
-
-def _network(request: Request, run: AttackRun, train: Images, origin: Source) -> dict[str, Any]:
-    """What a defense must know to build the network again; a width is refused only where the user asked for it."""
-    width = run.width if has_width(run.model) or "width" in request.given else None
-    shape = {"name": run.model, "classes": train.num_classes, "width": width, "shape": list(train.pixels.shape[1:])}
-    return {**shape, "mean": list(origin.mean), "std": list(origin.std)}

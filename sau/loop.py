@@ -35,14 +35,14 @@ class _Place:
             value = value * size if value.is_floating_point() else value
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def means(self) -> dict[str, float]:
+    def means(self, rate: str) -> dict[str, float]:
         """The only read of the device in an epoch, save for checkpoints; refuses to go on from a broken loss."""
         losses = {
             name: float(value) / self.seen if value.is_floating_point() else float(value)
             for name, value in self.sums.items()
         }
         if not all(map(math.isfinite, losses.values())):
-            raise TrainingError(f"the loss is not finite in epoch {self.epoch + 1}: {losses}; try a smaller --lr")
+            raise TrainingError(f"the loss is not finite in epoch {self.epoch + 1}: {losses}; try a smaller --{rate}")
         return losses
 
 
@@ -55,6 +55,7 @@ def run(
     end_epoch: Callable[[dict[str, float]], bool | None],
     session: Session,
     label: str = "epoch",
+    rate: str = "lr",
 ) -> None:
     """Call `step` on every batch of every epoch.
 
@@ -66,11 +67,12 @@ def run(
         end_epoch: called with the mean losses before the checkpoint that closes an epoch; True ends the run with it.
         session: progress and checkpoints.
         label: what an epoch is called on the screen.
+        rate: the setting of the learning rate, which to lower where it was too high.
 
-    Raises TrainingError, leaving the last finite checkpoint, when a reported loss is not finite.
+    Raises TrainingError, leaving the last finite checkpoint, when a reported loss or the state's `model` is not finite.
     """
     step = session.team.split(step, state) if session.team is not None else step
-    _Run(step, batches, epochs, state, end_epoch, session, label).go()
+    _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
 
 
 @dataclass
@@ -82,6 +84,7 @@ class _Run:
     end_epoch: Callable[[dict[str, float]], bool | None]
     session: Session
     label: str
+    rate: str
     place: _Place = field(default_factory=_Place)
     ticks: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
 
@@ -93,7 +96,7 @@ class _Run:
                 self.batches.set_epoch(self.place.epoch)
             if not self._one_epoch(begin, now):
                 return
-            losses = self.place.means()
+            losses = self.place.means(self.rate)
             ended = self.end_epoch(losses)
             done = self.place.epoch + 1
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
@@ -126,13 +129,13 @@ class _Run:
             self._forecast()
             due = self.session.checkpoint is not None and time.monotonic() - saved > self.session.save_every
             if due and self.place.batch < length:  # the end of the epoch saves by itself
-                self.place.means()
+                self.place.means(self.rate)
                 self._save(begin)
                 saved = time.monotonic()
         return True
 
     def _end_early(self, limit: Limit, length: int) -> None:
-        self.place.means()  # refuses to hand on what a broken loss has made
+        self.place.means(self.rate)  # refuses to hand on what a broken loss has made
         where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
         limit.ended = limit.ended or where
         self.session.say(f"the time is over: ended in {where}")
@@ -153,6 +156,10 @@ class _Run:
     def _save(self, begin: Rng) -> None:
         if self.session.checkpoint is not None:
             objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+            numbers = [value for value in objects.get("model", {}).values() if value.is_floating_point()]
+            if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
+                broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
+                raise TrainingError(f"{broken}; try a smaller --{self.rate}")
             where = {"stage": self.session.stage, "place": vars(self.place)}
             self.session.checkpoint.save({**where, "begin": begin, "now": _rng(), "objects": objects})
 

@@ -1,11 +1,13 @@
 """What attacks and defenses have in common: hyperparameters that are their signature, and a training step."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from sau.errors import ConfigError
+from sau.files import checksum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class Method:
     name: ClassVar[str] = ""
     teamwork: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
     aliases: ClassVar[dict[str, str]] = {}
+    files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -29,6 +32,12 @@ class Method:
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def contents(self) -> dict[str, str]:
+        """The SHA-256 of each file that is given; of a record's folder, that of the weights."""
+        given = {name: Path(getattr(self, name)) for name in self.files if getattr(self, name) is not None}
+        places = {name: path / "model.safetensors" if path.is_dir() else path for name, path in given.items()}
+        return {f"{name}_sha256": checksum(path) for name, path in places.items()}
 
     def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by

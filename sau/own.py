@@ -142,7 +142,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     stem = re.sub(r"\W+", "_", Path(str(own.model_file)).stem)
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     settings = {"defense": name, **method.params()}
-    identity = {**settings, **asdict(own), "clean": fingerprint(images), "attacked": file.digest}
+    identity = {**settings, **method.contents(), **asdict(own), "clean": fingerprint(images), "attacked": file.digest}
     begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
     notes = scrutinise(given, test, method.batch_size)
     record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)

@@ -94,8 +94,8 @@ class Watch:
                 figures.update(self.risks(model).row())
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
-            net = getattr(model, "net", model)
-            self.record.save_tensors(f"model_epoch_{epoch}", net.state_dict())
+            net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
+            self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())
         return figures
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, the_error
 
 import sau
-from sau import cli as module
+from sau import commands
 from sau.attack import ATTACKS, BadNet
 from sau.attack.recipe import Recipe
 from sau.config import options
@@ -486,19 +486,19 @@ def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, her
 def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, monkeypatch):
     flags = [flag if flag != "0" else "3" for flag in TINY]
     run = ("attack", "badnet", *flags, "--save_folder_name", "a")
-    really = module.Watch.on_epoch
+    really = commands.Watch.on_epoch
 
     def stop(self, epoch, losses, state):
         if epoch == 2:
             raise KeyboardInterrupt
         return really(self, epoch, losses, state)
 
-    monkeypatch.setattr(module.Watch, "on_epoch", stop)
+    monkeypatch.setattr(commands.Watch, "on_epoch", stop)
     try:
         here(*run)
     except KeyboardInterrupt:
         pass  # whatever the command line makes of one that no signal sent
-    monkeypatch.setattr(module.Watch, "on_epoch", really)
+    monkeypatch.setattr(commands.Watch, "on_epoch", really)
     text = refused(*run, "--lr", "0.5")
     assert "lr: 0.1 there, 0.5 here" in text and "--overwrite" in text
     status, out, _ = here(*run)

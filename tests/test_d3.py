@@ -9,7 +9,7 @@ from test_loop import Stopping
 from torch import nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
-from sau.defense import D3
+from sau.defense import D3, FP, FST
 from sau.defense.d3 import hinge
 from sau.defense.layers import classifier, full_name
 from sau.defense.sphere import Sphere, uniform
@@ -75,7 +75,7 @@ def test_a_step_within_the_budget_is_the_distances_alone(penalty, divisor):
     net, images = tiny_net().double(), toy_images(8)
     method = D3(penalty=penalty, eps=100.0, lr=0.1, start="random", lr_scheduler="constant")
     origin = net.linear.weight.detach().clone()
-    state = method.prepare(net, 1)
+    state = method.begin(net, [net.linear.weight], 1)
     before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     away = (before["linear.weight"] - origin) / (before["linear.weight"] - origin).norm()
     moved = before["linear.weight"] + 0.1 / divisor * away
@@ -94,7 +94,7 @@ def test_the_clean_loss_counts_as_often_as_its_penalty(penalty):
     other = tiny_net().double().train()
     (gradient,) = torch.autograd.grad(hinge(other(x), y, 0.1), [other.linear.bias])
     method = D3(penalty=penalty, lr=0.1, start="near", lr_scheduler="constant")
-    method.step(method.prepare(net, 1), x, y)
+    method.step(method.begin(net, [net.linear.weight], 1), x, y)
     factor = penalty / (penalty + 1 if penalty > 1 else 1)
     assert torch.allclose(net.linear.bias, other.linear.bias - 0.1 * factor * gradient, rtol=1e-9)
 
@@ -104,7 +104,7 @@ def test_the_starts(start):
     net = tiny_net()
     origin, bias = net.linear.weight.detach().clone(), net.linear.bias.detach().clone()
     torch.manual_seed(0)
-    D3(start=start).prepare(net, 1)
+    D3(start=start).begin(net, [net.linear.weight], 1)
     found = net.linear.weight.detach()
     assert torch.equal(net.linear.bias, bias)
     match start:
@@ -126,7 +126,7 @@ def test_a_random_start_is_uniform_and_at_right_angles():
     linear = nn.Linear(512, 10)
     drawn = uniform(linear.weight, 0.5)
     assert drawn.min() >= -0.5 and drawn.max() <= 0.5 and drawn.std().item() == pytest.approx(1 / 12**0.5, rel=0.05)
-    sphere = D3().prepare(nn.Sequential(nn.Flatten(), linear), 1)["spheres"][0]
+    sphere = D3().begin(nn.Sequential(nn.Flatten(), linear), [linear.weight], 1)["spheres"][0]
     assert sphere.distance().item() / sphere.radius.item() == pytest.approx(2**0.5, abs=0.05)
 
 
@@ -141,10 +141,12 @@ def test_the_classifier_ends_on_its_sphere_and_away(start):
 def test_layers_are_found_by_the_names_in_the_users_network():
     wrapped = Normalized(tiny_net(), (0.5,) * 3, (0.5,) * 3)
     net = wrapped.get_submodule("net")
-    assert [id(w) for w in D3().driven(wrapped)] == [id(net.linear.weight)]
-    driven = D3(layers=("features", "linear", "features.0")).driven(wrapped)
+    x = toy_images(1).pixels / 255
+    assert [id(w) for w in D3().driven(wrapped, x)] == [id(net.linear.weight)]
+    driven = D3(layers=("features", "linear", "features.0")).driven(wrapped, x)
     assert [id(w) for w in driven] == [id(net.features[i].weight) for i in (0, 3)] + [id(net.linear.weight)]
-    spheres = D3(layers=("features", "linear")).prepare(wrapped, 1)["spheres"]
+    method = D3(layers=("features", "linear"))
+    spheres = method.begin(wrapped, method.driven(wrapped, x), 1)["spheres"]
     assert [sphere.origin.shape for sphere in spheres] == [(10, 3, 3, 3), (6, 10, 3, 3), (4, 6)]
 
 
@@ -175,9 +177,38 @@ def test_a_network_without_a_linear_layer_is_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         D3().purify(net, pair(), session=quiet())
     assert "Linear" in one_line(refusal.value) and "d3" in str(refusal.value)
-    assert classifier(tiny_net(), "d3").out_features == 4
+    assert classifier(tiny_net(), pair()[0][:1], "d3").out_features == 4
     fixed = D3(layers=("0",), epochs=1).purify(net, pair(), session=quiet())
     assert not same_weights(fixed, net)
+
+
+class Spare(nn.Module):
+    """A network with a linear layer after its classifier that does not run, or that runs and makes no logits."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.net, self.used, self.spare = tiny_net(), used, nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.net(x)
+        return z + 0 * self.spare(z.new_ones(len(z), 6)).sum() if self.used else z
+
+
+def test_the_classifier_is_the_layer_that_makes_the_logits(one_line):
+    x, net = pair()[0][:1], Spare(used=False)
+    assert classifier(net, x, "d3") is net.net.linear
+    with pytest.raises(ConfigError) as refusal:
+        classifier(Spare(used=True), x, "d3")
+    assert "4 logits" in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("method", [D3(epochs=1), FST(epochs=1), FP(epochs=1)], ids=["d3", "fst", "fp"])
+def test_a_weight_that_is_computed_from_others_cannot_be_set(method, one_line):
+    net = tiny_net()
+    nn.utils.parametrizations.weight_norm(net.linear)
+    with pytest.raises(ConfigError) as refusal:
+        method.purify(net, pair(), session=quiet())
+    assert "remove_parametrizations" in one_line(refusal.value)
 
 
 def test_it_removes_the_backdoor_and_keeps_the_accuracy():

@@ -277,6 +277,25 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(v
     )
 
 
+def test_a_model_that_is_not_finite_is_not_kept_though_its_loss_was(one_line):
+    """The loss is measured before the update that breaks the weight."""
+    weight, tape, count = nn.Linear(1, 1), Tape(), [0]
+
+    def step(x, y):
+        count[0] += 1
+        with torch.no_grad():
+            weight.bias.fill_(float("inf") if count[0] == 10 else float(count[0]))
+        return {"loss": torch.tensor(1.0)}
+
+    with pytest.raises(TrainingError) as stop:
+        session = Session(checkpoint=tape, say=lambda text: None)
+        loop.run(step, Plain([2] * 5), 3, state={"model": weight}, end_epoch=lambda losses: None, session=session,
+                 rate="warm_lr")  # fmt: skip
+    assert "weight is not finite" in one_line(stop.value) and str(stop.value).endswith("--warm_lr")
+    place = tape.load()
+    assert place is not None and float(place["objects"]["model"]["bias"]) == 5.0
+
+
 # The forecast
 
 

@@ -65,7 +65,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "the screen": (calling("print"), {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"cli.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),
+        {"commands.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"cli.py", "grid/cells.py", "grid/work.py"}),
     "the machine": (importing("resource") | calling("set_num_threads"), {"machine/device.py"}),

@@ -183,7 +183,7 @@ def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr("sau.cli.score", full)
+    monkeypatch.setattr("sau.commands.score", full)
     monkeypatch.setattr("sau.watch.score", full)
     status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
     assert status == 2 and err.startswith("error: out of memory (CUDA out of memory.)") and len(err.splitlines()) == 1

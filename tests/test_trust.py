@@ -18,7 +18,7 @@ from torch import nn
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.attack import ATTACKS
-from sau.cli import _place
+from sau.commands import _place
 from sau.config import options
 from sau.data.images import to_float
 from sau.data.scrutiny import scrutinise

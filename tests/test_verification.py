@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from toys import QUICK
 
-from sau.cli import defend
+from sau.commands import defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.record import schema

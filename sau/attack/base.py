@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -20,7 +19,6 @@ from sau.attack.recipe import sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
-from sau.files import checksum
 from sau.machine.parts import InParts
 from sau.optim import Training
 from sau.seeds import seeded
@@ -35,7 +33,6 @@ class Attack(Labelling, ABC):
     teamwork: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
-    files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
     trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
 
     @abstractmethod
@@ -62,11 +59,6 @@ class Attack(Labelling, ABC):
         self.check(images)  # before a trigger is made, which may take long
         trigger = self.make_trigger(Making(images, blank, recipe, augment, seed, session))
         return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
-
-    def contents(self) -> dict[str, str]:
-        """The SHA-256 of each file that is given."""
-        given = {name: getattr(self, name) for name in self.files}
-        return {f"{name}_sha256": checksum(Path(path)) for name, path in given.items() if path is not None}
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """What `forge` gives this attack to stamp with; None where there is nothing to make."""

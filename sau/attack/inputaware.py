@@ -121,11 +121,10 @@ class InputAware(Attack):
         for state in (first, second):
             state.update(images=images, augment=augment)
         masked = recipe.epochs - joint
-        stages = (0, self.mask_step, first, masked, "mask epoch"), (1, self.step, second, joint, "epoch")
-        for stage, step, state, length, label in stages:
-            end = partial(self.end_epoch, state)
-            run = partial(loop.run, state=state, end_epoch=end, session=session.at(stage), label=label)
-            run(partial(step, state), batches, length)
+        stages = (self.mask_step, first, masked, "mask epoch", "lr_M"), (self.step, second, joint, "epoch", "lr")
+        for stage, (step, state, length, label, rate) in enumerate(stages):
+            run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session.at(stage))
+            run(partial(step, state), batches, length, label=label, rate=rate)
         self.made().eval()
 
     def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:

@@ -156,6 +156,7 @@ class SSBA(Attack):
             end_epoch=partial(self.end_epoch, state),
             session=session,
             label="encoder epoch",
+            rate="ssba_lr",
         )
         found = {**_figures(hidden.eval(), decoder.eval(), images), "w": float(weight())}
         right = found["percent_of_bits_right"]

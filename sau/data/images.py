@@ -119,7 +119,10 @@ _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
 
 
 class Batches:
-    """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone."""
+    """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone.
+
+    A single picture that is left over joins the last batch, for batch norm in train mode cannot do with one.
+    """
 
     def __init__(
         self,
@@ -141,7 +144,8 @@ class Batches:
 
     def __len__(self) -> int:
         n = len(self.pixels)
-        return n // self.size if self.drop_last else -(-n // self.size)
+        left_out = self.drop_last or (n % self.size == 1 and n > 1)
+        return n // self.size if left_out else -(-n // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         n, device = len(self.pixels), self.pixels.device
@@ -149,8 +153,10 @@ class Batches:
         generator = torch.Generator().manual_seed(((self.seed or 0) * 1_000_003 + self.epoch) % 2**63)
         order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
         order = order.to(device)
-        for start in range(0, len(self) * self.size, self.size):
-            index = order[start : start + self.size]
+        starts = range(0, len(self) * self.size, self.size)
+        for start in starts:
+            joined = not self.drop_last and start == starts[-1]
+            index = order[start:] if joined else order[start : start + self.size]
             pixels = self.pixels[index]
             if self.augment is not None:
                 pixels = self.augment(pixels, generator)

@@ -92,6 +92,7 @@ class ANP(Defense):
         fits, allowed = _VALUES[self.pruning_by]
         if self.pruning_number is not None:
             self.require("pruning_number", fits(self.pruning_number), f"none, or {allowed}")
+            self.require("select", self.select == "defender", "defender where pruning_number leaves nothing to choose")
             return
         for name in ("pruning_max", "pruning_step"):
             value = getattr(self, name)

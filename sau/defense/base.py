@@ -2,7 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -89,7 +90,7 @@ class Defense(Method, ABC):
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
         _check_fit(owned, batches, session)
-        with seeded(seed):  # the caller's draws stay theirs
+        with seeded(seed), _enough_pictures():  # the caller's draws stay theirs
             self.run(owned, batches, session)
         _check_weights(owned)
         for parameter in frozen:
@@ -109,9 +110,9 @@ class Tuning(Training, Defense):
     batch_size: int = 256
     augment: bool = False
 
-    @abstractmethod
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        """What changes while it runs; `steps` updates make an epoch."""
+        """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
+        return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         state = self.prepare(model, len(batches))  # type: ignore[arg-type]
@@ -128,6 +129,19 @@ class Tuning(Training, Defense):
             session=session,
             label="round",
         )
+
+
+@contextmanager
+def _enough_pictures() -> Iterator[None]:
+    """A batch of one picture, whose maps are single pixels at last, is no batch for batch norm: DataError."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
+        ) from None
 
 
 @torch.no_grad()
@@ -150,12 +164,12 @@ def _check_fit(model: nn.Module, batches: Loader, session: Session) -> None:
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     try:
-        logits = model(x)
+        logits: Tensor = model(x)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {reason}") from None
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if logits.ndim != 2 or len(logits) != len(x):
+        got = tuple(logits.shape)
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
     return logits
 

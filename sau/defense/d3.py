@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.defense.layers import classifier, full_name
+from sau.defense.layers import classifier, full_name, plain
 from sau.defense.sphere import Sphere, uniform
 from sau.errors import ConfigError
-from sau.types import Labels, Logits, Pixels, Scalar
+from sau.session import Session
+from sau.types import Labels, Loader, Logits, Pixels, Scalar
 
 
 def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
@@ -43,7 +44,7 @@ class D3(Tuning):
         start: the classifier's first weights: random (drawn anew on the sphere), near (W0), middle (0), far (-W0) or
             noise (W0 plus normal noise of its own standard deviation).
         layers: names of the layers whose weights are driven away, with all convolutions and linear layers inside them;
-            empty means the last linear layer.
+            empty means the linear layer that makes the logits.
     """
 
     name: ClassVar[str] = "d3"
@@ -61,29 +62,30 @@ class D3(Tuning):
         self.require("penalty", self.penalty > 0, "above 0")
         self.require("eps", self.eps >= 0, "0 and more")
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        spheres = [Sphere(weight) for weight in self.driven(model)]  # W0 is the attacker's, also when resumed
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        driven = self.driven(model, next(iter(batches))[0][:1])
+        self.rounds(self.begin(model, driven, len(batches)), batches, session)  # type: ignore[arg-type]
+
+    def begin(self, model: nn.Module, driven: Sequence[Tensor], steps: int) -> dict[str, Any]:
+        """Put every W where it starts; `steps` updates make an epoch."""
+        spheres = [Sphere(weight) for weight in driven]  # W0 is the attacker's, also when resumed
         if self.epochs:  # without a round to learn in, the network stays as it is
-            self.begin(spheres)
-        return {"model": model.train(), "descent": self.descent(model.parameters(), steps), "spheres": spheres}
+            for sphere in spheres:
+                sphere.put(self.first(sphere.origin))
+                if self.start == "random":
+                    sphere.project()
+        return {**self.prepare(model, steps), "spheres": spheres}
 
-    def begin(self, spheres: Sequence[Sphere]) -> None:
-        """Put every W where it starts."""
-        for sphere in spheres:
-            sphere.put(self.first(sphere.origin))
-            if self.start == "random":
-                sphere.project()
-
-    def driven(self, model: nn.Module) -> list[Tensor]:
-        """The weights in S."""
+    def driven(self, model: nn.Module, x: Pixels) -> list[Tensor]:
+        """The weights in S; `x` is a picture to see by which layers run."""
         if not self.layers:
-            return [classifier(model, self.name).weight]
-        advice = "name one of its layers with --layers, or leave it out for the last linear one"
+            return [classifier(model, x, self.name).weight]
+        advice = "name one of its layers with --layers, or leave it out for the one that makes the logits"
         places = [model.get_submodule(full_name(model, name, advice)) for name in self.layers]
         found = [m for place in places for m in place.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         if not found:
             raise ConfigError(f"layers is {','.join(self.layers)}, but no convolution or linear layer is inside")
-        return list({id(module.weight): module.weight for module in found}.values())
+        return list({id(layer.weight): layer.weight for layer in (plain(layer, self.name) for layer in found)}.values())
 
     def first(self, origin: Tensor) -> Tensor:
         """Where W starts."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.inputs import unaugmented
+from sau.defense.layers import plain
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.session import Session
@@ -71,6 +72,9 @@ class FP(FT):
         order = activations(model, layers[-1], x).argsort(stable=True)
         total, levels = len(order), []
         step = math.ceil(total * self.once_prune_ratio)
+        if step >= total:
+            session.say(f"nothing is pruned: a step of {step} of {total} units leaves none; lower --once_prune_ratio")
+            return
         for n in range(step, total, step):
             flags = torch.zeros_like(mask.pruned)
             flags[order[:n]] = True
@@ -132,7 +136,7 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
     if not found:
         other = "last_conv" if unit == "linear_input" else "linear_input"
         raise ConfigError(f"the network has no {kind.__name__}, which unit {unit} of fp prunes; try --unit {other}")
-    return found
+    return [plain(layer, "fp") for layer in found]
 
 
 def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:

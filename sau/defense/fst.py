@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.defense.layers import classifier
 from sau.defense.sphere import Sphere, uniform
-from sau.types import Labels, Pixels
+from sau.session import Session
+from sau.types import Labels, Loader, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,16 @@ class FST(Tuning):
         super().__post_init__()
         self.require("alpha", self.alpha >= 0, "0 and more")
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        last = classifier(model, self.name)
+    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+        last = classifier(model, next(iter(batches))[0][:1], self.name)
+        self.rounds(self.begin(model, last, len(batches)), batches, session)  # type: ignore[arg-type]
+
+    def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:
+        """Draw the classifier anew; `steps` updates make an epoch."""
         sphere = Sphere(last.weight)  # W0 is the attacker's, also when resumed
         if self.epochs:  # without a round to learn in, the network stays as it is
             self.redraw(last)
-        return {"model": model.train(), "descent": self.descent(model.parameters(), steps), "sphere": sphere}
+        return {**self.prepare(model, steps), "sphere": sphere}
 
     @torch.no_grad()
     def redraw(self, last: nn.Linear) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sau.defense.base import Tuning
 from sau.types import Labels, Pixels
@@ -17,9 +17,6 @@ class FT(Tuning):
     name: ClassVar[str] = "ft"
 
     augment: bool = True
-
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
 
     def passes(self) -> float:
         return 3.0

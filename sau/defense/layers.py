@@ -1,16 +1,46 @@
 """Finding the layers that a method needs in a network that it does not know."""
 
+from typing import TypeVar
+
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sau.errors import ConfigError
+from sau.types import Pixels
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def classifier(model: nn.Module, method: str) -> nn.Linear:
-    """The last linear layer of `model` in module order; ConfigError if it has none for `method` to move."""
-    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not found:
-        raise ConfigError(f"the network has no linear layer (Linear), whose weights {method} moves; try ft or sau")
-    return found[-1]
+def classifier(model: nn.Module, x: Pixels, method: str) -> nn.Linear:
+    """The linear layer that runs last on `x`, for `method` to move.
+
+    Raises ConfigError if none runs, if it does not make the logits, or if its weight is computed from others.
+    """
+    ran: list[nn.Linear] = []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(lambda layer, *_: ran.append(layer)) for module in linear]
+    try:
+        with torch.no_grad():
+            classes = model(x).shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran or ran[-1].out_features != classes:
+        raise ConfigError(
+            f"no linear layer (Linear) makes the network's {classes} logits, as {method} needs; try ft or sau"
+        )
+    return plain(ran[-1], method)
+
+
+def plain(layer: Layer, method: str) -> Layer:
+    """`layer`; ConfigError if its weight is computed from others, so that `method` cannot set it."""
+    if is_parametrized(layer, "weight"):
+        raise ConfigError(
+            f"a weight that {method} sets is computed from others (parametrizations); call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    return layer
 
 
 def full_name(model: nn.Module, name: str, advice: str) -> str:

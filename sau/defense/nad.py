@@ -62,6 +62,8 @@ class NAD(FT):
     layers: tuple[str, ...] = ()
     teacher_model_loc: str | None = None
 
+    files: ClassVar[tuple[str, ...]] = ("teacher_model_loc",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("te_epochs", "beta1", "beta2", "beta3"):

@@ -23,6 +23,7 @@ from sau.data.images import Batches
 from sau.defense.ft import FT
 from sau.defense.inputs import Kept, unaugmented
 from sau.defense.inversion import Inversion, Patches
+from sau.errors import ConfigError
 from sau.session import Session
 from sau.types import Loader
 
@@ -99,6 +100,8 @@ class NC(FT, Inversion):
         kept = Kept(plain)
         with torch.no_grad():
             classes = model(kept.x[:1]).shape[1]
+        if classes < 3:  # two norms lie equally far from their median, so neither stands out
+            raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
         patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
         self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
         # Without a pass this run goes on in the second stage, and the patches come with its checkpoint.

@@ -91,7 +91,8 @@ class NPD(Tuning):
             parameter.requires_grad_(False)
         train = partial(loop.run, batches=batches, state=state)
         first, then = partial(self.warm_step, state), partial(self.step, state)
-        train(first, epochs=self.warm_epochs, end_epoch=lambda losses: None, session=session, label="warm-up")
+        warm: dict[str, Any] = {"session": session, "label": "warm-up", "rate": "warm_lr"}
+        train(first, epochs=self.warm_epochs, end_epoch=lambda losses: None, **warm)
         train(then, epochs=self.epochs, end_epoch=partial(self.end_epoch, state), session=session.at(1))
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -13,7 +13,7 @@ The channels whose masks fall are those that keep h' from the clean task: they s
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,8 @@ class RNP(Defense):
         clean = held = pruning.gather(unaugmented(batches)[0])
         if self.pruning_number is None and self.select == "defender":
             (x, y), held = pruning.hold_back(*clean, self.held_back)
-            batches = Batches(x, (y,), self.batch_size, 0, getattr(batches, "augment", None))
+            seed, augment = getattr(batches, "seed", 0), getattr(batches, "augment", None)
+            batches = Batches(x, (y,), self.batch_size, seed, augment)
         unlearned, masks = copy.deepcopy(model).train(), Masks(norms).to(clean[0].device)
         self._unlearn(unlearned, batches, session)
         self._recover(unlearned.requires_grad_(False), masks, batches, session.at(1))
@@ -121,7 +122,8 @@ class RNP(Defense):
             return losses["clean_acc"] <= 100 * self.clean_threshold
 
         state = {"unlearned": unlearned, "descent": descent}  # not as "model": nobody wants the scores of a ruin
-        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, session=session, label="unlearning")
+        how: dict[str, Any] = {"session": session, "label": "unlearning", "rate": "unlearning_lr"}
+        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, **how)
 
     def _recover(self, unlearned: nn.Module, masks: "Masks", batches: Loader, session: Session) -> None:
         """Descent on the masks alone, which are cut to [0, 1] after every update."""
@@ -139,7 +141,8 @@ class RNP(Defense):
             descent.end_epoch(losses["loss"])
 
         state = {"unlearned": unlearned, "masks": masks, "descent": descent}
-        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, session=session, label="recovering")
+        how: dict[str, Any] = {"session": session, "label": "recovering", "rate": "recovering_lr"}
+        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, **how)
 
     def _prune(
         self,

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, DataError
 from sau.models.preact_resnet import PreActResNet18
 from sau.models.zoo import torchvision_names, torchvision_net
 
@@ -62,10 +62,13 @@ class Normalized(nn.Module):
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        if not self.amp:
-            return self.net(x)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.net(x).float()
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else nullcontext():
+            answer = self.net(x)
+        if not isinstance(answer, Tensor):
+            mode = "train" if self.net.training else "eval"
+            kind = type(answer).__name__
+            raise DataError(f"in {mode} mode the network answers with {kind}, allowed are logits [{len(x)}, classes]")
+        return answer.float() if self.amp else answer
 
 
 @contextmanager

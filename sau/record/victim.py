@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -52,6 +52,15 @@ class Victim:
     settings: dict[str, Any] | None = None
     trigger: dict[str, torch.Tensor] | None = None
     amp: bool | None = None
+
+    def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
+        """What a defense that `needs` such pictures gets: nothing of a clean network's pictures is poisoned.
+
+        RecordError if an attack did not keep what it poisoned.
+        """
+        if needs == "poisoned" and self.poisoned is None and self.settings is None:
+            raise RecordError(f"{self.path} holds no poisoned training pictures, as this defense needs; take another")
+        return needs if self.poisoned is not None else "clean"
 
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
