@@ -7,6 +7,7 @@ clean networks pass, too. So the index is ranked among those of N clean ones: p 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -33,29 +34,33 @@ class Reversal:
     Args:
         norms: |m_c|_1 of the smallest patch of each class, in pixels.
         label: the class with the smallest patch.
-        index: its anomaly index.
+        index: its anomaly index; None where the norms do not allow one: with two classes, which lie equally far from
+            their median, and where half of the norms are the median.
     """
 
     norms: tuple[float, ...]
     label: int
-    index: float
+    index: float | None
 
     def summary(self, clean: Sequence[float]) -> dict[str, Any]:
-        """For a report; `clean` are the indices of clean networks."""
-        reached = sum(other >= self.index for other in clean)
-        return {
-            "norms": [round(norm, 2) for norm in self.norms],
-            "class": self.label,
-            "index": round(self.index, 2),
-            "clean_networks": len(clean),
-            "clean_above": reached,
-            "p": round((1 + reached) / (1 + len(clean)), 3),
-        }
+        """For a report; `clean` are the indices of clean networks that were searched alike."""
+        index = self.index
+        said = {"norms": [round(norm, 2) for norm in self.norms], "class": self.label, "index": index}
+        if index is None or not clean:
+            return {**said, "clean_networks": len(clean), "clean_above": None, "p": None}
+        reached = sum(other >= index for other in clean)
+        p = round((1 + reached) / (1 + len(clean)), 3)
+        return {**said, "index": round(index, 2), "clean_networks": len(clean), "clean_above": reached, "p": p}
 
     def text(self, clean: Sequence[float]) -> str:
         """The same as a line."""
         said = self.summary(clean)
-        smallest = f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels, index {self.index:.1f}"
+        smallest = f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
+        if self.index is None:
+            return smallest
+        smallest += f", index {self.index:.1f}"
+        if not clean:
+            return f"{smallest}; no clean network with as many classes was searched for as long"
         return f"{smallest}; {said['clean_above']} of {len(clean)} clean networks reach that (p {said['p']})"
 
 
@@ -74,15 +79,16 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     with seeded(seed):
         Inversion(nc_epoch=passes).invert(model, batches, patches, Session(say=lambda line: None))
     norms = patches.found()[2]
-    index = anomaly(norms)
     label = int(norms.argmin())
-    return Reversal(tuple(norms.tolist()), label, float(index[label]))
+    index = float(anomaly(norms)[label])
+    return Reversal(tuple(norms.tolist()), label, index if len(norms) > 2 and math.isfinite(index) else None)
 
 
-def clean_indices() -> list[float]:
-    """Indices of clean networks, as `scripts/clean_indices.py` measured them with 40 passes."""
+def clean_indices(passes: int, classes: int) -> list[float]:
+    """Indices of clean networks with so many classes, if `scripts/clean_indices.py` searched them for so long."""
     content = json.loads((resources.files("sau") / "clean_indices.json").read_text())
-    return [network["index"] for network in content["networks"]]
+    alike = content["passes"] == passes
+    return [network["index"] for network in content["networks"] if alike and network["classes"] == classes]
 
 
 def concentration(found: Found, classes: int) -> dict[str, Any]:

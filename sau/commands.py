@@ -30,7 +30,7 @@ from sau.record import victim
 from sau.record.folder import Record
 from sau.request import Request
 from sau.risk import gauge
-from sau.run import AttackRun, DefenseRun, Run
+from sau.run import AttackRun, DefenseRun, OwnRun, Run
 from sau.watch import Watch, begin, making, versioned, warn
 
 
@@ -86,7 +86,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
 def defend(name: str, argv: Sequence[str]) -> None:
     """Load what an attack left, purify, measure before and after, record."""
     started = time.monotonic()
-    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, own.OwnRun, DEFENSES[name]), argv)
+    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
     if request.said("model_file") is not None and request.said("result_file") is None:
         run, yours, method = request.settle("defense", request.recipe()[0], "folder")
         return own.purify(name, method, run, yours, request)

@@ -126,3 +126,45 @@ class DefenseRun(Run):
     def search(self) -> Search:
         """How the risks are searched; ConfigError if it cannot be."""
         return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRun:
+    """What a defense is asked about a network of your own; all but `model_file` and `clean_dir` may be left out.
+
+    Args:
+        model_file: .pt, .pth, .ckpt or .safetensors file with the weights of a network of yours, instead of
+            result_file; it is read without running anything in it.
+        clean_dir: folder with a folder of clean pictures for each class; classes are numbered by name.
+        arch: auto finds the network by names and shapes of the weights; or its name, or module:function, which is
+            imported and called without arguments.
+        trust_code: allow module:function, which runs that code.
+        mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted, like 0.49,0.48,0.45.
+        std: per-channel standard deviation that it expects to be divided by.
+        input_size: height and width that the pictures are brought to.
+        check_share: share of each class's pictures that measures and is not purified with, in (0, 1).
+        reversal_passes: passes of the search for the smallest patch of each class, before and after; 0 leaves it out.
+            The clean networks beside it were searched with 40.
+    """
+
+    model_file: str | None = None
+    clean_dir: str | None = None
+    arch: str = "auto"
+    trust_code: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    input_size: int = 32
+    check_share: float = 0.2
+    reversal_passes: int = 40
+
+    def __post_init__(self) -> None:
+        for name, fine, allowed in (
+            ("clean_dir", (self.model_file is None) == (self.clean_dir is None), "given together with model_file"),
+            ("std", len(self.mean) == len(self.std) in (0, 1, 3), "as many values as mean: none, 1 or 3"),
+            ("std", all(value > 0 for value in self.std), "above 0"),
+            ("input_size", self.input_size >= 1, "1 and more"),
+            ("check_share", 0 < self.check_share < 1, "above 0, below 1"),
+            ("reversal_passes", self.reversal_passes >= 0, "0 and more"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")

@@ -1,6 +1,7 @@
 """A network of one's own: weights from a file, clean pictures from a folder, no trigger."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from toys import QUICK, tiny_net
+from toys import QUICK, command, environment, tiny_net
 
-from sau.clues import Reversal, concentration, reverse
+from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
+from sau.foreign.network import network
 from sau.models.preact_resnet import PreActResNet18
-from sau.own import OwnRun, network, split
+from sau.own import split
 from sau.record.victim import load_weights
 from sau.risk import Found, measure
+from sau.run import OwnRun
 from sau.witness import Search
 
 CLASSES, SIDE = 3, 16
@@ -82,7 +85,7 @@ def test_the_report_claims_what_clean_pictures_can_say(net, pictures, tmp_path, 
         assert said["asr"] is None and said["acc_count"][1] == 3  # one picture of each class measures
         assert said["risk"]["r_adv"] >= said["risk"]["r_share"] and "r_bd" not in said["risk"]
         assert len(said["flips"]["by_class"]) in (0, CLASSES)
-        assert len(said["reversal"]["norms"]) == CLASSES and 0 < said["reversal"]["p"] <= 1
+        assert len(said["reversal"]["norms"]) == CLASSES and said["reversal"]["p"] is None
         assert said["reversal"]["norms"][said["reversal"]["class"]] == min(said["reversal"]["norms"])
     assert summary["before"]["risk"]["r_adv"] == summary["before"]["risk"]["r_share"]
 
@@ -125,7 +128,29 @@ def test_what_is_refused(net, pictures, tmp_path, refused):
     assert "attacker" in refused("defense", "ep", *flags(file, pictures)[2 : -len(FAST)], *QUICK)
     (pictures / "extra").mkdir()
     assert "extra" in refused(*flags(file, pictures))
+    (pictures / "extra").rmdir()
+    (pictures / "green").rename(tmp_path / "green")
+    assert "2 class folders" in (said := refused(*flags(file, pictures))) and "3 classes" in said
+    (tmp_path / "green").rename(pictures / "green")
+    torch.save({**net.state_dict(), "linear.bias": torch.full((CLASSES,), torch.inf)}, tmp_path / "broken.pt")
+    assert "NaN or infinity" in refused(*flags(tmp_path / "broken.pt", pictures))
+    same = (pictures / "red" / "0.png").read_bytes()
+    for i in range(1, 6):
+        (pictures / "red" / f"{i}.png").write_bytes(same)
+    assert "test pictures" in refused(*flags(file, pictures))
     assert not (tmp_path / "record").exists()
+
+
+def test_a_module_of_the_current_folder_is_found(net, pictures, tmp_path):
+    """As a program of its own, for which no test has put the folder on the path."""
+    (tmp_path / "mynet.py").write_text(
+        "from sau.models.preact_resnet import PreActResNet18\nmake = lambda: PreActResNet18(3, 2)\n"
+    )
+    file = layouts(net, tmp_path)[0].name
+    given = ("--model_file", file, "--clean_dir", "clean", "--input_size", str(SIDE), "--arch", "mynet:make")
+    argv = command("defense", "ft", *given, "--trust_code", "true", *FAST)
+    ran = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert ran.returncode == 0 and "mynet:make from" in ran.stdout, ran.stderr
 
 
 def test_the_split_measures_with_some_of_each_class():
@@ -173,3 +198,13 @@ def test_the_patch_of_a_shortcut_is_small_and_ranked_among_clean_networks():
     assert planted.label == 3 and planted.norms[3] < 0.2 * sorted(planted.norms)[1] and planted.index > 5 > clean.index
     said = Reversal((1.0, 9.0), 0, 3.0).summary([2.0, 3.0, 4.0])
     assert (said["clean_above"], said["p"]) == (2, 0.75)
+
+
+def test_without_clean_networks_that_were_searched_alike_nothing_is_ranked():
+    assert clean_indices(passes=40, classes=10) and clean_indices(passes=39, classes=10) == []
+    assert clean_indices(passes=40, classes=11) == []
+    lone = Reversal((1.0, 9.0, 9.5), 0, 3.0)
+    assert lone.summary([])["p"] is None and "no clean network" in lone.text([])
+    images = Images.clean(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2, 2)
+    two = reverse(tiny_net(2), images, 1)
+    assert two.index is None and two.summary([1.0])["p"] is None and "index" not in two.text([1.0])

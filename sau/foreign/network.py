@@ -1,0 +1,64 @@
+"""A network that somebody hands over: found by its weights, by a name, or made by code that the user trusts."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from sau.errors import ConfigError
+from sau.foreign import weights
+from sau.models import has_width
+from sau.models.guess import guess, plain
+from sau.run import OwnRun
+
+
+def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]:
+    """The network with its weights, their file, and the network's name.
+
+    ConfigError for a network that cannot be found or trusted, RecordError for weights that are not its own.
+    """
+    found = weights.read(Path(str(run.model_file)))
+    if ":" in run.arch:
+        net, name = _imported(run), run.arch
+    elif run.arch == "auto":
+        known = guess(found)
+        if known is None:
+            raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
+        net, name = plain(known.name, known.classes, known.width), known.name
+    else:
+        net, name = plain(run.arch, classes, _width(found) if has_width(run.arch) else None), run.arch
+    net.load_state_dict(found.of(net.state_dict()))
+    return net.eval(), found, name
+
+
+def _imported(run: OwnRun) -> nn.Module:
+    module, _, function = run.arch.partition(":")
+    if not run.trust_code:
+        raise ConfigError(f"--arch {run.arch} would run code of {module}; say --trust_code true if you trust it")
+    try:
+        with _modules_here():
+            made = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever foreign code raises
+        raise ConfigError(f"--arch {run.arch} failed: {type(error).__name__}: {error}") from None
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"--arch {run.arch} returned {type(made).__name__}, wanted is a torch.nn.Module")
+    return made
+
+
+@contextmanager
+def _modules_here() -> Iterator[None]:
+    """The current folder is searched for modules, too, as `python -m` does."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _width(found: weights.Weights) -> int:
+    """Channels of the first convolution."""
+    return next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
