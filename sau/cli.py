@@ -12,7 +12,7 @@ import torch
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.errors import SauError
+from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, SauError
 from sau.record import holding
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
@@ -25,7 +25,8 @@ class _Stopped(BaseException):
 def main(argv: Sequence[str]) -> int:
     """`attack NAME ...` or `defense NAME ...`; returns the exit status.
 
-    0 is success, 2 a user's mistake (said in one line), 130 and 143 a run that was stopped and can be resumed.
+    0 is success, 2 a user's mistake (said in one line), 71 want of memory, 75 a folder that another process has, 130
+    and 143 a run that was stopped and can be resumed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
@@ -42,10 +43,10 @@ def main(argv: Sequence[str]) -> int:
         command(argv[1], argv[2:])
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return {LockedError: LOCKED, OutOfMemory: FULL}.get(type(error), 2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0]}); try a smaller --batch_size", file=sys.stderr)
-        return 2
+        return FULL
     except _Stopped as stop:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
         return 128 + int(stop.args[0])

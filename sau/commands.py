@@ -1,17 +1,15 @@
 """What `attack/NAME.py` and `defense/NAME.py` do, from the flags to a finished record: the order of calls."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sau import own, quality
-from sau.attack import ATTACKS
+from sau.attack import ATTACKS, THEIRS
 from sau.attack.recipe import Recipe
 from sau.data.cifar import subset_note
 from sau.data.images import Images
@@ -21,11 +19,12 @@ from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.evaluate import der, score, table
-from sau.files import folder
+from sau.files import existing, folder
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
 from sau.models import build, has_width
+from sau.optim import Training
 from sau.record import victim
 from sau.record.folder import Record
 from sau.request import Request
@@ -41,8 +40,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     dataset = request.said("dataset") or AttackRun.dataset
     origin, (recipe, why) = source(dataset), request.recipe()
     run, training, method = request.settle("attack", recipe, dataset)
-    if run.attack not in (None, name):
-        raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out or run attack/{run.attack}.py")
+    _check_name(run.attack or name, name)
     where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
     train, test = load(dataset, run.dataset_path, run.img_size)
@@ -90,7 +88,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if request.said("model_file") is not None and request.said("result_file") is None:
         run, yours, method = request.settle("defense", request.recipe()[0], "folder")
         return own.purify(name, method, run, yours, request)
-    attacked = victim.load(_place(request.said("record_root") or Run.record_root, _target(request)))
+    attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
@@ -99,14 +97,15 @@ def defend(name: str, argv: Sequence[str]) -> None:
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
-    record = Record(folder(attacked.path / "defense", run.save_folder_name or name))
+    record = Record(folder(attacked.path, "defense", run.save_folder_name or name))
     settings = {"defense": name, **method.params()}
     identity = {**settings, **method.contents(), "clean": fingerprint(given), "attacked": attacked.digest}
     begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
     offered = attacked.offers(method.needs)
-    record.say(f"recipe {recipe}: {len(given)} {offered} pictures of {attacked.dataset}; {record.path}")
+    pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
+    record.say(f"recipe {recipe}: {_length(method)}{pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
@@ -139,7 +138,8 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[I
     if attacked.offers(method.needs) == "poisoned" and attacked.poisoned is not None:
         train = train.updated(attacked.poisoned)
     given = clean_subset(train, run.ratio, run.random_seed, run.index)
-    return given, test, notes + scrutinise(given, test, method.batch_size)
+    offered = attacked.offers(method.needs)
+    return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
 
 
 def _target(request: Request) -> str:
@@ -150,9 +150,17 @@ def _target(request: Request) -> str:
     return target
 
 
-def _place(root: str, target: str) -> Path:
-    """A folder name below the record root, or any folder written as a path."""
-    return Path(target) if os.sep in target and Path(target).is_dir() else folder(root, target)
+def _check_name(said: str, name: str) -> None:
+    """ConfigError if `said`, what the user calls the attack, is not `name`, the one that runs."""
+    asked = THEIRS.get(said.lower(), said.lower())
+    if asked != name:
+        other = f" or run attack/{asked}.py" if asked in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
+        raise ConfigError(f"--attack is {said!r}, but this is {name}; leave it out{other}")
+
+
+def _length(method: Defense) -> str:
+    """How long a defense trains and how fast, for its first line; nothing of one that does not train."""
+    return f"{method.epochs} rounds at {method.lr:g}, " if isinstance(method, Training) else ""
 
 
 def _network(request: Request, run: AttackRun, train: Images, origin: Source) -> dict[str, Any]:

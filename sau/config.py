@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+from sau.convert import convert
 from sau.errors import ConfigError
 
 # Flags of the benchmark that cannot act here; accepted with one warning so that old command lines keep working.
@@ -37,13 +38,14 @@ _SHORT = {"num_workers": "-n", "pin_memory": "-pm", "non_blocking": "-nb", "pref
 
 @dataclass(frozen=True)
 class Option:
-    """One parameter: its type, default, help text and other names."""
+    """One parameter: its type, default, help text and other names, and what `none` means if that is another value."""
 
     name: str
     hint: Any
     default: Any
     help: str
     aliases: tuple[str, ...]
+    none: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Setting:
 def options(cls: type, more: Mapping[str, str] = types.MappingProxyType({})) -> dict[str, Option]:
     """The parameters of a dataclass, documented in the `Args:` of it and its bases; `more` aliases from elsewhere."""
     hints, texts, aliases = typing.get_type_hints(cls), {}, {}
+    nones = getattr(cls, "nones", {})
     for base in reversed(cls.__mro__):
         texts.update(_args(base))
         aliases.update(base.__dict__.get("aliases", {}))
@@ -67,7 +70,8 @@ def options(cls: type, more: Mapping[str, str] = types.MappingProxyType({})) -> 
     for field in dataclasses.fields(cls):
         if field.init:
             others = tuple(other for other, ours in aliases.items() if ours == field.name)
-            found[field.name] = Option(field.name, hints[field.name], field.default, texts.get(field.name, ""), others)
+            text, none = texts.get(field.name, ""), nones.get(field.name)
+            found[field.name] = Option(field.name, hints[field.name], field.default, text, others, none)
     return found
 
 
@@ -84,41 +88,6 @@ def _args(cls: type) -> dict[str, str]:
     return texts
 
 
-def convert(value: Any, hint: Any) -> Any:
-    """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None or str(value).lower() in ("none", "auto", "null"):
-            return None
-        return convert(value, next(part for part in parts if part is not type(None)))
-    if origin is Literal:
-        for choice in parts:
-            if str(value).lower() == str(choice).lower():
-                return choice
-        raise ConfigError(f"allowed is one of {', '.join(map(str, parts))}")
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else str(value).strip("[]() ").replace(",", " ").split()
-        return tuple(convert(item, parts[0]) for item in items)
-    return _scalar(value, hint)
-
-
-def _scalar(value: Any, hint: Any) -> Any:
-    text = str(value).strip()
-    if hint is bool and text.lower() in ("true", "1", "false", "0"):
-        return text.lower() in ("true", "1")
-    if hint is str and not isinstance(value, dict | list):
-        return text
-    if hint in (int, float) and not isinstance(value, bool | dict | list):
-        try:
-            number = hint(text)
-            if number == number and abs(number) != float("inf"):
-                return number
-        except ValueError:
-            pass  # said below, together with every other wrong value
-    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
-    raise ConfigError(f"allowed is {wanted}")
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
@@ -126,23 +95,32 @@ class _Parser(argparse.ArgumentParser):
 
 class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if hasattr(namespace, self.dest):
-            raise ConfigError(f"{option_string} is given twice; give it once")
-        setattr(namespace, self.dest, values)
+        said = Setting(" ".join(values) if isinstance(values, list) else values, str(option_string))
+        setattr(namespace, self.dest, once(getattr(namespace, self.dest, None), said))
+
+
+def once(earlier: Setting | None, said: Setting) -> Setting:
+    """What was said, unless it was said before: under another name it may be repeated, but not differ."""
+    if earlier is not None and earlier.origin == said.origin:
+        raise ConfigError(f"{said.origin} is given twice; give it once")
+    if earlier is not None and earlier.value != said.value:
+        both = f"{earlier.origin} is {_BRIEF.repr(earlier.value)} and {said.origin} is {_BRIEF.repr(said.value)}"
+        raise ConfigError(f"{both}, which are two names of one setting; give one of them")
+    return said
 
 
 def flags(
-    command: str,
-    about: str,
-    sections: Sequence[type],
-    argv: Sequence[str],
-    more: Mapping[str, str] = types.MappingProxyType({}),
-) -> dict[str, Setting]:
+    command: str, about: str, sections: Sequence[type], argv: Sequence[str],
+    more: Mapping[str, str] = types.MappingProxyType({}), ignored: Mapping[str, str] = IGNORED, last: str = "",
+) -> dict[str, Setting]:  # fmt: skip
     """The explicit flags of a command line, not yet converted; prints help and leaves where that is asked.
 
-    `more` are a method's aliases, which may stand for parameters of the other sections.
+    `more` are a method's aliases, which may stand for parameters of the other sections, `ignored` the flags without
+    effect, and why they have none; `last` ends the help.
     """
-    parser = _Parser(prog=command, description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        prog=command, description=about, epilog=last, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     seen: set[str] = set()
     for section in sections:
         group = parser.add_argument_group(section.__name__)
@@ -150,25 +128,30 @@ def flags(
             if option.name not in seen:
                 seen.add(option.name)
                 _add(group, option)
-    ignored = parser.add_argument_group("accepted for old command lines, without effect")
-    for name, reason in IGNORED.items():
-        if name in seen:
-            continue
+    group = parser.add_argument_group("accepted for old command lines, without effect")
+    for name in (name for name in ignored if name not in seen):
         names = [f"--{name}", *([_SHORT[name]] if name in _SHORT else [])]
-        ignored.add_argument(*names, dest=name, action=_Once, metavar="X", help=reason)
+        group.add_argument(*names, dest=name, action=_Once, nargs="*", metavar="X", help=ignored[name])
     known, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise ConfigError(f"{unknown[0]!r} belongs to no flag; allowed is one value a flag, and a list like 10,20")
     if unknown:
         every = [text for action in parser._actions for text in action.option_strings]
         raise ConfigError(f"unknown flag {unknown[0]!r}{nearest(unknown[0].split('=')[0], every)}; see --help")
-    return {name: Setting(value, f"--{name}") for name, value in vars(known).items()}
+    return vars(known)
 
 
 def _add(group: Any, option: Option) -> None:
     names = [f"--{name}" for name in (option.name, *option.aliases)]
     # `%` in a help text would be read as a placeholder.
-    text = f"{option.help} [{option.default}]".replace("%", "%%")
-    bare = {"nargs": "?", "const": "true"} if option.hint is bool else {}
-    group.add_argument(*names, dest=option.name, action=_Once, metavar=_kind(option.hint), help=text, **bare)
+    shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+    if shown is None:
+        shown = "auto" if option.hint == bool | None else "none"
+    text = f"{option.help} [{shown}]".replace("%", "%%")
+    how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
+    if typing.get_origin(option.hint) is tuple:
+        how = {"nargs": "+"}  # a list may also be written with spaces
+    group.add_argument(*names, dest=option.name, action=_Once, metavar=_kind(option.hint), help=text, **how)
 
 
 def _kind(hint: Any) -> str:
@@ -176,7 +159,7 @@ def _kind(hint: Any) -> str:
     if origin is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
     if origin is tuple:
-        return f"{_kind(parts[0])},..."
+        return _kind(parts[0])
     if origin in (types.UnionType, typing.Union):
         return _kind(parts[0])
     return str(hint.__name__).upper()
@@ -192,8 +175,10 @@ def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict
     found = {}
     for name, setting in settings.items():
         if name in known:
+            none = known[name].none
             try:
-                found[name] = convert(setting.value, known[name].hint)
+                meant = none if none and str(setting.value).lower() == "none" else setting.value
+                found[name] = convert(meant, known[name].hint)
             except ConfigError as error:
                 raise ConfigError(f"{setting.origin} is {_BRIEF.repr(setting.value)}; {error}") from None
     return found

@@ -3,12 +3,20 @@
 import sys
 from collections.abc import Callable
 
+# Exit statuses of `python -m sau`, besides 0 and 2; another try may help in each case.
+NO_DEVICE, FULL, LOCKED = 69, 71, 75  # no CUDA here; out of memory; another process has the folder
+
+
+def printable(text: str) -> str:
+    """A text that may quote a stranger's file, with an escape for whatever is no letter, sign or space to print."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class SauError(ValueError):
     """A mistake that the user can mend; the text, one line, says what was got, what is allowed and what to do."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(" ".join(text.splitlines()))  # names in it may hold line breaks
+        super().__init__(printable(" ".join(text.splitlines())))  # names in it may hold line breaks, and worse
 
 
 class ConfigError(SauError):
@@ -29,6 +37,10 @@ class LockedError(RecordError):
 
 class TrainingError(SauError):
     """A run cannot go on: a loss or a weight is not finite."""
+
+
+class OutOfMemory(TrainingError):
+    """The memory of a device does not hold the smallest part of a batch."""
 
 
 def told(main: Callable[[], int]) -> int:

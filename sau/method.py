@@ -14,12 +14,15 @@ from sau.files import checksum
 class Method:
     """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
 
-    `aliases` maps other names of a hyperparameter (the benchmark's flags, the paper's letters) to ours.
+    `aliases` maps other names of a hyperparameter (the benchmark's flags, the paper's letters) to ours, `ignored` its
+    flags that have no effect here to the reason, and `nones` a parameter to what `none` means there.
     """
 
     name: ClassVar[str] = ""
     teamwork: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
     aliases: ClassVar[dict[str, str]] = {}
+    ignored: ClassVar[dict[str, str]] = {}
+    nones: ClassVar[dict[str, str]] = {}
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
 
     def __post_init__(self) -> None:

@@ -14,6 +14,12 @@ Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
 ]
 
+# The benchmark's flags about gradient descent, which its scripts have whether they train or not.
+DESCENT = (
+    "epochs", "lr", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "steplr_stepsize", "steplr_gamma",
+    "steplr_milestones",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Method):
@@ -37,6 +43,7 @@ class Training(Method):
     """
 
     aliases: ClassVar[dict[str, str]] = {"optim": "client_optimizer", "weight_decay": "wd"}
+    nones: ClassVar[dict[str, str]] = {"lr_scheduler": "constant"}
 
     epochs: int = 100
     batch_size: int = 128

@@ -60,7 +60,7 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
     net, file, arch = network(own, images.num_classes)
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     _check_classes(model, test, Path(str(own.clean_dir)))
-    notes = scrutinise(given, test, method.batch_size)
+    notes = scrutinise(given, test, method.batch_size) if method.looks else []
     stem = re.sub(r"\W+", "_", Path(str(own.model_file)).stem)
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     settings = {"defense": name, **method.params()}

@@ -1,6 +1,7 @@
 """A command line, YAML files and a record, on their way to objects."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,16 +36,23 @@ class Request:
             self.known.update({name: option for name, option in found.items() if name not in self.known})
         for option in config.options(method).values():  # its own defaults and texts beat those of general sections
             self.known[option.name] = option
+        for name in method.nones.keys() & self.known.keys():
+            self.known[name] = replace(self.known[name], none=method.nones[name])
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
-        self.given = config.flags(command, about, sections, argv, method.aliases)
-        self.ignored = [name for name in config.IGNORED if name in self.given and name not in self.known]
+        self.reasons = {**config.IGNORED, **method.ignored}
+        kind, more = ("attack", " and configs/recipe/*.yaml") if AttackRun in sections else ("defense", "")
+        last = "[ ] are the published settings; recipe and data set change some of them: see "
+        last += f"configs/{kind}/{method.name}.yaml{more}"
+        self.given = config.flags(command, about, sections, argv, method.aliases, self.reasons, last)
+        said = {**self._files(), **self.given}
+        self.ignored = {name: why for name, why in self.reasons.items() if name in said and name not in self.known}
 
     def _files(self, recipe: str | None = None, dataset: str | None = None) -> dict[str, Setting]:
         found: dict[str, Setting] = {}
         for flag in self.files:
-            if flag in self.given:
+            if flag in self.given and flag in self.known:
                 path = Path(self.given[flag].value)
-                found.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
+                found.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset, ignored=self.reasons))
         return found
 
     def said(self, name: str) -> Any:

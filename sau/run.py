@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sau.data.sources import check_share
 from sau.errors import ConfigError
 from sau.quality import RADIUS
 from sau.witness import Search
@@ -121,6 +122,8 @@ class DefenseRun(Run):
         super().__post_init__()
         if self.risk_samples < 1:
             raise ConfigError(f"risk_samples is {self.risk_samples}, allowed is 1 and more")
+        if self.index is None:
+            check_share(self.ratio)
         self.search()
 
     def search(self) -> Search:

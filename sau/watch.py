@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import sau
-from sau.config import IGNORED
 from sau.data.images import Images
 from sau.evaluate import Score, score
+from sau.machine.device import fallback
 from sau.record.folder import Record
 from sau.record.schema import digest
 from sau.request import Request
@@ -147,9 +147,11 @@ def versioned(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
-    """Say the notes, and which of the flags have no effect."""
+    """Say the notes, which of the flags have no effect, and where the device is another one than was asked for."""
     for note in notes:
         record.say(f"note: {note}")
+    if elsewhere := fallback(request.said("device") or "auto"):
+        record.say(f"warning: {elsewhere}")
     if request.ignored:
-        reasons = "; ".join(f"--{name}: {IGNORED[name]}" for name in request.ignored)
+        reasons = "; ".join(f"--{name}: {reason}" for name, reason in request.ignored.items())
         record.say(f"warning: flags without effect here: {reasons}")

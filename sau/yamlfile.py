@@ -1,13 +1,13 @@
 """Settings from YAML files: safe, with the line of every mistake, and with cases for recipes and data sets."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sau.config import IGNORED, Option, Setting, nearest
+from sau.config import IGNORED, Option, Setting, nearest, once
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError
 
@@ -34,14 +34,16 @@ _Yaml.add_implicit_resolver(
 
 
 def read_yaml(
-    path: Path, known: Mapping[str, Option], *, recipe: str | None, dataset: str | None
-) -> dict[str, Setting]:
+    path: Path, known: Mapping[str, Option], *, recipe: str | None, dataset: str | None,
+    ignored: Collection[str] = IGNORED,
+) -> dict[str, Setting]:  # fmt: skip
     """The settings of a YAML file, those under `recipes:` and `datasets:` laid over the rest; refuses unknown keys.
 
     A case under `datasets:` is the name of a data set, or name.recipe where it holds for that recipe alone.
+    Keys in `ignored` have no effect.
     """
     plain = _nodes(path)
-    found = _settings({key: node for key, node in plain.items() if key not in OVERLAYS}, path, known)
+    found = _settings({key: node for key, node in plain.items() if key not in OVERLAYS}, path, known, ignored)
     for overlay, chosen in zip(OVERLAYS, (recipe, dataset), strict=True):
         cases = _mapping(plain[overlay], path) if overlay in plain else {}
         allowed = (
@@ -53,14 +55,14 @@ def read_yaml(
             if case not in allowed:
                 line = next(key.start_mark.line + 1 for key, _ in plain[overlay].value if key.value == case)
                 raise ConfigError(f"{path}:{line}: {overlay} has no {case!r}{nearest(case, allowed)}")
-            inner = _settings(_mapping(node, path), path, known)
+            inner = _settings(_mapping(node, path), path, known, ignored)
             found.update(inner if case in (chosen, f"{chosen}.{recipe}") else {})
     return found
 
 
 def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
     """The settings of a YAML file that knows no cases; values may be lists and mappings. Refuses unknown keys."""
-    return _settings(_nodes(path), path, known)
+    return _settings(_nodes(path), path, known, IGNORED)
 
 
 def _nodes(path: Path) -> dict[str, Any]:
@@ -84,21 +86,22 @@ def _mapping(node: Any, path: Path) -> dict[str, Any]:
     return found
 
 
-def _settings(nodes: Mapping[str, Any], path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
+def _settings(
+    nodes: Mapping[str, Any], path: Path, known: Mapping[str, Option], ignored: Collection[str]
+) -> dict[str, Setting]:
     canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
     found: dict[str, Setting] = {}
     for key, node in nodes.items():
         origin = f"{path}:{node.start_mark.line + 1}: {key}"
-        name = canonical.get(key, key if key in IGNORED else None)
+        name = canonical.get(key, key if key in ignored else None)
         if name is None:
             raise ConfigError(f"{origin}: unknown key{nearest(key, list(canonical))}")
-        if name in found:
-            raise ConfigError(f"{origin}: {name} is given twice, under two of its names; give it once")
         try:
             # Tags that would build objects are refused by the safe loader; a bad value of a known tag raises anything.
-            found[name] = Setting(_Yaml("").construct_object(node, deep=True), origin)
+            value = _Yaml("").construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
+        found[name] = once(found.get(name), Setting(value, origin))
     return found
 
 

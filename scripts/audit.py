@@ -9,7 +9,6 @@ interrupted audit goes on when its command is repeated, and one that is asked mo
 """
 
 import argparse
-import os
 import signal
 import sys
 from functools import partial
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import matplotlib
 except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
 
 matplotlib.use("Agg")
@@ -29,7 +28,7 @@ matplotlib.use("Agg")
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
 from sau.errors import SauError
 from sau.figures import audit, save
-from sau.files import folder
+from sau.files import existing, folder
 from sau.machine.device import choose_device, set_threads
 
 say = partial(print, flush=True)
@@ -75,11 +74,6 @@ def parser() -> argparse.ArgumentParser:
     return asked
 
 
-def place(root: str, name: str) -> Path:
-    """A folder below the record root, or any folder written as a path."""
-    return Path(name) if os.sep in name and Path(name).is_dir() else folder(root, name)
-
-
 def run(given: argparse.Namespace) -> None:
     """Open, audit, draw, and print the tables."""
     set_threads(given.threads)
@@ -89,18 +83,18 @@ def run(given: argparse.Namespace) -> None:
         parts = tuple(part for part in PARTS if part != "bec")
     names = ("shots", "epochs", "share", "eps", "steps", "pictures", "queries", "scored", "seeds")
     asked = Asked(parts=parts, **{name: getattr(given, name) for name in names})
-    attacked = place(given.record_root, given.result_file)
+    attacked = existing(given.record_root, given.result_file)
     case = open_case(
         attacked,
         given.defense,
-        place(given.record_root, given.control) if given.control else None,
+        existing(given.record_root, given.control) if given.control else None,
         given.control_defense,
         dataset_path=given.dataset_path,
         samples=given.samples,
         amp=None if given.amp is None else given.amp == "true",
         where=choose_device(given.device),
     )
-    out = given.out or attacked / "audit"
+    out = given.out or folder(attacked, "audit", "pieces").parent  # which are no links in a record of others
     found = carry_out(Plan(case, asked), out, say)
     say("\n" + tables([found]) + "\n")
     say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))

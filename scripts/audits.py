@@ -7,7 +7,6 @@ STEM.png and STEM.svg are the figure, STEM.md the tables, which are also printed
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import matplotlib
 except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
 
 matplotlib.use("Agg")
 
-from sau.audit import tables
+from sau.audit import carry, tables
 from sau.audit.carry import RESULT
 from sau.errors import RecordError, SauError
 from sau.figures import audit, save
 from sau.files import write
+from sau.record.schema import difference
 
 
 def read(place: Path) -> dict[str, Any]:
     """The result of one audit; RecordError if there is none."""
     file = next((file for file in (place / RESULT, place / "audit" / RESULT) if file.is_file()), place / RESULT)
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        if not all(key in found for key in ("attack", "rows", "asked")):
-            raise ValueError("it is another kind of file")
+        return carry.read(file)
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {file}: {error}; make it with scripts/audit.py") from None
-    return found
 
 
 def run(given: argparse.Namespace) -> None:
@@ -46,8 +43,15 @@ def run(given: argparse.Namespace) -> None:
     audits = [read(place) for place in given.audit]
     first = audits[0]
     for place, one in zip(given.audit, audits, strict=True):
-        if (one["attack"], one["asked"]) != (first["attack"], first["asked"]):
-            raise RecordError(f"{place} audits another attack than {given.audit[0]}, or was asked something else")
+        unlike = difference({**first["asked"], **first["about"]}, {**one["asked"], **one["about"]})
+        if unlike:
+            raise RecordError(f"{place} and {given.audit[0]} are not alike: {unlike}")
+        if one["networks"].keys() != first["networks"].keys():
+            both = ", ".join(sorted(one["networks"].keys() ^ first["networks"].keys()))
+            raise RecordError(f"of {place} and {given.audit[0]} only one has {both}; audit the same networks in both")
+    attacked = [one["networks"]["none"] for one in audits]
+    if len(set(attacked)) < len(attacked):
+        raise RecordError("two of the audits are of the same network; give each once")
     text = tables(audits)
     print(text)
     write(given.out.with_suffix(".md"), f"{text}\n".encode())

@@ -11,11 +11,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import yaml
+
 from sau.report.published import Row, mean, published
 from sau.report.read import NONE, Run, read
 from sau.report.spread import spread
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+CONFIGS = DOCS.parent / "configs"
 RUNS = ("table1_cpu", "cifar10_cpu")  # folders of docs/results; a row comes from the first one that has it
 MARK, PUBLISHED, END = "<!-- measured -->\n", "<!-- published -->\n", "<!-- /published -->\n"
 SOURCE = " or, where it has no row yet, ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
@@ -53,6 +56,19 @@ def by_attack(runs: list[Run], defense: str) -> dict[str, list[Run]]:
     return found
 
 
+def recipe(kind: str, name: str) -> str:
+    """What the recipe `cpu` changes of a method's settings, as a sentence."""
+    content = yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text())
+    changed = (content.get("recipes") or {}).get("cpu") or {}
+    cells = ", ".join(f"`{key}` {','.join(map(str, as_list(value)))}" for key, value in changed.items())
+    return f"The recipe `cpu` sets {cells}.\n" if cells else "The recipe `cpu` changes none of its settings.\n"
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, anything else in one."""
+    return value if isinstance(value, list) else [value]
+
+
 def attack_table(runs: list[Run], name: str) -> str:
     """One row: what the attack reaches, and how well it hides."""
     own = by_attack(runs, NONE).get(name)
@@ -64,7 +80,7 @@ def attack_table(runs: list[Run], name: str) -> str:
     cells += [text([one.get(key) for one in hidden], n) for key, n in digits.items()]
     return (
         "Here, real CIFAR-10 on the CPU track (width 16), mean ± standard deviation over seeds,\n"
-        f"from {SOURCE}:\n\n"
+        f"from {SOURCE}.\n{recipe('attack', name)}\n"
         "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity | in the ball of 0.2, % |\n"
         f"{rule(8)}"
         f"| {len(own)} | {' | '.join(cells)} |\n"
@@ -85,7 +101,7 @@ def defense_table(runs: list[Run], name: str) -> str:
         return ""
     return (
         "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
-        f"from {SOURCE};\n`prototype` is the network without a backdoor:\n\n"
+        f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n\n"
         "| attack | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds | chosen by |\n"
         f"{rule(10)}" + "\n".join(rows) + "\n"
     )

@@ -9,15 +9,27 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.clues import reverse
 from sau.errors import ConfigError, told
-from sau.files import write
+from sau.files import loaded, write
 from sau.record import victim
 
 HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """What the file has already; ConfigError if it is no such file."""
+    try:
+        content = loaded(file)
+        if not isinstance(content["passes"], int) or not all(network["digest"] for network in content["networks"]):
+            raise ValueError("passes is no number, or a network has no digest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is no list of clean networks ({error}); mend it or name another --out") from None
+    return content
 
 
 def main() -> int:
@@ -28,7 +40,7 @@ def main() -> int:
     parser.add_argument("--dataset_path", help="folder of the data sets [as the records had it]")
     parser.add_argument("--out", type=Path, default=HOME, help="file to write [that of the library]")
     asked = parser.parse_args()
-    content = json.loads(asked.out.read_text()) if asked.out.is_file() else {"passes": asked.passes, "networks": []}
+    content = kept(asked.out) if asked.out.exists() else {"passes": asked.passes, "networks": []}
     if content["passes"] != asked.passes:
         raise ConfigError(
             f"{asked.out} was made with {content['passes']} passes; ask for as many or name another --out"
@@ -41,7 +53,10 @@ def main() -> int:
             continue
         test = clean.pictures(asked.dataset_path or clean.dataset_path)[1]
         found = reverse(clean.model(), test, asked.passes)
-        about = {"dataset": clean.dataset, "width": clean.network["width"], "digest": clean.digest}
+        if found.index is None:
+            raise ConfigError(f"{path}: the norms of its classes give no index; wanted are three classes and more")
+        about = {"dataset": clean.dataset, "classes": len(found.norms), "width": clean.network["width"]}
+        about["digest"] = clean.digest
         content["networks"].append({**about, "class": found.label, "index": round(found.index, 3)})
         write(asked.out, (json.dumps(content, indent=1) + "\n").encode())
         print(f"{path}: class {found.label}, index {found.index:.2f}", flush=True)

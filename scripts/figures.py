@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import matplotlib
 except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
 
 matplotlib.use("Agg")
@@ -48,7 +48,7 @@ def main() -> int:
 
 def draw(asked: argparse.Namespace) -> None:
     attacked = victim.load(folder(asked.record_root, asked.name))
-    out, record = attacked.path / "figures", Record(attacked.path)
+    out, record = folder(attacked.path, "figures"), Record(attacked.path)
     _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
     if attacked.triggered is not None:
         _tell(save(pictures(test, attacked.triggered), out / "pictures"))
@@ -67,7 +67,7 @@ def draw(asked: argparse.Namespace) -> None:
         if attacked.triggered is None:
             raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
         before, after = attacked.model(), attacked.model()
-        victim.load_weights(after, folder(attacked.path / "defense", asked.defense))
+        victim.load_weights(after, folder(attacked.path, "defense", asked.defense))
         mapped = features(before, after, test, attacked.triggered, asked.map)
         _tell(save(mapped, out / f"features_{asked.defense}"))
         clean, triggered = sample(test, attacked.triggered, LOOKED_AT)

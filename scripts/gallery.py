@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import matplotlib
 except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
 
 matplotlib.use("Agg")
@@ -182,13 +182,14 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
 def main() -> int:
     """Write the gallery; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--dataset_path", default="./data")
-    parser.add_argument("--img_size", type=int)
-    parser.add_argument("--record_root", default="./record")
-    parser.add_argument("--out", default="gallery")
-    parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--radius", type=float, default=quality.RADIUS)
+    add = parser.add_argument
+    add("--dataset", default="digits", help="data set whose pictures are shown [digits]")
+    add("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
+    add("--img_size", type=int, help="height and width of the pictures in pixels [the data set's own]")
+    add("--record_root", default="./record", help="folder of the result folders [./record]")
+    add("--out", default="gallery", help="folder of the page, the picture and the figures [gallery]")
+    add("--columns", type=int, default=4, help="pictures of each attack, 1 and more [4]")
+    add("--radius", type=float, default=quality.RADIUS, help="of the ball that triggers are counted in [0.2]")
     asked = parser.parse_args()
     if asked.columns < 1 or not 0 < asked.radius <= 1:
         parser.error(

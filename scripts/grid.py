@@ -8,6 +8,7 @@ Repeat the command after whatever stopped it: finished cells are verified and sk
 
 import argparse
 import dataclasses
+import math
 import shutil
 import signal
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import told
+from sau.data.sources import source
+from sau.errors import ConfigError, told
 from sau.grid.engines import Engine, Local
-from sau.grid.forecast import Forecast, duration, status, totals
+from sau.grid.forecast import Forecast, costs, duration, totals
 from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
-from sau.grid.spec import Grid, read
+from sau.grid.spec import Block, Grid, read
+from sau.grid.status import status
 from sau.grid.store import Store
 
 
@@ -81,6 +84,10 @@ def engine(asked: argparse.Namespace, grid: Grid, store: Store) -> Engine:
 def run(asked: argparse.Namespace, look: bool) -> int:
     """Do what was asked; the exit status."""
     started = time.monotonic()
+    for name in ("cores", "memory_gb", "jobs", "job_minutes", "cell_timeout"):
+        value = getattr(asked, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name} is {value:g}, allowed is above 0")
     grid, blocks = read(asked.file)
     if asked.dataset_path:
         blocks = [dataclasses.replace(block, dataset_path=asked.dataset_path) for block in blocks]
@@ -94,17 +101,26 @@ def run(asked: argparse.Namespace, look: bool) -> int:
     if asked.only:
         every = select(every, asked.only)
     if asked.publish:
-        say(f"{store.publish(every, asked.publish)} summaries of {len(every)} cells are in {asked.publish}")
+        count, notes = store.publish(every, asked.publish)
+        say("\n".join([*notes, f"{count} summaries of {len(every)} cells are in {asked.publish}"]))
         return 0
-    forecast = Forecast(store.costs(every))
+    forecast = Forecast(costs(every, store))
     if asked.dry_run:
         return foresee(needed(every, store, asked.retry_failed), forecast, asked)
     for note in store.prepare(every):
         say(note)
     todo = needed(every, store, asked.retry_failed)
     check_disk(forecast.disk(todo), shutil.disk_usage(store.root).free)
+    if asked.engine == "local" and todo:
+        find_data(blocks)
     say(f"{len(every)} cells, {len(todo)} to run (planned in {time.monotonic() - started:.1f} s); {store.root}")
     return drive(asked, grid, store, every, todo, forecast) if todo else report(every, store)
+
+
+def find_data(blocks: list[Block]) -> None:
+    """Refuse, by a DataError, what every attack would fail of; what can be downloaded is, once for all cells."""
+    for dataset, place in dict.fromkeys((block.dataset, block.dataset_path) for block in blocks):
+        source(dataset).find(Path(place))
 
 
 def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
@@ -123,17 +139,11 @@ def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> 
 def drive(
     asked: argparse.Namespace, grid: Grid, store: Store, every: list[Cell], todo: list[Cell], forecast: Forecast
 ) -> int:
-    """Run the cells that are left; Ctrl-C stops them cleanly."""
+    """Run the cells that are left; Ctrl-C goes through, after all of them were stopped."""
     started = time.monotonic()
     where = engine(asked, grid, store)
     runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, forecast=forecast, say=say)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        runner.run()
-    except KeyboardInterrupt:
-        print("\nstopped; repeat the command to go on", file=sys.stderr)
-        return 130
+    runner.run()
     say(f"took {duration(time.monotonic() - started)}")
     return report(every, store)
 
@@ -148,7 +158,13 @@ def main() -> int:
     """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped."""
     look = sys.argv[1:2] == ["status"]
     asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
-    return run(asked, look)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return run(asked, look)
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the command to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

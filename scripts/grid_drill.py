@@ -174,7 +174,9 @@ def main() -> int:
     """The drill or the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the runs")
-    parser.add_argument("--engine", choices=("local", "ray", "slurm"), default="local")
+    parser.add_argument(
+        "--engine", choices=("local", "ray", "slurm"), default="local", help="what runs the cells [local]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of who is killed, and when [0]")
     parser.add_argument("--cell_timeout", type=float, default=60, help="seconds; ten times what a cell takes [60]")
     parser.add_argument("--overhead", action="store_true", help="measure what the grid costs")

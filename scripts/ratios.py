@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import matplotlib
 except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install 'sau[report]'", file=sys.stderr)
+    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
 
 matplotlib.use("Agg")
@@ -78,8 +78,8 @@ def draw(found: Found, path: Path) -> None:
 def main() -> int:
     """Draw the curve and print the table; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("records", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("ratios.png"))
+    parser.add_argument("records", type=Path, help="folder with <attack>_r<ratio>_s<seed>/summary.json")
+    parser.add_argument("--out", type=Path, default=Path("ratios.png"), help="file of the picture [ratios.png]")
     asked = parser.parse_args()
     runs = read(asked.records)
     if not runs:

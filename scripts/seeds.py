@@ -1,9 +1,11 @@
 """Mean and standard deviation over seeds of the records below a folder, as a Markdown table.
 
-python scripts/seeds.py RECORDS        reads the result folders below RECORDS; those that hold summaries alone are named
-                                       <attack>_s<seed> and <attack>_s<seed>/defense/<name>
+    python scripts/seeds.py RECORDS
+
+Result folders that hold summaries alone are named <attack>_s<seed> and <attack>_s<seed>/defense/<name>.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -33,9 +35,9 @@ def table(cells: list[Cell]) -> str:
 
 def main() -> int:
     """Print a table for each data set and network; exit status 2 for a user's mistake."""
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    found = sections(read(Path(sys.argv[1]))[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, help="folder whose result folders are read, however deep they lie")
+    found = sections(read(parser.parse_args().records)[0])
     for section in found:
         cells = sorted(
             section.cells, key=lambda cell: (cell.attack, cell.attack_variant, cell.defense != NONE, cell.defense)

@@ -88,8 +88,8 @@ def against(section: Section, champion: str) -> str:
         gaps = (duel.acc, duel.asr, duel.der)
         intervals = [f"{s.mean:+.2f}" + ("" if s.half is None else f" ± {s.half:.2f}") for s in gaps]
         name = duel.rival + (" (oracle)" if duel.oracle else "")
-        body.append([name, str(len(duel.der.values)), *intervals, str(duel.wins), f"{duel.p:.3f}"])
-    head = ["rival", "networks", "ACC", "ASR", "DER", "DER higher on", "sign test p"]
+        body.append([name, str(len(duel.der.values)), str(duel.networks), *intervals, str(duel.wins), f"{duel.p:.3f}"])
+    head = ["rival", "attacks", "networks", "ACC", "ASR", "DER", "DER higher on", "sign test p"]
     return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"
 
 
@@ -99,8 +99,9 @@ def shown(section: Section, champion: str, titled: bool) -> str:
     return (
         f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger:\n\n"
         f"{overview(section)}\n"
-        f"{champion} - rival, in points with the 95 % interval over attacked networks (attack and seed):\n\n"
-        f"{against(section, champion)}"
+        f"{champion} - rival, in points on the networks that both purified: the mean over the seeds of each attack,\n"
+        "then mean, 95 % interval and sign test over attacks. p is that of a row alone: of twenty rows between\n"
+        f"equals, one falls below 0.05.\n\n{against(section, champion)}"
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.errors import told
-from sau.files import folder
+from sau.files import existing
 from sau.machine.device import choose_device, set_threads
 from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
 
@@ -35,7 +35,7 @@ def main() -> int:
     set_threads(asked.threads)
     where = choose_device(asked.device)
     for name in asked.record:
-        path = Path(name) if Path(name).is_dir() else folder(asked.record_root, name)
+        path = existing(asked.record_root, name)
         found = Verification(path, asked.dataset_path, where).run()
         for finding in found.findings:
             print(f"{finding.state:12}{finding.what}: {finding.text}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ matplotlib.use("Agg")
 from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
 from sau.attack.recall import recall
 from sau.audit import Asked, Plan, carry_out, open_case, tables
+from sau.audit.carry import read
 from sau.audit.case import Case, Network
 from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
 from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
@@ -38,7 +40,7 @@ from sau.models import Normalized
 from sau.models.polarizer import insert
 from sau.record import victim as stored
 from sau.record.folder import Record
-from sau.record.schema import plain
+from sau.record.schema import plain, signed
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
@@ -93,7 +95,7 @@ def test_five_poisons_bring_back_a_backdoor_and_plant_none(nets):
         for name in ("ft", "control")
         for k in (0, 5)
     }
-    assert asr(nets["none"]) > 50 and asr(nets["ft"]) < 15 and asr(nets["control"]) < 5
+    assert asr(nets["none"]) > 30 and asr(nets["ft"]) < 15 and asr(nets["control"]) < 5
     assert after["ft", 0] < 15
     assert after["ft", 5] - after["ft", 0] > after["control", 5] - after["control", 0] + 25
 
@@ -366,7 +368,7 @@ def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
     left = {row["network"]: row for row in found["rows"] if row["part"] == "bec"}
     assert left["none"]["bec"] == pytest.approx(1) and left["control"]["bec"] == 0 == left["control"]["stretched"]
-    assert json.loads((tmp_path / "audit" / "audit.json").read_text()) == json.loads(json.dumps(found))
+    assert read(tmp_path / "audit" / "audit.json") == json.loads(json.dumps(found))
     assert said[0].startswith("1/") and set(found["seconds"]) == {"before", *Asked().parts}
     text = tables([found])
     assert "| ft | " in text and "k = 2" in text and "| network | s | BEC | BEC as released |" in text
@@ -383,9 +385,10 @@ def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, 
     cut, other, third = sorted((out / "pieces").glob("relearn_*"))[:3]
     cut.write_text(cut.read_text()[:-40])
     other.write_text(third.read_text())
+    third.write_text(re.sub(r'"asr": [0-9.]+', '"asr": 99.0', third.read_text(), count=1))
     said.clear()
     again = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
-    assert again["rows"] == more["rows"] and sum("damaged" in line for line in said) == 2
+    assert again["rows"] == more["rows"] and sum("damaged" in line for line in said) == 3
     said.clear()
     carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "epochs": 2})), out, said.append)
     assert sum("as before" in line for line in said) == 3  # the networks as they are
@@ -397,6 +400,7 @@ def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, 
         {"parts": ("grey",)}, {"parts": ()}, {"shots": ()}, {"shots": (-1,)}, {"epochs": 0}, {"share": 0.0},
         {"share": 1.5}, {"eps": ()}, {"eps": (0.1, 0.05)}, {"eps": (0.0, 0.1)}, {"eps": (0.5, 1.5)},
         {"steps": 0}, {"pictures": 0}, {"scored": 0}, {"queries": 99}, {"seeds": ()}, {"seeds": (-1,)},
+        {"seeds": (0, 0)},
     ],
     ids=str,
 )  # fmt: skip
@@ -565,8 +569,19 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     again = json.loads((victim / "audit" / "audit.json").read_text())
     assert again["rows"] == whole["rows"] and again["asked"] == whole["asked"]
     assert {file.name for file in (victim / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg", "pieces"}
-    status, out, _ = script("audits.py", "record/victim", "record/copy/audit", "--out", "both/badnet")
-    assert status == 0 and "± 0.0" in out
+    status, _, err = script("audits.py", "record/victim", "record/copy/audit", "--out", "both/badnet")
+    assert status == 2 and "same network" in the_error(err)
+    elsewhere = Path("record/copy/audit")
+    for change, words in (({"networks": {"none": "other"}}, "only one has"), ({"about": {}}, "dataset")):
+        (elsewhere / "audit.json").write_text(json.dumps(signed({**read(victim / "audit" / "audit.json"), **change})))
+        assert words in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
+    other = {**again, "networks": {**again["networks"], "none": "another seed's"}}
+    other.pop("seal")
+    (elsewhere / "audit.json").write_text(json.dumps(signed(other)))
+    status, out, _ = script("audits.py", "record/victim", str(elsewhere), "--out", "both/badnet")
+    assert status == 0 and "± 0.0" in out and "over 2 attacked networks" in out
+    (elsewhere / "audit.json").write_text(json.dumps(signed(other)).replace('"asr": ', '"asr": 1'))
+    assert "damaged" in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
     assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
     status, _, err = script("audits.py", "record/clean", "--out", "x")
     assert status == 2 and "scripts/audit.py" in the_error(err)

@@ -28,10 +28,9 @@ from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.machine import device
 from sau.optim import Training
-from sau.own import OwnRun
 from sau.record.folder import Record
 from sau.record.victim import load_images
-from sau.run import AttackRun, DefenseRun
+from sau.run import AttackRun, DefenseRun, OwnRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -308,6 +307,54 @@ def test_loader_flags_cause_one_warning(here, tmp_path):
     assert all(f"--{name}" in warnings[0] for name in ("num_workers", "pin_memory", "non_blocking", "prefetch"))
 
 
+def test_flags_without_effect_cause_one_warning_from_yaml_too(victim, here, tmp_path):
+    (tmp_path / "theirs.yaml").write_text(
+        "epochs: 100\nlr: 0.01\nlr_scheduler: CosineAnnealingLR\nclient_optimizer: 3\n"
+    )
+    flags = ("--result_file", "victim", "--yaml_path", "theirs.yaml", "--wd", "0.0005", *QUICK)
+    status, out, err = here("defense", "clp", *flags)
+    assert (status, err) == (0, "")
+    warnings = [line for line in out.splitlines() if line.startswith("warning: flags")]
+    assert len(warnings) == 1
+    assert all(f"--{name}:" in warnings[0] for name in ("epochs", "lr", "lr_scheduler", "client_optimizer", "wd"))
+
+
+def test_a_device_that_is_not_there_is_said(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for wish, said in (("cuda:1", 1), ("cpu", 0), ("auto", 0)):
+        flags = [wish if flag == "cpu" else flag for flag in TINY]
+        status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", "a", "--overwrite")
+        assert status == 0 and len([line for line in out.splitlines() if line.startswith("warning: --device")]) == said
+
+
+def test_the_first_line_of_a_defense_says_what_it_does(victim, here):
+    for name, words in (
+        ("ft", ": 2 rounds at 0.01, 71 clean pictures of digits"),
+        ("ep", ": 71 poisoned pictures of digits"),
+        ("clp", ": it looks at no pictures"),
+    ):
+        status, out, _ = here("defense", name, *PURIFY, "--ratio", "0.05")
+        assert status == 0 and words in out.splitlines()[0]
+        notes = [line for line in out.splitlines() if line.startswith("note: 71")]
+        kinds = {"ft": ["clean"], "ep": ["poisoned"], "clp": []}[name]
+        assert notes == [f"note: 71 {kind} pictures are less than a batch of 256" for kind in kinds]
+
+
+def test_a_folder_is_named_below_the_root_or_by_its_path(victim, here, refused):
+    for name in ("victim/", "record/victim", "record/victim/"):
+        assert here("defense", "clp", "--result_file", name, "--overwrite", *QUICK)[0] == 0
+    text = refused("defense", "clp", "--result_file", "record/wictim", *QUICK)
+    assert text.endswith("there is no folder record/wictim; allowed is a name below ./record, or the path of a folder")
+
+
+def test_the_benchmarks_names_of_the_attacks_are_known(here, refused, tmp_path):
+    (tmp_path / "theirs.yaml").write_text("attack: lowFrequency\n")
+    assert here("attack", "lf", *TINY, "--bd_yaml_path", "theirs.yaml", "--save_folder_name", "a")[0] == 0
+    assert "attack/lf.py" in refused("attack", "badnet", *TINY, "--attack", "lowFrequency")
+    text = refused("attack", "badnet", *TINY, "--attack", "lira")
+    assert "lira.py" not in text and "inputaware" in text  # no script that does not exist; those that do
+
+
 @pytest.mark.parametrize(("amp", "word"), [("true", "bf16"), ("false", "fp32")])
 def test_the_precision_is_as_asked(here, tmp_path, amp, word):
     flags = [flag if flag != "false" else amp for flag in TINY]
@@ -560,6 +607,8 @@ WRONG_ATTACKS = {
     "recipe": (["--recipe", "slow"], "slow"),
     "precision": (["--amp", "half"], "half"),
     "device": (["--device", "tpu"], "tpu"),
+    "device of no kind": (["--device", "cudax"], "cudax"),
+    "several devices as in the benchmark": (["--device", "cuda:0,1"], "--devices 2"),
     "threads": (["--threads", "-1"], "threads"),
     "seed below 0": (["--random_seed", "-1"], "random_seed"),
     "seed too high": (["--random_seed", "99999999999999999999"], "random_seed"),
@@ -736,6 +785,6 @@ def test_an_epoch_and_a_round_on_real_cifar10(real_data, cli, tmp_path):
     flags = ("--dataset_path", str(real_data), "--width", "4", "--epochs", "1", *QUICK)
     assert cli("attack", "badnet", *flags, "--save_folder_name", "a", cwd=tmp_path).returncode == 0
     done = cli("defense", "sau", "--result_file", "a", "--epochs", "1", *QUICK, cwd=tmp_path)
-    assert done.returncode == 0 and "2500 clean pictures of cifar10" in done.stdout
+    assert done.returncode == 0 and "1 rounds at 0.001, 2,500 clean pictures of cifar10" in done.stdout
     index = yaml.safe_load((tmp_path / "record/a/defense/sau/config.yaml").read_text())["clean_index"]
     assert index[:5] == [25247, 49673, 27562, 2653, 16968]

@@ -13,13 +13,14 @@ from toys import REPOSITORY
 from sau import config
 from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.recipe import Recipe
-from sau.config import IGNORED, convert, options
+from sau.config import IGNORED, options
+from sau.convert import convert
 from sau.data.sources import SOURCES
 from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
-from sau.own import OwnRun
+from sau.optim import DESCENT
 from sau.request import Request
-from sau.run import AttackRun, DefenseRun
+from sau.run import AttackRun, DefenseRun, OwnRun
 from sau.yamlfile import OVERLAYS, read_yaml, shipped
 
 # Options
@@ -195,6 +196,7 @@ def flags(*argv: str) -> dict[str, Any]:
 def test_flags_under_all_their_names():
     assert flags("--lr", "1", "--n_steps", "4", "--m=fast") == {"lr": "1", "steps": "4", "mode": "fast"}
     assert flags("--learning_rate", "2") == {"lr": "2"} and flags() == {}
+    assert flags("--lr", "1", "--learning_rate", "1") == {"lr": "1"}
 
 
 def test_a_switch_needs_no_value():
@@ -211,11 +213,12 @@ def test_a_switch_needs_no_value():
         (["--step", "1"], ["unknown", "--step", "--steps"]),  # no abbreviations
         (["--learn", "1"], ["unknown", "--learn"]),
         (["--zzzzzz"], ["unknown", "--zzzzzz"]),
-        (["1"], ["unknown", "1"]),
+        (["1"], ["'1'", "no flag", "10,20"]),
+        (["--lr", "1", "2"], ["'2'", "no flag", "10,20"]),
         (["--lr=1", "--lr", "2"], ["--lr", "twice"]),
-        (["--lr", "1", "--learning_rate", "1"], ["--learning_rate", "twice"]),
+        (["--lr", "1", "--learning_rate", "2"], ["--lr is '1'", "--learning_rate is '2'", "one setting"]),
         (["--strict", "--strict"], ["--strict", "twice"]),
-        (["-n", "4", "--num_workers", "4"], ["--num_workers", "twice"]),
+        (["-n", "4", "--num_workers", "2"], ["-n is '4'", "--num_workers is '2'"]),
         (["--lr"], ["--lr", "expected one argument"]),
     ],
 )
@@ -229,6 +232,77 @@ def test_loader_flags_are_accepted_under_their_old_names():
     request = Request("x", BadNet, (AttackRun, Recipe, BadNet), ["-n", "4", "-pm", "True", "-nb", "1", "-pf", "False"])
     assert sorted(request.ignored) == ["non_blocking", "num_workers", "pin_memory", "prefetch"]
     assert set(IGNORED) >= set(request.ignored) | {"git_hash"} and all(IGNORED.values())
+
+
+# What the benchmark's scripts of defenses take beside the flags that all of them have.
+THEIRS = {
+    "anp": """acc_ratio print_every nb_iter anp_eps anp_steps anp_alpha pruning_by pruning_max pruning_step
+        pruning_number""",
+    "bnp": "u u_min u_max u_num",
+    "clp": "u u_min u_max u_num",
+    "ep": "u u_min u_max u_num",
+    "fp": """acc_ratio once_prune_ratio num_classes input_height input_width input_channel attack poison_rate
+        target_type target_label trigger_type""",
+    "ft": "",
+    "ft-sam": "rho adaptive label_smoothing rho_max rho_min alpha print_freq checkpoint_path bd_yaml_path",
+    "i-bau": "optim n_rounds K",
+    "nad": "te_epochs beta1 beta2 beta3 p teacher_model_loc",
+    "nc": """cleaning_ratio unlearning_ratio nc_epoch mask_lr init_cost atk_succ_threshold early_stop patience
+        cost_multiplier EPSILON to_file n_times_test use_norm""",
+    "npd": """target_layer_name target_lab trigger_norm norm_type inner_steps warm_epochs model_name lmd1 lmd2 lmd3 lmd4
+        max_init use_residual target_class""",
+    "rnp": """alpha clean_threshold unlearning_lr recovering_lr unlearning_epochs recovering_epochs mask_file
+        pruning_by pruning_max pruning_step pruning_number acc_ratio schedule""",
+    "sau": """optim n_rounds outer_steps lmd_1 lmd_2 lmd_3 beta_1 beta_2 trigger_norm pgd_init norm_type adv_lr
+        adv_steps train_mode""",
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_every_flag_of_the_benchmarks_defenses_is_known(name, tmp_path):
+    """On the command line and in YAML; those that cannot act are named once, each with its reason."""
+    method = DEFENSES[name]
+    wanted = set(THEIRS[name].split()) | {*DESCENT, "batch_size", "result_file", "ratio", "index", "frequency_save"}
+    request = Request("x", method, (DefenseRun, OwnRun, method), [])
+    names = {other for option in request.known.values() for other in (option.name, *option.aliases)}
+    assert wanted - names - set(request.reasons) == set()
+    without = sorted(wanted - names)
+    file = written(tmp_path, "".join(f"{flag}: 3\n" for flag in without))
+    argv = [word for flag in without for word in (f"--{flag}", "3")]
+    for said in (argv, ["--yaml_path", str(file)]):
+        found = Request("x", method, (DefenseRun, OwnRun, method), said).ignored
+        assert sorted(found) == without and all(found.values())
+
+
+def test_a_list_is_written_with_commas_or_with_spaces():
+    for form in (["10,20"], ["10", "20"], ["[10,", "20]"]):
+        assert Request("x", RNP, (DefenseRun, RNP), ["--schedule", *form]).said("schedule") == (10, 20)
+
+
+@pytest.mark.parametrize("flag", ["--C_lr_scheduler", "--lr_scheduler"])
+def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benchmark(flag, tmp_path, one_line):
+    sections = (AttackRun, Recipe, InputAware)
+    file = written(tmp_path, f"{flag[2:]}: None\n")
+    for argv in ([flag, "None"], ["--yaml_path", str(file)]):
+        _, training, _ = Request("x", InputAware, sections, argv).settle("attack", "cpu", "cifar10")
+        assert training.lr_scheduler == "MultiStepLR"
+    with pytest.raises(ConfigError) as refusal:
+        Request("x", InputAware, sections, [flag, "Linear"]).said("lr_scheduler")
+    assert one_line(refusal.value).startswith(f"{flag} is 'Linear'")  # as it was typed
+    argv = ["--lr_scheduler", "None"]
+    for method, sections in ((BadNet, (AttackRun, Recipe, BadNet)), (FT, (DefenseRun, FT))):
+        assert Request("x", method, sections, argv).said("lr_scheduler") == "constant"
+
+
+def test_help_says_where_its_defaults_change(capsys):
+    for method, sections, words in (
+        (SAU, (DefenseRun, SAU), ["configs/defense/sau.yaml"]),
+        (BadNet, (AttackRun, Recipe, BadNet), ["configs/attack/badnet.yaml", "configs/recipe/"]),
+    ):
+        with pytest.raises(SystemExit):
+            Request("x", method, sections, ["--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(word in out for word in words) and "faster. [auto]" in out and "[None]" not in out
 
 
 def test_help_lists_every_flag_with_its_names_and_default(capsys):
@@ -274,6 +348,9 @@ def test_numbers_in_yaml_are_numbers(tmp_path, text):
 def test_a_yaml_file_with_every_kind_of_value(tmp_path):
     file = written(tmp_path, "# a comment\nlearning_rate: 2\nn_steps: 9\nmode: FAST\nstrict: yes\npath: none\n")
     assert read(file) == {"lr": 2.0, "steps": 9, "mode": "Fast", "strict": True, "path": None}
+    assert read(written(tmp_path, "lr: 1\nlearning_rate: 1.0\n")) == {
+        "lr": 1.0
+    }  # as in the benchmark's SAU: epochs, n_rounds
     assert read(written(tmp_path, "")) == {} and read(written(tmp_path, "# nothing\n")) == {}
 
 
@@ -294,7 +371,7 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
         ("lr: 1\nstep: 2\n", 2, ["step", "unknown", "steps"]),
         ("lr: 1\n\n# a comment\nzzzzzz: 2\n", 4, ["zzzzzz", "unknown"]),
         ("lr: 1\nsteps: 2\nlr: 1\n", 3, ["lr", "twice"]),
-        ("lr: 1\nlearning_rate: 1\n", 2, ["lr", "twice"]),
+        ("lr: 1\nlearning_rate: 2\n", 2, ["lr is 1", "learning_rate is 2", "one setting"]),
         ("steps: 2\nlr: fast\n", 2, ["lr", "'fast'", "a finite number"]),
         ("steps: 2.5\n", 1, ["steps", "2.5", "a whole number"]),
         ("mode: quick\n", 1, ["mode", "'quick'", "one of Fast, slow"]),

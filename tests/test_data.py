@@ -87,8 +87,11 @@ def order(batches: Batches) -> list[int]:
 
 
 def test_without_a_seed_the_order_is_that_of_the_pictures():
-    batches = numbered(7, 3)
-    assert order(batches) == list(range(7)) and [len(y) for _, y in batches] == [3, 3, 1] and len(batches) == 3
+    """Three of eight; of seven the last one, which batch norm could not be trained with, joins those before it."""
+    for count, sizes in ((8, [3, 3, 2]), (7, [3, 4]), (6, [3, 3]), (1, [1])):
+        batches = numbered(count, 3)
+        assert order(batches) == list(range(count)) and [len(y) for _, y in batches] == sizes
+        assert len(batches) == len(sizes)
 
 
 def test_pixels_and_labels_of_a_batch_belong_together():
@@ -340,6 +343,22 @@ def test_missing_cifar10_is_downloaded_into_the_benchmarks_layout(monkeypatch, t
         load("cifar10", tmp_path)
     assert asked["root"] == str(tmp_path / "cifar10") and asked["url"].endswith("cifar-10-python.tar.gz")
     assert asked["md5"] == "c58f30108f718f92721af3b95e74349a"
+
+
+def test_a_download_goes_into_a_folder_that_is_there_or_the_default_one(monkeypatch, tmp_path, one_line):
+    def offline(url, root, **more):
+        Path(root).mkdir(parents=True)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as refusal:
+        load("cifar10", tmp_path / "mistyped")
+    assert "mistyped" in one_line(refusal.value) and "--dataset_path" in str(refusal.value)
+    for default in ("./data", tmp_path / "data"):
+        with pytest.raises(DataError, match="no route to host"):
+            load("cifar10", default)
+    assert list(tmp_path.iterdir()) == []  # folders that were made for it are gone
 
 
 def fake_cifar(folder: Path) -> Path:

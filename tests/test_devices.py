@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from toys import QUICK, TinyNet, command, environment, quiet, stop_after, tiny_net, toy_images
+from toys import QUICK, REPOSITORY, TinyNet, command, environment, quiet, stop_after, tiny_net, toy_images
 
 from sau.attack import ATTACKS, BadNet
 from sau.data.augment import Augment
@@ -171,7 +171,7 @@ def test_without_fabric_one_device_works_and_two_say_what_is_missing(monkeypatch
         monkeypatch.setitem(sys.modules, name, None)
     images = toy_images(40)
     spread(1, SAU(epochs=1).purify, tiny_net(), images, session=quiet())
-    assert "pip install 'sau[multigpu]'" in refused("attack", "badnet", "--dataset", "digits", *TWO, "--device", "cpu")
+    assert "pip install -e '.[multigpu]'" in refused("attack", "badnet", "--dataset", "digits", *TWO, "--device", "cpu")
     assert "devices is 0" in refused("attack", "badnet", "--devices", "0")
 
 
@@ -248,6 +248,27 @@ def test_two_devices_are_another_cell_and_one_is_the_same_as_ever():
     from sau.grid.spec import Block
 
     def digests(overrides):
-        return [cell.digest for cell in cells([Block(dataset="digits", attacks=("badnet",), overrides=overrides)])]
+        block = Block(dataset="digits", threads=2, attacks=("badnet",), overrides=overrides)
+        return [cell.digest for cell in cells([block])]
 
     assert digests({}) == digests({"attack": {"devices": 1}}) != digests({"attack": {"devices": 2}})
+
+
+def test_what_a_helper_prints_fills_no_pipe():
+    """Nobody reads on after its first line, and NCCL_DEBUG=INFO makes it print."""
+    code = """
+import os
+from sau.machine import devices
+def team(*words):
+    os.write(1, b"x" * 1_000_000)
+    raise SystemExit(7)
+devices.Team, devices.fabric = team, lambda: None
+devices.assist(os.getppid(), "cpu", 2, 1)
+"""
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        try:
+            assert process.wait(60) == 7
+        finally:
+            process.kill()

@@ -131,3 +131,11 @@ def test_the_map_shows_clean_and_triggered_pictures():
         others, wanted, crosses = (len(points.get_offsets()) for points in panel.collections)
         assert others + wanted == 24 and crosses == 6 and wanted > 0
     assert (left.get_title(), right.get_title()) == ("backdoored", "purified")
+
+
+def test_a_link_in_place_of_a_figure_is_replaced_and_not_followed(tmp_path):
+    """A downloaded record may have one, to any file of the user."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "x.png").symlink_to(tmp_path / "precious")
+    assert save(plt.figure(), tmp_path / "x") == [tmp_path / "x.png", tmp_path / "x.svg"]
+    assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"

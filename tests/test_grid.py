@@ -14,19 +14,22 @@ from typing import Any
 import pytest
 from toys import QUICK, REPOSITORY, environment, the_error
 
-from sau.errors import ConfigError, RecordError
+from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError
 from sau.grid import store as storing
-from sau.grid.cells import LOCKED, Child, Job, Outcome
+from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
-from sau.grid.forecast import Forecast, duration, status, totals
+from sau.grid.forecast import Forecast, costs, duration, totals
 from sau.grid.names import plain
 from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import read
+from sau.grid.status import status
 from sau.grid.store import Store
 from sau.grid.work import work
 from sau.record.folder import Record
 from sau.record.lock import Lock
+from sau.record.schema import manifest
+from sau.report.names import defense_named
 
 SMALL = """
 dataset: digits
@@ -107,7 +110,7 @@ def drive(tmp_path, monkeypatch) -> Callable[..., tuple[Scripted, list[tuple[Cel
         store.prepare(every)
         engine = Scripted(store, script)
         todo = needed(every, store, retry_failed)
-        forecast = Forecast(store.costs(every))
+        forecast = Forecast(costs(every, store))
         runner = Runner(todo, store, engine, retries=retries, timeout=None, forecast=forecast, say=lines.append)
         return engine, runner.run(), lines
 
@@ -157,6 +160,41 @@ def test_a_changed_setting_makes_new_cells_only_where_it_acts(planned, change):
     assert {cell.name for cell in after if cell.digest not in kept} == names
 
 
+def test_another_file_under_the_same_name_makes_new_cells(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, found = SMALL + "  badnet: {patch_mask_path: mask.png}\n  clp: {index: mine.txt}\n", []
+    for name, content in (("mask.png", "1"), ("mask.png", "2"), ("mine.txt", "3")):
+        for file in {"mask.png", "mine.txt"} - set(os.listdir()) | {name}:
+            Path(file).write_text(content)
+        found.append(planned(text.replace("clean_shares: [0.1]\n", "")))
+    digests = [{cell.name: cell.digest for cell in every[:3]} for every in found]
+    assert not {*digests[0].values()} & {*digests[1].values()}
+    assert {name for name in digests[1] if digests[1][name] != digests[2][name]} == {"clp"}
+    assert f"--patch_mask_path={tmp_path}/mask.png" in found[0][0].flags  # workers start in other folders
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ("attack: {width: 2, epochs: 1, trigger_radius: 0.1}", {"badnet", "prototype", "ft", "clp"}),
+        ("defense: {track_risk: true, risk_eps: 0.1}", {"ft", "clp"}),
+        ("defense: {track_risk: false, risk_eps: 0.1}", set()),
+    ],
+)
+def test_what_else_is_measured_makes_new_cells(planned, more, names):
+    kept = {cell.digest for cell in planned()}
+    base = SMALL.replace("  attack: {width: 2, epochs: 1}\n", "") if more.startswith("attack") else SMALL
+    assert {cell.name for cell in planned(f"{base}  {more}\n") if cell.digest not in kept} == names
+
+
+def test_cells_whose_labels_would_be_one_have_their_digests_in_them(planned):
+    every = planned(SMALL + "blocks:\n  - {}\n  - {attacks: [badnet], overrides: {ft: {lr: 0.5}}}\n")
+    labels = [cell.label for cell in every if cell.name == "ft" and "badnet" in cell.label]
+    assert len(every) == 7 and labels == [
+        f"badnet_r0.1_s0/defense/ft_c0.1_{cell.digest[:10]}" for cell in (every[1], every[6])
+    ]
+
+
 def test_pictures_of_ones_own_are_known_by_their_folder(planned):
     one, other = (planned(SMALL.replace("digits", f"folder\ndataset_path: {place}")) for place in ("a", "b"))
     assert one[0].digest != other[0].digest
@@ -197,6 +235,14 @@ def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):
 def test_the_names_of_folders_without_their_digests():
     assert plain("badnet_r0.1_0123456789_s3") == "badnet_r0.1_s3" and plain("ft-sam_c0.05_0123456789") == "ft-sam_c0.05"
     assert plain("badnet_s0") == "badnet_s0"
+
+
+def test_a_report_reads_what_a_grid_calls_its_folders(planned):
+    every = planned(SMALL + "blocks:\n  - {}\n  - {overrides: {clp: {select: oracle}}}\n")
+    read = {defense_named(cell.folder.split("/")[-1])[0]: cell.name for cell in every if cell.attack}
+    assert read == {"ft": "ft", "clp": "clp"}
+    chosen = [defense_named(cell.folder.split("/")[-1])[1] for cell in every if cell.name == "clp"]
+    assert chosen == [{"ratio": 0.1, "select": select} for select in ("defender", "defender", "oracle", "oracle")]
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "grid").glob("*.yaml")), ids=lambda file: file.stem)
@@ -255,6 +301,13 @@ BAD = {
     "overrides that are none": ("dataset: digits\nattacks: [badnet]\noverrides: [1]\n", "mapping of methods"),
     "GPUs without CUDA": (SMALL + "gpus: 0.5\n", "device is cpu, but gpus is 0.5"),
     "one GPU and a half": (SMALL + "device: cuda\ngpus: 1.5\n", "share up to 1 or a whole number"),
+    "a share above 1": (SMALL.replace("[0.1]\noverrides", "[5]\noverrides"), "ratio (clean share) is 5"),
+    "two homes of the pictures": (SMALL + "  clp: {index: configs}\n", "index is /"),
+    "devices for one": (SMALL + "  clp: {devices: 2}\n", "devices is 2, but clp works on one"),
+    "more devices than threads": (SMALL + "  badnet: {devices: 2}\n", "devices is 2, but threads of a cell is 1"),
+    "a file that is none": (SMALL + "  badnet: {patch_mask_path: nowhere.png}\n", "badnet: cannot read /"),
+    "memory": (SMALL + "memory_gb: .nan\n", "memory_gb is nan"),
+    "no timeout": (SMALL + "cell_timeout: .nan\n", "cell_timeout is nan"),
     "retries": (SMALL + "retries: -1\n", "retries is -1"),
     "timeout": (SMALL + "cell_timeout: 0\n", "cell_timeout is 0"),
     "seed": (SMALL + "seeds: [-1]\n", "random_seed is -1"),
@@ -310,7 +363,7 @@ def test_an_engine_that_is_not_installed_is_named(engine, module, monkeypatch, t
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError) as caught:
         RayEngine() if engine == "ray" else Slurm(tmp_path, {}, 1, "local", 5)
-    assert f"pip install 'sau[{engine}]'" in one_line(caught.value)
+    assert f"pip install -e '.[{engine}]'" in one_line(caught.value)
 
 
 def test_slurm_gives_whole_gpus(planned, tmp_path):
@@ -360,6 +413,15 @@ def test_a_crash_is_tried_again_and_a_mistake_is_not(planned, drive):
     assert any(line.startswith(f"again   {every[1].label}: killed by SIGKILL; try 2 of 2") for line in lines)
 
 
+def test_a_try_that_left_a_later_checkpoint_does_not_count(planned, drive, monkeypatch):
+    """Jobs end by time limits and by those who come first; a cell that needs five of them ends, too."""
+    every, reached = planned(), iter([0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4])
+    monkeypatch.setattr(Store, "progress", lambda store, cell: next(reached) if cell == every[1] else 0)
+    engine, failures, lines = drive(every, {every[1].label: [Outcome("failed", "out of time")] * 5})
+    assert not failures and engine.order.count(every[1].label) == 6
+    assert f"again   {every[1].label}: out of time; it goes on" in lines
+
+
 def test_a_failed_cell_runs_again_only_when_asked(planned, drive, tmp_path):
     every = planned()
     drive(every, {every[0].label: [Outcome("failed", "why", again=False)]})
@@ -374,8 +436,10 @@ def test_a_failed_cell_runs_again_only_when_asked(planned, drive, tmp_path):
 
 def test_a_cell_that_another_runner_has_is_waited_for(planned, drive):
     every = planned()
-    engine, failures, _ = drive(every, {every[0].label: [Outcome("locked"), Outcome("locked")]})
+    wait = Outcome("later", "it is in use")
+    engine, failures, lines = drive(every, {every[0].label: [wait, wait]})
     assert not failures and engine.order.count(every[0].label) == 3
+    assert sum(line == f"waits   {every[0].label}: it is in use" for line in lines) == 1
     assert engine.order.index(every[1].label) > 2
 
 
@@ -416,7 +480,7 @@ def test_a_published_summary_counts_and_its_attack_is_trained_again_only_for_wor
     every = planned()
     drive(every)
     done, kept = Store(tmp_path / "root"), tmp_path / "kept"
-    assert done.publish([*every[:2], *every[3:]], kept) == 5
+    assert done.publish([*every[:2], *every[3:]], kept) == (5, [])
     assert {file.name for file in kept.rglob("*") if file.is_file()} == {"summary.json"}
     (tmp_path / "root").rename(tmp_path / "gone")
     engine, _, lines = drive(every, published=[kept])
@@ -445,6 +509,43 @@ def test_a_damaged_cell_is_made_again(planned, drive, tmp_path):
     assert [cell.label for cell in needed(every, store, False)] == [every[1].label]
 
 
+def test_a_damaged_cell_that_is_published_is_not_made_again_and_spoils_nothing(planned, drive, tmp_path):
+    every, kept = planned(), tmp_path / "kept"
+    drive(every)
+    store = Store(tmp_path / "root", (kept,))
+    store.publish(every, kept)
+    summary = store.folder(every[1]) / "summary.json"
+    summary.write_text(summary.read_text().replace("90.0", "12.0"))
+    count, notes = store.publish(every, kept)
+    assert count == 6 and len(notes) == 1 and "what was published before stays" in notes[0]
+    assert Store(tmp_path / "root").publish(every, tmp_path / "new")[0] == 5
+    (note,) = store.prepare(every)
+    assert "its published summary counts" in note and store.summary(every[1])["acc"] == 90
+    assert needed(every, store, False) == [] and not store.publish(every, kept)[1]
+    assert json.loads((kept / every[1].folder / "summary.json").read_text())["acc"] == 90
+
+
+def test_a_cell_that_does_not_say_what_it_is_is_made_again_beside_its_defenses(planned, drive, tmp_path):
+    every, store = planned(), Store(tmp_path / "root")
+    drive(every)
+    (store.folder(every[0]) / "config.yaml").write_text("- 1\n")
+    (note,) = store.prepare(every)
+    assert "made again" in note and os.listdir(store.folder(every[0])) == ["defense"]
+    engine, failures, _ = drive(every)
+    assert engine.order == [every[0].label] and not failures
+    assert store.prepare(every) == [] and {state.name for state in store.states(every).values()} == {"finished"}
+
+
+def test_two_runners_may_find_the_same_damage(planned, drive, tmp_path, monkeypatch):
+    every, store = planned(), Store(tmp_path / "root")
+    drive(every)
+    file = store.folder(every[1]) / "manifest.json"
+    file.write_text("{}")
+    holder = Store.holder
+    monkeypatch.setattr(Store, "holder", lambda store, cell: (file.unlink(missing_ok=True), holder(store, cell))[1])
+    assert len(store.prepare(every)) == 1
+
+
 @pytest.mark.parametrize(("content", "words"), [("{", "is damaged"), ("{}", "holds no scores")])
 def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_line, content, words):
     every = planned()
@@ -455,6 +556,21 @@ def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_l
     assert words in one_line(caught.value)
 
 
+def test_a_published_attack_that_cannot_be_trained_again_blocks_its_defenses(planned, drive, tmp_path):
+    every, kept = planned(), tmp_path / "kept"
+    drive(every)
+    Store(tmp_path / "root").publish([every[0], *every[2:]], kept)
+    (tmp_path / "root").rename(tmp_path / "gone")
+    store = Store(tmp_path / "root", (kept,))
+    assert "left: 2 cells" in status(every, store)[1]  # the attack, for its weights are not kept
+    why = {every[0].label: [Outcome("failed", "why", again=False)]}
+    assert [cell.label for cell, _ in drive(every, why, published=[kept])[1]] == [every[0].label, every[1].label]
+    lines = status(every, store)
+    assert lines[0] == "6 cells: 5 published, 1 blocked" and lines[1].startswith(f"failed  {every[0].label}: why; see ")
+    assert drive(every, published=[kept])[0].order == []
+    assert drive(every, published=[kept], retry_failed=True)[0].order == [every[0].label, every[1].label]
+
+
 def test_status_counts_and_names_what_runs_and_what_failed(planned, tmp_path):
     every, store = planned(), Store(tmp_path)
     finish(store, every[0])
@@ -463,20 +579,22 @@ def test_status_counts_and_names_what_runs_and_what_failed(planned, tmp_path):
         lines = status(every, store)
     assert lines[0] == "6 cells: 1 finished, 1 running, 3 waiting, 1 failed"
     assert lines[1].startswith(f"running {every[2].label}: process {os.getpid()} on ")
-    assert lines[2] == f"failed  {every[1].label}: killed by SIGKILL"
+    assert lines[2] == f"failed  {every[1].label}: killed by SIGKILL; see {store.errors(every[1])}"
     assert lines[3].startswith("left: 4 cells, 1 at a time: about 16 s; 4 of them like no recorded cell")
 
 
 def test_what_is_to_come_is_told_from_what_like_cells_took(planned, tmp_path):
     every, store = planned(SMALL + "seeds: [0, 1]\n"), Store(tmp_path)
-    assert "time unknown" in totals(every, Forecast(store.costs(every)), 1)
+    assert "time unknown" in totals(every, Forecast(costs(every, store)), 1)
     for cell, seconds in zip(every[:6], (100.0, 10.0, 1.0, 50.0, 20.0, 3.0), strict=True):
         finish(store, cell, seconds=seconds)
-    forecast = Forecast(store.costs(every))
+    forecast = Forecast(costs(every, store))
     text = totals(needed(every, store, False), forecast, 2)
     assert (
-        text.startswith(f"6 cells, 2 at a time: about {duration((100 + 50 + 2 * 15 + 2 * 2) / 2)};") and "4 GiB" in text
-    )
+        text.startswith(f"6 cells, 2 at a time: about {duration(100.0 + 15)};") and "4 GiB" in text
+    )  # the second attack ends with its slower defense, whatever runs beside it
+    assert f"6 cells, 1 at a time: about {duration(100.0 + 50 + 2 * 15 + 2 * 2)};" in totals(every[6:], forecast, 1)
+    assert totals(every[6:7], forecast, 8) == totals(every[6:7], forecast, 1)  # one cell is not divided, nor multiplied
     table = forecast.table(every[6:])
     assert table[0].startswith("    1 x attack badnet digits cpu: 2 min each, needs 2 GiB (took 100 MiB)")
     assert table[1].startswith("    2 x defense ft digits cpu: 15 s each")
@@ -500,7 +618,8 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
         if number % 2:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "summary.json").write_text('{"acc": 90.0, "seconds": 4.0}')
-            (folder / "manifest.json").write_text('{"schema": 1, "files": {}}')
+            (folder / "config.yaml").touch()
+            (folder / "manifest.json").write_bytes(manifest([folder / "summary.json", folder / "config.yaml"]))
         elif number % 10 == 0:
             (store.own / "failed" / key).write_text('{"reason": "killed"}')
         elif number % 100 == 2:
@@ -572,6 +691,28 @@ def test_a_cell_whose_lock_is_held_says_so(tmp_path, capsys):
     assert "in use by process" in the_error(capsys.readouterr().err)
 
 
+def test_a_cell_whose_record_somebody_else_has_waits_for_it(tmp_path, here):
+    flags = ["attack", "badnet", "--dataset=digits", "--width=2", "--save_folder_name=a", f"--record_root={tmp_path}"]
+    with Lock(tmp_path / ".a.lock"):
+        assert work(tmp_path / "a", tmp_path / "lock", flags) == LOCKED
+        status, _, err = here(*flags)
+    assert status == LOCKED and "in use by process" in the_error(err)
+
+
+def test_a_cell_for_cuda_does_not_run_without(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    flags = ["attack", "badnet", "--dataset=digits", "--device=cuda"]
+    assert work(tmp_path / "a", tmp_path / "lock", flags) == NO_DEVICE
+    assert "device is cuda, but" in the_error(capsys.readouterr().err) and not os.listdir(tmp_path)
+
+
+def test_a_cell_that_cannot_be_started_is_one_line(tmp_path, one_line):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(RecordError) as caught:
+        Child(Job("attack", "badnet", (), "x", "l", str(tmp_path / "logs" / "log"), 1, None))
+    assert "cannot start a cell" in one_line(caught.value)
+
+
 SLEEPER = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -597,6 +738,7 @@ def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path,
         ("raise SystemExit(3)", "exit status 3", True),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, perhaps for want of memory", True),
         ("raise ValueError('broken')", "ValueError: broken", True),
+        (f"raise SystemExit({FULL})", f"exit status {FULL}", True),
         ("print('error: no such file', file=sys.stderr); raise SystemExit(2)", "no such file", False),
     ):
         program.write_text(f"#!{sys.executable}\nimport os, signal, sys\n{code}\n")
@@ -642,13 +784,30 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("grid.yaml", "--only", "x"), "--only 'x' fits no cell"),
         (("grid.yaml", "--memory_gb", "1"), "memory_gb is 2, but this machine has 1"),
         (("grid.yaml", "--retries", "-1"), "retries is -1"),
+        (("grid.yaml", "--cell_timeout", "nan"), "--cell_timeout is nan"),
+        (("grid.yaml", "--jobs", "0"), "--jobs is 0"),
+        (("grid.yaml", "--cores", "0"), "--cores is 0"),
+        (("grid.yaml", "--memory_gb", "0"), "--memory_gb is 0"),
+        (("far.yaml",), "there is no folder /nowhere/train"),
         (("grid.yaml", "--record_root", "grid.yaml"), "grid.yaml"),
     ],
 )
 def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
+    planned(SMALL.replace("digits", "folder\ndataset_path: /nowhere"), "far.yaml")
     planned()
     status, _, err = script("grid.py", *flags)
     assert status == 2 and words in the_error(err)
+
+
+@pytest.mark.parametrize("flags", [("grid.yaml", "--dry_run"), ("status", "grid.yaml")])
+def test_ctrl_c_before_the_first_cell_is_one_line(planned, script, monkeypatch, flags):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    planned()
+    monkeypatch.setattr(Store, "over", stop)
+    status, _, err = script("grid.py", *flags)
+    assert (status, err) == (130, "\nstopped; repeat the command to go on\n")
 
 
 def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, planned):

@@ -1,12 +1,17 @@
 """Files of other people's networks: what is in them, hostile ones, six honest layouts, and the way to safetensors."""
 
+import io
 import json
+import multiprocessing
 import os
+import pickle
+import pickletools
 import struct
 import subprocess
 import sys
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from sau.models import build
 from sau.models.guess import guess
 
 NET = "preactresnet18"
+STORAGE = torch.zeros(1 << 20)
 
 
 def small(width: int = 4, classes: int = 7) -> dict[str, Tensor]:
@@ -62,7 +68,6 @@ LAYOUTS = {
 
 def in_benchmark(own: dict[str, Tensor], core: bytes) -> bytes:
     """A zip file with the weights below `model` beside an array in numpy's words; `hostile.in_zip` has one tensor."""
-    import io
     import zipfile
 
     import numpy as np
@@ -185,7 +190,7 @@ def test_without_onnx_its_line_of_installation_is_said(tmp_path, monkeypatch, on
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(RecordError) as refusal:
         weights.read(stored(tmp_path, b"\x08\x07" + b"x" * 20, "x.onnx"))
-    assert "pip install 'sau[onnx]'" in one_line(refusal.value)
+    assert "pip install -e '.[onnx]'" in one_line(refusal.value)
 
 
 # Hostile files
@@ -241,8 +246,8 @@ def test_what_is_judged_is_what_is_read(name, tmp_path, monkeypatch):
     """Once: a file that changes in between cannot show one content to the checks and another one to the reader."""
     path, opened = tmp_path / name, []
     path.write_bytes(saved(small()) if name == "net.pt" else save(small()))
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self) or read_bytes(self))
+    really = os.open
+    monkeypatch.setattr(os, "open", lambda place, *how: opened.append(place) or really(place, *how))
     report, found, _ = look(path)
     assert opened == [path] and found is not None and report["status"] == HARMLESS and report["sha256"] == found.digest
 
@@ -263,7 +268,6 @@ def test_names_that_are_put_together_are_not_harmless():
 
 def test_a_file_may_hide_no_second_pickle(tmp_path):
     """Beside honest weights, where another reader may come to it."""
-    import io
     import zipfile
 
     raw = io.BytesIO(saved({"x": torch.zeros(2)}))
@@ -282,7 +286,18 @@ def bombs() -> dict[str, bytes]:
         "header": huge,
         "expanded view": saved({"x": torch.zeros(1).expand(1 << 40)}),
         "a million tensors": in_zip(rebuild + b"tq\x01R" + b"h\x00h\x01R" * 10**6 + b"t"),
+        "lists in lists, each twice": saved(doubled("text", 40)),
+        "tensors in lists, each twice": saved(doubled(torch.zeros(1), 40)),
+        "a storage of 3,000 names": saved({str(i): STORAGE for i in range(3000)}),
+        "itself": in_zip(b"}q\x01" + text("") + b"h\x01s"),
     }
+
+
+def doubled(value: Any, times: int) -> Any:
+    """2^times values in a few bytes."""
+    for _ in range(times):
+        value = [value, value]
+    return value
 
 
 def test_bombs_cost_a_second_and_64_megabytes_at_most(tmp_path):
@@ -304,7 +319,7 @@ for path in map(Path, {paths!r}):
     env = environment(PYTHONPATH=str(REPOSITORY))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == len(paths) == 4, (done.stdout, done.stderr)
+    assert done.returncode == 0 and len(lines) == len(paths) == 8, (done.stdout, done.stderr)
     for line in lines:
         seconds, memory, _ = line.split(" ", 2)
         assert float(seconds) < 1 and int(memory) < 64 << 20, line
@@ -338,6 +353,121 @@ def test_verdicts_on_the_command_line(script, places, tmp_path, monkeypatch):
         assert found == status and json.loads(out) == made[path]
     found, _, err = script("inspect_checkpoint.py", str(evil), "--to", str(tmp_path / "new"))
     assert found == SUSPICIOUS and "was not written" in err
+
+
+AWKWARD = {
+    "statistics that are complex": ({"x.mean": torch.tensor([1j]), "x.std": torch.tensor([1j])}, HARMLESS),
+    "complex128": ({"x": torch.zeros(2, dtype=torch.complex128)}, UNREADABLE),
+    "half a character": ({"\ud800": torch.zeros(2)}, UNREADABLE),
+    "one storage, many names": ({str(i): STORAGE for i in range(4)}, UNREADABLE),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_what_cannot_be_converted_is_said_in_the_verdict(name, tmp_path, monkeypatch):
+    content, status = AWKWARD[name]
+    monkeypatch.setattr(inspection.device, "confine", lambda memory, seconds: None)  # this process goes on
+    report, file = asked(stored(tmp_path, content))
+    assert report["status"] == status and "\n" not in report["verdict"] and report["verdict"].isascii()
+    assert (file is not None) == (status == HARMLESS) and (file or "converted" in report["verdict"])
+    inspection.text(report).encode()
+
+
+def asked(path: Path) -> tuple[inspection.Report, bytes | None]:
+    """What the process of its own answers, with --to."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    with ThreadPoolExecutor() as pool:  # a pipe holds little
+        done = pool.submit(inspection._work, there, path, True)
+        report = json.loads(here.recv_bytes())
+        content = here.recv_bytes() if report["status"] == HARMLESS else None
+        done.result()
+    return report, content
+
+
+def test_whatever_a_file_makes_the_reader_raise_is_a_verdict(tmp_path, monkeypatch):
+    def fails(path: Path) -> None:
+        raise RecursionError("a\x1b[2Jb\nc")
+
+    monkeypatch.setattr(inspection.device, "confine", lambda memory, seconds: None)
+    monkeypatch.setattr(inspection, "look", fails)
+    report, _ = asked(stored(tmp_path, {"x": torch.zeros(2)}))
+    assert report["status"] == UNREADABLE
+    assert report["verdict"] == "unreadable: RecursionError: a\\x1b[2Jb\\nc"
+
+
+def test_a_process_that_dies_is_no_process_that_takes_too_long(tmp_path, monkeypatch):
+    def dies(here: Any, deadline: float) -> bytes:
+        raise EOFError
+
+    monkeypatch.setattr(inspection, "_receive", dies)
+    report = inspection.inspect(stored(tmp_path, {"x": torch.zeros(2)}))
+    assert report["status"] == SUSPICIOUS and "too much memory or time" in report["verdict"]
+
+
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path, one_line):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(RecordError) as refusal:
+            weights.read(path)
+        assert str(path) in one_line(refusal.value)
+    assert look(tmp_path)[0]["status"] == UNREADABLE
+
+
+@pytest.mark.parametrize("how", ["none is named", "one is not named", "more than there is"])
+def test_an_old_file_without_content_for_its_weights_is_refused(how, tmp_path, one_line):
+    """torch would hand out what was in memory before, another thing at each reading."""
+    names, content = [], {"a": torch.ones(7), "b": torch.zeros(2, 3).t(), "c": torch.ones(3)[:0]}
+    raw = saved(content, _use_new_zipfile_serialization=False)
+    found = weights.read(stored(tmp_path, raw)).tensors
+    assert all(torch.equal(found[name], value) for name, value in content.items())
+    stream, ends = io.BytesIO(raw), []
+    for _ in range(5):
+        names = [argument for opcode, argument, _ in pickletools.genops(stream) if opcode.name == "BINUNICODE"]
+        ends.append(stream.tell())
+    kept = names[: {"none is named": 0, "one is not named": 2}.get(how, 3)]
+    evil = raw[: ends[3]] + pickle.dumps(kept, protocol=2) + raw[ends[4] :]
+    if how == "more than there is":
+        evil = evil[: ends[3]].replace(b"K\x07", b"J\xff\xff\xff\x7f") + evil[ends[3] :]
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, evil))
+    assert "storage" in one_line(refusal.value)
+
+
+EVIL = "\x1b[2J\nharmless to open\ud800\u202e" + "x" * 200
+
+
+def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path, one_line):
+    own = {f"{EVIL}.{name}": value for name, value in small().items()}
+    shown = {**own, f"{EVIL}.mean": torch.zeros(3), f"{EVIL}.std": torch.zeros(3)}
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, {**own, f"{EVIL}.conv1.weight": torch.zeros(4, 3, 5, 5)})).of(small())
+    assert one_line(refusal.value).isprintable()
+    for content in (own, shown):
+        report, _, _ = look(stored(tmp_path, content))
+        lines = inspection.text(report).split("\n")
+        assert all(line.isprintable() and len(line) < 250 for line in lines) and lines[-1] == report["verdict"]
+        assert len(lines) == len(content) + len(report["imports"]) + 7
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda own: {name: value.to(torch.int8) for name, value in own.items()}, "torch.int8"),
+        (lambda own: {**own, "linear.weight": own["linear.weight"].to(torch.complex64)}, "torch.complex64"),
+        (lambda own: {**own, "layer1.0.bn1.num_batches_tracked": torch.tensor(1, dtype=torch.int32)}, "torch.int32"),
+        (lambda own: {**own, "linear.bias": own["linear.bias"] + float("nan")}, "not finite"),
+        (lambda own: {**own, "linear.bias": own["linear.bias"].double() + 1e300}, "not finite"),
+        (lambda own: {**own, "layer1.0.bn1.running_var": -own["layer1.0.bn1.running_var"]}, "negative variance"),
+    ],
+)
+def test_weights_of_another_kind_are_refused_and_not_cast(change, word, tmp_path, one_line):
+    own = small()
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, change(own))).of(own)
+    assert word in one_line(refusal.value)
+    doubles = {name: value.double() if value.is_floating_point() else value for name, value in own.items()}
+    found = weights.read(stored(tmp_path, doubles)).of(own)
+    assert all(torch.equal(found[name], own[name]) and found[name].dtype == own[name].dtype for name in own)
 
 
 def test_mistakes_in_the_command(script, tmp_path):

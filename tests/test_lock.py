@@ -108,7 +108,10 @@ def test_a_holder_on_another_machine_lives_while_it_gives_signs(tmp_path, monkey
 
 
 def test_rubbish_and_an_empty_file_hold_nothing(tmp_path):
-    for content in (b"", b"{", b"[1]", b'{"pid": 1}', b"\xff"):
+    whole = asdict(lock._self())
+    wrong = ({"since": "x"}, {"since": 1e300}, {"since": float("nan")}, {"pid": -1}, {"pid": True}, {"host": 5})
+    forged = [json.dumps({**whole, **change}).encode() for change in wrong]
+    for content in (b"", b"{", b"[1]", b'{"pid": 1}', b"\xff", b"[" * 9_000, *forged):
         (tmp_path / "x.lock").write_bytes(content)
         assert holder(tmp_path / "x.lock") is None
         with Lock(tmp_path / "x.lock"):
@@ -124,6 +127,47 @@ def test_a_lock_that_was_taken_over_is_not_released(tmp_path):
     assert json.loads(path.read_text())["host"] == "elsewhere"
     path.unlink()
     mine.release()  # the folder may be gone
+
+
+def test_a_link_in_place_of_a_lock_is_refused(tmp_path, one_line):
+    """A downloaded record may have one, to any file of the user."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "x.lock").symlink_to(tmp_path / "precious")
+    os.mkfifo(tmp_path / "y.lock")
+    for name in ("x.lock", "y.lock"):
+        with pytest.raises(RecordError) as caught:
+            Lock(tmp_path / name).acquire()
+        assert "cannot lock" in one_line(caught.value)
+    assert (tmp_path / "precious").read_text() == "mine" and holder(tmp_path / "y.lock") is None
+
+
+def test_a_holder_whose_lock_was_taken_over_leaves(tmp_path):
+    """It was silent for too long; what it would go on to write is somebody else's."""
+    path = tmp_path / "x.lock"
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    code = "from sau.record import lock\nlock.BEAT = 0.05" + HOLD
+    argv = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "has it\n"
+        forge(path, host="else\x1bwhere")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == lock.TAKEN and err.count("\n") == 1
+    assert "was taken over by process" in err and "else\\x1bwhere" in err
+    assert json.loads(path.read_text())["host"] == "else\x1bwhere"
+
+
+def test_a_process_of_another_container_is_judged_by_its_signs(tmp_path, monkeypatch):
+    """Host and boot may be equal there, but not the table in which its number stands."""
+    path = tmp_path / "x.lock"
+    monkeypatch.setattr(lock, "_PIDS", tmp_path / "there")
+    (tmp_path / "there").symlink_to("pid:[1]")
+    forge(path, start="1")
+    (tmp_path / "there").unlink()
+    (tmp_path / "there").symlink_to("pid:[2]")
+    assert holder(path) is not None
+    past = time.time() - lock.LEASE - 1
+    os.utime(path, (past, past))
+    assert holder(path) is None
 
 
 def test_where_no_lock_can_be_one_line_says_so(tmp_path, one_line):

@@ -11,8 +11,8 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 def executed(path: Path, folder: Path, monkeypatch) -> str:
     """Runs a notebook in a foreign folder; returns what its cells printed."""
-    nbformat = pytest.importorskip("nbformat", reason="pip install 'sau[test]'")
-    client = pytest.importorskip("nbclient", reason="pip install 'sau[test]'").NotebookClient
+    nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[test]'")
+    client = pytest.importorskip("nbclient", reason="pip install -e '.[test]'").NotebookClient
     for name, value in environment(PYTHONPATH=str(REPOSITORY)).items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, 4)

@@ -9,6 +9,7 @@ from PIL import Image
 from toys import REPOSITORY, environment
 
 from sau.attack import ATTACKS
+from sau.config import IGNORED
 from sau.defense import DEFENSES
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
@@ -26,6 +27,14 @@ def test_the_figures_of_the_pages_are_those_of_the_summaries():
         [sys.executable, str(REPOSITORY / "scripts" / "cards.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_flags_without_effect_stand_on_the_page_for_users_of_backdoorbench():
+    text = (REPOSITORY / "docs" / "backdoorbench.md").read_text()
+    named = {*IGNORED, *(flag for defense in DEFENSES.values() for flag in defense.ignored)}
+    assert [flag for flag in named if f"`--{flag}`" not in text] == []
+    for method in (*ATTACKS.values(), *DEFENSES.values()):
+        assert all(method.ignored.values())
 
 
 def test_the_gallery_shows_every_attack(tmp_path, finished):

@@ -20,20 +20,20 @@ def found(root: Path, champion: str = "sau"):
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """SAU on three networks, FT on two of them, ANP as an oracle on one."""
-    for seed, name in ((0, "badnet"), (1, "badnet"), (0, "lf")):
+    """SAU on four networks, FT on three of them, ANP as an oracle on one."""
+    for seed, name in ((0, "badnet"), (1, "badnet"), (0, "lf"), (0, "wanet")):
         attacked = attack(tmp_path, name, seed)
         defense(attacked, "sau", seed, acc=88.0 + seed, asr=2.0, der=95.0)
-        if name == "badnet":
+        if name != "lf":
             defense(attacked, "ft", seed, acc=90.0, asr=82.0 - 4 * seed, der=55.0 + 2 * seed)
     defense(tmp_path / "badnet_s0", "anp", acc=89.0, asr=1.0, der=97.0, selection="oracle")
     return tmp_path
 
 
-def test_differences_are_taken_on_the_same_network(root):
+def test_differences_are_taken_on_the_same_network_and_averaged_over_the_seeds_of_an_attack(root):
     ft, anp = found(root)["ft"], found(root)["anp+"]
-    assert (ft.acc.values, ft.asr.values, ft.der.values) == ((-2.0, -1.0), (-80.0, -76.0), (40.0, 38.0))
-    assert ft.wins == 2 and ft.p == pytest.approx(0.5)
+    assert (ft.acc.values, ft.asr.values, ft.der.values) == ((-1.5, -2.0), (-78.0, -80.0), (39.0, 40.0))
+    assert (ft.networks, ft.wins) == (3, 2) and ft.p == pytest.approx(0.5)
     assert anp.der.values == (-2.0,) and anp.wins == 0 and list(found(root)) == ["ft", "anp+"]
     assert set(found(root, "ft")) == {"sau", "anp+"}
 
@@ -42,14 +42,39 @@ def test_a_clean_network_takes_no_part(root):
     clean = attack(root, "prototype", 0, asr=None)
     defense(clean, "sau", acc=80.0, asr=None, der=None)
     defense(clean, "ft", acc=90.0, asr=None, der=None)
-    assert len(found(root)["ft"].der.values) == 2
+    assert found(root)["ft"].networks == 3
+
+
+def test_a_defense_with_one_seed_on_all_networks_is_compared_on_each(root):
+    """Its default seed; the seed of a network is its attack's."""
+    for seed, rating in ((0, 60.0), (1, 80.0)):
+        defense(root / f"badnet_s{seed}", "fp", 0, der=rating)
+    assert found(root)["fp"].der.values == (95 - 70.0,) and found(root)["fp"].networks == 2
+
+
+def test_of_kept_summaries_other_settings_are_no_second_seed(root):
+    """Their names say the same but for the digest: two defenses of a network, and two networks of a seed."""
+    below = root / "badnet_s0" / "defense"
+    for digits, rating in (("1" * 10, 97.5), ("2" * 10, 50.0)):
+        defense(below.parent, "fp", der=rating).rename(below / f"fp_c0.05_{digits}")
+    shutil.copytree(root / "wanet_s0", root / f"lf_r0.1_{'a' * 10}_s3")
+    shutil.copytree(root / "wanet_s0", root / f"lf_r0.1_{'b' * 10}_s3")
+    for file in root.rglob("*"):
+        if file.is_file() and file.name != "summary.json":
+            file.unlink()
+    rivals = found(root)
+    names = [f"fp folder {digits}" for digits in ("1" * 10, "2" * 10)]
+    assert [rivals[name].der.values for name in names] == [(95 - 97.5,), (95 - 50.0,)]
+    (section,) = sections(read(root)[0], "cifar10")
+    attacks = [(cell.attack_variant, len(cell.good)) for cell in section.cells if cell.attack == "lf" and cell.good]
+    assert sorted(set(attacks)) == [("", 1), (f"folder {'a' * 10}", 1), (f"folder {'b' * 10}", 1)]
 
 
 def test_of_kept_summaries_the_oracles_stay_apart(root):
     for name in ("badnet_s0", "badnet_s1"):
         shutil.copytree(root / name, root / "kept" / name)
     below = root / "kept" / "badnet_s0" / "defense"
-    (below / "anp").rename(below / "anp_c0.05_0123456789")
+    (below / "anp").rename(below / "anp_c0.05_oracle_0123456789")
     defense(below.parent, "anp", acc=70.0, asr=9.0, der=80.0).rename(below / "anp_c0.05_abcdef0123")
     for file in (root / "kept").rglob("*"):
         if file.is_file() and file.name != "summary.json":
@@ -61,10 +86,10 @@ def test_of_kept_summaries_the_oracles_stay_apart(root):
 def test_the_script_and_the_page_show_them(root, script):
     status, out, _ = script("table.py", str(root), "--against", "sau")
     assert status == 0
-    assert "| ft | 2 | -1.50 ± 6.35 | -78.00 ± 25.41 | +39.00 ± 12.71 | 2 | 0.500 |" in out
-    assert "anp (oracle)" in out and "| sau | 88.5 / 2.0 (2) | 88.0 / 2.0 |" in out
+    assert "| ft | 2 | 3 | -1.75 ± 3.18 | -79.00 ± 12.71 | +39.50 ± 6.35 | 2 | 0.500 |" in out
+    assert "anp (oracle)" in out and "| sau | 88.5 / 2.0 (2) | 88.0 / 2.0 | 88.0 / 2.0 |" in out
     page, _ = build(root)
-    assert "SAU against each rival" in page and "+39.00 ± 12.71" in page
+    assert "SAU against each rival" in page and "+39.50 ± 6.35" in page and "of twenty rows" in page
 
 
 def test_a_page_gets_the_tables_between_its_marks(root, tmp_path, script):
@@ -73,7 +98,7 @@ def test_a_page_gets_the_tables_between_its_marks(root, tmp_path, script):
     assert script("table.py", str(root), "--into", str(page))[0] == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- table -->\n\nACC") and text.endswith("\n<!-- /table -->\nafter\n")
-    assert "old" not in text and "| ft | 2 |" in text
+    assert "old" not in text and "| ft | 2 | 3 |" in text
     page.write_text("nothing\n")
     status, _, err = script("table.py", str(root), "--into", str(page))
     assert status == 2 and "has no <!-- table -->" in the_error(err)

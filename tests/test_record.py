@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,21 @@ def test_the_root_itself_may_be_a_link(tmp_path):
     assert folder(tmp_path / "record", "a") == tmp_path / "record" / "a"
 
 
+def test_a_link_below_the_root_is_refused(tmp_path, one_line):
+    """A downloaded record may have one where a defense or an audit would go."""
+    (tmp_path / "record" / "a").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "record" / "a" / "defense").symlink_to(tmp_path / "outside")
+    (tmp_path / "record" / "a" / "audit").symlink_to("audit")
+    with pytest.raises(RecordError) as refusal:
+        folder(tmp_path / "record" / "a", "defense", "sau")
+    assert "link" in one_line(refusal.value)
+    with pytest.raises(RecordError):
+        write(folder(tmp_path / "record" / "a", "audit", "pieces") / "x", b"")  # a link to itself
+    (tmp_path / "linked").symlink_to(tmp_path / "record")
+    assert folder(tmp_path / "linked" / "a", "figures", "b").name == "b"
+
+
 # Beginning
 
 
@@ -241,6 +257,62 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, one_line):
     assert (tmp_path / "a").read_text() == "precious"
 
 
+BOMBS = {
+    "aliases": "a: &a [x, x]\nb: &b [*a, *a]\n",
+    "a cycle": "a: &a [*a]\n",
+    "a merge": "a: &a {x: 1}\nb: {<<: [*a, *a]}\n",
+    "a million levels": "a: " + "[" * 10**6 + "\n",
+    "levels of blocks": "a:\n" + "- " * 60 + "1\n",
+    "a date": "a: 2020-01-01\n",
+    "a number for a key": "1: 2\n",
+    "a number too long to print": "a: 0x" + "f" * 5000 + "\n",
+    "an identity that is none": "identity: []\n",
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_configuration_that_is_a_bomb_is_refused(tmp_path, what, one_line):
+    begun(tmp_path / "a")
+    file = tmp_path / "a" / CONFIG
+    file.write_text(file.read_text() + BOMBS[what])
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").check()
+    assert "not a result folder" in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("name", [CONFIG, MANIFEST, SUMMARY])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "too large", "too deep"])
+def test_what_is_no_small_plain_file_is_refused_at_once(tmp_path, name, kind, one_line):
+    """In place of one: a FIFO would be waited for, /dev/zero read until memory ends."""
+    record = made(tmp_path / "a")
+    file = tmp_path / "a" / name
+    file.unlink()
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "too large":
+        file.touch()
+        os.truncate(file, 1 << 40)
+    else:
+        file.write_text("[" * 200_000)
+    for read in (record.check, record.summary) if name == SUMMARY else (record.check,):
+        with pytest.raises(RecordError) as refusal:
+            read()
+        one_line(refusal.value)
+
+
+def test_a_record_that_is_reached_through_a_link_works(tmp_path):
+    made(tmp_path / "disk" / "a")
+    (tmp_path / "record").symlink_to("disk")
+    (tmp_path / "b").symlink_to(tmp_path / "disk" / "a")
+    for path in (tmp_path / "record" / "a", tmp_path / "b"):
+        Record(path).check()
+        assert Record(path).summary() == {"acc": 91.3}
+
+
 # The manifest
 
 
@@ -255,6 +327,20 @@ def test_a_finished_folder_passes_its_check(tmp_path):
     again = Record(tmp_path / "a")
     assert again.finished and again.check() == record.config == again.config
     assert json.loads((tmp_path / "a" / SUMMARY).read_text()) == {"acc": 91.3}
+
+
+@pytest.mark.parametrize("name", [CONFIG, SUMMARY, METRICS, "model.safetensors", "poisoned.safetensors", "more.pt"])
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path, name, one_line):
+    """A file that a reader would take, but nobody vouches for."""
+    made(tmp_path / "a")
+    file = tmp_path / "a" / MANIFEST
+    content = json.loads(file.read_text())
+    content["files"].pop(name, None)
+    file.write_text(json.dumps(content))
+    (tmp_path / "a" / name).touch()
+    with pytest.raises(RecordError) as refusal:
+        Record(tmp_path / "a").check()
+    assert f"does not name {name}" in one_line(refusal.value)
 
 
 def test_folders_inside_are_no_part_of_the_manifest(tmp_path):
@@ -377,11 +463,56 @@ def test_tensors_come_back(tmp_path):
 def test_what_a_killed_write_left_is_swept(tmp_path):
     """`kill -9` in the middle of a write leaves its temporary file; the resumed run takes it away."""
     begun(tmp_path / "a")
-    (tmp_path / "a" / ".model.safetensors.x1y2z3").write_bytes(b"half a file")
+    (tmp_path / "a" / ".model.safetensors.x1y2z3_4").write_bytes(b"half a file")
     record = begun(tmp_path / "a")
     record.finish({"acc": 1.0})
     assert listing(tmp_path / "a") == sorted([CONFIG, MANIFEST, SUMMARY])
     assert set(json.loads((tmp_path / "a" / MANIFEST).read_text())["files"]) == {CONFIG, SUMMARY}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_the_first_write_left_when_it_was_killed_is_no_run(tmp_path, overwrite):
+    for name in ("a", "a/defense/ft"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / f".{CONFIG}.abcdef_9").write_bytes(b"schema: ")
+        begun(tmp_path / name, overwrite=overwrite)
+        assert listing(tmp_path / name) == [CONFIG]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_overwriting_that_was_killed_goes_on(tmp_path, monkeypatch, number):
+    """The configuration, by which a folder is known as ours, is the last thing to go."""
+    made(tmp_path / "a")
+    made(tmp_path / "a" / "defense" / "sau")
+    gone, unlink, rmtree = [0], Path.unlink, shutil.rmtree
+
+    def dying(really):
+        def call(path: Path, **more: bool) -> None:
+            gone[0] += 1
+            if gone[0] > number:
+                raise KeyboardInterrupt
+            really(path, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying(unlink))
+        patch.setattr(shutil, "rmtree", dying(rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            begun(tmp_path / "a", overwrite=True)
+    assert number == 0 or not Record(tmp_path / "a").finished
+    again = begun(tmp_path / "a", overwrite=True)
+    assert listing(tmp_path / "a") == [CONFIG] and again.load() is None
+
+
+def test_hidden_files_of_the_users_are_left_alone(tmp_path):
+    begun(tmp_path / "a")
+    (tmp_path / "a" / ".ipynb_checkpoints").mkdir()
+    for name in (".notes", ".config.yaml.swp", ".x.json.backup-1"):
+        (tmp_path / "a" / name).write_text("mine")
+    before = listing(tmp_path / "a")
+    begun(tmp_path / "a")
+    assert listing(tmp_path / "a") == before
 
 
 def test_tensors_in_another_memory_layout_come_back(tmp_path):
@@ -522,3 +653,13 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, one_line):
     with pytest.raises(RecordError) as refusal:
         record.say("one")
     assert LOG in one_line(refusal.value)
+
+
+def test_a_log_that_is_a_link_is_not_followed(tmp_path, one_line):
+    """An unfinished folder that was downloaded may have a link to any file of the user in its place."""
+    record = begun(tmp_path / "a")
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a" / LOG).symlink_to(tmp_path / "precious")
+    with pytest.raises(RecordError) as refusal:
+        record.say("one")
+    assert LOG in one_line(refusal.value) and (tmp_path / "precious").read_text() == "mine"

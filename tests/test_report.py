@@ -13,6 +13,7 @@ from toys import REPOSITORY, the_error
 
 from sau.errors import RecordError
 from sau.evaluate import Score, Share, der
+from sau.record.folder import Record
 from sau.report.curves import charts
 from sau.report.exports import as_csv, as_json, as_latex
 from sau.report.page import build
@@ -121,8 +122,6 @@ def test_an_unfinished_run_says_how_far_it_came(tmp_path):
 
 
 def test_a_changed_text_is_noticed_and_a_changed_weight_where_it_is_looked_at(tmp_path):
-    from sau.record.folder import Record
-
     path = attack(tmp_path)
     raw = bytearray((path / "model.safetensors").read_bytes())
     raw[-1] ^= 1
@@ -168,6 +167,24 @@ def test_a_copy_is_no_second_seed(tmp_path):
     attack(tmp_path, folder="second")
     (cell,) = cells(tmp_path).values()
     assert len(cell.good) == 1 and "the same run as first" in cell.reason
+
+
+def test_the_same_run_on_another_machine_is_no_copy_and_no_second_seed(tmp_path):
+    """Equal digests, for precision, device and threads are not in them; what differs is the variant of all seeds."""
+    for seed, amp in ((0, True), (0, False), (1, True)):
+        attacked = attack(tmp_path, seed=seed, folder=f"badnet_{amp}_s{seed}")
+        for path in (attacked, defense(attacked, "sau", seed)):
+            record = Record(path)
+            record.check()
+            summary = record.summary()
+            (path / "manifest.json").unlink()
+            record.note(amp=amp, threads=1)
+            record.finish(summary)
+    found = cells(tmp_path)
+    assert {key: len(cell.good) for key, cell in found.items()} == {
+        ("badnet", "amp true", "none"): 2, ("badnet", "amp true", "sau"): 2,
+        ("badnet", "amp false", "none"): 1, ("badnet", "amp false", "sau"): 1,
+    }  # fmt: skip
 
 
 def test_a_defended_folder_of_the_benchmark_is_shown(tmp_path):

@@ -19,7 +19,7 @@ from sau.attack import ATTACKS, Attack, BadNet
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, DEFENSES, FT, SAU
-from sau.errors import TrainingError
+from sau.errors import FULL, OutOfMemory, TrainingError
 from sau.machine import cores, device, tuning
 from sau.machine.parts import InParts
 from sau.models import Normalized, quick
@@ -79,7 +79,7 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
         list(pictures)
     assert reads.found == []
     with Reads() as reads:
-        place.means()
+        place.means("lr")
     assert reads.found != []
 
 
@@ -169,7 +169,7 @@ def test_memory_that_runs_out_in_train_mode_leaves_the_search_in_eval_mode(most)
 
 @pytest.mark.parametrize(("method", "most"), [(SAU(outer_steps=2), 8), (SAU(), 0)])
 def test_what_cannot_be_divided_says_so(method, most, one_line):
-    with pytest.raises(TrainingError) as refusal:
+    with pytest.raises(OutOfMemory) as refusal:
         updates(method, most, [])
     assert "--batch_size" in one_line(refusal.value)
 
@@ -186,7 +186,8 @@ def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
     monkeypatch.setattr("sau.commands.score", full)
     monkeypatch.setattr("sau.watch.score", full)
     status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
-    assert status == 2 and err.startswith("error: out of memory (CUDA out of memory.)") and len(err.splitlines()) == 1
+    assert status == FULL and err.startswith("error: out of memory (CUDA out of memory.)")
+    assert len(err.splitlines()) == 1
 
 
 # Time
@@ -227,13 +228,14 @@ def test_a_broken_loss_is_not_handed_on_when_the_time_is_over():
 
 
 def test_the_machine_is_crowded_when_more_threads_run_than_cores(monkeypatch):
-    """What others keep busy of the cores that this process may run on, whatever the machine has beside them."""
+    """What others keep busy of the cores that this process may run on, whatever the machine has beside them; one thread
+    waits for no other."""
     monkeypatch.setattr(cores, "_places", lambda: {3, 5})
-    for others, threads, crowded in ((0.4, 2, False), (1.0, 1, False), (1.0, 2, True), (2.0, 1, True), (0.0, 3, True)):
+    for others, threads, crowded in ((0.4, 2, False), (1.0, 1, False), (1.0, 2, True), (2.0, 1, False), (0.0, 3, True)):
         monkeypatch.setattr(cores, "busy", lambda others=others: others)
         text = cores.crowded(threads)
         assert (text is not None) is crowded
-        assert text is None or f"others keep {others:.1f} of 2 cores busy and now {threads} threads more" in text
+        assert text is None or f"others keep {others:.1f} of 2 cores busy, and this run wants {threads} threads" in text
     monkeypatch.setattr(cores, "busy", lambda: None)
     assert cores.crowded(64) is None
 
@@ -250,10 +252,35 @@ def test_busy_cores_are_those_that_do_not_idle(monkeypatch):
 @pytest.mark.parametrize(("content", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1)])
 def test_threads_stay_within_what_a_container_is_granted(content, wanted, monkeypatch, tmp_path):
     monkeypatch.setattr(cores, "_places", lambda: {0, 1, 2, 3})
-    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
     assert cores.usable() == 4
     (tmp_path / "cpu.max").write_text(content)
+    (tmp_path / "member").write_text("0::/\n")
+    monkeypatch.setattr(cores, "MEMBER", tmp_path / "member")
     assert cores.usable() == wanted
+
+
+GROUPS = {
+    "nested, of version 2": ("0::/jobs/7/cell", {"jobs/7/cpu.max": "200000 100000", "jobs/memory.max": "5000"}),
+    "of version 1": ("4:memory:/7\n3:cpu,cpuacct:/7\n0::/", {
+        "cpu/7/cpu.cfs_quota_us": "200000", "cpu/7/cpu.cfs_period_us": "100000", "memory/memory.limit_in_bytes": "5000",
+        "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "memory/7/memory.limit_in_bytes": "9" * 18,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_least_of_all_control_groups_counts(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(cores, "_places", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "MEMBER", tmp_path / "member")
+    assert cores.usable() == 4 and cores.memory() > 2**20
+    member, files = GROUPS[kind]
+    (tmp_path / "member").write_text(member + "\n")
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert (cores.usable(), cores.memory()) == (2, 5000)
 
 
 @pytest.mark.parametrize("most", [128, 40, 1])

@@ -1,10 +1,14 @@
 """The test plan's rows that no other file has: names, spoiled folders, leakage, small clean sets, the evaluator."""
 
+import ast
+import copy
 import json
 import random
+import re
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,13 @@ from torch import nn
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.attack import ATTACKS
-from sau.commands import _place
 from sau.config import options
 from sau.data.images import to_float
 from sau.data.scrutiny import scrutinise
 from sau.defense import DEFENSES
 from sau.errors import DataError, LockedError, RecordError, SauError
 from sau.evaluate import Score, der, score
-from sau.files import folder
+from sau.files import existing, folder
 from sau.optim import Training
 from sau.record.folder import CONFIG, METRICS, Record
 from sau.record.lock import holder
@@ -34,7 +37,7 @@ from sau.run import AttackRun, DefenseRun
 from sau.session import Session
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from torture_parts import faults, races  # noqa: E402
+from torture_parts import common, faults, races, runs  # noqa: E402
 
 # R1: spoiled folders
 
@@ -85,6 +88,34 @@ def test_spoiled_files_are_refused_or_harmless(tmp_path):
     assert refused > 140 and read() == right
 
 
+# R2: killed at the first write
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_is_killed_at_its_first_write_can_be_repeated(moment, victim, tmp_path):
+    """Of its folder there is but half a file then; the second time with --overwrite, which must not mind it either."""
+    root, cache = tmp_path / "record", tmp_path / "cache"
+    for kind, name, more in (("attack", "badnet", []), ("defense", "ft", ["--overwrite", "true"])):
+        argv = [*common.arguments(kind, name, root), *more]
+        assert common.forked(common.run(argv, cache, runs.dying(1, moment)))[0] == -signal.SIGKILL
+        left = [file.name for file in common.result(kind, name, root).iterdir()]
+        assert len(left) == 1 and left[0].startswith(f".{CONFIG}.")
+        status, wrong = common.forked(common.run(argv, cache))
+        assert status == 0 and Record(common.result(kind, name, root)).check(), wrong
+
+
+# R1: everything that a reader gets is compared
+
+
+def test_the_comparison_of_spoiled_records_misses_no_field(victim, monkeypatch):
+    right, whole = faults._finished(victim), faults.victims.load(victim)
+    for field in fields(whole):
+        other = copy.copy(whole)
+        object.__setattr__(other, field.name, "something else")
+        monkeypatch.setattr(faults.victims, "load", lambda folder, other=other: other)
+        assert faults._finished(victim) != right, field.name
+
+
 # R5: two processes, one folder
 
 
@@ -118,12 +149,12 @@ def test_a_folder_has_one_process(tmp_path, one_line):
 
 
 def check_name(root: Path, name: str) -> None:
-    for find in (folder, _place):
+    for find in (folder, existing):
         try:
             path = find(str(root), name)
         except RecordError:
             continue
-        if find is _place and "/" in name:
+        if find is existing and "/" in name:
             continue  # a path that the user wrote out and that exists
         assert path.resolve().parent == root.resolve() and path != root
 
@@ -132,6 +163,34 @@ def check_name(root: Path, name: str) -> None:
 @given(st.one_of(st.text(max_size=300), st.lists(st.sampled_from(["..", "/", "\0", "~", "\n", "a", "."])).map("".join)))
 def test_no_name_leads_out_of_the_record_root(name):
     check_name(REPOSITORY / "tests", name)
+
+
+def test_results_that_would_go_through_a_link_are_not_written(victim, tmp_path, here, script):
+    """A record that was downloaded may have links in the places of what is made from it."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("defense", "audit", "figures"):
+        (victim / name).symlink_to(outside)
+    status, _, err = here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)
+    assert status == 2 and "is a link that leads out" in the_error(err)
+    small = (
+        "--samples",
+        "20",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--parts",
+        "relearn",
+        "--epochs",
+        "1",
+        "--shots",
+        "1",
+    )
+    for argv in (("audit.py", "--result_file", "victim", *small), ("figures.py", "victim")):
+        status, _, err = script(*argv)
+        assert status == 2 and "is a link that leads out" in err.splitlines()[-1]
+    assert not any(outside.iterdir())
 
 
 # V4: clean sets
@@ -244,6 +303,16 @@ def test_nothing_that_others_rely_on_has_gone(finished):
     assert {*golden["config"]} <= yaml.safe_load((folder / "config.yaml").read_text()).keys()
 
 
+# Files that scripts go on with
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"networks": []}', '{"passes": 40, "networks": [{}]}', "[" * 100_000])
+def test_a_damaged_list_of_clean_networks_is_one_line(text, script, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    status, _, err = script("clean_indices.py", "record", "--out", "x.json")
+    assert status == 2 and "x.json is no list of clean networks" in the_error(err)
+
+
 # N1: without the extras
 
 
@@ -252,7 +321,29 @@ def test_a_missing_extra_is_one_line_with_its_installation(script):
     place = REPOSITORY / "scripts" / f"{script}.py"
     code = f"import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path({str(place)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
-    assert done.returncode == 2 and "pip install 'sau[report]'" in the_error(done.stderr)
+    assert done.returncode == 2 and "pip install -e '.[report]'" in the_error(done.stderr)
+
+
+def test_the_library_is_installed_from_a_clone():
+    """There is a package of others called sau on PyPI."""
+    kinds = ("*.py", "*.md", "*.sh", "*.ipynb", "*.toml")
+    places = [path for kind in kinds for path in REPOSITORY.rglob(kind) if ".venv" not in path.parts]
+    named = re.compile(r"pip install (-U |--upgrade )?['\"]?sau\b")
+    assert [str(path) for path in places if named.search(path.read_text())] == []
+    assert "not on PyPI" in (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("place", sorted((REPOSITORY / "scripts").glob("*.py")), ids=lambda place: place.name)
+def test_every_flag_of_a_script_says_what_it_is(place):
+    calls = [node for node in ast.walk(ast.parse(place.read_text())) if isinstance(node, ast.Call) and node.args]
+    flags = [call for call in calls if re.match("'-", ast.unparse(call.args[0]))]  # "--flag", to whatever is called
+    made = [call for call in flags if ast.unparse(call.func).split(".")[-1] in ("add", "add_argument")]
+    assert [ast.unparse(call.args[0]) for call in made if "help" not in {word.arg for word in call.keywords}] == []
+
+
+def test_the_means_over_seeds_have_a_help(script):
+    status, out, err = script("seeds.py", "--help")
+    assert (status, err) == (0, "") and "records" in out
 
 
 # Schema

@@ -51,6 +51,11 @@ def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
         tensors = load_file(place)
         how(tensors)
         save_file(tensors, place)
+    reseal(folder)
+
+
+def reseal(folder: Path) -> None:
+    """The manifest that a forger writes."""
     kept = [one for one in sorted(folder.iterdir()) if one.is_file() and one.name != MANIFEST]
     (folder / MANIFEST).write_bytes(schema.manifest(kept))
 
@@ -87,6 +92,29 @@ def louder(tensors: dict[str, torch.Tensor]) -> None:
 FORGERIES = {
     "a figure": ("", SUMMARY, lambda s: s.update(asr=s["asr"] - 3), ["asr"]),
     "a figure and its count": ("", SUMMARY, less, ["acc"]),
+    "a count of one number": ("", SUMMARY, lambda s: s.update(acc_count=[1]), ["acc"]),
+    "a count of nothing": ("", SUMMARY, lambda s: s.update(asr_count=[0, 0]), ["asr"]),
+    "a count of texts": (
+        "ft",
+        SUMMARY,
+        lambda s: s["after"].update(acc_count=["1", "2"]),
+        ["ft: after acc", "ft: der"],
+    ),
+    "scores that are a list": ("ft", SUMMARY, lambda s: s.update(before=[]), ["ft: record"]),
+    "a width that is a text": ("", CONFIG, lambda c: c["model"].update(width="4"), ["contents"]),
+    "a width below 1": ("", CONFIG, lambda c: c["model"].update(width=-3), ["contents"]),
+    "a folder that is a number": ("", CONFIG, lambda c: c["run"].update(dataset_path=5), ["contents"]),
+    "a network that there is not": ("", CONFIG, lambda c: c["model"].update(name="evil"), ["weights"]),
+    "one mean for three channels": ("", CONFIG, lambda c: c["model"].update(mean=[0.5]), ["contents"]),
+    "pictures of another size": (
+        "",
+        "triggered.safetensors",
+        lambda t: t.update(pixels=t["pixels"][:, :, 1:].clone()),
+        ["contents"],
+    ),
+    "versions that are a list": ("", CONFIG, lambda c: c.update(versions=[]), ["versions"]),
+    "no clean set": ("ft", CONFIG, lambda c: c.update(clean_index=[]), ["ft: clean set"]),
+    "a clean set of texts": ("ft", CONFIG, lambda c: c.update(clean_index=["x"]), ["ft: clean set"]),
     "a count that is missing": ("", SUMMARY, pop("acc_count"), ["acc"]),
     "weights": ("", "model.safetensors", louder, ["acc", "asr", "racc", "ft: before acc", "npd: before acc"]),
     "weights of another network": ("", "model.safetensors", pop("linear.bias"), ["weights"]),
@@ -124,6 +152,21 @@ def test_every_forgery_is_found_where_it_is(name, copied):
     assert found.status == BROKEN and {*expected} <= {*broken(found)}, broken(found)
     others = [what for what in broken(found) if where and not what.startswith(where)]
     assert others == []
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "[" * 100_000])
+def test_a_summary_that_is_no_object_is_broken(text, copied):
+    for folder in (copied, copied / "defense" / "ft"):
+        (folder / SUMMARY).write_text(text)
+        reseal(folder)
+    found = Verification(copied).run()
+    assert found.status == BROKEN and {"summary", "ft: record"} <= {*broken(found)}
+
+
+def test_a_manifest_that_vouches_for_nothing_is_broken(copied):
+    (copied / MANIFEST).write_text(json.dumps({"schema": schema.SCHEMA, "files": {}}))
+    found = Verification(copied).run()
+    assert found.status == BROKEN and broken(found) == ["files"]
 
 
 def test_damage_ends_the_check_of_a_folder(copied):
@@ -195,7 +238,7 @@ def test_the_script(defended, script):
     root = ("--record_root", str(defended.parent), "--threads", "1", "--device", "cpu")
     for argv, status, word in (
         (["victim", *root], VERIFIED, "victim: verified"),
-        (["../victim", *root], 2, "folder name"),
+        (["../victim", *root], 2, "no folder ../victim"),
         (["victim", "--threads", "-1"], 2, "threads"),
     ):
         found, out, err = script("verify.py", *argv)

@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
 # The runs behind cifar10_cpu.md: CPU recipe, real CIFAR-10, three seeds. About two hours on two cores, best as
 # THREADS=1 and one call a core with different seeds; repeat a call after an interruption, finished runs are skipped.
-# ATTACKS and DEFENSES name others than the first three of each.
+# ATTACKS and DEFENSES name others than the first three of each. DATASETS is a folder that exists.
 #     bash docs/results/cifar10_cpu.sh DATASETS RECORDS [SEED...]
 set -u
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 data=$1 root=$2
 shift 2
+settings() { # those of the table that the recipe has changed since
+  case $1 in
+    sau | at) echo --lr_scheduler constant ;;
+    wanet) echo --epochs 24 ;;
+  esac
+}
 attack() {
   python "$here/attack/$1.py" --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root" \
-    --threads "${THREADS:-0}"
+    --threads "${THREADS:-0}" $(settings "$1")
 }
-defense() { python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --threads "${THREADS:-0}"; }
+defense() {
+  python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --threads "${THREADS:-0}" \
+    $(settings "$1")
+}
 [ $# -gt 0 ] || set -- 0 1 2
 for seed in "$@"; do
   for name in ${ATTACKS:-badnet blended prototype}; do

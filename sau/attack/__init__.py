@@ -14,4 +14,6 @@ ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware)
 }
 
-__all__ = ["ATTACKS", "LF", "SIG", "SSBA", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]
+THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
+
+__all__ = ["ATTACKS", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]

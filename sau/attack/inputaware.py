@@ -67,6 +67,7 @@ class InputAware(Attack):
         "schedulerC_milestones": "steplr_milestones",
         "schedulerC_lambda": "steplr_gamma",
     }
+    nones: ClassVar[dict[str, str]] = {"lr_scheduler": "MultiStepLR"}  # the benchmark's default
 
     clean_train_epochs: int = 25
     lr_G: float = 0.01

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import sau
 from sau.data.cache import cache_folder
 from sau.errors import LockedError, RecordError
-from sau.record.folder import SUMMARY, Record
+from sau.record.folder import Record
 from sau.record.schema import digest
 from sau.session import Session
 
@@ -74,7 +73,7 @@ def _whole(record: Record) -> Made | None:
     try:
         if record.finished:
             record.check()
-            return record.load_tensors(_TENSORS), json.loads((record.path / SUMMARY).read_text())
+            return record.load_tensors(_TENSORS), record.summary()
     except RecordError:
         return None
     return None

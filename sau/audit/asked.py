@@ -50,6 +50,7 @@ class Asked:
             ("scored", self.scored >= 1, "1 and more"),
             ("queries", self.queries >= self.scored, "at least what one question scores, and more"),
             ("seeds", bool(self.seeds) and 0 <= min(self.seeds), "numbers, 0 and more"),
+            ("seeds", len(set(self.seeds)) == len(self.seeds), "each seed once"),
         )
         for name, fine, allowed in rules:
             if not fine:

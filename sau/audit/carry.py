@@ -11,9 +11,9 @@ from sau.audit.case import CONTROL, NONE
 from sau.audit.coefficient import existence, stretched
 from sau.audit.measure import Row
 from sau.audit.plan import Piece, Plan
-from sau.files import write
+from sau.files import loaded, write
 from sau.record.holding import give_back, hold
-from sau.record.schema import plain
+from sau.record.schema import SEAL, digest, plain, signed
 
 PIECES, RESULT = "pieces", "audit.json"
 
@@ -50,9 +50,21 @@ def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str,
     asked = {**asdict(plan.asked), "samples": [len(case.test), len(case.triggered)]}
     attack = case.attack.name if case.attack is not None else None
     found = {"record": case.name, "attack": attack, "networks": networks, "asked": plain(asked), "seconds": seconds}
-    result = {**found, "notes": list(case.notes), "rows": rows}
-    write(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    return result
+    return _keep(out / RESULT, {**found, "about": plain(plan.about), "notes": list(case.notes), "rows": rows})
+
+
+def _keep(place: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write with a seal, by which damage is noticed; returns the content."""
+    write(place, (json.dumps(signed(content), indent=1) + "\n").encode())
+    return content
+
+
+def read(place: Path) -> dict[str, Any]:
+    """What a file of an audit holds; ValueError if it is no such file or damaged, OSError if it cannot be read."""
+    content = loaded(place)
+    if content.pop(SEAL, None) != digest(content):
+        raise ValueError("it is damaged, or another kind of file")
+    return content
 
 
 def _scale(rows: list[Row]) -> None:
@@ -67,9 +79,8 @@ def _scale(rows: list[Row]) -> None:
 def _made(place: Path, piece: Piece) -> dict[str, Any]:
     started = time.monotonic()
     rows = piece.work()
-    kept = {"identity": piece.identity, "rows": rows, "seconds": round(time.monotonic() - started, 2)}
-    write(place, (json.dumps(kept, indent=1) + "\n").encode())
-    return kept
+    seconds = round(time.monotonic() - started, 2)
+    return _keep(place, {"identity": piece.identity, "rows": rows, "seconds": seconds})
 
 
 def _kept(place: Path, piece: Piece, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -77,10 +88,10 @@ def _kept(place: Path, piece: Piece, say: Callable[[str], None]) -> dict[str, An
     if not place.is_file():
         return None
     try:
-        kept: dict[str, Any] = json.loads(place.read_text())
-        if kept["identity"] == piece.identity and isinstance(kept["rows"], list):
-            return {"rows": kept["rows"], "seconds": float(kept["seconds"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = read(place)
+        if kept["identity"] == piece.identity:
+            return kept
+    except (OSError, ValueError, KeyError):
         pass
     say(f"{place} is damaged; it is made again")
     return None

@@ -1,8 +1,9 @@
 """What an audit looks at: the networks of a record, and what its attacker has."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,7 @@ class Case:
         triggered: triggered ones, the target class left out; `index` is the place in `test`.
         augment: how training pictures are augmented.
         notes: what there is to say about the pictures, like that they are a subset.
+        about: data set, network and settings of the attack: all but the seed.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Case:
     triggered: Images
     augment: Augment
     notes: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def controls(self) -> list[Network]:
@@ -114,7 +117,7 @@ def open_case(
 
     Raises RecordError for a clean network, an attacked control or one of other pictures, and for want of poisons.
     """
-    attacked = victim.load(place)
+    attacked, there = victim.load(place), torch.device(where)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, notes = attacked.pictures(dataset_path or attacked.dataset_path)
@@ -126,7 +129,6 @@ def open_case(
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test pictures has a triggered version; measure on more")
-    there = torch.device(where)
     return Case(
         name=attacked.path.name,
         digest=attacked.digest,
@@ -138,7 +140,13 @@ def open_case(
         triggered=triggered.to(there),
         augment=source(attacked.dataset).augment,
         notes=tuple(notes),
+        about=_about(attacked),
     )
+
+
+def _about(attacked: victim.Victim) -> dict[str, Any]:
+    network = {f"network_{key}": attacked.network[key] for key in ("name", "classes", "width")}
+    return {"dataset": attacked.dataset, **network, **(attacked.settings or {})}
 
 
 def _models(

@@ -56,6 +56,7 @@ class Plan:
         self.case, self.asked, self.measure = case, asked, Measure(case, asked)
         pictures = {"test": fingerprint(case.test), "poisons": fingerprint(case.poisons)}
         self.common = {"attack": case.digest, "triggered": fingerprint(case.triggered), **pictures}
+        self.about = {**case.about, "test": pictures["test"]}  # what audits that are compared must agree in
 
     def pieces(self) -> list[Piece]:
         """All of them, part by part."""

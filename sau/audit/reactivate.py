@@ -32,14 +32,14 @@ def universal(
         models: frozen, in eval mode; each step asks the next one in turn.
         pictures: what D is fitted to; their labels are where it shall lead.
         budgets: radii of the ball in [0, 1] pixels.
-        steps: gradient steps for each budget, of 128 pictures.
+        steps: gradient steps of each network for each budget, of 128 pictures.
         seed: of the start and the order of pictures.
     """
     draw = generator(seed)
     delta = noise(pictures, budgets[0], draw)
     batches, turn = _batches(len(pictures), draw), 0
     for eps in budgets:
-        for _ in range(steps):
+        for _ in range(steps * len(models)):
             batch = next(batches)
             x, t = to_float(pictures.pixels[batch]), pictures.labels[batch]
             delta = (delta - eps * _gradient(models[turn % len(models)], x, t, delta)).clamp(-eps, eps)

@@ -1,5 +1,6 @@
 """Audits as tables: a row for each network, a column for each step of what the attacker spent, means over seeds."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +24,25 @@ TITLES: dict[Key, str] = {
 
 
 def curves(audits: Sequence[Audit]) -> dict[Key, dict[str, dict[Any, Spread]]]:
-    """ASR by part and curve, network, and what the attacker spent: one value for each audit and seed."""
+    """ASR by part and curve, network, and what the attacker spent: one value for each audit, or draw of a lone one."""
     found: dict[Key, dict[str, dict[Any, list[float]]]] = {}
-    for row in _rows(audits):
-        if "asr" in row:
-            line = found.setdefault((row["part"], row["curve"]), {}).setdefault(row["network"], {})
-            line.setdefault(row["x"], []).append(row["asr"])
+    for audit in audits:
+        drawn: dict[tuple[Key, str, Any], list[float]] = {}
+        for row in audit["rows"]:
+            if "asr" in row:
+                drawn.setdefault(((row["part"], row["curve"]), row["network"], row["x"]), []).append(row["asr"])
+        for (key, network, x), values in drawn.items():
+            line = found.setdefault(key, {}).setdefault(network, {})
+            line.setdefault(x, []).extend(_independent(values, audits))
     return {
         key: {network: {x: Spread(tuple(values)) for x, values in line.items()} for network, line in lines.items()}
         for key, lines in found.items()
     }
+
+
+def _independent(values: Sequence[float], audits: Sequence[Audit]) -> Sequence[float]:
+    """Draws of the attacker's on one network do not count as networks where several are compared."""
+    return values if len(audits) == 1 else [statistics.mean(values)]
 
 
 def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, Spread | None]]:
@@ -47,7 +57,9 @@ def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, Spread | None]]
 
 def tables(audits: Sequence[Audit]) -> str:
     """Markdown: ASR in percent for every part, then BEC; mean ± standard deviation where there are several seeds."""
-    texts = []
+    n, draws = len(audits), len(audits[0]["asked"]["seeds"])
+    over = f"{n} attacked networks" if n > 1 else f"{draws} draws of the attacker's"
+    texts = [f"Mean ± standard deviation over {over}."] if n > 1 or draws > 1 else []
     for key, lines in curves(audits).items():
         steps = list(dict.fromkeys(x for line in lines.values() for x in line))
         heads = ["network", *(_step(key[0], x) for x in steps)]
@@ -68,8 +80,11 @@ def _rows(audits: Iterable[Audit]) -> Iterable[Row]:
 
 
 def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> Spread | None:
-    rows = (row for row in _rows(audits) if (row["part"], row["curve"]) == key)
-    return spread([row["acc"] for row in rows if (row["network"], row["x"]) == (network, x)])
+    values: list[float | None] = []
+    for audit in audits:
+        rows = (row for row in audit["rows"] if (row["part"], row["curve"]) == key)
+        values += _independent([row["acc"] for row in rows if (row["network"], row["x"]) == (network, x)], audits)
+    return spread(values)
 
 
 def _step(part: str, x: Any) -> str:

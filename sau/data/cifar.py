@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ def cifar100(root: Path) -> tuple[Images, Images]:
     return _cifar(root, "cifar100", CIFAR100)
 
 
+def find_cifar10(root: Path) -> Path:
+    """The folder of the files; downloaded as by `cifar10`."""
+    from torchvision.datasets import CIFAR10
+
+    return _folder(root, "cifar10", CIFAR10)
+
+
+def find_cifar100(root: Path) -> Path:
+    """The folder of the files; downloaded as by `cifar100`."""
+    from torchvision.datasets import CIFAR100
+
+    return _folder(root, "cifar100", CIFAR100)
+
+
+def _folder(root: Path, name: str, dataset: Any) -> Path:
+    return _find(root, name) or _download(root / name, dataset)
+
+
 def test_split(name: str, root: Path) -> Images | None:
     """The test pictures alone, for a quick look: no download (None if they are nowhere under `root`), no sum checked.
 
@@ -75,7 +94,7 @@ def test_split(name: str, root: Path) -> Images | None:
 
 def _cifar(root: Path, name: str, dataset: Any) -> tuple[Images, Images]:
     _, _, label_key, classes = _FILES[name]
-    folder = _find(root, name) or _download(root / name, dataset)
+    folder = _folder(root, name, dataset)
 
     def split(files: list[list[str]], pictures: int) -> Images:
         share = pictures // len(files)
@@ -147,12 +166,19 @@ def _find(root: Path, name: str) -> Path | None:
 def _download(root: Path, dataset: Any) -> Path:
     from torchvision.datasets.utils import download_and_extract_archive
 
+    place = root.parent
+    if not place.is_dir() and (place.name != "data" or not place.parent.is_dir()):  # the default, ./data, is made
+        raise DataError(f"there is no folder {place} for {dataset.filename}; make it or mend --dataset_path")
+    ours = [folder for folder in (root, place) if not folder.exists()]
     print(f"downloading {dataset.filename} to {root}")
     try:
         download_and_extract_archive(dataset.url, str(root), filename=dataset.filename, md5=dataset.tgz_md5)
     except (OSError, RuntimeError) as error:
+        with suppress(OSError):  # what is in them stays
+            for folder in ours:
+                folder.rmdir()
         raise DataError(
-            f"no {dataset.base_folder} under {root.parent} and the download failed ({error}); "
+            f"no {dataset.base_folder} under {place} and the download failed ({error}); "
             "name the folder with --dataset_path, or try --dataset digits, which needs no files"
         ) from None
     return root / dataset.base_folder

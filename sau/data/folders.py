@@ -25,7 +25,7 @@ def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
         DataError: a folder, a CSV or a picture is missing, malformed or damaged; one line names it, as in every
             function of this module.
     """
-    base, signs, finals = _find_gtsrb(Path(root).absolute())
+    base, signs, finals = find_gtsrb(root)
     train, test = Split(base), Split(base)
     for label in range(_SIGNS):
         place = signs / f"{label:05d}"
@@ -36,8 +36,9 @@ def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
     return _load("gtsrb", size, train, test, _SIGNS)
 
 
-def _find_gtsrb(root: Path) -> tuple[Path, Path, Path]:
+def find_gtsrb(root: Path) -> tuple[Path, Path, Path]:
     """The folder of the data set, of its training classes and of its test pictures."""
+    root = Path(root).absolute()
     for base in (root / "gtsrb", root, *([root.parent] if root.name == "GTSRB" else [])):
         for train, test in _LAYOUTS:
             if (base / train).is_dir():
@@ -55,11 +56,7 @@ def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
     There are as many classes as ids. The test pictures are those of `val`: val/images with val_annotations.txt, or
     val/<id>.
     """
-    root, name = Path(root).absolute(), "tiny-imagenet-200"
-    bases = [base for base in (root / "tiny" / name, root / "tiny", root / name, root) if (base / "train").is_dir()]
-    if not bases:
-        raise DataError(f"no Tiny ImageNet in {root}: there is no folder {name}/train, tiny/{name}/train or train")
-    base = bases[0]
+    base = find_tiny(root)
     train, test, wnids = Split(base), Split(base), base / "wnids.txt"
     ids = train.text(wnids).split()
     if len(set(ids)) != len(ids) or not all(one.isalnum() for one in ids):
@@ -76,6 +73,15 @@ def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
     return _load("tiny", size, train, test, len(classes))
 
 
+def find_tiny(root: Path) -> Path:
+    """The folder of the data set."""
+    root, name = Path(root).absolute(), "tiny-imagenet-200"
+    for base in (root / "tiny" / name, root / "tiny", root / name, root):
+        if (base / "train").is_dir():
+            return base
+    raise DataError(f"no Tiny ImageNet in {root}: there is no folder {name}/train, tiny/{name}/train or train")
+
+
 def _add_classes(split: Split, place: Path, classes: dict[str, int]) -> None:
     """Append place/<class>/images/*, or place/<class>/* where there is no folder images."""
     for name, label in classes.items():
@@ -89,10 +95,7 @@ def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
     Hidden files and files beside the class folders are ignored. Names that look alike are refused, for on another disk
     they would be one file and the data set another one.
     """
-    root = Path(root).absolute()
-    for half in ("train", "test"):
-        if not (root / half).is_dir():
-            raise DataError(f"there is no folder {root / half}; needed are train/<class>/* and test/<class>/*")
+    root = find_folder(root)
     classes, others = class_folders(root / "train"), class_folders(root / "test")
     distinct(root, dict.fromkeys([*classes, *others]))
     same_classes(root / "train", classes, root / "test", others)
@@ -105,6 +108,15 @@ def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
             distinct(root / half / name, [file.name for file in files])
             split.add((label, file) for file in files)
     return _load("folder", size, splits["train"], splits["test"], len(classes))
+
+
+def find_folder(root: Path) -> Path:
+    """The folder itself, if it has the two that it needs."""
+    root = Path(root).absolute()
+    for half in ("train", "test"):
+        if not (root / half).is_dir():
+            raise DataError(f"there is no folder {root / half}; needed are train/<class>/* and test/<class>/*")
+    return root
 
 
 def labelled(root: Path, size: int = 32) -> Images:

@@ -4,14 +4,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from sau.data.augment import Augment
-from sau.data.cifar import cifar10, cifar100
-from sau.data.folders import folder, gtsrb, tiny
+from sau.data.cifar import cifar10, cifar100, find_cifar10, find_cifar100
+from sau.data.folders import find_folder, find_gtsrb, find_tiny, folder, gtsrb, tiny
 from sau.data.images import Images, quantise
 from sau.errors import ConfigError, DataError
 
@@ -27,6 +28,7 @@ class Source:
         augment: crop and flip of the training pictures.
         read: (folder, size) -> (train, test).
         resizes: whether its pictures can be read at another size.
+        find: looks for its files below a folder, downloads what can be, and raises DataError if there is nothing.
     """
 
     size: int
@@ -35,6 +37,7 @@ class Source:
     augment: Augment
     read: Callable[[Path, int], tuple[Images, Images]]
     resizes: bool = False
+    find: Callable[[Path], Any] = lambda root: None
 
 
 def source(name: str) -> Source:
@@ -78,13 +81,18 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
     if index_file is not None:
         picked = _read_indices(Path(index_file), n)
     else:
-        if not 0 < ratio <= 1:
-            raise ConfigError(f"ratio (clean share) is {ratio}, allowed is above 0 and up to 1")
+        check_share(ratio)
         picked = random.Random(seed).sample(range(n), int(ratio * n))
     if not picked:
         reason = f"{index_file} names none" if index_file else f"{ratio} of {n} is less than one; use a larger --ratio"
         raise DataError(f"the clean set is empty: {reason}")
     return images[torch.tensor(picked, device=images.labels.device)]
+
+
+def check_share(ratio: float) -> None:
+    """ConfigError if a data set cannot have such a share of clean pictures."""
+    if not 0 < ratio <= 1:
+        raise ConfigError(f"ratio (clean share) is {ratio}, allowed is above 0 and up to 1")
 
 
 def _read_indices(path: Path, n: int) -> list[int]:
@@ -117,12 +125,21 @@ def _digits(root: Path, size: int) -> tuple[Images, Images]:
 _NATURAL = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of CIFAR-10
 
 SOURCES = {
-    "cifar10": Source(32, *_NATURAL, Augment(padding=4, flip=True), lambda root, size: cifar10(root)),
-    "cifar100": Source(
-        32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(4), lambda root, size: cifar100(root)
+    "cifar10": Source(
+        32, *_NATURAL, Augment(padding=4, flip=True), lambda root, size: cifar10(root), find=find_cifar10
     ),
-    "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True),
-    "tiny": Source(64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), Augment(4), tiny, resizes=True),
-    "folder": Source(32, *_NATURAL, Augment(4), folder, resizes=True),
+    "cifar100": Source(
+        32,
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        Augment(4),
+        lambda root, size: cifar100(root),
+        find=find_cifar100,
+    ),
+    "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True, find=find_gtsrb),
+    "tiny": Source(
+        64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), Augment(4), tiny, resizes=True, find=find_tiny
+    ),
+    "folder": Source(32, *_NATURAL, Augment(4), folder, resizes=True, find=find_folder),
     "digits": Source(32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits),
 }

@@ -27,7 +27,7 @@ from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.inputs import Augmentation, unaugmented
 from sau.defense.masks import Perturbable
-from sau.optim import Training
+from sau.optim import DESCENT, Training
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels
 
@@ -62,6 +62,10 @@ class ANP(Defense):
     """
 
     name: ClassVar[str] = "anp"
+    ignored: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(DESCENT, "the masks are trained by sgd for nb_iter updates at a constant lr"),
+        "print_every": f"progress is said every {CHUNK} iterations",
+    }
 
     nb_iter: int = 2000
     lr: float = 0.01

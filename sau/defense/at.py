@@ -23,7 +23,7 @@ from sau.types import Labels, Pixels
 @dataclass(frozen=True, kw_only=True)
 class AT(Tuning):
     """Train on clean pictures and on the worst ones around them. The usual robust training is `--weight_clean 0
-    --eps 0.0314 --adv_lr 0.0078 --pgd_init random --clip_pixels true`.
+    --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.
 
     Args:
         weight_clean: weight of the clean loss.

@@ -30,6 +30,7 @@ class Defense(Method, ABC):
     """A defense is its `run`; `purify` is the same for all."""
 
     needs: ClassVar[Literal["clean", "poisoned"]] = "clean"  # what `data` holds: clean pictures, or the attacker's
+    looks: ClassVar[bool] = True  # whether the pictures decide anything
 
     batch_size: int = 256
 

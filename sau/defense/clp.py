@@ -35,6 +35,7 @@ class CLP(Outliers):
     """
 
     name: ClassVar[str] = "clp"
+    looks: ClassVar[bool] = False
 
     pairing: Literal["traced", "order"] = "traced"
 

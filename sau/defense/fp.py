@@ -39,6 +39,11 @@ class FP(FT):
     """
 
     name: ClassVar[str] = "fp"
+    ignored: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("num_classes", "input_height", "input_width", "input_channel", "attack", "poison_rate", "target_type")
+        + ("target_label", "trigger_type"),
+        "the record knows classes, pictures and attack",
+    )
 
     unit: Unit = "linear_input"
     acc_ratio: float = 0.1

@@ -76,6 +76,12 @@ class FTSAM(Tuning):
 
     name: ClassVar[str] = "ft-sam"
     aliases: ClassVar[dict[str, str]] = {"rho_max": "rho"}
+    ignored: ClassVar[dict[str, str]] = {
+        "rho_min": "rho stays as it is",
+        "print_freq": "every round is said",
+        "checkpoint_path": "the checkpoint lies in the record",
+        "bd_yaml_path": "the record knows the attack; settings stand in --yaml_path",
+    }
 
     augment: bool = True
     rho: float = 2.0

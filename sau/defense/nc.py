@@ -82,6 +82,13 @@ class NC(FT, Inversion):
     """
 
     name: ClassVar[str] = "nc"
+    ignored: ClassVar[dict[str, str]] = {
+        "cleaning_ratio": "--ratio says how many clean pictures there are",
+        "EPSILON": "it is 1e-7, as in the benchmark",
+        "use_norm": "the norm of a mask is its sum",
+        "to_file": "what is found stands in the log",
+        "n_times_test": "a test set is evaluated once",
+    }
 
     augment_inversion: bool = False
     index_threshold: float = 2.0

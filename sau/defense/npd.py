@@ -61,6 +61,11 @@ class NPD(Tuning):
         "norm_type": "norm",
         "inner_steps": "adv_steps",
     }
+    ignored: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("target_lab", "target_class"), "the attacked class is not known; the runner-up stands in"),
+        **dict.fromkeys(("model_name", "use_residual"), "the polarizer is a 1x1 convolution with a batch norm"),
+        "max_init": "the search starts at zero",
+    }
 
     epochs: int = 50
     batch_size: int = 128

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.models import full_precision
+from sau.optim import DESCENT
 from sau.session import Session
 from sau.types import Loader, Pixels
 
@@ -39,6 +40,8 @@ class Outliers(Defense):
         u_num: how many values of u the oracle tries.
         acc_ratio: share of the test accuracy that the oracle may lose, 0 to 1.
     """
+
+    ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
     u: float = 3.0
     zero_shift: bool = True

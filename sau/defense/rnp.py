@@ -26,7 +26,7 @@ from sau.data.images import Batches
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.inputs import unaugmented
-from sau.optim import Training
+from sau.optim import DESCENT, Training
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels
 
@@ -57,6 +57,11 @@ class RNP(Defense):
     """
 
     name: ClassVar[str] = "rnp"
+    ignored: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
+        "pruning_by": "masks are pruned up to a threshold, --pruning_number",
+        "mask_file": "the masks lie in the record",
+    }
 
     augment: bool = True
     unlearning_epochs: int = 20

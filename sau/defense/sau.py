@@ -1,12 +1,13 @@
-"""SAU, Shared Adversarial Unlearning (Wei, Zhang, Zha, Wu, NeurIPS 2023), as its authors released it.
+"""SAU, Shared Adversarial Unlearning (Wei, Zhang, Zha, Wu, NeurIPS 2023).
 
 With h the network being purified (softmax p), h_b the backdoored one (softmax q), a ball S and clean pairs (x, y):
 
-    inner   max_{e in S}  b1 * 1/2 [CE(h(x+e), y) + CE(h_b(x+e), y)]  -  b2 * JS(p(x+e), q(x+e))
-    outer   min_h         l1 * CE(h(x), y)  +  l2 * CE(h(x+e), y)  +  l3 * 1[s != y] * -log(1 - p_s(x+e))
+    inner   max_{e in S}  l3 * 1/2 [CE(h(x+e), y) + CE(h_b(x+e), y)]  -  l4 * JS(p(x+e), q(x+e))
+    outer   min_h         l1 * CE(h(x), y)  +  l2 * 1[s != y] * -log(1 - p_s(x+e)),     s = argmax h_b(x+e)
 
-where s = argmax h_b(x+e). An example is shared (type I) if both networks answer the same wrong class; the outer problem
-makes h either right on it or wrong in another way than h_b.
+An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
+or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels` and
+`outer_mask` are where its released code departs from them, and stand as released.
 """
 
 import copy
@@ -29,9 +30,9 @@ BUCKET = 32  # every new batch size costs the convolutions a set-up, so the sear
 CHUNK = 128  # pictures searched at once on the CPU, whose caches do not hold the activations of more
 
 
-def jensen_shannon(u: Logits, v: Logits) -> PerImage:
+def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
     """JS divergence, in nats, of the softmax of two logits; probabilities are clamped at 1e-8 from below."""
-    p, q = u.softmax(1).clamp_min(1e-8), v.softmax(1).clamp_min(1e-8)
+    p, q = z.softmax(1).clamp_min(1e-8), z_ref.softmax(1).clamp_min(1e-8)
     m = (p + q) / 2
     return 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
 
@@ -121,7 +122,7 @@ class SAU(Tuning):
         return {"model": model.eval(), "reference": reference, "descent": descent, **searched(model)}
 
     def passes(self) -> float:
-        return 4 * self.adv_steps + 7.0
+        return 4 * self.adv_steps + 8.0
 
     def splits(self) -> bool:
         return self.outer_steps == 1
@@ -166,20 +167,20 @@ class SAU(Tuning):
         for active in torch.arange(n, device=x.device).split(CHUNK if plain else n):
             for _ in range(self.adv_steps):
                 d = delta[active].requires_grad_()
-                u, v = model(x[active] + d), reference(x[active] + d)
-                a, r = u.argmax(1), v.argmax(1)
-                fooled, fooled_ref = a != base[active], r != base_ref[active]
-                shared = fooled & fooled_ref & (a == r)
-                keep, keep_ref, keep_pair = (~fooled, ~fooled_ref, ~shared) if self.stop_fooled else (True, True, True)
-                err = keep * F.cross_entropy(u, y[active], reduction="none")
-                err_ref = keep_ref * F.cross_entropy(v, y[active], reduction="none")
-                apart = keep_pair * jensen_shannon(u, v)
-                loss = self.inner_shared * apart.sum() / n - self.inner_adv * (err.sum() + err_ref.sum()) / (2 * n)
+                z, z_ref = model(x[active] + d), reference(x[active] + d)
+                answer, answer_ref = z.argmax(1), z_ref.argmax(1)
+                fooled, fooled_ref = answer != base[active], answer_ref != base_ref[active]
+                shared = fooled & fooled_ref & (answer == answer_ref)
+                keep, keep_ref, keep_js = (~fooled, ~fooled_ref, ~shared) if self.stop_fooled else (True, True, True)
+                ce = keep * F.cross_entropy(z, y[active], reduction="none")
+                ce_ref = keep_ref * F.cross_entropy(z_ref, y[active], reduction="none")
+                js = keep_js * jensen_shannon(z, z_ref)
+                loss = self.inner_shared * js.sum() / n - self.inner_adv * (ce.sum() + ce_ref.sum()) / (2 * n)
                 (gradient,) = torch.autograd.grad(loss, d)  # with respect to d alone: no weight gradients
                 moved = project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps)
                 delta[active] = into_pixels(x[active], moved) if self.clip_pixels else moved
                 if plain and self.stop_fooled:
-                    s[active] = r  # final where shared, else found anew below
+                    s[active] = answer_ref  # final where shared, else found anew below
                     if (left := int((~shared).sum())) == 0:
                         break
                     active = active[shared.argsort(stable=True)[: -(-left // BUCKET) * BUCKET]]

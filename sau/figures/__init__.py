@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which readers with any colour vision tell apart; line styles repeat what colours say.
 """
 
+import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,15 +14,17 @@ from sau.figures.curves import curves, risks, types
 from sau.figures.examples import examples
 from sau.figures.features import features
 from sau.figures.pictures import pictures
+from sau.files import write
 
 __all__ = ["audit", "curves", "examples", "features", "pictures", "risks", "save", "types"]
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg, close the figure, and return the two paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
     for path in paths:
-        figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+        drawn, dated = io.BytesIO(), {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, bbox_inches="tight", metadata=dated)
+        write(path, drawn.getvalue())  # a link that lies there is replaced and not followed
     plt.close(figure)
     return paths

@@ -11,6 +11,7 @@ from sau.data.images import Images
 from sau.errors import RecordError, SauError
 from sau.foreign import torchfile as foreign
 from sau.foreign.compat_pictures import Part, fields, show
+from sau.foreign.weights import fit
 from sau.models import build
 
 RESULT = "attack_result.pt"
@@ -131,10 +132,4 @@ def _tensor(value: Any, own: Tensor, name: str) -> Tensor:
     value = Tensor.detach(value)  # the file may have given the object attributes of its own
     if value.shape != own.shape:
         raise RecordError(f"{name} has shape {list(value.shape)[:8]}, but the network has {list(own.shape)}")
-    types = (torch.float32, torch.float16, torch.bfloat16) if own.is_floating_point() else (own.dtype,)
-    if value.dtype not in types:
-        raise RecordError(f"{name} has type {value.dtype}, allowed is {' or '.join(map(str, types))}")
-    value = value.to(own.dtype).contiguous()
-    if not bool(torch.isfinite(value).all()) or (name.endswith("running_var") and bool((value < 0).any())):
-        raise RecordError(f"{name} holds a value that is not finite, or a negative variance")
-    return value
+    return fit(value, own, name)

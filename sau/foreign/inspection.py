@@ -14,10 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from sau.data.sources import SOURCES
-from sau.errors import RecordError
+from sau.errors import RecordError, printable
 from sau.files import write
 from sau.foreign import pickles, weights
 from sau.foreign import torchfile as foreign
@@ -53,16 +51,17 @@ def inspect(path: Path, to: Path | None = None) -> Report:
     child = context.Process(target=_work, args=(there, path, to is not None), daemon=True)
     child.start()
     there.close()
+    deadline = time.monotonic() + SECONDS
     try:
-        deadline = time.monotonic() + SECONDS
         report: Report = json.loads(_receive(here, deadline))
         if to is not None and report["status"] == HARMLESS:
             write(to, _receive(here, deadline))
-    except EOFError:
-        child.join(1)
+    except (EOFError, OSError):
+        late = time.monotonic() >= deadline
+        child.join(0 if late else 2)  # a process that ends by itself is soon gone
         if child.exitcode == 1:
             raise RuntimeError(f"reading {path} failed by a fault of the program; its traceback stands above") from None
-        reason = f"it took more than {SECONDS} seconds" if child.exitcode is None else "it took too much memory or time"
+        reason = f"it took more than {SECONDS} seconds" if late else "it took too much memory or time"
         report = {**_outside(path), "status": SUSPICIOUS, "verdict": f"suspicious: {reason} to read, and was stopped"}
     finally:
         child.kill()
@@ -80,29 +79,33 @@ def _receive(here: Connection, deadline: float) -> bytes:
 def _work(there: Connection, path: Path, convert: bool) -> None:
     """What the process does."""
     torchvision_names()  # imported now, because its import looks for a folder to write to
-    device.confine(MEMORY + 8 * path.stat().st_size, SECONDS)
+    content = b""
     try:
+        device.confine(MEMORY + 8 * path.stat().st_size, SECONDS)
         report, found, known = look(path)
+        if convert and found is not None and report["status"] == HARMLESS:
+            try:
+                content = found.packed(known.prefix if known else "")
+            except RecordError as error:
+                report |= {"status": UNREADABLE, "verdict": f"harmless to open, but not to be converted: {error}"}
+        answer = json.dumps(report).encode()
     except MemoryError:
         os._exit(SUSPICIOUS + 1)
-    there.send_bytes(json.dumps(report).encode())
-    if convert and found is not None and report["status"] == HARMLESS:
-        names = {name: known.prefix + name for name in _names(found, known)} if known else {n: n for n in found.tensors}
-        content = {name: found.tensors[place].contiguous().clone() for name, place in names.items()}
-        there.send_bytes(safetensors.torch.save(content))
-
-
-def _names(found: weights.Weights, known: Guess) -> list[str]:
-    return [place.removeprefix(known.prefix) for place in found.tensors if place.startswith(known.prefix)]
+    except Exception as error:  # what nobody thought of is the file's doing, too
+        verdict = f"unreadable: {type(error).__name__}: {ascii(str(error))[1:-1][:160]}"
+        answer = json.dumps({**_outside(path), "status": UNREADABLE, "verdict": verdict}).encode()
+    there.send_bytes(answer)
+    if content:
+        there.send_bytes(content)
 
 
 def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
     """The report of `inspect`, made in this process; what could be read, and the network that it is."""
     report = _outside(path)
-    if report["bytes"] > foreign.LARGEST:
-        fault = f"it has {report['bytes']:,} bytes, allowed are {foreign.LARGEST:,}"
-        return {**report, "status": UNREADABLE, "verdict": f"unreadable: {fault}"}, None, None
-    raw = path.read_bytes()
+    try:
+        raw = foreign.content(path)
+    except RecordError as error:
+        return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}, None, None
     report["sha256"], report["imports"] = hashlib.sha256(raw).hexdigest(), pickles.imports(raw)
     report["refused"] = sorted({*report["imports"]} - pickles.allowed())
     scripted = pickles.scripted(raw)
@@ -113,7 +116,7 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
         if scripted:
             verdict, status = "suspicious: it holds TorchScript, a program, and not only weights", SUSPICIOUS
         elif report["refused"]:
-            names = ", ".join(ascii(name)[1:-1][:60] for name in report["refused"][:3])
+            names = ", ".join(_short(name)[:60] for name in report["refused"][:3])
             verdict, status = f"suspicious: an ordinary reader of it would import {names}", SUSPICIOUS
         return {**report, "status": status, "verdict": verdict}, None, None
     known = guess(found)
@@ -139,7 +142,7 @@ def _outside(path: Path) -> Report:
 def _verdict(report: Report) -> Report:
     broken = sum(tensor["nan"] > 0 for tensor in report["tensors"])
     if report["refused"]:  # read without them, but another reader may come to them
-        names = ", ".join(ascii(name)[1:-1][:60] for name in report["refused"][:3])
+        names = ", ".join(_short(name)[:60] for name in report["refused"][:3])
         return {"status": SUSPICIOUS, "verdict": f"suspicious: beside its weights it would import {names}"}
     if not report["tensors"]:
         return {"status": UNREADABLE, "verdict": "unreadable: there is no tensor in it"}
@@ -153,7 +156,9 @@ def _normalisation(found: weights.Weights) -> Report | None:
     """Mean and standard deviation, from tensors of these names or from a data set that the file names."""
     for place, mean in found.tensors.items():
         std = found.tensors.get(f"{place.removesuffix('mean')}std")
-        if place.split(".")[-1] in ("mean", "new_mean") and std is not None and mean.numel() == std.numel() <= 3:
+        if place.split(".")[-1] not in ("mean", "new_mean") or std is None or not mean.numel() == std.numel() <= 3:
+            continue
+        if mean.dtype.is_floating_point and std.dtype.is_floating_point:
             return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist(), "from": place}
     named = found.texts.get("clean_data")
     if named not in SOURCES:
@@ -161,27 +166,33 @@ def _normalisation(found: weights.Weights) -> Report | None:
     return {"mean": list(SOURCES[named].mean), "std": list(SOURCES[named].std), "from": f"clean_data, {named}"}
 
 
+def _short(name: str) -> str:
+    """A name from the file, for the screen: whatever it is, it moves no cursor and forges no line."""
+    return ascii(name)[1:-1][:100]
+
+
 def text(report: Report) -> str:
     """The report for people; the verdict is its last line."""
     network, norm = report["network"], report["normalisation"]
-    imports = [name + (" (REFUSED)" if name in report["refused"] else "") for name in report["imports"]]
-    lines = [f"{report['path']}: {report['bytes']:,} bytes", f"SHA-256   {report['sha256'] or 'not computed'}"]
+    imports = [_short(name) + (" (REFUSED)" if name in report["refused"] else "") for name in report["imports"]]
+    lines = [f"{printable(report['path'])}: {report['bytes']:,} bytes"]
+    lines.append(f"SHA-256   {report['sha256'] or 'not computed'}")
     lines.append(f"format    {report['format'] or 'not recognised'}")
-    lines += [f"imports   {ascii(name)[1:-1][:100]}" for name in imports] or ["imports   nothing"]
+    lines += [f"imports   {name}" for name in imports] or ["imports   nothing"]
     for tensor in report["tensors"]:
         nan = f"  {tensor['nan']} NaN" if tensor["nan"] else ""
-        lines.append(f"tensor    {ascii(tensor['name'])[1:-1][:100]}  {tensor['shape']}  {tensor['dtype']}{nan}")
+        lines.append(f"tensor    {_short(tensor['name'])}  {tensor['shape']}  {tensor['dtype']}{nan}")
     total = sum(tensor["values"] for tensor in report["tensors"])
     lines.append(
         f"tensors   {len(report['tensors'])}, {total:,} values, {sum(t['nan'] for t in report['tensors'])} NaN"
     )
     width = f", width {network['width']}" if network and network["width"] else ""
     lines.append(
-        f"network   {network['name']}{width}, {network['classes']} classes, names under {network['prefix']!r}"
+        f"network   {network['name']}{width}, {network['classes']} classes, names under '{_short(network['prefix'])}'"
         if network else "network   none of those known here"
     )  # fmt: skip
     given = (
-        f"mean {norm['mean']}, std {norm['std']}, by {norm['from']}"
+        f"mean {norm['mean']}, std {norm['std']}, by {_short(norm['from'])}"
         if norm
         else "not in the file; whoever made it knows"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, RecordError
 from sau.foreign import weights
 from sau.models import has_width
 from sau.models.guess import guess, plain
@@ -31,8 +31,22 @@ def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]
         net, name = plain(known.name, known.classes, known.width), known.name
     else:
         net, name = plain(run.arch, classes, _width(found) if has_width(run.arch) else None), run.arch
-    net.load_state_dict(found.of(net.state_dict()))
+    own = net.state_dict()
+    try:
+        found.fitting(own)
+    except RecordError as error:
+        raise RecordError(f"{error}{_instead(found)}") from None
+    net.load_state_dict(found.of(own))
     return net.eval(), found, name
+
+
+def _instead(found: weights.Weights) -> str:
+    """What to say of weights that are another network's than the one that was named."""
+    known = guess(found)
+    if known is None:
+        return ""
+    width = f", width {known.width}" if known.width else ""
+    return f"; its tensors fit {known.name}{width}, which --arch auto finds"
 
 
 def _imported(run: OwnRun) -> nn.Module:

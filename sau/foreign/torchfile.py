@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import _weights_only_unpickler as torchs
 from torch.overrides import TorchFunctionMode
 from torch.serialization import safe_globals
 
 from sau.errors import RecordError
+from sau.files import read
 
 LARGEST = 2 << 30  # bytes of a file; the largest network of the benchmark has 1.2 GB
 MEMBERS = 10_000  # of the archive; the network with the most tensors has 967
@@ -101,11 +103,9 @@ class _Few(TorchFunctionMode):
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes; RecordError if it cannot be read or is larger than `LARGEST`."""
+    """A file's bytes; RecordError if it cannot be read, is no plain file or is larger than `LARGEST`."""
     try:
-        if (size := path.stat().st_size) > LARGEST:
-            raise RecordError(f"{path} has {size:,} bytes, allowed are {LARGEST:,}")
-        return path.read_bytes()
+        return read(path, LARGEST)
     except OSError as error:
         raise RecordError(f"{path} {_reason(error)}") from None
 
@@ -128,10 +128,35 @@ def load(path: Path, old: bool = False, raw: bytes | None = None) -> tuple[Any, 
             _check(raw)
         with safe_globals(ALLOWED), warnings.catch_warnings(), _Few():
             warnings.simplefilter("ignore")  # what torch warns of, like sparse tensors, is refused later
+            if raw.startswith(LEGACY):
+                _check_legacy(raw)
             found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise a dozen types on damaged files
         raise RecordError(f"{path} {_reason(error)}") from None
     return found, hashlib.sha256(raw).hexdigest()
+
+
+def _check_legacy(raw: bytes) -> None:
+    """Refuse a file of torch before 1.6 without content for a storage: whatever was in that memory would be weights.
+
+    It is pickles one after the other, the fourth with what was saved, the fifth with the names of the storages that
+    follow. torch fills those that are named; here the names have to be those of all that the fourth makes.
+    """
+    stream, sizes = io.BytesIO(raw), dict[str, int]()
+
+    def storage(saved: Any) -> Any:
+        _, kind, name, _, count, _ = saved
+        sizes[name] = count * kind.dtype.itemsize
+        if not 0 <= sizes[name] <= len(raw):
+            raise ValueError(f"a storage of it claims {sizes[name]:,} bytes, more than the file has")
+        empty = torch.UntypedStorage(sizes[name], device="meta")
+        return torch.storage.TypedStorage(wrap_storage=empty, dtype=kind.dtype, _internal=True)
+
+    readers = [torchs.Unpickler(stream, encoding="utf-8") for _ in range(5)]
+    readers[3].persistent_load = storage  # type: ignore[method-assign]
+    *_, named = (reader.load() for reader in readers)
+    if sorted(named) != sorted(sizes) or sum(sizes.values()) > len(raw):
+        raise ValueError("some of its storages have no content in it")
 
 
 def _check(raw: bytes) -> None:

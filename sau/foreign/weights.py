@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from sau.errors import RecordError
 from sau.foreign import torchfile as foreign
 
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*NARROW, torch.float64)
+VALUES, TENSORS, DEEPEST = 3_000_000, 10_000, 50  # of a file; a list of 110,000 pictures has 900,000 values
+TEXTS = 1_000  # that are kept
+SHARED = 8  # names that the tensors may have on average; networks that are saved twice have two
 ZIP, LEGACY, SAFE, ONNX = "torch zip archive", "torch before 1.6", "safetensors", "ONNX"
 
 
@@ -25,7 +30,7 @@ class Weights:
         kind: its format, one of `ZIP`, `LEGACY`, `SAFE`, `ONNX`.
         digest: SHA-256 of the file.
         tensors: its tensors by their places in it, joined by dots: `state_dict.model.conv1.weight`.
-        texts: its texts by their places, like `clean_data` in BackdoorBench's files.
+        texts: the first thousand of its texts by their places, like `clean_data` in BackdoorBench's files.
     """
 
     path: Path
@@ -58,14 +63,51 @@ class Weights:
         return fitting[0]
 
     def of(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the network whose state dict is `own`, in its order; RecordError for another name or shape."""
+        """The tensors of the network whose state dict is `own`, in its order and types.
+
+        RecordError for another name, shape or kind of number, and for values that are not finite.
+        """
+        prefix = self.fitting(own)
+        try:
+            return {name: fit(self.tensors[prefix + name], tensor, name, FLOATS) for name, tensor in own.items()}
+        except RecordError as error:
+            raise RecordError(f"{self.path}: {error}") from None
+
+    def fitting(self, own: Mapping[str, Tensor]) -> str:
+        """The prefix of the network whose state dict is `own`, by names and shapes; RecordError says what differs."""
         prefix = self.under(own)
         for name, tensor in own.items():
             if (got := self.tensors[prefix + name].shape) != tensor.shape:
                 raise RecordError(
                     f"{self.path}: {prefix}{name} has shape {list(got)}, but the network has {list(tensor.shape)}"
                 )
-        return {name: self.tensors[prefix + name] for name in own}
+        return prefix
+
+    def packed(self, prefix: str) -> bytes:
+        """The tensors under `prefix` as safetensors, named without it; RecordError if safetensors cannot hold them."""
+        chosen = {place.removeprefix(prefix): v for place, v in self.tensors.items() if place.startswith(prefix)}
+        size = sum(value.numel() * value.element_size() for value in chosen.values())
+        most = 2 * self.path.stat().st_size
+        if size > most:  # many names may share a storage
+            raise RecordError(f"each with values of its own, its tensors have {size:,} bytes, allowed are {most:,}")
+        try:
+            return safetensors.torch.save({name: value.contiguous().clone() for name, value in chosen.items()})
+        except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # a type or name it lacks
+            raise RecordError(f"safetensors cannot hold it ({ascii(str(error))[1:-1][:100]})") from None
+
+
+def fit(value: Tensor, own: Tensor, name: str, floats: Iterable[torch.dtype] = NARROW) -> Tensor:
+    """`value`, dense and of the shape of `own`, in the type of `own`.
+
+    Any of `floats` stands for floats; for all else the types have to be equal. RecordError says what is wrong.
+    """
+    types = tuple(floats) if own.is_floating_point() else (own.dtype,)
+    if value.dtype not in types:
+        raise RecordError(f"{name} has type {value.dtype}, allowed is {' or '.join(map(str, types))}")
+    value = value.to(own.dtype).contiguous()
+    if not bool(torch.isfinite(value).all()) or (name.endswith("running_var") and bool((value < 0).any())):
+        raise RecordError(f"{name} holds a value that is not finite (NaN or infinity), or a negative variance")
+    return value
 
 
 def read(path: Path, raw: bytes | None = None) -> Weights:
@@ -80,21 +122,43 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
         return _onnx(path, raw)
     content, digest = foreign.load(path, old=True, raw=raw)
-    tensors: dict[str, Tensor] = {}
-    texts: dict[str, str] = {}
-    _flatten(content, "", tensors, texts, path)
-    return Weights(path, LEGACY if raw.startswith(foreign.LEGACY) else ZIP, digest, tensors, texts)
+    walk = _Walk(path, min(len(raw), VALUES), SHARED * len(raw))
+    walk.over(content, "", 0)
+    return Weights(path, LEGACY if raw.startswith(foreign.LEGACY) else ZIP, digest, walk.tensors, walk.texts)
 
 
-def _flatten(value: Any, place: str, tensors: dict[str, Tensor], texts: dict[str, str], path: Path) -> None:
-    if isinstance(value, Tensor):
-        tensors[place or "tensor"] = _plain(value, place, path)
-    elif isinstance(value, str):
-        texts[place] = value[:200]
-    elif isinstance(value, dict | list | tuple) and place.count(".") < 50:
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(key, str | int):
-                _flatten(inner, f"{place}.{key}" if place else str(key), tensors, texts, path)
+@dataclass
+class _Walk:
+    """Over everything in a file, with an end: what is there twice is written once, so that little can become endless.
+
+    Args:
+        path: of the file.
+        left: values that may still come; what has no part twice has fewer values than bytes.
+        bytes: of tensors that may still come.
+        tensors: those found so far.
+        texts: the first of those found.
+    """
+
+    path: Path
+    left: int
+    bytes: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def over(self, value: Any, place: str, depth: int) -> None:
+        """Everything in `value`, which is found at `place`."""
+        self.left -= 1
+        self.bytes -= value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+        if min(self.left, self.bytes) < 0 or depth > DEEPEST or len(place) > 1_000 or len(self.tensors) > TENSORS:
+            raise RecordError(f"{self.path} holds too much, or parts of it hold themselves; save a state dict alone")
+        if isinstance(value, Tensor):
+            self.tensors[place or "tensor"] = _plain(value, place, self.path)
+        elif isinstance(value, str) and len(self.texts) < TEXTS:
+            self.texts[place] = value[:200]
+        elif isinstance(value, dict | list | tuple):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(key, str | int):
+                    self.over(inner, f"{place}.{key}" if place else str(key), depth + 1)
 
 
 def _plain(value: Tensor, place: str, path: Path) -> Tensor:
@@ -118,7 +182,7 @@ def _onnx(path: Path, raw: bytes) -> Weights:
     try:
         import onnx
     except ModuleNotFoundError:
-        raise RecordError(f"{path} is an ONNX file; reading those needs: pip install 'sau[onnx]'") from None
+        raise RecordError(f"{path} is an ONNX file; reading those needs: pip install -e '.[onnx]'") from None
     tensors = {}
     try:
         model = onnx.load_from_string(raw)

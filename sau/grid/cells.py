@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sau.errors import LOCKED, RecordError
 from sau.machine.parent import python_path
 
-LOCKED = 75  # exit status of a cell that another process works on
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
 
 
@@ -45,12 +45,12 @@ class Outcome:
     """How a try ended.
 
     Args:
-        status: done; failed; locked (another runner has the cell).
-        reason: of a failure, one line.
+        status: done; failed; later (another process has the cell, or nobody took it yet).
+        reason: of a failure, or of the wait, one line.
         again: whether another try may help; a mistake of the user stays one.
     """
 
-    status: Literal["done", "failed", "locked"]
+    status: Literal["done", "failed", "later"]
     reason: str = ""
     again: bool = True
 
@@ -66,7 +66,6 @@ class Child:
     def __init__(self, job: Job, gpus: str | None = None) -> None:
         self.job, self.started = job, time.monotonic()
         log = Path(job.log)
-        log.parent.mkdir(parents=True, exist_ok=True)
         self.errors = log.with_name(log.name + ".err")
         self.seen = self.errors.stat().st_size if self.errors.is_file() else 0
         threads = {f"{library}_NUM_THREADS": str(job.threads) for library in ("OMP", "MKL", "OPENBLAS")}
@@ -74,16 +73,20 @@ class Child:
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpus
         work = [sys.executable, "-P", "-m", "sau.grid.work", str(os.getpid()), job.folder, job.lock]
-        with log.with_name(log.name + ".out").open("ab") as out, self.errors.open("ab") as err:
-            # A session of its own: Ctrl-C in the terminal reaches the grid alone, which then stops its cells.
-            self.process = subprocess.Popen(
-                [*work, job.kind, job.name, *job.flags],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.with_name(log.name + ".out").open("ab") as out, self.errors.open("ab") as err:
+                # A session of its own: Ctrl-C in the terminal reaches the grid alone, which then stops its cells.
+                self.process = subprocess.Popen(
+                    [*work, job.kind, job.name, *job.flags],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise RecordError(f"cannot start a cell with its output in {log}: {error.strerror or error}") from None
 
     def poll(self) -> Outcome | None:
         """How it ended, or None while it runs; one that takes too long is stopped."""
@@ -94,8 +97,10 @@ class Child:
                 return None
             self.stop()
             return Outcome("failed", f"no end after {limit:g} s (cell_timeout)")
-        if status in (0, LOCKED):
-            return Outcome("done" if status == 0 else "locked")
+        if status == 0:
+            return Outcome("done")
+        if status == LOCKED:
+            return Outcome("later", self._last_line())
         if status < 0:
             name = signal.Signals(-status).name
             return Outcome("failed", f"killed by {name}" + (", perhaps for want of memory" if status == -9 else ""))

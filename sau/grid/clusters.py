@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from sau.grid.engines import GIB, Done
 from sau.grid.plan import Cell
 from sau.machine.cores import usable
 from sau.machine.parent import python_path
+
+PAUSE = 30.0  # seconds until Slurm is asked again after it took no job
 
 
 class RayEngine:
@@ -29,8 +32,10 @@ class RayEngine:
         self.ray = _import("ray", "ray")
         home = {"env_vars": {"PYTHONPATH": str(Path(sau.__file__).parents[1])}}
         started: dict[str, Any] = {"num_cpus": cores or usable(), "include_dashboard": False} if address is None else {}
+        quiet = {"log_to_driver": False, "logging_level": "error"}
         try:
-            self.ray.init(address=address, runtime_env=home, log_to_driver=False, logging_level="error", **started)
+            # "local": else a Ray that runs here already would be joined, and refuse the number of cores.
+            self.ray.init(address=address or "local", runtime_env=home, **quiet, **started)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
         self.task = self.ray.remote(run_cell)
@@ -42,13 +47,14 @@ class RayEngine:
     def check(self, cells: Sequence[Cell]) -> None:
         nodes = self._nodes()
         for need in {(cell.threads, cell.memory_gb, cell.gpus): cell for cell in cells}.values():
-            wants = {"CPU": need.threads, "memory": need.memory_gb * GIB, "GPU": need.gpus}
-            if not any(all(node.get(what, 0) >= amount for what, amount in wants.items()) for node in nodes):
+            if not any(all(node.get(what, 0) >= amount for what, amount in _wants(need).items()) for node in nodes):
                 asked = f"{need.threads} threads, {need.memory_gb:g} GiB and {need.gpus:g} GPUs"
                 raise ConfigError(f"{need.label} needs {asked}, but none of the {len(nodes)} machines has them")
 
     def parallel(self, cell: Cell) -> int:
-        return max(1, int(sum(node.get("CPU", 0) for node in self._nodes()) // cell.threads))
+        wants = {what: amount for what, amount in _wants(cell).items() if amount}
+        each = (min(node.get(what, 0) // amount for what, amount in wants.items()) for node in self._nodes())
+        return max(1, int(sum(each)))
 
     def room(self, cell: Cell) -> bool:
         return len(self.running) < 1000  # Ray keeps the line; a longer one would only cost it memory
@@ -99,7 +105,10 @@ class Slurm:
             raise ConfigError(f"no Slurm here: {_first(error)}") from None
         self.options = {"slurm_additional_parameters": options} if options and cluster == "slurm" else {}
         self.lost = (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError)
+        self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
         self.running: list[tuple[Cell, Any]] = []
+        self.refused: Done = []
+        self.submitted, self.closed = 0, 0.0  # jobs so far, and until when none is submitted
 
     def check(self, cells: Sequence[Cell]) -> None:
         for cell in cells:
@@ -110,15 +119,22 @@ class Slurm:
         return self.jobs
 
     def room(self, cell: Cell) -> bool:
-        return len(self.running) < self.jobs
+        return len(self.running) < self.jobs and time.monotonic() >= self.closed
 
     def submit(self, cell: Cell, job: Job) -> None:
         wants = {"cpus_per_task": cell.threads, "mem_gb": cell.memory_gb, "gpus_per_node": int(cell.gpus)}
         self.executor.update_parameters(name=cell.name, **wants, **self.limit, **self.options)
-        self.running.append((cell, self.executor.submit(run_cell, job)))
+        try:
+            self.running.append((cell, self.executor.submit(run_cell, job)))
+            self.submitted += 1
+        except self.refusals as error:
+            if not self.submitted:
+                raise ConfigError(f"{cell.label} cannot be submitted: {_first(error)}") from None
+            self.closed = time.monotonic() + PAUSE
+            self.refused.append((cell, Outcome("later", f"not submitted: {_first(error)}")))
 
     def poll(self) -> Done:
-        done = []
+        done, self.refused = self.refused, []
         for cell, job in list(self.running):
             if not job.done():
                 continue
@@ -138,11 +154,15 @@ class Slurm:
         self.running.clear()
 
 
+def _wants(cell: Cell) -> dict[str, float]:
+    return {"CPU": float(cell.threads), "memory": cell.memory_gb * GIB, "GPU": cell.gpus}
+
+
 def _import(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ConfigError(f"the engine needs {module}, which is not installed; pip install 'sau[{extra}]'") from None
+        raise ConfigError(f"the engine needs {module}, which is not installed; pip install -e '.[{extra}]'") from None
 
 
 def _first(error: BaseException) -> str:

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from sau.errors import ConfigError
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.plan import Cell
-from sau.machine.cores import usable
+from sau.machine.cores import memory, usable
 
 Done = list[tuple[Cell, Outcome]]
 GIB = 2**30
@@ -46,7 +45,8 @@ class Local:
     """
 
     def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
-        self.cores, self.memory = cores or usable(), memory_gb or 0.9 * _memory()
+        self.cores = usable() if cores is None else cores
+        self.memory = 0.9 * memory() / GIB if memory_gb is None else memory_gb
         self.gpus = [1.0] * _gpus()
         self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
 
@@ -100,14 +100,6 @@ class Local:
         for _, child, _ in self.running.values():
             child.stop()
         self.running.clear()
-
-
-def _memory() -> float:
-    """GiB of this machine, or of the share that a container has."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    share = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(share) if share.isdecimal() else total) / GIB
 
 
 def _gpus() -> int:

@@ -1,19 +1,50 @@
 """What a grid will take, from what like cells took; and how figures are said."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from sau.grid.plan import Cell
-from sau.grid.store import Cost, State, Store
+from sau.grid.store import Store
 
 Like = tuple[str, ...]
+SAMPLE = 20  # like cells whose cost is looked at
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What like cells took, as means; None where none is recorded."""
+
+    seconds: float | None
+    memory_mb: float | None
+    disk_bytes: float | None
+
+
+def costs(cells: Iterable[Cell], store: Store) -> dict[Like, Cost]:
+    """What finished cells took, by what they are like."""
+    seen: dict[Like, list[tuple[Any, Any, int | None]]] = defaultdict(list)
+    for cell in cells:
+        over = store.over(cell) if len(seen[cell.like]) < SAMPLE else ""
+        if over:
+            summary = store.summary(cell)
+            files = store.folder(cell).glob("*.*") if over == "finished" else ()
+            disk = sum(file.stat().st_size for file in files) if over == "finished" else None
+            seen[cell.like].append((summary.get("seconds"), summary.get("peak_memory_mb"), disk))
+    return {like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items() if rows}
+
+
+def _mean(column: Iterable[Any]) -> float | None:
+    values = [value for value in column if value is not None]
+    return fmean(values) if values else None
 
 
 class Forecast:
     """Seconds, memory and disk of cells to come.
 
     Args:
-        costs: of like cells, from `Store.costs`.
+        costs: of like cells, from `costs`.
     """
 
     def __init__(self, costs: Mapping[Like, Cost]) -> None:
@@ -32,11 +63,18 @@ class Forecast:
 
         Cells unlike any so far count as the mean of the others.
         """
-        known = [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
-        if not known:
-            return None
-        mean = sum(known) / len(known)
-        return sum((count * (self._of(like) or mean) for like, count in left.items()), 0.0)
+        mean = self._mean()
+        return None if mean is None else sum((count * (self._of(like) or mean) for like, count in left.items()), 0.0)
+
+    def longest(self, cells: Iterable[Cell]) -> float:
+        """Seconds of the slowest attack and defense, one after the other, which no number of machines shortens."""
+        mean = self._mean() or 0.0
+        each = {cell.digest: (cell, self._of(cell.like) or mean) for cell in cells}
+        befores = ((each[cell.attack][1] if cell.attack in each else 0.0, seconds) for cell, seconds in each.values())
+        return max(map(sum, befores), default=0.0)
+
+    def _mean(self) -> float | None:
+        return _mean(cost.seconds for cost in self.costs.values())
 
     def _of(self, like: Like) -> float | None:
         cost = self.costs.get(like)
@@ -66,12 +104,15 @@ class Forecast:
 
 def totals(cells: Sequence[Cell], forecast: Forecast, parallel: int) -> str:
     """One line: time, memory and disk of the cells, and of how many of them there is no record."""
+    parallel = max(1, min(parallel, len(cells)))
     left: dict[Like, int] = {}
     for cell in cells:
         left[cell.like] = left.get(cell.like, 0) + 1
     unknown = sum(count for like, count in left.items() if like not in forecast.costs)
     seconds = forecast.seconds(left)
-    time = "time unknown (nothing like it is recorded)" if seconds is None else f"about {duration(seconds / parallel)}"
+    time = "time unknown (nothing like it is recorded)"
+    if seconds is not None:
+        time = f"about {duration(max(seconds / parallel, forecast.longest(cells)))}"
     guess = (
         f"; {unknown} of them like no recorded cell, counted as the mean of the others" if unknown and seconds else ""
     )
@@ -79,21 +120,6 @@ def totals(cells: Sequence[Cell], forecast: Forecast, parallel: int) -> str:
     disk = forecast.disk(cells) / 2**20
     needs = f"up to {memory * parallel:g} GiB of memory; {disk:.0f} MiB of disk known"
     return f"{len(cells)} cells, {parallel} at a time: {time}{guess}; {needs}"
-
-
-def status(cells: Sequence[Cell], store: Store) -> list[str]:
-    """Where a grid stands: counts, what runs and where, what failed and why, and what is left to do."""
-    states = store.states(cells)
-    names = ("finished", "published", "running", "waiting", "failed", "blocked")
-    counts = {name: sum(state.name == name for state in states.values()) for name in names}
-    lines = [f"{len(cells)} cells: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)]
-    running: list[tuple[Cell, State]] = [(c, states[c.digest]) for c in cells if states[c.digest].name == "running"]
-    lines += [f"running {cell.label}: {state.who}" for cell, state in running]
-    lines += [f"failed  {c.label}: {states[c.digest].reason}" for c in cells if states[c.digest].name == "failed"]
-    todo = [cell for cell in cells if states[cell.digest].name in ("running", "waiting")]
-    if todo:
-        lines.append("left: " + totals(todo, Forecast(store.costs(cells)), max(1, len(running))))
-    return lines
 
 
 def scores(summary: Mapping[str, Any]) -> str:

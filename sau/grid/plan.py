@@ -1,8 +1,9 @@
 """From a grid's blocks to its cells: each has the digest of what determines its result, and a folder of its own."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from sau.attack import ATTACKS
 from sau.attack.recipe import Recipe
 from sau.config import nearest
 from sau.defense import DEFENSES
-from sau.errors import ConfigError
+from sau.errors import ConfigError, SauError
+from sau.grid.identity import identity, refuse_unfit
 from sau.grid.names import plain
 from sau.grid.spec import Block
+from sau.method import Method
 from sau.record.schema import digest
 from sau.request import Request
 from sau.run import AttackRun, DefenseRun
@@ -25,8 +28,8 @@ _OWN = {
 }  # fmt: skip
 _NEVER = ("save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack", "max_minutes", "compile")
 _AXES = {"pratio": "ratios", "ratio": "clean_shares"}
+_METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 _LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
-_FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Cell:
         threads: CPU threads.
         memory_gb: GiB of memory.
         gpus: GPUs, or a share of one.
+        twin: whether another cell of the grid has the same label but for its digest.
     """
 
     kind: str
@@ -56,11 +60,13 @@ class Cell:
     threads: int
     memory_gb: float
     gpus: float
+    twin: bool = False
 
     @property
     def label(self) -> str:
-        """The folder without digests, for people."""
-        return "/".join(plain(part) for part in self.folder.split("/"))
+        """The folder without digests, for people; with its own where that would be another cell's, too."""
+        label = "/".join(plain(part) for part in self.folder.split("/"))
+        return f"{label}_{self.digest[:10]}" if self.twin else label
 
 
 def cells(blocks: Sequence[Block]) -> list[Cell]:
@@ -72,7 +78,8 @@ def cells(blocks: Sequence[Block]) -> list[Cell]:
     folders = {cell.folder: cell for cell in found.values()}
     if len(folders) < len(found):
         raise ConfigError("two cells have the same folder, by an accident of their digests; change a setting of one")
-    return list(found.values())
+    labels = Counter(cell.label for cell in found.values())
+    return [replace(cell, twin=True) if labels[cell.label] > 1 else cell for cell in found.values()]
 
 
 def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
@@ -141,27 +148,27 @@ class _Crossed:
         said |= {axis: amount} if amount is not None else {}
         for group in (kind, name):
             said |= self._overrides(kind, name, group, axis if amount is not None else "")
+        for key in (*_METHODS[kind][name].files, "index"):  # a worker elsewhere starts in another folder
+            if said.get(key) not in (None, "none"):
+                said[key] = str(Path(said[key]).absolute())
         flags = tuple(f"--{key}={_text(value)}" for key, value in said.items())
         try:
             request = _request(kind, name, flags)
             run, *sections = request.settle(kind, block.recipe, block.dataset)
-        except ConfigError as error:
+            method, size = sections[-1], sections[0].batch_size
+            refuse_unfit(method, run, block, size, shares=kind == "defense" and amount is not None)
+            facts = identity(method, sections, run, block, said["dataset_path"])
+        except SauError as error:
             raise ConfigError(f"{kind} {name}: {error}") from None
-        settings = {key: value for section in sections for key, value in section.params().items()}
-        facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
-        where = {"dataset": block.dataset, "dataset_path": said["dataset_path"] if block.dataset == "folder" else None}
-        machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
-        machine |= {"devices": run.devices} if run.devices > 1 else {}  # cells had digests before there was a choice
-        share = {"attack": settings.get("pratio"), "defense": facts.get("ratio")}[kind]
+        share = facts.get(axis)
         label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in _canonical(kind, name) or kind == "defense" else name
-        label += "_oracle" if settings.get("select") == "oracle" else ""
-        return _Settled(flags, digest({kind: name, **settings, **facts, **where, **machine}), label)
+        label += "_oracle" if facts.get("select") == "oracle" else ""
+        return _Settled(flags, digest({kind: name, **facts}), label)
 
     def _overrides(self, kind: str, name: str, group: str, axis: str) -> dict[str, Any]:
         """What the overrides under `group` say to a method, by its parameters' own names."""
         known, found = _canonical(kind, name), dict[str, Any]()
-        catalogue: Sequence[str] = list(ATTACKS if kind == "attack" else DEFENSES)
-        everywhere = {key for other in catalogue for key in _canonical(kind, other)}
+        everywhere = {key for other in _METHODS[kind] for key in _canonical(kind, other)}
         for key, value in self.block.overrides.get(group, {}).items():
             origin = f"overrides.{group}.{key}"
             if group == kind and key not in known and key in everywhere:
@@ -181,9 +188,8 @@ class _Crossed:
 
 
 def _request(kind: str, name: str, flags: Sequence[str]) -> Request:
-    if kind == "attack":
-        return Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), flags)
-    return Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, DEFENSES[name]), flags)
+    method, asked = _METHODS[kind][name], (AttackRun, Recipe) if kind == "attack" else (DefenseRun,)
+    return Request(f"{kind}/{name}.py", method, (*asked, method), flags)
 
 
 @cache

@@ -49,6 +49,8 @@ class Runner:
         self.ready: list[tuple[float, int]] = []  # (not before, number of the cell)
         self.behind: dict[str, list[Cell]] = defaultdict(list)  # attack -> its defenses
         self.tries: Counter[str] = Counter()
+        self.waits: set[str] = set()  # cells that had to wait, which is said once
+        self.progress: dict[str, int] = {}  # of a cell when its try began
         self.left = Counter(cell.like for cell in cells)
         self.running: dict[str, Cell] = {}
         self.ended, self.failures = 0, list[tuple[Cell, str]]()
@@ -87,17 +89,24 @@ class Runner:
             elif self.engine.room(cell):
                 heapq.heappop(self.ready)
                 self.running[cell.digest] = cell
+                self.progress[cell.digest] = self.store.progress(cell)
                 self.engine.submit(cell, self.store.job(cell, self.timeout))
             else:
                 return
 
     def _ended(self, cell: Cell, outcome: Outcome) -> None:
-        if outcome.status == "locked":
+        if outcome.status == "later":
+            if outcome.reason and cell.digest not in self.waits:
+                self.waits.add(cell.digest)
+                self.say(f"waits   {cell.label}: {outcome.reason}")
             self._line_up(cell, ELSEWHERE)
         elif outcome.status == "done" and self.store.over(cell) == "finished":
             self._done(cell)
         else:
             reason = outcome.reason or "it ended without a result"
+            if outcome.again and self.store.progress(cell) > self.progress[cell.digest]:
+                self.say(f"again   {cell.label}: {reason}; it goes on")  # like a job whose time ended: no try is spent
+                return self._line_up(cell)
             self.tries[cell.digest] += 1
             if outcome.again and self.tries[cell.digest] <= self.retries:
                 self.say(f"again   {cell.label}: {reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
@@ -118,7 +127,7 @@ class Runner:
     def _failed(self, cell: Cell, reason: str) -> None:
         self.store.fail(cell, reason, self.tries[cell.digest])
         self.failures.append((cell, reason))
-        self._line("failed", cell, reason)
+        self._line("failed", cell, f"{reason}; see {self.store.errors(cell)}")
         for defense in self.behind.pop(cell.digest, []):
             self.failures.append((defense, "its attack failed"))
             self._line("blocked", defense, "its attack failed")

@@ -1,5 +1,6 @@
 """What a grid is asked: its YAML file, with the files it includes, as blocks whose axes are crossed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class Block:
                 raise ConfigError(f"{axis} has {twice[0]} twice; give it once")
         least = {"threads": 1, "memory_gb": 0, "gpus": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
+            if not bound <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {bound} and more")
         if (self.device == "cuda") != (self.gpus > 0):
             raise ConfigError(f"device is {self.device}, but gpus is {self.gpus:g}; cuda needs some, cpu needs none")
@@ -98,8 +99,8 @@ class Grid(Block):
         super().__post_init__()
         if self.retries < 0:
             raise ConfigError(f"retries is {self.retries}, allowed is 0 and more")
-        if self.cell_timeout is not None and self.cell_timeout <= 0:
-            raise ConfigError(f"cell_timeout is {self.cell_timeout:g}, allowed is above 0")
+        if self.cell_timeout is not None and not 0 < self.cell_timeout < math.inf:
+            raise ConfigError(f"cell_timeout is {self.cell_timeout:g}, allowed is above 0, and none")
 
 
 _GRID, _BLOCK = config.options(Grid), config.options(Block)

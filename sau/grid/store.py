@@ -1,12 +1,11 @@
-"""What is known of cells from the disk alone: which are finished, running or failed, and what they cost."""
+"""What is known of cells from the disk alone: which are finished, running or failed, and what is published of them."""
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import sau
@@ -14,10 +13,8 @@ from sau.errors import RecordError
 from sau.files import write
 from sau.grid.cells import Job
 from sau.grid.plan import Cell
-from sau.record.folder import MANIFEST, SUMMARY, Record
+from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
 from sau.record.lock import Holder, holder
-
-SAMPLE = 20  # like cells whose cost is looked at
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class State:
     Args:
         name: finished, published (its summary is kept, its weights are not), running, failed, blocked (its attack
             failed) or waiting.
-        reason: of a failure.
+        reason: of a failure, also of a published attack whose weights are needed.
         who: runs it.
     """
 
@@ -39,15 +36,6 @@ class State:
     def over(self) -> bool:
         """Whether the result is there."""
         return self.name in ("finished", "published")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What like cells took, as means; None where none is recorded."""
-
-    seconds: float | None
-    memory_mb: float | None
-    disk_bytes: float | None
 
 
 @dataclass
@@ -80,7 +68,7 @@ class Store:
     def prepare(self, cells: Sequence[Cell]) -> list[str]:
         """Make the folder ready; returns what there is to say.
 
-        Finished cells are compared with their manifests; a damaged one is opened again, so that it is made anew.
+        Finished cells are compared with their manifests; a damaged one is made anew, unless its summary is published.
         RecordError if another version made cells here, if a published summary is none, or if nothing can be written.
         """
         stamp = self.own / "version.json"
@@ -98,14 +86,28 @@ class Store:
                 raise RecordError(f"the published summary of {cell.folder} holds no scores; remove it")
             if over != "finished":
                 continue
-            record = Record(self.folder(cell))
-            try:
-                record.verify()
-            except RecordError as error:
-                if self.holder(cell) is None:
-                    (record.path / MANIFEST).unlink()
-                    notes.append(f"note: {error}; it is made again")
+            damage = self._damage(cell)
+            if damage and self.holder(cell) is None:
+                self._open(Record(self.folder(cell)))
+                kept = self.over(cell) == "published"
+                notes.append(f"note: {damage}; {'its published summary counts' if kept else 'it is made again'}")
         return notes
+
+    def _damage(self, cell: Cell) -> str:
+        """How the record of a finished cell differs from its manifest; empty if it does not."""
+        try:
+            Record(self.folder(cell)).verify()
+        except RecordError as error:
+            return str(error)
+        return ""
+
+    def _open(self, record: Record) -> None:
+        """Let a damaged record be made anew: unfinished it is, and where it does not say whose it is, it is emptied."""
+        with suppress(RecordError):
+            record.check()
+        for file in [record.path / MANIFEST] if record.config else record.path.iterdir():
+            if file.is_file():  # what lies below stays, for defenses are cells of their own
+                file.unlink(missing_ok=True)
 
     def over(self, cell: Cell) -> str:
         """finished, published, or nothing."""
@@ -117,17 +119,22 @@ class Store:
         """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
         locked, failed = self._names("locks"), self._names("failed")
         found: dict[str, State] = {}
+        dead: dict[str, str] = {}  # attacks that failed, a published one included
         for cell in cells:
             over, key = self.over(cell), _key(cell)
             who = self.holder(cell) if key in locked else None
+            reason = ""
+            if who is None and over != "finished" and key in failed:
+                reason = str(self._read(self.own / "failed" / key).get("reason", "unknown"))
+                dead[cell.digest] = reason
             if who is not None:
                 found[cell.digest] = State("running", who=who)
             elif over:
-                found[cell.digest] = State(over)
-            elif key in failed:
-                found[cell.digest] = State("failed", self._read(self.own / "failed" / key).get("reason", "unknown"))
-            elif cell.attack and found[cell.attack].name == "failed":
-                found[cell.digest] = State("blocked", f"its attack failed: {found[cell.attack].reason}")
+                found[cell.digest] = State(over, "" if cell.attack else reason)
+            elif reason:
+                found[cell.digest] = State("failed", reason)
+            elif cell.attack in dead:
+                found[cell.digest] = State("blocked", f"its attack failed: {dead[cell.attack]}")
             else:
                 found[cell.digest] = State("waiting")
         return found
@@ -142,7 +149,8 @@ class Store:
 
     def summary(self, cell: Cell) -> dict[str, Any]:
         """The cell's summary, from its record or from the published ones; empty if there is none."""
-        return self._first(cell, (self.root, *self.published))
+        own = (self.root,) if self.over(cell) == "finished" else ()  # of a damaged one its figures may be, too
+        return self._first(cell, (*own, *self.published))
 
     def _first(self, cell: Cell, roots: Sequence[Path]) -> dict[str, Any]:
         return next(filter(None, (self._read(root / cell.folder / SUMMARY) for root in roots)), {})
@@ -153,29 +161,32 @@ class Store:
         own = self.summary(cell) if published else {}
         return any(published.get(name) != own.get(name) for name in ("acc", "asr", "racc"))
 
-    def costs(self, cells: Iterable[Cell]) -> dict[tuple[str, ...], Cost]:
-        """What finished cells cost, by what they are like."""
-        seen: dict[tuple[str, ...], list[tuple[Any, Any, int | None]]] = defaultdict(list)
+    def publish(self, cells: Sequence[Cell], target: Path) -> tuple[int, list[str]]:
+        """Copy the summaries of finished cells to the same names below `target`; returns how many, and what there is to
+        say: of a damaged cell the summary that was published before counts, if there is one.
+        """
+        count, notes = 0, []
         for cell in cells:
-            state = self.over(cell) if len(seen[cell.like]) < SAMPLE else ""
-            if state:
-                summary = self.summary(cell)
-                disk = (
-                    sum(file.stat().st_size for file in self.folder(cell).glob("*.*")) if state == "finished" else None
-                )
-                seen[cell.like].append((summary.get("seconds"), summary.get("peak_memory_mb"), disk))
-        return {
-            like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items() if rows
-        }
-
-    def publish(self, cells: Sequence[Cell], target: Path) -> int:
-        """Copy the summaries of finished cells to the same names below `target`; returns how many."""
-        count = 0
-        for cell in cells:
-            if self.over(cell):
-                write(target / cell.folder / SUMMARY, (json.dumps(self.summary(cell), indent=2) + "\n").encode())
+            over = self.over(cell)
+            damage = self._damage(cell) if over == "finished" else ""
+            summary = self._first(cell, self.published) if damage else self.summary(cell) if over else {}
+            if damage:
+                notes.append(f"note: {damage}; {'what was published before stays' if summary else 'not published'}")
+            if summary:
+                write(target / cell.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
                 count += 1
-        return count
+        return count, notes
+
+    def errors(self, cell: Cell) -> Path:
+        """What the cell's tries printed as errors."""
+        return self.own / "logs" / f"{_key(cell)}.err"
+
+    def progress(self, cell: Cell) -> int:
+        """Grows whenever the cell's checkpoint moves on; 0 without one."""
+        try:
+            return (self.folder(cell) / CHECKPOINT).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def holder(self, cell: Cell) -> Holder | None:
         """Who runs the cell now, or None."""
@@ -197,8 +208,3 @@ class Store:
 
 def _key(cell: Cell) -> str:
     return cell.folder.replace("/", "__")
-
-
-def _mean(column: Iterable[Any]) -> float | None:
-    values = [value for value in column if value is not None]
-    return fmean(values) if values else None

@@ -6,6 +6,7 @@ started it dies, it stops, so that a killed grid leaves nothing behind that work
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,16 +14,23 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from sau.cli import main
-from sau.errors import LockedError, told
-from sau.grid.cells import LOCKED
+from sau.errors import LOCKED, NO_DEVICE, LockedError, told
 from sau.machine.parent import outlive
 from sau.record.folder import Record
 from sau.record.lock import Lock
 
 
 def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
-    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, or LOCKED."""
+    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, LOCKED or NO_DEVICE.
+
+    By hand a command goes on without CUDA; the result of a cell that did so would stand under another device's digest.
+    """
+    if "--device=cuda" in argv and not torch.cuda.is_available():
+        print(f"error: device is cuda, but {socket.gethostname()} has none that works", file=sys.stderr)
+        return NO_DEVICE
     try:
         with Lock(lock, f"the cell {folder}"):
             if Record(folder).finished:

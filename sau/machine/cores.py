@@ -1,20 +1,45 @@
-"""The processor cores that this process has, and how many of them others keep busy; nothing here needs torch."""
+"""The cores and the memory that this process may use, and how busy others keep the cores; nothing here needs torch."""
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time granted in each period, and the period
+GROUPS, MEMBER = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # all control groups, and which are this process's
 
 
 def usable() -> int:
     """How many cores this process may keep busy: those that it may run on, within what its control group is granted."""
-    allowed = len(_places())
-    with suppress(OSError, ValueError):  # no such file, or "max" in it, where nothing is limited
-        granted, period = map(int, QUOTA.read_text().split())
-        allowed = min(allowed, max(1, granted // period))
-    return allowed
+    allowed = [len(_places())]
+    for group in _groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, ValueError):  # no such file, or "max" in it, where nothing is limited
+                granted, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                allowed += [max(1, granted // period)] if granted > 0 else []
+    return min(allowed)
+
+
+def memory() -> int:
+    """Bytes of memory that this process may use: of the machine, within what its control group is granted."""
+    allowed = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for group in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                allowed.append(int((group / name).read_text()))
+    return min(allowed)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The control groups of this process for a controller, of either version of Linux's, and all that those lie in."""
+    with suppress(OSError):
+        for line in MEMBER.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            root = GROUPS / controller if controllers else GROUPS
+            parts = [part for part in place.split("/") if part not in ("", "..")]
+            yield from (root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
 
 
 def busy(seconds: float = 0.2) -> float | None:
@@ -42,10 +67,10 @@ def _places() -> set[int]:
 
 def crowded(threads: int) -> str | None:
     """What to say where others keep the cores busy that `threads` threads are to run on; None where they do not."""
-    others, places = busy(), len(_places())
+    others, places = busy() if threads > 1 else None, len(_places())
     if others is None or others + threads <= places + 0.5:
         return None
     return (
-        f"others keep {others:.1f} of {places} cores busy and now {threads} threads more are to run there; threads "
-        "that wait for each other can be many times slower, so use fewer --threads or wait"
+        f"others keep {others:.1f} of {places} cores busy, and this run wants {threads} threads; threads that wait for "
+        "each other can be many times slower: try --threads 1, or wait"
     )

@@ -23,15 +23,25 @@ TRIES = 3  # steps of each precision that are timed
 
 def choose_device(wish: str) -> torch.device:
     """`auto` is CUDA where there is one; CUDA on a machine without falls back to the CPU, as in the benchmark."""
-    if wish == "auto" or (wish.startswith("cuda") and not torch.cuda.is_available()):
+    if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wish)
     except RuntimeError:
-        raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1") from None
+        more = f"; several are --device cuda --devices {wish.count(',') + 1}" if "," in wish else ""
+        raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1{more}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return torch.device("cpu")
     if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(f"device is {wish!r}; this machine has cpu and {torch.cuda.device_count()} cuda devices")
     return device
+
+
+def fallback(wish: str) -> str | None:
+    """What to say where CUDA is wished for and there is none; None where the wish can be met."""
+    if choose_device(wish).type == "cuda" or not wish.startswith("cuda"):
+        return None
+    return f"--device is {wish}, but torch finds no CUDA device here, so the run is on the CPU"
 
 
 def set_threads(wish: int) -> int:

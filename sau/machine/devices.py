@@ -36,18 +36,26 @@ def place(run: Run, method: Method, batch_size: int) -> torch.device:
     where, n = choose_device(run.device), run.devices
     if n == 1:
         return where
+    united(run, method, batch_size)
     cards = torch.cuda.device_count()
-    for fine, problem in (
-        (method.teamwork, f"{method.name} works on one; leave the flag out"),
-        (where.index is None, f"device is {run.device!r}, which is one of them; give cuda"),
-        (where.type == "cpu" or n <= cards, f"this machine has {cards} cuda devices"),
-        (run.max_minutes is None, "max_minutes ends the run of one alone; leave one of the two flags out"),
-        (batch_size % n == 0, f"batch_size is {batch_size}; allowed is a multiple of {n}"),
-    ):
-        if not fine:
-            raise ConfigError(f"devices is {n}, but {problem}")
+    _require(n, where.index is None, f"device is {run.device!r}, which is one of them; give cuda")
+    _require(n, where.type == "cpu" or n <= cards, f"this machine has {cards} cuda devices")
     fabric()
     return torch.device("cuda", 0) if where.type == "cuda" else where
+
+
+def united(run: Run, method: Method, batch_size: int) -> None:
+    """Refuse, by a ConfigError, what so many devices could do together on no machine."""
+    n = run.devices
+    _require(n, n == 1 or method.teamwork, f"{method.name} works on one; leave the flag out")
+    minutes = "max_minutes ends the run of one alone; leave one of the two flags out"
+    _require(n, n == 1 or run.max_minutes is None, minutes)
+    _require(n, batch_size % n == 0, f"batch_size is {batch_size}; allowed is a multiple of {n}")
+
+
+def _require(devices: int, fine: bool, problem: str) -> None:
+    if not fine:
+        raise ConfigError(f"devices is {devices}, but {problem}")
 
 
 def spread(devices: int, work: Any, model: nn.Module, images: Images, *, session: Session, **more: Any) -> nn.Module:
@@ -91,6 +99,7 @@ def assist(parent: int, kind: str, devices: int, threads: int) -> None:
     fabric()  # most of the time until here was importing
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on, so what NCCL may print would fill the pipe
     team = Team(kind, devices)
     task, where = team.fabric.broadcast(None), team.fabric.device
     work = getattr(task["kind"](**task["params"]), task["work"])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sau.errors import TrainingError
+from sau.errors import OutOfMemory
 from sau.optim import WHOLE, Part
 
 Step = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]
@@ -34,16 +34,14 @@ class InParts:
         self.parts = 1
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """One update from the whole batch; TrainingError if it is out of memory and cannot be divided further."""
+        """One update from the whole batch; OutOfMemory if memory holds no part of it."""
         while True:
             try:
                 return self._once(x, y)
             except torch.OutOfMemoryError:
                 pass  # mended below, where what the attempt held is free again
             if not self.splits or self.parts >= len(x):
-                raise TrainingError(
-                    f"out of memory with {-(-len(x) // self.parts)} pictures; try a smaller --batch_size"
-                )
+                raise OutOfMemory(f"out of memory with {-(-len(x) // self.parts)} pictures; try a smaller --batch_size")
             self.parts *= 2
             if x.is_cuda:
                 torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ def fabric() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise ConfigError("several devices need Lightning Fabric, which is not installed; pip install 'sau[multigpu]'")
+    raise ConfigError("several devices need Lightning Fabric, which is not installed; pip install -e '.[multigpu]'")
 
 
 def leave() -> None:

@@ -54,7 +54,7 @@ def guess(found: Weights) -> Guess | None:
             width = len(first) if name in MODELS else None
             if last.ndim == 0 or (width is not None and not 0 < width <= 1024):
                 continue
-            found.of(_layout(name, len(last), width))
+            found.fitting(_layout(name, len(last), width))
         except RecordError:
             continue
         return Guess(name, width, len(last), prefix)

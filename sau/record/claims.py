@@ -44,10 +44,19 @@ def versions(config: dict[str, Any]) -> str:
     return "; ".join(other) or "the same here: " + ", ".join(f"{name} {version}" for name, version in here.items())
 
 
+def counted(said: dict[str, Any], name: str) -> Share:
+    """The counts of a figure; RecordError if they are none."""
+    found = said[f"{name}_count"]
+    pair = isinstance(found, list) and len(found) == 2 and all(type(number) is int for number in found)
+    if not pair or not 0 <= found[0] <= found[1] or found[1] < 1:
+        raise RecordError(f"{name}_count is {str(found)[:60]}, allowed are hits and pictures, like [90, 100]")
+    return Share(*found)
+
+
 def equal(said: dict[str, Any], name: str, share: Share) -> str:
     """A figure of the summary is that of its counts, and those are the ones measured here."""
-    hits, total = said[f"{name}_count"]
-    there = Share(hits, total)
+    there = counted(said, name)
+    hits, total = there.hits, there.total
     if (there.percent, list(there.interval)) != (said[name], said[f"{name}_interval"]):
         raise RecordError(
             f"{said[name]} % and {said[f'{name}_interval']} are not those of its counts {hits} of {total}"
@@ -64,11 +73,8 @@ def der(said: dict[str, Any]) -> str:
     """The rating follows from the figures beside it."""
 
     def shares(part: dict[str, Any]) -> Score:
-        acc, asr, racc = (
-            Share(*part[f"{name}_count"]) if f"{name}_count" in part else None for name in ("acc", "asr", "racc")
-        )
-        assert acc is not None
-        return Score(acc, asr, racc)
+        asr, racc = (counted(part, name) if f"{name}_count" in part else None for name in ("asr", "racc"))
+        return Score(counted(part, "acc"), asr, racc)
 
     rating = rating_of(shares(said["before"]), shares(said["after"]))
     if rating != said["der"]:

@@ -3,18 +3,15 @@
 import hashlib
 import io
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
 from sau.errors import RecordError
-from sau.files import write
+from sau.files import append, clear, leftovers, loaded, parsed, read, write
 from sau.record import schema
 from sau.record.holding import give_back, hold
 from sau.record.schema import SCHEMA, difference, digest, plain
@@ -22,9 +19,6 @@ from sau.record.schema import SCHEMA, difference, digest, plain
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
-
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
-_INDEX = re.compile(r"^clean_index:\n(?:- \d+\n)+", re.M)
 
 
 class Record:
@@ -53,13 +47,15 @@ class Record:
             identity: the part of it that determines the result; an unfinished folder goes on only if it is the same.
             overwrite: discard what is there.
         """
-        if self.admits(identity, overwrite):
-            for leftover in self.path.glob(".*"):  # a write that was killed
-                leftover.unlink()
+        goes_on = self.admits(identity, overwrite)
+        if goes_on or self._bare():  # defenses outlive the weights of an attack that are made again
+            for half in leftovers(self.path):
+                half.unlink()
+        else:
+            clear(self.path, first=MANIFEST, last=CONFIG)
+        if goes_on:
             self.config = self._ours()
             return
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
         self.config = {}
         self.note(schema=SCHEMA, digest=digest(identity), identity=plain(identity), **config)
 
@@ -80,7 +76,7 @@ class Record:
     def _admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if self._bare():
             return False
         old = self._ours()
         if overwrite:
@@ -95,17 +91,21 @@ class Record:
             )
         return True
 
+    def _bare(self) -> bool:
+        """Whether nothing is there, but for defenses and what a killed first write left."""
+        there = {*self.path.iterdir()} if self.path.exists() else set()
+        return there <= {self.path / "defense", *leftovers(self.path)}
+
     def note(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
         self.config.update(plain(facts))
-        write(self.path / CONFIG, yaml.safe_dump(schema.signed(self.config), sort_keys=False).encode())
+        write(self.path / CONFIG, schema.written(self.config))
 
     def say(self, text: str) -> None:
         """Print a line and keep it in the log."""
         print(text, flush=True)
         try:
-            with (self.path / LOG).open("a") as file:
-                file.write(text + "\n")
+            append(self.path / LOG, text + "\n")
         except OSError as error:
             raise RecordError(f"cannot write {self.path / LOG}: {error.strerror}") from None
 
@@ -143,8 +143,8 @@ class Record:
 
     def _lines(self) -> list[dict[str, Any]]:
         """The rows on the disk; folders of schema 1 have them nowhere else."""
-        lines = (self.path / METRICS).read_text().splitlines() if (self.path / METRICS).is_file() else []
-        return [json.loads(line) for line in lines]
+        lines = read(self.path / METRICS).splitlines() if (self.path / METRICS).is_file() else []
+        return [parsed(line) for line in lines]
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
         """Write `<name>.safetensors`, or `<name>.pt`, a plain state dict for those who want one."""
@@ -188,23 +188,16 @@ class Record:
 
     def verify(self, *, light: bool = False) -> int:
         """Compare every file of a finished folder with the manifest; returns their bytes. RecordError as in `check`."""
-        self.sealed = schema.unbroken(self.path / MANIFEST, light)
+        used = {file.name for file in self.path.iterdir() if file.suffix in (".safetensors", ".pt", ".jsonl")}
+        self.sealed = schema.unbroken(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
         return sum((self.path / Path(name).name).stat().st_size for name in self.sealed)
 
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished folder; call `check` first."""
         try:
-            content: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
-            return content
+            return loaded(self.path / SUMMARY)
         except (OSError, ValueError) as error:
             raise RecordError(f"cannot read {self.path / SUMMARY}: {error}") from None
 
     def _ours(self, light: bool = False) -> dict[str, Any]:
-        try:
-            text = (self.path / CONFIG).read_text()
-            config = _YAML(_INDEX.sub("", text) if light else text).get_single_data()
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
-            config = None
-        if not isinstance(config, dict) or not {"schema", "digest", "identity"} <= config.keys():
-            raise RecordError(f"{self.path} is not a result folder of sau (no valid {CONFIG}); choose another name")
-        return schema.opened(config, self.path / CONFIG, sealed=not light)
+        return schema.configuration(self.path / CONFIG, light)

@@ -2,9 +2,11 @@
 
 import fcntl
 import json
+import math
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -13,10 +15,13 @@ from pathlib import Path
 from types import TracebackType
 
 from sau.errors import LockedError, RecordError
+from sau.files import descriptor, parsed, read
 
 BEAT = 15.0  # seconds between two signs of life
 LEASE = 120.0  # seconds after which a silent holder on another machine counts as dead
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+TAKEN = 75  # exit status of a process that finds its lock taken over; EX_TEMPFAIL: it may be tried again
+LONGEST = 10_000  # bytes of a lock file
+_BOOT, _PIDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Holder:
     Args:
         pid: its process.
         host: name of its machine.
-        boot: which boot of the machine; empty where the system does not say.
+        boot: which boot of the machine, and in which of its tables of processes (containers have their own) `pid`
+            stands; empty where the system does not say.
         start: when the process started, as the system counts it, so that a later process of the same pid is another.
         since: when the lock was taken, seconds since 1970.
     """
@@ -37,8 +43,16 @@ class Holder:
     start: str
     since: float
 
+    def __post_init__(self) -> None:
+        """TypeError or ValueError for what no process can have written."""
+        kinds = {"pid": int, "host": str, "boot": str, "start": str, "since": float}
+        if any(type(getattr(self, name)) is not kind for name, kind in kinds.items()):
+            raise TypeError
+        if not (0 < self.pid < 1 << 32 and math.isfinite(self.since) and abs(self.since) < 1 << 36):
+            raise ValueError
+
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {time.strftime('%F %T', time.localtime(self.since))}"
+        return f"process {self.pid} on {self.host[:100]} since {time.strftime('%F %T', time.localtime(self.since))}"
 
 
 class Lock:
@@ -46,7 +60,8 @@ class Lock:
 
     On one machine a holder is dead when its process is; on another one, sharing the file system, when it has not
     touched the file for `LEASE` seconds (clocks should agree to a minute). The file system must have flock, which is
-    held only while the file is read and written.
+    held only while the file is read and written. A holder that was silent so long, like a suspended machine, and finds
+    that the lock was taken over, leaves at once: what it would write is somebody else's now.
 
     Args:
         path: the lock file; its folder is made, and it is gone after `release`.
@@ -90,6 +105,12 @@ class Lock:
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(BEAT):
             with suppress(OSError):
+                now = _parse(read(self.path, LONGEST))
+                if now not in (None, self._mine) and not stop.is_set():  # what comes after a release is no matter
+                    why = LockedError(f"{self.what} was taken over by {now} while this process was silent; it ends")
+                    sys.stderr.write(f"error: {why}\n")
+                    sys.stderr.flush()
+                    os._exit(TAKEN)  # every file is written whole or not at all
                 os.utime(self.path)
 
     def __enter__(self) -> "Lock":
@@ -105,22 +126,25 @@ class Lock:
 def holder(path: Path) -> Holder | None:
     """Who has the lock `path` now, or None; takes nothing and waits for nobody."""
     try:
-        found, silent = _parse(path.read_bytes()), time.time() - path.stat().st_mtime
+        found, silent = _parse(read(path, LONGEST)), time.time() - path.stat().st_mtime
     except OSError:
         return None
     return found if found is not None and _alive(found, silent) else None
 
 
 def _open(path: Path, *, create: bool) -> int:
-    """The file behind `path` with flock held; a file that was unlinked while we waited is not it any more."""
+    """The file `path` with flock held; a file that was unlinked while we waited is not it any more.
+
+    A link, which a downloaded folder may have in its place, would lead to any file of the user; it is refused.
+    """
     try:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+            file = descriptor(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(file), os.stat(path)):
+                if os.path.samestat(os.fstat(file), os.lstat(path)):
                     return file
             except FileNotFoundError:
                 pass  # unlinked: the next turn makes a new one, or says that there is none
@@ -133,18 +157,20 @@ def _open(path: Path, *, create: bool) -> int:
 
 
 def _read(file: int) -> Holder | None:
-    return _parse(os.pread(file, 10_000, 0))
+    return _parse(os.pread(file, LONGEST, 0))
 
 
 def _parse(content: bytes) -> Holder | None:
     try:
-        return Holder(**json.loads(content))
+        return Holder(**parsed(content))
     except (ValueError, TypeError):
-        return None  # empty, or the writer was killed in the middle: nobody holds it
+        return None  # empty, or the writer was killed in the middle, or no process wrote it: nobody holds it
 
 
 def _self() -> Holder:
     boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
+    with suppress(OSError):
+        boot += f" {os.readlink(_PIDS)}"
     return Holder(os.getpid(), socket.gethostname(), boot, _start(os.getpid()) or "", time.time())
 
 

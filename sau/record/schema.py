@@ -7,15 +7,23 @@ the disk, so that its sums stay right.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sau.errors import RecordError
+from sau.files import loaded, read
 
 SCHEMA = 2
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
+DEEPEST = 50  # levels of config.yaml; ours has five
 Config = dict[str, Any]
+
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
+_INDEX = re.compile(r"^clean_index:\n(?:- \d+\n)+", re.M)
 
 
 def _from_1(config: Config) -> Config:
@@ -50,6 +58,38 @@ def signed(config: Config) -> Config:
     return {**config, SEAL: digest(config)}
 
 
+def written(config: Config) -> bytes:
+    """The content of `config.yaml`."""
+    return yaml.safe_dump(signed(config), sort_keys=False).encode()
+
+
+def configuration(place: Path, light: bool = False) -> Config:
+    """What `config.yaml`, at `place`, says, in the newest version; RecordError if it is none of ours.
+
+    `light` leaves out the long `clean_index`, and then the seal cannot be compared.
+    """
+    try:
+        text = read(place).decode()
+        config = _tree(_INDEX.sub("", text) if light else text)
+        json.dumps(config)  # YAML has types that no configuration of ours has, like dates
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):
+        config = None
+    known = isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys()
+    if not known or not isinstance(config["identity"], dict) or not all(isinstance(key, str) for key in config):
+        raise RecordError(f"{place.parent} is not a result folder of sau (no valid {place.name}); choose another name")
+    return opened(config, place, sealed=not light)
+
+
+def _tree(text: str) -> Any:
+    """What YAML says; YAMLError for aliases, which make little into much, and for what libyaml's stack cannot hold."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_YAML):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has an alias, or more than {DEEPEST} levels")
+    return _YAML(text).get_single_data()
+
+
 def opened(config: Config, place: Path, sealed: bool = True) -> Config:
     """A configuration as it was read from `place`, in the newest version.
 
@@ -67,6 +107,38 @@ def opened(config: Config, place: Path, sealed: bool = True) -> Config:
     return config
 
 
+def _numbers(value: Any, least: int | float, most: int | float, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(n) in kinds and least <= n <= most for n in value)
+
+
+# What is read of an attack's configuration: where it stands, whether it may be so, and what is allowed.
+TYPES: dict[tuple[str, str], tuple[Callable[[Any], bool], str]] = {
+    ("model", "name"): (lambda it: isinstance(it, str), "a text"),
+    ("model", "classes"): (lambda it: _numbers([it], 1, 100_000, int), "1 to 100000"),
+    ("model", "width"): (lambda it: it is None or _numbers([it], 1, 1024, int), "1 to 1024, or none"),
+    ("model", "shape"): (lambda it: _numbers(it, 1, 4096, int) and len(it) == 3, "channels, height and width"),
+    ("model", "mean"): (lambda it: _numbers(it, -1e6, 1e6, int, float), "numbers"),
+    ("model", "std"): (lambda it: _numbers(it, 1e-6, 1e6, int, float), "numbers above 0"),
+    ("data", "dataset"): (lambda it: isinstance(it, str), "a text"),
+    ("data", "train"): (lambda it: isinstance(it, str), "a text"),
+    ("data", "test"): (lambda it: isinstance(it, str), "a text"),
+    ("run", "dataset_path"): (lambda it: isinstance(it, str), "a text"),
+    ("run", "recipe"): (lambda it: it is None or isinstance(it, str), "a text, or none"),
+}
+
+
+def typed(config: Config, path: Path) -> None:
+    """RecordError unless what is read of an attack's configuration is of its type; KeyError if it is lacking."""
+    for (part, name), (fine, allowed) in TYPES.items():
+        value = config[part][name]
+        if not fine(value):
+            text = f"{path / 'config.yaml'}: {name} is {str(value)[:60]!r}, allowed is {allowed}"
+            raise RecordError(f"{text}; make the folder again")
+    model = config["model"]
+    if not len(model["mean"]) == len(model["std"]) == model["shape"][0]:
+        raise RecordError(f"{path / 'config.yaml'}: mean and std are not those of {model['shape'][0]} channels")
+
+
 def readable(version: Any, path: Path) -> int:
     """The version of the folder `path`, if it is one that can be read."""
     if type(version) is not int or not 1 <= version <= SCHEMA:
@@ -81,17 +153,19 @@ def manifest(files: list[Path]) -> bytes:
     ).encode()
 
 
-def unbroken(place: Path, light: bool = False) -> list[str]:
+def unbroken(place: Path, needed: set[str], light: bool = False) -> list[str]:
     """The names in the manifest `place` if every file is as it says; RecordError names the first that is not.
 
-    `light` compares of `*.safetensors` the sizes alone.
+    It must vouch for all that are `needed`. `light` compares of `*.safetensors` the sizes alone.
     """
     try:
-        content = json.loads(place.read_text())
-        version, files = content["schema"], dict(content["files"])
+        content = loaded(place)
+        version, files = content["schema"], dict(**content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{place} is damaged: {error}") from None
     readable(version, place.parent)
+    if unknown := sorted(needed - {*files}):
+        raise RecordError(f"{place} does not name {unknown[0]}; take that file away or make the folder again")
     for name, seal in files.items():
         file = place.parent / Path(name).name
         if not _is(file, seal, light and file.suffix == ".safetensors"):
@@ -100,13 +174,13 @@ def unbroken(place: Path, light: bool = False) -> list[str]:
 
 
 def _seal(file: Path) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+    with file.open("rb") as content:
+        return {"sha256": hashlib.file_digest(content, "sha256").hexdigest(), "bytes": file.stat().st_size}
 
 
 def _is(file: Path, seal: Any, size_alone: bool) -> bool:
     try:
-        if size_alone and file.is_file():
-            return bool(file.stat().st_size == seal["bytes"])
-        return file.is_file() and _seal(file) == seal
+        sized = file.is_file() and file.stat().st_size == seal["bytes"]
+        return sized and (size_alone or _seal(file) == seal)
     except (OSError, ValueError, KeyError, TypeError):  # a damaged manifest may name what no file can be called
         return False

@@ -1,6 +1,7 @@
 """Whether a result folder says the truth: its files, its settings, its data, and its figures measured again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,14 @@ from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, SauError
 from sau.evaluate import Score, score
-from sau.models import Normalized, build
+from sau.models import Normalized
 from sau.models.polarizer import restore
 from sau.record import claims, victim
 from sau.record.folder import Record
 
 VERIFIED, BROKEN, PARTLY = 0, 1, 3  # exit status of `scripts/verify.py`; 2 is a mistake in the command
 State = Literal["held", "broken", "not checked"]
+FORGED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)  # what wrong types lead to
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,28 @@ class Verification:
         amp = bool(record.config.get("amp"))
         if (found := self._measure("weights", record, amp)) is not None:
             self.before[amp] = found
-            self._compare("", record.summary(), found)
+            with self._whole("summary"):
+                self._compare("", record.summary(), found)
         for folder in sorted(place for place in (self.path / "defense").glob("*") if place.is_dir()):
-            try:
+            with self._whole(f"{folder.name}: record"):
                 self._defense(Record(folder))
-            except (RecordError, KeyError, TypeError) as error:
-                self.findings.append(Finding(f"{folder.name}: record", "broken", f"its files lack something: {error}"))
         return self
+
+    @contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """For what notes its own findings: an error from it means that the record is broken there."""
+        try:
+            yield
+        except SauError as error:
+            self.findings.append(Finding(what, "broken", str(error)))
+        except FORGED as error:
+            why = ascii(str(error))[1:-1][:200]
+            self.findings.append(Finding(what, "broken", f"its files lack something or have another type: {why}"))
 
     def _look(self, what: str, check: Callable[[], str]) -> bool:
         """Note what `check` says; an error from it means that the record is broken there."""
-        try:
+        with self._whole(what):
             self.findings.append(Finding(what, "held", check()))
-        except SauError as error:
-            self.findings.append(Finding(what, "broken", str(error)))
-        except (KeyError, TypeError) as error:
-            self.findings.append(Finding(what, "broken", f"its files lack something or have another type: {error}"))
         return self.findings[-1].state == "held"
 
     def _load(self) -> str:
@@ -110,16 +118,12 @@ class Verification:
 
     def _measure(self, what: str, record: Record, amp: bool) -> Score | None:
         """The scores of a record's stored weights; without the data set `acc` means nothing."""
-        made = self.attacked.network
-        net = build(
-            made["name"], made["classes"], width=made["width"], shape=made["shape"], mean=made["mean"], std=made["std"]
-        ).net
-        bad = self.attacked.triggered
+        made, bad = self.attacked.network, self.attacked.triggered
         found: list[Score] = []
 
         def check() -> str:
             try:
-                restore(net, record.load_tensors("model"))
+                net = restore(self.attacked.blank().net, record.load_tensors("model"))
             except (RuntimeError, AttributeError, ConfigError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise RecordError(f"the weights are not those of {made['name']}: {reason}") from None
@@ -172,10 +176,11 @@ class Verification:
 
     def _clean_set(self, config: dict[str, Any], kind: str) -> str:
         assert self.data is not None
-        train, index = self.data[0], torch.tensor(config["clean_index"])
+        train, index = self.data[0], config["clean_index"]
         if kind == "poisoned" and self.attacked.poisoned is not None:
             train = train.updated(self.attacked.poisoned)
-        if int(index.max()) >= len(train) or fingerprint(train[index]) != config["identity"]["clean"]:
+        there = isinstance(index, list) and index and all(type(i) is int and 0 <= i < len(train) for i in index)
+        if not there or fingerprint(train[torch.tensor(index)]) != config["identity"]["clean"]:
             raise RecordError("the pictures at clean_index are not those that it was given")
         return f"{len(index)} pictures as it was given them"
 

@@ -14,6 +14,7 @@ from sau.errors import DataError, RecordError
 from sau.foreign import compat
 from sau.models import Normalized, build
 from sau.models.polarizer import make_room
+from sau.record import schema
 from sau.record.folder import Record
 
 
@@ -64,12 +65,14 @@ class Victim:
 
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
-        made = self.network
-        model = build(
-            made["name"], made["classes"], width=made["width"], shape=made["shape"], mean=made["mean"], std=made["std"]
-        )
-        _fill(model.net, self.weights, self.path, made["name"])
+        model = self.blank()
+        _fill(model.net, self.weights, self.path, self.network["name"])
         return model.eval()
+
+    def blank(self) -> Normalized:
+        """A new network like the attacked one; ConfigError if there is none of the kind."""
+        rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
+        return build(self.network["name"], self.network["classes"], **rest)
 
     def pictures(self, dataset_path: str) -> tuple[Images, Images, list[str]]:
         """The clean pictures that the attack saw, train and test, and what there is to say about them.
@@ -96,6 +99,8 @@ class Victim:
         inside = bad is None or int(bad.index.max()) < len(test)
         if bad is not None and not (inside and torch.equal(test.labels[bad.index], bad.true_labels)):
             raise RecordError(f"{self.path}: its pictures are in another order than those under {dataset_path}")
+        if self.poisoned is not None and int(self.poisoned.index.max()) >= len(train):
+            raise RecordError(f"{self.path}: its poisoned pictures are none of the {len(train)} under {dataset_path}")
         return train, test, notes
 
 
@@ -123,6 +128,7 @@ def load(path: Path) -> Victim:
 
 
 def _ours(record: Record, made: dict[str, Any]) -> Victim:
+    schema.typed(made, record.path)
     return Victim(
         path=record.path,
         network={key: made["model"][key] for key in ("name", "classes", "width", "shape", "mean", "std")},
@@ -176,7 +182,10 @@ def load_images(record: Record, part: str) -> Images | None:
     if not (record.path / f"{part}.safetensors").is_file():
         return None
     try:
-        return Images.restore(record.load_tensors(part), record.config["model"]["classes"])
+        found = Images.restore(record.load_tensors(part), record.config["model"]["classes"])
+        if (got := list(found.pixels.shape[1:])) != (wanted := record.config["model"]["shape"]):
+            raise DataError(f"stored pictures are {got}, but the network takes {wanted}")
+        return found
     except DataError as error:
         raise RecordError(f"{record.path / part}.safetensors: {error}") from None
 

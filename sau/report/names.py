@@ -15,9 +15,14 @@ def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
 
 
 def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
-    """Defense and settings as its folder says them, in a grid `<defense>_c<share>_<digest>`."""
-    parts = re.fullmatch(r"(.+?)_c([\d.]{1,9})", plain(folder))
-    return (parts[1], {"ratio": float(parts[2])}) if parts and _decimal(parts[2]) else (plain(folder), None)
+    """Defense and settings as its folder says them, in a grid `<defense>_c<share>_<digest>`.
+
+    Where test data chose, `_oracle` stands before the digest.
+    """
+    parts = re.fullmatch(r"(.+?)_c([\d.]{1,9})(_oracle)?", plain(folder))
+    if parts is None or not _decimal(parts[2]):
+        return plain(folder), None
+    return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}
 
 
 def _decimal(text: str | None) -> bool:

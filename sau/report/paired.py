@@ -1,15 +1,19 @@
 """One defense beside each rival on the same attacked networks: differences pair by pair, so that what makes a network
-easy or hard for every defense falls out.
+easy or hard for every defense falls out, and then their mean for each attack, for its networks are no further attacks.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
 from sau.report.read import NONE, Run
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section
 
-Network = tuple[str, str, int | None]  # an attacked network: attack, its variant, seed
+FIGURES = ("acc", "asr", "der")
+Network = tuple[str, Path]  # an attacked network: the attack and its folder
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,10 @@ class Duel:
     Args:
         champion: the defense, with its variant.
         rival: the other one, with its variant.
-        acc: champion - rival in points, one value for each attacked network that both purified.
+        acc: champion - rival in points, one value for each attack: the mean over its networks that both purified.
         asr: the same; below 0 is better.
         der: the same.
+        networks: that both purified.
         oracle: whether test data chose something of the rival's.
     """
 
@@ -30,16 +35,17 @@ class Duel:
     acc: Spread
     asr: Spread
     der: Spread
+    networks: int
     oracle: bool
 
     @property
     def wins(self) -> int:
-        """Networks on which the champion's DER is higher."""
+        """Attacks on which the champion's DER is higher."""
         return sum(value > 0 for value in self.der.values)
 
     @property
     def p(self) -> float:
-        """Two-sided sign test: how probable so uneven a record is between equals; ties are left out."""
+        """Two-sided sign test over attacks: how probable so uneven a record is between equals; ties are left out."""
         from scipy.stats import binomtest
 
         decided = [value for value in self.der.values if value]
@@ -72,22 +78,27 @@ def _duel(name: str, own: list[Cell], rival: str, other: list[Cell]) -> Iterator
     ours, theirs = _runs(own), _runs(other)
     both = [network for network in ours if network in theirs]
     if both:
-        gaps = {
-            key: Spread(tuple(_figure(ours[at], key) - _figure(theirs[at], key) for at in both))
-            for key in ("acc", "asr", "der")
-        }
-        yield Duel(name, rival, **gaps, oracle=any(cell.oracle for cell in other))
+        gaps = {key: _gaps(ours, theirs, both, key) for key in FIGURES}
+        yield Duel(name, rival, **gaps, networks=len(both), oracle=any(cell.oracle for cell in other))
 
 
-def _runs(cells: list[Cell]) -> dict[Network, Run]:
+def _runs(cells: list[Cell]) -> dict[Network, list[Run]]:
     """Runs that count, by the network they purified; a network without a trigger has no DER and takes no part."""
-    return {
-        (cell.attack, cell.attack_variant, run.seed): run
-        for cell in cells for run in cell.good if run.figures["der"] is not None
-    }  # fmt: skip
+    found: dict[Network, list[Run]] = defaultdict(list)
+    for cell in cells:
+        for run in cell.good:
+            if run.figures["der"] is not None:
+                found[cell.attack, run.home].append(run)
+    return found
 
 
-def _figure(run: Run, name: str) -> float:
-    value = run.figures[name]
-    assert value is not None  # who has a DER has both rates
-    return value
+def _gaps(ours: dict[Network, list[Run]], theirs: dict[Network, list[Run]], both: list[Network], name: str) -> Spread:
+    gaps: dict[str, list[float]] = defaultdict(list)
+    for network in both:
+        gaps[network[0]].append(_mean(ours[network], name) - _mean(theirs[network], name))
+    return Spread(tuple(fmean(each) for each in gaps.values()))
+
+
+def _mean(runs: list[Run], name: str) -> float:
+    """Over the runs of a network, of which there are several where the defense has seeds of its own."""
+    return fmean(value for run in runs if (value := run.figures[name]) is not None)  # who has a DER has both rates

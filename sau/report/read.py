@@ -65,6 +65,17 @@ class Run:
         return self.path.name if self.defense == NONE else f"{self.path.parents[1].name}/defense/{self.path.name}"
 
     @property
+    def home(self) -> Path:
+        """The folder of the attack."""
+        return self.path if self.defense == NONE else self.path.parents[1]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What the machine adds to what determines the result, as far as the folder says it."""
+        said = {**self.config, "device": parse.mapping(self.config.get("run")).get("device")}
+        return {name: said[name] for name in ("amp", "device", "threads") if said.get(name) is not None}
+
+    @property
     def lost(self) -> float | None:
         """Points of ACC that the defense cost; None without one."""
         after, before = self.figures.get("acc"), self.figures.get("before_acc")
@@ -161,14 +172,13 @@ def _said(config: dict[str, Any], folder: Path, parent: Run | None) -> dict[str,
 
 def _once(runs: list[Run]) -> Iterator[Run]:
     """A copy of a run under another name is no second seed."""
-    seen: dict[str, Run] = {}
+    seen: dict[tuple[str, str], Run] = {}
     for run in runs:
-        first = seen.get(run.digest) if run.usable and run.digest else None
-        if first is not None:
-            yield replace(run, status=DUPLICATE, reason=f"the same run as {first.name} (equal digests); counted once")
-            continue
         if run.usable and run.digest:
-            seen[run.digest] = run
+            first = seen.setdefault((run.digest, str(run.machine)), run)
+            if first is not run:
+                why = f"the same run as {first.name} (equal digests); counted once"
+                run = replace(run, status=DUPLICATE, reason=why)
         yield run
 
 

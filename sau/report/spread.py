@@ -1,4 +1,4 @@
-"""One figure over seeds: mean, standard deviation, interval."""
+"""One figure over seeds or attacks: mean, standard deviation, interval."""
 
 import math
 import statistics
@@ -9,10 +9,10 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of one figure over seeds.
+    """Values of one figure over seeds, or over attacks.
 
     Args:
-        values: one a seed, at least one.
+        values: one a seed or an attack, at least one.
     """
 
     values: tuple[float, ...]

@@ -1,7 +1,5 @@
 """Runs as the cells of tables: means over seeds, attack against defense, one section for each data set and network."""
 
-import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from typing import Any
 from sau.report import parse
 from sau.report.read import DAMAGED, DUPLICATE, NONE, UNFINISHED, UNVERIFIED, VERIFIED, Run
 from sau.report.spread import Spread, spread
+from sau.report.variants import text_of, variants
 
 MEASURED, PARTLY, MISSING = "measured", "partly", "not run"
 NETWORK = ("name", "width", "classes", "shape")
@@ -120,16 +119,14 @@ def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:
     for run in runs:
         run = replace(run, dataset=run.dataset or dataset)
         said = run.attack_settings or {}
-        parts[_key([run.dataset, said.get("test"), _network(run)])].append(run)
+        parts[text_of([run.dataset, said.get("test"), _network(run)])].append(run)
     return [_section(part) for _, part in sorted(parts.items())]
 
 
 def _section(runs: list[Run]) -> Section:
     notes = {str(note) for run in runs for note in run.config.get("notes") or []}
-    attack_variants = _variants([(run.attack, run.attack_settings) for run in runs])
-    variants = _variants([(run.defense, run.settings) for run in runs])
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
-    for run, first, second in zip(runs, attack_variants, variants, strict=True):
+    for run, (first, second) in zip(runs, variants(runs), strict=True):
         groups[run.attack, first, run.defense, second].append(run)
     attacks = {
         key[:2]: len({run.name for run in found if run.usable}) for key, found in groups.items() if key[2] == NONE
@@ -184,25 +181,3 @@ def _network(run: Run) -> dict[str, Any]:
     found = {name: said[name] for name in NETWORK if name in said}
     own = parse.mapping(run.config.get("model"))
     return found or {name: own[name] for name in NETWORK if name in own}
-
-
-def _variants(runs: list[tuple[str, dict[str, Any] | None]]) -> list[str]:
-    """For each (name, settings) how it differs from its namesakes. A setting that some lack tells nobody apart."""
-    namesakes: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for name, settings in runs:
-        namesakes[name] += [settings] if settings else []
-    differing = {}
-    for name, others in namesakes.items():
-        shared = set.intersection(*(set(other) for other in others)) if others else set()
-        differing[name] = sorted(key for key in shared if len({_key(other[key]) for other in others}) > 1)
-    return [", ".join(f"{key} {_short(of[key])}" for key in differing[name]) if of else "" for name, of in runs]
-
-
-def _short(value: Any) -> str:
-    """Short, and yet another text for another value."""
-    text = value if isinstance(value, str) else _key(value)
-    return text if len(text) <= 24 else f"{text[:12]}…{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)

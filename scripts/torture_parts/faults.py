@@ -9,6 +9,8 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torture_parts.common import Row, arguments, forked, result, run, tensors, whole
 from torture_parts.runs import dying, victim
 
+from sau.data.images import Images
 from sau.errors import RecordError, SauError
 from sau.files import folder as named
 from sau.record import victim as victims
@@ -45,9 +48,7 @@ def spoiled(content: bytes, kind: str, draw: random.Random) -> bytes | None:
 def _finished(folder: Path) -> str:
     """What a reader of an attack's record gets, as a digest."""
     found = victims.load(folder)
-    parts: list[Any] = [found.network, found.dataset, found.recipe, found.digest, found.fingerprints]
-    parts += [found.weights, found.triggered and found.triggered.tensors(), found.poisoned and found.poisoned.tensors()]
-    return _digest([*parts, Record(folder).summary()])
+    return _digest([*(getattr(found, part.name) for part in fields(found)), Record(folder).summary()])
 
 
 def _purified(folder: Path) -> str:
@@ -73,6 +74,8 @@ def _digest(parts: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             sum_.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+        elif isinstance(value, Images):
+            add(value.tensors())
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
                 sum_.update(str(key).encode())
@@ -189,6 +192,9 @@ def names(folder: Path, seed: int, share: float) -> list[Row]:
 
     root, found = folder / "record", Counter[str]()
     root.mkdir()
+    (root / "linked").mkdir()
+    (root / "linked" / "defense").symlink_to(folder)
+    given_links = {*folder.rglob("*")}
     parts = st.sampled_from(["..", "/", ".", "\\", "~", "\0", "\n", "a", "CON", "%2e", "\u2024", "\u2215", "-", " "])
     plain = st.from_regex(r"[A-Za-z0-9._-]{1,110}", fullmatch=True)
     texts = st.one_of(st.text(max_size=300), st.lists(parts, max_size=12).map("".join), plain)
@@ -204,9 +210,12 @@ def names(folder: Path, seed: int, share: float) -> list[Row]:
             return
         inside = path.resolve().parent == root.resolve() and path != root
         found["inside the root" if inside else "escaped"] += 1
+        with suppress(RecordError):
+            named(root, "linked", "defense", name)  # a link below the root
+            found["escaped"] += 1
 
     attempt()
     count = sum(found.values())
-    left = [str(file) for file in folder.rglob("*") if file != root]
+    left = {*folder.rglob("*")} - given_links
     figures = ", ".join(f"{number:,} {name}" for name, number in sorted(found.items()))
     return [Row("P1", "names of folders", count, count - found["escaped"] - len(left), figures)]

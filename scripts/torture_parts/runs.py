@@ -82,9 +82,11 @@ def kills(folder: Path, seed: int, share: float) -> Iterator[Row]:
         root = _with_victim(folder / f"{name} 0", attacked)
         while killed < count or chain:
             last = killed >= count
-            in_write = not last and killed % 2 == 1
-            moment = draw.choice(("before", "after", "renamed"))
-            prepare = dying(draw.randint(1, writes), moment) if in_write else lambda: None
+            in_write = not last and killed % 2 == 0
+            number, moment = draw.randint(1, writes), draw.choice(("before", "after", "renamed"))
+            if killed == 0:
+                number, moment = 1, "before"  # of the first write only a half file is left
+            prepare = dying(number, moment) if in_write else lambda: None
             status, text = forked(
                 run(arguments(kind, name, root, seed), root / "cache", prepare),
                 None if last or in_write else draw.uniform(0, seconds),

@@ -1,0 +1,42 @@
+"""A flag's text, or a value from YAML, as the type of its parameter."""
+
+import types
+import typing
+from typing import Any, Literal
+
+from sau.errors import ConfigError
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or str(value).lower() in ("none", "auto", "null"):
+            return None
+        return convert(value, next(part for part in parts if part is not type(None)))
+    if origin is Literal:
+        for choice in parts:
+            if str(value).lower() == str(choice).lower():
+                return choice
+        raise ConfigError(f"allowed is one of {', '.join(map(str, parts))}")
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).strip("[]() ").replace(",", " ").split()
+        return tuple(convert(item, parts[0]) for item in items)
+    return _scalar(value, hint)
+
+
+def _scalar(value: Any, hint: Any) -> Any:
+    text = str(value).strip()
+    if hint is bool and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    if hint is str and not isinstance(value, dict | list):
+        return text
+    if hint in (int, float) and not isinstance(value, bool | dict | list):
+        try:
+            number = hint(text)
+            if number == number and abs(number) != float("inf"):
+                return number
+        except ValueError:
+            pass  # said below, together with every other wrong value
+    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
+    raise ConfigError(f"allowed is {wanted}")

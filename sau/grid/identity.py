@@ -1,0 +1,56 @@
+"""What determines the result of a method: what its digest is made of, and what no machine could run."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sau.errors import ConfigError
+from sau.files import checksum
+from sau.grid.spec import Block
+from sau.machine.devices import united
+from sau.method import Method
+from sau.run import AttackRun, DefenseRun
+
+Asked = AttackRun | DefenseRun
+_FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
+_MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds, as risk_* do where risks are tracked
+
+
+def identity(method: Method, sections: Sequence[Any], run: Asked, block: Block, dataset_path: str) -> dict[str, Any]:
+    """All that determines a result but seed and attack.
+
+    Files, further devices and what else is measured stand in it only where they are given: cells had digests before.
+    """
+    settings = {key: value for section in sections for key, value in section.params().items()}
+    facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
+    where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
+    machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
+    machine |= {"devices": run.devices} if run.devices > 1 else {}
+    index = run.index if isinstance(run, DefenseRun) else None
+    files = method.contents() | ({"index_sha256": checksum(Path(index))} if index else {})
+    return {**settings, **facts, **where, **machine, **files, **_measured(run)}
+
+
+def _measured(run: Asked) -> dict[str, Any]:
+    tracked = getattr(run, "track_risk", False)
+    names = [field.name for field in fields(run) if field.name in _MEASURED or (tracked and field.name[:5] == "risk_")]
+    return {name: getattr(run, name) for name in names if getattr(run, name) != getattr(type(run), name)}
+
+
+def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shares: bool) -> None:
+    """Refuse, by a ConfigError, what a cell would refuse only after its attack was trained.
+
+    Args:
+        method: of the cell.
+        run: the same.
+        block: the same.
+        batch_size: the same.
+        shares: whether clean_shares say how many pictures a defender has.
+    """
+    if isinstance(run, DefenseRun) and run.index is not None and shares:
+        raise ConfigError(f"index is {run.index}, which beats clean_shares; leave one of them out")
+    united(run, method, batch_size)
+    what, most = ("gpus", block.gpus) if block.device == "cuda" else ("threads", block.threads)
+    if 1 < run.devices > most:
+        raise ConfigError(f"devices is {run.devices}, but {what} of a cell is {most:g}; make them as many")
