@@ -19,9 +19,9 @@ from sau.report.spread import spread
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONFIGS = DOCS.parent / "configs"
-RUNS = ("table1_cpu", "cifar10_cpu")  # folders of docs/results; a row comes from the first one that has it
+RUNS = ("table1_cpu", "cifar10_cpu", "fp32_cpu")  # folders of docs/results; a row comes from the first one that has it
 MARK, PUBLISHED, END = "<!-- measured -->\n", "<!-- published -->\n", "<!-- /published -->\n"
-SOURCE = " or, where it has no row yet, ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
+SOURCE = "the first of " + ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS) + " that has the row"
 
 
 def text(values: list[Any], digits: int = 2) -> str:

@@ -330,3 +330,11 @@ def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         NC(**wrong)
     assert next(iter(wrong)) in one_line(refusal.value)
+
+
+def test_two_classes_are_refused(one_line):
+    """Their indices are 0.67 and -0.67 whatever the norms are, so that no class would ever be flagged."""
+    assert anomaly(torch.tensor([1.0, 1000.0])).tolist() == pytest.approx([0.6745, -0.6745], abs=1e-3)
+    with pytest.raises(ConfigError) as refusal:
+        NC().purify(tiny_net(2), pair(classes=2), session=quiet())
+    assert "2 classes" in one_line(refusal.value)

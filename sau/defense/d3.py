@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
+from sau.defense.inputs import glance
 from sau.defense.layers import classifier, full_name, plain
 from sau.defense.sphere import Sphere, uniform
 from sau.errors import ConfigError
@@ -63,7 +64,7 @@ class D3(Tuning):
         self.require("eps", self.eps >= 0, "0 and more")
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        driven = self.driven(model, next(iter(batches))[0][:1])
+        driven = self.driven(model, glance(batches))
         self.rounds(self.begin(model, driven, len(batches)), batches, session)  # type: ignore[arg-type]
 
     def begin(self, model: nn.Module, driven: Sequence[Tensor], steps: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
+from sau.defense.inputs import glance
 from sau.defense.layers import classifier
 from sau.defense.sphere import Sphere, uniform
 from sau.session import Session
@@ -46,7 +47,7 @@ class FST(Tuning):
         self.require("alpha", self.alpha >= 0, "0 and more")
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        last = classifier(model, next(iter(batches))[0][:1], self.name)
+        last = classifier(model, glance(batches), self.name)
         self.rounds(self.begin(model, last, len(batches)), batches, session)  # type: ignore[arg-type]
 
     def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Batches, Images, to_float
 from sau.errors import DataError
+from sau.seeds import seeded
 from sau.types import Loader
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -73,6 +74,12 @@ def unaugmented(batches: Loader) -> tuple[Loader, Augmentation | None]:
     plain: Any = copy.copy(batches)
     augment, plain.augment = plain.augment, None
     return plain, augment
+
+
+def glance(batches: Loader) -> Tensor:
+    """One picture [1, C, H, W], to see by how a network runs; opening a loader draws, but not from our numbers."""
+    with seeded(0):
+        return next(iter(batches))[0][:1]
 
 
 def checked(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.config import nearest
 from sau.defense.ft import FT
+from sau.defense.inputs import glance
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.optim import Schedule
@@ -75,7 +76,7 @@ class NAD(FT):
         return 0.0  # compiled code would not call the hooks that watch the layers
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        x = next(iter(batches))[0][:1]
+        x = glance(batches)
         layers = found(model, x, self.layers) if self.layers else deepest(model, x)
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
