@@ -93,7 +93,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
-    given, test, notes = _given(attacked, run, method)
+    offered = attacked.offers(method.needs)
+    given, test, notes = _given(attacked, run, method, offered)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
@@ -103,7 +104,6 @@ def defend(name: str, argv: Sequence[str]) -> None:
     begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
-    offered = attacked.offers(method.needs)
     pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
     record.say(f"recipe {recipe}: {_length(method)}{pictures}; {record.path}")
     warn(record, request, notes)
@@ -132,13 +132,12 @@ def defend(name: str, argv: Sequence[str]) -> None:
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _given(attacked: victim.Victim, run: DefenseRun, method: Defense) -> tuple[Images, Images, list[str]]:
-    """What the method is given, the clean test set, and what there is to say about them."""
+def _given(attacked: victim.Victim, run: DefenseRun, method: Defense, offered: str) -> tuple[Images, Images, list[str]]:
+    """What the method is given of the `offered` kind, the clean test set, and what there is to say about them."""
     train, test, notes = attacked.pictures(run.dataset_path)
-    if attacked.offers(method.needs) == "poisoned" and attacked.poisoned is not None:
+    if offered == "poisoned" and attacked.poisoned is not None:
         train = train.updated(attacked.poisoned)
     given = clean_subset(train, run.ratio, run.random_seed, run.index)
-    offered = attacked.offers(method.needs)
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
 
 

@@ -128,8 +128,8 @@ class Inversion(Method):
         descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), steps)
         state = {**more, "patches": patches, "descent": descent}
         step, end_epoch = partial(self.invert_step, model, state), partial(self.end_pass, patches, steps)
-        how: dict[str, Any] = {"session": session, "label": "inversion", "rate": "mask_lr"}
-        loop.run(step, batches, self.nc_epoch, state=state, end_epoch=end_epoch, **how)
+        run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
+        run(step, batches, self.nc_epoch, label="inversion", rate="mask_lr")
         model.requires_grad_(True)
 
     def invert_step(self, model: nn.Module, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:

@@ -96,8 +96,8 @@ class NPD(Tuning):
             parameter.requires_grad_(False)
         train = partial(loop.run, batches=batches, state=state)
         first, then = partial(self.warm_step, state), partial(self.step, state)
-        warm: dict[str, Any] = {"session": session, "label": "warm-up", "rate": "warm_lr"}
-        train(first, epochs=self.warm_epochs, end_epoch=lambda losses: None, **warm)
+        warm_up = partial(train, end_epoch=lambda losses: None, session=session, label="warm-up", rate="warm_lr")
+        warm_up(first, epochs=self.warm_epochs)
         train(then, epochs=self.epochs, end_epoch=partial(self.end_epoch, state), session=session.at(1))
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -13,7 +13,8 @@ The channels whose masks fall are those that keep h' from the clean task: they s
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -127,8 +128,8 @@ class RNP(Defense):
             return losses["clean_acc"] <= 100 * self.clean_threshold
 
         state = {"unlearned": unlearned, "descent": descent}  # not as "model": nobody wants the scores of a ruin
-        how: dict[str, Any] = {"session": session, "label": "unlearning", "rate": "unlearning_lr"}
-        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, **how)
+        run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
+        run(step, batches, plan.epochs, label="unlearning", rate="unlearning_lr")
 
     def _recover(self, unlearned: nn.Module, masks: "Masks", batches: Loader, session: Session) -> None:
         """Descent on the masks alone, which are cut to [0, 1] after every update."""
@@ -146,8 +147,8 @@ class RNP(Defense):
             descent.end_epoch(losses["loss"])
 
         state = {"unlearned": unlearned, "masks": masks, "descent": descent}
-        how: dict[str, Any] = {"session": session, "label": "recovering", "rate": "recovering_lr"}
-        loop.run(step, batches, plan.epochs, state=state, end_epoch=end_epoch, **how)
+        run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
+        run(step, batches, plan.epochs, label="recovering", rate="recovering_lr")
 
     def _prune(
         self,
