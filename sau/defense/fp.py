@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.inputs import unaugmented
-from sau.defense.layers import plain
+from sau.defense.layers import plain, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.session import Session
@@ -132,12 +132,8 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
             return
         tail[:] = [(output, output._version)]
 
-    hooks = [module.register_forward_hook(follow) for module in model.modules() if isinstance(module, (kind, *after))]
-    try:
+    with watching((module, follow) for module in model.modules() if isinstance(module, (kind, *after))):
         predict(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not found:
         other = "last_conv" if unit == "linear_input" else "linear_input"
         raise ConfigError(f"the network has no {kind.__name__}, which unit {unit} of fp prunes; try --unit {other}")
@@ -152,11 +148,8 @@ def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
         f = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else output
         sums.append(f.float().flatten(2).mean(2).sum(0) if f.ndim > 2 else f.float().sum(0))
 
-    hook = layer.register_forward_hook(add)
-    try:
+    with watching([(layer, add)]):
         predict(model, x)
-    finally:
-        hook.remove()
     return torch.stack(sums).sum(0) / len(x)
 
 

@@ -1,5 +1,7 @@
 """Finding the layers that a method needs in a network that it does not know."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,18 +21,24 @@ def classifier(model: nn.Module, x: Pixels, method: str) -> nn.Linear:
     """
     ran: list[nn.Linear] = []
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_hook(lambda layer, *_: ran.append(layer)) for module in linear]
-    try:
-        with torch.no_grad():
-            classes = model(x).shape[1]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), watching((layer, lambda layer, *_: ran.append(layer)) for layer in linear):
+        classes = model(x).shape[1]
     if not ran or ran[-1].out_features != classes:
         raise ConfigError(
             f"no linear layer (Linear) makes the network's {classes} logits, as {method} needs; try ft or sau"
         )
     return plain(ran[-1], method)
+
+
+@contextmanager
+def watching(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Inside, each layer calls its hook (layer, inputs, output) whenever it has run."""
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def plain(layer: Layer, method: str) -> Layer:

@@ -24,6 +24,7 @@ from sau import loop
 from sau.config import nearest
 from sau.defense.ft import FT
 from sau.defense.inputs import glance
+from sau.defense.layers import watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.optim import Schedule
@@ -130,12 +131,8 @@ def watched(model: nn.Module, layers: Sequence[str], x: Pixels, p: float) -> tup
         # A copy, for a ReLU that works in place may follow; in fp32, for sums over channels need more than bf16.
         maps[name] = attention(output.clone().float() if output.dtype != torch.float64 else output.clone(), p)
 
-    hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
-    try:
+    with watching((model.get_submodule(name), partial(keep, name)) for name in layers):
         return model(x), maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def deepest(model: nn.Module, x: Pixels) -> list[str]:
@@ -174,10 +171,6 @@ def _sizes(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
         if isinstance(output, Tensor) and output.ndim == 4:
             sizes[name] = output.shape[2], output.shape[3]
 
-    hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name]
-    try:
+    with watching((module, partial(note, name)) for name, module in model.named_modules() if name):
         predict(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return sizes

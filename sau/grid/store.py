@@ -10,7 +10,7 @@ from typing import Any
 
 import sau
 from sau.errors import RecordError
-from sau.files import write
+from sau.files import parsed, read, write
 from sau.grid.cells import Job
 from sau.grid.plan import Cell
 from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
@@ -198,7 +198,7 @@ class Store:
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:
-            found = json.loads(file.read_text())
+            found = parsed(read(file))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

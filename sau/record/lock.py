@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from sau.errors import LockedError, RecordError
+from sau.errors import LOCKED, LockedError, RecordError
 from sau.files import descriptor, parsed, read
 
 BEAT = 15.0  # seconds between two signs of life
 LEASE = 120.0  # seconds after which a silent holder on another machine counts as dead
-TAKEN = 75  # exit status of a process that finds its lock taken over; EX_TEMPFAIL: it may be tried again
 LONGEST = 10_000  # bytes of a lock file
 _BOOT, _PIDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
@@ -110,7 +109,7 @@ class Lock:
                     why = LockedError(f"{self.what} was taken over by {now} while this process was silent; it ends")
                     sys.stderr.write(f"error: {why}\n")
                     sys.stderr.flush()
-                    os._exit(TAKEN)  # every file is written whole or not at all
+                    os._exit(LOCKED)  # every file is written whole or not at all
                 os.utime(self.path)
 
     def __enter__(self) -> "Lock":

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sau.errors import RecordError
-from sau.files import loaded, read
+from sau.files import checksum, loaded, read
 
 SCHEMA = 2
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
@@ -174,8 +174,7 @@ def unbroken(place: Path, needed: set[str], light: bool = False) -> list[str]:
 
 
 def _seal(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"sha256": hashlib.file_digest(content, "sha256").hexdigest(), "bytes": file.stat().st_size}
+    return {"sha256": checksum(file), "bytes": file.stat().st_size}
 
 
 def _is(file: Path, seal: Any, size_alone: bool) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sau.errors import RecordError
+from sau.files import parsed, read
 from sau.record.folder import SUMMARY
 
 PERCENT = ("acc", "asr", "racc", "der")
@@ -34,10 +35,10 @@ def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
 def json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; RecordError if it is missing or holds something else."""
     try:
-        found = json.loads(file.read_text())
+        found = parsed(read(file))
     except FileNotFoundError:
         raise RecordError(f"{file.name} is missing; make the folder again") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RecordError(f"{file.name} is no JSON ({str(error)[:80]}); make the folder again") from None
     if not isinstance(found, dict):
         raise RecordError(f"{file.name} holds a {type(found).__name__}, allowed is an object; make the folder again")
