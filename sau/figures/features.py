@@ -10,6 +10,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from sau.data.images import Images, some, to_float
+from sau.defense.layers import watching
 from sau.errors import ConfigError
 from sau.types import Pixels
 
@@ -18,17 +19,17 @@ NAMES = {"tsne": "t-SNE", "pca": "principal components"}
 
 @torch.no_grad()
 def last_features(model: nn.Module, x: Pixels, batch_size: int = 500) -> Tensor:
-    """[B, F]: what the last linear layer of `model` is given. ConfigError for a network without one."""
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    if not layers:
-        raise ConfigError("the network has no linear layer, so there are no last features to draw")
+    """[B, F]: what the linear layer that runs last is given. ConfigError for a network in which none runs."""
+    given: list[Tensor] = []
     kept: list[Tensor] = []
-    hook = layers[-1].register_forward_pre_hook(lambda layer, given: kept.append(given[0].float().flatten(1)))
-    try:
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    with watching((layer, lambda layer, inputs, output: given.append(inputs[0])) for layer in linear):
         for block in x.split(batch_size):
             model(block)
-    finally:
-        hook.remove()
+            if not given:
+                raise ConfigError("no linear layer of the network runs, so there are no last features to draw")
+            kept.append(given[-1].float().flatten(1))
+            given.clear()
     return torch.cat(kept)
 
 
