@@ -12,7 +12,7 @@ import torch
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, SauError
+from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, SauError, first_line
 from sau.record import holding
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return {LockedError: LOCKED, OutOfMemory: FULL}.get(type(error), 2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}); try a smaller --batch_size", file=sys.stderr)
+        print(f"error: out of memory ({first_line(error)}); try a smaller --batch_size", file=sys.stderr)
         return FULL
     except _Stopped as stop:
         print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)

@@ -20,6 +20,7 @@ from sau.data.images import Images, to_float
 from sau.defense.inversion import Inversion, Patches
 from sau.defense.nc import anomaly
 from sau.evaluate import Share
+from sau.models.frozen import frozen
 from sau.risk import Found, sample
 from sau.seeds import seeded
 from sau.session import Session
@@ -77,7 +78,7 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     batches = some.batches(BATCH, seed=seed)
     patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), Inversion.init_cost)
     with seeded(seed):
-        Inversion(nc_epoch=passes).invert(model, batches, patches, Session(say=lambda line: None))
+        Inversion(nc_epoch=passes).invert(frozen(model), batches, patches, Session(say=lambda line: None))
     norms = patches.found()[2]
     label = int(norms.argmin())
     index = float(anomaly(norms)[label])

@@ -158,9 +158,7 @@ def _kind(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
-    if origin is tuple:
-        return _kind(parts[0])
-    if origin in (types.UnionType, typing.Union):
+    if origin in (tuple, types.UnionType, typing.Union):
         return _kind(parts[0])
     return str(hint.__name__).upper()
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
 from sau.errors import TrainingError
-from sau.machine.parts import blocks
 
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
 
@@ -81,11 +80,18 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
     model.eval()
     device = next(model.parameters(), pixels).device
     size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
-    answers, finite = [], torch.ones((), dtype=torch.bool, device=device)
-    # A copy, for some networks change their input in place.
-    for logits in blocks(lambda block: model(to_float(block.to(device, copy=True))), pixels, size):
+    answers, finite, at = [], torch.ones((), dtype=torch.bool, device=device), 0
+    while at < max(1, len(pixels)):
+        try:  # a copy, for some networks change their input in place
+            logits = model(to_float(pixels[at : at + size].to(device, copy=True)))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-size // 2)
+            continue
         finite &= logits.isfinite().all()
         answers.append(logits.argmax(1))
+        at += size
     for module, training in modes.items():
         module.training = training
     if not finite:

@@ -149,7 +149,7 @@ class _Run:
         if len(self.ticks) > FORECAST_STEPS:
             left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch
             seconds = left * (self.ticks[-1] - self.ticks[0]) / FORECAST_STEPS + self.session.other_seconds
-            self.session.say(f"forecast: about {_duration(seconds)} to go")
+            self.session.say(f"forecast: about {duration(seconds)} to go")
             if seconds > 3600 and self.session.hint:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 
@@ -177,10 +177,12 @@ class _Run:
         return kept["begin"], kept["now"]
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
+def duration(seconds: float) -> str:
+    """Like 45 s, 12 min or 3 h 20 min."""
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _short(value: float) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.folders import labelled
-from sau.data.images import Images, to_float
+from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
@@ -37,16 +37,12 @@ from sau.watch import Watch, begin, warn
 
 
 def split(images: Images, share: float) -> tuple[Images, Images]:
-    """(to purify with, to measure with): the last `share` of each class measures, at least one picture."""
-    keep = torch.ones(len(images), dtype=torch.bool)
-    for label in range(images.num_classes):
-        places = (images.labels == label).nonzero()[:, 0]
-        if len(places) < 2:
-            raise DataError(
-                f"class {label} has {len(places)} clean pictures; each class needs two, one to measure with"
-            )
-        keep[places[-max(1, round(share * len(places))) :]] = False
-    return images[keep.nonzero()[:, 0]], images[(~keep).nonzero()[:, 0]]
+    """(to purify with, to measure with): the last `share` of each class measures; each keeps a picture of either."""
+    for label, count in enumerate(images.labels.bincount(minlength=images.num_classes).tolist()):
+        if count < 2:
+            raise DataError(f"class {label} has {count} clean pictures; each class needs two, one to measure with")
+    held = last_of_each(images.labels, share)
+    return images[~held], images[held]
 
 
 def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Request) -> None:

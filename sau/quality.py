@@ -70,11 +70,11 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _ssim(clean: Bytes, triggered: Bytes) -> float | None:
-    if importlib.util.find_spec("skimage") is None:
-        return None
+    if importlib.util.find_spec("skimage") is None or min(clean.shape[-2:]) < 3:
+        return None  # a window of one pixel has no variance
     from skimage.metrics import structural_similarity
 
-    window = min(7, clean.shape[-1], clean.shape[-2]) // 2 * 2 - 1 if min(clean.shape[-2:]) < 7 else 7
+    window = (min(7, *clean.shape[-2:]) - 1) // 2 * 2 + 1  # the largest odd one that fits
     pairs = zip(clean.numpy(), triggered.numpy(), strict=True)
     values = [structural_similarity(x, g, win_size=window, channel_axis=0, data_range=255) for x, g in pairs]
     return float(sum(values) / len(values))

@@ -31,11 +31,9 @@ class Request:
     def __init__(self, command: str, method: type[Method], sections: Sequence[type], argv: Sequence[str]) -> None:
         self.method, self.sections = method, sections
         self.known: dict[str, Option] = {}
-        for section in sections:
-            found = config.options(section, method.aliases)
-            self.known.update({name: option for name, option in found.items() if name not in self.known})
-        for option in config.options(method).values():  # its own defaults and texts beat those of general sections
-            self.known[option.name] = option
+        for section in (method, *sections):  # its own defaults and texts beat those of general sections
+            for name, option in config.options(section, method.aliases).items():
+                self.known.setdefault(name, option)
         for name in method.nones.keys() & self.known.keys():
             self.known[name] = replace(self.known[name], none=method.nones[name])
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())

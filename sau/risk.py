@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sau.data.images import Images, to_float
 from sau.defense.sau import SAU
 from sau.errors import DataError
-from sau.evaluate import Share
+from sau.evaluate import Share, figures
 from sau.seeds import generator, seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import Hunt, Search
@@ -87,11 +87,7 @@ class Found:
 
     def summary(self) -> dict[str, Any]:
         """Every share in percent, its Wilson interval and counts, the bound, and the cost."""
-        out: dict[str, Any] = {}
-        for name, share in self.shares().items():
-            out |= {name: share.percent, f"{name}_interval": list(share.interval)}
-            out[f"{name}_count"] = [share.hits, share.total]
-        return {**out, "bound": self.bound(), "passes": round(self.passes, 2)}
+        return {**figures(self.shares()), "bound": self.bound(), "passes": round(self.passes, 2)}
 
     def bound(self) -> dict[str, float] | None:
         """R_bd and R_share + 1 - R_bd(h_b), in percent, of the pictures whose trigger lies in S; None if none does."""

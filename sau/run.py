@@ -113,10 +113,10 @@ class DefenseRun(Run):
     index: str | None = None
     track_risk: bool = False
     risk_samples: int = 1000
-    risk_norm: Literal["L_inf", "L2", "L1"] = "L_inf"
-    risk_eps: float = 0.2
-    risk_steps: int = 20
-    risk_restarts: int = 2
+    risk_norm: Literal["L_inf", "L2", "L1"] = Search.norm
+    risk_eps: float = Search.eps
+    risk_steps: int = Search.steps
+    risk_restarts: int = Search.restarts
 
     def __post_init__(self) -> None:
         super().__post_init__()

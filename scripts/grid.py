@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau.data.sources import source
 from sau.errors import ConfigError, told
 from sau.grid.engines import Engine, Local
-from sau.grid.forecast import Forecast, costs, duration, totals
+from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import Block, Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
+from sau.loop import duration
 
 
 def say(text: str) -> None:

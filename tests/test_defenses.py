@@ -297,6 +297,10 @@ class Answers(nn.Module):
         return self.shape(self.net(x))
 
 
+def speechless(logits: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield from zip(*pair(), strict=True)
@@ -351,6 +355,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {  # what is wrong: (network, data, a w
     "other channels": (tiny_net(channels=1), (x, y), "(8, 3, 16, 16)"),
     "a vector of answers": (Answers(lambda z: z[:, 0]), (x, y), "logits"),
     "a pair of answers": (Answers(lambda z: (z, z)), (x, y), "tuple"),
+    "no answer": (Answers(speechless), (x, y), "NotImplementedError"),
     "too few answers": (Answers(lambda z: z[1:]), (x, y), "logits"),
 }
 

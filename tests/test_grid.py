@@ -18,7 +18,7 @@ from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError
 from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
-from sau.grid.forecast import Forecast, costs, duration, totals
+from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.names import plain
 from sau.grid.plan import Cell, cells, select
 from sau.grid.runner import Runner, check_disk, needed
@@ -26,6 +26,7 @@ from sau.grid.spec import read
 from sau.grid.status import status
 from sau.grid.store import Store
 from sau.grid.work import work
+from sau.loop import duration
 from sau.record.folder import Record
 from sau.record.lock import Lock
 from sau.record.schema import manifest

@@ -24,9 +24,9 @@ from toys import REPOSITORY, environment, the_error
 
 from sau.errors import RecordError
 from sau.foreign import inspection, pickles, weights
+from sau.foreign.guess import guess
 from sau.foreign.inspection import HARMLESS, SUSPICIOUS, UNREADABLE, look
 from sau.models import build
-from sau.models.guess import guess
 
 NET = "preactresnet18"
 STORAGE = torch.zeros(1 << 20)

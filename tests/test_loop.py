@@ -325,7 +325,7 @@ def test_the_forecast_counts_what_is_left():
 
 def test_a_run_of_more_than_an_hour_says_how_to_make_it_short():
     said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 8), 1, hint="fewer epochs", other_seconds=7200.0)
-    assert "2.0 h" in forecasts(said)[0] and "fewer epochs" in forecasts(said)[1]
+    assert "2 h 0 min" in forecasts(said)[0] and "fewer epochs" in forecasts(said)[1]
     said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 8), 1, hint="fewer epochs", other_seconds=3000.0)
     assert len(forecasts(said)) == 1
 

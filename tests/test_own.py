@@ -160,6 +160,8 @@ def test_the_split_measures_with_some_of_each_class():
     images = Images.clean(torch.zeros(13, 3, 2, 2, dtype=torch.uint8), labels, 2)
     given, test = split(images, 0.2)
     assert given.labels.tolist() == [0] * 8 + [1] * 2 and test.index.tolist() == [8, 9, 12]
+    given, test = split(images, 0.95)
+    assert given.index.tolist() == [0, 10] and len(test) == 11  # no class is measured with all its pictures
     with pytest.raises(DataError, match="class 1 has 1"):
         split(images[torch.arange(11)], 0.2)
 
@@ -208,5 +210,7 @@ def test_without_clean_networks_that_were_searched_alike_nothing_is_ranked():
     lone = Reversal((1.0, 9.0, 9.5), 0, 3.0)
     assert lone.summary([])["p"] is None and "no clean network" in lone.text([])
     images = Images.clean(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2, 2)
-    two = reverse(tiny_net(2), images, 1)
+    model = tiny_net(2).train().requires_grad_(False)
+    two = reverse(model, images, 1)
+    assert model.training and not any(weight.requires_grad for weight in model.parameters())  # it is left as it was
     assert two.index is None and two.summary([1.0])["p"] is None and "index" not in two.text([1.0])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net
 
 from sau.defense import RNP, pruning
-from sau.defense.rnp import Masks
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
 from sau.session import Session
@@ -83,16 +82,6 @@ def test_masks_stay_between_0_and_1():
     _, states = watched(RNP(recovering_lr=1000.0, **SMALL, pruning_number=0.0), tiny_net(), pair(40))
     (mask,) = states[-1]["masks"].values()
     assert mask.min() == 0 and mask.max() == 1
-
-
-def test_masks_scale_their_batch_norms():
-    net = tiny_net()
-    masks = Masks(pruning.batch_norms(net, "rnp"))
-    assert [float(value.min()) for value in masks.named().values()] == [1.0]
-    with torch.no_grad():
-        masks.values[0][3] = 0.25
-    scales = masks.scales(net)["features.1.weight"]
-    assert scales.tolist() == [0.25 if channel == 3 else 1.0 for channel in range(10)]
 
 
 # What is pruned

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sau.data.images import Images, shrunk, to_float
-from sau.errors import ConfigError
+from sau.errors import ConfigError, first_line
 from sau.optim import Training
 
 
@@ -44,6 +44,6 @@ def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) ->
             with torch.no_grad():
                 model.eval()(small)
         except RuntimeError as error:
-            size, reason = "x".join(map(str, small.shape[2:])), str(error).splitlines()[0]
+            size, reason = "x".join(map(str, small.shape[2:])), first_line(error)
             raise ConfigError(f"sides has {side:g}, but the network takes no pictures of {size}: {reason}") from None
     return sides

@@ -9,14 +9,15 @@ with linear CKA(X, Y) = <H XX' H, H YY' H> / (|H XX' H| |H YY' H|), H the centri
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
+from sau.defense.layers import watching
 from sau.models import full_precision
 from sau.types import Labels
 
@@ -100,24 +101,10 @@ def _features(model: nn.Module, pictures: Images, chosen: Chosen) -> dict[str, T
 def _outputs(model: nn.Module, pictures: Images, names: Sequence[str]) -> list[tuple[str, Tensor]]:
     """What each layer answers. A layer that NPD put a polarizer before answers under its old name."""
     found: list[tuple[str, Tensor]] = []
-    with full_precision(model), _heard(model, names, found):
+
+    def keep(name: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append((name, output.clone()))  # networks may change it in place
+
+    with full_precision(model), watching((model.get_submodule(name), partial(keep, name)) for name in names):
         model(to_float(pictures.pixels))
     return found
-
-
-@contextmanager
-def _heard(model: nn.Module, names: Sequence[str], found: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """Inside, outputs of the layers land in `found`; copies, for networks may change them in place."""
-
-    def hook(name: str, output: Tensor) -> None:
-        found.append((name, output.detach().clone()))
-
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda layer, given, output, name=name: hook(name, output))
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()

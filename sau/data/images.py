@@ -26,6 +26,15 @@ def quantise(x: Pixels) -> Bytes:
     return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
 
 
+def last_of_each(labels: Labels, share: float) -> Tensor:
+    """[N] of bool: the last `share` of each class, at least one picture and never all; none of a class that has one."""
+    last = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    for label in labels.unique():
+        mine = (labels == label).nonzero().flatten()
+        last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
+    return last
+
+
 def some(count: int, most: int) -> Tensor:
     """Up to `most` positions, spread evenly over `count` of them; data sets may be sorted by class."""
     return torch.linspace(0, count - 1, min(count, most)).long()

@@ -15,7 +15,7 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Images
 from sau.defense.inputs import clean_batches
-from sau.errors import DataError, TrainingError
+from sau.errors import DataError, TrainingError, first_line
 from sau.machine.parts import InParts
 from sau.method import Method
 from sau.models import Normalized, laid_as, quick
@@ -167,8 +167,8 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     try:
         logits: Tensor = model(x)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {reason}") from None
+        shape, reason = tuple(x.shape), first_line(error)
+        raise DataError(f"the network does not accept pictures of shape {shape}: {reason}") from None
     if logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape)
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")

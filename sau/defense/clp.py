@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sau.defense import pruning
-from sau.defense.outliers import Outliers, Scores
+from sau.defense.layers import watching
+from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import ConfigError
 from sau.types import Loader, Pixels
 
@@ -77,16 +78,8 @@ def traced(model: nn.Module, norms: pruning.Norms, x: Pixels) -> Pairs:
         feeders[name].add(found[-1] if found else None)
 
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    handles = [conv.register_forward_hook(leaves) for conv in convolutions]
-    handles += [
-        norm.register_forward_pre_hook(lambda _, inputs, name=name: enters(name, inputs[0]))
-        for name, norm in norms.items()
-    ]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching((conv, leaves) for conv in convolutions):
+        look(model, norms, x, enters)
     alone = {name: next(iter(found)) for name, found in feeders.items() if len(found) == 1}
     return {name: conv for name, conv in alone.items() if conv is not None}
 

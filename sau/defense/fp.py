@@ -57,9 +57,6 @@ class FP(FT):
         self.require("once_prune_ratio", 0 < self.once_prune_ratio <= 1, "above 0 and up to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
-    def passes(self) -> float:
-        return 3.0  # those of the fine-tuning; pruning looks into the network without gradients, as it stands
-
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         x, y = pruning.gather(unaugmented(batches)[0])
         layers = last_layers(model, x[:1], self.unit)

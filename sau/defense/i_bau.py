@@ -14,14 +14,12 @@ and K rounds of the equation for v, from v = 0, come close to its solution.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau import loop
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
 from sau.models import full_precision
@@ -109,9 +107,8 @@ class IBAU(Tuning):
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         kept = Kept(batches)
         state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Universal(kept.x)}
-        step, end_epoch = partial(self.step, state), partial(self.end_epoch, state)
         with full_precision(model):
-            loop.run(step, kept, self.epochs, state=state, end_epoch=end_epoch, session=session, label="round")
+            self.rounds(state, kept, session)
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}

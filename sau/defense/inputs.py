@@ -1,6 +1,7 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def checked(
 
 def _in_range(x: Tensor, normalised: bool) -> Tensor:
     low, high = float(x.min()), float(x.max())
-    if not (low == low and high == high and abs(low) < float("inf") and abs(high) < float("inf")):
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise DataError("pixels hold NaN or infinity; allowed are floats in [0, 1]")
     slack = SLACK if normalised else 0.0
     if low >= -slack and high <= 1 + slack:

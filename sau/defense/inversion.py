@@ -117,7 +117,8 @@ class Inversion(Method):
         """Move `patches` in place over `batches` of (pixels, labels).
 
         Args:
-            model: [B, C, H, W] -> logits; stays as it is.
+            model: [B, C, H, W] -> logits; its weights stay as they are. Afterwards it is in eval mode, and all of them
+                take gradients again.
             batches: with a length.
             patches: what moves.
             session: progress and checkpoints.

@@ -12,14 +12,23 @@ class Perturbable:
     """A network as a function of the masks and perturbations of its batch norms, all of them side by side [C].
 
     It holds the weights fixed and has buffers of its own, so neither weights nor running statistics of `model` change.
+    Weights that `model` is given later count, as those of a checkpoint.
     """
 
     def __init__(self, model: nn.Module, norms: Norms) -> None:
         self.model, self.norms = model, norms
         self.fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.fixed |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.scale = torch.cat([norm.weight.detach() for norm in norms.values()])
-        self.shift = torch.cat([norm.bias.detach() for norm in norms.values()])
+
+    @property
+    def scale(self) -> Tensor:
+        """[C], the scales of all batch norms."""
+        return torch.cat([norm.weight.detach() for norm in self.norms.values()])
+
+    @property
+    def shift(self) -> Tensor:
+        """[C], their shifts."""
+        return torch.cat([norm.bias.detach() for norm in self.norms.values()])
 
     def __call__(self, x: Pixels, mask: Tensor, noise: Tensor | None = None) -> Logits:
         """Logits with scale w * (mask + xi) and shift b * (1 + zeta), where noise [2, C] is (xi, zeta), or no noise."""

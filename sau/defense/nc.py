@@ -12,13 +12,11 @@ true labels. Without a flagged class it stays as it is.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sau import loop
 from sau.data.images import Batches
 from sau.defense.ft import FT
 from sau.defense.inputs import Kept, unaugmented
@@ -116,8 +114,7 @@ class NC(FT, Inversion):
             return
         repair = Repair(self, kept, patches, batches)
         state = {**self.prepare(model, len(repair)), "patches": patches, "kept": kept}
-        step, end_epoch = partial(self.step, state), partial(self.end_epoch, state)
-        loop.run(step, repair, self.epochs, state=state, end_epoch=end_epoch, session=session.at(1), label="round")
+        self.rounds(state, repair, session.at(1))
 
     def flagged(self, norms: Tensor) -> list[int]:
         """The classes whose mask is an outlier on the small side."""

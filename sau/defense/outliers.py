@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sau.defense import pruning
 from sau.defense.base import Defense
+from sau.defense.layers import watching
 from sau.models import full_precision
 from sau.optim import DESCENT
 from sau.session import Session
@@ -91,11 +92,5 @@ def level(scores: Scores, u: float) -> pruning.Level:
 
 def look(model: nn.Module, norms: pruning.Norms, x: Pixels, at: Callable[[str, Tensor], None]) -> None:
     """Send `x` through `model` and call `at` with the name and the input [B, C, H, W] of each of `norms` on the way."""
-    handles = [
-        norm.register_forward_pre_hook(lambda _, inputs, name=name: at(name, inputs[0])) for name, norm in norms.items()
-    ]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching((norm, lambda _, inputs, output, name=name: at(name, inputs[0])) for name, norm in norms.items()):
+        model(x)  # a batch norm does not change its input, so it may be looked at afterwards

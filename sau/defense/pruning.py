@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sau.data.images import last_of_each
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
@@ -67,11 +68,7 @@ def hold_back(x: Tensor, y: Tensor, share: float) -> tuple[tuple[Tensor, Tensor]
     Returns the two parts as (x, y). Every class keeps at least one picture to work with; if nothing can be held back
     (one picture a class), both parts are all pictures.
     """
-    held = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    for label in y.unique():
-        mine = (y == label).nonzero().flatten()
-        count = min(len(mine) - 1, max(1, round(share * len(mine))))
-        held[mine[len(mine) - count :]] = count > 0
+    held = last_of_each(y, share)
     if not held.any():
         return (x, y), (x, y)
     return (x[~held], y[~held]), (x[held], y[held])

@@ -11,7 +11,6 @@ The channels whose masks fall are those that keep h' from the clean task: they s
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -19,14 +18,13 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sau import loop
-from sau.data.augment import Augment
 from sau.data.images import Batches
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.inputs import unaugmented
+from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels
@@ -92,20 +90,17 @@ class RNP(Defense):
         self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
-    def augmentation(self, offered: Augment) -> Augment | None:
-        return offered if self.augment else None
-
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        norms = pruning.batch_norms(model, self.name)
+        pruning.batch_norms(model, self.name)  # refuses a network without any
         clean = held = pruning.gather(unaugmented(batches)[0])
         if self.pruning_number is None and self.select == "defender":
             (x, y), held = pruning.hold_back(*clean, self.held_back)
             seed, augment = getattr(batches, "seed", 0), getattr(batches, "augment", None)
             batches = Batches(x, (y,), self.batch_size, seed, augment)
-        unlearned, masks = copy.deepcopy(model).train(), Masks(norms).to(clean[0].device)
+        unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
-        self._recover(unlearned.requires_grad_(False), masks, batches, session.at(1))
-        self._prune(model, norms, masks.named(), held, session)
+        masks = self._recover(unlearned.requires_grad_(False), batches, session.at(1))
+        self._prune(model, masks, held, session)
 
     def _unlearn(self, unlearned: nn.Module, batches: Loader, session: Session) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
@@ -131,40 +126,31 @@ class RNP(Defense):
         run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
         run(step, batches, plan.epochs, label="unlearning", rate="unlearning_lr")
 
-    def _recover(self, unlearned: nn.Module, masks: "Masks", batches: Loader, session: Session) -> None:
-        """Descent on the masks alone, which are cut to [0, 1] after every update."""
+    def _recover(self, unlearned: nn.Module, batches: Loader, session: Session) -> dict[str, Tensor]:
+        """The masks [C] of each batch norm: descent on them alone, and a cut to [0, 1] after every update."""
+        network = Perturbable(unlearned, pruning.batch_norms(unlearned, self.name))
+        masks = nn.ParameterList([torch.ones_like(network.scale)])
         plan = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
         descent = plan.descent(masks.parameters(), len(batches))  # type: ignore[arg-type]
 
         def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
-            logits = functional_call(unlearned, masks.scales(unlearned), (x,))
+            logits = network(x, masks[0])
             loss = self.alpha * F.cross_entropy(logits, y)
             descent(loss)
-            masks.cut()
+            with torch.no_grad():
+                masks[0].clamp_(0, 1)
             return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}
 
-        def end_epoch(losses: dict[str, float]) -> None:
-            descent.end_epoch(losses["loss"])
-
         state = {"unlearned": unlearned, "masks": masks, "descent": descent}
-        run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
+        run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session)
         run(step, batches, plan.epochs, label="recovering", rate="recovering_lr")
+        return network.split(masks[0].detach())
 
-    def _prune(
-        self,
-        model: nn.Module,
-        norms: pruning.Norms,
-        masks: Mapping[str, Tensor],
-        held: tuple[Tensor, Tensor],
-        session: Session,
-    ) -> None:
+    def _prune(self, model: nn.Module, masks: dict[str, Tensor], held: tuple[Tensor, Tensor], session: Session) -> None:
         def level(threshold: float) -> pruning.Level:
             return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})
 
-        def prune(level: pruning.Level) -> None:
-            for name, norm in norms.items():
-                pruning.silence(norm, level.pruned[name], shift=False)
-
+        prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":
             pruning.only(level(self.pruning_number), prune, session)
             return
@@ -172,27 +158,3 @@ class RNP(Defense):
         levels = [level(i * self.pruning_step) for i in range(count + 1)]
         oracle = self.select == "oracle"
         pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=oracle)
-
-
-class Masks(nn.Module):
-    """One number in [0, 1] for every channel of every batch norm, at first 1."""
-
-    def __init__(self, norms: pruning.Norms) -> None:
-        super().__init__()
-        self.names = list(norms)
-        self.values = nn.ParameterList(torch.ones_like(norm.weight) for norm in norms.values())
-
-    def named(self) -> dict[str, Tensor]:
-        """The masks [C] by the names of their batch norms, without gradients."""
-        return {name: mask.detach() for name, mask in zip(self.names, self.values, strict=True)}
-
-    def scales(self, model: nn.Module) -> dict[str, Tensor]:
-        """The scales of the batch norms of `model` times their masks, by parameter name."""
-        named = ((f"{name}.weight", mask) for name, mask in zip(self.names, self.values, strict=True))
-        return {name: model.get_parameter(name) * mask for name, mask in named}
-
-    @torch.no_grad()
-    def cut(self) -> None:
-        """Back into [0, 1]."""
-        for mask in self.values:
-            mask.clamp_(0, 1)

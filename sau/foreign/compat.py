@@ -15,7 +15,7 @@ from sau.foreign.weights import fit
 from sau.models import build
 
 RESULT = "attack_result.pt"
-KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
+KEYS = ("model_name", "num_classes", "model", "img_size", "clean_data", "bd_train", "bd_test")
 # Classes, side of a picture, training and test pictures of those of the benchmark's data sets that exist here too.
 SPLITS = {
     "cifar10": (10, 32, 50_000, 10_000),
@@ -31,7 +31,6 @@ class Foreign:
 
     Args:
         dataset: name of the data set, one of `SPLITS`.
-        data_path: where the attack had it; not used here.
         model_name: the network.
         num_classes: its logits, those of the data set.
         shape: channels, height and width of a picture.
@@ -46,7 +45,6 @@ class Foreign:
     """
 
     dataset: str
-    data_path: str
     model_name: str
     num_classes: int
     shape: tuple[int, int, int]
@@ -84,7 +82,7 @@ def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Ten
 
 def _checked(content: Any, folder: Path, digest: str) -> Foreign:
     top = fields(content, KEYS, "the file")
-    dataset, name, data_path = (_text(top[key], key) for key in ("clean_data", "model_name", "data_path"))
+    dataset, name = (_text(top[key], key) for key in ("clean_data", "model_name"))
     if dataset not in SPLITS:
         raise RecordError(f"clean_data is {dataset!r}; data sets of these folders are {', '.join(SPLITS)}")
     classes, size, train, test = SPLITS[dataset]
@@ -99,9 +97,7 @@ def _checked(content: Any, folder: Path, digest: str) -> Foreign:
     poisoned, train_length = None, None
     if top["bd_train"] is not None:
         poisoned, train_length = Part(folder, "bd_train", digest, classes, size, train).read(top["bd_train"])
-    return Foreign(
-        dataset, data_path, name, classes, shape, weights, triggered, poisoned, test_length, train_length, digest
-    )
+    return Foreign(dataset, name, classes, shape, weights, triggered, poisoned, test_length, train_length, digest)
 
 
 def _text(value: Any, what: str) -> str:

@@ -19,8 +19,8 @@ from sau.errors import RecordError, printable
 from sau.files import write
 from sau.foreign import pickles, weights
 from sau.foreign import torchfile as foreign
+from sau.foreign.guess import Guess, guess
 from sau.machine import device
-from sau.models.guess import Guess, guess
 from sau.models.zoo import torchvision_names
 
 SECONDS = 120  # on the clock, from the start of the process

@@ -11,8 +11,8 @@ from torch import nn
 
 from sau.errors import ConfigError, RecordError
 from sau.foreign import weights
+from sau.foreign.guess import guess, plain
 from sau.models import has_width
-from sau.models.guess import guess, plain
 from sau.run import OwnRun
 
 

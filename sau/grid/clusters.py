@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sau
-from sau.errors import ConfigError
+from sau.errors import ConfigError, first_line
 from sau.grid.cells import Job, Outcome, run_cell
 from sau.grid.engines import GIB, Done
 from sau.grid.plan import Cell
@@ -37,7 +37,7 @@ class RayEngine:
             # "local": else a Ray that runs here already would be joined, and refuse the number of cores.
             self.ray.init(address=address or "local", runtime_env=home, **quiet, **started)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"no Ray cluster at {address}: {first_line(error)}") from None
         self.task = self.ray.remote(run_cell)
         self.running: dict[Any, Cell] = {}
 
@@ -72,7 +72,7 @@ class RayEngine:
             try:
                 outcome = self.ray.get(reference)
             except self.ray.exceptions.RayError as error:
-                outcome = Outcome("failed", f"worker lost: {_first(error)}")
+                outcome = Outcome("failed", f"worker lost: {first_line(error)}")
             done.append((self.running.pop(reference), outcome))
         return done
 
@@ -102,7 +102,7 @@ class Slurm:
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         except RuntimeError as error:
-            raise ConfigError(f"no Slurm here: {_first(error)}") from None
+            raise ConfigError(f"no Slurm here: {first_line(error)}") from None
         self.options = {"slurm_additional_parameters": options} if options and cluster == "slurm" else {}
         self.lost = (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError)
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
@@ -129,9 +129,9 @@ class Slurm:
             self.submitted += 1
         except self.refusals as error:
             if not self.submitted:
-                raise ConfigError(f"{cell.label} cannot be submitted: {_first(error)}") from None
+                raise ConfigError(f"{cell.label} cannot be submitted: {first_line(error)}") from None
             self.closed = time.monotonic() + PAUSE
-            self.refused.append((cell, Outcome("later", f"not submitted: {_first(error)}")))
+            self.refused.append((cell, Outcome("later", f"not submitted: {first_line(error)}")))
 
     def poll(self) -> Done:
         done, self.refused = self.refused, []
@@ -141,7 +141,7 @@ class Slurm:
             try:
                 outcome = job.result()
             except self.lost as error:
-                outcome = Outcome("failed", f"job {job.job_id} lost: {_first(error)}")
+                outcome = Outcome("failed", f"job {job.job_id} lost: {first_line(error)}")
             done.append((cell, outcome))
             self.running.remove((cell, job))
         return done
@@ -163,8 +163,3 @@ def _import(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ConfigError(f"the engine needs {module}, which is not installed; pip install -e '.[{extra}]'") from None
-
-
-def _first(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

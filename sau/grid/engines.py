@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from sau.errors import ConfigError
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.plan import Cell
@@ -47,7 +49,7 @@ class Local:
     def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
         self.cores = usable() if cores is None else cores
         self.memory = 0.9 * memory() / GIB if memory_gb is None else memory_gb
-        self.gpus = [1.0] * _gpus()
+        self.gpus = [1.0] * torch.cuda.device_count()
         self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
 
     def check(self, cells: Sequence[Cell]) -> None:
@@ -100,9 +102,3 @@ class Local:
         for _, child, _ in self.running.values():
             child.stop()
         self.running.clear()
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -8,6 +8,7 @@ from typing import Any
 
 from sau.grid.plan import Cell
 from sau.grid.store import Store
+from sau.loop import duration
 
 Like = tuple[str, ...]
 SAMPLE = 20  # like cells whose cost is looked at
@@ -127,11 +128,3 @@ def scores(summary: Mapping[str, Any]) -> str:
     found = summary.get("after", summary)
     parts = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Like 45 s, 12 min or 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from sau.errors import ConfigError
 from sau.grid.cells import Outcome
 from sau.grid.engines import Engine
-from sau.grid.forecast import Forecast, duration, scores
+from sau.grid.forecast import Forecast, scores
 from sau.grid.plan import Cell
 from sau.grid.store import Store
+from sau.loop import duration
 
 POLL = 0.1  # seconds between two looks at what runs
 ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again

@@ -1,6 +1,6 @@
 """A batch that memory does not hold goes through in parts, with the same update."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,21 +68,6 @@ class InParts:
             for module in self.state["model"].modules()
         )
         return "with batch statistics of a part" if batch_norm else "with the same updates"
-
-
-def blocks(work: Callable[[Tensor], Tensor], pixels: Tensor, size: int) -> Iterator[Tensor]:
-    """`work` on `size` of `pixels` at a time, and on half as many from where memory does not hold so many."""
-    at = 0
-    while at < max(1, len(pixels)):
-        try:
-            done = work(pixels[at : at + size])
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = -(-size // 2)
-            continue
-        at += size
-        yield done
 
 
 def _joined(reports: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sau.errors import first_line
 from sau.machine import cores
 from sau.machine import device as machine
 from sau.method import Method
@@ -86,5 +87,5 @@ def no_compiler(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler raises, or its absence; the caller says it
-        return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        return first_line(error)[:200]
     return None

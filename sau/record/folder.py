@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sau.errors import RecordError
+from sau.errors import RecordError, first_line
 from sau.files import append, clear, leftovers, loaded, parsed, read, write
 from sau.record import schema
 from sau.record.holding import give_back, hold
@@ -135,10 +135,8 @@ class Record:
             done = place["stage"], place["place"]["epoch"]
             self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RecordError(
-                f"{file} or {METRICS} is damaged ({reason[:100]}); start again with --overwrite"
-            ) from None
+            reason = first_line(error)[:100]
+            raise RecordError(f"{file} or {METRICS} is damaged ({reason}); start again with --overwrite") from None
         return place
 
     def _lines(self) -> list[dict[str, Any]]:
