@@ -63,13 +63,14 @@ def attack(name: str, argv: Sequence[str]) -> None:
     size = f", width {width}" if width else ""
     record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
-    tune(record, run, model, method, shape, training.batch_size, training.epochs * len(train), where)
+    epochs = method.classifier_epochs(training)
+    tune(record, run, model, method, shape, training.batch_size, epochs * len(train), where)
     plan = method.plan(poisoned, training.batch_size)
     record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)  # the probe drew from it
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
-    watch = Watch(record, run, training.epochs, test, again, started, each)
+    watch = Watch(record, run, epochs, test, again, started, each)
     spread(run.devices, method.fit, model, poisoned, recipe=training, session=watch.session(), **how)
     triggered = again()
     final = watch.last or score(model, test, triggered)
@@ -136,7 +137,7 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense, offered: s
     """What the method is given of the `offered` kind, the clean test set, and what there is to say about them."""
     train, test, notes = attacked.pictures(run.dataset_path)
     if offered == "poisoned" and attacked.poisoned is not None:
-        train = train.updated(attacked.poisoned)
+        train = train.updated(attacked.poisoned, attacked.poisoned.index)
     given = clean_subset(train, run.ratio, run.random_seed, run.index)
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
 

@@ -1,5 +1,6 @@
 """What attacks and defenses have in common: hyperparameters that are their signature, and a training step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -35,6 +36,12 @@ class Method:
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def unused(self, names: Sequence[str], where: str) -> None:
+        """ConfigError if one of these settings is not its default: it has no effect where `where` says."""
+        for name in names:
+            default = type(self).__dataclass_fields__[name].default
+            self.require(name, getattr(self, name) == default, f"the default, {default}, {where}")
 
     def contents(self) -> dict[str, str]:
         """The SHA-256 of each file that is given; of a record's folder, that of the weights."""

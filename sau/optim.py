@@ -1,6 +1,6 @@
 """How weights move: one home for optimisers, learning-rate schedules and the descent step."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +35,7 @@ class Training(Method):
         sgd_momentum: momentum of sgd.
         wd: weight decay on every parameter, batch norm and biases included.
         adam_betas: decay rates of adam's two moments.
-        steplr_stepsize: epochs between two drops (StepLR).
+        steplr_stepsize: epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR).
         steplr_gamma: factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau).
         steplr_milestones: epochs at which the rate drops (MultiStepLR), like 60,90.
         cos_t_max: epochs after which CosineAnnealingLR reaches zero; none means at the end of the run.
@@ -138,23 +138,23 @@ WHOLE = Part()
 
 
 class Descent:
-    """An optimiser and its schedule as one checkpointable thing; `part` says which part of an update a loss is."""
+    """An optimiser and its schedule as one checkpointable thing; `part` says which part of an update a loss is.
+
+    With `keeps` every gradient is added to those of all steps before, as by code that forgets to clear them.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
-        self.part = WHOLE
+        self.part, self.keeps = WHOLE, False
 
-    def __call__(
-        self, loss: Tensor, *others: "Descent", keep: Collection["Descent"] = (), clip: float | None = None
-    ) -> None:
+    def __call__(self, loss: Tensor, *others: "Descent", clip: float | None = None) -> None:
         """One step down the gradient of `loss`, together with `others` that share it.
 
-        Those in `keep` add the gradient to those of all steps before, as code does that forgets to clear it. The
-        gradient of this one is shortened to the length `clip` where it is longer.
+        The gradient of this one is shortened to the length `clip` where it is longer.
         """
         together, part = (self, *others), self.part
         for one in together:
-            if one not in keep and part.first:
+            if part.first and not one.keeps:
                 one.optimizer.zero_grad(set_to_none=True)
         (loss if part is WHOLE else part.share * loss).backward()
         if not part.last:
@@ -191,11 +191,15 @@ class Descent:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and schedule, for a checkpoint."""
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler and self.scheduler.state_dict()}
+        """Optimiser and schedule, for a checkpoint, and the gradients that the next step adds to."""
+        kept = {"gradients": [parameter.grad for parameter in self.parameters]} if self.keeps else {}
+        schedule = self.scheduler and self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        for parameter, gradient in zip(self.parameters, state.get("gradients", ()), strict=False):
+            parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)

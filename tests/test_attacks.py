@@ -315,7 +315,7 @@ def test_what_is_poisoned_inside_the_batches_leaves_the_training_set_alone(attac
 
 
 @each_in_batch
-@pytest.mark.parametrize(("pratio", "n"), [(0.1, 12), (0.05, 6), (0.005, 0), (0.0, 0)])
+@pytest.mark.parametrize(("pratio", "n"), [(0.1, 12), (0.05, 6), (0.0, 0)])
 def test_the_examples_of_a_record_are_the_first_of_each_block(attack, pratio, n):
     """300 pictures are blocks of 128, 128 and 44; int(0.1 * 128) = 12 of each, then the covers with their labels."""
     images = toy_images(300)
@@ -328,6 +328,31 @@ def test_the_examples_of_a_record_are_the_first_of_each_block(attack, pratio, n)
     assert (kept.labels[hit] == 1).all() and torch.equal(kept.labels[~hit], images.labels[kept.index[~hit]])
     changed = (kept.pixels != images.pixels[kept.index]).flatten(1).any(1)
     assert changed.all()
+
+
+@each_in_batch
+def test_of_few_poisoned_pictures_some_blocks_give_one(attack):
+    """0.004 of a block of 128 is 0.512 pictures, so every second block has one, and its covers behind it."""
+    images = toy_images(4 * 128)
+    kept = with_(attack, pratio=0.004, attack_target=1).examples(images)
+    covers = 2 if isinstance(attack, WaNet) else 1
+    places = [block * 128 + place for block in (1, 3) for place in range(1 + covers)]
+    assert kept.index.tolist() == places and int((kept.role == BACKDOOR).sum()) == 2
+
+
+def test_pictures_in_any_order_are_poisoned_where_they_are():
+    images = toy_images(40)
+    shuffled = images[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    made = BadNet(pratio=0.25, attack_target=1).poison_train(shuffled, 0)
+    assert torch.equal(made.index, shuffled.index) and int((made.role == BACKDOOR).sum()) == 10
+    assert torch.equal(made.pixels[made.role == CLEAN], shuffled.pixels[made.role == CLEAN])
+    assert (made.labels[made.role == BACKDOOR] == 1).all()
+
+
+def test_clean_training_needs_no_picture_of_a_target():
+    images = toy_images(40)
+    others = images[(images.labels > 0).nonzero().flatten()]
+    assert Prototype().poison_train(others, 0) is others
 
 
 @each_in_batch
@@ -834,9 +859,9 @@ def test_gradients_of_the_pattern_generator_are_cleared_unless_asked(accumulate,
     attack, kept = forged(InputAware(clean_train_epochs=0, pratio=0.25, accumulate=accumulate)), []
     step = Descent.__call__
 
-    def watched(self, loss, *others, keep=()):
-        kept.append([other in keep for other in (self, *others)])
-        step(self, loss, *others, keep=keep)
+    def watched(self, loss, *others):
+        kept.append([one.keeps for one in (self, *others)])
+        step(self, loss, *others)
 
     monkeypatch.setattr(Descent, "__call__", watched)
     attack.fit(tiny_net(), toy_images(16, size=16), Training(epochs=1, batch_size=16), session=quiet())

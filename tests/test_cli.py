@@ -442,13 +442,14 @@ def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
 @pytest.mark.parametrize(("name", "covers"), [("wanet", 24), ("inputaware", 12)])
 def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here, tmp_path, name, covers):
     """It keeps examples of what it did, with their roles, and what stamps further pictures."""
-    own = ("--clean_train_epochs", "0") if name == "inputaware" else ()
-    flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", *QUICK, *own)
+    own = ("--epochs", "2", "--clean_train_epochs", "1") if name == "inputaware" else ("--epochs", "1")
+    flags = ("--dataset", "digits", "--width", "4", *own, *QUICK)
     status, out, err = here("attack", name, *flags, "--save_folder_name", "a")
     assert status == 0, err
     assert f"of each batch of 128 12 pictures poisoned and {covers}" in out and "trigger: PSNR" in out
     record = Record(tmp_path / "record" / "a")
     record.check()
+    assert rows(record.path)[-1]["asr"] is not None  # the last epoch is evaluated, though eval_every is 5
     kept = load_images(record, "poisoned")
     first = kept[kept.index < 128]
     assert (first.role == BACKDOOR).sum() == 12 and (first.role == COVER).sum() == covers
@@ -456,6 +457,12 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     hidden = json.loads((record.path / "summary.json").read_text())["trigger"]
     assert hidden["psnr"] > 5 and 0 <= hidden["in_ball"] <= 100
     assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
+
+
+def test_an_attack_that_kept_no_example_is_not_taken_for_a_clean_network(here, refused):
+    flags = ("--dataset", "digits", "--width", "2", "--epochs", "1", "--pratio", "0.0005", *QUICK)
+    assert here("attack", "wanet", *flags, "--save_folder_name", "a")[0] == 0
+    assert "holds no poisoned training pictures" in refused("defense", "ep", "--result_file", "a", *QUICK)
 
 
 def test_a_free_label_map_and_a_refused_one(here, refused, tmp_path):
@@ -548,8 +555,10 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
     monkeypatch.setattr(commands.Watch, "on_epoch", really)
     text = refused(*run, "--lr", "0.5")
     assert "lr: 0.1 there, 0.5 here" in text and "--overwrite" in text
-    status, out, _ = here(*run)
-    assert status == 0 and "resuming after epoch 1" in out
+    text = refused(*["true" if flag == "false" else flag for flag in run])
+    assert "amp is True, but this run began with False" in text
+    status, out, _ = here(*run, "--compile", "on")
+    assert status == 0 and "resuming after epoch 1" in out and "--compile has no effect" in out
     assert [row["epoch"] for row in rows(tmp_path / "record" / "a")] == [1, 2, 3]
 
 

@@ -730,7 +730,7 @@ def wanted(make, tiny):
     """The record's poisoned training set and triggered test set."""
     record = make()
     train, poisoned, triggered, n_test = export.pictures(record)
-    whole = train.updated(poisoned)
+    whole = train.updated(poisoned, poisoned.index)
     assert n_test == 20 and len(whole) == 40 and (whole.role > 0).sum() == 3
     assert torch.equal(whole.pixels[poisoned.index], poisoned.pixels) and (whole.labels != whole.true_labels).any()
     return {"train": whole, "test_triggered": triggered}

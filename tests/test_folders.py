@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 import sau.data.pictures
 from sau.data import cache, cifar
-from sau.data.cifar import cifar10, cifar100, subset_note
+from sau.data.cifar import subset_note
 from sau.data.folders import folder, gtsrb, tiny
 from sau.data.images import Images
 from sau.data.pictures import fit, read_picture
@@ -124,7 +124,7 @@ def mode(path: Path) -> str:
 
 def test_cifar100_is_what_torchvision_reads(real_data, monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "_check_integrity", lambda self: True)  # it refuses subsets
-    pair = cifar100(real_data)
+    pair = cifar.read("cifar100", real_data)
     for images, train, n in zip(pair, (True, False), (2000, 500), strict=True):
         theirs = torchvision.datasets.CIFAR100(str(real_data), train=train)
         assert len(images) == n and images.num_classes == 100 and images.labels.tolist() == theirs.targets
@@ -133,11 +133,12 @@ def test_cifar100_is_what_torchvision_reads(real_data, monkeypatch, tmp_path):
     assert "2,000 of 50,000" in str(subset_note("cifar100", *pair))
     (tmp_path / "cifar100").mkdir()
     (tmp_path / "cifar100" / "cifar-100-python").symlink_to(real_data / "cifar-100-python")
-    assert equal(cifar100(tmp_path), pair) and equal(cifar100(real_data / "cifar-100-python"), pair)
+    for place in (tmp_path, real_data / "cifar-100-python"):
+        assert equal(cifar.read("cifar100", place), pair)
 
 
 def test_cifar10_is_whole(real_data):
-    assert subset_note("cifar10", *cifar10(real_data)) is None
+    assert subset_note("cifar10", *cifar.read("cifar10", real_data)) is None
 
 
 def test_gtsrb_is_what_torchvision_reads(real_data):
@@ -367,14 +368,14 @@ def test_a_bad_tree_is_refused_and_the_file_named(case, tmp_path, one_line, kept
 def test_a_bad_cifar100_file_is_named(changes, named, tmp_path, one_line):
     make_cifar100(tmp_path, **changes)
     with pytest.raises(DataError) as refusal:
-        cifar100(tmp_path)
+        cifar.read("cifar100", tmp_path)
     assert str(tmp_path / "cifar-100-python" / "train") in one_line(refusal.value) and named in str(refusal.value)
 
 
 def test_as_many_pictures_as_the_official_file_but_other_bytes(monkeypatch, tmp_path, one_line):
     monkeypatch.setitem(cifar.OFFICIAL, "cifar100", ((20,), 20))
     with pytest.raises(DataError) as refusal:
-        cifar100(make_cifar100(tmp_path))
+        cifar.read("cifar100", make_cifar100(tmp_path))
     assert "train" in one_line(refusal.value) and "MD5" in str(refusal.value)
 
 
@@ -383,7 +384,7 @@ def test_truncated_cifar_files_are_refused(tmp_path, one_line):
     for length in (0, 1, 100, len(raw) // 2, len(raw) - 1):
         (tmp_path / "cifar-100-python" / "train").write_bytes(raw[:length])
         with pytest.raises(DataError) as refusal:
-            cifar100(tmp_path)
+            cifar.read("cifar100", tmp_path)
         assert "cifar-100-python/train" in one_line(refusal.value)
 
 
@@ -392,7 +393,7 @@ def test_a_cifar10_file_is_no_cifar100(tmp_path, one_line):
     base = tmp_path / "cifar-100-python"
     (base / "train").write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2]}, protocol=2))
     with pytest.raises(DataError) as refusal:
-        cifar100(tmp_path)
+        cifar.read("cifar100", tmp_path)
     assert "fine_labels" in one_line(refusal.value)
 
 
@@ -401,7 +402,7 @@ def test_a_subset_of_cifar10_is_read_and_said(tmp_path):
     base.mkdir()
     for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
         (base / name).write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [3, 9]}, protocol=2))
-    pair = cifar10(tmp_path)
+    pair = cifar.read("cifar10", tmp_path)
     assert [len(images) for images in pair] == [10, 2] and "10 of 50,000" in str(subset_note("cifar10", *pair))
 
 
@@ -420,7 +421,7 @@ def test_offline_without_cifar100_is_one_line(monkeypatch, tmp_path, one_line):
 
     monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
     with pytest.raises(DataError) as refusal:
-        cifar100(tmp_path)
+        cifar.read("cifar100", tmp_path)
     assert "cifar-100-python" in one_line(refusal.value) and "--dataset_path" in str(refusal.value)
 
 

@@ -1,5 +1,6 @@
 """How weights move: every optimiser by its formula, every schedule by its rates."""
 
+import copy
 import io
 import math
 import typing
@@ -299,9 +300,17 @@ def test_descents_share_a_loss_and_may_keep_their_gradients():
     a, b = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
     plain = Training(lr=1.0, sgd_momentum=0.0, wd=0.0, lr_scheduler="constant")
     one, other = plain.descent([a], 1), plain.descent([b], 1)
+    other.keeps = True
     for total in (3, 9, 18):
-        one(2 * a + 3 * b, other, keep=[other])
+        one(2 * a + 3 * b, other)
         assert b.item() == -total
     assert a.item() == -6
-    one(2 * a + 3 * b, other)
-    assert (a.item(), b.item()) == (-8, -21)
+    again = plain.descent([b], 1)  # another process, with a checkpoint of the first one's
+    again.keeps = True
+    kept, b.grad = copy.deepcopy(other.state_dict()), None
+    again.load_state_dict(kept)
+    one(2 * a + 3 * b, again)
+    assert (a.item(), b.item()) == (-8, -30)
+    again.keeps = False
+    one(2 * a + 3 * b, again)
+    assert (a.item(), b.item()) == (-10, -33) and "gradients" not in again.state_dict()

@@ -89,8 +89,8 @@ class Attack(Labelling, ABC):
             return images
         candidates = self.candidates(images)
         order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
-        picked = images[candidates[torch.from_numpy(order[:count]).to(candidates.device)]]
-        return images.updated(self.poisoned(picked))
+        rows = candidates[torch.from_numpy(order[:count]).to(candidates.device)]
+        return images.updated(self.poisoned(images[rows]), rows)
 
     def poison_test(self, images: Images) -> Images:
         """The test set of ASR and R-ACC: triggered and relabelled, without pictures that have that label already."""
@@ -143,6 +143,10 @@ class Attack(Labelling, ABC):
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
         return {"loss": loss, "train_acc": 100 * (logits.argmax(1) == y).float().mean()}
+
+    def classifier_epochs(self, recipe: Training) -> int:
+        """How many epochs of the recipe train the classifier."""
+        return recipe.epochs
 
     def passes(self) -> float:
         return 3.0

@@ -39,22 +39,26 @@ def attacked_first(attack: Attack, x: Pixels, y: Labels, num_classes: int) -> tu
 
 
 @torch.no_grad()
-def examples(attack: Attack, images: Images, n: int, n_cover: int, cover: Callable[[Pixels, Pixels], Pixels]) -> Images:
+def examples(attack: Attack, images: Images, ratio: float, cover: Callable[[Pixels, Pixels], Pixels]) -> Images:
     """What one more walk through the training pictures, in their order, would make of them.
 
-    Of each block the first `n` are poisoned, but for those that a map leads nowhere; the next `n_cover` go through
-    `cover`, which is given as many others beside them, and keep their labels. They stand for the pictures that the
-    network saw, which were drawn anew in every epoch.
+    Of each block the first int(pratio * BLOCK) are poisoned, but for those that a map leads nowhere, or where that is
+    below 1 the first one of every so many blocks; `ratio` times as many that follow them go through `cover`, which is
+    given as many others beside them, and keep their labels. They stand for the pictures that the network saw, which
+    were drawn anew in every epoch.
     """
-    place = torch.arange(len(images), device=images.labels.device) % BLOCK
+    index = torch.arange(len(images), device=images.labels.device)
+    block, place, share = index // BLOCK, index % BLOCK, attack.pratio * BLOCK
+    below_1 = ((block + 1) * share).floor() - (block * share).floor()
+    n = torch.full_like(place, int(share)) if share >= 1 else below_1.long()
     able = torch.zeros_like(place, dtype=torch.bool)
     able[attack.candidates(images)] = True
     made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])
-    covers = images[((place >= n) & (place < n + n_cover)).nonzero().flatten()]
+    covers = images[((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()]
     pairs = zip(covers.pixels.split(1000), covers.pixels.roll(1, 0).split(1000), strict=True)
     blocks = [quantise(cover(to_float(block), to_float(others))) for block, others in pairs]
     pixels = torch.cat(blocks) if blocks else covers.pixels
     covers = replace(covers, pixels=pixels, role=torch.full_like(covers.role, COVER))
     both = {name: torch.cat([value, covers.tensors()[name]]) for name, value in made.tensors().items()}
     order = both["index"].argsort()
-    return Images.restore({name: value[order] for name, value in both.items()}, images.num_classes) if n else made
+    return Images.restore({name: value[order] for name, value in both.items()}, images.num_classes) if n.any() else made

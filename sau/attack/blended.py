@@ -46,8 +46,7 @@ class Blended(Attack):
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
-        picture = self._picture(x).to(x)
-        return (1 - alpha) * x + alpha * picture
+        return _blend(self._picture(x), x, alpha)
 
     def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
         """The picture moved towards the top left and round the edge, mirrored, and upside down."""
@@ -56,14 +55,17 @@ class Blended(Attack):
         return {name: partial(self._changed, change) for name, change in {**places, **sides}.items()}
 
     def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
-        picture = change(self._picture(x)).to(x)
-        return (1 - self.attack_test_blended_alpha) * x + self.attack_test_blended_alpha * picture
+        return _blend(change(self._picture(x)), x, self.attack_test_blended_alpha)
 
     def _picture(self, x: Tensor) -> Tensor:
         """[3, H, W] for pictures like `x`."""
         height, width = x.shape[-2:]
         given = pictured(self.trigger, self.attack_trigger_img_path, height, width)
         return _own_picture(height, width) if given is None else given
+
+
+def _blend(picture: Tensor, x: Pixels, alpha: float) -> Pixels:
+    return (1 - alpha) * x + alpha * picture.to(x)
 
 
 @cache

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.base import Attack
-from sau.attack.batchwise import BLOCK, attacked_first, count, examples, plan
+from sau.attack.batchwise import attacked_first, count, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
@@ -117,7 +117,7 @@ class InputAware(Attack):
         self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
         session: Session,
     ) -> None:  # fmt: skip
-        joint = max(0, recipe.epochs - self.clean_train_epochs)
+        joint = self.classifier_epochs(recipe)
         first, second = self.prepare_masks(model, len(batches)), self.prepare(model, recipe, len(batches))
         for state in (first, second):
             state.update(images=images, augment=augment)
@@ -127,6 +127,9 @@ class InputAware(Attack):
             run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session.at(stage))
             run(partial(step, state), batches, length, label=label, rate=rate)
         self.made().eval()
+
+    def classifier_epochs(self, recipe: Training) -> int:
+        return max(0, recipe.epochs - self.clean_train_epochs)
 
     def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """The state of the first stage."""
@@ -138,14 +141,12 @@ class InputAware(Attack):
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
         artist = cast(Artist, self.made())
-        patterns = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
-        joint = replace(recipe, epochs=max(0, recipe.epochs - self.clean_train_epochs))
-        return {
-            "model": model,
-            "artist": artist,
-            "descent": joint.descent(model.parameters(), steps),
-            "patterns": patterns.descent(artist.pattern_net.parameters(), steps),
-        }
+        adam = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
+        patterns = adam.descent(artist.pattern_net.parameters(), steps)
+        patterns.keeps = self.accumulate
+        joint = replace(recipe, epochs=self.classifier_epochs(recipe))
+        descent = joint.descent(model.parameters(), steps)
+        return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
 
     def mask_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of the mask generator."""
@@ -169,27 +170,26 @@ class InputAware(Attack):
         wanted = torch.cat([self.relabel(y[:n], classes), y[n:]])
         logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
         error = F.cross_entropy(logits, wanted)
-        loss = diverse = error.new_zeros(())
+        diverse = error.new_zeros(())
         if n:
             diverse = self._diversity((x[:n] - z[n : 2 * n]) / artist.std, (pattern - pattern_z) / artist.std)
         loss = error + self.lambda_div * diverse
-        kept = [state["patterns"]] if self.accumulate else []
-        state["descent"](loss, state["patterns"], keep=kept)
+        state["descent"](loss, state["patterns"])
         accuracy = 100 * (logits.argmax(1) == wanted).float().mean()
         return {"loss": loss, "error": error, "diversity": diverse, "train_acc": accuracy}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
         for name in ("descent", "patterns"):
             if name in state:
-                state[name].end_epoch(losses["loss"])
+                # The classifier's own loss, where there is one: diversity says nothing of how it fares.
+                state[name].end_epoch(losses.get("error", losses["loss"]))
 
     def plan(self, trained_on: Images, batch_size: int) -> str:
         return plan(self.pratio, batch_size, 1.0, "with another picture's trigger")
 
     def examples(self, trained_on: Images) -> Images:
-        n = int(self.pratio * BLOCK)
         artist = self.made().eval()
-        return examples(self, trained_on, n, n, lambda x, z: artist(x, z)[0].clamp(0, 1))
+        return examples(self, trained_on, 1.0, lambda x, z: artist(x, z)[0].clamp(0, 1))
 
     def _adam(self, lr: float, milestones: tuple[int, ...], gamma: float) -> Training:
         return adam(lr, "MultiStepLR", adam_betas=(0.5, 0.9), steplr_milestones=milestones, steplr_gamma=gamma)

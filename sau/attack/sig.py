@@ -19,8 +19,8 @@ class SIG(Attack):
     """x'(i, j) = x(i, j) + delta sin(2 pi j f / width), for every row i, column j and channel, clipped.
 
     Args:
-        sig_delta: height of the wave in grey levels, 0 to 255.
-        sig_f: waves across the picture; more than half its width in pixels cannot be drawn.
+        sig_delta: height of the wave in grey levels, above 0 and up to 255.
+        sig_f: waves across the picture; half its width in pixels and more cannot be drawn.
     """
 
     name: ClassVar[str] = "sig"

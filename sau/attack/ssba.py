@@ -57,7 +57,7 @@ class SSBA(Attack):
 
     Args:
         attack_train_replace_imgs_path: a .npy file, uint8 [N, H, W, C], with a poisoned version of every training
-            picture, in order; none means our own encoder.
+            picture, in order; none means our own encoder, which all the other settings are for.
         attack_test_replace_imgs_path: the same for the test pictures; given together with the other one.
         ssba_bits: length of the code, 1 to 100; the benchmark's pictures carry 1, the paper's 100. The first bit is 1,
             the others are drawn.

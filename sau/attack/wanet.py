@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.batchwise import BLOCK, attacked_first, count, examples, plan
+from sau.attack.batchwise import attacked_first, count, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
@@ -44,9 +44,9 @@ class WaNet(Attack):
     """Warp pictures inside the batches.
 
     Args:
-        pratio: poisoned share of each batch, 0 to 1; the batch is filled anew every epoch.
+        pratio: poisoned share of each batch, 0 to 1 / (1 + cross_ratio); the batch is filled anew every epoch.
         cross_ratio: pictures warped with noise for each poisoned one.
-        s: strength of the warp; about half as many pixels at its most.
+        s: strength of the warp; about as many pixels at its most, a third of that on average.
         k: control points along each side.
         grid_rescale: factor on the grid, which keeps the corners of strong warps inside the picture.
         random_crop: padding in pixels of the random crop, which 8 of 10 batches go through.
@@ -129,5 +129,4 @@ class WaNet(Attack):
         return plan(self.pratio, batch_size, self.cross_ratio, "warped with noise")
 
     def examples(self, trained_on: Images) -> Images:
-        n = int(self.pratio * BLOCK)
-        return examples(self, trained_on, n, int(n * self.cross_ratio), lambda x, _: self._warp(x, noise=True))
+        return examples(self, trained_on, self.cross_ratio, lambda x, _: self._warp(x, noise=True))

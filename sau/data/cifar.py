@@ -43,40 +43,34 @@ _FILES = {
 DOWNLOADED = tuple(_FILES)
 
 
-def cifar10(root: Path) -> tuple[Images, Images]:
-    """Train and test [N, 3, 32, 32] with 10 classes; downloaded to `root`/cifar10 if it is nowhere under `root`.
+def read(name: str, root: Path) -> tuple[Images, Images]:
+    """Train and test [N, 3, 32, 32] of cifar10, or of cifar100 with the fine classes.
 
-    Raises:
-        DataError: a file is damaged or missing, or the download failed.
+    Downloaded to `root`/`name` if they are nowhere under `root`. Raises DataError if a file is damaged or missing, or
+    the download failed.
     """
-    from torchvision.datasets import CIFAR10  # parts, sums and address of the official files
+    _, _, label_key, classes = _FILES[name]
+    folder, official = find(name, root), _official(name)
 
-    return _cifar(root, "cifar10", CIFAR10)
+    def split(files: list[list[str]], pictures: int) -> Images:
+        share = pictures // len(files)
+        parts = [_cifar_batch(folder / file, md5, label_key, share, classes) for file, md5 in files]
+        pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
+        return Images.clean(pixels, torch.tensor([y for _, labels in parts for y in labels]), classes)
 
-
-def cifar100(root: Path) -> tuple[Images, Images]:
-    """Train and test [N, 3, 32, 32] with the 100 fine classes; otherwise as `cifar10`."""
-    from torchvision.datasets import CIFAR100
-
-    return _cifar(root, "cifar100", CIFAR100)
-
-
-def find_cifar10(root: Path) -> Path:
-    """The folder of the files; downloaded as by `cifar10`."""
-    from torchvision.datasets import CIFAR10
-
-    return _folder(root, "cifar10", CIFAR10)
+    (train, *_), test = OFFICIAL[name]
+    return split(official.train_list, train), split(official.test_list, test)
 
 
-def find_cifar100(root: Path) -> Path:
-    """The folder of the files; downloaded as by `cifar100`."""
-    from torchvision.datasets import CIFAR100
-
-    return _folder(root, "cifar100", CIFAR100)
+def find(name: str, root: Path) -> Path:
+    """The folder of the files; downloaded as by `read`."""
+    return _find(root, name) or _download(root / name, _official(name))
 
 
-def _folder(root: Path, name: str, dataset: Any) -> Path:
-    return _find(root, name) or _download(root / name, dataset)
+def _official(name: str) -> Any:
+    from torchvision import datasets  # parts, sums and address of the official files
+
+    return getattr(datasets, name.upper())
 
 
 def test_split(name: str, root: Path) -> Images | None:
@@ -90,20 +84,6 @@ def test_split(name: str, root: Path) -> Images | None:
         return None
     pixels, labels = _cifar_batch(folder / file, None, label_key, classes=classes)
     return Images.clean(torch.from_numpy(pixels), torch.tensor(labels), classes)
-
-
-def _cifar(root: Path, name: str, dataset: Any) -> tuple[Images, Images]:
-    _, _, label_key, classes = _FILES[name]
-    folder = _folder(root, name, dataset)
-
-    def split(files: list[list[str]], pictures: int) -> Images:
-        share = pictures // len(files)
-        parts = [_cifar_batch(folder / file, md5, label_key, share, classes) for file, md5 in files]
-        pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
-        return Images.clean(pixels, torch.tensor([y for _, labels in parts for y in labels]), classes)
-
-    (train, *_), test = OFFICIAL[name]
-    return split(dataset.train_list, train), split(dataset.test_list, test)
 
 
 class _ArraysOnly(pickle.Unpickler):

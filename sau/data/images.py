@@ -93,11 +93,11 @@ class Images:
         picked = {name: getattr(self, name)[index] for name in _TENSORS}
         return replace(self, **picked)
 
-    def updated(self, others: "Images") -> "Images":
-        """These pictures, of a whole split, with `others` in the places that their `index` names."""
+    def updated(self, others: "Images", rows: Tensor) -> "Images":
+        """These pictures with `others` in place of those at `rows`."""
         tensors = {name: value.clone() for name, value in self.tensors().items()}
         for name, value in others.tensors().items():
-            tensors[name][others.index] = value
+            tensors[name][rows] = value
         return replace(self, **tensors)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "Images":

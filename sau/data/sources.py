@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sau.data import cifar
 from sau.data.augment import Augment
-from sau.data.cifar import cifar10, cifar100, find_cifar10, find_cifar100
 from sau.data.folders import find_folder, find_gtsrb, find_tiny, folder, gtsrb, tiny
 from sau.data.images import Images, quantise
 from sau.errors import ConfigError, DataError
@@ -124,18 +125,14 @@ def _digits(root: Path, size: int) -> tuple[Images, Images]:
 
 _NATURAL = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of CIFAR-10
 
+
+def _cifar(name: str) -> dict[str, Any]:
+    return {"read": lambda root, size: cifar.read(name, root), "find": partial(cifar.find, name)}
+
+
 SOURCES = {
-    "cifar10": Source(
-        32, *_NATURAL, Augment(padding=4, flip=True), lambda root, size: cifar10(root), find=find_cifar10
-    ),
-    "cifar100": Source(
-        32,
-        (0.5071, 0.4865, 0.4409),
-        (0.2673, 0.2564, 0.2762),
-        Augment(4),
-        lambda root, size: cifar100(root),
-        find=find_cifar100,
-    ),
+    "cifar10": Source(32, *_NATURAL, Augment(padding=4, flip=True), **_cifar("cifar10")),
+    "cifar100": Source(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(4), **_cifar("cifar100")),
     "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True, find=find_gtsrb),
     "tiny": Source(
         64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), Augment(4), tiny, resizes=True, find=find_tiny

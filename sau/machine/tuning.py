@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sau.errors import first_line
+from sau.errors import ConfigError, first_line
 from sau.machine import cores
 from sau.machine import device as machine
 from sau.method import Method
@@ -33,7 +33,10 @@ def tune(
         where: the device.
     """
     torch.backends.cudnn.benchmark = where.type == "cuda"  # batches have few sizes, so the search for the best is short
-    amp, seconds, said = run.amp if run.amp is not None else record.config.get("amp"), dict[bool, float](), ""
+    before: bool | None = record.config.get("amp")
+    if before is not None and run.amp not in (None, before):
+        raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
+    amp, seconds, said = run.amp if before is None else before, dict[bool, float](), ""
     if amp is None:
         seconds = machine.step_seconds(model, shape, batch_size, where)
         amp = seconds[True] < seconds[False]
@@ -62,12 +65,16 @@ def _compiled(record: Record, run: Run, method: Method, where: torch.device, pay
         if run.compile in ("on", "graphs"):
             record.say(f"note: {method.name} runs its networks as they stand, so --compile {run.compile} has no effect")
         return None
+    modes = {"on": "default", "graphs": "reduce-overhead", "off": None}
     if "compile" in record.config:
-        return record.config["compile"]
+        before: str | None = record.config["compile"]
+        if modes.get(run.compile, before) != before:
+            record.say(f"note: this run goes on as it began, {before or 'not compiled'}; --compile has no effect")
+        return before
     chosen = run.compile
     if chosen == "auto":
         chosen = "on" if pays() else "off"
-    mode = {"on": "default", "graphs": "reduce-overhead", "off": None}[chosen]
+    mode = modes[chosen]
     absent = no_compiler(where) if mode else None
     if absent:
         record.say(f"note: no compiler works here, so the network runs as it stands: {absent}")

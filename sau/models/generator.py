@@ -50,7 +50,7 @@ class Artist(nn.Module):
 
     Args:
         channels: of the pictures.
-        like: the classifier, whose normalisation and precision they share.
+        like: the classifier, whose normalisation they share.
         tanh: how often the outputs go through it.
         epsilon: added to the 2 that tanh is divided by.
     """

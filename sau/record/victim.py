@@ -59,7 +59,8 @@ class Victim:
 
         RecordError if an attack did not keep what it poisoned.
         """
-        if needs == "poisoned" and self.poisoned is None and self.settings is None:
+        poisons = self.settings is None or self.settings.get("pratio", 0) > 0
+        if needs == "poisoned" and self.poisoned is None and poisons:
             raise RecordError(f"{self.path} holds no poisoned training pictures, as this defense needs; take another")
         return needs if self.poisoned is not None else "clean"
 
