@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The re-activation audit of BadNets and Blended, on the records that cifar10_cpu.sh or configs/grid/table1_cpu.yaml leave:
+# (`--published none` where their summaries are published already, with the defenses of DEFENSES);
 # OUT_badnet and OUT_blended (.md, .png, .svg) are means over the seeds. Finished pieces are not repeated.
 #     bash docs/results/audit.sh RECORDS OUT [SEED...]
 set -eu

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind cifar10_cpu.md: CPU recipe, real CIFAR-10, three seeds. About two hours on two cores, best as
-# THREADS=1 and one call a core with different seeds; repeat a call after an interruption, finished runs are skipped.
+# THREADS=1 (which is what the page has, but for badnet seed 0: two threads) and one call a core with different seeds; repeat a call after an interruption, finished runs are skipped.
 # ATTACKS and DEFENSES name others than the first three of each. DATASETS is a folder that exists.
 #     bash docs/results/cifar10_cpu.sh DATASETS RECORDS [SEED...]
 set -u
@@ -11,15 +11,16 @@ settings() { # those of the table that the recipe has changed since
   case $1 in
     sau | at) echo --lr_scheduler constant ;;
     wanet) echo --epochs 24 ;;
+    inputaware) echo --epochs 10 --clean_train_epochs 2 --schedulerG_milestones 200,300,400,500 ;;
   esac
 }
 attack() {
   python "$here/attack/$1.py" --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root" \
-    --threads "${THREADS:-0}" $(settings "$1")
+    --amp true --threads "${THREADS:-0}" $(settings "$1")
 }
 defense() {
-  python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --threads "${THREADS:-0}" \
-    $(settings "$1")
+  python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --amp true \
+    --threads "${THREADS:-0}" $(settings "$1")
 }
 [ $# -gt 0 ] || set -- 0 1 2
 for seed in "$@"; do
