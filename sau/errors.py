@@ -1,4 +1,4 @@
-"""What goes wrong because of the input. Every command prints these as one line and exits with status 2."""
+"""What goes wrong because of the input. Every command prints these as one line; most exit with status 2."""
 
 import sys
 from collections.abc import Callable

@@ -147,7 +147,7 @@ def watched(calls: str, places: list[Path]) -> str:
     return f"""
 import sys
 from pathlib import Path
-from sau.foreign import compat, inspection, torchfile as foreign, weights
+from sau.foreign import compat, inspection, torchfile, weights
 from sau.errors import RecordError
 from sau.models.zoo import torchvision_names
 torchvision_names()

@@ -31,8 +31,7 @@ from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
 from sau.data.sources import fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
-from sau.foreign import compat, compat_pictures, export
-from sau.foreign import torchfile as foreign
+from sau.foreign import compat, compat_pictures, export, torchfile
 from sau.foreign.compat import KEYS, RESULT
 from sau.models import MODELS, build
 from sau.record import victim
@@ -367,7 +366,7 @@ def test_broken_archives(refused, tmp_path):
         archive.writestr("archive/data.pkl", b"\x80\x02N.")
     refused(twice.getvalue(), "no archive of torch.save")
     with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
-        for i in range(foreign.MEMBERS):
+        for i in range(torchfile.MEMBERS):
             archive.writestr(f"a/{i}", b"")
         archive.writestr("a/data.pkl", b"\x80\x02N.")
     refused(out.getvalue(), "10,000 members")
@@ -381,10 +380,10 @@ def test_broken_archives(refused, tmp_path):
 
 def test_limits_of_size(refused, monkeypatch):
     raw = saved({"x": torch.zeros(1000)})
-    monkeypatch.setattr(foreign, "LARGEST", 3000)
+    monkeypatch.setattr(torchfile, "LARGEST", 3000)
     refused(raw, "3,000")
-    monkeypatch.setattr(foreign, "LARGEST", 1 << 20)
-    monkeypatch.setattr(foreign, "PICKLE", 20)
+    monkeypatch.setattr(torchfile, "LARGEST", 1 << 20)
+    monkeypatch.setattr(torchfile, "PICKLE", 20)
     refused(raw, "its pickle has")
 
 

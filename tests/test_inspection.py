@@ -221,7 +221,7 @@ def test_hostile_files_are_suspicious_and_their_imports_named(places):
 def test_nothing_runs_by_the_audit_hook_and_the_canary(places):
     """No program, no socket, no file written, by any of three ways to open 15 hostile files."""
     paths = [path for path, _ in places.values()]
-    calls = "foreign.load(path, old=True)", "weights.read(path)", "inspection.look(path)"
+    calls = "torchfile.load(path, old=True)", "weights.read(path)", "inspection.look(path)"
     code = watched(calls[0], paths) + "".join(
         f"\nfor path in map(Path, {[str(path) for path in paths]!r}):\n    try:\n        {call}\n"
         "    except RecordError as error:\n        print('refused', error)\n"

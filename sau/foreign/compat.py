@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Images
 from sau.errors import RecordError, SauError
-from sau.foreign import torchfile as foreign
+from sau.foreign import torchfile
 from sau.foreign.compat_pictures import Part, fields, show
 from sau.foreign.weights import fit
 from sau.models import build
@@ -67,7 +67,7 @@ def read(folder: Path) -> Foreign:
         RecordError: one line that names the file and what is wrong.
     """
     path = folder / RESULT
-    content, digest = foreign.load(path)
+    content, digest = torchfile.load(path)
     try:
         return _checked(content, folder, digest)
     except SauError as error:

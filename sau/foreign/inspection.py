@@ -17,8 +17,7 @@ from typing import Any
 from sau.data.sources import SOURCES
 from sau.errors import RecordError, printable
 from sau.files import write
-from sau.foreign import pickles, weights
-from sau.foreign import torchfile as foreign
+from sau.foreign import pickles, torchfile, weights
 from sau.foreign.guess import Guess, guess
 from sau.machine import device
 from sau.models.zoo import torchvision_names
@@ -103,7 +102,7 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
     """The report of `inspect`, made in this process; what could be read, and the network that it is."""
     report = _outside(path)
     try:
-        raw = foreign.content(path)
+        raw = torchfile.content(path)
     except RecordError as error:
         return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}, None, None
     report["sha256"], report["imports"] = hashlib.sha256(raw).hexdigest(), pickles.imports(raw)

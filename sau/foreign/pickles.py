@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import _weights_only_unpickler as torchs
 
-from sau.foreign import torchfile as foreign
+from sau.foreign import torchfile
 
 UNKNOWN = "a name put together on the stack"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
@@ -25,7 +25,7 @@ _KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 def allowed() -> set[str]:
     """The names that reading with `torchfile` lets pass: torch's own list, and ours for lists of pictures."""
-    return {*torchs._get_allowed_globals(), *(name for _, name in foreign.ALLOWED)}
+    return {*torchs._get_allowed_globals(), *(name for _, name in torchfile.ALLOWED)}
 
 
 def imports(raw: bytes) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import RecordError
-from sau.foreign import torchfile as foreign
+from sau.foreign import torchfile
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*NARROW, torch.float64)
@@ -116,15 +116,15 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     Nothing in it is run. `raw` is the file's content where it has been read. RecordError, in one line, for anything
     that cannot be read so.
     """
-    raw = foreign.content(path) if raw is None else raw
+    raw = torchfile.content(path) if raw is None else raw
     if raw[8:9] == b"{":
         return _safetensors(path, raw)
     if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
         return _onnx(path, raw)
-    content, digest = foreign.load(path, old=True, raw=raw)
+    content, digest = torchfile.load(path, old=True, raw=raw)
     walk = _Walk(path, min(len(raw), VALUES), SHARED * len(raw))
     walk.over(content, "", 0)
-    return Weights(path, LEGACY if raw.startswith(foreign.LEGACY) else ZIP, digest, walk.tensors, walk.texts)
+    return Weights(path, LEGACY if raw.startswith(torchfile.LEGACY) else ZIP, digest, walk.tensors, walk.texts)
 
 
 @dataclass
