@@ -26,6 +26,7 @@ from sau.config import options
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
+from sau.evaluate import Score, Share
 from sau.machine import device
 from sau.optim import Training
 from sau.record.folder import Record
@@ -122,6 +123,8 @@ def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
     """`--result_file X` alone: data set, network, recipe and settings come from the record and the shipped YAML."""
     monkeypatch.setattr(device, "step_seconds", lambda *args: {False: 1.0, True: 2.0})  # a probe's answer may vary
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
+    for module in ("watch", "commands"):
+        monkeypatch.setattr(f"sau.{module}.score", lambda *given: Score(*[Share(1, 2)] * 3))
     status, out, err = here("defense", "sau", "--result_file", "victim")
     assert (status, err) == (0, "")
     folder = victim / "defense" / "sau"
@@ -268,14 +271,15 @@ def test_help_lists_every_flag(kind, name, here, capsys):
 
 
 def test_help_of_a_script_comes_soon(cli, tmp_path):
-    """Two seconds of the processor; the clock on the wall depends on what else the machine does."""
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = cli("defense", "sau", "--help", cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and "--result_file" in done.stdout and done.stderr == ""
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    """What takes its time is not imported; torch is, which makes up nearly all of the two seconds."""
+    code = "import runpy, sys\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally:\n    print(*sys.modules, file=sys.stderr)"
+    script = str(REPOSITORY / "defense" / "sau.py")
+    argv = [sys.executable, "-c", f"import sys; sys.argv = [{script!r}, '--help']\n{code}"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "--result_file" in done.stdout
+    slow = {"sklearn", "scipy", "matplotlib", "torchvision", "torch._dynamo", "sympy", "skimage", "ray"}
+    assert "torch" in done.stderr.split() and not slow & {*done.stderr.split()}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,7 +289,6 @@ def test_python_m_sau(tmp_path):
         argv = (sys.executable, "-m", "sau", *argv)
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
 
-    assert "--patch_mask_path" in run("attack", "badnet", "--help").stdout
     done = run("attack", "nothing")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "attack badnet" in done.stderr
 
@@ -373,6 +376,7 @@ def test_the_precision_is_measured_when_nothing_is_asked(here, tmp_path, monkeyp
         assert found["amp"] is answer and found["step_ms"] == {"fp32": 2000.0 * answer, "bf16": 1000.0}
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_copies_of_the_weights_are_kept_when_asked(here, tmp_path):
     flags = [flag if flag != "0" else "3" for flag in TINY]
     assert here("attack", "badnet", *flags, "--save_folder_name", "a", "--frequency_save", "2")[0] == 0
@@ -440,6 +444,7 @@ def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "covers"), [("wanet", 24), ("inputaware", 12)])
+@pytest.mark.usefixtures("few_digits")
 def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here, tmp_path, name, covers):
     """It keeps examples of what it did, with their roles, and what stamps further pictures."""
     own = ("--epochs", "2", "--clean_train_epochs", "1") if name == "inputaware" else ("--epochs", "1")
@@ -455,7 +460,7 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     assert (first.role == BACKDOOR).sum() == 12 and (first.role == COVER).sum() == covers
     assert record.load_tensors("trigger")
     hidden = json.loads((record.path / "summary.json").read_text())["trigger"]
-    assert hidden["psnr"] > 5 and 0 <= hidden["in_ball"] <= 100
+    assert hidden["psnr"] > 0 and 0 <= hidden["in_ball"] <= 100
     assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
 
 
@@ -537,6 +542,7 @@ def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, her
     assert list(map(without_time, rows(one))) == list(map(without_time, rows(other)))
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, monkeypatch):
     flags = [flag if flag != "0" else "3" for flag in TINY]
     run = ("attack", "badnet", *flags, "--save_folder_name", "a")
@@ -562,6 +568,7 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
     assert [row["epoch"] for row in rows(tmp_path / "record" / "a")] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(here, refused, tmp_path, monkeypatch):
     import errno
     import os
@@ -656,6 +663,7 @@ def test_cifar10_offline_is_one_line(refused, monkeypatch):
     assert "--dataset_path" in text and "--dataset digits" in text
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_rate_that_breaks_the_network_is_one_line(refused, tmp_path):
     flags = [flag if flag != "0" else "2" for flag in TINY]
     text = refused("attack", "badnet", *flags, "--lr", "1e30", "--save_folder_name", "a")

@@ -413,7 +413,7 @@ def test_the_advice_names_the_rate_of_the_stage(name, settings, flag, one_line):
     defense = ROWS[name].defense
     with pytest.raises(TrainingError) as stop:
         type(defense)(**{**defense.params(), **settings}).purify(tiny_net(), pair(), session=quiet())
-    assert one_line(stop.value).endswith(f"try a smaller --{flag}") or "NaN" in str(stop.value)
+    assert one_line(stop.value).endswith(f"try a smaller --{flag}")
 
 
 class OnePixel(nn.Module):
@@ -443,12 +443,13 @@ def test_a_loader_whose_last_batch_has_one_picture_is_refused_where_batch_norm_t
     pixels, labels = pair(17)
     plain = [(pixels[i : i + 8], labels[i : i + 8]) for i in (0, 8, 16)]
     layers = {"nad": {"layers": ("features",)}, "npd": {"target_layer_name": "last.1"}}.get(defense.name, {})
-    try:
-        type(defense)(**{**defense.params(), **layers}).purify(OnePixel(), plain, session=quiet())
-    except DataError as refusal:
-        assert "batch norm" in one_line(refusal)
-    else:
-        assert defense.name in ("sau", "at", "i-bau")  # which leave batch norm's statistics as they are
+    method = type(defense)(**{**defense.params(), **layers})
+    if defense.name in ("sau", "at", "i-bau"):  # which leave batch norm's statistics as they are
+        method.purify(OnePixel(), plain, session=quiet())
+        return
+    with pytest.raises(DataError) as refusal:
+        method.purify(OnePixel(), plain, session=quiet())
+    assert "batch norm" in one_line(refusal.value)
 
 
 @each_in_rounds
@@ -466,12 +467,12 @@ def test_an_answer_in_train_mode_that_is_no_logits_is_refused(defense, one_line)
 
     layers = {"nad": {"layers": ("net.features",)}, "npd": {"target_layer_name": "net.features.3"}}
     method = type(defense)(**{**defense.params(), **layers.get(defense.name, {})})
-    try:
+    if defense.name in ("sau", "at", "i-bau", "npd"):  # which leave the network in eval mode
         method.purify(Auxiliary(), pair(), session=quiet())
-    except DataError as refusal:
-        assert "in train mode the network answers with tuple" in one_line(refusal)
-    else:
-        assert defense.name in ("sau", "at", "i-bau", "npd")  # which leave the network in eval mode
+        return
+    with pytest.raises(DataError) as refusal:
+        method.purify(Auxiliary(), pair(), session=quiet())
+    assert "in train mode the network answers with tuple" in one_line(refusal.value)
 
 
 def literals(cls: type) -> list[str]:

@@ -507,10 +507,6 @@ def test_pictures_that_harm(name, tmp_path, one_line):
     assert str(tmp_path / name) in one_line(refusal.value)
 
 
-def test_the_test_plan_has_ten_rows():
-    assert len(I1) == 10
-
-
 def test_the_first_picture_of_a_phones_jpeg_is_read(tmp_path):
     (tmp_path / "phone.jpg").write_bytes(saved(noise(0), "MPO", **FRAMES))
     with Image.open(tmp_path / "phone.jpg") as picture:

@@ -179,6 +179,7 @@ def test_attacks_that_share_their_step_split_and_others_do_not():
     assert splits == set(ATTACKS) - {"wanet", "inputaware"}
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
@@ -453,6 +454,7 @@ SHORT = tuple("1" if before == "--epochs" else flag for before, flag in zip(("",
 @pytest.mark.parametrize(
     ("wish", "mode"), [("auto", None), ("off", None), ("on", "default"), ("graphs", "reduce-overhead")]
 )
+@pytest.mark.usefixtures("few_digits")
 def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish, mode):
     """On the CPU nothing is unless it is asked for, so that results do not change."""
     modes: list[str | None] = []
@@ -463,6 +465,7 @@ def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish, mode):
     assert modes == ([None, mode] if mode else [])  # the first one tries whether there is a compiler
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_without_a_compiler_the_network_runs_as_it_stands(here, tmp_path, monkeypatch):
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("no g++ here\nand a long story")
@@ -639,6 +642,7 @@ def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monk
     assert "resuming after" in here("attack", *flags)[1]
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_that_has_time_says_nothing(here, tmp_path):
     assert here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
     assert "ended_early" not in Record(tmp_path / "record" / "a").summary()
