@@ -1,5 +1,7 @@
 """What goes wrong because of the input. Every command prints these as one line; most exit with status 2."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -51,7 +53,12 @@ class OutOfMemory(TrainingError):
 def told(main: Callable[[], int]) -> int:
     """What `main` returns, an exit status; a mistake that the user can mend is said on stderr, and 2 returned."""
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
+        return status
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader left, as `head` does; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

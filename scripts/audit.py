@@ -17,19 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
+import script_parts.drawing  # noqa: F401  before sau.figures
+from script_parts import place
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
-from sau.errors import SauError
+from sau.errors import told
 from sau.figures import audit, save
 from sau.files import existing, folder
-from sau.machine.device import choose_device, set_threads
 
 say = partial(print, flush=True)
 
@@ -69,14 +63,13 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the results [audit/ in the record]")
     add("--record_root", default="./record", help="folder of the result folders [./record]")
     add("--dataset_path", help="folder of the data sets [where the attack had them]")
-    add("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
-    add("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+    place.add_arguments(asked)
     return asked
 
 
 def run(given: argparse.Namespace) -> None:
     """Open, audit, draw, and print the tables."""
-    set_threads(given.threads)
+    where = place.settle(given)
     parts = given.parts
     if parts is PARTS and given.control is None:
         say("note: there is no --control, so that nothing tells what is the backdoor's; and no bec, which needs one")
@@ -92,7 +85,7 @@ def run(given: argparse.Namespace) -> None:
         dataset_path=given.dataset_path,
         samples=given.samples,
         amp=None if given.amp is None else given.amp == "true",
-        where=choose_device(given.device),
+        where=where,
     )
     out = given.out or folder(attacked, "audit", "pieces").parent  # which are no links in a record of others
     found = carry_out(Plan(case, asked), out, say)
@@ -107,9 +100,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(given)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nstopped; repeat the command to go on", file=sys.stderr)
         return 130
@@ -117,4 +107,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

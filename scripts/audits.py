@@ -13,17 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
+import script_parts.drawing  # noqa: F401  before sau.figures
 
 from sau.audit import carry, tables
 from sau.audit.carry import RESULT
-from sau.errors import RecordError, SauError
+from sau.errors import RecordError, told
 from sau.figures import audit, save
 from sau.files import write
 from sau.record.schema import difference
@@ -59,17 +53,13 @@ def run(given: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit status 2 for a user's mistake."""
+    """Compare; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audit", nargs="+", type=Path, help="folders of audits")
     parser.add_argument("--out", type=Path, required=True, help="path of the results without an ending")
-    try:
-        run(parser.parse_args())
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run(parser.parse_args())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

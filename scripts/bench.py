@@ -1,6 +1,6 @@
 """Compare the library's speed with that of the released order of work, in one process and on the same pictures.
 
-    python scripts/bench.py {train,sau,eval,data,runs,growth} [--width 64] [--batch_size 64] [--json out.json]
+    python scripts/bench.py {train,sau,eval,data,runs,growth,stacked} [--width 64] [--batch_size 64] [--json out.json]
     python scripts/bench.py attacks [--width 16] [--batch_size 128] [--repeats 5] [--json out.json]
     python scripts/bench.py defenses [--width 16] [--pictures 256] [--only sau,ft] [--repeats 5] [--json out.json]
     python scripts/bench.py risks RECORD DEFENSE [--samples 2500] [--repeats 3] [--json out.json]
@@ -23,34 +23,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
+from script_parts import place
 
+from sau.errors import ConfigError, told
+from sau.files import write
 from sau.machine.cores import busy, crowded, usable
-from sau.machine.device import choose_device, processor, set_threads
+from sau.machine.device import processor
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
 PARTS: dict[str, ModuleType] = {
     "train": train, "sau": sau_step, "defenses": defenses, "eval": evaluation, "data": data, "runs": runs,
     "growth": growth, "stacked": stacked, "attacks": attacks, "risks": risks, "all": everything,
 }  # fmt: skip
+LEAST = {"purify_updates": 0} | dict.fromkeys(
+    ("repeats", "width", "batch_size", "steps", "pictures", "epochs", "rounds", "samples", "restarts", "train_updates"),
+    1,
+)
 
 
-def main() -> None:
-    """Run the part that the command line names, print its rows and write them where `--json` says."""
-    common = argparse.ArgumentParser(add_help=False)
+def command_line() -> argparse.ArgumentParser:
+    """The flags: those of every part, and each part's own."""
+    common, clock = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     common.add_argument("--repeats", type=int, default=5, help="repetitions; their median is reported [5]")
-    common.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
-    common.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
-    common.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor seconds [wall]")
+    place.add_arguments(common)
     common.add_argument("--json", type=Path, help="file to write the rows to")
+    clock.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor seconds [wall]")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         about = (part.__doc__ or "").split("\n")[0]
+        parents = [common] if part is risks else [common, clock]  # the four minutes of the risks are wall minutes
         part.add_arguments(
-            commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
+            commands.add_parser(name, parents=parents, help=about, description=about, allow_abbrev=False)
         )
-    args = parser.parse_args()
-    args.device, args.threads = choose_device(args.device), set_threads(args.threads)
+    return parser
+
+
+def main() -> int:
+    """Run the part that the command line names, print its rows and write them where `--json` says; the exit status."""
+    args = command_line().parse_args()
+    for name, least in LEAST.items():
+        if getattr(args, name, least) < least:
+            raise ConfigError(f"--{name} is {getattr(args, name)}, allowed is {least} and more")
+    args.device, args.threads = place.settle(args), torch.get_num_threads()
     torch.backends.cudnn.benchmark = args.device.type == "cuda"  # for both sides, as every run of the library has it
     others, warning = busy(), crowded(args.threads)
     if warning:
@@ -69,7 +84,8 @@ def main() -> None:
             **machine,
             **{k: _plain(v) for k, v in vars(args).items() if k not in PATHS},
         }
-        args.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+        write(args.json, (json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n").encode())
+    return 0
 
 
 def _plain(value: object) -> object:
@@ -77,4 +93,4 @@ def _plain(value: object) -> object:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -13,6 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from script_parts import place
+
 from sau.clues import reverse
 from sau.errors import ConfigError, told
 from sau.files import loaded, write
@@ -39,7 +41,9 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=40, help="passes of the search [40]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the records had it]")
     parser.add_argument("--out", type=Path, default=HOME, help="file to write [that of the library]")
+    place.add_arguments(parser)
     asked = parser.parse_args()
+    where = place.settle(asked)
     content = kept(asked.out) if asked.out.exists() else {"passes": asked.passes, "networks": []}
     if content["passes"] != asked.passes:
         raise ConfigError(
@@ -52,7 +56,7 @@ def main() -> int:
         if clean.digest in {network["digest"] for network in content["networks"]}:
             continue
         test = clean.pictures(asked.dataset_path or clean.dataset_path)[1]
-        found = reverse(clean.model(), test, asked.passes)
+        found = reverse(clean.model().to(where), test.to(where), asked.passes)
         if found.index is None:
             raise ConfigError(f"{path}: the norms of its classes give no index; wanted are three classes and more")
         about = {"dataset": clean.dataset, "classes": len(found.norms), "width": clean.network["width"]}

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from sau.data.images import Images
-from sau.errors import told
+from sau.errors import ConfigError, told
 from sau.files import folder
 from sau.foreign.export import pictures, save_png, whole, write
 from sau.record.folder import Record
@@ -58,6 +58,8 @@ def main() -> int:
     parser.add_argument("--dataset_path", help="folder of the data sets [where the attack had them]")
     parser.add_argument("--name_there", help="backdoorbench: name below its `record` folder [the last part of --out]")
     asked = parser.parse_args()
+    if asked.name_there is not None and asked.format != "backdoorbench":
+        raise ConfigError(f"--name_there goes with --format backdoorbench, got is {asked.format}; leave it out")
     record, target = Record(folder(asked.record_root, asked.name)), Path(asked.out).absolute()
     record.check()
     if asked.format == "backdoorbench":

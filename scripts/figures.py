@@ -4,7 +4,8 @@
 
 writes `figures/` into the record: `pictures` (clean, triggered, difference), curves of the attack and of each defense,
 `risks` and `types` of the defenses that ran with --track_risk; and with `--defense D` also `examples_D`, adversarial
-examples that fool both networks and such that do not, and `features_D`, a map of the last features.
+examples that fool both networks and such that do not, and `features_D`, a map of the last features. Examples are
+searched for on `--device`; the map is made on the CPU.
 """
 
 import argparse
@@ -13,13 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
+import script_parts.drawing  # noqa: F401  before sau.figures
+import torch
+from script_parts import place
+from torch import Tensor, nn
 
 from sau.errors import RecordError, told
 from sau.figures import curves, examples, features, pictures, risks, save, types
@@ -41,12 +39,25 @@ def main() -> int:
     parser.add_argument("--defense", help="the defense whose network examples and features are drawn of [none]")
     parser.add_argument("--eps", type=float, default=0.2, help="radius of the L-infinity ball of the examples [0.2]")
     parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="how the features are drawn [tsne]")
-    asked = parser.parse_args()
-    draw(asked)
+    place.add_arguments(parser)
+    draw(parser.parse_args())
     return 0
 
 
+class Placed(nn.Module):
+    """A network that computes on a device, for pictures and answers that stay where they are drawn."""
+
+    def __init__(self, model: nn.Module, where: torch.device) -> None:
+        super().__init__()
+        self.model, self.where = model.to(where), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(self.where)).to(x.device)
+
+
 def draw(asked: argparse.Namespace) -> None:
+    """Draw what there is, and say which files."""
+    where = place.settle(asked)
     attacked = victim.load(folder(asked.record_root, asked.name))
     out, record = folder(attacked.path, "figures"), Record(attacked.path)
     _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
@@ -71,9 +82,9 @@ def draw(asked: argparse.Namespace) -> None:
         mapped = features(before, after, test, attacked.triggered, asked.map)
         _tell(save(mapped, out / f"features_{asked.defense}"))
         clean, triggered = sample(test, attacked.triggered, LOOKED_AT)
-        shown = examples(after, before, clean, triggered, Search(eps=asked.eps)) if triggered else None
-        if shown:
-            _tell(save(shown, out / f"examples_{asked.defense}"))
+        if triggered:
+            pair = [Placed(model, where) for model in (after, before)]
+            _tell(save(examples(*pair, clean, triggered, Search(eps=asked.eps)), out / f"examples_{asked.defense}"))
 
 
 def _tell(paths: list[Path]) -> None:

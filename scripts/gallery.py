@@ -19,15 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from script_parts.drawing import plt
 from torch import Tensor
 
 from sau import quality

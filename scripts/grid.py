@@ -129,7 +129,10 @@ def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> 
     parallel = asked.jobs if asked.engine == "slurm" else 1
     if asked.engine == "local" and todo:
         here = Local(asked.cores, asked.memory_gb)
-        here.check(todo)
+        try:
+            here.check(todo)
+        except ConfigError as error:  # the plan may be for another machine
+            say(f"note: {error}")
         parallel = min(here.parallel(cell) for cell in todo)
     for cell in todo:
         say(f"would run {cell.label}")
@@ -156,7 +159,7 @@ def report(every: list[Cell], store: Store) -> int:
 
 
 def main() -> int:
-    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped."""
+    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped, 141 if nobody listens."""
     look = sys.argv[1:2] == ["status"]
     asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):

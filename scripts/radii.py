@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from script_parts import place
+
 from sau.errors import told
 from sau.record import victim
 from sau.risk import gauge
@@ -34,10 +36,13 @@ def main() -> int:
     parser.add_argument("--radii", type=float, nargs="+", default=[0.001, 0.004, 0.016, 0.2], help="L-infinity radii")
     parser.add_argument("--samples", type=int, default=250, help="test pictures [250]")
     parser.add_argument("--steps", type=int, default=10, help="gradient steps of each search, from one place [10]")
+    place.add_arguments(parser)
     asked = parser.parse_args()
+    where = place.settle(asked)
     attacked = victim.load(asked.record)
     _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
-    reference = attacked.model()
+    test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
+    reference = attacked.model().to(where)
     print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")
     for name in [None, *asked.defenses]:
         model = attacked.model()
@@ -45,7 +50,7 @@ def main() -> int:
             victim.load_weights(model, asked.record / "defense" / name)
         for eps in asked.radii:
             search = Search(eps=eps, steps=asked.steps, restarts=1)
-            row = gauge(reference, test, attacked.triggered, asked.samples, search, 0)(model).row()
+            row = gauge(reference, test, triggered, asked.samples, search, 0)(model.to(where)).row()
             cells = [f"{row[column]:.1f}" if column in row else "-" for column in COLUMNS]
             print(f"| {name or 'attacked'} | {eps:g} | {' | '.join(cells)} |", flush=True)
     return 0

@@ -1,11 +1,11 @@
 """ASR against the poisoning ratio, a curve an attack, as PNG and as a Markdown table.
 
-python scripts/ratios.py RECORDS [--out ratios.png]      reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json
+    python scripts/ratios.py RECORDS [--out ratios.png]
+
+reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed.
 """
 
 import argparse
-import json
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -13,17 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    print("error: drawing needs matplotlib: pip install -e '.[report]'", file=sys.stderr)
-    sys.exit(2)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from script_parts.drawing import plt
 
 from sau.errors import RecordError, told
-from sau.grid.names import plain
+from sau.files import loaded
+from sau.report.names import attack_named
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> (ACC, ASR) of each seed
@@ -33,14 +27,23 @@ def read(root: Path) -> Found:
     """The summaries below a folder."""
     found: Found = defaultdict(lambda: defaultdict(list))
     for file in sorted(root.glob("*_r*_s*/summary.json")):
-        parts = re.fullmatch(r"(\w+?)_r([\d.]+)_s(\d+)", plain(file.parent.name))
-        if parts:
-            try:
-                summary = json.loads(file.read_text())
-            except ValueError as error:
-                raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
-            found[parts[1]][float(parts[2])].append((summary["acc"], summary["asr"]))
+        attack, _, settings = attack_named(file.parent.name)
+        if settings is not None:
+            found[attack][settings["pratio"]].append(scores(file))
     return found
+
+
+def scores(file: Path) -> tuple[float, float]:
+    """ACC and ASR of a summary; RecordError if it does not say them."""
+    try:
+        summary = loaded(file)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
+    for name in ("acc", "asr"):
+        if not isinstance(summary.get(name), int | float):
+            got = str(summary.get(name, "missing"))[:40]
+            raise RecordError(f"{file}: {name} is {got}, wanted is a number; delete its folder and run it again")
+    return summary["acc"], summary["asr"]
 
 
 def table(found: Found) -> str:

@@ -4,7 +4,8 @@
         [--dataset cifar10] [--dataset_path ./data]
 
 reads RECORDS/<name> (attacks) and RECORDS/<name>/defense/<method>. Folders that are unfinished or damaged are shown
-with the reason; of folders that hold summaries alone the names say the rest: <attack>_s<seed>.
+with the reason; of folders that hold summaries alone the names say the rest: <attack>_s<seed>, or
+<attack>_r<ratio>_<digest>_s<seed>, as a grid publishes them.
 """
 
 import argparse

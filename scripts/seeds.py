@@ -2,7 +2,8 @@
 
     python scripts/seeds.py RECORDS
 
-Result folders that hold summaries alone are named <attack>_s<seed> and <attack>_s<seed>/defense/<name>.
+Result folders that hold summaries alone are named <attack>_s<seed> and <attack>_s<seed>/defense/<name>; those that a
+grid published <attack>_r<ratio>_<digest>_s<seed> and, in them, defense/<name>_c<share>_<digest>.
 """
 
 import argparse

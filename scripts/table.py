@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.errors import ConfigError, told
 from sau.report.paired import duels
-from sau.report.published import mean, published
+from sau.report.published import Row, compare, mean, published
 from sau.report.read import NONE, read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
@@ -35,8 +35,24 @@ def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
     for cell in section.cells:
         if cell.good:
             name = f"{cell.defense} {cell.variant}".strip() + (" (oracle)" if cell.oracle else "")
-            found.setdefault(name, {})[f"{cell.attack} {cell.attack_variant}".strip()] = cell
+            found.setdefault(name, {})[column(cell)] = cell
     return dict(sorted(found.items(), key=lambda item: (item[0] != NONE, -(over(item[1], "der") or 0))))
+
+
+def column(cell: Cell) -> str:
+    """The attack, with how its settings differ from its namesakes'."""
+    return f"{cell.attack} {cell.attack_variant}".strip()
+
+
+def comparable(section: Section) -> dict[str, str]:
+    """The columns that may stand beside the published table, each with its attack there; none for other data sets."""
+    return {column(pair.cell): pair.cell.attack for pair in compare(section) if pair.cell is not None}
+
+
+def theirs(defense: str, attacks: list[str | None]) -> Row:
+    """The published mean of a defense over these attacks; a row without figures where one of them was not published."""
+    rows = published()["tables"].get(defense, {}).get("rows", {})
+    return mean([rows[attack] for attack in attacks]) if attacks and {*attacks} <= {*rows} else [None] * 4
 
 
 def over(cells: dict[str, Cell], name: str, attacks: list[str] | None = None) -> float | None:
@@ -47,20 +63,18 @@ def over(cells: dict[str, Cell], name: str, attacks: list[str] | None = None) ->
 
 
 def overview(section: Section) -> str:
-    """ACC / ASR of every cell, and the means over the attacks that every row of the table can have."""
-    found = by_defense(section)
+    """ACC / ASR of every cell, means over the attacks that every row of the table can have, and the published means."""
+    found, paper = by_defense(section), comparable(section)
     attacks = list(dict.fromkeys(attack for cells in found.values() for attack in cells))
     triggered = [attack for attack in attacks if any(c[attack].figures["asr"] for c in found.values() if attack in c)]
     body = []
     for name, cells in found.items():
         line = [text(cells.get(attack)) for attack in attacks]
         means = [over(cells, figure, triggered) for figure in FIGURES]
-        theirs = published()["tables"].get(name)
-        paper = mean(list(theirs["rows"].values())) if theirs else [None] * 4
-        ours = [number(value) for value in means]
-        body.append([name, *line, *ours, *(number(paper[i]) for i in (0, 1, 3))])
-    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean DER", "paper: ACC", "ASR", "DER"]
-    return rows(head, body)
+        acc, asr, _, der = theirs(name, [paper.get(attack) for attack in triggered])
+        body.append([name, *line, *map(number, [*means, acc, asr, der] if paper else means)])
+    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean DER"]
+    return rows([*head, "paper: ACC", "ASR", "DER"] if paper else head, body)
 
 
 def text(cell: Cell | None) -> str:
@@ -96,8 +110,9 @@ def against(section: Section, champion: str) -> str:
 def shown(section: Section, champion: str, titled: bool) -> str:
     """The tables of a section, each with a line that says what it is."""
     title = f"## {section.title}\n\n" if titled else ""
+    both = ",\nours and the paper's over the same attacks" if comparable(section) else ""
     return (
-        f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger:\n\n"
+        f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger{both}:\n\n"
         f"{overview(section)}\n"
         f"{champion} - rival, in points on the networks that both purified: the mean over the seeds of each attack,\n"
         "then mean, 95 % interval and sign test over attacks. p is that of a row alone: of twenty rows between\n"
@@ -105,18 +120,28 @@ def shown(section: Section, champion: str, titled: bool) -> str:
     )
 
 
+def chosen(found: list[Section], wanted: str | None, root: Path) -> str:
+    """The defense to compare with each other one; ConfigError for one that is asked for and nowhere in the results."""
+    known = sorted({cell.defense for section in found for cell in section.cells if cell.good} - {NONE})
+    if wanted is not None and wanted not in known:
+        there = f"the defenses {', '.join(known)}; name one of them" if known else "no defenses; leave it out"
+        raise ConfigError(f"--against is {wanted!r}, but {root} has {there}")
+    return wanted or "sau"
+
+
 def main() -> int:
     """Print the tables; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the result folders")
-    parser.add_argument("--against", default="sau", help="the defense that is compared with each other one [sau]")
+    parser.add_argument("--against", help="the defense that is compared with each other one [sau]")
     parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
     parser.add_argument(
         "--into", type=Path, help="page whose part between <!-- table --> marks this becomes [print it]"
     )
     asked = parser.parse_args()
     found = sections(read(asked.root)[0], asked.dataset)
-    text = "\n".join(shown(section, asked.against, len(found) > 1) for section in found)
+    champion = chosen(found, asked.against, asked.root)
+    text = "\n".join(shown(section, champion, len(found) > 1) for section in found)
     if asked.into is None:
         print(text)
         return 0

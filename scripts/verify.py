@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from script_parts import place
+
 from sau.errors import told
 from sau.files import existing
-from sau.machine.device import choose_device, set_threads
 from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
 
 WORDS = {VERIFIED: "verified", BROKEN: "BROKEN", PARTLY: "holds as far as it could be checked"}
@@ -28,12 +29,10 @@ def main() -> int:
     parser.add_argument("record", nargs="+", help="folder of an attack")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
     parser.add_argument("--dataset_path", help="folder of the data sets [where the attack had them]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+    place.add_arguments(parser)
     asked = parser.parse_args()
     states = []
-    set_threads(asked.threads)
-    where = choose_device(asked.device)
+    where = place.settle(asked)
     for name in asked.record:
         path = existing(asked.record_root, name)
         found = Verification(path, asked.dataset_path, where).run()

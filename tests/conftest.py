@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -17,6 +18,7 @@ import torch
 from toys import REPOSITORY, VICTIM, command, environment, the_error
 
 from sau.cli import main
+from sau.data import sources
 from sau.errors import SauError
 
 _CACHE = tempfile.TemporaryDirectory(prefix="sau-cache-")  # of triggers and pictures that tests make
@@ -53,6 +55,19 @@ def cli() -> Cli:
         return subprocess.run(argv, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=280)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def few() -> sources.Source:
+    """The digits as a data set of 240 training and 60 test pictures, for what depends on no figure."""
+    train, test = (images[torch.arange(n)] for images, n in zip(sources.load("digits"), (240, 60), strict=True))
+    return replace(sources.SOURCES["digits"], read=lambda root, size: (train, test))
+
+
+@pytest.fixture
+def few_digits(few: sources.Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process `digits` are few."""
+    monkeypatch.setitem(sources.SOURCES, "digits", few)
 
 
 @pytest.fixture
@@ -93,7 +108,7 @@ def script(
 ) -> Callable[..., tuple[int, str, str]]:
     """`script("grid.py", *flags)` runs a script of the repository in this process: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "scripts"), *sys.path])  # as Python has it for a script
 
     def run(name: str, *flags: str) -> tuple[int, str, str]:
         capsys.readouterr()

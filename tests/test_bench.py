@@ -9,17 +9,19 @@ import sys
 import pytest
 import torch
 from torch import nn
-from toys import REPOSITORY, environment, tiny_net, toy_images
+from toys import REPOSITORY, environment, the_error, tiny_net, toy_images
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-from bench_parts import everything, growth, measure, pil, profile, roofline, setting
+import bench
+from bench_parts import evaluation, everything, growth, measure, pil, profile, roofline, setting
 
 from sau.attack import BadNet
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.data.sources import SOURCES, Source
 from sau.defense import SAU
+from sau.errors import ConfigError
 from sau.evaluate import score
 from sau.models import Normalized
 from sau.session import Session
@@ -105,6 +107,67 @@ def test_the_peak_is_positive_and_pictures_repeat(monkeypatch, capsys):
     assert roofline.peaks(args())["fp32"] > 1e8 and "GFLOP/s" in capsys.readouterr().out
     assert setting.first(toy_images(4), 10).index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert set(SOURCES) >= {"digits", "cifar10"}
+
+
+# flags: parts that have them; the others would not heed them
+FLAGS = {
+    "steps": {"train", "sau", "data", "attacks", "risks"},
+    "workers": {"train", "eval", "data", "runs"},
+    "batch_size": {"train", "sau", "eval", "data", "runs", "growth", "stacked", "attacks"},
+    "amp": {"growth", "stacked", "attacks", "risks"},
+    "clock": {*bench.PARTS} - {"risks"},
+    "device": {*bench.PARTS},
+}
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_no_part_has_a_flag_without_effect(part):
+    known = vars(bench.command_line().parse_args([part, *(("x", "y") if part == "risks" else ())]))
+    assert {flag for flag in FLAGS if flag in known} == {flag for flag, parts in FLAGS.items() if part in parts}
+
+
+ROW = {"name": "a row", "ratio": 2.0, "low": 2.0, "high": 2.0, "ours": 1.0, "reference": 2.0, "unit": "s"}
+
+
+def test_the_setting_of_the_json_is_what_the_part_heeds(monkeypatch, script, tmp_path):
+    monkeypatch.setattr(evaluation, "run", lambda args: [ROW])
+    flags = ("--device", "cpu", "--threads", "1", "--json", str(tmp_path / "new" / "out.json"))
+    assert script("bench.py", "eval", *flags)[0] == 0
+    found = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert found["rows"] == [ROW] and {"width", "workers", "pictures", "clock", "threads"} <= {*found["setting"]}
+    assert {"steps", "json", "dataset_path"}.isdisjoint(found["setting"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("train", "--device", "foo"), "device is 'foo'"),
+        (("train", "--repeats", "0"), "--repeats is 0, allowed is 1 and more"),
+        (("train", "--compiled", "fast"), "--compiled names 'fast'; allowed are default"),
+        (("sau", "--batch_size", "5000"), "batch_size is 5000, allowed are up to 1437"),
+        (("runs", "--precisions", "int8"), "--precisions names 'int8'; allowed are bf16, fp32"),
+        (("defenses", "--only", "ft,nonsense"), "--only names 'nonsense'; allowed are sau, ft"),
+        (("all", "--only", "nonsense"), "--only names 'nonsense'; allowed are data, train"),
+        (("risks", "NOSUCH", "x"), "there is no folder NOSUCH"),
+    ],
+)
+def test_the_benchmark_says_mistakes_in_one_line(script, monkeypatch, flags, words):
+    monkeypatch.setattr("sau.machine.cores.busy", lambda: 0.0)
+    status, _, err = script("bench.py", *flags, "--threads", "1")
+    assert status == 2 and words in the_error(err)
+
+
+def test_the_networks_of_the_parts_have_one_home(capsys):
+    """A network with a backdoor for SAU's part and for that of the defenses, and the flags of all."""
+    model = setting.backdoored(args(dataset="digits", width=4), toy_images(40), 3, 16)
+    assert isinstance(model, Normalized) and not model.training and "on target" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="up to 40"):
+        next(setting.endless(toy_images(40), 64, 0))
+    for text in ('"--dataset"', '"--width"', '"--amp"', "build(", "BadNet("):
+        places = [
+            file.name for file in (REPOSITORY / "scripts" / "bench_parts").glob("*.py") if text in file.read_text()
+        ]
+        assert places == ["setting.py"], text
 
 
 MINIATURE = {

@@ -38,7 +38,7 @@ def tracked(victim, here) -> Path:
 def test_the_script_draws_every_figure_as_png_and_svg(tracked):
     folder = tracked.parents[1]
     argv = [sys.executable, str(REPOSITORY / "scripts" / "figures.py"), "victim", "--defense", "sau", "--map", "pca"]
-    argv += ["--record_root", str(folder.parent), "--eps", "0.05"]
+    argv += ["--record_root", str(folder.parent), "--eps", "0.05", "--threads", "1"]
     done = subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "")
     names = {"pictures", "attack", "sau", "risks", "types", "examples_sau", "features_sau"}

@@ -759,6 +759,27 @@ def test_a_dry_run_changes_nothing(planned, script, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["grid.yaml"]
 
 
+@pytest.mark.parametrize("gpus", ["0.25", "2"])
+def test_a_dry_run_shows_the_cells_of_another_machine(planned, script, monkeypatch, gpus):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    planned(f"{SMALL}device: cuda\ngpus: {gpus}\n")
+    status, out, err = script("grid.py", "grid.yaml", "--dry_run")
+    assert (status, err) == (0, "") and f"note: badnet_r0.1_s0: gpus is {gpus}, but this machine has 0\n" in out
+    assert out.count("would run ") == 6 and out.splitlines()[-1].startswith("6 cells, 1 at a time")
+    status, _, err = script("grid.py", "grid.yaml")
+    assert status == 2 and f"gpus is {gpus}" in the_error(err)
+
+
+def test_a_reader_that_leaves_ends_the_script_quietly(planned, tmp_path):
+    planned()
+    argv = [sys.executable, str(REPOSITORY / "scripts" / "grid.py"), "grid.yaml", "--dry_run"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, cwd=tmp_path, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()  # long before the first line, as imports take their time
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
+
+
 def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_path):
     every, store = planned(), Store(tmp_path / "record" / "grid")
     for cell in every:

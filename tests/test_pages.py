@@ -1,16 +1,18 @@
 """The pages of the methods: there is one for each, and its figures are those of the kept summaries."""
 
 import json
+import runpy
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
-from toys import REPOSITORY, environment
+from toys import REPOSITORY, environment, the_error
 
 from sau.attack import ATTACKS
 from sau.config import IGNORED
 from sau.defense import DEFENSES
+from sau.report.read import Run
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
 
@@ -27,6 +29,29 @@ def test_the_figures_of_the_pages_are_those_of_the_summaries():
         [sys.executable, str(REPOSITORY / "scripts" / "cards.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_the_cards_have_a_help(script):
+    status, out, err = script("cards.py", "--help")
+    assert (status, err) == (0, "") and "--check" in out
+
+
+@pytest.mark.parametrize(
+    ("folder", "attack", "defense", "words"),
+    [
+        ("cifar10_cpu", "badnet", "at", "badnet (a constant rate)"),
+        ("cifar10_cpu", "wanet", "none", "wanet (24 epochs, now 30)"),
+        ("cifar10_cpu", "wanet", "sau", "wanet (24 epochs, now 30 of the attack); wanet (a constant rate)"),
+        ("cifar10_cpu", "badnet", "ft", None),
+        ("table1_cpu", "badnet", "sau", None),
+    ],
+)
+def test_rows_of_other_settings_say_so(folder, attack, defense, words):
+    cards = runpy.run_path(str(REPOSITORY / "scripts" / "cards.py"), run_name="cards")
+    home = REPOSITORY / "docs" / "results" / folder / f"{attack}_s0"
+    run = Run(home if defense == "none" else home / "defense" / defense, attack, defense, 0, None, "unverified")
+    line = cards["older"]([run, run])
+    assert line == "" if words is None else f"cifar10_cpu.md): {words}.\n" in line
 
 
 def test_flags_without_effect_stand_on_the_page_for_users_of_backdoorbench():
@@ -76,6 +101,22 @@ def test_the_curve_over_ratios_is_drawn_from_summaries(tmp_path):
         assert picture.width > 500
     none = subprocess.run([*script, str(tmp_path / "none")], capture_output=True, text=True)
     assert none.returncode != 0 and none.stderr.startswith("error: ") and len(none.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "acc is missing"), ('{"acc": 90.0, "asr": null}', "asr is None"), ('{"acc": "x", "asr": 1}', "acc is x"),
+        ("[]", "holds a list"), ("{", "damaged"),
+    ],
+)  # fmt: skip
+def test_a_summary_without_scores_is_one_line(script, tmp_path, text, words):
+    place = tmp_path / "badnet_r0.1_0123456789_s0"
+    place.mkdir()
+    (place / "summary.json").write_text(text)
+    status, _, err = script("ratios.py", str(tmp_path))
+    assert status == 2 and f"{place}/summary.json" in the_error(err) and words in err
+    assert not (tmp_path / "ratios.png").exists()
 
 
 @pytest.mark.slow

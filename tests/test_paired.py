@@ -92,6 +92,28 @@ def test_the_script_and_the_page_show_them(root, script):
     assert "SAU against each rival" in page and "+39.50 ± 6.35" in page and "of twenty rows" in page
 
 
+def test_the_published_means_are_over_the_same_attacks(root, tmp_path, script):
+    """Of the seven attacks three: BadNets, LF, WaNet; and none beside other pictures or another share of poisons."""
+    status, out, _ = script("table.py", str(root))
+    assert status == 0 and "ours and the paper's over the same attacks:" in out
+    assert "| 88.17 | 2.00 | 95.00 | 90.30 | 2.24 | 95.41 |" in out  # (89.31 + 90.32 + 91.26) / 3 and so on
+    for place, more in (("digits", {"dataset": "digits"}), ("few", {"pratio": 0.01})):
+        attacked = attack(tmp_path / "other" / place, "badnet", 0, **more)
+        defense(attacked, "sau", dataset=more.get("dataset", "cifar10"))
+        status, out, _ = script("table.py", str(attacked.parent))
+        assert status == 0 and "mean DER |" in out and "paper" not in out
+
+
+@pytest.mark.parametrize(("wanted", "status"), [("foo", 2), ("none", 2), ("ft", 0), (None, 0)])
+def test_a_defense_that_is_nowhere_in_the_results_is_refused(root, script, wanted, status):
+    found, out, err = script("table.py", str(root), *(("--against", wanted) if wanted else ()))
+    assert found == status
+    if status:
+        assert f"--against is '{wanted}'" in the_error(err) and "has the defenses anp, ft, sau; name one" in err
+    else:
+        assert f"{wanted or 'sau'} - rival" in out
+
+
 def test_a_page_gets_the_tables_between_its_marks(root, tmp_path, script):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")

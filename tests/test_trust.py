@@ -92,8 +92,9 @@ def test_spoiled_files_are_refused_or_harmless(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_that_is_killed_at_its_first_write_can_be_repeated(moment, victim, tmp_path):
+def test_a_run_that_is_killed_at_its_first_write_can_be_repeated(moment, victim, tmp_path, monkeypatch):
     """Of its folder there is but half a file then; the second time with --overwrite, which must not mind it either."""
+    monkeypatch.setitem(common.SMALL, "epochs", 0)
     root, cache = tmp_path / "record", tmp_path / "cache"
     for kind, name, more in (("attack", "badnet", []), ("defense", "ft", ["--overwrite", "true"])):
         argv = [*common.arguments(kind, name, root), *more]
@@ -316,10 +317,11 @@ def test_a_damaged_list_of_clean_networks_is_one_line(text, script, tmp_path):
 # N1: without the extras
 
 
-@pytest.mark.parametrize("script", ["gallery", "ratios"])
+@pytest.mark.parametrize("script", ["audit", "audits", "figures", "gallery", "ratios"])
 def test_a_missing_extra_is_one_line_with_its_installation(script):
-    place = REPOSITORY / "scripts" / f"{script}.py"
-    code = f"import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path({str(place)!r}, run_name='__main__')"
+    scripts = REPOSITORY / "scripts"
+    code = f"import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(scripts)!r}); "
+    code += f"runpy.run_path({str(scripts / script)!r} + '.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
     assert done.returncode == 2 and "pip install -e '.[report]'" in the_error(done.stderr)
 
@@ -344,6 +346,7 @@ def test_every_flag_of_a_script_says_what_it_is(place):
 def test_the_means_over_seeds_have_a_help(script):
     status, out, err = script("seeds.py", "--help")
     assert (status, err) == (0, "") and "records" in out
+    assert "<attack>_s<seed>" in out and "<attack>_r<ratio>_<digest>_s<seed>" in out  # both are read
 
 
 # Schema

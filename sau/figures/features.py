@@ -28,7 +28,7 @@ def last_features(model: nn.Module, x: Pixels, batch_size: int = 500) -> Tensor:
             model(block)
             if not given:
                 raise ConfigError("no linear layer of the network runs, so there are no last features to draw")
-            kept.append(given[-1].float().flatten(1))
+            kept.append(given[-1].float().flatten(1).cpu())
             given.clear()
     return torch.cat(kept)
 

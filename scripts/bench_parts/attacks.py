@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any
 
 import torch
+from bench_parts import setting
 from bench_parts.measure import Work, interleaved, passes
 from torch import Tensor, nn
 
 from sau.attack import ATTACKS, Attack
 from sau.attack.inputaware import InputAware
 from sau.data.images import Images
-from sau.data.sources import load, source
-from sau.models import Normalized, build
+from sau.data.sources import source
 from sau.models.steganography import CODE_SIDE, Encoder, Hidden
 from sau.optim import Training
 
@@ -25,21 +25,19 @@ STAMPED = 50_000  # pictures, the size of CIFAR-10's training set
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    parser.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="pictures [digits]")
-    parser.add_argument("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage [16]")
-    parser.add_argument("--batch_size", type=int, default=128, help="pictures an update [128]")
-    parser.add_argument("--steps", type=int, default=4, help="updates a repetition [4]")
-    parser.add_argument("--amp", default="true", choices=("true", "false"), help="bf16 [true]")
+    setting.add_arguments(parser, width=16, batch_size=128, steps=4)
+    setting.add_amp(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare; prints what each update and each stamp costs, returns the rows."""
-    images = load(args.dataset, args.dataset_path)[0].to(args.device)
+    images = setting.pictures(args)[0].to(args.device)
     recipe = Training(batch_size=args.batch_size, lr_scheduler="constant")
-    blank = _network(args, images)
-    free = [name for name, attack in ATTACKS.items() if name != "prototype" and not attack.costly]
-    forged = {name: ATTACKS[name]().forge(images, blank, recipe) for name in free}
+    blank = setting.network(args, images.num_classes, amp=setting.amp(args))
+    free = {name: attack for name, attack in ATTACKS.items() if name != "prototype" and not attack.costly}
+    # A share of poisons counts inside batches alone; SIG refuses the usual one where its class has too few pictures.
+    made = {name: attack() if attack.in_batch else attack(pratio=0.0) for name, attack in free.items()}
+    forged = {name: attack.forge(images, blank, recipe) for name, attack in made.items()}
     makers: dict[str, Callable[[], Work]] = {}
     for name, attack in forged.items():
         makers[name] = lambda attack=attack: _updates(attack, args, images, recipe)
@@ -67,14 +65,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows + [_stamping(attack, args, images) for attack in fixed]
 
 
-def _network(args: argparse.Namespace, images: Images) -> Normalized:
-    torch.manual_seed(0)
-    origin = source(args.dataset)
-    amp = args.amp == "true"
-    model = build("preactresnet18", images.num_classes, width=args.width, mean=origin.mean, std=origin.std, amp=amp)
-    return model.to(args.device)
-
-
 def _batches(attack: Attack, args: argparse.Namespace, images: Images) -> list[tuple[Tensor, ...]]:
     augment = attack.augmentation(source(args.dataset).augment)
     return list(islice(images.batches(args.batch_size, seed=0, augment=augment, drop_last=True), args.steps))
@@ -84,7 +74,7 @@ def _updates(
     attack: Attack, args: argparse.Namespace, images: Images, recipe: Training, masks: bool = False
 ) -> Callable[[], None]:
     """`steps` updates as `fit` makes them, augmentation included, on clean pictures: stamping is measured by itself."""
-    model: nn.Module = _network(args, images).train()
+    model: nn.Module = setting.network(args, images.num_classes, amp=setting.amp(args)).train()
     if masks and isinstance(attack, InputAware):
         state, step = attack.prepare_masks(model, args.steps), attack.mask_step
     else:

@@ -21,6 +21,7 @@ MAY_BE = 3.0  # percent
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
     setting.add_arguments(parser, width=64, batch_size=128, steps=2)
+    setting.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

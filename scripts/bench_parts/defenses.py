@@ -9,37 +9,36 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_parts import released
+from bench_parts import released, setting
 from bench_parts.measure import Work, interleaved, passes, row
 
-from sau.attack import BadNet
 from sau.data.images import Images
-from sau.data.sources import clean_subset, load, source
+from sau.data.sources import clean_subset, source
 from sau.defense import ANP, DEFENSES, IBAU, NAD
-from sau.models import Normalized, build
+from sau.models import Normalized
 from sau.optim import Training
 from sau.request import Request
 from sau.run import DefenseRun
 from sau.session import Session
 
+UPDATES = 40  # that plant the backdoor
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    parser.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="pictures [digits]")
-    parser.add_argument("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage [16]")
+    setting.add_arguments(parser, width=16)
     parser.add_argument("--pictures", type=int, default=256, help="clean pictures [256]")
     parser.add_argument("--recipe", default="cpu", choices=("paper", "cpu"), help="settings of the defenses [cpu]")
-    parser.add_argument("--only", default=",".join(DEFENSES), help="defenses to run whole, or none")
+    parser.add_argument("--only", default=",".join(DEFENSES), help="defenses to run whole, with commas, or none")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare; prints what each costs, returns the rows."""
-    images = load(args.dataset, args.dataset_path)[0].to(args.device)
+    names = [] if args.only == "none" else setting.among("--only", args.only, DEFENSES)
+    images = setting.pictures(args)[0].to(args.device)
     clean = clean_subset(images, args.pictures / len(images), 0)
-    h_b = _backdoored(args, images)
+    h_b = setting.backdoored(args, images, UPDATES, 128)
     rows = [_against_released(name, args, h_b, clean) for name in ("i-bau", "nad", "anp")]
-    names = [name for name in args.only.split(",") if name in DEFENSES]
     if not names:
         return rows
     works = {name: _whole(name, args, h_b, images, clean) for name in dict.fromkeys(["ft", *names])}
@@ -51,23 +50,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _backdoored(args: argparse.Namespace, images: Images) -> Normalized:
-    torch.manual_seed(0)
-    origin = source(args.dataset)
-    model = build("preactresnet18", images.num_classes, width=args.width, mean=origin.mean, std=origin.std)
-    recipe = Training(epochs=2 if args.dataset == "digits" else 1, lr=0.1, lr_scheduler="OneCycleLR")
-    some = images[torch.arange(min(len(images), 5000), device=images.labels.device)]
-    attack = BadNet()
-    session = Session(say=lambda text: None)
-    attack.fit(model.to(args.device), attack.poison_train(some, 0), recipe, augment=origin.augment, session=session)
-    return model
-
-
 def _whole(name: str, args: argparse.Namespace, h_b: Normalized, images: Images, clean: Images) -> Work:
     """`purify` with the settings of the recipe; NPD's layer and NC's classes as they come."""
     request = Request(name, DEFENSES[name], (DefenseRun, DEFENSES[name]), [])
     _, method = request.settle("defense", args.recipe, args.dataset)
-    given = BadNet().poison_train(images, 0)[clean.index] if method.needs == "poisoned" else clean
+    given = setting.ATTACK.poison_train(images, 0)[clean.index] if method.needs == "poisoned" else clean
     augment, session = source(args.dataset).augment, Session(say=lambda text: None)
 
     def work() -> None:

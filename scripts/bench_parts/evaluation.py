@@ -16,7 +16,8 @@ from sau.evaluate import score
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    setting.add_arguments(parser, width=64, batch_size=128, steps=1)
+    setting.add_arguments(parser, width=64, batch_size=128)
+    setting.add_workers(parser)
     parser.add_argument("--pictures", type=int, default=500, help="clean test pictures [500]")
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bench_parts import attacks, data, defenses, evaluation, growth, runs, sau_step, train
+from bench_parts import attacks, data, defenses, evaluation, growth, runs, sau_step, setting, train
 
 PARTS = {
     "data": data, "train": train, "eval": evaluation, "sau": sau_step, "runs": runs, "growth": growth,
@@ -13,15 +13,14 @@ PARTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    parser.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="pictures [digits]")
-    parser.add_argument("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
+    setting.add_pictures(parser)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by their names with commas")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows, each with the name of its part and its settings."""
+    """All rows, each with the name of its part."""
     rows = []
-    for name in args.only.split(","):
+    for name in setting.among("--only", args.only, PARTS):
         print(f"\n{name}: {(PARTS[name].__doc__ or '').splitlines()[0]}")
         parser = argparse.ArgumentParser()
         PARTS[name].add_arguments(parser)

@@ -25,8 +25,8 @@ SIZES = (1, 2, 4)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    setting.add_arguments(parser, width=16, batch_size=64, steps=1)
-    parser.add_argument("--amp", default="true", choices=("true", "false"), help="bf16 [true]")
+    setting.add_arguments(parser, width=16, batch_size=64)
+    setting.add_amp(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -70,8 +70,7 @@ def _grown(name: str, points: dict[int, Callable[[], Work]], args: argparse.Name
 def _training(
     args: argparse.Namespace, images: Images, count: int, epochs: int = 1, width: int | None = None
 ) -> Callable[[], object]:
-    model = setting.network(args, images.num_classes, width)
-    model.amp = args.amp == "true"
+    model = setting.network(args, images.num_classes, width, setting.amp(args))
     some = setting.first(images, count).to(args.device)
     recipe = Training(epochs=epochs, batch_size=args.batch_size)
     augment = source(args.dataset).augment
@@ -82,8 +81,7 @@ def _sau(
     args: argparse.Namespace, images: Images, count: int, rounds: int = 1, adv_steps: int = 5, width: int | None = None,
     classes: int = 10,
 ) -> Callable[[], object]:  # fmt: skip
-    model = setting.network(args, classes, width).eval()
-    model.amp = args.amp == "true"
+    model = setting.network(args, classes, width, setting.amp(args)).eval()
     clean = setting.first(images, count).to(args.device)
     # Without a stop for shared samples the work does not depend on what the search finds.
     method = SAU(epochs=rounds, batch_size=args.batch_size, adv_steps=adv_steps, stop_fooled=False)

@@ -26,7 +26,7 @@ def i_bau_round(model: nn.Module, batches: list[Batch], adam: torch.optim.Optimi
     weights = list(model.parameters())
     for x, y in batches:
         d = delta.detach().clone().requires_grad_()
-        carried = torch.zeros(len(x), 1, 1, 1)
+        carried = torch.zeros(len(x), 1, 1, 1, device=x.device)
         carried[torch.randperm(len(x))[: max(1, len(x) // 100)]] = 1
         outer = F.cross_entropy(model(x + carried * d), y)
         g_d, *g_w = torch.autograd.grad(outer, [d, *weights], retain_graph=True)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_parts import setting
+
 from sau.models import Normalized
 from sau.record import victim
 from sau.risk import Found, measure, sample
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of each search [20]")
     parser.add_argument("--restarts", type=int, default=2, help="searches from random places [2]")
     parser.add_argument("--eps", type=float, default=0.2, help="L-infinity radius [0.2]")
-    parser.add_argument("--amp", default="true", choices=("true", "false"), help="bf16 [true]")
+    setting.add_amp(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -59,5 +61,5 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _network(attacked: victim.Victim, args: argparse.Namespace) -> Normalized:
     model = attacked.model().to(args.device)
-    model.amp = args.amp == "true"
+    model.amp = setting.amp(args)
     return model

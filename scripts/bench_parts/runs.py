@@ -29,7 +29,8 @@ QUIET = Session(say=lambda text: None)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    setting.add_arguments(parser, width=16, batch_size=128, steps=1)
+    setting.add_arguments(parser, width=16, batch_size=128)
+    setting.add_workers(parser)
     parser.add_argument("--pictures", type=int, default=1280, help="training pictures [1280]")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the attack [8]")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of SAU [10]")
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare; returns the rows."""
+    precisions = setting.among("--precisions", args.precisions, ("bf16", "fp32"))
     train, test = setting.pictures(args)
     train, test = setting.first(train, args.pictures), setting.first(test, args.pictures // 5)
     clean = setting.first(train, args.pictures // 20)
@@ -54,17 +56,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             ("SAU", partial(_sau, args, attacked, clean, test, triggered),
              partial(_released_sau, args, attacked, clean, tests, Path(place) / "clean")),
         ):  # fmt: skip
-            makers: dict[str, Callable[[], Work]] = {
-                name: partial(_in, name == "bf16", ours) for name in args.precisions.split(",")
-            }
+            makers: dict[str, Callable[[], Work]] = {name: partial(_in, name == "bf16", ours) for name in precisions}
             makers["released"] = reference
             for make in makers.values():
                 make()()  # warms everything up
             seconds = interleaved(makers, args)
             named = f"{title}, whole run, width {args.width}"
-            rows += [
-                row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in args.precisions.split(",")
-            ]
+            rows += [row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in precisions]
     return rows
 
 

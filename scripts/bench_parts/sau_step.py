@@ -12,17 +12,13 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any
 
-import torch
 from bench_parts import profile, roofline, setting
 from bench_parts.measure import Task, Work, compare
 from released_sau import ReleasedSAU
 from torch import Tensor
 
-from sau.attack import BadNet
-from sau.data.images import Images, to_float
 from sau.defense import SAU, sau
 from sau.models import Normalized
-from sau.optim import Training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare; prints what each variant does and needs and where our time goes, returns the rows."""
-    torch.manual_seed(0)
+    modes = setting.modes(args)
     images = setting.pictures(args)[0].to(args.device)
-    h_b = _backdoored(args, images)
-    stream = _endless(images, args.batch_size, seed=1)
+    h_b = setting.backdoored(args, images, args.train_updates, args.batch_size)
+    stream = setting.endless(images, args.batch_size, seed=1)
     h = _purified(h_b, stream, args.purify_updates)
     batches = list(islice(stream, args.steps))
     makers: dict[str, Callable[[], Work]] = {
@@ -48,7 +44,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     if args.whole_batch == "true":
         makers["bf16 whole batches"] = lambda: _whole(_ours(h, h_b, batches, amp=True))
-    for mode in setting.modes(args):
+    for mode in modes:
         makers[f"bf16 {mode}"] = cache(partial(_ours, h, h_b, batches, amp=True, compiled=mode))
     makers["fp32 released"] = lambda: _reference(h, h_b, batches)
     needed = 4 * SAU.adv_steps + 7.0
@@ -59,24 +55,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _backdoored(args: argparse.Namespace, images: Images) -> Normalized:
-    model, attack = setting.network(args, images.num_classes), BadNet(pratio=0.2)
-    # A rate that ends at 0 lets the statistics of batch norm settle within few updates.
-    recipe = Training(epochs=1, lr=0.1, lr_scheduler="OneCycleLR")
-    state = attack.prepare(model.train(), recipe, args.train_updates)
-    stream = _endless(attack.poison_train(images, seed=0), args.batch_size, seed=0)
-    for x, y in islice(stream, args.train_updates):
-        attack.step(state, x, y)
-    model.eval()
-    some = images[torch.arange(min(256, len(images)), device=args.device)]
-    x, y = to_float(some.pixels), some.true_labels
-    with torch.no_grad():
-        right = (model(x).argmax(1) == y).double().mean()
-        hit = (model(attack.stamp(x)).argmax(1) == attack.attack_target).double().mean()
-    print(f"network: {100 * right:.0f} % of the clean pictures right, {100 * hit:.0f} % of the stamped ones on target")
-    return model
-
-
 def _purified(h_b: Normalized, stream: Iterator[tuple[Tensor, Tensor]], updates: int) -> Normalized:
     method = SAU(lr=1e-3)
     state = method.prepare(copy.deepcopy(h_b), max(1, updates))
@@ -84,16 +62,6 @@ def _purified(h_b: Normalized, stream: Iterator[tuple[Tensor, Tensor]], updates:
         method.step(state, x, y)
     state["model"].zero_grad(set_to_none=True)
     return state["model"]
-
-
-def _endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    batches = images.batches(size, seed=seed, drop_last=True)
-    epoch = 0
-    while True:
-        batches.set_epoch(epoch)
-        for x, y, _ in batches:
-            yield x, y
-        epoch += 1
 
 
 def _ours(

@@ -19,16 +19,15 @@ from sau.defense.sau import jensen_shannon
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    setting.add_arguments(parser, width=16, batch_size=64, steps=1)
-    parser.add_argument("--amp", default="true", choices=("true", "false"), help="bf16 [true]")
+    setting.add_arguments(parser, width=16, batch_size=64)
+    setting.add_amp(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare; returns the row."""
     images = setting.first(setting.pictures(args)[0], args.batch_size).to(args.device)
     x = to_float(images.pixels)
-    amp = args.amp == "true"
-    pair = [setting.copied(setting.network(args, images.num_classes), amp=amp).eval() for _ in range(2)]
+    pair = [setting.network(args, images.num_classes, amp=setting.amp(args)).eval() for _ in range(2)]
     for net in pair:
         net.requires_grad_(False)
     parameters, buffers = stack_module_state(pair)

@@ -1,0 +1,99 @@
+"""What the scripts have in common: where they compute, what they refuse, and that it is written once."""
+
+import re
+
+import pytest
+import torch
+from toys import REPOSITORY, the_error, tiny_net
+
+from sau.errors import RecordError
+
+SCRIPTS = REPOSITORY / "scripts"
+
+# who computes: flags with which it finds nothing to compute with
+COMPUTE = {
+    "audit.py": ("--result_file", "nobody"),
+    "bench.py": ("risks", "nobody", "sau"),
+    "clean_indices.py": ("nobody", "--out", "new.json"),
+    "figures.py": ("nobody", "--defense", "sau"),
+    "radii.py": ("nobody", "sau"),
+    "verify.py": ("nobody",),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTE)
+def test_cuda_that_is_not_there_is_said(name, script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sau.machine.cores.busy", lambda: 0.0)
+    status, _, err = script(name, *COMPUTE[name], "--device", "cuda", "--threads", "1")
+    warning, *rest = err.splitlines()
+    assert status == 2 and "nobody" in the_error("\n".join(rest))
+    assert warning == "warning: --device is cuda, but torch finds no CUDA device here, so the run is on the CPU"
+    for device, words in (("auto", "nobody"), ("tpu", "device is 'tpu'")):
+        status, _, err = script(name, *COMPUTE[name], "--device", device, "--threads", "1")
+        assert status == 2 and words in the_error(err)
+
+
+class Seen(RecordError):
+    """Ends a script where it would compute."""
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "what"),
+    [
+        ("radii.py", ("record/victim",), "sau.risk.gauge"),
+        ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.clues.reverse"),
+        ("figures.py", ("victim", "--defense", "copy"), "sau.figures.examples"),
+    ],
+)
+def test_networks_compute_where_they_are_told_to(name, flags, what, victim, here, script, monkeypatch):
+    """`meta` stands for a card: nothing can be computed there, but tensors say that they lie there."""
+    from script_parts import place
+
+    def stop(*given: object, **more: object) -> None:
+        networks = [thing for thing in given if isinstance(thing, torch.nn.Module)]
+        where.update(parameter.device.type for network in networks for parameter in network.parameters())
+        raise Seen("seen")
+
+    where: set[str] = set()
+    if name == "clean_indices.py":
+        clean = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--threads", "1", "--amp", "false")
+        assert here("attack", "prototype", "--save_folder_name", "clean", *clean, "--device", "cpu")[0] == 0
+    monkeypatch.setattr(place, "settle", lambda asked: torch.device("meta"))
+    monkeypatch.setattr("sau.record.victim.load_weights", lambda model, path: None)
+    monkeypatch.setattr("sau.figures.features", lambda *given: None)
+    monkeypatch.setattr("sau.figures.save", lambda figure, path: [])
+    monkeypatch.setattr(what, stop)
+    status, _, err = script(name, *flags)
+    assert status == 2 and the_error(err) == "error: seen" and where == {"meta"}
+
+
+def test_a_network_that_computes_elsewhere_answers_here(monkeypatch):
+    """With gradients for the pictures, which a search for adversarial examples climbs."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import figures
+
+    net, x = tiny_net(), torch.rand(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    placed = figures.Placed(net.double(), torch.device("cpu"))
+    (gradient,) = torch.autograd.grad(placed(x).sum(), x)
+    assert torch.equal(placed(x), net(x)) and gradient.abs().sum() > 0 and placed(x).device == x.device
+
+
+def test_a_flag_of_one_format_is_refused_with_the_others(script, tmp_path):
+    for kind in ("png", "npz"):
+        flags = ("nobody", "--format", kind, "--out", str(tmp_path / "out"), "--name_there", "mine")
+        status, _, err = script("export.py", *flags)
+        assert status == 2 and f"--name_there goes with --format backdoorbench, got is {kind}" in the_error(err)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "homes"),
+    [
+        (r"^ *import matplotlib|^from matplotlib", ["drawing.py"]),
+        (r"choose_device\(|set_threads\(", ["place.py"]),
+        (r"except SauError as error:\n *print", []),
+    ],
+)
+def test_what_scripts_share_is_written_once(pattern, homes):
+    files = sorted(SCRIPTS.rglob("*.py"))
+    assert [file.name for file in files if re.search(pattern, file.read_text(), re.M)] == homes
