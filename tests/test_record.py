@@ -611,6 +611,24 @@ def test_rows_are_a_line_each(tmp_path):
     assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.5, "asr": None}, {"epoch": 2, "loss": 0.25}]
 
 
+def test_a_light_check_compares_the_sizes_of_weights_alone_and_spares_the_long_list(tmp_path):
+    record = begun(tmp_path / "a")
+    record.note(clean_index=[3, 1, 4], notes=["a note"])
+    record.save_tensors("model", {"weight": torch.arange(6.0)})
+    record.finish({"acc": 91.3})
+    full, light = Record(record.path).check(), Record(record.path).check(light=True)
+    assert full["clean_index"] == [3, 1, 4] and "clean_index" not in light and light["notes"] == ["a note"]
+    weights = record.path / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert Record(record.path).check(light=True) == light
+    with pytest.raises(RecordError, match=r"model\.safetensors"):
+        Record(record.path).check()
+    weights.write_bytes(raw[:-1])
+    with pytest.raises(RecordError, match=r"model\.safetensors"):
+        Record(record.path).check(light=True)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     """A cut between the row and the checkpoint of an epoch would otherwise leave the epoch twice."""
@@ -624,6 +642,16 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     second.row(epoch=kept + 1, loss=9.0)
     rows = [json.loads(line) for line in (tmp_path / "a" / METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, kept + 2)) and rows[-1]["loss"] == 9.0
+
+
+def test_rows_of_an_earlier_stage_stay_on_resuming(tmp_path):
+    first = begun(tmp_path / "a")
+    for row in ({"epoch": 1}, {"epoch": 2}, {"stage": 1.0, "epoch": 1}, {"stage": 1.0, "epoch": 2}):
+        first.row(**row, loss=1.0)
+    first.save({"stage": 1, "place": {"epoch": 1}})
+    second = begun(tmp_path / "a")
+    second.load()
+    assert [(row.get("stage", 0), row["epoch"]) for row in second.rows] == [(0, 1), (0, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("text", ["{", "3\n", '{"loss": 1}\n', "\xff\n"])
