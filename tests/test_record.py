@@ -611,6 +611,18 @@ def test_rows_are_a_line_each(tmp_path):
     assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.5, "asr": None}, {"epoch": 2, "loss": 0.25}]
 
 
+def test_a_plain_state_dict_is_written_for_those_who_want_one(tmp_path):
+    record, tensors = begun(tmp_path / "a"), {"weight": torch.arange(6.0)}
+    record.save_tensors("model", tensors, pickled=True)
+    assert torch.equal(torch.load(record.path / "model.pt", weights_only=True)["weight"], tensors["weight"])
+    assert not (record.path / "model.safetensors").exists()
+
+
+def test_the_files_of_a_folder_have_the_names_that_others_rely_on():
+    names = {CONFIG, METRICS, SUMMARY, MANIFEST, LOG}
+    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt"}
+
+
 def test_a_light_check_compares_the_sizes_of_weights_alone_and_spares_the_long_list(tmp_path):
     record = begun(tmp_path / "a")
     record.note(clean_index=[3, 1, 4], notes=["a note"])

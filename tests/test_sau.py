@@ -14,6 +14,7 @@ from released_sau import ReleasedSAU
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sau.config import options
 from sau.data.augment import Augment
 from sau.defense.sau import SAU, _types, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
@@ -754,3 +755,15 @@ def test_bad_hyperparameters(name: str, value: Any) -> None:
 def test_unknown_hyperparameter() -> None:
     with pytest.raises(TypeError, match="trigger_size"):
         SAU(trigger_size=3)  # type: ignore[call-arg]
+
+
+def test_what_an_update_costs_and_whether_it_may_be_split() -> None:
+    """Of five steps, 28 passes a picture (docs/performance.md); several outer steps are several updates."""
+    assert SAU(adv_steps=5).passes() == 28 and SAU(adv_steps=1).passes() == 12
+    assert SAU(outer_steps=1).splits() and not SAU(outer_steps=2).splits()
+
+
+def test_the_weights_of_the_losses_have_the_names_of_the_paper() -> None:
+    known = {alias: name for name, option in options(SAU).items() for alias in option.aliases}
+    wanted = {"lmd_1": "weight_clean", "lmd_2": "weight_adv", "lmd_3": "weight_shared"}
+    assert {alias: known[alias] for alias in wanted} == wanted
