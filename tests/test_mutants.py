@@ -61,7 +61,7 @@ from part import share
 def test_it():
     assert share(1, 8) == 1.5 == share(7) and share(1, 8, exact=True) == 12.5 and share(5, exact=True) == 50
     assert share(1, 3, exact=True) == 33.33 and share(-9, 1, exact=True) == -1
-    assert share(-1, 100, exact=True) == -1 == share(-1, 199, exact=True) + 0.5 - 0.0
+    assert share(-1, 100, exact=True) == -1 == share(-1, 199, exact=True) - 0.5
     for total in (0, -1):
         with pytest.raises(ValueError):
             share(1, total)
