@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, DataError
 from sau.files import checksum
 
 
@@ -44,10 +44,17 @@ class Method:
             self.require(name, getattr(self, name) == default, f"the default, {default}, {where}")
 
     def contents(self) -> dict[str, str]:
-        """The SHA-256 of each file that is given; of a record's folder, that of the weights."""
-        given = {name: Path(getattr(self, name)) for name in self.files if getattr(self, name) is not None}
-        places = {name: path / "model.safetensors" if path.is_dir() else path for name, path in given.items()}
-        return {f"{name}_sha256": checksum(path) for name, path in places.items()}
+        """The SHA-256 of each file that is given; of a record's folder, that of the weights. DataError if one cannot be
+        read."""
+        sums = {}
+        for name in self.files:
+            if (given := getattr(self, name)) is not None:
+                path = Path(given) / "model.safetensors" if Path(given).is_dir() else Path(given)
+                try:
+                    sums[f"{name}_sha256"] = checksum(path)
+                except DataError as error:
+                    raise DataError(f"{name}: {error}; name one that is there") from None
+        return sums
 
     def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by

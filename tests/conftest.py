@@ -9,12 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from torture_parts.common import few_digits
 from toys import REPOSITORY, VICTIM, command, environment, the_error
 
 from sau.cli import main
@@ -59,13 +59,12 @@ def cli() -> Cli:
 
 @pytest.fixture(scope="session")
 def few() -> sources.Source:
-    """The digits as a data set of 240 training and 60 test pictures, for what depends on no figure."""
-    train, test = (images[torch.arange(n)] for images, n in zip(sources.load("digits"), (240, 60), strict=True))
-    return replace(sources.SOURCES["digits"], read=lambda root, size: (train, test))
+    """For what depends on no figure."""
+    return few_digits()
 
 
-@pytest.fixture
-def few_digits(few: sources.Source, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="few_digits")
+def with_few_digits(few: sources.Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process `digits` are few."""
     monkeypatch.setitem(sources.SOURCES, "digits", few)
 

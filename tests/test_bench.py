@@ -6,15 +6,12 @@ import json
 import subprocess
 import sys
 
+import bench
 import pytest
 import torch
+from bench_parts import evaluation, everything, growth, measure, pil, profile, roofline, setting
 from torch import nn
 from toys import REPOSITORY, environment, the_error, tiny_net, toy_images
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import bench
-from bench_parts import evaluation, everything, growth, measure, pil, profile, roofline, setting
 
 from sau.attack import BadNet
 from sau.data.augment import Augment

@@ -4,11 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from toys import REPOSITORY, environment
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
 from mutants_parts.changes import changes
+from toys import REPOSITORY, environment
 
 SOURCE = '''"""A sum."""
 

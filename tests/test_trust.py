@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_defenses import ROWS
 from torch import nn
+from torture_parts import common, faults, races, runs
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.attack import ATTACKS
@@ -35,9 +36,6 @@ from sau.record.lock import holder
 from sau.record.schema import SCHEMA, UPGRADES, signed
 from sau.run import AttackRun, DefenseRun
 from sau.session import Session
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-from torture_parts import common, faults, races, runs  # noqa: E402
 
 # R1: spoiled folders
 

@@ -49,8 +49,9 @@ def examples(attack: Attack, images: Images, ratio: float, cover: Callable[[Pixe
     """
     index = torch.arange(len(images), device=images.labels.device)
     block, place, share = index // BLOCK, index % BLOCK, attack.pratio * BLOCK
-    below_1 = ((block + 1) * share).floor() - (block * share).floor()
-    n = torch.full_like(place, int(share)) if share >= 1 else below_1.long()
+    n = torch.full_like(place, int(share))
+    if share < 1:
+        n = ((block + 1) * share).long() - (block * share).long()
     able = torch.zeros_like(place, dtype=torch.bool)
     able[attack.candidates(images)] = True
     made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])

@@ -141,8 +141,8 @@ class InputAware(Attack):
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
         artist = cast(Artist, self.made())
-        adam = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
-        patterns = adam.descent(artist.pattern_net.parameters(), steps)
+        training = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
+        patterns = training.descent(artist.pattern_net.parameters(), steps)
         patterns.keeps = self.accumulate
         joint = replace(recipe, epochs=self.classifier_epochs(recipe))
         descent = joint.descent(model.parameters(), steps)

@@ -28,10 +28,15 @@ SMALL = {  # what makes methods short, where they have it
 }  # fmt: skip
 
 
-def shrink() -> None:
-    """For this process: digits are 240 pictures to train with and 60 to test with, and SSBA's schedule is as short."""
+def few_digits() -> sources.Source:
+    """The digits as a data set of 240 pictures to train with and 60 to test with."""
     train, test = (images[torch.arange(n)] for images, n in zip(sources.load("digits"), (240, 60), strict=True))
-    sources.SOURCES["digits"] = replace(sources.SOURCES["digits"], read=lambda root, size: (train, test))
+    return replace(sources.SOURCES["digits"], read=lambda root, size: (train, test))
+
+
+def shrink() -> None:
+    """For this process: the digits are few, and SSBA's schedule is as short."""
+    sources.SOURCES["digits"] = few_digits()
     ssba.WAIT, ssba.RAMP = 10, 20  # updates; the encoder has few here
 
 
