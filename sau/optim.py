@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from sau.method import Method
+from sau.muon import Muon
 
 Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
 ]
 
+Optimizer = Literal["sgd", "adam", "adamw", "adadelta", "muon"]
 # The benchmark's flags about gradient descent, which its scripts have whether they train or not.
 DESCENT = (
     "epochs", "lr", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "steplr_stepsize", "steplr_gamma",
@@ -31,8 +33,9 @@ class Training(Method):
         lr: learning rate at the start (OneCycleLR: at its highest).
         lr_scheduler: constant, or a schedule of torch.optim by its name; stepped after each epoch, and OneCycleLR after
             each update.
-        client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta.
-        sgd_momentum: momentum of sgd.
+        client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw, adadelta or muon
+            (sau/muon.py).
+        sgd_momentum: momentum of sgd and muon.
         wd: weight decay on every parameter, batch norm and biases included.
         adam_betas: decay rates of adam's two moments.
         steplr_stepsize: epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR).
@@ -49,7 +52,7 @@ class Training(Method):
     batch_size: int = 128
     lr: float = 0.01
     lr_scheduler: Schedule = "CosineAnnealingLR"
-    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "sgd"
+    client_optimizer: Optimizer = "sgd"
     sgd_momentum: float = 0.9
     wd: float = 5e-4
     adam_betas: tuple[float, ...] = (0.9, 0.999)
@@ -83,6 +86,8 @@ class Training(Method):
         common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.wd}
         if self.client_optimizer == "sgd":
             return torch.optim.SGD(parameters, momentum=self.sgd_momentum, fused=True, **common)
+        if self.client_optimizer == "muon":
+            return Muon(parameters, momentum=self.sgd_momentum, **common)
         if self.client_optimizer == "adadelta":
             return torch.optim.Adadelta(parameters, **common)
         betas = (self.adam_betas[0], self.adam_betas[1])

@@ -306,7 +306,10 @@ BAD = {
     "two homes of the pictures": (SMALL + "  clp: {index: configs}\n", "index is /"),
     "devices for one": (SMALL + "  clp: {devices: 2}\n", "devices is 2, but clp works on one"),
     "more devices than threads": (SMALL + "  badnet: {devices: 2}\n", "devices is 2, but threads of a cell is 1"),
-    "a file that is none": (SMALL + "  badnet: {patch_mask_path: nowhere.png}\n", "badnet: patch_mask_path: cannot read /"),
+    "a file that is none": (
+        SMALL + "  badnet: {patch_mask_path: nowhere.png}\n",
+        "badnet: patch_mask_path: cannot read /",
+    ),
     "memory": (SMALL + "memory_gb: .nan\n", "memory_gb is nan"),
     "no timeout": (SMALL + "cell_timeout: .nan\n", "cell_timeout is nan"),
     "retries": (SMALL + "retries: -1\n", "retries is -1"),

@@ -14,6 +14,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 from sau.config import options
 from sau.defense import AT, FT, SAU
 from sau.errors import ConfigError
+from sau.muon import polar
 from sau.optim import Descent, Training
 
 SCHEDULES = typing.get_args(options(Training)["lr_scheduler"].hint)
@@ -135,7 +136,19 @@ def adadelta(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
     return p - 0.1 * step
 
 
-FORMULAS: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "adadelta": adadelta}
+def muon(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
+    """Nesterov's momentum, and the polynomial on the singular values themselves."""
+    kept["v"] = 0.8 * kept.get("v", 0 * p) + g
+    left, values, right = torch.linalg.svd(g + 0.8 * kept["v"], full_matrices=False)
+    values = values / values.norm()
+    for _ in range(3):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return p * (1 - 0.1 * 0.01) - 0.1 * left @ values.diag() @ right
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "sgd": sgd, "adam": adam, "adamw": adamw, "adadelta": adadelta, "muon": muon,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -152,6 +165,31 @@ def test_optimisers_by_their_formula(name):
         by_hand = FORMULAS[name](by_hand, c * by_hand**2, kept, t)
     assert torch.allclose(ours.detach().double(), by_hand, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(ours, parameter(), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5, 5)])
+def test_polar_has_nearly_equal_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = polar(matrix)
+    inside = left.T @ found @ right.T
+    assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-5)  # the same singular vectors
+    assert values.max() / values.min() > 1.5 and 0.5 < inside.diagonal().min() < inside.diagonal().max() < 1.3
+    assert torch.equal(polar(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_takes_convolutions_as_matrices_and_leaves_vectors_as_they_are():
+    net, flat = nn.Conv2d(3, 4, 3), nn.Linear(27, 4)
+    flat.load_state_dict({"weight": net.weight.flatten(1), "bias": net.bias})
+    for parameters in (net.parameters(), flat.parameters()):
+        descent = Training(client_optimizer="muon", lr_scheduler="constant", wd=0.0, sgd_momentum=0.5).descent(
+            parameters, 1
+        )
+        weight, bias = descent.parameters
+        before = bias.detach().clone()
+        descent((weight**2).sum() + bias.sum())
+        assert torch.allclose(before - bias, torch.full_like(bias, 1.5 * 0.01))  # Nesterov's: 1 + momentum
+    assert torch.equal(net.weight.flatten(1), flat.weight)
 
 
 def test_a_step_forgets_the_gradients_of_before():

@@ -7,7 +7,7 @@ with SAU's ball, steps and optimiser, so that the two differ in what they unlear
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sau.defense.base import Tuning
 from sau.models.frozen import searched
-from sau.optim import Schedule
+from sau.optim import Optimizer, Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Labels, Pixels
 
@@ -42,7 +42,7 @@ class AT(Tuning):
 
     lr: float = 1e-4
     lr_scheduler: Schedule = "constant"
-    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "adam"
+    client_optimizer: Optimizer = "adam"
     wd: float = 0.0
     weight_clean: float = 1.0
     weight_adv: float = 1.0

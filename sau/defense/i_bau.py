@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
 from sau.models import full_precision
-from sau.optim import Schedule
+from sau.optim import Optimizer, Schedule
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels, Scalar
 
@@ -86,7 +86,7 @@ class IBAU(Tuning):
     epochs: int = 5
     lr: float = 1e-4
     lr_scheduler: Schedule = "constant"
-    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "adam"
+    client_optimizer: Optimizer = "adam"
     wd: float = 0.0
     augment: bool = True
     K: int = 5

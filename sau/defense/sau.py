@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sau.defense.base import Tuning
 from sau.models.frozen import searched
-from sau.optim import Schedule
+from sau.optim import Optimizer, Schedule
 from sau.perturb import Init, Norm, into_pixels, project, start
 from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
 
@@ -88,7 +88,7 @@ class SAU(Tuning):
 
     lr: float = 1e-4
     lr_scheduler: Schedule = "constant"
-    client_optimizer: Literal["sgd", "adam", "adamw", "adadelta"] = "adam"
+    client_optimizer: Optimizer = "adam"
     wd: float = 0.0
     outer_steps: int = 1
     weight_clean: float = 1.0
