@@ -14,8 +14,8 @@ from sau.muon import Muon
 Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
 ]
-
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta", "muon"]
+
 # The benchmark's flags about gradient descent, which its scripts have whether they train or not.
 DESCENT = (
     "epochs", "lr", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "steplr_stepsize", "steplr_gamma",

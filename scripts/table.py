@@ -34,9 +34,15 @@ def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for cell in section.cells:
         if cell.good:
-            name = f"{cell.defense} {cell.variant}".strip() + (" (oracle)" if cell.oracle else "")
+            name = row_name(cell.defense, cell.variant, cell.oracle)
             found.setdefault(name, {})[column(cell)] = cell
     return dict(sorted(found.items(), key=lambda item: (item[0] != NONE, -(over(item[1], "der") or 0))))
+
+
+def row_name(defense: str, variant: str, oracle: bool) -> str:
+    """The defense, and how its settings differ from its namesakes' but for who chose, which is said once."""
+    words = [word for word in variant.split(", ") if word not in ("select defender", "select oracle")]
+    return f"{defense} {', '.join(words)}".strip() + (" (oracle)" if oracle else "")
 
 
 def column(cell: Cell) -> str:
@@ -71,7 +77,7 @@ def overview(section: Section) -> str:
     for name, cells in found.items():
         line = [text(cells.get(attack)) for attack in attacks]
         means = [over(cells, figure, triggered) for figure in FIGURES]
-        acc, asr, _, der = theirs(name, [paper.get(attack) for attack in triggered])
+        acc, asr, _, der = theirs(name.removesuffix(" (oracle)"), [paper.get(attack) for attack in triggered])
         body.append([name, *line, *map(number, [*means, acc, asr, der] if paper else means)])
     head = ["defense", *attacks, "mean ACC", "mean ASR", "mean DER"]
     return rows([*head, "paper: ACC", "ASR", "DER"] if paper else head, body)
@@ -101,7 +107,8 @@ def against(section: Section, champion: str) -> str:
     for duel in duels(section, champion):
         gaps = (duel.acc, duel.asr, duel.der)
         intervals = [f"{s.mean:+.2f}" + ("" if s.half is None else f" ± {s.half:.2f}") for s in gaps]
-        name = duel.rival + (" (oracle)" if duel.oracle else "")
+        defense, _, variant = duel.rival.partition(" ")
+        name = row_name(defense, variant, duel.oracle)
         body.append([name, str(len(duel.der.values)), str(duel.networks), *intervals, str(duel.wins), f"{duel.p:.3f}"])
     head = ["rival", "attacks", "networks", "ACC", "ASR", "DER", "DER higher on", "sign test p"]
     return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"

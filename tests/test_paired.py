@@ -70,7 +70,7 @@ def test_of_kept_summaries_other_settings_are_no_second_seed(root):
     assert sorted(set(attacks)) == [("", 1), (f"folder {'a' * 10}", 1), (f"folder {'b' * 10}", 1)]
 
 
-def test_of_kept_summaries_the_oracles_stay_apart(root):
+def test_of_kept_summaries_the_oracles_stay_apart(root, script):
     for name in ("badnet_s0", "badnet_s1"):
         shutil.copytree(root / name, root / "kept" / name)
     below = root / "kept" / "badnet_s0" / "defense"
@@ -81,6 +81,8 @@ def test_of_kept_summaries_the_oracles_stay_apart(root):
             file.unlink()
     rivals = found(root / "kept")
     assert {name for name in rivals if name.startswith("anp")} == {"anp select defender", "anp select oracle+"}
+    status, out, _ = script("table.py", str(root / "kept"), "--dataset", "cifar10")
+    assert status == 0 and "\n| anp | " in out and "\n| anp (oracle) | " in out and "select" not in out
 
 
 def test_the_script_and_the_page_show_them(root, script):
