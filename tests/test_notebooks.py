@@ -50,4 +50,4 @@ def test_the_second_notebook_measures_and_draws(tmp_path, monkeypatch):
 def test_the_third_notebook_compares(tmp_path, monkeypatch):
     printed = executed(NOTEBOOKS[2], tmp_path, monkeypatch)
     assert asr(printed, "none") > 90 and asr(printed, "SAU") < 20
-    assert {"LastLayer", "FT", "EP"} <= set(printed.replace("'", " ").split())
+    assert {"LastLayer", "FT", "CLP"} <= set(printed.replace("'", " ").split())
