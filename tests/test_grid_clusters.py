@@ -33,6 +33,7 @@ class Refused(RuntimeError):
 def slurm(monkeypatch, tmp_path) -> Callable[[set[int]], clusters.Slurm]:
     """`slurm(fails)` is the engine on an sbatch that fails in the calls of these numbers; its jobs end at once."""
     monkeypatch.setattr(clusters, "PAUSE", 0.01)
+    monkeypatch.setenv("PYTHONPATH", "")  # the engine sets it for its jobs; after the test it is as before
     monkeypatch.setattr("sau.grid.runner.ELSEWHERE", 0.01)
 
     def engine(fails: set[int]) -> clusters.Slurm:

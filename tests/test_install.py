@@ -51,7 +51,7 @@ def python(wheel, tmp_path_factory) -> Path:
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
     argv = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # A path in a .pth file is added as it is: .pth files of that folder, which lead to the repository, are not read.
     (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
