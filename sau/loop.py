@@ -196,5 +196,5 @@ def _rng() -> Rng:
 
 def _set_rng(rng: Rng) -> None:
     torch.set_rng_state(rng["cpu"])
-    if rng["cuda"]:
-        torch.cuda.set_rng_state_all(rng["cuda"])
+    for device, state in zip(range(torch.cuda.device_count()), rng["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)  # a run may go on where more or fewer devices are seen

@@ -409,3 +409,11 @@ def test_end_epoch_may_end_a_run_and_a_resumed_one_stays_ended():
     assert [line.split("  ")[0] for line in said] == ["epoch 1/5", "epoch 2/5"]
     go()
     assert len(said) == 3 and said[2].startswith("resuming")
+
+
+def test_a_run_of_two_devices_goes_on_where_one_is_seen(monkeypatch):
+    found = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.update({device: state}))
+    loop._set_rng({"cpu": torch.get_rng_state(), "cuda": [torch.zeros(1), torch.ones(1)]})
+    assert found == {0: torch.zeros(1)}
