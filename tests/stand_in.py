@@ -114,7 +114,9 @@ def stand_in() -> Iterator[None]:
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     patch.setattr(torch.random, "fork_rng", lambda devices: fork(devices=[]))
-    patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None, raising=False)
+    for device in ("cuda", "accelerator"):  # what it is called up to torch 2.10, and later
+        check = f"_{device}_graph_capture_health_check"
+        patch.setattr(torch.optim.Optimizer, check, lambda self: None, raising=False)
     torch.__future__.set_swap_module_params_on_conversion(True)  # or parameters would stay plain tensors
     try:
         with Everywhere():

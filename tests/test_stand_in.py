@@ -77,7 +77,7 @@ def trained(attack: Attack, device: str) -> tuple[dict[str, Tensor], Score]:
     recipe = Training(epochs=2, batch_size=20, lr=0.05)
     more = {"ssba_epochs": 1, "ssba_batch_size": 8} if isinstance(attack, SSBA) else {}
     with DEVICES[device]():
-        images, net = toy_images(40).to(device), tiny_net().to(device)
+        images, net = toy_images(40).to(torch.device(device)), tiny_net().to(device)
         attack = type(attack)(**{**attack.params(), **more}).forge(images, net, recipe, seed=0, session=quiet())
         net = attack.fit(net, attack.poison_train(images, 0), recipe, seed=0, session=quiet())
         return on_cpu(net), score(net, images, attack.poison_test(images))
