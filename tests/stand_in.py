@@ -69,7 +69,8 @@ def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if there and apart and not fetched and "device" not in kwargs:
         raise RuntimeError(f"{getattr(func, '__name__', func)}: expected all tensors on one device, got cuda:0 and cpu")
     out = _done(func, args, kwargs)
-    if device is None or (tensors and out is tensors[0]):  # the last is a change in place
+    changed = bool(tensors) and out is tensors[0]  # in place
+    if device is None or changed or isinstance(out, torch.Size):
         return out
     return tree_map(lambda value: _placed(value, device), out)
 
