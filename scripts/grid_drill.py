@@ -27,9 +27,10 @@ from sau.grid.plan import Cell, cells
 from sau.grid.spec import read
 from sau.grid.store import Store
 from sau.record.lock import holder
+from sau.report.parse import COST
 
 HERE = Path(__file__).resolve().parents[1]
-HUNG, COSTS = "blended_r0.1_s1/defense/ft_c0.1", ("seconds", "peak_memory_mb")
+HUNG = "blended_r0.1_s1/defense/ft_c0.1"
 
 
 def grid(file: Path, root: Path, *flags: str) -> list[str]:
@@ -45,7 +46,7 @@ def results(store: Store, every: Sequence[Cell]) -> dict[str, str]:
             seal = hashlib.sha256()
             for file in sorted(store.folder(cell).glob("*.safetensors")):
                 seal.update(file.name.encode() + file.read_bytes())
-            summary = {name: value for name, value in store.summary(cell).items() if name not in COSTS}
+            summary = {name: value for name, value in store.summary(cell).items() if name not in COST}
             seal.update(json.dumps(summary, sort_keys=True).encode())
             found[cell.label] = seal.hexdigest()
     return found
@@ -96,8 +97,8 @@ def _signal(pid: int, number: int) -> None:
         pass  # it ended between the look and the blow
 
 
-def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -> tuple[set[str], list[str]]:
-    """Run a grid under fire, kill its driver once; the cells that were finished at that moment, and who was killed."""
+def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -> tuple[set[str], Fire]:
+    """Run a grid under fire, kill its driver once; the cells that were finished at that moment, and the fire."""
     fire, early = Fire(store, every, seed), set[str]()
     for driver_dies in (True, False):
         with subprocess.Popen(argv, start_new_session=True) as driver:
@@ -112,7 +113,7 @@ def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -
                 time.sleep(0.1)
         if not driver_dies and driver.returncode != 1:
             raise SystemExit(f"the grid left with {driver.returncode}, but two of its cells cannot finish")
-    return early, fire.killed
+    return early, fire
 
 
 def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
@@ -130,13 +131,14 @@ def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
     shutil.rmtree(store.root, ignore_errors=True)
     more = ["--cluster", "local", "--cores", "2"] if engine == "slurm" else []
     argv = grid(with_failure, store.root, "--engine", engine, "--cell_timeout", str(timeout), "--retries", "1", *more)
-    early, killed = disturbed(argv, store, every, seed)
-    print(f"killed: {', '.join(killed)}", flush=True)
+    early, fire = disturbed(argv, store, every, seed)
+    print(f"killed: {', '.join(fire.killed)}", flush=True)
     wanted = {label: seal for label, seal in results(reference, every).items() if label != HUNG}
     got, counts = results(store, every), runs(store, every)
     wrong = [f"{label} differs or is missing" for label, seal in wanted.items() if got.get(label) != seal]
-    wrong += [] if len(killed) == -(-len(every) // 10) else [f"only {len(killed)} cells were killed"]
-    wrong += [f"{label} was begun {counts[label]} times" for label in early if counts[label] > 1 + (label in killed)]
+    wrong += [] if len(fire.killed) == fire.blows else [f"only {len(fire.killed)} cells were killed"]
+    most = {label: 1 + (label in fire.killed) for label in early}
+    wrong += [f"{label} was begun {counts[label]} times" for label in early if counts[label] > most[label]]
     states = {cell.label: state for cell, state in zip(every, store.states(every).values(), strict=True)}
     wrong += [] if "no end after" in states[HUNG].reason else [f"{HUNG} should have failed by its time: {states[HUNG]}"]
     reasons = [state.reason for state in store.states(cells(read(with_failure)[1])).values()]

@@ -34,15 +34,8 @@ def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for cell in section.cells:
         if cell.good:
-            name = row_name(cell.defense, cell.variant, cell.oracle)
-            found.setdefault(name, {})[column(cell)] = cell
+            found.setdefault(cell.name, {})[column(cell)] = cell
     return dict(sorted(found.items(), key=lambda item: (item[0] != NONE, -(over(item[1], "der") or 0))))
-
-
-def row_name(defense: str, variant: str, oracle: bool) -> str:
-    """The defense, and how its settings differ from its namesakes' but for who chose, which is said once."""
-    words = [word for word in variant.split(", ") if word not in ("select defender", "select oracle")]
-    return f"{defense} {', '.join(words)}".strip() + (" (oracle)" if oracle else "")
 
 
 def column(cell: Cell) -> str:
@@ -107,9 +100,8 @@ def against(section: Section, champion: str) -> str:
     for duel in duels(section, champion):
         gaps = (duel.acc, duel.asr, duel.der)
         intervals = [f"{s.mean:+.2f}" + ("" if s.half is None else f" ± {s.half:.2f}") for s in gaps]
-        defense, _, variant = duel.rival.partition(" ")
-        name = row_name(defense, variant, duel.oracle)
-        body.append([name, str(len(duel.der.values)), str(duel.networks), *intervals, str(duel.wins), f"{duel.p:.3f}"])
+        counts = [str(len(duel.der.values)), str(duel.networks)]
+        body.append([duel.name, *counts, *intervals, str(duel.wins), f"{duel.p:.3f}"])
     head = ["rival", "attacks", "networks", "ACC", "ASR", "DER", "DER higher on", "sign test p"]
     return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"
 

@@ -9,23 +9,15 @@ import torch
 from stand_in import stand_in
 from test_attacks import each_poison
 from test_defenses import each
-from torch import Tensor, nn
-from toys import quiet, tiny_net, toy_images
+from torch import nn
+from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.attack import SSBA, Attack, BadNet
 from sau.evaluate import Score, score
 from sau.optim import Training
+from sau.report.parse import COST
 
-COSTS = ("seconds", "peak_memory_mb")
 DEVICES = {"cpu": contextlib.nullcontext, "cuda": stand_in}
-
-
-def on_cpu(net: nn.Module) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in net.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_stand_in_refuses_what_cuda_refuses():
@@ -62,17 +54,17 @@ def test_defenses_purify_on_the_device_of_the_network(defense):
         with there():
             purified = defense.purify(copy.deepcopy(net).to(device), given, seed=1, session=quiet())
             assert {value.device.type for value in purified.state_dict().values()} == {device}
-            found.append(on_cpu(purified))
-    assert same(*found)
+            found.append(purified.to("cpu"))
+    assert same_weights(*found)
 
 
 @each_poison
 def test_attacks_train_and_are_measured_on_their_device(attack):
     found = [trained(attack, device) for device in DEVICES]
-    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert same_weights(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
-def trained(attack: Attack, device: str) -> tuple[dict[str, Tensor], Score]:
+def trained(attack: Attack, device: str) -> tuple[nn.Module, Score]:
     """From the making of the trigger to the figures."""
     recipe = Training(epochs=2, batch_size=20, lr=0.05)
     more = {"ssba_epochs": 1, "ssba_batch_size": 8} if isinstance(attack, SSBA) else {}
@@ -80,7 +72,8 @@ def trained(attack: Attack, device: str) -> tuple[dict[str, Tensor], Score]:
         images, net = toy_images(40).to(torch.device(device)), tiny_net().to(device)
         attack = type(attack)(**{**attack.params(), **more}).forge(images, net, recipe, seed=0, session=quiet())
         net = attack.fit(net, attack.poison_train(images, 0), recipe, seed=0, session=quiet())
-        return on_cpu(net), score(net, images, attack.poison_test(images))
+        figures = score(net, images, attack.poison_test(images))
+        return net.to("cpu"), figures
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -100,5 +93,5 @@ def test_the_command_line_on_the_device(here, tmp_path):
         sums = [
             json.loads((place / "summary.json").read_text()) for place in (folder, *sorted(folder.glob("defense/*")))
         ]
-        found.append([{name: value for name, value in one.items() if name not in COSTS} for one in sums])
+        found.append([{name: value for name, value in one.items() if name not in COST} for one in sums])
     assert found[0] == found[1]

@@ -80,6 +80,12 @@ class Cell:
         return any(run.summary.get("selection") == "oracle" for run in self.runs)
 
     @property
+    def name(self) -> str:
+        """The defense, and how its settings differ from its namesakes' but for who chose, which is said once."""
+        words = [word for word in self.variant.split(", ") if word not in ("select defender", "select oracle")]
+        return f"{self.defense} {', '.join(words)}".strip() + (" (oracle)" if self.oracle else "")
+
+    @property
     def poisoned(self) -> bool:
         """Whether the defense looked at the attacker's training pictures."""
         return any(run.summary.get("data") == "poisoned" for run in self.runs)
