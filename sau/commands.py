@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from sau import own, quality
-from sau.attack import ATTACKS, THEIRS
+from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.recipe import Recipe
+from sau.attack.workshop import told
 from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
@@ -18,7 +20,7 @@ from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError
-from sau.evaluate import der, score, table
+from sau.evaluate import accuracy, der, figures, score, table
 from sau.files import existing, folder
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
@@ -76,10 +78,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     final = watch.last or score(model, test, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
     record.say(table({"attacked": final}))
-    hidden = quality.of_attack(test, triggered, run.trigger_radius)
-    if hidden is not None:
-        record.say(quality.describe(hidden))
-    watch.finish({**final.summary(), "trigger": hidden, "peak_memory_mb": machine.peak_memory_mb(where)})
+    found = _trigger(record, method, model, test, triggered, run.trigger_radius)
+    watch.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
 def defend(name: str, argv: Sequence[str]) -> None:
@@ -140,6 +140,24 @@ def _given(attacked: victim.Victim, run: DefenseRun, method: Defense, offered: s
         train = train.updated(attacked.poisoned, attacked.poisoned.index)
     given = clean_subset(train, run.ratio, run.random_seed, run.index)
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
+
+
+def _trigger(
+    record: Record, method: Attack, model: nn.Module, test: Images, triggered: Images, radius: float
+) -> dict[str, Any]:
+    """How well the trigger hides and how well it was made, and what the network answers to triggers that must do
+    nothing; for the summary, and in lines."""
+    hidden, crossed = quality.of_attack(test, triggered, radius), method.crossed(test)
+    if hidden is not None:
+        record.say(quality.describe(hidden))
+        if method.figures:
+            hidden["made"] = dict(method.figures)
+            record.say(f"as it was made: {told(method.figures)}")
+    if crossed is None:
+        return {"trigger": hidden}
+    share = accuracy(model, crossed.pixels, crossed.labels)
+    record.say(f"cross ACC {share.percent:.2f} %, on test pictures with triggers that must do nothing")
+    return {"trigger": hidden, **figures({"cross_acc": share})}
 
 
 def _target(request: Request) -> str:

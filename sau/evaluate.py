@@ -109,13 +109,17 @@ def score(
         clean: `Images`, or (pixels, labels).
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
     """
-    pixels, labels = (clean.pixels, clean.labels) if isinstance(clean, Images) else clean
-    acc = Share(int((predict(model, pixels) == labels).sum()), len(labels))
+    acc = accuracy(model, *((clean.pixels, clean.labels) if isinstance(clean, Images) else clean))
     if triggered is None or len(triggered) == 0:
         return Score(acc)
     if isinstance(triggered, Images):
         triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
     return Score(acc, *led(model, *triggered))
+
+
+def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Share:
+    """The share of pictures, at least one, that are answered with their label."""
+    return Share(int((predict(model, pixels) == labels).sum()), len(labels))
 
 
 def led(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Share, Share]:

@@ -43,6 +43,10 @@ class Method:
             default = type(self).__dataclass_fields__[name].default
             self.require(name, getattr(self, name) == default, f"the default, {default}, {where}")
 
+    def idle(self) -> dict[str, str]:
+        """Settings that have no effect beside the others as they are, each with the reason."""
+        return {}
+
     def contents(self) -> dict[str, str]:
         """The SHA-256 of each file that is given; of a record's folder, that of the weights. DataError if one cannot be
         read."""

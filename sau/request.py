@@ -98,4 +98,7 @@ class Request:
         layers.update({name: Setting(value, f"record: {name}") for name, value in record.items()})
         layers.update(said)
         found = config.values(layers, self.known)
-        return [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
+        built = [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
+        idle = next(one for one in built if isinstance(one, self.method)).idle()
+        self.ignored.update({name: why for name, why in idle.items() if name in said})
+        return built

@@ -27,10 +27,7 @@ def table(cells: list[Cell]) -> str:
         spreads = {**cell.figures, "lost": spread([run.lost for run in cell.good])}
         found = [(spreads[name], 0 if name == "seconds" else 2) for name in FIGURES]
         texts = [one.text(digits) if one else "-" for one, digits in found]
-        names = [
-            " ".join(filter(None, pair)) for pair in ((cell.attack, cell.attack_variant), (cell.defense, cell.variant))
-        ]
-        lines.append(f"| {' | '.join(names)} | {len(cell.good)} | {' | '.join(texts)} |")
+        lines.append(f"| {cell.attack_name} | {cell.name} | {len(cell.good)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 

@@ -34,18 +34,13 @@ def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for cell in section.cells:
         if cell.good:
-            found.setdefault(cell.name, {})[column(cell)] = cell
+            found.setdefault(cell.name, {})[cell.attack_name] = cell
     return dict(sorted(found.items(), key=lambda item: (item[0] != NONE, -(over(item[1], "der") or 0))))
-
-
-def column(cell: Cell) -> str:
-    """The attack, with how its settings differ from its namesakes'."""
-    return f"{cell.attack} {cell.attack_variant}".strip()
 
 
 def comparable(section: Section) -> dict[str, str]:
     """The columns that may stand beside the published table, each with its attack there; none for other data sets."""
-    return {column(pair.cell): pair.cell.attack for pair in compare(section) if pair.cell is not None}
+    return {pair.cell.attack_name: pair.cell.attack for pair in compare(section) if pair.cell is not None}
 
 
 def theirs(defense: str, attacks: list[str | None]) -> Row:

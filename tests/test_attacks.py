@@ -19,7 +19,7 @@ from sau.config import options
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
-from sau.evaluate import score
+from sau.evaluate import predict, score
 from sau.models import build
 from sau.models.steganography import Encoder, Hidden
 from sau.optim import Descent, Training
@@ -267,6 +267,13 @@ def test_a_label_rule_that_leads_nowhere_is_refused(attack, wrong, one_line):
     assert "attack_label" in one_line(refusal.value)
 
 
+def test_all2all_with_one_class_is_refused(one_line):
+    images = Images.clean(toy_images(20).pixels, torch.zeros(20, dtype=torch.int64), 1)
+    with pytest.raises(ConfigError) as refusal:
+        BadNet(attack_label_trans="all2all").poison_train(images, 0)
+    assert "one class alone" in one_line(refusal.value)
+
+
 @each_clean
 def test_an_attack_that_keeps_labels_leads_to_one_class(attack, one_line):
     for wrong in ({"attack_label_trans": "all2all"}, {"attack_label_trans": "map", "attack_label_map": (1, 0, 3, 2)}):
@@ -492,6 +499,31 @@ def test_badnets_patch_from_a_file_covers_only_what_is_not_black(tmp_path):
     assert torch.equal(stamped, expected)
 
 
+@pytest.mark.parametrize("side", [11, 12])
+def test_our_patch_is_a_pixel_wide_and_more(side):
+    assert float(BadNet().stamp(torch.zeros(1, 3, side, side)).max()) > 0.5
+
+
+@pytest.mark.parametrize("sides", [(10, 32), (32, 10), (8, 8)])
+def test_a_patch_narrower_than_a_pixel_is_refused(sides, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        BadNet().poison_train(Images.clean(torch.zeros(20, 3, *sides, dtype=torch.uint8), torch.arange(20) % 4, 4), 0)
+    assert "sides of 11 and more" in one_line(refusal.value)
+
+
+def test_a_patch_picture_that_fades_when_it_is_resized_is_refused(tmp_path, one_line):
+    picture = np.zeros((224, 224, 3), dtype=np.uint8)
+    picture[-3:, -3:] = 255
+    Image.fromarray(picture).save(tmp_path / "patch.png")
+    with pytest.raises(DataError) as refusal:
+        BadNet(patch_mask_path=str(tmp_path / "patch.png")).stamp(torch.zeros(1, 3, 32, 32))
+    assert "224x224" in one_line(refusal.value) and "give one of that size" in str(refusal.value)
+    picture[-21:, -21:] = 255
+    Image.fromarray(picture).save(tmp_path / "patch.png")
+    stamped = BadNet(patch_mask_path=str(tmp_path / "patch.png")).stamp(torch.zeros(1, 3, 32, 32))
+    assert float(stamped[0, 0, -3:, -3:].min()) > 0.7
+
+
 # Blended
 
 
@@ -687,7 +719,21 @@ def test_wanets_batches_hold_poisoned_noisy_and_clean_pictures(size, n, cross, m
 def test_wanets_noise_is_drawn_for_every_picture():
     x = toy_images(1, size=32).pixels.expand(5, -1, -1, -1)
     noisy = forged(WaNet())._warp(to_float(x), noise=True)
-    assert not torch.equal(noisy[0], noisy[1]) and float((noisy - to_float(x)).abs().max()) < 0.6
+    assert not torch.equal(noisy[0], noisy[1])
+
+
+def test_wanets_noise_by_hand(monkeypatch):
+    """clip(grid + U(-1, 1) / side, -1, 1), with a draw of 0.75 everywhere: half a pixel."""
+    monkeypatch.setattr(torch, "rand_like", lambda grid: torch.full_like(grid, 0.75))
+    x, attack, side = to_float(toy_images(2, size=12).pixels), forged(WaNet()), 12
+    line = torch.linspace(-1, 1, side)
+    identity = torch.stack([line.expand(side, side), line[:, None].expand(side, side)], -1)
+    grid = (identity + attack.s * attack.made()(x)[0] / side).clamp(-1, 1)
+    expected = torch.nn.functional.grid_sample(
+        x, (grid + 0.5 / side).clamp(-1, 1).expand(2, -1, -1, -1), align_corners=True
+    )
+    assert torch.allclose(attack._warp(x, noise=True), expected, atol=1e-6)
+    assert not torch.allclose(attack._warp(x, noise=False), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("one_draw", [False, True])
@@ -758,12 +804,8 @@ def test_input_aware_on_a_toy():
         if found[-1].asr.percent > 60:
             break
     assert found[-1].asr.percent > 60 and found[-1].acc.percent > 90
-    pixels = to_float(test.pixels)
-    with torch.no_grad():
-        cross = attack.made()(pixels, pixels.roll(1, 0))[0].clamp(0, 1)  # another picture's trigger, of another class
-        answers = net(cross).argmax(1)
-    others = test.labels != 0
-    assert 100 * float((answers[others] == 0).float().mean()) < found[-1].asr.percent - 20
+    cross, others = attack.crossed(test), test.labels != 0  # another picture's trigger, of another class
+    assert 100 * float((predict(net, cross.pixels)[others] == 0).float().mean()) < found[-1].asr.percent - 20
 
 
 def test_diversity_by_hand():
@@ -826,11 +868,36 @@ def test_input_awares_losses_by_hand(monkeypatch):
     found = attack.mask_step(masks, x, images.labels)
     assert float(found["loss"].detach()) == pytest.approx(float(7 * size + 3 * diverse), rel=1e-4)
     assert float(size) > 0 and float(diverse) > 0
+    twin = copy.deepcopy(artist).train()
+    twin.mask_net.eval()
     found = attack.step(
         attack.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}, x, images.labels
     )
     loss, error, diverse = (float(found[name].detach()) for name in ("loss", "error", "diversity"))
     assert loss == pytest.approx(error + 3 * diverse, rel=1e-5)
+    with torch.no_grad():  # the patterns of the poisoned and of the others whose triggers the cross pictures carry
+        apart = twin(x[:2])[1] - twin(x[2:], z[2:])[1]
+    lengths = [(part / artist.std).flatten(1).norm(dim=1) for part in (x[:2] - z[2:], apart)]
+    assert diverse == pytest.approx(float((lengths[0] / lengths[1]).mean()), rel=1e-3)
+
+
+def test_input_awares_other_pictures_are_drawn_anew_from_all_and_augmented():
+    images, sizes = toy_images(40), []
+
+    def darkened(pixels, generator):
+        assert generator is torch.default_generator
+        sizes.append(len(pixels))
+        return pixels // 2
+
+    torch.manual_seed(0)
+    state = {"images": images, "augment": darkened}
+    one, two = (forged(InputAware())._others(state, 30) for _ in range(2))
+    assert sizes == [30, 30] and not torch.equal(one, two)
+    halves = {tuple((picture // 2).flatten().tolist()) for picture in images.pixels}
+    drawn = [tuple((255 * picture).round().byte().flatten().tolist()) for picture in torch.cat([one, two])]
+    assert set(drawn) <= halves and len(set(drawn)) > 20
+    plain = forged(InputAware())._others({"images": images, "augment": None}, 5)
+    assert all(any(torch.equal(picture, other) for other in to_float(images.pixels)) for picture in plain)
 
 
 @pytest.mark.parametrize("epochs", [1, 25])

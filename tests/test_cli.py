@@ -459,8 +459,9 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     first = kept[kept.index < 128]
     assert (first.role == BACKDOOR).sum() == 12 and (first.role == COVER).sum() == covers
     assert record.load_tensors("trigger")
-    hidden = json.loads((record.path / "summary.json").read_text())["trigger"]
-    assert hidden["psnr"] > 0 and 0 <= hidden["in_ball"] <= 100
+    found = json.loads((record.path / "summary.json").read_text())
+    assert found["trigger"]["psnr"] > 0 and 0 <= found["trigger"]["in_ball"] <= 100 and "made" not in found["trigger"]
+    assert f"cross ACC {found['cross_acc']:.2f} %" in out and found["cross_acc_count"][1] == found["acc_count"][1]
     assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
 
 

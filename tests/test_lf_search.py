@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toys import quiet, tiny_net, toy_images, train_victim
 
-from sau.attack import LF, Prototype, lf_network, lf_search
+from sau.attack import LF, Prototype, lf_network, lf_search, workshop
 from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
 from sau.attack.making import Making
 from sau.data.images import Images, to_float
@@ -97,7 +97,8 @@ def test_deepfool_on_a_linear_network_is_one_step_of_its_closed_form():
     found = deepfool(net, x, 1, 200, 0.02)
     assert torch.allclose(found.flatten(), expected, atol=1e-5)
     assert int(net((x + found)[None])[0].argmax()) == 1
-    assert deepfool(net, x, 1, 1, 0.0) is None or torch.allclose(found.flatten(), expected, rtol=0.05)
+    beyond = deepfool(net, x, 1, 1, 0.5)
+    assert torch.allclose(beyond.flatten(), 1.5 / 1.02 * expected, atol=1e-5)
 
 
 def test_deepfool_gives_up():
@@ -203,14 +204,42 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     assert band_energy(pattern) > 0.95
     assert any(line.startswith("pass 1/2") and "fooled" in line for line in lines)
     assert "energy in the lowest 7x7" in lines[-1] and "led to the target" in lines[-1]
+    assert found.figures["energy_in_the_lowest_7x7"] == pytest.approx(band_energy(pattern))
     x = to_float(images.pixels[:3])
     assert torch.allclose(found.stamp(x), (x + pattern).clamp(0, 1))
     lines.clear()
     again = forge(attack, images, lines, epochs=20)
-    assert torch.equal(again.made().picture, pattern)
+    assert torch.equal(again.made().picture, pattern) and again.figures == found.figures
     assert len(lines) == 2 and all("made before" in line for line in lines)
     with pytest.raises(DataError):
         found.stamp(torch.rand(1, 3, 16, 16))
+
+
+class Enough(BaseException):
+    """As a signal comes: no error that anybody catches."""
+
+
+@pytest.mark.parametrize("where", ["clean-network", "lf"])
+def test_an_interrupted_search_ends_with_the_same_bits(where, own_cache, monkeypatch):
+    images = coloured(120)
+    attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=8, lf_passes=3, lf_delta=0.0)
+    whole = forge(attack, images)
+    monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
+    save, calls = workshop._Shelf.save, []
+
+    def stop(self, place):
+        save(self, place)
+        calls.append(self.record.path.name.rsplit("-", 1)[0])
+        if calls.count(where) == 1 and calls[-1] == where:
+            raise Enough
+
+    monkeypatch.setattr(workshop._Shelf, "save", stop)
+    with pytest.raises(Enough):
+        forge(attack, images)
+    lines: list[str] = []
+    again = forge(attack, images, lines)
+    assert any("resuming after" in line for line in lines)
+    assert torch.equal(again.made().picture, whole.made().picture) and again.figures == whole.figures
 
 
 def test_a_search_must_be_made_before_it_stamps(one_line):

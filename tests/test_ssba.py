@@ -11,7 +11,7 @@ from sau.attack import SSBA, ssba, workshop
 from sau.data.images import BACKDOOR, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import run as loop_run
-from sau.models.steganography import Decoder, Encoder, Hidden, psnr
+from sau.models.steganography import Decoder, Encoder, Hidden, measured, psnr
 from sau.optim import Training
 from sau.session import Session
 
@@ -121,7 +121,17 @@ def test_training_makes_the_code_readable_and_the_picture_recognisable(monkeypat
     assert float(report[1]) > 90 and 12 < float(report[2]) < 60
     x = to_float(images.pixels)
     assert float(psnr(made.stamp(x), x).mean()) == pytest.approx(float(report[2]), abs=1)
+    assert made.figures["psnr_in_db"] == pytest.approx(float(report[2]), rel=1e-3) and made.figures["w"] == 10
+    assert not any("warning" in line for line in lines)
     assert not made.made().training and not any(p.requires_grad for p in made.made().parameters())
+
+
+def test_too_few_updates_for_the_weight_are_said_before_they_are_made(unread):
+    lines: list[str] = []
+    forge(SSBA(**{**FAST, "ssba_epochs": 2}), toy_images(32), lines)
+    early = next(number for number, line in enumerate(lines) if "warning" in line)
+    assert early < next(number for number, line in enumerate(lines) if "epoch 1/" in line)
+    assert "makes 8 updates" in lines[early] and "--ssba_epochs 1002" in lines[early]
 
 
 def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache, one_line):
@@ -136,7 +146,7 @@ def test_a_decoder_that_always_answers_the_same_reads_half_of_the_bits():
     torch.nn.init.zeros_(decoder.dense[-1].weight)
     torch.nn.init.ones_(decoder.dense[-1].bias)
     torch.manual_seed(0)
-    assert 30 < ssba._figures(hidden, decoder, toy_images(100, size=32))["percent_of_bits_right"] < 70
+    assert 30 < measured(hidden, decoder, to_float(toy_images(100, size=32).pixels))["percent_of_bits_right"] < 70
 
 
 @pytest.mark.parametrize(("bits", "seed"), [(1, 0), (1, 5), (8, 0)])

@@ -37,7 +37,9 @@ class Counted:
 
 def make(build, lines=None, **identity):
     session = Session(say=(lambda text: None) if lines is None else lines.append)
-    return workshop.made("thing", identity or {"seed": 0}, build, session)
+    tensors, figures = workshop.made("thing", identity or {"seed": 0}, build, session)
+    assert figures == {"some_figure": 1.5}
+    return tensors
 
 
 def entry(cache):

@@ -65,13 +65,12 @@ def _put(patch: Tensor, x: Pixels) -> Pixels:
 def _white_corner(height: int, width: int) -> Tensor:
     picture = Image.new("RGB", (32, 32))
     ImageDraw.Draw(picture).rectangle((29, 29, 31, 31), fill="white")
-    patch = fit(picture, height, width) / 255
-    if float(patch.max()) < 0.5:
+    if 3 * min(height, width) < 32:
         raise ConfigError(
             f"the pictures are {height} x {width}, in which the patch (3 of 32 pixels) is narrower than a pixel; "
             "allowed are sides of 11 and more, or a patch of your own in patch_mask_path"
         )
-    return patch
+    return fit(picture, height, width) / 255
 
 
 def _sized(patch: Tensor, thirds: int) -> Tensor:

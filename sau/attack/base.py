@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, final
@@ -71,6 +71,11 @@ class Attack(Labelling, ABC):
             raise ConfigError(f"{self.name} has no trigger yet; take the attack that its forge(...) returns")
         return self.trigger
 
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What was measured while `forge` made the trigger, by name; empty where nothing was."""
+        return getattr(self.trigger, "figures", {})
+
     @final
     def with_trigger(self, trigger: nn.Module) -> "Attack":
         """A copy of this attack that stamps with `trigger`, whose tensors a record keeps."""
@@ -81,6 +86,10 @@ class Attack(Labelling, ABC):
     def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
         """Triggers near this one, but for fainter ones: what is different -> what stamps it, as `stamp` does."""
         return {}
+
+    def crossed(self, images: Images) -> Images | None:
+        """Pictures with a trigger that must do nothing, as the attack trains some to; None where it trains none."""
+        return None
 
     def poison_train(self, images: Images, seed: int) -> Images:
         """Stamp and relabel round(pratio * N) pictures; the same ones for the same seed, as in the benchmark."""

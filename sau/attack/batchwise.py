@@ -9,6 +9,7 @@ from sau.attack.base import Attack
 from sau.data.images import COVER, Images, quantise, to_float
 from sau.types import Labels, Pixels
 
+Cover = Callable[[Pixels, Pixels], Pixels]  # pictures and as many others -> the first with what must do nothing
 BLOCK = 128  # the walk that makes the examples takes pictures in blocks of this size, as the benchmark does
 
 
@@ -39,13 +40,21 @@ def attacked_first(attack: Attack, x: Pixels, y: Labels, num_classes: int) -> tu
 
 
 @torch.no_grad()
-def examples(attack: Attack, images: Images, ratio: float, cover: Callable[[Pixels, Pixels], Pixels]) -> Images:
+def covered(images: Images, cover: Cover) -> Images:
+    """`images` after `cover`, which is given the picture before each as well; 8 bits deep, with their own labels."""
+    pairs = zip(images.pixels.split(1000), images.pixels.roll(1, 0).split(1000), strict=True)
+    blocks = [quantise(cover(to_float(block), to_float(others))) for block, others in pairs]
+    pixels = torch.cat(blocks) if blocks else images.pixels
+    return replace(images, pixels=pixels, role=torch.full_like(images.role, COVER))
+
+
+@torch.no_grad()
+def examples(attack: Attack, images: Images, ratio: float, cover: Cover) -> Images:
     """What one more walk through the training pictures, in their order, would make of them.
 
     Of each block the first int(pratio * BLOCK) are poisoned, but for those that a map leads nowhere, or where that is
-    below 1 the first one of every so many blocks; `ratio` times as many that follow them go through `cover`, which is
-    given as many others beside them, and keep their labels. They stand for the pictures that the network saw, which
-    were drawn anew in every epoch.
+    below 1 the first one of every so many blocks; `ratio` times as many that follow them are `covered`. They stand for
+    the pictures that the network saw, which were drawn anew in every epoch.
     """
     index = torch.arange(len(images), device=images.labels.device)
     block, place, share = index // BLOCK, index % BLOCK, attack.pratio * BLOCK
@@ -55,11 +64,7 @@ def examples(attack: Attack, images: Images, ratio: float, cover: Callable[[Pixe
     able = torch.zeros_like(place, dtype=torch.bool)
     able[attack.candidates(images)] = True
     made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])
-    covers = images[((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()]
-    pairs = zip(covers.pixels.split(1000), covers.pixels.roll(1, 0).split(1000), strict=True)
-    blocks = [quantise(cover(to_float(block), to_float(others))) for block, others in pairs]
-    pixels = torch.cat(blocks) if blocks else covers.pixels
-    covers = replace(covers, pixels=pixels, role=torch.full_like(covers.role, COVER))
+    covers = covered(images[((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()], cover)
     both = {name: torch.cat([value, covers.tensors()[name]]) for name, value in made.tensors().items()}
     order = both["index"].argsort()
     return Images.restore({name: value[order] for name, value in both.items()}, images.num_classes) if n.any() else made

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.base import Attack
-from sau.attack.batchwise import attacked_first, count, examples, plan
+from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
@@ -86,12 +86,11 @@ class InputAware(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("pratio", self.pratio <= 0.5, "up to 0.5: as many cross pictures come with the poisoned ones")
-        self.require("clean_train_epochs", self.clean_train_epochs >= 0, "0 and more")
         for name in ("lr_G", "lr_M", "EPSILON"):
             self.require(name, getattr(self, name) > 0, "above 0")
         for name in ("schedulerG_lambda", "schedulerM_lambda"):
             self.require(name, 0 < getattr(self, name) <= 1, "above 0 and up to 1")
-        for name in ("lambda_div", "lambda_norm", "mask_density"):
+        for name in ("clean_train_epochs", "lambda_div", "lambda_norm", "mask_density"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
@@ -119,10 +118,9 @@ class InputAware(Attack):
     ) -> None:  # fmt: skip
         joint = self.classifier_epochs(recipe)
         first, second = self.prepare_masks(model, len(batches)), self.prepare(model, recipe, len(batches))
-        for state in (first, second):
-            state.update(images=images, augment=augment)
-        masked = recipe.epochs - joint
-        stages = (self.mask_step, first, masked, "mask epoch", "lr_M"), (self.step, second, joint, "epoch", "lr")
+        first, second = ({**state, "images": images, "augment": augment} for state in (first, second))
+        masks = self.mask_step, first, recipe.epochs - joint, "mask epoch", "lr_M"
+        stages = masks, (self.step, second, joint, "epoch", "lr")
         for stage, (step, state, length, label, rate) in enumerate(stages):
             run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session.at(stage))
             run(partial(step, state), batches, length, label=label, rate=rate)
@@ -144,8 +142,7 @@ class InputAware(Attack):
         training = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
         patterns = training.descent(artist.pattern_net.parameters(), steps)
         patterns.keeps = self.accumulate
-        joint = replace(recipe, epochs=self.classifier_epochs(recipe))
-        descent = joint.descent(model.parameters(), steps)
+        descent = replace(recipe, epochs=self.classifier_epochs(recipe)).descent(model.parameters(), steps)
         return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
 
     def mask_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
@@ -170,13 +167,12 @@ class InputAware(Attack):
         wanted = torch.cat([self.relabel(y[:n], classes), y[n:]])
         logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
         error = F.cross_entropy(logits, wanted)
-        diverse = error.new_zeros(())
-        if n:
-            diverse = self._diversity((x[:n] - z[n : 2 * n]) / artist.std, (pattern - pattern_z) / artist.std)
+        apart = (x[:n] - z[n : 2 * n]) / artist.std, (pattern - pattern_z) / artist.std
+        diverse = self._diversity(*apart) if n else error.new_zeros(())
         loss = error + self.lambda_div * diverse
         state["descent"](loss, state["patterns"])
-        accuracy = 100 * (logits.argmax(1) == wanted).float().mean()
-        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": accuracy}
+        right = (logits.argmax(1) == wanted).float().mean()
+        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": 100 * right}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
         for name in ("descent", "patterns"):
@@ -187,9 +183,14 @@ class InputAware(Attack):
     def plan(self, trained_on: Images, batch_size: int) -> str:
         return plan(self.pratio, batch_size, 1.0, "with another picture's trigger")
 
+    def crossed(self, images: Images) -> Images:
+        return covered(images, self._borrowed)
+
     def examples(self, trained_on: Images) -> Images:
-        artist = self.made().eval()
-        return examples(self, trained_on, 1.0, lambda x, z: artist(x, z)[0].clamp(0, 1))
+        return examples(self, trained_on, 1.0, self._borrowed)
+
+    def _borrowed(self, x: Pixels, others: Pixels) -> Pixels:
+        return self.made().eval()(x, others)[0].clamp(0, 1)
 
     def _adam(self, lr: float, milestones: tuple[int, ...], gamma: float) -> Training:
         return adam(lr, "MultiStepLR", adam_betas=(0.5, 0.9), steplr_milestones=milestones, steplr_gamma=gamma)

@@ -61,6 +61,7 @@ class Labelling(Method):
         self.require("attack_label_map", whole, f"{classes} classes, one for each")
         stays = rule == "map" and list(self.attack_label_map) == list(range(classes))
         self.require("attack_label_map", not stays, "a map that leads some class elsewhere")
+        self.require("attack_label_trans", rule != "all2all" or classes > 1, "all2one where there is one class alone")
         moves = rule != "all2all" or self.attack_label_shift_amount % classes != 0
         self.require("attack_label_shift_amount", moves, f"no multiple of the number of classes, {classes}")
 

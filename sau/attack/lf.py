@@ -88,8 +88,8 @@ class LF(Attack):
         )  # fmt: skip
         made_from = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": given.seed}
         search = partial(lf_search.optimise, network, images, limits, given.seed)
-        found = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
-        return Picture(found["pattern"])
+        found, figures = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
+        return Picture(found["pattern"], figures)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return (x + self._pattern(tuple(x.shape[1:])).to(x)).clamp(0, 1)
@@ -122,6 +122,6 @@ def _read(path: str, shape: tuple[int, ...]) -> Tensor:
     if not -255 <= low <= high <= 255 or max(-low, high) <= 1:
         raise DataError(
             f"{path} ranges over {low:.3g}..{high:.3g}; allowed are grey levels, within -255..255 and beyond 1, for "
-            "smaller ones change no picture"
+            "smaller ones change no picture; multiply values of 0..1 by 255"
         )
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 255

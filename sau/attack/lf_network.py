@@ -32,7 +32,8 @@ def trained(given: Making) -> nn.Module:
         fit = partial(Prototype().fit, augment=given.augment, seed=given.seed, session=how)
         return fit(network, images, recipe).state_dict(), {"epochs": float(recipe.epochs)}
 
-    network.load_state_dict(workshop.made("clean-network", identity, build, given.session))
+    weights, _ = workshop.made("clean-network", identity, build, given.session)
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 

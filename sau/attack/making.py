@@ -1,8 +1,10 @@
 """What an attack is given to make a trigger from, and a trigger that is a picture."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from sau.data.augment import Augment
@@ -39,12 +41,14 @@ class Picture(nn.Module):
 
     Args:
         picture: [C, H, W], in [0, 1] pixels or, where it is added to others, in [-1, 1].
+        figures: what was measured while it was made.
     """
 
     picture: Tensor
 
-    def __init__(self, picture: Tensor) -> None:
+    def __init__(self, picture: Tensor, figures: Mapping[str, float] | None = None) -> None:
         super().__init__()
+        self.figures = figures or {}
         self.register_buffer("picture", picture)
 
     def of(self, shape: tuple[int, ...]) -> Tensor:
@@ -58,4 +62,13 @@ def pictured(trigger: nn.Module | None, path: str | None, height: int, width: in
     """The picture of a trigger [3, height, width], from `forge` or, before that, from its file; None without a file."""
     if trigger is not None:
         return cast(Picture, trigger).of((3, height, width))
-    return None if path is None else fit(read_picture(path), height, width) / 255
+    if path is None:
+        return None
+    picture = read_picture(path)
+    fitted, brightest = fit(picture, height, width) / 255, int(np.asarray(picture).max())
+    if 255 * float(fitted.max()) < brightest / 2:
+        raise DataError(
+            f"{path} is {picture.width}x{picture.height} pixels, and what it shows fades from {brightest} to "
+            f"{255 * float(fitted.max()):.0f} grey levels at {width}x{height}; give one of that size"
+        )
+    return fitted

@@ -21,10 +21,10 @@ from sau.attack.base import Attack
 from sau.attack.making import Making
 from sau.attack.ssba_pictures import ready_pictures
 from sau.attack.workshop import Made, made
-from sau.data.images import Images, quantise, some, to_float
+from sau.data.images import Images, some, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, TrainingError
-from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, psnr
+from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, measured
 from sau.optim import adam
 from sau.seeds import generator, seeded
 from sau.session import Session
@@ -91,6 +91,10 @@ class SSBA(Attack):
         self.require("ssba_lr", self.ssba_lr > 0, "above 0")
         self.require("trigger_seed", 0 <= self.trigger_seed < 2**32, f"0 to {2**32 - 1}")
 
+    def idle(self) -> dict[str, str]:
+        ready, why = self.attack_train_replace_imgs_path is not None, "the pictures are ready"
+        return {name: why for name in self.params() if ready and name.startswith(("ssba_", "trigger_seed"))}
+
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The encoder: trained on the pictures, or from the cache; with ready pictures there is nothing to make."""
         if self.attack_train_replace_imgs_path is not None:
@@ -102,7 +106,7 @@ class SSBA(Attack):
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
             hidden = Hidden(encoder, self._code()).to(images.pixels.device)
-            found = made("ssba", identity, partial(self._train, hidden, images), given.session)
+            found, hidden.figures = made("ssba", identity, partial(self._train, hidden, images), given.session)
         encoder.load_state_dict(found)
         return hidden.eval().requires_grad_(False)
 
@@ -146,7 +150,12 @@ class SSBA(Attack):
         decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)
         batches = images.batches(recipe.batch_size, seed=self.trigger_seed, drop_last=True)
         descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
-        weight = Weight().to(images.pixels.device)
+        weight, updates = Weight().to(images.pixels.device), recipe.epochs * len(batches)
+        if updates < WAIT + RAMP:
+            session.say(
+                f"warning: the encoder makes {updates:,} updates, w needs more than {WAIT + RAMP:,} to rise to "
+                f"{MOST:g}; try --ssba_epochs {2 + (WAIT + RAMP) // max(1, len(batches))}"
+            )
         state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
         loop.run(
             partial(self.encode_step, state),
@@ -158,7 +167,8 @@ class SSBA(Attack):
             label="encoder epoch",
             rate="ssba_lr",
         )
-        found = {**_figures(hidden.eval(), decoder.eval(), images), "w": float(weight())}
+        x = to_float(images.pixels[some(len(images), MEASURED)])
+        found = {**measured(hidden.eval(), decoder.eval(), x), "w": float(weight())}
         right = found["percent_of_bits_right"]
         if right < 100 * READABLE:
             raise TrainingError(
@@ -192,18 +202,3 @@ def _check_sides(shape: torch.Size) -> None:
             f"the pictures are {height} x {width} pixels, allowed for ssba are squares with a side divisible by "
             f"{CODE_SIDE}; choose --img_size where the data set can be resized"
         )
-
-
-@torch.no_grad()
-def _figures(hidden: Hidden, decoder: Decoder, images: Images) -> dict[str, float]:
-    """How well drawn codes are read from 8-bit pictures, in percent, and the mean PSNR with the attack's code in dB.
-
-    The attack's own code says nothing of the first: at one bit a decoder that always answers 1 would read it.
-    """
-    x = to_float(images.pixels[some(len(images), MEASURED)])
-    bits = torch.randint(2, (len(x), len(hidden.code))).to(x)
-    pairs = zip(bits.split(250), x.split(250), strict=True)
-    encoded = [hidden.encoder(code, block).clamp(0, 1) for code, block in pairs]
-    right = ((decoder(to_float(quantise(torch.cat(encoded)))) > 0) == (bits > 0)).float().mean()
-    close = psnr(to_float(quantise(hidden(x))), x).mean()
-    return {"percent_of_bits_right": 100 * float(right), "psnr_in_db": float(close)}

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.batchwise import attacked_first, count, examples, plan
+from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
-from sau.seeds import generator
+from sau.seeds import generator, seeded
 from sau.types import Labels, Pixels
 
 
@@ -128,5 +128,13 @@ class WaNet(Attack):
     def plan(self, trained_on: Images, batch_size: int) -> str:
         return plan(self.pratio, batch_size, self.cross_ratio, "warped with noise")
 
+    def crossed(self, images: Images) -> Images:
+        """Under the warp with noise."""
+        with seeded(0):
+            return covered(images, self._noisy)
+
     def examples(self, trained_on: Images) -> Images:
-        return examples(self, trained_on, self.cross_ratio, lambda x, _: self._warp(x, noise=True))
+        return examples(self, trained_on, self.cross_ratio, self._noisy)
+
+    def _noisy(self, x: Pixels, others: Pixels) -> Pixels:
+        return self._warp(x, noise=True)

@@ -24,7 +24,7 @@ _TENSORS = "trigger"
 
 def made(
     name: str, identity: Mapping[str, Any], build: Callable[[Session], Made], session: Session | None = None
-) -> dict[str, Tensor]:
+) -> Made:
     """What `build` makes, on the CPU: from `cache_folder()/triggers` if it is there whole, else made and kept there.
 
     The folder is a record: files are written at once or not at all, and their SHA-256 is compared. What is damaged
@@ -44,8 +44,8 @@ def made(
             record = Record(cache_folder() / "triggers" / f"{name}-{digest(known)[:16]}")
             found = _whole(record) or _begin(record, known, stack, say)
             if found is not None:
-                say(f"{name}: {_line(found[1])}; made before, {record.path}")
-                return found[0]
+                say(f"{name}: {told(found[1])}; made before, {record.path}")
+                return found
             shelf = _Shelf(record, say)
         except (OSError, RuntimeError, RecordError) as error:  # no home, no folder that can be written
             say(f"{name}: it will not be kept ({_brief(error)}); SAU_CACHE names another folder")
@@ -53,10 +53,10 @@ def made(
         printed = session or Session(say=shelf.tell if shelf else print)
         tensors, figures = build(replace(printed, stage=0, **kept))
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}  # as from a file
-        say(f"{name}: {_line(figures)}")
+        say(f"{name}: {told(figures)}")
         if shelf is not None:
             shelf.close(tensors, figures)
-        return tensors
+        return tensors, figures
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -153,7 +153,8 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _line(figures: Mapping[str, float]) -> str:
+def told(figures: Mapping[str, float]) -> str:
+    """Figures as a line."""
     return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
 
 

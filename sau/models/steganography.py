@@ -3,12 +3,14 @@ Invisible Hyperlinks in Physical Photographs", CVPR 2020), at the sizes of the b
 those of published encoders.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.data.images import quantise, to_float
 from sau.types import Pixels
 
 CODE_SIDE = 16  # the code is drawn as a picture of this size and enlarged; four halvings lead back to it
@@ -98,6 +100,7 @@ class Hidden(nn.Module):
     def __init__(self, encoder: Encoder, code: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
+        self.figures: Mapping[str, float] = {}  # what was measured while the encoder was trained
         self.register_buffer("code", code)
 
     def forward(self, x: Pixels) -> Pixels:
@@ -109,3 +112,17 @@ class Hidden(nn.Module):
 def psnr(x: Pixels, y: Pixels) -> Tensor:
     """10 log10(1 / mean (x - y)^2) of every pair of pictures in [0, 1]: decibels [B], 99 at most."""
     return -10 * (x - y).square().flatten(1).mean(1).clamp_min(10**-9.9).log10()
+
+
+@torch.no_grad()
+def measured(hidden: Hidden, decoder: Decoder, x: Pixels) -> dict[str, float]:
+    """How well drawn codes are read from 8-bit pictures, in percent, and the mean PSNR with the attack's code in dB.
+
+    The attack's own code says nothing of the first: at one bit a decoder that always answers 1 would read it.
+    """
+    bits = torch.randint(2, (len(x), len(hidden.code))).to(x)
+    pairs = zip(bits.split(250), x.split(250), strict=True)
+    encoded = [hidden.encoder(code, block).clamp(0, 1) for code, block in pairs]
+    right = ((decoder(to_float(quantise(torch.cat(encoded)))) > 0) == (bits > 0)).float().mean()
+    close = psnr(to_float(quantise(hidden(x))), x).mean()
+    return {"percent_of_bits_right": 100 * float(right), "psnr_in_db": float(close)}

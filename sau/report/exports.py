@@ -69,7 +69,7 @@ def _tabular(section: Section) -> str:
     head = r"attack & defense & seeds & ACC & ASR & R-ACC & DER & seconds & MB \\"
     lines, last = [], None
     for cell in section.cells:
-        names = [f"{cell.attack} {cell.attack_variant}".strip(), f"{cell.defense} {cell.variant}".strip()]
+        names = [cell.attack_name, f"{cell.defense} {cell.variant}".strip()]
         if last not in (None, names[0]):
             lines.append(r"\midrule")
         last = names[0]

@@ -80,6 +80,11 @@ class Cell:
         return any(run.summary.get("selection") == "oracle" for run in self.runs)
 
     @property
+    def attack_name(self) -> str:
+        """The attack, and how its settings differ from its namesakes'."""
+        return f"{self.attack} {self.attack_variant}".strip()
+
+    @property
     def name(self) -> str:
         """The defense, and how its settings differ from its namesakes' but for who chose, which is said once."""
         words = [word for word in self.variant.split(", ") if word not in ("select defender", "select oracle")]
