@@ -128,8 +128,23 @@ def defense_table(runs: list[Run], name: str) -> str:
         "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
         f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n\n"
         "| attack | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds | chosen by |\n"
-        f"{rule(10)}" + "\n".join(rows) + "\n" + older([run for own in found.values() for run in own])
+        f"{rule(10)}" + "\n".join(rows) + "\n" + older([run for own in found.values() for run in own]) + flagged(found)
     )
+
+
+def flagged(found: dict[str, list[Run]]) -> str:
+    """Lines on the classes that a defense flagged, by attack, where its summaries say so; empty where none does.
+
+    Args:
+        found: runs of a defense by attack, over seeds.
+    """
+    cells = []
+    for attack, runs in found.items():
+        said = [run.summary["findings"]["flagged"] for run in runs if "flagged" in run.summary.get("findings", {})]
+        each = " / ".join(", ".join(map(str, classes)) or "none" for classes in said)
+        cells += [f"{attack} {each}"] if said else []
+    about = "Classes that were flagged, a `/` between seeds; one of `prototype` is a false alarm"
+    return f"\n{about}:\n{'; '.join(cells)}.\n" if cells else ""
 
 
 def published_table(name: str) -> str:
