@@ -1,6 +1,7 @@
 """Put figures into the pages of the methods: published ones, and those of the runs that are kept in docs/results.
 
-python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs
+python scripts/cards.py            writes what stands between `<!-- published -->` and `<!-- /published -->` in docs, and
+                                   behind `<!-- measured -->`, up to `<!-- /measured -->` where there is one
 python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
 """
 
@@ -30,7 +31,8 @@ SETTINGS = {
     "inputaware": "8 joint epochs, now 22, and a constant lr_G",
     "wanet": "24 epochs, now 30",
 }
-MARK, PUBLISHED, END = "<!-- measured -->\n", "<!-- published -->\n", "<!-- /published -->\n"
+MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
+PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
 LINKS = ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
 SOURCE = f"the one of {LINKS} with the most seeds of a row (the first of equals)"
 
@@ -168,12 +170,13 @@ def figures(row: Row) -> list[str]:
 
 def page(old: str, name: str, measured: str) -> str:
     """The text of a page with its tables as the data are now."""
-    head, mark, _ = old.partition(MARK)
+    head, mark, rest = old.partition(MARK)
+    _, end, below = rest.partition(MARK_END)  # what somebody wrote about the figures
     if PUBLISHED in head:
         block = re.escape(PUBLISHED) + ".*?" + re.escape(END)
         table = PUBLISHED + published_table(name) + END
         head = re.sub(block, lambda found: table, head, flags=re.S)
-    return f"{head}{mark}\n{measured}"
+    return f"{head}{mark}\n{measured}" + (f"\n{end}{below}" if end else "")
 
 
 def main() -> int:
