@@ -1,7 +1,7 @@
 """Put figures into the pages of the methods: published ones, and those of the runs that are kept in docs/results.
 
-python scripts/cards.py            writes what stands between `<!-- published -->` and `<!-- /published -->` in docs, and
-                                   behind `<!-- measured -->`, up to `<!-- /measured -->` where there is one
+python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs, up to
+                                   `<!-- /published -->` and, where there is one, `<!-- /measured -->`
 python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
 """
 
