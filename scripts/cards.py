@@ -1,6 +1,7 @@
 """Put figures into the pages of the methods: published ones, and those of the runs that are kept in docs/results.
 
-python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs
+python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs, up to
+                                   `<!-- /published -->` and, where there is one, `<!-- /measured -->`
 python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
 """
 
@@ -30,7 +31,8 @@ SETTINGS = {
     "inputaware": "8 joint epochs, now 22, and a constant lr_G",
     "wanet": "24 epochs, now 30",
 }
-MARK, PUBLISHED, END = "<!-- measured -->\n", "<!-- published -->\n", "<!-- /published -->\n"
+MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
+PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
 LINKS = ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
 SOURCE = f"the one of {LINKS} with the most seeds of a row (the first of equals)"
 
@@ -128,8 +130,23 @@ def defense_table(runs: list[Run], name: str) -> str:
         "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
         f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n\n"
         "| attack | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds | chosen by |\n"
-        f"{rule(10)}" + "\n".join(rows) + "\n" + older([run for own in found.values() for run in own])
+        f"{rule(10)}" + "\n".join(rows) + "\n" + older([run for own in found.values() for run in own]) + flagged(found)
     )
+
+
+def flagged(found: dict[str, list[Run]]) -> str:
+    """Lines on the classes that a defense flagged, by attack, where its summaries say so; empty where none does.
+
+    Args:
+        found: runs of a defense by attack, over seeds.
+    """
+    cells = []
+    for attack, runs in found.items():
+        said = [run.summary["findings"]["flagged"] for run in runs if "flagged" in run.summary.get("findings", {})]
+        each = " / ".join(", ".join(map(str, classes)) or "none" for classes in said)
+        cells += [f"{attack} {each}"] if said else []
+    about = "Classes that were flagged, a `/` between seeds; one of `prototype` is a false alarm"
+    return f"\n{about}:\n{'; '.join(cells)}.\n" if cells else ""
 
 
 def published_table(name: str) -> str:
@@ -153,12 +170,13 @@ def figures(row: Row) -> list[str]:
 
 def page(old: str, name: str, measured: str) -> str:
     """The text of a page with its tables as the data are now."""
-    head, mark, _ = old.partition(MARK)
+    head, mark, rest = old.partition(MARK)
+    _, end, below = rest.partition(MARK_END)  # what somebody wrote about the figures
     if PUBLISHED in head:
         block = re.escape(PUBLISHED) + ".*?" + re.escape(END)
         table = PUBLISHED + published_table(name) + END
         head = re.sub(block, lambda found: table, head, flags=re.S)
-    return f"{head}{mark}\n{measured}"
+    return f"{head}{mark}\n{measured}" + (f"\n{end}{below}" if end else "")
 
 
 def main() -> int:

@@ -54,6 +54,19 @@ def test_rows_of_other_settings_say_so(folder, attack, defense, words):
     assert line == "" if words is None else f"cifar10_cpu.md): {words}.\n" in line
 
 
+def test_the_page_of_nc_says_which_classes_were_flagged():
+    """Over seeds, of each attack; summaries of before say nothing, and where none does there is no line."""
+    cards = runpy.run_path(str(REPOSITORY / "scripts" / "cards.py"), run_name="cards")
+
+    def run(flagged: list[int] | None) -> Run:
+        summary = {"findings": {"flagged": flagged}} if flagged is not None else {}
+        return Run(REPOSITORY, "x", "nc", 0, None, "unverified", summary=summary)
+
+    found = {"badnet": [run([0]), run([0, 3])], "prototype": [run([]), run([5])], "sig": [run(None)]}
+    assert "`prototype` is a false alarm:\nbadnet 0 / 0, 3; prototype none / 5.\n" in cards["flagged"](found)
+    assert cards["flagged"]({"sig": [run(None)]}) == ""
+
+
 def test_flags_without_effect_stand_on_the_page_for_users_of_backdoorbench():
     text = (REPOSITORY / "docs" / "backdoorbench.md").read_text()
     named = {*IGNORED, *(flag for defense in DEFENSES.values() for flag in defense.ignored)}
