@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from sau.session import Session
 from sau.types import Loader
 
 Norms = dict[str, nn.BatchNorm2d]
+SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,27 @@ def gather(batches: Loader) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def hold_back(x: Tensor, y: Tensor, share: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Split clean pictures into those to work with and the last `share` of each class, to choose by.
+class Held(NamedTuple):
+    """Clean pictures to choose by: pixels [N, C, H, W], labels [N], and whether the method learns from others alone."""
 
-    Returns the two parts as (x, y). Every class keeps at least one picture to work with; if nothing can be held back
-    (one picture a class), both parts are all pictures.
+    x: Tensor
+    y: Tensor
+    apart: bool = True
+
+
+def hold_back(x: Tensor, y: Tensor, share: float, session: Session) -> tuple[tuple[Tensor, Tensor], Held]:
+    """Split clean pictures into those to work with, as (x, y), and the last `share` of each class, to choose by.
+
+    Every class keeps at least one picture to work with; if nothing can be held back (one picture a class), both parts
+    are all pictures, and `session` says so.
     """
     held = last_of_each(y, share)
     if not held.any():
-        return (x, y), (x, y)
-    return (x[~held], y[~held]), (x[held], y[held])
+        session.say(
+            "warning: no class has a second picture to hold back, so the choice is by the pictures it learns from"
+        )
+        return (x, y), Held(x, y, apart=False)
+    return (x[~held], y[~held]), Held(x[held], y[held])
 
 
 @torch.no_grad()
@@ -102,7 +115,7 @@ def choose(
     model: nn.Module,
     levels: Sequence[Level],
     prune: Callable[[Level], None],
-    held: tuple[Tensor, Tensor] | None,
+    held: Held | None,
     tolerance: float,
     session: Session,
     *,
@@ -111,13 +124,14 @@ def choose(
 ) -> Level | None:
     """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
-    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network.
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network; a defender allows
+    none where ACC_0 is no more than chance, for it would not fall, whatever went.
 
     Args:
         model: in eval mode.
         levels: from the mildest to the hardest; equal ones are measured once.
         prune: applies a level to `model` in place.
-        held: clean pictures and labels that ACC is measured on; the oracle needs none.
+        held: clean pictures that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
         session: says what was chosen; its `judge` scores networks for the oracle.
         oracle: test ACC and ASR choose, as in the benchmark: the lowest ASR of the allowed levels. Otherwise the
@@ -127,15 +141,15 @@ def choose(
     search, judge = oracle and by_asr, _judge(held, session, oracle)
     first = judge(model)
     chosen, best, count = None, first, 0
+    if not oracle and held is not None and _guesses(model, held, first.acc.percent, session):
+        return chosen
     for level in levels:
         if level.everything:
             break
         if level.count == count:
             continue
         count = level.count
-        with kept(model):
-            prune(level)
-            found = judge(model)
+        found = _tried(model, level, prune, judge)
         allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
         if not allowed and not search:
             break
@@ -145,17 +159,47 @@ def choose(
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
     else:
-        accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
-        only(chosen, prune, session, accuracy)
+        only(chosen, prune, session, f"{_named(None if oracle else held)} {first.acc.percent} -> {best.acc.percent} %")
     return chosen
 
 
-def _judge(held: tuple[Tensor, Tensor] | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:
+def _tried(
+    model: nn.Module, level: Level, prune: Callable[[Level], None], judge: Callable[[nn.Module], Score]
+) -> Score:
+    """What `model` scores with a level pruned; afterwards it is as it was."""
+    with kept(model):
+        prune(level)
+        return judge(model)
+
+
+def _guesses(model: nn.Module, held: Held, acc: float, session: Session) -> bool:
+    """Whether an accuracy is no more than chance, which is said."""
+    if acc > (chance := _chance(model, held)):
+        return False
+    text = f"nothing is pruned: {_named(held)} {acc} % is no more than chance ({chance:g} %)"
+    session.say(f"{text}, so it cannot say how much may go")
+    return True
+
+
+def _named(held: Held | None) -> str:
+    """What the accuracy is called that chooses."""
+    if held is None:
+        return "test ACC"
+    return "held-back ACC" if held.apart else "ACC on the pictures it learns from"
+
+
+@torch.no_grad()
+def _chance(model: nn.Module, held: Held) -> float:
+    """The accuracy, in percent, of one who guesses among the classes of the logits."""
+    return 100 / int(model(held.x[:1]).shape[1])
+
+
+def _judge(held: Held | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:
     if oracle and session.judge is not None:
         return session.judge
     if oracle or held is None:
         raise TypeError("an oracle chooses by the judge of its session, a defender by held-back pictures; give them")
-    return partial(score, clean=held, triggered=None)
+    return partial(score, clean=(held.x, held.y), triggered=None)
 
 
 def only(level: Level, prune: Callable[[Level], None], session: Session, accuracy: str = "") -> None:
