@@ -36,7 +36,6 @@ from sau.defense import (
     RNP,
     SAU,
     Defense,
-    pruning,
 )
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
@@ -108,7 +107,7 @@ each_at_random = rows(lambda row: row.random)
 @pytest.fixture(autouse=True)
 def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most networks here are untrained; those who prune by an accuracy would prune nothing, for it is chance."""
-    monkeypatch.setattr(pruning, "_chance", lambda model, held: -1.0)
+    monkeypatch.setattr("sau.defense.held.chance", lambda model, held: -1.0)
 
 
 def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
 from sau.defense import pruning
+from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
@@ -19,7 +20,7 @@ def test_held_back_pictures_are_the_last_of_each_class():
     """Of 10, 4 and 1 pictures a fifth is 2, 1 (at least) and none (a class keeps one to work with)."""
     y = torch.tensor([0] * 10 + [1] * 4 + [2])
     x = torch.arange(15.0)
-    (kept, kept_y), (held, held_y, apart) = pruning.hold_back(x, y, 0.2, quiet())
+    (kept, kept_y), (held, held_y, apart) = hold_back(x, y, 0.2, quiet())
     assert apart
     assert held.tolist() == [8, 9, 13] and held_y.tolist() == [0, 0, 1]
     assert sorted(kept.tolist() + held.tolist()) == list(range(15)) and len(kept_y) == 12
@@ -27,7 +28,7 @@ def test_held_back_pictures_are_the_last_of_each_class():
 
 def test_where_nothing_can_be_held_back_all_pictures_choose():
     x, y, said = torch.arange(3.0), torch.tensor([0, 1, 2]), []
-    (kept, _), (held, _, apart) = pruning.hold_back(x, y, 0.2, Session(say=said.append))
+    (kept, _), (held, _, apart) = hold_back(x, y, 0.2, Session(say=said.append))
     assert kept.tolist() == held.tolist() == [0, 1, 2] and not apart
     assert len(said) == 1 and said[0].startswith("warning: no class has a second picture to hold back")
 
@@ -113,7 +114,7 @@ def outcome(
     with pytest.MonkeyPatch.context() as patch:
         if not oracle:  # the defender's scores, too, come from the table: held-back pictures have no ASR
             patch.setattr(pruning, "score", lambda model, clean, triggered: Score(judge(model).acc))
-        held = pruning.Held(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long), apart)
+        held = Held(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long), apart)
         taken = pruning.choose(net, LEVELS, prune, held, tolerance, session, oracle=oracle, by_asr=by_asr)
     count = int((net.get_parameter("features.1.weight") == 0).sum())
     assert len(said) == 1 and (taken.count if taken else 0) == count

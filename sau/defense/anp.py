@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.defense import pruning
 from sau.defense.base import Defense
+from sau.defense.held import hold_back
 from sau.defense.inputs import Augmentation, unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
@@ -117,7 +118,7 @@ class ANP(Defense):
         plain, augment = unaugmented(batches)  # whoever chooses sees the pictures as they are
         work, held = pruning.gather(plain), None
         if self.select == "defender" and self.pruning_number is None:
-            work, held = pruning.hold_back(*work, self.held_back, session)
+            work, held = hold_back(*work, self.held_back, session)
         masks = self.learn(model, norms, _Draws(*work, self.batch_size, self.nb_iter, augment), session)
         model.eval()
         prune = partial(pruning.apply, model, shift=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sau.defense import pruning
 from sau.defense.ft import FT
+from sau.defense.held import hold_back
 from sau.defense.inputs import unaugmented
 from sau.defense.layers import plain, watching
 from sau.errors import ConfigError
@@ -75,7 +76,7 @@ class FP(FT):
         """Choose how many units go, zero their weights and note them in `mask`."""
         held = None
         if self.select == "defender":  # the oracle's accuracy is that of the test set, so all pictures may rank
-            clean, held = pruning.hold_back(*clean, self.held_back, session)
+            clean, held = hold_back(*clean, self.held_back, session)
         order = activations(model, layers[-1], clean[0]).argsort(stable=True)
         total, levels = len(order), []
         step = math.ceil(total * self.once_prune_ratio)

@@ -1,4 +1,4 @@
-"""What defenses that prune have in common: batch norms, held-back pictures, and the choice of how much to prune.
+"""What defenses that prune have in common: batch norms, levels, and the choice of how much to prune.
 
 A level is one way to prune, and levels are ordered: each prunes what the ones before it prune, and more.
 """
@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import last_of_each
+from sau.defense.held import Held, guesses, named
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
@@ -62,29 +61,6 @@ def gather(batches: Loader) -> tuple[Tensor, Tensor]:
     """One walk through `batches` as two tensors: pixels in [0, 1] [N, C, H, W] and labels [N]."""
     pairs = [(x, y) for x, y, *_ in batches]
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
-
-
-class Held(NamedTuple):
-    """Clean pictures to choose by: pixels [N, C, H, W], labels [N], and whether the method learns from others alone."""
-
-    x: Tensor
-    y: Tensor
-    apart: bool = True
-
-
-def hold_back(x: Tensor, y: Tensor, share: float, session: Session) -> tuple[tuple[Tensor, Tensor], Held]:
-    """Split clean pictures into those to work with, as (x, y), and the last `share` of each class, to choose by.
-
-    Every class keeps at least one picture to work with; if nothing can be held back (one picture a class), both parts
-    are all pictures, and `session` says so.
-    """
-    held = last_of_each(y, share)
-    if not held.any():
-        session.say(
-            "warning: no class has a second picture to hold back, so the choice is by the pictures it learns from"
-        )
-        return (x, y), Held(x, y, apart=False)
-    return (x[~held], y[~held]), Held(x[held], y[held])
 
 
 @torch.no_grad()
@@ -141,7 +117,7 @@ def choose(
     search, judge = oracle and by_asr, _judge(held, session, oracle)
     first = judge(model)
     chosen, best, count = None, first, 0
-    if not oracle and held is not None and _guesses(model, held, first.acc.percent, session):
+    if not oracle and held is not None and guesses(model, held, first.acc.percent, session):
         return chosen
     for level in levels:
         if level.everything:
@@ -159,7 +135,7 @@ def choose(
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
     else:
-        only(chosen, prune, session, f"{_named(None if oracle else held)} {first.acc.percent} -> {best.acc.percent} %")
+        only(chosen, prune, session, f"{named(None if oracle else held)} {first.acc.percent} -> {best.acc.percent} %")
     return chosen
 
 
@@ -170,28 +146,6 @@ def _tried(
     with kept(model):
         prune(level)
         return judge(model)
-
-
-def _guesses(model: nn.Module, held: Held, acc: float, session: Session) -> bool:
-    """Whether an accuracy is no more than chance, which is said."""
-    if acc > (chance := _chance(model, held)):
-        return False
-    text = f"nothing is pruned: {_named(held)} {acc} % is no more than chance ({chance:g} %)"
-    session.say(f"{text}, so it cannot say how much may go")
-    return True
-
-
-def _named(held: Held | None) -> str:
-    """What the accuracy is called that chooses."""
-    if held is None:
-        return "test ACC"
-    return "held-back ACC" if held.apart else "ACC on the pictures it learns from"
-
-
-@torch.no_grad()
-def _chance(model: nn.Module, held: Held) -> float:
-    """The accuracy, in percent, of one who guesses among the classes of the logits."""
-    return 100 / int(model(held.x[:1]).shape[1])
 
 
 def _judge(held: Held | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:

@@ -23,6 +23,7 @@ from sau import loop
 from sau.data.images import Batches
 from sau.defense import pruning
 from sau.defense.base import Defense
+from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
@@ -104,7 +105,7 @@ class RNP(Defense):
         held = None
         if self.pruning_number is None and self.select == "defender":
             clean = pruning.gather(unaugmented(batches)[0])
-            (x, y), held = pruning.hold_back(*clean, self.held_back, session)
+            (x, y), held = hold_back(*clean, self.held_back, session)
             seed, augment = getattr(batches, "seed", 0), getattr(batches, "augment", None)
             batches = Batches(x, (y,), self.batch_size, seed, augment)
         unlearned = copy.deepcopy(model).train()
@@ -156,7 +157,7 @@ class RNP(Defense):
         run(step, batches, plan.epochs, label="recovering", rate="recovering_lr")
         return network.split(masks[0].detach())
 
-    def _prune(self, model: nn.Module, masks: dict[str, Tensor], held: pruning.Held | None, session: Session) -> None:
+    def _prune(self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, session: Session) -> None:
         def level(threshold: float) -> pruning.Level:
             return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})
 
