@@ -98,6 +98,9 @@ class NC(FT, Inversion):
         self.require("index_threshold", self.index_threshold >= 0, "0 and more")
         self.require("unlearning_ratio", 0 < self.unlearning_ratio <= 1, "above 0 and up to 1")
 
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({} if self.augment else {"augment_inversion": "augment is off"})
+
     def passes(self) -> float:
         return 0.0  # classes leave the inversion one by one, and each would be a size to compile anew
 
