@@ -418,7 +418,7 @@ def test_cuda_graphs_do_the_same(method):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
 def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compiler):
-    """It goes through the same weights, which cannot ask for any, and a checkpoint keeps them once."""
+    """It goes through the same weights, which cannot ask for any, and has no state that a checkpoint could keep."""
     model = small()
     model.compiled = "default"
     state, work = rounds(SAU(lr=1e-2), model)
