@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sau.errors import TrainingError
+from sau.machine.parts import InParts
 from sau.seeds import Drawn, drawn, set_drawn
 from sau.session import Session, size
 from sau.types import Loader
@@ -72,6 +73,8 @@ def run(
 
     Raises TrainingError, leaving the last finite checkpoint, when a reported loss or the state's `model` is not finite.
     """
+    if isinstance(step, InParts):
+        step.join(session)
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
 
@@ -105,8 +108,7 @@ class _Run:
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
             figures = {**losses, **self.session.on_epoch(done, row, self.state)}
             text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
-            took = time.monotonic() - started
-            self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {took:.1f} s")
+            self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
             self.place = _Place(self.epochs if ended else done)
             begin = now = drawn()
             self._save(begin, now, None if self._due() or self.place.epoch == self.epochs else LARGE)
@@ -132,7 +134,6 @@ class _Run:
                 now = drawn()  # before the next batch is drawn, for a checkpoint that is written after it was
             self._forecast()
             if self._due() and self.place.batch < length:  # the end of the epoch looks by itself
-                self.place.means(self.rate)
                 self._save(begin, drawn())
         return True
 
@@ -146,7 +147,6 @@ class _Run:
             if limit is None or not limit.reached():
                 return False
         except TrainingError:
-            self.place.means(self.rate)
             self._save(begin, now)
             raise
         self.place.means(self.rate)  # refuses to hand on what a broken loss has made
@@ -169,9 +169,10 @@ class _Run:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 
     def _save(self, begin: Drawn, now: Drawn, below: int | None = None) -> None:
-        """Write a checkpoint of fewer bytes than `below`; of any size, refuse to go on from broken weights."""
+        """Write a checkpoint of fewer bytes than `below`; of any size, refuse a broken loss or weight."""
         if self.session.checkpoint is None:
             return
+        self.place.means(self.rate)
         objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
         numbers = [value for value in objects.get("model", {}).values() if value.is_floating_point()]
         if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):

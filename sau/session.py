@@ -27,7 +27,9 @@ class Checkpoint(Protocol):
 
 @runtime_checkable
 class Splitter(Protocol):
-    """The devices that share a run."""
+    """The devices that share a run; `messages` is how many this process has exchanged with the others."""
+
+    messages: int
 
     def split(self, step: Step, state: dict[str, Any]) -> Step:
         """`step` for a whole batch, of which this process does its part; `state` is what moves."""
@@ -44,6 +46,10 @@ def size(content: Any) -> int:
 
 def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
     return {}
+
+
+def _unheard(**facts: Any) -> None:
+    pass
 
 
 class Limit:
@@ -87,6 +93,7 @@ class Session:
         checkpoint: keeps the place; None means that nothing is kept.
         on_epoch: called with (epochs done, mean losses, the state that changes); returns further figures to print.
         say: prints a line.
+        note: adds facts, by name, to what is recorded of the run.
         other_seconds: expected seconds outside the updates (evaluation), for the forecast.
         hint: what would make the run short; printed if the forecast exceeds an hour.
         save_every: seconds between two checkpoints; where one is small, the end of every epoch writes one, too.
@@ -99,6 +106,7 @@ class Session:
     checkpoint: Checkpoint | None = None
     on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = _nothing
     say: Callable[[str], None] = print
+    note: Callable[..., None] = _unheard
     other_seconds: float = 0.0
     hint: str = ""
     save_every: float = 60.0
