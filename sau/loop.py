@@ -11,11 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sau.errors import TrainingError
-from sau.session import Limit, Session
+from sau.machine.parts import InParts
+from sau.seeds import Drawn, drawn, set_drawn
+from sau.session import Session, size
 from sau.types import Loader
 
+LARGE = 2**24  # bytes of a checkpoint that is not written at the end of every epoch: that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
-Rng = dict[str, Any]
 
 
 @dataclass
@@ -71,6 +73,8 @@ def run(
 
     Raises TrainingError, leaving the last finite checkpoint, when a reported loss or the state's `model` is not finite.
     """
+    if isinstance(step, InParts):
+        step.join(session)
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
 
@@ -87,9 +91,11 @@ class _Run:
     rate: str
     place: _Place = field(default_factory=_Place)
     ticks: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
+    saved: float = 0.0  # when the last checkpoint was written, or the run began
 
     def go(self) -> None:
         begin, now = self._resume()
+        self.saved = time.monotonic()
         while self.place.epoch < self.epochs:
             started = time.monotonic()
             if hasattr(self.batches, "set_epoch"):
@@ -102,43 +108,52 @@ class _Run:
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
             figures = {**losses, **self.session.on_epoch(done, row, self.state)}
             text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
-            took = time.monotonic() - started
-            self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {took:.1f} s")
+            self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
             self.place = _Place(self.epochs if ended else done)
-            begin = now = _rng()
-            self._save(begin)
-        _set_rng(now)  # a run that was resumed at its end drew nothing
+            begin = now = drawn()
+            self._save(begin, now, None if self._due() or self.place.epoch == self.epochs else LARGE)
+        set_drawn(now)  # a run that was resumed at its end drew nothing
 
-    def _one_epoch(self, begin: Rng, now: Rng) -> bool:
+    def _one_epoch(self, begin: Drawn, now: Drawn) -> bool:
         """From `place` to the end of its epoch, or (False) to the session's limit; the generators are `begin` at its
         first batch and `now` at `place`.
         """
-        _set_rng(begin)
-        skipped, length, saved = self.place.batch, len(self.batches), time.monotonic()
+        set_drawn(begin)
+        skipped, length = self.place.batch, len(self.batches)
         walk = iter(self.batches)
         for _ in range(skipped):
             next(walk)
         if skipped:
-            _set_rng(now)
+            set_drawn(now)
         title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
         for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=None):
-            if self.session.limit is not None and self.session.limit.reached():
-                self._end_early(self.session.limit, length)
+            if self._over(begin, now, length):
                 return False
             self.place.add(self.step(x, y), len(y))
+            if self.session.limit is not None:
+                now = drawn()  # before the next batch is drawn, for a checkpoint that is written after it was
             self._forecast()
-            due = self.session.checkpoint is not None and time.monotonic() - saved > self.session.save_every
-            if due and self.place.batch < length:  # the end of the epoch saves by itself
-                self.place.means(self.rate)
-                self._save(begin)
-                saved = time.monotonic()
+            if self._due() and self.place.batch < length:  # the end of the epoch looks by itself
+                self._save(begin, drawn())
         return True
 
-    def _end_early(self, limit: Limit, length: int) -> None:
+    def _due(self) -> bool:
+        return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
+
+    def _over(self, begin: Drawn, now: Drawn, length: int) -> bool:
+        """Whether the session's limit ends the run before this batch; one that raises leaves a checkpoint of it."""
+        limit = self.session.limit
+        try:
+            if limit is None or not limit.reached():
+                return False
+        except TrainingError:
+            self._save(begin, now)
+            raise
         self.place.means(self.rate)  # refuses to hand on what a broken loss has made
         where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
         limit.ended = limit.ended or where
         self.session.say(f"the time is over: ended in {where}")
+        return True
 
     def _forecast(self) -> None:
         if len(self.ticks) > FORECAST_STEPS:
@@ -153,24 +168,30 @@ class _Run:
             if seconds > 3600 and self.session.hint:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 
-    def _save(self, begin: Rng) -> None:
-        if self.session.checkpoint is not None:
-            objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
-            numbers = [value for value in objects.get("model", {}).values() if value.is_floating_point()]
-            if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
-                broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
-                raise TrainingError(f"{broken}; try a smaller --{self.rate}")
+    def _save(self, begin: Drawn, now: Drawn, below: int | None = None) -> None:
+        """Write a checkpoint of fewer bytes than `below`; of any size, refuse a broken loss or weight."""
+        if self.session.checkpoint is None:
+            return
+        self.place.means(self.rate)
+        objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+        numbers = [value for value in objects.get("model", {}).values() if value.is_floating_point()]
+        if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
+            broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
+            raise TrainingError(f"{broken}; try a smaller --{self.rate}")
+        if below is None or size(objects) < below:
             where = {"stage": self.session.stage, "place": vars(self.place)}
-            self.session.checkpoint.save({**where, "begin": begin, "now": _rng(), "objects": objects})
+            self.session.checkpoint.save({**where, "begin": begin, "now": now, "objects": objects})
+            self.saved = time.monotonic()
 
-    def _resume(self) -> tuple[Rng, Rng]:
+    def _resume(self) -> tuple[Drawn, Drawn]:
         kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
         if kept is not None and kept["stage"] > self.session.stage:
             self.place.epoch = self.epochs
         if kept is None or kept["stage"] != self.session.stage:
-            return _rng(), _rng()
+            return drawn(), drawn()
         for name, content in kept["objects"].items():
-            self.state[name].load_state_dict(content)
+            if name in self.state:  # what is made again alike was kept, too, by commits before this one
+                self.state[name].load_state_dict(content)
         self.place = _Place(**kept["place"])
         batch = f", batch {self.place.batch}" if self.place.batch else ""
         self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")
@@ -187,14 +208,3 @@ def duration(seconds: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
-
-
-def _rng() -> Rng:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_rng(rng: Rng) -> None:
-    torch.set_rng_state(rng["cpu"])
-    for device, state in zip(range(torch.cuda.device_count()), rng["cuda"], strict=False):
-        torch.cuda.set_rng_state(state, device)  # a run may go on where more or fewer devices are seen

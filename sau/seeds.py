@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+Drawn = dict[str, Any]  # where torch's global generators stand
 
 
 def generator(seed: int) -> torch.Generator:
@@ -17,3 +20,16 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # left out, it warns of many
         torch.manual_seed(seed)
         yield
+
+
+def drawn() -> Drawn:
+    """Where torch's global generators stand."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_drawn(place: Drawn) -> None:
+    """Let them go on from there; a run may go on where more or fewer devices are seen."""
+    torch.set_rng_state(place["cpu"])
+    for device, state in zip(range(torch.cuda.device_count()), place["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,14 +27,29 @@ class Checkpoint(Protocol):
 
 @runtime_checkable
 class Splitter(Protocol):
-    """The devices that share a run."""
+    """The devices that share a run; `messages` is how many this process has exchanged with the others."""
+
+    messages: int
 
     def split(self, step: Step, state: dict[str, Any]) -> Step:
         """`step` for a whole batch, of which this process does its part; `state` is what moves."""
 
 
+def size(content: Any) -> int:
+    """Bytes of the tensors in a checkpoint."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, Mapping):
+        content = content.values()
+    return sum(map(size, content)) if not isinstance(content, str) and isinstance(content, Iterable) else 0
+
+
 def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
     return {}
+
+
+def _unheard(**facts: Any) -> None:
+    pass
 
 
 class Limit:
@@ -78,9 +93,10 @@ class Session:
         checkpoint: keeps the place; None means that nothing is kept.
         on_epoch: called with (epochs done, mean losses, the state that changes); returns further figures to print.
         say: prints a line.
+        note: adds facts, by name, to what is recorded of the run.
         other_seconds: expected seconds outside the updates (evaluation), for the forecast.
         hint: what would make the run short; printed if the forecast exceeds an hour.
-        save_every: seconds between two checkpoints inside an epoch.
+        save_every: seconds between two checkpoints; where one is small, the end of every epoch writes one, too.
         judge: scores a network on the test sets, for methods that are asked to choose by them (`select="oracle"`).
         team: splits every batch over several devices; None means that one does it all.
         limit: ends a run in time, after its last update; None means that none is set.
@@ -92,6 +108,7 @@ class Session:
     checkpoint: Checkpoint | None = None
     on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = _nothing
     say: Callable[[str], None] = print
+    note: Callable[..., None] = _unheard
     other_seconds: float = 0.0
     hint: str = ""
     save_every: float = 60.0

@@ -65,6 +65,7 @@ class Watch:
             checkpoint=self.record,
             on_epoch=self.on_epoch,
             say=self.record.say,
+            note=self.record.note,
             other_seconds=evaluations * self.evaluation_seconds,
             hint=SHORTER,
             limit=self.limit,

@@ -17,6 +17,13 @@ MINIATURE = {
     "sau": ("--steps", "1", "--train_updates", "2", "--purify_updates", "1"),
     "runs": ("--pictures", "320", "--epochs", "1", "--rounds", "1"),
 }  # fmt: skip
+# What is measured, in this order, and the seconds that are kept for it; what is over earlier leaves them to the next.
+KEPT = {
+    "train": 45, "sau": 45, "sau_compiled": 75, "attack": 140, "SAU": 50, "SAU, compiled": 60, "SAU, graphs": 60,
+    "fast": 45, "eval": 15, "data": 10, "train_compiled": 20, "runs": 10, "tests": 20,
+}  # fmt: skip
+MODES = {"SAU": "off", "SAU, compiled": "on", "SAU, graphs": "graphs"}  # --compile of the whole runs of SAU
+STARTS = 15.0  # seconds that a command takes before it counts its own
 SMALL = ("--width", "4", "--epochs", "1", "--eval_every", "1")
 
 
@@ -30,6 +37,7 @@ class Checklist:
         data: flags that name the pictures.
         device: flag that names the device.
         smoke: everything in miniature.
+        share: of the seconds that are kept for each, where there are more or fewer than ten minutes.
         rows: what, measured, target.
     """
 
@@ -38,21 +46,33 @@ class Checklist:
     data: tuple[str, ...]
     device: str
     smoke: bool
+    share: float
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
+    def left(self, name: str) -> float:
+        """Seconds that are left for `name`: all but what is kept for what comes after it."""
+        names = [] if self.smoke else list(KEPT)[list(KEPT).index(name) + 1 :]  # a miniature on a CPU is no measurement
+        return max(1.0, self.end - time.monotonic() - self.share * sum(KEPT[after] for after in names))
+
     def run(self, name: str, *command: str) -> bool:
-        """Run a command of the repository; a row says so if it fails or there is no time left."""
-        left = self.end - time.monotonic()
-        argv = [sys.executable, str(REPOSITORY / command[0]), *command[1:], "--device", self.device]
-        print(f"\n== {name} ({left:.0f} s left): {' '.join(command)}", flush=True)
+        """Run a command of the repository; a row says so if it fails or its time is over."""
+        return self.call(name, str(REPOSITORY / command[0]), *command[1:], "--device", self.device) is not None
+
+    def call(self, name: str, *words: str, stdout: int | None = None) -> str | None:
+        """Run python on `words`; its output, if `stdout` is a pipe, or None after a row that says why it failed."""
+        left = self.left(name)
+        print(f"\n== {name} ({left:.0f} s at most): {' '.join(words)}", flush=True)
+        argv = [sys.executable, *words]
         try:
-            done = subprocess.run(argv, cwd=self.out, stderr=subprocess.PIPE, text=True, timeout=max(1.0, left))
+            done = subprocess.run(argv, cwd=self.out, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=left)
         except subprocess.TimeoutExpired:
-            self.add(name, "no time left", "")
-            return False
+            self.add(name, f"no end in {left:.0f} s", "")
+            return None
+        said = done.stdout or ""
         if done.returncode:
-            self.add(name, f"failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}", "")
-        return done.returncode == 0
+            self.add(name, f"failed: {((done.stderr.strip() or said.strip()).splitlines() or ['no word'])[-1]}", "")
+            return None
+        return said.strip()
 
     def add(self, what: str, measured: str, target: str) -> None:
         """Add a row and write the table, so that what was measured is kept whatever comes."""
@@ -69,7 +89,7 @@ class Checklist:
         file = self.out / f"bench_{name or part}.json"
         small = ("--width", "4", "--batch_size", "16", "--repeats", "1", *MINIATURE.get(part, ()))
         flags = small if self.smoke else ("--width", "64", *flags)
-        if not self.run(f"bench {part}", "scripts/bench.py", part, *self.data, *flags, "--json", str(file)):
+        if not self.run(name or part, "scripts/bench.py", part, *self.data, *flags, "--json", str(file)):
             return []
         rows = json.loads(file.read_text())["rows"]
         for row in rows:
@@ -101,39 +121,58 @@ def main(argv: Sequence[str]) -> None:
         data = ("--dataset", "cifar10", "--dataset_path", str(args.datasets.resolve()))
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    work = Checklist(out, time.monotonic() + 60 * args.minutes, data, args.device, args.smoke)
+    seconds = 60 * args.minutes
+    work = Checklist(out, time.monotonic() + seconds, data, args.device, args.smoke, seconds / 600)
     work.add("machine", _machine(args.device), "")
     work.add("pictures", "CIFAR-10" if args.datasets else "digits, in place of CIFAR-10", "")
-    trained = work.bench("train", "--batch_size", "128", "--steps", "20", "--repeats", "3", target=">= 10")
-    updates = ("--batch_size", "256", "--steps", "10", "--repeats", "3")  # Adam's state is made in the first of ten
-    searched = work.bench("sau", *updates, target=">= 10")
-    _runs(work, trained, searched)
-    work.bench("data", "--batch_size", "128", "--steps", "20", "--repeats", "3", target="share <= 3 %")
-    work.bench("eval", "--pictures", "10000", "--repeats", "3", target=">= 8")
-    modes = ("--compiled", "default,reduce-overhead", "--repeats", "3")
-    whole = ("--pictures", "5120", "--epochs", "4", "--rounds", "10", "--precisions", "bf16", "--repeats", "1")
-    work.bench("runs", *whole, target=">= 10")
-    work.bench("train", "--batch_size", "128", "--steps", "20", *modes, target="compiled", name="train_compiled")
-    work.bench("sau", *updates, "--compiled", "default,reduce-overhead", target="compiled", name="sau_compiled")
+    _measure(work)
     print((out / "table.md").read_text())
 
 
+def _measure(work: Checklist) -> None:
+    """Everything, in the order of `KEPT`."""
+    steps = ("--batch_size", "128", "--steps", "20", "--repeats", "3")
+    updates = ("--batch_size", "256", "--steps", "10", "--repeats", "3")  # Adam's state is made in the first of ten
+    modes = ("--compiled", "default,reduce-overhead")
+    trained = work.bench("train", *steps, target=">= 10")
+    searched = work.bench("sau", *updates, target=">= 10")
+    work.bench("sau", *updates, *modes, target="compiled", name="sau_compiled")
+    _runs(work, trained, searched)
+    work.bench("eval", "--pictures", "10000", "--repeats", "3", target=">= 8")
+    work.bench("data", *steps, target="share <= 3 %")
+    work.bench("train", *steps, *modes, target="compiled", name="train_compiled")
+    whole = ("--pictures", "5120", "--epochs", "4", "--rounds", "10", "--precisions", "bf16", "--repeats", "1")
+    work.bench("runs", *whole, target=">= 10")
+    asked = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(REPOSITORY / "tests"))
+    said = work.call("tests", *asked, stdout=subprocess.PIPE)
+    if said is not None:
+        work.add("tests that need a card", said.splitlines()[-1], "none fails")
+
+
 def _runs(work: Checklist, trained: list[dict[str, Any]], searched: list[dict[str, Any]]) -> None:
-    """The whole runs that the targets speak of: an attack, SAU on it, and the fast recipe."""
+    """The whole runs that the targets speak of: an attack, SAU on it as it stands and compiled, and the fast recipe."""
     root = ("--record_root", str(work.out / "record"), "--overwrite", "true")
     long = SMALL if work.smoke else ("--epochs", str(EPOCHS))
-    attack, defense = ("attack/badnet.py", *work.data, *root), ("defense/sau.py", *root)
+    attack = ("attack/badnet.py", *work.data, *root)
     paper = ("--recipe", "paper", "--eval_every", "10", "--amp", "true") if not work.smoke else ("--recipe", "cpu")
-    if work.run("attack", *attack, *paper, *long, "--save_folder_name", "paper", "--max_minutes", "5"):
+    if work.run("attack", *attack, *paper, *long, "--save_folder_name", "paper", *_minutes(work, "attack")):
         seen = EPOCHS * PICTURES
         _row(work, "attack, 100 epochs, width 64", work.record("paper"), seen, trained, "<= 150 s, aim 90")
     rounds = ("--epochs", "1") if work.smoke else ("--recipe", "paper", "--epochs", str(ROUNDS), "--amp", "true")
-    if work.run("SAU", *defense, *rounds, "--result_file", "paper", "--max_minutes", "3"):
-        found = work.record("paper", "defense", "sau")
-        _row(work, "SAU, 100 rounds, width 64", found, ROUNDS * CLEAN, searched, "<= 60 s, aim 30")
+    for name, mode in list(MODES.items())[: 1 if work.smoke else None]:  # a compiler takes a CPU core minutes
+        own = ("--result_file", "paper", "--save_folder_name", f"sau_{mode}")
+        if work.run(name, "defense/sau.py", *root, *rounds, *own, "--compile", mode, *_minutes(work, name)):
+            found = work.record("paper", "defense", f"sau_{mode}")
+            what = f"SAU, {ROUNDS} rounds, width 64, --compile {mode}"
+            _row(work, what, found, ROUNDS * CLEAN, searched, "<= 60 s, aim 30")
     fast = ("--recipe", "cpu", *SMALL) if work.smoke else ("--recipe", "fast")
-    if work.run("fast", *attack, *fast, "--save_folder_name", "fast", "--max_minutes", "3"):
+    if work.run("fast", *attack, *fast, "--save_folder_name", "fast", *_minutes(work, "fast")):
         _row(work, "attack, fast recipe", work.record("fast"), 0, [], "about 60 s, ACC 90.5 to 92.5, ASR >= 92")
+
+
+def _minutes(work: Checklist, name: str) -> tuple[str, str]:
+    """How long a whole run may take, so that it ends by itself and leaves a record."""
+    return "--max_minutes", f"{max(5.0, work.left(name) - STARTS) / 60:.2f}"
 
 
 def _row(

@@ -18,15 +18,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.data.sources import source
-from sau.errors import ConfigError, told
+from sau.errors import ConfigError, RecordError, told
 from sau.grid.engines import Engine, Local
 from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.plan import Cell, cells, select
+from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import Block, Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
 from sau.loop import duration
+
+JOBS, MINUTES = 100, 1440  # of Slurm, unless asked
 
 
 def say(text: str) -> None:
@@ -62,12 +65,36 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--cores", type=int, help="local, ray and slurm's local cluster: cores to use [all]")
     asked.add_argument("--memory_gb", type=float, help="local: GiB to use [nine tenths of the machine's]")
     asked.add_argument("--address", help="ray: a running cluster, `auto` for the one of this machine [start one here]")
-    asked.add_argument("--jobs", type=int, default=100, help="slurm: most jobs at a time [100]")
-    asked.add_argument("--job_minutes", type=int, default=1440, help="slurm: time limit of a job [1440]")
-    asked.add_argument(
-        "--cluster", choices=("slurm", "local"), default="slurm", help="slurm: local means processes here"
-    )
+    asked.add_argument("--jobs", type=int, help=f"slurm: most jobs at a time [{JOBS}]")
+    asked.add_argument("--job_minutes", type=int, help=f"slurm: time limit of a job [{MINUTES}]")
+    asked.add_argument("--cluster", choices=("slurm", "local"), help="slurm: local means processes here [slurm]")
     return asked
+
+
+def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
+    """Refuse, by a ConfigError, what would have no effect."""
+    for name in ("dry_run", "publish", "retry_failed"):
+        if look and getattr(asked, name):
+            raise ConfigError(f"--{name} has no effect on status, which only looks; leave it out")
+    if asked.dry_run and asked.publish:
+        raise ConfigError("--dry_run and --publish each run nothing; leave one of them out")
+    here = asked.engine == "slurm" and asked.cluster == "local"
+    started = asked.engine == "ray" and asked.address is None
+    for name, acts, where in (
+        ("cores", asked.engine == "local" or here or started, "with local, a Ray that is started, and --cluster local"),
+        ("memory_gb", asked.engine == "local", "with --engine local; a cluster knows its own"),
+        ("address", asked.engine == "ray", "with --engine ray"),
+        ("jobs", asked.engine == "slurm" and not here, "with --engine slurm; --cluster local has --cores"),
+        ("job_minutes", asked.engine == "slurm", "with --engine slurm"),
+        ("cluster", asked.engine == "slurm", "with --engine slurm"),
+    ):
+        if getattr(asked, name) is not None and not acts:
+            raise ConfigError(f"--{name} has an effect only {where}; leave it out")
+
+
+def at_once(asked: argparse.Namespace) -> int:
+    """Most jobs of Slurm at a time."""
+    return (asked.cores or 1) if asked.cluster == "local" else (asked.jobs or JOBS)
 
 
 def engine(asked: argparse.Namespace, grid: Grid, store: Store) -> Engine:
@@ -78,8 +105,8 @@ def engine(asked: argparse.Namespace, grid: Grid, store: Store) -> Engine:
 
     if asked.engine == "ray":
         return RayEngine(asked.address, asked.cores)
-    jobs = asked.jobs if asked.cluster == "slurm" else asked.cores or 1
-    return Slurm(store.own / "slurm", grid.slurm, jobs, asked.cluster, asked.job_minutes)
+    how = (at_once(asked), asked.cluster or "slurm", asked.job_minutes or MINUTES)
+    return Slurm(store.own / "slurm", grid.slurm, *how)
 
 
 def run(asked: argparse.Namespace, look: bool) -> int:
@@ -89,6 +116,7 @@ def run(asked: argparse.Namespace, look: bool) -> int:
         value = getattr(asked, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name} is {value:g}, allowed is above 0")
+    refuse_idle(asked, look)
     grid, blocks = read(asked.file)
     if asked.dataset_path:
         blocks = [dataclasses.replace(block, dataset_path=asked.dataset_path) for block in blocks]
@@ -96,19 +124,22 @@ def run(asked: argparse.Namespace, look: bool) -> int:
     grid = dataclasses.replace(grid, **{n: getattr(asked, n) for n in said if getattr(asked, n) is not None})
     every = cells(blocks)
     store = Store(Path(grid.record_root), tuple(Path(place).absolute() for place in asked.published or grid.published))
-    if look:
-        print("\n".join(status(every, store)))
-        return 0
     if asked.only:
         every = select(every, asked.only)
+    other = store.other_version()
+    if look:
+        print("\n".join([f"note: {other}"] * bool(other) + of_others(store, every) + status(every, store)))
+        return 0
     if asked.publish:
-        count, notes = store.publish(every, asked.publish)
+        count, notes = publish(store, every, asked.publish)
         say("\n".join([*notes, f"{count} summaries of {len(every)} cells are in {asked.publish}"]))
         return 0
     forecast = Forecast(costs(every, store))
+    if other:
+        raise RecordError(other)
     if asked.dry_run:
         return foresee(needed(every, store, asked.retry_failed), forecast, asked)
-    for note in store.prepare(every):
+    for note in store.prepare(every) + of_others(store, every):
         say(note)
     todo = needed(every, store, asked.retry_failed)
     check_disk(forecast.disk(todo), shutil.disk_usage(store.root).free)
@@ -126,7 +157,7 @@ def find_data(blocks: list[Block]) -> None:
 
 def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
     """Print what would run and what it would take; a local engine also says here what it cannot hold."""
-    parallel = asked.jobs if asked.engine == "slurm" else 1
+    parallel = at_once(asked) if asked.engine == "slurm" else 1
     if asked.engine == "local" and todo:
         here = Local(asked.cores, asked.memory_gb)
         try:
@@ -146,6 +177,9 @@ def drive(
     """Run the cells that are left; Ctrl-C goes through, after all of them were stopped."""
     started = time.monotonic()
     where = engine(asked, grid, store)
+    crowd = where.crowded() if isinstance(where, Local) else None
+    if crowd:
+        say(f"warning: {crowd}")
     runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, forecast=forecast, say=say)
     runner.run()
     say(f"took {duration(time.monotonic() - started)}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import bench
+import gpu_checklist
 import pytest
 import torch
 from bench_parts import evaluation, everything, growth, measure, pil, profile, roofline, setting
@@ -231,6 +232,25 @@ def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "table.md").read_text()
-    for what in ("training step", "SAU update", "attack, 100 epochs", "SAU, 100 rounds", "fast recipe", "evaluation"):
+    whole = ("attack, 100 epochs", "SAU, 100 rounds, width 64, --compile off", "fast recipe")
+    for what in ("training step", "SAU update", *whole, "evaluation", "need a card"):
         assert what in text
-    assert "failed" not in text and "no time left" not in text
+    assert "failed" not in text and "no end in" not in text
+
+
+def test_the_parts_of_the_checklist_of_a_gpu_fit_into_its_time(tmp_path, monkeypatch):
+    """What is over at once leaves its time to the next; what takes all of its own leaves the next one theirs."""
+    kept, now = gpu_checklist.KEPT, [0.0]
+    assert sum(kept.values()) < 600
+    monkeypatch.setattr(gpu_checklist.time, "monotonic", lambda: now[0])
+    for minutes in (10, 5):
+        share, now[0] = minutes / 10, 0.0
+        work = gpu_checklist.Checklist(tmp_path, 60.0 * minutes, (), "cuda", False, share)
+        spare = share * (600 - sum(kept.values()))
+        for name, seconds in kept.items():
+            assert work.left(name) == pytest.approx(share * seconds + spare)
+            now[0] += work.left(name)
+            spare = 0.0
+        now[0] = 0.0
+        assert work.left("tests") == 60.0 * minutes
+    assert list(gpu_checklist.MODES.values()) == ["off", "on", "graphs"] and {*gpu_checklist.MODES} <= {*kept}

@@ -93,7 +93,7 @@ def member(rank: int, devices: int, monkeypatch: pytest.MonkeyPatch) -> Team:
     """A member of a team whose others are left out: sums are its own part."""
     monkeypatch.setattr("sau.machine.team._sum", lambda tensor: None)
     team = object.__new__(Team)
-    team.rank, team.devices, team.share, team.hooks = rank, devices, 0.0, []
+    team.rank, team.devices, team.share, team.hooks, team.messages = rank, devices, 0.0, [], 0
     team.fabric = type("Fabric", (), {"device": torch.device("cpu")})()
     return team
 

@@ -21,6 +21,7 @@ from sau.grid.engines import Local
 from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.names import plain
 from sau.grid.plan import Cell, cells, select
+from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import read
 from sau.grid.status import status
@@ -310,6 +311,10 @@ BAD = {
         SMALL + "  badnet: {patch_mask_path: nowhere.png}\n",
         "badnet: patch_mask_path: cannot read /",
     ),
+    "one class with too few pictures": (
+        "dataset: tiny\nattacks: [sig]\nratios: [0.0051]\n",
+        "sig: pratio is 0.0051, which is 510 of 100000 pictures of tiny, but its class has 500; allowed is up to 0.005",
+    ),
     "memory": (SMALL + "memory_gb: .nan\n", "memory_gb is nan"),
     "no timeout": (SMALL + "cell_timeout: .nan\n", "cell_timeout is nan"),
     "retries": (SMALL + "retries: -1\n", "retries is -1"),
@@ -327,6 +332,11 @@ def test_a_wrong_file_is_refused_in_one_line(planned, one_line, case):
     assert words in one_line(caught.value)
 
 
+def test_one_class_may_be_poisoned_whole_and_others_have_no_such_bound(planned):
+    for dataset, attacks, ratio in (("tiny", "sig", 0.005), ("cifar10", "sig", 0.1), ("tiny", "badnet, wanet", 0.1)):
+        assert planned(f"dataset: {dataset}\nattacks: [{attacks}]\nratios: [{ratio}]\n")
+
+
 def test_a_circle_of_includes_is_named(tmp_path, one_line):
     for name, other in (("a", "b"), ("b", "c"), ("c", "b")):
         (tmp_path / f"{name}.yaml").write_text(f"include: {other}.yaml\n")
@@ -335,7 +345,11 @@ def test_a_circle_of_includes_is_named(tmp_path, one_line):
     assert "b.yaml -> c.yaml -> b.yaml" in one_line(caught.value)
 
 
-def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(planned, one_line):
+def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(planned, one_line, monkeypatch):
+    monkeypatch.setattr("sau.grid.engines.usable", lambda: 2)
+    with pytest.raises(ConfigError) as caught:
+        Local(cores=3, memory_gb=4.0).check([])
+    assert "cores is 3, but this process may use 2" in one_line(caught.value)
     for change, words in (
         ({"memory_gb": 10.0}, "memory_gb is 10, but"),
         ({"threads": 3}, "threads is 3, but"),
@@ -358,6 +372,26 @@ def test_a_root_of_another_version_is_refused(planned, tmp_path, one_line, monke
     with pytest.raises(RecordError) as caught:
         Store(tmp_path).prepare(planned())
     assert "this is 0.0.0" in one_line(caught.value)
+
+
+def test_another_version_is_told_before_anything_runs(planned, script, tmp_path, monkeypatch):
+    """By a dry run and by status, too; and of published summaries, whose digests are the same in all versions."""
+    every, store = planned(), Store(tmp_path / "record" / "grid")
+    store.prepare(every)
+    for cell in every[:2]:
+        finish(store, cell)
+    assert publish(store, every, tmp_path / "kept") == (2, []) and of_others(store, every) == []
+    monkeypatch.setattr("sau.__version__", "0.0.0")
+    for flags in (("--dry_run",), ()):
+        status, out, err = script("grid.py", "grid.yaml", *flags)
+        assert (status, out) == (2, "") and "was made by sau" in the_error(err)
+    status, out, _ = script("grid.py", "status", "grid.yaml")
+    assert status == 0 and out.startswith("note: ") and "this is 0.0.0" in out and "2 finished" in out
+    published = Store(tmp_path / "new", (tmp_path / "kept",))
+    assert len(of_others(published, every)) == 1 and "note: 2 published summaries are" in of_others(published, every)[0]
+    assert publish(published, every, tmp_path / "again") == (2, [])  # by whom they were made stays in them
+    found = Store(tmp_path / "new", (tmp_path / "again",))
+    assert found.summary(every[0]) == published.summary(every[0]) and published.summary(every[0])["sau"] != "0.0.0"
 
 
 @pytest.mark.parametrize(("engine", "module"), [("ray", "ray"), ("slurm", "submitit")])
@@ -438,6 +472,30 @@ def test_a_failed_cell_runs_again_only_when_asked(planned, drive, tmp_path):
     assert {state.name for state in Store(tmp_path / "root").states(every).values()} == {"finished"}
 
 
+@pytest.mark.parametrize("retry_failed", [False, True])
+def test_a_cell_that_fails_elsewhere_meanwhile_is_not_tried_again(planned, drive, tmp_path, monkeypatch, retry_failed):
+    """Of two runners with equal cells one tries for both; a failure from before this call is another matter."""
+    every, store, submit = planned(), Store(tmp_path / "root"), Scripted.submit
+    if retry_failed:
+        for cell in (every[1], every[4]):
+            store.fail(cell, "long ago", 2)
+
+    def both(self: Scripted, cell: Cell, job: Job) -> None:
+        if cell.digest == every[0].digest:
+            store.fail(every[1], "no such file", 1)
+            store.fail(every[3], "no such file", 1)
+        submit(self, cell, job)
+
+    monkeypatch.setattr(Scripted, "submit", both)
+    engine, failures, lines = drive(every, retry_failed=retry_failed)
+    assert {cell.label: reason for cell, reason in failures} == {
+        every[1].label: "elsewhere: no such file", every[3].label: "elsewhere: no such file",
+        every[4].label: "its attack failed", every[5].label: "its attack failed",
+    }  # fmt: skip
+    assert sorted(engine.order) == sorted([every[0].label, every[2].label]) and len(lines) == 6
+    assert store.reason(every[1]) == "no such file"
+
+
 def test_a_cell_that_another_runner_has_is_waited_for(planned, drive):
     every = planned()
     wait = Outcome("later", "it is in use")
@@ -484,7 +542,7 @@ def test_a_published_summary_counts_and_its_attack_is_trained_again_only_for_wor
     every = planned()
     drive(every)
     done, kept = Store(tmp_path / "root"), tmp_path / "kept"
-    assert done.publish([*every[:2], *every[3:]], kept) == (5, [])
+    assert publish(done, [*every[:2], *every[3:]], kept) == (5, [])
     assert {file.name for file in kept.rglob("*") if file.is_file()} == {"summary.json"}
     (tmp_path / "root").rename(tmp_path / "gone")
     engine, _, lines = drive(every, published=[kept])
@@ -497,7 +555,7 @@ def test_a_published_summary_counts_and_its_attack_is_trained_again_only_for_wor
 def test_an_attack_that_comes_out_otherwise_than_published_is_told(planned, drive, tmp_path):
     every = planned()
     finish(Store(tmp_path / "other"), every[0], acc=12.0)
-    Store(tmp_path / "other").publish(every, tmp_path / "kept")
+    publish(Store(tmp_path / "other"), every, tmp_path / "kept")
     lines = drive(every, published=[tmp_path / "kept"])[2]
     assert any(line.startswith(f"warning: {every[0].label} differs") for line in lines)
 
@@ -517,15 +575,15 @@ def test_a_damaged_cell_that_is_published_is_not_made_again_and_spoils_nothing(p
     every, kept = planned(), tmp_path / "kept"
     drive(every)
     store = Store(tmp_path / "root", (kept,))
-    store.publish(every, kept)
+    publish(store, every, kept)
     summary = store.folder(every[1]) / "summary.json"
     summary.write_text(summary.read_text().replace("90.0", "12.0"))
-    count, notes = store.publish(every, kept)
+    count, notes = publish(store, every, kept)
     assert count == 6 and len(notes) == 1 and "what was published before stays" in notes[0]
-    assert Store(tmp_path / "root").publish(every, tmp_path / "new")[0] == 5
+    assert publish(Store(tmp_path / "root"), every, tmp_path / "new")[0] == 5
     (note,) = store.prepare(every)
     assert "its published summary counts" in note and store.summary(every[1])["acc"] == 90
-    assert needed(every, store, False) == [] and not store.publish(every, kept)[1]
+    assert needed(every, store, False) == [] and not publish(store, every, kept)[1]
     assert json.loads((kept / every[1].folder / "summary.json").read_text())["acc"] == 90
 
 
@@ -563,7 +621,7 @@ def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_l
 def test_a_published_attack_that_cannot_be_trained_again_blocks_its_defenses(planned, drive, tmp_path):
     every, kept = planned(), tmp_path / "kept"
     drive(every)
-    Store(tmp_path / "root").publish([every[0], *every[2:]], kept)
+    publish(Store(tmp_path / "root"), [every[0], *every[2:]], kept)
     (tmp_path / "root").rename(tmp_path / "gone")
     store = Store(tmp_path / "root", (kept,))
     assert "left: 2 cells" in status(every, store)[1]  # the attack, for its weights are not kept
@@ -681,6 +739,37 @@ def test_cores_and_memory_are_never_oversubscribed(planned, monkeypatch):
         assert count == most == here.parallel(cell)
 
 
+def test_a_process_that_is_not_to_be_had_is_that_cells_failure(planned, monkeypatch, tmp_path):
+    def none(job: Job, gpus: str | None) -> Child:
+        raise RecordError("cannot start a cell with its output in x: Resource temporarily unavailable")
+
+    monkeypatch.setattr("sau.grid.engines.Child", none)
+    here, cell = Local(cores=2, memory_gb=8.0), planned()[0]
+    here.submit(cell, Store(tmp_path).job(cell, None))
+    ((failed, outcome),) = here.poll()
+    assert failed is cell and (outcome.status, outcome.again) == ("failed", True)
+    assert "temporarily unavailable" in outcome.reason and here.poll() == [] and here.room(cell)
+
+
+CROWD = "others keep 1.8 of 2 cores busy, and the cells are to use 2; --cores gives them fewer"
+
+
+@pytest.mark.parametrize(
+    ("others", "cores", "said"), [(1.8, 2, CROWD), (0.2, 2, None), (1.0, 1, None), (None, 2, None)]
+)
+def test_a_busy_machine_is_told(monkeypatch, others, cores, said):
+    monkeypatch.setattr("sau.machine.cores.busy", lambda: others)
+    monkeypatch.setattr("sau.machine.cores._places", lambda: {0, 1})
+    assert Local(cores=cores, memory_gb=1.0).crowded() == said
+
+
+def test_cells_on_cuda_are_not_compiled_by_chance(planned):
+    """The choice of `auto` comes from a timing, and neighbours share the card; digests stay what they were."""
+    on_cuda = planned(SMALL + "device: cuda\ngpus: 0.5\n")
+    assert all("--compile=off" in cell.flags for cell in on_cuda)
+    assert not any(flag.startswith("--compile") for cell in planned() for flag in cell.flags)
+
+
 def test_what_waits_for_a_cell_is_light():
     """A worker of Ray or a job of Slurm holds no second copy of torch beside that of the cell."""
     code = "import sys; import sau.grid.cells; print('torch' in sys.modules)"
@@ -788,6 +877,7 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
     for cell in every:
         finish(store, cell)
     assert script("grid.py", "status", "grid.yaml") == (0, "6 cells: 6 finished\n", "")
+    assert script("grid.py", "status", "grid.yaml", "--only", "clp") == (0, "4 cells: 4 finished\n", "")
     assert script("grid.py", "grid.yaml", "--publish", "kept", "--only", "clp")[:2] == (
         0,
         "4 summaries of 4 cells are in kept\n",
@@ -811,6 +901,17 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("grid.yaml", "--retries", "-1"), "retries is -1"),
         (("grid.yaml", "--cell_timeout", "nan"), "--cell_timeout is nan"),
         (("grid.yaml", "--jobs", "0"), "--jobs is 0"),
+        (("grid.yaml", "--jobs", "2"), "--jobs has an effect only with --engine slurm"),
+        (("grid.yaml", "--job_minutes", "2"), "--job_minutes has an effect only with --engine slurm"),
+        (("grid.yaml", "--cluster", "local"), "--cluster has an effect only with --engine slurm"),
+        (("grid.yaml", "--address", "auto"), "--address has an effect only with --engine ray"),
+        (("grid.yaml", "--engine", "ray", "--address", "x", "--cores", "2"), "--cores has an effect only with local"),
+        (("grid.yaml", "--engine", "slurm", "--cores", "2"), "--cores has an effect only with local"),
+        (("grid.yaml", "--engine", "slurm", "--memory_gb", "2"), "--memory_gb has an effect only with --engine local"),
+        (("grid.yaml", "--engine", "slurm", "--cluster", "local", "--jobs", "2"), "--cluster local has --cores"),
+        (("status", "grid.yaml", "--publish", "kept"), "--publish has no effect on status"),
+        (("status", "grid.yaml", "--retry_failed"), "--retry_failed has no effect on status"),
+        (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run and --publish"),
         (("grid.yaml", "--cores", "0"), "--cores is 0"),
         (("grid.yaml", "--memory_gb", "0"), "--memory_gb is 0"),
         (("far.yaml",), "there is no folder /nowhere/train"),

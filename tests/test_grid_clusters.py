@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,44 +30,84 @@ class Refused(RuntimeError):
 
 
 @pytest.fixture
-def slurm(monkeypatch, tmp_path) -> Callable[[set[int]], clusters.Slurm]:
-    """`slurm(fails)` is the engine on an sbatch that fails in the calls of these numbers; its jobs end at once."""
+def slurm(monkeypatch, tmp_path) -> Callable[..., clusters.Slurm]:
+    """`slurm(fails)` is the engine on an sbatch that fails in the calls of these numbers; its jobs end at once, and in
+    the calls `lost` without a word."""
     monkeypatch.setattr(clusters, "PAUSE", 0.01)
     monkeypatch.setenv("PYTHONPATH", "")  # the engine sets it for its jobs; after the test it is as before
     monkeypatch.setattr("sau.grid.runner.ELSEWHERE", 0.01)
 
-    def engine(fails: set[int]) -> clusters.Slurm:
+    def engine(fails: set[int], lost: Sequence[int] = (), cluster: str = "slurm") -> clusters.Slurm:
         calls = iter(range(100))
 
         def submit(run: Any, job: Any) -> Any:
-            if next(calls) in fails:
+            number = next(calls)
+            if number in fails:
                 raise Refused("sbatch: error: QOSMaxSubmitJobPerUserLimit\n  more")
-            return SimpleNamespace(job_id="7", done=lambda: True, result=lambda: run(job))
+
+            def result() -> Any:
+                if number in lost:
+                    raise Refused("Job (task=0) was cancelled\n  more")
+                return run(job)
+
+            return SimpleNamespace(job_id="7", done=lambda: True, result=result)
 
         executor = SimpleNamespace(update_parameters=lambda **more: None, submit=submit)
         errors = SimpleNamespace(UncompletedJobError=Refused, FailedJobError=Refused, FailedSubmissionError=Refused)
         stub = SimpleNamespace(AutoExecutor=lambda **more: executor, core=SimpleNamespace(utils=errors))
         monkeypatch.setitem(sys.modules, "submitit", stub)
-        return clusters.Slurm(tmp_path, {}, 2, "slurm", 5)
+        return clusters.Slurm(tmp_path, {}, 2, cluster, 5)
 
     return engine
+
+
+def at_once(store: Store, every: list[Cell], done: Scripted | None = None) -> Callable[[Any], Any]:
+    """What runs a job in the place of `run_cell`: it is finished when this returns."""
+    done = done or Scripted(store)
+    by_folder = {str(store.folder(cell)): cell for cell in every}
+
+    def run(job: Any) -> Any:
+        done.submit(by_folder[job.folder], job)
+        return done.poll()[0][1]
+
+    return run
 
 
 def test_what_slurm_does_not_take_stays_in_line(every, slurm, tmp_path, monkeypatch):
     store, lines = Store(tmp_path / "root"), list[str]()
     done = Scripted(store)
-    by_folder = {str(store.folder(cell)): cell for cell in every}
-
-    def at_once(job: Any) -> Any:
-        done.submit(by_folder[job.folder], job)
-        return done.poll()[0][1]
-
-    monkeypatch.setattr(clusters, "run_cell", at_once)
+    monkeypatch.setattr(clusters, "run_cell", at_once(store, every, done))
     engine = slurm({1, 3, 4})
     runner = Runner(every, store, engine, retries=0, timeout=None, forecast=Forecast({}), say=lines.append)
     assert runner.run() == [] and len(done.order) == 6
     waits = [line for line in lines if line.startswith("waits ")]
     assert waits and all("not submitted: sbatch: error: QOSMaxSubmitJobPerUserLimit" in line for line in waits)
+
+
+def test_a_job_that_slurm_loses_is_tried_again(every, slurm, tmp_path, monkeypatch):
+    """Cancelled, timed out, or its machine died: submitit has no result of it."""
+    store, lines = Store(tmp_path / "root"), list[str]()
+    monkeypatch.setattr(clusters, "run_cell", at_once(store, every))
+    runner = Runner(
+        every, store, slurm(set(), [0, 1]), retries=1, timeout=None, forecast=Forecast({}), say=lines.append
+    )
+    assert runner.run() == []
+    again = [line for line in lines if line.startswith("again ")]
+    assert len(again) == 2 and all("job 7 lost: Job (task=0) was cancelled; try 2 of 2" in line for line in again)
+
+
+def test_processes_of_slurms_local_cluster_are_those_of_this_machine(every, slurm, monkeypatch, one_line):
+    monkeypatch.setattr("sau.grid.engines.usable", lambda: 3)
+    monkeypatch.setattr("sau.grid.engines.memory", lambda: 10 * GIB)
+    engine, wide = slurm(set(), cluster="local"), dataclasses.replace(every[0], threads=2)
+    for change, words in (({"threads": 4}, "threads is 4, but this machine"), ({"memory_gb": 9.5}, "memory_gb is 9.5")):
+        with pytest.raises(ConfigError) as caught:
+            engine.check([every[1], dataclasses.replace(every[0], **change)])
+        assert words in one_line(caught.value)
+    assert engine.parallel(wide) == 1 and engine.parallel(every[0]) == 2 and engine.room(wide)
+    engine.running.append((wide, None))
+    assert engine.room(every[0]) and not engine.room(wide)
+    slurm(set()).check([dataclasses.replace(every[0], threads=400)])  # whose machines only Slurm knows
 
 
 def test_a_slurm_that_takes_nothing_is_one_line(every, slurm, tmp_path, one_line):
@@ -102,3 +142,28 @@ def test_ray_runs_as_many_cells_as_every_resource_holds(every, ray):
 def test_ray_without_an_address_is_started_whatever_runs_here(ray, address, wanted):
     clusters.RayEngine(address, 2)
     assert ray["address"] == wanted and ("num_cpus" in ray) is (address is None)
+
+
+def test_a_worker_that_ray_loses_is_tried_again(every, ray, tmp_path, monkeypatch):
+    """The first two tasks end with Ray's own error, as when their machine is gone; the rest finish."""
+    stub, lines = sys.modules["ray"], list[str]()
+    store, numbers = Store(tmp_path / "root"), iter(range(100))
+    run = at_once(store, every)
+
+    class RayError(Exception):
+        pass
+
+    def get(task: tuple[int, Any]) -> Any:
+        if task[0] < 2:
+            raise RayError("The worker died unexpectedly\n  more")
+        return run(task[1])
+
+    options = SimpleNamespace(options=lambda **more: SimpleNamespace(remote=lambda job: (next(numbers), job)))
+    errors = SimpleNamespace(RayError=RayError)
+    vars(stub).update(remote=lambda work: options, wait=lambda tasks, **more: (tasks, []), get=get, exceptions=errors)
+    vars(stub).update(shutdown=lambda: None)
+    engine = clusters.RayEngine("auto")
+    runner = Runner(every, store, engine, retries=1, timeout=None, forecast=Forecast({}), say=lines.append)
+    assert runner.run() == []
+    again = [line for line in lines if line.startswith("again ")]
+    assert len(again) == 2 and all("worker lost: The worker died unexpectedly; try 2 of 2" in line for line in again)

@@ -35,7 +35,7 @@ def begun(store: Store, file: Path) -> set[int]:
 
 @pytest.mark.parametrize(("engine", "module"), [("local", "sau"), ("ray", "ray"), ("slurm", "submitit")])
 def test_a_grid_under_fire_loses_and_repeats_nothing(engine, module, tmp_path_factory):
-    pytest.importorskip(module)
+    pytest.importorskip(module, reason=f"needs {module}: pip install -e '.[{engine}]'")
     work = tmp_path_factory.getbasetemp() / "drill"  # shared, for the reference
     argv = [sys.executable, str(REPOSITORY / "scripts" / "grid_drill.py"), str(work), "--engine", engine]
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=1800)

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
-from toys import TinyNet, same_weights, toy_images
+from toys import TinyNet, same_weights, tiny_net, toy_images
 
 from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import to_float
+from sau.defense import SAU
 from sau.errors import TrainingError
 from sau.optim import Training
-from sau.session import Session
+from sau.seeds import set_drawn
+from sau.session import Deadline, Limit, Session
 
 EPOCHS, SIZE = 3, 8
 NEVER, ALWAYS = 1e9, -1.0  # seconds between two checkpoints inside an epoch
@@ -178,6 +180,98 @@ def test_checkpoints_hold_tensors_and_plain_numbers_only():
     place = tape.load()
     assert place is not None and set(place["objects"]) == {"model", "descent"}
     assert place["place"]["epoch"] == EPOCHS and place["place"]["batch"] == 0
+
+
+# How often a checkpoint is written
+
+
+class Seconds:
+    """A clock that a second passes on with every update."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        patch.setattr(loop.time, "monotonic", lambda: self.now)
+
+    def step(self, x, y):
+        self.now += 1.0
+        return {"loss": torch.tensor(1.0)}
+
+
+class Diary(Tape):
+    """Notes where every checkpoint stood."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[tuple[int, int]] = []
+
+    def save(self, place: dict[str, Any]) -> None:
+        super().save(place)
+        self.places.append((place["place"]["epoch"], place["place"]["batch"]))
+
+
+@pytest.mark.parametrize(
+    ("large", "save_every", "wanted"),
+    [
+        (False, 1e9, [(1, 0), (2, 0), (3, 0), (4, 0)]),
+        (True, 1e9, [(4, 0)]),  # the last epoch's, without which a result that is being measured would be lost
+        (True, 6.5, [(1, 2), (2, 4), (4, 0)]),  # after 7 seconds, inside an epoch, and as many after that
+        (True, 4.5, [(1, 0), (2, 0), (3, 0), (4, 0)]),  # epochs of 5 seconds
+        (True, 9.5, [(2, 0), (4, 0)]),
+    ],
+)
+def test_a_large_checkpoint_is_written_once_in_save_every_seconds(large, save_every, wanted, monkeypatch):
+    """Epochs of five updates of a second each; what is written takes no time on this clock."""
+    monkeypatch.setattr(loop, "LARGE", 4 if large else 5)
+    clock, tape = Seconds(monkeypatch), Diary()
+    state = {"model": nn.Linear(1, 1, bias=False)}  # 4 bytes
+    run(clock.step, Plain([2] * 5), 4, state=state, checkpoint=tape, save_every=save_every)
+    assert tape.places == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reached", range(2, EPOCHS * PER_EPOCH + 1))
+def test_a_deadline_leaves_the_very_place(kind, reached, monkeypatch):
+    """Large checkpoints, none written yet: the one that the deadline writes loses no update, and goes on to the same
+    bits, though the next batch was drawn already."""
+    monkeypatch.setattr(loop, "LARGE", 0)
+    whole, tape, calls = Experiment(kind).run(), Tape(), iter(range(100))
+    first = Experiment(kind, tape)
+    first.session.limit = Deadline(1e9)
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == reached - 1)
+    with pytest.raises(TrainingError):
+        first.run()
+    second = Experiment(kind, tape).run()
+    assert first.updates + second.updates == EPOCHS * PER_EPOCH and first.updates == reached - 1
+    assert same_weights(second.net, whole.net) and {**first.rows, **second.rows} == whole.rows
+
+
+@pytest.mark.parametrize("saves", [1, 3, 4, 8])
+def test_the_network_that_sau_compares_with_is_in_no_checkpoint(saves):
+    """It is the network as it came, so a resumed run has it again: the same bits after a stop in the first round, at
+    its end, inside the second and before the last one."""
+    images, tape = toy_images(24), Stopping(saves)
+
+    def purified(tape: Tape) -> nn.Module:
+        session = Session(checkpoint=tape, say=lambda text: None, save_every=ALWAYS)
+        return SAU(epochs=3, batch_size=8, lr=1e-2).purify(tiny_net(), images, session=session)
+
+    whole = purified(Tape())
+    assert not same_weights(whole, tiny_net())
+    with pytest.raises(KeyboardInterrupt):
+        purified(tape)
+    place = tape.load()
+    assert place is not None and set(place["objects"]) == {"model", "descent"}
+    assert same_weights(purified(tape), whole)
+
+
+def test_an_older_checkpoint_that_holds_more_is_gone_on_from():
+    tape = Tape()
+    Experiment("ours", tape).run()
+    place = tape.load()
+    assert place is not None
+    place["objects"]["reference"] = {"weight": torch.zeros(1)}
+    tape.save(place)
+    assert Experiment("ours", tape).run().updates == 0
 
 
 # What is counted and reported
@@ -415,5 +509,5 @@ def test_a_run_of_two_devices_goes_on_where_one_is_seen(monkeypatch):
     found = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.update({device: state}))
-    loop._set_rng({"cpu": torch.get_rng_state(), "cuda": [torch.zeros(1), torch.ones(1)]})
+    set_drawn({"cpu": torch.get_rng_state(), "cuda": [torch.zeros(1), torch.ones(1)]})
     assert found == {0: torch.zeros(1)}

@@ -167,6 +167,57 @@ def test_memory_that_runs_out_in_train_mode_leaves_the_search_in_eval_mode(most)
     assert int(norm.num_batches_tracked) == 2 * len(said)
 
 
+class Others:
+    """A team that has exchanged so many messages; `met` is whether each loss adds one before memory runs out."""
+
+    def __init__(self, met: bool) -> None:
+        self.met, self.messages = met, 7
+
+    def split(self, step: Any, state: dict[str, Any]) -> Any:
+        return step
+
+
+@pytest.mark.parametrize(("norm", "met", "fine"), [(False, False, True), (True, False, False), (False, True, False)])
+def test_one_of_several_devices_goes_through_in_parts_only_where_no_other_one_notices(norm, met, fine, one_line):
+    """Batch norm in train mode exchanges statistics in every pass; whose gradients were exchanged has said its word."""
+    full, team, said, noted = Full(network().double(), 1000), Others(met), list[str](), dict[str, Any]()
+    method: SAU | FT = FT() if norm else SAU()
+    state = method.prepare(full, 1)
+    full.most = 8
+
+    def step(*given: Any) -> dict[str, Tensor]:
+        try:
+            return method.step(*given)
+        except torch.OutOfMemoryError:
+            team.messages += team.met
+            raise
+
+    parts = InParts(step, state, method.splits(), said.append)
+    parts.join(Session(team=team, note=lambda **facts: noted.update(facts)))
+    x, y = batch(15)
+    if fine:
+        parts(x.double(), y)
+        assert noted == {"parts": 2} and parts.parts == 2
+        return
+    with pytest.raises(OutOfMemory) as refusal:
+        parts(x.double(), y)
+    assert "15 pictures on one device" in one_line(refusal.value) and parts.parts == 1 and not noted
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [("reduce-overhead", "default"), ("default", "default"), (None, None)])
+def test_parts_leave_cuda_graphs(mode, wanted, monkeypatch):
+    """The gradients of parts are summed where a graph would write again: torch refuses to read what it wrote before."""
+    calls, said = [], list[str]()
+    model = Normalized(Full(network(), 1000))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: calls.append(how["mode"]))
+    model.compiled = mode
+    state = FT().prepare(model, 1)
+    model.net.most = 8
+    InParts(FT().step, state, True, said.append)(*batch(15))
+    assert model.compiled == wanted and sum("without CUDA graphs" in line for line in said) == (mode != wanted)
+    assert calls[-1:] == ([wanted] if wanted else [])
+
+
 @pytest.mark.parametrize(("method", "most"), [(SAU(outer_steps=2), 8), (SAU(), 0)])
 def test_what_cannot_be_divided_says_so(method, most, one_line):
     with pytest.raises(OutOfMemory) as refusal:
@@ -418,7 +469,7 @@ def test_cuda_graphs_do_the_same(method):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
 def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compiler):
-    """It goes through the same weights, which cannot ask for any, and a checkpoint keeps them once."""
+    """It goes through the same weights, which cannot ask for any, and has no state that a checkpoint could keep."""
     model = small()
     model.compiled = "default"
     state, work = rounds(SAU(lr=1e-2), model)

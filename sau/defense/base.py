@@ -108,6 +108,8 @@ class Tuning(Training, Defense):
         augment: crop and flip the clean pictures as in training.
     """
 
+    constant: ClassVar[tuple[str, ...]] = ()  # of what `prepare` returns: what it makes again alike, and none moves
+
     batch_size: int = 256
     augment: bool = False
 
@@ -125,7 +127,7 @@ class Tuning(Training, Defense):
             InParts(self.step, state, self.splits(), session.say, getattr(self, "train_mode", False)),
             batches,
             self.epochs,
-            state=state,
+            state={name: thing for name, thing in state.items() if name not in self.constant},
             end_epoch=partial(self.end_epoch, state),
             session=session,
             label="round",

@@ -75,6 +75,7 @@ class SAU(Tuning):
 
     name: ClassVar[str] = "sau"
     teamwork: ClassVar[bool] = True
+    constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
     aliases: ClassVar[dict[str, str]] = {
         "n_rounds": "epochs",
         "lmd_1": "weight_clean",
@@ -143,12 +144,8 @@ class SAU(Tuning):
             if self.weight_adv:
                 loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
             state["descent"](loss)
-            report = report or {
-                "loss": loss,
-                "clean_loss": clean,
-                "shared_loss": shared,
-                **_types(z_adv.argmax(1), s, y),
-            }
+            losses = {"loss": loss, "clean_loss": clean, "shared_loss": shared}
+            report = report or {**losses, **_types(z_adv.argmax(1), s, y)}
         return report
 
     def shared_pgd(

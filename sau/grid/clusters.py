@@ -10,7 +10,7 @@ from typing import Any
 import sau
 from sau.errors import ConfigError, first_line
 from sau.grid.cells import Job, Outcome, run_cell
-from sau.grid.engines import GIB, Done
+from sau.grid.engines import GIB, Done, Local
 from sau.grid.plan import Cell
 from sau.machine.cores import usable
 from sau.machine.parent import python_path
@@ -91,13 +91,14 @@ class Slurm:
         folder: shared folder for submitit's files.
         options: partition, account and the like.
         jobs: most jobs at a time.
-        cluster: `slurm`, or `local` for processes on this machine.
+        cluster: `slurm`, or `local` for processes on this machine, of which no more run than it holds.
         minutes: time limit of a job.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], jobs: int, cluster: str, minutes: int) -> None:
         submitit = _import("submitit", "slurm")
         self.jobs, self.limit = jobs, {"timeout_min": minutes}
+        self.here = Local() if cluster == "local" else None  # of a real one only it knows what its machines have
         os.environ["PYTHONPATH"] = python_path()
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -114,12 +115,15 @@ class Slurm:
         for cell in cells:
             if cell.gpus != int(cell.gpus):
                 raise ConfigError(f"{cell.label}: gpus is {cell.gpus:g}; slurm gives whole GPUs")
+        if self.here is not None:
+            self.here.check(cells)
 
     def parallel(self, cell: Cell) -> int:
-        return self.jobs
+        return self.jobs if self.here is None else min(self.jobs, self.here.parallel(cell))
 
     def room(self, cell: Cell) -> bool:
-        return len(self.running) < self.jobs and time.monotonic() >= self.closed
+        held = self.here is None or self.here.holds(cell, [other for other, _ in self.running])
+        return held and len(self.running) < self.jobs and time.monotonic() >= self.closed
 
     def submit(self, cell: Cell, job: Job) -> None:
         wants = {"cpus_per_task": cell.threads, "mem_gb": cell.memory_gb, "gpus_per_node": int(cell.gpus)}

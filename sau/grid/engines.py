@@ -6,10 +6,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, RecordError
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.plan import Cell
-from sau.machine.cores import memory, usable
+from sau.machine.cores import memory, taken, usable
 
 Done = list[tuple[Cell, Outcome]]
 GIB = 2**30
@@ -51,8 +51,16 @@ class Local:
         self.memory = 0.9 * memory() / GIB if memory_gb is None else memory_gb
         self.gpus = [1.0] * torch.cuda.device_count()
         self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
+        self.unborn: Done = []
+
+    def crowded(self) -> str | None:
+        """What to say where others keep busy what the cells are to run on; None where they do not."""
+        said = taken(self.cores)
+        return said and f"{said}, and the cells are to use {self.cores}; --cores gives them fewer"
 
     def check(self, cells: Sequence[Cell]) -> None:
+        if self.cores > usable():
+            raise ConfigError(f"cores is {self.cores}, but this process may use {usable()}")
         for cell in cells:
             has = {"threads": self.cores, "memory_gb": self.memory, "gpus": len(self.gpus)}
             for what, most in has.items():
@@ -66,12 +74,12 @@ class Local:
         return max(1, min(bounds))
 
     def room(self, cell: Cell) -> bool:
-        running = [other for other, _, _ in self.running.values()]
-        return (
-            sum(other.threads for other in running) + cell.threads <= self.cores
-            and sum(other.memory_gb for other in running) + cell.memory_gb <= self.memory
-            and self._devices(cell) is not None
-        )
+        return self.holds(cell, [other for other, _, _ in self.running.values()]) and self._devices(cell) is not None
+
+    def holds(self, cell: Cell, running: Sequence[Cell]) -> bool:
+        """Whether cores and memory are left for the cell beside those that run."""
+        threads, needs = (sum(getattr(other, what) for other in (*running, cell)) for what in ("threads", "memory_gb"))
+        return threads <= self.cores and needs <= self.memory
 
     def _devices(self, cell: Cell) -> dict[int, float] | None:
         """Free shares of GPUs: of the fullest one that has room, or of as many whole ones; None if there are none."""
@@ -87,14 +95,18 @@ class Local:
         # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         names = ",".join(seen[number] if seen else str(number) for number in taken)
-        self.running[cell.digest] = cell, Child(job, names if taken else None), taken
+        try:
+            self.running[cell.digest] = cell, Child(job, names if taken else None), taken
+        except RecordError as error:  # no process or no file is to be had now; that is no fault of other cells
+            self.unborn.append((cell, Outcome("failed", str(error))))
 
     def poll(self) -> Done:
         polled = [(cell, child.poll()) for cell, child, _ in list(self.running.values())]
         done = [(cell, outcome) for cell, outcome in polled if outcome is not None]
         for cell, _ in done:
             del self.running[cell.digest]
-        return done
+        unborn, self.unborn = self.unborn, []
+        return done + unborn
 
     def stop(self) -> None:
         for _, child, _ in self.running.values():

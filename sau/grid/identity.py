@@ -5,6 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from sau.attack import Attack
+from sau.data.sources import source
 from sau.errors import ConfigError
 from sau.files import checksum
 from sau.grid.spec import Block
@@ -50,7 +52,22 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
     """
     if isinstance(run, DefenseRun) and run.index is not None and shares:
         raise ConfigError(f"index is {run.index}, which beats clean_shares; leave one of them out")
+    if isinstance(method, Attack):
+        _refuse_ratio(method, block.dataset)
     united(run, method, batch_size)
     what, most = ("gpus", block.gpus) if block.device == "cuda" else ("threads", block.threads)
     if 1 < run.devices > most:
         raise ConfigError(f"devices is {run.devices}, but {what} of a cell is {most:g}; make them as many")
+
+
+def _refuse_ratio(attack: Attack, dataset: str) -> None:
+    """Refuse more pictures than the one class has that a clean-label attack may poison; where classes are uneven, or a
+    user's own, the cell itself says so."""
+    even = source(dataset).even
+    if attack.clean_label and even is not None:
+        pictures, classes = even
+        count, most = round(attack.pratio * pictures), pictures // classes
+        if count > most:
+            what = f"pratio is {attack.pratio:g}, which is {count} of {pictures} pictures of {dataset}"
+            allowed = f"allowed is up to {1 / classes:g}, or leave {attack.name} out"
+            raise ConfigError(f"{what}, but its class has {most}; {allowed}")

@@ -10,6 +10,7 @@ from sau.grid.cells import Outcome
 from sau.grid.engines import Engine
 from sau.grid.forecast import Forecast, scores
 from sau.grid.plan import Cell
+from sau.grid.publish import differs
 from sau.grid.store import Store
 from sau.loop import duration
 
@@ -54,6 +55,7 @@ class Runner:
         self.progress: dict[str, int] = {}  # of a cell when its try began
         self.left = Counter(cell.like for cell in cells)
         self.running: dict[str, Cell] = {}
+        self.failed = {cell.digest: store.failed(cell) for cell in cells}  # before this runner, which tries them again
         self.ended, self.failures = 0, list[tuple[Cell, str]]()
         for cell in cells:
             if cell.attack in self.order:
@@ -84,6 +86,9 @@ class Runner:
             if self.store.over(cell) == "finished":  # by another runner
                 heapq.heappop(self.ready)
                 self._done(cell, "elsewhere: ")
+            elif self.store.failed(cell) not in (0, self.failed[cell.digest]):  # by another runner, after all its tries
+                heapq.heappop(self.ready)
+                self._failed(cell, f"elsewhere: {self.store.reason(cell)}")
             elif self.store.holder(cell):
                 heapq.heappop(self.ready)
                 self._line_up(cell, ELSEWHERE)
@@ -113,6 +118,7 @@ class Runner:
                 self.say(f"again   {cell.label}: {reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
                 self._line_up(cell)
             else:
+                self.store.fail(cell, reason, self.tries[cell.digest])
                 self._failed(cell, reason)
 
     def _done(self, cell: Cell, where: str = "") -> None:
@@ -120,13 +126,12 @@ class Runner:
         summary = self.store.summary(cell)
         self.forecast.add(cell, summary)
         self._line("done", cell, f"{where}{scores(summary)}; {duration(summary.get('seconds', 0.0))}")
-        if cell.attack is None and self.store.differs(cell):
+        if cell.attack is None and differs(self.store, cell):
             self.say(f"warning: {cell.label} differs from its published summary; this machine computes other bits")
         for defense in self.behind.pop(cell.digest, []):
             self._line_up(defense)
 
     def _failed(self, cell: Cell, reason: str) -> None:
-        self.store.fail(cell, reason, self.tries[cell.digest])
         self.failures.append((cell, reason))
         self._line("failed", cell, f"{reason}; see {self.store.errors(cell)}")
         for defense in self.behind.pop(cell.digest, []):

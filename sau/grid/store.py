@@ -16,6 +16,8 @@ from sau.grid.plan import Cell
 from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
 from sau.record.lock import Holder, holder
 
+VERSION = "sau"  # key of the library's version, in a root's version.json and in published summaries
+
 
 @dataclass(frozen=True)
 class State:
@@ -71,14 +73,9 @@ class Store:
         Finished cells are compared with their manifests; a damaged one is made anew, unless its summary is published.
         RecordError if another version made cells here, if a published summary is none, or if nothing can be written.
         """
-        stamp = self.own / "version.json"
-        made = self._read(stamp).get("sau", sau.__version__)
-        if made != sau.__version__:
-            raise RecordError(
-                f"{self.root} was made by sau {made}, this is {sau.__version__}; go on with that version, "
-                "or choose another --record_root"
-            )
-        write(stamp, json.dumps({"sau": sau.__version__}).encode())
+        if other := self.other_version():
+            raise RecordError(other)
+        write(self.own / "version.json", json.dumps({VERSION: sau.__version__}).encode())
         notes = []
         for cell in cells:
             over = self.over(cell)
@@ -86,14 +83,24 @@ class Store:
                 raise RecordError(f"the published summary of {cell.folder} holds no scores; remove it")
             if over != "finished":
                 continue
-            damage = self._damage(cell)
+            damage = self.damage(cell)
             if damage and self.holder(cell) is None:
                 self._open(Record(self.folder(cell)))
                 kept = self.over(cell) == "published"
                 notes.append(f"note: {damage}; {'its published summary counts' if kept else 'it is made again'}")
         return notes
 
-    def _damage(self, cell: Cell) -> str:
+    @property
+    def version(self) -> str:
+        """The version of the library that makes the cells here; this one where none is made yet."""
+        return str(self._read(self.own / "version.json").get(VERSION, sau.__version__))
+
+    def other_version(self) -> str:
+        """What to say where another version made the cells; empty where it did not."""
+        advice = f"this is {sau.__version__}; go on with that version, or choose another --record_root"
+        return f"{self.root} was made by sau {self.version}, {advice}" if self.version != sau.__version__ else ""
+
+    def damage(self, cell: Cell) -> str:
         """How the record of a finished cell differs from its manifest; empty if it does not."""
         try:
             Record(self.folder(cell)).verify()
@@ -125,7 +132,7 @@ class Store:
             who = self.holder(cell) if key in locked else None
             reason = ""
             if who is None and over != "finished" and key in failed:
-                reason = str(self._read(self.own / "failed" / key).get("reason", "unknown"))
+                reason = self.reason(cell)
                 dead[cell.digest] = reason
             if who is not None:
                 found[cell.digest] = State("running", who=who)
@@ -143,6 +150,14 @@ class Store:
         """Remember that a cell failed for good."""
         write(self.own / "failed" / _key(cell), json.dumps({"reason": reason, "tries": tries}).encode())
 
+    def failed(self, cell: Cell) -> int:
+        """When the cell failed for good, as a number that only differs or does not; 0 if it did not."""
+        return _touched(self.own / "failed" / _key(cell))
+
+    def reason(self, cell: Cell) -> str:
+        """Why the cell failed for good."""
+        return str(self._read(self.own / "failed" / _key(cell)).get("reason", "unknown"))
+
     def forgive(self, cell: Cell) -> None:
         """Forget that a cell failed."""
         (self.own / "failed" / _key(cell)).unlink(missing_ok=True)
@@ -152,30 +167,12 @@ class Store:
         own = (self.root,) if self.over(cell) == "finished" else ()  # of a damaged one its figures may be, too
         return self._first(cell, (*own, *self.published))
 
+    def summary_published(self, cell: Cell) -> dict[str, Any]:
+        """The cell's published summary; empty if there is none."""
+        return self._first(cell, self.published)
+
     def _first(self, cell: Cell, roots: Sequence[Path]) -> dict[str, Any]:
         return next(filter(None, (self._read(root / cell.folder / SUMMARY) for root in roots)), {})
-
-    def differs(self, cell: Cell) -> bool:
-        """Whether a finished cell's scores are not those that were published of it."""
-        published = self._first(cell, self.published)
-        own = self.summary(cell) if published else {}
-        return any(published.get(name) != own.get(name) for name in ("acc", "asr", "racc"))
-
-    def publish(self, cells: Sequence[Cell], target: Path) -> tuple[int, list[str]]:
-        """Copy the summaries of finished cells to the same names below `target`; returns how many, and what there is to
-        say: of a damaged cell the summary that was published before counts, if there is one.
-        """
-        count, notes = 0, []
-        for cell in cells:
-            over = self.over(cell)
-            damage = self._damage(cell) if over == "finished" else ""
-            summary = self._first(cell, self.published) if damage else self.summary(cell) if over else {}
-            if damage:
-                notes.append(f"note: {damage}; {'what was published before stays' if summary else 'not published'}")
-            if summary:
-                write(target / cell.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-                count += 1
-        return count, notes
 
     def errors(self, cell: Cell) -> Path:
         """What the cell's tries printed as errors."""
@@ -183,10 +180,7 @@ class Store:
 
     def progress(self, cell: Cell) -> int:
         """Grows whenever the cell's checkpoint moves on; 0 without one."""
-        try:
-            return (self.folder(cell) / CHECKPOINT).stat().st_mtime_ns
-        except OSError:
-            return 0
+        return _touched(self.folder(cell) / CHECKPOINT)
 
     def holder(self, cell: Cell) -> Holder | None:
         """Who runs the cell now, or None."""
@@ -208,3 +202,9 @@ class Store:
 
 def _key(cell: Cell) -> str:
     return cell.folder.replace("/", "__")
+
+
+def _touched(file: Path) -> int:
+    with suppress(OSError):
+        return file.stat().st_mtime_ns
+    return 0

@@ -65,12 +65,18 @@ def _places() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def crowded(threads: int) -> str | None:
+def taken(threads: int) -> str | None:
     """What to say where others keep the cores busy that `threads` threads are to run on; None where they do not."""
-    others, places = busy() if threads > 1 else None, len(_places())
+    others, places = busy(), len(_places())
     if others is None or others + threads <= places + 0.5:
         return None
-    return (
-        f"others keep {others:.1f} of {places} cores busy, and this run wants {threads} threads; threads that wait for "
+    return f"others keep {others:.1f} of {places} cores busy"
+
+
+def crowded(threads: int) -> str | None:
+    """The same of the threads of one run, which wait for each other; None of a single one."""
+    said = taken(threads) if threads > 1 else None
+    return said and (
+        f"{said}, and this run wants {threads} threads; threads that wait for "
         "each other can be many times slower: try --threads 1, or wait"
     )

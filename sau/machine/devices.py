@@ -96,6 +96,7 @@ def assist(parent: int, kind: str, devices: int, threads: int) -> None:
     """What the process of a helper does: its part of what the command, the process `parent`, hands over."""
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     set_threads(threads)
+    torch.backends.cudnn.benchmark = kind == "cuda"  # as `tune` does for the command
     fabric()  # most of the time until here was importing
     sys.stdout.write("ready\n")
     sys.stdout.flush()

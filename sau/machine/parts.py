@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sau.errors import OutOfMemory
 from sau.optim import WHOLE, Part
+from sau.session import Session, Splitter
 
 Step = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]
 
@@ -17,7 +18,8 @@ class InParts:
 
     The gradients of the parts, weighted by their pictures, sum up to the batch's, so the update is the same up to
     rounding where each picture's loss is its own. Where batch norm uses the statistics of a batch it is not: they are
-    those of a part then, and the pictures of the attempt that failed count in the running ones.
+    those of a part then, and the pictures of the attempt that failed count in the running ones. Among several devices
+    that is refused: their batch norms exchange statistics, so all would have to make the same attempts.
 
     Args:
         step: (state, x, y) -> what to report.
@@ -32,22 +34,35 @@ class InParts:
     ) -> None:
         self.step, self.state, self.splits, self.say, self.train_mode = step, state, splits, say, train_mode
         self.parts = 1
+        self.team: Splitter | None = None
+        self.note: Callable[..., None] | None = None
+
+    def join(self, session: Session) -> None:
+        """Take part in a run, whose record is told of parts and whose other devices are minded."""
+        self.team, self.note = session.team, session.note
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
         while True:
+            before = self.team.messages if self.team is not None else 0
             try:
                 return self._once(x, y)
             except torch.OutOfMemoryError:
                 pass  # mended below, where what the attempt held is free again
+            size = -(-len(x) // self.parts)
             if not self.splits or self.parts >= len(x):
-                raise OutOfMemory(f"out of memory with {-(-len(x) // self.parts)} pictures; try a smaller --batch_size")
+                raise OutOfMemory(f"out of memory with {size} pictures; try a smaller --batch_size")
+            if self.team is not None and (self._trains_norm() or self.team.messages != before):
+                why = f"out of memory with {size} pictures on one device, for whose next attempt the others would wait"
+                raise OutOfMemory(f"{why}; try a smaller --batch_size")
             self.parts *= 2
             if x.is_cuda:
                 torch.cuda.empty_cache()
-            self.say(
-                f"out of memory: batches of {len(x)} go through in {self.parts} parts from here on, {self._same()}"
-            )
+            same = "with batch statistics of a part" if self._trains_norm() else "with the same updates"
+            self.say(f"out of memory: batches of {len(x)} go through in {self.parts} parts from here on, {same}")
+            if self.note is not None:
+                self.note(parts=self.parts)
+            self._leave_graphs()
 
     def _once(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if self.parts == 1:
@@ -62,12 +77,18 @@ class InParts:
             descent.part = WHOLE
         return _joined(reports, [len(labels) for _, labels in pairs])
 
-    def _same(self) -> str:
-        batch_norm = any(
+    def _trains_norm(self) -> bool:
+        return any(
             isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (module.training or self.train_mode)
             for module in self.state["model"].modules()
         )
-        return "with batch statistics of a part" if batch_norm else "with the same updates"
+
+    def _leave_graphs(self) -> None:
+        """A CUDA graph writes gradients where its last run did, so those of one part would be lost to the next one."""
+        model = self.state["model"]
+        if getattr(model, "compiled", None) == "reduce-overhead":
+            model.compiled, model.net._compiled_call_impl = "default", None  # compiled anew at the next pass
+            self.say("compiling the network again, without CUDA graphs, in which gradients of parts cannot be summed")
 
 
 def _joined(reports: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sau.data.augment import sent
 from sau.errors import ConfigError
 from sau.optim import Descent
 from sau.seeds import seeded
@@ -66,6 +67,7 @@ class Team:
         self.rank, self.devices = self.fabric.global_rank, devices
         self.share = 0.0  # of the pictures of a batch that are this process's
         self.hooks: list[Any] = []
+        self.messages = 0  # sums that this process has taken part in
 
     def session(self, session: Session) -> Session:
         """The session of a run that the team shares: all go on from the checkpoint of the command."""
@@ -109,7 +111,7 @@ class Team:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = self.share * torch.cat([gradient.reshape(-1) for gradient in gradients])
-        _sum(flat)
+        self._sum(flat)
         for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(whole.view(gradient.shape))
 
@@ -117,9 +119,13 @@ class Team:
         """What the parts report as the whole batch would: means of floats, sums of counts."""
         weights = [self.share if value.is_floating_point() else 1.0 for value in report.values()]
         figures = torch.stack([value.detach().double() for value in report.values()])
-        figures *= torch.tensor(weights, dtype=torch.float64).to(figures.device)
-        _sum(figures)
+        figures *= sent(torch.tensor(weights, dtype=torch.float64), figures.device)
+        self._sum(figures)
         return {name: whole.to(value.dtype) for (name, value), whole in zip(report.items(), figures, strict=True)}
+
+    def _sum(self, tensor: Tensor) -> None:
+        self.messages += 1
+        _sum(tensor)
 
 
 def _sum(tensor: Tensor) -> None:
