@@ -69,6 +69,7 @@ class Watch:
             hint=SHORTER,
             limit=self.limit,
             findings=self.findings,
+            scrutinised=True,
         )
 
     @property

@@ -172,7 +172,7 @@ def test_the_gradient_of_an_update_is_that_of_the_formula(group):
         wanted = torch.autograd.grad(entropy + cost * m.abs().sum(), (u, w))
         for found, theirs in zip(seen, wanted, strict=True):
             torch.testing.assert_close(found[c], theirs, rtol=1e-10, atol=1e-14)
-        entropies.append(float(entropy))
+        entropies.append(float(entropy.detach()))
     assert not seen[0][1].any() and not seen[1][1].any()
     assert float(report["loss"]) == pytest.approx(sum(entropies) / 3, rel=1e-12)
 
