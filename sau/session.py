@@ -103,6 +103,8 @@ class Session:
         stage: number of the run among those that share the checkpoint; see `at`.
         findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
             which a command keeps in `summary.json`. A method fills it in; all stages share it.
+        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`), as commands
+            have; otherwise `purify` does.
     """
 
     checkpoint: Checkpoint | None = None
@@ -117,6 +119,7 @@ class Session:
     limit: Limit | None = None
     stage: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
+    scrutinised: bool = False
 
     @property
     def begun(self) -> bool:

@@ -70,6 +70,7 @@ class Watch:
             hint=SHORTER,
             limit=self.limit,
             findings=self.findings,
+            scrutinised=True,
         )
 
     @property

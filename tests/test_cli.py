@@ -672,6 +672,19 @@ def test_a_rate_that_breaks_the_network_is_one_line(refused, tmp_path):
     assert not (tmp_path / "record" / "a" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("anp", ("--anp_eps", "1e38", "--nb_iter", "2")),
+        ("nc", ("--lr", "1e30", "--nc_epoch", "1", "--index_threshold", "0", "--batch_size", "64")),
+    ],
+)
+def test_a_defense_whose_loss_breaks_is_one_line_and_no_result(refused, victim, name, flags):
+    """Exit status 2, and no manifest, so that nobody takes the folder for a result."""
+    text = refused("defense", name, "--result_file", "victim", *flags, *QUICK)
+    assert "not finite" in text and not (victim / "defense" / name / "manifest.json").exists()
+
+
 WRONG_DEFENSES = {
     "no record": ([], "--result_file"),
     "missing record": (["--result_file", "nothing"], "nothing"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from test_loop import ALWAYS, Tape
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
@@ -432,13 +433,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(defense, one_line):
         ("npd", {"warm_lr": 1e38}, "warm_lr"),
         ("nad", {"lr": 1e30}, "lr"),
         ("fp", {"lr": 1e30}, "lr"),
+        ("anp", {"anp_eps": 1e38}, "lr"),
+        ("nc", {"lr": 1e30}, "lr"),
     ],
 )
-def test_the_advice_names_the_rate_of_the_stage(name, settings, flag, one_line):
-    defense = ROWS[name].defense
+def test_what_is_not_finite_stops_a_run_with_its_last_finite_place_kept(name, settings, flag, one_line):
+    """The advice names the rate of the stage. NC's patches are bounded and break in no such way: see `test_nc.py`."""
+    defense, net, tape = ROWS[name].defense, tiny_net(), Tape()
+    session = Session(say=lambda text: None, checkpoint=tape, save_every=ALWAYS)
     with pytest.raises(TrainingError) as stop:
-        type(defense)(**{**defense.params(), **settings}).purify(tiny_net(), pair(), session=quiet())
-    assert one_line(stop.value).endswith(f"try a smaller --{flag}")
+        type(defense)(**{**defense.params(), **settings}).purify(net, pair(), session=session)
+    assert one_line(stop.value).endswith(f"try a smaller --{flag}") and same_weights(net, tiny_net())
+    kept = tape.load() or {"objects": {}}
+    for what, content in kept["objects"].items():
+        numbers = [value for value in content.values() if isinstance(value, Tensor) and value.is_floating_point()]
+        finite = [value.isfinite().all() for value in numbers if what != "patches"]  # norms of none are infinite
+        assert all(finite), what
 
 
 class OnePixel(nn.Module):

@@ -20,7 +20,7 @@ from sau.defense import NC
 from sau.defense.inputs import Kept
 from sau.defense.inversion import Patches, unit
 from sau.defense.nc import Repair, anomaly
-from sau.errors import ConfigError
+from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.session import Session
 
@@ -29,16 +29,16 @@ from sau.session import Session
 
 def test_the_anomaly_index_by_hand():
     """Median 50, deviations 40, 10, 0, 10, 40 with the median 10: index 40 / 14.826, and only below the median."""
-    index = anomaly(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0]))
-    assert index.tolist() == pytest.approx([40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826])
+    index = anomaly(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0], dtype=torch.float64))
+    assert index.tolist() == pytest.approx([40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826], rel=1e-14)
     assert NC().flagged(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0])) == [0]
     assert NC(index_threshold=2.7).flagged(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0])) == []
 
 
 def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two():
     """Median 3.5; deviations 2.5, 0.5, 0.5, 2.5 with the median 1.5."""
-    index = anomaly(torch.tensor([1.0, 3.0, 4.0, 6.0]))
-    assert index.tolist() == pytest.approx([2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239], rel=1e-5)
+    index = anomaly(torch.tensor([1.0, 3.0, 4.0, 6.0], dtype=torch.float64))
+    assert index.tolist() == pytest.approx([2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239], rel=1e-14)
 
 
 def test_equal_norms_flag_nobody_and_one_below_equal_ones_is_flagged():
@@ -52,7 +52,7 @@ def test_equal_norms_flag_nobody_and_one_below_equal_ones_is_flagged():
 
 def passes(defense: NC, outcomes: list[tuple[float, float]]) -> tuple[list[float], list[bool], Patches]:
     """Costs and stops after passes of two updates with (success in %, norm); the mask of pass i is that of logit i."""
-    patches = Patches(1, 1, torch.zeros(1, 3, 2, 2), 1.0)
+    patches = Patches(1, 1, torch.zeros(1, 3, 2, 2), 1.0).double()
     costs, stops = [], []
     for number, (success, norm) in enumerate(outcomes):
         nn.init.constant_(patches.mask, float(number))
@@ -68,16 +68,23 @@ def test_the_cost_rises_after_successes_in_a_row_and_falls_after_failures():
     outcomes = [(100, 9), (98, 9), (98, 9), (0, 9), (99, 9), (97.9, 9), (0, 9), (0, 9), (50, 9)]
     low = 2**-1.5
     costs, stops, _ = passes(NC(patience=2), outcomes)
-    assert costs == pytest.approx([1, 2, 2, 2, 2, 2, 2 * low, 2 * low, 2 * low * low]) and not any(stops)
+    wanted = [1, 2, 2, 2, 2, 2, 2 * low, 2 * low, 2 * low * low]
+    assert costs == pytest.approx(wanted, rel=1e-7) and not any(stops)  # torch takes the factors for float32
     assert passes(NC(patience=2, cost_multiplier=4.0), outcomes[:2])[0] == [1, 4]
 
 
 def test_the_best_patch_is_the_smallest_that_works():
     """The first pass stands in, though it fails; then 8 works, 9 is larger, 5 fails, 6 works, 6 is not smaller."""
     _, _, patches = passes(NC(), [(50, 3), (50, 2), (99, 8), (99, 9), (97, 5), (99, 6), (99, 6)])
-    assert torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), 5.0))) and float(patches.best) == 6
+    assert (
+        torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), 5.0, dtype=torch.float64)))
+        and float(patches.best) == 6
+    )
     _, _, patches = passes(NC(), [(50, 3), (50, 2), (97, 1)])
-    assert torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), 0.0))) and float(patches.best) == math.inf
+    assert (
+        torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), 0.0, dtype=torch.float64)))
+        and float(patches.best) == math.inf
+    )
 
 
 def test_a_class_stops_when_its_cost_went_both_ways_and_its_patch_no_longer_shrinks():
@@ -105,11 +112,12 @@ def test_masks_and_patterns_start_at_the_published_value():
 
 @pytest.mark.parametrize("group", [1, 3, 10])
 def test_all_classes_at_once_are_each_class_by_itself(group):
-    """Three updates by plain Adam of one class after the other; class 1 has stopped and costs nothing."""
-    net, (x, y) = tiny_net().requires_grad_(False), pair(12)
-    defense, patches = NC(group=group, init_cost=0.01, nc_epoch=1), Patches(4, 1, x[:1], 0.01)
+    """Three updates by plain Adam of one class after the other, in float64; class 1 has stopped and costs nothing."""
+    net, (x, y) = tiny_net().double().requires_grad_(False), pair(12)
+    x = x.double()
+    defense, patches = NC(group=group, init_cost=0.01, nc_epoch=1), Patches(4, 1, x[:1], 0.01).double()
     patches.open[1] = False
-    patches.cost[2] = 0.05
+    patches.cost.copy_(torch.tensor([0.01, 0.01, 0.05, 0.01], dtype=torch.float64))
     seen = []
 
     class Watched(nn.Module):
@@ -126,7 +134,7 @@ def test_all_classes_at_once_are_each_class_by_itself(group):
         defense.invert(Watched(), [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)], patches, session)
     assert sum(n for n in seen[:-1]) == 3 * 3 * 4 and float(before.sum()) == 0 and float(kept["hits"][1]) == 0
     for c, cost in ((0, 0.01), (2, 0.05), (3, 0.01)):
-        u, w = torch.ones(1, 16, 16, requires_grad=True), torch.ones(3, 16, 16, requires_grad=True)
+        u, w = (torch.ones(depth, 16, 16, dtype=torch.float64, requires_grad=True) for depth in (1, 3))
         adam = torch.optim.Adam([u, w], lr=0.1, betas=(0.5, 0.9))
         hits = 0.0
         for i in (0, 4, 8):
@@ -137,9 +145,36 @@ def test_all_classes_at_once_are_each_class_by_itself(group):
             adam.zero_grad()
             loss.backward()
             adam.step()
-        torch.testing.assert_close(patches.mask[c].detach(), u.detach(), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(patches.pattern[c].detach(), w.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(patches.mask[c].detach(), u.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(patches.pattern[c].detach(), w.detach(), rtol=1e-9, atol=1e-12)
         assert float(kept["hits"][c]) == pytest.approx(hits)
+
+
+@pytest.mark.parametrize("group", [1, 3, 10])
+def test_the_gradient_of_an_update_is_that_of_the_formula(group):
+    """In float64, each class by itself; Adam would not see a wrong scale. A class that has stopped has none."""
+    net, (x, y) = tiny_net().double().requires_grad_(False), pair(8)
+    x, patches, seen = x.double(), Patches(4, 1, pair(1)[0], 0.01).double(), []
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        patches.mask += torch.randn(patches.mask.shape, generator=generator, dtype=torch.float64)
+        patches.pattern += torch.randn(patches.pattern.shape, generator=generator, dtype=torch.float64)
+    patches.cost.copy_(torch.tensor([0.01, 0.01, 0.05, 0.01], dtype=torch.float64))
+    patches.open[1] = False
+    both = (patches.mask, patches.pattern)
+    state = {"patches": patches, "descent": lambda loss: seen.extend(torch.autograd.grad(loss, both))}
+    report = NC(group=group).invert_step(net, state, x, y)
+    entropies = []
+    for c, cost in ((0, 0.01), (2, 0.05), (3, 0.01)):
+        u, w = (logits[c].detach().requires_grad_() for logits in both)
+        m, p = u.tanh() / (2 + 1e-7) + 0.5, w.tanh() / (2 + 1e-7) + 0.5
+        entropy = F.cross_entropy(net((1 - m) * x + m * p), torch.full((8,), c))
+        wanted = torch.autograd.grad(entropy + cost * m.abs().sum(), (u, w))
+        for found, theirs in zip(seen, wanted, strict=True):
+            torch.testing.assert_close(found[c], theirs, rtol=1e-10, atol=1e-14)
+        entropies.append(float(entropy.detach()))
+    assert not seen[0][1].any() and not seen[1][1].any()
+    assert float(report["loss"]) == pytest.approx(sum(entropies) / 3, rel=1e-12)
 
 
 def test_a_share_of_each_batch():
@@ -210,6 +245,17 @@ def test_every_planted_class_is_flagged(planted, how):
     flagged = [int(line.split()[1]) for line in lines if line.startswith("class")]
     assert tuple(flagged) == planted and any("largest anomaly index" in line for line in lines)
     assert same_weights(fixed, Planted(planted))  # no rounds of fine-tuning were asked for
+
+
+def test_an_inversion_whose_loss_is_not_finite_stops(one_line):
+    """Logits that overflow; no rate can break the patches themselves, which tanh bounds."""
+    net, tape = Planted((3,)), Tape()
+    with torch.no_grad():
+        net.linear.weight *= 1e38
+    with pytest.raises(TrainingError) as stop:
+        NC(nc_epoch=2, batch_size=20).purify(net, grey(), session=Session(checkpoint=tape, say=lambda text: None))
+    assert "the loss is not finite" in one_line(stop.value) and str(stop.value).endswith("try a smaller --mask_lr")
+    assert tape.load() is None  # no place with broken patches was kept
 
 
 # What it found, for `summary.json`

@@ -297,6 +297,21 @@ def test_the_exports_hold_the_table(tmp_path):
     assert r"\textbf{96.00}" in latex and r"\underline{50.00}" in latex
 
 
+def test_the_dagger_of_latex_is_explained_in_print(tmp_path):
+    """Below the table, where a comment would not be printed; without an oracle's row there is none to explain."""
+    attacked = attack(tmp_path)
+    defense(attacked, "sau")
+    assert r"\dagger" not in as_latex(tables(tmp_path))
+    defense(attacked, "anp", selection="oracle")
+    _, row, note = as_latex(tables(tmp_path)).split(r"$^\dagger$")
+    assert (
+        row.startswith(" & 1")
+        and r"\end{tabular}" in row
+        and "%" not in row.partition(r"\end{tabular}")[2].replace(r"\%", "")
+    )
+    assert note.strip() == r": chosen by test data.\par}"
+
+
 @pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1"])
 def test_no_cell_of_the_csv_is_a_formula(tmp_path, text):
     attack(tmp_path, text, folder="x_s0")

@@ -26,7 +26,7 @@ from sau.attack import ATTACKS
 from sau.config import options
 from sau.data.images import to_float
 from sau.data.scrutiny import scrutinise
-from sau.defense import DEFENSES
+from sau.defense import CLP, DEFENSES, EP, FT
 from sau.errors import DataError, LockedError, RecordError, SauError
 from sau.evaluate import Score, der, score
 from sau.files import existing, folder
@@ -218,11 +218,42 @@ def test_small_and_lopsided_clean_sets_are_said():
     assert twice == ["2 of 6 clean pictures are copies of others"]
 
 
+@pytest.mark.parametrize(
+    ("defense", "kind", "wanted"),
+    [
+        (
+            FT(epochs=0, batch_size=8),
+            "pair",
+            ["have none of 3 of 4 classes: 0, 1, 3", "1 clean pictures are less than a"],
+        ),
+        (FT(epochs=0, batch_size=8), "loader", ["have none of 3 of 4 classes: 0, 1, 3"]),  # whose batches are its own
+        (
+            EP(batch_size=8),
+            "two",
+            ["the poisoned pictures have none of 2", "2 poisoned pictures are less than a batch"],
+        ),
+        (CLP(batch_size=8), "pair", []),  # looks at no pictures
+    ],
+    ids=["pair", "loader", "poisoned", "blind"],
+)
+def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, kind, wanted):
+    clean, said = toy_images(40, seed=6), []
+    some = clean[torch.arange(2, 4 if kind == "two" else 3)]
+    x, y = some.pixels, some.labels
+    data = [(x, y)] if kind == "loader" else (x, y)
+    defense.purify(tiny_net(), data, session=Session(say=said.append))
+    notes = [line for line in said if line.startswith("note: ")]
+    assert len(notes) == len(wanted) and all(text in note for text, note in zip(wanted, notes, strict=True))
+    said.clear()
+    defense.purify(tiny_net(), data, session=Session(say=said.append, scrutinised=True))
+    assert not any(line.startswith("note: ") for line in said)
+
+
 def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here):
     (tmp_path / "one.txt").write_text("5\n")
     flags = ("--result_file", "victim", "--index", "one.txt", "--epochs", "1", *QUICK)
     status, out, err = here("defense", "ft", *flags)
-    assert status == 0 and "note: 1 clean pictures are less than a batch" in out, err
+    assert status == 0 and out.count("note: 1 clean pictures are less than a batch") == 1, err
     notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
     assert len(notes) == 2 and "9 of 10 classes" in notes[0]
 

@@ -2,6 +2,8 @@
 
 import hashlib
 
+from torch import Tensor
+
 from sau.data.images import Images
 from sau.errors import DataError
 
@@ -19,17 +21,28 @@ def scrutinise(given: Images, test: Images, batch_size: int, kind: str = "clean"
         raise DataError(
             f"{shared} of {len(given)} {kind} pictures are test pictures, too; give the defense pictures of its own"
         )
-    missing = sorted({*range(given.num_classes)} - {*given.labels.tolist()})
     notes = []
     if shared:
         notes.append(f"{shared} of {len(given)} {kind} pictures are test pictures, too")
-    if missing:
-        names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        notes.append(f"the {kind} pictures have none of {len(missing)} of {given.num_classes} classes: {names}")
     if twins := len(sums) - len({*sums}):
         notes.append(f"{twins} of {len(given)} {kind} pictures are copies of others")
-    if len(given) < batch_size:
-        notes.append(f"{len(given)} {kind} pictures are less than a batch of {batch_size}")
+    return notes + remarks(given.labels.bincount(minlength=given.num_classes), batch_size, kind)
+
+
+def remarks(counts: Tensor, batch_size: int, kind: str = "clean") -> list[str]:
+    """What the numbers of a defender's pictures alone say, a line each.
+
+    Args:
+        counts: how many there are of each class [K].
+        batch_size: of the method; 0 where the caller makes the batches.
+        kind: of the pictures.
+    """
+    notes, total, missing = [], int(counts.sum()), (counts == 0).nonzero().flatten().tolist()
+    if missing:
+        names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        notes.append(f"the {kind} pictures have none of {len(missing)} of {len(counts)} classes: {names}")
+    if total < batch_size:
+        notes.append(f"{total} {kind} pictures are less than a batch of {batch_size}")
     return notes
 
 

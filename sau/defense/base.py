@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.data.augment import Augment
-from sau.data.images import Images
+from sau.data.images import Batches, Images
+from sau.data.scrutiny import remarks
 from sau.defense.inputs import clean_batches
 from sau.errors import DataError, TrainingError, first_line
 from sau.machine.parts import InParts
@@ -90,7 +91,7 @@ class Defense(Method, ABC):
         owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
-        _check_fit(owned, batches, session)
+        _check_fit(self, owned, batches, session)
         with seeded(seed), _enough_pictures():  # the caller's draws stay theirs
             self.run(owned, batches, session)
         _check_weights(owned)
@@ -148,21 +149,30 @@ def _enough_pictures() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check_fit(model: nn.Module, batches: Loader, session: Session) -> None:
-    """Before anything changes: finite weights, logits [B, K], labels below K; warns if nearly all answers are wrong."""
+def _check_fit(method: Defense, model: nn.Module, batches: Loader, session: Session) -> None:
+    """Before anything changes: finite weights, logits [B, K], labels below K.
+
+    Warns if nearly all answers are wrong, and says what stands out in the pictures unless the caller has.
+    """
     _check_weights(model)
     right = total = classes = 0
+    counts: Tensor | int = 0
     for x, y, *_ in batches:
         logits = _logits(model, x)
         classes = logits.shape[1]
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
         right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
+        counts = counts + y.bincount(minlength=classes)
     if right < 1.5 * total / classes:
         session.say(
             f"warning: the network answers {right} of {total} clean pictures as labelled, hardly more than chance; are "
             "the labels, the order of channels and mean and std those it was trained with?"
         )
+    if method.looks and not session.scrutinised and isinstance(counts, Tensor):
+        size = method.batch_size if isinstance(batches, Batches) else 0
+        for note in remarks(counts, size, method.needs):
+            session.say(f"note: {note}")
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

@@ -61,7 +61,10 @@ def _plain(value: Any) -> Any:
 
 
 def as_latex(sections: Sequence[Section]) -> str:
-    """A booktabs table each section: mean and half of the 95 % interval, the best DER bold, the second underlined."""
+    """A booktabs table each section: mean and half of the 95 % interval, the best DER bold, the second underlined.
+
+    Below it, as text, what the signs mean.
+    """
     return "\n".join(_tabular(section) for section in sections)
 
 
@@ -77,9 +80,10 @@ def _tabular(section: Section) -> str:
         texts[1] += r"$^\dagger$" if cell.oracle else ""
         texts += [_figure(cell, name) for name in FIGURES]
         lines.append(" & ".join(texts) + r" \\")
-    note = r"95\,\% intervals over seeds; $^\dagger$ chosen by test data."
+    note = r"\par\smallskip\footnotesize $\pm$: half of the 95\,\% interval over seeds."
+    note += r" $^\dagger$: chosen by test data." if any(cell.oracle for cell in section.cells) else ""
     parts = [f"% {_escape(section.title)}", r"\begin{tabular}{llrrrrrrr}", r"\toprule", head, r"\midrule", *lines,
-             r"\bottomrule", r"\end{tabular}", f"% {note}", ""]  # fmt: skip
+             r"\bottomrule", r"\end{tabular}", f"{{{note}\\par}}", ""]  # fmt: skip
     return "\n".join(parts)
 
 
