@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -101,6 +101,8 @@ class Session:
         team: splits every batch over several devices; None means that one does it all.
         limit: ends a run in time, after its last update; None means that none is set.
         stage: number of the run among those that share the checkpoint; see `at`.
+        findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
+            which a command keeps in `summary.json`. A method fills it in; all stages share it.
     """
 
     checkpoint: Checkpoint | None = None
@@ -114,6 +116,7 @@ class Session:
     team: Splitter | None = None
     limit: Limit | None = None
     stage: int = 0
+    findings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def begun(self) -> bool:

@@ -51,6 +51,7 @@ class Watch:
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
         self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
         self.scored: Score | None = None
+        self.findings: dict[str, Any] = {}
         self.earlier: float | None = None
         closing = evaluation_seconds if closing_seconds is None else closing_seconds
         # An epoch may end, and be evaluated, with the last update.
@@ -68,6 +69,7 @@ class Watch:
             other_seconds=evaluations * self.evaluation_seconds,
             hint=SHORTER,
             limit=self.limit,
+            findings=self.findings,
         )
 
     @property
@@ -100,14 +102,16 @@ class Watch:
         return figures
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Close the record; a run that was ended early says where, and has a digest of its own."""
+        """Close the record, with what the method found; a run that was ended early says where, and has a digest of its
+        own."""
         ended = self.limit.ended if self.limit else None
         if ended:
             known = self.record.config
             identity, note = {**known["identity"], "ended_early": ended}, f"ended early, {ended}"
             self.record.note(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
             summary = {**summary, "ended_early": ended}
-        self.record.finish({**summary, "seconds": self.seconds})
+        found = {"findings": self.findings} if self.findings else {}
+        self.record.finish({**summary, **found, "seconds": self.seconds})
 
     def last_risks(self, model: nn.Module) -> dict[str, Any]:
         """The risks of the result; a method that told the loop of no network gets its row here."""

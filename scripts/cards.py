@@ -1,6 +1,7 @@
 """Put figures into the pages of the methods: published ones, and those of the runs that are kept in docs/results.
 
-python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs
+python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs, up to
+                                   `<!-- /published -->` and, where there is one, `<!-- /measured -->`
 python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
 """
 
@@ -21,7 +22,8 @@ from sau.report.spread import spread
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONFIGS = DOCS.parent / "configs"
-RUNS = ("table1_cpu", "fp32_cpu", "cifar10_cpu")  # folders of docs/results
+# Folders of docs/results, and in what precision they were computed.
+RUNS = {"table1_cpu": "bf16", "fp32_cpu": "fp32", "cifar10_cpu": "bf16"}
 # What the runs of cifar10_cpu were made with where the recipe has changed since; see docs/results/cifar10_cpu.sh.
 OLDER = "cifar10_cpu"
 SETTINGS = {
@@ -30,7 +32,8 @@ SETTINGS = {
     "inputaware": "8 joint epochs, now 22, and a constant lr_G",
     "wanet": "24 epochs, now 30",
 }
-MARK, PUBLISHED, END = "<!-- measured -->\n", "<!-- published -->\n", "<!-- /published -->\n"
+MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
+PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
 LINKS = ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
 SOURCE = f"the one of {LINKS} with the most seeds of a row (the first of equals)"
 
@@ -47,15 +50,20 @@ def rule(columns: int) -> str:
 
 
 def kept() -> list[Run]:
-    """The runs of each attack and defense; those chosen with the test sets stand in `table1_cpu.md` alone."""
-    found: dict[tuple[str, str], list[Run]] = {}
+    """The runs of each attack, defense and who chose, from the folder that has the most seeds of them."""
+    found: dict[tuple[str, str, bool], list[Run]] = {}
     for name in RUNS:
-        here: dict[tuple[str, str], list[Run]] = {}
+        here: dict[tuple[str, str, bool], list[Run]] = {}
         for run in read(DOCS / "results" / name)[0]:
-            if run.usable and run.summary.get("selection") != "oracle":
-                here.setdefault((run.attack, run.defense), []).append(run)
+            if run.usable:
+                here.setdefault((run.attack, run.defense, oracle(run)), []).append(run)
         found |= {row: runs for row, runs in here.items() if len(runs) > len(found.get(row, []))}
     return [run for runs in found.values() for run in runs]
+
+
+def oracle(run: Run) -> bool:
+    """Whether the test sets chose something."""
+    return run.summary.get("selection") == "oracle"
 
 
 def by_attack(runs: list[Run], defense: str) -> dict[str, list[Run]]:
@@ -105,40 +113,90 @@ def attack_table(runs: list[Run], name: str) -> str:
     return (
         "Here, real CIFAR-10 on the CPU track (width 16), mean ± standard deviation over seeds,\n"
         f"from {SOURCE}.\n{recipe('attack', name)}\n"
-        "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity | in the ball of 0.2, % |\n"
-        f"{rule(8)}"
-        f"| {len(own)} | {' | '.join(cells)} |\n"
+        "| seeds | from | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity | in the ball of 0.2, % |\n"
+        f"{rule(9)}"
+        f"| {len(own)} | {origin(own)} | {' | '.join(cells)} |\n"
         f"{older(own)}"
     )
 
 
 def defense_table(runs: list[Run], name: str) -> str:
-    """A row an attack: before and after."""
-    rows, found = [], by_attack(runs, name)
-    for attack, own in found.items():
-        before, after = ([text([run.figures[key] for run in own]) for key in keys] for keys in (
-            ("before_acc", "before_asr"), ("acc", "asr", "racc", "der")
-        ))  # fmt: skip
-        rest = [text([run.lost for run in own]), text([run.figures["seconds"] for run in own], 0)]
-        who = "/".join(sorted({run.summary["selection"] for run in own}))
-        rows.append(f"| {attack} | {len(own)} | {' / '.join(before)} | {' | '.join([*after, *rest])} | {who} |")
+    """A row an attack and who chose, in the order of the attacks: before, after, and what is published."""
+    rows = [defense_row(attack, found) for attack, found in by_choice(runs, name)]
     if not rows:
         return ""
+    found, table = by_attack(runs, name), published()["tables"].get(name)
+    head = "| attack | chosen by | seeds | from | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost |"
+    head += " seconds |" + (" published: ACC / ASR / DER |" if table else "")
+    mark = "† there the test sets chose.\n" if any("†" in row for row in rows) else ""
     return (
         "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
-        f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n\n"
-        "| attack | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds | chosen by |\n"
-        f"{rule(10)}" + "\n".join(rows) + "\n" + older([run for own in found.values() for run in own])
-    )
+        f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n"
+        + ("What is published, in full above, is of networks of width 64.\n" if table else "")
+        + f"\n{head}\n{rule(12 if table else 11)}" + "\n".join(rows) + "\n" + (f"\n{mark}" if mark else "")
+        + older([run for own in found.values() for run in own]) + flagged(found)
+    )  # fmt: skip
+
+
+def origin(runs: list[Run]) -> str:
+    """The folder of docs/results that runs come from, and their precision."""
+    home = runs[0].home.parent.name
+    return f"{home}, {RUNS[home]}"
+
+
+def by_choice(runs: list[Run], defense: str) -> list[tuple[str, list[Run]]]:
+    """(attack, runs over seeds) of a defense, by attack; those that the test sets chose come second."""
+    found: dict[tuple[str, bool], list[Run]] = {}
+    for run in runs:
+        if run.defense == defense:
+            found.setdefault((run.attack, oracle(run)), []).append(run)
+    return [(attack, own) for (attack, _), own in sorted(found.items())]
+
+
+def defense_row(attack: str, own: list[Run]) -> str:
+    """The row of one attack; of a defense that is published nowhere without the last cell."""
+    before, after = ([text([run.figures[key] for run in own]) for key in keys] for keys in (
+        ("before_acc", "before_asr"), ("acc", "asr", "racc", "der")
+    ))  # fmt: skip
+    rest = [text([run.lost for run in own]), text([run.figures["seconds"] for run in own], 0)]
+    who = "**oracle**" if oracle(own[0]) else "defender"
+    cells = [attack, who, str(len(own)), origin(own), " / ".join(before), *after, *rest]
+    table = published()["tables"].get(own[0].defense)
+    return f"| {' | '.join(cells + ([theirs(table, attack, oracle(own[0]))] if table else []))} |"
+
+
+def theirs(table: dict[str, Any], attack: str, chosen: bool) -> str:
+    """What is published for an attack; marked where the test sets chose there and not here, a dash where it is the
+    other way round or nothing is published."""
+    row = table["rows"].get(attack)
+    if row is None or (chosen and table["selection"] != "oracle"):
+        return "-"
+    mark = " †" if table["selection"] == "oracle" and not chosen else ""
+    return " / ".join(figures([row[0], row[1], row[3]])) + mark
+
+
+def flagged(found: dict[str, list[Run]]) -> str:
+    """Lines on the classes that a defense flagged, by attack, where its summaries say so; empty where none does.
+
+    Args:
+        found: runs of a defense by attack, over seeds.
+    """
+    cells = []
+    for attack, runs in found.items():
+        said = [run.summary["findings"]["flagged"] for run in runs if "flagged" in run.summary.get("findings", {})]
+        each = " / ".join(", ".join(map(str, classes)) or "none" for classes in said)
+        cells += [f"{attack} {each}"] if said else []
+    about = "Classes that were flagged, a `/` between seeds; one of `prototype` is a false alarm"
+    return f"\n{about}:\n{'; '.join(cells)}.\n" if cells else ""
 
 
 def published_table(name: str) -> str:
     """A row an attack, as published, and their mean."""
-    tables = published()["tables"]
+    tables, names = published()["tables"], published()["names"]
     own = tables[name]["rows"]
     before = tables[name].get("before", tables[NONE]["rows"])
-    lines = {title: [*before[attack][:2], *own[attack]] for attack, title in published()["names"].items()}
-    lines["mean"] = mean(list(lines.values()))
+    lines = {names[attack]: [*before[attack][:2], *row] for attack, row in own.items()}
+    lines["mean" if len(own) == len(names) else f"mean of {len(own)}"] = mean(list(lines.values()))
     rows = [
         f"| {title} | {' / '.join(figures(line[:2]))} | {' | '.join(figures(line[2:]))} |\n"
         for title, line in lines.items()
@@ -153,12 +211,13 @@ def figures(row: Row) -> list[str]:
 
 def page(old: str, name: str, measured: str) -> str:
     """The text of a page with its tables as the data are now."""
-    head, mark, _ = old.partition(MARK)
+    head, mark, rest = old.partition(MARK)
+    _, end, below = rest.partition(MARK_END)  # what somebody wrote about the figures
     if PUBLISHED in head:
         block = re.escape(PUBLISHED) + ".*?" + re.escape(END)
         table = PUBLISHED + published_table(name) + END
         head = re.sub(block, lambda found: table, head, flags=re.S)
-    return f"{head}{mark}\n{measured}"
+    return f"{head}{mark}\n{measured}" + (f"\n{end}{below}" if end else "")
 
 
 def main() -> int:

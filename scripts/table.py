@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.errors import ConfigError, told
 from sau.report.paired import duels
-from sau.report.published import Row, compare, mean, published
+from sau.report.published import Row, alike, compare, mean, published
 from sau.report.read import NONE, read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
@@ -43,9 +43,10 @@ def comparable(section: Section) -> dict[str, str]:
     return {pair.cell.attack_name: pair.cell.attack for pair in compare(section) if pair.cell is not None}
 
 
-def theirs(defense: str, attacks: list[str | None]) -> Row:
-    """The published mean of a defense over these attacks; a row without figures where one of them was not published."""
-    rows = published()["tables"].get(defense, {}).get("rows", {})
+def theirs(cell: Cell, attacks: list[str | None]) -> Row:
+    """The published mean of a defense over these attacks; a row without figures where one of them was not published, or
+    where the test sets chose something in the published row and nothing in ours, or the other way round."""
+    rows = published()["tables"][cell.defense]["rows"] if alike(cell.defense, cell.oracle) else {}
     return mean([rows[attack] for attack in attacks]) if attacks and {*attacks} <= {*rows} else [None] * 4
 
 
@@ -65,10 +66,10 @@ def overview(section: Section) -> str:
     for name, cells in found.items():
         line = [text(cells.get(attack)) for attack in attacks]
         means = [over(cells, figure, triggered) for figure in FIGURES]
-        acc, asr, _, der = theirs(name.removesuffix(" (oracle)"), [paper.get(attack) for attack in triggered])
+        acc, asr, _, der = theirs(next(iter(cells.values())), [paper.get(attack) for attack in triggered])
         body.append([name, *line, *map(number, [*means, acc, asr, der] if paper else means)])
     head = ["defense", *attacks, "mean ACC", "mean ASR", "mean DER"]
-    return rows([*head, "paper: ACC", "ASR", "DER"] if paper else head, body)
+    return rows([*head, "published: ACC", "ASR", "DER"] if paper else head, body)
 
 
 def text(cell: Cell | None) -> str:
@@ -104,7 +105,11 @@ def against(section: Section, champion: str) -> str:
 def shown(section: Section, champion: str, titled: bool) -> str:
     """The tables of a section, each with a line that says what it is."""
     title = f"## {section.title}\n\n" if titled else ""
-    both = ",\nours and the paper's over the same attacks" if comparable(section) else ""
+    notes = (
+        ",\nours and the published ones over the same attacks. What is published stands beside rows that were chosen "
+        "alike\nalone: ANP and FP were published as the test sets chose them, as `(oracle)` rows are"
+    )
+    both = notes if comparable(section) else ""
     return (
         f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger{both}:\n\n"
         f"{overview(section)}\n"

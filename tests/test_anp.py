@@ -170,14 +170,16 @@ def test_the_masks_are_learned_from_other_pictures_than_those_that_choose(monkey
         return {name: torch.ones(norm.num_features) for name, norm in norms.items()}
 
     monkeypatch.setattr(ANP, "learn", learn)
-    monkeypatch.setattr(pruning, "choose", lambda model, levels, prune, held, *rest, **how: seen.update(held=held[0]))
+    monkeypatch.setattr(pruning, "choose", lambda model, levels, prune, held, *rest, **how: seen.update(held=held))
     x, y = pair(20)
-    for settings, sizes in (({}, (16, 4)), ({"held_back": 0.4}, (12, 8)), ({"select": "oracle"}, (20, 20))):
-        session = Session(say=lambda text: None, judge=lambda network: None)
+    session = Session(say=lambda text: None, judge=lambda network: None)
+    for settings, sizes in (({}, (16, 4)), ({"held_back": 0.4}, (12, 8))):
         ANP(**settings).purify(tiny_net(), (x, y), session=session)
-        assert (len(seen["work"]), len(seen["held"])) == sizes and seen["augment"] is not None
-        together = {tuple(row) for part in ("work", "held") for row in seen[part].flatten(1).tolist()}
+        assert (len(seen["work"]), len(seen["held"].x)) == sizes and seen["augment"] is not None
+        together = {tuple(row) for part in (seen["work"], seen["held"].x) for row in part.flatten(1).tolist()}
         assert together == {tuple(row) for row in x.flatten(1).tolist()}
+    ANP(select="oracle").purify(tiny_net(), (x, y), session=session)
+    assert len(seen["work"]) == 20 and seen["held"] is None
     ANP(pruning_number=0.5, augment=False).purify(tiny_net(), (x, y), session=quiet())
     assert len(seen["work"]) == 20 and seen["augment"] is None
 
@@ -261,6 +263,7 @@ def test_pruning_zeroes_scales_and_leaves_everything_else():
         {"held_back": 0.0},
         {"held_back": 1.0},
         {"pruning_number": 1.5},
+        {"pruning_number": 1.0},
         {"pruning_max": 1.5},
         {"pruning_step": 0.0},
         {"pruning_max": 5.5, "pruning_by": "number"},
@@ -277,14 +280,22 @@ def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
     assert next(iter(wrong)) in one_line(refusal.value)
 
 
-def test_a_network_without_batch_norm_and_a_level_that_leaves_nothing_are_refused(one_line):
+def test_a_network_without_batch_norm_and_a_level_that_leaves_nothing_are_refused(monkeypatch, one_line):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError) as refusal:
         ANP().purify(plain, pair(), session=quiet())
     assert "BatchNorm2d" in one_line(refusal.value)
+    monkeypatch.setattr(ANP, "learn", lambda self, model, norms, *rest: {"features.1": torch.full((10,), 0.5)})
     with pytest.raises(TrainingError) as stop:
-        ANP(nb_iter=1, batch_size=4, pruning_number=1.0).purify(tiny_net(), pair(), session=quiet())
+        ANP(pruning_number=0.5).purify(tiny_net(), pair(), session=quiet())
     assert "features.1" in one_line(stop.value)
+
+
+def test_a_number_that_prunes_all_is_refused_before_anything_is_learned(monkeypatch, one_line):
+    monkeypatch.setattr(ANP, "learn", lambda *given: pytest.fail("it learned"))
+    with pytest.raises(ConfigError) as refusal:
+        ANP(pruning_by="number", pruning_number=10.0).purify(tiny_net(), pair(), session=quiet())
+    assert one_line(refusal.value) == "pruning_number is 10.0, allowed is below 10, the neurons of the network"
 
 
 # The claim, on a toy

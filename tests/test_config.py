@@ -274,6 +274,49 @@ def test_every_flag_of_the_benchmarks_defenses_is_known(name, tmp_path):
         assert sorted(found) == without and all(found.values())
 
 
+SEARCH = ["pruning_max", "pruning_step", "acc_ratio", "held_back"]
+OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said", "warned"),
+    [
+        ("rnp", ["--pruning_number", "0.5"], SEARCH, SEARCH),
+        ("rnp", ["--pruning_number", "none"], SEARCH, []),
+        ("rnp", ["--select", "oracle"], [*SEARCH, "pruning_number"], ["held_back", "pruning_number"]),
+        ("anp", ["--pruning_number", "0.5"], SEARCH, SEARCH),
+        ("anp", [], SEARCH, []),
+        ("anp", ["--select", "oracle"], SEARCH, ["held_back"]),
+        ("fp", ["--select", "oracle"], ["held_back", "acc_ratio"], ["held_back"]),
+        ("fp", [], ["held_back"], []),
+        *((name, [], [*OUTLIER, "u"], OUTLIER) for name in ("clp", "bnp", "ep")),
+        *((name, ["--select", "oracle"], [*OUTLIER, "u"], ["u"]) for name in ("clp", "bnp", "ep")),
+        ("nad", [], ["beta2", "beta3"], ["beta3"]),
+        ("nad", ["--layers", "layer4"], ["beta2", "beta3"], ["beta2", "beta3"]),
+        ("nad", ["--layers", "layer2,layer3,layer4"], ["beta2", "beta3"], []),
+        ("nad", ["--teacher_model_loc", "there"], ["te_epochs"], ["te_epochs"]),
+        ("nc", ["--early_stop", "false"], ["early_stop_patience", "early_stop_threshold"], None),
+        ("nc", ["--augment", "false"], ["augment_inversion"], ["augment_inversion"]),
+        ("nc", [], ["early_stop_patience", "augment_inversion"], []),
+    ],
+)
+def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warned):
+    """Where the user says them, and nowhere else; the shipped files say them all."""
+    method = DEFENSES[name]
+    values = {"early_stop_patience": "3", "te_epochs": "2", "augment_inversion": "true"}
+    argv = [
+        *flags,
+        *(word for flag in said for word in (f"--{flag}", values.get(flag, "0.5")) if flag not in ("u_num",)),
+    ]
+    argv += ["--u_num", "5"] if "u_num" in said else []
+    request = Request("x", method, (DefenseRun, OwnRun, method), argv)
+    request.settle("defense", "paper", "cifar10")
+    assert sorted(request.ignored) == sorted(said if warned is None else warned) and all(request.ignored.values())
+    quiet = Request("x", method, (DefenseRun, OwnRun, method), flags)
+    quiet.settle("defense", "paper", "cifar10")
+    assert quiet.ignored == {}
+
+
 def test_a_list_is_written_with_commas_or_with_spaces():
     for form in (["10,20"], ["10", "20"], ["[10,", "20]"]):
         assert Request("x", RNP, (DefenseRun, RNP), ["--schedule", *form]).said("schedule") == (10, 20)

@@ -17,7 +17,26 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 from sau.attack import Blended
 from sau.config import options
 from sau.data.images import Images, to_float
-from sau.defense import ANP, AT, BNP, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU, Defense
+from sau.defense import (
+    ANP,
+    AT,
+    BNP,
+    CLP,
+    D3,
+    DEFENSES,
+    EP,
+    FP,
+    FST,
+    FT,
+    FTSAM,
+    IBAU,
+    NAD,
+    NC,
+    NPD,
+    RNP,
+    SAU,
+    Defense,
+)
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -83,6 +102,12 @@ def rows(wanted: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorat
 each = rows()
 each_in_rounds = rows(lambda row: row.rounds)
 each_at_random = rows(lambda row: row.random)
+
+
+@pytest.fixture(autouse=True)
+def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most networks here are untrained; those who prune by an accuracy would prune nothing, for it is chance."""
+    monkeypatch.setattr("sau.defense.held.chance", lambda model, held: -1.0)
 
 
 def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from test_defenses import backdoored, pair
 from test_loop import ALWAYS, Tape
 from torch import Tensor, nn
-from toys import quiet, same_weights, tiny_net
+from toys import own_answers, quiet, same_weights, tiny_net
 
-from sau.defense import FP, Defense
+from sau.defense import FP, Defense, fp
 from sau.defense.fp import activations, last_layers, silence
 from sau.errors import ConfigError
 from sau.evaluate import Score, Share, score
@@ -100,6 +100,17 @@ def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
         FP(select="oracle").purify(net, data, session=quiet())
 
 
+@pytest.mark.parametrize(("select", "count"), [("defender", 16), ("oracle", 20)])
+def test_the_oracle_ranks_on_all_pictures(monkeypatch, select, count):
+    """It measures elsewhere, so that nothing is held back."""
+    ranked = []
+    monkeypatch.setattr(fp, "activations", lambda model, layer, x: ranked.append(len(x)) or torch.arange(10.0))
+    net, data = ten_units()
+    session = Session(say=lambda text: None, judge=lambda network: Score(Share(80, 100)))
+    FP(epochs=0, augment=False, select=select).purify(net, data, session=session)
+    assert ranked == [count]
+
+
 def test_the_order_is_that_of_plain_pictures_even_where_tuning_augments():
     """A crop would shift the pixels, and with them the activations."""
     net, data = ten_units()
@@ -168,7 +179,8 @@ def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer):
     """Also with momentum, which goes on pushing where a weight was zeroed."""
     net, settings = tiny_net(), {"batch_size": 8, "lr": 0.05, "unit": unit, "client_optimizer": optimizer}
     pruned, tuned = (
-        FP(epochs=epochs, acc_ratio=0.9, **settings).purify(net, pair(), session=quiet()) for epochs in (0, 3)
+        FP(epochs=epochs, acc_ratio=0.9, **settings).purify(net, own_answers(net, pair()[0]), session=quiet())
+        for epochs in (0, 3)
     )
     weights = "linear.weight" if unit == "linear_input" else "features.3.weight"
     before, after = pruned.get_parameter(weights), tuned.get_parameter(weights)

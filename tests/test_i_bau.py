@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_defenses import backdoored, pair
 from test_loop import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 from toys import quiet, same_weights, tiny_net
 
 from sau.defense import IBAU
@@ -280,3 +281,38 @@ def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         IBAU(**wrong)
     assert next(iter(wrong)) in one_line(refusal.value)
+
+
+# Networks of other kinds
+
+
+def test_attention_is_differentiated_twice():
+    """Torch's fast kernel of attention has no second derivative, the plain one has, and the same values."""
+    torch.manual_seed(0)
+    settings = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8, "num_classes": 4}
+    net = VisionTransformer(image_size=16, patch_size=8, **settings).eval()
+    nn.init.normal_(net.heads.head.weight)  # zero at first, and then no gradient reaches the rest
+    fixed = IBAU(epochs=1, batch_size=8, lr=0.01).purify(net, pair(), session=quiet())
+    assert not same_weights(fixed, net) and fixed(pair()[0]).isfinite().all()
+
+
+def test_a_layer_without_second_derivative_is_named(one_line):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.Hardsigmoid(), nn.Linear(8, 4))
+    with pytest.raises(ConfigError) as refusal:
+        IBAU(epochs=1, batch_size=8).purify(net, pair(), session=quiet())
+    assert "hardsigmoid_backward is not implemented" in one_line(refusal.value) and "ft or sau" in str(refusal.value)
+
+
+def test_another_error_of_a_network_is_not_taken_for_that(unchecked):
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                raise RuntimeError("out of luck")
+            return self.net(x)
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        IBAU(epochs=1, batch_size=8).purify(Failing(), pair(), session=quiet())

@@ -1,5 +1,6 @@
 """NC: the cost schedule and the outlier rule by hand, the inversion against one class at a time, planted patches."""
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from test_defenses import pair
 from test_loop import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
-from toys import quiet, same_weights, tiny_net, toy_images, train_victim
+from toys import QUICK, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import BadNet
 from sau.data.images import Batches, Images
@@ -211,6 +212,40 @@ def test_every_planted_class_is_flagged(planted, how):
     assert same_weights(fixed, Planted(planted))  # no rounds of fine-tuning were asked for
 
 
+# What it found, for `summary.json`
+
+
+@pytest.mark.parametrize("planted", [(3,), ()])
+def test_the_findings_are_plain_numbers_of_every_class(planted):
+    """Flagged or not; those of the patches that the caller sees in the state."""
+    seen: list[Any] = []
+    session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: seen.append(state["patches"]) or {})
+    NC(nc_epoch=60, init_cost=0.05, batch_size=20, epochs=0).purify(Planted(planted), grey(), session=session)
+    found = json.loads(json.dumps(session.findings, allow_nan=False))
+    norms = seen[-1].found()[2]
+    assert found["flagged"] == list(planted) and len(found["anomaly_index"]) == len(found["mask_norm"]) == 8
+    assert found["mask_norm"] == pytest.approx(norms.tolist(), abs=1e-4)
+    assert found["anomaly_index"] == pytest.approx(anomaly(norms).tolist(), abs=1e-4)
+
+
+def test_an_infinite_index_is_none_in_the_findings():
+    """Four equal norms have the MAD 0, so that a fifth below them lies infinitely far."""
+    patches = Patches(5, 1, torch.zeros(1, 3, 1, 1), 0.01)
+    patches.best_mask = torch.tensor([0.5, 0.5, 0.25, 0.5, 0.5]).view(5, 1, 1, 1)
+    norms = [0.5, 0.5, 0.25, 0.5, 0.5]
+    assert NC().findings(patches) == {"flagged": [2], "anomaly_index": [0, 0, None, 0, 0], "mask_norm": norms}
+
+
+@pytest.mark.parametrize("threshold", ["0", "1000"], ids=["flagged", "nobody"])
+def test_a_command_keeps_the_findings_in_its_summary(victim, here, threshold):
+    flags = ("--nc_epoch", "1", "--epochs", "1", "--index_threshold", threshold, "--batch_size", "64", *QUICK)
+    assert here("defense", "nc", "--result_file", "victim", *flags)[0] == 0
+    found = json.loads((victim / "defense" / "nc" / "summary.json").read_text())["findings"]
+    assert len(found["mask_norm"]) == 10 and bool(found["flagged"]) == (threshold == "0")
+    assert here("defense", "ft", "--result_file", "victim", "--epochs", "0", *QUICK)[0] == 0
+    assert "findings" not in json.loads((victim / "defense" / "ft" / "summary.json").read_text())
+
+
 def test_without_an_outlier_the_network_stays_as_it_is():
     defense = NC(nc_epoch=60, batch_size=20, epochs=2, init_cost=0.05)
     fixed, lines = said(defense, Planted(()), grey())
@@ -298,19 +333,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(save_every, saves, restarts):
     defense = NC(nc_epoch=2, epochs=2, batch_size=8, index_threshold=0.0, restarts=restarts)
     dataset = torch.utils.data.TensorDataset(*pair())
 
-    def run(tape: Tape, seed: int) -> nn.Module:
+    def run(tape: Tape, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         torch.manual_seed(seed)
         data = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
         session = Session(checkpoint=tape, say=lambda text: None, save_every=save_every)
-        return defense.purify(tiny_net(), data, session=session)
+        return defense.purify(tiny_net(), data, session=session), session.findings
 
-    whole = run(Tape(), 1)
+    whole, found = run(Tape(), 1)
     for number in saves:
         tape = Stopping(number)
         with pytest.raises(KeyboardInterrupt):
             run(tape, 1)
         tape.left = -1
-        assert same_weights(run(tape, 2), whole), number
+        again, findings = run(tape, 2)
+        assert same_weights(again, whole) and findings == found and found["flagged"], number
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,38 @@ def test_rows_of_other_settings_say_so(folder, attack, defense, words):
     assert line == "" if words is None else f"cifar10_cpu.md): {words}.\n" in line
 
 
+def test_the_page_of_nc_says_which_classes_were_flagged():
+    """Over seeds, of each attack; summaries of before say nothing, and where none does there is no line."""
+    cards = runpy.run_path(str(REPOSITORY / "scripts" / "cards.py"), run_name="cards")
+
+    def run(flagged: list[int] | None) -> Run:
+        summary = {"findings": {"flagged": flagged}} if flagged is not None else {}
+        return Run(REPOSITORY, "x", "nc", 0, None, "unverified", summary=summary)
+
+    found = {"badnet": [run([0]), run([0, 3])], "prototype": [run([]), run([5])], "sig": [run(None)]}
+    assert "`prototype` is a false alarm:\nbadnet 0 / 0, 3; prototype none / 5.\n" in cards["flagged"](found)
+    assert cards["flagged"]({"sig": [run(None)]}) == ""
+
+
+def test_a_row_says_where_it_is_from_who_chose_and_what_is_published():
+    """FP was published as the test sets chose, CLP as nobody did; RNP was not published."""
+    cards = runpy.run_path(str(REPOSITORY / "scripts" / "cards.py"), run_name="cards")
+
+    def row(defense: str, selection: str, attack: str = "badnet") -> list[str]:
+        figures = {name: 50.0 for name in ("before_acc", "before_asr", "acc", "asr", "racc", "der", "seconds")}
+        summary = {"selection": selection}
+        home = REPOSITORY / "docs" / "results" / "fp32_cpu" / f"{attack}_s0" / "defense" / defense
+        run = Run(home, attack, defense, 0, None, "unverified", figures=figures, summary=summary)
+        return cards["defense_row"](attack, [run]).strip("| ").split(" | ")
+
+    assert row("fp", "oracle")[1:4] == ["**oracle**", "1", "fp32_cpu, fp32"] and row("fp", "defender")[1] == "defender"
+    assert row("fp", "oracle")[-1] == "91.31 / 57.13 / 68.95" and row("fp", "defender")[-1].endswith("68.95 †")
+    assert row("clp", "defender")[-1] == "90.07 / 77.56 / 58.11" and row("clp", "oracle")[-1] == "-"
+    assert (
+        row("clp", "defender", "prototype")[-1] == "-" and len(row("rnp", "defender")) == len(row("fp", "oracle")) - 1
+    )
+
+
 def test_flags_without_effect_stand_on_the_page_for_users_of_backdoorbench():
     text = (REPOSITORY / "docs" / "backdoorbench.md").read_text()
     named = {*IGNORED, *(flag for defense in DEFENSES.values() for flag in defense.ignored)}

@@ -9,6 +9,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
 from sau.defense import pruning
+from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
@@ -19,15 +20,33 @@ def test_held_back_pictures_are_the_last_of_each_class():
     """Of 10, 4 and 1 pictures a fifth is 2, 1 (at least) and none (a class keeps one to work with)."""
     y = torch.tensor([0] * 10 + [1] * 4 + [2])
     x = torch.arange(15.0)
-    (kept, kept_y), (held, held_y) = pruning.hold_back(x, y, 0.2)
+    (kept, kept_y), (held, held_y, apart) = hold_back(x, y, 0.2, quiet())
+    assert apart
     assert held.tolist() == [8, 9, 13] and held_y.tolist() == [0, 0, 1]
     assert sorted(kept.tolist() + held.tolist()) == list(range(15)) and len(kept_y) == 12
 
 
 def test_where_nothing_can_be_held_back_all_pictures_choose():
-    x, y = torch.arange(3.0), torch.tensor([0, 1, 2])
-    (kept, _), (held, _) = pruning.hold_back(x, y, 0.2)
-    assert kept.tolist() == held.tolist() == [0, 1, 2]
+    x, y, said = torch.arange(3.0), torch.tensor([0, 1, 2]), []
+    (kept, _), (held, _, apart) = hold_back(x, y, 0.2, Session(say=said.append))
+    assert kept.tolist() == held.tolist() == [0, 1, 2] and not apart
+    assert len(said) == 1 and said[0].startswith("warning: no class has a second picture to hold back")
+
+
+@pytest.mark.parametrize(("apart", "words"), [(True, "held-back ACC"), (False, "ACC on the pictures it learns from")])
+def test_the_accuracy_that_chooses_has_its_name(apart, words):
+    scores = {0: (80, 90), 1: (80, 90), 3: (72, 90), 5: (60, 0)}
+    assert f"{words} 80.0 -> 72.0 %" in outcome(scores, oracle=False, apart=apart)[1]
+    assert f"{words} 25.0 % is no more than chance" in outcome({0: (25, 90)}, oracle=False, apart=apart)[1]
+
+
+@pytest.mark.parametrize(("acc", "expected"), [(24, 0), (25, 0), (26, 5)])
+def test_an_accuracy_no_better_than_chance_prunes_nothing(acc, expected):
+    """It would not fall whatever went, so that all would; of four classes chance is 25 %. The oracle has its ASR."""
+    scores = {0: (acc, 90), 1: (acc, 80), 3: (acc, 70), 5: (acc, 60)}
+    count, said = outcome(scores, oracle=False)
+    assert count == expected and ("no more than chance (25 %)" in said) == (expected == 0)
+    assert outcome(scores, oracle=True)[0] == 5
 
 
 def test_gathering_walks_once_and_keeps_the_order():
@@ -74,7 +93,12 @@ LEVELS = [
 
 
 def outcome(
-    scores: dict[int, tuple[int, int]], *, oracle: bool, tolerance: float = 0.1, by_asr: bool = True
+    scores: dict[int, tuple[int, int]],
+    *,
+    oracle: bool,
+    tolerance: float = 0.1,
+    by_asr: bool = True,
+    apart: bool = True,
 ) -> tuple[int, str]:
     """How many channels go when the network scores (ACC, ASR) in percent with so many pruned."""
     net, said = tiny_net(), []
@@ -90,7 +114,7 @@ def outcome(
     with pytest.MonkeyPatch.context() as patch:
         if not oracle:  # the defender's scores, too, come from the table: held-back pictures have no ASR
             patch.setattr(pruning, "score", lambda model, clean, triggered: Score(judge(model).acc))
-        held = (torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
+        held = Held(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long), apart)
         taken = pruning.choose(net, LEVELS, prune, held, tolerance, session, oracle=oracle, by_asr=by_asr)
     count = int((net.get_parameter("features.1.weight") == 0).sum())
     assert len(said) == 1 and (taken.count if taken else 0) == count

@@ -105,9 +105,14 @@ def test_the_threshold_decides_on_the_given_network():
     assert same_weights(fixed, net)
 
 
-def test_a_threshold_that_prunes_all_is_refused(one_line):
+def test_a_threshold_that_prunes_all_is_refused(monkeypatch, one_line):
+    """Before anything is trained where it always would; else when the masks are known."""
+    with pytest.raises(ConfigError) as mistake:
+        RNP(**SMALL, pruning_number=1.0)
+    assert "pruning_number" in one_line(mistake.value)
+    monkeypatch.setattr(RNP, "_recover", lambda *given: {"features.1": torch.full((10,), 0.5)})
     with pytest.raises(TrainingError) as refusal:
-        RNP(**SMALL, pruning_number=1.0).purify(tiny_net(), pair(), session=quiet())
+        RNP(**SMALL, pruning_number=0.5).purify(tiny_net(), pair(), session=quiet())
     assert "features.1" in one_line(refusal.value)
 
 
@@ -143,9 +148,10 @@ def test_the_oracle_sweeps_the_thresholds_by_test_scores():
 
 
 @pytest.mark.parametrize("number", [0.9, None])
-def test_a_run_that_is_stopped_goes_on_to_the_same_bits(number):
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(monkeypatch, number):
     """While it unlearns, which the threshold ends early, and while the masks recover."""
     defense = RNP(**SMALL, pruning_number=number, recovering_lr=20.0, clean_threshold=1.0, acc_ratio=0.99)
+    monkeypatch.setattr("sau.defense.held.chance", lambda model, held: -1.0)  # the network is untrained
     net, data = tiny_net(), pair(32)
     whole = defense.purify(net, data, session=quiet())
     assert pruned(whole).any()

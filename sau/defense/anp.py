@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.defense import pruning
 from sau.defense.base import Defense
+from sau.defense.held import hold_back
 from sau.defense.inputs import Augmentation, unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
@@ -96,18 +97,28 @@ class ANP(Defense):
         fits, allowed = _VALUES[self.pruning_by]
         if self.pruning_number is not None:
             self.require("pruning_number", fits(self.pruning_number), f"none, or {allowed}")
+            every = self.pruning_by == "threshold" and self.pruning_number >= 1
+            self.require("pruning_number", not every, "below 1, for no mask is above 1 and every neuron would go")
             self.require("select", self.select == "defender", "defender where pruning_number leaves nothing to choose")
             return
         for name in ("pruning_max", "pruning_step"):
             value = getattr(self, name)
             self.require(name, value > 0 and fits(value), f"{allowed}, and above 0, to search by {self.pruning_by}")
 
+    def idle(self) -> dict[str, str]:
+        if self.pruning_number is not None:
+            return dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
+        return {"held_back": "the oracle chooses by the test sets"} if self.select == "oracle" else {}
+
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         norms = pruning.batch_norms(model, self.name)
+        total = sum(norm.num_features for norm in norms.values())
+        if self.pruning_by == "number" and self.pruning_number is not None:
+            self.require("pruning_number", self.pruning_number < total, f"below {total}, the neurons of the network")
         plain, augment = unaugmented(batches)  # whoever chooses sees the pictures as they are
-        work = held = pruning.gather(plain)
+        work, held = pruning.gather(plain), None
         if self.select == "defender" and self.pruning_number is None:
-            work, held = pruning.hold_back(*work, self.held_back)
+            work, held = hold_back(*work, self.held_back, session)
         masks = self.learn(model, norms, _Draws(*work, self.batch_size, self.nb_iter, augment), session)
         model.eval()
         prune = partial(pruning.apply, model, shift=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sau.defense import pruning
 from sau.defense.ft import FT
+from sau.defense.held import hold_back
 from sau.defense.inputs import unaugmented
 from sau.defense.layers import plain, watching
 from sau.errors import ConfigError
@@ -57,6 +58,9 @@ class FP(FT):
         self.require("once_prune_ratio", 0 < self.once_prune_ratio <= 1, "above 0 and up to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
+    def idle(self) -> dict[str, str]:
+        return {"held_back": "the oracle goes by the test set"} if self.select == "oracle" else {}
+
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         x, y = pruning.gather(unaugmented(batches)[0])
         layers = last_layers(model, x[:1], self.unit)
@@ -70,8 +74,10 @@ class FP(FT):
         self, model: nn.Module, layers: list[nn.Module], mask: "Mask", clean: tuple[Tensor, Tensor], session: Session
     ) -> None:
         """Choose how many units go, zero their weights and note them in `mask`."""
-        (x, _), held = pruning.hold_back(*clean, self.held_back)
-        order = activations(model, layers[-1], x).argsort(stable=True)
+        held = None
+        if self.select == "defender":  # the oracle's accuracy is that of the test set, so all pictures may rank
+            clean, held = hold_back(*clean, self.held_back, session)
+        order = activations(model, layers[-1], clean[0]).argsort(stable=True)
         total, levels = len(order), []
         step = math.ceil(total * self.once_prune_ratio)
         if step >= total:

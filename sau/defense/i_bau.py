@@ -13,15 +13,19 @@ d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), s
 and K rounds of the equation for v, from v = 0, come close to its solution.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
+from sau.errors import ConfigError, first_line
 from sau.models import full_precision
 from sau.optim import Optimizer, Schedule
 from sau.session import Session
@@ -59,6 +63,22 @@ def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> T
         if float((v - before).norm()) < SETTLED:
             break
     return v
+
+
+@contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """Inside, attention goes the one way whose gradient torch can differentiate again; ConfigError for a layer that has
+    no such way."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise ConfigError(
+            f"i-bau needs second derivatives, and torch lacks those of a layer of the network ({first_line(error)}); "
+            "write the layer with other functions, or try ft or sau"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +127,7 @@ class IBAU(Tuning):
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         kept = Kept(batches)
         state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Universal(kept.x)}
-        with full_precision(model):
+        with full_precision(model), _second_derivatives():
             self.rounds(state, kept, session)
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:

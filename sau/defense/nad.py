@@ -73,6 +73,12 @@ class NAD(FT):
         self.require("p", self.p > 0, "above 0")
         self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
 
+    def idle(self) -> dict[str, str]:
+        named = len(self.layers) or DEFAULT_LAYERS
+        without = {f"beta{n}": f"there is no layer {n}; name it with --layers" for n in range(named + 1, 4)}
+        given = {"te_epochs": "the teacher is given"} if self.teacher_model_loc is not None else {}
+        return without | given
+
     def passes(self) -> float:
         return 0.0  # compiled code would not call the hooks that watch the layers
 

@@ -10,6 +10,7 @@ Then the network is fine-tuned on clean pictures, of which some carry the patche
 true labels. Without a flagged class it stays as it is.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,7 +85,7 @@ class NC(FT, Inversion):
         "cleaning_ratio": "--ratio says how many clean pictures there are",
         "EPSILON": "it is 1e-7, as in the benchmark",
         "use_norm": "the norm of a mask is its sum",
-        "to_file": "what is found stands in the log",
+        "to_file": "what is found stands in summary.json",
         "n_times_test": "a test set is evaluated once",
     }
 
@@ -96,6 +97,9 @@ class NC(FT, Inversion):
         super().__post_init__()
         self.require("index_threshold", self.index_threshold >= 0, "0 and more")
         self.require("unlearning_ratio", 0 < self.unlearning_ratio <= 1, "above 0 and up to 1")
+
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({} if self.augment else {"augment_inversion": "augment is off"})
 
     def passes(self) -> float:
         return 0.0  # classes leave the inversion one by one, and each would be a size to compile anew
@@ -110,15 +114,26 @@ class NC(FT, Inversion):
         patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
         self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
         # Without a pass this run goes on in the second stage, and the patches come with its checkpoint.
-        if int(patches.passes) and not self.report(patches, session):
-            return
-        repair = Repair(self, kept, patches, batches)
-        state = {**self.prepare(model, len(repair)), "patches": patches, "kept": kept}
-        self.rounds(state, repair, session.at(1))
+        if not int(patches.passes) or self.report(patches, session):
+            repair = Repair(self, kept, patches, batches)
+            state = {**self.prepare(model, len(repair)), "patches": patches, "kept": kept}
+            self.rounds(state, repair, session.at(1))
+        session.findings.update(self.findings(patches))  # last, for only now a resumed run has its patches for certain
 
     def flagged(self, norms: Tensor) -> list[int]:
         """The classes whose mask is an outlier on the small side."""
         return (anomaly(norms) > self.index_threshold).nonzero().flatten().tolist()
+
+    def findings(self, patches: Patches) -> dict[str, Any]:
+        """For `summary.json`: the flagged classes, and of each class the anomaly index (None where it is infinite, the
+        MAD being 0) and the mask's norm in pixels."""
+        norms = patches.found()[2]
+        index = [round(value, 4) if math.isfinite(value) else None for value in anomaly(norms).tolist()]
+        return {
+            "flagged": self.flagged(norms),
+            "anomaly_index": index,
+            "mask_norm": [round(n, 4) for n in norms.tolist()],
+        }
 
     def report(self, patches: Patches, session: Session) -> list[int]:
         """Say what was found; returns the flagged classes."""

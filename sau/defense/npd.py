@@ -128,7 +128,7 @@ class NPD(Tuning):
             answer, runner_up = model(x).topk(2).indices.unbind(1)
         delta = self.search(model, x, runner_up)
         norm.train()  # the batch's statistics here, the running ones in the search and in use
-        z, z_adv = model(x), model(x + delta)
+        z, z_adv = model(torch.cat([x, x + delta])).chunk(2)  # apart, the running ones would be those of neither
         norm.eval()
         clean, (adv, wrong, target) = F.cross_entropy(z, y), held_losses(z_adv, answer, runner_up)
         loss = self.weight_clean * clean + self.weight_adv * adv

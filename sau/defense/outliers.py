@@ -61,6 +61,13 @@ class Outliers(Defense):
         self.require("u_num", self.u_num >= 1, "1 and more")
         self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
 
+    def idle(self) -> dict[str, str]:
+        if self.select == "oracle":
+            return {"u": "the oracle tries u_num values of u"}
+        return dict.fromkeys(
+            ("u_min", "u_max", "u_num", "acc_ratio"), "u says how much goes; --select oracle tries others"
+        )
+
     @abstractmethod
     def scores(self, model: nn.Module, batches: Loader) -> Scores:
         """How suspicious each channel of each batch norm is; `model` is in eval mode and computes in fp32."""

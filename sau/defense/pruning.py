@@ -1,4 +1,4 @@
-"""What defenses that prune have in common: batch norms, held-back pictures, and the choice of how much to prune.
+"""What defenses that prune have in common: batch norms, levels, and the choice of how much to prune.
 
 A level is one way to prune, and levels are ordered: each prunes what the ones before it prune, and more.
 """
@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import last_of_each
+from sau.defense.held import Held, guesses, named
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
 from sau.types import Loader
 
 Norms = dict[str, nn.BatchNorm2d]
+SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,6 @@ def gather(batches: Loader) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def hold_back(x: Tensor, y: Tensor, share: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Split clean pictures into those to work with and the last `share` of each class, to choose by.
-
-    Returns the two parts as (x, y). Every class keeps at least one picture to work with; if nothing can be held back
-    (one picture a class), both parts are all pictures.
-    """
-    held = last_of_each(y, share)
-    if not held.any():
-        return (x, y), (x, y)
-    return (x[~held], y[~held]), (x[held], y[held])
-
-
 @torch.no_grad()
 def silence(layer: nn.Module, pruned: Tensor, *, shift: bool) -> None:
     """Zero the weights of the `pruned` channels [C] of a layer, and their biases if asked."""
@@ -102,7 +91,7 @@ def choose(
     model: nn.Module,
     levels: Sequence[Level],
     prune: Callable[[Level], None],
-    held: tuple[Tensor, Tensor] | None,
+    held: Held | None,
     tolerance: float,
     session: Session,
     *,
@@ -111,13 +100,14 @@ def choose(
 ) -> Level | None:
     """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
-    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network.
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network; a defender allows
+    none where ACC_0 is no more than chance, for it would not fall, whatever went.
 
     Args:
         model: in eval mode.
         levels: from the mildest to the hardest; equal ones are measured once.
         prune: applies a level to `model` in place.
-        held: clean pictures and labels that ACC is measured on; the oracle needs none.
+        held: clean pictures that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
         session: says what was chosen; its `judge` scores networks for the oracle.
         oracle: test ACC and ASR choose, as in the benchmark: the lowest ASR of the allowed levels. Otherwise the
@@ -127,15 +117,15 @@ def choose(
     search, judge = oracle and by_asr, _judge(held, session, oracle)
     first = judge(model)
     chosen, best, count = None, first, 0
+    if not oracle and held is not None and guesses(model, held, first.acc.percent, session):
+        return chosen
     for level in levels:
         if level.everything:
             break
         if level.count == count:
             continue
         count = level.count
-        with kept(model):
-            prune(level)
-            found = judge(model)
+        found = _tried(model, level, prune, judge)
         allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
         if not allowed and not search:
             break
@@ -145,17 +135,25 @@ def choose(
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
     else:
-        accuracy = f"{'test' if oracle else 'held-back'} ACC {first.acc.percent} -> {best.acc.percent} %"
-        only(chosen, prune, session, accuracy)
+        only(chosen, prune, session, f"{named(None if oracle else held)} {first.acc.percent} -> {best.acc.percent} %")
     return chosen
 
 
-def _judge(held: tuple[Tensor, Tensor] | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:
+def _tried(
+    model: nn.Module, level: Level, prune: Callable[[Level], None], judge: Callable[[nn.Module], Score]
+) -> Score:
+    """What `model` scores with a level pruned; afterwards it is as it was."""
+    with kept(model):
+        prune(level)
+        return judge(model)
+
+
+def _judge(held: Held | None, session: Session, oracle: bool) -> Callable[[nn.Module], Score]:
     if oracle and session.judge is not None:
         return session.judge
     if oracle or held is None:
         raise TypeError("an oracle chooses by the judge of its session, a defender by held-back pictures; give them")
-    return partial(score, clean=held, triggered=None)
+    return partial(score, clean=(held.x, held.y), triggered=None)
 
 
 def only(level: Level, prune: Callable[[Level], None], session: Session, accuracy: str = "") -> None:

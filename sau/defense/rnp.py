@@ -23,6 +23,7 @@ from sau import loop
 from sau.data.images import Batches
 from sau.defense import pruning
 from sau.defense.base import Defense
+from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
@@ -46,7 +47,7 @@ class RNP(Defense):
         recovering_epochs: epochs that the masks are trained.
         recovering_lr: learning rate of the masks, above 0.
         alpha: weight of the loss that trains the masks, above 0.
-        pruning_number: channels with masks up to this are pruned, 0 to 1; none looks for the threshold.
+        pruning_number: channels with masks up to this are pruned, 0 up to below 1; none looks for the threshold.
         pruning_max: highest threshold of the search, above 0 and up to 1.
         pruning_step: distance of two thresholds of the search, above 0.
         acc_ratio: share of the accuracy that a threshold of the search may cost, 0 up to below 1.
@@ -85,16 +86,26 @@ class RNP(Defense):
             self.require(name, getattr(self, name) >= 0, "0 and more")
         self.require("batch_size", self.batch_size >= 1, "1 and more")
         self.require("clean_threshold", 0 <= self.clean_threshold <= 1, "0 to 1")
-        self.require("pruning_number", 0 <= (self.pruning_number or 0) <= 1, "none, or 0 to 1")
+        self.require(
+            "pruning_number", 0 <= (self.pruning_number or 0) < 1, "none, or 0 up to below 1, the highest mask"
+        )
         self.require("pruning_max", 0 < self.pruning_max <= 1, "above 0 and up to 1")
         self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
+    def idle(self) -> dict[str, str]:
+        if self.select == "oracle":
+            return dict.fromkeys(("pruning_number", "held_back"), "the oracle looks for the threshold on the test sets")
+        if self.pruning_number is not None:
+            return dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
+        return {}
+
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         pruning.batch_norms(model, self.name)  # refuses a network without any
-        clean = held = pruning.gather(unaugmented(batches)[0])
+        held = None
         if self.pruning_number is None and self.select == "defender":
-            (x, y), held = pruning.hold_back(*clean, self.held_back)
+            clean = pruning.gather(unaugmented(batches)[0])
+            (x, y), held = hold_back(*clean, self.held_back, session)
             seed, augment = getattr(batches, "seed", 0), getattr(batches, "augment", None)
             batches = Batches(x, (y,), self.batch_size, seed, augment)
         unlearned = copy.deepcopy(model).train()
@@ -146,7 +157,7 @@ class RNP(Defense):
         run(step, batches, plan.epochs, label="recovering", rate="recovering_lr")
         return network.split(masks[0].detach())
 
-    def _prune(self, model: nn.Module, masks: dict[str, Tensor], held: tuple[Tensor, Tensor], session: Session) -> None:
+    def _prune(self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, session: Session) -> None:
         def level(threshold: float) -> pruning.Level:
             return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})
 

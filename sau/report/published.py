@@ -28,6 +28,15 @@ def mean(rows: Sequence[Row]) -> Row:
     return [statistics.mean(column) if len(column) == len(rows) else None for column in columns]
 
 
+def alike(defense: str, oracle: bool) -> bool:
+    """Whether a published table of a defense was chosen as ours was: by the test sets (`oracle`) or without them.
+
+    False where nothing is published.
+    """
+    table = published()["tables"].get(defense)
+    return table is not None and (table["selection"] == "oracle") == oracle
+
+
 @dataclass(frozen=True)
 class Pair:
     """A published cell and ours.
