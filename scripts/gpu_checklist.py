@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ KEPT = {
 }  # fmt: skip
 MODES = {"SAU": "off", "SAU, compiled": "on", "SAU, graphs": "graphs"}  # --compile of the whole runs of SAU
 STARTS = 15.0  # seconds that a command takes before it counts its own
+_PATHS = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]  # this copy, wherever one is installed
+_OWN = {**os.environ, "PYTHONPATH": os.pathsep.join(_PATHS)}
 SMALL = ("--width", "4", "--epochs", "1", "--eval_every", "1")
 
 
@@ -64,7 +67,9 @@ class Checklist:
         print(f"\n== {name} ({left:.0f} s at most): {' '.join(words)}", flush=True)
         argv = [sys.executable, *words]
         try:
-            done = subprocess.run(argv, cwd=self.out, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=left)
+            done = subprocess.run(
+                argv, cwd=self.out, env=_OWN, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=left
+            )
         except subprocess.TimeoutExpired:
             self.add(name, f"no end in {left:.0f} s", "")
             return None
@@ -143,7 +148,8 @@ def _measure(work: Checklist) -> None:
     work.bench("train", *steps, *modes, target="compiled", name="train_compiled")
     whole = ("--pictures", "5120", "--epochs", "4", "--rounds", "10", "--precisions", "bf16", "--repeats", "1")
     work.bench("runs", *whole, target=">= 10")
-    asked = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(REPOSITORY / "tests"))
+    files = [str(file) for file in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in file.read_text()]
+    asked = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files)  # to read them all takes its time
     said = work.call("tests", *asked, stdout=subprocess.PIPE)
     if said is not None:
         work.add("tests that need a card", said.splitlines()[-1], "none fails")

@@ -66,6 +66,26 @@ def test_sau_on_two_devices_takes_the_steps_of_one():
         assert mine == pytest.approx(theirs, abs=1e-5) and mine["train_type1"] == theirs["train_type1"]
 
 
+class Tight(Settled):
+    """The second device has no memory for the gradients of more than ten pictures."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if os.environ.get("LOCAL_RANK") == "1" and torch.is_grad_enabled() and len(x) > 10:
+            raise torch.OutOfMemoryError("injected")
+        return super().forward(x)
+
+
+def test_memory_that_runs_out_on_one_of_two_devices_leaves_both_in_step():
+    """Its parts of 17 to 19 pictures go through in two; the other one's whole, and gradients meet once a batch."""
+    found = []
+    for devices in (1, 2):
+        net = Tight().eval()
+        net.load_state_dict(tiny_net().state_dict())
+        method = SAU(epochs=2, batch_size=38, lr=1e-3)
+        found.append(spread(devices, method.purify, net, toy_images(149), seed=3, session=quiet()))
+    assert furthest(found[0], settled()) > 1e-4 and furthest(*found) < 1e-5
+
+
 @pytest.mark.slow
 def test_at_on_two_devices_takes_the_steps_of_one():
     """The last batch has 5 pictures."""

@@ -18,7 +18,7 @@ from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
-from sau.defense import AT, DEFENSES, FT, SAU
+from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import FULL, OutOfMemory, TrainingError
 from sau.machine import cores, device, tuning
 from sau.machine.parts import InParts
@@ -60,7 +60,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", [FT(), AT(), SAU(), SAU(outer_steps=2, norm="L2"), BadNet()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [FT(), FTSAM(), AT(), NC(), SAU(), SAU(outer_steps=2, norm="L2"), BadNet()], ids=lambda m: m.name
+)
 def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
     """SAU as it is on CUDA: on the CPU, where reading costs nothing, it does, to compact the batch."""
     model = network()

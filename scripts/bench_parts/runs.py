@@ -1,7 +1,8 @@
 """Whole runs, small: an attack, and SAU on what it left, evaluations included, against the released order of work.
 
 The proportions are those of CIFAR-10: 50 training pictures to 10 clean and 9 triggered test pictures, 5 % of the first
-for the defender. The released order evaluates after every epoch and every round, ours as `--eval_every 10` does.
+for the defender. The released order evaluates after every epoch and every round, ours as the commands do: every ten
+of them and in the last one, and SAU also before and after.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from sau.optim import Training
 from sau.session import Session
 
 QUIET = Session(say=lambda text: None)
+EVERY = 10  # epochs between two evaluations of a command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +72,17 @@ def _recipe(args: argparse.Namespace) -> Training:
     return Training(epochs=args.epochs, batch_size=args.batch_size, lr=0.1, lr_scheduler="OneCycleLR")
 
 
+def _watched(epochs: int, clean: Images, stamped: Images) -> Session:
+    """A run that is evaluated as often as a command's."""
+
+    def on_epoch(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
+        if epoch % EVERY == 0 or epoch == epochs:
+            score(state["model"], clean, stamped)
+        return {}
+
+    return Session(say=lambda text: None, on_epoch=on_epoch)
+
+
 def _in(amp: bool, make: Callable[..., Work]) -> Work:
     return make(amp=amp)
 
@@ -89,8 +102,7 @@ def _attack(
     recipe, augment = _recipe(args), source(args.dataset).augment
 
     def work() -> None:
-        setting.ATTACK.fit(victim, images, recipe, augment=augment, session=QUIET)
-        score(victim, clean, stamped)
+        setting.ATTACK.fit(victim, images, recipe, augment=augment, session=_watched(args.epochs, clean, stamped))
 
     return work
 
@@ -119,7 +131,9 @@ def _sau(
     method = SAU(epochs=args.rounds, lr=1e-3, batch_size=args.batch_size)
 
     def work() -> None:
-        score(method.purify(model, given, session=QUIET), plain, stamped)
+        score(model, plain, stamped)
+        fixed = method.purify(model, given, session=_watched(args.rounds, plain, stamped))
+        score(fixed, plain, stamped)
 
     return work
 
