@@ -19,7 +19,7 @@ from sau.report.read import NONE, read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
 
-FIGURES = ("acc", "asr", "der")
+FIGURES = ("acc", "asr", "racc", "der")
 MARK, END = "<!-- table -->\n", "<!-- /table -->\n"
 
 
@@ -66,10 +66,10 @@ def overview(section: Section) -> str:
     for name, cells in found.items():
         line = [text(cells.get(attack)) for attack in attacks]
         means = [over(cells, figure, triggered) for figure in FIGURES]
-        acc, asr, _, der = theirs(next(iter(cells.values())), [paper.get(attack) for attack in triggered])
-        body.append([name, *line, *map(number, [*means, acc, asr, der] if paper else means)])
-    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean DER"]
-    return rows([*head, "published: ACC", "ASR", "DER"] if paper else head, body)
+        published = theirs(next(iter(cells.values())), [paper.get(attack) for attack in triggered])
+        body.append([name, *line, *map(number, [*means, *published] if paper else means)])
+    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]
+    return rows([*head, "published: ACC", "ASR", "R-ACC", "DER"] if paper else head, body)
 
 
 def text(cell: Cell | None) -> str:
@@ -94,11 +94,11 @@ def against(section: Section, champion: str) -> str:
     """A row a rival."""
     body = []
     for duel in duels(section, champion):
-        gaps = (duel.acc, duel.asr, duel.der)
+        gaps = (duel.acc, duel.asr, duel.racc, duel.der)
         intervals = [f"{s.mean:+.2f}" + ("" if s.half is None else f" ± {s.half:.2f}") for s in gaps]
         counts = [str(len(duel.der.values)), str(duel.networks)]
         body.append([duel.name, *counts, *intervals, str(duel.wins), f"{duel.p:.3f}"])
-    head = ["rival", "attacks", "networks", "ACC", "ASR", "DER", "DER higher on", "sign test p"]
+    head = ["rival", "attacks", "networks", "ACC", "ASR", "R-ACC", "DER", "DER higher on", "sign test p"]
     return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"
 
 

@@ -12,7 +12,7 @@ from sau.report.read import NONE, Run
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section
 
-FIGURES = ("acc", "asr", "der")
+FIGURES = ("acc", "asr", "racc", "der")
 Network = tuple[str, Path]  # an attacked network: the attack and its folder
 
 
@@ -26,6 +26,7 @@ class Duel:
         name: of the rival in tables.
         acc: champion - rival in points, one value for each attack: the mean over its networks that both purified.
         asr: the same; below 0 is better.
+        racc: the same, of the triggered pictures that are answered rightly again.
         der: the same.
         networks: that both purified.
         oracle: whether test data chose something of the rival's.
@@ -36,6 +37,7 @@ class Duel:
     name: str
     acc: Spread
     asr: Spread
+    racc: Spread
     der: Spread
     networks: int
     oracle: bool
@@ -104,4 +106,4 @@ def _gaps(ours: dict[Network, list[Run]], theirs: dict[Network, list[Run]], both
 
 def _mean(runs: list[Run], name: str) -> float:
     """Over the runs of a network, of which there are several where the defense has seeds of its own."""
-    return fmean(value for run in runs if (value := run.figures[name]) is not None)  # who has a DER has both rates
+    return fmean(value for run in runs if (value := run.figures[name]) is not None)  # who has a DER has all of them
