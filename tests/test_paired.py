@@ -98,7 +98,7 @@ def test_the_published_means_are_over_the_same_attacks(root, tmp_path, script):
     """Of the seven attacks three: BadNets, LF, WaNet; and none beside other pictures or another share of poisons."""
     status, out, _ = script("table.py", str(root))
     assert status == 0 and "ours and the published ones over the same attacks" in out
-    assert "| 88.17 | 2.00 | 80.00 | 95.00 | 90.30 | 2.24 | 86.88 | 95.41 |" in out  # (89.31 + 90.32 + 91.26) / 3 and so on
+    assert "| 88.17 | 2.00 | 80.00 | 95.00 | 90.30 | 2.24 | 86.88 | 95.41 |" in out  # (89.31 + 90.32 + 91.26) / 3, ...
     for place, more in (("digits", {"dataset": "digits"}), ("few", {"pratio": 0.01})):
         attacked = attack(tmp_path / "other" / place, "badnet", 0, **more)
         defense(attacked, "sau", dataset=more.get("dataset", "cifar10"))

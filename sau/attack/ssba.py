@@ -21,6 +21,7 @@ from sau.attack.base import Attack
 from sau.attack.making import Making
 from sau.attack.ssba_pictures import ready_pictures
 from sau.attack.workshop import Made, made
+from sau.data.augment import sent
 from sau.data.images import Images, some, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, TrainingError
@@ -183,7 +184,7 @@ class SSBA(Attack):
 
     def encode_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of encoder and decoder, with codes drawn for this batch."""
-        bits = torch.randint(2, (len(x), self.ssba_bits)).to(x)
+        bits = sent(torch.randint(2, (len(x), self.ssba_bits)), x.device).to(x.dtype)
         weight = state["weight"]()
         encoded = state["encoder"](bits, x)
         logits = state["decoder"](encoded)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.data.augment import sent
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import hold_back
@@ -194,6 +195,6 @@ class _Draws:
 
     def __iter__(self) -> Iterator[tuple[Pixels, Labels]]:
         for _ in range(self.length):
-            index = torch.randint(len(self.x), (self.size,)).to(self.x.device)
+            index = sent(torch.randint(len(self.x), (self.size,)), self.x.device)
             x = self.x[index]
             yield (self.augment(x, torch.default_generator) if self.augment else x), self.y[index]
