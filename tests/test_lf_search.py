@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import quiet, tiny_net, toy_images, train_victim
+from toys import Enough, quiet, stop_making, tiny_net, toy_images, train_victim
 
-from sau.attack import LF, Prototype, lf_network, lf_search, workshop
+from sau.attack import LF, Prototype, lf_network, lf_search
 from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
 from sau.attack.making import Making
 from sau.data.images import Images, to_float
@@ -215,25 +215,13 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
         found.stamp(torch.rand(1, 3, 16, 16))
 
 
-class Enough(BaseException):
-    """As a signal comes: no error that anybody catches."""
-
-
 @pytest.mark.parametrize("where", ["clean-network", "lf"])
 def test_an_interrupted_search_ends_with_the_same_bits(where, own_cache, monkeypatch):
     images = coloured(120)
     attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=8, lf_passes=3, lf_delta=0.0)
     whole = forge(attack, images)
     monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
-    save, calls = workshop._Shelf.save, []
-
-    def stop(self, place):
-        save(self, place)
-        calls.append(self.record.path.name.rsplit("-", 1)[0])
-        if calls.count(where) == 1 and calls[-1] == where:
-            raise Enough
-
-    monkeypatch.setattr(workshop._Shelf, "save", stop)
+    stop_making(monkeypatch, where)
     with pytest.raises(Enough):
         forge(attack, images)
     lines: list[str] = []

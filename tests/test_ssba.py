@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import Enough, quiet, same_weights, stop_making, tiny_net, toy_images
 
-from sau.attack import SSBA, ssba, workshop
+from sau.attack import SSBA, ssba
 from sau.data.images import BACKDOOR, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import run as loop_run
@@ -170,23 +170,11 @@ def test_an_encoder_is_trained_once_for_all_seeds_and_ratios(monkeypatch, own_ca
     assert len(list((own_cache / "triggers").glob("ssba-*/manifest.json"))) == 3
 
 
-class Enough(BaseException):
-    """As a signal comes: no error that anybody catches."""
-
-
 def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache, unread):
     attack = SSBA(**{**FAST, "ssba_epochs": 3})
     whole = forge(attack)
     monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
-    save, calls = workshop._Shelf.save, []
-
-    def stop(self, place):
-        save(self, place)
-        calls.append(1)
-        if len(calls) == 1:
-            raise Enough
-
-    monkeypatch.setattr(workshop._Shelf, "save", stop)
+    stop_making(monkeypatch, "ssba")
     with pytest.raises(Enough):
         forge(attack)
     lines: list[str] = []

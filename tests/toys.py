@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from sau.attack import Attack
+from sau.attack import Attack, workshop
 from sau.data.images import Images
 from sau.optim import Training
 from sau.session import Session
@@ -18,6 +20,23 @@ from sau.session import Session
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")  # the probe for bf16 times, so its answer may vary
 VICTIM = ("--dataset", "digits", "--width", "4", "--epochs", "4", "--eval_every", "2", *QUICK)
+
+
+class Enough(BaseException):
+    """As a signal comes: no error that anybody catches."""
+
+
+def stop_making(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the making of trigger `name` end with Enough after its first checkpoint, once."""
+    save, calls = workshop._Shelf.save, []
+
+    def stop(self: workshop._Shelf, place: dict[str, Any]) -> None:
+        save(self, place)
+        calls.append(self.record.path.name.rsplit("-", 1)[0])
+        if calls.count(name) == 1 and calls[-1] == name:
+            raise Enough
+
+    monkeypatch.setattr(workshop._Shelf, "save", stop)
 
 
 def toy_images(n: int = 80, *, classes: int = 4, size: int = 16, channels: int = 3, seed: int = 0) -> Images:

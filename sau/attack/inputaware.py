@@ -117,8 +117,8 @@ class InputAware(Attack):
         session: Session,
     ) -> None:  # fmt: skip
         joint = self.classifier_epochs(recipe)
-        first, second = self.prepare_masks(model, len(batches)), self.prepare(model, recipe, len(batches))
-        first, second = ({**state, "images": images, "augment": augment} for state in (first, second))
+        steps, seen = len(batches), {"images": images, "augment": augment}
+        first, second = self.prepare_masks(model, steps) | seen, self.prepare(model, recipe, steps) | seen
         masks = self.mask_step, first, recipe.epochs - joint, "mask epoch", "lr_M"
         stages = masks, (self.step, second, joint, "epoch", "lr")
         for stage, (step, state, length, label, rate) in enumerate(stages):
