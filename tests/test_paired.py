@@ -137,5 +137,21 @@ def test_the_page_of_the_kept_table_says_what_the_kept_table_says(tmp_path, scri
     assert f" {cells} of 284 " in page.read_text()
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def test_the_means_of_the_readme_are_those_of_the_kept_table():
+    page = (REPOSITORY / "docs" / "results" / "table1_cpu.md").read_text().partition("sau - rival")[0]
+    theirs = {row[0]: row[9:] for row in map(cells_of, page.splitlines()) if len(row) == 17}
+    readme = (REPOSITORY / "README.md").read_text().partition("## Results")[2]
+    ours = {row[0]: row[3:] for row in map(cells_of, readme.splitlines()) if len(row) == 8}
+    assert {"none", "sau", "fst"} <= set(ours)
+    for name in set(ours) - {"defense", "---"}:
+        acc, asr, _, der = theirs[name][4:]
+        published = " / ".join([acc, asr, der]) if acc != "-" else "-"
+        assert ours[name] == [*theirs[name][:4], published], name
+
+
 def test_the_kept_table_has_rivals():
     assert found(REPOSITORY / "docs" / "results" / "cifar10_cpu")["ft"].wins > 0
