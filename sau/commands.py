@@ -58,6 +58,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
     record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
+    if method.check(train) == 0 < method.pratio and not method.in_batch:
+        notes.append(f"pratio {method.pratio:g} of {len(train)} pictures is less than one, so nothing is poisoned")
     method = method.forge(train, model, training, session=making(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     begin(record, run, identity, threads)
@@ -125,7 +127,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     after = score(fixed, test, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
-    record.say(table({"before": before, "after": after}, rating))
+    record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}, rating))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
     if risks:

@@ -39,7 +39,7 @@ class Request:
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
         self.reasons = {**config.IGNORED, **method.ignored}
         kind, more = ("attack", " and configs/recipe/*.yaml") if AttackRun in sections else ("defense", "")
-        last = "[ ] are the published settings; recipe and data set change some of them: see "
+        last = "[ ] are published settings that methods share; recipe, data set and method change some of them: see "
         last += f"configs/{kind}/{method.name}.yaml{more}"
         self.given = config.flags(command, about, sections, argv, method.aliases, self.reasons, last)
         said = {**self._files(), **self.given}

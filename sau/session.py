@@ -1,5 +1,6 @@
 """What the caller of a long run wants to see of it, and where the run keeps its place."""
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sau.errors import TrainingError
 
-LATELY = 50  # updates, after which a first one that compiled no longer counts
+LATELY = 50  # updates whose longest is expected of the next one
 Step = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
@@ -52,6 +53,12 @@ def _unheard(**facts: Any) -> None:
     pass
 
 
+def _graphs() -> int:
+    """How many graphs torch.compile has taken in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not there before anything is compiled
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 class Limit:
     """When the updates of a run must have come to their end.
 
@@ -64,14 +71,16 @@ class Limit:
     def __init__(self, end: float) -> None:
         self.end = end
         self.ended: str | None = None
-        self.last, self.spans = time.monotonic(), deque[float](maxlen=LATELY)
+        self.last, self.spans, self.graphs = time.monotonic(), deque[float](maxlen=LATELY), _graphs()
 
     def reached(self) -> bool:
-        """Whether what lies between two calls, at its longest lately, would go beyond the end."""
-        now = time.monotonic()
-        self.spans.append(now - self.last)
-        self.last = now
-        return now + max(self.spans) > self.end
+        """Whether what lies between two calls, at its longest lately, would go beyond the end; an update that compiled
+        the network does not count, for the next one does not."""
+        now, graphs = time.monotonic(), _graphs()
+        if graphs == self.graphs:
+            self.spans.append(now - self.last)
+        self.last, self.graphs = now, graphs
+        return now + max(self.spans, default=0.0) > self.end
 
 
 class Deadline(Limit):

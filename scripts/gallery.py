@@ -69,7 +69,7 @@ def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Recor
         except SauError:
             continue  # somebody else's folder, or a damaged one
         method, data = made.get("method") or {}, made.get("data") or {}
-        if method.get("attack") == attack.name and data.get("test") == test:
+        if method.get("attack") == attack.name and data.get("test") == test and method.get("pratio"):  # it was learned
             found.append((manifest.stat().st_mtime, record))
     for _, record in sorted(found, key=lambda pair: pair[0], reverse=True):
         pictures = load_images(record, "triggered")
@@ -84,13 +84,15 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     if own is not None:
         triggered, note = own[0], f"from the record {own[1].path.name}"
     elif attack.trains_trigger or attack.costly:
-        return Line(attack, None, None, None, f"python attack/{attack.name}.py --dataset {asked.dataset}")
+        how = f"make one with: python attack/{attack.name}.py --dataset {asked.dataset}"
+        return Line(attack, None, None, None, f"no trained trigger here; {how}")
     else:
         blank = build("preactresnet18", test.num_classes, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
-        triggered, note = (
-            attack(pratio=0.0).forge(train, blank, Training()).poison_test(test),
-            "stamped with its default settings",
-        )
+        try:
+            triggered = attack(pratio=0.0).forge(train, blank, Training()).poison_test(test)
+        except SauError as error:  # its default trigger is not for these pictures; the others are shown all the same
+            return Line(attack, None, None, None, f"no trigger here: {error}")
+        note = "stamped with its default settings"
     before = test.pixels[triggered.index]
     found = quality.quality(before, triggered.pixels, asked.radius)
     chosen = torch.linspace(0, len(triggered) - 1, asked.columns).long()
@@ -122,7 +124,7 @@ def draw(lines: list[Line], columns: int) -> bytes:
 
         say(-0.15, shown.attack.__name__, ha="right")
         if shown.before is None or shown.after is None or shown.found is None:
-            say(0, f"no trained trigger here; make one with: {shown.note}", fontsize=8)
+            say(0, shown.note, fontsize=8, wrap=True)
             continue
         change, gain = difference(shown.before, shown.after)
         for block, pictures in enumerate((shown.before, shown.after, change)):
@@ -152,8 +154,7 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
         about = html.escape(" ".join((sys.modules[shown.attack.__module__].__doc__ or "").split("\n\n")[0].split()))
         name = f"<th>{shown.attack.__name__}</th>"
         if shown.before is None or shown.after is None or shown.found is None:
-            how = f"no trained trigger here; <code>{html.escape(shown.note)}</code>"
-            rows.append(f"<tr>{name}<td colspan=4>{how}</td></tr>")
+            rows.append(f"<tr>{name}<td colspan=4>{html.escape(shown.note)}</td></tr>")
             continue
         blocks = (shown.before, shown.after, difference(shown.before, shown.after)[0])
         cells = "".join(f"<td>{''.join(map(picture, block))}</td>" for block in blocks)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,16 +19,16 @@ MINIATURE = {
     "sau": ("--steps", "1", "--train_updates", "2", "--purify_updates", "1"),
     "runs": ("--pictures", "320", "--epochs", "1", "--rounds", "1"),
 }  # fmt: skip
-# What is measured, in this order, and the seconds that are kept for it; what is over earlier leaves them to the next.
+# What is measured, in this order, and the seconds that are kept for it, for whole runs more than their targets; what is
+# over earlier leaves them to the next. A compiler takes a minute and more, so what it makes comes last.
 KEPT = {
-    "train": 45, "sau": 45, "sau_compiled": 75, "attack": 140, "SAU": 50, "SAU, compiled": 60, "SAU, graphs": 60,
-    "fast": 45, "eval": 15, "data": 10, "train_compiled": 20, "runs": 10, "tests": 20,
+    "train": 45, "sau": 45, "attack": 180, "SAU": 80, "fast": 75, "runs": 35, "eval": 15, "data": 10, "tests": 30,
+    "SAU, graphs": 50, "train_compiled": 10, "sau_compiled": 10, "SAU, compiled": 10,
 }  # fmt: skip
-MODES = {"SAU": "off", "SAU, compiled": "on", "SAU, graphs": "graphs"}  # --compile of the whole runs of SAU
 STARTS = 15.0  # seconds that a command takes before it counts its own
 _PATHS = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]  # this copy, wherever one is installed
 _OWN = {**os.environ, "PYTHONPATH": os.pathsep.join(_PATHS)}
-SMALL = ("--width", "4", "--epochs", "1", "--eval_every", "1")
+SMALL = ("--recipe", "cpu", "--width", "4", "--epochs", "1", "--eval_every", "1")
 
 
 @dataclass
@@ -138,42 +139,54 @@ def _measure(work: Checklist) -> None:
     """Everything, in the order of `KEPT`."""
     steps = ("--batch_size", "128", "--steps", "20", "--repeats", "3")
     updates = ("--batch_size", "256", "--steps", "10", "--repeats", "3")  # Adam's state is made in the first of ten
-    modes = ("--compiled", "default,reduce-overhead")
+    modes = ("--compiled", "default" if work.smoke else "default,reduce-overhead")
     trained = work.bench("train", *steps, target=">= 10")
     searched = work.bench("sau", *updates, target=">= 10")
-    work.bench("sau", *updates, *modes, target="compiled", name="sau_compiled")
     _runs(work, trained, searched)
-    work.bench("eval", "--pictures", "10000", "--repeats", "3", target=">= 8")
-    work.bench("data", *steps, target="share <= 3 %")
-    work.bench("train", *steps, *modes, target="compiled", name="train_compiled")
     whole = ("--pictures", "5120", "--epochs", "4", "--rounds", "10", "--precisions", "bf16", "--repeats", "1")
     work.bench("runs", *whole, target=">= 10")
+    work.bench("eval", "--pictures", "10000", "--repeats", "3", target=">= 8")
+    work.bench("data", *steps, target="share <= 3 %")
     files = [str(file) for file in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in file.read_text()]
     asked = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files)  # to read them all takes its time
     said = work.call("tests", *asked, stdout=subprocess.PIPE)
     if said is not None:
         work.add("tests that need a card", said.splitlines()[-1], "none fails")
+    if not work.smoke:  # a compiler takes a CPU core minutes
+        _purify(work, "SAU, graphs", "graphs", searched)
+    work.bench("train", *steps, *modes, target="compiled", name="train_compiled")
+    if not work.smoke:
+        work.bench("sau", *updates, *modes, target="compiled", name="sau_compiled")
+        _purify(work, "SAU, compiled", "on", searched)
 
 
 def _runs(work: Checklist, trained: list[dict[str, Any]], searched: list[dict[str, Any]]) -> None:
-    """The whole runs that the targets speak of: an attack, SAU on it as it stands and compiled, and the fast recipe."""
-    root = ("--record_root", str(work.out / "record"), "--overwrite", "true")
-    long = SMALL if work.smoke else ("--epochs", str(EPOCHS))
-    attack = ("attack/badnet.py", *work.data, *root)
-    paper = ("--recipe", "paper", "--eval_every", "10", "--amp", "true") if not work.smoke else ("--recipe", "cpu")
-    if work.run("attack", *attack, *paper, *long, "--save_folder_name", "paper", *_minutes(work, "attack")):
+    """The whole runs that the targets speak of: an attack, SAU on it, and the fast recipe."""
+    attack = ("attack/badnet.py", *work.data, *_root(work))
+    long = ("--recipe", "paper", "--epochs", str(EPOCHS), "--eval_every", "10", "--amp", "true")
+    paper = SMALL if work.smoke else long
+    if work.run("attack", *attack, *paper, "--save_folder_name", "paper", *_minutes(work, "attack")):
         seen = EPOCHS * PICTURES
         _row(work, "attack, 100 epochs, width 64", work.record("paper"), seen, trained, "<= 150 s, aim 90")
-    rounds = ("--epochs", "1") if work.smoke else ("--recipe", "paper", "--epochs", str(ROUNDS), "--amp", "true")
-    for name, mode in list(MODES.items())[: 1 if work.smoke else None]:  # a compiler takes a CPU core minutes
-        own = ("--result_file", "paper", "--save_folder_name", f"sau_{mode}")
-        if work.run(name, "defense/sau.py", *root, *rounds, *own, "--compile", mode, *_minutes(work, name)):
-            found = work.record("paper", "defense", f"sau_{mode}")
-            what = f"SAU, {ROUNDS} rounds, width 64, --compile {mode}"
-            _row(work, what, found, ROUNDS * CLEAN, searched, "<= 60 s, aim 30")
-    fast = ("--recipe", "cpu", *SMALL) if work.smoke else ("--recipe", "fast")
+    _purify(work, "SAU", "off", searched)
+    fast = SMALL if work.smoke else ("--recipe", "fast")
     if work.run("fast", *attack, *fast, "--save_folder_name", "fast", *_minutes(work, "fast")):
         _row(work, "attack, fast recipe", work.record("fast"), 0, [], "about 60 s, ACC 90.5 to 92.5, ASR >= 92")
+
+
+def _purify(work: Checklist, name: str, mode: str, searched: list[dict[str, Any]]) -> None:
+    """A whole run of SAU on the attack of `_runs`, with `--compile` `mode`."""
+    rounds = ("--epochs", "1") if work.smoke else ("--recipe", "paper", "--epochs", str(ROUNDS), "--amp", "true")
+    own = ("--result_file", "paper", "--save_folder_name", f"sau_{mode}", "--compile", mode)
+    if work.run(name, "defense/sau.py", *_root(work), *rounds, *own, *_minutes(work, name)):
+        found = work.record("paper", "defense", f"sau_{mode}")
+        what = f"SAU, {ROUNDS} rounds, width 64, --compile {mode}"
+        _row(work, what, found, ROUNDS * CLEAN, searched, "<= 60 s, aim 30")
+
+
+def _root(work: Checklist) -> tuple[str, ...]:
+    """Flags that name the folder of the records."""
+    return "--record_root", str(work.out / "record"), "--overwrite", "true"
 
 
 def _minutes(work: Checklist, name: str) -> tuple[str, str]:
@@ -193,7 +206,11 @@ def _row(
     assert summary is not None
     scores = summary.get("after", summary)
     text = f"{summary['seconds']:.0f} s, ACC {scores['acc']}, ASR {scores['asr']}, {summary['peak_memory_mb']:.0f} MB"
-    text += f"; ended early: {summary['ended_early']}" if "ended_early" in summary else ""
+    if "ended_early" in summary:
+        done, whole, batch, batches = map(int, re.findall(r"\d+", summary["ended_early"]))
+        share = (done - 1 + (batch - 1) / batches) / whole
+        pace = f", {summary['seconds'] / share:.0f} s at that pace" if share else ""
+        text += f"; ended early: {summary['ended_early']}{pace}"
     facts = next((row["details"]["ours"] for row in measured if row["name"].endswith("bf16")), None)
     if "digits" in work.data:  # 1,437 training pictures, a tenth of which the defender has
         scale = PICTURES / 1437 if "after" not in summary else CLEAN / 143
@@ -205,10 +222,16 @@ def _row(
 
 
 def _machine(device: str) -> str:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"no torch in {sys.executable}; run bash scripts/demo.sh first, or name another python in PYTHON")
     cuda = torch.cuda.is_available() and device != "cpu"
-    name = torch.cuda.get_device_name() if cuda else "no CUDA device: these are figures of the CPU"
+    name = (
+        torch.cuda.get_device_name(None if device == "auto" else device)
+        if cuda
+        else "no CUDA device: these are figures of the CPU"
+    )
     return f"{name}, torch {torch.__version__}"
 
 

@@ -7,4 +7,7 @@
 # DATASETS is a folder with CIFAR-10 (cifar-10-batches-py); without one, scikit-learn's digits stand in and the table says
 # so. --smoke runs everything in miniature, on the CPU too. Needs Python 3.11 and torch 2.10 or newer.
 set -eu
-exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/gpu_checklist.py" "$@"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+own="$here/../.venv/bin/python" # of scripts/demo.sh
+[ -x "$own" ] || own="$(command -v python || echo python3)"
+exec "${PYTHON:-$own}" "$here/gpu_checklist.py" "$@"

@@ -24,7 +24,7 @@ from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
-from sau.grid.spec import Block, Grid, read
+from sau.grid.spec import Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
 from sau.loop import duration
@@ -59,9 +59,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--publish", type=Path, metavar="DIR", help="copy finished cells' summary.json there, run nothing"
     )
-    asked.add_argument(
-        "--engine", choices=("local", "ray", "slurm"), default="local", help="what runs the cells [local]"
-    )
+    asked.add_argument("--engine", choices=("local", "ray", "slurm"), help="what runs the cells [local]")
     asked.add_argument("--cores", type=int, help="local, ray and slurm's local cluster: cores to use [all]")
     asked.add_argument("--memory_gb", type=float, help="local: GiB to use [nine tenths of the machine's]")
     asked.add_argument("--address", help="ray: a running cluster, `auto` for the one of this machine [start one here]")
@@ -73,9 +71,11 @@ def parser() -> argparse.ArgumentParser:
 
 def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
     """Refuse, by a ConfigError, what would have no effect."""
-    for name in ("dry_run", "publish", "retry_failed"):
-        if look and getattr(asked, name):
+    runs = ("retries", "cell_timeout", "engine", "cores", "memory_gb", "address", "jobs", "job_minutes", "cluster")
+    for name in ("dry_run", "publish", "retry_failed", *runs):
+        if look and getattr(asked, name) is not None and getattr(asked, name) is not False:
             raise ConfigError(f"--{name} has no effect on status, which only looks; leave it out")
+    asked.engine = asked.engine or "local"
     if asked.dry_run and asked.publish:
         raise ConfigError("--dry_run and --publish each run nothing; leave one of them out")
     here = asked.engine == "slurm" and asked.cluster == "local"
@@ -144,21 +144,23 @@ def run(asked: argparse.Namespace, look: bool) -> int:
     todo = needed(every, store, asked.retry_failed)
     check_disk(forecast.disk(todo), shutil.disk_usage(store.root).free)
     if asked.engine == "local" and todo:
-        find_data(blocks)
+        find_data(todo)
     say(f"{len(every)} cells, {len(todo)} to run (planned in {time.monotonic() - started:.1f} s); {store.root}")
     return drive(asked, grid, store, every, todo, forecast) if todo else report(every, store)
 
 
-def find_data(blocks: list[Block]) -> None:
-    """Refuse, by a DataError, what every attack would fail of; what can be downloaded is, once for all cells."""
-    for dataset, place in dict.fromkeys((block.dataset, block.dataset_path) for block in blocks):
+def find_data(todo: list[Cell]) -> None:
+    """Refuse, by a DataError, what every one of these cells would fail of; what can be downloaded is, once for all."""
+    for dataset, place in dict.fromkeys(cell.data for cell in todo):
         source(dataset).find(Path(place))
 
 
 def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
-    """Print what would run and what it would take; a local engine also says here what it cannot hold."""
+    """Print what would run and what it would take; where cells run on this machine, also what it cannot hold."""
     parallel = at_once(asked) if asked.engine == "slurm" else 1
-    if asked.engine == "local" and todo:
+    if asked.address is not None:
+        say(f"note: what the Ray at {asked.address} holds is not looked at here; counted is one cell at a time")
+    elif asked.engine in ("local", "ray") and todo:
         here = Local(asked.cores, asked.memory_gb)
         try:
             here.check(todo)

@@ -1,11 +1,12 @@
 """A grid under fire: cells killed, one that always fails, one that hangs, the driver killed; and what a grid costs.
 
     python scripts/grid_drill.py WORK --engine local|ray|slurm     exit status 0 if nothing was lost or repeated
-    python scripts/grid_drill.py WORK --overhead --epochs 40       the same cells by hand and by the grid, one at a time
+    python scripts/grid_drill.py WORK --overhead --epochs 40       four cells by hand, the same by the grid, and so on
 
 The drill runs configs/grid/digits.yaml undisturbed into WORK/reference (once), then with the engine into WORK/<engine>
 while a tenth of its cells is killed at random moments, one cell is frozen whenever it starts, one more has a learning
 rate that no network survives, and the driver is killed when a third is done; then it repeats the command, and compares.
+The overhead is the ratio of two times, of `--repeats` pairs: its median, the least and the most.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -149,29 +151,33 @@ def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
     return wrong
 
 
-def overhead(work: Path, epochs: int) -> None:
-    """Seconds of the same four cells by hand and by the grid with one slot, in turns."""
+def overhead(work: Path, epochs: int, repeats: int) -> None:
+    """Seconds of the same four cells by hand and by the grid with one slot, in turns, for a machine's speed drifts."""
     base, file = HERE / "configs" / "grid" / "digits.yaml", work / "overhead.yaml"
     file.write_text(
         f"include: {base}\nattacks: [badnet, blended]\ndefenses: [ft]\nseeds: [0]\n"
         f"overrides: {{attack: {{epochs: {epochs}}}, ft: {{epochs: {20 * epochs}}}}}\n"
     )
-    every, took = cells(read(file)[1]), {"hand": 0.0, "grid": 0.0}
+    every, ratios = cells(read(file)[1]), list[float]()
+    for number in range(1, repeats + 1):
+        hand, by_grid = (timed(way, file, every, work / f"overhead_{way}") for way in ("hand", "grid"))
+        ratios.append(by_grid / hand)
+        both = f"{hand:.1f} s by hand, {by_grid:.1f} s by the grid"
+        print(f"{number}/{repeats}: {len(every)} cells of {hand / len(every):.1f} s: {both}", flush=True)
+    print(f"grid / hand: median {median(ratios):.3f}, least {min(ratios):.3f}, most {max(ratios):.3f}")
+
+
+def timed(way: str, file: Path, every: Sequence[Cell], root: Path) -> float:
+    """Seconds of the cells, one at a time, into an empty folder: each command by hand, or the grid."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for way in ("hand", "grid"):
-        root = work / f"overhead_{way}"
-        shutil.rmtree(root, ignore_errors=True)
-        started = time.monotonic()
-        if way == "grid":
-            subprocess.run(grid(file, root, "--cores", "1"), check=True, env=env)
-        for cell in every if way == "hand" else ():
-            script = [sys.executable, str(HERE / cell.kind / f"{cell.name}.py"), *cell.flags, f"--record_root={root}"]
-            subprocess.run(script, check=True, env=env, stdout=subprocess.DEVNULL)
-        took[way] = time.monotonic() - started
-    more = 100 * (took["grid"] / took["hand"] - 1)
-    each = took["hand"] / len(every)
-    both = f"{took['hand']:.1f} s by hand, {took['grid']:.1f} s by the grid"
-    print(f"{len(every)} cells of {each:.1f} s: {both}, {more:+.1f} %")
+    shutil.rmtree(root, ignore_errors=True)
+    started = time.monotonic()
+    if way == "grid":
+        subprocess.run(grid(file, root, "--cores", "1"), check=True, env=env)
+    for cell in every if way == "hand" else ():
+        script = [sys.executable, str(HERE / cell.kind / f"{cell.name}.py"), *cell.flags, f"--record_root={root}"]
+        subprocess.run(script, check=True, env=env, stdout=subprocess.DEVNULL)
+    return time.monotonic() - started
 
 
 def main() -> int:
@@ -185,10 +191,13 @@ def main() -> int:
     parser.add_argument("--cell_timeout", type=float, default=60, help="seconds; ten times what a cell takes [60]")
     parser.add_argument("--overhead", action="store_true", help="measure what the grid costs")
     parser.add_argument("--epochs", type=int, default=40, help="of the attacks whose cost is measured [40]")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of times of the measurement [3]")
     asked = parser.parse_args()
+    if asked.repeats < 1:
+        parser.error(f"--repeats is {asked.repeats}, allowed is 1 and more")
     asked.work.mkdir(parents=True, exist_ok=True)
     if asked.overhead:
-        overhead(asked.work.absolute(), asked.epochs)
+        overhead(asked.work.absolute(), asked.epochs, asked.repeats)
         return 0
     wrong = drill(asked.work.absolute(), asked.engine, asked.seed, asked.cell_timeout)
     print("\n".join(wrong) or "nothing lost, nothing repeated, every result as undisturbed")

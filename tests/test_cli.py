@@ -636,6 +636,7 @@ WRONG_ATTACKS = {
     "missing picture": (["--patch_mask_path", "missing.png"], "missing.png"),
     "root that is a file": (["--record_root", "a file"], "a file"),
     "value missing": (["--lr"], "--lr"),
+    "pictures too small for the network": (["--sides", "0.01"], "sides"),
 }
 
 
@@ -649,6 +650,20 @@ def test_attacks_that_are_refused(refused, tmp_path, wrong):
     name = () if "--save_folder_name" in flags else ("--save_folder_name", "a")
     assert word in refused("attack", "badnet", *before, *name, *flags)
     assert [file.name for file in tmp_path.iterdir()] == ["a file"]  # nothing half-written
+
+
+@pytest.mark.parametrize("name", ["wanet", "inputaware"])
+def test_small_pictures_are_refused_before_anything_is_written(name, refused, tmp_path):
+    """Attacks inside the batches stamp whole ones; a folder that was begun would refuse the command without it."""
+    assert "stamp whole pictures" in refused("attack", name, *TINY, "--save_folder_name", "a", "--sides", "0.5,1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ratio_of_less_than_a_picture_is_noted(here):
+    code, out, _ = here("attack", "badnet", *TINY, "--save_folder_name", "a", "--pratio", "0.0001", "--epochs", "0")
+    assert code == 0 and "so nothing is poisoned" in out
+    code, out, _ = here("attack", "badnet", *TINY, "--save_folder_name", "b", "--pratio", "0", "--epochs", "0")
+    assert code == 0 and "so nothing is poisoned" not in out
 
 
 def test_clean_training_takes_no_poisoning_flags(refused):

@@ -317,6 +317,25 @@ def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warn
     assert quiet.ignored == {}
 
 
+LABELS = {"attack_target": "1", "attack_label_shift_amount": "2"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "warned"),
+    [
+        ([], ["attack_label_shift_amount"]),
+        (["--attack_label_trans", "all2all"], ["attack_target"]),
+        (["--attack_label_trans", "map", "--attack_label_map", "1,0"], [*LABELS]),
+    ],
+)
+@pytest.mark.parametrize("attack", [BadNet, SSBA])
+def test_settings_that_the_label_rule_leaves_idle_are_named(attack, rule, warned):
+    argv = [*rule, *(word for flag, value in LABELS.items() for word in (f"--{flag}", value))]
+    request = Request("x", attack, (AttackRun, Recipe, attack), argv)
+    request.settle("attack", "cpu", "cifar10")
+    assert sorted(request.ignored) == sorted(warned) and all(request.ignored.values())
+
+
 def test_a_list_is_written_with_commas_or_with_spaces():
     for form in (["10,20"], ["10", "20"], ["[10,", "20]"]):
         assert Request("x", RNP, (DefenseRun, RNP), ["--schedule", *form]).said("schedule") == (10, 20)

@@ -1,6 +1,7 @@
 """The plan of a grid, its order and its books; nothing is trained here but in one pair of cells."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from toys import QUICK, REPOSITORY, environment, the_error
 
 from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError
+from sau.files import write
 from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
@@ -43,6 +45,8 @@ overrides:
   attack: {width: 2, epochs: 1}
   ft: {epochs: 1}
 """
+
+LARGE = "dataset: cifar10\nattacks: [badnet]\n"
 
 
 @pytest.fixture
@@ -218,6 +222,18 @@ def test_a_file_is_laid_over_those_that_it_includes(planned, tmp_path):
     assert grid.published == (str(tmp_path / "there"),)
 
 
+@pytest.mark.parametrize("name", ["defenses: [sau]", "seeds: [0]"])
+def test_what_every_included_block_says_itself_is_refused_outside_of_blocks(planned, tmp_path, one_line, name):
+    planned(SMALL + "blocks:\n  - {seeds: [1], defenses: [ft]}\n  - {seeds: [2], defenses: [clp]}\n", "base.yaml")
+    with pytest.raises(ConfigError) as caught:
+        read_text(tmp_path, f"include: base.yaml\nattacks: [badnet]\n{name}\n")
+    assert f"mine.yaml:3: {name.split(':')[0]}: every block of the included file" in one_line(caught.value)
+    _, blocks = read_text(tmp_path, f"include: base.yaml\nattacks: [lf]\n{name}\nblocks:\n  - ratios: [0.2]\n")
+    assert [block.attacks for block in blocks] == [("lf",)]
+    _, blocks = read_text(tmp_path, "include: base.yaml\nattacks: [lf]\n")
+    assert [(block.attacks, block.seeds) for block in blocks] == [(("lf",), (1,)), (("lf",), (2,))]
+
+
 def read_text(folder: Path, text: str) -> Any:
     (folder / "mine.yaml").write_text(text)
     return read(folder / "mine.yaml")
@@ -315,6 +331,25 @@ BAD = {
         "dataset: tiny\nattacks: [sig]\nratios: [0.0051]\n",
         "sig: pratio is 0.0051, which is 510 of 100000 pictures of tiny, but its class has 500; allowed is up to 0.005",
     ),
+    "a setting of a method that does not run": (
+        SMALL + "  sau: {lrr: 1}\n",
+        "overrides.sau.lrr: sau has no such setting",
+    ),
+    "a setting of no attack": (
+        SMALL.replace("{width: 2,", "{widht: 2,"),
+        "no attack has such setting; did you mean width?",
+    ),
+    "a setting of no defense": (SMALL + "  defense: {lrr: 1}\n", "overrides.defense.lrr: no defense has such setting"),
+    "no clean picture": (
+        LARGE + "defenses: [ft]\nclean_shares: [1.0e-5]\n",
+        "ft: ratio (clean share) is 1e-05, which is less than one of 50000 pictures of cifar10; allowed is 2e-05",
+    ),
+    "no such network": (SMALL + "  badnet: {model: vgg20}\n", "attack badnet: unknown model 'vgg20'; choose preact"),
+    "a network without channels": (SMALL.replace("width: 2", "width: 0"), "badnet: width is 0, allowed is 1 and more"),
+    "a target beyond the classes": (
+        LARGE + "overrides: {badnet: {attack_target: 10}}\n",
+        "badnet: attack_target is 10, allowed is 0..9",
+    ),
     "memory": (SMALL + "memory_gb: .nan\n", "memory_gb is nan"),
     "no timeout": (SMALL + "cell_timeout: .nan\n", "cell_timeout is nan"),
     "retries": (SMALL + "retries: -1\n", "retries is -1"),
@@ -394,6 +429,15 @@ def test_another_version_is_told_before_anything_runs(planned, script, tmp_path,
     assert found.summary(every[0]) == published.summary(every[0]) and published.summary(every[0])["sau"] != "0.0.0"
 
 
+def test_a_root_that_does_not_say_its_version_is_not_taken(planned, tmp_path, one_line):
+    """Nor is it advised to remove what says it: cells of another version would count as this one's."""
+    (tmp_path / ".grid").mkdir()
+    (tmp_path / ".grid" / "version.json").write_text("{")
+    with pytest.raises(RecordError) as caught:
+        Store(tmp_path).prepare(planned())
+    assert "is damaged" in one_line(caught.value) and caught.value.args[0].endswith("; choose another --record_root")
+
+
 @pytest.mark.parametrize(("engine", "module"), [("ray", "ray"), ("slurm", "submitit")])
 def test_an_engine_that_is_not_installed_is_named(engine, module, monkeypatch, tmp_path, one_line):
     from sau.grid.clusters import RayEngine, Slurm
@@ -422,6 +466,26 @@ def test_a_full_disk_stops_the_grid_in_one_line(planned, tmp_path, monkeypatch, 
     with pytest.raises(RecordError) as caught:
         drive(every, {every[0].label: [Outcome("failed", "x", again=False)]})
     assert "no room" in one_line(caught.value)
+
+
+def test_a_cell_that_finds_the_disk_full_stops_the_grid_and_is_not_to_blame(
+    planned, tmp_path, monkeypatch, one_line, drive
+):
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    every, store = planned(), Store(tmp_path / "root")
+    with monkeypatch.context() as patched, pytest.raises(RecordError) as found:
+        patched.setattr(os, "fsync", full)
+        write(tmp_path / "file", b"x")
+    uncaught = Outcome("failed", f"OSError: [Errno 28] {os.strerror(errno.ENOSPC)}")
+    for outcome in (Outcome("failed", one_line(found.value), again=False), uncaught):
+        with pytest.raises(RecordError) as caught:
+            drive(every, {every[0].label: [outcome]})
+        line = one_line(caught.value)
+        assert line.startswith(f"the disk is full ({every[0].label}: ") and line.count("free some") == 1
+        assert store.states(every)[every[0].digest].name == "waiting"
+    assert not drive(every)[1]
 
 
 # The order of things
@@ -770,6 +834,20 @@ def test_cells_on_cuda_are_not_compiled_by_chance(planned):
     assert not any(flag.startswith("--compile") for cell in planned() for flag in cell.flags)
 
 
+@pytest.mark.parametrize("own", [None, "mine"])
+def test_triggers_that_are_trained_lie_where_every_engine_finds_them(planned, tmp_path, monkeypatch, own):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SAU_CACHE")
+    if own is not None:
+        monkeypatch.setenv("SAU_CACHE", own)
+    store, seen = Store(tmp_path / "root"), list[str]()
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, env, **more: seen.append(env["SAU_CACHE"]))
+    job = store.job(planned()[0], None)
+    monkeypatch.delenv("SAU_CACHE", raising=False)  # as on another machine
+    Child(job)
+    assert seen == [str(tmp_path / own) if own else str(tmp_path / "root" / ".grid" / "cache")]
+
+
 def test_what_waits_for_a_cell_is_light():
     """A worker of Ray or a job of Slurm holds no second copy of torch beside that of the cell."""
     code = "import sys; import sau.grid.cells; print('torch' in sys.modules)"
@@ -851,6 +929,18 @@ def test_a_dry_run_changes_nothing(planned, script, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["grid.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "count"), [((), 4), (("--cores", "3"), 3), (("--cores", "9"), 6), (("--address", "auto"), 1)]
+)
+def test_a_dry_run_counts_what_ray_would_run_at_once(planned, script, monkeypatch, flags, count):
+    monkeypatch.setattr("sau.grid.engines.usable", lambda: 4)
+    monkeypatch.setattr("sau.grid.engines.memory", lambda: 2**40)
+    planned()
+    status, out, _ = script("grid.py", "grid.yaml", "--dry_run", "--engine", "ray", *flags)
+    assert status == 0 and out.splitlines()[-1].startswith(f"6 cells, {count} at a time")
+    assert ("note: cores is 9" in out) is ("9" in flags) and ("note: what the Ray at auto" in out) is (count == 1)
+
+
 @pytest.mark.parametrize("gpus", ["0.25", "2"])
 def test_a_dry_run_shows_the_cells_of_another_machine(planned, script, monkeypatch, gpus):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -911,11 +1001,21 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("grid.yaml", "--engine", "slurm", "--cluster", "local", "--jobs", "2"), "--cluster local has --cores"),
         (("status", "grid.yaml", "--publish", "kept"), "--publish has no effect on status"),
         (("status", "grid.yaml", "--retry_failed"), "--retry_failed has no effect on status"),
+        (("status", "grid.yaml", "--retries", "0"), "--retries has no effect on status"),
+        (("status", "grid.yaml", "--cell_timeout", "9"), "--cell_timeout has no effect on status"),
+        (("status", "grid.yaml", "--engine", "local"), "--engine has no effect on status"),
+        (("status", "grid.yaml", "--cores", "1"), "--cores has no effect on status"),
+        (("status", "grid.yaml", "--memory_gb", "1"), "--memory_gb has no effect on status"),
+        (("status", "grid.yaml", "--jobs", "1"), "--jobs has no effect on status"),
         (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run and --publish"),
         (("grid.yaml", "--cores", "0"), "--cores is 0"),
         (("grid.yaml", "--memory_gb", "0"), "--memory_gb is 0"),
         (("far.yaml",), "there is no folder /nowhere/train"),
-        (("grid.yaml", "--record_root", "grid.yaml"), "grid.yaml"),
+        (
+            ("grid.yaml", "--record_root", "grid.yaml"),
+            "grid.yaml is a file, not a folder; choose another --record_root",
+        ),
+        (("grid.yaml", "--record_root", "grid.yaml/below"), "grid.yaml is a file, not a folder"),
     ],
 )
 def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
@@ -923,6 +1023,18 @@ def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
     planned()
     status, _, err = script("grid.py", *flags)
     assert status == 2 and words in the_error(err)
+
+
+def test_only_data_of_cells_that_are_to_run_is_looked_for(planned, script, tmp_path):
+    """Two blocks, of which one has its data set; its cells end at once, for no process is to be had."""
+    every = planned(SMALL + "blocks:\n  - {}\n  - {dataset: folder, dataset_path: /nowhere, attacks: [lf]}\n")
+    (tmp_path / "record" / "grid").mkdir(parents=True)
+    (tmp_path / "record" / "grid" / ".grid" / "logs").parent.mkdir()
+    (tmp_path / "record" / "grid" / ".grid" / "logs").write_text("a file, so that no cell is started")
+    status, _, err = script("grid.py", "grid.yaml", "--retries", "0")
+    assert status == 2 and "there is no folder /nowhere/train" in the_error(err)
+    status, out, err = script("grid.py", "grid.yaml", "--retries", "0", "--only", every[0].label)
+    assert (status, err) == (1, "") and "1 cells, 1 to run" in out and "cannot start a cell" in out
 
 
 @pytest.mark.parametrize("flags", [("grid.yaml", "--dry_run"), ("status", "grid.yaml")])

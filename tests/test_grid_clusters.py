@@ -138,8 +138,23 @@ def test_ray_runs_as_many_cells_as_every_resource_holds(every, ray):
         assert engine.parallel(dataclasses.replace(every[0], **change)) == count
 
 
+def test_a_local_cluster_of_slurm_gives_no_gpus(every, slurm, one_line):
+    with pytest.raises(ConfigError) as caught:
+        slurm(set(), cluster="local").check([every[1], dataclasses.replace(every[0], gpus=1.0)])
+    assert "badnet_r0.1_s0: gpus is 1, but --cluster local gives none out; --engine local" in one_line(caught.value)
+    slurm(set()).check([dataclasses.replace(every[0], gpus=1.0)])
+
+
+def test_ray_is_started_on_no_more_cores_than_there_are(ray, monkeypatch, one_line):
+    monkeypatch.setattr("sau.grid.engines.usable", lambda: 2)
+    with pytest.raises(ConfigError) as caught:
+        clusters.RayEngine(None, 99)
+    assert "cores is 99, but this process may use 2" in one_line(caught.value) and not ray
+
+
 @pytest.mark.parametrize(("address", "wanted"), [(None, "local"), ("auto", "auto")])
-def test_ray_without_an_address_is_started_whatever_runs_here(ray, address, wanted):
+def test_ray_without_an_address_is_started_whatever_runs_here(ray, address, wanted, monkeypatch):
+    monkeypatch.setattr("sau.grid.engines.usable", lambda: 2)
     clusters.RayEngine(address, 2)
     assert ray["address"] == wanted and ("num_cpus" in ray) is (address is None)
 

@@ -1,13 +1,15 @@
 """The pages of the methods: there is one for each, and its figures are those of the kept summaries."""
 
+import argparse
 import json
 import runpy
 import subprocess
 import sys
 
+import gallery
 import pytest
 from PIL import Image
-from toys import REPOSITORY, environment, the_error
+from toys import REPOSITORY, environment, the_error, toy_images
 
 from sau.attack import ATTACKS
 from sau.config import IGNORED
@@ -106,6 +108,14 @@ def test_the_gallery_shows_every_attack(tmp_path, finished):
     assert "attack/inputaware.py --dataset digits" in page and "attack/ssba.py --dataset digits" in page
     with Image.open(tmp_path / "gallery" / "digits.png") as picture:
         assert picture.width > 800
+
+
+def test_a_trigger_that_does_not_fit_spoils_no_other_row_of_the_gallery():
+    small, asked = toy_images(24, size=8), argparse.Namespace(record_root="nowhere", columns=2, radius=0.2)
+    patch, blended = (gallery.line(ATTACKS[name], small, small, asked) for name in ("badnet", "blended"))
+    assert patch.found is None and patch.note.startswith("no trigger here: the pictures are 8 x 8")
+    assert blended.found is not None
+    assert gallery.draw([patch, blended], 2) and "no trigger here" in gallery.page([patch, blended], "digits", 0.2)
 
 
 def test_the_gallery_refuses_what_it_cannot_draw(tmp_path):

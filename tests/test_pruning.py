@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
-from sau.defense import pruning
+from sau.defense import ANP, RNP, pruning
 from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.errors import ConfigError, TrainingError
@@ -155,6 +155,46 @@ def test_a_fixed_level_that_leaves_nothing_is_refused_before_it_is_applied(one_l
     assert "features.1" in one_line(refusal.value) and same_weights(net, tiny_net())
     pruning.only(LEVELS[0], prune, quiet())
     assert not same_weights(net, tiny_net())
+
+
+@pytest.mark.parametrize("wrong", ["one answer", "chance"])
+def test_a_fixed_level_that_leaves_a_network_that_guesses_is_refused_before_it_is_applied(wrong, one_line):
+    """Its answers become one, or as few of them stay as by chance. Where they stay, or nobody asks, it is pruned."""
+    net, x = Answers(4), torch.arange(8.0).view(8, 1, 1, 1)
+    told: list[str] = []
+
+    def prune(level: pruning.Level) -> None:
+        with torch.no_grad():
+            net.shift.fill_(-8 if wrong == "one answer" else 1)
+
+    session = Session(say=told.append)
+    with pytest.raises(TrainingError) as refusal:
+        pruning.fixed(net, LEVELS[0], prune, x, session)
+    assert "network that guesses" in one_line(refusal.value) and net.shift.item() == 0 and not told
+    pruning.fixed(net, LEVELS[0], lambda level: None, x, session)
+    assert len(told) == 1
+    pruning.fixed(net, LEVELS[0], prune, None, session)
+    assert net.shift.item() != 0 and len(told) == 2
+
+
+class Answers(nn.Module):
+    """Answers the class x + shift, cut to 0, counted round."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes, self.shift = classes, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(
+            (x.flatten() + self.shift).clamp_min(0).long() % self.classes, self.classes
+        ).float()
+
+
+@pytest.mark.parametrize("method", [ANP, RNP])
+def test_a_search_of_more_levels_than_anyone_waits_for_is_refused(method, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        method(pruning_number=None, pruning_step=1e-9)
+    assert "pruning_step" in one_line(refusal.value)
 
 
 def test_a_level_that_prunes_what_the_one_before_did_is_not_measured_again():

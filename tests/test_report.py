@@ -62,6 +62,19 @@ def test_nothing_but_seeds_is_averaged(tmp_path):
     assert ("badnet", "pratio 0.1", "sau", "ratio 0.05") in found and ("badnet", "pratio 0.02", "none") in found
 
 
+def test_a_run_that_was_ended_early_is_no_seed_of_the_others(tmp_path):
+    """Named for what it is, though only its identity has the entry, and though it stands alone."""
+    root, alone = tmp_path / "both", tmp_path / "alone"
+    for seed in (0, 1):
+        extra = {"ended_early": "round 3 of 9, before batch 1 of 2"} if seed else {}
+        defense(attack(root, seed=seed, folder=f"s{seed}"), seed=seed, **extra)
+    found = cells(root)
+    assert {len(cell.good) for key, cell in found.items() if "sau" in key} == {1}
+    assert ("badnet", "sau", "ended in round 3 of 9") in found and ("badnet", "sau") in found
+    defense(attack(alone), ended_early="epoch 1 of 2, before batch 1 of 2")
+    assert ("badnet", "sau", "ended in epoch 1 of 2") in cells(alone)
+
+
 def test_the_best_has_the_highest_der_and_the_oracle_takes_no_part(tmp_path):
     attacked = attack(tmp_path)
     defense(attacked, "anp", der=99.0, asr=0.0, selection="oracle")

@@ -188,12 +188,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache,
 
 @pytest.fixture
 def arrays(tmp_path):
-    """Paths of the arrays of a training and a test set of toys: picture k is k everywhere, and k + 100."""
+    """Paths of the arrays of a training and a test set of toys: the first pixel of picture k is k, and k + 100."""
 
     def write(train=None, test=None):
-        value = np.arange(40, dtype=np.uint8).reshape(-1, 1, 1, 1)
-        grey = np.zeros((1, 16, 16, 3), np.uint8)
-        ready = {"train": value + grey, "test": value[:24] + grey + np.uint8(100)}
+        ready = {"train": marked(toy_images(40), 0), "test": marked(toy_images(24), 100)}
         ready.update({name: array for name, array in (("train", train), ("test", test)) if array is not None})
         paths = {}
         for name, array in ready.items():
@@ -204,14 +202,21 @@ def arrays(tmp_path):
     return write
 
 
+def marked(images, first):
+    """[N, H, W, C]: the pictures, but that the first pixel of picture k is `first` + k."""
+    pixels = images.pixels.permute(0, 2, 3, 1).numpy().copy()
+    pixels[:, 0, 0] = first + np.arange(len(pixels), dtype=np.uint8)[:, None]
+    return pixels
+
+
 def test_ready_pictures_replace_those_with_their_index(arrays, own_cache):
     attack, train, test = arrays(), toy_images(40), toy_images(24)
     assert forge(attack, train) is attack and not own_cache.exists()  # nothing is trained
     poisoned, triggered = attack.poison_train(train, 0), attack.poison_test(test)
     hit = poisoned.role == BACKDOOR
     assert int(hit.sum()) == 12 and torch.equal(poisoned.pixels[~hit], train.pixels[~hit])
-    assert (poisoned.pixels[hit] == poisoned.index[hit].view(-1, 1, 1, 1)).all()
-    assert (triggered.pixels == 100 + triggered.index.view(-1, 1, 1, 1)).all() and len(triggered) == 18
+    assert (poisoned.pixels[hit, :, 0, 0] == poisoned.index[hit].view(-1, 1)).all()
+    assert (triggered.pixels[:, :, 0, 0] == 100 + triggered.index.view(-1, 1)).all() and len(triggered) == 18
     some = attack.stamped(train[torch.tensor([7, 3])], test=False)
     assert some.shape == (2, 3, 16, 16) and some[:, 0, 0, 0].tolist() == [7, 3]
 
@@ -236,6 +241,50 @@ def test_ready_pictures_that_do_not_fit_are_refused(wrong, arrays, one_line):
     with pytest.raises(DataError) as refusal:
         arrays(test=array).poison_test(toy_images(40))
     assert word in one_line(refusal.value) and "test.npy" in str(refusal.value)
+
+
+def test_ready_pictures_with_rows_that_were_never_written_are_refused(arrays, one_line):
+    """Only rows that are needed count: the 12 poisoned ones of the training set, of the test set all but class 1."""
+    train, test = toy_images(40), toy_images(24)
+    ready = marked(train, 0)
+    needed = arrays().poison_train(train, 0).role == BACKDOOR
+    ready[~needed.numpy()] = 0
+    ready[0] = 9  # a file that begins with black pictures is refused for that
+    assert len(arrays(train=ready).poison_train(train, 0)) == 40
+    first = int(needed.nonzero()[0])
+    ready[first] = 0
+    with pytest.raises(DataError) as refusal:
+        arrays(train=ready).poison_train(train, 0)
+    assert f"picture {first} " in one_line(refusal.value) and "1 such" in str(refusal.value)
+    ready = marked(test, 100)
+    ready[8:] = 0
+    with pytest.raises(DataError) as refusal:
+        arrays(test=ready).poison_test(test)
+    assert "picture 8 " in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("wrong", ["another set", "another order"])
+def test_ready_pictures_of_others_are_refused(wrong, arrays, one_line):
+    others = toy_images(40, seed=1) if wrong == "another set" else toy_images(40)[torch.arange(40).roll(1)]
+    with pytest.raises(DataError) as refusal:
+        arrays(train=marked(others, 0)).poison_train(toy_images(40), 0)
+    assert "in its order" in one_line(refusal.value)
+
+
+def test_an_encoder_that_shows_is_said_to_show_from_the_cache_too(unread):
+    attack, said = SSBA(**{**FAST, "ssba_epochs": 1}), []
+    for _ in range(2):
+        lines: list[str] = []
+        forge(attack, lines=lines)
+        said.append([line for line in lines if "w ended at 0 of 10" in line])
+    assert len(said[0]) == len(said[1]) == 1
+
+
+def test_threads_round_otherwise_so_that_each_number_has_its_encoder(monkeypatch, own_cache, unread):
+    for threads in (1, 2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        forge(SSBA(**{**FAST, "ssba_epochs": 1}))
+    assert len(list((own_cache / "triggers").glob("ssba-*/manifest.json"))) == 2
 
 
 def test_an_index_beyond_the_ready_pictures_is_refused(arrays, one_line):

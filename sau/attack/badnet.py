@@ -14,6 +14,7 @@ from sau.attack.base import Attack
 from sau.attack.making import Making, Picture, pictured
 from sau.data.pictures import fit
 from sau.errors import ConfigError
+from sau.session import Session
 from sau.types import Pixels
 
 
@@ -34,7 +35,16 @@ class BadNet(Attack):
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The picture of a file; our own patch needs no making."""
-        return None if self.patch_mask_path is None else Picture(self._patch(given.images.pixels))
+        if self.patch_mask_path is None:
+            return None
+        patch = self._patch(given.images.pixels)
+        share = float((patch > 0).any(0).float().mean())
+        if share > 0.5:
+            (given.session or Session()).say(
+                f"warning: {self.patch_mask_path} covers {100 * share:.0f} % of every picture, as what is not black "
+                "is the patch; paint the rest black"
+            )
+        return Picture(patch)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return _put(self._patch(x), x)

@@ -57,6 +57,7 @@ class Attack(Labelling, ABC):
     ) -> "Attack":
         """This attack with a trigger that has to be drawn or trained first; most have nothing to make. See `Making`."""
         self.check(images)  # before a trigger is made, which may take long
+        sizes(recipe, blank, images, self.in_batch)
         trigger = self.make_trigger(Making(images, blank, recipe, augment, seed, session))
         return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
 

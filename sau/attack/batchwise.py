@@ -7,6 +7,7 @@ import torch
 
 from sau.attack.base import Attack
 from sau.data.images import COVER, Images, quantise, to_float
+from sau.seeds import generator
 from sau.types import Labels, Pixels
 
 Cover = Callable[[Pixels, Pixels], Pixels]  # pictures and as many others -> the first with what must do nothing
@@ -22,6 +23,8 @@ def count(pratio: float, size: int) -> int:
 def plan(pratio: float, size: int, ratio: float, how: str) -> str:
     """What a batch of `size` consists of, as text."""
     share = pratio * size
+    if share == 0:
+        return f"no picture of a batch of {size} poisoned"
     if share < 1:
         return f"one picture in {share:.3g} of the batches of {size} poisoned, and {int(ratio)} of them {how}"
     return f"of each batch of {size} {int(share)} pictures poisoned and {int(int(share) * ratio)} {how}"
@@ -41,8 +44,10 @@ def attacked_first(attack: Attack, x: Pixels, y: Labels, num_classes: int) -> tu
 
 @torch.no_grad()
 def covered(images: Images, cover: Cover) -> Images:
-    """`images` after `cover`, which is given the picture before each as well; 8 bits deep, with their own labels."""
-    pairs = zip(images.pixels.split(1000), images.pixels.roll(1, 0).split(1000), strict=True)
+    """`images` after `cover`, given another one for each, which is drawn; 8 bits deep, with their own labels."""
+    ring = torch.randperm(len(images), generator=generator(0)).to(images.pixels.device)
+    other = torch.empty_like(ring).scatter(0, ring, ring.roll(1))  # the one before it in the ring, so never itself
+    pairs = zip(images.pixels.split(1000), images.pixels[other].split(1000), strict=True)
     blocks = [quantise(cover(to_float(block), to_float(others))) for block, others in pairs]
     pixels = torch.cat(blocks) if blocks else images.pixels
     return replace(images, pixels=pixels, role=torch.full_like(images.role, COVER))

@@ -120,7 +120,7 @@ class InputAware(Attack):
         steps, seen = len(batches), {"images": images, "augment": augment}
         first, second = self.prepare_masks(model, steps) | seen, self.prepare(model, recipe, steps) | seen
         masks = self.mask_step, first, recipe.epochs - joint, "mask epoch", "lr_M"
-        stages = masks, (self.step, second, joint, "epoch", "lr")
+        stages = masks, (self.step, second, joint, "epoch", "lr or --lr_G")
         for stage, (step, state, length, label, rate) in enumerate(stages):
             run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session.at(stage))
             run(partial(step, state), batches, length, label=label, rate=rate)

@@ -20,6 +20,7 @@ from sau.errors import DataError
 from sau.types import Pixels
 
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the picture: a little above and left of the middle
+GREY = 100  # a pattern that begins here is no change of a picture but a picture of it, around middle grey
 COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
 SEARCH = ("lf_network", "lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot")
 
@@ -87,6 +88,7 @@ class LF(Attack):
             steps=self.lf_deepfool_steps, overshoot=self.lf_overshoot, strength=self.lf_strength,
         )  # fmt: skip
         made_from = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": given.seed}
+        made_from["device"] = images.pixels.device.type
         search = partial(lf_search.optimise, network, images, limits, given.seed)
         found, figures = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
         return Picture(found["pattern"], figures)
@@ -123,5 +125,10 @@ def _read(path: str, shape: tuple[int, ...]) -> Tensor:
         raise DataError(
             f"{path} ranges over {low:.3g}..{high:.3g}; allowed are grey levels, within -255..255 and beyond 1, for "
             "smaller ones change no picture; multiply values of 0..1 by 255"
+        )
+    if low >= GREY:
+        raise DataError(
+            f"{path} ranges over {low:.3g}..{high:.3g}, like the public search's v * 255 + 127.5; allowed is what is "
+            "added to a picture; subtract 127.5"
         )
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 255

@@ -24,6 +24,7 @@ def trained(given: Making) -> nn.Module:
         **recipe.params(),
         "blank": workshop.fingerprint(given.blank),
         "data": fingerprint(images),
+        "device": images.pixels.device.type,
         "augment": str(given.augment),
         "seed": given.seed,
     }

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.base import Attack
 from sau.attack.making import Making
-from sau.attack.ssba_pictures import ready_pictures
+from sau.attack.ssba_pictures import fitting, ready_pictures
 from sau.attack.workshop import Made, made
 from sau.data.augment import sent
 from sau.data.images import Images, some, to_float
@@ -94,21 +93,28 @@ class SSBA(Attack):
 
     def idle(self) -> dict[str, str]:
         ready, why = self.attack_train_replace_imgs_path is not None, "the pictures are ready"
-        return {name: why for name in self.params() if ready and name.startswith(("ssba_", "trigger_seed"))}
+        own = {name: why for name in self.params() if ready and name.startswith(("ssba_", "trigger_seed"))}
+        return super().idle() | own
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The encoder: trained on the pictures, or from the cache; with ready pictures there is nothing to make."""
         if self.attack_train_replace_imgs_path is not None:
             return None
-        images = given.images
+        images, where = given.images, given.images.pixels.device
         _check_sides(images.pixels.shape)
         own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
-        identity = {"data": fingerprint(images), "trigger_seed": self.trigger_seed, **own}
+        identity = {"data": fingerprint(images), "device": where.type, "trigger_seed": self.trigger_seed, **own}
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
-            hidden = Hidden(encoder, self._code()).to(images.pixels.device)
+            hidden = Hidden(encoder, self._code()).to(where)
             found, hidden.figures = made("ssba", identity, partial(self._train, hidden, images), given.session)
         encoder.load_state_dict(found)
+        w, noise = hidden.figures["w"], hidden.figures["psnr_in_db"]
+        if w < MOST:  # of an encoder made before, too
+            (given.session or Session()).say(
+                f"warning: w ended at {w:.3g} of {MOST:g}, so the trigger shows more than it has to ({noise:.1f} dB); "
+                "try more --ssba_epochs"
+            )
         return hidden.eval().requires_grad_(False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
@@ -120,23 +126,27 @@ class SSBA(Attack):
         return self.made()(x.float()).to(x.dtype)
 
     def poison_train(self, images: Images, seed: int) -> Images:
-        self._ready(images, test=False, all_of_it=True)
+        self._check_ready(images, test=False)
         return super().poison_train(images, seed)
 
     def poison_test(self, images: Images) -> Images:
-        self._ready(images, test=True, all_of_it=True)
+        self._check_ready(images, test=True)
         return super().poison_test(images)
 
     def stamped(self, images: Images, *, test: bool) -> Bytes:
-        ready = self._ready(images, test=test)
-        if ready is None:
+        path = self._path(test)
+        if path is None:
             return super().stamped(images, test=test)
-        pixels = torch.from_numpy(ready[images.index.cpu().numpy()]).permute(0, 3, 1, 2)
+        ready = fitting(path, ready_pictures(path, images, False), images)
+        pixels = torch.from_numpy(ready).permute(0, 3, 1, 2)
         return pixels.contiguous().to(images.pixels.device)
 
-    def _ready(self, images: Images, *, test: bool, all_of_it: bool = False) -> np.ndarray | None:
-        path = self.attack_test_replace_imgs_path if test else self.attack_train_replace_imgs_path
-        return None if path is None else ready_pictures(path, images, all_of_it)
+    def _path(self, test: bool) -> str | None:
+        return self.attack_test_replace_imgs_path if test else self.attack_train_replace_imgs_path
+
+    def _check_ready(self, images: Images, *, test: bool) -> None:
+        if (path := self._path(test)) is not None:
+            ready_pictures(path, images, True)
 
     def _code(self) -> Tensor:
         """[bits]; never all zeros, for an encoder may learn to leave pictures alone for those."""
@@ -174,11 +184,6 @@ class SSBA(Attack):
         if right < 100 * READABLE:
             raise TrainingError(
                 f"the decoder reads {right:.0f} % of the bits, needed are {100 * READABLE:.0f}; try more --ssba_epochs"
-            )
-        if found["w"] < MOST:
-            session.say(
-                f"warning: w ended at {found['w']:.3g} of {MOST:g}, so the trigger shows more than it has to "
-                f"({found['psnr_in_db']:.1f} dB); try more --ssba_epochs"
             )
         return encoder.state_dict(), found
 

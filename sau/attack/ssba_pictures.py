@@ -21,3 +21,26 @@ def ready_pictures(path: str, images: Images, all_of_it: bool) -> np.ndarray:
     if len(array) < needed or (all_of_it and len(images) == needed != len(array)):
         raise DataError(f"{path} holds {len(array)} pictures, the split has {needed}; give one for each, in order")
     return array
+
+
+def fitting(path: str, array: np.ndarray, images: Images) -> np.ndarray:
+    """The rows of `array` that replace `images`; DataError if some were never written or they are of other pictures."""
+    rows, index = array[images.index.cpu().numpy()], images.index.tolist()
+    found, real = (pixels.reshape(len(rows), -1) for pixels in (rows, images.pixels.permute(0, 2, 3, 1).cpu().numpy()))
+    blank = (found.min(1) == found.max(1)) & (real.min(1) < real.max(1))
+    if blank.any():
+        first = index[int(blank.argmax())]
+        raise DataError(
+            f"{path} holds one colour where picture {first} should be, and {int(blank.sum())} such rows in "
+            "all; give a poisoned version of each picture"
+        )
+    apart, others = (
+        float(np.square(found.astype(np.float32) - real[order]).mean())
+        for order in (slice(None), np.roll(np.arange(len(rows)), 1))
+    )
+    if len(rows) > 1 and 2 * apart > others:
+        raise DataError(
+            f"{path} holds pictures that are as far from these as these from each other; give poisoned "
+            "versions of this split, in its order"
+        )
+    return rows

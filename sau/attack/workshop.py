@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import sau
@@ -33,11 +34,12 @@ def made(
 
     Args:
         name: what it is, for the folder and the screen; a plain folder name.
-        identity: everything that determines the result, as JSON has it; the version of the library is added.
+        identity: everything that determines the result, as JSON has it, the kind of device too; the number of threads,
+            on which rounding depends, and the version of the library are added.
         build: gets the session to train with; returns tensors and figures about them.
         session: progress; None prints it and keeps a log.
     """
-    known = {**identity, "made": name, "sau": sau.__version__}
+    known = {**identity, "made": name, "sau": sau.__version__, "threads": torch.get_num_threads()}
     say, shelf = (session or Session()).say, None
     with ExitStack() as stack:
         try:

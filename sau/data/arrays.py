@@ -12,7 +12,7 @@ def read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        reason = getattr(error, "strerror", None) or "it is none, is cut short, or holds Python objects"
         raise DataError(f"cannot read {path} as a .npy file of numbers: {reason}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.size == 0:
         raise DataError(f"{path} holds no array of real numbers; give one made with numpy.save")

@@ -105,6 +105,8 @@ class ANP(Defense):
         for name in ("pruning_max", "pruning_step"):
             value = getattr(self, name)
             self.require(name, value > 0 and fits(value), f"{allowed}, and above 0, to search by {self.pruning_by}")
+        least = self.pruning_max / pruning.MOST_LEVELS  # each step is a network to measure
+        self.require("pruning_step", self.pruning_step >= least, f"{least:g} and more")
 
     def idle(self) -> dict[str, str]:
         if self.pruning_number is not None:
@@ -124,7 +126,7 @@ class ANP(Defense):
         model.eval()
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None:
-            pruning.only(self.level(masks, self.pruning_number), prune, session)
+            pruning.fixed(model, self.level(masks, self.pruning_number), prune, work[0], session)
             return
         count = int(self.pruning_max / self.pruning_step + 1e-9)
         levels = [self.level(masks, round(i * self.pruning_step, 10)) for i in range(count + 1)]

@@ -113,6 +113,9 @@ class NC(FT, Inversion):
             raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
         patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
         self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
+        if session.limit is not None and session.limit.ended:
+            session.say("no class is flagged, for the inversion was not finished")
+            return
         # Without a pass this run goes on in the second stage, and the patches come with its checkpoint.
         if not int(patches.passes) or self.report(patches, session):
             repair = Repair(self, kept, patches, batches)

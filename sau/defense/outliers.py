@@ -78,7 +78,8 @@ class Outliers(Defense):
             scores = self.scores(model, batches)
         prune = partial(pruning.apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            pruning.only(level(scores, self.u), prune, session)
+            x = next(iter(batches))[0] if self.looks else None
+            pruning.fixed(model, level(scores, self.u), prune, x, session)
             return
         sweep = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         levels = [level(scores, u) for u in sweep]

@@ -15,9 +15,11 @@ from sau.defense.held import Held, guesses, named
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
-from sau.types import Loader
+from sau.types import Loader, Pixels
 
 Norms = dict[str, nn.BatchNorm2d]
+CHECKED = 500  # pictures whose answers tell whether a network guesses
+MOST_LEVELS = 1000  # that a search may try
 SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
 
 
@@ -156,8 +158,30 @@ def _judge(held: Held | None, session: Session, oracle: bool) -> Callable[[nn.Mo
     return partial(score, clean=(held.x, held.y), triggered=None)
 
 
+@torch.no_grad()
+def fixed(model: nn.Module, level: Level, prune: Callable[[Level], None], x: Pixels | None, session: Session) -> None:
+    """Prune `model`, in eval mode, by the one level that a setting says.
+
+    TrainingError, with the network as it was, if it leaves nothing: no channel of some layer, or a network that
+    guesses. Of that one's answers to `x` no more stay than by chance, or less than half and all of them are one. Where
+    a method looks at no pictures, `x` is None and nobody asks.
+    """
+    if x is not None and not level.everything:
+        logits = model(x[:CHECKED])
+        with kept(model):
+            prune(level)
+            after = model(x[:CHECKED]).argmax(1)
+        stay = float((logits.argmax(1) == after).float().mean())
+        if stay <= 1 / logits.shape[1] or (stay < 0.5 and len(after.unique()) == 1):
+            raise TrainingError(
+                f"{level.name} would prune {level.count} channels and leave a network that guesses ({100 * stay:.0f} % "
+                f"of its answers to {len(after)} pictures stay); prune less"
+            )
+    only(level, prune, session)
+
+
 def only(level: Level, prune: Callable[[Level], None], session: Session, accuracy: str = "") -> None:
-    """Prune by one level, chosen by the user; TrainingError, with the network as it was, if it leaves nothing."""
+    """Prune by one level; TrainingError, with the network as it was, if a layer would lose all of its channels."""
     if level.everything:
         lost = ", ".join(name for name, flags in level.pruned.items() if flags.all())
         raise TrainingError(f"{level.name} would prune every channel of {lost}; prune less")

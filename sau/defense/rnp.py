@@ -90,6 +90,8 @@ class RNP(Defense):
             "pruning_number", 0 <= (self.pruning_number or 0) < 1, "none, or 0 up to below 1, the highest mask"
         )
         self.require("pruning_max", 0 < self.pruning_max <= 1, "above 0 and up to 1")
+        least = self.pruning_max / pruning.MOST_LEVELS  # each step is a network to measure
+        self.require("pruning_step", self.pruning_step >= least, f"{least:g} and more")
         self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
@@ -111,7 +113,7 @@ class RNP(Defense):
         unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
         masks = self._recover(unlearned.requires_grad_(False), batches, session.at(1))
-        self._prune(model, masks, held, session)
+        self._prune(model, masks, held, batches, session)
 
     def _unlearn(self, unlearned: nn.Module, batches: Loader, session: Session) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
@@ -157,13 +159,15 @@ class RNP(Defense):
         run(step, batches, plan.epochs, label="recovering", rate="recovering_lr")
         return network.split(masks[0].detach())
 
-    def _prune(self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, session: Session) -> None:
+    def _prune(
+        self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, batches: Loader, session: Session
+    ) -> None:
         def level(threshold: float) -> pruning.Level:
             return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})
 
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":
-            pruning.only(level(self.pruning_number), prune, session)
+            pruning.fixed(model, level(self.pruning_number), prune, next(iter(batches))[0], session)
             return
         count = int(self.pruning_max / self.pruning_step + 1e-9)
         levels = [level(i * self.pruning_step) for i in range(count + 1)]

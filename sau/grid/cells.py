@@ -28,6 +28,7 @@ class Job:
         log: where its output goes; `.out` and `.err` are added.
         threads: CPU threads.
         timeout: seconds that it may take; None means no limit.
+        cache: folder of triggers that are trained and of decoded pictures; None leaves what is set.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Job:
     log: str
     threads: int
     timeout: float | None
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Child:
         self.seen = self.errors.stat().st_size if self.errors.is_file() else 0
         threads = {f"{library}_NUM_THREADS": str(job.threads) for library in ("OMP", "MKL", "OPENBLAS")}
         env = {**os.environ, **threads, "PYTHONPATH": python_path()}
+        if job.cache is not None:
+            env["SAU_CACHE"] = job.cache
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpus
         work = [sys.executable, "-P", "-m", "sau.grid.work", str(os.getpid()), job.folder, job.lock]

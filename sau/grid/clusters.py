@@ -10,7 +10,7 @@ from typing import Any
 import sau
 from sau.errors import ConfigError, first_line
 from sau.grid.cells import Job, Outcome, run_cell
-from sau.grid.engines import GIB, Done, Local
+from sau.grid.engines import GIB, Done, Local, check_cores
 from sau.grid.plan import Cell
 from sau.machine.cores import usable
 from sau.machine.parent import python_path
@@ -30,6 +30,8 @@ class RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self.ray = _import("ray", "ray")
+        if address is None:
+            check_cores(cores or 0)  # Ray would start with any number, and so many cells at once
         home = {"env_vars": {"PYTHONPATH": str(Path(sau.__file__).parents[1])}}
         started: dict[str, Any] = {"num_cpus": cores or usable(), "include_dashboard": False} if address is None else {}
         quiet = {"log_to_driver": False, "logging_level": "error"}
@@ -115,6 +117,9 @@ class Slurm:
         for cell in cells:
             if cell.gpus != int(cell.gpus):
                 raise ConfigError(f"{cell.label}: gpus is {cell.gpus:g}; slurm gives whole GPUs")
+            if cell.gpus and self.here is not None:
+                what = f"{cell.label}: gpus is {cell.gpus:g}, but --cluster local gives none out"
+                raise ConfigError(f"{what}; --engine local does")
         if self.here is not None:
             self.here.check(cells)
 

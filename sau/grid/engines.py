@@ -38,6 +38,12 @@ class Engine(Protocol):
         """Stop what runs and give back what is held."""
 
 
+def check_cores(cores: int) -> None:
+    """Refuse, by a ConfigError, more cores of this machine than there are."""
+    if cores > usable():
+        raise ConfigError(f"cores is {cores}, but this process may use {usable()}")
+
+
 class Local:
     """This machine: as many cells as its cores, its memory and its GPUs hold, never more threads than cores.
 
@@ -59,8 +65,7 @@ class Local:
         return said and f"{said}, and the cells are to use {self.cores}; --cores gives them fewer"
 
     def check(self, cells: Sequence[Cell]) -> None:
-        if self.cores > usable():
-            raise ConfigError(f"cores is {self.cores}, but this process may use {usable()}")
+        check_cores(self.cores)
         for cell in cells:
             has = {"threads": self.cores, "memory_gb": self.memory, "gpus": len(self.gpus)}
             for what, most in has.items():

@@ -5,13 +5,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sau.attack import Attack
+from sau.data.images import Images
 from sau.data.sources import source
 from sau.errors import ConfigError
 from sau.files import checksum
 from sau.grid.spec import Block
 from sau.machine.devices import united
 from sau.method import Method
+from sau.models import MODELS, has_width
+from sau.models.zoo import torchvision_names
 from sau.run import AttackRun, DefenseRun
 
 Asked = AttackRun | DefenseRun
@@ -52,22 +57,35 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
     """
     if isinstance(run, DefenseRun) and run.index is not None and shares:
         raise ConfigError(f"index is {run.index}, which beats clean_shares; leave one of them out")
-    if isinstance(method, Attack):
-        _refuse_ratio(method, block.dataset)
+    _refuse_network(run)
+    even = source(block.dataset).even
+    if even is not None and isinstance(method, Attack):
+        _refuse_labels(method, block.dataset, *even)
+    if even is not None and isinstance(run, DefenseRun) and run.index is None and run.ratio * even[0] < 1:
+        what = f"ratio (clean share) is {run.ratio:g}, which is less than one of {even[0]} pictures of {block.dataset}"
+        raise ConfigError(f"{what}; allowed is {1 / even[0]:g} and more")
     united(run, method, batch_size)
     what, most = ("gpus", block.gpus) if block.device == "cuda" else ("threads", block.threads)
     if 1 < run.devices > most:
         raise ConfigError(f"devices is {run.devices}, but {what} of a cell is {most:g}; make them as many")
 
 
-def _refuse_ratio(attack: Attack, dataset: str) -> None:
-    """Refuse more pictures than the one class has that a clean-label attack may poison; where classes are uneven, or a
-    user's own, the cell itself says so."""
-    even = source(dataset).even
-    if attack.clean_label and even is not None:
-        pictures, classes = even
-        count, most = round(attack.pratio * pictures), pictures // classes
-        if count > most:
-            what = f"pratio is {attack.pratio:g}, which is {count} of {pictures} pictures of {dataset}"
-            allowed = f"allowed is up to {1 / classes:g}, or leave {attack.name} out"
-            raise ConfigError(f"{what}, but its class has {most}; {allowed}")
+def _refuse_network(run: Asked) -> None:
+    """Refuse a network that `models.build` would not build."""
+    if not has_width(run.model) and run.model not in torchvision_names():
+        known = ", ".join(MODELS)
+        raise ConfigError(f"unknown model {run.model!r}; choose {known} or one of torchvision's, like vgg19_bn")
+    if isinstance(run, AttackRun) and has_width(run.model) and run.width < 1:
+        raise ConfigError(f"width is {run.width}, allowed is 1 and more")
+
+
+def _refuse_labels(attack: Attack, dataset: str, pictures: int, classes: int) -> None:
+    """Refuse labels beyond the classes, and more pictures than the one class has that a clean-label attack may poison;
+    where classes are uneven, or a user's own, the cell itself says so."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    attack.check_labels(Images.clean(nothing.byte(), nothing, classes))  # of the pictures it looks at their classes
+    count, most = round(attack.pratio * pictures), pictures // classes
+    if attack.clean_label and count > most:
+        what = f"pratio is {attack.pratio:g}, which is {count} of {pictures} pictures of {dataset}"
+        allowed = f"allowed is up to {1 / classes:g}, or leave {attack.name} out"
+        raise ConfigError(f"{what}, but its class has {most}; {allowed}")

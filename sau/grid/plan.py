@@ -2,33 +2,19 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sau.attack import ATTACKS
-from sau.attack.recipe import Recipe
-from sau.config import nearest
-from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
 from sau.grid.identity import identity, refuse_unfit
 from sau.grid.names import plain
+from sau.grid.overrides import METHODS, canonical, overridden, refuse_unknown, request, text
 from sau.grid.spec import Block
-from sau.method import Method
 from sau.record.schema import digest
-from sau.request import Request
-from sau.run import AttackRun, DefenseRun
+from sau.run import AttackRun
 
-# What the grid says itself, and where.
-_OWN = {
-    "dataset": "dataset", "dataset_path": "dataset_path", "recipe": "recipe", "device": "device", "amp": "amp",
-    "threads": "threads", "random_seed": "seeds", "record_root": "record_root", "result_file": "attacks",
-}  # fmt: skip
-_NEVER = ("save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack", "max_minutes", "compile")
-_AXES = {"pratio": "ratios", "ratio": "clean_shares"}
-_METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 _LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
 
 
@@ -47,6 +33,7 @@ class Cell:
         threads: CPU threads.
         memory_gb: GiB of memory.
         gpus: GPUs, or a share of one.
+        data: the data set, and the folder of the data sets.
         twin: whether another cell of the grid has the same label but for its digest.
     """
 
@@ -60,6 +47,7 @@ class Cell:
     threads: int
     memory_gb: float
     gpus: float
+    data: tuple[str, str]
     twin: bool = False
 
     @property
@@ -73,6 +61,7 @@ def cells(blocks: Sequence[Block]) -> list[Cell]:
     """Every cell once, attacks before their defenses; ConfigError if a block cannot be."""
     found: dict[str, Cell] = {}
     for block in blocks:
+        refuse_unknown(block.overrides)
         for cell in _Crossed(block).cells():
             found.setdefault(cell.digest, cell)
     folders = {cell.folder: cell for cell in found.values()}
@@ -113,7 +102,7 @@ class _Crossed:
         for seed in self.block.seeds:
             AttackRun(random_seed=seed)  # refuses what is no seed
             for name in self.block.attacks:
-                poisons = "pratio" in _canonical("attack", name)
+                poisons = "pratio" in canonical("attack", name)
                 for ratio in self.block.ratios if poisons and self.block.ratios else (None,):
                     attack = self._cell("attack", name, seed, ratio, None)
                     yield attack
@@ -133,7 +122,8 @@ class _Crossed:
         flags = (*settled.flags, f"--random_seed={seed}", f"--save_folder_name={own}", *target)
         folder = f"{attack.folder}/defense/{own}" if attack else own
         like = (kind, name, block.dataset, block.recipe)
-        return Cell(kind, name, mark, folder, flags, on, like, block.threads, block.memory_gb, block.gpus)
+        needs, data = (block.threads, block.memory_gb, block.gpus), (block.dataset, block.dataset_path)
+        return Cell(kind, name, mark, folder, flags, on, like, *needs, data)
 
     def _settle(self, kind: str, name: str, amount: float | None) -> _Settled:
         block, axis = self.block, {"attack": "pratio", "defense": "ratio"}[kind]
@@ -149,60 +139,19 @@ class _Crossed:
         said |= {"compile": "off"} if block.device == "cuda" else {}
         said |= {axis: amount} if amount is not None else {}
         for group in (kind, name):
-            said |= self._overrides(kind, name, group, axis if amount is not None else "")
-        for key in (*_METHODS[kind][name].files, "index"):  # a worker elsewhere starts in another folder
+            said |= overridden(block.overrides, kind, name, group, axis if amount is not None else "")
+        for key in (*METHODS[kind][name].files, "index"):  # a worker elsewhere starts in another folder
             if said.get(key) not in (None, "none"):
                 said[key] = str(Path(said[key]).absolute())
-        flags = tuple(f"--{key}={_text(value)}" for key, value in said.items())
+        flags = tuple(f"--{key}={text(value)}" for key, value in said.items())
         try:
-            request = _request(kind, name, flags)
-            run, *sections = request.settle(kind, block.recipe, block.dataset)
+            run, *sections = request(kind, name, flags).settle(kind, block.recipe, block.dataset)
             method, size = sections[-1], sections[0].batch_size
             refuse_unfit(method, run, block, size, shares=kind == "defense" and amount is not None)
             facts = identity(method, sections, run, block, said["dataset_path"])
         except SauError as error:
             raise ConfigError(f"{kind} {name}: {error}") from None
         share = facts.get(axis)
-        label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in _canonical(kind, name) or kind == "defense" else name
+        label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in canonical(kind, name) or kind == "defense" else name
         label += "_oracle" if facts.get("select") == "oracle" else ""
         return _Settled(flags, digest({kind: name, **facts}), label)
-
-    def _overrides(self, kind: str, name: str, group: str, axis: str) -> dict[str, Any]:
-        """What the overrides under `group` say to a method, by its parameters' own names."""
-        known, found = _canonical(kind, name), dict[str, Any]()
-        everywhere = {key for other in _METHODS[kind] for key in _canonical(kind, other)}
-        for key, value in self.block.overrides.get(group, {}).items():
-            origin = f"overrides.{group}.{key}"
-            if group == kind and key not in known and key in everywhere:
-                continue  # a setting for all of them, which this one does not have
-            if key not in known:
-                raise ConfigError(f"{origin}: {name} has no such setting{nearest(str(key), list(known))}")
-            if known[key] in _OWN:
-                raise ConfigError(f"{origin}: the grid itself says {_OWN[known[key]]}; say it there")
-            if known[key] in _NEVER:
-                raise ConfigError(f"{origin}: the grid chooses this itself; leave it out")
-            if known[key] == axis:
-                raise ConfigError(f"{origin} contradicts {_AXES[axis]}, which says the same; keep one of them")
-            if known[key] in found:
-                raise ConfigError(f"{origin}: {known[key]} is given twice, under two of its names; give it once")
-            found[known[key]] = value
-        return found
-
-
-def _request(kind: str, name: str, flags: Sequence[str]) -> Request:
-    method, asked = _METHODS[kind][name], (AttackRun, Recipe) if kind == "attack" else (DefenseRun,)
-    return Request(f"{kind}/{name}.py", method, (*asked, method), flags)
-
-
-@cache
-def _canonical(kind: str, name: str) -> dict[str, str]:
-    """Every name of a method's settings, to the parameter behind it."""
-    options = _request(kind, name, ()).known.values()
-    return {other: option.name for option in options for other in (option.name, *option.aliases)}
-
-
-def _text(value: Any) -> str:
-    """As on a command line."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,11 +1,13 @@
 """The order of cells: attacks before their defenses, retries, other runners, and a line for each cell that ends."""
 
+import errno
 import heapq
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, RecordError
 from sau.grid.cells import Outcome
 from sau.grid.engines import Engine
 from sau.grid.forecast import Forecast, scores
@@ -16,6 +18,7 @@ from sau.loop import duration
 
 POLL = 0.1  # seconds between two looks at what runs
 ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again
+_FULL = ("no room for ", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as `files.write` and the system say it
 
 
 def needed(cells: Sequence[Cell], store: Store, retry_failed: bool) -> list[Cell]:
@@ -64,7 +67,10 @@ class Runner:
                 self._line_up(cell)
 
     def run(self) -> list[tuple[Cell, str]]:
-        """Run everything; returns the cells that failed, each with its reason. The engine is stopped at the end."""
+        """Run everything; returns the cells that failed, each with its reason. The engine is stopped at the end.
+
+        RecordError if the disk is full: all cells would fail of it, and none of them is to blame.
+        """
         try:
             self.engine.check(self.cells)
             while self.ready or self.running:
@@ -110,6 +116,9 @@ class Runner:
             self._done(cell)
         else:
             reason = outcome.reason or "it ended without a result"
+            if any(words in reason for words in _FULL):
+                what = f"the disk is full ({cell.label}: {reason.split(';')[0]})"
+                raise RecordError(f"{what}; free some space and repeat the command to go on")
             if outcome.again and self.store.progress(cell) > self.progress[cell.digest]:
                 self.say(f"again   {cell.label}: {reason}; it goes on")  # like a job whose time ended: no try is spent
                 return self._line_up(cell)

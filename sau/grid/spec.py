@@ -132,10 +132,22 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for other in _several(own.pop("include", Setting(None, "")).value):
         found = _laid(found, _read((path.parent / str(other)).resolve(), (*chain, path)))
+    _refuse_hidden(found, own)
     if "published" in own:
         places = [str((path.parent / str(place)).resolve()) for place in _several(own["published"].value)]
         own["published"] = Setting(places, own["published"].origin)
     return _laid(found, own)
+
+
+def _refuse_hidden(included: Mapping[str, Setting], own: Mapping[str, Setting]) -> None:
+    """Refuse, by a ConfigError, what has no effect since every block that is included says it itself."""
+    blocks = included["blocks"].value if "blocks" in included and "blocks" not in own else None
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        return  # there are none, or `read` says what is wrong with them
+    for name in own:
+        if name in _BLOCK and name != "overrides" and blocks and all(name in block for block in blocks):
+            what = f"every block of the included file has {name} of its own, so this has no effect"
+            raise ConfigError(f"{own[name].origin}: {what}; say it in blocks of this file")
 
 
 def _several(value: Any) -> list[Any]:

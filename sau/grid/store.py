@@ -56,6 +56,9 @@ class Store:
     def __post_init__(self) -> None:
         self.root = self.root.absolute()
         self.own = self.root / ".grid"
+        there = next(place for place in (self.root, *self.root.parents) if place.exists())
+        if not there.is_dir():
+            raise RecordError(f"{there} is a file, not a folder; choose another --record_root")
 
     def folder(self, cell: Cell) -> Path:
         """Where the cell's record lies."""
@@ -65,7 +68,9 @@ class Store:
         """The cell as an engine gets it."""
         flags = (f"--record_root={self.root}", *cell.flags)
         folder, lock, log = self.folder(cell), self.own / "locks" / _key(cell), self.own / "logs" / _key(cell)
-        return Job(cell.kind, cell.name, flags, str(folder), str(lock), str(log), cell.threads, timeout)
+        # What takes minutes to train is for all cells, and they may run on other machines.
+        cache = os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.own / "cache"))
+        return Job(cell.kind, cell.name, flags, str(folder), str(lock), str(log), cell.threads, timeout, cache)
 
     def prepare(self, cells: Sequence[Cell]) -> list[str]:
         """Make the folder ready; returns what there is to say.
@@ -81,9 +86,7 @@ class Store:
             over = self.over(cell)
             if over == "published" and not {"acc", "after"} & self.summary(cell).keys():
                 raise RecordError(f"the published summary of {cell.folder} holds no scores; remove it")
-            if over != "finished":
-                continue
-            damage = self.damage(cell)
+            damage = self.damage(cell) if over == "finished" else ""
             if damage and self.holder(cell) is None:
                 self._open(Record(self.folder(cell)))
                 kept = self.over(cell) == "published"
@@ -93,7 +96,7 @@ class Store:
     @property
     def version(self) -> str:
         """The version of the library that makes the cells here; this one where none is made yet."""
-        return str(self._read(self.own / "version.json").get(VERSION, sau.__version__))
+        return str(self._read(self.own / "version.json", "choose another --record_root").get(VERSION, sau.__version__))
 
     def other_version(self) -> str:
         """What to say where another version made the cells; empty where it did not."""
@@ -125,15 +128,12 @@ class Store:
     def states(self, cells: Sequence[Cell]) -> dict[str, State]:
         """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
         locked, failed = self._names("locks"), self._names("failed")
-        found: dict[str, State] = {}
-        dead: dict[str, str] = {}  # attacks that failed, a published one included
+        found, dead = dict[str, State](), dict[str, str]()  # dead: attacks that failed, a published one included
         for cell in cells:
-            over, key = self.over(cell), _key(cell)
+            over, key, reason = self.over(cell), _key(cell), ""
             who = self.holder(cell) if key in locked else None
-            reason = ""
             if who is None and over != "finished" and key in failed:
-                reason = self.reason(cell)
-                dead[cell.digest] = reason
+                reason = dead[cell.digest] = self.reason(cell)
             if who is not None:
                 found[cell.digest] = State("running", who=who)
             elif over:
@@ -190,13 +190,13 @@ class Store:
         folder = self.own / part
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
-    def _read(self, file: Path) -> dict[str, Any]:
+    def _read(self, file: Path, advice: str = "remove it") -> dict[str, Any]:
         try:
             found = parsed(read(file))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise RecordError(f"{file} is damaged ({error}); remove it") from None
+            raise RecordError(f"{file} is damaged ({error}); {advice}") from None
         return found if isinstance(found, dict) else {}
 
 

@@ -120,9 +120,9 @@ def _follow(parent: int) -> None:
 class _Helper:
     """The process of a further device."""
 
-    def __init__(self, rank: int, kind: str, devices: int) -> None:
+    def __init__(self, rank: int, kind: str, devices: int, threads: int) -> None:
         self.rank, self.errors = rank, tempfile.TemporaryFile()
-        words = (os.getpid(), kind, devices, torch.get_num_threads())
+        words = (os.getpid(), kind, devices, threads)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from sau.machine.devices import assist; assist{words}"],
             env={**os.environ, "LOCAL_RANK": str(rank), "PYTHONPATH": python_path()},
@@ -162,13 +162,16 @@ def _helpers(kind: str, devices: int) -> Iterator[list[_Helper]]:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
     before, done = {name: os.environ.get(name) for name in (*group, "LOCAL_RANK")}, threading.Event()
+    threads = torch.get_num_threads()
+    share = threads if kind == "cuda" else max(1, threads // devices)  # on the CPU all of them want the same cores
     os.environ.update(group, LOCAL_RANK="0")
     helpers: list[_Helper] = []
     watch = threading.Thread(target=_watch, args=(helpers, done), daemon=True)
     watch.start()
     try:
+        set_threads(share)
         for rank in range(1, devices):
-            helpers.append(_Helper(rank, kind, devices))
+            helpers.append(_Helper(rank, kind, devices, share))
         yield helpers
     finally:
         done.set()
@@ -176,6 +179,7 @@ def _helpers(kind: str, devices: int) -> Iterator[list[_Helper]]:
         for helper in helpers:
             helper.close()
         leave()
+        set_threads(threads)
         os.environ.update({name: value for name, value in before.items() if value is not None})
         for name in (name for name, value in before.items() if value is None):
             os.environ.pop(name, None)

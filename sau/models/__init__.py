@@ -11,6 +11,7 @@ from sau.errors import ConfigError, DataError
 from sau.models.preact_resnet import PreActResNet18
 from sau.models.zoo import torchvision_names, torchvision_net
 
+GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
 
 
@@ -51,6 +52,7 @@ class Normalized(nn.Module):
         if self.compiled is None:
             return self._logits(x)
         if self.net._compiled_call_impl is None:  # copies of a module leave it behind
+            torch._dynamo.config.recompile_limit = GRAPHS
             self.net.compile(mode=self.compiled, dynamic=False)
         with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
             try:

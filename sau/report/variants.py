@@ -9,6 +9,7 @@ from typing import Any
 from sau.grid.names import mark
 from sau.report.read import NONE, Run
 
+EARLY = "ended_early"  # where --max_minutes ended a run; in the identity of such runs alone
 Named = tuple[Hashable, dict[str, Any] | None]
 
 
@@ -46,15 +47,18 @@ def _repeated(keys: Sequence[Any], runs: Sequence[Run]) -> set[Any]:
 
 
 def _differences(runs: Sequence[Named]) -> list[str]:
-    """For each (name, settings) how it differs from its namesakes. A setting that some lack tells nobody apart."""
+    """For each (name, settings) how it differs from its namesakes. A setting that some lack tells nobody apart; that a
+    run was ended early is said of it whatever the others are."""
     namesakes: dict[Hashable, list[dict[str, Any]]] = defaultdict(list)
     for name, settings in runs:
         namesakes[name] += [settings] if settings else []
     differing = {}
     for name, others in namesakes.items():
-        shared = set.intersection(*(set(other) for other in others)) if others else set()
+        shared = set.intersection(*(set(other) for other in others)) - {EARLY} if others else set()
         differing[name] = sorted(key for key in shared if len({text_of(other[key]) for other in others}) > 1)
-    return [", ".join(f"{key} {_short(of[key])}" for key in differing[name]) if of else "" for name, of in runs]
+    texts = [", ".join(f"{key} {_short(of[key])}" for key in differing[name]) if of else "" for name, of in runs]
+    cut = [f"ended in {str(of[EARLY]).split(',')[0]}" if of and EARLY in of else "" for _, of in runs]
+    return list(map(_joined, texts, cut))
 
 
 def _joined(*texts: str) -> str:
