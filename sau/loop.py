@@ -1,5 +1,6 @@
 """Time: epochs, progress, forecasts, checkpoints and resuming. Knows no model and no loss."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from sau.machine.parts import InParts
 from sau.seeds import Drawn, drawn, set_drawn
 from sau.session import Session, size
 from sau.types import Loader
+from sau.wording import duration, short
 
 LARGE = 2**24  # bytes of a checkpoint that is not written at the end of every epoch: that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
@@ -33,8 +35,7 @@ class _Place:
         self.batch += 1
         self.seen += size
         for name, value in report.items():
-            value = value.detach()
-            value = value * size if value.is_floating_point() else value
+            value = value.detach() * (size if value.is_floating_point() else 1)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self, rate: str) -> dict[str, float]:
@@ -92,8 +93,17 @@ class _Run:
     place: _Place = field(default_factory=_Place)
     ticks: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
     saved: float = 0.0  # when the last checkpoint was written, or the run began
+    spare: dict[str, Any] | None = None  # the end of the last epoch, where it was too large to be written
 
     def go(self) -> None:
+        try:
+            self._go()
+        except TrainingError:  # a broken loss: the last finite epoch is kept
+            if self.session.checkpoint is not None and self.spare is not None:
+                self.session.checkpoint.save(self.spare)
+            raise
+
+    def _go(self) -> None:
         begin, now = self._resume()
         self.saved = time.monotonic()
         while self.place.epoch < self.epochs:
@@ -107,7 +117,7 @@ class _Run:
             done = self.place.epoch + 1
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
             figures = {**losses, **self.session.on_epoch(done, row, self.state)}
-            text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
+            text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
             self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
             self.place = _Place(self.epochs if ended else done)
             begin = now = drawn()
@@ -178,10 +188,12 @@ class _Run:
         if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
             broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
             raise TrainingError(f"{broken}; try a smaller --{self.rate}")
+        place = {"stage": self.session.stage, "place": vars(self.place), "begin": begin, "now": now, "objects": objects}
         if below is None or size(objects) < below:
-            where = {"stage": self.session.stage, "place": vars(self.place)}
-            self.session.checkpoint.save({**where, "begin": begin, "now": now, "objects": objects})
-            self.saved = time.monotonic()
+            self.session.checkpoint.save(place)
+            self.saved, self.spare = time.monotonic(), None
+        else:
+            self.spare = copy.deepcopy(place)
 
     def _resume(self) -> tuple[Drawn, Drawn]:
         kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
@@ -196,15 +208,3 @@ class _Run:
         batch = f", batch {self.place.batch}" if self.place.batch else ""
         self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")
         return kept["begin"], kept["now"]
-
-
-def duration(seconds: float) -> str:
-    """Like 45 s, 12 min or 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"

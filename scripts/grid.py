@@ -27,7 +27,7 @@ from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
-from sau.loop import duration
+from sau.wording import duration
 
 JOBS, MINUTES = 100, 1440  # of Slurm, unless asked
 

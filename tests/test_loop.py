@@ -354,8 +354,13 @@ def test_no_epochs_no_steps():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("save_every", [NEVER, ALWAYS])
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(value, save_every, one_line):
-    """Batch 4 of epoch 2 breaks. The checkpoint is from the end of epoch 1, or from batch 3 of epoch 2."""
+@pytest.mark.parametrize("large", [False, True])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(
+    value, save_every, large, one_line, monkeypatch
+):
+    """Batch 4 of epoch 2 breaks. The checkpoint is from the end of epoch 1, or from batch 3 of epoch 2, also
+    where it is too large to be written at the end of every epoch."""
+    monkeypatch.setattr(loop, "LARGE", 0 if large else 2**24)
     weight, tape, count = nn.Linear(1, 1), Tape(), [0]
 
     def step(x, y):

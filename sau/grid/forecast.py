@@ -8,7 +8,7 @@ from typing import Any
 
 from sau.grid.plan import Cell
 from sau.grid.store import Store
-from sau.loop import duration
+from sau.wording import duration
 
 Like = tuple[str, ...]
 SAMPLE = 20  # like cells whose cost is looked at

@@ -14,7 +14,7 @@ from sau.grid.forecast import Forecast, scores
 from sau.grid.plan import Cell
 from sau.grid.publish import differs
 from sau.grid.store import Store
-from sau.loop import duration
+from sau.wording import duration
 
 POLL = 0.1  # seconds between two looks at what runs
 ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again

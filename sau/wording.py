@@ -1,0 +1,14 @@
+"""Numbers as text."""
+
+
+def duration(seconds: float) -> str:
+    """Like 45 s, 12 min or 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def short(value: float) -> str:
+    """A whole number as one, anything else with four digits."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
