@@ -157,24 +157,28 @@ def test_a_fixed_level_that_leaves_nothing_is_refused_before_it_is_applied(one_l
     assert not same_weights(net, tiny_net())
 
 
-@pytest.mark.parametrize("wrong", ["one answer", "chance"])
-def test_a_fixed_level_that_leaves_a_network_that_guesses_is_refused_before_it_is_applied(wrong, one_line):
-    """Its answers become one, or as few of them stay as by chance. Where they stay, or nobody asks, it is pruned."""
-    net, x = Answers(4), torch.arange(8.0).view(8, 1, 1, 1)
+@pytest.mark.parametrize("shift", [-8.0, 1.0])
+def test_a_fixed_level_that_leaves_a_network_that_guesses_is_refused_before_it_is_applied(shift, one_line):
+    """It says one class for all pictures, or is never right. Where half stays right, where the network guessed before,
+    and where nobody asks, it is pruned."""
+    net, x, y = Answers(4), torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8) % 4
     told: list[str] = []
 
     def prune(level: pruning.Level) -> None:
         with torch.no_grad():
-            net.shift.fill_(-8 if wrong == "one answer" else 1)
+            net.shift.fill_(shift)
 
     session = Session(say=told.append)
     with pytest.raises(TrainingError) as refusal:
-        pruning.fixed(net, LEVELS[0], prune, x, session)
-    assert "network that guesses" in one_line(refusal.value) and net.shift.item() == 0 and not told
-    pruning.fixed(net, LEVELS[0], lambda level: None, x, session)
-    assert len(told) == 1
-    pruning.fixed(net, LEVELS[0], prune, None, session)
-    assert net.shift.item() != 0 and len(told) == 2
+        pruning.fixed(net, LEVELS[0], prune, (x, y), session)
+    assert "8 -> " in one_line(refusal.value) and net.shift.item() == 0 and not told
+    half = torch.where(torch.arange(8) < 4, y, Answers(4)(x + shift).argmax(1))
+    for seen in ((x, half), (x, y + 1 - 4 * (y == 3)), None):
+        pruning.fixed(net, LEVELS[0], prune, seen, session)
+        assert net.shift.item() == shift
+        with torch.no_grad():
+            net.shift.zero_()
+    assert len(told) == 3
 
 
 class Answers(nn.Module):

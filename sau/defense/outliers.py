@@ -78,8 +78,8 @@ class Outliers(Defense):
             scores = self.scores(model, batches)
         prune = partial(pruning.apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            x = next(iter(batches))[0] if self.looks else None
-            pruning.fixed(model, level(scores, self.u), prune, x, session)
+            x, y, *_ = next(iter(batches))
+            pruning.fixed(model, level(scores, self.u), prune, (x, y) if self.looks else None, session)
             return
         sweep = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         levels = [level(scores, u) for u in sweep]

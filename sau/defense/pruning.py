@@ -15,10 +15,10 @@ from sau.defense.held import Held, guesses, named
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
-from sau.types import Loader, Pixels
+from sau.types import Loader
 
 Norms = dict[str, nn.BatchNorm2d]
-CHECKED = 500  # pictures whose answers tell whether a network guesses
+CHECKED = 500  # pictures that tell whether a network guesses
 MOST_LEVELS = 1000  # that a search may try
 SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
 
@@ -159,23 +159,25 @@ def _judge(held: Held | None, session: Session, oracle: bool) -> Callable[[nn.Mo
 
 
 @torch.no_grad()
-def fixed(model: nn.Module, level: Level, prune: Callable[[Level], None], x: Pixels | None, session: Session) -> None:
+def fixed(
+    model: nn.Module, level: Level, prune: Callable[[Level], None], seen: tuple[Tensor, Tensor] | None, session: Session
+) -> None:
     """Prune `model`, in eval mode, by the one level that a setting says.
 
-    TrainingError, with the network as it was, if it leaves nothing: no channel of some layer, or a network that
-    guesses. Of that one's answers to `x` no more stay than by chance, or less than half and all of them are one. Where
-    a method looks at no pictures, `x` is None and nobody asks.
+    TrainingError, with the network as it was, if it leaves nothing: no channel of some layer, or, of a network that
+    knows something, one that guesses, which is right on `seen` no more often than who always says its commonest class.
+    Where a method looks at no pictures, `seen` is None and nobody asks.
     """
-    if x is not None and not level.everything:
-        logits = model(x[:CHECKED])
+    if seen is not None and not level.everything:
+        x, y = seen[0][:CHECKED], seen[1][:CHECKED]
         with kept(model):
+            before = int((model(x).argmax(1) == y).sum())
             prune(level)
-            after = model(x[:CHECKED]).argmax(1)
-        stay = float((logits.argmax(1) == after).float().mean())
-        if stay <= 1 / logits.shape[1] or (stay < 0.5 and len(after.unique()) == 1):
+            after = int((model(x).argmax(1) == y).sum())
+        if after <= int(y.bincount().max()) < before:
             raise TrainingError(
-                f"{level.name} would prune {level.count} channels and leave a network that guesses ({100 * stay:.0f} % "
-                f"of its answers to {len(after)} pictures stay); prune less"
+                f"{level.name} would prune {level.count} channels and leave a network that guesses ({before} -> "
+                f"{after} of {len(y)} pictures right); prune less"
             )
     only(level, prune, session)
 

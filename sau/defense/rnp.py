@@ -167,7 +167,8 @@ class RNP(Defense):
 
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":
-            pruning.fixed(model, level(self.pruning_number), prune, next(iter(batches))[0], session)
+            x, y, *_ = next(iter(batches))
+            pruning.fixed(model, level(self.pruning_number), prune, (x, y), session)
             return
         count = int(self.pruning_max / self.pruning_step + 1e-9)
         levels = [level(i * self.pruning_step) for i in range(count + 1)]
