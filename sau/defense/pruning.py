@@ -165,8 +165,8 @@ def fixed(
     """Prune `model`, in eval mode, by the one level that a setting says.
 
     TrainingError, with the network as it was, if it leaves nothing: no channel of some layer, or, of a network that
-    knows something, one that guesses, which is right on `seen` no more often than who always says its commonest class.
-    Where a method looks at no pictures, `seen` is None and nobody asks.
+    is nearer to all right on `seen` than to guessing, one that guesses: it is right no more often than who always says
+    the commonest class. Where a method looks at no pictures, `seen` is None and nobody asks.
     """
     if seen is not None and not level.everything:
         x, y = seen[0][:CHECKED], seen[1][:CHECKED]
@@ -174,7 +174,8 @@ def fixed(
             before = int((model(x).argmax(1) == y).sum())
             prune(level)
             after = int((model(x).argmax(1) == y).sum())
-        if after <= int(y.bincount().max()) < before:
+        guess = int(y.bincount().max())
+        if after <= guess and before - guess > len(y) - before:
             raise TrainingError(
                 f"{level.name} would prune {level.count} channels and leave a network that guesses ({before} -> "
                 f"{after} of {len(y)} pictures right); prune less"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,12 @@ def _refuse_network(run: Asked) -> None:
         raise ConfigError(f"width is {run.width}, allowed is 1 and more")
 
 
+@cache  # for the cells of a large grid have few attacks
 def _refuse_labels(attack: Attack, dataset: str, pictures: int, classes: int) -> None:
     """Refuse labels beyond the classes, and more pictures than the one class has that a clean-label attack may poison;
     where classes are uneven, or a user's own, the cell itself says so."""
-    nothing = torch.zeros(0, dtype=torch.long)
-    attack.check_labels(Images.clean(nothing.byte(), nothing, classes))  # of the pictures it looks at their classes
+    none = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)  # of pictures it looks at their classes alone
+    attack.check_labels(Images.clean(none, torch.zeros(0, dtype=torch.long), classes))
     count, most = round(attack.pratio * pictures), pictures // classes
     if attack.clean_label and count > most:
         what = f"pratio is {attack.pratio:g}, which is {count} of {pictures} pictures of {dataset}"
