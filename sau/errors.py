@@ -58,6 +58,9 @@ def told(main: Callable[[], int]) -> int:
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130  # 128 + SIGINT
     except BrokenPipeError:  # the reader left, as `head` does; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE

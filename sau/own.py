@@ -20,7 +20,7 @@ from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
-from sau.errors import ConfigError, DataError
+from sau.errors import ConfigError, DataError, first_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
 from sau.foreign import weights
@@ -94,8 +94,14 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     """ConfigError where the network does not answer with a finite logit for each class folder."""
-    with torch.no_grad():
-        logits = model(to_float(images.pixels[:1]))
+    try:
+        with torch.no_grad():
+            logits = model(to_float(images.pixels[:1]))
+    except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
+        sides, reason = "x".join(map(str, images.pixels.shape[1:])), first_line(error)
+        raise ConfigError(
+            f"the network does not accept pictures of {sides}: {reason}; give its own size with --input_size"
+        ) from None
     if logits.shape[-1] != images.num_classes:
         raise ConfigError(
             f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "

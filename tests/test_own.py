@@ -9,14 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from toys import QUICK, command, environment, tiny_net
+from toys import QUICK, command, environment, tiny_net, toy_images
 
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.foreign.network import network
 from sau.models.preact_resnet import PreActResNet18
-from sau.own import split
+from sau.own import _check_classes, split
 from sau.record.victim import load_weights
 from sau.risk import Found, measure
 from sau.run import OwnRun
@@ -118,6 +118,19 @@ def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
     torch.save(tiny_net().state_dict(), tmp_path / "tiny.pt")
     with pytest.raises(ConfigError, match="--arch"):
         network(OwnRun(model_file=str(tmp_path / "tiny.pt"), clean_dir="x"), CLASSES)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_pictures_of_a_size_that_the_network_does_not_take_are_one_line(error, one_line):
+    """As AlexNet, and torchvision's transformers, say of 32x32."""
+
+    class Choosy(torch.nn.Module):
+        def forward(self, x):
+            raise error("Output size is too small")
+
+    with pytest.raises(ConfigError) as refusal:
+        _check_classes(Choosy(), toy_images(4), Path("clean"))
+    assert "3x16x16" in one_line(refusal.value) and "--input_size" in str(refusal.value)
 
 
 def test_what_is_refused(net, pictures, tmp_path, refused):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import REPOSITORY, the_error, tiny_net
 
-from sau.errors import RecordError
+from sau.errors import RecordError, told
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -97,3 +97,10 @@ def test_a_flag_of_one_format_is_refused_with_the_others(script, tmp_path):
 def test_what_scripts_share_is_written_once(pattern, homes):
     files = sorted(SCRIPTS.rglob("*.py"))
     assert [file.name for file in files if re.search(pattern, file.read_text(), re.M)] == homes
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert told(interrupted) == 130 and capsys.readouterr().err == "stopped\n"
