@@ -58,10 +58,10 @@ def attack(name: str, argv: Sequence[str]) -> None:
     identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
     record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
-    if method.check(train) == 0 < method.pratio and not method.in_batch:
-        notes.append(f"pratio {method.pratio:g} of {len(train)} pictures is less than one, so nothing is poisoned")
     method = method.forge(train, model, training, session=making(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
+    if poisoned is train and method.pratio and not method.in_batch:
+        notes.append(f"pratio {method.pratio:g} of {len(train)} pictures is less than one, so nothing is poisoned")
     begin(record, run, identity, threads)
     record.note(method=settings, data=data, model=network, notes=notes)
     size = f", width {width}" if width else ""

@@ -14,7 +14,6 @@ from sau.attack.base import Attack
 from sau.attack.making import Making, Picture, pictured
 from sau.data.pictures import fit
 from sau.errors import ConfigError
-from sau.session import Session
 from sau.types import Pixels
 
 
@@ -40,7 +39,7 @@ class BadNet(Attack):
         patch = self._patch(given.images.pixels)
         share = float((patch > 0).any(0).float().mean())
         if share > 0.5:
-            (given.session or Session()).say(
+            given.say(
                 f"warning: {self.patch_mask_path} covers {100 * share:.0f} % of every picture, as what is not black "
                 "is the patch; paint the rest black"
             )

@@ -35,6 +35,10 @@ class Making:
     seed: int = 0
     session: Session | None = None
 
+    def say(self, text: str) -> None:
+        """Show a line where the progress is shown."""
+        (self.session or Session()).say(text)
+
 
 class Picture(nn.Module):
     """A trigger that is a picture of the data set's size: what a file held, so that a record does without the file.

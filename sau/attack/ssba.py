@@ -111,7 +111,7 @@ class SSBA(Attack):
         encoder.load_state_dict(found)
         w, noise = hidden.figures["w"], hidden.figures["psnr_in_db"]
         if w < MOST:  # of an encoder made before, too
-            (given.session or Session()).say(
+            given.say(
                 f"warning: w ended at {w:.3g} of {MOST:g}, so the trigger shows more than it has to ({noise:.1f} dB); "
                 "try more --ssba_epochs"
             )
