@@ -48,11 +48,22 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: out of memory ({first_line(error)}); try a smaller --batch_size", file=sys.stderr)
         return FULL
     except _Stopped as stop:
-        print("\nstopped; repeat the command to resume from the last checkpoint", file=sys.stderr)
+        print(f"\n{_onward(argv)}", file=sys.stderr)
         return 128 + int(stop.args[0])
     finally:
         holding.give_all_back()
     return 0
+
+
+def _onward(argv: Sequence[str]) -> str:
+    """How the stopped command is gone on with: in the folder that it had begun, if it had come so far."""
+    folder = holding.latest()
+    if folder is None:
+        return "stopped before it had begun; repeat the command"
+    given = {word.split("=")[0] for word in argv}
+    named = "" if argv[0] == "defense" or "--save_folder_name" in given else f" with --save_folder_name {folder.name}"
+    afresh = " without --overwrite" if "--overwrite" in given else ""
+    return f"stopped; repeat the command{named}{afresh} to resume from the last checkpoint"
 
 
 def _stop(number: int, frame: Any) -> None:

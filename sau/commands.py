@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
@@ -89,12 +89,12 @@ def defend(name: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
     if request.said("model_file") is not None and request.said("result_file") is None:
-        run, yours, method = request.settle("defense", request.recipe()[0], "folder")
-        return own.purify(name, method, run, yours, request)
+        return own.purify(name, request)
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, _ = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
+    request.note_idle(dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own"))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     given, test, notes = _given(attacked, run, method, offered)

@@ -1,10 +1,15 @@
-"""A flag's text, or a value from YAML, as the type of its parameter."""
+"""A flag's text, or a value from YAML, as the type of its parameter, and whether a value from Python is of it."""
 
+import os
 import types
 import typing
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from sau.errors import ConfigError
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (Integral,), float: (Real,), str: (str, os.PathLike)}
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -38,5 +43,23 @@ def _scalar(value: Any, hint: Any) -> Any:
                 return number
         except ValueError:
             pass  # said below, together with every other wrong value
-    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
-    raise ConfigError(f"allowed is {wanted}")
+    raise ConfigError(f"allowed is {WORDS[hint]}")
+
+
+def misfit(value: Any, hint: Any) -> str | None:
+    """What is allowed instead of `value`, which no flag gave, where the annotated type is another one."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        every = [misfit(value, part) for part in parts if part is not type(None)]
+        return None if value is None or None in every else f"{every[0]}, or None"
+    if origin is Literal:
+        return None if value in parts else f"one of {', '.join(parts)}"
+    if origin is tuple:
+        listed = isinstance(value, list | tuple)
+        wrong = not listed or any(misfit(item, parts[0]) for item in value)
+        return f"a tuple, each {WORDS[parts[0]]}" if wrong else None
+    if hint not in KINDS:  # of a method of somebody's own, which no flag sets
+        return None
+    fine = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)
+    fine = fine and not (hint in (int, float) and (value != value or abs(value) == float("inf")))
+    return None if fine else WORDS[hint]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
-from sau.errors import TrainingError
+from sau.errors import DataError, TrainingError
 
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
 
@@ -108,13 +108,30 @@ def score(
         model: pixels in [0, 1] -> logits; its mode is left as it was.
         clean: `Images`, or (pixels, labels).
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
+
+    Pixels are as `predict` has them, labels whole numbers [N]. Raises DataError for others, TrainingError as `predict`.
     """
-    acc = accuracy(model, *((clean.pixels, clean.labels) if isinstance(clean, Images) else clean))
+    pixels, labels = (clean.pixels, clean.labels) if isinstance(clean, Images) else _fitting("clean", clean, 2)
+    acc = accuracy(model, pixels, labels)
     if triggered is None or len(triggered) == 0:
         return Score(acc)
     if isinstance(triggered, Images):
-        triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
-    return Score(acc, *led(model, *triggered))
+        return Score(acc, *led(model, triggered.pixels, triggered.labels, triggered.true_labels))
+    return Score(acc, *led(model, *_fitting("triggered", triggered, 3)))
+
+
+def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
+    """`given` as it is; DataError unless it is pixels and labels for each of them: other shapes would be broadcast."""
+    if not (isinstance(given, tuple | list) and len(given) == parts and all(isinstance(t, Tensor) for t in given)):
+        raise DataError(f"{what} is {type(given).__name__}, allowed is Images or {parts} tensors, pixels first")
+    pixels, *labels = given
+    for those in labels:
+        if those.shape != pixels.shape[:1] or those.is_floating_point() or not len(those):
+            raise DataError(
+                f"{what} has {len(pixels)} pictures and labels {list(those.shape)} of {those.dtype}, allowed is one "
+                "whole number for each of at least one picture"
+            )
+    return tuple(given)
 
 
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Share:

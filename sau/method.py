@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor
 
+from sau.convert import misfit
 from sau.errors import ConfigError, DataError
 from sau.files import checksum
 
@@ -29,9 +30,8 @@ class Method:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            if get_origin(hints[field.name]) is Literal:
-                choices = get_args(hints[field.name])
-                self.require(field.name, getattr(self, field.name) in choices, f"one of {', '.join(choices)}")
+            allowed = misfit(getattr(self, field.name), hints[field.name])
+            self.require(field.name, allowed is None, str(allowed))
 
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""

@@ -1,13 +1,14 @@
-"""How weights move: one home for optimisers, learning-rate schedules and the descent step."""
+"""The settings of gradient descent: one home for optimisers and learning-rate schedules."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler as schedules
 
+from sau.descent import Descent
 from sau.method import Method
 from sau.muon import Muon
 
@@ -15,6 +16,13 @@ Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
 ]
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta", "muon"]
+
+# What only some optimisers and schedules look at.
+READERS: dict[str, tuple[str, ...]] = {
+    "sgd_momentum": ("sgd", "muon"), "adam_betas": ("adam", "adamw"), "steplr_stepsize": ("StepLR", "CyclicLR"),
+    "steplr_gamma": ("StepLR", "MultiStepLR", "ReduceLROnPlateau"), "steplr_milestones": ("MultiStepLR",),
+    "cos_t_max": ("CosineAnnealingLR",), "min_lr": ("CyclicLR", "CosineAnnealingLR"),
+}  # fmt: skip
 
 # The benchmark's flags about gradient descent, which its scripts have whether they train or not.
 DESCENT = (
@@ -77,7 +85,13 @@ class Training(Method):
         self.require("cos_t_max", self.cos_t_max is None or self.cos_t_max >= 1, "none, or 1 and more")
         self.require("min_lr", 0 <= self.min_lr <= self.lr, "0 up to lr")
 
-    def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> "Descent":
+    def idle(self) -> dict[str, str]:
+        """What neither the optimiser nor the schedule looks at."""
+        chosen = (self.client_optimizer, self.lr_scheduler)
+        unread = (name for name, readers in READERS.items() if not {*readers} & {*chosen})
+        return super().idle() | dict.fromkeys(unread, f"{' and '.join(chosen)} do not look at it")
+
+    def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> Descent:
         """An optimiser over `parameters` with its schedule; `steps` updates make an epoch."""
         optimizer = self._optimizer(list(parameters))
         return Descent(optimizer, self._scheduler(optimizer, steps), self.lr_scheduler == "OneCycleLR")
@@ -122,89 +136,3 @@ def adam(lr: float, schedule: Schedule = "constant", **settings: Any) -> Trainin
         settings: further fields of `Training`.
     """
     return Training(client_optimizer="adamw", wd=0.0, lr=lr, lr_scheduler=schedule, **settings)  # the two are the same
-
-
-@dataclass(frozen=True)
-class Part:
-    """The place of a loss in an update that several losses make.
-
-    Args:
-        share: its weight; those of all parts sum up to 1.
-        first: whether the gradients of the update before are cleared.
-        last: whether the weights move.
-    """
-
-    share: float = 1.0
-    first: bool = True
-    last: bool = True
-
-
-WHOLE = Part()
-
-
-class Descent:
-    """An optimiser and its schedule as one checkpointable thing; `part` says which part of an update a loss is.
-
-    With `keeps` every gradient is added to those of all steps before, as by code that forgets to clear them.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
-        self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
-        self.part, self.keeps = WHOLE, False
-
-    def __call__(self, loss: Tensor, *others: "Descent", clip: float | None = None) -> None:
-        """One step down the gradient of `loss`, together with `others` that share it.
-
-        The gradient of this one is shortened to the length `clip` where it is longer.
-        """
-        together, part = (self, *others), self.part
-        for one in together:
-            if part.first and not one.keeps:
-                one.optimizer.zero_grad(set_to_none=True)
-        (loss if part is WHOLE else part.share * loss).backward()
-        if not part.last:
-            return
-        if clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, clip)
-        for one in together:
-            one._move()
-
-    def follow(self, gradients: Sequence[Tensor]) -> None:
-        """One step down given gradients, one for each of `parameters`."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            # Fused optimisers walk memory, so a gradient must lie in it as its parameter does.
-            parameter.grad = torch.empty_like(parameter).copy_(gradient.detach())
-        self._move()
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What moves, in the order it was given."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _move(self) -> None:
-        self.optimizer.step()
-        if self.every_update:
-            self.scheduler.step()
-
-    def end_epoch(self, loss: float) -> None:
-        """Move a schedule that counts epochs; `loss` is the epoch's mean, which ReduceLROnPlateau watches."""
-        if self.scheduler is None or self.every_update:
-            return
-        if isinstance(self.scheduler, schedules.ReduceLROnPlateau):
-            self.scheduler.step(loss)
-        else:
-            self.scheduler.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimiser and schedule, for a checkpoint, and the gradients that the next step adds to."""
-        kept = {"gradients": [parameter.grad for parameter in self.parameters]} if self.keeps else {}
-        schedule = self.scheduler and self.scheduler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule, **kept}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        for parameter, gradient in zip(self.parameters, state.get("gradients", ()), strict=False):
-            parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)

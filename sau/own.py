@@ -19,7 +19,6 @@ from sau.data.folders import labelled
 from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
-from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError, first_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
@@ -32,8 +31,11 @@ from sau.models import Normalized, quick
 from sau.record.folder import Record
 from sau.request import Request
 from sau.risk import Found, gauge
-from sau.run import DefenseRun, OwnRun
+from sau.run import OwnRun
 from sau.watch import Watch, begin, warn
+
+OF_RECORDS = ("dataset", "dataset_path", "model", "ratio", "index", "track_risk")  # flags without effect here
+DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
 
 
 def split(images: Images, share: float) -> tuple[Images, Images]:
@@ -45,9 +47,11 @@ def split(images: Images, share: float) -> tuple[Images, Images]:
     return images[~held], images[held]
 
 
-def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Request) -> None:
+def purify(name: str, request: Request) -> None:
     """Purify, and report what clean pictures say before and after."""
     started = time.monotonic()
+    run, own, method = request.settle("defense", request.recipe()[0], "folder")
+    request.note_idle(dict.fromkeys(OF_RECORDS, "it is about the record of an attack"))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     if method.needs == "poisoned" or method.selection == "oracle":
         raise ConfigError(f"{name} needs the attacker's pictures, which a network of your own does not come with")
@@ -84,12 +88,22 @@ def purify(name: str, method: Defense, run: DefenseRun, own: OwnRun, request: Re
         "before": _report(record, "before", before, threat, patches, alike),
         "after": _report(record, "after", after, left, smaller, alike),
     }
+    _keep(record, fixed, net, "safetensors" if file.kind == weights.SAFE else "pt")
+    if before.acc.percent - after.acc.percent > DEAR:
+        lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
+        record.say(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")
+    watch.finish(report)
+
+
+def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None:
+    """The purified weights, in the format in which those of `net` came, too."""
     state = fixed.get_submodule("net").state_dict()
     record.save_tensors("model", state)
-    if file.kind != weights.SAFE:
+    if ending == "pt":
         record.save_tensors("model", state, pickled=True)
-    record.say(f"purified weights: {record.path / ('model.safetensors' if file.kind == weights.SAFE else 'model.pt')}")
-    watch.finish(report)
+    record.say(f"purified weights: {record.path / f'model.{ending}'}")
+    if state.keys() != net.state_dict().keys():
+        record.say("note: layers were added; sau.record.victim.load_weights makes room for them in your network")
 
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:

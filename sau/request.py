@@ -42,8 +42,8 @@ class Request:
         last = "[ ] are published settings that methods share; recipe, data set and method change some of them: see "
         last += f"configs/{kind}/{method.name}.yaml{more}"
         self.given = config.flags(command, about, sections, argv, method.aliases, self.reasons, last)
-        said = {**self._files(), **self.given}
-        self.ignored = {name: why for name, why in self.reasons.items() if name in said and name not in self.known}
+        self.asked = {*self._files(), *self.given}  # what the user gave, by flag or file
+        self.ignored = {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
 
     def _files(self, recipe: str | None = None, dataset: str | None = None) -> dict[str, Setting]:
         found: dict[str, Setting] = {}
@@ -89,6 +89,7 @@ class Request:
             if folder == "recipe" and recipe in FAST and "epochs" not in layers:
                 raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
         said = {**self._files(recipe, dataset), **self.given}
+        self.asked |= said.keys()
         record = record or {}
         for name in ("dataset", "model"):
             if name in record and name in said and said[name].value != record[name]:
@@ -99,6 +100,10 @@ class Request:
         layers.update(said)
         found = config.values(layers, self.known)
         built = [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
-        idle = next(one for one in built if isinstance(one, self.method)).idle()
-        self.ignored.update({name: why for name, why in idle.items() if name in said})
+        for one in built:
+            self.note_idle(one.idle() if isinstance(one, Method) else {})
         return built
+
+    def note_idle(self, idle: Mapping[str, str]) -> None:
+        """Remember which settings the user gave of those that have no effect, each with the reason."""
+        self.ignored.update({name: why for name, why in idle.items() if name in self.asked})

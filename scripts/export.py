@@ -21,7 +21,7 @@ import numpy as np
 
 from sau.data.images import Images
 from sau.errors import ConfigError, told
-from sau.files import folder
+from sau.files import existing
 from sau.foreign.export import pictures, save_png, whole, write
 from sau.record.folder import Record
 
@@ -51,7 +51,7 @@ def export_npz(parts: dict[str, Images], target: Path) -> None:
 def main() -> int:
     """Export one record; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="folder of the attack below the record root")
+    parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--format", required=True, choices=("backdoorbench", "png", "npz"), help="what to write")
     parser.add_argument("--out", required=True, help="the new folder")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
@@ -60,7 +60,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.name_there is not None and asked.format != "backdoorbench":
         raise ConfigError(f"--name_there goes with --format backdoorbench, got is {asked.format}; leave it out")
-    record, target = Record(folder(asked.record_root, asked.name)), Path(asked.out).absolute()
+    record, target = Record(existing(asked.record_root, asked.name)), Path(asked.out).absolute()
     record.check()
     if asked.format == "backdoorbench":
         write(record, target, asked.name_there or target.name, asked.dataset_path)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sau.errors import RecordError, told
 from sau.figures import curves, examples, features, pictures, risks, save, types
-from sau.files import folder
+from sau.files import existing, folder
 from sau.record import victim
 from sau.record.folder import Record
 from sau.risk import sample
@@ -33,7 +33,7 @@ LOOKED_AT = 300  # test pictures, for examples
 def main() -> int:
     """Draw every figure of one record; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="folder of the attack below the record root")
+    parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
     parser.add_argument("--defense", help="the defense whose network examples and features are drawn of [none]")
@@ -58,12 +58,17 @@ class Placed(nn.Module):
 def draw(asked: argparse.Namespace) -> None:
     """Draw what there is, and say which files."""
     where = place.settle(asked)
-    attacked = victim.load(folder(asked.record_root, asked.name))
-    out, record = folder(attacked.path, "figures"), Record(attacked.path)
+    attacked = victim.load(existing(asked.record_root, asked.name))
+    out, record, after = folder(attacked.path, "figures"), Record(attacked.path), attacked.model()
+    if asked.defense:  # before anything is drawn
+        if attacked.triggered is None:
+            raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
+        victim.load_weights(after, folder(attacked.path, "defense", asked.defense))
     _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
     if attacked.triggered is not None:
         _tell(save(pictures(test, attacked.triggered), out / "pictures"))
-    _tell(save(curves(record), out / "attack"))
+    if record.finished:  # BackdoorBench's folder has no rows to draw
+        _tell(save(curves(record), out / "attack"))
     tracked = []
     for manifest in sorted(attacked.path.glob("defense/*/manifest.json")):
         defense = Record(manifest.parent)
@@ -74,11 +79,8 @@ def draw(asked: argparse.Namespace) -> None:
     if tracked:
         _tell(save(risks(tracked), out / "risks"))
         _tell(save(types(tracked), out / "types"))
-    if asked.defense:
-        if attacked.triggered is None:
-            raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
-        before, after = attacked.model(), attacked.model()
-        victim.load_weights(after, folder(attacked.path, "defense", asked.defense))
+    if asked.defense and attacked.triggered is not None:
+        before = attacked.model()
         mapped = features(before, after, test, attacked.triggered, asked.map)
         _tell(save(mapped, out / f"features_{asked.defense}"))
         clean, triggered = sample(test, attacked.triggered, LOOKED_AT)

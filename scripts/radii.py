@@ -1,6 +1,6 @@
 """The risks of a record's networks against the radius of the ball, as a table.
 
-    python scripts/radii.py RECORD [DEFENSE ...] [--radii 0.001 0.004] [--samples 250] [--steps 10]
+    python scripts/radii.py RECORD [DEFENSE ...] [--record_root ./record] [--radii 0.001 0.004]
 
 for the attacked network and for the purified ones of the defenses named, on the same test pictures.
 """
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts import place
 
 from sau.errors import told
+from sau.files import existing, folder
 from sau.record import victim
 from sau.risk import gauge
 from sau.witness import Search
@@ -30,8 +31,9 @@ COLUMNS = {
 def main() -> int:
     """Print the table; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="result folder of an attack")
+    parser.add_argument("record", help="result folder of an attack, a name below the record root or a path")
     parser.add_argument("defenses", nargs="*", help="defenses of the record")
+    parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
     parser.add_argument("--radii", type=float, nargs="+", default=[0.001, 0.004, 0.016, 0.2], help="L-infinity radii")
     parser.add_argument("--samples", type=int, default=250, help="test pictures [250]")
@@ -39,20 +41,21 @@ def main() -> int:
     place.add_arguments(parser)
     asked = parser.parse_args()
     where = place.settle(asked)
-    attacked = victim.load(asked.record)
+    attacked = victim.load(existing(asked.record_root, asked.record))
+    networks = {"attacked": attacked.model()}
+    for name in asked.defenses:
+        networks[name] = attacked.model()
+        victim.load_weights(networks[name], folder(attacked.path, "defense", name))
     _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
     test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
     reference = attacked.model().to(where)
     print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")
-    for name in [None, *asked.defenses]:
-        model = attacked.model()
-        if name is not None:
-            victim.load_weights(model, asked.record / "defense" / name)
+    for name, model in networks.items():
         for eps in asked.radii:
             search = Search(eps=eps, steps=asked.steps, restarts=1)
             row = gauge(reference, test, triggered, asked.samples, search, 0)(model.to(where)).row()
             cells = [f"{row[column]:.1f}" if column in row else "-" for column in COLUMNS]
-            print(f"| {name or 'attacked'} | {eps:g} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {eps:g} | {' | '.join(cells)} |", flush=True)
     return 0
 
 

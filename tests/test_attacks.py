@@ -18,11 +18,12 @@ from sau.attack.batchwise import count, covered
 from sau.config import options
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
+from sau.descent import Descent
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
 from sau.models import build
 from sau.models.steganography import Encoder, Hidden
-from sau.optim import Descent, Training
+from sau.optim import Training
 from sau.session import Session
 
 

@@ -295,6 +295,12 @@ OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
         ("nad", ["--layers", "layer4"], ["beta2", "beta3"], ["beta2", "beta3"]),
         ("nad", ["--layers", "layer2,layer3,layer4"], ["beta2", "beta3"], []),
         ("nad", ["--teacher_model_loc", "there"], ["te_epochs"], ["te_epochs"]),
+        ("ft", [], ["sgd_momentum", "steplr_milestones", "cos_t_max"], ["steplr_milestones"]),
+        ("ft", ["--client_optimizer", "adam"], ["sgd_momentum", "adam_betas"], ["sgd_momentum"]),
+        ("ft", ["--lr_scheduler", "StepLR"], ["steplr_gamma", "min_lr"], ["min_lr"]),
+        ("fp", ["--client_optimizer", "adam"], ["sgd_momentum", "held_back"], ["sgd_momentum"]),
+        ("nad", ["--client_optimizer", "adam"], ["sgd_momentum"], ["sgd_momentum"]),
+        ("nc", ["--client_optimizer", "adam", "--early_stop", "false"], ["sgd_momentum", "early_stop_patience"], None),
         ("nc", ["--early_stop", "false"], ["early_stop_patience", "early_stop_threshold"], None),
         ("nc", ["--augment", "false"], ["augment_inversion"], ["augment_inversion"]),
         ("nc", [], ["early_stop_patience", "augment_inversion"], []),
@@ -303,7 +309,8 @@ OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
 def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warned):
     """Where the user says them, and nowhere else; the shipped files say them all."""
     method = DEFENSES[name]
-    values = {"early_stop_patience": "3", "te_epochs": "2", "augment_inversion": "true"}
+    values = {"early_stop_patience": "3", "te_epochs": "2", "augment_inversion": "true", "steplr_milestones": "2,3"}
+    values |= {"cos_t_max": "3", "adam_betas": "0.5,0.9", "min_lr": "0"}
     argv = [
         *flags,
         *(word for flag in said for word in (f"--{flag}", values.get(flag, "0.5")) if flag not in ("u_num",)),

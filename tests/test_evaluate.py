@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from toys import tiny_net, toy_images
 
 from sau.attack import Blended
-from sau.errors import TrainingError
-from sau.evaluate import Score, Share, der, predict, score, table
+from sau.errors import DataError, TrainingError
+from sau.evaluate import Score, Share, _fitting, der, predict, score, table
 
 # Shares
 
@@ -168,6 +168,23 @@ def test_scoring_leaves_the_network_as_it_was():
     assert not any(seen) and seen
     assert torch.equal(net.features[1].running_mean, statistics)
     assert [module.training for module in net.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "labels", (torch.zeros(6, 1).long(), torch.zeros(5).long(), torch.zeros(6), torch.zeros(0).long())
+)
+def test_labels_that_would_be_broadcast_are_refused(labels, one_line):
+    """[6, 1] against six answers makes 36 comparisons, and shares above 100 %."""
+    images = toy_images(6)
+    for clean, triggered in (
+        ((images.pixels, labels), None),
+        (images, (images.pixels, images.labels, labels)),
+    ):
+        with pytest.raises(DataError) as refusal:
+            score(tiny_net(), clean, triggered)
+        assert "allowed is one" in one_line(refusal.value)
+    with pytest.raises(DataError, match="clean is list, allowed is Images or 2 tensors"):
+        _fitting("clean", [(images.pixels, images.labels)], 2)  # as a loader gives them
 
 
 def test_a_network_that_changes_its_input_leaves_the_pictures_as_they_are():

@@ -51,8 +51,8 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "foreign/export.py"}),
     "pickles": (importing("pickle"), {"data/cifar.py", "foreign/torchfile.py"}),
-    "gradients of weights": (calling("backward"), {"optim.py", "machine/device.py"}),
-    "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py"}),
+    "gradients of weights": (calling("backward"), {"descent.py", "machine/device.py"}),
+    "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py", "descent.py"}),
     "copies of networks": (
         calling("deepcopy"),
         {

@@ -13,9 +13,10 @@ from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.config import options
 from sau.defense import AT, FT, SAU
+from sau.descent import Descent
 from sau.errors import ConfigError
 from sau.muon import polar
-from sau.optim import Descent, Training
+from sau.optim import Training
 
 SCHEDULES = typing.get_args(options(Training)["lr_scheduler"].hint)
 OPTIMIZERS = typing.get_args(options(Training)["client_optimizer"].hint)

@@ -14,6 +14,7 @@ from toys import QUICK, command, environment, tiny_net, toy_images
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
+from sau.evaluate import Score, Share
 from sau.foreign.network import network
 from sau.models.preact_resnet import PreActResNet18
 from sau.own import _check_classes, split
@@ -88,6 +89,26 @@ def test_the_report_claims_what_clean_pictures_can_say(net, pictures, tmp_path, 
         assert len(said["reversal"]["norms"]) == CLASSES and said["reversal"]["p"] is None
         assert said["reversal"]["norms"][said["reversal"]["class"]] == min(said["reversal"]["norms"])
     assert summary["before"]["risk"]["r_adv"] == summary["before"]["risk"]["r_share"]
+
+
+def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, here, monkeypatch):
+    """Flags that mean nothing here, layers that were added, and a ruined accuracy."""
+    file = layouts(net, tmp_path)[0]
+    status, out, _ = here(*flags(file, pictures, "--ratio", "0.5", "--track_risk", "true"))
+    assert status == 0 and "--ratio: it is about the record" in out and "--track_risk: it is" in out
+    assert "added" not in out and "the accuracy fell" not in out
+    assert "layers were added" in here("defense", "npd", *flags(file, pictures)[2:])[1]
+    shares = iter([Share(9, 10), Share(5, 10)])
+    monkeypatch.setattr("sau.own.score", lambda *given: Score(next(shares)))
+    out = here(*flags(file, pictures, "--save_folder_name", "ruined"))[1]
+    assert "the accuracy fell from 90.0 to 50.0 %" in out
+
+
+def test_a_folder_of_ones_own_network_is_no_attack_and_not_broken(net, pictures, tmp_path, here, refused, script):
+    assert here(*flags(layouts(net, tmp_path)[0], pictures))[0] == 0
+    assert "the folder of a network of your own" in refused("defense", "ft", "--result_file", "plain_ft", *QUICK)
+    status, out, err = script("verify.py", "plain_ft", "--record_root", str(tmp_path / "record"))
+    assert (status, err) == (3, "") and "held        files" in out and "not checked figures" in out
 
 
 def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here, refused, monkeypatch):

@@ -21,6 +21,7 @@ from sau.report.published import alike, compare, mean, published
 from sau.report.read import read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
+from sau.report.variants import variants
 
 
 def tables(root: Path, dataset: str | None = None) -> list[Section]:
@@ -75,6 +76,30 @@ def test_a_run_that_was_ended_early_is_no_seed_of_the_others(tmp_path):
     assert ("badnet", "sau", "ended in epoch 1 of 2") in cells(alone)
 
 
+def test_a_setting_that_one_run_alone_was_given_tells_them_apart(tmp_path):
+    """`sides` is in an identity only where there are any; of folders known by their names alone nobody knows."""
+    for seed in (0, 1, 2):
+        more = {"sides": [0.5, 1.0]} if seed == 1 else {}
+        attack(tmp_path, seed=seed, folder=f"badnet_r0.1_s{seed}", **more)
+    alone(tmp_path / "badnet_r0.1_s2")
+    runs, _ = read(tmp_path)
+    assert [first for first, _ in variants(runs)] == ["no sides", "sides [0.5, 1.0]", ""]
+
+
+def test_runs_of_another_precision_are_no_seeds_of_each_other(tmp_path):
+    for seed, amp in enumerate((True, False, True)):
+        noted(attack(tmp_path, seed=seed), amp=amp)
+    found = {key: [run.seed for run in cell.good] for key, cell in cells(tmp_path).items()}
+    assert found == {("badnet", "amp true", "none"): [0, 2], ("badnet", "amp false", "none"): [1]}
+
+
+def test_a_purified_network_of_ones_own_is_named_and_not_called_damaged(tmp_path):
+    attack(tmp_path)
+    noted(attack(tmp_path, folder="mine_sau"), own={"model_file": "mine.pt"})
+    page, _ = build(tmp_path)
+    assert "mine_sau (a network of your own" in page and [run.path.name for run in read(tmp_path)[0]] == ["badnet_s0"]
+
+
 def test_the_best_has_the_highest_der_and_the_oracle_takes_no_part(tmp_path):
     attacked = attack(tmp_path)
     defense(attacked, "anp", der=99.0, asr=0.0, selection="oracle")
@@ -112,6 +137,16 @@ def alone(path: Path) -> None:
 
 def edit(path: Path, **values: object) -> None:
     (path / "summary.json").write_text(json.dumps({**json.loads((path / "summary.json").read_text()), **values}))
+
+
+def noted(path: Path, **facts: object) -> None:
+    """A finished folder with further facts in its configuration."""
+    record = Record(path)
+    record.check()
+    summary = record.summary()
+    (path / "manifest.json").unlink()
+    record.note(**facts)
+    record.finish(summary)
 
 
 @pytest.mark.parametrize("reason", BROKEN)
@@ -190,12 +225,7 @@ def test_the_same_run_on_another_machine_is_no_copy_and_no_second_seed(tmp_path)
     for seed, amp in ((0, True), (0, False), (1, True)):
         attacked = attack(tmp_path, seed=seed, folder=f"badnet_{amp}_s{seed}")
         for path in (attacked, defense(attacked, "sau", seed)):
-            record = Record(path)
-            record.check()
-            summary = record.summary()
-            (path / "manifest.json").unlink()
-            record.note(amp=amp, threads=1)
-            record.finish(summary)
+            noted(path, amp=amp, threads=1)
     found = cells(tmp_path)
     assert {key: len(cell.good) for key, cell in found.items()} == {
         ("badnet", "amp true", "none"): 2, ("badnet", "amp true", "sau"): 2,

@@ -104,3 +104,11 @@ def test_ctrl_c_is_one_line(capsys):
         raise KeyboardInterrupt
 
     assert told(interrupted) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("radii.py", ("victim", "nobody")), ("figures.py", ("victim", "--defense", "nobody"))]
+)
+def test_a_defense_that_is_not_there_is_said_before_anything_is_made(name, flags, victim, script):
+    status, out, err = script(name, *flags, "--record_root", str(victim.parent), "--threads", "1")
+    assert (status, out) == (2, "") and "nobody" in the_error(err) and not (victim / "figures").exists()

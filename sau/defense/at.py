@@ -32,7 +32,8 @@ class AT(Tuning):
         norm: norm of the ball; Reg means no ball.
         adv_lr: step of the search; every norm uses sign steps.
         adv_steps: steps of the search.
-        pgd_init: where the search starts: zero, random (uniform in the ball), max (+eps everywhere) or min.
+        pgd_init: where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max
+            (+eps everywhere) or min.
         clip_pixels: keep x + e inside [0, 1].
     """
 

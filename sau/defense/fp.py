@@ -59,7 +59,7 @@ class FP(FT):
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
     def idle(self) -> dict[str, str]:
-        return {"held_back": "the oracle goes by the test set"} if self.select == "oracle" else {}
+        return super().idle() | ({"held_back": "the oracle goes by the test set"} if self.select == "oracle" else {})
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         x, y = pruning.gather(unaugmented(batches)[0])

@@ -77,7 +77,7 @@ class NAD(FT):
         named = len(self.layers) or DEFAULT_LAYERS
         without = {f"beta{n}": f"there is no layer {n}; name it with --layers" for n in range(named + 1, 4)}
         given = {"te_epochs": "the teacher is given"} if self.teacher_model_loc is not None else {}
-        return without | given
+        return super().idle() | without | given
 
     def passes(self) -> float:
         return 0.0  # compiled code would not call the hooks that watch the layers

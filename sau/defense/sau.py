@@ -64,7 +64,8 @@ class SAU(Tuning):
         norm: norm of the ball; Reg means no ball.
         adv_lr: step of the search; every norm uses sign steps.
         adv_steps: steps of the search.
-        pgd_init: where the search starts: zero, random (uniform in the ball), max (+eps everywhere) or min.
+        pgd_init: where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max
+            (+eps everywhere) or min.
         train_mode: use batch statistics, and update the running ones, in the outer step.
         clip_pixels: keep x + e inside [0, 1] (the paper's set of images; the release does not).
         success: a network counts as fooled when its answer differs from its own on the clean picture (prediction, as

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sau.descent import WHOLE, Part
 from sau.errors import OutOfMemory
-from sau.optim import WHOLE, Part
 from sau.session import Session, Splitter
 
 Step = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]

@@ -34,6 +34,11 @@ def give_back(folder: Path) -> None:
                 place.parent.rmdir()
 
 
+def latest() -> Path | None:
+    """The folder that this process took last and still has, if any."""
+    return next(reversed(_held), None)
+
+
 @atexit.register
 def give_all_back() -> None:
     """Let others have every folder that this process has."""

@@ -118,7 +118,7 @@ def save(
 
 
 def load(path: Path) -> Victim:
-    """Read a finished record of ours, after checking it, or a folder with BackdoorBench's `attack_result.pt`."""
+    """Read a finished attack of ours, after checking it, or a folder with BackdoorBench's `attack_result.pt`."""
     if (path / compat.RESULT).is_file() and not (path / "config.yaml").is_file():
         return _foreign(path)
     record = Record(path)
@@ -129,6 +129,8 @@ def load(path: Path) -> Victim:
 
 
 def _ours(record: Record, made: dict[str, Any]) -> Victim:
+    if kind := "a network of your own" if "own" in made else "a defense" if "attacked" in made else None:
+        raise RecordError(f"{record.path} is the folder of {kind}; name that of an attack")
     schema.typed(made, record.path)
     return Victim(
         path=record.path,
@@ -152,12 +154,10 @@ def load_weights(model: nn.Module, place: Path) -> None:
     """Give `model` the weights of a .safetensors file or of the folder of a finished run, ours.
 
     The names may be those of `model` or of the `net` inside it; where NPD put a polarizer, `model` is given room for
-    it. Raises RecordError if the file is none, if the folder is damaged or unfinished, and if the weights are not those
-    of such a network.
+    it. Raises RecordError if the file is none, the folder damaged or unfinished, or the weights of another network.
     """
     if place.is_dir():
-        record = Record(place)
-        record.check()
+        (record := Record(place)).check()
         weights = record.load_tensors("model")
     elif place.suffix == ".safetensors":
         weights = Record(place.parent).load_tensors(place.stem)

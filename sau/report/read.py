@@ -88,7 +88,7 @@ class Run:
 
 
 def read(root: Path) -> tuple[list[Run], list[str]]:
-    """The runs below `root`, attack folders and the `defense/NAME` in them, and the names of folders that hold none.
+    """The runs below `root`, attack folders and the `defense/NAME` in them, and the names of folders that are left out.
 
     Raises RecordError if `root` is no folder or holds no result at all.
     """
@@ -98,8 +98,13 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
     others = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         found = list(_below(folder))
-        runs += found
-        others += [] if found else [folder.name]
+        own = [run for run in found if "own" in run.config]
+        if own:
+            others.append(f"{folder.name} (a network of your own, whose trigger nobody knows)")
+        elif found:
+            runs += found
+        else:
+            others.append(folder.name)
     if not runs:
         raise RecordError(f"{root} holds no result folders (NAME/{CONFIG} or NAME/{SUMMARY}); name the one that does")
     return list(_once(runs)), others
