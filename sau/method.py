@@ -57,7 +57,8 @@ class Method:
                 try:
                     sums[f"{name}_sha256"] = checksum(path)
                 except DataError as error:
-                    raise DataError(f"{name}: {error}; name one that is there") from None
+                    folder = f"{given} is a folder that holds no finished run" if Path(given).is_dir() else str(error)
+                    raise DataError(f"{name}: {folder}; name a file that is there") from None
         return sums
 
     def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:

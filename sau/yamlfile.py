@@ -12,6 +12,8 @@ from sau.data.sources import SOURCES
 from sau.errors import ConfigError
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
+# BackdoorBench's files of SAU and i-BAU hold both, and its code reads the second.
+SUPERSEDED = {"epochs": "n_rounds"}
 RECIPES = ("paper", "cpu", "fast", "fast_cpu")
 
 
@@ -92,6 +94,8 @@ def _settings(
     canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
     found: dict[str, Setting] = {}
     for key, node in nodes.items():
+        if SUPERSEDED.get(key) in nodes:
+            continue
         origin = f"{path}:{node.start_mark.line + 1}: {key}"
         name = canonical.get(key, key if key in ignored else None)
         if name is None:

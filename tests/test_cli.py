@@ -360,6 +360,11 @@ def test_the_benchmarks_names_of_the_attacks_are_known(here, refused, tmp_path):
     assert "lira.py" not in text and "inputaware" in text  # no script that does not exist; those that do
 
 
+def test_a_folder_is_no_picture(refused, tmp_path):
+    text = refused("attack", "blended", *TINY, "--attack_trigger_img_path", str(tmp_path), "--save_folder_name", "a")
+    assert f"attack_trigger_img_path: {tmp_path} is a folder that holds no finished run" in text
+
+
 @pytest.mark.parametrize(("amp", "word"), [("true", "bf16"), ("false", "fp32")])
 def test_the_precision_is_as_asked(here, tmp_path, amp, word):
     flags = [flag if flag != "false" else amp for flag in TINY]

@@ -250,7 +250,7 @@ THEIRS = {
     "nc": """cleaning_ratio unlearning_ratio nc_epoch mask_lr init_cost atk_succ_threshold early_stop patience
         cost_multiplier EPSILON to_file n_times_test use_norm""",
     "npd": """target_layer_name target_lab trigger_norm norm_type inner_steps warm_epochs model_name lmd1 lmd2 lmd3 lmd4
-        max_init use_residual target_class""",
+        max_init use_residual target_class print_freq""",
     "rnp": """alpha clean_threshold unlearning_lr recovering_lr unlearning_epochs recovering_epochs mask_file
         pruning_by pruning_max pruning_step pruning_number acc_ratio schedule""",
     "sau": """optim n_rounds outer_steps lmd_1 lmd_2 lmd_3 beta_1 beta_2 trigger_norm pgd_init norm_type adv_lr
@@ -421,6 +421,15 @@ def test_a_yaml_file_with_every_kind_of_value(tmp_path):
         "lr": 1.0
     }  # as in the benchmark's SAU: epochs, n_rounds
     assert read(written(tmp_path, "")) == {} and read(written(tmp_path, "# nothing\n")) == {}
+
+
+@pytest.mark.parametrize("text", ["epochs: 100\nn_rounds: 5\n", "n_rounds: 5\nepochs: 100\n"])
+def test_of_a_file_with_epochs_and_rounds_the_rounds_count(tmp_path, text):
+    """BackdoorBench's files of i-BAU and of SAU on Tiny ImageNet hold both; on the command line both are refused."""
+    argv = ["--yaml_path", str(written(tmp_path, text))]
+    assert Request("x", IBAU, (DefenseRun, IBAU), argv).said("epochs") == 5
+    with pytest.raises(ConfigError, match="two names of one setting"):
+        Request("x", IBAU, (DefenseRun, IBAU), ["--epochs", "100", "--n_rounds", "5"])
 
 
 def test_overlays_of_recipe_and_data_set(tmp_path):

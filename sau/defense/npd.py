@@ -65,6 +65,7 @@ class NPD(Tuning):
         **dict.fromkeys(("target_lab", "target_class"), "the attacked class is not known; the runner-up stands in"),
         **dict.fromkeys(("model_name", "use_residual"), "the polarizer is a 1x1 convolution with a batch norm"),
         "max_init": "the search starts at zero",
+        "print_freq": "every round is said",
     }
 
     epochs: int = 50

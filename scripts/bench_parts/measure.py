@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sau.machine.device import peak_memory_mb
 
@@ -94,14 +95,30 @@ def interleaved(makers: dict[str, Callable[[], Work]], args: argparse.Namespace)
     return seconds
 
 
+class Count(TorchDispatchMode):
+    """Adds up operations by torch's formulas. Its own counter would also keep the graph of every batch until the end,
+    which are gigabytes after some hundred updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+
 def flops(work: Work) -> int:
     """Operations of the convolutions and matrix products of `work`, a multiplication and an addition being two.
 
     Compiled networks are run as they stand, because the operations of compiled code cannot be counted.
     """
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), Count() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def passes(work: Work, model: nn.Module, x: torch.Tensor) -> float:
