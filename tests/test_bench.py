@@ -5,6 +5,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import bench
 import gpu_checklist
@@ -12,6 +13,7 @@ import pytest
 import torch
 from bench_parts import evaluation, everything, growth, measure, pil, profile, roofline, setting
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from toys import REPOSITORY, environment, the_error, tiny_net, toy_images
 
 from sau.attack import BadNet
@@ -41,6 +43,22 @@ def test_the_released_evaluation_finds_the_same_shares(tmp_path):
     found = score(Normalized(net, ORIGIN.mean, ORIGIN.std), test, triggered)
     wanted = [share.hits / share.total for share in (found.acc, found.asr, found.racc) if share]
     assert pil.evaluate(net, sets, CPU) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_operations_are_counted_as_torch_counts_them_and_nothing_is_kept():
+    """Its own counter keeps what a backward hook holds, of every batch until the end."""
+    net, x, kept = Normalized(tiny_net()), toy_images(6).pixels.float() / 255, []
+
+    def work() -> None:
+        for _ in range(3):
+            answer = net(x)
+            kept.append(weakref.ref(answer))
+            answer.logsumexp(1).mean().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    found = measure.flops(lambda: (work(), gc.collect()))
+    assert found == counter.get_total_flops() > 0 and not any(ref() is not None for ref in kept[-3:])
 
 
 def test_the_released_loader_gives_the_same_pictures(tmp_path):

@@ -38,7 +38,7 @@ from sau.defense import (
     SAU,
     Defense,
 )
-from sau.errors import ConfigError, DataError, TrainingError
+from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
 from sau.optim import Training
@@ -485,6 +485,37 @@ def test_a_loader_whose_last_batch_has_one_picture_is_refused_where_batch_norm_t
     with pytest.raises(DataError) as refusal:
         method.purify(OnePixel(), plain, session=quiet())
     assert "batch norm" in one_line(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "words"),
+    [
+        (tiny_net().half(), {}, ["torch.float16", "model.float()"]),
+        (tiny_net().state_dict(), {}, ["OrderedDict", "a network"]),
+        (tiny_net(), {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, ["std", "above 0"]),
+    ],
+)
+def test_what_is_no_network_for_these_pictures_is_refused(model, how, words, one_line):
+    purify = inspect.unwrap(FT.purify)  # as it is without the tests' check of types
+    with pytest.raises(SauError) as refusal:
+        purify(FT(epochs=1), model, pair(), session=quiet(), **how)
+    assert all(word in one_line(refusal.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({"epochs": 1.5}, "a whole number"), ({"epochs": True}, "a whole number"), ({"lr": "0.1"}, "a finite number"),
+        ({"lr": float("nan")}, "a finite number"), ({"augment": 1}, "true or false"),
+        ({"steplr_milestones": (1, 2.5)}, "a tuple, each a whole number"), ({"cos_t_max": "9"}, "number, or None"),
+        ({"client_optimizer": "sdg"}, "one of sgd, adam"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_refused(given, allowed, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        FT(**given)
+    assert f"{next(iter(given))} is " in one_line(refusal.value) and allowed in str(refusal.value)
+    FT(epochs=2, lr=1, steplr_milestones=[1, 2], cos_t_max=None)
 
 
 @each_in_rounds

@@ -16,7 +16,7 @@ from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
 from sau.defense.inputs import clean_batches
-from sau.errors import DataError, TrainingError, first_line
+from sau.errors import ConfigError, DataError, TrainingError, first_line
 from sau.machine.parts import InParts
 from sau.method import Method
 from sau.models import Normalized, laid_as, quick
@@ -80,6 +80,8 @@ class Defense(Method, ABC):
         Raises ConfigError for an oracle without a judge and for a network without the layers that the method needs,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is {type(model).__name__}, allowed is a network; give its weights to it first")
         session = session or Session()
         self.require("selection", self.selection == "defender" or session.judge is not None, "oracle only with a judge")
         home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -180,7 +182,9 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         logits: Tensor = model(x)
     except RuntimeError as error:
         shape, reason = tuple(x.shape), first_line(error)
-        raise DataError(f"the network does not accept pictures of shape {shape}: {reason}") from None
+        kinds = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != x.dtype}
+        why = f"; its weights are {kinds.pop()}, the pictures {x.dtype}, so give model.float()" if kinds else ""
+        raise DataError(f"the network does not accept pictures of shape {shape}: {reason}{why}") from None
     if logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape)
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")

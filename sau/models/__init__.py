@@ -39,6 +39,8 @@ class Normalized(nn.Module):
         super().__init__()
         if (mean is None) != (std is None):
             raise ConfigError("mean and std belong together; give both or neither")
+        if std is not None and not all(value > 0 for value in std):
+            raise ConfigError(f"std is {tuple(std)}, allowed are values above 0, one for each channel")
         self.net, self.amp, self.compiled = net, amp, None
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
