@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ import torch
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, SauError, first_line
-from sau.record import holding
+from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, RecordError, SauError, first_line
+from sau.record import holding, schema
+from sau.record.folder import CONFIG, Record
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 
@@ -48,21 +50,23 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: out of memory ({first_line(error)}); try a smaller --batch_size", file=sys.stderr)
         return FULL
     except _Stopped as stop:
-        print(f"\n{_onward(argv)}", file=sys.stderr)
+        print(f"\n{_onward(argv[0] == 'attack')}", file=sys.stderr)
         return 128 + int(stop.args[0])
     finally:
         holding.give_all_back()
     return 0
 
 
-def _onward(argv: Sequence[str]) -> str:
-    """How the stopped command is gone on with: in the folder that it had begun, if it had come so far."""
-    folder = holding.latest()
-    if folder is None:
-        return "stopped before it had begun; repeat the command"
-    given = {word.split("=")[0] for word in argv}
-    named = "" if argv[0] == "defense" or "--save_folder_name" in given else f" with --save_folder_name {folder.name}"
-    afresh = " without --overwrite" if "--overwrite" in given else ""
+def _onward(attacks: bool) -> str:
+    """How the stopped command is gone on with, by what the folder says of it that it had begun."""
+    folder, run = holding.first(), dict[str, Any]()
+    if folder is not None and not Record(folder).finished:  # else the one to overwrite was not touched yet
+        with suppress(RecordError):
+            run = schema.configuration(folder / CONFIG).get("run", {})
+    if folder is None or not run:
+        return "stopped; repeat the command to go on"
+    named = f" with --save_folder_name {folder.name}" if attacks and run.get("save_folder_name") is None else ""
+    afresh = " without overwrite" if run.get("overwrite") else ""
     return f"stopped; repeat the command{named}{afresh} to resume from the last checkpoint"
 
 

@@ -53,11 +53,11 @@ def misfit(value: Any, hint: Any) -> str | None:
         every = [misfit(value, part) for part in parts if part is not type(None)]
         return None if value is None or None in every else f"{every[0]}, or None"
     if origin is Literal:
-        return None if value in parts else f"one of {', '.join(parts)}"
+        return None if value in parts else f"one of {', '.join(map(str, parts))}"
     if origin is tuple:
-        listed = isinstance(value, list | tuple)
-        wrong = not listed or any(misfit(item, parts[0]) for item in value)
-        return f"a tuple, each {WORDS[parts[0]]}" if wrong else None
+        if not isinstance(value, list | tuple):
+            return "a tuple"
+        return next((f"a tuple, each {wrong}" for item in value if (wrong := misfit(item, parts[0]))), None)
     if hint not in KINDS:  # of a method of somebody's own, which no flag sets
         return None
     fine = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)

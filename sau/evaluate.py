@@ -109,7 +109,8 @@ def score(
         clean: `Images`, or (pixels, labels).
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
 
-    Pixels are as `predict` has them, labels whole numbers [N]. Raises DataError for others, TrainingError as `predict`.
+    Pixels are as `predict` has them, labels whole numbers [N]. Raises DataError for labels of another shape or kind,
+    TrainingError as `predict`.
     """
     pixels, labels = (clean.pixels, clean.labels) if isinstance(clean, Images) else _fitting("clean", clean, 2)
     acc = accuracy(model, pixels, labels)
@@ -126,7 +127,7 @@ def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
         raise DataError(f"{what} is {type(given).__name__}, allowed is Images or {parts} tensors, pixels first")
     pixels, *labels = given
     for those in labels:
-        if those.shape != pixels.shape[:1] or those.is_floating_point() or not len(those):
+        if those.shape != pixels.shape[:1] or those.dtype == torch.bool or those.is_floating_point() or not len(those):
             raise DataError(
                 f"{what} has {len(pixels)} pictures and labels {list(those.shape)} of {those.dtype}, allowed is one "
                 "whole number for each of at least one picture"

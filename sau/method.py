@@ -57,8 +57,9 @@ class Method:
                 try:
                     sums[f"{name}_sha256"] = checksum(path)
                 except DataError as error:
-                    folder = f"{given} is a folder that holds no finished run" if Path(given).is_dir() else str(error)
-                    raise DataError(f"{name}: {folder}; name a file that is there") from None
+                    bare = path != Path(given) and not path.exists()
+                    said = f"{given} is a folder without {path.name}" if bare else error
+                    raise DataError(f"{name}: {said}; name a file that is there") from None
         return sums
 
     def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -87,9 +87,10 @@ class Training(Method):
 
     def idle(self) -> dict[str, str]:
         """What neither the optimiser nor the schedule looks at."""
-        chosen = (self.client_optimizer, self.lr_scheduler)
-        unread = (name for name, readers in READERS.items() if not {*readers} & {*chosen})
-        return super().idle() | dict.fromkeys(unread, f"{' and '.join(chosen)} do not look at it")
+        optimiser, schedule = self.client_optimizer, self.lr_scheduler
+        unread = [name for name, readers in READERS.items() if not {optimiser, schedule} & {*readers}]
+        of = {name: optimiser if {*READERS[name]} & {*get_args(Optimizer)} else schedule for name in unread}
+        return super().idle() | {name: f"{one} does not look at it" for name, one in of.items()}
 
     def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> Descent:
         """An optimiser over `parameters` with its schedule; `steps` updates make an epoch."""

@@ -34,7 +34,7 @@ from sau.risk import Found, gauge
 from sau.run import OwnRun
 from sau.watch import Watch, begin, warn
 
-OF_RECORDS = ("dataset", "dataset_path", "model", "ratio", "index", "track_risk")  # flags without effect here
+OF_RECORDS = "dataset", "dataset_path", "model", "ratio", "index"  # flags that mean nothing here
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
 
 
@@ -51,7 +51,8 @@ def purify(name: str, request: Request) -> None:
     """Purify, and report what clean pictures say before and after."""
     started = time.monotonic()
     run, own, method = request.settle("defense", request.recipe()[0], "folder")
-    request.note_idle(dict.fromkeys(OF_RECORDS, "it is about the record of an attack"))
+    idle = dict.fromkeys(OF_RECORDS, "it is about the record of an attack")
+    request.note_idle(idle | {"track_risk": "the risks before and after are measured in any case"})
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     if method.needs == "poisoned" or method.selection == "oracle":
         raise ConfigError(f"{name} needs the attacker's pictures, which a network of your own does not come with")

@@ -25,7 +25,7 @@ class Run:
         device: auto, cpu, cuda or one like cuda:1.
         devices: cuda devices that share the run, each with a part of every batch (cpu: processes); above 1 for attacks
             that poison before training, sau and at.
-        amp: true is bf16, false is fp32; auto measures which is faster.
+        amp: true is bf16, false is fp32; auto is bf16 where it saves a tenth of a measured step.
         threads: CPU threads; 0 means all cores.
         compile: torch.compile of the network: on, off, graphs (with CUDA graphs), or auto, which is on where the run is
             long enough on CUDA and off on the CPU, where it saves little and changes the rounding.

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from sau.errors import told
+from sau.files import loaded
 from sau.report.published import Row, mean, published
 from sau.report.read import NONE, Run, read
 from sau.report.spread import spread
@@ -32,6 +33,7 @@ SETTINGS = {
     "inputaware": "8 joint epochs, now 22, and a constant lr_G",
     "wanet": "24 epochs, now 30",
 }
+COSTS = "bench_defenses_cpu.json"
 MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
 PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
 LINKS = ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
@@ -136,7 +138,7 @@ def defense_table(runs: list[Run], name: str) -> str:
         f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n"
         + ("What is published, in full above, is of networks of width 64.\n" if table else "")
         + f"\n{head}\n{rule(12 if table else 11)}" + "\n".join(rows) + "\n" + (f"\n{mark}" if mark else "")
-        + older([run for own in found.values() for run in own]) + flagged(found)
+        + older([run for own in found.values() for run in own]) + flagged(found) + cost(name)
     )  # fmt: skip
 
 
@@ -190,6 +192,21 @@ def flagged(found: dict[str, list[Run]]) -> str:
         cells += [f"{attack} {each}"] if said else []
     about = "Classes that were flagged, a `/` between seeds; one of `prototype` is a false alarm"
     return f"\n{about}:\n{'; '.join(cells)}.\n" if cells else ""
+
+
+def cost(name: str) -> str:
+    """What a whole run takes, and how long beside one of FT; empty where the benchmark has no row of the defense."""
+    found = loaded(DOCS / "results" / COSTS)
+    row = next((row for row in found["rows"] if row["name"] == f"whole run: {name}"), None)
+    if row is None:
+        return ""
+    setting = found["setting"]
+    how = f"{setting['pictures']} pictures, recipe `{setting['recipe']}`, fp32, threads: {setting['threads']}"
+    seconds, passes = row["ours"], row["passes_per_image"]
+    return (
+        f"\nA whole run in the [benchmark](../performance.md#the-defenses) ({how}) takes {seconds:,.1f} s, "
+        f"{seconds / row['reference']:,.2f} times as long as FT, and {passes:,.1f} forward-equivalents a picture.\n"
+    )
 
 
 def published_table(name: str) -> str:

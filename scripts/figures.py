@@ -59,10 +59,11 @@ def draw(asked: argparse.Namespace) -> None:
     """Draw what there is, and say which files."""
     where = place.settle(asked)
     attacked = victim.load(existing(asked.record_root, asked.name))
-    out, record, after = folder(attacked.path, "figures"), Record(attacked.path), attacked.model()
+    out, record = folder(attacked.path, "figures"), Record(attacked.path)
     if asked.defense:  # before anything is drawn
         if attacked.triggered is None:
             raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
+        after = attacked.model()
         victim.load_weights(after, folder(attacked.path, "defense", asked.defense))
     _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
     if attacked.triggered is not None:

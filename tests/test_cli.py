@@ -362,7 +362,7 @@ def test_the_benchmarks_names_of_the_attacks_are_known(here, refused, tmp_path):
 
 def test_a_folder_is_no_picture(refused, tmp_path):
     text = refused("attack", "blended", *TINY, "--attack_trigger_img_path", str(tmp_path), "--save_folder_name", "a")
-    assert f"attack_trigger_img_path: {tmp_path} is a folder that holds no finished run" in text
+    assert f"attack_trigger_img_path: {tmp_path} is a folder without model.safetensors" in text
 
 
 @pytest.mark.parametrize(("amp", "word"), [("true", "bf16"), ("false", "fp32")])
@@ -536,32 +536,47 @@ def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished,
     Record(folder).check()
 
 
+FRESH = "stopped; repeat the command to go on"
+
+
 @pytest.mark.parametrize(
-    ("argv", "begun", "said"),
+    ("kind", "run", "said"),
     [
         (
-            ["attack", "badnet"],
-            "20261121_badnet",
-            "repeat the command with --save_folder_name 20261121_badnet to resume",
+            "attack",
+            {"save_folder_name": None, "overwrite": False},
+            "command with --save_folder_name mine to resume",
         ),
-        (
-            ["attack", "badnet", "--save_folder_name=a", "--overwrite", "true"],
-            "a",
-            "the command without --overwrite to",
-        ),
-        (["defense", "sau", "--result_file", "a"], "sau", "repeat the command to resume"),
-        (["attack", "badnet"], None, "stopped before it had begun; repeat the command"),
+        ("attack", {"save_folder_name": "mine", "overwrite": True}, "the command without overwrite to resume"),
+        ("defense", {"save_folder_name": None, "overwrite": False}, "repeat the command to resume"),
+        ("attack", None, FRESH),
     ],
 )
-def test_a_stopped_run_says_how_it_is_gone_on_with(argv, begun, said, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_says_how_it_is_gone_on_with(kind, run, said, tmp_path, monkeypatch, capsys):
+    """By the folder of the run, not of a trigger that is made for it; what was to be overwritten may be as it was."""
+
     def stop(name: str, argv: list[str]) -> None:
-        if begun is not None:
-            holding.hold(tmp_path / begun)
+        record = Record(tmp_path / "mine")
+        record.admits({"a": 1}, True)
+        if run is not None:
+            record.begin({"run": run}, {"a": 1}, True)
+        holding.hold(tmp_path / "ssba-0123456789")
         raise _Stopped(signal.SIGINT)
 
-    monkeypatch.setattr("sau.cli.attack" if argv[0] == "attack" else "sau.cli.defend", stop)
-    assert main(argv) == 130 and said in capsys.readouterr().err.splitlines()[-1]
-    assert holding.latest() is None
+    monkeypatch.setattr("sau.cli.attack" if kind == "attack" else "sau.cli.defend", stop)
+    assert main([kind, "badnet" if kind == "attack" else "sau"]) == 130
+    assert said in capsys.readouterr().err.splitlines()[-1] and holding.first() is None
+
+
+def test_a_run_that_is_stopped_before_it_overwrites_says_so(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "record" / "victim", tmp_path / "victim")
+
+    def stop(name: str, argv: list[str]) -> None:
+        Record(tmp_path / "victim").admits({"a": 1}, True)
+        raise _Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("sau.cli.attack", stop)
+    assert main(["attack", "badnet"]) == 143 and FRESH in capsys.readouterr().err
 
 
 def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, here):

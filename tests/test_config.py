@@ -299,6 +299,8 @@ OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
         ("ft", ["--client_optimizer", "adam"], ["sgd_momentum", "adam_betas"], ["sgd_momentum"]),
         ("ft", ["--lr_scheduler", "StepLR"], ["steplr_gamma", "min_lr"], ["min_lr"]),
         ("fp", ["--client_optimizer", "adam"], ["sgd_momentum", "held_back"], ["sgd_momentum"]),
+        ("npd", ["--client_optimizer", "adam"], ["sgd_momentum"], []),
+        ("npd", ["--client_optimizer", "adam", "--warm_epochs", "0"], ["sgd_momentum"], ["sgd_momentum"]),
         ("nad", ["--client_optimizer", "adam"], ["sgd_momentum"], ["sgd_momentum"]),
         ("nc", ["--client_optimizer", "adam", "--early_stop", "false"], ["sgd_momentum", "early_stop_patience"], None),
         ("nc", ["--early_stop", "false"], ["early_stop_patience", "early_stop_threshold"], None),

@@ -171,3 +171,15 @@ def test_the_benchmarks_of_the_methods_run(part, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) > 3 and all(row["ours"] > 0 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
+
+
+def test_a_card_says_what_a_whole_run_costs(tmp_path):
+    cards = runpy.run_path(str(REPOSITORY / "scripts" / "cards.py"), run_name="cards")
+    row = {"name": "whole run: nc", "ours": 1234.5, "reference": 10.0, "passes_per_image": 1600.25}
+    setting = {"pictures": 128, "recipe": "cpu", "threads": 1}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / cards["COSTS"]).write_text(json.dumps({"setting": setting, "rows": [row]}))
+    cost = cards["cost"]
+    cost.__globals__["DOCS"] = tmp_path
+    assert "takes 1,234.5 s, 123.45 times as long as FT, and 1,600.2 forward-equivalents a picture" in cost("nc")
+    assert cost("fp") == ""

@@ -97,7 +97,8 @@ def test_a_purified_network_of_ones_own_is_named_and_not_called_damaged(tmp_path
     attack(tmp_path)
     noted(attack(tmp_path, folder="mine_sau"), own={"model_file": "mine.pt"})
     page, _ = build(tmp_path)
-    assert "mine_sau (a network of your own" in page and [run.path.name for run in read(tmp_path)[0]] == ["badnet_s0"]
+    assert "mine_sau (a purified network of your own" in page
+    assert [run.path.name for run in read(tmp_path)[0]] == ["badnet_s0"]
 
 
 def test_the_best_has_the_highest_der_and_the_oracle_takes_no_part(tmp_path):

@@ -77,11 +77,11 @@ class Defense(Method, ABC):
             session: progress and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
 
-        Raises ConfigError for an oracle without a judge and for a network without the layers that the method needs,
+        Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model is {type(model).__name__}, allowed is a network; give its weights to it first")
+            raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
         session = session or Session()
         self.require("selection", self.selection == "defender" or session.judge is not None, "oracle only with a judge")
         home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -182,8 +182,8 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         logits: Tensor = model(x)
     except RuntimeError as error:
         shape, reason = tuple(x.shape), first_line(error)
-        kinds = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != x.dtype}
-        why = f"; its weights are {kinds.pop()}, the pictures {x.dtype}, so give model.float()" if kinds else ""
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
+        why = "".join(f"; weights are {kind}, pictures {x.dtype}, so give model.float()" for kind in kinds)
         raise DataError(f"the network does not accept pictures of shape {shape}: {reason}{why}") from None
     if logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape)

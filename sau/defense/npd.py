@@ -103,6 +103,12 @@ class NPD(Tuning):
         for parameter in frozen:
             parameter.requires_grad_(True)
 
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        if self.warm_epochs:  # the warm-up is sgd's whatever follows
+            found.pop("sgd_momentum", None)
+        return found
+
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         if not convolutions:

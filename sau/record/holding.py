@@ -34,9 +34,9 @@ def give_back(folder: Path) -> None:
                 place.parent.rmdir()
 
 
-def latest() -> Path | None:
-    """The folder that this process took last and still has, if any."""
-    return next(reversed(_held), None)
+def first() -> Path | None:
+    """The folder that this process took first of those that it has: that of the run, not of a trigger made for it."""
+    return next(iter(_held), None)
 
 
 @atexit.register

@@ -100,13 +100,14 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
         found = list(_below(folder))
         own = [run for run in found if "own" in run.config]
         if own:
-            others.append(f"{folder.name} (a network of your own, whose trigger nobody knows)")
+            others.append(f"{folder.name} (a purified network of your own, whose trigger nobody knows)")
         elif found:
             runs += found
         else:
             others.append(folder.name)
     if not runs:
-        raise RecordError(f"{root} holds no result folders (NAME/{CONFIG} or NAME/{SUMMARY}); name the one that does")
+        there = f", but {', '.join(others)[:200]}" if others else ""
+        raise RecordError(f"{root} holds no results of attacks (NAME/{CONFIG} or NAME/{SUMMARY}){there}; name another")
     return list(_once(runs)), others
 
 
