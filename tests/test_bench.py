@@ -47,7 +47,7 @@ def test_the_released_evaluation_finds_the_same_shares(tmp_path):
 
 def test_operations_are_counted_as_torch_counts_them_and_nothing_is_kept():
     """Its own counter keeps what a backward hook holds, of every batch until the end."""
-    net, x = Normalized(tiny_net()), toy_images(6).pixels.float() / 255
+    net, x = Normalized(tiny_net()), toy_images(6).pixels.float().div(255).requires_grad_()
 
     class Marked(torch.autograd.Function):
         @staticmethod
@@ -62,7 +62,7 @@ def test_operations_are_counted_as_torch_counts_them_and_nothing_is_kept():
 
     def work() -> None:
         for _ in range(3):
-            Marked.apply(net(x)).logsumexp(1).mean().backward()
+            net(Marked.apply(x)).logsumexp(1).mean().backward()
         gc.collect()
         alive.append(sum(ref() is not None for ref in kept))
 

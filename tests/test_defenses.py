@@ -17,6 +17,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 
 from sau.attack import Blended
 from sau.config import options
+from sau.convert import misfit
 from sau.data.images import Images, to_float
 from sau.defense import (
     ANP,
@@ -503,19 +504,25 @@ def test_what_is_no_network_for_these_pictures_is_refused(model, how, words, one
 
 
 @pytest.mark.parametrize(
-    ("given", "allowed"),
+    ("name", "value", "allowed"),
     [
-        ({"epochs": 1.5}, "a whole number"), ({"epochs": True}, "a whole number"), ({"lr": "0.1"}, "a finite number"),
-        ({"lr": float("nan")}, "a finite number"), ({"augment": 1}, "true or false"),
-        ({"steplr_milestones": (1, 2.5)}, "a tuple, each a whole number"), ({"cos_t_max": "9"}, "number, or None"),
-        ({"client_optimizer": "sdg"}, "one of sgd, adam"),
+        ("epochs", 1.5, "a whole number"), ("epochs", True, "a whole number"), ("epochs", 2, None),
+        ("lr", "0.1", "a finite number"), ("lr", float("nan"), "a finite number"), ("lr", 1, None),
+        ("augment", 1, "true or false"), ("augment", False, None),
+        ("steplr_milestones", (1, 2.5), "a tuple, each a whole number"), ("steplr_milestones", 3, "a tuple"),
+        ("steplr_milestones", [1, 2], None), ("cos_t_max", "9", "a whole number, or None"), ("cos_t_max", None, None),
+        ("client_optimizer", "lbfgs", "one of sgd, adam, adamw, adadelta, muon"), ("client_optimizer", "sgd", None),
     ],
 )  # fmt: skip
-def test_a_setting_of_another_type_is_refused(given, allowed, one_line):
+def test_a_setting_of_another_type_is_told(name, value, allowed):
+    assert misfit(value, options(FT)[name].hint) == allowed
+
+
+@pytest.mark.parametrize("given", [{"epochs": True}, {"lr": float("nan")}])  # others the tests' check of types refuses
+def test_a_setting_of_another_type_is_refused(given, one_line):
     with pytest.raises(ConfigError) as refusal:
         FT(**given)
-    assert f"{next(iter(given))} is " in one_line(refusal.value) and allowed in str(refusal.value)
-    FT(epochs=2, lr=1, steplr_milestones=[1, 2], cos_t_max=None)
+    assert f"{next(iter(given))} is {next(iter(given.values()))}, allowed is a" in one_line(refusal.value)
 
 
 @each_in_rounds

@@ -95,7 +95,7 @@ def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, 
     """Flags that mean nothing here, layers that were added, and a ruined accuracy."""
     file = layouts(net, tmp_path)[0]
     status, out, _ = here(*flags(file, pictures, "--ratio", "0.5", "--track_risk", "true"))
-    assert status == 0 and "--ratio: it is about the record" in out and "--track_risk: it is" in out
+    assert status == 0 and "--ratio: it is about the record" in out and "--track_risk: the risks before" in out
     assert "added" not in out and "the accuracy fell" not in out
     assert "layers were added" in here("defense", "npd", *flags(file, pictures)[2:])[1]
     shares = iter([Share(9, 10), Share(5, 10)])

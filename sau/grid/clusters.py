@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sau
 from sau.errors import ConfigError, first_line
 from sau.grid.cells import Job, Outcome, run_cell
 from sau.grid.engines import GIB, Done, Local, check_cores
@@ -32,7 +31,7 @@ class RayEngine:
         self.ray = _import("ray", "ray")
         if address is None:
             check_cores(cores or 0)  # Ray would start with any number, and so many cells at once
-        home = {"env_vars": {"PYTHONPATH": str(Path(sau.__file__).parents[1])}}
+        home = {"env_vars": {"PYTHONPATH": python_path()}}
         started: dict[str, Any] = {"num_cpus": cores or usable(), "include_dashboard": False} if address is None else {}
         quiet = {"log_to_driver": False, "logging_level": "error"}
         try:
