@@ -60,6 +60,4 @@ def misfit(value: Any, hint: Any) -> str | None:
         return next((f"a tuple, each {wrong}" for item in value if (wrong := misfit(item, parts[0]))), None)
     if hint not in KINDS:  # of a method of somebody's own, which no flag sets
         return None
-    fine = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)
-    fine = fine and not (hint in (int, float) and (value != value or abs(value) == float("inf")))
-    return None if fine else WORDS[hint]
+    return None if isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool) else WORDS[hint]
