@@ -776,7 +776,7 @@ def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
 def test_mistakes_on_the_command_line(script, finished, tmp_path):
     for name, kind, out, word in (
         ("nothing", "npz", "out", "no folder"),
-        ("../x", "npz", "out", "folder name"),
+        ("../x", "npz", "out", "allowed is a name"),
         ("victim", "backdoorbench", "out", "no data set digits"),
         ("victim", "npz", ".", "exists"),
     ):

@@ -373,7 +373,7 @@ def test_help_says_where_its_defaults_change(capsys):
         with pytest.raises(SystemExit):
             Request("x", method, sections, ["--help"])
         out = " ".join(capsys.readouterr().out.split())
-        assert all(word in out for word in words) and "faster. [auto]" in out and "[None]" not in out
+        assert all(word in out for word in words) and "measured step. [auto]" in out and "[None]" not in out
 
 
 def test_help_lists_every_flag_with_its_names_and_default(capsys):

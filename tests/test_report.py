@@ -397,7 +397,7 @@ def test_the_command_writes_what_is_asked_for(tmp_path, script):
 
 def test_the_command_refuses_a_folder_without_results(tmp_path, script):
     (tmp_path / "empty" / "notes").mkdir(parents=True)
-    for root, text in (("none", "there is no folder none"), ("empty", "empty holds no result folders")):
+    for root, text in (("none", "there is no folder none"), ("empty", "empty holds no results of attacks")):
         status, _, err = script("report.py", root)
         assert status == 2 and text in the_error(err)
     assert not (tmp_path / "report.html").exists()

@@ -80,11 +80,9 @@ class Defense(Method, ABC):
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
         session = session or Session()
         self.require("selection", self.selection == "defender" or session.judge is not None, "oracle only with a judge")
-        home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        home = _home(model)
         place = torch.device(device) if device is not None else home
         copied = quick(copy.deepcopy(model).to(place).eval())
         frozen = [parameter for parameter in copied.parameters() if not parameter.requires_grad]
@@ -148,6 +146,13 @@ def _enough_pictures() -> Iterator[None]:
         raise DataError(
             "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
         ) from None
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Where a network lies; ConfigError for what is none."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()
