@@ -148,7 +148,7 @@ def _enough_pictures() -> Iterator[None]:
         ) from None
 
 
-def _home(model: nn.Module) -> torch.device:
+def _home(model: Any) -> torch.device:
     """Where a network lies; ConfigError for what is none."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
