@@ -24,8 +24,8 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
 
     Returns:
         psnr: mean over the changed pictures of 10 log10(1 / MSE), in dB; None if nothing changed.
-        ssim: mean structural similarity of `ssim_count` pictures, as scikit-image has it by default: windows of 7x7
-            that weigh all pixels alike, where Wang et al. 2004 weigh them by a Gaussian; None without skimage.
+        ssim: mean structural similarity of `ssim_count` pictures by scikit-image's default; None without skimage. Its
+        windows of 7x7 weigh all pixels alike, where Wang et al. 2004 weigh them by a Gaussian.
         ssim_count: see there; they are spread evenly.
         linf, linf_max: mean and maximum over pictures of the largest change of a value, in [0, 1] pixels.
         unchanged: percentage of pictures that the trigger does not change.
