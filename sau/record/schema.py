@@ -20,6 +20,7 @@ from sau.files import checksum, loaded, read
 SCHEMA = 2
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
 DEEPEST = 50  # levels of config.yaml; ours has five
+ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"
 Config = dict[str, Any]
 
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
@@ -39,6 +40,11 @@ UPGRADES: dict[int, Callable[[Config], Config]] = {1: _from_1}
 def digest(identity: dict[str, Any]) -> str:
     """SHA-256 over what determines a result, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def kind(config: Config) -> str:
+    """Whose folder it is: ATTACK, DEFENSE or OWN."""
+    return OWN if "own" in config else DEFENSE if "attacked" in config else ATTACK
 
 
 def plain(identity: dict[str, Any]) -> dict[str, Any]:

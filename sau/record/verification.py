@@ -14,7 +14,7 @@ from sau.errors import ConfigError, DataError, RecordError, SauError
 from sau.evaluate import Score, score
 from sau.models import Normalized
 from sau.models.polarizer import restore
-from sau.record import claims, victim
+from sau.record import claims, schema, victim
 from sau.record.folder import Record
 
 VERIFIED, BROKEN, PARTLY = 0, 1, 3  # exit status of `scripts/verify.py`; 2 is a mistake in the command
@@ -60,9 +60,10 @@ class Verification:
             raise RecordError(f"{self.path} is no result folder of sau; name the folder of an attack")
         if not self._look("files", lambda: claims.files(record)):
             return self
-        if "attacked" in record.config:
+        kind = schema.kind(record.config)
+        if kind == schema.DEFENSE:
             raise RecordError(f"{self.path} is the folder of a defense; name that of its attack")
-        if "own" in record.config:
+        if kind == schema.OWN:
             why = "a purified network of your own, whose code and pictures are not here"
             self.findings.append(Finding("figures", "not checked", why))
             return self

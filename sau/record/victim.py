@@ -129,7 +129,7 @@ def load(path: Path) -> Victim:
 
 
 def _ours(record: Record, made: dict[str, Any]) -> Victim:
-    if kind := "a network of your own" if "own" in made else "a defense" if "attacked" in made else None:
+    if (kind := schema.kind(made)) != schema.ATTACK:
         raise RecordError(f"{record.path} is the folder of {kind}; name that of an attack")
     schema.typed(made, record.path)
     return Victim(

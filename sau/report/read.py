@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sau.errors import RecordError
+from sau.record import schema
 from sau.record.folder import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.report import parse
 from sau.report.names import attack_named, defense_named
@@ -98,8 +99,7 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
     others = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         found = list(_below(folder))
-        own = [run for run in found if "own" in run.config]
-        if own:
+        if found and schema.kind(found[0].config) == schema.OWN:
             others.append(f"{folder.name} (a purified network of your own, whose trigger nobody knows)")
         elif found:
             runs += found
