@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, RecordError, SauError, first_line
+from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, RecordError, SauError, first_line, of_machine
 from sau.record import holding, schema
 from sau.record.folder import CONFIG, Record
 
@@ -30,8 +31,6 @@ def main(argv: Sequence[str]) -> int:
     0 is success, 2 a user's mistake (said in one line), 71 want of memory, 75 a folder that another process has, 130
     and 143 a run that was stopped and can be resumed.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     commands: dict[tuple[str, str], Callable[[str, Sequence[str]], None]] = {
         **{("attack", name): attack for name in ATTACKS},
         **{("defense", name): defend for name in DEFENSES},
@@ -42,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
             names = ", ".join(" ".join(words) for words in commands)
             print(f"usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {names}", file=sys.stderr)
             return 0 if list(argv) in (["--help"], ["-h"]) else 2
-        command(argv[1], argv[2:])
+        with _stoppable():
+            command(argv[1], argv[2:])
+        sys.stdout.flush()
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return {LockedError: LOCKED, OutOfMemory: FULL}.get(type(error), 2)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     except _Stopped as stop:
         print(f"\n{_onward(argv[0] == 'attack')}", file=sys.stderr)
         return 128 + int(stop.args[0])
+    except (OSError, RuntimeError) as error:
+        return of_machine(error)
     finally:
         holding.give_all_back()
     return 0
@@ -70,9 +73,35 @@ def _onward(attacks: bool) -> str:
     return f"stopped; repeat the command{named}{afresh} to resume from the last checkpoint"
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise `_Stopped`.
+
+    A long backward pass does not let Python raise. So a thread, which is told at once, ends the process after GRACE;
+    leaving by force is safe, for every file is written atomically.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    threading.Thread(target=_leave, args=(told,), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)  # ends the thread
+
+
+def _leave(told: int) -> None:
+    for number in iter(lambda: os.read(told, 1), b""):
+        if number[0] in (signal.SIGINT, signal.SIGTERM):
+            time.sleep(GRACE)
+            os._exit(128 + number[0])
+    os.close(told)
+
+
 def _stop(number: int, frame: Any) -> None:
-    # A long backward pass does not let Python raise; leaving by force is safe, for every file is written atomically.
-    timer = threading.Timer(GRACE, os._exit, (128 + number,))
-    timer.daemon = True
-    timer.start()
+    for one in (signal.SIGINT, signal.SIGTERM):  # the process is on its way out
+        signal.signal(one, signal.SIG_IGN)
     raise _Stopped(number)

@@ -12,7 +12,7 @@ from torch import nn
 from sau import own, quality
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.recipe import Recipe
-from sau.attack.workshop import told
+from sau.attack.workshop import in_words, same_trigger
 from sau.data.cifar import subset_note
 from sau.data.images import Images
 from sau.data.scrutiny import scrutinise
@@ -32,7 +32,7 @@ from sau.record.folder import Record
 from sau.request import Request
 from sau.risk import gauge
 from sau.run import AttackRun, DefenseRun, OwnRun, Run
-from sau.watch import Watch, begin, making, versioned, warn
+from sau.watch import Watch, begin, trigger_session, versioned, warn
 
 
 def attack(name: str, argv: Sequence[str]) -> None:
@@ -58,11 +58,12 @@ def attack(name: str, argv: Sequence[str]) -> None:
     identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
     record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
-    method = method.forge(train, model, training, session=making(run, started), **how)
+    method = method.forge(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     if poisoned is train and method.pratio and not method.in_batch:
         notes.append(f"pratio {method.pratio:g} of {len(train)} pictures is less than one, so nothing is poisoned")
     begin(record, run, identity, threads)
+    same_trigger(record, None if method.trains_trigger else method.trigger)
     record.note(method=settings, data=data, model=network, notes=notes)
     size = f", width {width}" if width else ""
     record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
@@ -97,7 +98,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     request.note_idle(dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own"))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
-    given, test, notes = _given(attacked, run, method, offered)
+    given, test, notes = _given(attacked, run, method, offered, request.said("dataset_path"))
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 
@@ -135,9 +136,12 @@ def defend(name: str, argv: Sequence[str]) -> None:
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _given(attacked: victim.Victim, run: DefenseRun, method: Defense, offered: str) -> tuple[Images, Images, list[str]]:
-    """What the method is given of the `offered` kind, the clean test set, and what there is to say about them."""
-    train, test, notes = attacked.pictures(run.dataset_path)
+def _given(
+    attacked: victim.Victim, run: DefenseRun, method: Defense, offered: str, place: str | None
+) -> tuple[Images, Images, list[str]]:
+    """What the method is given of the `offered` kind, the clean test set, and what there is to say about them; `place`
+    is the folder of the data sets, if the user has named one."""
+    train, test, notes = attacked.pictures(place)
     if offered == "poisoned" and attacked.poisoned is not None:
         train = train.updated(attacked.poisoned, attacked.poisoned.index)
     given = clean_subset(train, run.ratio, run.random_seed, run.index)
@@ -154,7 +158,7 @@ def _trigger(
         record.say(quality.describe(hidden))
         if method.figures:
             hidden["made"] = dict(method.figures)
-            record.say(f"as it was made: {told(method.figures)}")
+            record.say(f"as it was made: {in_words(method.figures)}")
     if crossed is None:
         return {"trigger": hidden}
     share = accuracy(model, crossed.pixels, crossed.labels)

@@ -64,7 +64,7 @@ def options(cls: type, more: Mapping[str, str] = types.MappingProxyType({})) -> 
         texts.update(_args(base))
         aliases.update(base.__dict__.get("aliases", {}))
     if "aliases" in cls.__dict__ and not cls.__dict__["aliases"]:
-        aliases = {}
+        aliases = {}  # empty ones take back those of the bases, whose parameters this class hides
     aliases.update(more)
     found = {}
     for field in dataclasses.fields(cls):

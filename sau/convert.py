@@ -16,25 +16,32 @@ def convert(value: Any, hint: Any) -> Any:
     """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None or str(value).lower() in ("none", "auto", "null"):
+        if value is None or _text(value).lower() in ("none", "auto", "null"):
             return None
         return convert(value, next(part for part in parts if part is not type(None)))
     if origin is Literal:
         for choice in parts:
-            if str(value).lower() == str(choice).lower():
+            if _text(value).lower() == str(choice).lower():
                 return choice
         raise ConfigError(f"allowed is one of {', '.join(map(str, parts))}")
     if origin is tuple:
+        if isinstance(value, dict):
+            raise ConfigError("allowed is a list")
         items = value if isinstance(value, list | tuple) else str(value).strip("[]() ").replace(",", " ").split()
         return tuple(convert(item, parts[0]) for item in items)
     return _scalar(value, hint)
 
 
+def _text(value: Any) -> str:
+    """The text of a plain value; of lists and mappings, which YAML can make of any length from a few bytes, none."""
+    return "" if isinstance(value, dict | list | tuple) else str(value).strip()
+
+
 def _scalar(value: Any, hint: Any) -> Any:
-    text = str(value).strip()
+    text = _text(value)
     if hint is bool and text.lower() in ("true", "1", "false", "0"):
         return text.lower() in ("true", "1")
-    if hint is str and not isinstance(value, dict | list):
+    if hint is str and value is not None and not isinstance(value, bool | dict | list):
         return text
     if hint in (int, float) and not isinstance(value, bool | dict | list):
         try:

@@ -29,6 +29,12 @@ class ConfigError(SauError):
     """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range."""
 
 
+def require(name: str, value: object, ok: bool, allowed: str) -> None:
+    """Refuse a setting: ConfigError with its name, its value and what is allowed."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}, allowed is {allowed}")
+
+
 class DataError(SauError):
     """Pixels, labels or files of a data set are missing or not what they should be."""
 
@@ -61,6 +67,19 @@ def told(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130  # 128 + SIGINT
-    except BrokenPipeError:  # the reader left, as `head` does; what is still to be written goes nowhere
+    except (OSError, RuntimeError) as error:
+        return of_machine(error)
+
+
+def of_machine(error: OSError | RuntimeError) -> int:
+    """Say what the machine refused, and return the exit status; an error of another kind is raised again."""
+    if isinstance(error, BrokenPipeError):  # the reader left, as `head` does; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
+    if isinstance(error, OSError):
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    if "can't allocate memory" in str(error):  # of the CPU, for which torch has no type of its own
+        print("error: out of memory; try a smaller --batch_size, --width or size of pictures", file=sys.stderr)
+        return FULL
+    raise error

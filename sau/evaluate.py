@@ -1,7 +1,8 @@
 """Every number in every table: ACC, ASR, R-ACC and DER, in percent, with counts and intervals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,11 @@ class Score:
         return figures({"acc": self.acc, "asr": self.asr, "racc": self.racc})
 
 
+def percent_right(logits: Tensor, y: Tensor) -> Tensor:
+    """Percent of a batch that is answered rightly, on its device; no figure of a table, but of progress."""
+    return 100 * (logits.argmax(1) == y).float().mean()
+
+
 def figures(shares: Mapping[str, Share | None]) -> dict[str, Any]:
     """Shares by name as percentages, their Wilson intervals and counts."""
     out: dict[str, Any] = {name: share.percent if share else None for name, share in shares.items()}
@@ -69,6 +75,19 @@ def figures(shares: Mapping[str, Share | None]) -> dict[str, Any]:
     return out
 
 
+@contextmanager
+def answering(*networks: nn.Module) -> Iterator[None]:
+    """Inside, the networks are in eval mode; then each of their modules is in its own mode again."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
 def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
     """Classes [N] that `model`, in eval mode, gives to `pixels` [N, C, H, W] (uint8, or float in [0, 1]).
@@ -76,24 +95,21 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
     `batch_size` pictures go through it at once, or as many as suit the device, and fewer where memory does not hold
     them. Raises TrainingError if a logit is not finite: a broken network has no accuracy.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     device = next(model.parameters(), pixels).device
     size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
     answers, finite, at = [], torch.ones((), dtype=torch.bool, device=device), 0
-    while at < max(1, len(pixels)):
-        try:  # a copy, for some networks change their input in place
-            logits = model(to_float(pixels[at : at + size].to(device, copy=True)))
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = -(-size // 2)
-            continue
-        finite &= logits.isfinite().all()
-        answers.append(logits.argmax(1))
-        at += size
-    for module, training in modes.items():
-        module.training = training
+    with answering(model):
+        while at < max(1, len(pixels)):  # no pictures, too, have an answer: no classes
+            try:  # a copy, for some networks change their input in place
+                logits = model(to_float(pixels[at : at + size].to(device, copy=True)))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = -(-size // 2)
+                continue
+            finite &= logits.isfinite().all()
+            answers.append(logits.argmax(1))
+            at += size
     if not finite:
         raise TrainingError("the network answers with NaN or infinite logits; its weights are broken")
     return torch.cat(answers).to(pixels.device)

@@ -115,7 +115,7 @@ def write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
             raise RecordError(
                 f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
             ) from None

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sau.errors import TrainingError
-from sau.machine.parts import InParts
 from sau.seeds import Drawn, drawn, set_drawn
 from sau.session import Session, size
 from sau.types import Loader
@@ -74,8 +73,6 @@ def run(
 
     Raises TrainingError, leaving the last finite checkpoint, when a reported loss or the state's `model` is not finite.
     """
-    if isinstance(step, InParts):
-        step.join(session)
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
 
@@ -202,7 +199,7 @@ class _Run:
         if kept is None or kept["stage"] != self.session.stage:
             return drawn(), drawn()
         for name, content in kept["objects"].items():
-            if name in self.state:  # what is made again alike was kept, too, by commits before this one
+            if name in self.state:  # checkpoints of older versions hold more
                 self.state[name].load_state_dict(content)
         self.place = _Place(**kept["place"])
         batch = f", batch {self.place.batch}" if self.place.batch else ""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_type_hints
 from torch import Tensor
 
 from sau.convert import misfit
-from sau.errors import ConfigError, DataError
+from sau.errors import DataError, require
 from sau.files import checksum
 
 
@@ -84,5 +84,4 @@ class Method:
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""
-        if not ok:
-            raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
+        require(name, getattr(self, name), ok, allowed)

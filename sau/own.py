@@ -62,7 +62,7 @@ def purify(name: str, request: Request) -> None:
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     _check_classes(model, test, Path(str(own.clean_dir)))
     notes = scrutinise(given, test, method.batch_size) if method.looks else []
-    stem = re.sub(r"\W+", "_", Path(str(own.model_file)).stem)
+    stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     settings = {"defense": name, **method.params()}
     identity = {**settings, **method.contents(), **asdict(own), "clean": fingerprint(images), "attacked": file.digest}

@@ -1,50 +1,78 @@
-"""The set of perturbations around a picture: where a search starts in it and how it stays inside."""
+"""The set S of perturbations of a picture: where a search starts in it and how it stays inside."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from sau.types import PerImage, Pixels
+from sau.types import Change, Flags, PerImage, Pixels
 
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Init = Literal["zero", "random", "max", "min"]
+BUCKET = 32
 
 
-def start(x: Pixels, init: Init, norm: Norm, eps: float) -> Pixels:
-    """A first perturbation for every picture: 0, +eps or -eps everywhere, or uniform in [-eps, eps], then projected.
+@dataclass(frozen=True, kw_only=True)
+class Ball:
+    """S = {e : |e| <= eps}, with `clip` only those e with x + e in [0, 1].
 
-    The released code draws `random` from [0, 1) before projecting, which puts most entries at +eps; this one does not.
+    Args:
+        norm: L_inf, L1 or L2; Reg means no ball.
+        eps: its radius, in [0, 1] pixels.
+        clip: whether x + e stays a picture.
     """
-    match init:
-        case "zero":
-            delta = torch.zeros_like(x)
-        case "random":
-            delta = torch.empty_like(x).uniform_(-eps, eps)
-        case "max":
-            delta = torch.full_like(x, eps)
-        case "min":
-            delta = torch.full_like(x, -eps)
-    return project(delta, norm, eps)
+
+    norm: Norm
+    eps: float
+    clip: bool = False
+
+    def start(self, x: Pixels, init: Init) -> Change:
+        """A first e for every picture: 0, +eps or -eps everywhere, or uniform in [-eps, eps], then brought into S.
+
+        The released code draws `random` from [0, 1) before projecting, which puts most entries at +eps; this one does
+        not.
+        """
+        match init:
+            case "zero":
+                e = torch.zeros_like(x)
+            case "random":
+                e = torch.empty_like(x).uniform_(-self.eps, self.eps)
+            case "max":
+                e = torch.full_like(x, self.eps)
+            case "min":
+                e = torch.full_like(x, -self.eps)
+        return self.into(x, e)
+
+    def into(self, x: Pixels, e: Change) -> Change:
+        """e brought back into S. What `clip` cuts moves values towards 0, so it stays in the ball."""
+        e = project(e, self.norm, self.eps)
+        return (x + e).clamp(0, 1) - x if self.clip else e
+
+    def contains(self, e: Change) -> Flags:
+        """Which of the e lie in the ball, up to the rounding of 8-bit pictures."""
+        return length(e, self.norm) <= self.eps * (1 + 1e-6)
 
 
-def project(delta: Pixels, norm: Norm, eps: float) -> Pixels:
+def project(e: Change, norm: Norm, eps: float) -> Change:
     """Bring every picture's perturbation back into the ball of radius `eps` around 0.
 
     L_inf clips entries; L1 and L2 shrink the whole perturbation to the radius where it is longer; Reg leaves it free.
     """
     if norm == "L_inf":
-        return delta.clamp(-eps, eps)
+        return e.clamp(-eps, eps)
     if norm == "Reg":
-        return delta
-    return delta * (eps / length(delta, norm).clamp_min(1e-12)).clamp_max(1).view(-1, 1, 1, 1)
+        return e
+    return e * (eps / length(e, norm).clamp_min(1e-12)).clamp_max(1).view(-1, 1, 1, 1)
 
 
-def length(delta: Pixels, norm: Literal["L_inf", "L1", "L2"]) -> PerImage:
-    """The norm of every picture's perturbation."""
+def length(e: Change, norm: Norm) -> PerImage:
+    """The norm of every picture's perturbation; 0 where there is no ball."""
+    if norm == "Reg":
+        return e.new_zeros(len(e))
     order = {"L_inf": torch.inf, "L1": 1, "L2": 2}[norm]
-    return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
+    return torch.linalg.vector_norm(e.flatten(1), ord=order, dim=1)
 
 
-def into_pixels(x: Pixels, delta: Pixels) -> Pixels:
-    """The perturbation cut so that x + delta lies in [0, 1]."""
-    return (x + delta).clamp(0, 1) - x
+def bucketed(count: int) -> int:
+    """`count` in whole buckets: every new batch size costs the convolutions a set-up, so searches use few of them."""
+    return -(-count // BUCKET) * BUCKET

@@ -13,7 +13,7 @@ from sau.method import Method
 from sau.run import AttackRun
 from sau.yamlfile import read_yaml, shipped
 
-FAST = {"fast": "paper", "fast_cpu": "cpu"}  # and the recipe that each is a short one of
+FAST = {"fast": "paper", "fast_cpu": "cpu"}  # a short recipe, and the one that it shortens
 
 
 class Request:
@@ -67,9 +67,14 @@ class Request:
             return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
         elif chosen == "fast" and not cuda:
             chosen, why = "fast_cpu", "fast, without CUDA"
-        if chosen in FAST and (AttackRun not in self.sections or getattr(self.method, "in_batch", False)):
-            return FAST[chosen], f"{why}, {chosen} being for pictures that are poisoned beforehand"
+        if (fitting := self.fitting(chosen)) != chosen:
+            return fitting, f"{why}, {chosen} being for pictures that are poisoned beforehand"
         return chosen, why
+
+    def fitting(self, recipe: str) -> str:
+        """The recipe; of a fast one, which is about the victim alone, the usual one where it cannot be had."""
+        beforehand = AttackRun in self.sections and not getattr(self.method, "in_batch", False)
+        return recipe if beforehand else FAST.get(recipe, recipe)
 
     def settle(self, kind: str, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
         """The sections as objects, by the precedence of `sau.config`.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sau.data.images import Images, to_float
 from sau.defense.sau import SAU
 from sau.errors import DataError
-from sau.evaluate import Share, figures
+from sau.evaluate import Share, answering, figures
 from sau.seeds import generator, seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import Hunt, Search
@@ -126,7 +126,7 @@ def measure(
     """Look for witnesses.
 
     Args:
-        model: h, pixels in [0, 1] -> logits; both networks are put into eval mode and left so.
+        model: h, pixels in [0, 1] -> logits; the modes of both networks are left as they were.
         reference: h_b, the network before purification.
         clean: D; its labels are y.
         triggered: g(x) for D', with t as labels and their place in `clean` as `index`; None where no trigger is known:
@@ -138,8 +138,8 @@ def measure(
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
         raise DataError("no pictures to measure risks on; give at least one")
     chosen = clean if triggered is None else clean[triggered.index]
-    hunt = Hunt(model.eval(), reference.eval(), to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
-    with seeded(seed):
+    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
+    with answering(model, reference), seeded(seed):
         return _found(hunt, clean, triggered)
 
 
@@ -181,10 +181,10 @@ def _found(hunt: Hunt, clean: Images, triggered: Images | None) -> Found:
     target = planted = inside = None
     if triggered is not None:
         g = to_float(triggered.pixels)
-        inside = hunt.search.contains(g - x)
+        inside = hunt.search.ball.contains(g - x)
         a, r = hunt.answers(hunt.model, g), hunt.answers(hunt.reference, g)
         hunt.note(g - x, a, r, inside)
-        begin = hunt.search.into(x, g - x)
+        begin = hunt.search.ball.into(x, g - x)
         hunt.shared(begin)
         hunt.adversarial(begin)
         target, planted = a == triggered.labels, r == triggered.labels

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sau.data.sources import check_share
-from sau.errors import ConfigError
+from sau.errors import require
 from sau.quality import RADIUS
 from sau.witness import Search
 
@@ -59,13 +59,14 @@ class Run:
     yaml_path: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("eval_every", 1), ("frequency_save", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {least} and more")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ConfigError(f"max_minutes is {self.max_minutes:g}, allowed is above 0, and none")
-        if not 0 <= self.random_seed < 2**32:
-            raise ConfigError(f"random_seed is {self.random_seed}, allowed is 0..{2**32 - 1}")
+        for name, fine, allowed in (
+            ("devices", self.devices >= 1, "1 and more"),
+            ("eval_every", self.eval_every >= 1, "1 and more"),
+            ("frequency_save", self.frequency_save >= 0, "0 and more"),
+            ("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, and none"),
+            ("random_seed", 0 <= self.random_seed < 2**32, f"0..{2**32 - 1}"),
+        ):
+            require(name, getattr(self, name), fine, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,7 @@ class AttackRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.trigger_radius <= 1:
-            raise ConfigError(f"trigger_radius is {self.trigger_radius}, allowed is above 0 and up to 1")
+        require("trigger_radius", self.trigger_radius, 0 < self.trigger_radius <= 1, "above 0 and up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,7 @@ class DefenseRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.risk_samples < 1:
-            raise ConfigError(f"risk_samples is {self.risk_samples}, allowed is 1 and more")
+        require("risk_samples", self.risk_samples, self.risk_samples >= 1, "1 and more")
         if self.index is None:
             check_share(self.ratio)
         self.search()
@@ -169,5 +168,4 @@ class OwnRun:
             ("check_share", 0 < self.check_share < 1, "above 0, below 1"),
             ("reversal_passes", self.reversal_passes >= 0, "0 and more"),
         ):
-            if not fine:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed is {allowed}")
+            require(name, getattr(self, name), fine, allowed)

@@ -14,6 +14,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator of an epoch's order and augmentation, on the CPU, so that its numbers depend on no device."""
+    return generator((seed * 1_000_003 + epoch) % 2**63)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's global generator starts from `seed`; outside it goes on as if nothing had been drawn."""

@@ -125,7 +125,7 @@ class Watch:
         return found.summary()
 
 
-def making(run: Run, started: float) -> Session | None:
+def trigger_session(run: Run, started: float) -> Session | None:
     """How a trigger is made: with the limit of the run, if it has one; a trigger needs no evaluation."""
     return Session(limit=Deadline(started + 60 * run.max_minutes)) if run.max_minutes else None
 

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.errors import ConfigError
-from sau.perturb import into_pixels, length, project, start
-from sau.types import Flags, Labels, Logits, PerImage, Pixels
+from sau.errors import require
+from sau.perturb import Ball, bucketed
+from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
-BUCKET = 32  # every new batch size costs the convolutions a set-up, so searches use few of them
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
 
 
@@ -49,18 +48,14 @@ class Search:
             ("step_size", self.step_size is None or self.step_size > 0, "none, or above 0"),
             ("restarts", self.restarts >= 1, "1 and more"),
         ):
-            if not fine:
-                raise ConfigError(f"{name} of the risks' search is {getattr(self, name)}, allowed is {allowed}")
+            require(f"{name} of the risks' search", getattr(self, name), fine, allowed)
 
-    def into(self, x: Pixels, delta: Pixels) -> Pixels:
-        """The perturbation brought into S. Cutting at 0 and 1 moves values towards 0, so it stays in the ball."""
-        return into_pixels(x, project(delta, self.norm, self.eps))
+    @property
+    def ball(self) -> Ball:
+        """S."""
+        return Ball(norm=self.norm, eps=self.eps, clip=True)
 
-    def contains(self, delta: Pixels) -> Flags:
-        """Which perturbations lie in the ball, up to the rounding of 8-bit pictures."""
-        return length(delta, self.norm) <= self.eps * (1 + 1e-6)
-
-    def move(self, x: Pixels, delta: Pixels, gradient: Pixels) -> Pixels:
+    def move(self, x: Pixels, delta: Change, gradient: Change) -> Change:
         """One step of steepest ascent in the norm."""
         size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         flat = gradient.flatten(1)
@@ -72,7 +67,15 @@ class Search:
             k = max(1, int(SPARSE * flat.shape[1]))
             top = flat.abs().topk(k, 1).indices
             direction = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k)
-        return self.into(x, delta + size * direction.view_as(x))
+        return self.ball.into(x, delta + size * direction.view_as(x))
+
+
+def kinds(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
+    """The types of examples x + e by the answers of h and h_b on them.
+
+    0: h is right; 1 (I, shared): both give the same wrong class; 2 (II): h_b is right; 3 (III): wrong, but differently.
+    """
+    return torch.where(answer == answer_ref, 1, torch.where(answer_ref == y, 2, 3)) * (answer != y)
 
 
 def margins(z: Logits) -> Tensor:
@@ -111,9 +114,9 @@ class Hunt:
         self.witness = torch.zeros_like(x)
         self.done = self.least = 0
 
-    def random(self) -> Pixels:
+    def random(self) -> Change:
         """A place in S for every picture."""
-        return into_pixels(self.x, start(self.x, "random", self.search.norm, self.search.eps))
+        return self.search.ball.start(self.x, "random")
 
     @torch.no_grad()
     def answers(self, model: nn.Module, x: Pixels) -> Labels:
@@ -122,57 +125,56 @@ class Hunt:
         return torch.cat([model(block).argmax(1) for block in x.split(self.batch_size)])
 
     def note(
-        self, delta: Pixels, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
+        self, delta: Change, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
     ) -> Labels:
         """Take h's answers `a` and h_b's answers `r` on x[index] + delta for witnesses, `where` delta lies in S.
 
-        Returns the types: 0 h is right, 1 (I) both give the same wrong class, 2 (II) h_b is right, 3 (III) they differ.
+        Returns their types, see `kinds`.
         """
         index = torch.arange(len(self.y), device=self.y.device) if index is None else index
         where = torch.ones_like(index, dtype=torch.bool) if where is None else where
-        y = self.y[index]
-        errs, alike = a != y, (a != y) & (a == r)
-        new = alike & where & ~self.share[index]
+        types = kinds(a, r, self.y[index])
+        new = (types == 1) & where & ~self.share[index]
         self.witness[index[new]] = delta[new]
-        self.adv[index] |= errs & where
-        self.share[index] |= alike & where
-        return torch.where(alike, 1, torch.where(r == y, 2, 3)) * errs
+        self.adv[index] |= (types > 0) & where
+        self.share[index] |= (types == 1) & where
+        return types
 
-    def strongest(self) -> Pixels:
+    def strongest(self) -> Change:
         """For every picture the e with the largest cross-entropy of h on one full search, as training would use it."""
         best, highest = torch.zeros_like(self.x), torch.full_like(self.x[:, 0, 0, 0], -torch.inf)
 
-        def keep(at: Labels, delta: Pixels, loss: PerImage) -> None:
+        def keep(at: Labels, delta: Change, loss: PerImage) -> None:
             better = loss > highest[at]
             best[at[better]], highest[at[better]] = delta[better], loss[better]
 
         self._climb(self._alone, self.random(), lambda: torch.ones_like(self.adv), keep)
         return best
 
-    def adversarial(self, delta: Pixels) -> None:
+    def adversarial(self, delta: Change) -> None:
         """Search for witnesses of `adv` from `delta`, where there is none yet."""
         self._climb(self._alone, delta, lambda: ~self.adv)
 
-    def shared(self, delta: Pixels) -> None:
+    def shared(self, delta: Change) -> None:
         """Search for witnesses of `share` from `delta`, where there is none yet."""
         self._climb(self._together, delta, lambda: ~self.share, networks=2)
 
-    def _alone(self, at: Labels, delta: Pixels) -> PerImage:
+    def _alone(self, at: Labels, delta: Change) -> PerImage:
         z = self.model(self.x[at] + delta)
         self.adv[at] |= z.argmax(1) != self.y[at]
         return F.cross_entropy(z, self.y[at], reduction="none")
 
-    def _together(self, at: Labels, delta: Pixels) -> PerImage:
+    def _together(self, at: Labels, delta: Change) -> PerImage:
         u, v = self.model(self.x[at] + delta), self.reference(self.x[at] + delta)
         self.note(delta.detach(), u.argmax(1), v.argmax(1), index=at)
         return shared_margin(u, v, self.y[at])
 
     def _climb(
         self,
-        goal: Callable[[Labels, Pixels], PerImage],
-        delta: Pixels,
+        goal: Callable[[Labels, Change], PerImage],
+        delta: Change,
         left: Callable[[], Flags],
-        keep: Callable[[Labels, Pixels, PerImage], None] | None = None,
+        keep: Callable[[Labels, Change, PerImage], None] | None = None,
         networks: int = 1,
     ) -> None:
         """`steps` steps up `goal` for the pictures that are `left`, and a look at where the last one leads."""
@@ -180,7 +182,7 @@ class Hunt:
         for step in range(self.search.steps + 1):
             needed, last = int(left().sum()), step == self.search.steps
             # Those that fill the last bucket climb on; their witness is kept.
-            active = (~left()).to(torch.uint8).argsort(stable=True)[: -(-needed // BUCKET) * BUCKET]
+            active = (~left()).to(torch.uint8).argsort(stable=True)[: bucketed(needed)]
             passes = networks * (1 if last else 2)
             self.count(passes * len(active), passes * needed)
             for at in active.split(self.batch_size) if needed else ():

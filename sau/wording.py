@@ -1,4 +1,8 @@
-"""Numbers as text."""
+"""Numbers and tables as text."""
+
+from collections.abc import Iterable, Sequence
+
+from sau.errors import printable
 
 
 def duration(seconds: float) -> str:
@@ -12,3 +16,13 @@ def duration(seconds: float) -> str:
 def short(value: float) -> str:
     """A whole number as one, anything else with four digits."""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown. Names in it may be a stranger's, so signs of its own and of HTML are written out."""
+    lines = [head, ["---"] * len(head), *([_cell(text) for text in line] for line in body)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

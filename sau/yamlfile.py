@@ -70,7 +70,7 @@ def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
 def _nodes(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.compose(path.read_text(), Loader=_Yaml)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     return _mapping(tree, path) if tree is not None else {}
 
@@ -103,7 +103,7 @@ def _settings(
         try:
             # Tags that would build objects are refused by the safe loader; a bad value of a known tag raises anything.
             value = _Yaml("").construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
         found[name] = once(found.get(name), Setting(value, origin))
     return found

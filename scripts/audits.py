@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> None:
         raise RecordError("two of the audits are of the same network; give each once")
     text = tables(audits)
     print(text)
-    write(given.out.with_suffix(".md"), f"{text}\n".encode())
+    write(given.out.with_name(f"{given.out.name}.md"), f"{text}\n".encode())
     print(*save(audit(audits), given.out), sep="\n")
 
 

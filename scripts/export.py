@@ -22,7 +22,7 @@ import numpy as np
 from sau.data.images import Images
 from sau.errors import ConfigError, told
 from sau.files import existing
-from sau.foreign.export import pictures, save_png, whole, write
+from sau.record.export import pictures, save_png, whole, write
 from sau.record.folder import Record
 
 COLUMNS = ("labels", "true_labels", "role", "index")

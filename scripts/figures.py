@@ -65,7 +65,7 @@ def draw(asked: argparse.Namespace) -> None:
             raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
         after = attacked.model()
         victim.load_weights(after, folder(attacked.path, "defense", asked.defense))
-    _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
+    _, test, _ = attacked.pictures(asked.dataset_path)
     if attacked.triggered is not None:
         _tell(save(pictures(test, attacked.triggered), out / "pictures"))
     if record.finished:  # BackdoorBench's folder has no rows to draw

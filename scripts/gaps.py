@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau.errors import RecordError, told
 from sau.record.folder import METRICS, Record
 from sau.report import parse
+from sau.wording import markdown
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
 
@@ -31,7 +32,7 @@ def newcombe(risk: dict, name: str) -> tuple[float, float, float]:
     return gap, gap - below, gap + above
 
 
-def line(record: Record) -> str:
+def line(record: Record) -> list[str]:
     """A row of the table."""
     risk, rows = record.summary()["risk"]["after"], parse.last_stage(parse.rows(record.path / METRICS))
     tracked = [row for row in rows if "r_bd" in row]
@@ -41,7 +42,7 @@ def line(record: Record) -> str:
         after, low, high = newcombe(risk, name)
         cells.append(f"{statistics.mean(gaps):.1f} ({min(gaps):.1f}..{max(gaps):.1f})")
         cells.append(f"{after:.1f} [{low:.1f}, {high:.1f}]")
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main(paths: list[str]) -> int:
@@ -61,9 +62,7 @@ def main(paths: list[str]) -> int:
     if not lines:
         raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")
     heads = [f"{gap}{part}" for gap in GAPS.values() for part in (", mean of rounds", ", purified")]
-    print(f"| attack | defense | rounds | R_bd % | {' | '.join(heads)} |")
-    print("|---|---|---|---|" + "---|" * len(heads))
-    print("\n".join(lines))
+    print(markdown(["attack", "defense", "rounds", "R_bd %", *heads], lines), end="")
     return 0
 
 

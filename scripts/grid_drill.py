@@ -6,7 +6,8 @@
 The drill runs configs/grid/digits.yaml undisturbed into WORK/reference (once), then with the engine into WORK/<engine>
 while a tenth of its cells is killed at random moments, one cell is frozen whenever it starts, one more has a learning
 rate that no network survives, and the driver is killed when a third is done; then it repeats the command, and compares.
-The overhead is the ratio of two times, of `--repeats` pairs: its median, the least and the most.
+The overhead is the ratio of two times, of `--repeats` pairs: its median, the least and the most. Since the
+cells themselves take a few per cent more or less from run to run, what is added outside of them has a line of its own.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sau.errors import ConfigError, told
 from sau.grid.plan import Cell, cells
 from sau.grid.spec import read
 from sau.grid.store import Store
@@ -38,6 +40,13 @@ HUNG = "blended_r0.1_s1/defense/ft_c0.1"
 def grid(file: Path, root: Path, *flags: str) -> list[str]:
     """The command line of a grid."""
     return [sys.executable, str(HERE / "scripts" / "grid.py"), str(file), "--record_root", str(root), *flags]
+
+
+def emptied(root: Path) -> None:
+    """Take away what an earlier call left; ConfigError for what is no grid's or record's folder."""
+    if root.exists() and not (root / ".grid").is_dir() and not any(root.glob("*/manifest.json")):
+        raise ConfigError(f"{root} is no folder of an earlier drill; name another WORK, or take it away")
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def results(store: Store, every: Sequence[Cell]) -> dict[str, str]:
@@ -130,7 +139,7 @@ def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
     reference = Store(work / "reference")
     subprocess.run(grid(base, reference.root), check=True)
     store = Store(work / engine)
-    shutil.rmtree(store.root, ignore_errors=True)
+    emptied(store.root)
     more = ["--cluster", "local", "--cores", "2"] if engine == "slurm" else []
     argv = grid(with_failure, store.root, "--engine", engine, "--cell_timeout", str(timeout), "--retries", "1", *more)
     early, fire = disturbed(argv, store, every, seed)
@@ -158,26 +167,31 @@ def overhead(work: Path, epochs: int, repeats: int) -> None:
         f"include: {base}\nattacks: [badnet, blended]\ndefenses: [ft]\nseeds: [0]\n"
         f"overrides: {{attack: {{epochs: {epochs}}}, ft: {{epochs: {20 * epochs}}}}}\n"
     )
-    every, ratios = cells(read(file)[1]), list[float]()
+    every, ratios, added = cells(read(file)[1]), list[float](), list[float]()
     for number in range(1, repeats + 1):
-        hand, by_grid = (timed(way, file, every, work / f"overhead_{way}") for way in ("hand", "grid"))
+        hand, alone = timed("hand", file, every, work / "overhead_hand")
+        by_grid, driven = timed("grid", file, every, work / "overhead_grid")
         ratios.append(by_grid / hand)
-        both = f"{hand:.1f} s by hand, {by_grid:.1f} s by the grid"
+        added.append((by_grid - driven - hand + alone) / hand)
+        both = f"{hand:.1f} s by hand, {alone:.1f} in the runs; {by_grid:.1f} s by the grid, {driven:.1f} in the runs"
         print(f"{number}/{repeats}: {len(every)} cells of {hand / len(every):.1f} s: {both}", flush=True)
     print(f"grid / hand: median {median(ratios):.3f}, least {min(ratios):.3f}, most {max(ratios):.3f}")
+    print(f"added outside the runs: median {median(added):.2%}, least {min(added):.2%}, most {max(added):.2%}")
 
 
-def timed(way: str, file: Path, every: Sequence[Cell], root: Path) -> float:
-    """Seconds of the cells, one at a time, into an empty folder: each command by hand, or the grid."""
+def timed(way: str, file: Path, every: Sequence[Cell], root: Path) -> tuple[float, float]:
+    """Seconds of the cells, one at a time, into an empty folder, by hand or by the grid; and of their runs alone."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shutil.rmtree(root, ignore_errors=True)
+    emptied(root)
     started = time.monotonic()
     if way == "grid":
         subprocess.run(grid(file, root, "--cores", "1"), check=True, env=env)
     for cell in every if way == "hand" else ():
         script = [sys.executable, str(HERE / cell.kind / f"{cell.name}.py"), *cell.flags, f"--record_root={root}"]
         subprocess.run(script, check=True, env=env, stdout=subprocess.DEVNULL)
-    return time.monotonic() - started
+    ended = time.monotonic()
+    store = Store(root)
+    return ended - started, sum(store.summary(cell)["seconds"] for cell in every)
 
 
 def main() -> int:
@@ -205,4 +219,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -46,7 +46,7 @@ def main() -> int:
     for name in asked.defenses:
         networks[name] = attacked.model()
         victim.load_weights(networks[name], folder(attacked.path, "defense", name))
-    _, test, _ = attacked.pictures(asked.dataset_path or attacked.dataset_path)
+    _, test, _ = attacked.pictures(asked.dataset_path)
     test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
     reference = attacked.model().to(where)
     print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")

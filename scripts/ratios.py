@@ -1,6 +1,6 @@
 """ASR against the poisoning ratio, a curve an attack, as PNG and as a Markdown table.
 
-    python scripts/ratios.py RECORDS [--out ratios.png]
+    python scripts/ratios.py RECORDS [--out ratios]
 
 reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed.
 """
@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts.drawing import plt
 
 from sau.errors import RecordError, told
+from sau.figures import save
 from sau.files import loaded
 from sau.report.names import attack_named
+from sau.wording import markdown
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> (ACC, ASR) of each seed
@@ -49,18 +51,17 @@ def scores(file: Path) -> tuple[float, float]:
 def table(found: Found) -> str:
     """ACC / ASR, means over seeds."""
     ratios = sorted({ratio for curve in found.values() for ratio in curve})
-    lines = ["| attack | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
+    body = []
     for attack, curve in found.items():
-        cells = ["-" if ratio not in curve else _mean(curve[ratio]) for ratio in ratios]
-        lines.append(f"| {attack} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append([attack, *("-" if ratio not in curve else _mean(curve[ratio]) for ratio in ratios)])
+    return markdown(["attack", *(f"{ratio:g}" for ratio in ratios)], body)
 
 
 def _mean(scores: list[tuple[float, float]]) -> str:
     return " / ".join(f"{statistics.mean(column):.2f}" for column in zip(*scores, strict=True))
 
 
-def draw(found: Found, path: Path) -> None:
+def draw(found: Found) -> plt.Figure:
     """Ratios on a logarithmic scale, with 0 at the left; a vertical line from the least to the most over seeds."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
     for colour, (attack, curve) in zip(COLOURS, found.items(), strict=False):
@@ -74,21 +75,21 @@ def draw(found: Found, path: Path) -> None:
     axis.set(xlabel="poisoning ratio", ylabel="ASR %", ylim=(-3, 103))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main() -> int:
     """Draw the curve and print the table; exit status 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("records", type=Path, help="folder with <attack>_r<ratio>_s<seed>/summary.json")
-    parser.add_argument("--out", type=Path, default=Path("ratios.png"), help="file of the picture [ratios.png]")
+    parser.add_argument("--out", type=Path, default=Path("ratios"), help="path of the PNG and the SVG [ratios]")
     asked = parser.parse_args()
     runs = read(asked.records)
     if not runs:
         raise RecordError(f"no <attack>_r<ratio>_s<seed>/summary.json in {asked.records}; see docs/results/ratios.sh")
-    draw(runs, asked.out)
-    print(table(runs))
+    print(table(runs), end="")
+    stem = asked.out.with_suffix("") if asked.out.suffix in (".png", ".svg") else asked.out
+    print(*save(draw(runs), stem), sep="\n")
     return 0
 
 

@@ -16,19 +16,21 @@ from sau.errors import told
 from sau.report.read import NONE, read
 from sau.report.spread import spread
 from sau.report.table import Cell, sections
+from sau.wording import markdown
 
 FIGURES = ("acc", "asr", "racc", "der", "lost", "seconds")
 
 
 def table(cells: list[Cell]) -> str:
     """Markdown; one value alone has no spread."""
-    lines = ["| attack | defense | seeds | ACC % | ASR % | R-ACC % | DER % | ACC lost | seconds |", "|---" * 9 + "|"]
+    body = []
     for cell in cells:
         spreads = {**cell.figures, "lost": spread([run.lost for run in cell.good])}
         found = [(spreads[name], 0 if name == "seconds" else 2) for name in FIGURES]
         texts = [one.text(digits) if one else "-" for one, digits in found]
-        lines.append(f"| {cell.attack_name} | {cell.name} | {len(cell.good)} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+        body.append([cell.attack_name, cell.name, str(len(cell.good)), *texts])
+    heads = ("attack", "defense", "seeds", "ACC %", "ASR %", "R-ACC %", "DER %", "ACC lost", "seconds")
+    return markdown(heads, body)
 
 
 def main() -> int:
@@ -42,7 +44,7 @@ def main() -> int:
         )
         if len(found) > 1:
             print(f"\n{section.title}\n")
-        print(table([cell for cell in cells if cell.good]))
+        print(table([cell for cell in cells if cell.good]), end="")
     return 0
 
 

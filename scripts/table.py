@@ -12,21 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sau import files
 from sau.errors import ConfigError, told
 from sau.report.paired import duels
 from sau.report.published import Row, alike, compare, mean, published
 from sau.report.read import NONE, read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
+from sau.wording import markdown
 
 FIGURES = ("acc", "asr", "racc", "der")
 MARK, END = "<!-- table -->\n", "<!-- /table -->\n"
-
-
-def rows(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
@@ -69,7 +65,7 @@ def overview(section: Section) -> str:
         published = theirs(next(iter(cells.values())), [paper.get(attack) for attack in triggered])
         body.append([name, *line, *map(number, [*means, *published] if paper else means)])
     head = ["defense", *attacks, "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]
-    return rows([*head, "published: ACC", "ASR", "R-ACC", "DER"] if paper else head, body)
+    return markdown([*head, "published: ACC", "ASR", "R-ACC", "DER"] if paper else head, body)
 
 
 def text(cell: Cell | None) -> str:
@@ -99,7 +95,7 @@ def against(section: Section, champion: str) -> str:
         counts = [str(len(duel.der.values)), str(duel.networks)]
         body.append([duel.name, *counts, *intervals, str(duel.wins), f"{duel.p:.3f}"])
     head = ["rival", "attacks", "networks", "ACC", "ASR", "R-ACC", "DER", "DER higher on", "sign test p"]
-    return rows(head, body) if body else f"{champion} and its rivals share no network here.\n"
+    return markdown(head, body) if body else f"{champion} and its rivals share no network here.\n"
 
 
 def shown(section: Section, champion: str, titled: bool) -> str:
@@ -144,10 +140,14 @@ def main() -> int:
     if asked.into is None:
         print(text)
         return 0
-    head, mark, rest = asked.into.read_text().partition(MARK)
+    try:
+        page = files.read(asked.into).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--into {asked.into} cannot be read ({error}); name a page of text") from None
+    head, mark, rest = page.partition(MARK)
     if END not in rest:
         raise ConfigError(f"{asked.into} has no {MARK.strip()} with a {END.strip()} after it")
-    asked.into.write_text(f"{head}{mark}\n{text}\n{END}{rest.partition(END)[2]}")
+    files.write(asked.into, f"{head}{mark}\n{text}\n{END}{rest.partition(END)[2]}".encode())
     return 0
 
 

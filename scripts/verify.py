@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts import place
 
-from sau.errors import told
+from sau.errors import printable, told
 from sau.files import existing
 from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
 
@@ -37,7 +37,7 @@ def main() -> int:
         path = existing(asked.record_root, name)
         found = Verification(path, asked.dataset_path, where).run()
         for finding in found.findings:
-            print(f"{finding.state:12}{finding.what}: {finding.text}")
+            print(printable(f"{finding.state:12}{finding.what}: {finding.text}"))
         print(f"{path}: {WORDS[found.status]}", flush=True)
         states.append(found.status)
     return BROKEN if BROKEN in states else max(states)

@@ -472,6 +472,13 @@ def changed_by_badnet(side: int) -> torch.Tensor:
     return torch.where(stamped[0] == 100, -1, stamped[0].long())
 
 
+@pytest.mark.parametrize("attack", [BadNet(), Blended(), SIG(), LF()])
+def test_pictures_of_one_channel_stay_of_one(attack):
+    x = torch.full((2, 1, 32, 32), 0.5)
+    stamped = attack.stamp(x)
+    assert stamped.shape == x.shape and not torch.equal(stamped, x)
+
+
 def test_badnets_patch_at_32():
     """A white square in rows and columns 29 to 31."""
     expected = torch.full((32, 32), -1)

@@ -40,7 +40,7 @@ from sau.models import Normalized
 from sau.models.polarizer import insert
 from sau.record import victim as stored
 from sau.record.folder import Record
-from sau.record.schema import plain, signed
+from sau.record.schema import as_json, signed
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
@@ -265,7 +265,7 @@ def test_strengths_go_through_the_trigger():
 
 @each_poison
 def test_an_attack_is_recalled_from_its_record(attack):
-    settings = plain({"attack": attack.name, **attack.params(), "epochs": 3})
+    settings = as_json({"attack": attack.name, **attack.params(), "epochs": 3})
     trigger = attack.trigger.state_dict() if attack.trigger is not None else None
     again = recall(settings, trigger)
     assert again == attack and type(again) is type(attack)

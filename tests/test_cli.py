@@ -32,7 +32,7 @@ from sau.machine import device
 from sau.optim import Training
 from sau.record import holding
 from sau.record.folder import Record
-from sau.record.victim import load_images
+from sau.record.pictures import load_images
 from sau.run import AttackRun, DefenseRun, OwnRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
@@ -577,6 +577,46 @@ def test_a_run_that_is_stopped_before_it_overwrites_says_so(finished, tmp_path, 
 
     monkeypatch.setattr("sau.cli.attack", stop)
     assert main(["attack", "badnet"]) == 143 and FRESH in capsys.readouterr().err
+
+
+def test_a_call_that_takes_long_does_not_keep_a_stopped_process(tmp_path):
+    """Like a backward pass of minutes, in which Python cannot raise."""
+    long = "lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9))"
+    code = f"import hashlib, sys, sau.cli; sau.cli.attack = {long}; sys.exit(sau.cli.main(['attack', 'badnet']))"
+    status, seconds, _ = stop_after("busy", signal.SIGTERM, [sys.executable, "-c", code], tmp_path)
+    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    assert status == 143 and seconds < 2 * crowd
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/home/other"), 2, "Permission denied: '/home/other'"),
+        (RuntimeError(NO_MEMORY), 71, "out of memory"),
+        (BrokenPipeError(), 141, None),
+    ],
+)
+def test_what_the_machine_refuses_is_no_traceback(error, status, said, monkeypatch, capfd):
+    def refuse(name, argv):
+        raise error
+
+    monkeypatch.setattr("sau.cli.attack", refuse)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert main(["attack", "badnet"]) == status
+    err = capfd.readouterr().err
+    assert (err == "") if said is None else (said in err and len(err.splitlines()) == 1)
+
+
+def test_other_mistakes_of_the_program_are_not_hidden(monkeypatch):
+    def fail(name, argv):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("sau.cli.attack", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["attack", "badnet"])
 
 
 def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, here):

@@ -31,11 +31,12 @@ from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
 from sau.data.sources import fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
-from sau.foreign import compat, compat_pictures, export, torchfile
+from sau.foreign import archive, compat, compat_pictures, torchfile
 from sau.foreign.compat import KEYS, RESULT
 from sau.models import MODELS, build
-from sau.record import victim
+from sau.record import export, victim
 from sau.record.folder import Record
+from sau.record.pictures import load_images
 
 NET = "preactresnet18"
 
@@ -362,20 +363,45 @@ def test_broken_archives(refused, tmp_path):
     refused(b"PK\x03\x04" + b"x" * 100, "cannot be read")
     refused(pickled(raw, lambda content: content[:-20]), "hostile")
     twice = io.BytesIO(raw)
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02N.")
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as found:
+        found.writestr("archive/data.pkl", b"\x80\x02N.")
     refused(twice.getvalue(), "no archive of torch.save")
-    with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
-        for i in range(torchfile.MEMBERS):
-            archive.writestr(f"a/{i}", b"")
-        archive.writestr("a/data.pkl", b"\x80\x02N.")
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as many:
+        for i in range(archive.MEMBERS):
+            many.writestr(f"a/{i}", b"")
+        many.writestr("a/data.pkl", b"\x80\x02N.")
     refused(out.getvalue(), "10,000 members")
-    with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
-        archive.writestr("a.txt", b"hello")
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as other:
+        other.writestr("a.txt", b"hello")
     refused(out.getvalue(), "no archive of torch.save")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="No such file"):
         compat.read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_two_tables_of_contents_are_refused(refused, old):
+    """torch goes to where the end points, Python takes what lies before it: one could hide a bomb from the other."""
+    raw = saved({"x": torch.zeros(1000)})
+    with zipfile.ZipFile(io.BytesIO(raw)) as found:
+        start = found.start_dir
+    end = raw[-22:]
+    size = int.from_bytes(end[12:16], "little")
+    table, rest = raw[start : start + size], raw[start + size : -22]
+    if old:  # without the record for large files
+        refused(raw[:start] + table + table + end, "not where it says")
+        archive.check(raw[:start] + table + end)
+    else:
+        assert rest[-20:-16] == b"PK\x06\x07"
+        refused(raw[:start] + table + table + rest + end, "cannot be read")
+        record, locator, moved = rest[:-20], rest[-20:], start + len(rest) - 20
+        ours = record[:48] + moved.to_bytes(8, "little")  # Python takes this one; the locator names the one before
+        named = locator[:8] + start.to_bytes(8, "little") + locator[16:]
+        end = end[:16] + moved.to_bytes(4, "little") + end[20:]
+        hidden = raw[:start] + record + table + ours + named + end
+        with zipfile.ZipFile(io.BytesIO(hidden)) as found:
+            assert found.start_dir == moved and len(found.namelist()) > 1
+        refused(hidden, "zip64 record is not where it says")
 
 
 def test_limits_of_size(refused, monkeypatch):
@@ -383,7 +409,7 @@ def test_limits_of_size(refused, monkeypatch):
     monkeypatch.setattr(torchfile, "LARGEST", 3000)
     refused(raw, "3,000")
     monkeypatch.setattr(torchfile, "LARGEST", 1 << 20)
-    monkeypatch.setattr(torchfile, "PICKLE", 20)
+    monkeypatch.setattr(archive, "PICKLE", 20)
     refused(raw, "its pickle has")
 
 
@@ -611,7 +637,7 @@ def make(tmp_path, monkeypatch):
 
     def record(dataset: str = "cifar10", poison: bool = True, **network: Any) -> Record:
         made = Record(tmp_path / "record" / "ours")
-        made.begin({"run": {"dataset_path": "there", "recipe": "cpu"}}, {"a": 1}, overwrite=True)
+        made.begin({"run": {"dataset_path": "./data", "recipe": "cpu"}}, {"a": 1}, overwrite=True)
         data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
         about = {"name": NET, "classes": 10, "width": 64, "shape": [3, 32, 32]}
         about |= {"mean": list(origin.mean), "std": list(origin.std), **network}
@@ -643,7 +669,7 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     names = sorted(str(file.relative_to(root)) for file in (root / "record").glob("*"))
     assert names == ["record/new"]  # nothing temporary is left
     found = compat.read(root / "record" / "new")
-    poisoned, triggered = (victim.load_images(record, part) for part in ("poisoned", "triggered"))
+    poisoned, triggered = (load_images(record, part) for part in ("poisoned", "triggered"))
     assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
     assert found.poisoned.role.tolist() == [BACKDOOR, COVER, BACKDOOR]
     assert (found.dataset, found.model_name, found.num_classes) == ("cifar10", NET, 10)

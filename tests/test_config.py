@@ -176,7 +176,9 @@ def test_values_that_are_accepted(value, hint, expected):
         *((text, tuple[int, ...], "a whole number") for text in ("60,a", "60;90", [60, 1.5], [None])),
         *((text, Literal["adam", "sgd"], "one of adam, sgd") for text in ("lion", "", None, 3)),
         *((text, int | None, "a whole number") for text in ("nothing", "0.5")),
-        *((text, str, "a text") for text in ([1], {"a": 1})),
+        *((text, str, "a text") for text in ([1], {"a": 1}, None, True)),
+        ({"a": 1}, tuple[int, ...], "a list"),
+        ([["none"]], int | None, "a whole number"),
         ("9" * 5000, int, "a whole number"),
     ],
 )
@@ -301,6 +303,11 @@ OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
         ("fp", ["--client_optimizer", "adam"], ["sgd_momentum", "held_back"], ["sgd_momentum"]),
         ("npd", ["--client_optimizer", "adam"], ["sgd_momentum"], []),
         ("npd", ["--client_optimizer", "adam", "--warm_epochs", "0"], ["sgd_momentum"], ["sgd_momentum"]),
+        ("npd", ["--warm_epochs", "0"], ["warm_lr"], ["warm_lr"]),
+        ("npd", ["--norm", "Reg"], ["eps", "warm_lr"], ["eps"]),
+        ("sau", ["--stop_fooled", "false"], ["success"], ["success"]),
+        ("sau", ["--norm", "Reg"], ["eps", "success"], []),
+        *((name, ["--norm", "Reg", "--pgd_init", "zero"], ["eps"], ["eps"]) for name in ("sau", "at")),
         ("nad", ["--client_optimizer", "adam"], ["sgd_momentum"], ["sgd_momentum"]),
         ("nc", ["--client_optimizer", "adam", "--early_stop", "false"], ["sgd_momentum", "early_stop_patience"], None),
         ("nc", ["--early_stop", "false"], ["early_stop_patience", "early_stop_threshold"], None),
@@ -312,7 +319,7 @@ def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warn
     """Where the user says them, and nowhere else; the shipped files say them all."""
     method = DEFENSES[name]
     values = {"early_stop_patience": "3", "te_epochs": "2", "augment_inversion": "true", "steplr_milestones": "2,3"}
-    values |= {"cos_t_max": "3", "adam_betas": "0.5,0.9", "min_lr": "0"}
+    values |= {"cos_t_max": "3", "adam_betas": "0.5,0.9", "min_lr": "0", "success": "label"}
     argv = [
         *flags,
         *(word for flag in said for word in (f"--{flag}", values.get(flag, "0.5")) if flag not in ("u_num",)),

@@ -22,6 +22,7 @@ from sau.data.images import Batches, Images, quantise, to_float
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError
+from sau.record.victim import Victim
 
 # Images and quantise
 
@@ -311,10 +312,11 @@ def test_an_unknown_data_set_lists_the_known_ones(one_line):
     assert "cifar11" in one_line(refusal.value) and all(name in str(refusal.value) for name in SOURCES)
 
 
-def test_offline_without_cifar10_one_line_says_what_to_do(monkeypatch, tmp_path, one_line):
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
+def offline(*args, **kwargs):
+    raise urllib.error.URLError("no route to host")
 
+
+def test_offline_without_cifar10_one_line_says_what_to_do(monkeypatch, tmp_path, one_line):
     monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
     with pytest.raises(DataError) as refusal:
         load("cifar10", tmp_path)
@@ -359,6 +361,20 @@ def test_a_download_goes_into_a_folder_that_is_there_or_the_default_one(monkeypa
         with pytest.raises(DataError, match="no route to host"):
             load("cifar10", default)
     assert list(tmp_path.iterdir()) == []  # folders that were made for it are gone
+
+
+def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_path, one_line):
+    """A stranger's record may name any folder; the default one and what the user names are another matter."""
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
+    about = {"name": "preactresnet18", "classes": 10, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
+    facts = {"path": tmp_path, "network": about, "weights": {}, "triggered": None, "poisoned": None, "recipe": None}
+    facts |= {"dataset": "cifar10", "dataset_path": str(tmp_path), "fingerprints": None, "lengths": (None, None)}
+    found = Victim(**facts, digest="")
+    with pytest.raises(DataError) as refusal:
+        found.pictures()
+    assert "give its --dataset_path" in one_line(refusal.value)
+    with pytest.raises(DataError, match="download failed"):
+        found.pictures(str(tmp_path))
 
 
 def fake_cifar(folder: Path) -> Path:

@@ -289,11 +289,13 @@ def test_the_seed_decides(defense):
     assert same_weights(fixed[0], fixed[1]) and not same_weights(fixed[0], fixed[2])
 
 
+@pytest.mark.parametrize("data", [pair, lambda: DataLoader(TensorDataset(*pair()), batch_size=16, shuffle=True)])
 @each
-def test_what_the_caller_draws_next_stays_the_same(defense):
+def test_what_the_caller_draws_next_stays_the_same(defense, data):
     torch.manual_seed(5)
+    clean = data()
     before = torch.get_rng_state()
-    defense.purify(tiny_net(), pair(), session=quiet())
+    defense.purify(tiny_net(), clean, session=quiet())
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -170,6 +170,13 @@ def test_networks_without_the_layer_are_refused(one_line):
         assert f"--unit {other}" in one_line(refusal.value)
 
 
+def test_a_batch_norm_without_weights_would_undo_the_pruning(one_line):
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError) as refusal:
+        FP(unit="last_conv").purify(nn.Sequential(*layers), pair(), session=quiet())
+    assert "batch norm without weights" in one_line(refusal.value)
+
+
 # Fine-tuning
 
 

@@ -21,7 +21,7 @@ from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
 from sau.grid.forecast import Forecast, costs, totals
-from sau.grid.names import plain
+from sau.grid.names import without_digest
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
@@ -251,8 +251,11 @@ def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):
 
 
 def test_the_names_of_folders_without_their_digests():
-    assert plain("badnet_r0.1_0123456789_s3") == "badnet_r0.1_s3" and plain("ft-sam_c0.05_0123456789") == "ft-sam_c0.05"
-    assert plain("badnet_s0") == "badnet_s0"
+    assert (
+        without_digest("badnet_r0.1_0123456789_s3") == "badnet_r0.1_s3"
+        and without_digest("ft-sam_c0.05_0123456789") == "ft-sam_c0.05"
+    )
+    assert without_digest("badnet_s0") == "badnet_s0"
 
 
 def test_a_report_reads_what_a_grid_calls_its_folders(planned):
@@ -306,7 +309,10 @@ BAD = {
     "unknown setting": (SMALL.replace("ft: {epochs", "ft: {epochz"), "overrides.ft.epochz: ft has no such setting"),
     "bad value": (SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"), "'many'"),
     "out of range": (SMALL.replace("clean_shares: [0.1]", "clean_shares: [0.1]\nthreads: 0"), "threads is 0"),
-    "auto": (SMALL + "recipe: auto\n", "allowed is one of paper, cpu"),
+    "auto": (SMALL + "recipe: auto\n", "allowed is one of paper, cpu, fast, fast_cpu"),
+    "fast without CUDA": (SMALL + "recipe: fast\n", "recipe is fast, but device is cpu"),
+    "fast of a data set without": (SMALL + "recipe: fast_cpu\n", "recipe is fast_cpu, which digits does not have"),
+    "no seeds": (SMALL + "seeds: []\n", "seeds names none"),
     "the grid's own": (SMALL.replace("ft: {epochs: 1", "ft: {random_seed: 1"), "the grid itself says seeds"),
     "the runner's own": (SMALL.replace("ft: {epochs: 1", "ft: {overwrite: true"), "the grid chooses this itself"),
     "two homes of a ratio": (SMALL + "  badnet: {pratio: 0.2}\n", "overrides.badnet.pratio contradicts ratios"),

@@ -95,6 +95,9 @@ def test_a_holder_on_another_machine_lives_while_it_gives_signs(tmp_path, monkey
     forge(path, host="elsewhere", pid=1)
     with pytest.raises(LockedError, match="on elsewhere since"):
         Lock(path).acquire()
+    to_come = time.time() + 10 * lock.LEASE  # of another clock, or of an archive that kept it
+    os.utime(path, (to_come, to_come))
+    assert holder(path) is None
     past = time.time() - lock.LEASE - 1
     os.utime(path, (past, past))
     monkeypatch.setattr(lock, "BEAT", 0.01)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net
 
 from sau.defense import FT, NAD
-from sau.defense.nad import attention, deepest, found, watched
+from sau.defense.nad import attention, deepest, named_layers, watched
 from sau.errors import ConfigError, RecordError
 from sau.evaluate import score
 from sau.models import Normalized, PreActResNet18
@@ -101,7 +101,9 @@ def test_the_layers_of_networks():
 
 def test_the_user_names_layers():
     model, x = Normalized(PreActResNet18(width=4)), torch.rand(1, 3, 32, 32)
-    assert found(model, x, ("layer2", "net.layer4", "avgpool")) == ["net.layer2", "net.layer4", "net.avgpool"]
+    assert named_layers(model, x, ("layer2", "net.layer4", "avgpool")) == ["net.layer2", "net.layer4", "net.avgpool"]
+    inside = nn.Sequential(nn.Identity(), PreActResNet18(width=4))  # as a wrapper of the user's has it
+    assert named_layers(inside, x, ("layer4",)) == ["1.layer4"]
     said: list[str] = []
     NAD(te_epochs=0, epochs=0, layers=("features.2", "features.4", "features.0")).purify(
         tiny_net(), pair(), session=Session(say=said.append)

@@ -49,7 +49,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "flags": (importing("argparse") | calling("add_argument"), {"config.py"}),
     "YAML": (importing("yaml"), {"yamlfile.py", "record/schema.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
-    "writing torch's files": (calling("torch.save"), {"record/folder.py", "foreign/export.py"}),
+    "writing torch's files": (calling("torch.save"), {"record/folder.py", "record/export.py"}),
     "pickles": (importing("pickle"), {"data/cifar.py", "foreign/torchfile.py"}),
     "gradients of weights": (calling("backward"), {"descent.py", "machine/device.py"}),
     "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py", "descent.py"}),
@@ -65,7 +65,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "the screen": (calling("print"), {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"commands.py", "defense/inputs.py", "attack/base.py", "seeds.py"} | below("data"),
+        {"commands.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"cli.py", "grid/cells.py", "grid/work.py"}),
     "the machine": (importing("resource") | calling("set_num_threads"), {"machine/device.py"}),

@@ -151,9 +151,9 @@ def test_a_fixed_level_that_leaves_nothing_is_refused_before_it_is_applied(one_l
         pruning.silence(net.get_submodule("features.1"), level.pruned["features.1"], shift=True)
 
     with pytest.raises(TrainingError) as refusal:
-        pruning.only(LEVELS[-1], prune, quiet())
+        pruning.prune_and_say(LEVELS[-1], prune, quiet())
     assert "features.1" in one_line(refusal.value) and same_weights(net, tiny_net())
-    pruning.only(LEVELS[0], prune, quiet())
+    pruning.prune_and_say(LEVELS[0], prune, quiet())
     assert not same_weights(net, tiny_net())
 
 
@@ -170,11 +170,11 @@ def test_a_fixed_level_that_leaves_a_network_that_guesses_is_refused_before_it_i
 
     session = Session(say=told.append)
     with pytest.raises(TrainingError) as refusal:
-        pruning.fixed(net, LEVELS[0], prune, (x, y), session)
+        pruning.prune_checked(net, LEVELS[0], prune, (x, y), session)
     assert "8 -> " in one_line(refusal.value) and net.shift.item() == 0 and not told
     half = torch.where(torch.arange(8) < 4, y, Answers(4)(x + shift).argmax(1))
     for seen in ((x, half), (x, y + 1 - 4 * (y == 3)), None):
-        pruning.fixed(net, LEVELS[0], prune, seen, session)
+        pruning.prune_checked(net, LEVELS[0], prune, seen, session)
         assert net.shift.item() == shift
         with torch.no_grad():
             net.shift.zero_()
@@ -222,7 +222,7 @@ def test_a_defender_without_pictures_is_a_mistake_of_the_program():
 
 def test_whatever_is_tried_is_undone():
     net = tiny_net()
-    with pytest.raises(KeyError), pruning.kept(net):
+    with pytest.raises(KeyError), pruning.undone(net):
         nn.init.zeros_(net.linear.weight)
         raise KeyError
     assert same_weights(net, tiny_net())

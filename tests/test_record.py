@@ -15,10 +15,12 @@ import pytest
 import torch
 from toys import REPOSITORY, environment
 
-from sau.errors import RecordError
+from sau.errors import LockedError, RecordError
 from sau.files import folder, write
 from sau.record import folder as module
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
+from sau.record.holding import give_back
+from sau.record.lock import Lock
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
 
@@ -207,7 +209,9 @@ def test_the_identity_decides_not_the_rest(tmp_path):
     ],
 )
 def test_an_unfinished_run_with_other_settings_is_refused_with_the_difference(tmp_path, other, words, one_line):
-    begun(tmp_path / "a").say("kept")
+    record = begun(tmp_path / "a")
+    record.say("kept")
+    record.row(epoch=1, loss=0.5)
     before = listing(tmp_path)
     with pytest.raises(RecordError) as refusal:
         begun(tmp_path / "a", other)
@@ -258,6 +262,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, one_line):
 
 
 BOMBS = {
+    "many nodes": "x: [" + "1," * 400_000 + "1]\n",
+    "a number of nothing": "x: !!int ''\n",
     "aliases": "a: &a [x, x]\nb: &b [*a, *a]\n",
     "a cycle": "a: &a [*a]\n",
     "a merge": "a: &a {x: 1}\nb: {<<: [*a, *a]}\n",
@@ -703,3 +709,63 @@ def test_a_log_that_is_a_link_is_not_followed(tmp_path, one_line):
     with pytest.raises(RecordError) as refusal:
         record.say("one")
     assert LOG in one_line(refusal.value) and (tmp_path / "precious").read_text() == "mine"
+
+
+# What others do in the folder meanwhile
+
+
+def test_what_an_editor_has_there_for_a_while_is_not_sealed(tmp_path):
+    record = begun(tmp_path / "a")
+    (tmp_path / "a" / ".log.txt.swp").write_text("half a line")
+    record.finish({"acc": 1.0})
+    (tmp_path / "a" / ".log.txt.swp").unlink()
+    Record(tmp_path / "a").check()
+
+
+def test_an_attack_is_not_made_again_while_a_defense_in_it_is_at_work(tmp_path, one_line):
+    made(tmp_path / "a")
+    with Lock(tmp_path / "a" / "defense" / ".sau.lock"):
+        with pytest.raises(LockedError) as refusal:
+            begun(tmp_path / "a", overwrite=True)
+        assert "a defense in" in one_line(refusal.value)
+        assert (tmp_path / "a" / MANIFEST).is_file()
+    begun(tmp_path / "a", overwrite=True)
+
+
+def test_bytes_of_a_path_that_are_no_text_do_not_spoil_the_folder(tmp_path):
+    """`$'caf\\xe9'` on a command line becomes a surrogate, which YAML can write and not read."""
+    record = begun(tmp_path / "a", command="attack.py --dataset_path caf\udce9")
+    record.say("from caf\udce9")
+    record.finish({"acc": 1.0})
+    assert Record(tmp_path / "a").check()["command"] == "attack.py --dataset_path caf?"
+    assert (tmp_path / "a" / LOG).read_text() == "from caf\\udce9\n"
+
+
+def test_a_manifest_that_names_one_file_many_times_is_refused(tmp_path):
+    record = made(tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    manifest["files"] |= {f"{n}/{CONFIG}": manifest["files"][CONFIG] for n in range(3)}
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(RecordError, match="missing or damaged"):
+        record.check()
+
+
+def test_a_full_disk_is_one_line_where_not_even_a_folder_can_be_made(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(RecordError, match="no room for"):
+        write(tmp_path / "new" / "deep" / "x", b"content")
+
+
+def test_a_run_that_was_refused_at_once_does_not_stand_in_the_way(tmp_path):
+    """Its folder has nothing but settings and a log; one with a row or a checkpoint is kept from other settings."""
+    refused = begun(tmp_path / "a", {"layers": "wrong"})
+    refused.say("error")
+    give_back(tmp_path / "a")
+    mended = begun(tmp_path / "a", {"layers": "right"})
+    assert mended.config["identity"] == {"layers": "right"} and not (tmp_path / "a" / LOG).exists()
+    mended.row(epoch=1, loss=0.5)
+    with pytest.raises(RecordError, match="unfinished run with other settings"):
+        begun(tmp_path / "a", {"layers": "others"})

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -163,6 +164,36 @@ def test_a_broken_folder_is_shown_with_its_reason_and_counts_nothing(tmp_path, r
     assert all(run.figures["acc"] == 90 for run in cell.good)
     page, _ = build(tmp_path)
     assert f"<b>{cell.status}</b>" in page and reason.replace("'", "&#39;") in page
+
+
+ODD = {
+    "notes that are a number": lambda path: (path / "config.yaml").write_text(
+        "schema: 1\ndigest: x\nidentity: {}\nnotes: 5\n"
+    ),
+    "rows of no end": lambda path: _instead(path / "metrics.jsonl"),
+    "epochs beyond counting": lambda path: (path / "metrics.jsonl").write_text('{"epoch": 1e16, "loss": 1}\n'),
+    "a figure of 400 digits": lambda path: (path / "summary.json").write_text(
+        json.dumps({"acc": 90.0, "trigger": {"psnr": 10**400}, "risk": {"before": {"r_adv": 10**400}}})
+    ),
+    "a log that leads elsewhere": lambda path: (path / "log.txt").symlink_to("/etc/passwd"),
+}
+
+
+def _instead(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_one_odd_folder_does_not_take_the_report_down(tmp_path, odd, sealed):
+    attack(tmp_path, seed=0)
+    path = attack(tmp_path, seed=1, rows=2)
+    for name in ("manifest.json", *(() if sealed else ("config.yaml",)), *(("log.txt",) if "log" in odd else ())):
+        (path / name).unlink(missing_ok=True)
+    ODD[odd](path)
+    page, _ = build(tmp_path)
+    assert "badnet_s0" in page and "root:" not in page
 
 
 def test_an_unfinished_run_says_how_far_it_came(tmp_path):

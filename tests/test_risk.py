@@ -224,6 +224,23 @@ def tracked(folder):
 TRACK = ("--track_risk", "true", "--risk_samples", "60", "--risk_steps", "2", "--risk_eps", "0.1", *QUICK)
 
 
+def test_measuring_leaves_every_module_in_its_mode():
+    model, reference = (torch.nn.Sequential(Line(w), torch.nn.Identity()) for w in lines(0, True))
+    model.train()
+    model[0].eval()
+    measure(model, reference, pictures(), search=Search(steps=1))
+    assert model.training and not model[0].training
+
+
+@pytest.mark.parametrize("name", ["ft", "nad"])
+def test_tracked_risks_do_not_end_the_training_of_batch_norm(name, victim, here):
+    flags = ("defense", name, "--result_file", "victim", "--epochs", "2", "--eval_every", "1")
+    assert here(*flags, *QUICK)[0] == 0
+    plain = (victim / "defense" / name / "model.safetensors").read_bytes()
+    assert here(*flags, *TRACK, "--overwrite")[0] == 0
+    assert (victim / "defense" / name / "model.safetensors").read_bytes() == plain
+
+
 def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here):
     flags = ("defense", "sau", "--result_file", "victim", "--epochs", "2", "--eval_every", "1")
     assert here(*flags, *QUICK)[0] == 0

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sau.config import options
 from sau.data.augment import Augment
-from sau.defense.sau import SAU, _types, jensen_shannon, unsharing_loss
+from sau.defense.sau import SAU, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
 from sau.session import Session
+from sau.witness import kinds
 
 CLASSES, BATCH, LR = 4, 16, 3e-3
 OURS = {  # the release's options by our names
@@ -37,7 +38,7 @@ OURS = {  # the release's options by our names
 @pytest.fixture(autouse=True)
 def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared samples leave the small batches of these tests as they leave large ones elsewhere."""
-    monkeypatch.setattr("sau.defense.sau.BUCKET", 4)
+    monkeypatch.setattr("sau.perturb.BUCKET", 4)
 
 
 # Toy pictures, toy networks
@@ -117,7 +118,7 @@ def test_the_search_in_chunks_is_the_search_of_the_batch(stop_fooled, monkeypatc
     state = apart(method)
     x, y = pictures(50)
     whole = search(method, state, x, y)
-    monkeypatch.setattr("sau.defense.sau.CHUNK", 16)
+    monkeypatch.setattr("sau.defense.sau.AT_ONCE", 16)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(search(method, state, x, y), whole, strict=True))
 
 
@@ -309,7 +310,7 @@ def test_shared_pictures_leave_the_batch(bucket: int, left: int, monkeypatch: py
 
     Some shared ones stay where that makes the batch a multiple of the bucket.
     """
-    monkeypatch.setattr("sau.defense.sau.BUCKET", bucket)
+    monkeypatch.setattr("sau.perturb.BUCKET", bucket)
     method = SAU(adv_steps=3)
     state = lines(method, 0.5, 0.5)
     x = torch.cat([plain(value, 1) for value in (0.1, 0.4, 0.1, 0.4, 0.1)])
@@ -324,7 +325,7 @@ def test_bucket_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     state = apart(SAU(lr=LR), "resnet")
     found = []
     for bucket in (1, 8, 1000):
-        monkeypatch.setattr("sau.defense.sau.BUCKET", bucket)
+        monkeypatch.setattr("sau.perturb.BUCKET", bucket)
         found.append(search(SAU(), state, *pictures()))
     for delta, s in found[1:]:
         assert torch.equal(delta, found[0][0])
@@ -446,12 +447,7 @@ def test_unsharing_gradient_is_cut(p_s: float, moves: bool) -> None:
 def test_types_of_adversarial_examples() -> None:
     """y = 0 throughout: right, right though h_b errs, type I (twice), type II (three times), type III."""
     answer, s = torch.tensor([0, 0, 1, 2, 1, 2, 1, 2]), torch.tensor([0, 1, 1, 2, 0, 0, 0, 1])
-    counts = _types(answer, s, torch.zeros(8, dtype=torch.long))
-    assert {name: int(value) for name, value in counts.items()} == {
-        "train_type1": 2,
-        "train_type2": 3,
-        "train_type3": 1,
-    }
+    assert kinds(answer, s, torch.zeros(8, dtype=torch.long)).tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
 
 
 # The outer step
@@ -472,7 +468,8 @@ def test_report() -> None:
     assert report["shared_loss"].item() == pytest.approx(shared.item())
     total = 0.7 * report["clean_loss"] + 0.3 * F.cross_entropy(z, y) + 1.4 * report["shared_loss"]
     assert report["loss"].item() == pytest.approx(total.item())
-    assert {name: report[name] for name in ("train_type1", "train_type2", "train_type3")} == _types(z.argmax(1), s, y)
+    types = kinds(z.argmax(1), s, y)
+    assert [int(report[f"train_type{kind}"]) for kind in (1, 2, 3)] == types.bincount(minlength=4)[1:].tolist()
 
 
 @pytest.mark.parametrize("outer_steps", [1, 3])
@@ -760,6 +757,7 @@ def test_unknown_hyperparameter() -> None:
 def test_what_an_update_costs_and_whether_it_may_be_split() -> None:
     """Of five steps, 28 passes a picture (docs/performance.md); several outer steps are several updates."""
     assert SAU(adv_steps=5).passes() == 28 and SAU(adv_steps=1).passes() == 12
+    assert SAU(adv_steps=5, outer_steps=3).passes() == 28 + 2 * 6
     assert SAU(outer_steps=1).splits() and not SAU(outer_steps=2).splits()
 
 

@@ -134,7 +134,7 @@ def updates(method: SAU | FT, most: int, say: list[str], count: int = 3) -> tupl
     full = Full(network().double(), 1000)
     state = method.prepare(full, count)
     full.most = most
-    step = InParts(method.step, state, method.splits(), say.append, getattr(method, "train_mode", False))
+    step = InParts(method.step, state, method.splits(), Session(say=say.append), method.batch_statistics())
     x, y = batch(15)
     return full, [step(x.double(), y) for _ in range(count)]
 
@@ -195,8 +195,8 @@ def test_one_of_several_devices_goes_through_in_parts_only_where_no_other_one_no
             team.messages += team.met
             raise
 
-    parts = InParts(step, state, method.splits(), said.append)
-    parts.join(Session(team=team, note=lambda **facts: noted.update(facts)))
+    session = Session(team=team, say=said.append, note=lambda **facts: noted.update(facts))
+    parts = InParts(step, state, method.splits(), session)
     x, y = batch(15)
     if fine:
         parts(x.double(), y)
@@ -216,7 +216,7 @@ def test_parts_leave_cuda_graphs(mode, wanted, monkeypatch):
     model.compiled = mode
     state = FT().prepare(model, 1)
     model.net.most = 8
-    InParts(FT().step, state, True, said.append)(*batch(15))
+    InParts(FT().step, state, True, Session(say=said.append))(*batch(15))
     assert model.compiled == wanted and sum("without CUDA graphs" in line for line in said) == (mode != wanted)
     assert calls[-1:] == ([wanted] if wanted else [])
 

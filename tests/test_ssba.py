@@ -221,6 +221,13 @@ def test_ready_pictures_replace_those_with_their_index(arrays, own_cache):
     assert some.shape == (2, 3, 16, 16) and some[:, 0, 0, 0].tolist() == [7, 3]
 
 
+def test_ready_pictures_of_nothing_are_nothing(arrays):
+    """Of the target class alone no test picture is triggered."""
+    test = toy_images(24)
+    attack = arrays()
+    assert len(attack.poison_test(test[test.labels == attack.attack_target])) == 0
+
+
 WRONG = {
     "floats": (np.zeros((40, 16, 16, 3), np.float32) + 9, "float32"),
     "another size": (np.full((40, 8, 8, 3), 9, np.uint8), "(40, 8, 8, 3)"),

@@ -6,6 +6,8 @@ from toys import tiny_net
 
 from sau import loop
 from sau.attack import workshop
+from sau.errors import RecordError
+from sau.record.folder import Record
 from sau.session import Session
 
 
@@ -134,3 +136,16 @@ def test_a_fingerprint_tells_weights_and_forms_apart():
     one = workshop.fingerprint(tiny_net())
     assert one == workshop.fingerprint(tiny_net())
     assert one != workshop.fingerprint(tiny_net(seed=1)) != workshop.fingerprint(tiny_net(classes=5))
+
+
+def test_a_run_does_not_go_on_with_another_trigger(tmp_path, one_line):
+    """As after a trigger was trained again with other threads: the first epochs have seen the old one."""
+    record = Record(tmp_path / "a")
+    record.begin({}, {"a": 1}, False)
+    workshop.same_trigger(record, tiny_net())
+    goes_on = Record(tmp_path / "a")
+    goes_on.begin({}, {"a": 1}, False)
+    workshop.same_trigger(goes_on, tiny_net())
+    with pytest.raises(RecordError) as refusal:
+        workshop.same_trigger(goes_on, tiny_net(seed=1))
+    assert "another trigger" in one_line(refusal.value)

@@ -10,6 +10,7 @@ shift 2
 settings() { # those of the table that the recipe has changed since
   case $1 in
     sau | at) echo --lr_scheduler constant ;;
+    i-bau) echo --lr 1e-4 --lr_scheduler constant ;;
     wanet) echo --epochs 24 ;;
     inputaware) echo --epochs 10 --clean_train_epochs 2 --schedulerG_milestones 200,300,400,500 ;;
   esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind digits.md: the demo's attack and defense on scikit-learn's digits, three seeds, about five minutes.
+# The runs behind digits.md: the demo's attack and defense on scikit-learn's digits, three seeds, a quarter of an hour on one thread.
 #     bash docs/results/digits.sh RECORDS
 set -u
 here="$(cd "$(dirname "$0")/../.." && pwd)"

@@ -16,4 +16,4 @@ for seed in "$@"; do
     done
   done
 done
-python "$here/scripts/ratios.py" "$root" --out "$root/ratios.png"
+python "$here/scripts/ratios.py" "$root" --out "$root/ratios"

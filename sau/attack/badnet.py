@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture, pictured
+from sau.attack.making import Making, Picture, coloured, pictured
 from sau.data.pictures import fit
 from sau.errors import ConfigError
 from sau.types import Pixels
@@ -66,7 +66,7 @@ class BadNet(Attack):
 
 
 def _put(patch: Tensor, x: Pixels) -> Pixels:
-    patch = patch.to(x)
+    patch = coloured(patch, x)
     return torch.where(patch > 0, patch, x)
 
 

@@ -19,6 +19,7 @@ from sau.attack.recipe import sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
+from sau.evaluate import percent_right
 from sau.machine.parts import InParts
 from sau.optim import Training
 from sau.seeds import seeded
@@ -152,7 +153,7 @@ class Attack(Labelling, ABC):
         logits = state["model"](x)
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
-        return {"loss": loss, "train_acc": 100 * (logits.argmax(1) == y).float().mean()}
+        return {"loss": loss, "train_acc": percent_right(logits, y)}
 
     def classifier_epochs(self, recipe: Training) -> int:
         """How many epochs of the recipe train the classifier."""
@@ -197,5 +198,5 @@ class Attack(Labelling, ABC):
     ) -> None:  # fmt: skip
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
-        step, end = InParts(self.step, state, self.splits(), session.say), partial(self.end_epoch, state)
+        step, end = InParts(self.step, state, self.splits(), session), partial(self.end_epoch, state)
         loop.run(step, batches, recipe.epochs, state=state, end_epoch=end, session=session)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture, pictured
+from sau.attack.making import Making, Picture, coloured, pictured
 from sau.data.pictures import fit
 from sau.types import Pixels
 
@@ -65,7 +65,7 @@ class Blended(Attack):
 
 
 def _blend(picture: Tensor, x: Pixels, alpha: float) -> Pixels:
-    return (1 - alpha) * x + alpha * picture.to(x)
+    return (1 - alpha) * x + alpha * coloured(picture, x)
 
 
 @cache

@@ -62,6 +62,11 @@ class Picture(nn.Module):
         return self.picture
 
 
+def coloured(picture: Tensor, x: Tensor) -> Tensor:
+    """A picture [3, H, W] on the device of pictures `x`, as their channels have it: one is the mean of the three."""
+    return (picture.mean(0, keepdim=True) if x.shape[1] == 1 else picture).to(x)
+
+
 def pictured(trigger: nn.Module | None, path: str | None, height: int, width: int) -> Tensor | None:
     """The picture of a trigger [3, height, width], from `forge` or, before that, from its file; None without a file."""
     if trigger is not None:

@@ -35,7 +35,7 @@ class Field(nn.Module):
 
     def forward(self, x: Pixels) -> Tensor:
         """The field at the resolution of `x`: [1, H, W, 2], x (column) before y (row)."""
-        smooth = F.interpolate(self.points.to(x.dtype), size=x.shape[-2:], mode="bicubic", align_corners=True)
+        smooth = F.interpolate(self.points.to(x), size=x.shape[-2:], mode="bicubic", align_corners=True)
         return smooth.permute(0, 2, 3, 1)
 
 

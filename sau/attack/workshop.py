@@ -46,7 +46,7 @@ def made(
             record = Record(cache_folder() / "triggers" / f"{name}-{digest(known)[:16]}")
             found = _whole(record) or _begin(record, known, stack, say)
             if found is not None:
-                say(f"{name}: {told(found[1])}; made before, {record.path}")
+                say(f"{name}: {in_words(found[1])}; made before, {record.path}")
                 return found
             shelf = _Shelf(record, say)
         except (OSError, RuntimeError, RecordError) as error:  # no home, no folder that can be written
@@ -55,7 +55,7 @@ def made(
         printed = session or Session(say=shelf.tell if shelf else print)
         tensors, figures = build(replace(printed, stage=0, **kept))
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}  # as from a file
-        say(f"{name}: {told(figures)}")
+        say(f"{name}: {in_words(figures)}")
         if shelf is not None:
             shelf.close(tensors, figures)
         return tensors, figures
@@ -68,6 +68,17 @@ def fingerprint(network: nn.Module) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def same_trigger(record: Record, trigger: nn.Module | None) -> None:
+    """Note in a record what its trigger is. RecordError if it goes on with another one than it began with, as it may
+    where the trigger was trained again, with other threads or elsewhere: the network has seen the first.
+    """
+    mark = None if trigger is None else fingerprint(trigger)
+    if record.config.get("trigger_digest", mark) != mark:
+        what = f"{record.path} began with another trigger, which was trained with other threads or on another machine"
+        raise RecordError(f"{what}; repeat it as it was, choose another name, or --overwrite")
+    record.note(trigger_digest=mark)
 
 
 def _whole(record: Record) -> Made | None:
@@ -155,7 +166,7 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def told(figures: Mapping[str, float]) -> str:
+def in_words(figures: Mapping[str, float]) -> str:
     """Figures as a line."""
     return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sau.errors import ConfigError
+from sau.errors import require
 
 Part = Literal["relearn", "white", "black", "transfer", "neighbours", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -49,9 +49,8 @@ class Asked:
             ("pictures", self.pictures >= 1, "1 and more"),
             ("scored", self.scored >= 1, "1 and more"),
             ("queries", self.queries >= self.scored, "at least what one question scores, and more"),
-            ("seeds", bool(self.seeds) and 0 <= min(self.seeds), "numbers, 0 and more"),
+            ("seeds", bool(self.seeds) and 0 <= min(self.seeds) <= max(self.seeds) < 2**63, "numbers, 0 to 2^63 - 1"),
             ("seeds", len(set(self.seeds)) == len(self.seeds), "each seed once"),
         )
         for name, fine, allowed in rules:
-            if not fine:
-                raise ConfigError(f"{name} of the audit is {getattr(self, name)}, allowed is {allowed}")
+            require(f"{name} of the audit", getattr(self, name), fine, allowed)

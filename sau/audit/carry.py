@@ -13,7 +13,7 @@ from sau.audit.measure import Row
 from sau.audit.plan import Piece, Plan
 from sau.files import loaded, write
 from sau.record.holding import give_back, hold
-from sau.record.schema import SEAL, digest, plain, signed
+from sau.record.schema import SEAL, as_json, digest, signed
 
 PIECES, RESULT = "pieces", "audit.json"
 
@@ -49,8 +49,8 @@ def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str,
     networks = {name: network.digest for name, network in case.networks.items()}
     asked = {**asdict(plan.asked), "samples": [len(case.test), len(case.triggered)]}
     attack = case.attack.name if case.attack is not None else None
-    found = {"record": case.name, "attack": attack, "networks": networks, "asked": plain(asked), "seconds": seconds}
-    return _keep(out / RESULT, {**found, "about": plain(plan.about), "notes": list(case.notes), "rows": rows})
+    found = {"record": case.name, "attack": attack, "networks": networks, "asked": as_json(asked), "seconds": seconds}
+    return _keep(out / RESULT, {**found, "about": as_json(plan.about), "notes": list(case.notes), "rows": rows})
 
 
 def _keep(place: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def open_case(
     attacked, there = victim.load(place), torch.device(where)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
-    train, test, notes = attacked.pictures(dataset_path or attacked.dataset_path)
+    train, test, notes = attacked.pictures(dataset_path)
     attack = recall(attacked.settings, attacked.trigger) if attacked.settings else None
     networks = {}
     for name, model in _models(attacked, train, defenses, control, control_defenses).items():

@@ -12,7 +12,7 @@ from sau.audit.measure import ALONE, FRESH, RELEASED, TRIGGER, Measure, Row
 from sau.audit.relearn import mixture
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError
-from sau.record.schema import digest, plain
+from sau.record.schema import as_json, digest
 from sau.watch import versioned
 
 
@@ -70,7 +70,7 @@ class Plan:
     ) -> Piece:
         who = {network.name: [network.digest, network.model.amp] for network in networks}
         identity = versioned({**self.common, "part": part, "networks": who, **settings})
-        return Piece(part, about, plain(identity), work)
+        return Piece(part, about, as_json(identity), work)
 
     def _before(self) -> Iterator[Piece]:
         for network in self.case.networks.values():

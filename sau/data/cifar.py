@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sau import files
 from sau.data.images import Images
 from sau.errors import DataError
 
@@ -41,6 +42,7 @@ _FILES = {
     "cifar100": ("cifar-100-python", "test", "fine_labels", 100),
 }
 DOWNLOADED = tuple(_FILES)
+LARGEST = 1 << 28  # bytes of a file; CIFAR-100's training pictures are 155 million
 
 
 def read(name: str, root: Path) -> tuple[Images, Images]:
@@ -65,6 +67,11 @@ def read(name: str, root: Path) -> tuple[Images, Images]:
 def find(name: str, root: Path) -> Path:
     """The folder of the files; downloaded as by `read`."""
     return _find(root, name) or _download(root / name, _official(name))
+
+
+def here(name: str, root: Path) -> bool:
+    """Whether a data set can be read from under `root` without a download."""
+    return name not in DOWNLOADED or _find(root, name) is not None
 
 
 def _official(name: str) -> Any:
@@ -103,7 +110,7 @@ def _cifar_batch(
 ) -> tuple[np.ndarray, list[int]]:
     """Pixels uint8 [N, 3, 32, 32] and labels; a file with another MD5 is a subset or it is damaged. None: unchecked."""
     try:
-        raw = path.read_bytes()
+        raw = files.read(path, LARGEST)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; delete {path.parent} to download it again") from None
     try:

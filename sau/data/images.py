@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sau.errors import DataError
+from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
@@ -158,8 +159,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         n, device = len(self.pixels), self.pixels.device
-        # The generator lives on the CPU so that a run draws the same numbers whatever device holds the pictures.
-        generator = torch.Generator().manual_seed(((self.seed or 0) * 1_000_003 + self.epoch) % 2**63)
+        generator = epoch_generator(self.seed or 0, self.epoch)
         order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
         order = order.to(device)
         starts = range(0, len(self) * self.size, self.size)

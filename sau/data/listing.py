@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sau.errors import DataError
+from sau.files import read
 
 Rows = Iterable[tuple[int, os.DirEntry[str]]]  # (label, file)
 
@@ -34,7 +35,7 @@ class Split:
     def text(self, file: Path) -> str:
         """The content of an annotation file; DataError if it is missing, empty or no text."""
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            text = read(file).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise DataError(f"cannot read the list {file}: {reason}") from None

@@ -126,7 +126,7 @@ class ANP(Defense):
         model.eval()
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None:
-            pruning.fixed(model, self.level(masks, self.pruning_number), prune, work, session)
+            pruning.prune_checked(model, self.level(masks, self.pruning_number), prune, work, session)
             return
         count = int(self.pruning_max / self.pruning_step + 1e-9)
         levels = [self.level(masks, round(i * self.pruning_step, 10)) for i in range(count + 1)]

@@ -1,6 +1,6 @@
 """AT: vanilla adversarial training (Madry et al., 2018) as a purifier, the negative control of the SAU paper.
 
-    min_h  l1 * CE(h(x), y) + l2 * max_{e in S} CE(h(x+e), y)
+    min_h  a1 * CE(h(x), y) + a2 * max_{e in S} CE(h(x+e), y)
 
 with SAU's ball, steps and optimiser, so that the two differ in what they unlearn and in nothing else.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.models.frozen import searched
 from sau.optim import Optimizer, Schedule
-from sau.perturb import Init, Norm, into_pixels, project, start
-from sau.types import Labels, Pixels
+from sau.perturb import Ball, Init, Norm
+from sau.types import Change, Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class AT(Tuning):
     --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.
 
     Args:
-        weight_clean: weight of the clean loss.
-        weight_adv: weight of the adversarial loss.
+        weight_clean: a1, of the clean loss.
+        weight_adv: a2, of the adversarial loss.
         eps: radius of the ball S, in [0, 1] pixels.
         norm: norm of the ball; Reg means no ball.
         adv_lr: step of the search; every norm uses sign steps.
@@ -71,6 +71,9 @@ class AT(Tuning):
     def splits(self) -> bool:
         return True
 
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
         delta = self.pgd(state.get("frozen", model), x, y)
@@ -81,13 +84,12 @@ class AT(Tuning):
         fooled = (z_adv.argmax(1) != y).sum()
         return {"loss": loss, "clean_loss": clean, "adv_loss": adversarial, "fooled": fooled}
 
-    def pgd(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Pixels:
+    def pgd(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Change:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
-        delta = start(x, self.pgd_init, self.norm, self.eps)
-        delta = into_pixels(x, delta) if self.clip_pixels else delta
+        ball = Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
+        delta = ball.start(x, self.pgd_init)
         for _ in range(self.adv_steps):
             d = delta.requires_grad_()
             (gradient,) = torch.autograd.grad(F.cross_entropy(model(x + d), y, reduction="sum"), d)
-            delta = project(d.detach() + self.adv_lr * gradient.sign(), self.norm, self.eps)
-            delta = into_pixels(x, delta) if self.clip_pixels else delta
+            delta = ball.into(x, d.detach() + self.adv_lr * gradient.sign())
         return delta

@@ -91,14 +91,14 @@ class Defense(Method, ABC):
         owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
-        _check_fit(self, owned, batches, session)
-        with seeded(seed), _enough_pictures():  # the caller's draws stay theirs
+        with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
+            _check_fit(self, owned, batches, session)
+        with seeded(seed), _enough_pictures():
             self.run(owned, batches, session)
         _check_weights(owned)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        result = owned if owned is copied else owned.net
-        return laid_as(result, model).to(home).eval()
+        return laid_as(owned if owned is copied else owned.net, model).to(home).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Tuning(Training, Defense):
         augment: crop and flip the clean pictures as in training.
     """
 
-    constant: ClassVar[tuple[str, ...]] = ()  # of what `prepare` returns: what it makes again alike, and none moves
+    constant: ClassVar[tuple[str, ...]] = ()  # of the state, what a resumed run makes again alike: not in checkpoints
 
     batch_size: int = 256
     augment: bool = False
@@ -118,6 +118,10 @@ class Tuning(Training, Defense):
         """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
         return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
 
+    def batch_statistics(self) -> bool:
+        """Whether `step` itself puts batch norm into train mode for a while."""
+        return False
+
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         state = self.prepare(model, len(batches))  # type: ignore[arg-type]
         self.rounds(state, batches, session)
@@ -125,7 +129,7 @@ class Tuning(Training, Defense):
     def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
-            InParts(self.step, state, self.splits(), session.say, getattr(self, "train_mode", False)),
+            InParts(self.step, state, self.splits(), session, self.batch_statistics()),
             batches,
             self.epochs,
             state={name: thing for name, thing in state.items() if name not in self.constant},

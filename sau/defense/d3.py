@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from sau.defense.base import Tuning
 from sau.defense.inputs import glance
-from sau.defense.layers import classifier, full_name, plain
+from sau.defense.layers import classifier, full_name, settable
 from sau.defense.sphere import Sphere, uniform
 from sau.errors import ConfigError
+from sau.evaluate import percent_right
 from sau.session import Session
 from sau.types import Labels, Loader, Logits, Pixels, Scalar
 
@@ -86,7 +87,9 @@ class D3(Tuning):
         found = [m for place in places for m in place.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         if not found:
             raise ConfigError(f"layers is {','.join(self.layers)}, but no convolution or linear layer is inside")
-        return list({id(layer.weight): layer.weight for layer in (plain(layer, self.name) for layer in found)}.values())
+        return list(
+            {id(layer.weight): layer.weight for layer in (settable(layer, self.name) for layer in found)}.values()
+        )
 
     def first(self, origin: Tensor) -> Tensor:
         """Where W starts."""
@@ -111,5 +114,4 @@ class D3(Tuning):
         state["descent"](loss / (self.penalty + 1) if self.penalty > 1 else loss)
         for sphere in spheres:
             sphere.project()
-        right = (logits.argmax(1) == y).float().mean()
-        return {"loss": loss, "excess": excess, "distance": distance, "clean_acc": 100 * right}
+        return {"loss": loss, "excess": excess, "distance": distance, "clean_acc": percent_right(logits, y)}

@@ -1,8 +1,9 @@
 """EP, entropy-based pruning (Zheng, Tang, Li, Liu, "Pre-activation Distributions Expose Backdoor Neurons",
 NeurIPS 2022).
 
-Looks at the attacker's training pictures, without their labels. On a mixture of clean and poisoned ones a backdoor
-channel has two narrow modes, so its histogram has a low entropy. For each batch norm, with one batch of n pictures:
+Looks at the attacker's training pictures; their labels choose nothing. On a mixture of clean and poisoned ones a
+backdoor channel has two narrow modes, so its histogram has a low entropy. For each batch norm, with one batch of n
+pictures:
 
     t_ic = max over places of the input of channel c for picture i,     z_ic = (t_ic - mean_c) / std_c
     H_c = - sum_b p_cb ln p_cb,     p_cb = share of the z_ic in bin b

@@ -17,7 +17,7 @@ from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.held import hold_back
 from sau.defense.inputs import unaugmented
-from sau.defense.layers import plain, watching
+from sau.defense.layers import settable, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.session import Session
@@ -140,7 +140,10 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
     if not found:
         other = "last_conv" if unit == "linear_input" else "linear_input"
         raise ConfigError(f"the network has no {kind.__name__}, which unit {unit} of fp prunes; try --unit {other}")
-    return [plain(layer, "fp") for layer in found]
+    if any(isinstance(layer, nn.BatchNorm2d) and not layer.affine for layer in found):
+        what = "its last convolution is followed by a batch norm without weights, which would undo the pruning"
+        raise ConfigError(f"{what}; try --unit linear_input")
+    return [settable(layer, "fp") for layer in found]
 
 
 def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:

@@ -20,6 +20,7 @@ from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import classifier
 from sau.defense.sphere import Sphere, uniform
+from sau.evaluate import percent_right
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels
 
@@ -72,5 +73,4 @@ class FST(Tuning):
         loss = clean + self.alpha * overlap
         state["descent"](loss)
         sphere.project()
-        right = (logits.argmax(1) == y).float().mean()
-        return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": 100 * right}
+        return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": percent_right(logits, y)}

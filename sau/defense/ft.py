@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sau.defense.base import Tuning
+from sau.evaluate import percent_right
 from sau.types import Labels, Pixels
 
 
@@ -28,4 +29,4 @@ class FT(Tuning):
         logits = state["model"](x)
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
-        return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}
+        return {"loss": loss, "clean_acc": percent_right(logits, y)}

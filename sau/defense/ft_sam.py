@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.defense.base import Tuning
+from sau.evaluate import percent_right
 from sau.types import Labels, Logits, Pixels, Scalar
 
 TINY = 1e-12  # keeps a norm of 0 from dividing
@@ -104,8 +105,7 @@ class FTSAM(Tuning):
             worst = smoothed_loss(model(x), y, self.label_smoothing)
             there = torch.autograd.grad(worst, weights, materialize_grads=True)
         descent.follow(self.direction(here, there) if self.alpha else there)
-        right = (logits.argmax(1) == y).float().mean()
-        return {"loss": loss, "worst_loss": worst, "clean_acc": 100 * right}
+        return {"loss": loss, "worst_loss": worst, "clean_acc": percent_right(logits, y)}
 
     @torch.no_grad()
     def perturbation(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -34,7 +34,7 @@ from sau.types import Labels, Loader, Pixels, Scalar
 SETTLED = 1e-10  # v is taken for solved once a step changes it by less, in its 2-norm
 
 
-class Universal(nn.Module):
+class Round(nn.Module):
     """The perturbation [1, C, H, W] of the current round, and how many batches of all rounds are done."""
 
     delta: Tensor
@@ -126,7 +126,7 @@ class IBAU(Tuning):
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         kept = Kept(batches)
-        state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Universal(kept.x)}
+        state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Round(kept.x)}
         with full_precision(model), _second_derivatives():
             self.rounds(state, kept, session)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Batches, Images, to_float
 from sau.errors import DataError
-from sau.seeds import seeded
+from sau.seeds import epoch_generator, seeded
 from sau.types import Loader
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -145,7 +145,7 @@ class _Loader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = epoch_generator(self.seed, self.epoch)
         for x, y, *_ in self.loader:
             x, y = checked(x, y, self.mean, self.std)
             x, y = x.to(self.device), y.to(self.device)

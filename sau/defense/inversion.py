@@ -155,8 +155,7 @@ class Inversion(Method):
             patches.hits[part] += right
             patches.norms[part] += norm.detach()
             loss, hits = loss + entropy.detach().sum(), hits + right.sum()
-        # The gradient of this sum is the gradient gathered above; it is zero for rows that have stopped.
-        state["descent"](sum((g * p).sum() for g, p in zip(total, parameters, strict=True)))
+        state["descent"].follow(total)  # zero for rows that have stopped
         return {"loss": loss / len(rows), "success": 100 * hits / len(rows), "open": patches.open.float().sum()}
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ def classifier(model: nn.Module, x: Pixels, method: str) -> nn.Linear:
         raise ConfigError(
             f"no linear layer (Linear) makes the network's {classes} logits, as {method} needs; try ft or sau"
         )
-    return plain(ran[-1], method)
+    return settable(ran[-1], method)
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def watching(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator
             handle.remove()
 
 
-def plain(layer: Layer, method: str) -> Layer:
+def settable(layer: Layer, method: str) -> Layer:
     """`layer`; ConfigError if its weight is computed from others, so that `method` cannot set it."""
     if is_parametrized(layer, "weight"):
         raise ConfigError(

@@ -24,7 +24,7 @@ from sau import loop
 from sau.config import nearest
 from sau.defense.ft import FT
 from sau.defense.inputs import glance
-from sau.defense.layers import watching
+from sau.defense.layers import full_name, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.optim import Schedule
@@ -84,7 +84,7 @@ class NAD(FT):
 
     def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
         x = glance(batches)
-        layers = found(model, x, self.layers) if self.layers else deepest(model, x)
+        layers = named_layers(model, x, self.layers) if self.layers else deepest(model, x)
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
         session.say(f"attention of {', '.join(terms)}")
@@ -158,14 +158,17 @@ def deepest(model: nn.Module, x: Pixels) -> list[str]:
     return [ends[size][1] for size in reversed(deep)]
 
 
-def found(model: nn.Module, x: Pixels, layers: Sequence[str]) -> list[str]:
+def named_layers(model: nn.Module, x: Pixels, layers: Sequence[str]) -> list[str]:
     """The full names of the layers that the user named; ConfigError for one without feature maps."""
     known = _sizes(model, x)
-    names = [name if name in known else f"net.{name}" for name in layers]  # `net` is the user's network
-    for name, full in zip(layers, names, strict=True):
+    short = [name.removeprefix("net.") for name in known]  # `net` is the user's network
+    names = []
+    for name in layers:
+        advice = f"give --layers with feature maps [B, C, H, W]{nearest(name, short)}"
+        full = full_name(model, name, advice)
         if full not in known:
-            plain = [other.removeprefix("net.") for other in known]
-            raise ConfigError(f"layers: no {name!r} with feature maps [B, C, H, W]{nearest(name, plain)}")
+            raise ConfigError(f"the layer {name!r} has no feature maps; {advice}")
+        names.append(full)
     return names
 
 

@@ -26,9 +26,9 @@ from sau.defense.layers import full_name
 from sau.errors import ConfigError
 from sau.models.polarizer import insert
 from sau.optim import Training
-from sau.perturb import Norm, into_pixels, project
+from sau.perturb import Ball, Norm
 from sau.session import Session
-from sau.types import Labels, Loader, Logits, Pixels, Scalar
+from sau.types import Change, Labels, Loader, Logits, Pixels, Scalar
 
 ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
 
@@ -107,7 +107,9 @@ class NPD(Tuning):
         found = super().idle()
         if self.warm_epochs:  # the warm-up is sgd's whatever follows
             found.pop("sgd_momentum", None)
-        return found
+        else:
+            found["warm_lr"] = "there are no warm epochs"
+        return found | ({"eps": "Reg has no ball"} if self.norm == "Reg" else {})
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
@@ -143,16 +145,17 @@ class NPD(Tuning):
         state["descent"](loss)
         return {"loss": loss, "clean_loss": clean, "adv_loss": adv, "fooled": (z_adv.argmax(1) != answer).sum()}
 
-    def search(self, model: nn.Module, x: Pixels, target: Labels) -> Pixels:
+    def search(self, model: nn.Module, x: Pixels, target: Labels) -> Change:
         """Sign steps down CE(f(x + d), target), from 0, inside the ball and the pixels."""
-        delta = torch.zeros_like(x)
+        ball = Ball(norm=self.norm, eps=self.eps, clip=True)
+        delta = ball.start(x, "zero")
         for _ in range(self.adv_steps):
             d = delta.requires_grad_()
             z = model(x + d)
             if bool((z.argmax(1) == target).float().mean() > ENOUGH):
                 break
             (gradient,) = torch.autograd.grad(F.cross_entropy(z, target, reduction="sum"), d)
-            delta = into_pixels(x, project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps))
+            delta = ball.into(x, d.detach() - self.adv_lr * gradient.sign())
         return delta.detach()
 
 

@@ -80,7 +80,7 @@ def apply(model: nn.Module, level: Level, *, shift: bool) -> None:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def undone(model: nn.Module) -> Iterator[None]:
     """Whatever happens to the weights inside is undone at the end."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
@@ -111,14 +111,13 @@ def choose(
         prune: applies a level to `model` in place.
         held: clean pictures that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
-        session: says what was chosen; its `judge` scores networks for the oracle.
-        oracle: test ACC and ASR choose, as in the benchmark: the lowest ASR of the allowed levels. Otherwise the
-            defender does: the hardest level before the first that is not allowed.
+        session: says what was chosen; its `judge` scores for the oracle.
+        oracle: test ACC and ASR choose the lowest ASR of the allowed levels, as in the benchmark; else the hardest
+            level counts before the first that is not allowed.
         by_asr: False is an oracle that goes by the defender's rule on test ACC.
     """
     search, judge = oracle and by_asr, _judge(held, session, oracle)
-    first = judge(model)
-    chosen, best, count = None, first, 0
+    chosen, best, count = None, (first := judge(model)), 0
     if not oracle and held is not None and guesses(model, held, first.acc.percent, session):
         return chosen
     for level in levels:
@@ -128,8 +127,8 @@ def choose(
             continue
         count = level.count
         found = _tried(model, level, prune, judge)
-        allowed = (first.acc.percent - found.acc.percent) <= tolerance * first.acc.percent
-        if not allowed and not search:
+        allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent
+        if not (allowed or search):
             break
         if allowed and (not search or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
             chosen, best = level, found
@@ -137,7 +136,8 @@ def choose(
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
     else:
-        only(chosen, prune, session, f"{named(None if oracle else held)} {first.acc.percent} -> {best.acc.percent} %")
+        change = f"{first.acc.percent} -> {best.acc.percent} %"
+        prune_and_say(chosen, prune, session, f"{named(None if oracle else held)} {change}")
     return chosen
 
 
@@ -145,7 +145,7 @@ def _tried(
     model: nn.Module, level: Level, prune: Callable[[Level], None], judge: Callable[[nn.Module], Score]
 ) -> Score:
     """What `model` scores with a level pruned; afterwards it is as it was."""
-    with kept(model):
+    with undone(model):
         prune(level)
         return judge(model)
 
@@ -159,7 +159,7 @@ def _judge(held: Held | None, session: Session, oracle: bool) -> Callable[[nn.Mo
 
 
 @torch.no_grad()
-def fixed(
+def prune_checked(
     model: nn.Module, level: Level, prune: Callable[[Level], None], seen: tuple[Tensor, Tensor] | None, session: Session
 ) -> None:
     """Prune `model`, in eval mode, by the one level that a setting says.
@@ -170,7 +170,7 @@ def fixed(
     """
     if seen is not None and not level.everything:
         x, y = seen[0][:CHECKED], seen[1][:CHECKED]
-        with kept(model):
+        with undone(model):
             before = int((model(x).argmax(1) == y).sum())
             prune(level)
             after = int((model(x).argmax(1) == y).sum())
@@ -180,10 +180,10 @@ def fixed(
                 f"{level.name} would prune {level.count} channels and leave a network that guesses ({before} -> "
                 f"{after} of {len(y)} pictures right); prune less"
             )
-    only(level, prune, session)
+    prune_and_say(level, prune, session)
 
 
-def only(level: Level, prune: Callable[[Level], None], session: Session, accuracy: str = "") -> None:
+def prune_and_say(level: Level, prune: Callable[[Level], None], session: Session, accuracy: str = "") -> None:
     """Prune by one level; TrainingError, with the network as it was, if a layer would lose all of its channels."""
     if level.everything:
         lost = ", ".join(name for name, flags in level.pruned.items() if flags.all())

@@ -26,6 +26,7 @@ from sau.defense.base import Defense
 from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.defense.masks import Perturbable
+from sau.evaluate import percent_right
 from sau.optim import DESCENT, Training
 from sau.session import Session
 from sau.types import Labels, Loader, Pixels
@@ -129,7 +130,7 @@ class RNP(Defense):
             logits = unlearned(x)
             loss = F.cross_entropy(logits, y)
             descent(-loss, clip=CLIP)
-            return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}
+            return {"loss": loss, "clean_acc": percent_right(logits, y)}
 
         def end_epoch(losses: dict[str, float]) -> bool:
             descent.end_epoch(losses["loss"])
@@ -152,7 +153,7 @@ class RNP(Defense):
             descent(loss)
             with torch.no_grad():
                 masks[0].clamp_(0, 1)
-            return {"loss": loss, "clean_acc": 100 * (logits.argmax(1) == y).float().mean()}
+            return {"loss": loss, "clean_acc": percent_right(logits, y)}
 
         state = {"unlearned": unlearned, "masks": masks, "descent": descent}
         run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session)
@@ -167,8 +168,8 @@ class RNP(Defense):
 
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":
-            x, y, *_ = next(iter(batches))
-            pruning.fixed(model, level(self.pruning_number), prune, (x, y), session)
+            x, y, *_ = next(iter(unaugmented(batches)[0]))
+            pruning.prune_checked(model, level(self.pruning_number), prune, (x, y), session)
             return
         count = int(self.pruning_max / self.pruning_step + 1e-9)
         levels = [level(i * self.pruning_step) for i in range(count + 1)]

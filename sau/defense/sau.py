@@ -1,13 +1,14 @@
 """SAU, Shared Adversarial Unlearning (Wei, Zhang, Zha, Wu, NeurIPS 2023).
 
-With h the network being purified (softmax p), h_b the backdoored one (softmax q), a ball S and clean pairs (x, y):
+With h the network being purified (softmax p), h_b the backdoored one (softmax q), a ball S and clean pairs (x, y); in
+the code h is `model`, h_b `reference` and e `delta`:
 
     inner   max_{e in S}  l3 * 1/2 [CE(h(x+e), y) + CE(h_b(x+e), y)]  -  l4 * JS(p(x+e), q(x+e))
     outer   min_h         l1 * CE(h(x), y)  +  l2 * 1[s != y] * -log(1 - p_s(x+e)),     s = argmax h_b(x+e)
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
-or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels` and
-`outer_mask` are where its released code departs from them, and stand as released.
+or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
+and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released.
 """
 
 import copy
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.models.frozen import searched
 from sau.optim import Optimizer, Schedule
-from sau.perturb import Init, Norm, into_pixels, project, start
-from sau.types import Flags, Labels, Logits, PerImage, Pixels, Scalar
+from sau.perturb import Ball, Init, Norm, bucketed
+from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
+from sau.witness import kinds
 
 Network = Callable[[Tensor], Tensor]
-BUCKET = 32  # every new batch size costs the convolutions a set-up, so the search uses few of them
-CHUNK = 128  # pictures searched at once on the CPU, whose caches do not hold the activations of more
+AT_ONCE = 128  # pictures searched at once on the CPU, whose caches do not hold the activations of more
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -55,11 +56,11 @@ class SAU(Tuning):
 
     Args:
         outer_steps: weight updates a batch, all from the same perturbations.
-        weight_clean: lambda_1 of the paper: the clean loss.
+        weight_clean: l1, lambda_1 of the paper: the clean loss.
         weight_adv: adversarial training on the found examples; the paper has no such term (0).
-        weight_shared: lambda_2 of the paper: the shared adversarial risk.
-        inner_adv: lambda_3 of the paper: how much the search wants both networks to err.
-        inner_shared: lambda_4 of the paper: how much it wants them to err alike.
+        weight_shared: l2, lambda_2 of the paper: the shared adversarial risk.
+        inner_adv: l3, lambda_3 of the paper: how much the search wants both networks to err.
+        inner_shared: l4, lambda_4 of the paper: how much it wants them to err alike.
         eps: radius of the ball S, in [0, 1] pixels.
         norm: norm of the ball; Reg means no ball.
         adv_lr: step of the search; every norm uses sign steps.
@@ -77,16 +78,10 @@ class SAU(Tuning):
     name: ClassVar[str] = "sau"
     teamwork: ClassVar[bool] = True
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
-    aliases: ClassVar[dict[str, str]] = {
-        "n_rounds": "epochs",
-        "lmd_1": "weight_clean",
-        "lmd_2": "weight_adv",
-        "lmd_3": "weight_shared",
-        "beta_1": "inner_adv",
-        "beta_2": "inner_shared",
-        "trigger_norm": "eps",
-        "norm_type": "norm",
-    }
+    aliases: ClassVar[dict[str, str]] = {  # as released: the numbers are not those of the paper's lambdas
+        "lmd_1": "weight_clean", "lmd_2": "weight_adv", "lmd_3": "weight_shared", "beta_1": "inner_adv",
+        "beta_2": "inner_shared", "n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm",
+    }  # fmt: skip
 
     lr: float = 1e-4
     lr_scheduler: Schedule = "constant"
@@ -124,13 +119,21 @@ class SAU(Tuning):
         return {"model": model.eval(), "reference": reference, "descent": descent, **searched(model)}
 
     def passes(self) -> float:
-        return 4 * self.adv_steps + 8.0
+        return 4 * self.adv_steps + 2 + 6.0 * self.outer_steps
 
     def splits(self) -> bool:
         return self.outer_steps == 1
 
+    def batch_statistics(self) -> bool:
+        return self.train_mode
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle() | ({} if self.stop_fooled else {"success": "stop_fooled is off"})
+        return found | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, reference = state["model"].eval(), state["reference"]  # memory may have run out in train mode
+        # An attempt that ran out of memory may have left train mode on.
+        model, reference = state["model"].eval(), state["reference"]
         with torch.set_grad_enabled(not self.train_mode):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
@@ -139,70 +142,67 @@ class SAU(Tuning):
         mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
         report: dict[str, Tensor] = {}
         for repeat in range(self.outer_steps):
-            z, z_adv = self._outer_logits(model, x, x + delta, z if repeat == 0 else None)
+            z, z_adv = self._logits(model, x, x + delta, z if repeat == 0 else None)
             clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
             loss = self.weight_clean * clean + self.weight_shared * shared
             if self.weight_adv:
                 loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
             state["descent"](loss)
-            losses = {"loss": loss, "clean_loss": clean, "shared_loss": shared}
-            report = report or {**losses, **_types(z_adv.argmax(1), s, y)}
+            types = kinds(z_adv.argmax(1), s, y)
+            counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
+            report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **counts}
         return report
 
     def shared_pgd(
         self, model: Network, reference: Network, x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
-    ) -> tuple[Pixels, Labels]:
-        """The inner problem, by sign steps; returns the perturbations and s, the reference's answers on them.
+    ) -> tuple[Change, Labels]:
+        """The inner problem, by sign steps: the perturbations e, and s, the answers of h_b on x + e.
 
-        A shared sample has no gradient and stays where it is. On the CPU the batch is searched in chunks and shared
-        samples leave theirs, as many as keep its size a multiple of BUCKET. Elsewhere counting them would make the
-        device wait, and compiled networks know few sizes.
+        `clean` and `clean_ref` are the answers of h and h_b on x. A shared picture has no gradient and stays where it
+        is. On the CPU the batch is searched in chunks and shared pictures leave theirs, as many as keep its size whole
+        buckets. Elsewhere counting them would make the device wait, and compiled networks know few sizes.
         """
-        n, plain = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", None)
+        n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", None)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
-        delta, s = start(x, self.pgd_init, self.norm, self.eps), clean_ref.clone()
-        delta = into_pixels(x, delta) if self.clip_pixels else delta
-        for active in torch.arange(n, device=x.device).split(CHUNK if plain else n):
+        ball = Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
+        delta, s = ball.start(x, self.pgd_init), clean_ref.clone()
+        for active in torch.arange(n, device=x.device).split(AT_ONCE if may_shrink else n):
             for _ in range(self.adv_steps):
                 d = delta[active].requires_grad_()
                 z, z_ref = model(x[active] + d), reference(x[active] + d)
                 answer, answer_ref = z.argmax(1), z_ref.argmax(1)
                 fooled, fooled_ref = answer != base[active], answer_ref != base_ref[active]
                 shared = fooled & fooled_ref & (answer == answer_ref)
-                keep, keep_ref, keep_js = (~fooled, ~fooled_ref, ~shared) if self.stop_fooled else (True, True, True)
-                ce = keep * F.cross_entropy(z, y[active], reduction="none")
-                ce_ref = keep_ref * F.cross_entropy(z_ref, y[active], reduction="none")
-                js = keep_js * jensen_shannon(z, z_ref)
-                loss = self.inner_shared * js.sum() / n - self.inner_adv * (ce.sum() + ce_ref.sum()) / (2 * n)
+                loss = self.search_loss(z, z_ref, y[active], fooled, fooled_ref, shared) / n
                 (gradient,) = torch.autograd.grad(loss, d)  # with respect to d alone: no weight gradients
-                moved = project(d.detach() - self.adv_lr * gradient.sign(), self.norm, self.eps)
-                delta[active] = into_pixels(x[active], moved) if self.clip_pixels else moved
-                if plain and self.stop_fooled:
+                delta[active] = ball.into(x[active], d.detach() - self.adv_lr * gradient.sign())
+                if may_shrink and self.stop_fooled:
                     s[active] = answer_ref  # final where shared, else found anew below
-                    if (left := int((~shared).sum())) == 0:
+                    active = active[shared.argsort(stable=True)[: bucketed(int((~shared).sum()))]]
+                    if not len(active):
                         break
-                    active = active[shared.argsort(stable=True)[: -(-left // BUCKET) * BUCKET]]
-            else:
+            if len(active):
                 with torch.no_grad():
                     s[active] = reference(x[active] + delta[active]).argmax(1)
         return delta, s
 
-    def _outer_logits(
-        self, model: nn.Module, x: Pixels, adversarial: Pixels, z: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def search_loss(
+        self, z: Logits, z_ref: Logits, y: Labels, fooled: Flags, fooled_ref: Flags, shared: Flags
+    ) -> Scalar:
+        """Minus the inner objective, summed over pictures: l4 * JS - l3 * 1/2 [CE + CE_b].
+
+        With `stop_fooled` a network's cross-entropy counts until it is fooled, JS until the picture is shared.
+        """
+        ce, ce_ref = (F.cross_entropy(logits, y, reduction="none") for logits in (z, z_ref))
+        js = jensen_shannon(z, z_ref)
+        if self.stop_fooled:
+            ce, ce_ref, js = ~fooled * ce, ~fooled_ref * ce_ref, ~shared * js
+        return self.inner_shared * js.sum() - self.inner_adv * (ce.sum() + ce_ref.sum()) / 2
+
+    def _logits(self, model: nn.Module, x: Pixels, adversarial: Pixels, z: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.train_mode:
             # Statistics over clean and perturbed pictures together, as released.
             both = model.train()(torch.cat([x, adversarial]))
             model.eval()
             return both[: len(x)], both[len(x) :]
         return model(x) if z is None else z, model(adversarial)
-
-
-def _types(answer: Labels, s: Labels, y: Labels) -> dict[str, Tensor]:
-    """Counts of adversarial examples: type I both networks alike, II only h, III both but differently."""
-    fooled, fooled_ref, alike = answer != y, s != y, answer == s
-    return {
-        "train_type1": (fooled & alike).sum(),
-        "train_type2": (fooled & ~fooled_ref).sum(),
-        "train_type3": (fooled & fooled_ref & ~alike).sum(),
-    }

@@ -97,6 +97,7 @@ def _checked(content: Any, folder: Path, digest: str) -> Foreign:
     poisoned, train_length = None, None
     if top["bd_train"] is not None:
         poisoned, train_length = Part(folder, "bd_train", digest, classes, size, train).read(top["bd_train"])
+        poisoned = poisoned if len(poisoned) else None  # the network of a poisoning ratio of 0
     return Foreign(dataset, name, classes, shape, weights, triggered, poisoned, test_length, train_length, digest)
 
 

@@ -64,9 +64,9 @@ def guess(found: Weights) -> Guess | None:
 def _layout(name: str, classes: int, width: int | None) -> Mapping[str, Tensor]:
     """The state dict without memory for its values."""
     with torch.device("meta"):
-        return plain(name, classes, width).state_dict()
+        return unwrapped(name, classes, width).state_dict()
 
 
-def plain(name: str, classes: int, width: int | None) -> nn.Module:
+def unwrapped(name: str, classes: int, width: int | None) -> nn.Module:
     """The network by its name, as its authors wrote it; ConfigError for a name that is unknown."""
     return MODELS[name](classes, width) if name in MODELS else torchvision_plain(name, classes)

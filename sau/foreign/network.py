@@ -4,14 +4,16 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sau.errors import ConfigError, RecordError
 from sau.foreign import weights
-from sau.foreign.guess import guess, plain
+from sau.foreign.guess import guess, unwrapped
 from sau.models import has_width
 from sau.run import OwnRun
 
@@ -23,19 +25,22 @@ def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]
     """
     found = weights.read(Path(str(run.model_file)))
     if ":" in run.arch:
-        net, name = _imported(run), run.arch
+        imported = _imported(run)
+        name, make = run.arch, lambda: imported
     elif run.arch == "auto":
         known = guess(found)
         if known is None:
             raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
-        net, name = plain(known.name, known.classes, known.width), known.name
+        name, make = known.name, partial(unwrapped, known.name, known.classes, known.width)
     else:
-        net, name = plain(run.arch, classes, _width(found) if has_width(run.arch) else None), run.arch
-    own = net.state_dict()
+        name, make = run.arch, partial(unwrapped, run.arch, classes, _width(found) if has_width(run.arch) else None)
+    with torch.device("meta") if ":" not in run.arch else nullcontext():  # the file may claim any width
+        own = make().state_dict()
     try:
         found.fitting(own)
     except RecordError as error:
         raise RecordError(f"{error}{_instead(found)}") from None
+    net = make()
     net.load_state_dict(found.of(own))
     return net.eval(), found, name
 

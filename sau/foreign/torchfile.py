@@ -22,11 +22,9 @@ from torch.serialization import safe_globals
 
 from sau.errors import RecordError
 from sau.files import read
+from sau.foreign import archive
 
 LARGEST = 2 << 30  # bytes of a file; the largest network of the benchmark has 1.2 GB
-MEMBERS = 10_000  # of the archive; the network with the most tensors has 967
-PICKLE = 64 << 20  # bytes of the pickle: 110,000 picture paths take 29 MB
-PICKLE_WITH_PICTURES = 512 << 20  # 20,000 pictures of 64x64 take 370 MB
 CALLS = 40_000  # of torch's functions while it is read; a tensor takes four
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch before 1.6 pickles first
 _TYPES = ("f8", "i8", "i4")  # i4 is what numpy 1 makes of int on Windows
@@ -113,9 +111,8 @@ def content(path: Path) -> bytes:
 def load(path: Path, old: bool = False, raw: bytes | None = None) -> tuple[Any, str]:
     """What a torch zip file holds, numpy's vectors as `Vector`, and the SHA-256 of the file.
 
-    The archive is checked before anything in it is read: at most `LARGEST` bytes and `MEMBERS` members, none compressed
-    (so the content is no larger than the file), none overlapping or twice there, every CRC-32 right. The whole file is
-    in memory while it is read, beside its content. `old` lets the format of torch before 1.6 pass too, which has no
+    The archive is checked before anything in it is read, by `archive.check`. The whole file, at most `LARGEST` bytes,
+    is in memory while it is read, beside its content. `old` lets the format of torch before 1.6 pass too, which has no
     sums: damage to a weight in it is not noticed. `raw` is the file's content where it has been read.
 
     Raises:
@@ -125,7 +122,7 @@ def load(path: Path, old: bool = False, raw: bytes | None = None) -> tuple[Any, 
     raw = content(path) if raw is None else raw
     try:
         if not (old and raw.startswith(LEGACY)):
-            _check(raw)
+            archive.check(raw)
         with safe_globals(ALLOWED), warnings.catch_warnings(), _Few():
             warnings.simplefilter("ignore")  # what torch warns of, like sparse tensors, is refused later
             if raw.startswith(LEGACY):
@@ -157,32 +154,6 @@ def _check_legacy(raw: bytes) -> None:
     *_, named = (reader.load() for reader in readers)
     if sorted(named) != sorted(sizes) or sum(sizes.values()) > len(raw):
         raise ValueError("some of its storages have no content in it")
-
-
-def _check(raw: bytes) -> None:
-    """Refuse an archive by its table of contents."""
-    if raw[:4] != b"PK\x03\x04":
-        raise ValueError("it is no torch zip file; older formats are not read, save it anew with torch 1.6 or later")
-    # Two readers of a zip file agree on where its table is only if its end is at the end.
-    if raw[-22:-18] != b"PK\x05\x06" or raw[-2:] != b"\0\0":
-        raise ValueError("it does not end like a torch zip file; it is truncated or has something appended")
-    if raw.count(b"PK\x01\x02") > MEMBERS:
-        raise ValueError(f"its archive has more than {MEMBERS:,} members")
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        pickled = [member for member in members if member.filename.endswith("/data.pkl")]
-        if len(pickled) != 1 or any("/code/" in name or name.endswith("/constants.pkl") for name in names):
-            raise ValueError("it is TorchScript or no archive of torch.save; save a dictionary with torch.save")
-        if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-            raise ValueError("its archive is compressed, as torch.save never does")
-        if len({*names}) != len(names) or sum(member.file_size for member in members) > len(raw):
-            raise ValueError("members of its archive overlap or are there twice")
-        limit = PICKLE_WITH_PICTURES if b"cPIL.Image\n" in archive.read(pickled[0]) else PICKLE
-        if pickled[0].file_size > limit:
-            raise ValueError(f"its pickle has {pickled[0].file_size:,} bytes, allowed are {limit:,}")
-        if (bad := archive.testzip()) is not None:
-            raise ValueError(f"CRC-32 of its member {ascii(bad)[:60]} differs")
 
 
 def _reason(error: Exception) -> str:

@@ -88,7 +88,7 @@ class Local:
 
     def _devices(self, cell: Cell) -> dict[int, float] | None:
         """Free shares of GPUs: of the fullest one that has room, or of as many whole ones; None if there are none."""
-        free = [1.0 - sum(taken.get(n, 0.0) for _, _, taken in self.running.values()) for n in range(len(self.gpus))]
+        free = [1.0 - sum(used.get(n, 0.0) for _, _, used in self.running.values()) for n in range(len(self.gpus))]
         if cell.gpus == 0:
             return {}
         share, count = (cell.gpus, 1) if cell.gpus < 1 else (1.0, int(cell.gpus))
@@ -96,12 +96,12 @@ class Local:
         return {number: share for _, number in fitting[:count]} if len(fitting) >= count else None
 
     def submit(self, cell: Cell, job: Job) -> None:
-        taken = self._devices(cell) or {}
+        shares = self._devices(cell) or {}
         # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        names = ",".join(seen[number] if seen else str(number) for number in taken)
+        names = ",".join(seen[number] if seen else str(number) for number in shares)
         try:
-            self.running[cell.digest] = cell, Child(job, names if taken else None), taken
+            self.running[cell.digest] = cell, Child(job, names if shares else None), shares
         except RecordError as error:  # no process or no file is to be had now; that is no fault of other cells
             self.unborn.append((cell, Outcome("failed", str(error))))
 

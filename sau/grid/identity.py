@@ -16,8 +16,7 @@ from sau.files import checksum
 from sau.grid.spec import Block
 from sau.machine.devices import united
 from sau.method import Method
-from sau.models import MODELS, has_width
-from sau.models.zoo import torchvision_names
+from sau.models import check_name, has_width
 from sau.run import AttackRun, DefenseRun
 
 Asked = AttackRun | DefenseRun
@@ -58,7 +57,7 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
     """
     if isinstance(run, DefenseRun) and run.index is not None and shares:
         raise ConfigError(f"index is {run.index}, which beats clean_shares; leave one of them out")
-    _refuse_network(run)
+    check_name(run.model, run.width if isinstance(run, AttackRun) and has_width(run.model) else None)
     even = source(block.dataset).even
     if even is not None and isinstance(method, Attack):
         _refuse_labels(method, block.dataset, *even)
@@ -69,15 +68,6 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
     what, most = ("gpus", block.gpus) if block.device == "cuda" else ("threads", block.threads)
     if 1 < run.devices > most:
         raise ConfigError(f"devices is {run.devices}, but {what} of a cell is {most:g}; make them as many")
-
-
-def _refuse_network(run: Asked) -> None:
-    """Refuse a network that `models.build` would not build."""
-    if not has_width(run.model) and run.model not in torchvision_names():
-        known = ", ".join(MODELS)
-        raise ConfigError(f"unknown model {run.model!r}; choose {known} or one of torchvision's, like vgg19_bn")
-    if isinstance(run, AttackRun) and has_width(run.model) and run.width < 1:
-        raise ConfigError(f"width is {run.width}, allowed is 1 and more")
 
 
 @cache  # for the cells of a large grid have few attacks

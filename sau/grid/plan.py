@@ -9,7 +9,7 @@ from typing import Any
 
 from sau.errors import ConfigError, SauError
 from sau.grid.identity import identity, refuse_unfit
-from sau.grid.names import plain
+from sau.grid.names import without_digest
 from sau.grid.overrides import METHODS, canonical, overridden, refuse_unknown, request, text
 from sau.grid.spec import Block
 from sau.record.schema import digest
@@ -53,7 +53,7 @@ class Cell:
     @property
     def label(self) -> str:
         """The folder without digests, for people; with its own where that would be another cell's, too."""
-        label = "/".join(plain(part) for part in self.folder.split("/"))
+        label = "/".join(without_digest(part) for part in self.folder.split("/"))
         return f"{label}_{self.digest[:10]}" if self.twin else label
 
 
@@ -145,7 +145,8 @@ class _Crossed:
                 said[key] = str(Path(said[key]).absolute())
         flags = tuple(f"--{key}={text(value)}" for key, value in said.items())
         try:
-            run, *sections = request(kind, name, flags).settle(kind, block.recipe, block.dataset)
+            asked = request(kind, name, flags)
+            run, *sections = asked.settle(kind, asked.fitting(block.recipe), block.dataset)
             method, size = sections[-1], sections[0].batch_size
             refuse_unfit(method, run, block, size, shares=kind == "defense" and amount is not None)
             facts = identity(method, sections, run, block, said["dataset_path"])

@@ -24,7 +24,7 @@ class Block:
     Args:
         dataset: as in attack/NAME.py.
         dataset_path: as in attack/NAME.py.
-        recipe: paper or cpu; auto would depend on the machine.
+        recipe: as in attack/NAME.py, fast on cuda only; auto would depend on the machine.
         device: cpu or cuda.
         amp: true is bf16, false is fp32; auto would depend on the machine.
         threads: CPU threads of a cell, which are part of its result; 1 and more.
@@ -40,7 +40,7 @@ class Block:
 
     dataset: str = "cifar10"
     dataset_path: str = "./data"
-    recipe: Literal["paper", "cpu"] = "cpu"
+    recipe: Literal["paper", "cpu", "fast", "fast_cpu"] = "cpu"
     device: Literal["cpu", "cuda"] = "cpu"
     amp: bool = False
     threads: int = 1
@@ -63,12 +63,16 @@ class Block:
             twice = [value for value in getattr(self, axis) if getattr(self, axis).count(value) > 1]
             if twice:
                 raise ConfigError(f"{axis} has {twice[0]} twice; give it once")
+        if not self.seeds:
+            raise ConfigError("seeds names none, allowed is at least one")
         least = {"threads": 1, "memory_gb": 0, "gpus": 0}
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {bound} and more")
         if (self.device == "cuda") != (self.gpus > 0):
             raise ConfigError(f"device is {self.device}, but gpus is {self.gpus:g}; cuda needs some, cpu needs none")
+        if self.recipe == "fast" and self.device == "cpu":
+            raise ConfigError("recipe is fast, but device is cpu; fast_cpu is the one without CUDA")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ConfigError(f"gpus is {self.gpus:g}, allowed is a share up to 1 or a whole number")
 

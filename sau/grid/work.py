@@ -45,7 +45,7 @@ def _follow(parent: int) -> None:
     """Stop this process, as Ctrl-C would, once its parent is gone."""
     outlive(parent)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
+    time.sleep(2)
     os._exit(130)  # it was not listening yet; every file is written atomically
 
 

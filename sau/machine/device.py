@@ -19,6 +19,7 @@ from sau.machine import cores
 from sau.models import Normalized
 
 TRIES = 3  # steps of each precision that are timed
+MOST = 1024  # threads
 
 
 def choose_device(wish: str) -> torch.device:
@@ -46,8 +47,8 @@ def fallback(wish: str) -> str | None:
 
 def set_threads(wish: int) -> int:
     """Use `wish` CPU threads, or as many as this process has cores if it is 0; returns how many are used."""
-    if wish < 0:
-        raise ConfigError(f"threads is {wish}, allowed is 0 (all cores) and more")
+    if not 0 <= wish <= MOST:
+        raise ConfigError(f"threads is {wish}, allowed is 0 (all cores) to {MOST}")
     torch.set_num_threads(wish or cores.usable())
     return torch.get_num_threads()
 
@@ -58,8 +59,8 @@ def step_seconds(
 ) -> dict[bool, float]:  # fmt: skip
     """Seconds a picture that a training step takes, in fp32 (False) and in bf16 (True): the best of a few, in turn.
 
-    The step is of up to 128 pictures, and of fewer where memory does not hold them. Weights, statistics and gradients
-    are left as they were.
+    The step is of up to 128 pictures, and of fewer where memory does not hold them. Weights and statistics
+    are left as they were, gradients are cleared.
     """
     kept = {name: value.clone() for name, value in model.net.state_dict().items()}
     size, seconds = min(batch_size, 128), dict[bool, float]()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sau.descent import WHOLE, Part
 from sau.errors import OutOfMemory
-from sau.session import Session, Splitter
+from sau.session import Session
 
-Step = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]
+StatefulStep = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]
 
 
 class InParts:
@@ -25,21 +25,15 @@ class InParts:
         step: (state, x, y) -> what to report.
         state: with the `descent` of the step.
         splits: whether the step makes one update, from a mean over its pictures; see `Method.splits`.
-        say: prints a line.
-        train_mode: whether the step itself puts batch norm into train mode for a while.
+        session: prints a line, notes parts in the record, and knows of other devices.
+        batch_statistics: whether the step itself puts batch norm into train mode for a while.
     """
 
     def __init__(
-        self, step: Step, state: dict[str, Any], splits: bool, say: Callable[[str], None], train_mode: bool = False
+        self, step: StatefulStep, state: dict[str, Any], splits: bool, session: Session, batch_statistics: bool = False
     ) -> None:
-        self.step, self.state, self.splits, self.say, self.train_mode = step, state, splits, say, train_mode
-        self.parts = 1
-        self.team: Splitter | None = None
-        self.note: Callable[..., None] | None = None
-
-    def join(self, session: Session) -> None:
-        """Take part in a run, whose record is told of parts and whose other devices are minded."""
-        self.team, self.note = session.team, session.note
+        self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
+        self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
@@ -79,7 +73,7 @@ class InParts:
 
     def _trains_norm(self) -> bool:
         return any(
-            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (module.training or self.train_mode)
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (module.training or self.batch_statistics)
             for module in self.state["model"].modules()
         )
 

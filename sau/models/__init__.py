@@ -93,6 +93,16 @@ def has_width(name: str) -> bool:
     return name in MODELS
 
 
+def check_name(name: str, width: int | None) -> None:
+    """Refuse a network that `build` would not build: ConfigError for an unknown name, and for a width as below."""
+    if not has_width(name) and name not in torchvision_names():
+        raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
+    if width is not None and (width < 1 or not has_width(name)):
+        raise ConfigError(
+            f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, and none for other networks"
+        )
+
+
 def build(
     name: str,
     num_classes: int,
@@ -116,12 +126,7 @@ def build(
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """
-    if not has_width(name) and name not in torchvision_names():
-        raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
-    if width is not None and (width < 1 or not has_width(name)):
-        raise ConfigError(
-            f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, and none for other networks"
-        )
+    check_name(name, width)
     if has_width(name):
         net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
     else:

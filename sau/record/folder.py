@@ -10,11 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sau.errors import RecordError, first_line
+from sau.errors import LockedError, RecordError, first_line
 from sau.files import append, clear, leftovers, loaded, parsed, read, write
 from sau.record import schema
 from sau.record.holding import give_back, hold
-from sau.record.schema import SCHEMA, difference, digest, plain
+from sau.record.lock import holder
+from sau.record.schema import SCHEMA, as_json, difference, digest
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
@@ -48,7 +49,7 @@ class Record:
             overwrite: discard what is there.
         """
         goes_on = self.admits(identity, overwrite)
-        if goes_on or self._bare():  # defenses outlive the weights of an attack that are made again
+        if goes_on or self._holds_only("defense"):  # defenses outlive the weights of an attack that are made again
             for half in leftovers(self.path):
                 half.unlink()
         else:
@@ -57,7 +58,7 @@ class Record:
             self.config = self._ours()
             return
         self.config = {}
-        self.note(schema=SCHEMA, digest=digest(identity), identity=plain(identity), **config)
+        self.note(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
 
     def admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`.
@@ -76,33 +77,39 @@ class Record:
     def _admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name")
-        if self._bare():
+        if self._holds_only("defense"):
             return False
         old = self._ours()
         if overwrite:
+            for lock in (self.path / "defense").glob(".*.lock"):
+                if (who := holder(lock)) is not None:
+                    raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
             return False
         if self.finished:
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
         if old.get("digest") != digest(identity):
-            other = difference(old["identity"], plain(identity))
+            if self._holds_only(CONFIG, LOG):  # of a run that was refused at once, so nothing is lost
+                return False
+            other = difference(old["identity"], as_json(identity))
             raise RecordError(
                 f"{self.path} holds an unfinished run with other settings ({other}); "
                 "repeat its flags to resume it, choose another name, or --overwrite to discard it"
             )
         return True
 
-    def _bare(self) -> bool:
-        """Whether nothing is there, but for defenses and what a killed first write left."""
+    def _holds_only(self, *names: str) -> bool:
+        """Whether nothing else is there, but for what a killed first write left."""
         there = {*self.path.iterdir()} if self.path.exists() else set()
-        return there <= {self.path / "defense", *leftovers(self.path)}
+        return there <= {*(self.path / name for name in names), *leftovers(self.path)}
 
     def note(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
-        self.config.update(plain(facts))
+        self.config.update(as_json(facts))
         write(self.path / CONFIG, schema.written(self.config))
 
     def say(self, text: str) -> None:
         """Print a line and keep it in the log."""
+        text = text.encode(errors="backslashreplace").decode()  # a path need not be text
         print(text, flush=True)
         try:
             append(self.path / LOG, text + "\n")
@@ -164,7 +171,8 @@ class Record:
         """Write `summary.json` and the manifest, which closes the folder; drop the checkpoint and the lock."""
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         kept = [file for file in sorted(self.path.iterdir()) if file.is_file() and file.name != CHECKPOINT]
-        write(self.path / MANIFEST, schema.manifest(kept))
+        # A name with a dot in front is what an editor or a file server has there for a while.
+        write(self.path / MANIFEST, schema.manifest([file for file in kept if not file.name.startswith(".")]))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         give_back(self.path)
 

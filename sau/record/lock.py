@@ -176,7 +176,7 @@ def _self() -> Holder:
 def _alive(found: Holder, silent: float) -> bool:
     here = _self()
     if (found.host, found.boot) != (here.host, here.boot):
-        return silent < LEASE
+        return abs(silent) < LEASE  # a time to come is another machine's clock, or an archive's
     return _start(found.pid) == found.start
 
 

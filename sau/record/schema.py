@@ -19,7 +19,7 @@ from sau.files import checksum, loaded, read
 
 SCHEMA = 2
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
-DEEPEST = 50  # levels of config.yaml; ours has five
+DEEPEST, NODES = 50, 300_000  # levels and nodes of config.yaml; ours has five, and one for each clean picture
 ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"
 Config = dict[str, Any]
 
@@ -47,10 +47,10 @@ def kind(config: Config) -> str:
     return OWN if "own" in config else DEFENSE if "attacked" in config else ATTACK
 
 
-def plain(identity: dict[str, Any]) -> dict[str, Any]:
-    """As YAML and JSON have it: tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
+def as_json(identity: dict[str, Any]) -> dict[str, Any]:
+    """As YAML and JSON have it: tuples become lists, and what is no letter in a path that is no text becomes `?`."""
+    alike: dict[str, Any] = json.loads(json.dumps(identity, ensure_ascii=False).encode(errors="replace"))
+    return alike
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -78,8 +78,8 @@ def configuration(place: Path, light: bool = False) -> Config:
         text = read(place).decode()
         config = _tree(_INDEX.sub("", text) if light else text)
         json.dumps(config)  # YAML has types that no configuration of ours has, like dates
-    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):
-        config = None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, yaml.YAMLError, RecursionError):
+        config = None  # libyaml and its constructors raise all of these
     known = isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys()
     if not known or not isinstance(config["identity"], dict) or not all(isinstance(key, str) for key in config):
         raise RecordError(f"{place.parent} is not a result folder of sau (no valid {place.name}); choose another name")
@@ -87,12 +87,12 @@ def configuration(place: Path, light: bool = False) -> Config:
 
 
 def _tree(text: str) -> Any:
-    """What YAML says; YAMLError for aliases, which make little into much, and for what libyaml's stack cannot hold."""
+    """What YAML says; YAMLError for what makes little into much: aliases, levels beyond libyaml's stack, many nodes."""
     depth = 0
-    for event in yaml.parse(text, Loader=_YAML):
+    for number, event in enumerate(yaml.parse(text, Loader=_YAML)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"it has an alias, or more than {DEEPEST} levels")
+        if depth > DEEPEST or number > NODES or isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has an alias, or more than {DEEPEST} levels or {NODES} nodes")
     return _YAML(text).get_single_data()
 
 
@@ -174,7 +174,7 @@ def unbroken(place: Path, needed: set[str], light: bool = False) -> list[str]:
         raise RecordError(f"{place} does not name {unknown[0]}; take that file away or make the folder again")
     for name, seal in files.items():
         file = place.parent / Path(name).name
-        if not _is(file, seal, light and file.suffix == ".safetensors"):
+        if file.name != name or not _is(file, seal, light and file.suffix == ".safetensors"):
             raise RecordError(f"{file} is missing or damaged (it differs from {place.name}); make the folder again")
     return list(files)
 

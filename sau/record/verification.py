@@ -113,7 +113,7 @@ class Verification:
             self.findings.append(Finding("data", "not checked", f"{why}; without it there is no ACC"))
             return
         try:
-            train, test, notes = self.attacked.pictures(place)
+            train, test, notes = self.attacked.pictures(self.dataset_path)
         except SauError as error:
             state: State = "not checked" if isinstance(error, DataError) else "broken"
             self.findings.append(Finding("data", state, str(error)))

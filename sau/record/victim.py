@@ -1,14 +1,14 @@
 """An attacked network and its pictures, to and from a result folder: all that a defense needs, without trigger code."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sau.data import sources
-from sau.data.cifar import subset_note
+from sau.data import cifar, sources
 from sau.data.images import Images
 from sau.errors import DataError, RecordError
 from sau.foreign import compat
@@ -16,6 +16,8 @@ from sau.models import Normalized, build
 from sau.models.polarizer import make_room
 from sau.record import schema
 from sau.record.folder import Record
+from sau.record.pictures import load_images
+from sau.run import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,30 +69,39 @@ class Victim:
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
         model = self.blank()
-        _fill(model.net, self.weights, self.path, self.network["name"])
+        model.net.load_state_dict(self.weights)
         return model.eval()
 
     def blank(self) -> Normalized:
-        """A new network like the attacked one; ConfigError if there is none of the kind."""
-        rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
-        return build(self.network["name"], self.network["classes"], **rest)
+        """A new network like the attacked one, which has to take its weights: a record may claim any size.
 
-    def pictures(self, dataset_path: str) -> tuple[Images, Images, list[str]]:
+        ConfigError if there is none of the kind, RecordError if the weights are another's.
+        """
+        rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
+        make = partial(build, self.network["name"], self.network["classes"], **rest)
+        with torch.device("meta"):
+            own = make().net.state_dict()
+        _compare(own, self.weights, self.path, self.network["name"])
+        return make()
+
+    def pictures(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
         """The clean pictures that the attack saw, train and test, and what there is to say about them.
 
-        Raises RecordError if `dataset_path` holds other pictures than the attack saw.
+        They are below `dataset_path`; None is where the attack found them, but whatever folder a record names, nothing
+        is downloaded there. Raises RecordError if there are other pictures than the attack saw.
         """
-        train, test = sources.load(self.dataset, dataset_path, self.network["shape"][1])
+        place = dataset_path or self.dataset_path
+        if dataset_path is None and place != Run.dataset_path and not cifar.here(self.dataset, Path(place)):
+            raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
+        train, test = sources.load(self.dataset, place, self.network["shape"][1])
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
         if self.fingerprints != seen:
-            raise RecordError(
-                f"{dataset_path} holds other {self.dataset} pictures than the attack saw; mend --dataset_path"
-            )
-        notes = [note for note in [subset_note(self.dataset, train, test)] if note]
+            raise RecordError(f"{place} holds other {self.dataset} pictures than the attack saw; mend --dataset_path")
+        notes = [note for note in [cifar.subset_note(self.dataset, train, test)] if note]
         splits = []
         for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
             if length is not None and length > len(images):
-                raise RecordError(f"the attack saw {length} {name} pictures, but {dataset_path} has {len(images)}")
+                raise RecordError(f"the attack saw {length} {name} pictures, but {place} has {len(images)}")
             if length is not None and length < len(images):
                 notes.append(f"the attack saw the first {length} of {len(images)} {name} pictures; this run sees those")
                 images = images[torch.arange(length)]
@@ -99,9 +110,9 @@ class Victim:
         bad = self.triggered
         inside = bad is None or int(bad.index.max()) < len(test)
         if bad is not None and not (inside and torch.equal(test.labels[bad.index], bad.true_labels)):
-            raise RecordError(f"{self.path}: its pictures are in another order than those under {dataset_path}")
+            raise RecordError(f"{self.path}: its pictures are in another order than those under {place}")
         if self.poisoned is not None and int(self.poisoned.index.max()) >= len(train):
-            raise RecordError(f"{self.path}: its poisoned pictures are none of the {len(train)} under {dataset_path}")
+            raise RecordError(f"{self.path}: its poisoned pictures are none of the {len(train)} under {place}")
         return train, test, notes
 
 
@@ -166,29 +177,16 @@ def load_weights(model: nn.Module, place: Path) -> None:
     make_room(model, [*weights, *(f"net.{name}" for name in weights)])
     own = model.state_dict()
     named = {f"net.{name}" if f"net.{name}" in own else name: tensor for name, tensor in weights.items()}
-    _fill(model, named, place, "the network")
+    _compare(own, named, place, "the network")
+    model.load_state_dict(named)
 
 
-def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, whose: str) -> None:
-    own = model.state_dict()
+def _compare(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], path: Path, whose: str) -> None:
+    """RecordError unless names and shapes are the same."""
     for name in {**own, **weights}:
         got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
         if got != wanted:
             raise RecordError(f"{path}: {name} has {got}, but {whose} needs {wanted}")
-    model.load_state_dict(weights)
-
-
-def load_images(record: Record, part: str) -> Images | None:
-    """The `triggered` or `poisoned` pictures of a checked record; None for a clean network, which has none."""
-    if not (record.path / f"{part}.safetensors").is_file():
-        return None
-    try:
-        found = Images.restore(record.load_tensors(part), record.config["model"]["classes"])
-        if (got := list(found.pixels.shape[1:])) != (wanted := record.config["model"]["shape"]):
-            raise DataError(f"stored pictures are {got}, but the network takes {wanted}")
-        return found
-    except DataError as error:
-        raise RecordError(f"{record.path / part}.safetensors: {error}") from None
 
 
 def _foreign(path: Path) -> Victim:
@@ -202,7 +200,7 @@ def _foreign(path: Path) -> Victim:
         triggered=found.triggered,
         poisoned=found.poisoned,
         dataset=found.dataset,
-        dataset_path="./data",
+        dataset_path=Run.dataset_path,
         recipe=None,
         fingerprints=None,
         lengths=(found.train_length, found.test_length),

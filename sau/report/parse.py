@@ -1,7 +1,5 @@
 """The small files of a result folder, which a stranger may have written: each value is looked at before it counts."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -11,7 +9,7 @@ from sau.record.folder import SUMMARY
 
 PERCENT = ("acc", "asr", "racc", "der")
 COST = ("seconds", "peak_memory_mb")
-MOST = 10**12  # seconds, megabytes
+MOST = 10**12  # of any figure; seconds and megabytes come nearest
 
 
 def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
@@ -49,13 +47,12 @@ def rows(file: Path) -> list[dict[str, float]]:
     """Rows of figures up to the first line that is none: a run that was killed may leave half a line."""
     rows = []
     try:
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            figures = {str(key): float(value) for key, value in row.items() if number(value) and math.isfinite(value)}
+        for line in read(file).decode().splitlines():
+            figures = {str(key): float(value) for key, value in parsed(line).items() if number(value)}
             if "epoch" not in figures:
                 break
             rows.append(figures)
-    except (OSError, ValueError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return rows
     return rows
 
@@ -71,9 +68,14 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def items(value: Any) -> list[Any]:
+    """`value` if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def number(value: Any) -> TypeGuard[float]:
-    """Whether it is an int or a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is an int or a float that a figure of ours can be: finite, and of no more than thirteen digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def whole(value: Any) -> TypeGuard[int]:

@@ -18,7 +18,7 @@ from sau.data.images import Images, some
 from sau.errors import SauError
 from sau.quality import magnified
 from sau.record.folder import Record
-from sau.record.victim import load_images
+from sau.record.pictures import load_images
 from sau.report import parse
 from sau.report.read import VERIFIED, Run
 

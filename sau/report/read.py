@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sau import files
 from sau.errors import RecordError
 from sau.record import schema
 from sau.record.folder import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
@@ -98,7 +99,11 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
     runs: list[Run] = []
     others = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found = list(_below(folder))
+        try:
+            found = list(_below(folder))
+        except OSError as error:
+            others.append(f"{folder.name} (cannot be read: {error.strerror})")
+            continue
         if found and schema.kind(found[0].config) == schema.OWN:
             others.append(f"{folder.name} (a purified network of your own, whose trigger nobody knows)")
         elif found:
@@ -191,8 +196,9 @@ def _once(runs: list[Run]) -> Iterator[Run]:
 def _progress(folder: Path) -> str:
     """How far an unfinished run came, by its rows and the last line of its log."""
     rows = parse.rows(folder / METRICS)
-    try:
-        last = (folder / LOG).read_text(errors="replace").splitlines()[-1:]
+    log = folder / LOG
+    try:  # a link could lead to any file, whose last line would stand in a report
+        last = [] if log.is_symlink() else files.read(log).decode(errors="replace").splitlines()[-1:]
     except OSError:
         last = []
     far = f"; it reached epoch {rows[-1]['epoch']:g}" if rows else "; no epoch is done"

@@ -135,7 +135,7 @@ def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:
 
 
 def _section(runs: list[Run]) -> Section:
-    notes = {str(note) for run in runs for note in run.config.get("notes") or []}
+    notes = {str(note) for run in runs for note in parse.items(run.config.get("notes"))}
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     for run, (first, second) in zip(runs, variants(runs), strict=True):
         groups[run.attack, first, run.defense, second].append(run)

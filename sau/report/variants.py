@@ -60,18 +60,18 @@ def _differences(runs: Sequence[Named]) -> list[str]:
     namesakes: dict[Hashable, list[dict[str, Any]]] = defaultdict(list)
     for name, settings in runs:
         namesakes[name] += [settings] if settings else []
-    differing = {}
-    for name, others in namesakes.items():
-        whole = [other for other in others if _whole(other)]
-        known = {key: whole for other in whole for key in other}
-        known |= dict.fromkeys(set.intersection(*(set(other) for other in others)) if others else (), others)
-        differing[name] = sorted(
-            key for key, those in known.items() if key != EARLY and len({text_of(one.get(key)) for one in those}) > 1
-        )
-    texts = [", ".join(_said(key, of) for key in differing[name] if key in of or _whole(of)) if of else ""
-             for name, of in runs]  # fmt: skip
-    cut = [f"ended in {str(of[EARLY]).split(',')[0]}" if of and EARLY in of else "" for _, of in runs]
-    return list(map(_joined, texts, cut))
+    differing = {name: _differing(alike) for name, alike in namesakes.items()}
+    return [_said(differing[name], settings) if settings else "" for name, settings in runs]
+
+
+def _differing(namesakes: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys whose values differ: of whole identities all of them, else those that every one of them has."""
+    identities = [settings for settings in namesakes if _whole(settings)]
+    holders: dict[str, Sequence[dict[str, Any]]] = {key: identities for settings in identities for key in settings}
+    common = set.intersection(*map(set, namesakes)) if namesakes else set[str]()
+    holders |= dict.fromkeys(common, namesakes)
+    values = {key: {text_of(settings.get(key)) for settings in having} for key, having in holders.items()}
+    return sorted(key for key, found in values.items() if len(found) > 1 and key != EARLY)
 
 
 def _whole(settings: dict[str, Any]) -> bool:
@@ -79,8 +79,11 @@ def _whole(settings: dict[str, Any]) -> bool:
     return "attack" in settings or "defense" in settings
 
 
-def _said(key: str, settings: dict[str, Any]) -> str:
-    return f"no {key}" if settings.get(key) is None else f"{key} {_short(settings[key])}"
+def _said(differing: Sequence[str], settings: dict[str, Any]) -> str:
+    """What these settings have where they differ from their namesakes', and where their run was ended early."""
+    known = [key for key in differing if key in settings or _whole(settings)]
+    texts = [f"no {key}" if settings.get(key) is None else f"{key} {_short(settings[key])}" for key in known]
+    return _joined(*texts, f"ended in {str(settings[EARLY]).split(',')[0]}" if EARLY in settings else "")
 
 
 def _joined(*texts: str) -> str:

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure `repeats` times; prints the risks, returns the rows."""
     attacked = victim.load(args.record)
-    _, test, _ = attacked.pictures(args.dataset_path or attacked.dataset_path)
+    _, test, _ = attacked.pictures(args.dataset_path)
     clean, triggered = sample(
         test.to(args.device), attacked.triggered and attacked.triggered.to(args.device), args.samples
     )

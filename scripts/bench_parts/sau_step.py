@@ -17,7 +17,8 @@ from bench_parts.measure import Task, Work, compare
 from released_sau import ReleasedSAU
 from torch import Tensor
 
-from sau.defense import SAU, sau
+from sau import perturb
+from sau.defense import SAU
 from sau.models import Normalized
 
 
@@ -78,9 +79,9 @@ def _whole(work: Work) -> Work:
     """`work` with samples that stay in the batch when they are shared."""
 
     def whole() -> None:
-        kept, sau.BUCKET = sau.BUCKET, 1 << 30
+        kept, perturb.BUCKET = perturb.BUCKET, 1 << 30
         work()
-        sau.BUCKET = kept
+        perturb.BUCKET = kept
 
     return whole
 
