@@ -13,8 +13,8 @@ from sau import own, quality
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.recipe import Recipe
 from sau.attack.workshop import in_words, same_trigger
-from sau.data.cifar import subset_note
 from sau.data.images import Images
+from sau.data.official import subset_note
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES

@@ -28,6 +28,7 @@ from toys import REPOSITORY, TinyNet, environment, tiny_net, toy_images
 
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
+from sau.data.official import OFFICIAL, Official
 from sau.data.sources import fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
@@ -633,7 +634,7 @@ def make(tmp_path, monkeypatch):
     origin = source("cifar10")
     train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (train, test))
-    monkeypatch.setitem(export.SPLITS, "cifar10", (10, 32, 40, 20))
+    monkeypatch.setitem(OFFICIAL, "cifar10", Official(10, (40,), 20))
 
     def record(dataset: str = "cifar10", poison: bool = True, **network: Any) -> Record:
         made = Record(tmp_path / "record" / "ours")
@@ -713,7 +714,7 @@ def test_what_cannot_be_expressed(make, tiny, tmp_path, one_line, changed, word)
 def test_other_pictures_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, monkeypatch, one_line):
     record = make()
     with monkeypatch.context() as patch:
-        patch.setitem(export.SPLITS, "cifar10", (10, 32, 50_000, 10_000))
+        patch.setitem(OFFICIAL, "cifar10", Official(10, (50_000,), 10_000))
         with pytest.raises(RecordError) as refusal:
             export.write(record, tmp_path / "out", "out")
         assert "a part of cifar10 (40 and 20 pictures)" in one_line(refusal.value)

@@ -24,9 +24,9 @@ from torchvision.transforms import v2
 
 import sau.data.pictures
 from sau.data import cache, cifar
-from sau.data.cifar import subset_note
 from sau.data.folders import folder, gtsrb, tiny
 from sau.data.images import Images
+from sau.data.official import OFFICIAL, Official, subset_note
 from sau.data.pictures import fit, read_picture
 from sau.errors import DataError
 
@@ -373,7 +373,7 @@ def test_a_bad_cifar100_file_is_named(changes, named, tmp_path, one_line):
 
 
 def test_as_many_pictures_as_the_official_file_but_other_bytes(monkeypatch, tmp_path, one_line):
-    monkeypatch.setitem(cifar.OFFICIAL, "cifar100", ((20,), 20))
+    monkeypatch.setitem(OFFICIAL, "cifar100", Official(100, (20,), 20))
     with pytest.raises(DataError) as refusal:
         cifar.read("cifar100", make_cifar100(tmp_path))
     assert "train" in one_line(refusal.value) and "MD5" in str(refusal.value)

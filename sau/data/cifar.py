@@ -12,34 +12,13 @@ import torch
 
 from sau import files
 from sau.data.images import Images
+from sau.data.official import OFFICIAL
 from sau.errors import DataError
 
-# Pictures of the official sets; GTSRB's training archive has 39,209 of them, the one that torchvision fetches 26,640.
-OFFICIAL = {
-    "cifar10": ((50_000,), 10_000),
-    "cifar100": ((50_000,), 10_000),
-    "gtsrb": ((39_209, 26_640), 12_630),
-    "tiny": ((100_000,), 10_000),
-}
-
-
-def subset_note(name: str, train: Images, test: Images) -> str | None:
-    """One line if a data set is not the whole official one; None if it is, or if there is no official one."""
-    if name not in OFFICIAL:
-        return None
-    trains, tests = OFFICIAL[name]
-    if len(train) in trains and len(test) == tests:
-        return None
-    return (
-        f"subset of {name}: {len(train):,} of {trains[0]:,} training and {len(test):,} of {tests:,} test pictures; "
-        f"no figure from it speaks for {name}"
-    )
-
-
-# name: (folder, test file, key of the labels, classes); these are downloaded where they are missing
+# name: (folder, test file, key of the labels); these are downloaded where they are missing
 _FILES = {
-    "cifar10": ("cifar-10-batches-py", "test_batch", "labels", 10),
-    "cifar100": ("cifar-100-python", "test", "fine_labels", 100),
+    "cifar10": ("cifar-10-batches-py", "test_batch", "labels"),
+    "cifar100": ("cifar-100-python", "test", "fine_labels"),
 }
 DOWNLOADED = tuple(_FILES)
 LARGEST = 1 << 28  # bytes of a file; CIFAR-100's training pictures are 155 million
@@ -51,17 +30,16 @@ def read(name: str, root: Path) -> tuple[Images, Images]:
     Downloaded to `root`/`name` if they are nowhere under `root`. Raises DataError if a file is damaged or missing, or
     the download failed.
     """
-    _, _, label_key, classes = _FILES[name]
+    (_, _, label_key), whole = _FILES[name], OFFICIAL[name]
     folder, official = find(name, root), _official(name)
 
     def split(files: list[list[str]], pictures: int) -> Images:
         share = pictures // len(files)
-        parts = [_cifar_batch(folder / file, md5, label_key, share, classes) for file, md5 in files]
+        parts = [_cifar_batch(folder / file, md5, label_key, share, whole.classes) for file, md5 in files]
         pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
-        return Images.clean(pixels, torch.tensor([y for _, labels in parts for y in labels]), classes)
+        return Images.clean(pixels, torch.tensor([y for _, labels in parts for y in labels]), whole.classes)
 
-    (train, *_), test = OFFICIAL[name]
-    return split(official.train_list, train), split(official.test_list, test)
+    return split(official.train_list, whole.train[0]), split(official.test_list, whole.test)
 
 
 def find(name: str, root: Path) -> Path:
@@ -85,7 +63,7 @@ def test_split(name: str, root: Path) -> Images | None:
 
     Raises DataError if the file is damaged.
     """
-    _, file, label_key, classes = _FILES[name]
+    (_, file, label_key), classes = _FILES[name], OFFICIAL[name].classes
     folder = _find(root, name)
     if folder is None:
         return None

@@ -7,10 +7,10 @@ import torch
 from sau.data.cache import cached
 from sau.data.images import Images
 from sau.data.listing import Split, class_folders, distinct, pictures, same_classes
+from sau.data.official import OFFICIAL
 from sau.data.pictures import read_all
 from sau.errors import DataError
 
-_SIGNS = 43
 _FINAL = "GTSRB/Final_Test/Images"
 _LAYOUTS = (("GTSRB/Training", _FINAL), ("GTSRB/Final_Training/Images", _FINAL), ("Train", "Test"))
 
@@ -26,14 +26,15 @@ def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
             function of this module.
     """
     base, signs, finals = find_gtsrb(root)
+    classes = OFFICIAL["gtsrb"].classes
     train, test = Split(base), Split(base)
-    for label in range(_SIGNS):
+    for label in range(classes):
         place = signs / f"{label:05d}"
         train.add(train.annotated(place / f"GT-{label:05d}.csv", place, ";", 7, {str(label): label}))
     tables = [place / "GT-final_test.csv" for place in (finals, *finals.parents) if place.is_relative_to(base)]
     table = next((table for table in tables if table.is_file()), tables[-1])
-    test.add(test.annotated(table, finals, ";", 7, {str(label): label for label in range(_SIGNS)}))
-    return _load("gtsrb", size, train, test, _SIGNS)
+    test.add(test.annotated(table, finals, ";", 7, {str(label): label for label in range(classes)}))
+    return _load("gtsrb", size, train, test, classes)
 
 
 def find_gtsrb(root: Path) -> tuple[Path, Path, Path]:

@@ -30,7 +30,6 @@ class Source:
         read: (folder, size) -> (train, test).
         resizes: whether its pictures can be read at another size.
         find: looks for its files below a folder, downloads what can be, and raises DataError if there is nothing.
-        even: training pictures and classes of the whole data set, where every class has as many; None elsewhere.
     """
 
     size: int
@@ -40,7 +39,6 @@ class Source:
     read: Callable[[Path, int], tuple[Images, Images]]
     resizes: bool = False
     find: Callable[[Path], Any] = lambda root: None
-    even: tuple[int, int] | None = None
 
 
 def source(name: str) -> Source:
@@ -128,14 +126,13 @@ def _digits(root: Path, size: int) -> tuple[Images, Images]:
 _NATURAL = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of CIFAR-10
 
 
-def _cifar(name: str, classes: int) -> dict[str, Any]:
-    find = partial(cifar.find, name)
-    return {"read": lambda root, size: cifar.read(name, root), "find": find, "even": (50_000, classes)}
+def _cifar(name: str) -> dict[str, Any]:
+    return {"read": lambda root, size: cifar.read(name, root), "find": partial(cifar.find, name)}
 
 
 SOURCES = {
-    "cifar10": Source(32, *_NATURAL, Augment(padding=4, flip=True), **_cifar("cifar10", 10)),
-    "cifar100": Source(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(4), **_cifar("cifar100", 100)),
+    "cifar10": Source(32, *_NATURAL, Augment(padding=4, flip=True), **_cifar("cifar10")),
+    "cifar100": Source(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(4), **_cifar("cifar100")),
     "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True, find=find_gtsrb),
     "tiny": Source(
         64,
@@ -145,7 +142,6 @@ SOURCES = {
         tiny,
         resizes=True,
         find=find_tiny,
-        even=(100_000, 200),
     ),  # fmt: skip
     "folder": Source(32, *_NATURAL, Augment(4), folder, resizes=True, find=find_folder),
     "digits": Source(32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits),

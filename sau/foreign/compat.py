@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sau.data.images import Images
+from sau.data.official import OFFICIAL
+from sau.data.sources import source
 from sau.errors import RecordError, SauError
 from sau.foreign import torchfile
 from sau.foreign.compat_pictures import Part, fields, show
@@ -16,13 +18,6 @@ from sau.models import build
 
 RESULT = "attack_result.pt"
 KEYS = ("model_name", "num_classes", "model", "img_size", "clean_data", "bd_train", "bd_test")
-# Classes, side of a picture, training and test pictures of those of the benchmark's data sets that exist here too.
-SPLITS = {
-    "cifar10": (10, 32, 50_000, 10_000),
-    "cifar100": (100, 32, 50_000, 10_000),
-    "gtsrb": (43, 32, 39_209, 12_630),
-    "tiny": (200, 64, 100_000, 10_000),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +25,7 @@ class Foreign:
     """A BackdoorBench attack, every part of it checked.
 
     Args:
-        dataset: name of the data set, one of `SPLITS`.
+        dataset: name of the data set, one of `OFFICIAL`.
         model_name: the network.
         num_classes: its logits, those of the data set.
         shape: channels, height and width of a picture.
@@ -83,9 +78,10 @@ def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Ten
 def _checked(content: Any, folder: Path, digest: str) -> Foreign:
     top = fields(content, KEYS, "the file")
     dataset, name = (_text(top[key], key) for key in ("clean_data", "model_name"))
-    if dataset not in SPLITS:
-        raise RecordError(f"clean_data is {dataset!r}; data sets of these folders are {', '.join(SPLITS)}")
-    classes, size, train, test = SPLITS[dataset]
+    if dataset not in OFFICIAL:
+        raise RecordError(f"clean_data is {dataset!r}; data sets of these folders are {', '.join(OFFICIAL)}")
+    whole, size = OFFICIAL[dataset], source(dataset).size
+    classes, train, test = whole.classes, whole.train[0], whole.test
     if type(top["num_classes"]) is not int or top["num_classes"] != classes:
         raise RecordError(f"num_classes is {show(top['num_classes'])}, but {dataset} has {classes}")
     sides = top["img_size"]

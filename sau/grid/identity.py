@@ -10,7 +10,7 @@ import torch
 
 from sau.attack import Attack
 from sau.data.images import Images
-from sau.data.sources import source
+from sau.data.official import OFFICIAL
 from sau.errors import ConfigError
 from sau.files import checksum
 from sau.grid.spec import Block
@@ -58,12 +58,14 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
     if isinstance(run, DefenseRun) and run.index is not None and shares:
         raise ConfigError(f"index is {run.index}, which beats clean_shares; leave one of them out")
     check_name(run.model, run.width if isinstance(run, AttackRun) and has_width(run.model) else None)
-    even = source(block.dataset).even
-    if even is not None and isinstance(method, Attack):
-        _refuse_labels(method, block.dataset, *even)
-    if even is not None and isinstance(run, DefenseRun) and run.index is None and run.ratio * even[0] < 1:
-        what = f"ratio (clean share) is {run.ratio:g}, which is less than one of {even[0]} pictures of {block.dataset}"
-        raise ConfigError(f"{what}; allowed is {1 / even[0]:g} and more")
+    whole = OFFICIAL.get(block.dataset)
+    if whole is not None and whole.even:
+        (pictures,) = whole.train
+        if isinstance(method, Attack):
+            _refuse_labels(method, block.dataset, pictures, whole.classes)
+        elif isinstance(run, DefenseRun) and run.index is None and run.ratio * pictures < 1:
+            what = f"ratio (clean share) is {run.ratio:g}, which is less than one of {pictures} pictures"
+            raise ConfigError(f"{what} of {block.dataset}; allowed is {1 / pictures:g} and more")
     united(run, method, batch_size)
     what, most = ("gpus", block.gpus) if block.device == "cuda" else ("threads", block.threads)
     if 1 < run.devices > most:

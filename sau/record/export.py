@@ -17,9 +17,10 @@ from PIL import Image
 
 from sau import files
 from sau.data.images import COVER, Images
+from sau.data.official import OFFICIAL
 from sau.data.sources import source
 from sau.errors import RecordError
-from sau.foreign.compat import RESULT, SPLITS, blank
+from sau.foreign.compat import RESULT, blank
 from sau.record import victim
 from sau.record.folder import Record
 
@@ -96,8 +97,9 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
     dataset, network = made["data"]["dataset"], made["model"]
     _expressible(dataset, network)
     train, poisoned, triggered, n_test = pictures(record, data)
-    classes, size, *lengths = SPLITS[dataset]
-    if lengths != [len(train), n_test]:
+    official, size = OFFICIAL[dataset], source(dataset).size
+    classes, lengths = official.classes, (official.train[0], official.test)
+    if lengths != (len(train), n_test):
         raise RecordError(
             f"the record saw a part of {dataset} ({len(train):,} and {n_test:,} pictures), in BackdoorBench it has "
             f"{lengths[0]:,} and {lengths[1]:,} under other indices"
@@ -121,9 +123,10 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
 
 def _expressible(dataset: str, network: dict[str, Any]) -> None:
     """RecordError if BackdoorBench cannot have this data set or build this network."""
-    if dataset not in SPLITS:
-        raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(SPLITS)}")
-    name, size, origin = network["name"], SPLITS[dataset][1], source(dataset)
+    if dataset not in OFFICIAL:
+        raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
+    name, origin = network["name"], source(dataset)
+    size = origin.size
     if name not in NETWORKS:
         raise RecordError(f"BackdoorBench has no network {name} like this one; exported are {', '.join(NETWORKS)}")
     if network["width"] not in (None, 64):

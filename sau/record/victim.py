@@ -10,6 +10,7 @@ from torch import nn
 
 from sau.data import cifar, sources
 from sau.data.images import Images
+from sau.data.official import subset_note
 from sau.errors import DataError, RecordError
 from sau.foreign import compat
 from sau.models import Normalized, build
@@ -97,7 +98,7 @@ class Victim:
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
         if self.fingerprints != seen:
             raise RecordError(f"{place} holds other {self.dataset} pictures than the attack saw; mend --dataset_path")
-        notes = [note for note in [cifar.subset_note(self.dataset, train, test)] if note]
+        notes = [note for note in [subset_note(self.dataset, train, test)] if note]
         splits = []
         for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
             if length is not None and length > len(images):
