@@ -128,8 +128,7 @@ class ANP(Defense):
         if self.pruning_number is not None:
             pruning.prune_checked(model, self.level(masks, self.pruning_number), prune, work, session)
             return
-        count = int(self.pruning_max / self.pruning_step + 1e-9)
-        levels = [self.level(masks, round(i * self.pruning_step, 10)) for i in range(count + 1)]
+        levels = [self.level(masks, value) for value in pruning.sweep(self.pruning_max, self.pruning_step)]
         pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=self.select == "oracle")
 
     def learn(self, model: nn.Module, norms: pruning.Norms, draws: "_Draws", session: Session) -> dict[str, Tensor]:

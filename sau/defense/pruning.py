@@ -65,6 +65,11 @@ def gather(batches: Loader) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
+def sweep(most: float, step: float) -> list[float]:
+    """What a search tries: 0, `step`, 2 `step` and so on up to `most`, without the noise of the multiplication."""
+    return [round(i * step, 10) for i in range(int(most / step + 1e-9) + 1)]
+
+
 @torch.no_grad()
 def silence(layer: nn.Module, pruned: Tensor, *, shift: bool) -> None:
     """Zero the weights of the `pruned` channels [C] of a layer, and their biases if asked."""

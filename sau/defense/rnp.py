@@ -171,7 +171,6 @@ class RNP(Defense):
             x, y, *_ = next(iter(unaugmented(batches)[0]))
             pruning.prune_checked(model, level(self.pruning_number), prune, (x, y), session)
             return
-        count = int(self.pruning_max / self.pruning_step + 1e-9)
-        levels = [level(i * self.pruning_step) for i in range(count + 1)]
+        levels = [level(threshold) for threshold in pruning.sweep(self.pruning_max, self.pruning_step)]
         oracle = self.select == "oracle"
         pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=oracle)
