@@ -128,7 +128,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     after = score(fixed, test, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
-    record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}, rating))
+    record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
     if risks:

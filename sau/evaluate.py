@@ -174,14 +174,16 @@ def der(before: Score, after: Score) -> float | None:
     return round((gain - cost + 100) / 2, 2)
 
 
-def table(rows: dict[str, Score], rating: float | None = None) -> str:
-    """The scores as text, one row each, with intervals; DER behind the last row."""
-    lines = [f"{'':8}" + "".join(f"{name + ' %':>24}" for name in ("ACC", "ASR", "R-ACC")) + f"{'DER %':>9}"]
+def table(rows: dict[str, Score]) -> str:
+    """The scores as text, one row each, with intervals, and DER against the first row."""
+    first, width = next(iter(rows.values())), max(8, *(len(name) + 1 for name in rows))
+    lines = [" " * width + "".join(f"{name + ' %':>24}" for name in ("ACC", "ASR", "R-ACC")) + f"{'DER %':>9}"]
     for name, row in rows.items():
+        rating = der(first, row) if row is not first else None
         cells = [
             f"{share.percent:.2f} [{share.interval[0]:.2f}, {share.interval[1]:.2f}]" if share else "-"
             for share in (row.acc, row.asr, row.racc)
         ]
-        lines.append(f"{name:8}" + "".join(f"{cell:>24}" for cell in cells))
-    lines[-1] += f"{rating:>9.2f}" if rating is not None else f"{'-':>9}"
+        last = "-" if rating is None else f"{rating:.2f}"
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{last:>9}")
     return "\n".join(lines)

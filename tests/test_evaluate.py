@@ -271,11 +271,20 @@ def test_der_of_nothing():
 def test_the_table_as_text():
     before = Score(Share(9, 10), Share(10, 10), Share(0, 10))
     after = Score(Share(8, 10), Share(1, 10), Share(7, 10))
-    head, first, second = table({"before": before, "after": after}, der(before, after)).splitlines()
+    head, first, second = table({"before": before, "after": after}).splitlines()
     assert head.split() == ["ACC", "%", "ASR", "%", "R-ACC", "%", "DER", "%"]
     assert first.split()[0] == "before" and "90.00 [59.58, 98.21]" in first and "100.00" in first
     assert second.split()[0] == "after" and "10.00 [1.79, 40.42]" in second and second.split()[-1] == "90.00"
     assert len(head) == len(second)
+
+
+def test_every_row_of_the_table_is_rated_against_the_first():
+    rows = {
+        name: scored(*shares) for name, shares in {"none": (90, 100), "fine_tuning": (80, 50), "c": (90, 0)}.items()
+    }
+    lines = table(rows).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["-", "70.00", "100.00"]
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_the_table_of_a_clean_network():
