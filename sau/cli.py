@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sau.record import holding, schema
 from sau.record.folder import CONFIG, Record
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Stopped(BaseException):
@@ -28,21 +29,26 @@ class _Stopped(BaseException):
 def main(argv: Sequence[str]) -> int:
     """`attack NAME ...` or `defense NAME ...`; returns the exit status.
 
-    0 is success, 2 a user's mistake (said in one line), 71 want of memory, 75 a folder that another process has, 130
-    and 143 a run that was stopped and can be resumed.
+    0 is success, 2 a user's mistake (said in one line), 71 want of memory, 74 a fault of a disk or the like, 75 a
+    folder that another process has, 130 and 143 a run that was stopped and can be resumed.
     """
     commands: dict[tuple[str, str], Callable[[str, Sequence[str]], None]] = {
         **{("attack", name): attack for name in ATTACKS},
         **{("defense", name): defend for name in DEFENSES},
     }
+    command = commands.get((argv[0], argv[1])) if len(argv) > 1 else None
+    if command is None:
+        names = ", ".join(" ".join(words) for words in commands)
+        print(f"usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {names}", file=sys.stderr)
+        return 0 if list(argv) in (["--help"], ["-h"]) else 2
+    with _stoppable(argv[0] == "attack") as farewell:
+        return _ended(partial(command, argv[1], argv[2:]), farewell)
+
+
+def _ended(command: Callable[[], None], farewell: Callable[[], None]) -> int:
+    """Run a command to its end; what went wrong is said, and is the exit status."""
     try:
-        command = commands.get((argv[0], argv[1])) if len(argv) > 1 else None
-        if command is None:
-            names = ", ".join(" ".join(words) for words in commands)
-            print(f"usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {names}", file=sys.stderr)
-            return 0 if list(argv) in (["--help"], ["-h"]) else 2
-        with _stoppable():
-            command(argv[1], argv[2:])
+        command()
         sys.stdout.flush()
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: out of memory ({first_line(error)}); try a smaller --batch_size", file=sys.stderr)
         return FULL
     except _Stopped as stop:
-        print(f"\n{_onward(argv[0] == 'attack')}", file=sys.stderr)
+        farewell()
         return 128 + int(stop.args[0])
     except (OSError, RuntimeError) as error:
         return of_machine(error)
@@ -74,34 +80,42 @@ def _onward(attacks: bool) -> str:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise `_Stopped`.
+def _stoppable(attacks: bool) -> Iterator[Callable[[], None]]:
+    """Inside, SIGINT and SIGTERM raise `_Stopped`; yields what says, once, how to go on.
 
-    A long backward pass does not let Python raise. So a thread, which is told at once, ends the process after GRACE;
-    leaving by force is safe, for every file is written atomically.
+    A long backward pass does not let Python raise. So a thread, which is told at once, says it and ends the process
+    after GRACE; leaving by force is safe, for every file is written atomically.
     """
     told, tell = os.pipe()
     os.set_blocking(tell, False)
-    threading.Thread(target=_leave, args=(told,), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    said, left = threading.Event(), threading.Event()
+
+    def farewell() -> None:
+        if not said.is_set():
+            said.set()
+            print(f"\n{_onward(attacks)}", file=sys.stderr, flush=True)
+
+    def leave() -> None:
+        for number in iter(lambda: os.read(told, 1), b""):
+            if number[0] in _SIGNALS and not left.wait(GRACE):
+                farewell()
+                os._exit(128 + number[0])
+        os.close(told)
+
+    threading.Thread(target=leave, daemon=True).start()
+    handlers = {number: signal.signal(number, _stop) for number in _SIGNALS}
     before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     try:
-        yield
+        yield farewell
     finally:
+        left.set()
         signal.set_wakeup_fd(before)
         os.close(tell)  # ends the thread
-
-
-def _leave(told: int) -> None:
-    for number in iter(lambda: os.read(told, 1), b""):
-        if number[0] in (signal.SIGINT, signal.SIGTERM):
-            time.sleep(GRACE)
-            os._exit(128 + number[0])
-    os.close(told)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _stop(number: int, frame: Any) -> None:
-    for one in (signal.SIGINT, signal.SIGTERM):  # the process is on its way out
+    for one in _SIGNALS:  # the process is on its way out
         signal.signal(one, signal.SIG_IGN)
     raise _Stopped(number)

@@ -1,11 +1,13 @@
 """What goes wrong because of the input. Every command prints these as one line; most exit with status 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 # Exit statuses of `python -m sau`, besides 0 and 2; another try may help in each case.
-NO_DEVICE, FULL, LOCKED = 69, 71, 75  # no CUDA here; out of memory; another process has the folder
+NO_DEVICE, FULL, FAULT, LOCKED = 69, 71, 74, 75  # no CUDA here; out of memory; a disk or the like; the folder is taken
+_MENDED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # by the user
 
 
 def printable(text: str) -> str:
@@ -78,8 +80,9 @@ def of_machine(error: OSError | RuntimeError) -> int:
         return 141  # 128 + SIGPIPE
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        mended = isinstance(error, _MENDED) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        return 2 if mended else FAULT
     if "can't allocate memory" in str(error):  # of the CPU, for which torch has no type of its own
-        print("error: out of memory; try a smaller --batch_size, --width or size of pictures", file=sys.stderr)
+        print("error: out of memory; give a smaller --batch_size or --width, or smaller pictures", file=sys.stderr)
         return FULL
     raise error

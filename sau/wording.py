@@ -20,9 +20,11 @@ def short(value: float) -> str:
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table in Markdown. Names in it may be a stranger's, so signs of its own and of HTML are written out."""
-    lines = [head, ["---"] * len(head), *([_cell(text) for text in line] for line in body)]
+    lines = [[cell(text) for text in line] for line in (head, *body)]
+    lines.insert(1, ["---"] * len(head))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text as Markdown shows it, also in a table."""
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

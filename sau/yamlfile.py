@@ -11,6 +11,8 @@ from sau.config import IGNORED, Option, Setting, nearest, once
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError
 
+# What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.
+NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
 # BackdoorBench's files of SAU and i-BAU hold both, and its code reads the second.
 SUPERSEDED = {"epochs": "n_rounds"}
@@ -70,7 +72,7 @@ def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
 def _nodes(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.compose(path.read_text(), Loader=_Yaml)
-    except (OSError, ValueError, OverflowError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, *NO_YAML) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     return _mapping(tree, path) if tree is not None else {}
 
@@ -103,7 +105,7 @@ def _settings(
         try:
             # Tags that would build objects are refused by the safe loader; a bad value of a known tag raises anything.
             value = _Yaml("").construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except NO_YAML as error:
             raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
         found[name] = once(found.get(name), Setting(value, origin))
     return found

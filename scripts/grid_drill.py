@@ -44,7 +44,8 @@ def grid(file: Path, root: Path, *flags: str) -> list[str]:
 
 def emptied(root: Path) -> None:
     """Take away what an earlier call left; ConfigError for what is no grid's or record's folder."""
-    if root.exists() and not (root / ".grid").is_dir() and not any(root.glob("*/manifest.json")):
+    strange = root.exists() and any(root.iterdir())
+    if strange and not (root / ".grid").is_dir() and not any(root.glob("*/config.yaml")):
         raise ConfigError(f"{root} is no folder of an earlier drill; name another WORK, or take it away")
     shutil.rmtree(root, ignore_errors=True)
 

@@ -141,7 +141,7 @@ def main() -> int:
         print(text)
         return 0
     try:
-        page = files.read(asked.into).decode()
+        page = files.read(asked.into).decode().replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--into {asked.into} cannot be read ({error}); name a page of text") from None
     head, mark, rest = page.partition(MARK)

@@ -1,7 +1,6 @@
 """The command line: what it leaves, how it stops and goes on, and what it refuses with one line."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import torch
 import torchvision.datasets.utils
 import yaml
 from PIL import Image
-from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, the_error
+from toys import QUICK, REPOSITORY, VICTIM, command, environment, soon, stop_after, the_error
 
 import sau
 from sau import commands
@@ -518,8 +517,7 @@ def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished,
     assert status == -signal.SIGKILL and not (folder / "manifest.json").exists()
     for words, number, code in (("epoch 2/4", signal.SIGINT, 130), ("epoch 3/4", signal.SIGTERM, 143)):
         status, seconds, err = stop_after(words, number, argv, tmp_path)
-        crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # processes that share a core
-        assert status == code and seconds < 2 * crowd
+        assert status == code and soon(seconds)
         assert "resume" in err and "Traceback" not in err
         assert (folder / "checkpoint.bin").is_file() and not (folder / "manifest.json").exists()
     done = cli("attack", "badnet", *VICTIM, "--save_folder_name", "again", cwd=tmp_path)
@@ -583,9 +581,8 @@ def test_a_call_that_takes_long_does_not_keep_a_stopped_process(tmp_path):
     """Like a backward pass of minutes, in which Python cannot raise."""
     long = "lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9))"
     code = f"import hashlib, sys, sau.cli; sau.cli.attack = {long}; sys.exit(sau.cli.main(['attack', 'badnet']))"
-    status, seconds, _ = stop_after("busy", signal.SIGTERM, [sys.executable, "-c", code], tmp_path)
-    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-    assert status == 143 and seconds < 2 * crowd
+    status, seconds, err = stop_after("busy", signal.SIGTERM, [sys.executable, "-c", code], tmp_path)
+    assert status == 143 and soon(seconds) and "stopped; repeat the command to go on" in err
 
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -595,6 +592,8 @@ NO_MEMORY = "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: 
     ("error", "status", "said"),
     [
         (PermissionError(13, "Permission denied", "/home/other"), 2, "Permission denied: '/home/other'"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (OSError(5, "Input/output error"), 74, "Input/output error"),
         (RuntimeError(NO_MEMORY), 71, "out of memory"),
         (BrokenPipeError(), 141, None),
     ],

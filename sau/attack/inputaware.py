@@ -26,6 +26,7 @@ from sau.attack.making import Making
 from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
+from sau.evaluate import percent_right
 from sau.models.generator import Artist
 from sau.optim import Training, adam
 from sau.seeds import seeded
@@ -171,8 +172,7 @@ class InputAware(Attack):
         diverse = self._diversity(*apart) if n else error.new_zeros(())
         loss = error + self.lambda_div * diverse
         state["descent"](loss, state["patterns"])
-        right = (logits.argmax(1) == wanted).float().mean()
-        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": 100 * right}
+        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, wanted)}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
         for name in ("descent", "patterns"):

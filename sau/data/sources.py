@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sau.data import cifar
 from sau.data.augment import Augment
 from sau.data.folders import find_folder, find_gtsrb, find_tiny, folder, gtsrb, tiny
-from sau.data.images import Images, quantise
+from sau.data.images import SIDE, Images, quantise
 from sau.errors import ConfigError, DataError
 
 
@@ -57,8 +57,8 @@ def load(name: str, root: str | Path = "./data", img_size: int | None = None) ->
         img_size: height and width to bring the pictures to, where the data set can be resized; None means its own.
     """
     origin = source(name)
-    if img_size is not None and (img_size < 8 or (img_size != origin.size and not origin.resizes)):
-        allowed = "8 and more" if origin.resizes else str(origin.size)
+    if img_size is not None and (not 8 <= img_size <= SIDE or (img_size != origin.size and not origin.resizes)):
+        allowed = f"8 to {SIDE}" if origin.resizes else str(origin.size)
         raise ConfigError(f"img_size is {img_size}, allowed for {name} is {allowed}")
     return origin.read(Path(root), img_size or origin.size)
 

@@ -168,6 +168,8 @@ def named_layers(model: nn.Module, x: Pixels, layers: Sequence[str]) -> list[str
         full = full_name(model, name, advice)
         if full not in known:
             raise ConfigError(f"the layer {name!r} has no feature maps; {advice}")
+        if full in names:
+            raise ConfigError(f"the layer {name!r} is given twice; {advice}")
         names.append(full)
     return names
 

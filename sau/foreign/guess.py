@@ -1,14 +1,13 @@
 """Which of the networks that `build` makes a state dict belongs to."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sau.errors import RecordError
 from sau.foreign.weights import Weights
-from sau.models import MODELS
+from sau.models import MODELS, layout
 from sau.models.zoo import torchvision_names, torchvision_plain
 
 _FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
@@ -47,24 +46,18 @@ def guess(found: Weights) -> Guess | None:
         if name.startswith("regnet"):
             continue
         try:
-            layout = _layout(name, 10, 64 if name in MODELS else None)
-            prefix = found.under(layout)
-            last = found.tensors[prefix + list(layout)[-1]]
-            first = found.tensors[prefix + next(iter(layout))]
+            own = layout(partial(unwrapped, name, 10, 64 if name in MODELS else None))
+            prefix = found.under(own)
+            last = found.tensors[prefix + list(own)[-1]]
+            first = found.tensors[prefix + next(iter(own))]
             width = len(first) if name in MODELS else None
             if last.ndim == 0 or (width is not None and not 0 < width <= 1024):
                 continue
-            found.fitting(_layout(name, len(last), width))
+            found.fitting(layout(partial(unwrapped, name, len(last), width)))
         except RecordError:
             continue
         return Guess(name, width, len(last), prefix)
     return None
-
-
-def _layout(name: str, classes: int, width: int | None) -> Mapping[str, Tensor]:
-    """The state dict without memory for its values."""
-    with torch.device("meta"):
-        return unwrapped(name, classes, width).state_dict()
 
 
 def unwrapped(name: str, classes: int, width: int | None) -> nn.Module:

@@ -4,17 +4,16 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from sau.errors import ConfigError, RecordError
 from sau.foreign import weights
 from sau.foreign.guess import guess, unwrapped
-from sau.models import has_width
+from sau.models import has_width, layout
 from sau.run import OwnRun
 
 
@@ -34,8 +33,7 @@ def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]
         name, make = known.name, partial(unwrapped, known.name, known.classes, known.width)
     else:
         name, make = run.arch, partial(unwrapped, run.arch, classes, _width(found) if has_width(run.arch) else None)
-    with torch.device("meta") if ":" not in run.arch else nullcontext():  # the file may claim any width
-        own = make().state_dict()
+    own = make().state_dict() if ":" in run.arch else layout(make)  # the file may claim any width
     try:
         found.fitting(own)
     except RecordError as error:

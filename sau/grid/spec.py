@@ -63,18 +63,21 @@ class Block:
             twice = [value for value in getattr(self, axis) if getattr(self, axis).count(value) > 1]
             if twice:
                 raise ConfigError(f"{axis} has {twice[0]} twice; give it once")
-        if not self.seeds:
-            raise ConfigError("seeds names none, allowed is at least one")
         least = {"threads": 1, "memory_gb": 0, "gpus": 0}
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, allowed is {bound} and more")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ConfigError(f"gpus is {self.gpus:g}, allowed is a share up to 1 or a whole number")
+
+    def agree(self) -> None:
+        """ConfigError for settings that are not meant together; the top of a file may leave some to its blocks."""
+        if not self.seeds:
+            raise ConfigError("seeds names none, allowed is at least one")
         if (self.device == "cuda") != (self.gpus > 0):
             raise ConfigError(f"device is {self.device}, but gpus is {self.gpus:g}; cuda needs some, cpu needs none")
         if self.recipe == "fast" and self.device == "cpu":
             raise ConfigError("recipe is fast, but device is cpu; fast_cpu is the one without CUDA")
-        if self.gpus > 1 and self.gpus != int(self.gpus):
-            raise ConfigError(f"gpus is {self.gpus:g}, allowed is a share up to 1 or a whole number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,7 @@ def _block(common: Mapping[str, Setting], own: Mapping[str, Any], origin: str) -
     said = {name: Setting(value, f"{origin}.{name}") for name, value in own.items()}
     laid = _laid({name: setting for name, setting in common.items() if name in _BLOCK}, said)
     block: Block = config.build(Block, _values(laid))
+    block.agree()
     for name in block.overrides:
         if name not in ("attack", "defense", *block.attacks, *block.defenses) and name in (own.get("overrides") or {}):
             raise ConfigError(f"{origin}: overrides has {name}, which this block does not run; leave it out")

@@ -54,8 +54,7 @@ class InParts:
                 torch.cuda.empty_cache()
             same = "with batch statistics of a part" if self._trains_norm() else "with the same updates"
             self.say(f"out of memory: batches of {len(x)} go through in {self.parts} parts from here on, {same}")
-            if self.note is not None:
-                self.note(parts=self.parts)
+            self.note(parts=self.parts)
             self._leave_graphs()
 
     def _once(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

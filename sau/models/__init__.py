@@ -1,7 +1,7 @@
 """The networks by name, each taking pixels in [0, 1]."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -132,6 +132,18 @@ def build(
     else:
         net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
     return Normalized(quick(net), mean, std, amp)
+
+
+def layout(make: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+    """The state dict of the network that `make` makes, without memory for its values where that is possible.
+
+    torchvision's RegNet reads values while it is built; it has no width, so that its name bounds its size.
+    """
+    try:
+        with torch.device("meta"):
+            return make().state_dict()
+    except NotImplementedError:
+        return make().state_dict()
 
 
 def quick(net: nn.Module) -> nn.Module:

@@ -45,7 +45,7 @@ class Record:
 
         Args:
             config: what the run is asked and what was chosen for it, for `config.yaml`.
-            identity: the part of it that determines the result; an unfinished folder goes on only if it is the same.
+            identity: what of it determines the result; once there is a checkpoint, only the same run goes on here.
             overwrite: discard what is there.
         """
         goes_on = self.admits(identity, overwrite)
@@ -88,7 +88,7 @@ class Record:
         if self.finished:
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
         if old.get("digest") != digest(identity):
-            if self._holds_only(CONFIG, LOG):  # of a run that was refused at once, so nothing is lost
+            if self._holds_only(CONFIG, LOG):  # refused at once, or stopped before its first checkpoint
                 return False
             other = difference(old["identity"], as_json(identity))
             raise RecordError(
@@ -170,9 +170,7 @@ class Record:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and the manifest, which closes the folder; drop the checkpoint and the lock."""
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-        kept = [file for file in sorted(self.path.iterdir()) if file.is_file() and file.name != CHECKPOINT]
-        # A name with a dot in front is what an editor or a file server has there for a while.
-        write(self.path / MANIFEST, schema.manifest([file for file in kept if not file.name.startswith(".")]))
+        write(self.path / MANIFEST, schema.manifest([file for file in self._files() if file.name != CHECKPOINT]))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         give_back(self.path)
 
@@ -194,9 +192,12 @@ class Record:
 
     def verify(self, *, light: bool = False) -> int:
         """Compare every file of a finished folder with the manifest; returns their bytes. RecordError as in `check`."""
-        used = {file.name for file in self.path.iterdir() if file.suffix in (".safetensors", ".pt", ".jsonl")}
+        used = {file.name for file in self._files() if file.suffix in (".safetensors", ".pt", ".jsonl")}
         self.sealed = schema.unbroken(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
         return sum((self.path / Path(name).name).stat().st_size for name in self.sealed)
+
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
 
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished folder; call `check` first."""

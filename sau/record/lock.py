@@ -19,6 +19,7 @@ from sau.files import descriptor, parsed, read
 
 BEAT = 15.0  # seconds between two signs of life
 LEASE = 120.0  # seconds after which a silent holder on another machine counts as dead
+AHEAD = 3600.0  # seconds by which the clock of the file may be ahead of this one
 LONGEST = 10_000  # bytes of a lock file
 _BOOT, _PIDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
@@ -176,7 +177,7 @@ def _self() -> Holder:
 def _alive(found: Holder, silent: float) -> bool:
     here = _self()
     if (found.host, found.boot) != (here.host, here.boot):
-        return abs(silent) < LEASE  # a time to come is another machine's clock, or an archive's
+        return -AHEAD < silent < LEASE  # a time to come is another machine's clock; far in it, an archive's
     return _start(found.pid) == found.start
 
 

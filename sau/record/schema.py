@@ -14,12 +14,15 @@ from typing import Any
 
 import yaml
 
+from sau.data.images import SIDE
 from sau.errors import RecordError
 from sau.files import checksum, loaded, read
+from sau.yamlfile import NO_YAML
 
 SCHEMA = 2
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
-DEEPEST, NODES = 50, 300_000  # levels and nodes of config.yaml; ours has five, and one for each clean picture
+CLEAN = 250_000  # pictures in a defender's set; their indices stand in config.yaml
+DEEPEST, NODES = 50, CLEAN + 50_000  # levels and nodes of config.yaml; ours has five
 ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"
 Config = dict[str, Any]
 
@@ -38,8 +41,8 @@ UPGRADES: dict[int, Callable[[Config], Config]] = {1: _from_1}
 
 
 def digest(identity: dict[str, Any]) -> str:
-    """SHA-256 over what determines a result, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    """SHA-256 over what determines a result, as it is written, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(as_json(identity), sort_keys=True).encode()).hexdigest()
 
 
 def kind(config: Config) -> str:
@@ -65,7 +68,10 @@ def signed(config: Config) -> Config:
 
 
 def written(config: Config) -> bytes:
-    """The content of `config.yaml`."""
+    """The content of `config.yaml`; RecordError for one that would be too long for `configuration`."""
+    count = len(config.get("clean_index", ()))
+    if count > CLEAN:
+        raise RecordError(f"{count:,} clean pictures, allowed in a record are {CLEAN:,}; give a smaller --ratio")
     return yaml.safe_dump(signed(config), sort_keys=False).encode()
 
 
@@ -78,8 +84,8 @@ def configuration(place: Path, light: bool = False) -> Config:
         text = read(place).decode()
         config = _tree(_INDEX.sub("", text) if light else text)
         json.dumps(config)  # YAML has types that no configuration of ours has, like dates
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, yaml.YAMLError, RecursionError):
-        config = None  # libyaml and its constructors raise all of these
+    except (OSError, *NO_YAML):
+        config = None
     known = isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys()
     if not known or not isinstance(config["identity"], dict) or not all(isinstance(key, str) for key in config):
         raise RecordError(f"{place.parent} is not a result folder of sau (no valid {place.name}); choose another name")
@@ -122,7 +128,10 @@ TYPES: dict[tuple[str, str], tuple[Callable[[Any], bool], str]] = {
     ("model", "name"): (lambda it: isinstance(it, str), "a text"),
     ("model", "classes"): (lambda it: _numbers([it], 1, 100_000, int), "1 to 100000"),
     ("model", "width"): (lambda it: it is None or _numbers([it], 1, 1024, int), "1 to 1024, or none"),
-    ("model", "shape"): (lambda it: _numbers(it, 1, 4096, int) and len(it) == 3, "channels, height and width"),
+    ("model", "shape"): (
+        lambda it: _numbers(it, 1, SIDE, int) and len(it) == 3,
+        f"channels, height and width up to {SIDE}",
+    ),
     ("model", "mean"): (lambda it: _numbers(it, -1e6, 1e6, int, float), "numbers"),
     ("model", "std"): (lambda it: _numbers(it, 1e-6, 1e6, int, float), "numbers above 0"),
     ("data", "dataset"): (lambda it: isinstance(it, str), "a text"),

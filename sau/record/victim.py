@@ -1,19 +1,20 @@
 """An attacked network and its pictures, to and from a result folder: all that a defense needs, without trigger code."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sau.data import cifar, sources
 from sau.data.images import Images
 from sau.data.official import subset_note
 from sau.errors import DataError, RecordError
 from sau.foreign import compat
-from sau.models import Normalized, build
+from sau.models import Normalized, build, layout
 from sau.models.polarizer import make_room
 from sau.record import schema
 from sau.record.folder import Record
@@ -80,9 +81,7 @@ class Victim:
         """
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
-        with torch.device("meta"):
-            own = make().net.state_dict()
-        _compare(own, self.weights, self.path, self.network["name"])
+        _compare(layout(lambda: make().net), self.weights, self.path, self.network["name"])
         return make()
 
     def pictures(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
@@ -182,7 +181,7 @@ def load_weights(model: nn.Module, place: Path) -> None:
     model.load_state_dict(named)
 
 
-def _compare(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], path: Path, whose: str) -> None:
+def _compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path, whose: str) -> None:
     """RecordError unless names and shapes are the same."""
     for name in {**own, **weights}:
         got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
