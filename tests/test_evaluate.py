@@ -10,6 +10,7 @@ from toys import tiny_net, toy_images
 from sau.attack import Blended
 from sau.errors import DataError, TrainingError
 from sau.evaluate import Score, Share, _fitting, der, predict, score, table
+from sau.wording import markdown
 
 # Shares
 
@@ -285,6 +286,11 @@ def test_every_row_of_the_table_is_rated_against_the_first():
     lines = table(rows).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["-", "70.00", "100.00"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_names_break_no_table_in_markdown():
+    head, rule, line = markdown(["<b>|", "ACC"], [["a|b\n", "1"]]).splitlines()
+    assert head == "| &lt;b>\\| | ACC |" and rule == "| --- | --- |" and line == "| a\\|b\\n | 1 |"
 
 
 def test_the_table_of_a_clean_network():

@@ -295,6 +295,12 @@ def test_the_table_of_the_cpu_track_is_what_was_promised():
             assert rows[attack, seed] == (set(DEFENSES) if classical else {"ft", "ft-sam", "i-bau", "d3", "sau"})
 
 
+def test_the_top_of_a_file_may_leave_devices_and_seeds_to_its_blocks(planned):
+    top = "recipe: fast\ndataset: cifar10\nattacks: [badnet]\nseeds: []\n"
+    (cell,) = planned(top + "blocks:\n  - {device: cuda, gpus: 1, seeds: [3]}\n")
+    assert cell.label == "badnet_r0.1_s3"
+
+
 # What cannot be
 
 

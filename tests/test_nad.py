@@ -111,6 +111,13 @@ def test_the_user_names_layers():
     assert said[-1] == "attention of features.2 (weight 500), features.4 (weight 1000), features.0 (weight 1000)"
 
 
+def test_one_layer_by_two_names_is_refused(one_line):
+    model, x = Normalized(PreActResNet18(width=4)), torch.rand(1, 3, 32, 32)
+    with pytest.raises(ConfigError) as refusal:
+        named_layers(model, x, ("layer4", "net.layer4"))
+    assert "'net.layer4' is given twice" in one_line(refusal.value)
+
+
 def test_layers_that_are_not_there_are_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         NAD(layers=("features.22",)).purify(tiny_net(), pair(), session=quiet())

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from PIL import Image
-from toys import QUICK, command, environment, tiny_net, toy_images
+from toys import QUICK, command, environment, same_weights, tiny_net, toy_images
 
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.images import Images
@@ -124,6 +125,13 @@ def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here
     assert "no" in refused(*flags(file, pictures, "--arch", "somebody:broken", "--trust_code", "true"))
     assert here(*flags(file, pictures, "--arch", "somebody:made", "--trust_code", "true"))[0] == 0
     assert (tmp_path / "ran").exists()
+
+
+def test_a_network_that_cannot_be_laid_out_without_memory_is_read_too(tmp_path):
+    made = torchvision.models.get_model("regnet_y_400mf", num_classes=CLASSES)
+    torch.save(made.state_dict(), tmp_path / "regnet.pt")
+    own = OwnRun(model_file=str(tmp_path / "regnet.pt"), clean_dir="x", arch="regnet_y_400mf")
+    assert same_weights(network(own, CLASSES)[0], made)
 
 
 def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):

@@ -18,6 +18,7 @@ from toys import REPOSITORY, environment
 from sau.errors import LockedError, RecordError
 from sau.files import folder, write
 from sau.record import folder as module
+from sau.record import schema
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.record.holding import give_back
 from sau.record.lock import Lock
@@ -722,6 +723,24 @@ def test_what_an_editor_has_there_for_a_while_is_not_sealed(tmp_path):
     Record(tmp_path / "a").check()
 
 
+def test_what_a_file_server_adds_to_a_finished_folder_is_left_alone(tmp_path):
+    """macOS writes one beside every file on a disk that is not its own."""
+    made(tmp_path / "a")
+    (tmp_path / "a" / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+    Record(tmp_path / "a").check()
+
+
+def test_more_clean_pictures_than_a_reader_takes_are_refused_at_once(tmp_path, one_line, monkeypatch):
+    monkeypatch.setattr(schema, "CLEAN", 3)
+    record = begun(tmp_path / "a")
+    record.note(clean_index=[0, 1, 2])
+    with pytest.raises(RecordError) as refusal:
+        record.note(clean_index=[0, 1, 2, 3])
+    assert "4 clean pictures, allowed in a record are 3; give a smaller --ratio" in one_line(refusal.value)
+    monkeypatch.undo()
+    assert schema._tree("clean_index:\n" + "- 7\n" * schema.CLEAN) == {"clean_index": [7] * schema.CLEAN}
+
+
 def test_an_attack_is_not_made_again_while_a_defense_in_it_is_at_work(tmp_path, one_line):
     made(tmp_path / "a")
     with Lock(tmp_path / "a" / "defense" / ".sau.lock"):
@@ -734,10 +753,12 @@ def test_an_attack_is_not_made_again_while_a_defense_in_it_is_at_work(tmp_path, 
 
 def test_bytes_of_a_path_that_are_no_text_do_not_spoil_the_folder(tmp_path):
     """`$'caf\\xe9'` on a command line becomes a surrogate, which YAML can write and not read."""
-    record = begun(tmp_path / "a", command="attack.py --dataset_path caf\udce9")
+    record = begun(tmp_path / "a", {"patch": "caf\udce9"}, command="attack.py --dataset_path caf\udce9")
     record.say("from caf\udce9")
     record.finish({"acc": 1.0})
-    assert Record(tmp_path / "a").check()["command"] == "attack.py --dataset_path caf?"
+    config = Record(tmp_path / "a").check()
+    assert config["command"] == "attack.py --dataset_path caf?"
+    assert schema.digest(config["identity"]) == config["digest"]
     assert (tmp_path / "a" / LOG).read_text() == "from caf\\udce9\n"
 
 
