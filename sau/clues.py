@@ -62,7 +62,8 @@ class Reversal:
         smallest += f", index {self.index:.1f}"
         if not clean:
             return f"{smallest}; no clean network with as many classes was searched for as long"
-        return f"{smallest}; {said['clean_above']} of {len(clean)} clean networks reach that (p {said['p']})"
+        beside = f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that"
+        return f"{smallest}; {beside} (p {said['p']})"
 
 
 def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Reversal:

@@ -92,10 +92,10 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if request.said("model_file") is not None and request.said("result_file") is None:
         return own.purify(name, request)
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
-    recipe, _ = request.recipe(attacked.recipe)
+    recipe, why = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    request.note_idle(dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own"))
+    request.note_idle(_idle(run, method))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     given, test, notes = _given(attacked, run, method, offered, request.said("dataset_path"))
@@ -109,7 +109,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
     pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
-    record.say(f"recipe {recipe}: {_length(method)}{pictures}; {record.path}")
+    record.say(f"recipe {recipe} ({why}): {_length(method)}{pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
@@ -134,6 +134,12 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if risks:
         scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
+
+
+def _idle(run: DefenseRun, method: Defense) -> dict[str, str]:
+    """Flags without effect on the defense of a record, each with the reason."""
+    found = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own")
+    return found | run.idle() | ({} if method.looks else dict.fromkeys(("ratio", "index"), "it looks at no pictures"))
 
 
 def _given(

@@ -19,6 +19,7 @@ from sau.data.folders import labelled
 from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
+from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError, first_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
@@ -50,12 +51,12 @@ def split(images: Images, share: float) -> tuple[Images, Images]:
 def purify(name: str, request: Request) -> None:
     """Purify, and report what clean pictures say before and after."""
     started = time.monotonic()
-    run, own, method = request.settle("defense", request.recipe()[0], "folder")
+    recipe, why = request.recipe()
+    run, own, method = request.settle("defense", recipe, "folder")
     idle = dict.fromkeys(OF_RECORDS, "it is about the record of an attack")
     request.note_idle(idle | {"track_risk": "the risks before and after are measured in any case"})
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
-    if method.needs == "poisoned" or method.selection == "oracle":
-        raise ConfigError(f"{name} needs the attacker's pictures, which a network of your own does not come with")
+    _need_nothing_of_an_attacker(method)
     images = labelled(Path(str(own.clean_dir)), own.input_size)
     given, test = (part.to(where) for part in split(images, own.check_share))
     net, file, arch = network(own, images.num_classes)
@@ -69,6 +70,7 @@ def purify(name: str, request: Request) -> None:
     begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
     record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)
     record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
+    record.say(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)
     shape, epochs = (3, own.input_size, own.input_size), getattr(method, "epochs", 1)
     tune(record, run, model, method, shape, method.batch_size, epochs * len(given), where)
@@ -94,6 +96,14 @@ def purify(name: str, request: Request) -> None:
         lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
         record.say(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")
     watch.finish(report)
+
+
+def _need_nothing_of_an_attacker(method: Defense) -> None:
+    """ConfigError for a method that cannot work without triggered pictures."""
+    if method.selection == "oracle":
+        raise ConfigError("select is oracle, allowed is defender: nobody has pictures with your network's trigger")
+    if method.needs == "poisoned":
+        raise ConfigError(f"{method.name} needs the attacker's pictures, which your network does not come with")
 
 
 def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None:

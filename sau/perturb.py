@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sau.types import Change, Flags, PerImage, Pixels
 
@@ -73,6 +74,10 @@ def length(e: Change, norm: Norm) -> PerImage:
     return torch.linalg.vector_norm(e.flatten(1), ord=order, dim=1)
 
 
-def bucketed(count: int) -> int:
-    """`count` in whole buckets: every new batch size costs the convolutions a set-up, so searches use few of them."""
-    return -(-count // BUCKET) * BUCKET
+def unsettled(settled: Flags) -> Tensor:
+    """Places [M] of the pictures that are not settled, and of as many settled ones as fill whole buckets.
+
+    Every new batch size costs the convolutions a set-up, so searches use few of them.
+    """
+    size = -(-int((~settled).sum()) // BUCKET) * BUCKET
+    return settled.to(torch.uint8).argsort(stable=True)[:size]

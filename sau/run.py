@@ -15,9 +15,10 @@ class Run:
 
     Args:
         dataset: cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own
-            pictures, in train/CLASS/ and test/CLASS/ of dataset_path).
-        dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout.
-        model: preactresnet18, or a classifier of torchvision by its name, like vgg19_bn.
+            pictures, in train/CLASS/ and test/CLASS/ of dataset_path); of a defense the record's.
+        dataset_path: folder that holds the data sets, in the benchmark's or in torchvision's layout; a defense looks
+            where the attack found them.
+        model: preactresnet18, or a classifier of torchvision by its name, like vgg19_bn; of a defense the record's.
         recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
             is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record. fast trains a victim in a
             fraction of that (fast_cpu without CUDA); defenses, and attacks inside the batches, then have those of
@@ -36,7 +37,8 @@ class Run:
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         frequency_save: epochs between two copies of the weights that are kept; 0 means none.
         save_folder_name: result folder, of an attack below record_root (none makes one of the time and the attack), of
-            a defense below `defense` in the attack's folder (none means the defense's name).
+            a defense below `defense` in the attack's folder (none means the defense's name), of a network of your own
+            below record_root (none means its file and the defense).
         yaml_path: YAML file with any of these settings.
     """
 
@@ -125,6 +127,12 @@ class DefenseRun(Run):
             check_share(self.ratio)
         self.search()
 
+    def idle(self) -> dict[str, str]:
+        """Settings that have no effect beside the others, each with the reason."""
+        risks = [] if self.track_risk else ["risk_samples", "risk_norm", "risk_eps", "risk_steps", "risk_restarts"]
+        unlike = {} if self.index is None else {"ratio": "index names the pictures"}
+        return dict.fromkeys(risks, "the risks are measured with --track_risk true") | unlike
+
     def search(self) -> Search:
         """How the risks are searched; ConfigError if it cannot be."""
         return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
@@ -161,7 +169,11 @@ class OwnRun:
 
     def __post_init__(self) -> None:
         for name, fine, allowed in (
-            ("clean_dir", (self.model_file is None) == (self.clean_dir is None), "given together with model_file"),
+            (
+                "clean_dir",
+                (self.model_file is None) == (self.clean_dir is None),
+                "a folder of pictures, with model_file",
+            ),
             ("std", len(self.mean) == len(self.std) in (0, 1, 3), "as many values as mean: none, 1 or 3"),
             ("std", all(value > 0 for value in self.std), "above 0"),
             ("input_size", self.input_size >= 1, "1 and more"),

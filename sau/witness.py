@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.errors import require
-from sau.perturb import Ball, bucketed
+from sau.perturb import Ball, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
@@ -182,7 +182,7 @@ class Hunt:
         for step in range(self.search.steps + 1):
             needed, last = int(left().sum()), step == self.search.steps
             # Those that fill the last bucket climb on; their witness is kept.
-            active = (~left()).to(torch.uint8).argsort(stable=True)[: bucketed(needed)]
+            active = unsettled(~left())
             passes = networks * (1 if last else 2)
             self.count(passes * len(active), passes * needed)
             for at in active.split(self.batch_size) if needed else ():

@@ -271,6 +271,12 @@ def test_every_shipped_grid_can_be_planned(file):
     assert len(cells(read(file)[1])) >= 6
 
 
+TABLE = (
+    "badnet blended inputaware lf sig ssba wanet prototype".split(),
+    "sau ft ft-sam i-bau d3 at anp bnp clp ep fp fst nad nc npd rnp".split(),
+)
+
+
 def test_the_table_of_the_cpu_track_is_what_was_promised():
     every = cells(read(REPOSITORY / "configs" / "grid" / "table1_cpu.yaml")[1])
     attacks = {cell.name for cell in every if cell.kind == "attack"}
@@ -281,18 +287,15 @@ def test_the_table_of_the_cpu_track_is_what_was_promised():
         if cell.kind == "defense":
             assert cell.label.endswith("_oracle") is ("--select=oracle" in cell.flags)
             rows[cell.label.split("_")[0], seed].add(cell.name + ("+" if cell.label.endswith("_oracle") else ""))
-    from sau.attack import ATTACKS
-    from sau.defense import DEFENSES
-
-    assert attacks == set(ATTACKS)
-    for attack in ATTACKS:
+    assert attacks == set(TABLE[0])  # a contribution need not be among them, for the table takes days
+    for attack in attacks:
         classical = attack in ("badnet", "blended")
-        assert {name for name in rows[attack, "0"] if "+" not in name} == set(DEFENSES)
+        assert {name for name in rows[attack, "0"] if "+" not in name} == set(TABLE[1])
         assert {name for name in rows[attack, "0"] if "+" in name} == (
             {"anp+", "clp+", "ep+", "fp+"} if classical else set()
         )
         for seed in ("1", "2"):
-            assert rows[attack, seed] == (set(DEFENSES) if classical else {"ft", "ft-sam", "i-bau", "d3", "sau"})
+            assert rows[attack, seed] == (set(TABLE[1]) if classical else {"ft", "ft-sam", "i-bau", "d3", "sau"})
 
 
 def test_the_top_of_a_file_may_leave_devices_and_seeds_to_its_blocks(planned):

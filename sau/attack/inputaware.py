@@ -7,8 +7,8 @@
 2. jointly:    min_{C, P}  CE(C([x'; x + (p(z) - x) m(z); x]), [target; y; y])
                            + lambda_div mean_i [ |x_i - z_i| / |p(x_i) - p(z_i)| ]
 
-with z other training pictures, whose triggers on x (the cross pictures) keep the labels: a trigger works only on the
-picture it was drawn for.
+with |d| the root mean square of a difference of normalised pictures, and z other training pictures, whose triggers on x
+(the cross pictures) keep the labels: a trigger works only on the picture it was drawn for.
 """
 
 from dataclasses import dataclass, replace

@@ -81,13 +81,13 @@ class Defense(Method, ABC):
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
         session = session or Session()
-        self.require("selection", self.selection == "defender" or session.judge is not None, "oracle only with a judge")
+        if self.selection == "oracle" and session.judge is None:
+            raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
         home = _home(model)
         place = torch.device(device) if device is not None else home
         copied = quick(copy.deepcopy(model).to(place).eval())
         frozen = [parameter for parameter in copied.parameters() if not parameter.requires_grad]
-        for parameter in frozen:  # a network that only answers is often handed over frozen
-            parameter.requires_grad_(True)
+        copied.requires_grad_(True)  # a network that only answers is often handed over frozen
         owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
         chosen = self.augmentation(augment or Augment())
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)

@@ -53,6 +53,7 @@ class NAD(FT):
     """
 
     name: ClassVar[str] = "nad"
+    ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
 
     epochs: int = 10
     lr_scheduler: Schedule = "constant"

@@ -61,7 +61,7 @@ class RNP(Defense):
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
         "pruning_by": "masks are pruned up to a threshold, --pruning_number",
-        "mask_file": "the masks lie in the record",
+        "mask_file": "the masks are not kept",
     }
 
     augment: bool = True

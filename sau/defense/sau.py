@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.models.frozen import searched
 from sau.optim import Optimizer, Schedule
-from sau.perturb import Ball, Init, Norm, bucketed
+from sau.perturb import Ball, Init, Norm, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 from sau.witness import kinds
 
@@ -178,7 +178,7 @@ class SAU(Tuning):
                 delta[active] = ball.into(x[active], d.detach() - self.adv_lr * gradient.sign())
                 if may_shrink and self.stop_fooled:
                     s[active] = answer_ref  # final where shared, else found anew below
-                    active = active[shared.argsort(stable=True)[: bucketed(int((~shared).sum()))]]
+                    active = active[unsettled(shared)]
                     if not len(active):
                         break
             if len(active):

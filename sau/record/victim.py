@@ -161,12 +161,13 @@ def _ours(record: Record, made: dict[str, Any]) -> Victim:
     )
 
 
-def load_weights(model: nn.Module, place: Path) -> None:
+def load_weights(model: nn.Module, place: str | Path) -> None:
     """Give `model` the weights of a .safetensors file or of the folder of a finished run, ours.
 
     The names may be those of `model` or of the `net` inside it; where NPD put a polarizer, `model` is given room for
     it. Raises RecordError if the file is none, the folder damaged or unfinished, or the weights of another network.
     """
+    place = Path(place)
     if place.is_dir():
         (record := Record(place)).check()
         weights = record.load_tensors("model")
