@@ -598,6 +598,7 @@ def test_methods_that_look_into_networks_do_not_compile_them(here):
 
 LITTLE = {
     "epochs": 1, "batch_size": 16, "nc_epoch": 3, "te_epochs": 1, "target_layer_name": "net.0", "clean_train_epochs": 0,
+    "nb_iter": 20,
 }  # fmt: skip
 METHODS = [*DEFENSES.values(), *(ATTACKS[name] for name in ("badnet", "wanet", "inputaware"))]
 
