@@ -14,7 +14,18 @@ import torch
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.errors import FULL, LOCKED, LockedError, OutOfMemory, RecordError, SauError, first_line, of_machine
+from sau.errors import (
+    FAULT,
+    FULL,
+    LOCKED,
+    FaultError,
+    LockedError,
+    OutOfMemory,
+    RecordError,
+    SauError,
+    first_line,
+    of_machine,
+)
 from sau.record import holding, schema
 from sau.record.folder import CONFIG, Record
 
@@ -41,8 +52,11 @@ def main(argv: Sequence[str]) -> int:
         names = ", ".join(" ".join(words) for words in commands)
         print(f"usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {names}", file=sys.stderr)
         return 0 if list(argv) in (["--help"], ["-h"]) else 2
-    with _stoppable(argv[0] == "attack") as farewell:
-        return _ended(partial(command, argv[1], argv[2:]), farewell)
+    try:
+        with _stoppable(argv[0] == "attack") as farewell:
+            return _ended(partial(command, argv[1], argv[2:]), farewell)
+    except _Stopped as stop:  # between the last step and the end
+        return 128 + int(stop.args[0])
 
 
 def _ended(command: Callable[[], None], farewell: Callable[[], None]) -> int:
@@ -52,7 +66,7 @@ def _ended(command: Callable[[], None], farewell: Callable[[], None]) -> int:
         sys.stdout.flush()
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
-        return {LockedError: LOCKED, OutOfMemory: FULL}.get(type(error), 2)
+        return {LockedError: LOCKED, OutOfMemory: FULL, FaultError: FAULT}.get(type(error), 2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({first_line(error)}); try a smaller --batch_size", file=sys.stderr)
         return FULL
@@ -71,7 +85,7 @@ def _onward(attacks: bool) -> str:
     folder, run = holding.first(), dict[str, Any]()
     if folder is not None and not Record(folder).finished:  # else the one to overwrite was not touched yet
         with suppress(RecordError):
-            run = schema.configuration(folder / CONFIG).get("run", {})
+            run = schema.configuration(folder / CONFIG, light=True).get("run", {})
     if folder is None or not run:
         return "stopped; repeat the command to go on"
     named = f" with --save_folder_name {folder.name}" if attacks and run.get("save_folder_name") is None else ""
@@ -83,39 +97,49 @@ def _onward(attacks: bool) -> str:
 def _stoppable(attacks: bool) -> Iterator[Callable[[], None]]:
     """Inside, SIGINT and SIGTERM raise `_Stopped`; yields what says, once, how to go on.
 
-    A long backward pass does not let Python raise. So a thread, which is told at once, says it and ends the process
-    after GRACE; leaving by force is safe, for every file is written atomically.
+    A long backward pass does not let Python raise, and torch may take minutes to leave. So a thread, which is told at
+    once, ends the process after GRACE; leaving by force is safe, for every file is written atomically.
     """
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    said, left = threading.Event(), threading.Event()
+    once, left, said = threading.Lock(), threading.Event(), list[bool]()
 
     def farewell() -> None:
-        if not said.is_set():
-            said.set()
-            print(f"\n{_onward(attacks)}", file=sys.stderr, flush=True)
+        with once, suppress(OSError, ValueError):  # the reader of stderr may have left
+            if not said:
+                print(f"\n{_onward(attacks)}", file=sys.stderr, flush=True)
+                said.append(True)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield farewell
+        return
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    stopped = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        for one in _SIGNALS:  # the process is on its way out, and stays so
+            signal.signal(one, signal.SIG_IGN)
+        stopped.set()
+        raise _Stopped(number)
 
     def leave() -> None:
         for number in iter(lambda: os.read(told, 1), b""):
             if number[0] in _SIGNALS and not left.wait(GRACE):
+                end = threading.Timer(GRACE, os._exit, (128 + number[0],))  # where stderr takes no text
+                end.daemon = True
+                end.start()
                 farewell()
                 os._exit(128 + number[0])
         os.close(told)
 
     threading.Thread(target=leave, daemon=True).start()
-    handlers = {number: signal.signal(number, _stop) for number in _SIGNALS}
     before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, stop) or signal.SIG_DFL for number in _SIGNALS}
     try:
         yield farewell
     finally:
-        left.set()
+        if not stopped.is_set():
+            left.set()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         signal.set_wakeup_fd(before)
-        os.close(tell)  # ends the thread
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, frame: Any) -> None:
-    for one in _SIGNALS:  # the process is on its way out
-        signal.signal(one, signal.SIG_IGN)
-    raise _Stopped(number)
+        os.close(tell)  # ends the thread, unless it is to end the process

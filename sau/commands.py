@@ -27,7 +27,7 @@ from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
 from sau.models import build, has_width
 from sau.optim import Training
-from sau.record import victim
+from sau.record import schema, victim
 from sau.record.folder import Record
 from sau.request import Request
 from sau.risk import gauge
@@ -95,7 +95,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     recipe, why = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    request.note_idle(_idle(run, method))
+    request.note_idle(_idle(run))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     given, test, notes = _given(attacked, run, method, offered, request.said("dataset_path"))
@@ -136,10 +136,10 @@ def defend(name: str, argv: Sequence[str]) -> None:
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _idle(run: DefenseRun, method: Defense) -> dict[str, str]:
+def _idle(run: DefenseRun) -> dict[str, str]:
     """Flags without effect on the defense of a record, each with the reason."""
     found = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own")
-    return found | run.idle() | ({} if method.looks else dict.fromkeys(("ratio", "index"), "it looks at no pictures"))
+    return found | run.idle()
 
 
 def _given(
@@ -151,6 +151,7 @@ def _given(
     if offered == "poisoned" and attacked.poisoned is not None:
         train = train.updated(attacked.poisoned, attacked.poisoned.index)
     given = clean_subset(train, run.ratio, run.random_seed, run.index)
+    schema.listable(len(given))
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
 
 

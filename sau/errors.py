@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 # Exit statuses of `python -m sau`, besides 0 and 2; another try may help in each case.
 NO_DEVICE, FULL, FAULT, LOCKED = 69, 71, 74, 75  # no CUDA here; out of memory; a disk or the like; the folder is taken
-_MENDED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # by the user
+_FAULTS = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
+    errno.ENOMEM, errno.EREMOTEIO,
+)  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -49,6 +52,15 @@ class LockedError(RecordError):
     """Somebody else works in a result folder."""
 
 
+class FaultError(RecordError):
+    """A disk, a network or the system failed, so that another try may help."""
+
+
+def unable(error: OSError, text: str) -> RecordError:
+    """What to raise, with `text`, for what the system refused."""
+    return (FaultError if error.errno in _FAULTS else RecordError)(text)
+
+
 class TrainingError(SauError):
     """A run cannot go on: a loss or a weight is not finite."""
 
@@ -80,8 +92,7 @@ def of_machine(error: OSError | RuntimeError) -> int:
         return 141  # 128 + SIGPIPE
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        mended = isinstance(error, _MENDED) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-        return 2 if mended else FAULT
+        return FAULT if error.errno in _FAULTS else 2
     if "can't allocate memory" in str(error):  # of the CPU, for which torch has no type of its own
         print("error: out of memory; give a smaller --batch_size or --width, or smaller pictures", file=sys.stderr)
         return FULL

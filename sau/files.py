@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sau.errors import DataError, RecordError
+from sau.errors import DataError, RecordError, unable
 
 SMALL = 16 << 20  # bytes of a text of a record; 100,000 places of clean pictures take one
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -119,7 +119,7 @@ def write(path: Path, content: bytes) -> None:
             raise RecordError(
                 f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
             ) from None
-        raise RecordError(f"cannot write {path}: {error}") from None
+        raise unable(error, f"cannot write {path}: {error}") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -21,15 +21,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.errors import ConfigError, told
+from sau.errors import ConfigError, RecordError, told
 from sau.grid.plan import Cell, cells
 from sau.grid.spec import read
 from sau.grid.store import Store
+from sau.record import schema
+from sau.record.folder import CONFIG
 from sau.record.lock import holder
 from sau.report.parse import COST
 
@@ -44,10 +47,17 @@ def grid(file: Path, root: Path, *flags: str) -> list[str]:
 
 def emptied(root: Path) -> None:
     """Take away what an earlier call left; ConfigError for what is no grid's or record's folder."""
-    strange = root.exists() and any(root.iterdir())
-    if strange and not (root / ".grid").is_dir() and not any(root.glob("*/config.yaml")):
+    inside = [*root.iterdir()] if root.is_dir() else [root] if root.exists() else []
+    if inside and not (root / ".grid").is_dir() and not any(map(_ours, inside)):
         raise ConfigError(f"{root} is no folder of an earlier drill; name another WORK, or take it away")
     shutil.rmtree(root, ignore_errors=True)
+
+
+def _ours(place: Path) -> bool:
+    """Whether a record was begun there."""
+    with suppress(RecordError):
+        return bool(schema.configuration(place / CONFIG, light=True))
+    return False
 
 
 def results(store: Store, every: Sequence[Cell]) -> dict[str, str]:

@@ -730,12 +730,11 @@ def test_what_a_file_server_adds_to_a_finished_folder_is_left_alone(tmp_path):
     Record(tmp_path / "a").check()
 
 
-def test_more_clean_pictures_than_a_reader_takes_are_refused_at_once(tmp_path, one_line, monkeypatch):
+def test_more_clean_pictures_than_a_reader_takes_are_refused(one_line, monkeypatch):
     monkeypatch.setattr(schema, "CLEAN", 3)
-    record = begun(tmp_path / "a")
-    record.note(clean_index=[0, 1, 2])
+    schema.listable(3)
     with pytest.raises(RecordError) as refusal:
-        record.note(clean_index=[0, 1, 2, 3])
+        schema.listable(4)
     assert "4 clean pictures, allowed in a record are 3; give a smaller --ratio" in one_line(refusal.value)
     monkeypatch.undo()
     assert schema._tree("clean_index:\n" + "- 7\n" * schema.CLEAN) == {"clean_index": [7] * schema.CLEAN}

@@ -136,8 +136,8 @@ def stop_after(words: str, number: signal.Signals, argv: list[str], cwd: Path) -
 
 def soon(seconds: float) -> bool:
     """Whether a stopped command left as it should: 2 s are asked on idle cores, and other tests share these."""
-    crowd = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # processes that share a core
-    return seconds < 8 * crowd
+    crowd = os.getloadavg()[0] / len(os.sched_getaffinity(0))  # processes that share a core
+    return seconds < (2 if crowd < 0.8 else 8 * max(1.0, crowd))
 
 
 def the_error(stderr: str) -> str:

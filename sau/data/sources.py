@@ -57,10 +57,11 @@ def load(name: str, root: str | Path = "./data", img_size: int | None = None) ->
         img_size: height and width to bring the pictures to, where the data set can be resized; None means its own.
     """
     origin = source(name)
-    if img_size is not None and (not 8 <= img_size <= SIDE or (img_size != origin.size and not origin.resizes)):
+    size = origin.size if img_size is None else img_size
+    if not 8 <= size <= SIDE or (size != origin.size and not origin.resizes):
         allowed = f"8 to {SIDE}" if origin.resizes else str(origin.size)
-        raise ConfigError(f"img_size is {img_size}, allowed for {name} is {allowed}")
-    return origin.read(Path(root), img_size or origin.size)
+        raise ConfigError(f"img_size is {size}, allowed for {name} is {allowed}")
+    return origin.read(Path(root), size)
 
 
 def fingerprint(images: Images) -> str:

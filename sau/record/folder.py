@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sau.errors import LockedError, RecordError, first_line
+from sau.errors import LockedError, RecordError, first_line, unable
 from sau.files import append, clear, leftovers, loaded, parsed, read, write
 from sau.record import schema
 from sau.record.holding import give_back, hold
@@ -114,7 +114,7 @@ class Record:
         try:
             append(self.path / LOG, text + "\n")
         except OSError as error:
-            raise RecordError(f"cannot write {self.path / LOG}: {error.strerror}") from None
+            raise unable(error, f"cannot write {self.path / LOG}: {error.strerror}") from None
 
     def row(self, **figures: Any) -> None:
         """Add a line to `metrics.jsonl`."""

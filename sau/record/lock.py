@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from sau.errors import LOCKED, LockedError, RecordError
+from sau.errors import LOCKED, LockedError, RecordError, unable
 from sau.files import descriptor, parsed, read
 
 BEAT = 15.0  # seconds between two signs of life
@@ -84,7 +84,7 @@ class Lock:
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(asdict(self._mine)).encode(), 0)
         except OSError as error:
-            raise RecordError(f"cannot write {self.path}: {error.strerror}") from None
+            raise unable(error, f"cannot write {self.path}: {error.strerror}") from None
         finally:
             os.close(file)
         self._stop = threading.Event()
@@ -153,7 +153,7 @@ def _open(path: Path, *, create: bool) -> int:
                 raise
             os.close(file)
     except OSError as error:
-        raise RecordError(f"cannot lock {path}: {error.strerror}") from None
+        raise unable(error, f"cannot lock {path}: {error.strerror}") from None
 
 
 def _read(file: int) -> Holder | None:

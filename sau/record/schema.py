@@ -68,10 +68,7 @@ def signed(config: Config) -> Config:
 
 
 def written(config: Config) -> bytes:
-    """The content of `config.yaml`; RecordError for one that would be too long for `configuration`."""
-    count = len(config.get("clean_index", ()))
-    if count > CLEAN:
-        raise RecordError(f"{count:,} clean pictures, allowed in a record are {CLEAN:,}; give a smaller --ratio")
+    """The content of `config.yaml`."""
     return yaml.safe_dump(signed(config), sort_keys=False).encode()
 
 
@@ -90,6 +87,12 @@ def configuration(place: Path, light: bool = False) -> Config:
     if not known or not isinstance(config["identity"], dict) or not all(isinstance(key, str) for key in config):
         raise RecordError(f"{place.parent} is not a result folder of sau (no valid {place.name}); choose another name")
     return opened(config, place, sealed=not light)
+
+
+def listable(count: int) -> None:
+    """RecordError for more clean pictures than `configuration` would read."""
+    if count > CLEAN:
+        raise RecordError(f"{count:,} clean pictures, allowed in a record are {CLEAN:,}; give a smaller --ratio")
 
 
 def _tree(text: str) -> Any:
