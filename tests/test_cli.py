@@ -1,10 +1,13 @@
 """The command line: what it leaves, how it stops and goes on, and what it refuses with one line."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 from pathlib import Path
@@ -585,6 +588,24 @@ def test_a_call_that_takes_long_does_not_keep_a_stopped_process(tmp_path):
     assert status == 143 and soon(seconds) and "stopped; repeat the command to go on" in err
 
 
+def test_a_stopped_process_leaves_where_nobody_reads_what_it_says(tmp_path):
+    """As where Ctrl-C takes `tee` down, too."""
+    long = "lambda *_: (print('busy', flush=True), os.close(2), hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9))"
+    code = f"import hashlib, os, sys, sau.cli; sau.cli.attack = {long}; sys.exit(sau.cli.main(['attack', 'badnet']))"
+    status, seconds, _ = stop_after("busy", signal.SIGINT, [sys.executable, "-c", code], tmp_path)
+    assert status == 130 and soon(seconds)
+
+
+def test_a_command_in_a_thread_leaves_signals_alone(monkeypatch):
+    """Where Python has no handlers; and in the main thread those of the caller come back."""
+    monkeypatch.setattr("sau.cli.attack", lambda name, argv: None)
+    before, found = signal.getsignal(signal.SIGINT), list[int]()
+    thread = threading.Thread(target=lambda: found.append(main(["attack", "badnet"])))
+    thread.start()
+    thread.join()
+    assert found == [0] == [main(["attack", "badnet"])] and signal.getsignal(signal.SIGINT) == before
+
+
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 
 
@@ -661,9 +682,6 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(here, refused, tmp_path, monkeypatch):
-    import errno
-    import os
-
     flags = [flag if flag != "0" else "2" for flag in TINY]
     run = ("attack", "badnet", *flags, "--save_folder_name", "a")
     sync, writes = os.fsync, []
@@ -680,6 +698,17 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(here, refused, t
     assert not any(file.name.startswith(".") for file in (tmp_path / "record" / "a").iterdir())
     assert here(*run)[0] == 0
     Record(tmp_path / "record" / "a").check()
+
+
+def test_a_fault_of_the_disk_is_one_line_and_a_status_of_its_own(here, tmp_path, monkeypatch):
+    """A grid tries again what ended so."""
+
+    def broken(number: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    status, _, err = here("attack", "badnet", *TINY, "--save_folder_name", "a")
+    assert status == 74 and "Input/output error" in the_error(err)
 
 
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.
