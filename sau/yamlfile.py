@@ -10,9 +10,8 @@ import yaml
 from sau.config import IGNORED, Option, Setting, nearest, once
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError
+from sau.record.schema import NO_YAML
 
-# What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.
-NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
 # BackdoorBench's files of SAU and i-BAU hold both, and its code reads the second.
 SUPERSEDED = {"epochs": "n_rounds"}

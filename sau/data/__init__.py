@@ -1,0 +1,1 @@
+SIDE = 1024  # pixels of the largest picture

@@ -11,8 +11,6 @@ from sau.errors import DataError
 from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
-SIDE = 1024  # pixels of the largest picture
-
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 
 

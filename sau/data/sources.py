@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sau.data import cifar
+from sau.data import SIDE, cifar
 from sau.data.augment import Augment
 from sau.data.folders import find_folder, find_gtsrb, find_tiny, folder, gtsrb, tiny
-from sau.data.images import SIDE, Images, quantise
+from sau.data.images import Images, quantise
 from sau.errors import ConfigError, DataError
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import yaml
 
-from sau.data.images import SIDE
+from sau.data import SIDE
 from sau.errors import RecordError
 from sau.files import checksum, loaded, read
-from sau.yamlfile import NO_YAML
 
 SCHEMA = 2
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
@@ -26,6 +25,8 @@ DEEPEST, NODES = 50, CLEAN + 50_000  # levels and nodes of config.yaml; ours has
 ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"
 Config = dict[str, Any]
 
+# What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.
+NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
 _INDEX = re.compile(r"^clean_index:\n(?:- \d+\n)+", re.M)
 
