@@ -51,7 +51,8 @@ def test_the_cost_of_a_grid_is_measured_in_turns(monkeypatch, tmp_path, capsys):
     assert out[0] == "1/3: 4 cells of 2.5 s: 10.0 s by hand, 8.0 in the runs; 11.0 s by the grid, 8.5 in the runs"
     assert out[3] == "grid / hand: median 1.100, least 1.000, most 1.200"
     assert out[4] == "added outside the runs: median 3.33%, least 0.00%, most 5.00%"
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "app").mkdir(parents=True)
+    (tmp_path / "mine" / "app" / "config.yaml").write_text("theirs: 1\n")  # other programs have such files, too
     with pytest.raises(ConfigError, match="no folder of an earlier drill"):
         drill["emptied"](tmp_path / "mine")
     assert (tmp_path / "mine").is_dir()
