@@ -180,9 +180,10 @@ class Hunt:
         """`steps` steps up `goal` for the pictures that are `left`, and a look at where the last one leads."""
         delta = delta.clone()
         for step in range(self.search.steps + 1):
-            needed, last = int(left().sum()), step == self.search.steps
+            settled, last = ~left(), step == self.search.steps
+            needed = int((~settled).sum())
             # Those that fill the last bucket climb on; their witness is kept.
-            active = unsettled(~left())
+            active = unsettled(settled)
             passes = networks * (1 if last else 2)
             self.count(passes * len(active), passes * needed)
             for at in active.split(self.batch_size) if needed else ():

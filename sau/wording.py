@@ -20,11 +20,10 @@ def short(value: float) -> str:
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table in Markdown. Names in it may be a stranger's, so signs of its own and of HTML are written out."""
-    lines = [[cell(text) for text in line] for line in (head, *body)]
+    lines = [[_cell(text) for text in line] for line in (head, *body)]
     lines.insert(1, ["---"] * len(head))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def cell(text: str) -> str:
-    """A text as Markdown shows it, also in a table."""
+def _cell(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

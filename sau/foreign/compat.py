@@ -14,7 +14,7 @@ from sau.errors import RecordError, SauError
 from sau.foreign import torchfile
 from sau.foreign.compat_pictures import Part, fields, show
 from sau.foreign.weights import fit
-from sau.models import build
+from sau.models import build, layout
 
 RESULT = "attack_result.pt"
 KEYS = ("model_name", "num_classes", "model", "img_size", "clean_data", "bd_train", "bd_test")
@@ -71,8 +71,7 @@ def read(folder: Path) -> Foreign:
 
 def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """The state dict of the published network, without memory for its values; ConfigError if there is none."""
-    with torch.device("meta"):
-        return build(name, classes, shape=shape, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
+    return layout(lambda: build(name, classes, shape=shape, mean=(0.0,) * 3, std=(1.0,) * 3).net)
 
 
 def _checked(content: Any, folder: Path, digest: str) -> Foreign:

@@ -1,7 +1,7 @@
 """The networks by name, each taking pixels in [0, 1]."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -134,7 +134,7 @@ def build(
     return Normalized(quick(net), mean, std, amp)
 
 
-def layout(make: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+def layout(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """The state dict of the network that `make` makes, without memory for its values where that is possible.
 
     torchvision's RegNet reads values while it is built; it has no width, so that its name bounds its size.
