@@ -149,18 +149,15 @@ class _Run:
 
     def _over(self, begin: Drawn, now: Drawn, length: int) -> bool:
         """Whether the session's limit ends the run before this batch; one that raises leaves a checkpoint of it."""
-        limit = self.session.limit
+        where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
         try:
-            if limit is None or not limit.reached():
-                return False
+            over = self.session.over(where)
         except TrainingError:
             self._save(begin, now)
             raise
-        self.place.means(self.rate)  # refuses to hand on what a broken loss has made
-        where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
-        limit.ended = limit.ended or where
-        self.session.say(f"the time is over: ended in {where}")
-        return True
+        if over:
+            self.place.means(self.rate)  # refuses to hand on what a broken loss has made
+        return over
 
     def _forecast(self) -> None:
         if len(self.ticks) > FORECAST_STEPS:

@@ -135,6 +135,14 @@ class Session:
         """Whether there is a checkpoint to go on from, so that what comes before the first run is not repeated."""
         return self.checkpoint is not None and self.checkpoint.load() is not None
 
+    def over(self, where: str) -> bool:
+        """Whether the limit, if there is one, ends the run at this point, which is said and noted as `where`."""
+        if self.limit is None or not self.limit.reached():
+            return False
+        self.limit.ended = self.limit.ended or where
+        self.say(f"the time is over: ended in {where}")
+        return True
+
     def at(self, stage: int) -> "Session":
         """The session of a later run of the same method (1, 2, ...).
 

@@ -13,7 +13,7 @@ from sau.defense.held import Held, hold_back
 from sau.defense.inputs import unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
-from sau.session import Session
+from sau.session import Limit, Session
 
 
 def test_held_back_pictures_are_the_last_of_each_class():
@@ -213,6 +213,24 @@ def test_a_level_that_prunes_what_the_one_before_did_is_not_measured_again():
     prune = partial(pruning.apply, net, shift=False)
     pruning.choose(net, levels, prune, None, 0.1, Session(judge=judge, say=said.append), oracle=True)
     assert measured == [0, 2, 3] and "step 3" in said[0]
+
+
+@pytest.mark.parametrize(("time_for", "taken"), [(2, 2), (0, 0)])
+def test_an_oracles_search_ends_with_the_time_of_the_run(monkeypatch, time_for, taken):
+    """With time for two of five levels, the better of these two is taken, and the limit knows where it ended."""
+    monkeypatch.setattr(Limit, "reached", lambda self, calls=iter(range(9)): next(calls) == time_for)
+    levels = [pruning.Level(f"step {n}", {"features.1": torch.arange(10) < n}) for n in range(1, 6)]
+    net, said = tiny_net(), []
+
+    def judge(network: nn.Module) -> Score:
+        gone = int((network.get_parameter("features.1.weight") == 0).sum())
+        return Score(Share(90, 100), Share(90 - gone, 100), Share(0, 100))
+
+    session = Session(judge=judge, say=said.append, limit=Limit(0.0))
+    level = pruning.choose(net, levels, partial(pruning.apply, net, shift=False), None, 0.1, session, oracle=True)
+    assert (level.count if level else 0) == taken == int((net.get_parameter("features.1.weight") == 0).sum())
+    assert session.limit.ended == f"the search, before level {time_for + 1} of 5"
+    assert said[0] == f"the time is over: ended in {session.limit.ended}"
 
 
 def test_a_defender_without_pictures_is_a_mistake_of_the_program():

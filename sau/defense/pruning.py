@@ -117,19 +117,21 @@ def choose(
         held: clean pictures that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
         session: says what was chosen; its `judge` scores for the oracle.
-        oracle: test ACC and ASR choose the lowest ASR of the allowed levels, as in the benchmark; else the hardest
-            level counts before the first that is not allowed.
+        oracle: test ACC and ASR choose the lowest ASR of the allowed levels, as in the benchmark, of those that the
+            session's limit leaves time for; else the hardest level counts before the first that is not allowed.
         by_asr: False is an oracle that goes by the defender's rule on test ACC.
     """
     search, judge = oracle and by_asr, _judge(held, session, oracle)
     chosen, best, count = None, (first := judge(model)), 0
     if not oracle and held is not None and guesses(model, held, first.acc.percent, session):
         return chosen
-    for level in levels:
+    for number, level in enumerate(levels, 1):
         if level.everything:
             break
         if level.count == count:
             continue
+        if oracle and session.over(f"the search, before level {number} of {len(levels)}"):
+            break
         count = level.count
         found = _tried(model, level, prune, judge)
         allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent
