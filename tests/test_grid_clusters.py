@@ -168,13 +168,18 @@ def test_a_worker_that_ray_loses_is_tried_again(every, ray, tmp_path, monkeypatc
     class RayError(Exception):
         pass
 
-    def get(task: tuple[int, Any]) -> Any:
+    def get(task: tuple[int, Any] | None, timeout: float | None = None) -> Any:
+        if task is None:
+            return None  # the worker that is tried before the first cell
         if task[0] < 2:
             raise RayError("The worker died unexpectedly\n  more")
         return run(task[1])
 
-    options = SimpleNamespace(options=lambda **more: SimpleNamespace(remote=lambda job: (next(numbers), job)))
-    errors = SimpleNamespace(RayError=RayError)
+    def remote(*job: Any) -> tuple[int, Any] | None:
+        return (next(numbers), *job) if job else None
+
+    options = SimpleNamespace(options=lambda **more: SimpleNamespace(remote=remote))
+    errors = SimpleNamespace(RayError=RayError, GetTimeoutError=TimeoutError)
     vars(stub).update(remote=lambda work: options, wait=lambda tasks, **more: (tasks, []), get=get, exceptions=errors)
     vars(stub).update(shutdown=lambda: None)
     engine = clusters.RayEngine("auto")
@@ -182,3 +187,25 @@ def test_a_worker_that_ray_loses_is_tried_again(every, ray, tmp_path, monkeypatc
     assert runner.run() == []
     again = [line for line in lines if line.startswith("again ")]
     assert len(again) == 2 and all("worker lost: The worker died unexpectedly; try 2 of 2" in line for line in again)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [("late", "no worker of Ray has started within 120 s"), ("lost", "a worker of Ray cannot run cells: no module sau")],
+)
+def test_workers_of_ray_that_never_start_are_one_line_before_the_first_cell(every, ray, error, words, one_line):
+    class RayError(Exception):
+        pass
+
+    class GetTimeoutError(RayError, TimeoutError):
+        pass
+
+    def get(task: None, timeout: float) -> None:
+        raise GetTimeoutError(f"after {timeout}") if error == "late" else RayError("no module sau\n  more")
+
+    trial = SimpleNamespace(options=lambda **more: SimpleNamespace(remote=lambda: None))
+    errors = SimpleNamespace(RayError=RayError, GetTimeoutError=GetTimeoutError)
+    vars(sys.modules["ray"]).update(remote=lambda work: trial, get=get, exceptions=errors)
+    with pytest.raises(ConfigError) as caught:
+        clusters.RayEngine("auto").check(every)
+    assert words in one_line(caught.value)

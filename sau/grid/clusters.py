@@ -15,6 +15,7 @@ from sau.machine.cores import usable
 from sau.machine.parent import python_path
 
 PAUSE = 30.0  # seconds until Slurm is asked again after it took no job
+START = 120.0  # seconds that the first worker of Ray may take to start; a few are usual
 
 
 class RayEngine:
@@ -51,6 +52,17 @@ class RayEngine:
             if not any(all(node.get(what, 0) >= amount for what, amount in _wants(need).items()) for node in nodes):
                 asked = f"{need.threads} threads, {need.memory_gb:g} GiB and {need.gpus:g} GPUs"
                 raise ConfigError(f"{need.label} needs {asked}, but none of the {len(nodes)} machines has them")
+        self._try_worker()
+
+    def _try_worker(self) -> None:
+        """ConfigError if no worker starts and finds this package: Ray would keep the cells in line for ever."""
+        try:
+            self.ray.get(self.ray.remote(usable).options(num_cpus=0).remote(), timeout=START)
+        except self.ray.exceptions.GetTimeoutError:
+            where = "the logs in /tmp/ray/session_latest/logs of its first machine say why"
+            raise ConfigError(f"no worker of Ray has started within {START:g} s; {where}") from None
+        except self.ray.exceptions.RayError as error:
+            raise ConfigError(f"a worker of Ray cannot run cells: {first_line(error)}") from None
 
     def parallel(self, cell: Cell) -> int:
         wants = {what: amount for what, amount in _wants(cell).items() if amount}
