@@ -19,6 +19,7 @@ from sau.errors import (
     FULL,
     LOCKED,
     FaultError,
+    Finished,
     LockedError,
     OutOfMemory,
     RecordError,
@@ -40,8 +41,9 @@ class _Stopped(BaseException):
 def main(argv: Sequence[str]) -> int:
     """`attack NAME ...` or `defense NAME ...`; returns the exit status.
 
-    0 is success, 2 a user's mistake (said in one line), 71 want of memory, 74 a fault of a disk or the like, 75 a
-    folder that another process has, 130 and 143 a run that was stopped and can be resumed.
+    0 is success, also where the run was finished before, 2 a user's mistake (said in one line), 71 want of memory, 74 a
+    fault of a disk or the like, 75 a folder that another process has, 130 and 143 a run that was stopped and can be
+    resumed.
     """
     commands: dict[tuple[str, str], Callable[[str, Sequence[str]], None]] = {
         **{("attack", name): attack for name in ATTACKS},
@@ -64,6 +66,8 @@ def _ended(command: Callable[[], None], farewell: Callable[[], None]) -> int:
     try:
         command()
         sys.stdout.flush()
+    except Finished as done:
+        print(done)
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return {LockedError: LOCKED, OutOfMemory: FULL, FaultError: FAULT}.get(type(error), 2)

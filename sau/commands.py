@@ -56,7 +56,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
 
     settings = {"attack": name, **method.params(), **training.params()}
     identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
-    record.admits(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
+    record.admits(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     method = method.forge(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)

@@ -48,6 +48,10 @@ class RecordError(SauError):
     """A result folder is missing, finished, foreign, damaged or does not fit the request."""
 
 
+class Finished(RecordError):
+    """A result folder holds the very run that is asked for, whole: there is nothing left to do, which is no mistake."""
+
+
 class LockedError(RecordError):
     """Somebody else works in a result folder."""
 

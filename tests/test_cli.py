@@ -411,23 +411,34 @@ def test_without_a_name_the_time_and_the_attack_make_one(here, tmp_path):
     assert folder.name.endswith("_badnet") and folder.name[:8] == time.strftime("%Y%m%d")
 
 
-def test_a_finished_folder_is_refused_and_overwritten_when_asked(here, refused, tmp_path):
+def test_a_finished_run_is_not_made_again_and_another_one_is_refused_its_folder(here, refused, tmp_path):
+    """Status 0 and one line for the same command, however long ago; a refusal for other settings or another wish."""
     flags = ("attack", "badnet", *TINY, "--save_folder_name", "a")
     assert here(*flags)[0] == 0
     file = tmp_path / "record" / "a" / "manifest.json"
     before = file.read_bytes()
-    text = refused(*flags)
-    assert "--overwrite" in text and "record/a" in text
+    status, out, err = here(*flags)
+    assert (status, err) == (0, "") and out.splitlines()[-1].endswith(
+        "record/a is finished, with these settings; --overwrite makes it again"
+    )
+    for more in (("--random_seed", "1"), ("--frequency_save", "1")):
+        text = refused(*flags, *more)
+        assert "--overwrite" in text and "record/a" in text
     assert file.read_bytes() == before
     for switch in (("--overwrite",), ("--overwrite", "true")):
         assert here(*flags, *switch, "--random_seed", "1")[0] == 0
+        assert file.read_bytes() != before
     assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["run"]["random_seed"] == 1
+    assert here(*flags, "--random_seed", "1")[0] == 0  # whether it was to overwrite is no setting
+    (file.parent / "summary.json").write_text("{}")
+    assert "summary.json" in refused(*flags, "--random_seed", "1")
 
 
-def test_a_finished_defense_is_refused_and_overwritten_when_asked(victim, here, refused):
+def test_a_finished_defense_is_not_made_again_unless_asked(victim, here, refused):
     flags = ("defense", "ft", "--result_file", "victim", "--epochs", "0", *QUICK)
     assert here(*flags)[0] == 0
-    assert "--overwrite" in refused(*flags)
+    assert "defense/ft is finished, with these settings" in here(*flags)[1]
+    assert "--overwrite" in refused(*flags, "--random_seed", "1")
     assert here(*flags, "--overwrite")[0] == 0 and (victim / "manifest.json").is_file()
 
 

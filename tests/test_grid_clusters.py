@@ -191,7 +191,10 @@ def test_a_worker_that_ray_loses_is_tried_again(every, ray, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [("late", "no worker of Ray has started within 120 s"), ("lost", "a worker of Ray cannot run cells: no module sau")],
+    [
+        ("late", "no worker of Ray has started within 120 s"),
+        ("lost", "a worker of Ray cannot run cells: no module sau"),
+    ],
 )
 def test_workers_of_ray_that_never_start_are_one_line_before_the_first_cell(every, ray, error, words, one_line):
     class RayError(Exception):

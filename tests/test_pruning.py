@@ -218,7 +218,8 @@ def test_a_level_that_prunes_what_the_one_before_did_is_not_measured_again():
 @pytest.mark.parametrize(("time_for", "taken"), [(2, 2), (0, 0)])
 def test_an_oracles_search_ends_with_the_time_of_the_run(monkeypatch, time_for, taken):
     """With time for two of five levels, the better of these two is taken, and the limit knows where it ended."""
-    monkeypatch.setattr(Limit, "reached", lambda self, calls=iter(range(9)): next(calls) == time_for)
+    calls = iter(range(9))
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == time_for)
     levels = [pruning.Level(f"step {n}", {"features.1": torch.arange(10) < n}) for n in range(1, 6)]
     net, said = tiny_net(), []
 

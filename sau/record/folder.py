@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sau.errors import LockedError, RecordError, first_line, unable
-from sau.files import append, clear, leftovers, loaded, parsed, read, write
+from sau.errors import Finished, LockedError, RecordError, first_line, unable
+from sau.files import append, clear, leftovers, loaded, write
 from sau.record import schema
 from sau.record.holding import give_back, hold
 from sau.record.lock import holder
@@ -48,7 +48,7 @@ class Record:
             identity: what of it determines the result; once there is a checkpoint, only the same run goes on here.
             overwrite: discard what is there.
         """
-        goes_on = self.admits(identity, overwrite)
+        goes_on = self.admits(identity, overwrite, config.get("run"))
         if goes_on or self._holds_only("defense"):  # defenses outlive the weights of an attack that are made again
             for half in leftovers(self.path):
                 half.unlink()
@@ -60,21 +60,23 @@ class Record:
         self.config = {}
         self.note(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
 
-    def admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
+    def admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None = None) -> bool:
         """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`.
+
+        `run` is what else it is asked; Finished if a run of the same identity, asked the same, has ended here.
 
         From then on the folder is this process's until the run is finished or the process ends; LockedError names who
         has it already.
         """
         new = hold(self.path)
         try:
-            return self._admits(identity, overwrite)
+            return self._admits(identity, overwrite, run)
         except RecordError:
             if new:
                 give_back(self.path)
             raise
 
-    def _admits(self, identity: dict[str, Any], overwrite: bool) -> bool:
+    def _admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name")
         if self._holds_only("defense"):
@@ -86,6 +88,10 @@ class Record:
                     raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
             return False
         if self.finished:
+            same = run is not None and old.get("digest") == digest(identity)
+            if same and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
+                self.verify(light=True)
+                raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
         if old.get("digest") != digest(identity):
             if self._holds_only(CONFIG, LOG):  # refused at once, or stopped before its first checkpoint
@@ -138,18 +144,12 @@ class Record:
             raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
         try:
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            rows = place.pop("rows") if "rows" in place else self._lines()
-            done = place["stage"], place["place"]["epoch"]
+            rows, done = place.pop("rows"), (place["stage"], place["place"]["epoch"])
             self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = first_line(error)[:100]
-            raise RecordError(f"{file} or {METRICS} is damaged ({reason}); start again with --overwrite") from None
+            raise RecordError(f"{file} is damaged ({reason}); start again with --overwrite") from None
         return place
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """The rows on the disk; folders of schema 1 have them nowhere else."""
-        lines = read(self.path / METRICS).splitlines() if (self.path / METRICS).is_file() else []
-        return [parsed(line) for line in lines]
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
         """Write `<name>.safetensors`, or `<name>.pt`, a plain state dict for those who want one."""
