@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sau.errors import TrainingError
 from sau.seeds import Drawn, drawn, set_drawn
 from sau.session import Session, size
-from sau.types import Loader
+from sau.types import Batched
 from sau.wording import duration, short
 
 LARGE = 2**24  # bytes of a checkpoint that is not written at the end of every epoch: that takes 100 ms and more
@@ -50,7 +50,7 @@ class _Place:
 
 def run(
     step: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    batches: Loader,
+    batches: Batched,
     epochs: int,
     *,
     state: dict[str, Any],

@@ -135,6 +135,16 @@ class Session:
         """Whether there is a checkpoint to go on from, so that what comes before the first run is not repeated."""
         return self.checkpoint is not None and self.checkpoint.load() is not None
 
+    def recall(self, **objects: Any) -> bool:
+        """Whether the checkpoint is of a later stage; if so, the objects, kept in it by name, are brought to where it
+        has them."""
+        place = self.checkpoint.load() if self.checkpoint is not None else None
+        if place is None or place["stage"] <= self.stage:
+            return False
+        for name, thing in objects.items():
+            thing.load_state_dict(place["objects"][name])
+        return True
+
     def over(self, where: str) -> bool:
         """Whether the limit, if there is one, ends the run at this point, which is said and noted as `where`."""
         if self.limit is None or not self.limit.reached():

@@ -1,7 +1,7 @@
 """Shapes as types. `pytest --jaxtyping-packages=sau,beartype.beartype` checks them at every call."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -16,3 +16,12 @@ PerImage = Float[Tensor, " batch"]
 Flags = Bool[Tensor, " batch"]
 Scalar = Float[Tensor, ""]
 Loader = Iterable[Any]  # yields (pixels, labels, ...); can be iterated again and again
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """So many batches of (pixels, labels, ...), to be walked through again and again."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...

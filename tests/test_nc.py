@@ -18,9 +18,9 @@ from toys import QUICK, quiet, same_weights, tiny_net, toy_images, train_victim
 from sau.attack import BadNet
 from sau.data.images import Batches, Images
 from sau.defense import NC
-from sau.defense.inputs import Kept
+from sau.defense.inputs import Kept, rebatched
 from sau.defense.inversion import Patches, unit
-from sau.defense.nc import Repair, anomaly
+from sau.defense.nc import anomaly
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.session import Session
@@ -311,20 +311,13 @@ def test_the_pictures_of_the_fine_tuning_by_hand():
     patches.best_mask = sizes.view(8, 1, 1, 1) * torch.rand(8, 1, 16, 16, generator=generator)
     patches.best_pattern = torch.rand(8, 3, 16, 16, generator=generator)
     assert defense.flagged(patches.found()[2]) == [1, 5]
-    kept = Kept([(x, y)])
-    like = Batches(x, (y,), 4, 9)
-    repair = Repair(defense, kept, patches, like)
-    found = repair.batches()
-    assert len(repair) == 1 and found.seed == 9 and found.augment is None and found.size == 50
-    assert torch.equal(found.pixels[:8], x[:8]) and found.labels[0].tolist() == [*y.tolist(), *y[8:].tolist()]
+    pixels, labels = defense.stamped(Kept([(x, y)]), patches)
+    assert torch.equal(pixels[:8], x[:8]) and labels.tolist() == [*y.tolist(), *y[8:].tolist()]
     for place, c in ((8, 1), (10, 5)):
         m, p = patches.best_mask[c], patches.best_pattern[c]
-        torch.testing.assert_close(found.pixels[place : place + 2], (1 - m) * x[8:] + m * p)
-    repair.set_epoch(1)
-    other, same = next(iter(repair))[0], next(iter(repair))[0]
-    assert torch.equal(other, same)
-    repair.set_epoch(2)
-    assert not torch.equal(next(iter(repair))[0], other)
+        torch.testing.assert_close(pixels[place : place + 2], (1 - m) * x[8:] + m * p)
+    again = rebatched(pixels, labels, 5, Batches(x, (y,), 4, 9))
+    assert len(again) == 3 and again.seed == 9 and again.augment is None
 
 
 @cache

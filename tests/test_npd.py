@@ -196,7 +196,7 @@ def test_a_run_that_was_stopped_in_either_stage_goes_on_to_the_same_bits(saves):
     said = []
     session.say = said.append
     assert same_weights(method.purify(tiny_net(), data, session=session), whole)
-    assert any(line.startswith("resuming after " + ("warm-up" if saves <= 6 else "epoch")) for line in said)
+    assert any(line.startswith("resuming after " + ("warm-up" if saves <= 6 else "round")) for line in said)
 
 
 # What is refused

@@ -10,7 +10,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 from sau.data.augment import Augment
 from sau.defense import ANP, RNP, pruning
 from sau.defense.held import Held, hold_back
-from sau.defense.inputs import unaugmented
+from sau.defense.inputs import gather, unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
 from sau.session import Limit, Session
@@ -51,7 +51,7 @@ def test_an_accuracy_no_better_than_chance_prunes_nothing(acc, expected):
 
 def test_gathering_walks_once_and_keeps_the_order():
     batches = [(torch.full((2, 1, 1, 1), float(i)), torch.tensor([i, i]), "more") for i in range(3)]
-    x, y = pruning.gather(batches)
+    x, y = gather(batches)
     assert x.flatten().tolist() == y.tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -59,9 +59,9 @@ def test_pictures_can_be_had_without_the_augmentation_of_their_batches():
     batches = toy_images(8).batches(4, seed=1, augment=Augment())
     plain, augment = unaugmented(batches)
     assert augment is batches.augment is not None
-    pixels, labels = pruning.gather(plain)
-    assert torch.equal(pixels, pruning.gather(toy_images(8).batches(4, seed=1))[0])
-    assert torch.equal(labels, pruning.gather(batches)[1]) and not torch.equal(pixels, pruning.gather(batches)[0])
+    pixels, labels = gather(plain)
+    assert torch.equal(pixels, gather(toy_images(8).batches(4, seed=1))[0])
+    assert torch.equal(labels, gather(batches)[1]) and not torch.equal(pixels, gather(batches)[0])
 
 
 def test_silencing_leaves_the_shift_unless_asked():

@@ -98,9 +98,7 @@ class InputAware(Attack):
         """The generators, untrained; `fit` trains them."""
         _, channels, *sides = given.images.pixels.shape
         if min(sides) < 16:
-            raise ConfigError(
-                f"the pictures are {min(sides)} pixels wide or high, allowed for {self.name} are 16 and more"
-            )
+            raise ConfigError(f"the pictures are {min(sides)} pixels wide or high, inputaware asks for 16 and more")
         epochs = given.recipe.epochs
         if 0 < epochs <= self.clean_train_epochs:
             raise ConfigError(
@@ -117,14 +115,17 @@ class InputAware(Attack):
         self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
         session: Session,
     ) -> None:  # fmt: skip
-        joint = self.classifier_epochs(recipe)
-        steps, seen = len(batches), {"images": images, "augment": augment}
-        first, second = self.prepare_masks(model, steps) | seen, self.prepare(model, recipe, steps) | seen
-        masks = self.mask_step, first, recipe.epochs - joint, "mask epoch", "lr_M"
-        stages = masks, (self.step, second, joint, "epoch", "lr or --lr_G")
-        for stage, (step, state, length, label, rate) in enumerate(stages):
-            run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session.at(stage))
-            run(partial(step, state), batches, length, label=label, rate=rate)
+        joint, seen = self.classifier_epochs(recipe), {"images": images, "augment": augment}
+        masks = self.prepare_masks(model, len(batches)) | seen
+        loop.run(
+            partial(self.mask_step, masks), batches, recipe.epochs - joint, state=masks,
+            end_epoch=partial(self.end_epoch, masks), session=session, label="mask epoch", rate="lr_M",
+        )  # fmt: skip
+        both = self.prepare(model, recipe, len(batches)) | seen
+        loop.run(
+            partial(self.step, both), batches, joint, state=both,
+            end_epoch=partial(self.end_epoch, both), session=session.at(1), rate="lr or --lr_G",
+        )  # fmt: skip
         self.made().eval()
 
     def classifier_epochs(self, recipe: Training) -> int:
@@ -161,8 +162,7 @@ class InputAware(Attack):
         artist.mask_net.eval().requires_grad_(False)
         classes = state["images"].num_classes
         x, y, able = attacked_first(self, x, y, classes)
-        n, z = count(self.pratio, len(x)), self._others(state, len(x))
-        n = min(n, len(x) // 2, able)
+        n, z = min(count(self.pratio, len(x)), len(x) // 2, able), self._others(state, len(x))
         poisoned, pattern = artist(x[:n]) if n else (x[:0], x[:0])
         cross, pattern_z = artist(x[n : 2 * n], z[n : 2 * n]) if n else (x[:0], x[:0])
         wanted = torch.cat([self.relabel(y[:n], classes), y[n:]])

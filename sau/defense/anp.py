@@ -27,11 +27,11 @@ from sau.data.augment import sent
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import hold_back
-from sau.defense.inputs import Augmentation, unaugmented
+from sau.defense.inputs import Augmentation, gather, unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
 from sau.session import Session
-from sau.types import Labels, Loader, Pixels
+from sau.types import Batched, Labels, Pixels
 
 CHUNK = 500  # iterations between two lines of progress
 _VALUES: dict[str, tuple[Callable[[float], bool], str]] = {  # what pruning_max, _step and _number may be
@@ -113,13 +113,13 @@ class ANP(Defense):
             return dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
         return {"held_back": "the oracle chooses by the test sets"} if self.select == "oracle" else {}
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         norms = pruning.batch_norms(model, self.name)
         total = sum(norm.num_features for norm in norms.values())
         if self.pruning_by == "number" and self.pruning_number is not None:
             self.require("pruning_number", self.pruning_number < total, f"below {total}, the neurons of the network")
         plain, augment = unaugmented(batches)  # whoever chooses sees the pictures as they are
-        work, held = pruning.gather(plain), None
+        work, held = gather(plain), None
         if self.select == "defender" and self.pruning_number is None:
             work, held = hold_back(*work, self.held_back, session)
         masks = self.learn(model, norms, _Draws(*work, self.batch_size, self.nb_iter, augment), session)

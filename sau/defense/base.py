@@ -23,7 +23,7 @@ from sau.models import Normalized, laid_as, quick
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
-from sau.types import Loader
+from sau.types import Batched, Loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Defense(Method, ABC):
         return offered if getattr(self, "augment", False) else None
 
     @abstractmethod
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         """Repair `model` in place; it takes pixels in [0, 1], `batches` yields (pixels, labels) on its device."""
 
     @final
@@ -122,11 +122,11 @@ class Tuning(Training, Defense):
         """Whether `step` itself puts batch norm into train mode for a while."""
         return False
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+        state = self.prepare(model, len(batches))
         self.rounds(state, batches, session)
 
-    def rounds(self, state: dict[str, Any], batches: Loader, session: Session) -> None:
+    def rounds(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
             InParts(self.step, state, self.splits(), session, self.batch_statistics()),
@@ -160,7 +160,7 @@ def _home(model: Any) -> torch.device:
 
 
 @torch.no_grad()
-def _check_fit(method: Defense, model: nn.Module, batches: Loader, session: Session) -> None:
+def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> None:
     """Before anything changes: finite weights, logits [B, K], labels below K.
 
     Warns if nearly all answers are wrong, and says what stands out in the pictures unless the caller has.

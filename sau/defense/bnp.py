@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sau.defense import pruning
 from sau.defense.outliers import Outliers, Scores, look
-from sau.types import Loader
+from sau.types import Batched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class BNP(Outliers):
 
     augment: bool = True
 
-    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name, running=True)
         moments: dict[str, Tensor] = {}  # [3, C]: how many values, their sum, the sum of their squares
 

@@ -19,7 +19,7 @@ from sau.defense import pruning
 from sau.defense.layers import watching
 from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import ConfigError
-from sau.types import Loader, Pixels
+from sau.types import Batched, Pixels
 
 Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolution that feeds it
 
@@ -40,7 +40,7 @@ class CLP(Outliers):
 
     pairing: Literal["traced", "order"] = "traced"
 
-    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name, running=True)
         if self.pairing == "order":
             pairs = ordered(model, norms)

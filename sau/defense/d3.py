@@ -27,7 +27,7 @@ from sau.defense.sphere import Sphere, uniform
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
 from sau.session import Session
-from sau.types import Labels, Loader, Logits, Pixels, Scalar
+from sau.types import Batched, Labels, Logits, Pixels, Scalar
 
 
 def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
@@ -64,9 +64,9 @@ class D3(Tuning):
         self.require("penalty", self.penalty > 0, "above 0")
         self.require("eps", self.eps >= 0, "0 and more")
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         driven = self.driven(model, glance(batches))
-        self.rounds(self.begin(model, driven, len(batches)), batches, session)  # type: ignore[arg-type]
+        self.rounds(self.begin(model, driven, len(batches)), batches, session)
 
     def begin(self, model: nn.Module, driven: Sequence[Tensor], steps: int) -> dict[str, Any]:
         """Put every W where it starts; `steps` updates make an epoch."""

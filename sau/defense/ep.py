@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sau.defense import pruning
 from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import DataError
-from sau.types import Loader, Pixels
+from sau.types import Batched, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class EP(Outliers):
         self.require("batch_size", self.batch_size >= 2, "2 and more")
         self.require("bin_width", self.bin_width > 0, "above 0")
 
-    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name)
         maxima: dict[str, Tensor] = {}
         look(model, norms, self._draw(batches), lambda name, inputs: maxima.update({name: inputs.amax((2, 3))}))
         return {name: -entropy(standardised(t.double()), self.bin_width) for name, t in maxima.items()}
 
-    def _draw(self, batches: Loader) -> Pixels:
+    def _draw(self, batches: Batched) -> Pixels:
         """The first `batch_size` pictures, which the seed has shuffled; all of them if there are fewer."""
         drawn: list[Tensor] = []
         for x, *_ in batches:

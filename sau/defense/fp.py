@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.held import hold_back
-from sau.defense.inputs import unaugmented
+from sau.defense.inputs import gather, unaugmented
 from sau.defense.layers import settable, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.session import Session
-from sau.types import Labels, Loader, Pixels
+from sau.types import Batched, Labels, Pixels
 
 Unit = Literal["linear_input", "last_conv"]
 
@@ -61,13 +61,13 @@ class FP(FT):
     def idle(self) -> dict[str, str]:
         return super().idle() | ({"held_back": "the oracle goes by the test set"} if self.select == "oracle" else {})
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
-        x, y = pruning.gather(unaugmented(batches)[0])
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+        x, y = gather(unaugmented(batches)[0])
         layers = last_layers(model, x[:1], self.unit)
         mask = Mask(_width(layers[0])).to(x.device)
         if not session.begun:  # otherwise the mask is in the checkpoint
             self._prune(model, layers, mask, (x, y), session)
-        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        state = self.prepare(model, len(batches))
         self.rounds({**state, "layers": layers, "mask": mask}, batches, session)
 
     def _prune(

@@ -22,7 +22,7 @@ from sau.defense.layers import classifier
 from sau.defense.sphere import Sphere, uniform
 from sau.evaluate import percent_right
 from sau.session import Session
-from sau.types import Labels, Loader, Pixels
+from sau.types import Batched, Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class FST(Tuning):
         super().__post_init__()
         self.require("alpha", self.alpha >= 0, "0 and more")
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         last = classifier(model, glance(batches), self.name)
-        self.rounds(self.begin(model, last, len(batches)), batches, session)  # type: ignore[arg-type]
+        self.rounds(self.begin(model, last, len(batches)), batches, session)
 
     def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:
         """Draw the classifier anew; `steps` updates make an epoch."""

@@ -29,7 +29,7 @@ from sau.errors import ConfigError, first_line
 from sau.models import full_precision
 from sau.optim import Optimizer, Schedule
 from sau.session import Session
-from sau.types import Labels, Loader, Pixels, Scalar
+from sau.types import Batched, Labels, Pixels, Scalar
 
 SETTLED = 1e-10  # v is taken for solved once a step changes it by less, in its 2-norm
 
@@ -124,7 +124,7 @@ class IBAU(Tuning):
         self.require("fixed_point_lr", self.fixed_point_lr > 0, "above 0")
         self.require("l2_weight", self.l2_weight >= 0, "0 and more")
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         kept = Kept(batches)
         state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Round(kept.x)}
         with full_precision(model), _second_derivatives():
@@ -158,7 +158,7 @@ class IBAU(Tuning):
         std = getattr(model, "std", None) if self.space == "normalised" else None
         return delta if std is None else delta * std
 
-    def inner_pass(self, model: nn.Module, batches: Loader) -> Tensor:
+    def inner_pass(self, model: nn.Module, batches: Batched) -> Tensor:
         """One pass of plain descent on l_in, from zero, with the network's own answers for labels."""
         delta: Tensor | None = None
         for x, _ in batches:

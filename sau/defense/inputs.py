@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sau.data.images import Batches, Images, to_float
 from sau.errors import DataError
 from sau.seeds import epoch_generator, seeded
-from sau.types import Loader
+from sau.types import Batched, Loader
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
@@ -26,7 +26,7 @@ def clean_batches(
     std: Sequence[float] | None,
     augment: Augmentation | None,
     seed: int,
-) -> Loader:
+) -> Batched:
     """Batches of (pixels in [0, 1], labels) from `Images`, a pair of tensors or a loader.
 
     Raises DataError for wrong shapes, pixels outside [0, 1], labels that are no whole numbers, and an empty set.
@@ -56,7 +56,7 @@ class Kept(nn.Module):
     x: Tensor
     y: Tensor
 
-    def __init__(self, batches: Loader) -> None:
+    def __init__(self, batches: Batched) -> None:
         super().__init__()
         pairs = [(x, y) for x, y, *_ in batches]
         self.sizes = [len(y) for _, y in pairs]
@@ -70,14 +70,26 @@ class Kept(nn.Module):
         return zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True)
 
 
-def unaugmented(batches: Loader) -> tuple[Loader, Augmentation | None]:
+def unaugmented(batches: Batched) -> tuple[Batched, Augmentation | None]:
     """The same pictures as they are, and the augmentation (None if none) that each batch would have gone through."""
     plain: Any = copy.copy(batches)
     augment, plain.augment = plain.augment, None
     return plain, augment
 
 
-def glance(batches: Loader) -> Tensor:
+def gather(batches: Batched) -> tuple[Tensor, Tensor]:
+    """One walk through `batches` as two tensors: pixels in [0, 1] [N, C, H, W] and labels [N]."""
+    pairs = [(x, y) for x, y, *_ in batches]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def rebatched(x: Tensor, y: Tensor, size: int, like: Batched) -> Batches:
+    """Pictures made of those of `like` in batches of `size`, with its seed and its augmentation."""
+    given: Any = like
+    return Batches(x, (y,), size, given.seed, given.augment)
+
+
+def glance(batches: Batched) -> Tensor:
     """One picture [1, C, H, W], to see by how a network runs; opening a loader draws, but not from our numbers."""
     with seeded(0):
         return next(iter(batches))[0][:1]

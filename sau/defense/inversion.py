@@ -19,7 +19,7 @@ from sau import loop
 from sau.method import Method
 from sau.optim import adam
 from sau.session import Session
-from sau.types import Labels, Loader, Pixels
+from sau.types import Batched, Labels, Pixels
 
 COUNTERS = ("hits", "norms", "above", "below", "still", "raised", "lowered")
 
@@ -117,7 +117,7 @@ class Inversion(Method):
         names = () if self.early_stop else ("early_stop_threshold", "early_stop_patience")
         return dict.fromkeys(names, "early_stop is off")
 
-    def invert(self, model: nn.Module, batches: Loader, patches: Patches, session: Session, **more: Any) -> None:
+    def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session, **more: Any) -> None:
         """Move `patches` in place over `batches` of (pixels, labels).
 
         Args:
@@ -129,12 +129,19 @@ class Inversion(Method):
             more: what else a resumed run shall have from the checkpoint.
         """
         model.eval().requires_grad_(False)
-        steps = len(batches)  # type: ignore[arg-type]
+        steps = len(batches)
         descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), steps)
         state = {**more, "patches": patches, "descent": descent}
-        step, end_epoch = partial(self.invert_step, model, state), partial(self.end_pass, patches, steps)
-        run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
-        run(step, batches, self.nc_epoch, label="inversion", rate="mask_lr")
+        loop.run(
+            partial(self.invert_step, model, state),
+            batches,
+            self.nc_epoch,
+            state=state,
+            end_epoch=partial(self.end_pass, patches, steps),
+            session=session,
+            label="inversion",
+            rate="mask_lr",
+        )
         model.requires_grad_(True)
 
     def invert_step(self, model: nn.Module, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
@@ -159,15 +166,14 @@ class Inversion(Method):
         return {"loss": loss / len(rows), "success": 100 * hits / len(rows), "open": patches.open.float().sum()}
 
     @torch.no_grad()
-    def end_pass(self, patches: Any, steps: int, losses: dict[str, float]) -> bool:
+    def end_pass(self, s: Any, steps: int, losses: dict[str, float]) -> bool:
         """Keep better patches, stop those that no longer shrink, move the costs; True when all have stopped.
 
         Args:
-            patches: what moves.
+            s: the patches, which move.
             steps: updates of the pass; success and norm are means over them.
             losses: of the pass, unused.
         """
-        s = patches
         works, norm = 100 * s.hits / steps >= self.atk_succ_threshold, s.norms / steps
         better = s.open & works & (norm < s.best)
         last, s.best = s.best, torch.where(better, norm, s.best)

@@ -30,7 +30,7 @@ from sau.evaluate import predict
 from sau.optim import Schedule
 from sau.record import victim
 from sau.session import Session
-from sau.types import Labels, Loader, Logits, Pixels
+from sau.types import Batched, Labels, Logits, Pixels
 
 DEFAULT_LAYERS = 2
 
@@ -83,23 +83,23 @@ class NAD(FT):
     def passes(self) -> float:
         return 0.0  # compiled code would not call the hooks that watch the layers
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         x = glance(batches)
         layers = named_layers(model, x, self.layers) if self.layers else deepest(model, x)
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
         session.say(f"attention of {', '.join(terms)}")
         teacher = self._teacher(model, batches, session).eval().requires_grad_(False)
-        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        state = self.prepare(model, len(batches))
         self.rounds({**state, "teacher": teacher, "weights": weights}, batches, session.at(1))
 
-    def _teacher(self, model: nn.Module, batches: Loader, session: Session) -> nn.Module:
+    def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
         teacher = copy.deepcopy(model)
         if self.teacher_model_loc is not None:
             victim.load_weights(teacher, Path(self.teacher_model_loc))
             return teacher
         plan = replace(self, epochs=self.te_epochs)
-        state = plan.prepare(teacher, len(batches))  # type: ignore[arg-type]
+        state = plan.prepare(teacher, len(batches))
         kept = {"teacher": teacher, "descent": state["descent"]}  # without "model": nobody wants the teacher's scores
         loop.run(
             partial(FT.step, plan, state),

@@ -11,20 +11,18 @@ true labels. Without a flagged class it stays as it is.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import Batches
 from sau.defense.ft import FT
-from sau.defense.inputs import Kept, unaugmented
+from sau.defense.inputs import Kept, rebatched, unaugmented
 from sau.defense.inversion import Inversion, Patches
 from sau.errors import ConfigError
 from sau.session import Session
-from sau.types import Loader
+from sau.types import Batched, Labels, Pixels
 
 
 def anomaly(norms: Tensor) -> Tensor:
@@ -34,38 +32,6 @@ def anomaly(norms: Tensor) -> Tensor:
     """
     below = norms.quantile(0.5) - norms
     return torch.where(below == 0, 0.0, below / (1.4826 * below.abs().quantile(0.5)))
-
-
-class Repair:
-    """The clean pictures, their last part stamped once for each flagged class, all under their true labels.
-
-    They are put together when they are walked through, for in a resumed run the patches come after this object.
-    """
-
-    def __init__(self, method: "NC", kept: Kept, patches: Patches, like: Any) -> None:
-        self.method, self.kept, self.patches, self.epoch = method, kept, patches, 0
-        self.seed, self.augment = like.seed, like.augment
-
-    def batches(self) -> Batches:
-        """All of them, shuffled and augmented."""
-        masks, patterns, norms = self.patches.found()
-        x, y, flagged = self.kept.x, self.kept.y, self.method.flagged(norms)
-        first = len(y) - max(1, round(self.method.unlearning_ratio * len(y)))
-        stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
-        pixels, labels = torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
-        return Batches(pixels, (labels,), self.method.batch_size, self.seed, self.augment)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of the next walk."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.batches())
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        batches = self.batches()
-        batches.set_epoch(self.epoch)
-        return iter(batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +70,7 @@ class NC(FT, Inversion):
     def passes(self) -> float:
         return 0.0  # classes leave the inversion one by one, and each would be a size to compile anew
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         plain, _ = unaugmented(batches)
         kept = Kept(plain)
         with torch.no_grad():
@@ -112,16 +78,25 @@ class NC(FT, Inversion):
         if classes < 3:  # two norms lie equally far from their median, so neither stands out
             raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
         patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
-        self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
-        if session.limit is not None and session.limit.ended:
-            session.say("no class is flagged, for the inversion was not finished")
-            return
-        # Without a pass this run goes on in the second stage, and the patches come with its checkpoint.
-        if not int(patches.passes) or self.report(patches, session):
-            repair = Repair(self, kept, patches, batches)
-            state = {**self.prepare(model, len(repair)), "patches": patches, "kept": kept}
-            self.rounds(state, repair, session.at(1))
-        session.findings.update(self.findings(patches))  # last, for only now a resumed run has its patches for certain
+        if not session.recall(kept=kept, patches=patches):  # else the fine-tuning was under way
+            self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
+            if session.limit is not None and session.limit.ended:
+                session.say("no class is flagged, for the inversion was not finished")
+                return
+            self.report(patches, session)
+        session.findings.update(self.findings(patches))
+        if self.flagged(patches.found()[2]):
+            stamped = rebatched(*self.stamped(kept, patches), self.batch_size, batches)
+            state = {**self.prepare(model, len(stamped)), "patches": patches, "kept": kept}
+            self.rounds(state, stamped, session.at(1))
+
+    def stamped(self, kept: Kept, patches: Patches) -> tuple[Pixels, Labels]:
+        """The clean pictures, their last part stamped once for each flagged class, all under their true labels."""
+        masks, patterns, norms = patches.found()
+        x, y, flagged = kept.x, kept.y, self.flagged(norms)
+        first = len(y) - max(1, round(self.unlearning_ratio * len(y)))
+        stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
+        return torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
 
     def flagged(self, norms: Tensor) -> list[int]:
         """The classes whose mask is an outlier on the small side."""
@@ -138,12 +113,11 @@ class NC(FT, Inversion):
             "mask_norm": [round(n, 4) for n in norms.tolist()],
         }
 
-    def report(self, patches: Patches, session: Session) -> list[int]:
-        """Say what was found; returns the flagged classes."""
+    def report(self, patches: Patches, session: Session) -> None:
+        """Say what was found."""
         norms = patches.found()[2]
         index, flagged = anomaly(norms), self.flagged(norms)
         for c in flagged:
             session.say(f"class {c} is flagged: mask norm {float(norms[c]):.4g}, anomaly index {float(index[c]):.3g}")
         text = f"largest anomaly index {float(index.max()):.3g}, median mask norm {float(norms.quantile(0.5)):.4g}"
         session.say(text if flagged else f"no class is flagged and the network stays as it is: {text}")
-        return flagged

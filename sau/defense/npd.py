@@ -28,7 +28,7 @@ from sau.models.polarizer import insert
 from sau.optim import Training
 from sau.perturb import Ball, Norm
 from sau.session import Session
-from sau.types import Change, Labels, Loader, Logits, Pixels, Scalar
+from sau.types import Batched, Change, Labels, Logits, Pixels, Scalar
 
 ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
 
@@ -90,16 +90,22 @@ class NPD(Tuning):
             self.require(name, getattr(self, name) >= 0, "0 and more")
         self.require("adv_steps", self.adv_steps >= 1, "1 and more")
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         frozen = list(model.eval().parameters())
-        state = self.prepare(model, len(batches))  # type: ignore[arg-type]
+        state = self.prepare(model, len(batches))
         for parameter in frozen:
             parameter.requires_grad_(False)
-        train = partial(loop.run, batches=batches, state=state)
-        first, then = partial(self.warm_step, state), partial(self.step, state)
-        warm_up = partial(train, end_epoch=lambda losses: None, session=session, label="warm-up", rate="warm_lr")
-        warm_up(first, epochs=self.warm_epochs)
-        train(then, epochs=self.epochs, end_epoch=partial(self.end_epoch, state), session=session.at(1))
+        loop.run(
+            partial(self.warm_step, state),
+            batches,
+            self.warm_epochs,
+            state=state,
+            end_epoch=lambda losses: None,
+            session=session,
+            label="warm-up",
+            rate="warm_lr",
+        )
+        self.rounds(state, batches, session.at(1))
         for parameter in frozen:
             parameter.requires_grad_(True)
 

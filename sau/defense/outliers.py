@@ -23,7 +23,7 @@ from sau.defense.layers import watching
 from sau.models import full_precision
 from sau.optim import DESCENT
 from sau.session import Session
-from sau.types import Loader, Pixels
+from sau.types import Batched, Pixels
 
 Scores = dict[str, Tensor]  # for each batch norm, by its name, one number a channel [C]; more is more suspicious
 
@@ -70,10 +70,10 @@ class Outliers(Defense):
         )
 
     @abstractmethod
-    def scores(self, model: nn.Module, batches: Loader) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> Scores:
         """How suspicious each channel of each batch norm is; `model` is in eval mode and computes in fp32."""
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         # bf16 has steps of 1/128, which would be seen in the bins of a histogram.
         with full_precision(model.eval()), torch.no_grad():
             scores = self.scores(model, batches)

@@ -15,7 +15,6 @@ from sau.defense.held import Held, guesses, named
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
-from sau.types import Loader
 
 Norms = dict[str, nn.BatchNorm2d]
 CHECKED = 500  # pictures that tell whether a network guesses
@@ -57,12 +56,6 @@ def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norm
         kind = "BatchNorm2d with running statistics" if running else "BatchNorm2d"
         raise ConfigError(f"the network has no batch norm ({kind}), whose channels {method} prunes; try ft or sau")
     return found
-
-
-def gather(batches: Loader) -> tuple[Tensor, Tensor]:
-    """One walk through `batches` as two tensors: pixels in [0, 1] [N, C, H, W] and labels [N]."""
-    pairs = [(x, y) for x, y, *_ in batches]
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def sweep(most: float, step: float) -> list[float]:

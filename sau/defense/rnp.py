@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.data.images import Batches
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import Held, hold_back
-from sau.defense.inputs import unaugmented
+from sau.defense.inputs import gather, rebatched, unaugmented
 from sau.defense.masks import Perturbable
 from sau.evaluate import percent_right
 from sau.optim import DESCENT, Training
 from sau.session import Session
-from sau.types import Labels, Loader, Pixels
+from sau.types import Batched, Labels, Pixels
 
 CLIP = 20.0  # longest gradient of the ascent
 
@@ -103,20 +102,19 @@ class RNP(Defense):
             return dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
         return {}
 
-    def run(self, model: nn.Module, batches: Loader, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         pruning.batch_norms(model, self.name)  # refuses a network without any
         held = None
         if self.pruning_number is None and self.select == "defender":
-            clean = pruning.gather(unaugmented(batches)[0])
+            clean = gather(unaugmented(batches)[0])
             (x, y), held = hold_back(*clean, self.held_back, session)
-            seed, augment = getattr(batches, "seed", 0), getattr(batches, "augment", None)
-            batches = Batches(x, (y,), self.batch_size, seed, augment)
+            batches = rebatched(x, y, self.batch_size, batches)
         unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
         masks = self._recover(unlearned.requires_grad_(False), batches, session.at(1))
         self._prune(model, masks, held, batches, session)
 
-    def _unlearn(self, unlearned: nn.Module, batches: Loader, session: Session) -> None:
+    def _unlearn(self, unlearned: nn.Module, batches: Batched, session: Session) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
         plan = Training(
             epochs=self.unlearning_epochs,
@@ -124,7 +122,7 @@ class RNP(Defense):
             lr_scheduler="MultiStepLR",
             steplr_milestones=self.schedule,
         )
-        descent = plan.descent(unlearned.parameters(), len(batches))  # type: ignore[arg-type]
+        descent = plan.descent(unlearned.parameters(), len(batches))
 
         def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
             logits = unlearned(x)
@@ -137,15 +135,23 @@ class RNP(Defense):
             return losses["clean_acc"] <= 100 * self.clean_threshold
 
         state = {"unlearned": unlearned, "descent": descent}  # not as "model": nobody wants the scores of a ruin
-        run = partial(loop.run, state=state, end_epoch=end_epoch, session=session)
-        run(step, batches, plan.epochs, label="unlearning", rate="unlearning_lr")
+        loop.run(
+            step,
+            batches,
+            plan.epochs,
+            state=state,
+            end_epoch=end_epoch,
+            session=session,
+            label="unlearning",
+            rate="unlearning_lr",
+        )
 
-    def _recover(self, unlearned: nn.Module, batches: Loader, session: Session) -> dict[str, Tensor]:
+    def _recover(self, unlearned: nn.Module, batches: Batched, session: Session) -> dict[str, Tensor]:
         """The masks [C] of each batch norm: descent on them alone, and a cut to [0, 1] after every update."""
         network = Perturbable(unlearned, pruning.batch_norms(unlearned, self.name))
         masks = nn.ParameterList([torch.ones_like(network.scale)])
         plan = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
-        descent = plan.descent(masks.parameters(), len(batches))  # type: ignore[arg-type]
+        descent = plan.descent(masks.parameters(), len(batches))
 
         def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
             logits = network(x, masks[0])
@@ -156,12 +162,20 @@ class RNP(Defense):
             return {"loss": loss, "clean_acc": percent_right(logits, y)}
 
         state = {"unlearned": unlearned, "masks": masks, "descent": descent}
-        run = partial(loop.run, state=state, end_epoch=partial(self.end_epoch, state), session=session)
-        run(step, batches, plan.epochs, label="recovering", rate="recovering_lr")
+        loop.run(
+            step,
+            batches,
+            plan.epochs,
+            state=state,
+            end_epoch=partial(self.end_epoch, state),
+            session=session,
+            label="recovering",
+            rate="recovering_lr",
+        )
         return network.split(masks[0].detach())
 
     def _prune(
-        self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, batches: Loader, session: Session
+        self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, batches: Batched, session: Session
     ) -> None:
         def level(threshold: float) -> pruning.Level:
             return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})

@@ -88,8 +88,8 @@ class Record:
                     raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
             return False
         if self.finished:
-            same = run is not None and old.get("digest") == digest(identity)
-            if same and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
+            same = old.get("digest") == digest(identity)
+            if same and run and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
