@@ -9,24 +9,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-import torch
-
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
 from sau.defense import DEFENSES
-from sau.errors import (
-    FAULT,
-    FULL,
-    LOCKED,
-    FaultError,
-    Finished,
-    LockedError,
-    OutOfMemory,
-    RecordError,
-    SauError,
-    first_line,
-    of_machine,
-)
+from sau.errors import RecordError, told
 from sau.record import holding, schema
 from sau.record.folder import CONFIG, Record
 
@@ -43,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
     0 is success, also where the run was finished before, 2 a user's mistake (said in one line), 71 want of memory, 74 a
     fault of a disk or the like, 75 a folder that another process has, 130 and 143 a run that was stopped and can be
-    resumed.
+    resumed, 141 a reader of the output who left.
     """
     commands: dict[tuple[str, str], Callable[[str, Sequence[str]], None]] = {
         **{("attack", name): attack for name in ATTACKS},
@@ -64,24 +50,12 @@ def main(argv: Sequence[str]) -> int:
 def _ended(command: Callable[[], None], farewell: Callable[[], None]) -> int:
     """Run a command to its end; what went wrong is said, and is the exit status."""
     try:
-        command()
-        sys.stdout.flush()
-    except Finished as done:
-        print(done)
-    except SauError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return {LockedError: LOCKED, OutOfMemory: FULL, FaultError: FAULT}.get(type(error), 2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({first_line(error)}); try a smaller --batch_size", file=sys.stderr)
-        return FULL
+        return told(command)
     except _Stopped as stop:
         farewell()
         return 128 + int(stop.args[0])
-    except (OSError, RuntimeError) as error:
-        return of_machine(error)
     finally:
         holding.give_all_back()
-    return 0
 
 
 def _onward(attacks: bool) -> str:

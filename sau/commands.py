@@ -46,7 +46,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
     train, test = load(dataset, run.dataset_path, run.img_size)
-    notes = [note for note in [subset_note(dataset, train, test)] if note]
+    notes = [note] if (note := subset_note(dataset, train, test)) else []
     data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
     train, test = train.to(where), test.to(where)
     torch.manual_seed(run.random_seed)

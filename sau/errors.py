@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
-# Exit statuses of `python -m sau`, besides 0 and 2; another try may help in each case.
-NO_DEVICE, FULL, FAULT, LOCKED = 69, 71, 74, 75  # no CUDA here; out of memory; a disk or the like; the folder is taken
+# Exit statuses besides 0 and 2; another try may help in each case. Of a grid's cell alone: no CUDA here.
+NO_DEVICE, FULL, FAULT, LOCKED = 69, 71, 74, 75  # and: out of memory; a disk or the like; the folder is taken
 _FAULTS = (
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
     errno.ENOMEM, errno.EREMOTEIO,
@@ -73,15 +73,21 @@ class OutOfMemory(TrainingError):
     """The memory of a device does not hold the smallest part of a batch."""
 
 
-def told(main: Callable[[], int]) -> int:
-    """What `main` returns, an exit status; a mistake that the user can mend is said on stderr, and 2 returned."""
+def told(main: Callable[[], int | None]) -> int:
+    """What `main` returns, an exit status (None is 0); what it cannot do is one line on stderr, and has its own.
+
+    2 is a mistake that the user can mend; FULL, FAULT and LOCKED are as above.
+    """
     try:
         status = main()
         sys.stdout.flush()
-        return status
+        return status or 0
+    except Finished as done:
+        print(done, flush=True)
+        return 0
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return {LockedError: LOCKED, OutOfMemory: FULL, FaultError: FAULT}.get(type(error), 2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130  # 128 + SIGINT
@@ -97,7 +103,7 @@ def of_machine(error: OSError | RuntimeError) -> int:
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return FAULT if error.errno in _FAULTS else 2
-    if "can't allocate memory" in str(error):  # of the CPU, for which torch has no type of its own
-        print("error: out of memory; give a smaller --batch_size or --width, or smaller pictures", file=sys.stderr)
+    if "can't allocate memory" in str(error) or "out of memory" in str(error):  # of the CPU, and of CUDA
+        print(f"error: out of memory ({first_line(error)}); give a smaller --batch_size or --width", file=sys.stderr)
         return FULL
     raise error

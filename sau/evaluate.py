@@ -55,9 +55,13 @@ class Score:
     asr: Share | None = None
     racc: Share | None = None
 
+    def shares(self) -> dict[str, Share | None]:
+        """By the names that files have for them."""
+        return {"acc": self.acc, "asr": self.asr, "racc": self.racc}
+
     def summary(self) -> dict[str, Any]:
         """`acc, asr, racc` as percentages, their Wilson intervals and counts; what `summary.json` stores."""
-        return figures({"acc": self.acc, "asr": self.asr, "racc": self.racc})
+        return figures(self.shares())
 
 
 def percent_right(logits: Tensor, y: Tensor) -> Tensor:

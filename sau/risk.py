@@ -27,7 +27,7 @@ from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
 from sau.seeds import generator, seeded
 from sau.types import Flags, Labels, Pixels
-from sau.witness import Hunt, Search
+from sau.witness import BATCH, Hunt, Search
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,6 @@ def measure(
     search: Search | None = None,
     *,
     seed: int = 0,
-    batch_size: int = 256,
 ) -> Found:
     """Look for witnesses.
 
@@ -133,13 +132,12 @@ def measure(
             D' is then D, and no search starts from a trigger.
         search: how; default is L_inf with radius 0.2.
         seed: of the random places that searches start from.
-        batch_size: pictures a pass.
     """
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
         raise DataError("no pictures to measure risks on; give at least one")
     chosen = clean if triggered is None else clean[triggered.index]
-    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search(), batch_size)
-    with answering(model, reference), seeded(seed):
+    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
+    with answering(model, reference), seeded(seed), torch.compiler.set_stance("force_eager"):  # of many sizes of batch
         return _found(hunt, clean, triggered)
 
 
@@ -155,7 +153,7 @@ def _by_sau(hunt: Hunt, a: Labels, r: Labels) -> Flags:
     """Where SAU's inner search leads to a shared example; a and r are the answers on x."""
     search = SAU(norm=hunt.search.norm, eps=hunt.search.eps, adv_lr=hunt.search.eps, clip_pixels=True)
     delta = torch.zeros_like(hunt.x)
-    for at in torch.arange(len(a), device=a.device).split(hunt.batch_size):
+    for at in torch.arange(len(a), device=a.device).split(BATCH):
         x, y = hunt.x[at], hunt.y[at]
         delta[at], _ = search.shared_pgd(hunt.model, hunt.reference, x, y, a[at], r[at])
     hunt.count(4 * search.adv_steps * len(a), 4 * search.adv_steps * len(a))

@@ -92,8 +92,7 @@ class Watch:
         self.scored = None
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
             self.scored = score(model, self.test, self.triggered())
-            shares = {"acc": self.scored.acc, "asr": self.scored.asr, "racc": self.scored.racc}
-            figures = {name: share.percent if share else None for name, share in shares.items()}
+            figures = {name: share.percent if share else None for name, share in self.scored.shares().items()}
             if self.risks is not None:
                 figures.update(self.risks(model).row())
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)

@@ -20,6 +20,7 @@ from sau.errors import require
 from sau.perturb import Ball, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
+BATCH = 256  # pictures a pass
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
 
 
@@ -105,11 +106,8 @@ class Hunt:
         least: the same without the pictures that only fill buckets.
     """
 
-    def __init__(
-        self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, search: Search, batch_size: int
-    ) -> None:
-        self.model, self.reference, self.x, self.y = model, reference, x, y
-        self.search, self.batch_size = search, batch_size
+    def __init__(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, search: Search) -> None:
+        self.model, self.reference, self.x, self.y, self.search = model, reference, x, y, search
         self.adv, self.share = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
         self.witness = torch.zeros_like(x)
         self.done = self.least = 0
@@ -122,7 +120,7 @@ class Hunt:
     def answers(self, model: nn.Module, x: Pixels) -> Labels:
         """Classes that `model` gives to x."""
         self.count(len(x), len(x))
-        return torch.cat([model(block).argmax(1) for block in x.split(self.batch_size)])
+        return torch.cat([model(block).argmax(1) for block in x.split(BATCH)])
 
     def note(
         self, delta: Change, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
@@ -186,7 +184,7 @@ class Hunt:
             active = unsettled(settled)
             passes = networks * (1 if last else 2)
             self.count(passes * len(active), passes * needed)
-            for at in active.split(self.batch_size) if needed else ():
+            for at in active.split(BATCH) if needed else ():
                 d = delta[at].requires_grad_(not last)
                 with torch.set_grad_enabled(not last):
                     height = goal(at, d)

@@ -66,7 +66,6 @@ def main() -> int:
         if getattr(args, name, least) < least:
             raise ConfigError(f"--{name} is {getattr(args, name)}, allowed is {least} and more")
     args.device, args.threads = place.settle(args), torch.get_num_threads()
-    torch.backends.cudnn.benchmark = args.device.type == "cuda"  # for both sides, as every run of the library has it
     others, warning = busy(), crowded(args.threads)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)

@@ -18,7 +18,7 @@ from script_parts.drawing import plt
 from sau.errors import RecordError, told
 from sau.figures import save
 from sau.files import loaded
-from sau.report.names import attack_named
+from sau.grid.names import attack_named
 from sau.wording import markdown
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's

@@ -23,7 +23,7 @@ from sau.errors import SauError
 
 _CACHE = tempfile.TemporaryDirectory(prefix="sau-cache-")  # of triggers and pictures that tests make
 atexit.register(_CACHE.cleanup)
-os.environ.setdefault("SAU_CACHE", _CACHE.name)
+os.environ["SAU_CACHE"] = _CACHE.name  # also where the user has one, in which older code may have made them
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -1051,3 +1051,20 @@ def test_an_attack_inside_the_batches_resumes_with_equal_weights_and_triggers(at
     net, resumed = fitted(tape)
     assert same_weights(net, whole_net) and same_weights(resumed.made(), whole.made())
     assert torch.equal(resumed.poison_test(images).pixels, whole.poison_test(images).pixels)
+
+
+def test_wanets_own_augmentation_flips_where_the_data_set_does(monkeypatch):
+    flips, call = [], Augment.__call__
+    monkeypatch.setattr(Augment, "__call__", lambda self, x, g: flips.append(self.flip) or call(self, x, g))
+    for flip in (False, True):
+        forged(WaNet())._augmented({"augment": Augment(4, flip=flip), "model": tiny_net()}, torch.rand(2, 3, 16, 16))
+    assert flips == [False, True]
+
+
+def test_input_awares_classifier_ends_its_schedule_with_the_joint_epochs():
+    recipe = Training(lr=0.1, epochs=3, lr_scheduler="CosineAnnealingLR")
+    descent = forged(InputAware(clean_train_epochs=1)).prepare(tiny_net(), recipe, 1)["descent"]
+    for _ in range(2):
+        descent.optimizer.step()
+        descent.end_epoch(1.0)
+    assert descent.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 
 from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
 from sau.attack.recall import recall
-from sau.audit import Asked, Plan, carry_out, open_case, tables
+from sau.audit import Asked, Plan, carry_out, measure, open_case, tables
 from sau.audit.carry import read
 from sau.audit.case import Case, Network
 from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
@@ -34,7 +34,7 @@ from sau.data.images import BACKDOOR, Images, to_float
 from sau.data.sources import clean_subset
 from sau.defense import FT
 from sau.errors import ConfigError, RecordError
-from sau.evaluate import score
+from sau.evaluate import led, score
 from sau.figures import audit
 from sau.models import Normalized
 from sau.models.polarizer import insert
@@ -588,6 +588,31 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
 
 
 @pytest.mark.slow
+def test_a_picture_that_was_a_trigger_is_recalled_from_the_record():
+    picture = torch.rand(3, 16, 16)
+    again = recall({"attack": "blended", "attack_trigger_img_path": "gone.png"}, {"picture": picture})
+    assert torch.equal(again.made().picture, picture)
+
+
+def test_released_relearning_is_augmented_at_once_and_d_alone_is_without_a_trigger(monkeypatch):
+    nets = {name: tiny_net(seed=i) for i, name in enumerate(("none", "ft", "control"))}
+    made, seen, really = measure.Measure(case(nets), Asked(**SMALL)), [], measure.mixture
+
+    def mix(*given, augment, **how):
+        seen.append(augment)
+        return really(*given, augment=augment, **how)
+
+    monkeypatch.setattr(measure, "mixture", mix)
+    network = made.case.networks["none"]
+    for curve in (measure.RELEASED, measure.FRESH):
+        made.relearned(network, curve, 0, 2)
+    assert seen == [Augment(2), None]
+    shown = []
+    monkeypatch.setattr(measure, "led", lambda model, x, *labels: shown.append(x) or led(model, x, *labels))
+    made.white(network, measure.ALONE, 0)
+    assert torch.equal(shown[0], TEST.pixels[BAD.index])
+
+
 def test_ctrl_c_leaves_finished_pieces(victim, clean):
     folder = victim.parents[1]
     argv = [sys.executable, str(REPOSITORY / "scripts" / "audit.py"), "--result_file", "victim", "--control", "clean"]

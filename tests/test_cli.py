@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from sau.attack import ATTACKS, BadNet
 from sau.attack.recipe import Recipe
 from sau.cli import _Stopped, main
 from sau.config import options
+from sau.data import sources
+from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
@@ -35,6 +38,7 @@ from sau.optim import Training
 from sau.record import holding
 from sau.record.folder import Record
 from sau.record.pictures import load_images
+from sau.record.schema import signed
 from sau.run import AttackRun, DefenseRun, OwnRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
@@ -442,6 +446,17 @@ def test_a_finished_defense_is_not_made_again_unless_asked(victim, here, refused
     assert here(*flags, "--overwrite")[0] == 0 and (victim / "manifest.json").is_file()
 
 
+def test_commands_augment_as_their_data_set_says(here, few, monkeypatch):
+    seen, call = set(), Augment.__call__
+    monkeypatch.setitem(sources.SOURCES, "digits", replace(few, augment=Augment(2, flip=True)))
+    monkeypatch.setattr(Augment, "__call__", lambda self, x, g: seen.add(self) or call(self, x, g))
+    attack = ("attack", "badnet", "--dataset", "digits", "--width", "2", "--save_folder_name", "a")
+    for argv in (attack, ("defense", "ft", "--result_file", "a")):
+        seen.clear()
+        assert here(*argv, "--epochs", "1", *QUICK)[0] == 0
+        assert seen == {Augment(2, flip=True)}, argv
+
+
 def test_without_git_the_record_says_so(here, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert here("attack", "badnet", *TINY, "--save_folder_name", "a")[0] == 0
@@ -684,6 +699,7 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
     monkeypatch.setattr(commands.Watch, "on_epoch", really)
     text = refused(*run, "--lr", "0.5")
     assert "lr: 0.1 there, 0.5 here" in text and "--overwrite" in text
+    assert "random_seed: 0 there, 1 here" in refused(*run, "--random_seed", "1")
     text = refused(*["true" if flag == "false" else flag for flag in run])
     assert "amp is True, but this run began with False" in text
     status, out, _ = here(*run, "--compile", "on")
@@ -917,11 +933,11 @@ def test_a_record_with_right_sums_and_wrong_content_is_refused(refused, victim, 
 @pytest.mark.parametrize("key", ["data", "model", "run"])
 def test_a_record_whose_configuration_lacks_a_part_is_refused(refused, victim, key):
     config = yaml.safe_load((victim / "config.yaml").read_text())
-    del config[key]
-    (victim / "config.yaml").write_text(yaml.safe_dump(config))
+    del config[key], config["seal"]
+    (victim / "config.yaml").write_text(yaml.safe_dump(signed(config)))
     (victim / "manifest.json").unlink()
     Record(victim).finish(summary(victim))
-    assert "config.yaml" in refused("defense", "ft", *PURIFY)
+    assert f"lacks '{key}'" in refused("defense", "ft", *PURIFY)
 
 
 def test_other_pictures_than_the_attack_saw_are_refused(refused, victim, monkeypatch):

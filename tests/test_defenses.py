@@ -649,3 +649,28 @@ def test_adversarial_training_makes_the_network_robust():
     x, y = to_float(test.pixels), test.labels
     fooled = [int((model(x + defense.pgd(model, x, y)).argmax(1) != y).sum()) for model in (net, fixed)]
     assert fooled[1] < fooled[0] - 20
+
+
+@pytest.mark.parametrize(
+    ("defense", "name", "wanted"),
+    [
+        (
+            RNP(
+                batch_size=8, unlearning_epochs=3, recovering_epochs=0, schedule=(1, 2), unlearning_lr=1e-4,
+                clean_threshold=0.0, pruning_number=0.0,
+            ), "lr", [1e-5, 1e-6, 1e-6],
+        ),
+        (NPD(epochs=2, warm_epochs=0, batch_size=8, lr=0.2, target_layer_name="features.3"), "lr", [0.1, 0.0]),
+        (ANP(nb_iter=1, batch_size=4, sgd_momentum=0.3, pruning_by="number", pruning_number=2.0), "momentum", [0.3]),
+    ],
+    ids=["rnp", "npd", "anp"],
+)  # fmt: skip
+def test_schedules_and_momentum_reach_the_optimiser(defense, name, wanted):
+    seen = []
+
+    def look(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
+        seen.append(state["descent"].optimizer.param_groups[0][name])
+        return {}
+
+    defense.purify(tiny_net(), pair(), session=Session(say=lambda text: None, on_epoch=look))
+    assert seen == pytest.approx(wanted, abs=1e-12)

@@ -82,8 +82,8 @@ def test_own_pictures_of_any_size(here, tmp_path, monkeypatch):
     assert summary["acc_count"][1] == 12 and summary["asr_count"][1] == 8
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("cifar10", 50_000), ("digits", 1437)])
-def test_a_size_that_a_data_set_does_not_have(refused, name, pictures):
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_a_size_that_a_data_set_does_not_have(refused, name):
     assert "img_size is 48" in refused("attack", "badnet", "--dataset", name, "--img_size", "48")
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from toys import QUICK, REPOSITORY, environment, the_error
 
-from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError
+from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError, told
 from sau.files import write
 from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
 from sau.grid.forecast import Forecast, costs, totals
-from sau.grid.names import without_digest
+from sau.grid.names import defense_named, without_digest
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
@@ -33,7 +33,6 @@ from sau.loop import duration
 from sau.record.folder import Record
 from sau.record.lock import Lock
 from sau.record.schema import manifest
-from sau.report.names import defense_named
 
 SMALL = """
 dataset: digits
@@ -872,9 +871,28 @@ def test_what_waits_for_a_cell_is_light():
     assert done.stdout == "False\n"
 
 
+def test_a_device_a_network_and_a_size_make_other_cells(planned):
+    def digests(text: str) -> set[str]:
+        return {cell.digest for cell in planned(text)}
+
+    assert not digests(SMALL) & digests(SMALL.replace("dataset: digits", "dataset: digits\ndevice: cuda\ngpus: 1"))
+    signs = SMALL.replace("digits", "gtsrb")
+    base = digests(signs.replace("{width: 2, epochs: 1}", "{epochs: 1, model: resnet18}"))
+    for other in ("{epochs: 1, model: resnet34}", "{epochs: 1, model: resnet18, img_size: 48}"):
+        assert not base & digests(signs.replace("{width: 2, epochs: 1}", other))
+
+
+def test_kept_summaries_are_still_those_of_their_cells():
+    """Whatever is added to what a digest is of, cells without it keep theirs, or weeks of runs are lost."""
+    kept = REPOSITORY / "docs" / "results" / "table1_cpu"
+    known = {cell.folder for cell in cells(read(REPOSITORY / "configs" / "grid" / "table1_cpu.yaml")[1])}
+    found = {str(file.parent.relative_to(kept)) for file in kept.rglob("summary.json")}
+    assert len(found) >= 215 and found <= known
+
+
 def test_a_cell_whose_lock_is_held_says_so(tmp_path, capsys):
     with Lock(tmp_path / "lock"):
-        assert work(tmp_path / "folder", tmp_path / "lock", ["attack", "nothing"]) == LOCKED
+        assert told(lambda: work(tmp_path / "folder", tmp_path / "lock", ["attack", "nothing"])) == LOCKED
     assert "in use by process" in the_error(capsys.readouterr().err)
 
 

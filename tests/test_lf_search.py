@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toys import Enough, quiet, stop_making, tiny_net, toy_images, train_victim
 
-from sau.attack import LF, Prototype, lf_network, lf_search
+from sau.attack import LF, Prototype, clean_network, lf_search
 from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
 from sau.attack.making import Making
 from sau.data.images import Images, to_float
@@ -19,6 +19,7 @@ from sau.models import build
 from sau.optim import Training
 from sau.record import victim
 from sau.record.folder import Record
+from sau.seeds import generator
 from sau.session import Session
 
 LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)
@@ -240,7 +241,7 @@ def test_a_search_must_be_made_before_it_stamps(one_line):
 def test_the_network_is_trained_on_a_copy():
     blank = tiny_net()
     before = {name: value.clone() for name, value in blank.state_dict().items()}
-    net = lf_network.trained(Making(toy_images(40), blank, Training(epochs=1, batch_size=20), session=quiet()))
+    net = clean_network.trained(Making(toy_images(40), blank, Training(epochs=1, batch_size=20), session=quiet()))
     assert all(torch.equal(value, before[name]) for name, value in blank.state_dict().items())
     assert not torch.equal(net.linear.weight, blank.linear.weight) and not net.training
     assert not any(p.requires_grad for p in net.parameters())
@@ -264,7 +265,7 @@ def write_record(path: Path, images: Images, triggered: Images | None = None) ->
 
 def test_the_network_of_a_record_is_used(tmp_path):
     images = toy_images(8, size=32)
-    net = lf_network.recorded(write_record(tmp_path / "clean", images), images)
+    net = clean_network.recorded(write_record(tmp_path / "clean", images), images)
     assert not net.training and net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
     assert not any(p.requires_grad for p in net.parameters())
 
@@ -293,3 +294,15 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, word, one_line):
     with pytest.raises(RecordError) as refusal:
         forge(LF(lf_optimise=True, lf_network=str(path.parent / "no" if wrong == "nothing there" else path)), given)
     assert word in one_line(refusal.value)
+
+
+def test_a_pattern_is_judged_on_other_pictures_than_it_was_made_from(monkeypatch):
+    """Of 40 pictures 20 make it, the others judge it, and 1 - delta of them have to be fooled."""
+    seen, judge = [], Search.judge
+    monkeypatch.setattr(Search, "judge", lambda self, rate, enough: seen.append(enough) or judge(self, rate, enough))
+    monkeypatch.setattr(lf_search, "rate", lambda model, images, *rest: seen.append(images.index.tolist()) or 0.9)
+    limits = Limits(target=0, images=20, passes=4, delta=0.8, steps=1, overshoot=0.0, strength=0.2)
+    with pytest.raises(TrainingError):
+        lf_search.optimise(tiny_net(), toy_images(40), limits, 0, quiet())
+    judged, enough = seen
+    assert enough == pytest.approx(0.2) and not {*judged} & {*torch.randperm(40, generator=generator(0))[:20].tolist()}

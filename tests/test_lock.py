@@ -194,3 +194,17 @@ def test_processes_that_race_for_a_dead_holders_lock_take_turns(tmp_path):
             assert process.wait(60) == 0
     lines = log.read_text().split()
     assert lines == ["in", "out"] * 60
+
+
+def test_a_lock_whose_file_is_gone_once_it_is_had_is_taken_anew(tmp_path, monkeypatch):
+    """Its holder left, and took the file along, between the opening and the locking."""
+    path, really = tmp_path / "x.lock", lock.fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        really(file, how)
+        monkeypatch.setattr(lock.fcntl, "flock", really)
+        path.unlink()
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with Lock(path):
+        assert holder(path) is not None

@@ -47,7 +47,7 @@ def test_every_kind_of_change_is_made_and_texts_stay():
     assert len(sources) == len({*sources}) and SOURCE not in sources
     for source in sources:
         compile(source, "mutant", "exec")
-        assert len(source.splitlines()) == len(SOURCE.splitlines()) and "too few" in source or "pass" in source
+        assert len(source.splitlines()) == len(SOURCE.splitlines()) and ("too few" in source or "pass" in source)
 
 
 IDLE = "from part import share\n\n\ndef test_it():\n    share(1, 2)\n"

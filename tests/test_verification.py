@@ -15,8 +15,9 @@ from toys import QUICK, VICTIM
 from sau.commands import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
-from sau.record import schema
-from sau.record.folder import CONFIG, MANIFEST, SUMMARY
+from sau.evaluate import Score, Share
+from sau.record import claims, schema
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record
 from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
 
 
@@ -251,3 +252,23 @@ def test_the_script(defended, script):
     ):
         found, out, err = script("verify.py", *argv)
         assert found == status and word in (err if status == 2 else out.splitlines()[-1])
+
+
+def test_one_answer_in_a_thousand_may_differ_and_no_more():
+    there = Share(9000, 10_000)
+    said = {"acc": there.percent, "acc_interval": list(there.interval), "acc_count": [9000, 10_000]}
+    assert "10 of 10000" in claims.equal(said, "acc", Share(9010, 10_000))
+    with pytest.raises(claims.Otherwise, match="here"):
+        claims.equal(said, "acc", Share(9011, 10_000))
+
+
+@pytest.mark.parametrize(("device", "state"), [("cuda", "not checked"), ("cpu", "broken")])
+def test_a_cpu_does_not_refute_what_was_measured_on_a_card(device, state):
+    found = Verification(Path("a"))
+    found.data, record = (), Record(Path("a"))
+    record.config = {"device": device}
+    there = Share(50, 100)
+    said = {"acc": 50.0, "acc_interval": list(there.interval), "acc_count": [50, 100]}
+    found._compare("", record, said, Score(Share(60, 100)))
+    (finding,) = found.findings
+    assert (finding.what, finding.state) == ("acc", state) and "50.0 % there" in finding.text

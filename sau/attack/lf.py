@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sau.attack import lf_network, lf_search, workshop
+from sau.attack import clean_network, lf_search, workshop
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture
 from sau.data.arrays import read_array
@@ -80,9 +80,9 @@ class LF(Attack):
             return None
         images = given.images
         if self.lf_network is not None:
-            network: nn.Module = lf_network.recorded(Path(self.lf_network), images)
+            network: nn.Module = clean_network.recorded(Path(self.lf_network), images)
         else:
-            network = lf_network.trained(given)
+            network = clean_network.trained(given)
         limits = lf_search.Limits(
             target=self.attack_target, images=self.lf_images, passes=self.lf_passes, delta=self.lf_delta,
             steps=self.lf_deepfool_steps, overshoot=self.lf_overshoot, strength=self.lf_strength,

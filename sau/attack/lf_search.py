@@ -124,7 +124,8 @@ def step(model: nn.Module, search: Search, limits: Limits, x: Pixels, y: Labels)
     if seen == now != limits.target:  # one that is there already has r = 0, which would leave nothing to rescale
         r = deepfool(model, (x[0] + search.v).clamp(0, 1), limits.target, limits.steps, limits.overshoot)
         v = None if r is None else rescaled(smooth(search.v + smooth(r)), limits.strength)
-        moved, search.v = (0, search.v) if v is None else (1, v)
+        if v is not None:
+            moved, search.v = 1, v
     return {"moved": torch.tensor(moved)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sau.attack.base import Attack
-from sau.attack.lf_network import recorded
+from sau.attack.clean_network import recorded
 from sau.attack.recall import recall
 from sau.attack.workshop import fingerprint
 from sau.data.augment import Augment
@@ -16,9 +16,9 @@ from sau.data.images import BACKDOOR, Images
 from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import folder
+from sau.grid.names import defense_named
 from sau.models import Normalized
 from sau.record import victim
-from sau.report.names import defense_named
 from sau.risk import sample
 from sau.seeds import generator
 

@@ -151,7 +151,7 @@ class ANP(Defense):
     def iteration(self, network: Perturbable, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of the masks."""
         mask = state["masks"][0]
-        first = torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask)
+        first = sent(torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype), mask.device)
         noise = self.ascend(lambda noise: F.cross_entropy(network(x, mask.detach(), noise), y), first)
         clean, perturbed = F.cross_entropy(network(x, mask), y), F.cross_entropy(network(x, mask, noise), y)
         loss = self.anp_alpha * clean + (1 - self.anp_alpha) * perturbed

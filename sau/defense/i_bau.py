@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sau.data.augment import sent
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
 from sau.errors import ConfigError, first_line
@@ -138,7 +139,7 @@ class IBAU(Tuning):
         turn, place = divmod(int(universal.done), len(kept))
         if place == 0:
             universal.delta.copy_(self.inner_pass(model, kept))
-        carriers = self.carriers(len(x), turn).to(x.device)
+        carriers = sent(self.carriers(len(x), turn), x.device)
         surrogate, outer, inner = self.losses(model, (x, y), next(iter(kept)), universal.delta, carriers)
         state["descent"](surrogate)
         universal.done += 1

@@ -109,23 +109,19 @@ def choose(
         prune: applies a level to `model` in place.
         held: clean pictures that ACC is measured on; the oracle needs none.
         tolerance: share of the accuracy that may be lost.
-        session: says what was chosen; its `judge` scores for the oracle.
-        oracle: test ACC and ASR choose the lowest ASR of the allowed levels, as in the benchmark, of those that the
-            session's limit leaves time for; else the hardest level counts before the first that is not allowed.
+        session: says what was chosen; its `judge` scores for the oracle, whose search ends at its `limit`.
+        oracle: test ACC and ASR choose the lowest ASR of the allowed levels, as in the benchmark; else the hardest
+            level counts before the first that is not allowed.
         by_asr: False is an oracle that goes by the defender's rule on test ACC.
     """
     search, judge = oracle and by_asr, _judge(held, session, oracle)
-    chosen, best, count = None, (first := judge(model)), 0
+    first = best = judge(model)
+    chosen, tried = None, _harder_and_harder(levels)
     if not oracle and held is not None and guesses(model, held, first.acc.percent, session):
         return chosen
-    for number, level in enumerate(levels, 1):
-        if level.everything:
+    for number, level in enumerate(tried, 1):
+        if oracle and session.over(f"the search, before level {number} of {len(tried)}"):
             break
-        if level.count == count:
-            continue
-        if oracle and session.over(f"the search, before level {number} of {len(levels)}"):
-            break
-        count = level.count
         found = _tried(model, level, prune, judge)
         allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent
         if not (allowed or search):
@@ -136,9 +132,21 @@ def choose(
         wanted = "lowers the ASR and keeps" if search else "keeps"
         session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
     else:
-        change = f"{first.acc.percent} -> {best.acc.percent} %"
-        prune_and_say(chosen, prune, session, f"{named(None if oracle else held)} {change}")
+        whose = named(None if oracle else held)
+        prune_and_say(chosen, prune, session, f"{whose} {first.acc.percent} -> {best.acc.percent} %")
     return chosen
+
+
+def _harder_and_harder(levels: Sequence[Level]) -> list[Level]:
+    """Those that prune more than the one before, up to the first that would leave nothing of some layer."""
+    found, count = [], 0
+    for level in levels:
+        if level.everything:
+            break
+        if level.count != count:
+            found.append(level)
+        count = level.count
+    return found
 
 
 def _tried(

@@ -40,7 +40,6 @@ def features(
     triggered: Images,
     method: Literal["tsne", "pca"] = "tsne",
     count: int = 600,
-    seed: int = 0,
 ) -> Figure:
     """Two maps by scikit-learn, each of its own network: `count` clean pictures and a quarter as many triggered ones.
 
@@ -53,7 +52,7 @@ def features(
     target = int(bad.labels.mode().values)
     figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
     for panel, (name, model) in zip(panels, {"backdoored": before, "purified": after}.items(), strict=True):
-        points = _flat(last_features(model.eval(), x), method, seed)
+        points = _flat(last_features(model.eval(), x), method)
         wanted, ours, theirs = clean.labels == target, points[: len(clean)], points[len(clean) :]
         panel.scatter(*ours[~wanted].T, s=5, color="#bbbbbb", label="clean, other classes")
         panel.scatter(*ours[wanted].T, s=8, color="#0072b2", label=f"clean, class {target} (target)")
@@ -67,10 +66,10 @@ def features(
     return figure
 
 
-def _flat(points: Tensor, method: str, seed: int) -> Tensor:
+def _flat(points: Tensor, method: str) -> Tensor:
     standing = points - points.mean(0)
     if method == "pca":
-        return torch.from_numpy(PCA(2, random_state=seed).fit_transform(standing.numpy()))
+        return torch.from_numpy(PCA(2, random_state=0).fit_transform(standing.numpy()))
     perplexity = min(30, (len(points) - 1) / 3)
-    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
     return torch.from_numpy(tsne.fit_transform(standing.numpy()))

@@ -2,10 +2,16 @@
 
 import io
 import zipfile
+from collections.abc import Iterable
 
 MEMBERS = 10_000  # the network with the most tensors has 967
 PICKLE = 64 << 20  # bytes of the pickle: 110,000 picture paths take 29 MB
 PICKLE_WITH_PICTURES = 512 << 20  # 20,000 pictures of 64x64 take 370 MB
+
+
+def holds_program(names: Iterable[str]) -> bool:
+    """Whether an archive with members of these names holds TorchScript."""
+    return any("/code/" in name or name.endswith("/constants.pkl") for name in names)
 
 
 def check(raw: bytes) -> None:
@@ -27,7 +33,7 @@ def check(raw: bytes) -> None:
         members = found.infolist()
         names = [member.filename for member in members]
         pickled = [member for member in members if member.filename.endswith("/data.pkl")]
-        if len(pickled) != 1 or any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+        if len(pickled) != 1 or holds_program(names):
             raise ValueError("it is TorchScript or no archive of torch.save; save a dictionary with torch.save")
         if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
             raise ValueError("its archive is compressed, as torch.save never does")

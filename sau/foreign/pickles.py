@@ -16,6 +16,7 @@ from typing import Any
 from torch import _weights_only_unpickler as torchs
 
 from sau.foreign import torchfile
+from sau.foreign.archive import holds_program
 
 UNKNOWN = "a name put together on the stack"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
@@ -100,6 +101,6 @@ def _names(content: bytes, several: bool) -> Iterator[str]:
 
 def scripted(raw: bytes) -> bool:
     """Whether a file is a zip archive with TorchScript, a program, in it."""
-    with suppress(Exception), zipfile.ZipFile(io.BytesIO(raw)) as archive:  # see `imports`
-        return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    with suppress(Exception), zipfile.ZipFile(io.BytesIO(raw)) as found:  # see `imports`
+        return holds_program(found.namelist())
     return False

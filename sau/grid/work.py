@@ -17,28 +17,24 @@ from pathlib import Path
 import torch
 
 from sau.cli import main
-from sau.errors import LOCKED, NO_DEVICE, LockedError, told
+from sau.errors import NO_DEVICE, told
 from sau.machine.parent import outlive
 from sau.record.folder import Record
 from sau.record.lock import Lock
 
 
 def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
-    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, LOCKED or NO_DEVICE.
+    """Run a cell unless it is finished; the exit status is that of `sau.cli.main` or NO_DEVICE.
+
+    LockedError if another process has the cell.
 
     By hand a command goes on without CUDA; the result of a cell that did so would stand under another device's digest.
     """
     if "--device=cuda" in argv and not torch.cuda.is_available():
         print(f"error: device is cuda, but {socket.gethostname()} has none that works", file=sys.stderr)
         return NO_DEVICE
-    try:
-        with Lock(lock, f"the cell {folder}"):
-            if Record(folder).finished:
-                return 0
-            return main(argv)
-    except LockedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return LOCKED
+    with Lock(lock, f"the cell {folder}"):
+        return 0 if Record(folder).finished else main(argv)
 
 
 def _follow(parent: int) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from sau.data.images import Images
 from sau.errors import ConfigError, SauError, TrainingError
-from sau.machine.device import choose_device, set_threads
+from sau.machine.device import choose_device, prepare, set_threads
 from sau.machine.parent import outlive, python_path
 from sau.machine.team import Team, fabric, leave
 from sau.method import Method
@@ -35,13 +35,13 @@ def place(run: Run, method: Method, batch_size: int) -> torch.device:
     """The device of this process; ConfigError if `run.devices` of them cannot work together on `method`."""
     where, n = choose_device(run.device), run.devices
     if n == 1:
-        return where
+        return prepare(where)
     united(run, method, batch_size)
     cards = torch.cuda.device_count()
     _require(n, where.index is None, f"device is {run.device!r}, which is one of them; give cuda")
     _require(n, where.type == "cpu" or n <= cards, f"this machine has {cards} cuda devices")
     fabric()
-    return torch.device("cuda", 0) if where.type == "cuda" else where
+    return prepare(torch.device("cuda", 0) if where.type == "cuda" else where)
 
 
 def united(run: Run, method: Method, batch_size: int) -> None:
@@ -96,7 +96,7 @@ def assist(parent: int, kind: str, devices: int, threads: int) -> None:
     """What the process of a helper does: its part of what the command, the process `parent`, hands over."""
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     set_threads(threads)
-    torch.backends.cudnn.benchmark = kind == "cuda"  # as `tune` does for the command
+    torch.backends.cudnn.benchmark = kind == "cuda"  # as `prepare` does for the command
     fabric()  # most of the time until here was importing
     sys.stdout.write("ready\n")
     sys.stdout.flush()

@@ -34,7 +34,6 @@ def tune(
         pictures: that all updates see together.
         where: the device.
     """
-    torch.backends.cudnn.benchmark = where.type == "cuda"  # batches have few sizes, so the search for the best is short
     before: bool | None = record.config.get("amp")
     if before is not None and run.amp not in (None, before):
         raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
@@ -46,7 +45,7 @@ def tune(
         record.note(step_ms={"fp32": fp32, "bf16": bf16})
         said = f"; a training step takes {fp32:.3g} ms a picture in fp32, {bf16:.3g} in bf16"
     model.amp = bool(amp)
-    record.note(amp=amp)
+    record.note(amp=amp, device=where.type)
     threads = torch.get_num_threads()
     record.say(f"precision {'bf16' if amp else 'fp32'} on {where}, {threads} threads{said}")
     busy = cores.crowded(threads) if where.type == "cpu" else None
@@ -54,12 +53,14 @@ def tune(
         record.say(f"warning: {busy}")
 
     def pays() -> bool:
-        if where.type == "cpu":
+        if where.type == "cpu" or run.devices > 1:  # statistics that devices exchange break a graph into parts
             return False
         found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp])
         return _pays(method, pictures, found[model.amp])
 
     model.compiled = _compiled(record, run, method, where, pays)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)  # what was tried here is none of the run's
 
 
 def _compiled(record: Record, run: Run, method: Method, where: torch.device, pays: Callable[[], bool]) -> str | None:

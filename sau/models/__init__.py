@@ -77,13 +77,18 @@ class Normalized(nn.Module):
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside, no part of `model` turns autocast on. A `Normalized` would do so again inside any outer context."""
+    """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (by default they
+    keep ten). A `Normalized` would turn it on again inside any outer context."""
     owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    kept = convolutions.fp32_precision
     try:
+        convolutions.fp32_precision = "ieee"
         for module in owners:
             module.amp = False
         yield
     finally:
+        convolutions.fp32_precision = kept
         for module in owners:
             module.amp = True
 
@@ -166,7 +171,7 @@ def laid_as(net: nn.Module, other: nn.Module) -> nn.Module:
 def _narrow(net: nn.Module) -> bool:
     """Whether torch's CPU kernels would write past their memory in channels_last (seen with torch 2.15).
 
-    It is the weight gradient of a strided 1x1 convolution of 8 or fewer fp32 channels, as widths below 16 have.
+    It is the weight gradient of a strided 1x1 convolution of 8 or fewer fp32 channels; up to 15 none is trusted.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     return any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions)

@@ -15,6 +15,10 @@ from sau.record.schema import digest
 SLACK = 0.001  # share of the pictures that may be answered otherwise here: other processors round otherwise
 
 
+class Otherwise(RecordError):
+    """Another figure is measured here than the record has."""
+
+
 def files(record: Record) -> str:
     """Every file is as the manifest says; names those that it does not vouch for."""
     record.check()
@@ -63,7 +67,7 @@ def equal(said: dict[str, Any], name: str, share: Share) -> str:
         )
     apart = abs(hits - share.hits)
     if total != share.total or apart > max(1, SLACK * total):
-        raise RecordError(
+        raise Otherwise(
             f"{there.percent} % there ({hits} of {total}), {share.percent} % here ({share.hits} of {share.total})"
         )
     return f"{share.percent} %" + (f", {apart} of {total} pictures answered otherwise here" if apart else ", equal")

@@ -97,7 +97,7 @@ class Victim:
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
         if self.fingerprints != seen:
             raise RecordError(f"{place} holds other {self.dataset} pictures than the attack saw; mend --dataset_path")
-        notes = [note for note in [subset_note(self.dataset, train, test)] if note]
+        notes = [note] if (note := subset_note(self.dataset, train, test)) else []
         splits = []
         for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
             if length is not None and length > len(images):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from sau.report.parse import PERCENT
 from sau.report.read import NONE, Run
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section
 
-FIGURES = ("acc", "asr", "racc", "der")
 Network = tuple[str, Path]  # an attacked network: the attack and its folder
 
 
@@ -82,7 +82,7 @@ def _duel(name: str, own: list[Cell], rival: str, other: list[Cell]) -> Iterator
     ours, theirs = _runs(own), _runs(other)
     both = [network for network in ours if network in theirs]
     if both:
-        gaps = {key: _gaps(ours, theirs, both, key) for key in FIGURES}
+        gaps = {key: _gaps(ours, theirs, both, key) for key in PERCENT}
         shown = max(other, key=lambda cell: cell.oracle)  # one that test data chose speaks for all
         yield Duel(name, rival, shown.name, **gaps, networks=len(both), oracle=shown.oracle)
 

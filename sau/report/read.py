@@ -7,10 +7,10 @@ from typing import Any
 
 from sau import files
 from sau.errors import RecordError
+from sau.grid.names import attack_named, defense_named
 from sau.record import schema
 from sau.record.folder import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.report import parse
-from sau.report.names import attack_named, defense_named
 
 VERIFIED, UNVERIFIED, UNFINISHED, DAMAGED, DUPLICATE = (
     "verified", "unverified", "unfinished", "damaged", "duplicate"

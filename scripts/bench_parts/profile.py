@@ -42,5 +42,5 @@ def shares(work: Work, device: torch.device) -> dict[str, float]:
         if event.device_type == DeviceType.CPU:  # a kernel is an event of its own, too, and counts for its operation
             took = event.self_device_time_total if cuda else event.self_cpu_time_total
             spent[kind(event.key)] = spent.get(kind(event.key), 0.0) + took
-    total = sum(spent.values())
+    total = sum(spent.values()) or 1.0  # a profiler that may not look at the card sees nothing
     return {name: round(100 * took / total, 1) for name, took in sorted(spent.items(), key=lambda item: -item[1])}

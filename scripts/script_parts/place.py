@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from sau.machine.device import choose_device, fallback, set_threads
+from sau.machine.device import choose_device, fallback, prepare, set_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settle(asked: argparse.Namespace) -> torch.device:
     """Use as many threads as asked for; returns the device, and warns where it is another one than was asked for."""
     set_threads(asked.threads)
-    where = choose_device(asked.device)
+    where = prepare(choose_device(asked.device))
     if elsewhere := fallback(asked.device):
         print(f"warning: {elsewhere}", file=sys.stderr)
     return where
