@@ -30,7 +30,6 @@ IGNORED = {
     "log": "the log lies in the record",
     "random_crop": "the attack crops as its data set says",
     "random_rotation": "the attack rotates nothing",
-    "width": "a defense finds it in the weights",
 }
 _BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however it unfolds
 _BRIEF.maxlevel, _BRIEF.maxstring = 1, 100

@@ -79,12 +79,13 @@ def told(main: Callable[[], int | None]) -> int:
     2 is a mistake that the user can mend; FULL, FAULT and LOCKED are as above.
     """
     try:
-        status = main()
+        try:
+            status = main()
+        except Finished as done:
+            print(done)
+            status = 0
         sys.stdout.flush()
         return status or 0
-    except Finished as done:
-        print(done, flush=True)
-        return 0
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return {LockedError: LOCKED, OutOfMemory: FULL, FaultError: FAULT}.get(type(error), 2)
@@ -104,6 +105,6 @@ def of_machine(error: OSError | RuntimeError) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return FAULT if error.errno in _FAULTS else 2
     if "can't allocate memory" in str(error) or "out of memory" in str(error):  # of the CPU, and of CUDA
-        print(f"error: out of memory ({first_line(error)}); give a smaller --batch_size or --width", file=sys.stderr)
+        print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or pictures", file=sys.stderr)
         return FULL
     raise error

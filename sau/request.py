@@ -37,7 +37,8 @@ class Request:
         for name in method.nones.keys() & self.known.keys():
             self.known[name] = replace(self.known[name], none=method.nones[name])
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
-        self.reasons = {**config.IGNORED, **method.ignored}
+        of_defenses = {} if AttackRun in sections else {"width": "it is that of the weights"}
+        self.reasons = {**config.IGNORED, **of_defenses, **method.ignored}
         kind, more = ("attack", " and configs/recipe/*.yaml") if AttackRun in sections else ("defense", "")
         last = "[ ] are published settings that methods share; recipe, data set and method change some of them: see "
         last += f"configs/{kind}/{method.name}.yaml{more}"

@@ -195,7 +195,7 @@ def report(every: list[Cell], store: Store) -> int:
 
 
 def main() -> int:
-    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped, 141 if nobody listens."""
+    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped, or as `told` says."""
     look = sys.argv[1:2] == ["status"]
     asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):

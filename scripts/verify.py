@@ -5,7 +5,8 @@
 RECORD is the folder of an attack, by name below the record root or by path; the defenses in it are verified too.
 A figure holds if at most one picture in a thousand (and at least one) is answered otherwise here than was recorded.
 Exit status: 0 everything was checked and holds, 1 something does not hold, 2 a mistake in the command, 3 nothing is
-broken, but something could not be checked (without the data set there is no ACC).
+broken, but something could not be checked (without the data set there is no ACC; up to ten pictures in a thousand
+between a card and a CPU are no proof).
 """
 
 import argparse

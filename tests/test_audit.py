@@ -587,7 +587,6 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     assert status == 2 and "scripts/audit.py" in the_error(err)
 
 
-@pytest.mark.slow
 def test_a_picture_that_was_a_trigger_is_recalled_from_the_record():
     picture = torch.rand(3, 16, 16)
     again = recall({"attack": "blended", "attack_trigger_img_path": "gone.png"}, {"picture": picture})
@@ -613,6 +612,7 @@ def test_released_relearning_is_augmented_at_once_and_d_alone_is_without_a_trigg
     assert torch.equal(shown[0], TEST.pixels[BAD.index])
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_finished_pieces(victim, clean):
     folder = victim.parents[1]
     argv = [sys.executable, str(REPOSITORY / "scripts" / "audit.py"), "--result_file", "victim", "--control", "clean"]

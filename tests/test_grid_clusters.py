@@ -193,7 +193,7 @@ def test_a_worker_that_ray_loses_is_tried_again(every, ray, tmp_path, monkeypatc
     ("error", "words"),
     [
         ("late", "no worker of Ray has started within 120 s"),
-        ("lost", "a worker of Ray cannot run cells: no module sau"),
+        ("lost", "a worker of Ray cannot run cells: ModuleNotFoundError: no module sau"),
     ],
 )
 def test_workers_of_ray_that_never_start_are_one_line_before_the_first_cell(every, ray, error, words, one_line):
@@ -204,7 +204,9 @@ def test_workers_of_ray_that_never_start_are_one_line_before_the_first_cell(ever
         pass
 
     def get(task: None, timeout: float) -> None:
-        raise GetTimeoutError(f"after {timeout}") if error == "late" else RayError("no module sau\n  more")
+        if error == "late":
+            raise GetTimeoutError(f"after {timeout}")
+        raise RayError("ray::usable() (pid=1)\n  more\nModuleNotFoundError: no module sau\n")
 
     trial = SimpleNamespace(options=lambda **more: SimpleNamespace(remote=lambda: None))
     errors = SimpleNamespace(RayError=RayError, GetTimeoutError=GetTimeoutError)

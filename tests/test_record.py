@@ -15,7 +15,7 @@ import pytest
 import torch
 from toys import REPOSITORY, environment
 
-from sau.errors import LockedError, RecordError
+from sau.errors import Finished, LockedError, RecordError
 from sau.files import folder, write
 from sau.record import folder as module
 from sau.record import schema
@@ -230,6 +230,26 @@ def test_a_finished_folder_is_refused_until_it_is_overwritten(tmp_path, one_line
     assert listing(tmp_path) == before
     begun(tmp_path / "a", overwrite=True)
     assert listing(tmp_path / "a") == [CONFIG]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_same_run_is_finished_and_a_run_that_was_asked_otherwise_is_refused(tmp_path, early):
+    """Also where --max_minutes ended it, which stands in its identity."""
+    asked, identity = {"run": {"max_minutes": 1.0, "overwrite": True}}, {"a": 1}
+    record = Record(tmp_path / "a")
+    record.begin(asked, identity, False)
+    if early:
+        record.note(
+            identity={**identity, "ended_early": "epoch 2"},
+            digest=schema.digest({**identity, "ended_early": "epoch 2"}),
+        )
+    record.finish({})
+    with pytest.raises(Finished):
+        Record(tmp_path / "a").begin({"run": {"max_minutes": 1.0, "overwrite": False}}, identity, False)
+    for run, other in (({"max_minutes": 2.0}, identity), (asked["run"], {"a": 2})):
+        with pytest.raises(RecordError) as refusal:
+            Record(tmp_path / "a").begin({"run": run}, other, False)
+        assert type(refusal.value) is RecordError and "--overwrite" in str(refusal.value)
 
 
 @pytest.mark.parametrize("config", [None, "", "a: 1\n", "[1]\n", "a: [\n", "schema: 1\ndigest: x\n"])

@@ -129,8 +129,8 @@ def choose(
         if allowed and (not search or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
             chosen, best = level, found
     if chosen is None:
-        wanted = "lowers the ASR and keeps" if search else "keeps"
-        session.say(f"nothing is pruned: no level {wanted} the accuracy within {tolerance:g} of {first.acc.percent} %")
+        wanted = f"{'lowers the ASR and ' if search else ''}keeps the accuracy within {tolerance:g}"
+        session.say(f"nothing is pruned: no level that was tried {wanted} of {first.acc.percent} %")
     else:
         whose = named(None if oracle else held)
         prune_and_say(chosen, prune, session, f"{whose} {first.acc.percent} -> {best.acc.percent} %")

@@ -62,7 +62,8 @@ class RayEngine:
             where = "the logs in /tmp/ray/session_latest/logs of its first machine say why"
             raise ConfigError(f"no worker of Ray has started within {START:g} s; {where}") from None
         except self.ray.exceptions.RayError as error:
-            raise ConfigError(f"a worker of Ray cannot run cells: {first_line(error)}") from None
+            reason = str(error).strip().splitlines()[-1]  # below the worker's own traceback
+            raise ConfigError(f"a worker of Ray cannot run cells: {reason}") from None
 
     def parallel(self, cell: Cell) -> int:
         wants = {what: amount for what, amount in _wants(cell).items() if amount}

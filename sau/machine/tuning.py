@@ -59,8 +59,6 @@ def tune(
         return _pays(method, pictures, found[model.amp])
 
     model.compiled = _compiled(record, run, method, where, pays)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)  # what was tried here is none of the run's
 
 
 def _compiled(record: Record, run: Run, method: Method, where: torch.device, pays: Callable[[], bool]) -> str | None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +80,19 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (by default they
     keep ten). A `Normalized` would turn it on again inside any outer context."""
     owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    kept = convolutions.fp32_precision
+    shortened = False
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        with suppress(RuntimeError):  # where torch was told by its newer flags, these stand
+            shortened = torch.backends.cudnn.allow_tf32
     try:
-        convolutions.fp32_precision = "ieee"
+        if shortened:
+            torch.backends.cudnn.allow_tf32 = False
         for module in owners:
             module.amp = False
         yield
     finally:
-        convolutions.fp32_precision = kept
+        if shortened:
+            torch.backends.cudnn.allow_tf32 = True
         for module in owners:
             module.amp = True
 

@@ -13,10 +13,15 @@ from sau.record.folder import MANIFEST, Record
 from sau.record.schema import digest
 
 SLACK = 0.001  # share of the pictures that may be answered otherwise here: other processors round otherwise
+APART = 0.01  # the same between a card and a CPU, which leaves the figure open; it is an assumption
 
 
 class Otherwise(RecordError):
-    """Another figure is measured here than the record has."""
+    """Another figure is measured here than the record has; `near` is whether another kind of device may explain it."""
+
+    def __init__(self, text: str, near: bool) -> None:
+        super().__init__(text)
+        self.near = near
 
 
 def files(record: Record) -> str:
@@ -68,7 +73,8 @@ def equal(said: dict[str, Any], name: str, share: Share) -> str:
     apart = abs(hits - share.hits)
     if total != share.total or apart > max(1, SLACK * total):
         raise Otherwise(
-            f"{there.percent} % there ({hits} of {total}), {share.percent} % here ({share.hits} of {share.total})"
+            f"{there.percent} % there ({hits} of {total}), {share.percent} % here ({share.hits} of {share.total})",
+            near=total == share.total and apart <= APART * total,
         )
     return f"{share.percent} %" + (f", {apart} of {total} pictures answered otherwise here" if apart else ", equal")
 

@@ -88,7 +88,7 @@ class Record:
                     raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
             return False
         if self.finished:
-            same = old.get("digest") == digest(identity)
+            same = {**old["identity"], "ended_early": 0} == {**as_json(identity), "ended_early": 0}
             if same and run and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
