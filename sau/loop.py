@@ -168,7 +168,7 @@ class _Run:
         if len(self.ticks) > FORECAST_STEPS:
             left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch
             seconds = left * (self.ticks[-1] - self.ticks[0]) / FORECAST_STEPS + self.session.other_seconds
-            self.session.say(f"forecast: about {duration(seconds)} to {self.label} {self.epochs}/{self.epochs}")
+            self.session.say(f"forecast: about {duration(seconds)} to the end of {self.label} {self.epochs}")
             if seconds > 3600 and self.session.hint:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 

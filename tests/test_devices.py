@@ -179,6 +179,7 @@ def test_what_may_not_be_split_is_refused(one_line):
 def test_devices_that_cannot_work_together(wish, words, monkeypatch, one_line):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     device, devices, batch_size = wish
     with pytest.raises(ConfigError) as refusal:
         place(Run(device=device, devices=devices), SAU(), batch_size)

@@ -424,7 +424,7 @@ def test_the_forecast_counts_what_is_left():
         patch.setattr(loop.time, "monotonic", lambda: now[0])
         session = Session(say=said.append, other_seconds=600.0, hint="fewer epochs")
         loop.run(step, Plain([2] * 8), 100, state={}, end_epoch=lambda losses: None, session=session)
-    assert forecasts(said) == ["forecast: about 23 min to epoch 100/100"]
+    assert forecasts(said) == ["forecast: about 23 min to the end of epoch 100"]
 
 
 def test_a_run_of_more_than_an_hour_says_how_to_make_it_short():
