@@ -19,7 +19,7 @@ from sau.data.images import Images
 from sau.evaluate import Score, score
 from sau.machine.device import fallback
 from sau.record.folder import Record
-from sau.record.schema import digest
+from sau.record.schema import EARLY, digest
 from sau.request import Request
 from sau.risk import Found
 from sau.run import Run
@@ -107,9 +107,9 @@ class Watch:
         ended = self.limit.ended if self.limit else None
         if ended:
             known = self.record.config
-            identity, note = {**known["identity"], "ended_early": ended}, f"ended early, {ended}"
+            identity, note = {**known["identity"], EARLY: ended}, f"ended early, {ended}"
             self.record.note(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
-            summary = {**summary, "ended_early": ended}
+            summary = {**summary, EARLY: ended}
         found = {"findings": self.findings} if self.findings else {}
         self.record.finish({**summary, **found, "seconds": self.seconds})
 

@@ -83,6 +83,12 @@ def gather(batches: Batched) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
+def first(batches: Batched) -> tuple[Tensor, Tensor]:
+    """The first batch of `batches` as its pictures are: pixels in [0, 1] [B, C, H, W] and labels [B]."""
+    x, y, *_ = next(iter(unaugmented(batches)[0]))
+    return x, y
+
+
 def rebatched(x: Tensor, y: Tensor, size: int, like: Batched) -> Batches:
     """Pictures made of those of `like` in batches of `size`, with its seed and its augmentation."""
     given: Any = like

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.defense.inputs import unaugmented
+from sau.defense.inputs import first
 from sau.defense.layers import watching
 from sau.models import full_precision
 from sau.optim import DESCENT
@@ -79,8 +79,8 @@ class Outliers(Defense):
             scores = self.scores(model, batches)
         prune = partial(pruning.apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            x, y, *_ = next(iter(unaugmented(batches)[0]))
-            pruning.prune_checked(model, level(scores, self.u), prune, (x, y) if self.looks else None, session)
+            seen = first(batches)
+            pruning.prune_checked(model, level(scores, self.u), prune, seen if self.looks else None, session)
             return
         sweep = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         levels = [level(scores, u) for u in sweep]

@@ -23,7 +23,7 @@ from sau import loop
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import Held, hold_back
-from sau.defense.inputs import gather, rebatched, unaugmented
+from sau.defense.inputs import first, gather, rebatched, unaugmented
 from sau.defense.masks import Perturbable
 from sau.evaluate import percent_right
 from sau.optim import DESCENT, Training
@@ -182,8 +182,7 @@ class RNP(Defense):
 
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":
-            x, y, *_ = next(iter(unaugmented(batches)[0]))
-            pruning.prune_checked(model, level(self.pruning_number), prune, (x, y), session)
+            pruning.prune_checked(model, level(self.pruning_number), prune, first(batches), session)
             return
         levels = [level(threshold) for threshold in pruning.sweep(self.pruning_max, self.pruning_step)]
         oracle = self.select == "oracle"

@@ -15,7 +15,7 @@ from sau.files import append, clear, leftovers, loaded, write
 from sau.record import schema
 from sau.record.holding import give_back, hold
 from sau.record.lock import holder
-from sau.record.schema import SCHEMA, as_json, difference, digest
+from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
@@ -88,7 +88,7 @@ class Record:
                     raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
             return False
         if self.finished:
-            same = {**old["identity"], "ended_early": 0} == {**as_json(identity), "ended_early": 0}
+            same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}
             if same and run and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")

@@ -19,6 +19,7 @@ from sau.errors import RecordError
 from sau.files import checksum, loaded, read
 
 SCHEMA = 2
+EARLY = "ended_early"  # where --max_minutes ended a run; in the identity of such runs alone
 SEAL = "seal"  # key of config.yaml: the digest of everything else in it
 CLEAN = 250_000  # pictures in a defender's set; their indices stand in config.yaml
 DEEPEST, NODES = 50, CLEAN + 50_000  # levels and nodes of config.yaml; ours has five

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from sau.grid.names import mark
+from sau.record.schema import EARLY
 from sau.report.read import NONE, Run
 
-EARLY = "ended_early"  # where --max_minutes ended a run; in the identity of such runs alone
 Named = tuple[Hashable, dict[str, Any] | None]
 
 
