@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sau.errors import TrainingError
@@ -71,7 +71,8 @@ def run(
         label: what an epoch is called on the screen.
         rate: the setting of the learning rate, which to lower where it was too high.
 
-    Raises TrainingError, leaving the last finite checkpoint, when a reported loss or the state's `model` is not finite.
+    Raises TrainingError, leaving the last finite checkpoint, when a reported loss is not finite, or in the state a
+    parameter of a network or anything of `model`.
     """
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
@@ -173,21 +174,26 @@ class _Run:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 
     def _save(self, begin: Drawn, now: Drawn, below: int | None = None) -> None:
-        """Write a checkpoint of fewer bytes than `below`; of any size, refuse a broken loss or weight."""
-        if self.session.checkpoint is None:
-            return
+        """Refuse a broken loss or weight; write a checkpoint of fewer bytes than `below`."""
         self.place.means(self.rate)
         objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
-        numbers = [value for value in objects.get("model", {}).values() if value.is_floating_point()]
-        if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
-            broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
-            raise TrainingError(f"{broken}; try a smaller --{self.rate}")
+        self._refuse_broken(objects.get("model", {}))
+        if self.session.checkpoint is None:
+            return
         place = {"stage": self.session.stage, "place": vars(self.place), "begin": begin, "now": now, "objects": objects}
         if below is None or size(objects) < below:
             self.session.checkpoint.save(place)
             self.saved, self.spare = time.monotonic(), None
         else:
             self.spare = copy.deepcopy(place)
+
+    def _refuse_broken(self, model: dict[str, Tensor]) -> None:
+        """Of masks and networks beside `model`, too, a finite loss before their last update says nothing."""
+        numbers = [value for value in model.values() if value.is_floating_point()]
+        numbers += [w for thing in self.state.values() if isinstance(thing, nn.Module) for w in thing.parameters()]
+        if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
+            broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
+            raise TrainingError(f"{broken}; try a smaller --{self.rate}")
 
     def _resume(self) -> tuple[Drawn, Drawn]:
         kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None

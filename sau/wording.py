@@ -27,3 +27,8 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def chosen(name: str, selection: str | None) -> str:
+    """The name of a defense, marked where test data chose something of it: `selection` is a summary's."""
+    return f"{name} (oracle)" if selection == "oracle" else name

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau.errors import RecordError, told
 from sau.record.folder import METRICS, Record
 from sau.report import parse
-from sau.wording import markdown
+from sau.wording import chosen, markdown
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
 
@@ -34,12 +34,13 @@ def newcombe(risk: dict, name: str) -> tuple[float, float, float]:
 
 def line(record: Record) -> list[str]:
     """A row of the table."""
-    risk, rows = record.summary()["risk"]["after"], parse.last_stage(parse.rows(record.path / METRICS))
+    summary, rows = record.summary(), parse.last_stage(parse.rows(record.path / METRICS))
+    risk, name = summary["risk"]["after"], chosen(record.path.name, summary.get("selection"))
     tracked = [row for row in rows if "r_bd" in row]
-    cells = [record.path.parents[1].name, record.path.name, str(len(tracked)), f"{risk['r_bd']:.1f}"]
-    for name in GAPS:
-        gaps = [row[name] - row["r_bd"] for row in tracked]
-        after, low, high = newcombe(risk, name)
+    cells = [record.path.parents[1].name, name, str(len(tracked)), f"{risk['r_bd']:.1f}"]
+    for key in GAPS:
+        gaps = [row[key] - row["r_bd"] for row in tracked]
+        after, low, high = newcombe(risk, key)
         cells.append(f"{statistics.mean(gaps):.1f} ({min(gaps):.1f}..{max(gaps):.1f})")
         cells.append(f"{after:.1f} [{low:.1f}, {high:.1f}]")
     return cells

@@ -473,6 +473,13 @@ def test_a_grids_defense_is_found_by_its_name(victim, here, one_line):
     assert list(open_case(victim, ["ft_c0.1_abcdef0123"], samples=30).networks) == ["none", "ft_c0.1_abcdef0123"]
 
 
+def test_a_defense_that_test_data_chose_for_is_marked(victim, here):
+    """Whatever its folder is called: the summary says so."""
+    flags = ("--result_file", "victim", *QUICK, "--select", "oracle", "--u_num", "2", "--save_folder_name", "ep")
+    assert here("defense", "ep", *flags)[0] == 0
+    assert list(open_case(victim, ["ep"], samples=30).networks) == ["none", "ep (oracle)"]
+
+
 def test_poisons_come_from_the_record_or_are_stamped(victim):
     opened = open_case(victim, samples=10**6)
     kept = stored.load(victim)

@@ -73,6 +73,20 @@ def test_operations_are_counted_as_torch_counts_them_and_nothing_is_kept():
     assert measure.flops(work) == counter.get_total_flops() > 0 and alive[1] == 0 < alive[0]
 
 
+def test_the_rival_computes_in_fp32_and_nchw_whatever_ours_does():
+    """A copy of a network of ours in bf16 once ran under autocast itself, which made the rival faster than it is."""
+    ours = Normalized(tiny_net(), ORIGIN.mean, ORIGIN.std, amp=True).to(memory_format=torch.channels_last)
+    seen = []
+    for copied, kind in ((setting.copied(ours, amp=True), torch.bfloat16), (setting.as_released(ours), torch.float32)):
+        convolutions = [module for module in copied.modules() if isinstance(module, nn.Conv2d)]
+        for module in convolutions:
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        copied(torch.rand(2, 3, 16, 16))
+        assert seen and set(seen) == {kind}
+        seen.clear()
+    assert all(module.weight.is_contiguous() for module in convolutions)
+
+
 def test_the_released_loader_gives_the_same_pictures(tmp_path):
     """Poisoned ones come from files, clean ones from memory; in training they are cropped."""
     poisoned = BadNet(pratio=0.5).poison_train(toy_images(20), 0)

@@ -176,6 +176,11 @@ def test_another_file_under_the_same_name_makes_new_cells(planned, tmp_path, mon
     assert not {*digests[0].values()} & {*digests[1].values()}
     assert {name for name in digests[1] if digests[1][name] != digests[2][name]} == {"clp"}
     assert f"--patch_mask_path={tmp_path}/mask.png" in found[0][0].flags  # workers start in other folders
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    for name in ("mask.png", "mine.txt"):
+        Path(name).rename(elsewhere / name)
+    monkeypatch.chdir(elsewhere)
+    assert {cell.name: cell.digest for cell in planned(text.replace("clean_shares: [0.1]\n", ""))[:3]} == digests[2]
 
 
 @pytest.mark.parametrize(

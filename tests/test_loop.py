@@ -381,7 +381,9 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(
     )
 
 
-def test_a_model_that_is_not_finite_is_not_kept_though_its_loss_was(one_line):
+@pytest.mark.parametrize("name", ["model", "masks"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_weights_that_are_not_finite_are_not_kept_though_their_loss_was(name, kept, one_line):
     """The loss is measured before the update that breaks the weight."""
     weight, tape, count = nn.Linear(1, 1), Tape(), [0]
 
@@ -392,12 +394,13 @@ def test_a_model_that_is_not_finite_is_not_kept_though_its_loss_was(one_line):
         return {"loss": torch.tensor(1.0)}
 
     with pytest.raises(TrainingError) as stop:
-        session = Session(checkpoint=tape, say=lambda text: None)
-        loop.run(step, Plain([2] * 5), 3, state={"model": weight}, end_epoch=lambda losses: None, session=session,
+        session = Session(checkpoint=tape if kept else None, say=lambda text: None)
+        loop.run(step, Plain([2] * 5), 2, state={name: weight}, end_epoch=lambda losses: None, session=session,
                  rate="warm_lr")  # fmt: skip
     assert "weight is not finite" in one_line(stop.value) and str(stop.value).endswith("--warm_lr")
     place = tape.load()
-    assert place is not None and float(place["objects"]["model"]["bias"]) == 5.0
+    assert (place is not None) == kept
+    assert place is None or float(place["objects"][name]["bias"]) == 5.0
 
 
 # The forecast

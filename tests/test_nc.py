@@ -51,9 +51,11 @@ def test_equal_norms_flag_nobody_and_one_below_equal_ones_is_flagged():
 # The cost schedule
 
 
-def passes(defense: NC, outcomes: list[tuple[float, float]]) -> tuple[list[float], list[bool], Patches]:
+def passes(
+    defense: NC, outcomes: list[tuple[float, float]], cost: float = 1.0
+) -> tuple[list[float], list[bool], Patches]:
     """Costs and stops after passes of two updates with (success in %, norm); the mask of pass i is that of logit i."""
-    patches = Patches(1, 1, torch.zeros(1, 3, 2, 2), 1.0).double()
+    patches = Patches(1, 1, torch.zeros(1, 3, 2, 2), cost).double()
     costs, stops = [], []
     for number, (success, norm) in enumerate(outcomes):
         nn.init.constant_(patches.mask, float(number))
@@ -72,6 +74,15 @@ def test_the_cost_rises_after_successes_in_a_row_and_falls_after_failures():
     wanted = [1, 2, 2, 2, 2, 2, 2 * low, 2 * low, 2 * low * low]
     assert costs == pytest.approx(wanted, rel=1e-7) and not any(stops)  # torch takes the factors for float32
     assert passes(NC(patience=2, cost_multiplier=4.0), outcomes[:2])[0] == [1, 4]
+
+
+def test_a_cost_that_begins_at_zero_is_switched_on_by_successes_as_in_the_paper():
+    """What it did before does not count as having gone both ways: the class goes on, though nothing shrinks."""
+    defense = NC(patience=2, init_cost=0.0, early_stop_patience=1)
+    outcomes = [(0, 9), (0, 9), (99, 9), (99, 9), (99, 9), (99, 9), (0, 9), (0, 9), (0, 9)]
+    costs, stops, _ = passes(defense, outcomes, cost=0.0)
+    wanted = [0, 0, 0, 1e-3, 1e-3, 2e-3, 2e-3, 2e-3 * 2**-1.5, 2e-3 * 2**-1.5]
+    assert costs == pytest.approx(wanted, rel=1e-6) and stops == [False] * 8 + [True]
 
 
 def test_the_best_patch_is_the_smallest_that_works():
@@ -393,7 +404,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(save_every, saves, restarts):
     "wrong",
     [
         *({name: 0} for name in ("nc_epoch", "patience", "early_stop_patience", "restarts", "group")),
-        *({name: 0.0} for name in ("mask_lr", "init_cost", "inversion_share", "unlearning_ratio")),
+        *({name: 0.0} for name in ("mask_lr", "inversion_share", "unlearning_ratio")),
+        {"init_cost": -1e-3},
         *({name: 1.1} for name in ("inversion_share", "unlearning_ratio", "early_stop_threshold")),
         {"atk_succ_threshold": 101.0},
         {"cost_multiplier": 1.0},

@@ -19,8 +19,10 @@ from sau.files import folder
 from sau.grid.names import defense_named
 from sau.models import Normalized
 from sau.record import victim
+from sau.record.folder import Record
 from sau.risk import sample
 from sau.seeds import generator
+from sau.wording import chosen
 
 NONE, CONTROL = "none", "control"  # the attacked network itself; the one that was trained without a backdoor
 STAMPED = 5000  # training pictures that are stamped anew where a record's own poisons carry their true labels
@@ -31,7 +33,7 @@ class Network:
     """One network under audit.
 
     Args:
-        name: `none`, the name of a defense, `control`, or `control/` and the name of a defense.
+        name: `none`, the name of a defense (marked where test data chose), `control`, or `control/` and such a name.
         model: frozen, in eval mode.
         digest: tells weights apart.
     """
@@ -155,30 +157,32 @@ def _models(
     """The networks to compare, by name; `more` are defenses of the control."""
     models = {NONE: attacked.model()}
     for name in defenses:
-        models[name] = attacked.model()
-        victim.load_weights(models[name], _purified(attacked.path, name))
+        models |= _purified(attacked.model(), attacked.path, name)
     if control is None and more:
         raise ConfigError("control_defense is given without control; name the record that it lies in")
     if control is not None:
         models[CONTROL] = _clean(control, attacked, train)
         for name in more:
-            models[f"{CONTROL}/{name}"] = _clean(control, attacked, train)
-            victim.load_weights(models[f"{CONTROL}/{name}"], _purified(control, name))
+            models |= _purified(_clean(control, attacked, train), control, name, f"{CONTROL}/")
     return models
 
 
-def _purified(attack: Path, name: str) -> Path:
+def _purified(model: Normalized, attack: Path, name: str, before: str = "") -> dict[str, Normalized]:
+    """`model` with the weights that a defense left, under its name; where test data chose, that says so."""
+    place = _place(attack, name)
+    victim.load_weights(model, place)
+    return {before + chosen(name, Record(place).summary().get("selection")): model}
+
+
+def _place(attack: Path, name: str) -> Path:
     """The folder of a defense: the one called so, or the only one of a grid that is of the defense called so."""
     place = folder(attack / "defense", name)
-    found = (
-        [place]
-        if place.is_dir()
-        else [other for other in place.parent.glob("*") if defense_named(other.name)[0] == name]
-    )
+    if place.is_dir():
+        return place
+    found = sorted(other.name for other in place.parent.glob("*") if defense_named(other.name)[0] == name)
     if len(found) > 1:
-        texts = ", ".join(sorted(other.name for other in found))
-        raise RecordError(f"{attack} has several defenses {name}: {texts}; name one of these folders")
-    return found[0] if found else place
+        raise RecordError(f"{attack} has several defenses {name}: {', '.join(found)}; name one of these folders")
+    return place.with_name(found[0]) if found else place
 
 
 def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:
@@ -186,9 +190,7 @@ def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:
     model = recorded(place, train)
     wanted = {name: tensor.shape for name, tensor in attacked.weights.items()}
     if {name: tensor.shape for name, tensor in model.net.state_dict().items()} != wanted:
-        raise RecordError(
-            f"{place} holds another network than {attacked.path}; train the control like the attacked one"
-        )
+        raise RecordError(f"{place} holds another network than {attacked.path}; train the control like that one")
     return model
 
 

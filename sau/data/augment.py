@@ -15,8 +15,8 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; by gathering from a padded
-    copy, so bytes stay bytes.
+    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; windows of a padded copy, so
+    bytes stay bytes.
 
     Args:
         padding: pixels added on every side before the crop.
@@ -29,19 +29,15 @@ class Augment:
     one_draw: bool = False
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         draws = 1 if self.one_draw else b
-        top, left = torch.randint(2 * self.padding + 1, (2, draws, 1), generator=generator).expand(2, b, 1)
-        rows = top + torch.arange(h)
-        columns = left + torch.arange(w)
-        if self.flip:
-            mirrored = torch.rand(draws, 1, generator=generator) < 0.5
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        rows, columns = sent(rows, x.device), sent(columns, x.device)
-        padded = F.pad(x, (self.padding,) * 4)
-        image = torch.arange(b, device=x.device).view(b, 1, 1, 1)
-        channel = torch.arange(c, device=x.device).view(1, c, 1, 1)
-        return padded[image, channel, rows.view(b, 1, h, 1), columns.view(b, 1, 1, w)]
+        top, left = sent(torch.randint(2 * self.padding + 1, (2, draws), generator=generator), x.device).expand(2, b)
+        windows = F.pad(x, (self.padding,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, places, places, H, W], a view
+        cropped = windows[torch.arange(b, device=x.device), :, top, left]
+        if not self.flip:
+            return cropped
+        mirrored = sent(torch.rand(draws, 1, 1, 1, generator=generator) < 0.5, x.device)
+        return torch.where(mirrored, cropped.flip(3), cropped)
 
 
 def turn(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:

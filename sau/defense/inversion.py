@@ -77,7 +77,8 @@ class Inversion(Method):
     Args:
         nc_epoch: passes over the clean pictures to invert the patches, at most; 1 and more.
         mask_lr: learning rate of masks and patterns (Adam with betas 0.5 and 0.9).
-        init_cost: weight of the mask's norm at the start.
+        init_cost: weight of the mask's norm at the start; 0 is the paper's, which becomes 0.001 after `patience` passes
+            above the share.
         atk_succ_threshold: share of pictures, in percent, that a patch must send to its class.
         patience: passes in a row above or below that share after which the cost rises or falls.
         cost_multiplier: factor by which the cost rises; it falls by this to the power of 1.5.
@@ -106,8 +107,8 @@ class Inversion(Method):
         super().__post_init__()
         for name in ("nc_epoch", "patience", "early_stop_patience", "restarts", "group"):
             self.require(name, getattr(self, name) >= 1, "1 and more")
-        for name in ("mask_lr", "init_cost"):
-            self.require(name, getattr(self, name) > 0, "above 0")
+        self.require("mask_lr", self.mask_lr > 0, "above 0")
+        self.require("init_cost", self.init_cost >= 0, "0 and more")
         self.require("atk_succ_threshold", 0 <= self.atk_succ_threshold <= 100, "0 to 100")
         self.require("cost_multiplier", self.cost_multiplier > 1, "above 1")
         self.require("early_stop_threshold", 0 <= self.early_stop_threshold <= 1, "0 to 1")
@@ -184,8 +185,10 @@ class Inversion(Method):
             s.open &= ~((s.raised > 0) & (s.lowered > 0) & (s.still >= self.early_stop_patience))
         s.above, s.below = torch.where(works, s.above + 1, 0), torch.where(works, 0, s.below + 1)
         up, down = s.above >= self.patience, s.below >= self.patience
+        begins = up & (s.cost == 0)
         s.cost = s.cost * torch.where(up, self.cost_multiplier, torch.where(down, self.cost_multiplier**-1.5, 1.0))
+        s.cost[begins] = Inversion.init_cost
         s.above[up], s.below[down] = 0, 0
-        s.raised, s.lowered = s.raised + up, s.lowered + down
+        s.raised, s.lowered = torch.where(begins, 0, s.raised + up), torch.where(begins, 0, s.lowered + down)
         s.hits.zero_(), s.norms.zero_(), s.passes.add_(1)
         return not bool(s.open.any())

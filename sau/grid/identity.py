@@ -28,15 +28,17 @@ def identity(method: Method, sections: Sequence[Any], run: Asked, block: Block, 
     """All that determines a result but seed and attack.
 
     Files, further devices and what else is measured stand in it only where they are given: cells had digests before.
+    A file is its content: where it lies differs between clones and machines.
     """
     settings = {key: value for section in sections for key, value in section.params().items()}
-    facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
+    settings |= {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
     where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
     machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
     machine |= {"devices": run.devices} if run.devices > 1 else {}
     index = run.index if isinstance(run, DefenseRun) else None
     files = method.contents() | ({"index_sha256": checksum(Path(index))} if index else {})
-    return {**settings, **facts, **where, **machine, **files, **_measured(run)}
+    settings = {key: value for key, value in settings.items() if f"{key}_sha256" not in files}
+    return {**settings, **where, **machine, **files, **_measured(run)}
 
 
 def _measured(run: Asked) -> dict[str, Any]:

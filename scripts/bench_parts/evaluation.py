@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_parts import pil, roofline, setting
+from bench_parts import pil, profile, roofline, setting
 from bench_parts.measure import Task, Work, compare
 
 from sau.data.images import to_float
@@ -42,4 +42,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "fp32 released": lambda: lambda: pil.evaluate(net, sets, args.device),
         }
         task = Task(len(test) + len(triggered), model, to_float(clean.pixels[:1]), 1.0, roofline.peaks(args))
-        return compare(f"evaluation, width {args.width}", makers, task, args, "s")
+        rows = compare(f"evaluation, width {args.width}", makers, task, args, "s")
+    profile.add(rows[0], "bf16", ours(True), args.device)
+    return rows

@@ -2,6 +2,7 @@
 
 import warnings
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from bench_parts.measure import Work
@@ -44,3 +45,9 @@ def shares(work: Work, device: torch.device) -> dict[str, float]:
             spent[kind(event.key)] = spent.get(kind(event.key), 0.0) + took
     total = sum(spent.values()) or 1.0  # a profiler that may not look at the card sees nothing
     return {name: round(100 * took / total, 1) for name, took in sorted(spent.items(), key=lambda item: -item[1])}
+
+
+def add(row: dict[str, Any], name: str, work: Work, device: torch.device) -> None:
+    """Print where the time of `work` goes, and put it into its row."""
+    row["profile"] = shares(work, device)
+    print(f"{name}: " + ", ".join(f"{kind} {share:.1f} %" for kind, share in row["profile"].items()))

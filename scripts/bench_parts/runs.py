@@ -2,7 +2,7 @@
 
 The proportions are those of CIFAR-10: 50 training pictures to 10 clean and 9 triggered test pictures, 5 % of the first
 for the defender. The released order evaluates after every epoch and every round, ours as the commands do: every ten
-of them and in the last one, and SAU also before and after.
+of them and in the last one, and SAU also before and after. `--batch_size` is that of the attack; SAU has its own.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
     setting.add_arguments(parser, width=16, batch_size=128)
     setting.add_workers(parser)
-    parser.add_argument("--pictures", type=int, default=1280, help="training pictures [1280]")
+    parser.add_argument("--pictures", type=int, default=5120, help="training pictures [5120]")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the attack [8]")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of SAU [10]")
     parser.add_argument("--precisions", default="bf16,fp32", help="of ours [bf16,fp32]")
@@ -128,7 +128,7 @@ def _sau(
 ) -> Work:
     model = setting.copied(attacked, amp=amp)
     given, plain, stamped = (part.to(args.device) for part in (clean, test, triggered))
-    method = SAU(epochs=args.rounds, lr=1e-3, batch_size=args.batch_size)
+    method = SAU(epochs=args.rounds, lr=1e-3)
 
     def work() -> None:
         score(model, plain, stamped)
@@ -144,7 +144,7 @@ def _released_sau(
     h, h_b = (setting.as_released(attacked) for _ in range(2))
     twin, sets = ReleasedSAU(h, h_b, lr=1e-3), tests(normalise=False)
     files = pil.Files(clean, clean.labels, pil.transform(source(args.dataset), False, False), place)
-    batches = pil.loader(files, args.batch_size, train=False, workers=setting.workers(args), device=args.device)
+    batches = pil.loader(files, SAU.batch_size, train=False, workers=setting.workers(args), device=args.device)
 
     def work() -> None:
         for _ in range(args.rounds):

@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     needed = 4 * SAU.adv_steps + 7.0
     task = Task(args.steps * args.batch_size, h, batches[0][0], needed, roofline.peaks(args))
     rows = compare(f"SAU update, width {args.width}", makers, task, args, "s/update", args.steps)
-    rows[0]["profile"] = profile.shares(makers["bf16"](), args.device)
-    print("bf16: " + ", ".join(f"{kind} {share:.1f} %" for kind, share in rows[0]["profile"].items()))
+    profile.add(rows[0], "bf16", makers["bf16"](), args.device)
     return rows
 
 

@@ -131,5 +131,9 @@ def modes(args: argparse.Namespace) -> list[str]:
 
 
 def as_released(net: nn.Module) -> nn.Module:
-    """A copy with its weights in NCHW."""
-    return copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    """A copy with its weights in NCHW that computes in fp32."""
+    other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    for module in other.modules():
+        if isinstance(module, Normalized):
+            module.amp, module.compiled = False, None
+    return other

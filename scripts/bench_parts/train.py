@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         task = Task(len(images), model, to_float(images.pixels[:1]), _needed(model, images), roofline.peaks(args))
         rows = compare(f"training step, width {args.width}", makers, task, args, "s/step", args.steps)
     for row, name in zip(rows[:2], ("bf16", "fp32"), strict=True):
-        row["profile"] = profile.shares(makers[name](), args.device)
-        print(f"{name}: " + ", ".join(f"{kind} {share:.1f} %" for kind, share in row["profile"].items()))
+        profile.add(row, name, makers[name](), args.device)
     return rows
 
 
