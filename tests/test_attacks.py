@@ -704,6 +704,24 @@ def test_wanets_field_by_hand():
     assert not torch.equal(warp_field(forged(WaNet(), seed=4), 32), ours)
 
 
+@pytest.mark.parametrize("k", [2, 7])
+def test_wanets_field_has_as_many_control_points_as_asked(k):
+    """With aligned corners every (side - 1) / (k - 1) pixels lies one, and the field goes through it."""
+    side = 6 * (k - 1) + 1
+    field = warp_field(forged(WaNet(k=k), seed=3), side)
+    z = 2 * torch.rand(1, 2, k, k, generator=torch.Generator().manual_seed(3)) - 1
+    torch.testing.assert_close(field[::6, ::6].permute(2, 0, 1), (z / z.abs().mean())[0], atol=1e-5, rtol=0)
+
+
+def test_wanets_grid_is_scaled_as_asked_and_cut_at_the_border():
+    """Halved, the places that pixels come from are halfway to the centre, whatever the field adds."""
+    ramp = torch.linspace(-1, 1, 33, dtype=torch.float64).expand(1, 3, 33, 33)
+    wide, narrow, wider = (forged(WaNet(s=1e-9, grid_rescale=scale)).stamp(ramp / 2 + 0.5) for scale in (1, 0.5, 2))
+    torch.testing.assert_close(2 * wide - 1, ramp)
+    torch.testing.assert_close(2 * narrow - 1, ramp / 2)
+    torch.testing.assert_close(2 * wider - 1, (2 * ramp).clamp(-1, 1))
+
+
 def test_wanet_moves_pixels_where_its_formula_says():
     """On a ramp, x = column / 31, a pixel takes the value of the place that it comes from: its column plus
     s * field / size, in units of half the width, clipped at the border."""
@@ -975,6 +993,8 @@ def test_gradients_of_the_pattern_generator_are_cleared_unless_asked(accumulate,
         (SIG, {"sig_f": -1.0}),
         (LF, {"lf_strength": 0.0}),
         (LF, {"lf_optimise": True, "lowFrequencyPatternPath": "pattern.npy"}),
+        (LF, {"lf_optimise": True, "attack_label_trans": "all2all"}),
+        (LF, {"lf_optimise": True, "attack_label_trans": "map", "attack_label_map": (1, 0)}),
         (LF, {"lf_network": "record/clean"}),
         (LF, {"lf_images": 0}),
         (LF, {"lf_passes": 0}),

@@ -845,6 +845,19 @@ def test_a_defense_whose_loss_breaks_is_one_line_and_no_result(refused, victim, 
     assert "not finite" in text and not (victim / "defense" / name / "manifest.json").exists()
 
 
+def test_the_last_finite_network_of_a_run_that_broke_becomes_a_record(refused, here, victim):
+    """The rate climbs to 1e30 in the second round; what docs/record.md says to do then gives the first's network."""
+    breaks = ("--lr_scheduler", "CyclicLR", "--steplr_stepsize", "1", "--min_lr", "0.01", "--lr", "1e30")
+    flags = ("--result_file", "victim", "--epochs", "3", "--batch_size", "16", *breaks, *QUICK)
+    assert "not finite" in refused("defense", "ft", *flags)
+    status, out, err = here("defense", "ft", *flags, "--max_minutes", "0.01")
+    assert status == 0 and "resuming after round 1" in out, err
+    summary = json.loads((victim / "defense" / "ft" / "summary.json").read_text())
+    assert summary["ended_early"].startswith("round 2 of 3") and summary["after"] != summary["before"]
+    weights = Record(victim / "defense" / "ft").load_tensors("model")
+    assert all(weight.isfinite().all() for weight in weights.values() if weight.is_floating_point())
+
+
 WRONG_DEFENSES = {
     "no record": ([], "--result_file"),
     "missing record": (["--result_file", "nothing"], "nothing"),

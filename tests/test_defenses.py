@@ -419,6 +419,19 @@ def test_statistics_that_are_not_those_of_the_pictures_are_refused(defense, one_
     assert "mean and std" in one_line(refusal.value)
 
 
+@each
+@pytest.mark.parametrize("which", ["one picture", "a class is missing"])
+def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense, which, one_line):
+    x, y = pair()
+    kept = torch.arange(20) == 3 if which == "one picture" else y != 2
+    try:
+        fixed = defense.purify(tiny_net(), (x[kept], y[kept]), session=quiet())
+    except SauError as refusal:
+        assert which == "one picture" and "picture" in one_line(refusal)
+    else:
+        assert fixed(x).isfinite().all()
+
+
 @each_in_rounds
 def test_a_loss_that_is_not_finite_stops_the_run(defense, one_line):
     net = tiny_net()

@@ -331,6 +331,7 @@ BAD = {
     "two homes of a ratio": (SMALL + "  badnet: {pratio: 0.2}\n", "overrides.badnet.pratio contradicts ratios"),
     "two homes of a share": (SMALL + "  defense: {ratio: 0.2}\n", "contradicts clean_shares"),
     "twice, by two names": (SMALL + "  clp: {u: 2, clp_u: 3}\n", "no such setting"),
+    "a flag under two names": (SMALL + "  badnet: {attack_target: 0, target_label: 1}\n", "under two of its names"),
     "the same key twice": (SMALL + "  ft: {lr: 1}\n", "ft is given twice"),
     "a block's unknown key": (SMALL + "blocks:\n  - {published: x}\n", "blocks[0] has 'published'"),
     "an override that acts nowhere": (SMALL + "blocks:\n  - {overrides: {sau: {lr: 1}}}\n", "does not run"),

@@ -138,6 +138,20 @@ def test_ray_runs_as_many_cells_as_every_resource_holds(every, ray):
         assert engine.parallel(dataclasses.replace(every[0], **change)) == count
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"memory_gb": 65.0}, "needs 1 threads, 65 GiB and 0 GPUs, but none of the 2 machines has them"),
+        ({"memory_gb": 30.0, "gpus": 1.0}, "needs 1 threads, 30 GiB and 1 GPUs"),  # each machine has but one of them
+        ({"threads": 9}, "needs 9 threads"),
+    ],
+)
+def test_a_cell_that_no_machine_of_ray_holds_is_refused_before_the_first_starts(every, ray, change, words, one_line):
+    with pytest.raises(ConfigError) as caught:
+        clusters.RayEngine("auto").check([every[1], dataclasses.replace(every[0], **change)])
+    assert words in one_line(caught.value) and "badnet_r0.1_s0" in str(caught.value)
+
+
 def test_a_local_cluster_of_slurm_gives_no_gpus(every, slurm, one_line):
     with pytest.raises(ConfigError) as caught:
         slurm(set(), cluster="local").check([every[1], dataclasses.replace(every[0], gpus=1.0)])

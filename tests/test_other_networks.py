@@ -1,5 +1,6 @@
 """Networks without the layers that a defense looks for: each defense repairs them or says in a line what they lack."""
 
+from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from test_defenses import ROWS, pair
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
+from torchvision.models import ResNet, VisionTransformer
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import make_layers
 from toys import same_weights
 
 from sau.defense import FP, NPD, Defense
@@ -62,7 +65,28 @@ def mobile() -> nn.Module:
     return MobileNetV3([block], 16, num_classes=4)
 
 
-NETWORKS = {"vgg": vgg, "group norm": group_norm, "mlp": mlp, "vit": vit, "mobile": mobile}
+def resnet() -> nn.Module:
+    """torchvision's ResNet, a block fewer in three of its stages than the 18 layers have."""
+    return ResNet(BasicBlock, [1, 1, 1, 2], num_classes=4)
+
+
+def vgg_bn() -> nn.Module:
+    """torchvision's layers of a VGG with batch norms, a small head behind them."""
+    layers = make_layers([6, "M", 8, "M"], batch_norm=True)
+    return nn.Sequential(
+        OrderedDict(features=layers, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(8, 4))
+    )
+
+
+NETWORKS = {
+    "resnet": resnet,
+    "vgg with batch norms": vgg_bn,
+    "vgg": vgg,
+    "group norm": group_norm,
+    "mlp": mlp,
+    "vit": vit,
+    "mobile": mobile,
+}
 
 
 # Why a defense refuses a network; all others repair it. npd puts its layer before a convolution that has to be named.
@@ -71,10 +95,19 @@ UNNAMED = "no layer named 'layer4.1.conv1'; name a convolution with --target_lay
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("anp", "clp", "bnp", "ep", "rnp"), NO_NORM),
     "nad": {"mlp": "no layer with feature maps [B, C, H, W]"},
-    "npd": {**dict.fromkeys(NETWORKS, UNNAMED), "mlp": "no convolution (Conv2d)"},
+    "npd": {
+        **dict.fromkeys([name for name in NETWORKS if name != "resnet"], UNNAMED),
+        "mlp": "no convolution (Conv2d)",
+    },
     "i-bau": {"mobile": "hardsigmoid_backward is not implemented"},
 }
-CONVOLUTIONS = {"vgg": "3", "group norm": "4.conv2", "vit": "conv_proj", "mobile": "features.2.0"}  # named for npd
+CONVOLUTIONS = {
+    "vgg with batch norms": "features.4",
+    "vgg": "3",
+    "group norm": "4.conv2",
+    "vit": "conv_proj",
+    "mobile": "features.2.0",
+}  # named for npd
 
 
 def purified(defense: Defense, network: str) -> None:

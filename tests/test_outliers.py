@@ -46,6 +46,16 @@ class First(Outliers):
         return {name: -torch.arange(10.0)}
 
 
+@pytest.mark.parametrize(("defense", "looks"), [(EP(), True), (BNP(), True), (CLP(), False)])
+def test_who_looks_at_pictures_refuses_by_them(defense, looks, monkeypatch):
+    """CLP looks at none, so that nobody can tell it that too much would go."""
+    seen = []
+    monkeypatch.setattr(pruning, "prune_checked", lambda model, level, prune, pictures, session: seen.append(pictures))
+    x, y = pair(20)
+    defense.purify(tiny_net(), (x, y), session=quiet())
+    assert (seen[0] is not None) == looks and (not looks or len(seen[0][0]) > 0)
+
+
 def test_the_shift_goes_too_unless_it_is_asked_to_stay():
     net = tiny_net()
     nn.init.ones_(net.features[1].bias)

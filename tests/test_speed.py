@@ -730,6 +730,8 @@ def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monk
     assert status == 2 and err.startswith("error: max_minutes are over before the trigger is made")
     assert len(err.splitlines()) == 1 and not (tmp_path / "record" / "a").exists()
     assert "resuming after" in here("attack", *flags)[1]
+    made = Record(tmp_path / "record" / "a").summary()["trigger"]["made"]
+    assert {*made} == {"fooled", "led_to_the_target", "energy_in_the_lowest_7x7"} and 0 < made["fooled"] <= 1
 
 
 @pytest.mark.usefixtures("few_digits")
