@@ -208,6 +208,7 @@ def _row(
     assert summary is not None
     scores = summary.get("after", summary)
     text = f"{summary['seconds']:.0f} s, ACC {scores['acc']}, ASR {scores['asr']}, {summary['peak_memory_mb']:.0f} MB"
+    share = 1.0  # of the run that was done
     if "ended_early" in summary:
         done, whole, batch, batches = map(int, re.findall(r"\d+", summary["ended_early"]))
         share = (done - 1 + (batch - 1) / batches) / whole
@@ -217,9 +218,9 @@ def _row(
     if "digits" in work.data:  # 1,437 training pictures, a tenth of which the defender has
         scale = PICTURES / 1437 if "after" not in summary else CLEAN / 143
         text += f"; {scale * summary['seconds']:.0f} s if all of it grew with the pictures to CIFAR-10's"
-    elif facts and pictures and not work.smoke and "ended_early" not in summary:
-        done = facts["passes_per_image"] * facts["forward_flops"] * pictures / summary["seconds"]
-        text += f", {100 * done / facts['peak_flops']:.0f} % of the measured bf16 peak, evaluations and start included"
+    elif facts and pictures and not work.smoke:
+        speed = facts["passes_per_image"] * facts["forward_flops"] * share * pictures / summary["seconds"]
+        text += f", {100 * speed / facts['peak_flops']:.0f} % of the measured bf16 peak, evaluations and start included"
     work.add(what, text, target)
 
 

@@ -421,7 +421,7 @@ def test_fit_trains_in_place_reproducibly_and_ends_in_eval_mode(row):
 
 
 @each_poison
-@pytest.mark.parametrize("pratio", [0.0, 0.001, 0.01, 0.1])
+@pytest.mark.parametrize("pratio", [0.0, 0.001, 0.01, 0.05, 0.1])
 def test_every_ratio_down_to_nothing_trains(attack, pratio):
     """0 is the clean network with a triggered test set; a small share leaves most batches without poison."""
     few = with_(attack, pratio=pratio)

@@ -306,10 +306,14 @@ def test_whole_runs_on_a_gpu_are_kept_more_than_their_targets():
 
 
 def test_a_run_that_ended_early_is_told_at_its_pace(tmp_path):
-    """Two epochs and a half of ten in 50 s."""
+    """Two epochs and a half of ten in 50 s; so 250 of 1,000 pictures have been seen, at 3 x 1 GFLOP each."""
+    step = {"passes_per_image": 3.0, "forward_flops": 1e9, "peak_flops": 1e11}
+    measured = [{"name": "step, bf16", "details": {"ours": step}}]
     work = gpu_checklist.Checklist(tmp_path, 1e9, (), "cuda", False, 1.0)
     told = {"seconds": 50.0, "acc": 90.0, "asr": 95.0, "peak_memory_mb": 1.0}
-    gpu_checklist._row(work, "attack", {**told, "ended_early": "epoch 3 of 10, before batch 101 of 200"}, 1, [], "")
-    assert "before batch 101 of 200, 200 s at that pace" in work.rows[0][1]
-    gpu_checklist._row(work, "attack", told, 1, [], "")
-    assert "pace" not in work.rows[1][1]
+    gpu_checklist._row(
+        work, "attack", {**told, "ended_early": "epoch 3 of 10, before batch 101 of 200"}, 1000, measured, ""
+    )
+    assert "before batch 101 of 200, 200 s at that pace, 15 % of the measured" in work.rows[0][1]
+    gpu_checklist._row(work, "attack", told, 1000, measured, "")
+    assert "pace" not in work.rows[1][1] and "60 % of the measured" in work.rows[1][1]
