@@ -54,8 +54,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     shape, width = network["shape"], network["width"]
     model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
 
-    settings = {"attack": name, **method.params(), **training.params()}
-    identity = {**settings, **method.contents(), **data, **network, "random_seed": run.random_seed}
+    identity = {"attack": name, **method.identity(), **training.params(), **data, **network}
+    identity["random_seed"] = run.random_seed
     record.admits(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     method = method.forge(train, model, training, session=trigger_session(run, started), **how)
@@ -64,6 +64,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
         notes.append(f"pratio {method.pratio:g} of {len(train)} pictures is less than one, so nothing is poisoned")
     begin(record, run, identity, threads)
     same_trigger(record, None if method.trains_trigger else method.trigger)
+    settings = {"attack": name, **method.params(), **training.params()}
     record.note(method=settings, data=data, model=network, notes=notes)
     size = f", width {width}" if width else ""
     record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
@@ -103,11 +104,10 @@ def defend(name: str, argv: Sequence[str]) -> None:
     model = attacked.model().to(where)
 
     record = Record(folder(attacked.path, "defense", run.save_folder_name or name))
-    settings = {"defense": name, **method.params()}
-    identity = {**settings, **method.contents(), "clean": fingerprint(given), "attacked": attacked.digest}
+    identity = {"defense": name, **method.identity(), "clean": fingerprint(given), "attacked": attacked.digest}
     begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
-    record.note(method=settings, **facts, notes=notes, clean_index=given.index.tolist())
+    record.note(method={"defense": name, **method.params()}, **facts, notes=notes, clean_index=given.index.tolist())
     pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
     record.say(f"recipe {recipe} ({why}): {_length(method)}{pictures}; {record.path}")
     warn(record, request, notes)

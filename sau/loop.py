@@ -71,8 +71,7 @@ def run(
         label: what an epoch is called on the screen.
         rate: the setting of the learning rate, which to lower where it was too high.
 
-    Raises TrainingError, leaving the last finite checkpoint, when a reported loss is not finite, or in the state a
-    parameter of a network or anything of `model`.
+    Raises TrainingError, leaving the last finite checkpoint, when a loss, parameters or buffers of `model` are not finite.
     """
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
@@ -157,7 +156,7 @@ class _Run:
             self._save(begin, now)
             raise
         if over:
-            self.place.means(self.rate)  # refuses to hand on what a broken loss has made
+            self._refuse_broken()
         return over
 
     def _forecast(self) -> None:
@@ -175,11 +174,10 @@ class _Run:
 
     def _save(self, begin: Drawn, now: Drawn, below: int | None = None) -> None:
         """Refuse a broken loss or weight; write a checkpoint of fewer bytes than `below`."""
-        self.place.means(self.rate)
-        objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
-        self._refuse_broken(objects.get("model", {}))
+        self._refuse_broken()
         if self.session.checkpoint is None:
             return
+        objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
         place = {"stage": self.session.stage, "place": vars(self.place), "begin": begin, "now": now, "objects": objects}
         if below is None or size(objects) < below:
             self.session.checkpoint.save(place)
@@ -187,11 +185,13 @@ class _Run:
         else:
             self.spare = copy.deepcopy(place)
 
-    def _refuse_broken(self, model: dict[str, Tensor]) -> None:
-        """Of masks and networks beside `model`, too, a finite loss before their last update says nothing."""
-        numbers = [value for value in model.values() if value.is_floating_point()]
-        numbers += [w for thing in self.state.values() if isinstance(thing, nn.Module) for w in thing.parameters()]
-        if not all(torch.stack([value.isfinite().all() for value in numbers]).tolist() if numbers else ()):
+    def _refuse_broken(self) -> None:
+        """A finite loss says nothing of the update after it, for masks and other networks as for `model`."""
+        self.place.means(self.rate)
+        numbers = [w for thing in self.state.values() if isinstance(thing, nn.Module) for w in thing.parameters()]
+        numbers += self.state["model"].buffers() if "model" in self.state else ()
+        finite = [value.isfinite().all() for value in numbers if value.is_floating_point()]
+        if finite and not bool(torch.stack(finite).all()):
             broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
             raise TrainingError(f"{broken}; try a smaller --{self.rate}")
 

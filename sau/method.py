@@ -62,6 +62,12 @@ class Method:
                     raise DataError(f"{name}: {said}; name a file that is there") from None
         return sums
 
+    def identity(self) -> dict[str, Any]:
+        """`params` as they determine a result: of a file that is given the content, for the place differs between
+        machines."""
+        sums = self.contents()
+        return {name: value for name, value in self.params().items() if f"{name}_sha256" not in sums} | sums
+
     def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by
         epoch, or integer counts, summed."""

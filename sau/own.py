@@ -65,10 +65,14 @@ def purify(name: str, request: Request) -> None:
     notes = scrutinise(given, test, method.batch_size) if method.looks else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
-    settings = {"defense": name, **method.params()}
-    identity = {**settings, **method.contents(), **asdict(own), "clean": fingerprint(images), "attacked": file.digest}
-    begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
-    record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)
+    identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
+    begin(record, run, {**identity, "attacked": file.digest, "random_seed": run.random_seed}, threads)
+    record.note(
+        method={"defense": name, **method.params()},
+        model={"name": arch, "classes": images.num_classes},
+        own=asdict(own),
+        notes=notes,
+    )
     record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
     record.say(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)

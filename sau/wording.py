@@ -29,6 +29,6 @@ def _cell(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
-def chosen(name: str, selection: str | None) -> str:
+def marked(name: str, selection: str | None) -> str:
     """The name of a defense, marked where test data chose something of it: `selection` is a summary's."""
     return f"{name} (oracle)" if selection == "oracle" else name

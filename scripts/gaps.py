@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau.errors import RecordError, told
 from sau.record.folder import METRICS, Record
 from sau.report import parse
-from sau.wording import chosen, markdown
+from sau.wording import markdown, marked
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
 
@@ -35,7 +35,7 @@ def newcombe(risk: dict, name: str) -> tuple[float, float, float]:
 def line(record: Record) -> list[str]:
     """A row of the table."""
     summary, rows = record.summary(), parse.last_stage(parse.rows(record.path / METRICS))
-    risk, name = summary["risk"]["after"], chosen(record.path.name, summary.get("selection"))
+    risk, name = summary["risk"]["after"], marked(record.path.name, summary.get("selection"))
     tracked = [row for row in rows if "r_bd" in row]
     cells = [record.path.parents[1].name, name, str(len(tracked)), f"{risk['r_bd']:.1f}"]
     for key in GAPS:

@@ -4,8 +4,9 @@
     python scripts/grid_drill.py WORK --overhead --epochs 40       four cells by hand, the same by the grid, and so on
 
 The drill runs configs/grid/digits.yaml undisturbed into WORK/reference (once), then with the engine into WORK/<engine>
-while a tenth of its cells is killed at random moments, one cell is frozen whenever it starts, one more has a learning
-rate that no network survives, and the driver is killed when a third is done; then it repeats the command, and compares.
+while a tenth of its cells is killed at random moments (with ray and slurm of the second one the worker or the job that
+runs it), one cell is frozen whenever it starts, one more has a learning rate that no network survives, and the driver
+is killed when a third is done; then it repeats the command, and compares.
 The overhead is the ratio of two times, of `--repeats` pairs: its median, the least and the most. Since the
 cells themselves take a few per cent more or less from run to run, what is added outside of them has a line of its own.
 """
@@ -88,10 +89,11 @@ class Fire:
         store: where the grid runs.
         every: its cells.
         seed: of who is killed, and when.
+        workers: whether cells have workers of their engine above them; that of the second one is killed in its place.
     """
 
-    def __init__(self, store: Store, every: Sequence[Cell], seed: int) -> None:
-        self.store, self.draw = store, random.Random(seed)
+    def __init__(self, store: Store, every: Sequence[Cell], seed: int, workers: bool) -> None:
+        self.store, self.draw, self.workers = store, random.Random(seed), workers
         self.healthy = [cell for cell in every if cell.label != HUNG]
         self.hung = next(cell for cell in every if cell.label == HUNG)
         self.blows, self.next = -(-len(every) // 10), time.monotonic() + self.draw.uniform(0.5, 6.0)
@@ -104,24 +106,32 @@ class Fire:
             running = [(cell, who) for cell in left if (who := holder(Path(self.store.job(cell, None).lock)))]
             if running:
                 cell, who = self.draw.choice(running)
-                _signal(who.pid, signal.SIGKILL)
-                self.killed.append(cell.label)
+                above = self.workers and len(self.killed) == 1
+                if pid := _parent(who.pid) if above else who.pid:
+                    _signal(pid, signal.SIGKILL)
+                    self.killed.append(cell.label)
+                    print(f"killed {'what runs ' if above else ''}{cell.label}", flush=True)
                 self.next = time.monotonic() + self.draw.uniform(0.5, 6.0)
         who = holder(Path(self.store.job(self.hung, None).lock))
         if who:
             _signal(who.pid, signal.SIGSTOP)
 
 
+def _parent(pid: int) -> int | None:
+    """Who started a cell's process, which its command names; None once somebody else has it as an orphan."""
+    asked = ["ps", "-o", "ppid=,args=", "-p", str(pid)]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return int(said[0]) if said and said[0] in said[1:] else None
+
+
 def _signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it ended between the look and the blow
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended between the look and the blow
 
 
-def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -> tuple[set[str], Fire]:
-    """Run a grid under fire, kill its driver once; the cells that were finished at that moment, and the fire."""
-    fire, early = Fire(store, every, seed), set[str]()
+def disturbed(argv: list[str], store: Store, every: Sequence[Cell], fire: Fire) -> set[str]:
+    """Run a grid under fire, kill its driver once; the cells that were finished at that moment."""
+    early = set[str]()
     for driver_dies in (True, False):
         with subprocess.Popen(argv, start_new_session=True) as driver:
             while driver.poll() is None:
@@ -135,7 +145,7 @@ def disturbed(argv: list[str], store: Store, every: Sequence[Cell], seed: int) -
                 time.sleep(0.1)
         if not driver_dies and driver.returncode != 1:
             raise SystemExit(f"the grid left with {driver.returncode}, but two of its cells cannot finish")
-    return early, fire
+    return early
 
 
 def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
@@ -153,8 +163,8 @@ def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
     emptied(store.root)
     more = ["--cluster", "local", "--cores", "2"] if engine == "slurm" else []
     argv = grid(with_failure, store.root, "--engine", engine, "--cell_timeout", str(timeout), "--retries", "1", *more)
-    early, fire = disturbed(argv, store, every, seed)
-    print(f"killed: {', '.join(fire.killed)}", flush=True)
+    fire = Fire(store, every, seed, workers=engine != "local")
+    early = disturbed(argv, store, every, fire)
     wanted = {label: seal for label, seal in results(reference, every).items() if label != HUNG}
     got, counts = results(store, every), runs(store, every)
     wrong = [f"{label} differs or is missing" for label, seal in wanted.items() if got.get(label) != seal]

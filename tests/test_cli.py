@@ -850,10 +850,12 @@ def test_the_last_finite_network_of_a_run_that_broke_becomes_a_record(refused, h
     breaks = ("--lr_scheduler", "CyclicLR", "--steplr_stepsize", "1", "--min_lr", "0.01", "--lr", "1e30")
     flags = ("--result_file", "victim", "--epochs", "3", "--batch_size", "16", *breaks, *QUICK)
     assert "not finite" in refused("defense", "ft", *flags)
-    status, out, err = here("defense", "ft", *flags, "--max_minutes", "0.01")
+    status, out, err = here("defense", "ft", *flags, "--max_minutes", "0.0001")
     assert status == 0 and "resuming after round 1" in out, err
     summary = json.loads((victim / "defense" / "ft" / "summary.json").read_text())
-    assert summary["ended_early"].startswith("round 2 of 3") and summary["after"] != summary["before"]
+    assert (
+        summary["ended_early"].startswith("round 2 of 3, before batch 1 of") and summary["after"] != summary["before"]
+    )
     weights = Record(victim / "defense" / "ft").load_tensors("model")
     assert all(weight.isfinite().all() for weight in weights.values() if weight.is_floating_point())
 

@@ -41,6 +41,7 @@ def test_a_grid_under_fire_loses_and_repeats_nothing(engine, module, tmp_path_fa
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "driver killed" in done.stdout and "nothing lost, nothing repeated" in done.stdout
+    assert ("killed what runs " in done.stdout) == (engine != "local")
 
 
 def test_two_runners_on_one_folder_share_its_cells(file, tmp_path):

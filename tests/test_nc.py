@@ -81,8 +81,10 @@ def test_a_cost_that_begins_at_zero_is_switched_on_by_successes_as_in_the_paper(
     defense = NC(patience=2, init_cost=0.0, early_stop_patience=1)
     outcomes = [(0, 9), (0, 9), (99, 9), (99, 9), (99, 9), (99, 9), (0, 9), (0, 9), (0, 9)]
     costs, stops, _ = passes(defense, outcomes, cost=0.0)
-    wanted = [0, 0, 0, 1e-3, 1e-3, 2e-3, 2e-3, 2e-3 * 2**-1.5, 2e-3 * 2**-1.5]
+    wanted = [0, 0, 0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3 * 2**-1.5, 2e-3 * 2**-1.5]
     assert costs == pytest.approx(wanted, rel=1e-6) and stops == [False] * 8 + [True]
+    falls = [(99, 9), (99, 9), (0, 9), (0, 9), (0, 9)]  # right after it was switched on, which is no rise
+    assert passes(defense, falls, cost=0.0)[1] == [False] * 5
 
 
 def test_the_best_patch_is_the_smallest_that_works():

@@ -270,15 +270,18 @@ def test_a_limit_ends_a_run_between_two_updates():
                     (("epoch", 3), ("second", 1))]  # fmt: skip
 
 
-def test_a_broken_loss_is_not_handed_on_when_the_time_is_over():
-    limit = Limit(time.monotonic() + 0.2)
+@pytest.mark.parametrize("broken", ["loss", "masks"])
+def test_a_broken_loss_or_weight_is_not_handed_on_when_the_time_is_over(broken):
+    limit, masks = Limit(time.monotonic() + 0.2), torch.nn.Linear(1, 1)
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         time.sleep(0.05)
-        return {"loss": torch.tensor(torch.nan)}
+        if broken == "masks":
+            torch.nn.init.constant_(masks.weight, torch.nan)
+        return {"loss": torch.tensor(torch.nan if broken == "loss" else 1.0)}
 
-    with pytest.raises(TrainingError, match="not finite"):
-        loop.run(step, toy_images(80).batches(1), 1, state={}, end_epoch=lambda losses: None,
+    with pytest.raises(TrainingError, match=f"{'loss' if broken == 'loss' else 'weight'} is not finite"):
+        loop.run(step, toy_images(80).batches(1), 1, state={"masks": masks}, end_epoch=lambda losses: None,
                  session=Session(say=lambda text: None, limit=limit))  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from sau.record import victim
 from sau.record.folder import Record
 from sau.risk import sample
 from sau.seeds import generator
-from sau.wording import chosen
+from sau.wording import marked
 
 NONE, CONTROL = "none", "control"  # the attacked network itself; the one that was trained without a backdoor
 STAMPED = 5000  # training pictures that are stamped anew where a record's own poisons carry their true labels
@@ -171,7 +171,7 @@ def _purified(model: Normalized, attack: Path, name: str, before: str = "") -> d
     """`model` with the weights that a defense left, under its name; where test data chose, that says so."""
     place = _place(attack, name)
     victim.load_weights(model, place)
-    return {before + chosen(name, Record(place).summary().get("selection")): model}
+    return {before + marked(name, Record(place).summary().get("selection")): model}
 
 
 def _place(attack: Path, name: str) -> Path:

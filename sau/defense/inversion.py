@@ -21,6 +21,7 @@ from sau.optim import adam
 from sau.session import Session
 from sau.types import Batched, Labels, Pixels
 
+SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes
 COUNTERS = ("hits", "norms", "above", "below", "still", "raised", "lowered")
 
 
@@ -187,8 +188,8 @@ class Inversion(Method):
         up, down = s.above >= self.patience, s.below >= self.patience
         begins = up & (s.cost == 0)
         s.cost = s.cost * torch.where(up, self.cost_multiplier, torch.where(down, self.cost_multiplier**-1.5, 1.0))
-        s.cost[begins] = Inversion.init_cost
         s.above[up], s.below[down] = 0, 0
+        s.cost[begins], s.above[begins] = SWITCHED_ON, 1  # as published, that pass counts for the next rise
         s.raised, s.lowered = torch.where(begins, 0, s.raised + up), torch.where(begins, 0, s.lowered + down)
         s.hits.zero_(), s.norms.zero_(), s.passes.add_(1)
         return not bool(s.open.any())

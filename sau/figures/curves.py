@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sau.errors import RecordError
 from sau.record.folder import METRICS, Record
 from sau.report import parse
-from sau.wording import chosen
+from sau.wording import marked
 
 Style = tuple[str, str, str]  # name, colour, line
 
@@ -55,7 +55,7 @@ def risks(records: Sequence[Record]) -> Figure:
         before = {**summary["risk"]["before"], "acc": summary["before"]["acc"]}
         _lines(panel, rows, before, RISKS)
         search = summary["risk"]["search"]
-        _label(panel, record, PERCENT, ylim=(-3, 103), title=f"{_named(record)} ({_ball(search)})")
+        _label(panel, record, PERCENT, ylim=(-3, 103), title=f"{_named(record, summary)} ({_ball(search)})")
     _one_legend(figure, panels)
     return figure
 
@@ -71,13 +71,13 @@ def types(records: Sequence[Record]) -> Figure:
         bands = panel.stackplot([row["epoch"] for row in rows], heights, colors=colours, alpha=0.75)
         for band, (name, _, hatch) in zip(bands, TYPES.values(), strict=True):
             band.set(hatch=hatch, edgecolor="white", label=name)
-        _label(panel, record, PERCENT, ylim=(0, 100), title=_named(record))
+        _label(panel, record, PERCENT, ylim=(0, 100), title=_named(record, summary))
     _one_legend(figure, panels)
     return figure
 
 
-def _named(record: Record) -> str:
-    return chosen(record.path.name, record.summary().get("selection"))
+def _named(record: Record, summary: Mapping[str, Any]) -> str:
+    return marked(record.path.name, summary.get("selection"))
 
 
 def history(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -24,21 +24,21 @@ _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they dete
 _MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds, as risk_* do where risks are tracked
 
 
-def identity(method: Method, sections: Sequence[Any], run: Asked, block: Block, dataset_path: str) -> dict[str, Any]:
+def identity(sections: Sequence[Any], run: Asked, block: Block, dataset_path: str) -> dict[str, Any]:
     """All that determines a result but seed and attack.
 
     Files, further devices and what else is measured stand in it only where they are given: cells had digests before.
-    A file is its content: where it lies differs between clones and machines.
     """
-    settings = {key: value for section in sections for key, value in section.params().items()}
-    settings |= {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
+    settings = {key: value for section in sections for key, value in section.identity().items()}
+    facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
     where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
     machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
     machine |= {"devices": run.devices} if run.devices > 1 else {}
     index = run.index if isinstance(run, DefenseRun) else None
-    files = method.contents() | ({"index_sha256": checksum(Path(index))} if index else {})
-    settings = {key: value for key, value in settings.items() if f"{key}_sha256" not in files}
-    return {**settings, **where, **machine, **files, **_measured(run)}
+    if index:
+        del facts["index"]
+        facts["index_sha256"] = checksum(Path(index))
+    return {**settings, **facts, **where, **machine, **_measured(run)}
 
 
 def _measured(run: Asked) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class _Crossed:
             run, *sections = asked.settle(kind, asked.fitting(block.recipe), block.dataset)
             method, size = sections[-1], sections[0].batch_size
             refuse_unfit(method, run, block, size, shares=kind == "defense" and amount is not None)
-            facts = identity(method, sections, run, block, said["dataset_path"])
+            facts = identity(sections, run, block, said["dataset_path"])
         except SauError as error:
             raise ConfigError(f"{kind} {name}: {error}") from None
         share = facts.get(axis)

@@ -11,7 +11,7 @@ from sau.report import parse
 from sau.report.read import DAMAGED, DUPLICATE, NONE, UNFINISHED, UNVERIFIED, VERIFIED, Run
 from sau.report.spread import Spread, spread
 from sau.report.variants import text_of, variants
-from sau.wording import chosen
+from sau.wording import marked
 
 MEASURED, PARTLY, MISSING = "measured", "partly", "not run"
 NETWORK = ("name", "width", "classes", "shape")
@@ -89,7 +89,7 @@ class Cell:
     def name(self) -> str:
         """The defense, and how its settings differ from its namesakes' but for who chose, which is said once."""
         words = [word for word in self.variant.split(", ") if word not in ("select defender", "select oracle")]
-        return chosen(f"{self.defense} {', '.join(words)}".strip(), "oracle" if self.oracle else None)
+        return marked(f"{self.defense} {', '.join(words)}".strip(), "oracle" if self.oracle else None)
 
     @property
     def poisoned(self) -> bool:
