@@ -67,12 +67,8 @@ def purify(name: str, request: Request) -> None:
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
     begin(record, run, {**identity, "attacked": file.digest, "random_seed": run.random_seed}, threads)
-    record.note(
-        method={"defense": name, **method.params()},
-        model={"name": arch, "classes": images.num_classes},
-        own=asdict(own),
-        notes=notes,
-    )
+    settings = {"defense": name, **method.params()}
+    record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)
     record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
     record.say(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)

@@ -59,6 +59,11 @@ def risks_are_those_of_the_rows_and_of_the_network_before(tracked):
     rows = [json.loads(line) for line in (tracked / "metrics.jsonl").read_text().splitlines()]
     before = json.loads((tracked / "summary.json").read_text())["risk"]["before"]
     (panel,) = risks([record]).axes
+    assert panel.get_title().startswith(f"{tracked.name} (") and "oracle" not in panel.get_title()
+    said = {**record.summary(), "selection": "oracle"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "summary", lambda self: said)
+        assert risks([record]).axes[0].get_title().startswith(f"{tracked.name} (oracle) (")
     lines = {line.get_label(): line for line in panel.get_lines()}
     assert set(lines) == {label for label, _, _ in RISKS.values()}
     for name in ("r_adv", "r_share", "r_bd"):
