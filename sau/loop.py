@@ -71,7 +71,7 @@ def run(
         label: what an epoch is called on the screen.
         rate: the setting of the learning rate, which to lower where it was too high.
 
-    Raises TrainingError, leaving the last finite checkpoint, when a loss, parameters or buffers of `model` are not finite.
+    Raises TrainingError, leaving the last finite checkpoint, when a loss, a parameter or a buffer is not finite.
     """
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
