@@ -716,7 +716,7 @@ def test_wanets_field_has_as_many_control_points_as_asked(k):
 def test_wanets_grid_is_scaled_as_asked_and_cut_at_the_border():
     """Halved, the places that pixels come from are halfway to the centre, whatever the field adds."""
     ramp = torch.linspace(-1, 1, 33, dtype=torch.float64).expand(1, 3, 33, 33)
-    wide, narrow, wider = (forged(WaNet(s=1e-9, grid_rescale=scale)).stamp(ramp / 2 + 0.5) for scale in (1, 0.5, 2))
+    wide, narrow, wider = (forged(WaNet(s=1e-9, grid_rescale=scale)).stamp(ramp / 2 + 0.5) for scale in (1.0, 0.5, 2.0))
     torch.testing.assert_close(2 * wide - 1, ramp)
     torch.testing.assert_close(2 * narrow - 1, ramp / 2)
     torch.testing.assert_close(2 * wider - 1, (2 * ramp).clamp(-1, 1))
