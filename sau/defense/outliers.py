@@ -79,8 +79,8 @@ class Outliers(Defense):
             scores = self.scores(model, batches)
         prune = partial(pruning.apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            seen = first(batches)
-            pruning.prune_checked(model, level(scores, self.u), prune, seen if self.looks else None, session)
+            seen = first(batches) if self.looks else None
+            pruning.prune_checked(model, level(scores, self.u), prune, seen, session)
             return
         sweep = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         levels = [level(scores, u) for u in sweep]
