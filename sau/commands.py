@@ -99,7 +99,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     request.note_idle(_idle(run))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
-    given, test, notes = _given(attacked, run, method, offered, request.said("dataset_path"))
+    place_of_data = run.dataset_path if "dataset_path" in request.asked else None
+    given, test, notes = _given(attacked, run, method, offered, place_of_data)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
 

@@ -7,15 +7,18 @@ from collections.abc import Callable
 
 # Exit statuses besides 0 and 2; another try may help in each case. Of a grid's cell alone: no CUDA here.
 NO_DEVICE, FULL, FAULT, LOCKED = 69, 71, 74, 75  # and: out of memory; a disk or the like; the folder is taken
-_FAULTS = (
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
-    errno.ENOMEM, errno.EREMOTEIO,
-)  # fmt: skip
+_NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO"  # the last one is Linux's alone
+_FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 
 
 def printable(text: str) -> str:
     """A text that may quote a stranger's file, with an escape for whatever is no letter, sign or space to print."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def in_a_line(text: str) -> str:
+    """A text that may quote a stranger's file, on one line, with nothing in it but what can be printed."""
+    return printable(" ".join(text.splitlines()))
 
 
 def first_line(error: BaseException) -> str:
@@ -27,7 +30,7 @@ class SauError(ValueError):
     """A mistake that the user can mend; the text, one line, says what was got, what is allowed and what to do."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(" ".join(text.splitlines())))  # names in it may hold line breaks, and worse
+        super().__init__(in_a_line(text))
 
 
 class ConfigError(SauError):
@@ -92,11 +95,11 @@ def told(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130  # 128 + SIGINT
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         return of_machine(error)
 
 
-def of_machine(error: OSError | RuntimeError) -> int:
+def of_machine(error: OSError | RuntimeError | MemoryError) -> int:
     """Say what the machine refused, and return the exit status; an error of another kind is raised again."""
     if isinstance(error, BrokenPipeError):  # the reader left, as `head` does; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,7 +107,8 @@ def of_machine(error: OSError | RuntimeError) -> int:
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return FAULT if error.errno in _FAULTS else 2
-    if "can't allocate memory" in str(error) or "out of memory" in str(error):  # of the CPU, and of CUDA
+    lacking = "can't allocate memory" in str(error) or "out of memory" in str(error)  # of the CPU, and of CUDA
+    if lacking or isinstance(error, MemoryError):
         print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or pictures", file=sys.stderr)
         return FULL
     raise error

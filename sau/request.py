@@ -13,6 +13,8 @@ from sau.method import Method
 from sau.run import AttackRun
 from sau.yamlfile import read_yaml, shipped
 
+# Asked for before the recipe and the data set are known.
+EARLY = {"dataset", "recipe", "device", "record_root", "result_file", "model_file"}
 FAST = {"fast": "paper", "fast_cpu": "cpu"}  # a short recipe, and the one that it shortens
 
 
@@ -51,7 +53,10 @@ class Request:
         for flag in self.files:
             if flag in self.given and flag in self.known:
                 path = Path(self.given[flag].value)
-                found.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset, ignored=self.reasons))
+                said = read_yaml(path, self.known, recipe=recipe, dataset=dataset, ignored=self.reasons)
+                for name in {*self.files} & self.known.keys() & said.keys():
+                    raise ConfigError(f"{said[name].origin} names a further file; give it as --{name}")
+                found.update(said)
         return found
 
     def said(self, name: str) -> Any:
@@ -95,6 +100,10 @@ class Request:
             if folder == "recipe" and recipe in FAST and "epochs" not in layers:
                 raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
         said = {**self._files(recipe, dataset), **self.given}
+        for name in (said.keys() - self.asked) & EARLY:
+            raise ConfigError(
+                f"{said[name].origin}: {name} cannot depend on the recipe or the data set; set it for all"
+            )
         self.asked |= said.keys()
         record = record or {}
         for name in ("dataset", "model"):

@@ -22,14 +22,26 @@ from sau.figures import audit, save
 from sau.files import write
 from sau.record.schema import difference
 
+ROW = {"part", "curve", "network", "x"}  # what every row of a result has
+
 
 def read(place: Path) -> dict[str, Any]:
     """The result of one audit; RecordError if there is none."""
     file = next((file for file in (place / RESULT, place / "audit" / RESULT) if file.is_file()), place / RESULT)
     try:
-        return carry.read(file)
+        found = carry.read(file)
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {file}: {error}; make it with scripts/audit.py") from None
+    rows = found.get("rows")
+    whole = all(isinstance(found.get(part), dict) for part in ("asked", "about", "networks"))
+    if not whole or not isinstance(rows, list) or not all(isinstance(row, dict) and ROW <= row.keys() for row in rows):
+        raise RecordError(f"{file} is no result of scripts/audit.py; make it with that")
+    return found
+
+
+def _known(audit: dict[str, Any]) -> dict[str, Any]:
+    """What must be alike: what the audit was asked, and what its attack was, which has epochs too."""
+    return {f"{part}.{name}": value for part in ("asked", "about") for name, value in audit[part].items()}
 
 
 def run(given: argparse.Namespace) -> None:
@@ -37,7 +49,7 @@ def run(given: argparse.Namespace) -> None:
     audits = [read(place) for place in given.audit]
     first = audits[0]
     for place, one in zip(given.audit, audits, strict=True):
-        unlike = difference({**first["asked"], **first["about"]}, {**one["asked"], **one["about"]})
+        unlike = difference(_known(first), _known(one))
         if unlike:
             raise RecordError(f"{place} and {given.audit[0]} are not alike: {unlike}")
         if one["networks"].keys() != first["networks"].keys():

@@ -26,12 +26,18 @@ Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> 
 
 
 def read(root: Path) -> Found:
-    """The summaries below a folder."""
+    """The summaries below a folder; RecordError for two that differ in nothing that a curve tells apart."""
     found: Found = defaultdict(lambda: defaultdict(list))
+    seen: dict[tuple[str, float, int | None], Path] = {}
     for file in sorted(root.glob("*_r*_s*/summary.json")):
-        attack, _, settings = attack_named(file.parent.name)
-        if settings is not None:
-            found[attack][settings["pratio"]].append(scores(file))
+        attack, seed, settings = attack_named(file.parent.name)
+        if settings is None:
+            continue
+        ratio = settings["pratio"]
+        first = seen.setdefault((attack, ratio, seed), file.parent)
+        if first != file.parent:
+            raise RecordError(f"{first} and {file.parent} are of one attack, ratio and seed; keep one of them there")
+        found[attack][ratio].append(scores(file))
     return found
 
 

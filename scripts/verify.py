@@ -19,7 +19,8 @@ from script_parts import place
 
 from sau.errors import printable, told
 from sau.files import existing
-from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
+from sau.verify.findings import BROKEN, PARTLY, VERIFIED
+from sau.verify.verification import Verification
 
 WORDS = {VERIFIED: "verified", BROKEN: "BROKEN", PARTLY: "holds as far as it could be checked"}
 
@@ -39,8 +40,8 @@ def main() -> int:
         found = Verification(path, asked.dataset_path, where).run()
         for finding in found.findings:
             print(printable(f"{finding.state:12}{finding.what}: {finding.text}"))
-        print(f"{path}: {WORDS[found.status]}", flush=True)
-        states.append(found.status)
+        print(f"{path}: {WORDS[found.findings.status]}", flush=True)
+        states.append(found.findings.status)
     return BROKEN if BROKEN in states else max(states)
 
 

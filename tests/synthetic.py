@@ -35,12 +35,13 @@ def attack(root: Path, name: str = "badnet", seed: int = 0, *, acc: float = 90.0
 
 def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88.0, asr: float | None = 2.0,
             der: float | None = 96.0, selection: str = "defender", rows: int = 2, risks: bool = False,
-            ratio: float = 0.05, dataset: str = "cifar10", **settings: Any) -> Path:  # fmt: skip
+            ratio: float = 0.05, index: str | None = None, dataset: str = "cifar10",
+            **settings: Any) -> Path:  # fmt: skip
     """A finished defense of a folder."""
     digest = Record(attacked).check()["digest"] if (attacked / "config.yaml").is_file() else "0" * 64
     method = {"defense": name, "lr": 0.01, **settings}
     record = Record(attacked / "defense" / name)
-    config = {"run": {"ratio": ratio}, "command": f"defense/{name}.py --result_file {attacked.name}"}
+    config = {"run": {"ratio": ratio, "index": index}, "command": f"defense/{name}.py --result_file {attacked.name}"}
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
     record.note(method=method, data={"dataset": dataset}, model=NETWORK, clean_index=list(range(100)))
     tracked = {"r_cl": 12.0, "r_bd": 60.0, "r_share": 70.0, "r_adv": 90.0, "type1": 50.0, "type2": 20.0, "type3": 10.0}

@@ -334,6 +334,10 @@ def test_the_examples_of_a_record_are_the_first_of_each_block(attack, pratio, n)
     hit = place < n
     assert (kept.role[hit] == BACKDOOR).all() and (kept.role[~hit] == COVER).all()
     assert (kept.labels[hit] == 1).all() and torch.equal(kept.labels[~hit], images.labels[kept.index[~hit]])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = with_(attack, pratio=pratio, attack_target=1).examples(images)
+    assert torch.equal(again.pixels, kept.pixels) and torch.equal(torch.get_rng_state(), before)  # whatever was drawn
     changed = (kept.pixels != images.pixels[kept.index]).flatten(1).any(1)
     assert changed.all()
 

@@ -214,7 +214,12 @@ def test_squares_shrink_as_the_budget_goes():
 
 
 def test_the_black_box_without_room_for_a_second_question():
-    assert [spent for spent, _ in square(Line(torch.ones(48)), grey(10, 1), 0.1, [10, 10])] == [10, 10]
+    assert [spent for spent, _ in square(Line(torch.ones(48)), grey(10, 1), 0.1, [10, 10])] == [10]
+
+
+def test_marks_that_one_trial_passes_are_one_measurement():
+    """Equal positions would count as draws, and a spread of 0 would stand beside one measurement."""
+    assert [spent for spent, _ in square(Line(torch.ones(48)), grey(100, 1), 0.1, [100, 120, 150, 250])] == [100, 200]
 
 
 # Neighbouring triggers
@@ -579,7 +584,9 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     status, _, err = script("audits.py", "record/victim", "record/copy/audit", "--out", "both/badnet")
     assert status == 2 and "same network" in the_error(err)
     elsewhere = Path("record/copy/audit")
-    for change, words in (({"networks": {"none": "other"}}, "only one has"), ({"about": {}}, "dataset")):
+    longer = {"asked": {**again["asked"], "epochs": 99}}  # the attack has epochs, too
+    broken = [({"networks": {"none": "other"}}, "only one has"), ({"about": {}}, "dataset"), (longer, "asked.epochs")]
+    for change, words in (*broken, ({"rows": [{}]}, "no result of"), ({"asked": 1}, "no result of")):
         (elsewhere / "audit.json").write_text(json.dumps(signed({**read(victim / "audit" / "audit.json"), **change})))
         assert words in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
     other = {**again, "networks": {**again["networks"], "none": "another seed's"}}

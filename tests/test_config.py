@@ -551,6 +551,25 @@ def test_flag_beats_yaml_beats_shipped_beats_signature(tmp_path):
     assert asked(["--yaml_path", str(file), "--lr", "4"], recipe="cpu")[1].lr == 4
 
 
+def test_a_file_names_no_further_file(tmp_path, one_line):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"lr: 3\nbd_yaml_path: {two}\n")
+    two.write_text("pratio: 0.4\n")
+    with pytest.raises(ConfigError) as refusal:
+        Request("x", BadNet, (AttackRun, Recipe, BadNet), ["--yaml_path", str(one)])
+    assert f"{one}:2: bd_yaml_path" in one_line(refusal.value) and "--bd_yaml_path" in str(refusal.value)
+
+
+def test_what_is_asked_for_before_the_recipe_is_known_does_not_depend_on_it(tmp_path, one_line):
+    file = written(tmp_path, "lr: 3\ndatasets:\n  digits: {record_root: elsewhere, dataset_path: there}\n")
+    with pytest.raises(ConfigError) as refusal:
+        asked(["--yaml_path", str(file)], {"dataset": "digits"}, dataset="digits")
+    assert "record_root cannot depend on" in one_line(refusal.value)
+    file = written(tmp_path, "lr: 3\ndatasets:\n  digits: {dataset_path: there}\n")
+    record = {"dataset": "digits", "dataset_path": "here"}
+    assert asked(["--yaml_path", str(file)], record, dataset="digits")[0].dataset_path == "there"
+
+
 def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("lr: 3\nepochs: 3\npratio: 0.3\n")

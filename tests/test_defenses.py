@@ -2,10 +2,11 @@
 
 import copy
 import inspect
+import time
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import pytest
@@ -43,7 +44,7 @@ from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
 from sau.optim import Training
-from sau.session import Session
+from sau.session import Limit, Session
 
 
 @dataclass(frozen=True)
@@ -516,6 +517,26 @@ def test_what_is_no_network_for_these_pictures_is_refused(model, how, words, one
     with pytest.raises(SauError) as refusal:
         purify(FT(epochs=1), model, pair(), session=quiet(), **how)
     assert all(word in one_line(refusal.value) for word in words)
+
+
+def test_pictures_in_double_precision_are_told_to_be_halved(one_line):
+    """As numpy makes them; the network is a float already."""
+    pixels, labels = pair()
+    with pytest.raises(DataError) as refusal:
+        FT(epochs=1).purify(tiny_net(), (pixels.double(), labels), session=quiet())
+    assert "torch.float64" in one_line(refusal.value) and "give pictures.float()" in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", DEFENSES.values(), ids=list(DEFENSES))
+def test_without_time_for_an_update_a_network_keeps_what_it_can(method):
+    """A classifier that was drawn anew and has learned nothing would pass for a low ASR."""
+    net, clean, test, triggered = backdoored()
+    judge = partial(score, clean=test, triggered=triggered)
+    session = replace(quiet(), limit=Limit(time.monotonic() - 1), judge=judge)
+    layer = {"target_layer_name": "features.3"} if method.name == "npd" else {}
+    fixed = method(batch_size=25, **layer).purify(net, clean, session=session)
+    before, after = (score(each, test, triggered).acc.percent for each in (net, fixed))
+    assert after >= before - (10 if method.name in ("fp", "bnp", "clp", "ep") else 0)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome
 from sau.grid.engines import Local
 from sau.grid.forecast import Forecast, costs, totals
-from sau.grid.names import defense_named, without_digest
+from sau.grid.names import attack_named, defense_named, without_digest
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
@@ -248,6 +248,20 @@ def test_what_every_included_block_says_itself_is_refused_outside_of_blocks(plan
 def read_text(folder: Path, text: str) -> Any:
     (folder / "mine.yaml").write_text(text)
     return read(folder / "mine.yaml")
+
+
+def test_the_smallest_shares_are_read_back_from_names():
+    assert attack_named("badnet_r5e-05_0123456789_s3") == ("badnet", 3, {"pratio": 5e-5})
+    assert attack_named("badnet_r2.5e-05_s3") == ("badnet", 3, {"pratio": 2.5e-5})
+    assert defense_named("sau_c5e-05_0123456789") == ("sau", {"ratio": 5e-5, "select": "defender"})
+    assert attack_named("mine_r-e_s3")[2] is None and defense_named("sau_c..") == ("sau_c..", None)
+
+
+def test_a_reason_from_a_strangers_folder_is_a_line(planned, tmp_path):
+    cell = planned(SMALL)[0]
+    store = Store(tmp_path / "root")
+    store.fail(cell, "x\x1b]0;evil\x07\nfinished badnet", 1)
+    assert store.reason(cell) == "x\\x1b]0;evil\\x07 finished badnet"
 
 
 def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):

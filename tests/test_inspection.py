@@ -263,6 +263,11 @@ def test_names_that_are_put_together_are_not_harmless():
     assert zipped(text("os") + text("x") + b"0" + text("system") + b"\x93") == [pickles.UNKNOWN]
     assert zipped(b"\x82\x01") == [pickles.UNKNOWN]
     assert zipped(b"(ios\nsystem\n") == ["os.system"]
+    hexed = b"\x80\x02I0x10\n0cos\nsystem\n(tR."  # a number that the unpickler in C reads, and pickletools does not
+    assert zipped(hexed) == pickles.imports(hexed) == [pickles.MALFORMED]
+    assert pickles.imports(b"\x80\x02I0x10") == [] and zipped(b"\x80\x02X\x09\0\0\0cos") == []  # cut off: no more of it
+    assert pickles.imports(b"cbuiltins\nprint\n(S'x'\ntR.") == ["builtins.print"]  # protocol 0
+    assert pickles.imports(save({"c": torch.full((99,), 1e-9)})) == []
     assert pickles.imports(b"PK\x03\x04" + b"junk") == [] and pickles.imports(b"") == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,17 @@ def test_a_second_taker_is_told_who_has_it(tmp_path, one_line):
     assert not path.exists() and holder(path) is None
     with Lock(path):
         pass
+
+
+def test_a_holder_without_proc_is_alive_in_every_time_zone(tmp_path, monkeypatch):
+    """As on macOS, where `ps` says when a process began, in words and in the time of who asks."""
+    if shutil.which("ps") is None:
+        pytest.skip("there is no ps")
+    monkeypatch.setattr(lock, "_BOOT", tmp_path / "none")
+    with Lock(tmp_path / "x.lock"):
+        for zone in ("UTC", "Asia/Tokyo"):
+            monkeypatch.setenv("TZ", zone)
+            assert holder(tmp_path / "x.lock") is not None
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):

@@ -145,6 +145,15 @@ def test_the_curve_over_ratios_is_drawn_from_summaries(tmp_path):
     assert none.returncode != 0 and none.stderr.startswith("error: ") and len(none.stderr.splitlines()) == 1
 
 
+def test_two_results_of_a_seed_are_no_seeds_of_a_curve(script, tmp_path):
+    """Names say attack, ratio and seed; what else two grids differ in stands in their digests alone."""
+    for mark in ("a" * 10, "b" * 10):
+        (tmp_path / f"badnet_r0.1_{mark}_s0").mkdir()
+        (tmp_path / f"badnet_r0.1_{mark}_s0" / "summary.json").write_text('{"acc": 90.0, "asr": 1.0}')
+    status, _, err = script("ratios.py", str(tmp_path), "--out", str(tmp_path / "x"))
+    assert status == 2 and "one attack, ratio and seed" in the_error(err) and not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -1,5 +1,6 @@
 """One defense against each rival: which networks are compared, and with what result."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_a_clean_network_takes_no_part(root):
     defense(clean, "sau", acc=80.0, asr=None, der=None)
     defense(clean, "ft", acc=90.0, asr=None, der=None)
     assert found(root)["ft"].networks == 3
+
+
+def test_a_summary_without_every_figure_takes_no_part(root, tmp_path):
+    """A stranger's may lack R-ACC; the others are compared all the same."""
+    for seed in (0, 1):
+        place = root / f"badnet_s{seed}" / "defense" / "fst" / "summary.json"
+        place.parent.mkdir()
+        scores = {"acc": 80.0, "asr": 1.0}
+        place.write_text(json.dumps({"before": scores, "after": scores, "der": 90.0, "selection": "defender"}))
+    assert list(found(root)) == ["ft", "anp+"]
 
 
 def test_a_defense_with_one_seed_on_all_networks_is_compared_on_each(root):

@@ -71,6 +71,9 @@ def test_sides_that_cannot_be_are_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         WaNet().forge(images, tiny_net(), recipe).fit(tiny_net(), images, recipe, session=quiet())
     assert "inside the batches" in one_line(refusal.value)
+    blank = tiny_net().train()
+    BadNet().forge(images, blank, recipe)
+    assert blank.training  # whoever asked is left with the network as it was
     with pytest.raises(ConfigError) as refusal:
         BadNet().fit(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)), images, recipe, session=quiet())
     assert "8x8" in one_line(refusal.value)

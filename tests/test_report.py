@@ -64,6 +64,16 @@ def test_nothing_but_seeds_is_averaged(tmp_path):
     assert ("badnet", "pratio 0.1", "sau", "ratio 0.05") in found and ("badnet", "pratio 0.02", "none") in found
 
 
+def test_other_clean_sets_are_no_seeds_of_each_other(tmp_path):
+    """A file that lists the pictures beats the share, which then says nothing."""
+    for seed in (0, 1):
+        defense(attack(tmp_path, seed=seed), seed=seed, index="ten.txt" if seed else None)
+    assert {key[-1]: len(cell.good) for key, cell in cells(tmp_path).items() if "sau" in key} == {
+        "no index, ratio 0.05": 1,
+        "index ten.txt, no ratio": 1,
+    }
+
+
 def test_a_run_that_was_ended_early_is_no_seed_of_the_others(tmp_path):
     """Named for what it is, though only its identity has the entry, and though it stands alone."""
     root, alone = tmp_path / "both", tmp_path / "alone"

@@ -16,9 +16,11 @@ from sau.commands import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Score, Share
-from sau.record import claims, schema
+from sau.record import schema
 from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record
-from sau.record.verification import BROKEN, PARTLY, VERIFIED, Verification
+from sau.verify import claims
+from sau.verify.findings import BROKEN, PARTLY, VERIFIED
+from sau.verify.verification import Verification
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,12 +77,13 @@ def broken(found: Verification) -> list[str]:
 
 def test_an_honest_record_is_verified_to_the_last_picture(defended):
     found = Verification(defended).run()
-    assert found.status == VERIFIED and broken(found) == []
+    assert found.findings.status == VERIFIED and broken(found) == []
     whats = [finding.what for finding in found.findings]
     assert {"files", "settings", "versions", "data", "weights", "acc", "asr", "racc", "ft: der", "npd: after asr"} <= {
         *whats
     }
     figures = [finding.text for finding in found.findings if finding.what.split()[-1] in ("acc", "asr", "racc")]
+    assert {"trigger", "ft: selection", "npd: end"} <= {*whats}
     assert len(figures) == 3 + 2 * 6 and all(text.endswith("equal") for text in figures)
 
 
@@ -113,6 +116,8 @@ FORGERIES = {
     "a width that is a text": ("", CONFIG, lambda c: c["model"].update(width="4"), ["contents"]),
     "a width below 1": ("", CONFIG, lambda c: c["model"].update(width=-3), ["contents"]),
     "a folder that is a number": ("", CONFIG, lambda c: c["run"].update(dataset_path=5), ["contents"]),
+    "a ratio that is a text": ("", CONFIG, lambda c: c["method"].update(pratio="x"), ["contents"]),
+    "a method that is a list": ("", CONFIG, lambda c: c.update(method=[1]), ["contents"]),
     "a network that there is not": ("", CONFIG, lambda c: c["model"].update(name="evil"), ["weights"]),
     "one mean for three channels": ("", CONFIG, lambda c: c["model"].update(mean=[0.5]), ["contents"]),
     "pictures of another size": (
@@ -149,6 +154,23 @@ FORGERIES = {
         ["npd: weights"],
     ),
     "a rating": ("npd", SUMMARY, lambda s: s.update(der=99.9), ["npd: der"]),
+    "who chose": ("npd", SUMMARY, lambda s: s.update(selection="oracle"), ["npd: selection"]),
+    "a chooser that the settings have": (
+        "ft",
+        CONFIG,
+        lambda c: c["method"].update(select="oracle"),
+        ["ft: selection"],
+    ),
+    "an early end": ("ft", SUMMARY, lambda s: s.update(ended_early="epoch 1"), ["ft: end"]),
+    "no early end": ("ft", CONFIG, lambda c: c["identity"].update(ended_early="epoch 1"), ["ft: end"]),
+    "how well the trigger hides": (
+        "",
+        SUMMARY,
+        lambda s: s["trigger"].update(psnr=s["trigger"]["psnr"] + 1),
+        ["trigger"],
+    ),
+    "a trigger in the ball": ("", SUMMARY, lambda s: s["trigger"].update(in_ball=100.0), ["trigger"]),
+    "no trigger": ("", SUMMARY, lambda s: s.update(trigger=None), ["trigger"]),
     "no summary of a defense": ("npd", SUMMARY, pop("before"), ["npd: record"]),
 }
 
@@ -158,7 +180,7 @@ def test_every_forgery_is_found_where_it_is(name, copied):
     where, file, how, expected = FORGERIES[name]
     change(copied / "defense" / where if where else copied, file, how)
     found = Verification(copied).run()
-    assert found.status == BROKEN and {*expected} <= {*broken(found)}, broken(found)
+    assert found.findings.status == BROKEN and {*expected} <= {*broken(found)}, broken(found)
     others = [what for what in broken(found) if where and not what.startswith(where)]
     assert others == []
 
@@ -169,13 +191,33 @@ def test_a_summary_that_is_no_object_is_broken(text, copied):
         (folder / SUMMARY).write_text(text)
         reseal(folder)
     found = Verification(copied).run()
-    assert found.status == BROKEN and {"summary", "ft: record"} <= {*broken(found)}
+    assert found.findings.status == BROKEN and {"summary", "ft: record"} <= {*broken(found)}
+
+
+def test_triggers_that_must_do_nothing_are_measured_where_they_can_be_made(few_digits_here, tmp_path):
+    """WaNet's noise can be drawn again; Input-Aware's networks are not read back, and that is said."""
+    root = ("--record_root", str(tmp_path))
+    for name, state, *more in (("wanet", "held"), ("inputaware", "not checked", "--clean_train_epochs", "1")):
+        attack(name, [*VICTIM, *root, "--save_folder_name", name, *more])
+        found = Verification(tmp_path / name).run()
+        assert broken(found) == []
+        assert [finding.state for finding in found.findings if finding.what == "cross_acc"] == [state]
+    change(tmp_path / "wanet", SUMMARY, lambda said: said["cross_acc_count"].__setitem__(0, 1))
+    assert broken(Verification(tmp_path / "wanet").run()) == ["cross_acc"]
+
+
+def test_what_was_measured_on_the_way_is_said_not_to_be_checked(copied):
+    for name in ("risk", "findings"):
+        change(copied / "defense" / "ft", SUMMARY, lambda said, name=name: said.update({name: {"x": 1}}))
+    found = Verification(copied).run()
+    assert found.findings.status == PARTLY
+    assert {"ft: risk", "ft: findings"} == {one.what for one in found.findings if one.state == "not checked"}
 
 
 def test_a_manifest_that_vouches_for_nothing_is_broken(copied):
     (copied / MANIFEST).write_text(json.dumps({"schema": schema.SCHEMA, "files": {}}))
     found = Verification(copied).run()
-    assert found.status == BROKEN and broken(found) == ["files"]
+    assert found.findings.status == BROKEN and broken(found) == ["files"]
 
 
 def test_damage_ends_the_check_of_a_folder(copied):
@@ -198,7 +240,7 @@ def test_what_cannot_be_checked_is_said(copied, monkeypatch):
     (copied / "mine.txt").write_text("x")
     found = Verification(copied).run()
     texts = {finding.what: f"{finding.state}: {finding.text}" for finding in found.findings}
-    assert found.status == PARTLY and broken(found) == []
+    assert found.findings.status == PARTLY and broken(found) == []
     assert texts["data"] == "not checked: no such data set here" and texts["acc"].startswith("not checked")
     assert texts["asr"].startswith("held") and texts["npd: after asr"].endswith("equal")
     assert texts["npd: clean set"].startswith("not checked") and "unfinished" in texts["ft: files"]
@@ -216,7 +258,7 @@ def test_another_version_of_a_library_is_no_fault(copied):
     change(copied, CONFIG, lambda config: config["versions"].update(torch="1.0"))
     found = Verification(copied).run()
     (text,) = [finding.text for finding in found.findings if finding.what == "versions"]
-    assert found.status == VERIFIED and "torch 1.0 there" in text
+    assert found.findings.status == VERIFIED and "torch 1.0 there" in text
 
 
 def test_one_picture_in_a_thousand_may_differ(copied):

@@ -7,6 +7,7 @@ from toys import tiny_net
 from sau import loop
 from sau.attack import workshop
 from sau.errors import RecordError
+from sau.models import Normalized
 from sau.record.folder import Record
 from sau.session import Session
 
@@ -136,6 +137,9 @@ def test_a_fingerprint_tells_weights_and_forms_apart():
     one = workshop.fingerprint(tiny_net())
     assert one == workshop.fingerprint(tiny_net())
     assert one != workshop.fingerprint(tiny_net(seed=1)) != workshop.fingerprint(tiny_net(classes=5))
+    plain, other = (Normalized(tiny_net(), (mean,) * 3, (0.5,) * 3) for mean in (0.0, 0.5))
+    exact = Normalized(tiny_net(), (0.0,) * 3, (0.5,) * 3, amp=True)
+    assert len({workshop.fingerprint(net) for net in (plain, other, exact)}) == 3
 
 
 def test_a_run_does_not_go_on_with_another_trigger(tmp_path, one_line):

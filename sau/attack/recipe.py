@@ -8,6 +8,7 @@ from torch import nn
 
 from sau.data.images import Images, shrunk, to_float
 from sau.errors import ConfigError, first_line
+from sau.evaluate import answering
 from sau.optim import Training
 
 
@@ -41,8 +42,8 @@ def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) ->
     for side in {*sides} - {1.0}:
         small = shrunk(to_float(images.pixels[:1]), side)
         try:
-            with torch.no_grad():
-                model.eval()(small)
+            with torch.no_grad(), answering(model):
+                model(small)
         except RuntimeError as error:
             size, reason = "x".join(map(str, small.shape[2:])), first_line(error)
             raise ConfigError(f"sides has {side:g}, but the network takes no pictures of {size}: {reason}") from None

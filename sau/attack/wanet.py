@@ -134,7 +134,8 @@ class WaNet(Attack):
             return covered(images, self._noisy)
 
     def examples(self, trained_on: Images) -> Images:
-        return examples(self, trained_on, self.cross_ratio, self._noisy)
+        with seeded(0):
+            return examples(self, trained_on, self.cross_ratio, self._noisy)
 
     def _noisy(self, x: Pixels, others: Pixels) -> Pixels:
         return self._warp(x, noise=True)

@@ -62,9 +62,11 @@ def made(
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over a network's weights and its printed form: tells what was trained with what."""
-    digest = hashlib.sha256(str(network).encode())
-    for key, tensor in network.state_dict().items():
+    """SHA-256 over a network's printed form, its tensors, those of its normalisation too, and its precision: tells what
+    was trained with what."""
+    amp = "amp" if getattr(network, "amp", False) else ""
+    digest = hashlib.sha256(f"{network}{amp}".encode())
+    for key, tensor in {**network.state_dict(), **dict(network.named_buffers())}.items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

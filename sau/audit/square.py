@@ -46,8 +46,9 @@ def square(
         loss, spent = _loss(model, pictures, tried.to(place)), spent + len(pictures)
         if loss < lowest:
             lowest, best = loss, tried
-        while left and (spent >= left[0] or trial == trials - 1):
-            left.pop(0)
+        reached = len(left) if trial == trials - 1 else sum(mark <= spent for mark in left)
+        if reached:  # several marks within one trial are one measurement
+            del left[:reached]
             yield spent, best.to(place)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sau.audit.measure import ALONE, FRESH, NOISE, RELEASED, TRIGGER, Row
+from sau.errors import in_a_line
 from sau.report.spread import Spread, spread
 
 Audit = Mapping[str, Any]  # what `audit.json` holds
@@ -97,5 +98,5 @@ def _text(value: Spread | None, digits: int = 1) -> str:
 
 
 def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *body)]
+    lines = [in_a_line(f"| {' | '.join(cells)} |") for cells in (heads, *body)]
     return "\n".join([f"{title}\n", lines[0], "|" + "---|" * len(heads), *lines[1:]])

@@ -192,7 +192,8 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     except RuntimeError as error:
         shape, reason = tuple(x.shape), first_line(error)
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
-        why = "".join(f"; weights are {kind}, pictures {x.dtype}, so give model.float()" for kind in kinds)
+        advice = "pictures.float()" if kinds == {torch.float32} else "model.float()"
+        why = "".join(f"; weights are {kind}, pictures {x.dtype}, so give {advice}" for kind in kinds)
         raise DataError(f"the network does not accept pictures of shape {shape}: {reason}{why}") from None
     if logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape)

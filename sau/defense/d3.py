@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import classifier, full_name, settable
-from sau.defense.sphere import Sphere, uniform
+from sau.defense.sphere import Sphere, too_late, uniform
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
 from sau.session import Session
@@ -66,7 +66,8 @@ class D3(Tuning):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         driven = self.driven(model, glance(batches))
-        self.rounds(self.begin(model, driven, len(batches)), batches, session)
+        if not (self.epochs and too_late(session)):
+            self.rounds(self.begin(model, driven, len(batches)), batches, session)
 
     def begin(self, model: nn.Module, driven: Sequence[Tensor], steps: int) -> dict[str, Any]:
         """Put every W where it starts; `steps` updates make an epoch."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import classifier
-from sau.defense.sphere import Sphere, uniform
+from sau.defense.sphere import Sphere, too_late, uniform
 from sau.evaluate import percent_right
 from sau.session import Session
 from sau.types import Batched, Labels, Pixels
@@ -49,7 +49,8 @@ class FST(Tuning):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         last = classifier(model, glance(batches), self.name)
-        self.rounds(self.begin(model, last, len(batches)), batches, session)
+        if not (self.epochs and too_late(session)):
+            self.rounds(self.begin(model, last, len(batches)), batches, session)
 
     def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:
         """Draw the classifier anew; `steps` updates make an epoch."""

@@ -85,7 +85,9 @@ def gather(batches: Batched) -> tuple[Tensor, Tensor]:
 
 def first(batches: Batched) -> tuple[Tensor, Tensor]:
     """The first batch of `batches` as its pictures are: pixels in [0, 1] [B, C, H, W] and labels [B]."""
-    x, y, *_ = next(iter(unaugmented(batches)[0]))
+    plain: Any = unaugmented(batches)[0]
+    plain.set_epoch(0)  # the same one before, after and in the middle of a run
+    x, y, *_ = next(iter(plain))
     return x, y
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sau.session import Session
 from sau.types import Scalar
 
 
@@ -34,6 +35,11 @@ class Sphere:
     def project(self) -> None:
         """W <- W |W0| / |W|; a W of zeros stays."""
         self.weight.mul_(self.radius / torch.linalg.vector_norm(self.weight).clamp_min(1e-12))
+
+
+def too_late(session: Session) -> bool:
+    """Whether a run is over before its first update, so that the network has to keep the weights that it came with."""
+    return not session.begun and session.over("round 1, before its first batch")
 
 
 def uniform(like: Tensor, bound: float) -> Tensor:

@@ -21,7 +21,7 @@ def check(raw: bytes) -> None:
     twice there, every CRC-32 right, and one pickle, not too large.
     """
     if raw[:4] != b"PK\x03\x04":
-        raise ValueError("it is no torch zip file; older formats are not read, save it anew with torch 1.6 or later")
+        raise ValueError("it is no torch zip file; who made it can save it as one, with torch 1.6 or later")
     # Two readers of a zip file agree on where its table is only if its end is at the end.
     if raw[-22:-18] != b"PK\x05\x06" or raw[-2:] != b"\0\0":
         raise ValueError("it does not end like a torch zip file; it is truncated or has something appended")

@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from torch import _weights_only_unpickler as torchs
@@ -19,7 +19,9 @@ from sau.foreign import torchfile
 from sau.foreign.archive import holds_program
 
 UNKNOWN = "a name put together on the stack"
+MALFORMED = "what follows bytes that only other readers understand"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
+LEGACY_PICKLES = 5  # of a file of torch before 1.6: magic number, version, system, content, names of its storages
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
@@ -33,18 +35,21 @@ def imports(raw: bytes) -> list[str]:
     """The dotted names that the pickles in a file would import, each once, in their order.
 
     Looks into torch's zip files (every member that is a pickle), torch's older format, tar archives and bare pickles.
-    A name that is not written down but computed comes as `UNKNOWN`. Of a damaged pickle it gives the names up to there.
+    A name that is not written down but computed comes as `UNKNOWN`. A pickle that cannot be followed to its end, though
+    there is more of it, ends in `MALFORMED`, for other readers may go on; of one that is cut off there are the names up
+    to there.
     """
     names: dict[str, None] = {}
     with suppress(Exception):  # zipfile and tarfile raise a dozen types; reading such a file says what is wrong with it
-        for content, several in _pickles(raw):
-            for name in islice(_names(content, several), 1000):
+        for content, pickles in _pickles(raw):
+            for name in islice(_names(content, pickles), 1000):
                 names.setdefault(name)
     return list(names)
 
 
-def _pickles(raw: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Every part that may be pickled, and whether several pickles may follow each other in it."""
+def _pickles(raw: bytes) -> Iterator[tuple[bytes, int]]:
+    """Every part that may be pickled, and how many pickles at least follow each other in it, if it is one; 0 where it
+    may be anything. Other things may come behind them, as storages do."""
     if raw[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             for member in archive.infolist():
@@ -52,24 +57,28 @@ def _pickles(raw: bytes) -> Iterator[tuple[bytes, bool]]:
                     continue  # compressed beyond measure; such an archive is refused anyway
                 content = archive.read(member)
                 if member.filename.endswith(".pkl") or _looks_pickled(content):
-                    yield content, False
+                    yield content, int(member.filename.endswith(".pkl"))  # a storage may look like one by chance
     elif raw[257:262] == b"ustar":
         with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
             for entry in archive:
                 file = archive.extractfile(entry) if entry.isreg() else None
                 if file is not None:
-                    yield file.read(), True
-    elif _looks_pickled(raw):
-        yield raw, True
+                    yield file.read(), 0
+    elif raw.startswith(torchfile.LEGACY):
+        yield raw, LEGACY_PICKLES
+    elif not (raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") < len(raw)):  # no header of safetensors
+        yield raw, int(_looks_pickled(raw))  # one of protocol 0 begins with any letter
 
 
 def _looks_pickled(content: bytes) -> bool:
     return len(content) > 2 and content[0] == 0x80 and 2 <= content[1] <= 5
 
 
-def _names(content: bytes, several: bool) -> Iterator[str]:
+def _names(content: bytes, pickles: int) -> Iterator[str]:
     stream, seen = io.BytesIO(content), 0
-    while stream.tell() < len(content):
+    for number in count(1):
+        if stream.tell() == len(content):
+            return
         memo: dict[Any, str | None] = {}
         pushed: list[str | None] = []  # what the last opcodes pushed, as far as it is known
         try:
@@ -94,8 +103,8 @@ def _names(content: bytes, several: bool) -> Iterator[str]:
                 elif name != "FRAME":
                     pushed = []
         except Exception:  # pickletools raises half a dozen types on what is no pickle, as raw storages are not
-            return
-        if not several:
+            if number <= pickles and stream.tell() < len(content):
+                yield MALFORMED
             return
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sau
-from sau.errors import RecordError
+from sau.errors import RecordError, in_a_line
 from sau.files import parsed, read, write
 from sau.grid.cells import Job
 from sau.grid.plan import Cell
@@ -156,7 +156,7 @@ class Store:
 
     def reason(self, cell: Cell) -> str:
         """Why the cell failed for good."""
-        return str(self._read(self.own / "failed" / _key(cell)).get("reason", "unknown"))
+        return in_a_line(str(self._read(self.own / "failed" / _key(cell)).get("reason", "unknown")))
 
     def forgive(self, cell: Cell) -> None:
         """Forget that a cell failed."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from sau.errors import LOCKED, LockedError, RecordError, unable
+from sau.errors import LOCKED, LockedError, RecordError, in_a_line, unable
 from sau.files import descriptor, parsed, read
 
 BEAT = 15.0  # seconds between two signs of life
@@ -52,7 +52,8 @@ class Holder:
             raise ValueError
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host[:100]} since {time.strftime('%F %T', time.localtime(self.since))}"
+        since = time.strftime("%F %T", time.localtime(self.since))
+        return f"process {self.pid} on {in_a_line(self.host[:100])} since {since}"
 
 
 class Lock:
@@ -189,5 +190,7 @@ def _start(pid: int) -> str | None:
         except OSError:
             return None
         return fields[19] if fields[0] not in "ZX" else None
-    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    same = {**os.environ, "TZ": "UTC", "LC_ALL": "C"}  # whoever asks, and wherever the machine has moved meanwhile
+    asked = ["ps", "-o", "lstart=", "-p", str(pid)]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, env=same)
     return done.stdout.strip() or None

@@ -144,13 +144,17 @@ TYPES: dict[tuple[str, str], tuple[Callable[[Any], bool], str]] = {
     ("data", "test"): (lambda it: isinstance(it, str), "a text"),
     ("run", "dataset_path"): (lambda it: isinstance(it, str), "a text"),
     ("run", "recipe"): (lambda it: it is None or isinstance(it, str), "a text, or none"),
+    ("method", "pratio"): (lambda it: it is None or _numbers([it], 0, 1, int, float), "0 to 1"),
 }
 
 
 def typed(config: Config, path: Path) -> None:
     """RecordError unless what is read of an attack's configuration is of its type; KeyError if it is lacking."""
+    for part in ("model", "data", "run", "method"):
+        if not isinstance(config.get(part, {}), dict):
+            raise RecordError(f"{path / 'config.yaml'}: {part} is no mapping; make the folder again")
     for (part, name), (fine, allowed) in TYPES.items():
-        value = config[part][name]
+        value = config[part][name] if part != "method" else config.get(part, {}).get(name)
         if not fine(value):
             text = f"{path / 'config.yaml'}: {name} is {str(value)[:60]!r}, allowed is {allowed}"
             raise RecordError(f"{text}; make the folder again")

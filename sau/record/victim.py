@@ -157,7 +157,7 @@ def _ours(record: Record, made: dict[str, Any]) -> Victim:
         digest=made["digest"],
         settings=made.get("method"),
         trigger=record.load_tensors("trigger") if (record.path / "trigger.safetensors").is_file() else None,
-        amp=made.get("amp"),
+        amp=bool(made.get("amp")) if "amp" in made else None,
     )
 
 

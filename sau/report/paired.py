@@ -92,7 +92,7 @@ def _runs(cells: list[Cell]) -> dict[Network, list[Run]]:
     found: dict[Network, list[Run]] = defaultdict(list)
     for cell in cells:
         for run in cell.good:
-            if run.figures["der"] is not None:
+            if all(run.figures[name] is not None for name in PERCENT):
                 found[cell.attack, run.home].append(run)
     return found
 

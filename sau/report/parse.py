@@ -30,6 +30,12 @@ def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
     return {name: None if value is None else float(value) for name, value in found.items()}
 
 
+def clean_set(config: dict[str, Any]) -> dict[str, Any]:
+    """Which clean pictures a defense was given, as a setting: a share, or the file that lists them, which beats it."""
+    run = mapping(config.get("run"))
+    return {"ratio": run.get("ratio")} if run.get("index") is None else {"index": str(run["index"])}
+
+
 def json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; RecordError if it is missing or holds something else."""
     try:

@@ -173,7 +173,7 @@ def _said(config: dict[str, Any], folder: Path, parent: Run | None) -> dict[str,
                 "attack_settings": named if own is None else own}  # fmt: skip
     name, named = defense_named(folder.name)
     if own is not None:
-        own["ratio"] = parse.mapping(config.get("run")).get("ratio")
+        own |= parse.clean_set(config)
     return {
         "attack": parent.attack, "attack_settings": parent.attack_settings,
         "defense": str(identity.get("defense", name)), "settings": named if own is None else own,

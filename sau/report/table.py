@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from sau.errors import in_a_line
 from sau.report import parse
 from sau.report.read import DAMAGED, DUPLICATE, NONE, UNFINISHED, UNVERIFIED, VERIFIED, Run
 from sau.report.spread import Spread, spread
@@ -117,7 +118,7 @@ class Section:
     def title(self) -> str:
         """Data set and network in words."""
         name, width = self.network.get("name", "network not recorded"), self.network.get("width")
-        return f"{self.dataset or 'data set not recorded'}, {name}" + (f" of width {width}" if width else "")
+        return in_a_line(f"{self.dataset or 'data set not recorded'}, {name}" + (f" of width {width}" if width else ""))
 
 
 def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:

@@ -1,6 +1,7 @@
 """What a record says about itself, each claim checked: one line that it holds, or a RecordError that says how not."""
 
 import platform
+from math import isclose
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from sau.errors import RecordError
 from sau.evaluate import Score, Share
 from sau.evaluate import der as rating_of
 from sau.record.folder import MANIFEST, Record
-from sau.record.schema import digest
+from sau.record.schema import EARLY, digest
 
 SLACK = 0.001  # share of the pictures that may be answered otherwise here: other processors round otherwise
+ROUNDED = 5e-4  # relative: by how much a last digit may differ, where others round otherwise
 APART = 0.01  # the same between a card and a CPU, which leaves the figure open; it is an assumption
 
 
@@ -77,6 +79,37 @@ def equal(said: dict[str, Any], name: str, share: Share) -> str:
             near=total == share.total and apart <= APART * total,
         )
     return f"{share.percent} %" + (f", {apart} of {total} pictures answered otherwise here" if apart else ", equal")
+
+
+def early(config: dict[str, Any], said: dict[str, Any]) -> str:
+    """Where the run was ended before its end is what its identity says."""
+    ended, there = config["identity"].get(EARLY), said.get(EARLY)
+    if ended != there:
+        raise RecordError(f"{EARLY} is {there!r} in the summary, {ended!r} in the identity")
+    return "the run came to its end" if ended is None else f"the run was ended early, {ended}"
+
+
+def selection(config: dict[str, Any], said: dict[str, Any]) -> str:
+    """Who chose is what the settings say."""
+    select = config["method"].get("select", "defender")
+    if said["selection"] != select:
+        raise RecordError(f"{said['selection']} there, but by its settings {select}")
+    return f"{select}, as its settings say"
+
+
+def trigger(said: dict[str, Any], found: dict[str, Any] | None) -> str:
+    """How well the trigger hides is what its pictures show; SSIM only where it was measured both times."""
+    there = said["trigger"]
+    if (found is None) != (there is None):
+        raise RecordError(f"{there} there, {found} here")
+    if found is None:
+        return "there is none"
+    unseen = {"ssim", "ssim_count"} if None in (there["ssim"], found["ssim"]) else set()
+    for name in found.keys() - unseen:
+        one, other = there[name], found[name]
+        if one != other and (None in (one, other) or not isclose(one, other, rel_tol=ROUNDED, abs_tol=1e-4)):
+            raise RecordError(f"{name} is {one} there, {other} here")
+    return "as its pictures show it" + ("; SSIM was not compared" if unseen else "")
 
 
 def der(said: dict[str, Any]) -> str:

@@ -1,32 +1,21 @@
-"""Whether a result folder says the truth: its files, its settings, its data, and its figures measured again."""
+"""A result folder, looked at: its files, its settings, its data, and its figures measured again."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from sau import quality
+from sau.attack.recall import recall
 from sau.data.images import Images
 from sau.data.sources import fingerprint
 from sau.errors import DataError, RecordError, SauError
-from sau.evaluate import Score, Share, score
-from sau.record import claims, schema, victim
+from sau.evaluate import Score, Share, accuracy, score
+from sau.record import schema, victim
 from sau.record.folder import Record
-
-VERIFIED, BROKEN, PARTLY = 0, 1, 3  # exit status of `scripts/verify.py`; 2 is a mistake in the command
-State = Literal["held", "broken", "not checked"]
-FORGED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)  # what wrong types lead to
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: what it is, how it stands, and why."""
-
-    what: str
-    state: State
-    text: str
+from sau.verify import claims
+from sau.verify.findings import Finding, Findings, State
 
 
 @dataclass
@@ -43,60 +32,38 @@ class Verification:
     path: Path
     dataset_path: str | None = None
     where: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def status(self) -> int:
-        """`BROKEN` if anything is, else `PARTLY` if anything was not checked, else `VERIFIED`."""
-        states = {finding.state for finding in self.findings}
-        return BROKEN if "broken" in states else PARTLY if "not checked" in states else VERIFIED
+    findings: Findings = field(default_factory=Findings)
 
     def run(self) -> "Verification":
         """Look at everything; RecordError if there is no such folder, or none that an attack of ours began."""
         record = Record(self.path)
         if not (self.path / "config.yaml").is_file():
             raise RecordError(f"{self.path} is no result folder of sau; name the folder of an attack")
-        if not self._look("files", lambda: claims.files(record)):
+        if not self.findings.look("files", lambda: claims.files(record)):
             return self
         kind = schema.kind(record.config)
         if kind == schema.DEFENSE:
             raise RecordError(f"{self.path} is the folder of a defense; name that of its attack")
         if kind == schema.OWN:
             why = "a purified network of your own, whose code and pictures are not here"
-            self.findings.append(Finding("figures", "not checked", why))
+            self.findings.skip("figures", why)
             return self
-        if not self._look("contents", self._load):
+        if not self.findings.look("contents", self._load):
             return self
-        self._look("settings", lambda: claims.settings(record.config))
-        self._look("versions", lambda: claims.versions(record.config))
+        self.findings.look("settings", lambda: claims.settings(record.config))
+        self.findings.look("versions", lambda: claims.versions(record.config))
         self._data()
         self.before: dict[bool, Score] = {}  # by precision, for a defense may have run in another
         amp = bool(record.config.get("amp"))
         if (found := self._measure("weights", record, amp)) is not None:
             self.before[amp] = found
-            with self._whole("summary"):
+            with self.findings.whole("summary"):
                 self._compare("", record, record.summary(), found)
+                self._trigger(record.config, record.summary())
         for folder in sorted(place for place in (self.path / "defense").glob("*") if place.is_dir()):
-            with self._whole(f"{folder.name}: record"):
+            with self.findings.whole(f"{folder.name}: record"):
                 self._defense(Record(folder))
         return self
-
-    @contextmanager
-    def _whole(self, what: str) -> Iterator[None]:
-        """For what notes its own findings: an error from it means that the record is broken there."""
-        try:
-            yield
-        except SauError as error:
-            self.findings.append(Finding(what, "broken", str(error)))
-        except FORGED as error:
-            why = ascii(str(error))[1:-1][:200]
-            self.findings.append(Finding(what, "broken", f"its files lack something or have another type: {why}"))
-
-    def _look(self, what: str, check: Callable[[], str]) -> bool:
-        """Note what `check` says; an error from it means that the record is broken there."""
-        with self._whole(what):
-            self.findings.append(Finding(what, "held", check()))
-        return self.findings[-1].state == "held"
 
     def _load(self) -> str:
         self.attacked = victim.load(self.path)
@@ -108,7 +75,7 @@ class Verification:
         place, name = self.dataset_path or self.attacked.dataset_path, self.attacked.dataset
         if name != "digits" and not Path(place).is_dir():  # digits come with scikit-learn
             why = f"there is no folder {place}; give --dataset_path"
-            self.findings.append(Finding("data", "not checked", f"{why}; without it there is no ACC"))
+            self.findings.skip("data", f"{why}; without it there is no ACC")
             return
         try:
             train, test, notes = self.attacked.pictures(self.dataset_path)
@@ -133,7 +100,7 @@ class Verification:
             found.append(score(model, clean, bad.to(self.where) if bad else None))
             return f"of {made['name']}, finite, measured in {'bf16' if amp else 'fp32'} on {self.where}"
 
-        self._look(what, check)
+        self.findings.look(what, check)
         return found[0] if found else None
 
     def _compare(self, whose: str, record: Record, said: dict[str, Any], found: Score) -> None:
@@ -142,11 +109,11 @@ class Verification:
         for name, share in found.shares().items():
             what = f"{whose}{name}"
             if name == "acc" and self.data is None:
-                self.findings.append(Finding(what, "not checked", "without the data set there is no ACC"))
+                self.findings.skip(what, "without the data set there is no ACC")
             elif (share is None) != (said.get(name) is None):
                 self.findings.append(Finding(what, "broken", f"{said.get(name)} there, {share} here"))
             elif share is not None:
-                with self._whole(what):
+                with self.findings.whole(what):
                     self.findings.append(self._equal(what, said, name, share, made_on))
 
     def _equal(self, what: str, said: dict[str, Any], name: str, share: Share, made_on: str) -> Finding:
@@ -158,28 +125,55 @@ class Verification:
                 raise
             return Finding(what, "not checked", f"{error}; made on {made_on}, measured on {self.where.type}")
 
+    def _trigger(self, config: dict[str, Any], said: dict[str, Any]) -> None:
+        """How well an attack's trigger hides, and what the network answers to those that must do nothing."""
+        if "trigger" not in said:
+            return
+        if self.data is None:
+            return self.findings.skip("trigger", "without the data set there is nothing to compare its pictures with")
+        test, bad = self.data[1], self.attacked.triggered
+        radius = config["run"].get("trigger_radius", quality.RADIUS)
+        found = quality.of_attack(test, bad, radius) if bad else None
+        self.findings.look("trigger", lambda: claims.trigger(said, found))
+        if "cross_acc" not in said:
+            return
+        attack = recall(config["method"], self.attacked.trigger)
+        crossed = attack.crossed(test.to(self.where)) if attack.trigger is not None else None
+        if crossed is None:
+            return self.findings.skip("cross_acc", "the network that makes those triggers is not read back")
+        model = self.attacked.model().to(self.where)
+        model.amp = bool(config.get("amp"))
+        share = accuracy(model, crossed.pixels, crossed.labels)
+        with self.findings.whole("cross_acc"):
+            made_on = config.get("device", self.where.type)
+            self.findings.append(self._equal("cross_acc", said, "cross_acc", share, made_on))
+
     def _defense(self, record: Record) -> None:
         """One defense below the attack."""
         whose = f"{record.path.name}: "
         if not record.finished:
-            self.findings.append(Finding(f"{whose}files", "not checked", "unfinished; repeat its command to finish it"))
+            self.findings.skip(f"{whose}files", "unfinished; repeat its command to finish it")
             return
-        if not self._look(f"{whose}files", lambda: claims.files(record)):
+        if not self.findings.look(f"{whose}files", lambda: claims.files(record)):
             return
-        self._look(f"{whose}settings", lambda: claims.settings(record.config))
+        self.findings.look(f"{whose}settings", lambda: claims.settings(record.config))
         said, amp = record.summary(), bool(record.config.get("amp"))
-        self._look(f"{whose}attack", lambda: self._purified_this(record.config))
+        self.findings.look(f"{whose}attack", lambda: self._purified_this(record.config))
         if self.data is None:
-            self.findings.append(Finding(f"{whose}clean set", "not checked", "without the data set"))
+            self.findings.skip(f"{whose}clean set", "without the data set")
         else:
-            self._look(f"{whose}clean set", lambda: self._clean_set(record.config, said.get("data", "clean")))
+            self.findings.look(f"{whose}clean set", lambda: self._clean_set(record.config, said.get("data", "clean")))
         if amp not in self.before and (found := self._measure(f"{whose}attack's weights", Record(self.path), amp)):
             self.before[amp] = found
         if amp in self.before:
             self._compare(f"{whose}before ", record, said["before"], self.before[amp])
         if (found := self._measure(f"{whose}weights", record, amp)) is not None:
             self._compare(f"{whose}after ", record, said["after"], found)
-        self._look(f"{whose}der", lambda: claims.der(said))
+        self.findings.look(f"{whose}der", lambda: claims.der(said))
+        self.findings.look(f"{whose}selection", lambda: claims.selection(record.config, said))
+        self.findings.look(f"{whose}end", lambda: claims.early(record.config, said))
+        for name in said.keys() & {"risk", "findings"}:
+            self.findings.skip(f"{whose}{name}", "it was measured on the way, and is not measured again")
 
     def _purified_this(self, config: dict[str, Any]) -> str:
         if config["attacked"] != self.attacked.digest:

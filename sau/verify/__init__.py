@@ -1,0 +1,1 @@
+"""Whether a result folder says the truth."""
