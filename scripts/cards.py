@@ -38,7 +38,8 @@ COSTS = "bench_defenses_cpu.json"
 MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
 PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
 LINKS = ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
-SOURCE = f"the one of {LINKS} with the most seeds of a row (the first of equals)"
+SOURCE = f"the one of {LINKS} with the most seeds of a row"
+SOURCE += " (the first of equals; older settings only where there are no others)"
 
 
 def text(values: list[Any], digits: int = 2) -> str:
@@ -53,14 +54,18 @@ def rule(columns: int) -> str:
 
 
 def kept() -> list[Run]:
-    """The runs of each attack, defense and who chose, from the folder that has the most seeds of them."""
+    """The runs of each attack, defense and who chose, from the folder that has the most seeds of them; such with other
+    settings than the recipe has now only where there are no others."""
     found: dict[tuple[str, str, bool], list[Run]] = {}
     for name in RUNS:
         here: dict[tuple[str, str, bool], list[Run]] = {}
         for run in read(DOCS / "results" / name)[0]:
             if run.usable:
                 here.setdefault((run.attack, run.defense, oracle(run)), []).append(run)
-        found |= {row: runs for row, runs in here.items() if len(runs) > len(found.get(row, []))}
+        for row, runs in here.items():
+            changed = name == OLDER and SETTINGS.keys() & {*row[:2]}
+            if len(runs) > len(found.get(row, [])) and not (changed and row in found):
+                found[row] = runs
     return [run for runs in found.values() for run in runs]
 
 

@@ -1,4 +1,4 @@
-"""Whether result folders say the truth: files, settings, data, and every figure measured again from the stored weights.
+"""Whether result folders say the truth: files, settings, data, and figures measured again from the weights.
 
     python scripts/verify.py RECORD [RECORD ...] [--record_root ./record] [--dataset_path DIR]
 
@@ -6,7 +6,7 @@ RECORD is the folder of an attack, by name below the record root or by path; the
 A figure holds if at most one picture in a thousand (and at least one) is answered otherwise here than was recorded.
 Exit status: 0 everything was checked and holds, 1 something does not hold, 2 a mistake in the command, 3 nothing is
 broken, but something could not be checked (without the data set there is no ACC; up to ten pictures in a thousand
-between a card and a CPU are no proof).
+between a card and a CPU are no proof; tracked risks, and what a method found on its way, are not measured again).
 """
 
 import argparse

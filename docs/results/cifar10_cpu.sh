@@ -16,11 +16,11 @@ settings() { # those of the table that the recipe has changed since
   esac
 }
 attack() {
-  python "$here/attack/$1.py" --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root" \
+  python "$here/attack/$1.py" --recipe cpu --device cpu --save_folder_name "$1_s$2" --random_seed "$2" --dataset_path "$data" --record_root "$root" \
     --amp true --threads "${THREADS:-0}" $(settings "$1")
 }
 defense() {
-  python "$here/defense/$1.py" --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --amp true \
+  python "$here/defense/$1.py" --device cpu --result_file "$2_s$3" --random_seed "$3" --record_root "$root" --amp true \
     --threads "${THREADS:-0}" $(settings "$1")
 }
 [ $# -gt 0 ] || set -- 0 1 2

@@ -11,7 +11,7 @@ for seed in "$@"; do
   for name in ${ATTACKS:-badnet blended wanet}; do
     for ratio in ${RATIOS:-0 0.001 0.01 0.05 0.1}; do
       run="${name}_r${ratio}_s$seed"
-      [ -f "$root/$run/manifest.json" ] || python "$here/attack/$name.py" --save_folder_name "$run" --pratio "$ratio" \
+      [ -f "$root/$run/manifest.json" ] || python "$here/attack/$name.py" --recipe cpu --device cpu --save_folder_name "$run" --pratio "$ratio" \
         --random_seed "$seed" --dataset_path "$data" --record_root "$root" --threads "${THREADS:-0}"
     done
   done
