@@ -61,7 +61,7 @@ class Reversal:
             return smallest
         smallest += f", index {self.index:.1f}"
         if not clean:
-            return f"{smallest}; no clean network with as many classes was searched for as long"
+            return f"{smallest}; no clean network with as many classes was searched for as long on as few pictures"
         beside = f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that"
         return f"{smallest}; {beside} (p {said['p']})"
 
@@ -86,10 +86,11 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     return Reversal(tuple(norms.tolist()), label, index if len(norms) > 2 and math.isfinite(index) else None)
 
 
-def clean_indices(passes: int, classes: int) -> list[float]:
-    """Indices of clean networks with so many classes, if `scripts/clean_indices.py` searched them for so long."""
+def clean_indices(passes: int, classes: int, pictures: int) -> list[float]:
+    """Indices of clean networks with so many classes, if `scripts/clean_indices.py` searched them for so long, and on
+    as many pictures: fewer than `PICTURES` make fewer updates."""
     content = json.loads((resources.files("sau") / "clean_indices.json").read_text())
-    alike = content["passes"] == passes
+    alike = content["passes"] == passes and pictures >= PICTURES
     return [network["index"] for network in content["networks"] if alike and network["classes"] == classes]
 
 

@@ -6,13 +6,14 @@ adversarial risks (`sau.risk`), and where adversarial examples lead: a backdoor 
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.folders import labelled
@@ -24,6 +25,7 @@ from sau.errors import ConfigError, DataError, first_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
 from sau.foreign import weights
+from sau.foreign.inspection import normalisation
 from sau.foreign.network import network
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
@@ -62,7 +64,7 @@ def purify(name: str, request: Request) -> None:
     net, file, arch = network(own, images.num_classes)
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     _check_classes(model, test, Path(str(own.clean_dir)))
-    notes = scrutinise(given, test, method.batch_size) if method.looks else []
+    notes = _unapplied(file, own) + (scrutinise(given, test, method.batch_size) if method.looks else [])
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
@@ -86,7 +88,7 @@ def purify(name: str, request: Request) -> None:
     fixed = spread(run.devices, method.purify, model, given, seed=run.random_seed, session=watch.session())
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))
-    alike = {"classes": images.num_classes, "passes": own.reversal_passes}
+    alike = {"classes": images.num_classes, "passes": own.reversal_passes, "pictures": len(test)}
     report = {
         "before": _report(record, "before", before, threat, patches, alike),
         "after": _report(record, "after", after, left, smaller, alike),
@@ -96,6 +98,26 @@ def purify(name: str, request: Request) -> None:
         lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
         record.say(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")
     watch.finish(report)
+
+
+def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
+    """What to say where the file holds or names another normalisation than the one that was asked for."""
+    found = normalisation(file)
+    if found is None or (
+        own.mean and torch.allclose(_pair(found["mean"], found["std"]), _pair(own.mean, own.std), atol=0.01)
+    ):
+        return []
+    mean, std = (",".join(f"{value:.4g}" for value in found[name]) for name in ("mean", "std"))
+    which = "another is" if own.mean else "none is"
+    return [
+        f"by {file.path.name} ({found['from']}) pictures are normalised with mean {mean} and std {std}, but {which} "
+        "applied here; unless the network does it itself, give --mean and --std"
+    ]
+
+
+def _pair(mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Both for three channels [2, 3]; one value is for all."""
+    return torch.stack([torch.tensor(list(values) * (3 // len(values))) for values in (mean, std)])
 
 
 def _need_nothing_of_an_attacker(method: Defense) -> None:

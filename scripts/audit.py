@@ -9,7 +9,6 @@ interrupted audit goes on when its command is repeated, and one that is asked mo
 """
 
 import argparse
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import script_parts.drawing  # noqa: F401  before sau.figures
 from script_parts import place
+from script_parts.stopping import stoppable
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
 from sau.errors import told
@@ -95,15 +95,9 @@ def run(given: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Audit; exit status 2 for a user's mistake, 130 if stopped."""
+    """Audit; exit status 2 for a user's mistake, 130 or 143 if stopped."""
     given = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(given)
-    except KeyboardInterrupt:
-        print("\nstopped; repeat the command to go on", file=sys.stderr)
-        return 130
-    return 0
+    return stoppable(lambda: run(given) or 0)
 
 
 if __name__ == "__main__":

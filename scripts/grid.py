@@ -10,12 +10,14 @@ import argparse
 import dataclasses
 import math
 import shutil
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.stopping import stoppable
 
 from sau.data.sources import source
 from sau.errors import ConfigError, RecordError, told
@@ -195,16 +197,10 @@ def report(every: list[Cell], store: Store) -> int:
 
 
 def main() -> int:
-    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 if stopped, or as `told` says."""
+    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 or 143 if stopped, or as `told` says."""
     look = sys.argv[1:2] == ["status"]
     asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return run(asked, look)
-    except KeyboardInterrupt:
-        print("\nstopped; repeat the command to go on", file=sys.stderr)
-        return 130
+    return stoppable(partial(run, asked, look))
 
 
 if __name__ == "__main__":

@@ -367,6 +367,15 @@ def test_clean_training_needs_no_picture_of_a_target():
     assert Prototype().poison_train(others, 0) is others
 
 
+def test_a_clean_label_attack_says_its_share_of_the_class():
+    images = toy_images(40)
+    count = int((images.labels == 1).sum())
+    plan = SIG(pratio=5 / 40, attack_target=1).poison_train(images, 0)
+    assert SIG().plan(plan, 8) == f"5 of 40 pictures poisoned ({500 / count:.4g} % of class 1), 0 labels changed"
+    changed = BadNet(pratio=5 / 40, attack_target=1).poison_train(images, 0)
+    assert "of class" not in BadNet().plan(changed, 8) and "0 of 40" in SIG().plan(images, 8)
+
+
 @each_in_batch
 def test_a_trigger_must_be_made_first(attack, one_line):
     with pytest.raises(ConfigError) as refusal:

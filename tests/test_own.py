@@ -16,9 +16,10 @@ from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import Score, Share
+from sau.foreign import weights
 from sau.foreign.network import network
 from sau.models.preact_resnet import PreActResNet18
-from sau.own import _check_classes, split
+from sau.own import _check_classes, _unapplied, split
 from sau.record.victim import load_weights
 from sau.risk import Found, measure
 from sau.run import OwnRun
@@ -246,9 +247,28 @@ def test_the_patch_of_a_shortcut_is_small_and_ranked_among_clean_networks():
     assert (said["clean_above"], said["p"]) == (2, 0.75)
 
 
+UNLIKE = {"passes": 39, "classes": 11, "pictures": 319}
+
+
+def test_a_normalisation_that_the_file_has_and_nobody_applies_is_said(tmp_path):
+    mean, std = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
+    safetensors.torch.save_file(
+        {"norm.mean": torch.tensor(mean), "norm.std": torch.tensor(std)}, tmp_path / "net.safetensors"
+    )
+    file = weights.read(tmp_path / "net.safetensors")
+    given = {"model_file": "net.safetensors", "clean_dir": "here"}
+    (none,) = _unapplied(file, OwnRun(**given))
+    assert "mean 0.49,0.48,0.45 and std 0.25,0.24,0.26, but none is applied" in none and "norm.mean" in none
+    (other,) = _unapplied(file, OwnRun(**given, mean=(0.5,), std=(0.5,)))
+    assert "but another is applied" in other
+    assert _unapplied(file, OwnRun(**given, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262))) == []
+    safetensors.torch.save_file({"conv.weight": torch.zeros(3)}, tmp_path / "net.safetensors")
+    assert _unapplied(weights.read(tmp_path / "net.safetensors"), OwnRun(**given)) == []
+
+
 def test_without_clean_networks_that_were_searched_alike_nothing_is_ranked():
-    assert clean_indices(passes=40, classes=10) and clean_indices(passes=39, classes=10) == []
-    assert clean_indices(passes=40, classes=11) == []
+    alike = {"passes": 40, "classes": 10, "pictures": 320}
+    assert clean_indices(**alike) and not any(clean_indices(**{**alike, name: n}) for name, n in UNLIKE.items())
     lone = Reversal((1.0, 9.0, 9.5), 0, 3.0)
     assert lone.summary([])["p"] is None and "no clean network" in lone.text([])
     images = Images.clean(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2, 2)

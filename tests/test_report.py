@@ -220,6 +220,23 @@ def test_an_unfinished_run_says_how_far_it_came(tmp_path):
     assert cell.status == "unfinished" and "it reached epoch 3; last in its log: epoch 3/8  loss 0.5" in cell.reason
 
 
+def test_what_a_grid_gave_up_is_shown_with_its_reason(tmp_path):
+    """Also a cell that died before it had a folder; not one that a later try finished."""
+    path = attack(tmp_path, rows=3)
+    (path / "manifest.json").unlink()
+    done = attack(tmp_path, seed=1)
+    kept = tmp_path / ".grid" / "failed"
+    kept.mkdir(parents=True)
+    below = f"{done.name}/defense/sau_c0.05_0123456789"
+    for name in (path.name, done.name, below.replace("/", "__")):
+        (kept / name).write_text(json.dumps({"reason": "killed by signal 9", "tries": 2}))
+    (kept / "half").write_text("{")
+    runs, others = read(tmp_path)
+    assert ["killed by signal 9" in run.reason for run in runs] == [True, False]
+    assert "it reached epoch 3" in runs[0].reason
+    assert others == [f"{below} (the grid gave it up after 2 tries: killed by signal 9)"]
+
+
 def test_a_changed_text_is_noticed_and_a_changed_weight_where_it_is_looked_at(tmp_path):
     path = attack(tmp_path)
     raw = bytearray((path / "model.safetensors").read_bytes())

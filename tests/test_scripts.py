@@ -1,6 +1,9 @@
 """What the scripts have in common: where they compute, what they refuse, and that it is written once."""
 
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,3 +115,11 @@ def test_ctrl_c_is_one_line(capsys):
 def test_a_defense_that_is_not_there_is_said_before_anything_is_made(name, flags, victim, script):
     status, out, err = script(name, *flags, "--record_root", str(victim.parent), "--threads", "1")
     assert (status, out) == (2, "") and "nobody" in the_error(err) and not (victim / "figures").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_script_with_its_own_status(number, status, tmp_path):
+    code = "import os, sys, time; from script_parts.stopping import stoppable\n"
+    code += f"sys.exit(stoppable(lambda: os.kill(os.getpid(), {int(number)}) or time.sleep(60) or 0))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (status, "\nstopped; repeat the command to go on\n")

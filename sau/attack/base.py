@@ -137,8 +137,15 @@ class Attack(Labelling, ABC):
 
     def plan(self, trained_on: Images, batch_size: int) -> str:
         """What is poisoned, in a line."""
-        changed = int((trained_on.labels != trained_on.true_labels).sum())
-        return f"{int((trained_on.role > 0).sum())} of {len(trained_on)} pictures poisoned, {changed} labels changed"
+        poisoned = trained_on.role > 0
+        count, changed = int(poisoned.sum()), int((trained_on.labels != trained_on.true_labels).sum())
+        labels = trained_on.labels[poisoned].unique().tolist()
+        # Of clean-label attacks two shares are called the poisoning ratio: of all pictures, and of the class.
+        of_class = ""
+        if len(labels) == 1 and not changed:
+            share = 100 * count / int((trained_on.labels == labels[0]).sum())
+            of_class = f" ({share:.4g} % of class {labels[0]})"
+        return f"{count} of {len(trained_on)} pictures poisoned{of_class}, {changed} labels changed"
 
     def augmentation(self, offered: Augment | None) -> Augment | None:
         """What a batch goes through before `step`."""

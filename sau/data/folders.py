@@ -80,7 +80,10 @@ def find_tiny(root: Path) -> Path:
     for base in (root / "tiny" / name, root / "tiny", root / name, root):
         if (base / "train").is_dir():
             return base
-    raise DataError(f"no Tiny ImageNet in {root}: there is no folder {name}/train, tiny/{name}/train or train")
+    raise DataError(
+        f"no Tiny ImageNet in {root}: there is no folder {name}/train, tiny/{name}/train or train; "
+        "unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip there"
+    )
 
 
 def _add_classes(split: Split, place: Path, classes: dict[str, int]) -> None:

@@ -127,7 +127,7 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
             for name, value in found.tensors.items()
         ],
         network=asdict(known) if known else None,
-        normalisation=_normalisation(found),
+        normalisation=normalisation(found),
     )  # fmt: skip
     return {**report, **_verdict(report)}, found, known
 
@@ -151,7 +151,7 @@ def _verdict(report: Report) -> Report:
     return {"status": HARMLESS, "verdict": f"harmless to open: {len(report['tensors'])} tensors, {what}{nan}"}
 
 
-def _normalisation(found: weights.Weights) -> Report | None:
+def normalisation(found: weights.Weights) -> Report | None:
     """Mean and standard deviation, from tensors of these names or from a data set that the file names."""
     for place, mean in found.tensors.items():
         std = found.tensors.get(f"{place.removesuffix('mean')}std")

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sau import files
 from sau.errors import RecordError
 from sau.grid.names import attack_named, defense_named
 from sau.record import schema
-from sau.record.folder import CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
+from sau.record.folder import CONFIG, MANIFEST, METRICS, SUMMARY, Record
 from sau.report import parse
+from sau.report.trouble import given_up, progress
 
 VERIFIED, UNVERIFIED, UNFINISHED, DAMAGED, DUPLICATE = (
     "verified", "unverified", "unfinished", "damaged", "duplicate"
@@ -113,7 +113,14 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
     if not runs:
         there = f", but {', '.join(others)[:200]}" if others else ""
         raise RecordError(f"{root} holds no results of attacks (NAME/{CONFIG} or NAME/{SUMMARY}){there}; name another")
-    return list(_once(runs)), others
+    lost = given_up(root)
+    runs = [_with(lost.pop(str(run.path.relative_to(root)), ""), run) for run in runs]
+    return list(_once(runs)), [*others, *(f"{folder} ({why})" for folder, why in lost.items())]
+
+
+def _with(why: str, run: Run) -> Run:
+    """An unfinished run with what its grid says of it; one that is finished was tried again."""
+    return replace(run, reason=f"{run.reason}; {why}") if why and run.status == UNFINISHED else run
 
 
 def _below(folder: Path) -> Iterator[Run]:
@@ -150,7 +157,7 @@ def _run(folder: Path, parent: Run | None) -> Run:
         finished = alone or record.finished
         status = DAMAGED if finished or not record.config else UNFINISHED
         reason, summary = _brief(error, folder), {}
-        reason += "" if finished else _progress(folder)
+        reason += "" if finished else progress(folder)
     said = _said(record.config, folder, parent)
     if alone and said["settings"] is not None and "selection" in summary:
         said["settings"] = {**said["settings"], "select": summary["selection"]}  # names do not say who chose
@@ -191,18 +198,6 @@ def _once(runs: list[Run]) -> Iterator[Run]:
                 why = f"the same run as {first.name} (equal digests); counted once"
                 run = replace(run, status=DUPLICATE, reason=why)
         yield run
-
-
-def _progress(folder: Path) -> str:
-    """How far an unfinished run came, by its rows and the last line of its log."""
-    rows = parse.rows(folder / METRICS)
-    log = folder / LOG
-    try:  # a link could lead to any file, whose last line would stand in a report
-        last = [] if log.is_symlink() else files.read(log).decode(errors="replace").splitlines()[-1:]
-    except OSError:
-        last = []
-    far = f"; it reached epoch {rows[-1]['epoch']:g}" if rows else "; no epoch is done"
-    return far + "".join(f"; last in its log: {line[:200]}" for line in last)
 
 
 def _brief(error: Exception, folder: Path) -> str:
