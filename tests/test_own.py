@@ -1,6 +1,7 @@
 """A network of one's own: weights from a file, clean pictures from a folder, no trigger."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
-from toys import QUICK, command, environment, same_weights, tiny_net, toy_images
+from toys import QUICK, command, environment, same_weights, stop_after, tiny_net, toy_images
 
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.images import Images
@@ -276,3 +277,19 @@ def test_without_clean_networks_that_were_searched_alike_nothing_is_ranked():
     two = reverse(model, images, 1)
     assert model.training and not any(weight.requires_grad for weight in model.parameters())  # it is left as it was
     assert two.index is None and two.summary([1.0])["p"] is None and "index" not in two.text([1.0])
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(net, pictures, tmp_path):
+    file = layouts(net, tmp_path)[0]
+    argv = command(*flags(file, pictures), "--batch_size", "4")
+    argv[argv.index("--epochs") + 1] = "4"
+    status, _, _ = stop_after("round 2/4", signal.SIGKILL, [*argv, "--save_folder_name", "killed"], tmp_path)
+    assert status == -signal.SIGKILL and not (tmp_path / "record" / "killed" / "manifest.json").exists()
+    found = []
+    for name in ("killed", "whole"):
+        run = [*argv, "--save_folder_name", name]
+        done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        assert ("round 1/4" in done.stdout) == (name == "whole")  # the first one went on
+        found.append(safetensors.torch.load_file(tmp_path / "record" / name / "model.safetensors"))
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
