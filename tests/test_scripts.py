@@ -9,6 +9,8 @@ import pytest
 import torch
 from toys import REPOSITORY, the_error, tiny_net
 
+from sau.data import sources
+from sau.data.sources import fingerprint, load
 from sau.errors import RecordError, told
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -115,6 +117,22 @@ def test_ctrl_c_is_one_line(capsys):
 def test_a_defense_that_is_not_there_is_said_before_anything_is_made(name, flags, victim, script):
     status, out, err = script(name, *flags, "--record_root", str(victim.parent), "--threads", "1")
     assert (status, out) == (2, "") and "nobody" in the_error(err) and not (victim / "figures").exists()
+
+
+def test_a_data_set_is_described_before_anything_is_trained_on_it(script, tmp_path):
+    status, out, err = script("prepare.py", "digits", "--dataset_path", str(tmp_path))
+    train, test = load("digits")
+    assert (status, err) == (0, "") and f"1,437 | 3x32x32 | 10 | 139 to 146 | {fingerprint(train)}" in out
+    assert fingerprint(test) in out and "note" not in out
+    for name, words in (("cifar11", "unknown data set 'cifar11'"), ("gtsrb", str(tmp_path))):
+        status, out, err = script("prepare.py", name, "--dataset_path", str(tmp_path))
+        assert status == 2 and words in the_error(err) and out == ""
+
+
+def test_a_subset_of_a_data_set_has_a_status_of_its_own(script, tmp_path, few, monkeypatch):
+    monkeypatch.setitem(sources.SOURCES, "cifar10", few)
+    status, out, _ = script("prepare.py", "digits", "cifar10")
+    assert status == 3 and "note: subset of cifar10" in out and "| training | 1,437 |" in out
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,56 @@
+"""Fetch and read a data set, and say what is there, before anything is trained on it.
+
+    python scripts/prepare.py cifar10 [gtsrb ...] [--dataset_path ./data] [--img_size 48]
+
+Downloads and decodes what a run would, into the same cache, and prints for either part how many pictures and classes
+there are, the fewest and the most of a class, and the fingerprint that records hold as `data.train` and `data.test` in
+config.yaml. Exit status: 0 all are whole, 2 one cannot be had, 3 one is a subset of the official set.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sau.data.images import Images
+from sau.data.official import subset_note
+from sau.data.sources import SOURCES, fingerprint, load
+from sau.errors import ConfigError, told
+from sau.wording import markdown
+
+SUBSET = 3  # exit status
+
+
+def row(part: str, images: Images) -> list[str]:
+    """What there is to say of the training or the test pictures."""
+    counts = images.labels.bincount(minlength=images.num_classes)
+    shape = "x".join(map(str, images.pixels.shape[1:]))
+    few, most = int(counts.min()), int(counts.max())
+    return [part, f"{len(images):,}", shape, str(images.num_classes), f"{few:,} to {most:,}", fingerprint(images)]
+
+
+def main() -> int:
+    """Read and describe each data set that is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="+", help=f"one or more of {', '.join(SOURCES)}")
+    parser.add_argument("--dataset_path", default="./data", help="folder of the data sets [./data]")
+    parser.add_argument(
+        "--img_size", type=int, help="height and width of the pictures, where they can be resized [their own]"
+    )
+    asked = parser.parse_args()
+    if unknown := sorted({*asked.dataset} - {*SOURCES}):
+        raise ConfigError(f"unknown data set {unknown[0]!r}; choose of {', '.join(SOURCES)}")
+    notes = []
+    for name in asked.dataset:
+        train, test = load(name, asked.dataset_path, asked.img_size)
+        heads = [name, "pictures", "shape", "classes", "a class has", "fingerprint (SHA-256)"]
+        print(markdown(heads, [row("training", train), row("test", test)]), flush=True)
+        if note := subset_note(name, train, test):
+            print(f"note: {note}\n", flush=True)
+            notes.append(note)
+    return SUBSET if notes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(told(main))
