@@ -10,7 +10,9 @@ from toys import REPOSITORY
 
 from sau.data.sources import SOURCES, load
 from sau.evaluate import score
-from sau.models import build
+from sau.foreign import weights
+from sau.foreign.guess import guess
+from sau.models import MODELS, build
 from sau.optim import Training
 from sau.session import Session
 
@@ -21,7 +23,7 @@ def blocks() -> dict[str, str]:
 
 
 def test_the_examples_for_contributors_work(tmp_path: Path, monkeypatch):
-    """An attack, a defense and a data set, as CONTRIBUTING.md spells them, through one run of each."""
+    """An attack, a defense, a data set and a network, as CONTRIBUTING.md spells them, through one run of each."""
     modules = {}
     for name, code in blocks().items():
         (tmp_path / f"example_{name}.py").write_text(code)
@@ -35,6 +37,14 @@ def test_the_examples_for_contributors_work(tmp_path: Path, monkeypatch):
         origin = SOURCES["stripes"]
     finally:
         del SOURCES["stripes"]
+    try:
+        plain = build("plain", 7, width=5, mean=origin.mean, std=origin.std)
+        torch.save(plain.net.state_dict(), tmp_path / "plain.pt")
+        known = guess(weights.read(tmp_path / "plain.pt"))
+    finally:
+        del MODELS["plain"]
+    assert known is not None and (known.name, known.width, known.classes) == ("plain", 5, 7)
+    assert plain(train.pixels[:3] / 255).shape == (3, 7)
     attack, quiet = modules["attack"].Frame(pratio=0.2), Session(say=lambda text: None)
     torch.manual_seed(67280421310721)  # four epochs are not enough from every start
     net = build("preactresnet18", 2, width=4, mean=origin.mean, std=origin.std)
