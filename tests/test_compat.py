@@ -400,9 +400,12 @@ def test_two_tables_of_contents_are_refused(refused, old):
         named = locator[:8] + start.to_bytes(8, "little") + locator[16:]
         end = end[:16] + moved.to_bytes(4, "little") + end[20:]
         hidden = raw[:start] + record + table + ours + named + end
-        with zipfile.ZipFile(io.BytesIO(hidden)) as found:
-            assert found.start_dir == moved and len(found.namelist()) > 1
-        refused(hidden, "zip64 record is not where it says")
+        try:
+            with zipfile.ZipFile(io.BytesIO(hidden)) as found:
+                assert found.start_dir == moved and len(found.namelist()) > 1
+            refused(hidden, "zip64 record is not where it says")
+        except zipfile.BadZipFile:  # later ones of Python look for themselves
+            refused(hidden, "zip64")
 
 
 def test_limits_of_size(refused, monkeypatch):

@@ -55,7 +55,8 @@ class Normalized(nn.Module):
             return self._logits(x)
         if self.net._compiled_call_impl is None:  # copies of a module leave it behind
             torch._dynamo.config.recompile_limit = GRAPHS
-            self.net.compile(mode=self.compiled, dynamic=False)
+            with torch._dynamo.config.patch(wrap_top_frame=True):  # or torch 2.10 passes over a Sequential
+                self.net.compile(mode=self.compiled, dynamic=False)
         with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
             try:
                 return self._logits(x)
