@@ -21,7 +21,7 @@ from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
-from sau.errors import ConfigError, DataError, first_line
+from sau.errors import ConfigError, DataError, first_line, in_a_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
 from sau.foreign import weights
@@ -110,8 +110,10 @@ def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
     mean, std = (",".join(f"{value:.4g}" for value in found[name]) for name in ("mean", "std"))
     which = "another is" if own.mean else "none is"
     return [
-        f"by {file.path.name} ({found['from']}) pictures are normalised with mean {mean} and std {std}, but {which} "
-        "applied here; unless the network does it itself, give --mean and --std"
+        in_a_line(
+            f"by {file.path.name} ({found['from'][:100]}) pictures are normalised with mean {mean} and std {std}, but "
+            f"{which} applied here; unless the network does it itself, give --mean and --std"
+        )
     ]
 
 

@@ -100,10 +100,12 @@ class Request:
             if folder == "recipe" and recipe in FAST and "epochs" not in layers:
                 raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
         said = {**self._files(recipe, dataset), **self.given}
-        for name in (said.keys() - self.asked) & EARLY:
-            raise ConfigError(
-                f"{said[name].origin}: {name} cannot depend on the recipe or the data set; set it for all"
-            )
+        early = {**self._files(), **self.given}
+        for name in EARLY & said.keys():
+            if said[name] != early.get(name):
+                raise ConfigError(
+                    f"{said[name].origin}: {name} cannot depend on the recipe or the data set; set it for all"
+                )
         self.asked |= said.keys()
         record = record or {}
         for name in ("dataset", "model"):

@@ -565,6 +565,12 @@ def test_what_is_asked_for_before_the_recipe_is_known_does_not_depend_on_it(tmp_
     with pytest.raises(ConfigError) as refusal:
         asked(["--yaml_path", str(file)], {"dataset": "digits"}, dataset="digits")
     assert "record_root cannot depend on" in one_line(refusal.value)
+    file = written(tmp_path, "record_root: here\ndatasets:\n  digits: {record_root: elsewhere}\n")
+    with pytest.raises(ConfigError, match="cannot depend on"):
+        asked(["--yaml_path", str(file)], {"dataset": "digits"}, dataset="digits")
+    assert asked(["--yaml_path", str(file)])[0].record_root == "here"
+    flags = ["--yaml_path", str(file), "--record_root", "asked"]  # which beats both
+    assert asked(flags, {"dataset": "digits"}, dataset="digits")[0].record_root == "asked"
     file = written(tmp_path, "lr: 3\ndatasets:\n  digits: {dataset_path: there}\n")
     record = {"dataset": "digits", "dataset_path": "here"}
     assert asked(["--yaml_path", str(file)], record, dataset="digits")[0].dataset_path == "there"

@@ -537,6 +537,9 @@ def test_without_time_for_an_update_a_network_keeps_what_it_can(method):
     fixed = method(batch_size=25, **layer).purify(net, clean, session=session)
     before, after = (score(each, test, triggered).acc.percent for each in (net, fixed))
     assert after >= before - (10 if method.name in ("fp", "bnp", "clp", "ep") else 0)
+    assert (session.limit.ended is None) == (method.name in ("bnp", "clp", "ep"))
+    if method.name in ("d3", "fst"):
+        assert same_weights(fixed, net) and session.limit.ended == "round 1, before its first batch"
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,7 @@ def test_names_that_are_put_together_are_not_harmless():
     assert zipped(hexed) == pickles.imports(hexed) == [pickles.MALFORMED]
     assert pickles.imports(b"\x80\x02I0x10") == [] and zipped(b"\x80\x02X\x09\0\0\0cos") == []  # cut off: no more of it
     assert pickles.imports(b"cbuiltins\nprint\n(S'x'\ntR.") == ["builtins.print"]  # protocol 0
+    assert pickles.imports(b"class Foo:\n    pass\n") == pickles.imports(b"import os\nprint(1)\n") == []  # texts
     assert pickles.imports(save({"c": torch.full((99,), 1e-9)})) == []
     assert pickles.imports(b"PK\x03\x04" + b"junk") == [] and pickles.imports(b"") == []
 

@@ -263,6 +263,14 @@ def test_a_normalisation_that_the_file_has_and_nobody_applies_is_said(tmp_path):
     (other,) = _unapplied(file, OwnRun(**given, mean=(0.5,), std=(0.5,)))
     assert "but another is applied" in other
     assert _unapplied(file, OwnRun(**given, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262))) == []
+    for size in (0, 2):  # of no picture
+        found = {"norm.mean": torch.zeros(size), "norm.std": torch.ones(size)}
+        safetensors.torch.save_file(found, tmp_path / "net.safetensors")
+        assert _unapplied(weights.read(tmp_path / "net.safetensors"), OwnRun(**given, mean=(0.5,), std=(0.5,))) == []
+    evil = {f"x\x1b]0;y\nfinished.{name}": torch.ones(1) for name in ("mean", "std")}
+    safetensors.torch.save_file(evil, tmp_path / "net.safetensors")
+    (line,) = _unapplied(weights.read(tmp_path / "net.safetensors"), OwnRun(**given))
+    assert line.isprintable()
     safetensors.torch.save_file({"conv.weight": torch.zeros(3)}, tmp_path / "net.safetensors")
     assert _unapplied(weights.read(tmp_path / "net.safetensors"), OwnRun(**given)) == []
 

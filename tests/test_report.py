@@ -231,10 +231,17 @@ def test_what_a_grid_gave_up_is_shown_with_its_reason(tmp_path):
     for name in (path.name, done.name, below.replace("/", "__")):
         (kept / name).write_text(json.dumps({"reason": "killed by signal 9", "tries": 2}))
     (kept / "half").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (kept / "empty").write_text(json.dumps({"reason": "no end", "tries": 1}))
     runs, others = read(tmp_path)
     assert ["killed by signal 9" in run.reason for run in runs] == [True, False]
     assert "it reached epoch 3" in runs[0].reason
-    assert others == [f"{below} (the grid gave it up after 2 tries: killed by signal 9)"]
+    why = "the grid gave it up after"
+    assert others == [f"{below} ({why} 2 tries: killed by signal 9)", f"empty ({why} 1 tries: no end)"]
+    shutil.rmtree(path)
+    shutil.rmtree(done)
+    with pytest.raises(RecordError, match="killed by signal 9"):
+        read(tmp_path)
 
 
 def test_a_changed_text_is_noticed_and_a_changed_weight_where_it_is_looked_at(tmp_path):

@@ -162,6 +162,7 @@ FORGERIES = {
         ["ft: selection"],
     ),
     "an early end": ("ft", SUMMARY, lambda s: s.update(ended_early="epoch 1"), ["ft: end"]),
+    "an attack's early end": ("", SUMMARY, lambda s: s.update(ended_early="epoch 1"), ["end"]),
     "no early end": ("ft", CONFIG, lambda c: c["identity"].update(ended_early="epoch 1"), ["ft: end"]),
     "how well the trigger hides": (
         "",
@@ -212,6 +213,15 @@ def test_what_was_measured_on_the_way_is_said_not_to_be_checked(copied):
     found = Verification(copied).run()
     assert found.findings.status == PARTLY
     assert {"ft: risk", "ft: findings"} == {one.what for one in found.findings if one.state == "not checked"}
+
+
+def test_without_a_trigger_in_the_summary_nothing_of_it_is_held(copied):
+    change(copied, SUMMARY, lambda said: said["trigger"].update(made={"psnr": 99.0}))
+    found = {one.what: one.state for one in Verification(copied).run().findings}
+    assert (found["trigger"], found["trigger as it was made"]) == ("held", "not checked")
+    change(copied, SUMMARY, lambda said: said.update(cross_acc=99.0) or said.pop("trigger"))
+    found = {one.what: one.state for one in Verification(copied).run().findings}
+    assert (found["trigger"], found["cross_acc"]) == ("not checked", "not checked")
 
 
 def test_a_manifest_that_vouches_for_nothing_is_broken(copied):

@@ -86,7 +86,7 @@ def gather(batches: Batched) -> tuple[Tensor, Tensor]:
 def first(batches: Batched) -> tuple[Tensor, Tensor]:
     """The first batch of `batches` as its pictures are: pixels in [0, 1] [B, C, H, W] and labels [B]."""
     plain: Any = unaugmented(batches)[0]
-    plain.set_epoch(0)  # the same one before, after and in the middle of a run
+    plain.set_epoch(0)  # the same one before and after a run; only a user's loader has an order of its own
     x, y, *_ = next(iter(plain))
     return x, y
 

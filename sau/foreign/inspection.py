@@ -155,7 +155,7 @@ def normalisation(found: weights.Weights) -> Report | None:
     """Mean and standard deviation, from tensors of these names or from a data set that the file names."""
     for place, mean in found.tensors.items():
         std = found.tensors.get(f"{place.removesuffix('mean')}std")
-        if place.split(".")[-1] not in ("mean", "new_mean") or std is None or not mean.numel() == std.numel() <= 3:
+        if place.split(".")[-1] not in ("mean", "new_mean") or std is None or not mean.numel() == std.numel() in (1, 3):
             continue
         if mean.dtype.is_floating_point and std.dtype.is_floating_point:
             return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist(), "from": place}

@@ -35,14 +35,14 @@ def imports(raw: bytes) -> list[str]:
     """The dotted names that the pickles in a file would import, each once, in their order.
 
     Looks into torch's zip files (every member that is a pickle), torch's older format, tar archives and bare pickles.
-    A name that is not written down but computed comes as `UNKNOWN`. A pickle that cannot be followed to its end, though
-    there is more of it, ends in `MALFORMED`, for other readers may go on; of one that is cut off there are the names up
-    to there.
+    A name that is not written down but computed comes as `UNKNOWN`. What is certainly a pickle and cannot be followed
+    to its end, though there is more of it, ends in `MALFORMED`, for other readers may go on; of one that is cut off
+    there are the names up to there. What may be anything, as of protocol 0, counts only if it comes to an end.
     """
     names: dict[str, None] = {}
     with suppress(Exception):  # zipfile and tarfile raise a dozen types; reading such a file says what is wrong with it
         for content, pickles in _pickles(raw):
-            for name in islice(_names(content, pickles), 1000):
+            for name in islice(_names(content, pickles) if pickles else _if_whole(content), 1000):
                 names.setdefault(name)
     return list(names)
 
@@ -68,6 +68,16 @@ def _pickles(raw: bytes) -> Iterator[tuple[bytes, int]]:
         yield raw, LEGACY_PICKLES
     elif not (raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") < len(raw)):  # no header of safetensors
         yield raw, int(_looks_pickled(raw))  # one of protocol 0 begins with any letter
+
+
+def _if_whole(content: bytes) -> list[str]:
+    """The names in what may be a pickle of protocol 0, which begins with any letter, or one of a later one."""
+    if not _looks_pickled(content):
+        with suppress(Exception):  # see `_names`
+            pickletools.dis(content, out=io.StringIO())
+            return list(_names(content, 0))
+        return []
+    return list(_names(content, 0))
 
 
 def _looks_pickled(content: bytes) -> bool:

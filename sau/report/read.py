@@ -97,7 +97,7 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
     if not root.is_dir():
         raise RecordError(f"there is no folder {root}; name the one that holds the result folders, like ./record")
     runs: list[Run] = []
-    others = []
+    others, lost = [], given_up(root)
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         try:
             found = list(_below(folder))
@@ -108,14 +108,14 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
             others.append(f"{folder.name} (a purified network of your own, whose trigger nobody knows)")
         elif found:
             runs += found
-        else:
+        elif folder.name not in lost:
             others.append(folder.name)
+    runs = [_with(lost.pop(str(run.path.relative_to(root)), ""), run) for run in runs]
+    others += [f"{folder} ({why})" for folder, why in lost.items()]
     if not runs:
         there = f", but {', '.join(others)[:200]}" if others else ""
         raise RecordError(f"{root} holds no results of attacks (NAME/{CONFIG} or NAME/{SUMMARY}){there}; name another")
-    lost = given_up(root)
-    runs = [_with(lost.pop(str(run.path.relative_to(root)), ""), run) for run in runs]
-    return list(_once(runs)), [*others, *(f"{folder} ({why})" for folder, why in lost.items())]
+    return list(_once(runs)), others
 
 
 def _with(why: str, run: Run) -> Run:

@@ -17,6 +17,8 @@ from sau.record.folder import Record
 from sau.verify import claims
 from sau.verify.findings import Finding, Findings, State
 
+ON_THE_WAY = "it was measured on the way, and is not measured again"
+
 
 @dataclass
 class Verification:
@@ -59,6 +61,7 @@ class Verification:
             self.before[amp] = found
             with self.findings.whole("summary"):
                 self._compare("", record, record.summary(), found)
+                self.findings.look("end", lambda: claims.early(record.config, record.summary()))
                 self._trigger(record.config, record.summary())
         for folder in sorted(place for place in (self.path / "defense").glob("*") if place.is_dir()):
             with self.findings.whole(f"{folder.name}: record"):
@@ -127,25 +130,32 @@ class Verification:
 
     def _trigger(self, config: dict[str, Any], said: dict[str, Any]) -> None:
         """How well an attack's trigger hides, and what the network answers to those that must do nothing."""
-        if "trigger" not in said:
-            return
-        if self.data is None:
-            return self.findings.skip("trigger", "without the data set there is nothing to compare its pictures with")
-        test, bad = self.data[1], self.attacked.triggered
-        radius = config["run"].get("trigger_radius", quality.RADIUS)
-        found = quality.of_attack(test, bad, radius) if bad else None
-        self.findings.look("trigger", lambda: claims.trigger(said, found))
-        if "cross_acc" not in said:
-            return
+        if self.data is None or "trigger" not in said:
+            why = "the summary does not say" if self.data else "without the data set its pictures have no others beside"
+            self.findings.skip("trigger", why)
+        else:
+            bad, radius = self.attacked.triggered, config["run"].get("trigger_radius", quality.RADIUS)
+            found = quality.of_attack(self.data[1], bad, radius) if bad else None
+            self.findings.look("trigger", lambda: claims.trigger(said, found))
+        if "made" in (said.get("trigger") or {}):
+            self.findings.skip("trigger as it was made", ON_THE_WAY)
+        if "cross_acc" in said:
+            self._crossed(config, said)
+
+    def _crossed(self, config: dict[str, Any], said: dict[str, Any]) -> None:
+        """The accuracy under triggers that must do nothing, if those can be made here as they were."""
         attack = recall(config["method"], self.attacked.trigger)
-        crossed = attack.crossed(test.to(self.where)) if attack.trigger is not None else None
-        if crossed is None:
-            return self.findings.skip("cross_acc", "the network that makes those triggers is not read back")
+        made_on = config.get("device", self.where.type)
+        if self.data is None or attack.trigger is None or made_on != self.where.type:
+            where = "the data set" if self.data is None else f"what drew those triggers, on {made_on}"
+            return self.findings.skip("cross_acc", f"without {where}")
+        crossed = attack.crossed(self.data[1].to(self.where))
         model = self.attacked.model().to(self.where)
         model.amp = bool(config.get("amp"))
-        share = accuracy(model, crossed.pixels, crossed.labels)
         with self.findings.whole("cross_acc"):
-            made_on = config.get("device", self.where.type)
+            if crossed is None:
+                raise RecordError(f"{said['cross_acc']} there, but {attack.name} has no such triggers")
+            share = accuracy(model, crossed.pixels, crossed.labels)
             self.findings.append(self._equal("cross_acc", said, "cross_acc", share, made_on))
 
     def _defense(self, record: Record) -> None:
@@ -173,7 +183,7 @@ class Verification:
         self.findings.look(f"{whose}selection", lambda: claims.selection(record.config, said))
         self.findings.look(f"{whose}end", lambda: claims.early(record.config, said))
         for name in said.keys() & {"risk", "findings"}:
-            self.findings.skip(f"{whose}{name}", "it was measured on the way, and is not measured again")
+            self.findings.skip(f"{whose}{name}", ON_THE_WAY)
 
     def _purified_this(self, config: dict[str, Any]) -> str:
         if config["attacked"] != self.attacked.digest:
