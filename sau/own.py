@@ -6,14 +6,13 @@ adversarial risks (`sau.risk`), and where adversarial examples lead: a backdoor 
 
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sau.clues import Reversal, clean_indices, concentration, reverse
 from sau.data.folders import labelled
@@ -103,8 +102,10 @@ def purify(name: str, request: Request) -> None:
 def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
     """What to say where the file holds or names another normalisation than the one that was asked for."""
     found = normalisation(file)
+    given = {"mean": own.mean, "std": own.std}  # one value is for all channels
     if found is None or (
-        own.mean and torch.allclose(_pair(found["mean"], found["std"]), _pair(own.mean, own.std), atol=0.01)
+        own.mean
+        and all(torch.allclose(torch.tensor(found[name]), torch.tensor(given[name]), atol=0.01) for name in given)
     ):
         return []
     mean, std = (",".join(f"{value:.4g}" for value in found[name]) for name in ("mean", "std"))
@@ -115,11 +116,6 @@ def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
             f"{which} applied here; unless the network does it itself, give --mean and --std"
         )
     ]
-
-
-def _pair(mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Both for three channels [2, 3]; one value is for all."""
-    return torch.stack([torch.tensor(list(values) * (3 // len(values))) for values in (mean, std)])
 
 
 def _need_nothing_of_an_attacker(method: Defense) -> None:

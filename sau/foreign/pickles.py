@@ -22,6 +22,7 @@ UNKNOWN = "a name put together on the stack"
 MALFORMED = "what follows bytes that only other readers understand"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
 LEGACY_PICKLES = 5  # of a file of torch before 1.6: magic number, version, system, content, names of its storages
+UNSURE = 1_000_000  # opcodes of what may be a text; each costs a microsecond
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
@@ -42,8 +43,9 @@ def imports(raw: bytes) -> list[str]:
     names: dict[str, None] = {}
     with suppress(Exception):  # zipfile and tarfile raise a dozen types; reading such a file says what is wrong with it
         for content, pickles in _pickles(raw):
-            for name in islice(_names(content, pickles) if pickles else _if_whole(content), 1000):
-                names.setdefault(name)
+            if pickles or _looks_pickled(content) or _ends(content):
+                for name in islice(_names(content, pickles), 1000):
+                    names.setdefault(name)
     return list(names)
 
 
@@ -70,14 +72,11 @@ def _pickles(raw: bytes) -> Iterator[tuple[bytes, int]]:
         yield raw, int(_looks_pickled(raw))  # one of protocol 0 begins with any letter
 
 
-def _if_whole(content: bytes) -> list[str]:
-    """The names in what may be a pickle of protocol 0, which begins with any letter, or one of a later one."""
-    if not _looks_pickled(content):
-        with suppress(Exception):  # see `_names`
-            pickletools.dis(content, out=io.StringIO())
-            return list(_names(content, 0))
-        return []
-    return list(_names(content, 0))
+def _ends(content: bytes) -> bool:
+    """Whether what may be a pickle of protocol 0, which begins with any letter, comes to an end before long."""
+    with suppress(Exception):  # see `_names`
+        return sum(1 for _ in islice(pickletools.genops(content), UNSURE)) < UNSURE
+    return False
 
 
 def _looks_pickled(content: bytes) -> bool:
