@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parts", type=several(str), default=PARTS, help=f"of {','.join(PARTS)} [all that there is material for]")
     add("--shots", type=several(int), default=default.shots, help="poisons to re-learn from [1,2,5,10,50]")
     add("--epochs", type=int, default=default.epochs, help="of re-learning [5]")
-    add("--share", type=float, default=default.share, help="of the training pictures, for re-learning [0.02]")
+    add("--share", type=float, default=default.share, help="of the training pictures, to learn from [0.02]")
     add("--eps", type=several(float), default=default.eps, help="radii of perturbations, in [0, 1] [0.01,0.02,0.05]")
     add("--steps", type=int, default=default.steps, help="gradient steps for each radius [100]")
     add("--pictures", type=int, default=default.pictures, help="pictures that a perturbation is fitted to [1000]")

@@ -25,6 +25,7 @@ from sau.audit.carry import read
 from sau.audit.case import Case, Network
 from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
 from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
+from sau.audit.path import STEPS, between, connected, settled
 from sau.audit.reactivate import shifted, universal
 from sau.audit.relearn import mixture, relearn
 from sau.audit.square import HALVED, _side, square
@@ -366,11 +367,15 @@ def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
     for key, wanted in steps.items():
         assert set(lines[key]) == names and all(list(line) == wanted for line in lines[key].values()), key
     assert set(lines["white", "same D on control"]) == {"none", "ft"}
+    for curve in ("statistics between", "statistics anew"):
+        assert list(lines["path", curve]) == ["ft"] and list(lines["path", curve]["ft"]) == list(STEPS)
     near = list(lines["neighbours", ""]["ft"])
     assert near == [*STRENGTHS, *BadNet().neighbours()]
     as_it_is = {name: score(model, TEST, BAD).asr.percent for name, model in nets.items()}
     for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0), (("black", "trigger + D"), 0)):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
+    way = lines["path", "statistics between"]["ft"]
+    assert [way[0.0].mean, way[1.0].mean] == [as_it_is["none"], as_it_is["ft"]]
     left = {row["network"]: row for row in found["rows"] if row["part"] == "bec"}
     assert left["none"]["bec"] == pytest.approx(1) and left["control"]["bec"] == 0 == left["control"]["stretched"]
     assert read(tmp_path / "audit" / "audit.json") == json.loads(json.dumps(found))
@@ -441,7 +446,7 @@ def test_the_figure_shows_what_was_found(nets, tmp_path):
     found = carry_out(Plan(case(nets), Asked(**SMALL)), tmp_path / "audit", lambda line: None)
     figure = audit([found, found])
     panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
-    assert len(panels) == 8
+    assert len(panels) == 10
     line = panels["re-learning, augmented once"].containers[1].lines[0]
     wanted = [curves([found])["relearn", "released"]["ft"][k].mean for k in (0, 2)]
     assert line.get_ydata().tolist() == wanted
@@ -449,6 +454,45 @@ def test_the_figure_shows_what_was_found(nets, tmp_path):
     bars = panels["existence coefficient"].patches
     assert bars[0].get_width() == pytest.approx(1)
     matplotlib.pyplot.close("all")
+
+
+# The path
+
+
+def test_the_path_leads_from_one_network_to_the_other(nets):
+    start, end = Normalized(nets["none"]).eval(), Normalized(nets["ft"]).eval()
+    kept = {name: tensor.clone() for name, tensor in end.state_dict().items()}
+    for s in STEPS:
+        for name, tensor in between(start, end, s).state_dict().items():
+            first, last = start.state_dict()[name], kept[name]
+            wanted = (1 - s) * first + s * last if tensor.is_floating_point() else last
+            torch.testing.assert_close(tensor, wanted)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in end.state_dict().items())  # untouched
+
+
+def test_settled_statistics_are_those_of_the_pictures():
+    torch.manual_seed(0)
+    norm, dropped = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
+    pictures = TRAIN[torch.arange(300)]
+    model = settled(torch.nn.Sequential(norm, dropped), pictures)
+    batches = [x for x, *_ in pictures.batches(256, seed=0)]
+    assert len(batches) == 2 and not model.training and not norm.training
+    for found, wanted in ((norm.running_mean, torch.mean), (norm.running_var, torch.var)):
+        torch.testing.assert_close(found, torch.stack([wanted(x, (0, 2, 3)) for x in batches]).mean(0))
+
+
+def test_no_path_leads_to_a_network_with_other_layers(nets):
+    some = case(nets)
+    other = tiny_net()
+    insert(other, "features.3")
+    some.networks["npd"] = Network("npd", Normalized(other).eval(), "digest of npd")
+    plan = Plan(some, Asked(**{**SMALL, "parts": ("path",)}))
+    assert not connected(some.networks["none"].model, some.networks["npd"].model)
+    assert {piece.about for piece in plan.pieces() if piece.part == "path"} == {
+        "ft, statistics between",
+        "ft, statistics anew",
+    }
+    assert len(plan.notes) == 1 and "no path leads to npd" in plan.notes[0]
 
 
 # Records

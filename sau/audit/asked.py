@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from sau.errors import require
 
-Part = Literal["relearn", "white", "black", "transfer", "neighbours", "bec"]
+Part = Literal["relearn", "path", "white", "black", "transfer", "neighbours", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -17,7 +17,7 @@ class Asked:
         parts: of `PARTS`.
         shots: poisoned pictures that the attacker re-learns from; 0 is always among them.
         epochs: of re-learning.
-        share: of the training pictures that the attacker draws for it.
+        share: of the training pictures that the attacker draws for it, and for the statistics on the path.
         eps: L-infinity radii of universal perturbations in [0, 1] pixels, rising.
         steps: gradient steps for each radius.
         pictures: triggered training pictures that a perturbation is fitted to.

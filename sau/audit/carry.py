@@ -33,7 +33,7 @@ def carry_out(plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict
 
 def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     pieces, rows = plan.pieces(), []
-    for note in plan.case.notes:
+    for note in plan.notes:
         say(f"note: {note}")
     seconds: dict[str, float] = {}
     for number, piece in enumerate(pieces, 1):
@@ -50,7 +50,7 @@ def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str,
     asked = {**asdict(plan.asked), "samples": [len(case.test), len(case.triggered)]}
     attack = case.attack.name if case.attack is not None else None
     found = {"record": case.name, "attack": attack, "networks": networks, "asked": as_json(asked), "seconds": seconds}
-    return _keep(out / RESULT, {**found, "about": as_json(plan.about), "notes": list(case.notes), "rows": rows})
+    return _keep(out / RESULT, {**found, "about": as_json(plan.about), "notes": plan.notes, "rows": rows})
 
 
 def _keep(place: Path, content: dict[str, Any]) -> dict[str, Any]:

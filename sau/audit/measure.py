@@ -1,7 +1,8 @@
 """The figures of each part of an audit, as rows: `part`, `curve`, `network`, `x`, `seed`, and shares of pictures.
 
-`x` is what the attacker spent: poisoned pictures (relearn), the radius eps (white, transfer), pictures scored (black),
-or what is different (neighbours). `curve` tells apart what stands beside each other in a part.
+`x` is what the attacker spent: poisoned pictures (relearn), the radius eps (white, transfer), pictures scored (black);
+or the share of the way from the attacked weights (path), or what is different (neighbours). `curve` tells apart what
+stands beside each other in a part.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from sau.audit import coefficient
 from sau.audit.asked import Asked
 from sau.audit.case import NONE, Case, Network
 from sau.audit.neighbours import neighbours
+from sau.audit.path import STEPS, between, settled
 from sau.audit.reactivate import noise, shifted, universal
 from sau.audit.relearn import mixture, relearn
 from sau.audit.square import square
@@ -24,6 +26,7 @@ from sau.types import Bytes, Pixels
 
 MARKS = (0.02, 0.1, 0.2, 0.5, 1.0)  # shares of the questions at which the black box is measured
 RELEASED, FRESH = "released", "fresh"  # re-learning: augmented once, or every batch anew
+BETWEEN, ANEW = "statistics between", "statistics anew"  # the path: of batch norm
 TRIGGER, ALONE, NOISE = "trigger + D", "D alone", "trigger + noise"  # what a perturbation is added to
 Row = dict[str, Any]
 
@@ -52,6 +55,17 @@ class Measure:
         again = relearn(network.model, pictures, epochs=self.asked.epochs, seed=seed, augment=later)
         found = score(again, case.test, case.triggered).summary()
         return [{"part": "relearn", "curve": curve, "network": network.name, "x": shots, "seed": seed, **found}]
+
+    def walked(self, network: Network, curve: str) -> list[Row]:
+        """The same along the path from the attacked network to a purified one."""
+        case, found = self.case, []
+        pictures = mixture(case.train, case.poisons, 0, share=self.asked.share, seed=0)
+        for s in STEPS:
+            model = between(case.networks[NONE].model, network.model, s)
+            model = settled(model, pictures) if curve == ANEW else model
+            shares = score(model, case.test, case.triggered).summary()
+            found.append({"part": "path", "curve": curve, "network": network.name, "x": s, "seed": 0, **shares})
+        return found
 
     def white(self, network: Network, curve: str, seed: int) -> list[Row]:
         """D fitted to the network itself, on triggered pictures or on clean ones alone.

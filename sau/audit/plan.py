@@ -8,7 +8,8 @@ from typing import Any
 
 from sau.audit.asked import PARTS, Asked
 from sau.audit.case import CONTROL, NONE, Case, Network
-from sau.audit.measure import ALONE, FRESH, RELEASED, TRIGGER, Measure, Row
+from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER, Measure, Row
+from sau.audit.path import STEPS, connected
 from sau.audit.relearn import mixture
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError
@@ -60,8 +61,8 @@ class Plan:
 
     def pieces(self) -> list[Piece]:
         """All of them, part by part."""
-        makers = dict(zip(PARTS, (self._relearn, self._white, self._black, self._transfer, self._near, self._bec),
-                          strict=True))  # fmt: skip
+        makers = dict(zip(PARTS, (self._relearn, self._path, self._white, self._black, self._transfer, self._near,
+                                  self._bec), strict=True))  # fmt: skip
         asked = [part for part in PARTS if part in self.asked.parts]
         return [*self._before(), *(piece for part in asked for piece in makers[part]())]
 
@@ -83,6 +84,12 @@ class Plan:
             work = partial(self.measure.relearned, network, curve, seed, k)
             about = f"{network.name}, {curve}, {k} poisons, seed {seed}"
             yield self._piece("relearn", about, [network], work, curve=curve, seed=seed, shots=k, **settings)
+
+    def _path(self) -> Iterator[Piece]:
+        attacked, settings = self.case.networks[NONE], {"share": self.asked.share, "steps": STEPS}
+        for network, curve in product(self._reached(True), (BETWEEN, ANEW)):
+            work = partial(self.measure.walked, network, curve)
+            yield self._piece("path", f"{network.name}, {curve}", [attacked, network], work, curve=curve, **settings)
 
     def _white(self) -> Iterator[Piece]:
         for network, curve, seed in product(self.case.networks.values(), (TRIGGER, ALONE), self.asked.seeds):
@@ -120,6 +127,17 @@ class Plan:
         for network in self.case.networks.values():
             work = partial(self.measure.alike, network)
             yield self._piece("bec", network.name, [self.case.networks[NONE], network], work)
+
+    def _reached(self, wanted: bool) -> list[Network]:
+        """The purified networks to which a straight path leads, or the others."""
+        attacked = self.case.networks[NONE].model
+        return [network for network in self.case.purified if connected(attacked, network.model) == wanted]
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say before the figures."""
+        cut = [network.name for network in self._reached(False)] if "path" in self.asked.parts else []
+        return [*self.case.notes, *(f"no path leads to {name}, which has other layers" for name in cut)]
 
     @property
     def _gradients(self) -> dict[str, Any]:

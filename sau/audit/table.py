@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sau.audit.measure import ALONE, FRESH, NOISE, RELEASED, TRIGGER, Row
+from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
 from sau.errors import in_a_line
 from sau.report.spread import Spread, spread
 
@@ -15,6 +15,8 @@ TITLES: dict[Key, str] = {
     ("before", ""): "As they are",
     ("relearn", RELEASED): "Re-learning from k poisons, augmented once (as released)",
     ("relearn", FRESH): "Re-learning from k poisons, every batch augmented anew",
+    ("path", BETWEEN): "On the path from the attacked weights (0) to the purified ones (1)",
+    ("path", ANEW): "On the same path, statistics of batch norm estimated anew",
     ("white", TRIGGER): "White box: trigger and universal D, by radius",
     ("white", ALONE): "White box: D on pictures without a trigger (gUAA), by radius",
     ("white", NOISE): "Trigger and noise, by radius",

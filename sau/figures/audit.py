@@ -8,13 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sau.audit.case import CONTROL, NONE
-from sau.audit.measure import ALONE, FRESH, RELEASED, TRIGGER
+from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER
 from sau.audit.table import Audit, Key, coefficients, curves
 from sau.report.spread import Spread
 
 PANELS: dict[Key, tuple[str, str]] = {
     ("relearn", RELEASED): ("re-learning, augmented once", "poisoned pictures"),
     ("relearn", FRESH): ("re-learning, augmented anew", "poisoned pictures"),
+    ("path", BETWEEN): ("path from the attacked weights", "share of the way"),
+    ("path", ANEW): ("path, batch norm estimated anew", "share of the way"),
     ("white", TRIGGER): ("white box, trigger + D", "radius of D"),
     ("white", ALONE): ("white box, D alone", "radius of D"),
     ("black", TRIGGER): ("black box, trigger + D", "pictures scored"),
