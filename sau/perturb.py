@@ -51,7 +51,7 @@ class Ball:
 
     def contains(self, e: Change) -> Flags:
         """Which of the e lie in the ball, up to the rounding of 8-bit pictures."""
-        return length(e, self.norm) <= self.eps * (1 + 1e-6)
+        return length(e, self.norm) <= self.eps * (1 + 1e-6) + 2**-23  # the last is what float32 loses of g - x
 
 
 def project(e: Change, norm: Norm, eps: float) -> Change:

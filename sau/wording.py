@@ -1,5 +1,6 @@
 """Numbers and tables as text."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from sau.errors import printable
@@ -16,6 +17,12 @@ def duration(seconds: float) -> str:
 def short(value: float) -> str:
     """A whole number as one, anything else with four digits."""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"
+
+
+def at_most(bound: float) -> str:
+    """The largest number of four digits that is not above `bound`, which is above 0."""
+    text = f"{bound:.4g}"
+    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -342,6 +342,30 @@ def test_the_examples_of_a_record_are_the_first_of_each_block(attack, pratio, n)
     assert changed.all()
 
 
+def test_a_cover_that_is_alone_is_left_out():
+    """Input-Aware would put its own trigger on it, and that would be a poisoned picture with its true label."""
+    kept = InputAware(pratio=0.01, attack_target=1).examples(toy_images(100))
+    assert kept.role.tolist() == [BACKDOOR]
+    assert (InputAware(pratio=0.02, attack_target=1).examples(toy_images(100)).role == COVER).sum() == 2
+
+
+@pytest.mark.parametrize(("hit", "n"), [(4511, 39209), (1, 3), (7, 60), (3, 10), (1, 39209)])
+def test_the_largest_ratio_that_a_refusal_names_is_accepted(hit, n):
+    labels = (torch.arange(n) >= hit).long()
+    images = Images.clean(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), labels, 2)
+    with pytest.raises(ConfigError, match=r"allowed is up to") as refused:
+        SIG(pratio=min(1.0, hit / n + 1 / n)).check(images)
+    assert hit * 0.999 <= SIG(pratio=float(str(refused.value).split()[-1])).check(images) <= hit
+
+
+@pytest.mark.parametrize("cross", [0.5, 2, 5, 3.7])
+def test_the_largest_ratio_that_wanet_names_is_accepted(cross):
+    with pytest.raises(ConfigError, match=r"up to") as refused:
+        WaNet(pratio=1.0, cross_ratio=cross)
+    largest = float(str(refused.value).split()[-1])
+    assert WaNet(pratio=largest, cross_ratio=cross).pratio * (1 + cross) == pytest.approx(1, rel=1e-3)
+
+
 @each_in_batch
 def test_of_few_poisoned_pictures_some_blocks_give_one(attack):
     """0.004 of a block of 128 is 0.512 pictures, so every second block has one, and its covers behind it."""

@@ -237,3 +237,13 @@ def test_settings_out_of_range_are_refused(wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         D3(**wrong)
     assert next(iter(wrong)) in one_line(refusal.value)
+
+
+@pytest.mark.parametrize(("defense", "watched"), [(D3, "excess"), (FST, "clean_loss")])
+def test_a_plateau_is_one_though_the_loss_lies_below_0(defense, watched):
+    """What torch compares in proportion: below 0 a loss that stays or rises would count as an improvement."""
+    method = defense(epochs=40, lr=0.1, lr_scheduler="ReduceLROnPlateau")
+    state = {"descent": method.descent([nn.Parameter(torch.zeros(1))], 1)}
+    for _ in range(30):
+        method.end_epoch(state, {"loss": -3.0, watched: 0.5})
+    assert state["descent"].optimizer.param_groups[0]["lr"] < 0.1

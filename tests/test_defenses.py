@@ -110,7 +110,15 @@ each_at_random = rows(lambda row: row.random)
 @pytest.fixture(autouse=True)
 def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most networks here are untrained; those who prune by an accuracy would prune nothing, for it is chance."""
-    monkeypatch.setattr("sau.defense.held.chance", lambda model, held: -1.0)
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)
+
+
+def test_a_network_that_answers_by_the_batch_is_warned_of():
+    norms, said = [nn.BatchNorm2d(4, track_running_stats=tracked) for tracked in (True, False)], []
+    for norm in norms:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        FT(epochs=0).purify(net, pair(), session=Session(say=said.append))
+    assert sum("1 batch norms keep no running statistics" in line for line in said) == 1
 
 
 def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,8 @@ def test_the_last_step_within_the_tolerance_is_the_one_applied(step, expected):
     assert torch.equal(fixed[1].weight[:, kept], net[1].weight[:, kept]) and torch.equal(fixed[1].bias, net[1].bias)
 
 
-def test_a_tolerance_that_allows_all_leaves_one_unit():
+def test_a_tolerance_that_allows_all_leaves_one_unit(monkeypatch):
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)  # what is left guesses
     net, data = ten_units()
     fixed = FP(epochs=0, acc_ratio=0.6, augment=False).purify(net, data, session=quiet())
     assert gone(fixed) == list(range(9))
@@ -170,6 +171,34 @@ def test_networks_without_the_layer_are_refused(one_line):
         assert f"--unit {other}" in one_line(refusal.value)
 
 
+class Gated(nn.Module):
+    """Squeeze-and-excitation with linear layers, and a convolution for a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.body(x)
+        return self.head(f * self.gate(f.mean((2, 3)))[:, :, None, None].sigmoid()).mean((2, 3))
+
+
+def test_a_linear_layer_that_makes_no_logits_is_not_the_last(one_line):
+    with pytest.raises(ConfigError, match="--unit last_conv") as refusal:
+        FP().purify(Gated(), pair(), session=quiet())
+    assert "makes the network's 4 logits" in one_line(refusal.value)
+
+
+def test_the_step_is_a_whole_number_of_units_whatever_rounding_does():
+    """7 % of 100 are 7, though 100 * 0.07 is more by a bit."""
+    net, said = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 100), nn.ReLU(), nn.Linear(100, 4)), []
+    defense = FP(epochs=0, once_prune_ratio=0.07, acc_ratio=0.99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sau.defense.pruning.choose", lambda model, levels, *rest, **more: said.extend(levels))
+        defense.purify(net, own_answers(net, pair()[0]), session=quiet())
+    assert [level.count for level in said] == list(range(7, 100, 7))
+
+
 def test_a_batch_norm_without_weights_would_undo_the_pruning(one_line):
     layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError) as refusal:
@@ -182,8 +211,9 @@ def test_a_batch_norm_without_weights_would_undo_the_pruning(one_line):
 
 @pytest.mark.parametrize("unit", ["linear_input", "last_conv"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer):
+def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer, monkeypatch):
     """Also with momentum, which goes on pushing where a weight was zeroed."""
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)  # the network is untrained
     net, settings = tiny_net(), {"batch_size": 8, "lr": 0.05, "unit": unit, "client_optimizer": optimizer}
     pruned, tuned = (
         FP(epochs=epochs, acc_ratio=0.9, **settings).purify(net, own_answers(net, pair()[0]), session=quiet())

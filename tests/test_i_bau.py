@@ -212,6 +212,18 @@ def test_it_computes_in_single_precision():
     assert model.amp
 
 
+def test_it_is_measured_in_the_precision_of_its_network():
+    seen = []
+
+    def look(done, losses, state):
+        seen.append(state["model"].amp)
+        return {}
+
+    session = Session(say=lambda line: None, on_epoch=look)
+    IBAU(epochs=2, lr=0.01).purify(Normalized(tiny_net(), amp=True), pair(), session=session)
+    assert seen == [True, True]
+
+
 def test_it_differentiates_twice_through_the_librarys_network():
     net = build("preactresnet18", 3, width=4, mean=(0.5,) * 3, std=(0.25,) * 3)
     before = copy.deepcopy(net)

@@ -49,6 +49,14 @@ def test_an_accuracy_no_better_than_chance_prunes_nothing(acc, expected):
     assert outcome(scores, oracle=True)[0] == 5
 
 
+def test_a_level_that_leaves_a_guess_is_not_allowed():
+    """Of four classes 25 %, and where one has most of the pictures, as many as that one has."""
+    scores = {0: (60, 90), 1: (55, 90), 3: (30, 90), 5: (25, 0)}
+    assert outcome(scores, oracle=False, tolerance=0.9)[0] == 3
+    assert outcome(scores, oracle=False, tolerance=0.9, y=(0, 0, 1, 2))[0] == 1
+    assert "no more than chance (75 %)" in outcome(scores, oracle=False, y=(0, 0, 0, 2))[1]
+
+
 def test_gathering_walks_once_and_keeps_the_order():
     batches = [(torch.full((2, 1, 1, 1), float(i)), torch.tensor([i, i]), "more") for i in range(3)]
     x, y = gather(batches)
@@ -99,6 +107,7 @@ def outcome(
     tolerance: float = 0.1,
     by_asr: bool = True,
     apart: bool = True,
+    y: tuple[int, ...] = (0, 1, 2, 3),
 ) -> tuple[int, str]:
     """How many channels go when the network scores (ACC, ASR) in percent with so many pruned."""
     net, said = tiny_net(), []
@@ -114,7 +123,7 @@ def outcome(
     with pytest.MonkeyPatch.context() as patch:
         if not oracle:  # the defender's scores, too, come from the table: held-back pictures have no ASR
             patch.setattr(pruning, "score", lambda model, clean, triggered: Score(judge(model).acc))
-        held = Held(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long), apart)
+        held = Held(torch.zeros(len(y), 3, 16, 16), torch.tensor(y), apart)
         taken = pruning.choose(net, LEVELS, prune, held, tolerance, session, oracle=oracle, by_asr=by_asr)
     count = int((net.get_parameter("features.1.weight") == 0).sum())
     assert len(said) == 1 and (taken.count if taken else 0) == count

@@ -151,7 +151,7 @@ def test_the_oracle_sweeps_the_thresholds_by_test_scores():
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(monkeypatch, number):
     """While it unlearns, which the threshold ends early, and while the masks recover."""
     defense = RNP(**SMALL, pruning_number=number, recovering_lr=20.0, clean_threshold=1.0, acc_ratio=0.99)
-    monkeypatch.setattr("sau.defense.held.chance", lambda model, held: -1.0)  # the network is untrained
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)  # the network is untrained
     net, data = tiny_net(), pair(32)
     whole = defense.purify(net, data, session=quiet())
     assert pruned(whole).any()

@@ -69,7 +69,8 @@ def examples(attack: Attack, images: Images, ratio: float, cover: Cover) -> Imag
     able = torch.zeros_like(place, dtype=torch.bool)
     able[attack.candidates(images)] = True
     made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])
-    covers = covered(images[((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()], cover)
+    beside = ((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()
+    covers = covered(images[beside[len(beside) == 1 :]], cover)  # one alone would be its own other, so it is left out
     both = {name: torch.cat([value, covers.tensors()[name]]) for name, value in made.tensors().items()}
     order = both["index"].argsort()
     return Images.restore({name: value[order] for name, value in both.items()}, images.num_classes) if n.any() else made

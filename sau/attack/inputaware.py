@@ -49,7 +49,7 @@ class InputAware(Attack):
         schedulerM_lambda: factor of a drop of lr_M.
         lambda_div: weight of diversity.
         lambda_norm: weight of the size of the masks.
-        mask_density: size of a mask that costs nothing, as a share of the picture.
+        mask_density: value of a mask, 0 to 1, up to which a pixel of it costs nothing.
         EPSILON: keeps divisions from dividing by 0.
         double_tanh: send the generators' outputs through tanh twice, as the benchmark does: patterns then lie between
             0.119 and 0.881.

@@ -10,6 +10,7 @@ from sau.data.images import Images
 from sau.errors import ConfigError
 from sau.method import Method
 from sau.types import Labels
+from sau.wording import at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,6 @@ class Labelling(Method):
         if count > candidates:
             raise ConfigError(
                 f"pratio is {self.pratio}, which is {count} of {len(images)} pictures, but {self.name} may poison "
-                f"{candidates} of them; allowed is up to {candidates / len(images):.4g}"
+                f"{candidates} of them; allowed is up to {at_most(candidates / len(images)) if candidates else 0}"
             )
         return count

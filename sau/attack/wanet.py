@@ -22,6 +22,7 @@ from sau.data.augment import Augment, turn
 from sau.data.images import Images
 from sau.seeds import generator, seeded
 from sau.types import Labels, Pixels
+from sau.wording import at_most
 
 
 class Field(nn.Module):
@@ -70,7 +71,9 @@ class WaNet(Attack):
         super().__post_init__()
         for name in ("cross_ratio", "random_crop", "random_rotation"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
-        self.require("pratio", self.pratio * (1 + self.cross_ratio) <= 1, f"up to {1 / (1 + self.cross_ratio):.4g}")
+        self.require(
+            "pratio", self.pratio * (1 + self.cross_ratio) <= 1, f"up to {at_most(1 / (1 + self.cross_ratio))}"
+        )
         self.require("s", self.s > 0, "above 0")
         self.require("k", self.k >= 2, "2 and more")
         self.require("grid_rescale", self.grid_rescale > 0, "above 0")

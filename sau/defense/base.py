@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
 from sau.data.augment import Augment
@@ -175,6 +176,12 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
         right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
         counts = counts + y.bincount(minlength=classes)
+    mixed = sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules())
+    if mixed:
+        session.say(
+            f"warning: {mixed} batch norms keep no running statistics, so what the network answers to a picture hangs "
+            "on the others of its batch, and every figure on the size of the batches"
+        )
     if right < 1.5 * total / classes:
         session.say(
             f"warning: the network answers {right} of {total} clean pictures as labelled, hardly more than chance; are "

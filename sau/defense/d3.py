@@ -106,6 +106,10 @@ class D3(Tuning):
             case "noise":
                 return origin + origin.std() * torch.randn(origin.shape).to(origin)
 
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
+        """ReduceLROnPlateau watches the excess: below 0, where the loss goes, it takes a rise for an improvement."""
+        return super().end_epoch(state, {**losses, "loss": losses["excess"]})
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         spheres = state["spheres"]
         logits = state["model"](x)

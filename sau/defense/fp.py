@@ -17,7 +17,7 @@ from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.held import hold_back
 from sau.defense.inputs import gather, unaugmented
-from sau.defense.layers import settable, watching
+from sau.defense.layers import classifier, settable, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.session import Session
@@ -79,7 +79,7 @@ class FP(FT):
             clean, held = hold_back(*clean, self.held_back, session)
         order = activations(model, layers[-1], clean[0]).argsort(stable=True)
         total, levels = len(order), []
-        step = math.ceil(total * self.once_prune_ratio)
+        step = math.ceil(total * self.once_prune_ratio - 1e-9)
         if step >= total:
             session.say(f"nothing is pruned: a step of {step} of {total} units leaves none; lower --once_prune_ratio")
             return
@@ -119,15 +119,16 @@ class Mask(nn.Module):
 def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
     """The layers that a unit consists of, in the order in which they run on `x`.
 
-    The linear layer that runs last; or the convolution that runs last, with the batch norm and the ReLU that take its
-    output. ConfigError if there is no such layer.
+    The linear layer that makes the logits; or the convolution that runs last, with the batch norm and the ReLU that
+    take its output. ConfigError if there is no such layer.
     """
-    kind, after = (nn.Linear, ()) if unit == "linear_input" else (nn.Conv2d, (nn.BatchNorm2d, nn.ReLU))
+    if unit == "linear_input":
+        return [classifier(model, x, "fp", "--unit last_conv")]
     found: list[nn.Module] = []
     tail: list[tuple[Tensor, int]] = []  # the last output, and how often it had been written in place
 
     def follow(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, kind):
+        if isinstance(module, nn.Conv2d):
             found[:] = [module]
         elif tail and inputs[0] is tail[0][0] and inputs[0]._version == tail[0][1] + getattr(module, "inplace", False):
             found.append(module)  # nothing was added to it in between, as residual networks do
@@ -135,11 +136,11 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
             return
         tail[:] = [(output, output._version)]
 
-    with watching((module, follow) for module in model.modules() if isinstance(module, (kind, *after))):
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+    with watching((module, follow) for module in model.modules() if isinstance(module, kinds)):
         predict(model, x)
     if not found:
-        other = "last_conv" if unit == "linear_input" else "linear_input"
-        raise ConfigError(f"the network has no {kind.__name__}, which unit {unit} of fp prunes; try --unit {other}")
+        raise ConfigError("the network has no Conv2d, which unit last_conv of fp prunes; try --unit linear_input")
     if any(isinstance(layer, nn.BatchNorm2d) and not layer.affine for layer in found):
         what = "its last convolution is followed by a batch norm without weights, which would undo the pruning"
         raise ConfigError(f"{what}; try --unit linear_input")

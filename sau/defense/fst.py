@@ -67,6 +67,10 @@ class FST(Tuning):
         if self.reset_bias and last.bias is not None:
             last.bias.copy_(uniform(last.bias, bound))
 
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
+        """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
+        return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         sphere = state["sphere"]
         logits = state["model"](x)

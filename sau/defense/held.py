@@ -32,11 +32,11 @@ def hold_back(x: Tensor, y: Tensor, share: float, session: Session) -> tuple[tup
     return (x[~held], y[~held]), Held(x[held], y[held])
 
 
-def guesses(model: nn.Module, held: Held, acc: float, session: Session) -> bool:
-    """Whether an accuracy is no more than chance, which is said."""
-    if acc > (least := chance(model, held)):
+def guesses(held: Held, acc: float, least: float, session: Session) -> bool:
+    """Whether an accuracy is no more than chance, `least`, which is said."""
+    if acc > least:
         return False
-    text = f"nothing is pruned: {named(held)} {acc} % is no more than chance ({least:g} %)"
+    text = f"nothing is pruned: {named(held)} {acc} % is no more than chance ({least:.4g} %)"
     session.say(f"{text}, so it cannot say how much may go")
     return True
 
@@ -50,5 +50,5 @@ def named(held: Held | None) -> str:
 
 @torch.no_grad()
 def chance(model: nn.Module, held: Held) -> float:
-    """The accuracy, in percent, of one who guesses among the classes of the logits."""
-    return 100 / int(model(held.x[:1]).shape[1])
+    """The accuracy, in percent, of one who guesses among the classes of the logits, or always names the commonest."""
+    return max(100 / int(model(held.x[:1]).shape[1]), 100 * int(held.y.bincount().max()) / len(held.y))

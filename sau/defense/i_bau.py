@@ -128,13 +128,17 @@ class IBAU(Tuning):
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         kept = Kept(batches)
         state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Round(kept.x)}
-        with full_precision(model), _second_derivatives():
-            self.rounds(state, kept, session)
+        self.rounds(state, kept, session)
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        with full_precision(state["model"]), _second_derivatives():
+            return self.update(state, x, y)
+
+    def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """One update; at the beginning of a round the perturbation is found first."""
         model, kept, universal = state["model"], state["kept"], state["universal"]
         turn, place = divmod(int(universal.done), len(kept))
         if place == 0:

@@ -14,8 +14,8 @@ from sau.types import Pixels
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def classifier(model: nn.Module, x: Pixels, method: str) -> nn.Linear:
-    """The linear layer that runs last on `x`, for `method` to move.
+def classifier(model: nn.Module, x: Pixels, method: str, instead: str = "ft or sau") -> nn.Linear:
+    """The linear layer that runs last on `x`, for `method` to change.
 
     Raises ConfigError if none runs, if it does not make the logits, or if its weight is computed from others.
     """
@@ -25,7 +25,7 @@ def classifier(model: nn.Module, x: Pixels, method: str) -> nn.Linear:
         classes = model(x).shape[1]
     if not ran or ran[-1].out_features != classes:
         raise ConfigError(
-            f"no linear layer (Linear) makes the network's {classes} logits, as {method} needs; try ft or sau"
+            f"no linear layer (Linear) makes the network's {classes} logits, as {method} needs; try {instead}"
         )
     return settable(ran[-1], method)
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sau.defense.held import Held, guesses, named
+from sau.defense.held import Held, chance, guesses, named
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
@@ -101,7 +101,7 @@ def choose(
     """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
     A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network; a defender allows
-    none where ACC_0 is no more than chance, for it would not fall, whatever went.
+    none where ACC is no more than chance, and none at all where ACC_0 is: it would not fall, whatever went.
 
     Args:
         model: in eval mode.
@@ -117,13 +117,14 @@ def choose(
     search, judge = oracle and by_asr, _judge(held, session, oracle)
     first = best = judge(model)
     chosen, tried = None, _harder_and_harder(levels)
-    if not oracle and held is not None and guesses(model, held, first.acc.percent, session):
+    least = -1.0 if oracle or held is None else chance(model, held)
+    if held is not None and not oracle and guesses(held, first.acc.percent, least, session):
         return chosen
     for number, level in enumerate(tried, 1):
         if oracle and session.over(f"the search, before level {number} of {len(tried)}"):
             break
         found = _tried(model, level, prune, judge)
-        allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent
+        allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent and found.acc.percent > least
         if not (allowed or search):
             break
         if allowed and (not search or (found.asr and best.asr and found.asr.percent < best.asr.percent)):

@@ -18,6 +18,7 @@ from sau.machine.devices import united
 from sau.method import Method
 from sau.models import check_name, has_width
 from sau.run import AttackRun, DefenseRun
+from sau.wording import at_most
 
 Asked = AttackRun | DefenseRun
 _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
@@ -83,5 +84,5 @@ def _refuse_labels(attack: Attack, dataset: str, pictures: int, classes: int) ->
     count, most = round(attack.pratio * pictures), pictures // classes
     if attack.clean_label and count > most:
         what = f"pratio is {attack.pratio:g}, which is {count} of {pictures} pictures of {dataset}"
-        allowed = f"allowed is up to {1 / classes:g}, or leave {attack.name} out"
+        allowed = f"allowed is up to {at_most(1 / classes)}, or leave {attack.name} out"
         raise ConfigError(f"{what}, but its class has {most}; {allowed}")
