@@ -112,8 +112,8 @@ def test_the_bound_stays_one_when_it_is_rounded():
     empty = torch.zeros(3, 1, 1, 1)
     found = Found(
         wrong=no, target=yes, planted=yes, inside=torch.ones(3, dtype=torch.bool), adv=yes, share=no, blind=no,
-        by_sau=no, kind=torch.zeros(3, dtype=torch.long), answer=torch.zeros(3, dtype=torch.long), example=empty, witness=empty,
-        passes=1.0, least=1.0,
+        by_sau=no, kind=torch.zeros(3, dtype=torch.long), answer=torch.zeros(3, dtype=torch.long), example=empty,
+        witness=empty, passes=1.0, least=1.0,
     )  # fmt: skip
     assert found.bound() == {"r_bd": 66.67, "at_most": 66.67}
 

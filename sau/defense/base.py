@@ -2,8 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -16,7 +15,7 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
-from sau.defense.inputs import clean_batches
+from sau.defense.inputs import clean_batches, enough_pictures
 from sau.errors import ConfigError, DataError, TrainingError, first_line
 from sau.machine.parts import InParts
 from sau.method import Method
@@ -94,7 +93,7 @@ class Defense(Method, ABC):
         batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
         with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
             _check_fit(self, owned, batches, session)
-        with seeded(seed), _enough_pictures():
+        with seeded(seed), enough_pictures():
             self.run(owned, batches, session)
         _check_weights(owned)
         for parameter in frozen:
@@ -138,19 +137,6 @@ class Tuning(Training, Defense):
             session=session,
             label="round",
         )
-
-
-@contextmanager
-def _enough_pictures() -> Iterator[None]:
-    """A batch of one picture, whose maps are single pixels at last, is no batch for batch norm: DataError."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise DataError(
-            "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
-        ) from None
 
 
 def _home(model: Any) -> torch.device:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -170,3 +171,16 @@ class _Loader:
             x, y = checked(x, y, self.mean, self.std)
             x, y = x.to(self.device), y.to(self.device)
             yield to_float(self.augment(x, generator) if self.augment else x), y
+
+
+@contextmanager
+def enough_pictures() -> Iterator[None]:
+    """A batch of one picture, whose maps are single pixels at last, is no batch for batch norm: DataError."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
+        ) from None
