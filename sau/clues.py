@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from sau.data.images import Images, to_float
+from sau.data.pairs import sample
 from sau.defense.inversion import Inversion, Patches
 from sau.defense.nc import anomaly
 from sau.evaluate import Share
 from sau.models.frozen import frozen
-from sau.risk import Found, sample
+from sau.risk import Found
 from sau.seeds import seeded
 from sau.session import Session
 

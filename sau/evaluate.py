@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
 from sau.errors import DataError, TrainingError
+from sau.models import logits_of
 
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
 
@@ -105,7 +106,7 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
     with answering(model):
         while at < max(1, len(pixels)):  # no pictures, too, have an answer: no classes
             try:  # a copy, for some networks change their input in place
-                logits = model(to_float(pixels[at : at + size].to(device, copy=True)))
+                logits = logits_of(model, to_float(pixels[at : at + size].to(device, copy=True)))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -157,11 +158,13 @@ def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
 
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Share:
     """The share of pictures, at least one, that are answered with their label."""
+    pixels, labels = _fitting("pictures", (pixels, labels), 2)
     return Share(int((predict(model, pixels) == labels).sum()), len(labels))
 
 
 def led(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Share, Share]:
     """Where pictures, at least one, lead: shares of those answered with `target` (ASR) and with `truth` (R-ACC)."""
+    pixels, target, truth = _fitting("triggered", (pixels, target, truth), 3)
     answers = predict(model, pixels)
     return Share(int((answers == target).sum()), len(target)), Share(int((answers == truth).sum()), len(truth))
 

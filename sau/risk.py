@@ -22,10 +22,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
+from sau.data.pairs import paired, sample
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
-from sau.seeds import generator, seeded
+from sau.seeds import seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import BATCH, Hunt, Search
 
@@ -102,18 +103,6 @@ def _share(flags: Flags) -> Share:
     return Share(int(flags.sum()), len(flags))
 
 
-def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -> tuple[Images, Images | None]:
-    """`count` of the clean pictures, drawn by `seed`, and those of the triggered ones that are made from them."""
-    kept = torch.randperm(len(clean), generator=generator(seed))[:count].sort().values.to(clean.labels.device)
-    if triggered is None:
-        return clean[kept], None
-    where = torch.full_like(clean.labels, -1)
-    where[kept] = torch.arange(len(kept), device=kept.device)
-    left = triggered[where[triggered.index] >= 0]
-    left.index.copy_(where[left.index])
-    return clean[kept], left if len(left) else None
-
-
 def measure(
     model: nn.Module,
     reference: nn.Module,
@@ -129,17 +118,23 @@ def measure(
         model: h, pixels in [0, 1] -> logits; the modes of both networks are left as they were.
         reference: h_b, the network before purification.
         clean: D; its labels are y.
-        triggered: g(x) for D', with t as labels and their place in `clean` as `index`; None where no trigger is known:
-            D' is then D, and no search starts from a trigger.
+        triggered: g(x) for D', with t as labels and each with the `index` that x has in `clean`; None where no trigger
+            is known: D' is then D, and no search starts from a trigger.
         search: how; default is L_inf with radius 0.2.
         seed: of the random places that searches start from.
+
+    Raises DataError for other data, pictures that are no pairs, or none; TrainingError for logits that are not finite.
     """
+    if not isinstance(clean, Images) or not isinstance(triggered, Images | None):
+        raise DataError("risks are measured on Images; Images.clean(pixels, labels, num_classes) makes them")
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
         raise DataError("no pictures to measure risks on; give at least one")
-    chosen = clean if triggered is None else clean[triggered.index]
+    every = torch.arange(len(clean), device=clean.labels.device)
+    place = every if triggered is None else paired(clean, triggered)
+    chosen = clean[place]
     hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
     with answering(model, reference), seeded(seed), torch.compiler.set_stance("force_eager"):  # of many sizes of batch
-        return _found(hunt, clean, triggered)
+        return _found(hunt, clean, triggered, place)
 
 
 def gauge(
@@ -162,10 +157,10 @@ def _by_sau(hunt: Hunt, a: Labels, r: Labels) -> Flags:
     return hunt.note(delta, *ends) == 1
 
 
-def _found(hunt: Hunt, clean: Images, triggered: Images | None) -> Found:
+def _found(hunt: Hunt, clean: Images, triggered: Images | None, place: Labels) -> Found:
     x = hunt.x
     answers = hunt.answers(hunt.model, to_float(clean.pixels))
-    a = answers if triggered is None else answers[triggered.index]
+    a = answers[place]
     r = hunt.answers(hunt.reference, x)
     hunt.note(torch.zeros_like(x), a, r)  # e = 0 lies in S
     by_sau = _by_sau(hunt, a, r)

@@ -148,6 +148,8 @@ class OwnRun:
         clean_dir: folder with a folder of clean pictures for each class; classes are numbered by name.
         arch: auto finds the network by names and shapes of the weights; or its name, or module:function, which is
             imported and called without arguments.
+        model_prefix: what the names of its weights begin with where the file holds several networks, like
+            state_dict_ema.
         trust_code: allow module:function, which runs that code.
         mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted, like 0.49,0.48,0.45.
         std: per-channel standard deviation that it expects to be divided by.
@@ -160,6 +162,7 @@ class OwnRun:
     model_file: str | None = None
     clean_dir: str | None = None
     arch: str = "auto"
+    model_prefix: str | None = None
     trust_code: bool = False
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()

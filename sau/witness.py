@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.errors import require
+from sau.evaluate import predict
 from sau.perturb import Ball, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
@@ -120,7 +121,7 @@ class Hunt:
     def answers(self, model: nn.Module, x: Pixels) -> Labels:
         """Classes that `model` gives to x."""
         self.count(len(x), len(x))
-        return torch.cat([model(block).argmax(1) for block in x.split(BATCH)])
+        return predict(model, x, BATCH)
 
     def note(
         self, delta: Change, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None

@@ -19,12 +19,12 @@ import torch
 from script_parts import place
 from torch import Tensor, nn
 
+from sau.data.pairs import sample
 from sau.errors import RecordError, told
 from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.files import existing, folder
 from sau.record import victim
 from sau.record.folder import Record
-from sau.risk import sample
 from sau.witness import Search
 
 LOOKED_AT = 300  # test pictures, for examples

@@ -1,6 +1,7 @@
 """The risks: exact where the maxima have closed forms, and ordered as the paper says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 from toys import QUICK, tiny_net
 
 from sau.data.images import Images
-from sau.errors import ConfigError, DataError
-from sau.risk import Found, measure, sample
+from sau.data.pairs import sample
+from sau.errors import ConfigError, DataError, TrainingError
+from sau.risk import Found, measure
 from sau.witness import Search, margins, shared_margin
 
 SIDE, N = 8, 96
@@ -187,11 +189,40 @@ def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
     assert torch.equal(before, torch.get_rng_state())
     assert len(clean) == 25 and left is not None and 0 < len(left) < len(triggered)
     assert torch.equal(clean.labels[left.index], left.true_labels)
-    at = clean.index[left.index]
-    assert torch.equal(data.pixels[at], clean.pixels[left.index])
-    assert torch.equal(triggered.pixels[torch.isin(triggered.index, at)], left.pixels)
+    assert torch.equal(clean.index, torch.arange(25))
+    for i, at in enumerate(left.index):
+        (origin,) = (data.pixels == clean.pixels[at]).flatten(1).all(1).nonzero()
+        assert torch.equal(triggered.pixels[triggered.index == origin][0], left.pixels[i])
     everything, same = sample(data, triggered, 1000)
     assert len(everything) == len(data) and torch.equal(same.index, triggered.index)
+
+
+def test_triggered_pictures_are_paired_with_those_they_were_made_from(one_line, unchecked):
+    """By `index`, in whatever order the clean ones lie; where they are others, that is said."""
+    model, reference, data, triggered = planted(1, 0.1)
+    moved = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+    search = Search(eps=0.1, steps=2)
+    one, two = (measure(model, reference, some, triggered, search) for some in (data, moved))
+    assert torch.equal(one.inside, two.inside) and torch.equal(one.share, two.share) and torch.equal(one.adv, two.adv)
+    assert one.wrong.sum() == two.wrong.sum()
+    few, left = sample(moved, triggered, 10, seed=1)
+    assert left is not None and torch.equal(few.labels[left.index], left.true_labels)
+    strangers = replace(data, labels=(data.labels + 1) % data.num_classes)
+    for wrong in (data[triggered.index[1:]], strangers):
+        with pytest.raises(DataError) as refused:
+            measure(model, reference, wrong, triggered, search)
+        assert "made from others" in one_line(refused.value)
+    with pytest.raises(DataError) as refused:
+        measure(model, reference, (data.pixels, data.labels))
+    assert "Images.clean" in one_line(refused.value)
+
+
+def test_logits_that_are_not_finite_have_no_risks():
+    _, reference, data, triggered = planted(1, 0.1)
+    broken = tiny_net()
+    torch.nn.init.constant_(next(broken.parameters()), float("nan"))
+    with pytest.raises(TrainingError, match="NaN"):
+        measure(broken, reference, data, triggered, Search(steps=1))
 
 
 def test_the_same_seed_finds_the_same_and_leaves_global_draws_alone():

@@ -24,7 +24,7 @@ from sau.machine.parts import InParts
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
-from sau.types import Bytes, Labels, Pixels
+from sau.types import Bytes, Labels, Pixels, of_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ class Attack(Labelling, ABC):
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
     trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.stamp = of_floats(cls.stamp)  # type: ignore[method-assign]
 
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
@@ -136,15 +140,12 @@ class Attack(Labelling, ABC):
         return trained_on[(trained_on.role > 0).nonzero().flatten()]
 
     def plan(self, trained_on: Images, batch_size: int) -> str:
-        """What is poisoned, in a line."""
+        """What is poisoned, in a line; of clean-label attacks both shares that are called the poisoning ratio."""
         poisoned = trained_on.role > 0
-        count, changed = int(poisoned.sum()), int((trained_on.labels != trained_on.true_labels).sum())
-        labels = trained_on.labels[poisoned].unique().tolist()
-        # Of clean-label attacks two shares are called the poisoning ratio: of all pictures, and of the class.
-        of_class = ""
-        if len(labels) == 1 and not changed:
-            share = 100 * count / int((trained_on.labels == labels[0]).sum())
-            of_class = f" ({share:.4g} % of class {labels[0]})"
+        labels, count = trained_on.labels[poisoned].unique().tolist(), int(poisoned.sum())
+        changed = int((trained_on.labels != trained_on.true_labels).sum())
+        of = 100 * count / int((trained_on.labels == labels[0]).sum()) if len(labels) == 1 and not changed else None
+        of_class = "" if of is None else f" ({of:.4g} % of class {labels[0]})"
         return f"{count} of {len(trained_on)} pictures poisoned{of_class}, {changed} labels changed"
 
     def augmentation(self, offered: Augment | None) -> Augment | None:

@@ -13,6 +13,7 @@ from sau.attack.recall import recall
 from sau.attack.workshop import fingerprint
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images
+from sau.data.pairs import sample
 from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import folder
@@ -20,7 +21,6 @@ from sau.grid.names import defense_named
 from sau.models import Normalized
 from sau.record import victim
 from sau.record.folder import Record
-from sau.risk import sample
 from sau.seeds import generator
 from sau.wording import marked
 

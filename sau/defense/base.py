@@ -1,6 +1,5 @@
 """What every defense does: check, copy, repair the copy, hand it back."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
+from sau.defense.handed import check_weights, copied, handed_back, home, learning, plain
 from sau.defense.inputs import clean_batches, enough_pictures
-from sau.errors import ConfigError, DataError, TrainingError, first_line
+from sau.errors import ConfigError, DataError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized, laid_as, quick
+from sau.models import Normalized, logits_of, statistics
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
@@ -62,11 +62,12 @@ class Defense(Method, ABC):
         session: Session | None = None,
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
+        Of a network that torch.compile wrapped the one inside is purified, and comes back without the wrapper.
 
         While it is purified its convolutions lie in memory as they are fastest (channels_last).
 
         Args:
-            model: any network [B, C, H, W] -> logits [B, K].
+            model: any network [B, C, H, W] -> logits [B, K], with C 1 or 3 and weights of 32 or 64 bits.
             data: clean pictures with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
                 uint8 in a pair; normalised if and only if `mean` and `std` are given.
             mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted.
@@ -83,22 +84,21 @@ class Defense(Method, ABC):
         session = session or Session()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
-        home = _home(model)
-        place = torch.device(device) if device is not None else home
-        copied = quick(copy.deepcopy(model).to(place).eval())
-        frozen = [parameter for parameter in copied.parameters() if not parameter.requires_grad]
-        copied.requires_grad_(True)  # a network that only answers is often handed over frozen
-        owned = copied if isinstance(copied, Normalized) else Normalized(copied, mean, std).to(place)
-        chosen = self.augmentation(augment or Augment())
-        batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
-        with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
-            _check_fit(self, owned, batches, session)
-        with seeded(seed), enough_pictures():
-            self.run(owned, batches, session)
-        _check_weights(owned)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        return laid_as(owned if owned is copied else owned.net, model).to(home).eval()
+        model, (mean, std) = plain(model), statistics(mean, std)
+        place = torch.device(device) if device is not None else home(model)
+        with learning(place):
+            mine = copied(model, place)
+            frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
+            mine.requires_grad_(True)  # a network that only answers is often handed over frozen
+            owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
+            chosen = self.augmentation(augment or Augment())
+            batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
+            with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
+                _check_fit(self, owned, batches, session)
+            with seeded(seed), enough_pictures():
+                self.run(owned, batches, session)
+            check_weights(owned)
+            return handed_back(owned if owned is mine else owned.net, model, frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,24 +139,17 @@ class Tuning(Training, Defense):
         )
 
 
-def _home(model: Any) -> torch.device:
-    """Where a network lies; ConfigError for what is none."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 @torch.no_grad()
 def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> None:
     """Before anything changes: finite weights, logits [B, K], labels below K.
 
     Warns if nearly all answers are wrong, and says what stands out in the pictures unless the caller has.
     """
-    _check_weights(model)
+    check_weights(model)
     right = total = classes = 0
     counts: Tensor | int = 0
     for x, y, *_ in batches:
-        logits = _logits(model, x)
+        logits = logits_of(model, x)
         classes = logits.shape[1]
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
@@ -177,24 +170,3 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
-
-
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    try:
-        logits: Tensor = model(x)
-    except RuntimeError as error:
-        shape, reason = tuple(x.shape), first_line(error)
-        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
-        advice = "pictures.float()" if kinds == {torch.float32} else "model.float()"
-        why = "".join(f"; weights are {kind}, pictures {x.dtype}, so give {advice}" for kind in kinds)
-        raise DataError(f"the network does not accept pictures of shape {shape}: {reason}{why}") from None
-    if logits.ndim != 2 or len(logits) != len(x):
-        got = tuple(logits.shape)
-        raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
-    return logits
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise TrainingError(f"{name} of the network holds NaN or infinity")

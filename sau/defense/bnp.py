@@ -48,7 +48,7 @@ class BNP(Outliers):
         return {name: _from_running(norms[name], *found) for name, found in moments.items()}
 
 
-def _from_running(norm: nn.BatchNorm2d, count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+def _from_running(norm: nn.BatchNorm2d | nn.SyncBatchNorm, count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     """The score [C] from the moments; eps, which the batch norm adds to a variance, keeps dead channels finite."""
     assert norm.running_mean is not None and norm.running_var is not None  # by `pruning.batch_norms`
     mean = total / count

@@ -52,7 +52,7 @@ class CLP(Outliers):
         return {name: lipschitz(conv, norms[name]) for name, conv in pairs.items()}
 
 
-def lipschitz(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+def lipschitz(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tensor:
     """sigma [C] of the convolution and the batch norm after it, in float64."""
     assert norm.running_var is not None  # by `pruning.batch_norms`
     filters = conv.weight.detach().double().flatten(2)  # [C, inputs a group, k * k]

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,8 @@ def clean_batches(
     if length < 0:
         kind = type(data).__name__
         raise DataError(f"clean data of type {kind}; give a DataLoader with a length, or a pair of tensors")
+    if hasattr(data, "__next__"):
+        raise DataError(f"clean data of type {type(data).__name__} is walked through once; give the DataLoader itself")
     if length == 0:
         raise DataError("the clean set is empty; give at least one labelled picture")
     return _Loader(data, device, mean, std, augment, seed)
@@ -111,9 +113,10 @@ def checked(
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise DataError(f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors")
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise DataError(
-            f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3; try x.permute(0, 3, 1, 2)"
-        )
+        advice = "; try x.permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[3] in (1, 3) else ""
+        raise DataError(f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3{advice}")
+    if mean is not None and len(mean) not in (1, x.shape[1]):
+        raise DataError(f"mean and std have {len(mean)} values, pictures {x.shape[1]} channels; give one for each")
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex():
         raise DataError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; allowed are {len(x)} whole numbers")
     if len(x) == 0:
@@ -167,7 +170,12 @@ class _Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, self.epoch)
-        for x, y, *_ in self.loader:
+        for batch in self.loader:
+            if isinstance(batch, Mapping):
+                raise DataError(
+                    f"a batch is a dictionary ({', '.join(map(str, batch))}); allowed is (pictures, labels)"
+                )
+            x, y, *_ = batch
             x, y = checked(x, y, self.mean, self.std)
             x, y = x.to(self.device), y.to(self.device)
             yield to_float(self.augment(x, generator) if self.augment else x), y

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from sau.errors import ConfigError
 from sau.types import Pixels
@@ -43,10 +42,10 @@ def watching(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator
 
 def settable(layer: Layer, method: str) -> Layer:
     """`layer`; ConfigError if its weight is computed from others, so that `method` cannot set it."""
-    if is_parametrized(layer, "weight"):
+    if "weight" not in layer._parameters:  # nor where torch.nn.utils.spectral_norm makes it before each pass
         raise ConfigError(
-            f"a weight that {method} sets is computed from others (parametrizations); call "
-            "torch.nn.utils.parametrize.remove_parametrizations first"
+            f"a weight that {method} sets is computed from others (parametrizations, spectral or weight norm); call "
+            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_spectral_norm first"
         )
     return layer
 

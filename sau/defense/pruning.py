@@ -16,7 +16,7 @@ from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
 
-Norms = dict[str, nn.BatchNorm2d]
+Norms = dict[str, nn.BatchNorm2d | nn.SyncBatchNorm]
 CHECKED = 500  # pictures that tell whether a network guesses
 MOST_LEVELS = 1000  # that a search may try
 SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
@@ -46,12 +46,14 @@ class Level:
 
 
 def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norms:
-    """The batch norms with weights (and, if asked, with running statistics) of `model` by name.
+    """The batch norms with scales and shifts (and, if asked, with running statistics) of `model` by name.
 
     ConfigError if it has none, for `method` prunes channels.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    found = {name: norm for name, norm in found.items() if norm.affine and not (running and norm.running_var is None)}
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found = {name: norm for name, norm in found.items() if norm.affine and norm.bias is not None}
+    found = {name: norm for name, norm in found.items() if not (running and norm.running_var is None)}
     if not found:
         kind = "BatchNorm2d with running statistics" if running else "BatchNorm2d"
         raise ConfigError(f"the network has no batch norm ({kind}), whose channels {method} prunes; try ft or sau")

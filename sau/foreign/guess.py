@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 from sau.errors import RecordError
-from sau.foreign.weights import Weights
+from sau.foreign.weights import SeveralError, Weights
 from sau.models import MODELS, layout
 from sau.models.zoo import torchvision_names, torchvision_plain
 
@@ -38,6 +38,7 @@ def guess(found: Weights) -> Guess | None:
 
     Tried are preactresnet18 of any width and torchvision's classifiers, save regnet, which cannot be laid out without
     the memory for its weights. A network that `build` puts behind an enlargement is found under the prefix `1.`.
+    SeveralError if it is there more than once.
     """
     if len(found.tensors) < _LEAST:
         return None
@@ -54,6 +55,8 @@ def guess(found: Weights) -> Guess | None:
             if last.ndim == 0 or (width is not None and not 0 < width <= 1024):
                 continue
             found.fitting(layout(partial(unwrapped, name, len(last), width)))
+        except SeveralError:
+            raise
         except RecordError:
             continue
         return Guess(name, width, len(last), prefix)

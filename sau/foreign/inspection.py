@@ -118,7 +118,10 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
             names = ", ".join(_short(name)[:60] for name in report["refused"][:3])
             verdict, status = f"suspicious: an ordinary reader of it would import {names}", SUSPICIOUS
         return {**report, "status": status, "verdict": verdict}, None, None
-    known = guess(found)
+    try:
+        known = guess(found)
+    except weights.SeveralError as error:
+        known, report["several"] = None, error.under
     report.update(
         format=found.kind,
         tensors=[
@@ -147,6 +150,8 @@ def _verdict(report: Report) -> Report:
         return {"status": UNREADABLE, "verdict": "unreadable: there is no tensor in it"}
     network = report["network"]
     what = f"{network['name']} with {network['classes']} classes" if network else "of no network that is known here"
+    if "several" in report:
+        what = f"a known network more than once: under {report['several']}"
     nan = f"; {broken} of them hold NaN" if broken else ""
     return {"status": HARMLESS, "verdict": f"harmless to open: {len(report['tensors'])} tensors, {what}{nan}"}
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]
     ConfigError for a network that cannot be found or trusted, RecordError for weights that are not its own.
     """
     found = weights.read(Path(str(run.model_file)))
+    if run.model_prefix is not None:
+        found = _part(found, run.model_prefix)
     if ":" in run.arch:
         imported = _imported(run)
         name, make = run.arch, lambda: imported
@@ -41,6 +44,14 @@ def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]
     net = make()
     net.load_state_dict(found.of(own))
     return net.eval(), found, name
+
+
+def _part(found: weights.Weights, prefix: str) -> weights.Weights:
+    """What lies under `prefix` alone; RecordError if that is nothing."""
+    chosen = {place: value for place, value in found.tensors.items() if place.startswith(prefix)}
+    if not chosen:
+        raise RecordError(f"{found.path} has no tensor under {prefix!r}; scripts/inspect_checkpoint.py lists them")
+    return replace(found, tensors=chosen)
 
 
 def _instead(found: weights.Weights) -> str:

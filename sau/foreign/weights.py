@@ -1,7 +1,7 @@
 """The tensors of anybody's file, whatever its format, and the network among them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,15 @@ VALUES, TENSORS, DEEPEST = 3_000_000, 10_000, 50  # of a file; a list of 110,000
 TEXTS = 1_000  # that are kept
 SHARED = 8  # names that the tensors may have on average; networks that are saved twice have two
 ZIP, LEGACY, SAFE, ONNX = "torch zip archive", "torch before 1.6", "safetensors", "ONNX"
+
+
+class SeveralError(RecordError):
+    """A file holds a network more than once, under several prefixes."""
+
+    def __init__(self, path: Path, prefixes: Sequence[str]) -> None:
+        self.under = ", ".join(map(repr, prefixes))
+        times = f"{path} holds the network {len(prefixes)} times"
+        super().__init__(f"{times}: under {self.under}; name one with --model_prefix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +66,7 @@ class Weights:
             fault, name = ("lacks", min(lacks)) if lacks else ("has an unknown", min(more, default=""))
             faults.append((len(lacks) + len(more), f"{self.path} {fault} {prefix + name!r}"))
         if len(fitting) > 1:
-            raise RecordError(f"{self.path} holds the network {len(fitting)} times: under {', '.join(fitting)!r}")
+            raise SeveralError(self.path, fitting)
         if not fitting:
             raise RecordError(f"{min(faults)[1]}: its names are not those of the network, {len(names)} tensors")
         return fitting[0]

@@ -11,9 +11,10 @@ from typing import Any
 
 from bench_parts import setting
 
+from sau.data.pairs import sample
 from sau.models import Normalized
 from sau.record import victim
-from sau.risk import Found, measure, sample
+from sau.risk import Found, measure
 from sau.witness import Search
 
 MAY_TAKE = 240.0  # seconds

@@ -1,0 +1,77 @@
+"""The network that a caller hands to a defense: checked, copied, and handed back as it came."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sau.errors import ConfigError, TrainingError, first_line
+from sau.models import laid_as, quick
+
+SHORT = (torch.float16, torch.bfloat16)
+
+
+def plain(model: Any) -> nn.Module:
+    """The network itself, where torch.compile wrapped it; ConfigError for what cannot be purified."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError("model is a ScriptModule, allowed is a network in Python; load its weights into one first")
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("the weights of the network lie on `meta` and have no values; load some into it first")
+    if short := kinds & {*SHORT}:
+        kind = short.pop()
+        raise ConfigError(
+            f"weights are {kind}, which loses small updates; give model.float(), and turn what comes back into {kind}"
+        )
+    return model
+
+
+def home(model: nn.Module) -> torch.device:
+    """Where a network lies."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def copied(model: nn.Module, place: torch.device) -> nn.Module:
+    """A copy of `model` on `place`, in eval mode and without gradients; ConfigError where there can be none."""
+    try:
+        mine = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the network cannot be copied ({first_line(error)}): it keeps tensors that were computed; call "
+            "torch.nn.utils.prune.remove or remove_weight_norm on it, or, if it keeps activations, run it once under "
+            "torch.no_grad()"
+        ) from None
+    try:
+        mine = mine.to(place)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ConfigError(f"device is {str(place)!r}, which torch cannot use here: {first_line(error)}") from None
+    mine.zero_grad()
+    return quick(mine.eval())
+
+
+def handed_back(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -> nn.Module:
+    """`mine`, once a copy of `model`, with those weights frozen, and lying in memory and on a device as that does."""
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    mine.zero_grad()  # or the caller's first step would make the last one of the defense again, frozen or not
+    return laid_as(mine, model).to(home(model)).eval()
+
+
+@contextmanager
+def learning(place: torch.device) -> Iterator[None]:
+    """Inside, gradients are there and precision is the network's own, whatever the caller's contexts say."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
+        yield
+
+
+def check_weights(model: nn.Module) -> None:
+    """TrainingError if a weight is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TrainingError(f"{name} of the network holds NaN or infinity")
