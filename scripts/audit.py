@@ -12,7 +12,6 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +20,7 @@ from script_parts import place
 from script_parts.stopping import stoppable
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
+from sau.config import Setting, options, values
 from sau.errors import told
 from sau.figures import audit, save
 from sau.files import existing, folder
@@ -28,14 +28,7 @@ from sau.files import existing, folder
 say = partial(print, flush=True)
 
 
-def several(kind: type) -> Any:
-    """A list from one word, like 1,2,5."""
-
-    def read(text: str) -> tuple[Any, ...]:
-        return tuple(kind(word) for word in text.split(","))
-
-    read.__name__ = f"list of {kind.__name__}"  # argparse names it in its refusals
-    return read
+ASKED = options(Asked)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,21 +36,14 @@ def parser() -> argparse.ArgumentParser:
     asked = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add, default = asked.add_argument, Asked()
+    add = asked.add_argument
     add("--result_file", required=True, help="result folder of an attack: a name below the record root, or a path")
     add("--defense", action="extend", nargs="+", default=[], help="defenses in it, by name or by folder")
     add("--control", help="result folder of a network without a backdoor, on the same pictures [none]")
     add("--control_defense", action="extend", nargs="+", default=[], help="defenses in the control's folder")
-    add("--parts", type=several(str), default=PARTS, help=f"of {','.join(PARTS)} [all that there is material for]")
-    add("--shots", type=several(int), default=default.shots, help="poisons to re-learn from [1,2,5,10,50]")
-    add("--epochs", type=int, default=default.epochs, help="of re-learning [5]")
-    add("--share", type=float, default=default.share, help="of the training pictures, to learn from [0.02]")
-    add("--eps", type=several(float), default=default.eps, help="radii of perturbations, in [0, 1] [0.01,0.02,0.05]")
-    add("--steps", type=int, default=default.steps, help="gradient steps for each radius [100]")
-    add("--pictures", type=int, default=default.pictures, help="pictures that a perturbation is fitted to [1000]")
-    add("--queries", type=int, default=default.queries, help="pictures scored for the black box [50000]")
-    add("--scored", type=int, default=default.scored, help="pictures in each of its questions [100]")
-    add("--seeds", type=several(int), default=default.seeds, help="of the attacker's draws, like 0,1,2 [0]")
+    for name, option in ASKED.items():
+        shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+        add(f"--{name}", help=f"{option.help} [{'all that there is material for' if name == 'parts' else shown}]")
     add("--samples", type=int, default=2500, help="test pictures that figures come from [2500]")
     add("--amp", choices=("true", "false"), help="bf16 or fp32 [as the attack ran]")
     add("--out", type=Path, help="folder of the results [audit/ in the record]")
@@ -70,12 +56,12 @@ def parser() -> argparse.ArgumentParser:
 def run(given: argparse.Namespace) -> None:
     """Open, audit, draw, and print the tables."""
     where = place.settle(given)
-    parts = given.parts
-    if parts is PARTS and given.control is None:
+    said = {name: Setting(getattr(given, name), f"--{name}") for name in ASKED if getattr(given, name) is not None}
+    chosen = values(said, ASKED)
+    if "parts" not in chosen and given.control is None:
         say("note: there is no --control, so that nothing tells what is the backdoor's; and no bec, which needs one")
-        parts = tuple(part for part in PARTS if part != "bec")
-    names = ("shots", "epochs", "share", "eps", "steps", "pictures", "queries", "scored", "seeds")
-    asked = Asked(parts=parts, **{name: getattr(given, name) for name in names})
+        chosen["parts"] = tuple(part for part in PARTS if part != "bec")
+    asked = Asked(**chosen)
     attacked = existing(given.record_root, given.result_file)
     case = open_case(
         attacked,

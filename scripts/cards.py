@@ -23,23 +23,11 @@ from sau.report.spread import spread
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONFIGS = DOCS.parent / "configs"
-# Folders of docs/results, and in what precision they were computed.
-RUNS = {"table1_cpu": "bf16", "fp32_cpu": "fp32", "cifar10_cpu": "bf16"}
-# What the runs of cifar10_cpu were made with where the recipe has changed since; see docs/results/cifar10_cpu.sh.
-OLDER = "cifar10_cpu"
-SETTINGS = {
-    "at": "a constant rate",
-    "i-bau": "a constant rate of 1e-4",
-    "sau": "a constant rate",
-    "inputaware": "8 joint epochs, now 22, and a constant lr_G",
-    "wanet": "24 epochs, now 30",
-}
+TABLE = "table1_cpu"  # of docs/results
 COSTS = "bench_defenses_cpu.json"
 MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
 PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
-LINKS = ", ".join(f"[{name}](../results/{name}.md)" for name in RUNS)
-SOURCE = f"the one of {LINKS} with the most seeds of a row"
-SOURCE += " (the first of equals; older settings only where there are no others)"
+SOURCE = f"from [{TABLE}](../results/{TABLE}.md), bf16"
 
 
 def text(values: list[Any], digits: int = 2) -> str:
@@ -51,22 +39,6 @@ def text(values: list[Any], digits: int = 2) -> str:
 def rule(columns: int) -> str:
     """The line below the head of a Markdown table."""
     return "| --- " * columns + "|\n"
-
-
-def kept() -> list[Run]:
-    """The runs of each attack, defense and who chose, from the folder that has the most seeds of them; such with other
-    settings than the recipe has now only where there are no others."""
-    found: dict[tuple[str, str, bool], list[Run]] = {}
-    for name in RUNS:
-        here: dict[tuple[str, str, bool], list[Run]] = {}
-        for run in read(DOCS / "results" / name)[0]:
-            if run.usable:
-                here.setdefault((run.attack, run.defense, oracle(run)), []).append(run)
-        for row, runs in here.items():
-            changed = name == OLDER and SETTINGS.keys() & {*row[:2]}
-            if len(runs) > len(found.get(row, [])) and not (changed and row in found):
-                found[row] = runs
-    return [run for runs in found.values() for run in runs]
 
 
 def oracle(run: Run) -> bool:
@@ -91,19 +63,6 @@ def recipe(kind: str, name: str) -> str:
     return f"The recipe `cpu` sets {cells}.\n" if cells else "The recipe `cpu` changes none of its settings.\n"
 
 
-def older(runs: list[Run]) -> str:
-    """A line on the rows that other settings made than the recipe's of today; empty where there are none."""
-    rows: dict[str, list[str]] = {}
-    for run in runs:
-        for name in (run.attack, run.defense):
-            if run.home.parent.name == OLDER and name in SETTINGS:
-                made = SETTINGS[name] + (" of the attack" if name != run.defense != NONE else "")
-                rows.setdefault(made, []).append(run.attack)
-    cells = "; ".join(f"{', '.join(dict.fromkeys(attacks))} ({made})" for made, attacks in rows.items())
-    about = f"With other settings than the recipe has now, from [{OLDER}](../results/{OLDER}.md)"
-    return f"\n{about}: {cells}.\n" if cells else ""
-
-
 def as_list(value: Any) -> list[Any]:
     """A list as it is, anything else in one."""
     return value if isinstance(value, list) else [value]
@@ -121,12 +80,11 @@ def attack_table(runs: list[Run], name: str) -> str:
     cells += [text([run.summary.get("cross_acc") for run in own]), text([run.figures["seconds"] for run in own], 0)]
     return (
         "Here, real CIFAR-10 on the CPU track (width 16), mean ± standard deviation over seeds,\n"
-        f"from {SOURCE}.\n{recipe('attack', name)}`seconds` are those of one thread beside other work.\n\n"
-        "| seeds | from | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity "
+        f"{SOURCE}.\n{recipe('attack', name)}`seconds` are those of one thread beside other work.\n\n"
+        "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity "
         "| in the ball of 0.2, % | cross ACC % | seconds |\n"
-        f"{rule(11)}"
-        f"| {len(own)} | {origin(own)} | {' | '.join(cells)} |\n"
-        f"{older(own)}"
+        f"{rule(10)}"
+        f"| {len(own)} | {' | '.join(cells)} |\n"
     )
 
 
@@ -136,22 +94,16 @@ def defense_table(runs: list[Run], name: str) -> str:
     if not rows:
         return ""
     found, table = by_attack(runs, name), published()["tables"].get(name)
-    head = "| attack | chosen by | seeds | from | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost |"
+    head = "| attack | chosen by | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost |"
     head += " seconds |" + (" published: ACC / ASR / DER |" if table else "")
     mark = "† there the test sets chose.\n" if any("†" in row for row in rows) else ""
     return (
         "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
-        f"from {SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n"
+        f"{SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n"
         + ("What is published, in full above, is of networks of width 64.\n" if table else "")
-        + f"\n{head}\n{rule(12 if table else 11)}" + "\n".join(rows) + "\n" + (f"\n{mark}" if mark else "")
-        + older([run for own in found.values() for run in own]) + flagged(found) + cost(name)
+        + f"\n{head}\n{rule(11 if table else 10)}" + "\n".join(rows) + "\n" + (f"\n{mark}" if mark else "")
+        + flagged(found) + cost(name)
     )  # fmt: skip
-
-
-def origin(runs: list[Run]) -> str:
-    """The folder of docs/results that runs come from, and their precision."""
-    home = runs[0].home.parent.name
-    return f"{home}, {RUNS[home]}"
 
 
 def by_choice(runs: list[Run], defense: str) -> list[tuple[str, list[Run]]]:
@@ -170,7 +122,7 @@ def defense_row(attack: str, own: list[Run]) -> str:
     ))  # fmt: skip
     rest = [text([run.lost for run in own]), text([run.figures["seconds"] for run in own], 0)]
     who = "**oracle**" if oracle(own[0]) else "defender"
-    cells = [attack, who, str(len(own)), origin(own), " / ".join(before), *after, *rest]
+    cells = [attack, who, str(len(own)), " / ".join(before), *after, *rest]
     table = published()["tables"].get(own[0].defense)
     return f"| {' | '.join(cells + ([theirs(table, attack, oracle(own[0]))] if table else []))} |"
 
@@ -251,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing and name the pages that are stale")
     check = parser.parse_args().check
-    stale, runs = [], kept()
+    stale, runs = [], [run for run in read(DOCS / "results" / TABLE)[0] if run.usable]
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
         for file in sorted((DOCS / kind).glob("*.md")):
             old = file.read_text()

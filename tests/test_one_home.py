@@ -56,8 +56,8 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "copies of networks": (
         calling("deepcopy"),
         {
-            "attack/clean_network.py", "audit/path.py", "defense/handed.py", "defense/nad.py", "defense/rnp.py", "defense/sau.py",
-            "models/frozen.py",
+            "attack/clean_network.py", "audit/path.py", "defense/handed.py", "defense/nad.py", "defense/rnp.py",
+            "defense/sau.py", "models/frozen.py",
             "loop.py",  # of a place that is too large to be written at the end of every epoch
         },
     ),

@@ -14,7 +14,7 @@ class Asked:
     """The settings of an audit.
 
     Args:
-        parts: of `PARTS`.
+        parts: some of relearn, path, white, black, transfer, neighbours, bec.
         shots: poisoned pictures that the attacker re-learns from; 0 is always among them.
         epochs: of re-learning.
         share: of the training pictures that the attacker draws for it, and for the statistics on the path.
