@@ -89,7 +89,7 @@ def _stoppable(attacks: bool) -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield farewell
         return
-    told, tell = os.pipe()
+    hear, tell = os.pipe()
     os.set_blocking(tell, False)
     stopped = threading.Event()
 
@@ -100,14 +100,14 @@ def _stoppable(attacks: bool) -> Iterator[Callable[[], None]]:
         raise _Stopped(number)
 
     def leave() -> None:
-        for number in iter(lambda: os.read(told, 1), b""):
+        for number in iter(lambda: os.read(hear, 1), b""):
             if number[0] in _SIGNALS and not left.wait(GRACE):
                 end = threading.Timer(GRACE, os._exit, (128 + number[0],))  # where stderr takes no text
                 end.daemon = True
                 end.start()
                 farewell()
                 os._exit(128 + number[0])
-        os.close(told)
+        os.close(hear)
 
     threading.Thread(target=leave, daemon=True).start()
     before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)

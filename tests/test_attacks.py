@@ -432,6 +432,17 @@ def test_a_target_out_of_range_is_refused(attack, target, one_line):
         assert "attack_target" in one_line(refusal.value) and str(target) in str(refusal.value)
 
 
+@each_row
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.usefixtures("unchecked")
+def test_pictures_of_bytes_are_not_stamped(row, dtype, one_line):
+    """Of these a stamp would make another picture without a word."""
+    for test in (False, True):
+        with pytest.raises(DataError) as refusal:
+            row.attack.stamp(toy_images(2, size=32).pixels.to(dtype), test=test)
+        assert f"{dtype}, allowed are floats in [0, 1]; give pixels / 255" in one_line(refusal.value)
+
+
 @each_poison
 @pytest.mark.parametrize("pratio", [-0.1, 1.1, float("nan")])
 def test_a_ratio_outside_0_to_1_is_refused(attack, pratio, one_line):

@@ -1,6 +1,8 @@
 """Every number in every table: shares, intervals, ACC, ASR, R-ACC and DER."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from toys import tiny_net, toy_images
 
 from sau.attack import Blended
 from sau.errors import DataError, TrainingError
-from sau.evaluate import Score, Share, _fitting, der, predict, score, table
+from sau.evaluate import Score, Share, _fitting, accuracy, der, led, predict, score, table
 from sau.wording import markdown
 
 # Shares
@@ -184,8 +186,54 @@ def test_labels_that_would_be_broadcast_are_refused(labels, one_line):
         with pytest.raises(DataError) as refusal:
             score(tiny_net(), clean, triggered)
         assert "allowed is one" in one_line(refusal.value)
+    for shares in (lambda: accuracy(tiny_net(), images.pixels, labels), lambda: led(tiny_net(), *images_and(labels))):
+        with pytest.raises(DataError) as refusal:
+            shares()
+        assert "allowed is one" in one_line(refusal.value)
     with pytest.raises(DataError, match="clean is list, allowed is Images or 2 tensors"):
         _fitting("clean", [(images.pixels, images.labels)], 2)  # as a loader gives them
+
+
+def images_and(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `led` is given, one of its two labels being these."""
+    images = toy_images(6)
+    return images.pixels, images.labels, labels
+
+
+class Shaped(nn.Module):
+    """A network whose answer is shaped by a function."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.shape = tiny_net(), shape
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(self.net(x))
+
+
+SHAPES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "maps": (lambda logits: logits[..., None, None], "(6, 4, 1, 1)"),
+    "a dictionary": (lambda logits: {"logits": logits}, "dict"),
+    "a pair": (lambda logits: (logits, logits), "tuple"),
+    "a number each": (lambda logits: logits[:, 0], "(6,)"),
+    "fewer": (lambda logits: logits[1:], "(5, 4)"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_answer_that_is_no_logits_has_no_share(shape, one_line):
+    """[6, 4, 1, 1] against six labels would make 36 comparisons, of 4 x 1 x 1 answers each."""
+    answers, got = SHAPES[shape]
+    net, images = Shaped(answers), toy_images(6)
+    for asked in (
+        lambda: predict(net, images.pixels),
+        lambda: accuracy(net, images.pixels, images.labels),
+        lambda: led(net, images.pixels, images.labels, images.labels),
+        lambda: score(net, images, None),
+    ):
+        with pytest.raises(DataError) as refusal:
+            asked()
+        assert f"answers 6 pictures with {got}, allowed are logits [6, classes]" in one_line(refusal.value)
 
 
 def test_a_network_that_changes_its_input_leaves_the_pictures_as_they_are():

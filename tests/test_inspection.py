@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from hostile import HERE, deflated, hostile, in_zip, saved, text, watched
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from toys import REPOSITORY, environment, the_error
 
@@ -454,6 +454,31 @@ def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path, one_line):
         lines = inspection.text(report).split("\n")
         assert all(line.isprintable() and len(line) < 250 for line in lines) and lines[-1] == report["verdict"]
         assert len(lines) == len(content) + len(report["imports"]) + 7
+
+
+def test_a_network_that_is_there_twice_is_said_to_be(tmp_path, monkeypatch, one_line):
+    """Its tensors are converted as they are, for nobody has said which is meant."""
+    own = small()
+    path = stored(tmp_path, {"model": own, "ema": own})
+    report, found, known = look(path)
+    assert (report["status"], report["network"], known) == (HARMLESS, None, None)
+    assert report["verdict"].endswith("a known network more than once: under 'ema.', 'model.'")
+    assert "network   more than once, under 'ema.', 'model.'" in inspection.text(report).split("\n")
+    with pytest.raises(weights.SeveralError) as refusal:
+        guess(found)
+    assert f"{path} holds the network 2 times" in one_line(refusal.value) and "--model_prefix" in str(refusal.value)
+    monkeypatch.setattr(inspection.device, "confine", lambda memory, seconds: None)
+    assert len(load(asked(path)[1])) == 2 * len(own)
+
+
+def test_prefixes_from_a_file_move_no_cursor_and_forge_no_line(tmp_path, one_line):
+    own = small()
+    report, found, _ = look(stored(tmp_path, {f"{EVIL}{i}.{name}": own[name] for i in range(9) for name in own}))
+    assert report["verdict"].isprintable() and report["verdict"].isascii() and len(report["verdict"]) < 1000
+    assert all(line.isprintable() for line in inspection.text(report).split("\n"))
+    with pytest.raises(weights.SeveralError) as refusal:
+        guess(found)
+    assert one_line(refusal.value).isprintable() and "9 times" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

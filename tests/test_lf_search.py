@@ -15,6 +15,7 @@ from sau.attack.making import Making
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError
+from sau.evaluate import predict
 from sau.models import build
 from sau.optim import Training
 from sau.record import victim
@@ -168,7 +169,7 @@ def test_the_rate_is_the_share_of_changed_predictions():
     net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
     grey = torch.tensor([51, 128, 153, 77], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     images = Images.clean(grey, torch.zeros(4, dtype=torch.long), 2)
-    seen = lf_search.classes(net, to_float(grey))
+    seen = predict(net, to_float(grey))
     assert seen.tolist() == [0, 0, 1, 0] and rate(net, images, seen, torch.full((3, 2, 2), 0.1)) == 0.25
 
 

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,38 @@ def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
     torch.save(tiny_net().state_dict(), tmp_path / "tiny.pt")
     with pytest.raises(ConfigError, match="--arch"):
         network(OwnRun(model_file=str(tmp_path / "tiny.pt"), clean_dir="x"), CLASSES)
+
+
+@pytest.mark.parametrize("arch", ["auto", "preactresnet18", "somebody:made"])
+def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path, monkeypatch, one_line):
+    """As trainers write them that keep an average."""
+    (tmp_path / "somebody.py").write_text(
+        f"from sau.models.preact_resnet import PreActResNet18\ndef made():\n    return PreActResNet18({CLASSES}, 2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    averaged = {name: value / 2 if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    torch.save({"model": net.state_dict(), "ema": averaged}, tmp_path / "two.pt")
+    own = OwnRun(model_file=str(tmp_path / "two.pt"), clean_dir=str(pictures), arch=arch, trust_code=True)
+    with pytest.raises(RecordError) as refusal:
+        network(own, CLASSES)
+    assert "two.pt holds the network 2 times: under 'ema.', 'model.'; name one with --model_prefix" in one_line(
+        refusal.value
+    )
+    for prefix, wanted in (("model.", net.state_dict()), ("ema.", averaged), ("em", averaged)):
+        found, file, _ = network(replace(own, model_prefix=prefix), CLASSES)
+        assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+        assert len(file.tensors) == len(wanted)
+    with pytest.raises(RecordError) as refusal:
+        network(replace(own, model_prefix="state_dict."), CLASSES)
+    assert "no tensor under 'state_dict.'; scripts/inspect_checkpoint.py lists them" in one_line(refusal.value)
+
+
+def test_the_prefix_of_the_command_line_chooses(net, pictures, tmp_path, here, refused):
+    torch.save({"model": net.state_dict(), "ema": net.state_dict()}, tmp_path / "two.pt")
+    given = flags(tmp_path / "two.pt", pictures)
+    assert "name one with --model_prefix" in refused(*given)
+    assert "no tensor under 'mode1.'" in refused(*given, "--model_prefix", "mode1.")
+    assert here(*given, "--model_prefix", "ema.")[0] == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError])

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from test_defenses import ROWS, pair
 from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
-from sau.defense import ANP, RNP, pruning
+from sau.defense import ANP, FP, RNP, pruning
 from sau.defense.held import Held, hold_back
 from sau.defense.inputs import gather, unaugmented
 from sau.errors import ConfigError, TrainingError
@@ -92,6 +93,62 @@ def test_a_network_without_batch_norm_is_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         pruning.batch_norms(batchwise, "clp", running=True)
     assert "running" in one_line(refusal.value)
+
+
+@pytest.fixture
+def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accuracy that is chance, as of untrained networks, prunes all the same."""
+    monkeypatch.setattr(pruning, "chance", lambda model, held: -1.0)
+
+
+PRUNING = {name: ROWS[name].defense for name in ("anp", "rnp", "clp", "bnp", "ep")}
+LAST = FP(unit="last_conv", epochs=1, batch_size=8, acc_ratio=0.99)
+each_pruning = pytest.mark.parametrize("defense", [*PRUNING.values(), LAST], ids=[*PRUNING, "fp"])
+
+
+@pytest.mark.usefixtures("no_chance")
+@pytest.mark.parametrize("training", [False, True])
+@each_pruning
+def test_batch_norms_of_several_devices_are_pruned_like_any(defense, training):
+    given = [pruning_net(), nn.SyncBatchNorm.convert_sync_batchnorm(pruning_net())]
+    fixed = [defense.purify(net.train(training), pair(), session=quiet()) for net in given]
+    assert type(fixed[1].get_submodule("1")) is nn.SyncBatchNorm
+    assert same_weights(*fixed) and not same_weights(fixed[0], given[0])
+
+
+def pruning_net() -> nn.Sequential:
+    """In eval mode; its last convolution has a batch norm behind it, whose shifts are not zero."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 10, 3, stride=2), nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    net = nn.Sequential(*layers, nn.Linear(10, 4))
+    nn.init.normal_(net.get_parameter("1.bias"))
+    return net.eval()
+
+
+@pytest.mark.usefixtures("no_chance")
+@pytest.mark.parametrize("defense", PRUNING.values(), ids=PRUNING)
+def test_a_batch_norm_of_several_devices_may_come_after_a_linear_layer(defense):
+    """convert_sync_batchnorm makes it of a BatchNorm1d, which is left out."""
+    net = pruning_net().append(nn.BatchNorm1d(4))
+    fixed = defense.purify(nn.SyncBatchNorm.convert_sync_batchnorm(net), pair(), session=quiet())
+    assert fixed(pair()[0]).isfinite().all() and not same_weights(fixed, net)
+
+
+@pytest.mark.usefixtures("no_chance")
+@pytest.mark.parametrize("defense", PRUNING.values(), ids=PRUNING)
+def test_a_batch_norm_without_shifts_is_left_out(defense, one_line):
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), *pruning_net()).eval()
+    net[1].bias = None
+    fixed = defense.purify(net, pair(), session=quiet())
+    assert torch.equal(fixed[1].weight, net[1].weight) and not same_weights(fixed, net)
+    with pytest.raises(ConfigError) as refusal:
+        defense.purify(nn.Sequential(*net[:2], nn.AdaptiveMaxPool2d(1), nn.Flatten()), few(), session=quiet())
+    assert "no batch norm" in one_line(refusal.value)
+
+
+def few() -> tuple[Tensor, Tensor]:
+    """Pictures of three classes."""
+    return pair(classes=3)
 
 
 LEVELS = [

@@ -19,6 +19,7 @@ from sau import loop
 from sau.attack import workshop
 from sau.data.images import Images, to_float
 from sau.errors import TrainingError
+from sau.evaluate import AT_ONCE, predict
 from sau.seeds import generator
 from sau.session import Session
 from sau.types import Labels, Pixels
@@ -105,12 +106,6 @@ def deepfool(model: nn.Module, x: Tensor, target: int, steps: int, overshoot: fl
     return r if int(model((x + r)[None])[0].argmax()) == target else None
 
 
-@torch.no_grad()
-def classes(model: nn.Module, x: Pixels) -> Labels:
-    """What a network sees in each picture."""
-    return torch.cat([model(part).argmax(1) for part in x.split(500)])
-
-
 def rescaled(v: Tensor, strength: float) -> Tensor | None:
     """`v` with its minimum at 0 and its maximum at `strength`, over all channels; None where both are the same."""
     low, high = v.min(), v.max()
@@ -119,7 +114,7 @@ def rescaled(v: Tensor, strength: float) -> Tensor | None:
 
 def step(model: nn.Module, search: Search, limits: Limits, x: Pixels, y: Labels) -> dict[str, Tensor]:
     """Move the pattern by one picture [1, C, H, W]; counts whether it did. `y` is not looked at."""
-    seen, now = classes(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
+    seen, now = predict(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
     moved = 0
     if seen == now != limits.target:  # one that is there already has r = 0, which would leave nothing to rescale
         r = deepfool(model, (x[0] + search.v).clamp(0, 1), limits.target, limits.steps, limits.overshoot)
@@ -131,7 +126,7 @@ def step(model: nn.Module, search: Search, limits: Limits, x: Pixels, y: Labels)
 
 def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
     """Share of pictures in which `model` sees another class with the pattern than the ones in `seen`."""
-    changed = classes(model, (to_float(images.pixels) + v).clamp(0, 1)) != seen
+    changed = predict(model, (to_float(images.pixels) + v).clamp(0, 1), AT_ONCE) != seen
     return float(changed.float().mean())
 
 
@@ -151,7 +146,7 @@ def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, sessio
     order = torch.randperm(len(images), generator=generator(seed)).to(images.labels.device)
     used = images[order[: limits.images]]
     others = images[order[limits.images :][:HELD_BACK]] if len(images) > limits.images else used
-    seen = classes(model, to_float(others.pixels))
+    seen = predict(model, to_float(others.pixels), AT_ONCE)
     search = Search(images.pixels.shape[1:], images.pixels.device)
 
     def end_pass(losses: dict[str, float]) -> bool:
@@ -169,6 +164,6 @@ def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, sessio
             f"no pattern for class {limits.target} changes what the network sees in {len(others)} pictures; "
             "try more --lf_images or --lf_passes, or a network that was trained longer"
         )
-    led = classes(model, (to_float(others.pixels) + search.best).clamp(0, 1)) == limits.target
+    led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == limits.target
     shares = {"fooled": max(search.rates), "led_to_the_target": float(led[seen != limits.target].float().mean())}
     return {"pattern": search.best}, {**shares, "energy_in_the_lowest_7x7": band_energy(search.best)}

@@ -14,7 +14,7 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
-from sau.defense.handed import check_weights, copied, handed_back, home, learning, plain
+from sau.defense.handed import check_weights, copied, handed_back, learning, place_for, plain
 from sau.defense.inputs import clean_batches, enough_pictures
 from sau.errors import ConfigError, DataError
 from sau.machine.parts import InParts
@@ -85,7 +85,7 @@ class Defense(Method, ABC):
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
         model, (mean, std) = plain(model), statistics(mean, std)
-        place = torch.device(device) if device is not None else home(model)
+        place = place_for(model, device)
         with learning(place):
             mine = copied(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]

@@ -49,7 +49,11 @@ class EP(Outliers):
     def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name)
         maxima: dict[str, Tensor] = {}
-        look(model, norms, self._draw(batches), lambda name, inputs: maxima.update({name: inputs.amax((2, 3))}))
+
+        def add(name: str, inputs: Tensor) -> None:
+            maxima[name] = inputs.unflatten(1, (-1, 1)).flatten(2).amax(2)  # [B, C], also of inputs [B, C]
+
+        look(model, norms, self._draw(batches), add)
         return {name: -entropy(standardised(t.double()), self.bin_width) for name, t in maxima.items()}
 
     def _draw(self, batches: Batched) -> Pixels:

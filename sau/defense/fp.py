@@ -136,12 +136,12 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
             return
         tail[:] = [(output, output._version)]
 
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+    kinds = (nn.Conv2d, *pruning.NORMS, nn.ReLU)
     with watching((module, follow) for module in model.modules() if isinstance(module, kinds)):
         predict(model, x)
     if not found:
         raise ConfigError("the network has no Conv2d, which unit last_conv of fp prunes; try --unit linear_input")
-    if any(isinstance(layer, nn.BatchNorm2d) and not layer.affine for layer in found):
+    if any(isinstance(layer, pruning.NORMS) and not layer.affine for layer in found):
         what = "its last convolution is followed by a batch norm without weights, which would undo the pruning"
         raise ConfigError(f"{what}; try --unit linear_input")
     return [settable(layer, "fp") for layer in found]

@@ -11,8 +11,6 @@ from torch import nn
 from sau.errors import ConfigError, TrainingError, first_line
 from sau.models import laid_as, quick
 
-SHORT = (torch.float16, torch.bfloat16)
-
 
 def plain(model: Any) -> nn.Module:
     """The network itself, where torch.compile wrapped it; ConfigError for what cannot be purified."""
@@ -21,13 +19,13 @@ def plain(model: Any) -> nn.Module:
         raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("model is a ScriptModule, allowed is a network in Python; load its weights into one first")
-    kinds = {parameter.dtype for parameter in model.parameters()}
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the weights of the network lie on `meta` and have no values; load some into it first")
-    if short := kinds & {*SHORT}:
-        kind = short.pop()
+    floats = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    if short := [kind for kind in floats if kind.itemsize < 4]:
         raise ConfigError(
-            f"weights are {kind}, which loses small updates; give model.float(), and turn what comes back into {kind}"
+            f"weights are {short[0]}, which loses small updates; give model.float(), and turn what comes back into "
+            f"{short[0]}"
         )
     return model
 
@@ -37,20 +35,33 @@ def home(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def place_for(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where to compute: on `device`, or else where `model` lies; ConfigError where torch cannot."""
+    if device is None:
+        return home(model)
+    try:
+        place = torch.device(device)
+        torch.zeros((), device=place).item()  # `meta` has no values
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ConfigError(f"device is {str(device)!r}, which torch cannot use here: {first_line(error)}") from None
+    return place
+
+
 def copied(model: nn.Module, place: torch.device) -> nn.Module:
     """A copy of `model` on `place`, in eval mode and without gradients; ConfigError where there can be none."""
     try:
         mine = copy.deepcopy(model)
+    except TypeError as error:  # of a lock, an open file, a process
+        raise ConfigError(f"the network cannot be copied ({first_line(error)}); take that out of it first") from None
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ConfigError(
             f"the network cannot be copied ({first_line(error)}): it keeps tensors that were computed; call "
             "torch.nn.utils.prune.remove or remove_weight_norm on it, or, if it keeps activations, run it once under "
             "torch.no_grad()"
         ) from None
-    try:
-        mine = mine.to(place)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise ConfigError(f"device is {str(place)!r}, which torch cannot use here: {first_line(error)}") from None
+    mine = mine.to(place)
     mine.zero_grad()
     return quick(mine.eval())
 

@@ -121,6 +121,7 @@ def checked(
         raise DataError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; allowed are {len(x)} whole numbers")
     if len(x) == 0:
         raise DataError("the clean set is empty; give at least one labelled picture")
+    x, y = (part.clone() if part.is_inference() else part for part in (x, y))  # no gradient goes through these
     if x.dtype == torch.uint8:
         return x, y.long()
     if not x.is_floating_point():
@@ -175,6 +176,9 @@ class _Loader:
                 raise DataError(
                     f"a batch is a dictionary ({', '.join(map(str, batch))}); allowed is (pictures, labels)"
                 )
+            if isinstance(batch, Tensor) or len(batch) < 2:
+                what = f"{type(batch).__name__} of length {len(batch)}"
+                raise DataError(f"a batch is {what}; allowed is (pictures, labels)")
             x, y, *_ = batch
             x, y = checked(x, y, self.mean, self.std)
             x, y = x.to(self.device), y.to(self.device)

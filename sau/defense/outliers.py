@@ -100,6 +100,6 @@ def level(scores: Scores, u: float) -> pruning.Level:
 
 
 def look(model: nn.Module, norms: pruning.Norms, x: Pixels, at: Callable[[str, Tensor], None]) -> None:
-    """Send `x` through `model` and call `at` with the name and the input [B, C, H, W] of each of `norms` on the way."""
+    """Send `x` through `model` and call `at` with the name and the input [B, C, ...] of each of `norms` on the way."""
     with watching((norm, lambda _, inputs, output, name=name: at(name, inputs[0])) for name, norm in norms.items()):
         model(x)  # a batch norm does not change its input, so it may be looked at afterwards

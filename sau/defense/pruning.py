@@ -17,6 +17,7 @@ from sau.evaluate import Score, score
 from sau.session import Session
 
 Norms = dict[str, nn.BatchNorm2d | nn.SyncBatchNorm]
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 CHECKED = 500  # pictures that tell whether a network guesses
 MOST_LEVELS = 1000  # that a search may try
 SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
@@ -50,8 +51,7 @@ def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norm
 
     ConfigError if it has none, for `method` prunes channels.
     """
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
     found = {name: norm for name, norm in found.items() if norm.affine and norm.bias is not None}
     found = {name: norm for name, norm in found.items() if not (running and norm.running_var is None)}
     if not found:
@@ -86,7 +86,8 @@ def undone(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.load_state_dict(before)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(before[name])
 
 
 def choose(

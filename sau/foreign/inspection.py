@@ -38,7 +38,8 @@ def inspect(path: Path, to: Path | None = None) -> Report:
 
     Returns a dictionary that JSON can hold: path, bytes, sha256, format, imports (names that the file's pickles
     import), refused (those among them that weights do not need), tensors (name, shape, dtype, values, nan), network
-    (see `Guess`, or None), normalisation (mean, std and where from, or None), status and verdict (one line).
+    (see `Guess`, or None), several (under what, where it holds a known network more than once), normalisation (mean,
+    std and where from, or None), status and verdict (one line).
     Raises RecordError if there is no such file and if `to` exists or cannot be written.
     """
     if not path.is_file():
@@ -191,9 +192,10 @@ def text(report: Report) -> str:
         f"tensors   {len(report['tensors'])}, {total:,} values, {sum(t['nan'] for t in report['tensors'])} NaN"
     )
     width = f", width {network['width']}" if network and network["width"] else ""
+    none = f"more than once, under {report['several']}" if "several" in report else "none of those known here"
     lines.append(
         f"network   {network['name']}{width}, {network['classes']} classes, names under '{_short(network['prefix'])}'"
-        if network else "network   none of those known here"
+        if network else f"network   {none}"
     )  # fmt: skip
     given = (
         f"mean {norm['mean']}, std {norm['std']}, by {_short(norm['from'])}"

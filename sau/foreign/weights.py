@@ -25,7 +25,7 @@ class SeveralError(RecordError):
     """A file holds a network more than once, under several prefixes."""
 
     def __init__(self, path: Path, prefixes: Sequence[str]) -> None:
-        self.under = ", ".join(map(repr, prefixes))
+        self.under = ", ".join(f"{prefix[:100]!a}" for prefix in prefixes[:5])
         times = f"{path} holds the network {len(prefixes)} times"
         super().__init__(f"{times}: under {self.under}; name one with --model_prefix")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.errors import ConfigError, DataError, first_line
+from sau.errors import ConfigError, DataError, first_line, in_a_line
 
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
@@ -82,7 +82,8 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
         try:
             found.append([float(value) for value in values])
         except (TypeError, ValueError):
-            raise ConfigError(f"{name} is {values}, allowed are numbers, one for each channel") from None
+            got = in_a_line(str(values))
+            raise ConfigError(f"{name} is {got}, allowed are numbers, one for each channel") from None
     if not all(0 <= value <= 1 for value in found[0]):
         raise ConfigError(f"mean is {tuple(found[0])}, allowed is 0 to 1, as of pixels in [0, 1]; divide by 255")
     if not all(value > 0 for value in found[1]):
@@ -96,7 +97,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """What `model` answers to `x`; DataError unless it is logits [B, K]."""
     try:
         logits: Tensor = model(x)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
         if isinstance(error, torch.OutOfMemoryError):
             raise
         shape, reason = tuple(x.shape), first_line(error)

@@ -1,0 +1,296 @@
+"""Networks, pictures and statistics as callers hand them over: taken as they are meant, or refused in a line."""
+
+import inspect
+import threading
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_defenses import ROWS, each, pair, triples
+from torch import Tensor, nn
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
+from toys import TinyNet, quiet, same_weights, tiny_net
+
+from sau.defense import FT, Defense
+from sau.errors import ConfigError, DataError, SauError
+from sau.models import Normalized
+
+QUICK = FT(epochs=1, batch_size=8, lr=0.01)
+
+
+@pytest.fixture(autouse=True)
+def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accuracy that is chance, as of untrained networks, prunes all the same."""
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)
+
+
+@cache
+def purified(name: str) -> nn.Module:
+    """What comes back where nothing is unusual."""
+    return ROWS[name].defense.purify(tiny_net(), pair(), session=quiet())
+
+
+def refusal_of(how: str, *given: Any, defense: Defense = QUICK, **more: Any) -> SauError:
+    """What `purify` says, without the tests' check of types, which would come first; `how` is the kind of error."""
+    with pytest.raises(SauError) as refusal:
+        inspect.unwrap(type(defense).purify)(defense, *given, session=quiet(), **more)
+    assert type(refusal.value).__name__ == how
+    return refusal.value
+
+
+# Where it is called from
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@each
+def test_the_context_that_it_is_called_in_changes_no_bit(defense, context):
+    """Also where network and pictures are made in it; what comes back can be trained outside."""
+    with CONTEXTS[context]():
+        fixed = defense.purify(tiny_net(), pair(), session=quiet())
+    assert same_weights(fixed, purified(defense.name))
+    fixed.train()(pair()[0]).sum().backward()
+    assert fixed.linear.weight.grad is not None
+
+
+@each
+def test_a_loader_whose_batches_are_made_in_inference_mode_is_like_any(defense):
+    with torch.inference_mode():
+        fixed = defense.purify(tiny_net(), [pair()], session=quiet())
+    assert same_weights(fixed, defense.purify(tiny_net(), [pair()], session=quiet()))
+
+
+# Networks
+
+
+def compiled_in_place(net: nn.Module) -> nn.Module:
+    net.compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("compiled", [partial(torch.compile, backend="eager"), compiled_in_place], ids=["wrap", "call"])
+@each
+def test_a_compiled_network_comes_back_plain_and_with_the_same_bits(defense, compiled):
+    fixed = defense.purify(compiled(tiny_net()), pair(), session=quiet())
+    assert type(fixed) is TinyNet and fixed._compiled_call_impl is None
+    assert same_weights(fixed, purified(defense.name))
+
+
+@each
+def test_no_gradient_comes_back(defense):
+    """Neither the caller's nor that of the last step, which an optimiser of the caller's would take again."""
+    net = tiny_net()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    fixed = defense.purify(net, pair(), session=quiet())
+    assert all(parameter.grad is None for parameter in fixed.parameters())
+    assert all((parameter.grad == 1).all() for parameter in net.parameters())
+    assert same_weights(fixed, purified(defense.name))
+
+
+def pruned() -> nn.Module:
+    net = tiny_net()
+    prune.l1_unstructured(net.linear, "weight", 0.3)
+    return net
+
+
+def weight_normed() -> nn.Module:
+    net = tiny_net()
+    weight_norm(net.linear)
+    return net
+
+
+class Keeping(TinyNet):
+    """A network that keeps its activations, as some do for pictures of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def keeping() -> nn.Module:
+    net = Keeping().eval()
+    net(pair()[0])
+    return net
+
+
+def without_gradient(net: nn.Module) -> None:
+    with torch.no_grad():
+        net(pair()[0])
+
+
+def locked() -> nn.Module:
+    net = tiny_net()
+    net.lock = threading.Lock()
+    return net
+
+
+LESS = {
+    str(kind): (lambda kind=kind: tiny_net().to(kind), [str(kind), "give model.float()"], nn.Module.float)
+    for kind in (torch.float16, torch.bfloat16)
+}
+NETWORKS: dict[str, tuple[Callable[[], Any], list[str], Callable[[Any], Any] | None]] = {  # words, and what mends it
+    **LESS,
+    "scripted": (lambda: torch.jit.script(tiny_net()), ["ScriptModule", "load its weights into one"], None),
+    "traced": (lambda: torch.jit.trace(tiny_net(), pair()[0]), ["ScriptModule", "load its weights into one"], None),
+    "a path": (lambda: "net.pt", ["model is str", "load weights into one"], None),
+    "meta": (lambda: tiny_net().to("meta"), ["`meta`", "load some into it"], None),
+    "pruned": (pruned, ["cannot be copied", "prune.remove"], lambda net: prune.remove(net.linear, "weight")),
+    "weight norm": (weight_normed, ["remove_weight_norm"], lambda net: remove_weight_norm(net.linear)),
+    "activations": (keeping, ["cannot be copied", "under torch.no_grad()"], without_gradient),
+    "a lock": (locked, ["_thread.lock", "take that out"], lambda net: delattr(net, "lock")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("which", NETWORKS)
+def test_a_network_that_cannot_be_purified_is_refused_with_what_helps(which, one_line):
+    make, words, mend = NETWORKS[which]
+    net = make()
+    said = one_line(refusal_of("ConfigError", net, pair()))
+    assert all(word in said for word in words)
+    if mend is not None:
+        mend(net)
+        assert QUICK.purify(net, pair(), session=quiet())(pair()[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", torch.device("meta")])
+def test_a_device_that_is_not_there_is_refused(device, one_line):
+    said = one_line(refusal_of("ConfigError", tiny_net(), pair(), device=device))
+    assert f"device is {str(device)!r}, which torch cannot use here: " in said
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@each
+def test_spectral_norm_of_old_is_refused_by_those_who_set_the_weight(defense, one_line):
+    """torch.nn.utils.spectral_norm makes it anew before each pass, so that what is set would be lost."""
+    net = tiny_net()
+    spectral_norm(net.linear)
+    if defense.name in ("d3", "fst", "fp"):
+        said = one_line(refusal_of("ConfigError", net, pair(), defense=defense))
+        assert f"a weight that {defense.name} sets" in said and "remove_spectral_norm first" in said
+        remove_spectral_norm(net.linear)
+    fixed = defense.purify(net, pair(), session=quiet())
+    assert fixed(pair()[0]).isfinite().all() and not torch.equal(fixed(pair()[0]), net.eval()(pair()[0]))
+
+
+# Mean and standard deviation
+
+
+GREY, SPREAD = [0.5] * 3, [0.25] * 3
+STATISTICS = {
+    "a number": (0.5, 0.25, "mean is 0.5, allowed are numbers, one for each channel"),
+    "a tensor of one": (torch.tensor(0.5), torch.tensor(0.25), "mean is tensor(0.5000), allowed are"),
+    "a batch of them": (torch.full((1, 3, 1, 1), 0.5), SPREAD, "allowed are numbers, one for each channel"),
+    "a text": ("0.5", "0.25", "mean is 0.5, allowed are"),
+    "unequal lengths": (GREY, [0.25], "mean has 3 values and std 1; give both for each channel"),
+    "of bytes": ([125] * 3, [63] * 3, "allowed is 0 to 1, as of pixels in [0, 1]; divide by 255"),
+    "below 0": ([-0.5] * 3, SPREAD, "mean is (-0.5, -0.5, -0.5), allowed is 0 to 1"),
+    "no number": ([float("nan")] * 3, SPREAD, "mean is (nan, nan, nan), allowed is"),
+    "no spread": (GREY, [0.25, 0.0, 0.25], "std is (0.25, 0.0, 0.25), allowed are values above 0"),
+    "spread of no number": (GREY, [float("nan")] * 3, "allowed are values above 0"),
+    "one of them": (GREY, None, "mean and std belong together"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("which", STATISTICS)
+def test_statistics_that_cannot_be_are_refused_by_networks_and_defenses(which, one_line):
+    mean, std, words = STATISTICS[which]
+    assert words in one_line(refusal_of("ConfigError", tiny_net(), pair(), mean=mean, std=std))
+    with pytest.raises(ConfigError) as refusal:
+        Normalized(tiny_net(), mean, std)
+    assert words in one_line(refusal.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple, lambda values: torch.tensor(values).view(3, 1, 1)])
+def test_statistics_may_come_in_whatever_holds_numbers(kind):
+    x, y = pair()
+    data = ((x - 0.5) / 0.25, y)
+    fixed = [QUICK.purify(tiny_net(), data, mean=to(GREY), std=to(SPREAD), session=quiet()) for to in (list, kind)]
+    assert same_weights(*fixed)
+    assert torch.equal(Normalized(tiny_net(), kind(GREY), kind(SPREAD))(x), Normalized(tiny_net(), GREY, SPREAD)(x))
+
+
+@pytest.mark.parametrize("give", [lambda *data: data, triples], ids=["pair", "loader"])
+def test_there_are_as_many_statistics_as_channels_or_one_for_all(give, one_line):
+    x, y = pair()
+    data = give((x - 0.5) / 0.25, y)
+    for count, channels, given in ((2, 3, data), (3, 1, give(x[:, :1], y))):
+        mean, std = [0.5] * count, [0.25] * count
+        said = one_line(refusal_of("DataError", tiny_net(channels=channels), given, mean=mean, std=std))
+        assert f"mean and std have {count} values, pictures {channels} channels; give one for each" in said
+    fixed = [QUICK.purify(tiny_net(), data, mean=[0.5] * n, std=[0.25] * n, session=quiet()) for n in (1, 3)]
+    assert same_weights(*fixed)
+
+
+# Pictures
+
+
+class Measured:
+    """An iterator that knows how long it is, and has nothing left after one walk."""
+
+    def __init__(self) -> None:
+        self.left = iter([pair()])
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> "Measured":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self.left)
+
+
+def four(n: int = 20) -> tuple[Tensor, Tensor]:
+    """Pictures with an alpha channel."""
+    x, y = pair(n)
+    return torch.cat([x, x[:, :1]], 1), y
+
+
+PICTURES: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "an iterator": (lambda: iter([pair()]), ["list_iterator", "give a DataLoader with a length"]),
+    "an iterator with a length": (Measured, ["Measured is walked through once", "give the DataLoader itself"]),
+    "that of a loader": (lambda: iter(triples(*pair())), ["walked through once", "give the DataLoader itself"]),
+    "pairs one by one": (lambda: zip(*pair(), strict=True), ["zip", "give a DataLoader with a length"]),
+    "dictionaries": (
+        lambda: [dict(zip(("image", "label"), pair(), strict=True))],
+        ["dictionary (image, label)", "allowed is (pictures, labels)"],
+    ),
+    "no labels": (lambda: [pair()[:1]], ["tuple of length 1", "allowed is (pictures, labels)"]),
+    "only pictures": (lambda: [pair()[0]], ["Tensor of length 20", "allowed is (pictures, labels)"]),
+    "alpha": (four, ["(20, 4, 16, 16)", "C 1 or 3"]),
+    "alpha in a loader": (lambda: triples(*four()), ["(8, 4, 16, 16)", "C 1 or 3"]),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("which", PICTURES)
+def test_pictures_that_are_none_are_refused_before_anything_is_trained(which, one_line):
+    make, words = PICTURES[which]
+    said = one_line(refusal_of("DataError", tiny_net(channels=4 if "alpha" in which else 3), make()))
+    assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_a_network_that_does_not_take_pictures_of_this_size_is_told(error, one_line):
+    """torchvision's transformers assert it."""
+
+    class Choosy(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error("Wrong image height! Expected 224 but got 16!")
+
+    with pytest.raises(DataError) as refusal:
+        QUICK.purify(Choosy(), pair(), session=quiet())
+    assert "(8, 3, 16, 16): Wrong image height!" in one_line(refusal.value)
