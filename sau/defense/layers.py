@@ -42,7 +42,8 @@ def watching(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator
 
 def settable(layer: Layer, method: str) -> Layer:
     """`layer`; ConfigError if its weight is computed from others, so that `method` cannot set it."""
-    if hasattr(layer, "weight") and "weight" not in layer._parameters:  # also where torch.nn.utils.spectral_norm makes it before each pass
+    # Also torch.nn.utils.spectral_norm computes it, before each pass; a ReLU has none.
+    if hasattr(layer, "weight") and "weight" not in layer._parameters:
         raise ConfigError(
             f"a weight that {method} sets is computed from others (parametrizations, spectral or weight norm); call "
             "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_spectral_norm first"
