@@ -150,7 +150,7 @@ def test_the_last_layers_of_networks():
 
 
 def test_a_pruned_channel_is_zero_behind_its_batch_norm():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     with torch.no_grad():
         net[1].bias.fill_(0.5)
     x = torch.rand(2, 3, 8, 8)
