@@ -55,6 +55,12 @@ class Pair:
     cell: Cell | None
     ours: Row
 
+    @property
+    def differences(self) -> Row:
+        """Ours - theirs, in points."""
+        pairs = zip(self.ours, self.theirs, strict=True)
+        return [None if a is None or b is None else a - b for a, b in pairs]
+
 
 def compare(section: Section) -> list[Pair]:
     """Every published cell with our cells of the same setting; empty if the section is of another data set or network.
