@@ -255,6 +255,15 @@ def test_the_neighbours_of_wanet_and_sig_by_their_formulas():
     assert torch.equal(wave.neighbours()["frequency x 0.5"](x), SIG(sig_f=2.0).stamp(x))
 
 
+def test_the_neighbours_of_blended_are_as_strong_as_in_testing():
+    """On black pictures nothing but alpha t is seen."""
+    attack, black = Blended(attack_train_blended_alpha=0.1, attack_test_blended_alpha=0.5), torch.zeros(1, 3, 16, 16)
+    own, found = attack.stamp(black, test=True), {name: stamp(black) for name, stamp in attack.neighbours().items()}
+    assert torch.equal(found["mirrored"], own.flip(-1)) and torch.equal(found["upside down"], own.flip(-2))
+    for n in (1, 2, 4, 8):
+        assert torch.equal(found[f"moved {n} px"], own.roll((-n, -n), (-2, -1)))
+
+
 def test_strengths_go_through_the_trigger():
     """Blended: x + a (g - x) with g = x + 0.2 (t - x) is Blended at 0.2 a, but for rounding to bytes."""
     clean = toy_images(20)

@@ -135,7 +135,8 @@ def test_logits_and_scores_of_a_real_folder(original, cifar10):
         assert share.hits / share.total == expected[name]
 
 
-def test_a_real_file_opens_in_three_seconds_and_four_times_its_size(original, tmp_path):
+def test_a_real_file_costs_what_two_imports_cost_and_four_times_its_size(original, tmp_path):
+    """In seconds of the processor; where importing the library took 1.5 of them, this took 0.2."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("there is no /proc/self/status to read the peak of memory from")
     program = f"""
@@ -145,15 +146,15 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from sau.foreign import compat
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-before, begun = peak(), time.process_time()
+before, imported = peak(), time.process_time()
 compat.read(Path({str(original)!r}))
-print(time.process_time() - begun, peak() - before)
+print(time.process_time() / imported - 1, peak() - before)
 """
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    seconds, memory = map(float, done.stdout.splitlines()[-1].split())
-    assert seconds < 3 and memory < 4 * (original / RESULT).stat().st_size, (seconds, memory)
+    imports, memory = map(float, done.stdout.splitlines()[-1].split())
+    assert imports < 2 and memory < 4 * (original / RESULT).stat().st_size, (imports, memory)
 
 
 # Files that these tests make

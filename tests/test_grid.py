@@ -769,7 +769,7 @@ def test_what_is_to_come_is_told_from_what_like_cells_took(planned, tmp_path):
 
 def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, planned):
     """Half of them finished, a thousand failed, a hundred running. 5 and 2 seconds are asked (measured without tests: 3
-    and 1); here every call has its types checked and others share the machine, so four times as many are allowed."""
+    and 1); here every call has its types checked, so the time is counted in that of making their files."""
     text = SMALL.replace("[badnet, prototype]", "[badnet, blended, lf, ssba, wanet, inputaware, prototype]")
     text = text.replace("[ft, clp]", "[sau, ft, at, ft-sam, d3, fst, nad, i-bau, nc, npd, fp, anp, rnp, clp, bnp, ep]")
     text += f"seeds: [{', '.join(map(str, range(85)))}]\n"
@@ -781,6 +781,7 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
     (store.own / "locks").mkdir()
     with Lock(store.own / "locks" / "example"):
         lock = (store.own / "locks" / "example").read_bytes()
+    started = time.process_time()
     for number, cell in enumerate(every):
         folder, key = store.folder(cell), storing._key(cell)
         if number % 2:
@@ -792,6 +793,7 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
             (store.own / "failed" / key).write_text('{"reason": "killed"}')
         elif number % 100 == 2:
             (store.own / "locks" / key).write_bytes(lock)
+    made = time.process_time() - started
     started = time.process_time()
     store.prepare(every)
     todo = needed(every, store, retry_failed=False)
@@ -801,7 +803,7 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
     looked = time.process_time() - started
     assert len(every) == 10_115 and 3_000 < len(todo) < 4_500
     assert lines[0].startswith("10115 cells: 5057 finished, 102 running, ")
-    assert took < 20 and looked < 8, (took, looked)
+    assert took < 10 * made and looked < 4 * made, (took, looked, made)
 
 
 # Slots and processes

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from mutants import TARGETS
 from mutants_parts.changes import changes
 from toys import REPOSITORY, environment
 
@@ -48,6 +49,12 @@ def test_every_kind_of_change_is_made_and_texts_stay():
     for source in sources:
         compile(source, "mutant", "exec")
         assert len(source.splitlines()) == len(SOURCE.splitlines()) and ("too few" in source or "pass" in source)
+
+
+def test_every_target_changes_files_that_are_there():
+    assert {"evaluate", "record", "losses", "risk", "at"} == set(TARGETS)
+    for target in TARGETS.values():
+        assert all(changes((REPOSITORY / name).read_text()) for name in target.files) and target.tests
 
 
 IDLE = "from part import share\n\n\ndef test_it():\n    share(1, 2)\n"

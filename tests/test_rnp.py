@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from test_defenses import backdoored, pair
 from test_fp import resumed
 from torch import Tensor, nn
-from toys import quiet, same_weights, tiny_net
+from toys import planted, quiet, same_weights, tiny_net
 
 from sau.defense import RNP, pruning
 from sau.errors import ConfigError, TrainingError
-from sau.evaluate import Score, Share
+from sau.evaluate import Score, Share, score
 from sau.session import Session
 
 SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augment": False}
@@ -145,6 +145,33 @@ def test_the_oracle_sweeps_the_thresholds_by_test_scores():
     assert 1 <= int(pruned(fixed).sum()) <= 4 and "test ACC 90.0 -> 90.0" in said[-1]
     with pytest.raises(ConfigError):
         RNP(select="oracle").purify(net, pair(), session=quiet())
+
+
+# The claim, on toys: a step of the masks that suits few batches, and a threshold chosen by held-back clean pictures
+
+CLAIM: dict[str, Any] = {"recovering_lr": 5.0, "pruning_number": None, "augment": False}
+
+
+def test_pruning_removes_the_backdoor_and_keeps_the_accuracy():
+    """Of 45 pairs of channels one alone takes the whole backdoor, and no accuracy, with it."""
+    net, clean, test, triggered = backdoored()
+    before = score(net, test, triggered)
+    fixed = RNP(batch_size=100, **CLAIM).purify(net, clean, session=quiet())
+    after = score(fixed, test, triggered)
+    assert before.asr.percent > 95 and before.acc.percent > 95
+    assert after.asr.percent < 5 and after.acc.percent > 95
+    assert after.racc.percent > before.racc.percent + 50
+    assert int(pruned(fixed).sum()) <= 3
+
+
+def test_the_planted_channel_goes_and_no_other():
+    net, _, clean, triggered = planted()
+    before = score(net, clean, triggered)
+    fixed = RNP(batch_size=200, unlearning_lr=0.005, **CLAIM).purify(net, clean, session=quiet())
+    after = score(fixed, clean, triggered)
+    assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]
+    assert before.asr.percent > 95 and after.asr.percent < 5 and after.acc.percent > 95
+    assert after.racc.percent > before.racc.percent + 50
 
 
 @pytest.mark.parametrize("number", [0.9, None])

@@ -272,18 +272,21 @@ def test_a_limit_ends_a_run_between_two_updates():
 
 
 @pytest.mark.parametrize("broken", ["loss", "masks"])
-def test_a_broken_loss_or_weight_is_not_handed_on_when_the_time_is_over(broken):
-    limit, masks = Limit(time.monotonic() + 0.2), torch.nn.Linear(1, 1)
+def test_a_broken_loss_or_weight_is_not_handed_on_when_the_time_is_over(broken, monkeypatch):
+    now, masks = [0.0], torch.nn.Linear(1, 1)
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        time.sleep(0.05)
+        now[0] += 10
         if broken == "masks":
             torch.nn.init.constant_(masks.weight, torch.nan)
         return {"loss": torch.tensor(torch.nan if broken == "loss" else 1.0)}
 
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limit = Limit(25.0)
     with pytest.raises(TrainingError, match=f"{'loss' if broken == 'loss' else 'weight'} is not finite"):
-        loop.run(step, toy_images(80).batches(1), 1, state={"masks": masks}, end_epoch=lambda losses: None,
+        loop.run(step, toy_images(12).batches(4), 1, state={"masks": masks}, end_epoch=lambda losses: None,
                  session=Session(say=lambda text: None, limit=limit))  # fmt: skip
+    assert now == [20.0]
 
 
 def test_the_machine_is_crowded_when_more_threads_run_than_cores(monkeypatch):
