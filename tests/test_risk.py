@@ -81,6 +81,77 @@ def test_the_risks_of_two_linear_networks_are_the_exact_ones(norm, eps, overlap)
         assert torch.equal(flags[clear], (reach < eps)[clear])
 
 
+class Curve(nn.Module):
+    """Pictures of one value: logits (0, h_1, ...), which run straight between the grey levels of `points`."""
+
+    def __init__(self, points: list[tuple[float, ...]]) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.tensor(points))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grey, heights, at = self.points[:, 0].detach().contiguous(), self.points[:, 1:], 255 * x.flatten(1)
+        right = torch.searchsorted(grey, at.detach().flatten()).clamp(1, len(grey) - 1)
+        share = (at - grey[right - 1, None]) / (grey[right] - grey[right - 1])[:, None]
+        return torch.cat([0 * at, heights[right - 1].lerp(heights[right], share)], 1)
+
+
+def greys(levels, labels):
+    return Images.clean(torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1), torch.tensor(labels), 3)
+
+
+PEAK = [(199.9, -4.0, -9.0), (199.95, 4.0, -9.0), (200.05, 4.0, -9.0), (200.1, -4.0, -9.0)]
+EDGE = [(242.0, -4.0, -9.0), (274.0, 4.0, -9.0)]  # answered with 1 past 258
+PURE = Curve([(0.0, -4.0, -9.0), (80.0, 4.0, -9.0), (160.0, 4.0, -9.0), (170.0, -4.0, -9.0), *PEAK, *EDGE])
+BAD = Curve(
+    [
+        (0.0, -4.0, -9.0), (80.0, 4.0, -9.0), (84.0, -4.0, -9.0), (125.0, -4.0, -9.0), (130.0, -4.0, 9.0),
+        (165.0, -4.0, 9.0), (170.0, -4.0, -9.0), *PEAK, (206.0, -4.0, -9.0), (210.0, 4.0, -9.0), (236.0, 4.0, -9.0),
+        *EDGE,
+    ]
+)  # fmt: skip
+FLAGS = {"i": "inside", "t": "target", "p": "planted", "a": "adv", "s": "share", "b": "blind", "r": "by_sau"}
+# x and g(x), the radius being 10; which flags hold; kind and answer
+GREYS = [
+    (33, 43, "itpasbr", 1, 1),
+    (65, 60, "itpasbr", 1, 1),
+    (105, 110, "ita", 2, 1),
+    (195, 200, "itpas", 0, 0),  # a peak that no gradient leads to
+    (222, 230, "ip", 0, 0),
+    (226, 220, "ip", 0, 0),
+    (15, 65, "tp", 0, 0),  # shared at the trigger, but outside of the ball
+    (28, 15, "", 0, 0),
+    (36, 52, "tpasbr", 1, 1),
+    (65, 15, "asbr", 1, 1),
+    (145, 230, "pa", 3, 1),
+    (210, 65, "tpas", 0, 0),  # the peak is the place in the ball next to the trigger
+    (252, 230, "p", 0, 0),  # shared past 258, where no picture is
+]
+
+
+def test_all_that_is_found_on_pictures_of_one_value_is_exact():
+    """Networks that both answer 1 from 40 to 82 and around 200; alone h does from 82 to 165, h_b from 208 to 239."""
+    x, g, held, kind, answer = zip(*GREYS, strict=True)
+    data = greys([20, 50, *x], [1, 1] + len(x) * [0])
+    y, index = data.labels[2:], data.index[2:]
+    triggered = Images(greys(g, y.tolist()).pixels, torch.ones_like(y), y, data.role[2:], index, 3)
+    found = measure(PURE, BAD, data, triggered, Search(eps=10 / 255, steps=10))
+    for letter, name in FLAGS.items():
+        assert getattr(found, name).tolist() == [letter in flags for flags in held], name
+    assert found.kind.tolist() == [*kind] and found.answer.tolist() == [*answer]
+    assert found.wrong.tolist() == [True, False, *(a in (65, 105, 145) for a in x)]
+    # Of the 6 inside 4 are answered with the target, 3 are shared, and h_b answers 1 otherwise.
+    assert found.bound() == {"r_bd": 66.67, "at_most": 66.67}
+    assert found.shares()["r_bd"].hits == 7 and found.shares()["r_bd_in_ball"].hits == 4
+
+
+def test_every_restart_looks_for_adversarial_examples():
+    """Uphill lies where h errs for every other start; of h_b, further from that class, downhill."""
+    h, h_b = Curve([(90.0, -3.0), (100.0, -4.0), (109.9, 0.0), (120.0, 4.0)]), Curve([(0.0, -1.0), (255.0, -256.0)])
+    data = greys(16 * [100], 16 * [0])
+    once, often = (measure(h, h_b, data, search=Search(eps=10 / 255, steps=10, restarts=n)) for n in (1, 10))
+    assert 4 <= once.adv.sum() <= 12 and often.adv.all() and not often.share.any()
+
+
 def test_filtering_adversarial_examples_misses_shared_ones():
     w1, w2 = lines(2, overlap=False)
     found = measure(Line(w1), Line(w2), pictures(), search=Search(eps=0.03, steps=20)).shares()

@@ -1,0 +1,98 @@
+"""AT: its search and its update against literal loops, what it shares with SAU, the toy."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_defenses import backdoored
+from test_i_bau import batch, smooth_net
+from torch import Tensor, nn
+from toys import quiet
+
+from sau.defense import AT, SAU
+from sau.evaluate import der, score
+
+EPS, RATE, STEPS = 0.3, 0.1, 3
+
+
+def into(x: Tensor, e: Tensor, norm: str, clip: bool) -> Tensor:
+    """S, value by value."""
+    if norm == "L_inf":
+        e = torch.where(e.abs() > EPS, EPS * e.sign(), e)
+    elif norm != "Reg" and e.square().sum().sqrt() > EPS:
+        e = EPS * e / e.square().sum().sqrt()
+    return (x + e).clamp(0, 1) - x if clip else e
+
+
+def climbed(net: nn.Module, x: Tensor, y: Tensor, first: Tensor, norm: str, clip: bool) -> Tensor:
+    """Where sign ascent on CE(h(x + e), y) leads from `first`, picture by picture."""
+    ends = []
+    for i in range(len(x)):
+        e = into(x[i], first[i], norm, clip)
+        for _ in range(STEPS):
+            e = e.requires_grad_()
+            loss = -F.log_softmax(net((x[i] + e)[None]), 1)[0, y[i]]
+            (gradient,) = torch.autograd.grad(loss, e)
+            e = into(x[i], e.detach() + RATE * gradient.sign(), norm, clip)
+        ends.append(e)
+    return torch.stack(ends)
+
+
+def begun(x: Tensor, init: str) -> Tensor:
+    """The places that a search may start from, before they are brought into S."""
+    signs = {"zero": 0.0, "max": 1.0, "min": -1.0}
+    torch.manual_seed(7)
+    return torch.empty_like(x).uniform_(-EPS, EPS) if init == "random" else torch.full_like(x, signs[init] * EPS)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("norm", ["L_inf", "L2", "Reg"])
+@pytest.mark.parametrize("init", ["zero", "random", "max", "min"])
+def test_the_search_is_sign_ascent_from_every_start(init, norm, clip):
+    net, (x, y) = smooth_net(), batch(6, 1)
+    defense = AT(eps=EPS, adv_lr=RATE, adv_steps=STEPS, norm=norm, pgd_init=init, clip_pixels=clip)
+    first = begun(x, init)
+    torch.manual_seed(7)
+    assert torch.allclose(defense.pgd(net, x, y), climbed(net, x, y, first, norm, clip), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [(0.3, 2.0), (0.0, 1.0), (1.0, 0.0)])
+def test_one_update_descends_both_losses_by_their_weights(weights):
+    """w <- w - lr * grad(a1 * CE(h(x), y) + a2 * CE(h(x + e), y)); batch norm's statistics stay."""
+    net, (x, y) = smooth_net(), batch(6, 1)
+    other = copy.deepcopy(net)
+    delta = climbed(other, x, y, begun(x, "max"), "L_inf", False)
+    z, z_adv = (-F.log_softmax(other(some), 1) for some in (x, x + delta))
+    clean, adversarial = (sum(rows[i, y[i]] for i in range(6)) / 6 for rows in (z, z_adv))
+    loss = weights[0] * clean + weights[1] * adversarial
+    gradients = torch.autograd.grad(loss, list(other.parameters()))
+
+    settings = {"lr": 0.1, "client_optimizer": "sgd", "weight_clean": weights[0], "weight_adv": weights[1]}
+    defense = AT(eps=EPS, adv_lr=RATE, adv_steps=STEPS, **settings)
+    report = defense.step(defense.prepare(net.train(), 1), x, y)
+    for after, before, gradient in zip(net.parameters(), other.parameters(), gradients, strict=True):
+        assert torch.allclose(after, before - 0.1 * gradient, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), other.buffers(), strict=True))
+    fooled = (z_adv.argmin(1) != y).sum()
+    for name, value in {"loss": loss, "clean_loss": clean, "adv_loss": adversarial, "fooled": fooled}.items():
+        assert report[name].item() == pytest.approx(value.item(), rel=1e-9)
+    assert 0 < report["fooled"] < 6
+
+
+def test_it_has_the_ball_the_steps_and_the_optimiser_of_sau():
+    """So that what the two unlearn is all that tells them apart."""
+    ours, theirs = AT().params(), SAU().params()
+    assert ours == {**{name: theirs[name] for name in ours}, "weight_adv": 1.0}
+
+
+def test_it_removes_the_backdoor_and_keeps_most_of_the_accuracy():
+    """Without the adversarial loss the same training leaves it in half of the pictures."""
+    net, clean, test, triggered = backdoored()
+    before, scores = score(net, test, triggered), []
+    for weight in (1.0, 0.0):
+        defense = AT(lr=0.003, weight_adv=weight, epochs=6, batch_size=25, augment=False)
+        scores.append(score(defense.purify(net, clean, session=quiet()), test, triggered))
+    after, control = scores
+    assert before.asr.percent > 90 and control.asr.percent > 30
+    assert after.asr.percent < 5 and after.acc.percent >= before.acc.percent - 10 and der(before, after) > 90
