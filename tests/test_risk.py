@@ -139,7 +139,7 @@ def test_all_that_is_found_on_pictures_of_one_value_is_exact():
         assert getattr(found, name).tolist() == [letter in flags for flags in held], name
     assert found.kind.tolist() == [*kind] and found.answer.tolist() == [*answer]
     assert found.wrong.tolist() == [True, False, *(a in (65, 105, 145) for a in x)]
-    # Of the 6 inside 4 are answered with the target, 3 are shared, and h_b answers 1 otherwise.
+    # Of the 6 inside h answers 4 with the target, h_b all but 1, and 3 are shared.
     assert found.bound() == {"r_bd": 66.67, "at_most": 66.67}
     assert found.shares()["r_bd"].hits == 7 and found.shares()["r_bd_in_ball"].hits == 4
 

@@ -62,7 +62,7 @@ class Measure:
         pictures = mixture(case.train, case.poisons, 0, share=self.asked.share, seed=0)
         for s in STEPS:
             model = between(case.networks[NONE].model, network.model, s)
-            model = settled(model, pictures) if curve == ANEW else model
+            model = settled(model, pictures, case.augment) if curve == ANEW else model
             shares = score(model, case.test, case.triggered).summary()
             found.append({"part": "path", "curve": curve, "network": network.name, "x": s, "seed": 0, **shares})
         return found

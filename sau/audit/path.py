@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sau.data.augment import Augment
 from sau.data.images import Images
 
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -34,13 +35,13 @@ def between(attacked: nn.Module, purified: nn.Module, s: float) -> nn.Module:
 
 
 @torch.no_grad()
-def settled(model: nn.Module, pictures: Images) -> nn.Module:
-    """`model`, changed: the statistics of its batch norms are the means over the batches of `pictures`."""
+def settled(model: nn.Module, pictures: Images, augment: Augment | None = None) -> nn.Module:
+    """`model`, changed: the statistics of its batch norms are the means over the batches of `pictures`, augmented."""
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # all batches count alike
         norm.train()
-    for x, *_ in pictures.batches(BATCH, seed=0):
+    for x, *_ in pictures.batches(BATCH, seed=0, augment=augment):
         model(x)
     return model.eval()

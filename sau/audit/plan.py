@@ -86,7 +86,7 @@ class Plan:
             yield self._piece("relearn", about, [network], work, curve=curve, seed=seed, shots=k, **settings)
 
     def _path(self) -> Iterator[Piece]:
-        attacked, settings = self.case.networks[NONE], {"share": self.asked.share, "steps": STEPS}
+        attacked, settings = self.case.networks[NONE], {"share": self.asked.share, "steps": STEPS, "augmented": True}
         for network, curve in product(self._reached(True), (BETWEEN, ANEW)):
             work = partial(self.measure.walked, network, curve)
             yield self._piece("path", f"{network.name}, {curve}", [attacked, network], work, curve=curve, **settings)
