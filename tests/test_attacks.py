@@ -344,9 +344,10 @@ def test_the_examples_of_a_record_are_the_first_of_each_block(attack, pratio, n)
 
 def test_a_cover_that_is_alone_is_left_out():
     """Input-Aware would put its own trigger on it, and that would be a poisoned picture with its true label."""
-    kept = InputAware(pratio=0.01, attack_target=1).examples(toy_images(100))
-    assert kept.role.tolist() == [BACKDOOR]
-    assert (InputAware(pratio=0.02, attack_target=1).examples(toy_images(100)).role == COVER).sum() == 2
+    few, more = (
+        forged(InputAware(pratio=pratio, attack_target=1)).examples(toy_images(100)) for pratio in (0.01, 0.02)
+    )
+    assert few.role.tolist() == [BACKDOOR] and (more.role == COVER).sum() == 2
 
 
 @pytest.mark.parametrize(("hit", "n"), [(4511, 39209), (1, 3), (7, 60), (3, 10), (1, 39209)])
@@ -358,7 +359,7 @@ def test_the_largest_ratio_that_a_refusal_names_is_accepted(hit, n):
     assert hit * 0.999 <= SIG(pratio=float(str(refused.value).split()[-1])).check(images) <= hit
 
 
-@pytest.mark.parametrize("cross", [0.5, 2, 5, 3.7])
+@pytest.mark.parametrize("cross", [0.5, 2.0, 5.0, 3.7])
 def test_the_largest_ratio_that_wanet_names_is_accepted(cross):
     with pytest.raises(ConfigError, match=r"up to") as refused:
         WaNet(pratio=1.0, cross_ratio=cross)

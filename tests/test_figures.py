@@ -11,7 +11,7 @@ from toys import QUICK, the_error, tiny_net, toy_images
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import sau.risk
+import sau.data.pairs
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
 from sau.figures import curves, examples, features, pictures, risks, save, types
@@ -35,12 +35,12 @@ def tracked(victim, here) -> Path:
 
 
 def test_the_script_draws_every_figure_as_png_and_svg(tracked, script, monkeypatch):
-    folder, really = tracked.parents[1], sau.risk.sample
+    folder, really = tracked.parents[1], sau.data.pairs.sample
 
     def fewer(test, bad, most, seed=0):
         return really(test, bad, min(most, 80), seed)
 
-    monkeypatch.setattr("sau.risk.sample", fewer)  # the search takes its time
+    monkeypatch.setattr("sau.data.pairs.sample", fewer)  # the search takes its time
     argv = ["victim", "--defense", "sau", "--map", "pca", "--eps", "0.05", "--threads", "1"]
     argv += ["--record_root", str(folder.parent)]
     status, out, err = script("figures.py", *argv)

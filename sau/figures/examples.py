@@ -31,8 +31,7 @@ def examples(
     """
     clean = test[triggered.index]
     x, y = to_float(clean.pixels), clean.labels
-    placed = Images(triggered.pixels, triggered.labels, y, triggered.role, torch.arange(len(y)), triggered.num_classes)
-    found = measure(model, reference, clean, placed, search, seed=seed)
+    found = measure(model, reference, clean, triggered, search, seed=seed)
     right = (predict(model, x) == y) & (predict(reference, x) == y)
     chosen = (right & found.share & (found.kind >= 2)).nonzero()[:columns, 0]
     if len(chosen) == 0:
