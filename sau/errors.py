@@ -99,6 +99,12 @@ def told(main: Callable[[], int | None]) -> int:
         return of_machine(error)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it is want of memory; torch says that of the CPU by a text alone."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def of_machine(error: OSError | RuntimeError | MemoryError) -> int:
     """Say what the machine refused, and return the exit status; an error of another kind is raised again."""
     if isinstance(error, BrokenPipeError):  # the reader left, as `head` does; what is still to be written goes nowhere
@@ -107,8 +113,7 @@ def of_machine(error: OSError | RuntimeError | MemoryError) -> int:
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return FAULT if error.errno in _FAULTS else 2
-    lacking = "can't allocate memory" in str(error) or "out of memory" in str(error)  # of the CPU, and of CUDA
-    if lacking or isinstance(error, MemoryError):
+    if lacks_memory(error):
         print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or pictures", file=sys.stderr)
         return FULL
     raise error

@@ -1,6 +1,7 @@
 """Every number in every table: shares, intervals, ACC, ASR, R-ACC and DER."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -344,3 +345,13 @@ def test_names_break_no_table_in_markdown():
 def test_the_table_of_a_clean_network():
     head, only = table({"attacked": Score(Share(9, 10))}).splitlines()
     assert only.split()[-3:] == ["-", "-", "-"] and "90.00" in only
+
+
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: you", "CUDA error: launch failure"])
+def test_what_the_machine_lacks_is_not_called_a_fault_of_the_pictures(text):
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=re.escape(text)):  # which DataError is not
+        predict(Failing(), torch.rand(2, 3, 8, 8))

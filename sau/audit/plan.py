@@ -55,6 +55,9 @@ class Plan:
         if "relearn" in asked.parts:
             mixture(case.train, case.poisons, max(asked.shots), share=asked.share, seed=0)
         self.case, self.asked, self.measure = case, asked, Measure(case, asked)
+        self.reached = [net for net in case.purified if connected(case.networks[NONE].model, net.model)]
+        cut = [net.name for net in case.purified if net not in self.reached] if "path" in asked.parts else []
+        self.notes = [*case.notes, *(f"no path leads to {name}, which has other layers" for name in cut)]
         pictures = {"test": fingerprint(case.test), "poisons": fingerprint(case.poisons)}
         self.common = {"attack": case.digest, "triggered": fingerprint(case.triggered), **pictures}
         self.about = {**case.about, "test": pictures["test"]}  # what audits that are compared must agree in
@@ -87,7 +90,7 @@ class Plan:
 
     def _path(self) -> Iterator[Piece]:
         attacked, settings = self.case.networks[NONE], {"share": self.asked.share, "steps": STEPS, "augmented": True}
-        for network, curve in product(self._reached(True), (BETWEEN, ANEW)):
+        for network, curve in product(self.reached, (BETWEEN, ANEW)):
             work = partial(self.measure.walked, network, curve)
             yield self._piece("path", f"{network.name}, {curve}", [attacked, network], work, curve=curve, **settings)
 
@@ -127,17 +130,6 @@ class Plan:
         for network in self.case.networks.values():
             work = partial(self.measure.alike, network)
             yield self._piece("bec", network.name, [self.case.networks[NONE], network], work)
-
-    def _reached(self, wanted: bool) -> list[Network]:
-        """The purified networks to which a straight path leads, or the others."""
-        attacked = self.case.networks[NONE].model
-        return [network for network in self.case.purified if connected(attacked, network.model) == wanted]
-
-    @property
-    def notes(self) -> list[str]:
-        """What there is to say before the figures."""
-        cut = [network.name for network in self._reached(False)] if "path" in self.asked.parts else []
-        return [*self.case.notes, *(f"no path leads to {name}, which has other layers" for name in cut)]
 
     @property
     def _gradients(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau.errors import ConfigError, TrainingError, first_line
+from sau.errors import ConfigError, TrainingError, first_line, lacks_memory
 from sau.models import laid_as, quick
 
 
@@ -54,7 +54,7 @@ def copied(model: nn.Module, place: torch.device) -> nn.Module:
     except TypeError as error:  # of a lock, an open file, a process
         raise ConfigError(f"the network cannot be copied ({first_line(error)}); take that out of it first") from None
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if lacks_memory(error):
             raise
         raise ConfigError(
             f"the network cannot be copied ({first_line(error)}): it keeps tensors that were computed; call "

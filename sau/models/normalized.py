@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.errors import ConfigError, DataError, first_line, in_a_line
+from sau.errors import ConfigError, DataError, first_line, in_a_line, lacks_memory
 
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
@@ -98,7 +98,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     try:
         logits: Tensor = model(x)
     except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
-        if isinstance(error, torch.OutOfMemoryError):
+        if lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
             raise
         shape, reason = tuple(x.shape), first_line(error)
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
