@@ -1,6 +1,7 @@
 """The descent step: an optimiser and its schedule as one thing, down one loss, several, or a part of one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class Descent:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
         self.part, self.keeps = WHOLE, False
+        self.rates: list[Tensor] | None = None  # of each group, where a recorded update reads them
+        self.still = False  # the schedule, while an update is recorded
 
     def __call__(self, loss: Tensor, *others: "Descent", clip: float | None = None) -> None:
         """One step down the gradient of `loss`, together with `others` that share it.
@@ -68,8 +71,41 @@ class Descent:
 
     def _move(self) -> None:
         self.optimizer.step()
+        if not self.still:
+            self.advance()
+
+    def advance(self) -> None:
+        """Move a schedule that counts updates."""
         if self.every_update:
             self.scheduler.step()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimiser can read its rates from the device's memory."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, an update is recorded, not made: rates are read from memory that `refresh` fills before each time it
+        is repeated, and the schedule stands still, so that `advance` is to be called after each."""
+        groups = self.optimizer.param_groups
+        kept = [dict(group) for group in groups]
+        self.rates = self.rates or [torch.zeros((), device=self.parameters[0].device) for _ in groups]
+        self.still = True
+        for group, rate in zip(groups, self.rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        try:
+            yield
+        finally:
+            self.still = False
+            for group, before in zip(groups, kept, strict=True):
+                group.clear()
+                group.update(before)
+
+    def refresh(self) -> None:
+        """Put the rates of the schedule where a recorded update reads them."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates or (), strict=False):
+            rate.fill_(group["lr"])
 
     def end_epoch(self, loss: float) -> None:
         """Move a schedule that counts epochs; `loss` is the epoch's mean, which ReduceLROnPlateau watches."""

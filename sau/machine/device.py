@@ -5,8 +5,9 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.machine import cores
+from sau.machine.recorded import record
 from sau.models import Normalized
 
 TRIES = 3  # steps of each precision that are timed
@@ -63,9 +65,10 @@ def set_threads(wish: int) -> int:
 
 def step_seconds(
     model: Normalized, shape: Sequence[int], batch_size: int, device: torch.device,
-    precisions: Sequence[bool] = (False, True),
+    precisions: Sequence[bool] = (False, True), recorded: bool = False,
 ) -> dict[bool, float]:  # fmt: skip
-    """Seconds a picture that a training step takes, in fp32 (False) and in bf16 (True): the best of a few, in turn.
+    """Seconds a picture that a training step takes, in fp32 (False) and in bf16 (True): the best of a few, in turn; of
+    one that CUDA repeats where it is `recorded`, else of one that Python launches.
 
     The step is of `batch_size` pictures on CUDA, where small ones would time the launches, of up to 128 elsewhere, and
     of fewer where memory does not hold them. Weights and statistics are left as they were, gradients are cleared.
@@ -74,7 +77,7 @@ def step_seconds(
     size, seconds = batch_size if device.type == "cuda" else min(batch_size, 128), dict[bool, float]()
     while not seconds:
         try:
-            seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions)
+            seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions, recorded)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -84,14 +87,22 @@ def step_seconds(
     return seconds
 
 
-def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool]) -> dict[bool, float]:
+def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool], recorded: bool) -> dict[bool, float]:
+    steps: dict[bool, Callable[[], object]] = {amp: partial(_step, model, x, amp) for amp in precisions}
+    for amp, step in steps.items():
+        step()  # warms up
+        if recorded:
+            with suppress(RuntimeError):  # what cannot be recorded will be launched in the run, too
+                steps[amp] = record(step)[1]
     tries: dict[bool, list[float]] = {amp: [] for amp in precisions}
-    for _ in range(1 + TRIES):
-        for amp, seconds in tries.items():
-            model.amp, started = amp, time.monotonic()
-            _step(model, x)
-            seconds.append(time.monotonic() - started)
-    return {amp: min(seconds[1:]) / len(x) for amp, seconds in tries.items()}  # the first one warms up
+    for _ in range(TRIES):
+        for amp, step in steps.items():
+            _wait(x)
+            started = time.monotonic()
+            step()
+            _wait(x)
+            tries[amp].append(time.monotonic() - started)
+    return {amp: min(seconds) / len(x) for amp, seconds in tries.items()}
 
 
 def processor(device: torch.device) -> str:
@@ -122,9 +133,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def _step(model: nn.Module, x: torch.Tensor) -> None:
-    y = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    F.cross_entropy(model(x), y).backward()
+def _step(model: Normalized, x: torch.Tensor, amp: bool) -> None:
+    model.amp = amp
+    model.zero_grad(set_to_none=True)
+    F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long, device=x.device)).backward()
+
+
+def _wait(x: torch.Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
 

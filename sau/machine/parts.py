@@ -1,6 +1,6 @@
 """A batch that memory does not hold goes through in parts, with the same update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from sau.descent import WHOLE, Part
 from sau.errors import OutOfMemory
+from sau.machine.recorded import Recorded, StatefulStep
 from sau.session import Session
-
-StatefulStep = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]
 
 
 class InParts:
@@ -34,6 +33,7 @@ class InParts:
     ) -> None:
         self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
         self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
+        self.recorded = Recorded(step, state, session.say, off=not splits or session.team is not None)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
@@ -59,7 +59,7 @@ class InParts:
 
     def _once(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if self.parts == 1:
-            return self.step(self.state, x, y)
+            return self.recorded(x, y)
         pairs = list(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
         descent, reports = self.state["descent"], []
         try:

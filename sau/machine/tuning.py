@@ -1,4 +1,4 @@
-"""How a run uses its machine: precision, torch.compile and threads, each chosen once, said and recorded."""
+"""How a run uses its machine: precision, torch.compile, CUDA graphs and threads, each chosen once and said."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,13 +7,17 @@ import torch
 from sau.errors import ConfigError, first_line
 from sau.machine import cores
 from sau.machine import device as machine
+from sau.machine.recorded import capable
 from sau.method import Method
 from sau.models import Normalized
 from sau.record.folder import Record
 from sau.run import Run
 
-SAVED = 0.15  # of the time, assumed for CUDA: airbench94 takes 3.83 s as it stands and 3.09 s compiled (its README)
-COSTS = 90.0  # seconds until everything is compiled: what PreAct-ResNet18 takes a CPU core, assumed for CUDA, too
+# What torch.compile is assumed to save on CUDA: of the card's own time, and of that of updates which Python launches,
+# where the compiler's CUDA graphs spare it more; and the seconds until everything is compiled. From a training step of
+# an H200 (docs/performance.md).
+SAVED, SAVED_LAUNCHED = 0.15, 0.4
+COSTS = 25.0
 
 GAIN = 0.1  # of the time that bf16 has to save, or the noise of the clock would choose between two that are as fast
 
@@ -38,8 +42,10 @@ def tune(
     if before is not None and run.amp not in (None, before):
         raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
     amp, seconds, said = run.amp if before is None else before, dict[bool, float](), ""
+    whole = _whole(run, method, where)
+    model.recorded = run.compile != "off"
     if amp is None:
-        seconds = machine.step_seconds(model, shape, batch_size, where)
+        seconds = machine.step_seconds(model, shape, batch_size, where, recorded=whole)
         amp = seconds[True] < (1 - GAIN) * seconds[False]
         fp32, bf16 = 1000 * seconds[False], 1000 * seconds[True]
         record.note(step_ms={"fp32": fp32, "bf16": bf16})
@@ -55,18 +61,29 @@ def tune(
     def pays() -> bool:
         if where.type == "cpu" or run.devices > 1:  # statistics that devices exchange break a graph into parts
             return False
-        found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp])
-        return _pays(method, pictures, found[model.amp])
+        found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp], recorded=whole)
+        return _pays(method, pictures, found[model.amp], whole)
 
     model.compiled = _compiled(record, run, method, where, pays)
+    if whole:
+        record.say("updates are recorded and repeated by CUDA (a CUDA graph); --compile off has Python launch each")
+
+
+def _whole(run: Run, method: Method, where: torch.device) -> bool:
+    """Whether CUDA repeats recorded updates."""
+    return capable(where) and run.compile != "off" and run.devices == 1 and method.splits()
 
 
 def _compiled(record: Record, run: Run, method: Method, where: torch.device, pays: Callable[[], bool]) -> str | None:
+    whole = _whole(run, method, where)
+    if run.compile == "graphs" and not whole:
+        record.say(f"note: the updates of {method.name} are not recorded here, so --compile graphs has no effect")
     if not method.passes():
-        if run.compile in ("on", "graphs"):
-            record.say(f"note: {method.name} runs its networks as they stand, so --compile {run.compile} has no effect")
+        if run.compile == "on":
+            record.say(f"note: {method.name} runs its networks as they stand, so --compile on has no effect")
         return None
-    modes = {"on": "default", "graphs": "reduce-overhead", "off": None}
+    # Where whole updates are not recorded, the compiler's own graphs spare Python the launches of each pass.
+    modes = {"on": "reduce-overhead" if capable(where) and not whole else "default", "graphs": None, "off": None}
     if "compile" in record.config:
         before: str | None = record.config["compile"]
         if modes.get(run.compile, before) != before:
@@ -85,9 +102,10 @@ def _compiled(record: Record, run: Run, method: Method, where: torch.device, pay
     return None if absent else mode
 
 
-def _pays(method: Method, pictures: int, seconds: float) -> bool:
-    """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes."""
-    return SAVED * method.passes() / 3 * pictures * seconds > COSTS
+def _pays(method: Method, pictures: int, seconds: float, whole: bool) -> bool:
+    """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes,
+    `whole` is whether updates are recorded."""
+    return (SAVED if whole else SAVED_LAUNCHED) * method.passes() / 3 * pictures * seconds > COSTS
 
 
 def no_compiler(device: torch.device) -> str | None:

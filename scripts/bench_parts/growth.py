@@ -17,9 +17,7 @@ from sau.data.images import Images
 from sau.data.sources import source
 from sau.defense import SAU
 from sau.optim import Training
-from sau.session import Session
 
-QUIET = Session(say=lambda text: None)
 SIZES = (1, 2, 4)
 
 
@@ -74,7 +72,7 @@ def _training(
     some = setting.first(images, count).to(args.device)
     recipe = Training(epochs=epochs, batch_size=args.batch_size)
     augment = source(args.dataset).augment
-    return lambda: setting.ATTACK.fit(model, some, recipe, augment=augment, session=QUIET)
+    return lambda: setting.ATTACK.fit(model, some, recipe, augment=augment, session=setting.QUIET)
 
 
 def _sau(
@@ -85,4 +83,4 @@ def _sau(
     clean = setting.first(images, count).to(args.device)
     # Without a stop for shared samples the work does not depend on what the search finds.
     method = SAU(epochs=rounds, batch_size=args.batch_size, adv_steps=adv_steps, stop_fooled=False)
-    return lambda: method.purify(model, clean, session=QUIET)
+    return lambda: method.purify(model, clean, session=setting.QUIET)

@@ -25,7 +25,6 @@ from sau.models import Normalized
 from sau.optim import Training
 from sau.session import Session
 
-QUIET = Session(say=lambda text: None)
 EVERY = 10  # epochs between two evaluations of a command
 
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         tests = partial(_tests, args, test, triggered, Path(place))
         attacked = setting.copied(model, amp=True)
-        setting.ATTACK.fit(attacked, poisoned.to(args.device), _recipe(args), session=QUIET)
+        setting.ATTACK.fit(attacked, poisoned.to(args.device), _recipe(args), session=setting.QUIET)
         for title, ours, reference in (
             ("attack", partial(_attack, args, model, poisoned, test, triggered),
              partial(_released_attack, args, model, poisoned, tests, Path(place) / "train")),

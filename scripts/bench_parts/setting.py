@@ -14,8 +14,10 @@ from sau.data.sources import load, source
 from sau.errors import ConfigError
 from sau.models import Normalized, build
 from sau.optim import Training
+from sau.session import Session
 
 ATTACK = BadNet()
+QUIET = Session(say=lambda text: None)
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 
 
@@ -118,10 +120,10 @@ def endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tens
         epoch += 1
 
 
-def copied(model: Normalized, *, amp: bool, compiled: str | None = None) -> Normalized:
-    """A copy in a precision, and in a mode of torch.compile."""
+def copied(model: Normalized, *, amp: bool, compiled: str | None = None, recorded: bool = True) -> Normalized:
+    """A copy in a precision and in a mode of torch.compile, whose updates CUDA repeats where they may be `recorded`."""
     other = copy.deepcopy(model)
-    other.amp, other.compiled = amp, compiled
+    other.amp, other.compiled, other.recorded = amp, compiled, recorded
     return other
 
 
@@ -135,5 +137,5 @@ def as_released(net: nn.Module) -> nn.Module:
     other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     for module in other.modules():
         if isinstance(module, Normalized):
-            module.amp, module.compiled = False, None
+            module.amp, module.compiled, module.recorded = False, None, False
     return other

@@ -17,6 +17,7 @@ from bench_parts.measure import Task, Work, compare, forward_flops
 
 from sau.data.images import Images, to_float
 from sau.data.sources import source
+from sau.machine.parts import InParts
 from sau.models import Normalized
 from sau.optim import Training
 
@@ -44,22 +45,30 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         task = Task(len(images), model, to_float(images.pixels[:1]), _needed(model, images), roofline.peaks(args))
         rows = compare(f"training step, width {args.width}", makers, task, args, "s/step", args.steps)
     for row, name in zip(rows[:2], ("bf16", "fp32"), strict=True):
-        profile.add(row, name, makers[name](), args.device)
+        profile.add(row, name, made(amp=name == "bf16", recorded=False), args.device)
     return rows
 
 
 def ours(
-    args: argparse.Namespace, model: Normalized, images: Images, amp: bool, compiled: str | None = None
+    args: argparse.Namespace,
+    model: Normalized,
+    images: Images,
+    amp: bool,
+    compiled: str | None = None,
+    recorded: bool = True,
 ) -> Callable[[], None]:
     """An epoch as `Attack.fit` makes it."""
-    victim = setting.copied(model, amp=amp, compiled=compiled).train()
+    victim = setting.copied(model, amp=amp, compiled=compiled, recorded=recorded).train()
     state = setting.ATTACK.prepare(victim, RECIPE, args.steps)
+    step = InParts(setting.ATTACK.step, state, setting.ATTACK.splits(), setting.QUIET)
     batches = images.batches(args.batch_size, seed=0, augment=source(args.dataset).augment, drop_last=True)
 
     def work() -> None:
         for x, y, *_ in batches:
-            setting.ATTACK.step(state, x, y)
+            step(x, y)
 
+    if args.device.type == "cuda":
+        work()  # so that what is recorded is recorded
     return work
 
 

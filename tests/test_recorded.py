@@ -1,0 +1,179 @@
+"""Updates that CUDA records and repeats: the same as those that Python launches, or not recorded, in a line."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toys import tiny_net, toy_images
+
+from sau.attack import BadNet
+from sau.data.images import to_float
+from sau.defense import AT, FT, SAU
+from sau.descent import Descent
+from sau.machine import recorded
+from sau.machine.parts import InParts
+from sau.method import Method
+from sau.models import Normalized
+from sau.optim import Training
+from sau.session import Session
+
+BATCHES = 8, 8, 5, 8, 8, 5, 8, 8, 5  # pictures
+
+
+def prepared(method: Method, where: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Normalized(tiny_net(), (0.5,) * 3, (0.25,) * 3).to(where)
+    if isinstance(method, BadNet):
+        return method.prepare(model.train(), Training(lr_scheduler="OneCycleLR", epochs=3, lr=0.1), 3)
+    assert isinstance(method, FT | SAU | AT)
+    return method.prepare(model, 3)
+
+
+def updates(method: Method, where: torch.device, **told: bool) -> tuple[list[float], nn.Module, InParts, list[str]]:
+    """The losses and the network after a few, of batches of two shapes."""
+    state, said = prepared(method, where), list[str]()
+    for name, value in told.items():
+        setattr(state["model"], name, value)
+    step = InParts(method.step, state, method.splits(), Session(say=said.append))
+    images = toy_images(sum(BATCHES)).to(where)
+    pairs = zip(to_float(images.pixels).split(BATCHES), images.labels.split(BATCHES), strict=True)
+    return [float(step(x, y)["loss"].detach()) for x, y in pairs], state["model"], step, said
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Stands in for CUDA: what is recorded is done when it is repeated, then as recorded. Counts repetitions."""
+    repeated, recording, begun = list[int](), Descent.recording, list[Descent]()
+
+    def begin(descent: Descent) -> Any:
+        begun.append(descent)
+        return recording(descent)
+
+    def record(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], Callable[[], None]]:
+        descent, report = begun[-1], dict[str, Any]()
+        assert descent.still and all(group["capturable"] for group in descent.optimizer.param_groups)
+
+        def replay() -> None:
+            repeated.append(1)
+            with descent.recording():
+                for group, rate in zip(descent.optimizer.param_groups, descent.rates, strict=True):
+                    assert group["lr"] is rate
+                report.update(work())
+
+        return report, replay
+
+    monkeypatch.setattr(Descent, "recording", begin)
+    monkeypatch.setattr(recorded, "capable", lambda where: True)
+    monkeypatch.setattr(recorded, "record", record)
+    yield repeated
+
+
+CPU = torch.device("cpu")
+METHODS = [
+    BadNet(),
+    FT(lr_scheduler="OneCycleLR", epochs=3),
+    SAU(lr=2**-10),
+    SAU(lr=2**-10, train_mode=True),
+    AT(lr=2**-10, client_optimizer="adamw"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_repeated_updates_are_those_that_python_launches(method, recorder):
+    """Two shapes, each recorded after its first batch; rates of OneCycleLR move with every update. On the device rates are
+    of fp32, in which those of SAU and AT here are exact: where a search follows, rounding grows."""
+    losses, model, step, said = updates(method, CPU)
+    assert len(recorder) == len(BATCHES) - 2 and len(step.recorded.recordings) == 2 and not said
+    wanted, plain, _, _ = updates(method, CPU, recorded=False)
+    assert len(recorder) == len(BATCHES) - 2
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_cuda_repeats_them(method, amp):
+    where = torch.device("cuda")
+    losses, model, step, said = updates(method, where, amp=amp)
+    assert len(step.recorded.recordings) == 2 and not said
+    wanted, plain, _, _ = updates(method, where, amp=amp, recorded=False)
+    assert losses == pytest.approx(wanted, rel=0.05 if amp else 1e-2)
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.allclose(ours, theirs, atol=0.05 if amp else 1e-2)
+
+
+def test_the_optimiser_is_left_as_it_was(recorder):
+    """Its groups have the schedule's numbers, so that a checkpoint knows nothing of recordings."""
+    ours, plain = (
+        updates(METHODS[0], CPU, recorded=wanted)[2].state["descent"].state_dict() for wanted in (True, False)
+    )
+    assert ours["optimizer"]["param_groups"] == plain["optimizer"]["param_groups"]
+    assert ours["scheduler"]["last_epoch"] == plain["scheduler"]["last_epoch"] == len(BATCHES)
+
+
+def test_what_draws_on_the_cpu_is_not_recorded(recorder):
+    """A repeated random start would always be the same one."""
+    method = AT(lr=1e-3, pgd_init="random")
+    torch.manual_seed(0)
+    losses, _, step, _ = updates(method, CPU)
+    assert not recorder and step.recorded.off and not step.recorded.recordings
+    assert losses == updates(method, CPU, recorded=False)[0]
+
+
+def test_what_cannot_be_recorded_is_launched(recorder, monkeypatch):
+    """One line, and the update that was made before it is not made again."""
+
+    def refuse(work: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand a long story")
+
+    monkeypatch.setattr(recorded, "record", refuse)
+    losses, _, step, said = updates(SAU(lr=1e-3), CPU)
+    assert losses == updates(SAU(lr=1e-3), CPU, recorded=False)[0] and step.recorded.off
+    why = "operation not permitted when stream is capturing"
+    assert said == [f"note: the updates cannot be recorded and repeated by CUDA, so Python launches each: {why}"]
+
+
+@pytest.mark.parametrize("method", [SAU(outer_steps=2), FT(client_optimizer="muon"), FT(client_optimizer="adadelta")])
+def test_rates_that_python_reads_are_not_recorded(method, recorder):
+    assert updates(method, CPU) and not recorder
+
+
+def test_shapes_keep_memory_so_few_are_recorded(recorder):
+    state = prepared(FT(), CPU)
+    step = InParts(FT().step, state, True, Session(say=print))
+    images = toy_images(16)
+    x, y = to_float(images.pixels), images.labels
+    for _ in range(2):
+        for n in range(2, 12):
+            step(x[:n], y[:n])
+    assert len(step.recorded.recordings) == recorded.SHAPES == len(recorder)
+
+
+def test_who_looks_on_sees_every_update(recorder):
+    """A counter of operations would miss those of a repeated update."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    state = prepared(FT(), CPU)
+    step = InParts(FT().step, state, True, Session(say=print))
+    images = toy_images(8)
+    x, y = to_float(images.pixels), images.labels
+    step(x, y)
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            step(x, y)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0 and not recorder
+
+
+def test_copies_keep_what_was_said():
+    model = Normalized(tiny_net())
+    assert model.recorded
+    model.recorded = False
+    assert not copy.deepcopy(model).recorded
