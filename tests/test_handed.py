@@ -3,6 +3,7 @@
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from test_defenses import ROWS, each, pair, triples
 from torch import Tensor, nn
 from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
-from toys import TinyNet, quiet, same_weights, tiny_net
+from toys import TinyNet, quiet, same_weights, tiny_net, toy_images
 
+from sau.attack import BadNet
 from sau.defense import FT, Defense
 from sau.errors import ConfigError, DataError, SauError
+from sau.evaluate import answering
 from sau.models import Normalized
+from sau.optim import Training
+from sau.session import Session
 
 QUICK = FT(epochs=1, batch_size=8, lr=0.01)
 
@@ -42,6 +47,36 @@ def refusal_of(how: str, *given: Any, defense: Defense = QUICK, **more: Any) -> 
 
 
 # Where it is called from
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if hasattr(row.defense, "epochs")])
+def test_in_bf16_what_is_learned_is_what_comes_back(name):
+    """What the network answers in the last round it answers afterwards: nothing keeps weights of before an update."""
+    answers: list[Tensor] = []
+    x = pair()[0]
+
+    def on_epoch(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
+        if "model" in state:
+            with torch.no_grad(), answering(state["model"]):
+                answers.append(state["model"](x))
+        return {}
+
+    session = Session(say=lambda text: None, on_epoch=on_epoch)
+    fixed = ROWS[name].defense.purify(Normalized(tiny_net(), amp=True), pair(), session=session)
+    with torch.no_grad():
+        assert not answers or torch.allclose(fixed(x), answers[-1], atol=1e-6)
+
+
+def test_a_victim_in_bf16_learns_in_any_context():
+    """An outer autocast keeps what it made of a weight until it ends."""
+    images = toy_images(32)
+    trained = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            model = Normalized(tiny_net(), amp=True)
+            BadNet().fit(model, images, Training(epochs=2, batch_size=8, lr=0.05), session=quiet())
+        trained.append(model)
+    assert same_weights(*trained)
 
 
 CONTEXTS: dict[str, Callable[[], Any]] = {

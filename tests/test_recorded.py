@@ -83,8 +83,8 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_repeated_updates_are_those_that_python_launches(method, recorder):
-    """Two shapes, each recorded after its first batch; rates of OneCycleLR move with every update. On the device rates are
-    of fp32, in which those of SAU and AT here are exact: where a search follows, rounding grows."""
+    """Two shapes, each recorded after its first batch; rates of OneCycleLR move with every update. On the device rates
+    are of fp32, in which those of SAU and AT here are exact: where a search follows, rounding grows."""
     losses, model, step, said = updates(method, CPU)
     assert len(recorder) == len(BATCHES) - 2 and len(step.recorded.recordings) == 2 and not said
     wanted, plain, _, _ = updates(method, CPU, recorded=False)

@@ -62,7 +62,8 @@ class Normalized(nn.Module):
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else nullcontext():
+        # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.amp else nullcontext():
             answer = self.net(x)
         if not isinstance(answer, Tensor):
             mode = "train" if self.net.training else "eval"
