@@ -276,7 +276,7 @@ def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "table.md").read_text()
-    whole = ("attack, 100 epochs", "SAU, 100 rounds, width 64, --compile off", "fast recipe")
+    whole = ("attack, 100 epochs", "SAU, 100 rounds, width 64, --compile auto", "fast recipe")
     for what in ("training step", "SAU update", *whole, "evaluation", "need a card"):
         assert what in text
     assert "failed" not in text and "no end in" not in text

@@ -129,7 +129,9 @@ def test_the_stored_pictures_need_no_trigger_code(finished):
 
 def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
     """`--result_file X` alone: data set, network, recipe and settings come from the record and the shipped YAML."""
-    monkeypatch.setattr(device, "step_seconds", lambda *args: {False: 1.0, True: 2.0})  # a probe's answer may vary
+    monkeypatch.setattr(
+        device, "step_seconds", lambda *args, **more: {False: 1.0, True: 2.0}
+    )  # a probe's answer may vary
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
     for module in ("watch", "commands"):
         monkeypatch.setattr(f"sau.{module}.score", lambda *given: Score(*[Share(1, 2)] * 3))
@@ -253,7 +255,7 @@ def test_the_probe_of_precision_draws_nothing_from_the_run(victim, here, monkeyp
     flags = [flag for flag in QUICK if flag not in ("--amp", "false")]
     for draws in (1, 7):
         monkeypatch.setattr(
-            device, "step_seconds", lambda *args, n=draws: {False: 0.0, True: float(torch.rand(n).sum())}
+            device, "step_seconds", lambda *args, n=draws, **more: {False: 0.0, True: float(torch.rand(n).sum())}
         )
         attack = ("--dataset", "digits", "--width", "2", "--epochs", "1", "--save_folder_name", "a", "--overwrite")
         assert here("attack", "badnet", *attack, *flags)[0] == 0
@@ -383,7 +385,7 @@ def test_the_precision_is_measured_when_nothing_is_asked(here, tmp_path, monkeyp
     flags = [flag for flag in TINY if flag not in ("--amp", "false")]
     for answer in (True, False):
         slow = 1.2 if answer else 1.05  # seconds; less than a tenth is the clock's noise
-        monkeypatch.setattr(device, "step_seconds", lambda *args, slow=slow: {False: slow, True: 1.0})
+        monkeypatch.setattr(device, "step_seconds", lambda *args, slow=slow, **more: {False: slow, True: 1.0})
         status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", f"a{answer}")
         assert status == 0 and f"a training step takes {1000 * slow:.3g} ms a picture in fp32, 1e+03 in bf16" in out
         found = yaml.safe_load((tmp_path / f"record/a{answer}/config.yaml").read_text())

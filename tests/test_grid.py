@@ -874,7 +874,7 @@ def test_a_busy_machine_is_told(monkeypatch, others, cores, said):
 def test_cells_on_cuda_are_not_compiled_by_chance(planned):
     """The choice of `auto` comes from a timing, and neighbours share the card; digests stay what they were."""
     on_cuda = planned(SMALL + "device: cuda\ngpus: 0.5\n")
-    assert all("--compile=off" in cell.flags for cell in on_cuda)
+    assert all("--compile=graphs" in cell.flags for cell in on_cuda)
     assert not any(flag.startswith("--compile") for cell in planned() for flag in cell.flags)
 
 

@@ -18,6 +18,7 @@ from sau.evaluate import Score, score
 from sau.optim import Training
 from sau.report.parse import COST
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a card where there is none")
 DEVICES = {"cpu": contextlib.nullcontext, "cuda": stand_in}
 
 
@@ -94,7 +95,7 @@ def trained(attack: Attack, device: str) -> tuple[nn.Module, Score]:
 @pytest.mark.usefixtures("few_digits")
 def test_the_command_line_on_the_device(here, tmp_path):
     """Training, checkpoints, risks, evaluation, and the folder read again, with the figures of the CPU."""
-    quick = ("--threads", "1", "--amp", "false", "--eval_every", "1")
+    quick = ("--threads", "1", "--amp", "false", "--compile", "off", "--eval_every", "1")
     victim = ("--dataset", "digits", "--width", "4", "--epochs", "2", "--save_folder_name", "a")
     purify, found = ("--result_file", "a", "--epochs", "2"), []
     for device, there in DEVICES.items():

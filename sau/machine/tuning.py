@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sau.errors import ConfigError, first_line
-from sau.machine import cores
+from sau.machine import cores, recorded
 from sau.machine import device as machine
-from sau.machine.recorded import capable
 from sau.method import Method
 from sau.models import Normalized
 from sau.record.folder import Record
@@ -71,7 +70,7 @@ def tune(
 
 def _whole(run: Run, method: Method, where: torch.device) -> bool:
     """Whether CUDA repeats recorded updates."""
-    return capable(where) and run.compile != "off" and run.devices == 1 and method.splits()
+    return recorded.capable(where) and run.compile != "off" and run.devices == 1 and method.splits()
 
 
 def _compiled(record: Record, run: Run, method: Method, where: torch.device, pays: Callable[[], bool]) -> str | None:
@@ -83,7 +82,11 @@ def _compiled(record: Record, run: Run, method: Method, where: torch.device, pay
             record.say(f"note: {method.name} runs its networks as they stand, so --compile on has no effect")
         return None
     # Where whole updates are not recorded, the compiler's own graphs spare Python the launches of each pass.
-    modes = {"on": "reduce-overhead" if capable(where) and not whole else "default", "graphs": None, "off": None}
+    modes = {
+        "on": "reduce-overhead" if recorded.capable(where) and not whole else "default",
+        "graphs": None,
+        "off": None,
+    }
     if "compile" in record.config:
         before: str | None = record.config["compile"]
         if modes.get(run.compile, before) != before:
