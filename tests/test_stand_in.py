@@ -95,8 +95,8 @@ def trained(attack: Attack, device: str) -> tuple[nn.Module, Score]:
 @pytest.mark.usefixtures("few_digits")
 def test_the_command_line_on_the_device(here, tmp_path):
     """Training, checkpoints, risks, evaluation, and the folder read again, with the figures of the CPU."""
-    quick = ("--threads", "1", "--amp", "false", "--compile", "off", "--eval_every", "1")
-    victim = ("--dataset", "digits", "--width", "4", "--epochs", "2", "--save_folder_name", "a")
+    quick = ("--threads", "1", "--amp", "false", "--eval_every", "1")
+    victim = ("--dataset", "digits", "--recipe", "cpu", "--width", "4", "--epochs", "2", "--save_folder_name", "a")
     purify, found = ("--result_file", "a", "--epochs", "2"), []
     for device, there in DEVICES.items():
         how = (*quick, "--device", device, "--record_root", str(tmp_path / device))
