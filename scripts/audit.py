@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import script_parts.drawing  # noqa: F401  before sau.figures
 from script_parts import place
+from script_parts.asking import Parser
 from script_parts.stopping import stoppable
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
@@ -33,9 +34,7 @@ ASKED = options(Asked)
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    asked = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    asked = Parser(__doc__)
     add = asked.add_argument
     add("--result_file", required=True, help="result folder of an attack: a name below the record root, or a path")
     add("--defense", action="extend", nargs="+", default=[], help="defenses in it, by name or by folder")

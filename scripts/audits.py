@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import script_parts.drawing  # noqa: F401  before sau.figures
+from script_parts.asking import Parser
 
 from sau.audit import carry, tables
 from sau.audit.carry import RESULT
@@ -66,7 +67,7 @@ def run(given: argparse.Namespace) -> None:
 
 def main() -> int:
     """Compare; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("audit", nargs="+", type=Path, help="folders of audits")
     parser.add_argument("--out", type=Path, required=True, help="path of the results without an ending")
     run(parser.parse_args())

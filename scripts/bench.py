@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
 from script_parts import place
+from script_parts.asking import Parser
 
 from sau.errors import ConfigError, told
 from sau.files import write
@@ -48,14 +49,12 @@ def command_line() -> argparse.ArgumentParser:
     place.add_arguments(common)
     common.add_argument("--json", type=Path, help="file to write the rows to")
     clock.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor seconds [wall]")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser((__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in PARTS.items():
         about = (part.__doc__ or "").split("\n")[0]
         parents = [common] if part is risks else [common, clock]  # the four minutes of the risks are wall minutes
-        part.add_arguments(
-            commands.add_parser(name, parents=parents, help=about, description=about, allow_abbrev=False)
-        )
+        part.add_arguments(commands.add_parser(name, parents=parents, help=about, description=about))
     return parser
 
 

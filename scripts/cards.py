@@ -5,7 +5,6 @@ python scripts/cards.py            writes what stands behind `<!-- published -->
 python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
+from script_parts.asking import Parser
 
 from sau.errors import told
 from sau.files import loaded
@@ -200,7 +200,7 @@ def page(old: str, name: str, measured: str) -> str:
 
 def main() -> int:
     """Write or check; exit status 1 for a page that is stale, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing and name the pages that are stale")
     check = parser.parse_args().check
     stale, runs = [], [run for run in read(DOCS / "results" / TABLE)[0] if run.usable]

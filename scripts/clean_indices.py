@@ -5,7 +5,6 @@
 for records of attack/prototype.py. Networks that the file has already are not searched again.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts import place
+from script_parts.asking import Parser
 
 from sau.clues import reverse
 from sau.errors import ConfigError, told
@@ -36,7 +36,7 @@ def kept(file: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Search every network and write the file after each; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("records", type=Path, nargs="+", help="result folders of attack/prototype.py")
     parser.add_argument("--passes", type=int, default=40, help="passes of the search [40]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the records had it]")

@@ -10,7 +10,6 @@ npz: `train.npz` and `test_triggered.npz` with the arrays pixels (uint8 [N, C, H
 role (0 clean, 1 triggered, 2 cover: triggered with its true label) and index (position in the original split).
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from script_parts.asking import Parser
 
 from sau.data.images import Images
 from sau.errors import ConfigError, told
@@ -50,7 +50,7 @@ def export_npz(parts: dict[str, Images], target: Path) -> None:
 
 def main() -> int:
     """Export one record; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--format", required=True, choices=("backdoorbench", "png", "npz"), help="what to write")
     parser.add_argument("--out", required=True, help="the new folder")

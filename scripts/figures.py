@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import script_parts.drawing  # noqa: F401  before sau.figures
 import torch
 from script_parts import place
+from script_parts.asking import Parser
 from torch import Tensor, nn
 
 from sau.data.pairs import sample
@@ -32,7 +33,7 @@ LOOKED_AT = 300  # test pictures, for examples
 
 def main() -> int:
     """Draw every figure of one record; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from script_parts.asking import Parser
 from script_parts.drawing import plt
 from torch import Tensor
 
@@ -175,7 +176,7 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
 
 def main() -> int:
     """Write the gallery; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser((__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", default="digits", help="data set whose pictures are shown [digits]")
     add("--dataset_path", default="./data", help="folder that holds the data sets [./data]")

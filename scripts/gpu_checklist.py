@@ -1,6 +1,5 @@
 """The commands of gpu_checklist.sh, one after the other, and the table of what they found."""
 
-import argparse
 import json
 import os
 import re
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from script_parts.asking import Parser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURES, EPOCHS, ROUNDS, CLEAN = 50_000, 100, 100, 2_500  # of the runs that the targets speak of
@@ -115,7 +116,7 @@ class Checklist:
 
 def main(argv: Sequence[str]) -> None:
     """Measure, as far as the time goes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("datasets", nargs="?", type=Path, help="folder with CIFAR-10; none means digits")
     parser.add_argument("--out", type=Path, default=Path("gpu_checklist"), help="folder to write to [gpu_checklist]")
     parser.add_argument("--minutes", type=float, default=10.0, help="in which everything is over [10]")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from script_parts.asking import Parser
 from script_parts.stopping import stoppable
 
 from sau.data.sources import source
@@ -41,7 +42,7 @@ def say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags; those that the file says too beat it."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked = Parser(__doc__)
     asked.add_argument("file", type=Path, help="the grid, like configs/grid/table1_cpu.yaml")
     asked.add_argument("--record_root", help="folder of the cells [what the file says, or ./record/grid]")
     asked.add_argument("--dataset_path", help="folder of the data sets [what the file says, or ./data]")

@@ -11,7 +11,6 @@ The overhead is the ratio of two times, of `--repeats` pairs: its median, the le
 cells themselves take a few per cent more or less from run to run, what is added outside of them has a line of its own.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,6 +26,8 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau.errors import ConfigError, RecordError, told
 from sau.grid.plan import Cell, cells
@@ -217,7 +218,7 @@ def timed(way: str, file: Path, every: Sequence[Cell], root: Path) -> tuple[floa
 
 def main() -> int:
     """The drill or the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("work", type=Path, help="folder for the runs")
     parser.add_argument(
         "--engine", choices=("local", "ray", "slurm"), default="local", help="what runs the cells [local]"

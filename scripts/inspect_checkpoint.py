@@ -8,12 +8,13 @@ its own, with limits on memory and time. The last line is the verdict. Exit stat
 the command. Weights that are harmless to open may still have a backdoor: that is what the defenses are for.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau.errors import told
 from sau.foreign.inspection import HARMLESS, inspect, text
@@ -21,7 +22,7 @@ from sau.foreign.inspection import HARMLESS, inspect, text
 
 def main() -> int:
     """Print the report of one file; the exit status is that of its verdict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="the file")
     parser.add_argument("--to", type=Path, help="write its tensors to this new file as safetensors, if it is harmless")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

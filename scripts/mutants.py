@@ -28,6 +28,7 @@ from pathlib import Path
 
 import yaml
 from mutants_parts.changes import Change, changes
+from script_parts.asking import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKED = (
@@ -202,7 +203,7 @@ def table(found: dict[str, list[Verdict]]) -> tuple[str, float]:
 
 def main() -> int:
     """Check the targets, show what survived and how much was killed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("target", nargs="*", help=f"{', '.join(TARGETS)}, or FILE=TESTS of your own [all]")
     parser.add_argument("--least", type=float, default=85.0, help="percent that have to be killed [85]")
     parser.add_argument("--limit", type=int, default=100, help="mutants of a file; 0 means all [100]")

@@ -7,11 +7,12 @@ there are, the fewest and the most of a class, and the fingerprint that records 
 config.yaml. Exit status: 0 all are whole, 2 one cannot be had, 3 one is a subset of the official set.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau.data.images import Images
 from sau.data.official import subset_note
@@ -32,7 +33,7 @@ def row(part: str, images: Images) -> list[str]:
 
 def main() -> int:
     """Read and describe each data set that is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("dataset", nargs="+", help=f"one or more of {', '.join(SOURCES)}")
     parser.add_argument("--dataset_path", default="./data", help="folder of the data sets [./data]")
     parser.add_argument(

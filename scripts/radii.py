@@ -5,13 +5,13 @@
 for the attacked network and for the purified ones of the defenses named, on the same test pictures.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts import place
+from script_parts.asking import Parser
 
 from sau.errors import told
 from sau.files import existing, folder
@@ -30,7 +30,7 @@ COLUMNS = {
 
 def main() -> int:
     """Print the table; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("record", help="result folder of an attack, a name below the record root or a path")
     parser.add_argument("defenses", nargs="*", help="defenses of the record")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")

@@ -5,7 +5,6 @@
 reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed.
 """
 
-import argparse
 import statistics
 import sys
 from collections import defaultdict
@@ -13,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from script_parts.asking import Parser
 from script_parts.drawing import plt
 
 from sau.errors import RecordError, told
@@ -86,7 +86,7 @@ def draw(found: Found) -> plt.Figure:
 
 def main() -> int:
     """Draw the curve and print the table; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("records", type=Path, help="folder with <attack>_r<ratio>_s<seed>/summary.json")
     parser.add_argument("--out", type=Path, default=Path("ratios"), help="path of the PNG and the SVG [ratios]")
     asked = parser.parse_args()

@@ -8,11 +8,12 @@ with the reason; of folders that hold summaries alone the names say the rest: <a
 <attack>_r<ratio>_<digest>_s<seed>, as a grid publishes them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau.errors import told
 from sau.files import write
@@ -22,7 +23,7 @@ from sau.report.page import build
 
 def main() -> int:
     """Write the page and what else is asked for; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("root", type=Path, help="folder of the result folders, like ./record")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page [report.html]")
     for name in ("csv", "latex", "json"):

@@ -6,11 +6,12 @@ Result folders that hold summaries alone are named <attack>_s<seed> and <attack>
 grid published <attack>_r<ratio>_<digest>_s<seed> and, in them, defense/<name>_c<share>_<digest>.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau.errors import told
 from sau.report.read import NONE, read
@@ -35,7 +36,7 @@ def table(cells: list[Cell]) -> str:
 
 def main() -> int:
     """Print a table for each data set and network; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("records", type=Path, help="folder whose result folders are read, however deep they lie")
     found = sections(read(parser.parse_args().records)[0])
     for section in found:

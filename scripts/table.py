@@ -6,11 +6,12 @@ defense against each rival.
 DER is that of the paper, 100 for a defense that loses no ACC and leaves no ASR, 50 for one that does nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau import files
 from sau.errors import ConfigError, told
@@ -126,7 +127,7 @@ def chosen(found: list[Section], wanted: str | None, root: Path) -> str:
 
 def main() -> int:
     """Print the tables; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("root", type=Path, help="folder of the result folders")
     parser.add_argument("--against", help="the defense that is compared with each other one [sau]")
     parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")

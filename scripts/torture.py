@@ -7,7 +7,6 @@ them. `--share 0.1` injects a tenth of the faults. Everything happens on 300 of 
 width 4 on one CPU thread, in a temporary folder. Exit status 1 if anything did not survive.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from script_parts.asking import Parser
 from torture_parts import faults, races, runs
 from torture_parts.common import Row, shrink
 
@@ -34,7 +34,7 @@ PARTS: dict[str, Callable[[Path, int, float], Iterable[Row]]] = {
 
 def main() -> int:
     """Run the parts and print a row for each promise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("part", nargs="*", help="what to run [all]")
     parser.add_argument("--seed", type=int, default=0, help="of every draw of a fault [0]")
     parser.add_argument("--share", type=float, default=1.0, help="share of the faults to inject [1.0]")

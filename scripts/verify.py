@@ -9,13 +9,13 @@ broken, but something could not be checked (without the data set there is no ACC
 between a card and a CPU are no proof; tracked risks, and what a method found on its way, are not measured again).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts import place
+from script_parts.asking import Parser
 
 from sau.errors import printable, told
 from sau.files import existing
@@ -27,7 +27,7 @@ WORDS = {VERIFIED: "verified", BROKEN: "BROKEN", PARTLY: "holds as far as it cou
 
 def main() -> int:
     """Verify every record that is named; the exit status is the worst of theirs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("record", nargs="+", help="folder of an attack")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
     parser.add_argument("--dataset_path", help="folder of the data sets [where the attack had them]")

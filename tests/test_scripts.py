@@ -26,6 +26,23 @@ COMPUTE = {
 }
 
 
+ASKING = [path.name for path in sorted(SCRIPTS.glob("*.py")) if "Parser(" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_flag_that_a_script_has_not_is_said_in_one_line(name, script):
+    """Its usage would push the line out of sight."""
+    status, out, err = script(name, "--nonsense", "1")
+    assert (status, out) == (2, "") and f"; {name} --help says" in the_error(err)
+
+
+def test_every_script_asks_alike():
+    assert len(ASKING) >= 21
+    assert not [
+        path.name for path in SCRIPTS.glob("*.py") if re.search(r"ArgumentParser\((?!add_help)", path.read_text())
+    ]
+
+
 @pytest.mark.parametrize("name", COMPUTE)
 def test_cuda_that_is_not_there_is_said(name, script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -40,6 +40,8 @@ class Recorded:
         step: (state, x, y) -> what to report.
         state: of the step.
         say: prints a line.
+        off: whether no update is recorded; set where one cannot be.
+        recordings: by the shapes of the batch.
     """
 
     step: StatefulStep
