@@ -33,7 +33,7 @@ class InParts:
     ) -> None:
         self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
         self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
-        self.recorded = Recorded(step, state, session.say, off=not splits or session.team is not None)
+        self.recorded = Recorded(step, state, session.say, session.note, off=not splits or session.team is not None)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
@@ -43,6 +43,9 @@ class InParts:
                 return self._once(x, y)
             except torch.OutOfMemoryError:
                 pass  # mended below, where what the attempt held is free again
+            if self.recorded.forget():
+                torch.cuda.empty_cache()
+                continue
             size = -(-len(x) // self.parts)
             if not self.splits or self.parts >= len(x):
                 raise OutOfMemory(f"out of memory with {size} pictures; try a smaller --batch_size")

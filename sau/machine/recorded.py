@@ -40,6 +40,7 @@ class Recorded:
         step: (state, x, y) -> what to report.
         state: of the step.
         say: prints a line.
+        note: adds facts, by name, to what is recorded of the run.
         off: whether no update is recorded; set where one cannot be.
         recordings: by the shapes of the batch.
     """
@@ -47,6 +48,7 @@ class Recorded:
     step: StatefulStep
     state: dict[str, Any]
     say: Callable[[str], None]
+    note: Callable[..., None]
     off: bool = False
     recordings: dict[tuple[Any, ...], _Recording] = field(default_factory=dict)
 
@@ -57,19 +59,35 @@ class Recorded:
         known = self.recordings.get((x.shape, y.shape))
         if known is not None:
             return self._repeat(known, x, y)
+        if len(self.recordings) == SHAPES:
+            return self.step(self.state, x, y)
         before = _draws()
         report = {name: value.detach() for name, value in self.step(self.state, x, y).items()}
-        if _draws() != before:
-            self.off = True
-        elif len(self.recordings) < SHAPES:
+        if _draws() == before:
             self._record(x, y)
+        else:
+            self._launch("they draw random numbers on the CPU")
         return report
 
+    def forget(self) -> bool:
+        """Give back the memory of the recordings and make no more; False if there are none."""
+        found = bool(self.recordings)
+        if found:
+            self.recordings.clear()
+            self._launch("their memory is wanted")
+        return found
+
     def _may(self, x: Tensor) -> bool:
-        model, descent = self.state["model"], self.state["descent"]
-        wanted = getattr(model, "recorded", True) and getattr(model, "compiled", None) != "reduce-overhead"
+        networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
+        graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
+        wanted = getattr(self.state["model"], "recorded", True) and not graphed
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed
-        return capable(x.device) and wanted and descent.fused and not seen
+        return capable(x.device) and wanted and self.state["descent"].fused and not seen
+
+    def _launch(self, why: str) -> None:
+        self.off = True
+        self.note(recorded=False)
+        self.say(f"note: updates are not recorded and repeated by CUDA, so Python launches each: {why}")
 
     def _record(self, x: Tensor, y: Tensor) -> None:
         x, y = x.clone(), y.clone()
@@ -82,9 +100,11 @@ class Recorded:
             with descent.recording():
                 report, replay = record(work)
         except RuntimeError as error:  # want of memory is one, too
-            self.off, reason = True, first_line(error)
-            self.say(f"note: the updates cannot be recorded and repeated by CUDA, so Python launches each: {reason}")
+            self._launch(first_line(error.__context__ or error))  # what ends a recording says less than what broke it
             return
+        if not self.recordings:
+            self.note(recorded=True)
+            self.say("updates are recorded and repeated by CUDA (a CUDA graph); --compile off has Python launch each")
         self.recordings[x.shape, y.shape] = _Recording(x, y, report, replay)
 
     def _repeat(self, known: _Recording, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -103,13 +123,25 @@ def capable(where: torch.device) -> bool:
 
 
 def record(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """What `work` returns, and what does its work on the device, over again; none of it is done yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        report = work()
+    """What `work` returns, and what does its work on the device, over again; none of it is done yet.
+
+    Other threads, like one that pins a loader's pictures, may use CUDA meanwhile. RuntimeError where CUDA refuses;
+    then stream and generator are as before, which torch leaves as they were inside.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    spare = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            report = work()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(spare)
+        raise
     return report, graph.replay
 
 
 def _draws() -> tuple[Any, ...]:
     """Where the generators of the CPU stand."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())
+    _, numbers, place, *_ = np.random.get_state(legacy=True)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(numbers).tobytes(), place
