@@ -78,11 +78,13 @@ class Recorded:
         return found
 
     def _may(self, x: Tensor) -> bool:
+        if not capable(x.device):
+            return False
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
         graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
         wanted = getattr(self.state["model"], "recorded", True) and not graphed
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed
-        return capable(x.device) and wanted and self.state["descent"].fused and not seen
+        return wanted and self.state["descent"].fused and not seen
 
     def _launch(self, why: str) -> None:
         self.off = True
