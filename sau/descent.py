@@ -37,7 +37,7 @@ class Descent:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
         self.part, self.keeps = WHOLE, False
-        self.rates: list[Tensor] | None = None  # of each group, where a recorded update reads them
+        self.rates: list[Tensor] = []  # of each group, where a recorded update reads them
         self.still = False  # the schedule, while an update is recorded
 
     def __call__(self, loss: Tensor, *others: "Descent", clip: float | None = None) -> None:
@@ -104,7 +104,7 @@ class Descent:
 
     def refresh(self) -> None:
         """Put the rates of the schedule where a recorded update reads them."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates or (), strict=False):
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             rate.fill_(group["lr"])
 
     def end_epoch(self, loss: float) -> None:

@@ -91,12 +91,12 @@ class Checklist:
         ]
         (self.out / "table.md").write_text("\n".join(lines) + "\n")
 
-    def bench(self, part: str, *flags: str, target: str, name: str = "") -> list[dict[str, Any]]:
-        """Run a part of the benchmark; a row for each of its comparisons, in a file called by `name` or the part."""
-        file = self.out / f"bench_{name or part}.json"
+    def bench(self, part: str, *flags: str, target: str) -> list[dict[str, Any]]:
+        """Run a part of the benchmark; a row for each of its comparisons, in a file called by the part."""
+        file = self.out / f"bench_{part}.json"
         small = ("--width", "4", "--batch_size", "16", "--repeats", "1", *MINIATURE.get(part, ()))
         flags = small if self.smoke else ("--width", "64", *flags)
-        if not self.run(name or part, "scripts/bench.py", part, *self.data, *flags, "--json", str(file)):
+        if not self.run(part, "scripts/bench.py", part, *self.data, *flags, "--json", str(file)):
             return []
         rows = json.loads(file.read_text())["rows"]
         for row in rows:

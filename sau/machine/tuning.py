@@ -63,7 +63,7 @@ def tune(
         found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp], recorded=whole)
         return _pays(method, pictures, found[model.amp], whole)
 
-    model.compiled = _compiled(record, run, method, where, pays)
+    model.compiled = _compiled(record, run, method, where, whole, pays)
 
 
 def _whole(run: Run, method: Method, where: torch.device) -> bool:
@@ -71,8 +71,9 @@ def _whole(run: Run, method: Method, where: torch.device) -> bool:
     return recorded.capable(where) and run.compile != "off" and run.devices == 1 and method.splits()
 
 
-def _compiled(record: Record, run: Run, method: Method, where: torch.device, pays: Callable[[], bool]) -> str | None:
-    whole = _whole(run, method, where)
+def _compiled(
+    record: Record, run: Run, method: Method, where: torch.device, whole: bool, pays: Callable[[], bool]
+) -> str | None:
     if run.compile == "graphs" and not whole:
         record.say(f"note: the updates of {method.name} are not recorded here, so --compile graphs has no effect")
     if not method.passes():
