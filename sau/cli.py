@@ -11,6 +11,7 @@ from typing import Any
 
 from sau.attack import ATTACKS
 from sau.commands import attack, defend
+from sau.config import nearest
 from sau.defense import DEFENSES
 from sau.errors import RecordError, told
 from sau.record import holding, schema
@@ -37,8 +38,10 @@ def main(argv: Sequence[str]) -> int:
     }
     command = commands.get((argv[0], argv[1])) if len(argv) > 1 else None
     if command is None:
-        names = ", ".join(" ".join(words) for words in commands)
-        print(f"usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {names}", file=sys.stderr)
+        names = [" ".join(words) for words in commands]
+        asked = " ".join(argv[:2])
+        near = f"{asked!r} is no command{nearest(asked, names)}; " if len(argv) > 1 else ""
+        print(f"{near}usage: python -m sau KIND NAME [flags]; KIND NAME is one of: {', '.join(names)}", file=sys.stderr)
         return 0 if list(argv) in (["--help"], ["-h"]) else 2
     try:
         with _stoppable(argv[0] == "attack") as farewell:

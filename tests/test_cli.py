@@ -311,6 +311,12 @@ def test_an_unknown_command_lists_the_known_ones(here, argv):
     assert here("--help")[0] == 0
 
 
+@pytest.mark.parametrize("argv, meant", [(("attack", "badnets"), "attack badnet"), (("defence", "sau"), "defense sau")])
+def test_a_command_that_resembles_another_is_told_that_one(here, argv, meant):
+    status, _, err = here(*argv)
+    assert status == 2 and f"{' '.join(argv)!r} is no command; did you mean {meant}?" in err
+
+
 def test_loader_flags_cause_one_warning(here, tmp_path):
     flags = ("--save_folder_name", "a", "-n", "4", "--pin_memory", "True", "-nb", "1", "-pf", "False")
     status, out, err = here("attack", "badnet", *TINY, *flags)
