@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from sau.attack import ATTACKS
-from sau.commands import attack, defend
-from sau.config import nearest
+from sau.command.attack_and_defend import attack, defend
 from sau.defense import DEFENSES
 from sau.errors import RecordError, told
 from sau.record import holding, schema
 from sau.record.folder import CONFIG, Record
+from sau.settings.config import nearest
 
 GRACE = 1.0  # seconds that a stopped run has to leave by itself
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor
 
-from sau.convert import misfit
 from sau.errors import DataError, require
 from sau.files import checksum
+from sau.settings.convert import misfit
 
 
 @dataclass(frozen=True, kw_only=True)

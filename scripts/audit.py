@@ -21,10 +21,10 @@ from script_parts.asking import Parser
 from script_parts.stopping import stoppable
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
-from sau.config import Setting, options, values
 from sau.errors import told
 from sau.figures import audit, save
 from sau.files import existing, folder
+from sau.settings.config import Setting, options, values
 
 say = partial(print, flush=True)
 

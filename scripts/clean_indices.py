@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts import place
 from script_parts.asking import Parser
 
-from sau.clues import reverse
+from sau.command.own_clues import reverse
 from sau.errors import ConfigError, told
 from sau.files import loaded, write
 from sau.record import victim

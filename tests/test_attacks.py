@@ -15,16 +15,16 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, ssba, wanet
 from sau.attack.batchwise import count, covered
-from sau.config import options
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
-from sau.descent import Descent
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
 from sau.models import build
 from sau.models.steganography import Encoder, Hidden
 from sau.optim import Training
+from sau.optim.descent import Descent
 from sau.session import Session
+from sau.settings.config import options
 
 
 @dataclass(frozen=True)

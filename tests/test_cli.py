@@ -22,11 +22,10 @@ from PIL import Image
 from toys import QUICK, REPOSITORY, VICTIM, command, environment, soon, stop_after, the_error
 
 import sau
-from sau import commands
 from sau.attack import ATTACKS, BadNet
 from sau.attack.recipe import Recipe
 from sau.cli import _Stopped, main
-from sau.config import options
+from sau.command import attack_and_defend
 from sau.data import sources
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, COVER, Images
@@ -39,7 +38,8 @@ from sau.record import holding
 from sau.record.folder import Record
 from sau.record.pictures import load_images
 from sau.record.schema import signed
-from sau.run import AttackRun, DefenseRun, OwnRun
+from sau.settings.config import options
+from sau.settings.run import AttackRun, DefenseRun, OwnRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -692,19 +692,19 @@ def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, her
 def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, monkeypatch):
     flags = [flag if flag != "0" else "3" for flag in TINY]
     run = ("attack", "badnet", *flags, "--save_folder_name", "a")
-    really = commands.Watch.on_epoch
+    really = attack_and_defend.Watch.on_epoch
 
     def stop(self, epoch, losses, state):
         if epoch == 2:
             raise KeyboardInterrupt
         return really(self, epoch, losses, state)
 
-    monkeypatch.setattr(commands.Watch, "on_epoch", stop)
+    monkeypatch.setattr(attack_and_defend.Watch, "on_epoch", stop)
     try:
         here(*run)
     except KeyboardInterrupt:
         pass  # whatever the command line makes of one that no signal sent
-    monkeypatch.setattr(commands.Watch, "on_epoch", really)
+    monkeypatch.setattr(attack_and_defend.Watch, "on_epoch", really)
     text = refused(*run, "--lr", "0.5")
     assert "lr: 0.1 there, 0.5 here" in text and "--overwrite" in text
     assert "random_seed: 0 there, 1 here" in refused(*run, "--random_seed", "1")

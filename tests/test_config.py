@@ -10,18 +10,18 @@ import pytest
 import yaml
 from toys import REPOSITORY
 
-from sau import config
 from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.recipe import Recipe
-from sau.config import IGNORED, options
-from sau.convert import convert
+from sau.command.request import Request
 from sau.data.sources import SOURCES
 from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.optim import DESCENT
-from sau.request import Request
-from sau.run import AttackRun, DefenseRun, OwnRun
-from sau.yamlfile import OVERLAYS, read_yaml, shipped
+from sau.settings import config
+from sau.settings.config import IGNORED, options
+from sau.settings.convert import convert
+from sau.settings.run import AttackRun, DefenseRun, OwnRun
+from sau.settings.yamlfile import OVERLAYS, read_yaml, shipped
 
 # Options
 

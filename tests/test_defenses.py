@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import Blended
-from sau.config import options
-from sau.convert import misfit
 from sau.data.images import Images, to_float
 from sau.defense import (
     ANP,
@@ -45,6 +43,8 @@ from sau.evaluate import der, score
 from sau.models import Normalized
 from sau.optim import Training
 from sau.session import Limit, Session
+from sau.settings.config import options
+from sau.settings.convert import misfit
 
 
 @dataclass(frozen=True)

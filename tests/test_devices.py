@@ -20,7 +20,7 @@ from sau.errors import ConfigError
 from sau.machine.devices import place, spread
 from sau.machine.team import Team, fabric
 from sau.optim import Training
-from sau.run import Run
+from sau.settings.run import Run
 
 TWO = ("--devices", "2")
 

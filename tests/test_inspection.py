@@ -374,7 +374,7 @@ AWKWARD = {
 @pytest.mark.parametrize("name", AWKWARD)
 def test_what_cannot_be_converted_is_said_in_the_verdict(name, tmp_path, monkeypatch):
     content, status = AWKWARD[name]
-    monkeypatch.setattr(inspection.device, "confine", lambda memory, seconds: None)  # this process goes on
+    monkeypatch.setattr(inspection, "confine", lambda memory, seconds: None)  # this process goes on
     report, file = asked(stored(tmp_path, content))
     assert report["status"] == status and "\n" not in report["verdict"] and report["verdict"].isascii()
     assert (file is not None) == (status == HARMLESS) and (file or "converted" in report["verdict"])
@@ -396,7 +396,7 @@ def test_whatever_a_file_makes_the_reader_raise_is_a_verdict(tmp_path, monkeypat
     def fails(path: Path) -> None:
         raise RecursionError("a\x1b[2Jb\nc")
 
-    monkeypatch.setattr(inspection.device, "confine", lambda memory, seconds: None)
+    monkeypatch.setattr(inspection, "confine", lambda memory, seconds: None)
     monkeypatch.setattr(inspection, "look", fails)
     report, _ = asked(stored(tmp_path, {"x": torch.zeros(2)}))
     assert report["status"] == UNREADABLE
@@ -468,7 +468,7 @@ def test_a_network_that_is_there_twice_is_said_to_be(tmp_path, monkeypatch, one_
     with pytest.raises(weights.SeveralError) as refusal:
         guess(found)
     assert f"{path} holds the network 2 times" in one_line(refusal.value) and "--model_prefix" in str(refusal.value)
-    monkeypatch.setattr(inspection.device, "confine", lambda memory, seconds: None)
+    monkeypatch.setattr(inspection, "confine", lambda memory, seconds: None)
     assert len(load(asked(path)[1])) == 2 * len(own)
 
 
@@ -528,9 +528,9 @@ def test_a_confined_process_has_neither_memory_nor_files(tmp_path):
     code = f"""
 from pathlib import Path
 import signal
-from sau.machine import device
+from sau.foreign.confinement import confine
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-device.confine(64 << 20, 1)
+confine(64 << 20, 1)
 for attempt in (lambda: bytearray(128 << 20), lambda: Path({str(tmp_path / "x")!r}).write_text("x")):
     try:
         attempt()

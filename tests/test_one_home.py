@@ -46,13 +46,16 @@ def below(folder: str) -> set[str]:
 
 # concern: (who has it, who may)
 HOMES: dict[str, tuple[set[str], set[str]]] = {
-    "flags": (importing("argparse") | calling("add_argument"), {"config.py"}),
-    "YAML": (importing("yaml"), {"yamlfile.py", "record/schema.py"}),
+    "flags": (importing("argparse") | calling("add_argument"), {"settings/config.py"}),
+    "YAML": (importing("yaml"), {"errors.py", "settings/yamlfile.py", "record/schema.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "record/export.py"}),
     "pickles": (importing("pickle"), {"data/cifar.py", "foreign/torchfile.py"}),
-    "gradients of weights": (calling("backward"), {"descent.py", "machine/device.py"}),
-    "optimisers": (importing("torch.optim") | calling("SGD", "Adam", "AdamW"), {"optim.py", "descent.py"}),
+    "gradients of weights": (calling("backward"), {"optim/descent.py", "machine/device.py"}),
+    "optimisers": (
+        importing("torch.optim") | calling("SGD", "Adam", "AdamW"),
+        {"optim/training.py", "optim/descent.py"},
+    ),
     "copies of networks": (
         calling("deepcopy"),
         {
@@ -65,10 +68,13 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "the screen": (calling("print"), {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("data")),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"commands.py", "attack/base.py", "seeds.py"} | below("data"),
+        {"command/attack_and_defend.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"cli.py", "grid/cells.py", "grid/work.py"}),
-    "the machine": (importing("resource") | calling("set_num_threads"), {"machine/device.py"}),
+    "the machine": (
+        importing("resource") | calling("set_num_threads"),
+        {"machine/device.py", "foreign/confinement.py"},
+    ),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
 }  # fmt: skip
 

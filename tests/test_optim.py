@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
-from sau.config import options
 from sau.defense import AT, FT, SAU
-from sau.descent import Descent
 from sau.errors import ConfigError
-from sau.muon import polar
 from sau.optim import Training
+from sau.optim.descent import Descent
+from sau.optim.muon import polar
+from sau.settings.config import options
 
 SCHEDULES = typing.get_args(options(Training)["lr_scheduler"].hint)
 OPTIMIZERS = typing.get_args(options(Training)["client_optimizer"].hint)

@@ -14,17 +14,17 @@ import torchvision
 from PIL import Image
 from toys import QUICK, command, environment, same_weights, stop_after, tiny_net, toy_images
 
-from sau.clues import Reversal, clean_indices, concentration, reverse
+from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
+from sau.command.own_network import _check_classes, _unapplied, split
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import Score, Share
 from sau.foreign import weights
 from sau.foreign.network import network
 from sau.models.preact_resnet import PreActResNet18
-from sau.own import _check_classes, _unapplied, split
 from sau.record.victim import load_weights
 from sau.risk import Found, measure
-from sau.run import OwnRun
+from sau.settings.run import OwnRun
 from sau.witness import Search
 
 CLASSES, SIDE = 3, 16
@@ -103,7 +103,7 @@ def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, 
     assert "added" not in out and "the accuracy fell" not in out
     assert "layers were added" in here("defense", "npd", *flags(file, pictures)[2:])[1]
     shares = iter([Share(9, 10), Share(5, 10)])
-    monkeypatch.setattr("sau.own.score", lambda *given: Score(next(shares)))
+    monkeypatch.setattr("sau.command.own_network.score", lambda *given: Score(next(shares)))
     out = here(*flags(file, pictures, "--save_folder_name", "ruined"))[1]
     assert "the accuracy fell from 90.0 to 50.0 %" in out
 

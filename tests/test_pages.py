@@ -12,9 +12,9 @@ from PIL import Image
 from toys import REPOSITORY, environment, the_error, toy_images
 
 from sau.attack import ATTACKS
-from sau.config import IGNORED
 from sau.defense import DEFENSES
 from sau.report.read import Run
+from sau.settings.config import IGNORED
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
 

@@ -7,13 +7,13 @@ from toys import QUICK, quiet, tiny_net, toy_images
 
 from sau.attack import BadNet, WaNet
 from sau.attack.recipe import Recipe
-from sau.config import options
+from sau.command.request import Request
 from sau.data.images import shrunk, to_float
 from sau.defense import SAU
 from sau.errors import ConfigError
 from sau.optim import Training
-from sau.request import Request
-from sau.run import AttackRun, DefenseRun
+from sau.settings.config import options
+from sau.settings.run import AttackRun, DefenseRun
 
 
 def settled(*flags: str, dataset: str = "cifar10", method: type = BadNet) -> tuple:

@@ -12,12 +12,12 @@ from toys import tiny_net, toy_images
 from sau.attack import BadNet
 from sau.data.images import to_float
 from sau.defense import AT, FT, SAU
-from sau.descent import Descent
 from sau.machine import recorded
 from sau.machine.parts import InParts
 from sau.method import Method
 from sau.models import Normalized
 from sau.optim import Training
+from sau.optim.descent import Descent
 from sau.session import Session
 
 NOT = "note: updates are not recorded and repeated by CUDA, so Python launches each: "

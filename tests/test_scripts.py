@@ -64,7 +64,7 @@ class Seen(RecordError):
     ("name", "flags", "what"),
     [
         ("radii.py", ("record/victim",), "sau.risk.gauge"),
-        ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.clues.reverse"),
+        ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.command.own_clues.reverse"),
         ("figures.py", ("victim", "--defense", "copy"), "sau.figures.examples"),
     ],
 )

@@ -16,6 +16,7 @@ from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet, WaNet
+from sau.command.watch import Watch
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NC, SAU
@@ -27,11 +28,10 @@ from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.record import schema
 from sau.record.folder import Record
-from sau.run import Run
 from sau.session import Limit, Session
+from sau.settings.run import Run
 from sau.verify.findings import VERIFIED
 from sau.verify.verification import Verification
-from sau.watch import Watch
 
 
 def network(amp: bool = False) -> Normalized:
@@ -239,8 +239,8 @@ def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr("sau.commands.score", full)
-    monkeypatch.setattr("sau.watch.score", full)
+    monkeypatch.setattr("sau.command.attack_and_defend.score", full)
+    monkeypatch.setattr("sau.command.watch.score", full)
     status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
     assert status == FULL and err.startswith("error: out of memory (CUDA out of memory.)")
     assert len(err.splitlines()) == 1

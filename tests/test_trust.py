@@ -23,7 +23,6 @@ from torture_parts import common, faults, races, runs
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.attack import ATTACKS
-from sau.config import options
 from sau.data.images import to_float
 from sau.data.scrutiny import scrutinise
 from sau.defense import CLP, DEFENSES, EP, FT
@@ -34,8 +33,9 @@ from sau.optim import Training
 from sau.record.folder import CONFIG, METRICS, Record
 from sau.record.lock import holder
 from sau.record.schema import SCHEMA, UPGRADES, signed
-from sau.run import AttackRun, DefenseRun
 from sau.session import Session
+from sau.settings.config import options
+from sau.settings.run import AttackRun, DefenseRun
 
 # R1: spoiled folders
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from toys import QUICK, VICTIM
 
-from sau.commands import attack, defend
+from sau.command.attack_and_defend import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Score, Share

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.config import nearest
 from sau.defense.ft import FT
 from sau.defense.inputs import glance
 from sau.defense.layers import full_name, watching
@@ -30,6 +29,7 @@ from sau.evaluate import predict
 from sau.optim import Schedule
 from sau.record import victim
 from sau.session import Session
+from sau.settings.config import nearest
 from sau.types import Batched, Labels, Logits, Pixels
 
 DEFAULT_LAYERS = 2

@@ -18,8 +18,8 @@ from sau.data.sources import SOURCES
 from sau.errors import RecordError, printable
 from sau.files import write
 from sau.foreign import pickles, torchfile, weights
+from sau.foreign.confinement import confine
 from sau.foreign.guess import Guess, guess
-from sau.machine import device
 from sau.models.zoo import torchvision_names
 
 SECONDS = 120  # on the clock, from the start of the process
@@ -81,7 +81,7 @@ def _work(there: Connection, path: Path, convert: bool) -> None:
     torchvision_names()  # imported now, because its import looks for a folder to write to
     content = b""
     try:
-        device.confine(MEMORY + 8 * path.stat().st_size, SECONDS)
+        confine(MEMORY + 8 * path.stat().st_size, SECONDS)
         report, found, known = look(path)
         if convert and found is not None and report["status"] == HARMLESS:
             try:

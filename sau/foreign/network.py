@@ -15,7 +15,7 @@ from sau.errors import ConfigError, RecordError
 from sau.foreign import weights
 from sau.foreign.guess import guess, unwrapped
 from sau.models import has_width, layout
-from sau.run import OwnRun
+from sau.settings.run import OwnRun
 
 
 def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]:

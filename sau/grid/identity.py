@@ -17,7 +17,7 @@ from sau.grid.spec import Block
 from sau.machine.devices import united
 from sau.method import Method
 from sau.models import check_name, has_width
-from sau.run import AttackRun, DefenseRun
+from sau.settings.run import AttackRun, DefenseRun
 from sau.wording import at_most
 
 Asked = AttackRun | DefenseRun

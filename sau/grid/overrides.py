@@ -6,13 +6,13 @@ from typing import Any
 
 from sau.attack import ATTACKS
 from sau.attack.recipe import Recipe
-from sau.config import nearest
+from sau.command.request import Request
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
 from sau.grid.spec import Overrides
 from sau.method import Method
-from sau.request import Request
-from sau.run import AttackRun, DefenseRun
+from sau.settings.config import nearest
+from sau.settings.run import AttackRun, DefenseRun
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 

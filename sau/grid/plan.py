@@ -13,7 +13,7 @@ from sau.grid.names import without_digest
 from sau.grid.overrides import METHODS, canonical, overridden, refuse_unknown, request, text
 from sau.grid.spec import Block
 from sau.record.schema import digest
-from sau.run import AttackRun
+from sau.settings.run import AttackRun
 
 _LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
 

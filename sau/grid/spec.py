@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sau import config
 from sau.attack import ATTACKS
-from sau.config import Setting, nearest
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
-from sau.yamlfile import read_flat
+from sau.settings import config
+from sau.settings.config import Setting, nearest
+from sau.settings.yamlfile import read_flat
 
 Overrides = dict[str, dict[str, Any]]
 

@@ -1,6 +1,5 @@
 """The machine: which device, how many threads, which precision is faster, how much memory was used."""
 
-import math
 import platform
 import resource
 import sys
@@ -142,17 +141,3 @@ def _step(model: Normalized, x: torch.Tensor, amp: bool) -> None:
 def _wait(x: torch.Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-
-
-def confine(memory: int, seconds: int) -> None:
-    """For a process that opens what it must not trust: no file may be written, and at most `memory` bytes and `seconds`
-    of computing more be used than so far. Where the system does not count memory (macOS), that limit is not set.
-    """
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    used = resource.getrusage(resource.RUSAGE_SELF)  # importing torch may take longer than what is allowed here
-    end = math.ceil(used.ru_utime + used.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (end, end))
-    mapped = Path("/proc/self/statm")
-    if mapped.is_file():
-        limit = int(mapped.read_text().split()[0]) * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -25,8 +25,8 @@ from sau.machine.device import choose_device, prepare, set_threads
 from sau.machine.parent import outlive, python_path
 from sau.machine.team import Team, fabric, leave
 from sau.method import Method
-from sau.run import Run
 from sau.session import Session
+from sau.settings.run import Run
 
 GRACE = 5.0  # seconds that a process has to say by itself what went wrong
 

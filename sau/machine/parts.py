@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sau.descent import WHOLE, Part
 from sau.errors import OutOfMemory
 from sau.machine.recorded import Recorded, StatefulStep
+from sau.optim.descent import WHOLE, Part
 from sau.session import Session
 
 

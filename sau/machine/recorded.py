@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sau.descent import Descent
 from sau.errors import first_line
+from sau.optim.descent import Descent
 
 StatefulStep = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]
 SHAPES = 4  # of batches, each of which keeps the memory of a step

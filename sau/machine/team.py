@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.augment import sent
-from sau.descent import Descent
 from sau.errors import ConfigError
+from sau.optim.descent import Descent
 from sau.seeds import seeded
 from sau.session import Checkpoint, Session, Step
 

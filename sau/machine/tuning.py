@@ -10,7 +10,7 @@ from sau.machine import device as machine
 from sau.method import Method
 from sau.models import Normalized
 from sau.record.folder import Record
-from sau.run import Run
+from sau.settings.run import Run
 
 # What torch.compile is assumed to save on CUDA: of the card's own time, and of that of updates which Python launches,
 # where the compiler's CUDA graphs spare it more; and the seconds until everything is compiled. An H200 needs 16 to 18

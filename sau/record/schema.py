@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sau.data import SIDE
-from sau.errors import RecordError
+from sau.errors import NO_YAML, RecordError
 from sau.files import checksum, loaded, read
 
 SCHEMA = 2
@@ -26,8 +26,6 @@ DEEPEST, NODES = 50, CLEAN + 50_000  # levels and nodes of config.yaml; ours has
 ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"
 Config = dict[str, Any]
 
-# What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.
-NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
 _INDEX = re.compile(r"^clean_index:\n(?:- \d+\n)+", re.M)
 

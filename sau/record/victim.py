@@ -19,7 +19,7 @@ from sau.models.polarizer import make_room
 from sau.record import schema
 from sau.record.folder import Record
 from sau.record.pictures import load_images
-from sau.run import Run
+from sau.settings.run import Run
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,14 +12,14 @@ import torch
 from bench_parts import released, setting
 from bench_parts.measure import Work, interleaved, passes, row
 
+from sau.command.request import Request
 from sau.data.images import Images
 from sau.data.sources import clean_subset, source
 from sau.defense import ANP, DEFENSES, IBAU, NAD
 from sau.models import Normalized
 from sau.optim import Training
-from sau.request import Request
-from sau.run import DefenseRun
 from sau.session import Session
+from sau.settings.run import DefenseRun
 
 UPDATES = 40  # that plant the backdoor
 

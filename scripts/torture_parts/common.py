@@ -14,10 +14,10 @@ import torch
 
 from sau import cli
 from sau.attack import ATTACKS, ssba
-from sau.config import options
+from sau.command.watch import Watch
 from sau.data import sources
 from sau.defense import DEFENSES
-from sau.watch import Watch
+from sau.settings.config import options
 
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")
 METHODS = [*(("attack", name) for name in ATTACKS), *(("defense", name) for name in DEFENSES)]

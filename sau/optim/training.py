@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from sau.descent import Descent
 from sau.method import Method
-from sau.muon import Muon
+from sau.optim.descent import Descent
+from sau.optim.muon import Muon
 
 Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
@@ -42,7 +42,7 @@ class Training(Method):
         lr_scheduler: constant, or a schedule of torch.optim by its name; stepped after each epoch, and OneCycleLR after
             each update.
         client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw, adadelta or muon
-            (sau/muon.py).
+            (Jordan et al., 2024).
         sgd_momentum: momentum of sgd and muon.
         wd: weight decay on every parameter, batch norm and biases included.
         adam_betas: decay rates of adam's two moments.

@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
-from sau.config import IGNORED, Option, Setting, nearest, once
 from sau.data.sources import SOURCES
-from sau.errors import ConfigError
-from sau.record.schema import NO_YAML
+from sau.errors import NO_YAML, ConfigError
+from sau.settings.config import IGNORED, Option, Setting, nearest, once
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
 # BackdoorBench's files of SAU and i-BAU hold both, and its code reads the second.
@@ -112,7 +111,7 @@ def _settings(
 
 def shipped(kind: str, name: str) -> Path | None:
     """The YAML that comes with the library, `configs/KIND/NAME.yaml`; in a wheel it lies inside the package."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for root in (here / "configs", here.parent / "configs"):
         if (root / kind / f"{name}.yaml").is_file():
             return root / kind / f"{name}.yaml"

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 import sau
+from sau.command.request import Request
 from sau.data.images import Images
 from sau.evaluate import Score, score
 from sau.machine.device import fallback
 from sau.record.folder import Record
 from sau.record.schema import EARLY, digest
-from sau.request import Request
 from sau.risk import Found
-from sau.run import Run
 from sau.session import Deadline, Limit, Session
+from sau.settings.run import Run
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
 
@@ -146,11 +146,6 @@ def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> N
     record.begin(facts, versioned(identity), run.overwrite)
 
 
-def versioned(identity: dict[str, Any]) -> dict[str, Any]:
-    """What determines a result, this version of the library included."""
-    return {**identity, "sau": sau.__version__}
-
-
 def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     """Say the notes, which of the flags have no effect, and where the device is another one than was asked for."""
     for note in notes:
@@ -160,3 +155,8 @@ def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     if request.ignored:
         reasons = "; ".join(f"--{name}: {reason}" for name, reason in request.ignored.items())
         record.say(f"warning: flags without effect here: {reasons}")
+
+
+def versioned(identity: dict[str, Any]) -> dict[str, Any]:
+    """What determines a result, this version of the library included."""
+    return {**identity, "sau": sau.__version__}

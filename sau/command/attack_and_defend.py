@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau import own, quality
+from sau import quality
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.recipe import Recipe
 from sau.attack.workshop import in_words, same_trigger
+from sau.command import own_network
+from sau.command.request import Request
+from sau.command.watch import Watch, begin, trigger_session, versioned, warn
 from sau.data.images import Images
 from sau.data.official import subset_note
 from sau.data.scrutiny import scrutinise
@@ -29,10 +32,8 @@ from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import schema, victim
 from sau.record.folder import Record
-from sau.request import Request
 from sau.risk import gauge
-from sau.run import AttackRun, DefenseRun, OwnRun, Run
-from sau.watch import Watch, begin, trigger_session, versioned, warn
+from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
 
 
 def attack(name: str, argv: Sequence[str]) -> None:
@@ -91,7 +92,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
     if request.said("model_file") is not None and request.said("result_file") is None:
-        return own.purify(name, request)
+        return own_network.purify(name, request)
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, why = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from sau.convert import convert
 from sau.errors import ConfigError
+from sau.settings.convert import convert
 
 # Flags of the benchmark that cannot act here; accepted with one warning so that old command lines keep working.
 IGNORED = {

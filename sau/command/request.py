@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sau import config
-from sau.config import Option, Setting
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
-from sau.run import AttackRun
-from sau.yamlfile import read_yaml, shipped
+from sau.settings import config
+from sau.settings.config import Option, Setting
+from sau.settings.run import AttackRun
+from sau.settings.yamlfile import read_yaml, shipped
 
 # Asked for before the recipe and the data set are known.
 EARLY = {"dataset", "recipe", "device", "record_root", "result_file", "model_file"}
@@ -83,7 +83,7 @@ class Request:
         return recipe if beforehand else FAST.get(recipe, recipe)
 
     def settle(self, kind: str, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
-        """The sections as objects, by the precedence of `sau.config`.
+        """The sections as objects, by the precedence of `sau.settings.config`.
 
         Args:
             kind: "attack" or "defense", the folder of the method's shipped YAML.

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau.clues import Reversal, clean_indices, concentration, reverse
+from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
+from sau.command.request import Request
+from sau.command.watch import Watch, begin, warn
 from sau.data.folders import labelled
 from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
@@ -31,10 +33,8 @@ from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
 from sau.models import Normalized, quick
 from sau.record.folder import Record
-from sau.request import Request
 from sau.risk import Found, gauge
-from sau.run import OwnRun
-from sau.watch import Watch, begin, warn
+from sau.settings.run import OwnRun
 
 OF_RECORDS = "dataset", "dataset_path", "model", "ratio", "index"  # flags that mean nothing here
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning

@@ -1,0 +1,1 @@
+"""What a user asks: flags, YAML files, and what every command is asked."""
