@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
-from sau.errors import DataError, TrainingError
+from sau.errors import DataError, TrainingError, lacks_memory
 from sau.models import logits_of
 
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
@@ -107,8 +107,8 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
         while at < max(1, len(pixels)):  # no pictures, too, have an answer: no classes
             try:  # a copy, for some networks change their input in place
                 logits = logits_of(model, to_float(pixels[at : at + size].to(device, copy=True)))
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                if size == 1 or not lacks_memory(error):
                     raise
                 size = -(-size // 2)
                 continue

@@ -84,9 +84,13 @@ class Method:
         return 0.0
 
     def splits(self) -> bool:
-        """Whether `step` makes one update, of `state["descent"]`, from a mean over the pictures of its batch, and does
-        the same each time; such a batch may go through in parts when memory does not hold it, and CUDA may repeat a
-        recorded step, whose Python does not run again."""
+        """Whether `step` makes one update, of `state["descent"]`, from a mean over the pictures of its batch; such a
+        batch may go through in parts when memory does not hold it."""
+        return False
+
+    def repeats(self) -> bool:
+        """Whether, besides, `step` has the device do the same each time; CUDA may then repeat a recorded step, whose
+        Python does not run again."""
         return False
 
     def require(self, name: str, ok: bool, allowed: str) -> None:

@@ -11,7 +11,7 @@ from toys import tiny_net, toy_images
 
 from sau.attack import BadNet
 from sau.data.images import to_float
-from sau.defense import AT, FT, SAU
+from sau.defense import AT, FP, FT, NAD, NC, SAU
 from sau.machine import recorded
 from sau.machine.parts import InParts
 from sau.method import Method
@@ -38,7 +38,7 @@ def updates(method: Method, where: torch.device, **told: bool) -> tuple[list[flo
     state, said = prepared(method, where), list[str]()
     for name, value in told.items():
         setattr(state["model"], name, value)
-    step = InParts(method.step, state, method.splits(), Session(say=said.append))
+    step = InParts(method.step, state, method.splits(), Session(say=said.append), repeats=method.repeats())
     images = toy_images(sum(BATCHES)).to(where)
     pairs = zip(to_float(images.pixels).split(BATCHES), images.labels.split(BATCHES), strict=True)
     return [float(step(x, y)["loss"].detach()) for x, y in pairs], state["model"], step, said
@@ -79,6 +79,7 @@ METHODS = [
     SAU(lr=2**-10),
     SAU(lr=2**-10, train_mode=True),
     AT(lr=2**-10, client_optimizer="adamw"),
+    NC(),
 ]
 
 
@@ -94,6 +95,16 @@ def test_repeated_updates_are_those_that_python_launches(method, recorder):
     assert losses == pytest.approx(wanted, rel=1e-4)
     for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_methods_with_a_step_of_their_own_promise_nothing():
+    """FP prunes and NAD looks into layers after every update: Python has to be there."""
+
+    class Own(SAU):
+        step = FT.step
+
+    assert all(method.splits() and not method.repeats() for method in (FP(), NAD(), Own()))
+    assert not SAU(outer_steps=2).repeats()
 
 
 @pytest.mark.gpu
@@ -128,7 +139,7 @@ def test_what_cuda_refuses_leaves_stream_and_generator_as_they_were():
         model = Normalized(nn.Sequential(nn.Flatten(), Reads(), nn.Linear(3 * 16 * 16, 4))).to(where)
         model.recorded = wanted
         state = FT().prepare(model, 10)
-        step = InParts(FT().step, state, True, Session(say=said.append))
+        step = InParts(FT().step, state, True, Session(say=said.append), repeats=True)
         images = toy_images(8).to(where)
         found.append([float(step(to_float(images.pixels), images.labels)["loss"].detach()) for _ in range(10)])
     assert found[0] == pytest.approx(found[1], rel=1e-4) and torch.cuda.current_stream() == stream
@@ -146,7 +157,7 @@ def test_random_starts_of_the_card_differ_when_repeated():
         return {**method.step(state, x, y), "start": method.pgd(state["model"], x, y)}
 
     images = toy_images(8).to(where)
-    whole = InParts(step, state, True, Session(say=print))
+    whole = InParts(step, state, True, Session(say=print), repeats=True)
     for _ in range(3):
         seen.append(whole(to_float(images.pixels), images.labels)["start"].clone())
     assert len(whole.recorded.recordings) == 1 and not torch.equal(seen[1], seen[2])
@@ -191,13 +202,15 @@ def test_rates_that_python_reads_are_not_recorded(method, recorder):
 
 def test_shapes_keep_memory_so_few_are_recorded(recorder):
     state = prepared(FT(), CPU)
-    step = InParts(FT().step, state, True, Session(say=print))
+    said = list[str]()
+    step = InParts(FT().step, state, True, Session(say=said.append), repeats=True)
     images = toy_images(16)
     x, y = to_float(images.pixels), images.labels
     for _ in range(2):
         for n in range(2, 12):
             step(x[:n], y[:n])
     assert len(step.recorded.recordings) == recorded.SHAPES == len(recorder)
+    assert said[1:] == ["note: batches of 4 shapes are repeated by CUDA, Python launches those of others"]
 
 
 def test_who_looks_on_sees_every_update(recorder):
@@ -205,7 +218,7 @@ def test_who_looks_on_sees_every_update(recorder):
     from torch.utils.flop_counter import FlopCounterMode
 
     state = prepared(FT(), CPU)
-    step = InParts(FT().step, state, True, Session(say=print))
+    step = InParts(FT().step, state, True, Session(say=print), repeats=True)
     images = toy_images(8)
     x, y = to_float(images.pixels), images.labels
     step(x, y)
@@ -234,7 +247,7 @@ def test_memory_that_is_wanted_is_given_back_before_a_batch_is_split(recorder):
             raise torch.OutOfMemoryError("injected")
         return method.step(state, x, y)
 
-    whole = InParts(step, state, True, Session(say=said.append))
+    whole = InParts(step, state, True, Session(say=said.append), repeats=True)
     images = toy_images(8)
     x, y = to_float(images.pixels), images.labels
     whole(x[:5], y[:5])
@@ -248,7 +261,7 @@ def test_memory_that_is_wanted_is_given_back_before_a_batch_is_split(recorder):
 def test_networks_with_graphs_of_their_own_are_not_recorded(recorder, where):
     state = prepared(SAU(lr=1e-3), CPU)
     state[where].compiled = "reduce-overhead"
-    step = InParts(lambda state, x, y: {"loss": x.mean()}, state, True, Session(say=print))
+    step = InParts(lambda state, x, y: {"loss": x.mean()}, state, True, Session(say=print), repeats=True)
     images = toy_images(8)
     for _ in range(2):
         step(to_float(images.pixels), images.labels)

@@ -127,7 +127,7 @@ class Full(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
         if len(x) > self.most:
-            raise torch.OutOfMemoryError("injected")
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: injected")  # as the CPU says it
         return self.net(x)
 
 
@@ -192,7 +192,7 @@ def test_one_of_several_devices_goes_through_in_parts_only_where_no_other_one_no
     def step(*given: Any) -> dict[str, Tensor]:
         try:
             return method.step(*given)
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             team.messages += team.met
             raise
 

@@ -173,6 +173,8 @@ class Attack(Labelling, ABC):
     def splits(self) -> bool:
         return type(self).step is Attack.step  # attacks inside the batches take theirs apart themselves
 
+    repeats = splits
+
     @final
     def fit(
         self,
@@ -206,5 +208,5 @@ class Attack(Labelling, ABC):
     ) -> None:  # fmt: skip
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
-        step, end = InParts(self.step, state, self.splits(), session), partial(self.end_epoch, state)
-        loop.run(step, batches, recipe.epochs, state=state, end_epoch=end, session=session)
+        step = InParts(self.step, state, self.splits(), session, repeats=self.repeats())
+        loop.run(step, batches, recipe.epochs, state=state, end_epoch=partial(self.end_epoch, state), session=session)

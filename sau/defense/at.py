@@ -71,6 +71,9 @@ class AT(Tuning):
     def splits(self) -> bool:
         return True
 
+    def repeats(self) -> bool:
+        return type(self).step is AT.step
+
     def idle(self) -> dict[str, str]:
         return super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
 

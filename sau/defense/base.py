@@ -129,7 +129,7 @@ class Tuning(Training, Defense):
     def rounds(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
-            InParts(self.step, state, self.splits(), session, self.batch_statistics()),
+            InParts(self.step, state, self.splits(), session, self.batch_statistics(), self.repeats()),
             batches,
             self.epochs,
             state={name: thing for name, thing in state.items() if name not in self.constant},

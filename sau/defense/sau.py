@@ -124,6 +124,9 @@ class SAU(Tuning):
     def splits(self) -> bool:
         return self.outer_steps == 1
 
+    def repeats(self) -> bool:
+        return self.splits() and type(self).step is SAU.step
+
     def batch_statistics(self) -> bool:
         return self.train_mode
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, lacks_memory
 from sau.evaluate import predict
 from sau.machine import cores
 from sau.machine.recorded import record
@@ -77,8 +77,8 @@ def step_seconds(
     while not seconds:
         try:
             seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions, recorded)
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not lacks_memory(error):
                 raise
             size = -(-size // 2)
         model.zero_grad(set_to_none=True)

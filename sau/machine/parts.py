@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sau.errors import OutOfMemory
+from sau.errors import OutOfMemory, lacks_memory
 from sau.machine.recorded import Recorded, StatefulStep
 from sau.optim.descent import WHOLE, Part
 from sau.session import Session
@@ -26,14 +26,16 @@ class InParts:
         splits: whether the step makes one update, from a mean over its pictures; see `Method.splits`.
         session: prints a line, notes parts in the record, and knows of other devices.
         batch_statistics: whether the step itself puts batch norm into train mode for a while.
+        repeats: whether CUDA may repeat the step; see `Method.repeats`.
     """
 
     def __init__(
-        self, step: StatefulStep, state: dict[str, Any], splits: bool, session: Session, batch_statistics: bool = False
-    ) -> None:
+        self, step: StatefulStep, state: dict[str, Any], splits: bool, session: Session,
+        batch_statistics: bool = False, repeats: bool = False,
+    ) -> None:  # fmt: skip
         self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
         self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
-        self.recorded = Recorded(step, state, session.say, session.note, off=not splits or session.team is not None)
+        self.recorded = Recorded(step, state, session.say, session.note, off=not repeats or session.team is not None)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
@@ -41,8 +43,10 @@ class InParts:
             before = self.team.messages if self.team is not None else 0
             try:
                 return self._once(x, y)
-            except torch.OutOfMemoryError:
-                pass  # mended below, where what the attempt held is free again
+            except RuntimeError as error:
+                if not lacks_memory(error):
+                    raise
+            # Mended here, where what the attempt held is free again.
             if self.recorded.forget():
                 torch.cuda.empty_cache()
                 continue

@@ -43,6 +43,7 @@ class Recorded:
         note: adds facts, by name, to what is recorded of the run.
         off: whether no update is recorded; set where one cannot be.
         recordings: by the shapes of the batch.
+        crowded: whether a batch has come for which there is no room among them.
     """
 
     step: StatefulStep
@@ -51,6 +52,7 @@ class Recorded:
     note: Callable[..., None]
     off: bool = False
     recordings: dict[tuple[Any, ...], _Recording] = field(default_factory=dict)
+    crowded: bool = False
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update; what is reported holds until the next one."""
@@ -60,6 +62,9 @@ class Recorded:
         if known is not None:
             return self._repeat(known, x, y)
         if len(self.recordings) == SHAPES:
+            if not self.crowded:
+                self.say(f"note: batches of {SHAPES} shapes are repeated by CUDA, Python launches those of others")
+                self.crowded = True
             return self.step(self.state, x, y)
         before = _draws()
         report = {name: value.detach() for name, value in self.step(self.state, x, y).items()}

@@ -68,7 +68,7 @@ def tune(
 
 def _whole(run: Run, method: Method, where: torch.device) -> bool:
     """Whether CUDA is to repeat recorded updates."""
-    return recorded.capable(where) and run.compile != "off" and run.devices == 1 and method.splits()
+    return recorded.capable(where) and run.compile != "off" and run.devices == 1 and method.repeats()
 
 
 def _compiled(

@@ -77,7 +77,7 @@ def _ours(
     model, reference = (setting.copied(net, amp=amp, compiled=compiled, recorded=recorded) for net in (h, h_b))
     state = method.prepare(model, len(batches))
     state["reference"] = reference.eval().requires_grad_(False)
-    step = InParts(method.step, state, method.splits(), setting.QUIET)
+    step = InParts(method.step, state, method.splits(), setting.QUIET, repeats=method.repeats())
     if batches[0][0].is_cuda:
         step(*batches[0])  # so that it is recorded
     return lambda: [step(x, y) for x, y in batches]

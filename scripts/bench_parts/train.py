@@ -60,7 +60,7 @@ def ours(
     """An epoch as `Attack.fit` makes it."""
     victim = setting.copied(model, amp=amp, compiled=compiled, recorded=recorded).train()
     state = setting.ATTACK.prepare(victim, RECIPE, args.steps)
-    step = InParts(setting.ATTACK.step, state, setting.ATTACK.splits(), setting.QUIET)
+    step = InParts(setting.ATTACK.step, state, setting.ATTACK.splits(), setting.QUIET, repeats=True)
     batches = images.batches(args.batch_size, seed=0, augment=source(args.dataset).augment, drop_last=True)
 
     def work() -> None:
