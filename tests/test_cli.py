@@ -25,7 +25,7 @@ import sau
 from sau.attack import ATTACKS, BadNet
 from sau.attack.recipe import Recipe
 from sau.cli import _Stopped, main
-from sau.command import attack_and_defend
+from sau.command import attack_and_defend, watch
 from sau.data import sources
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, COVER, Images
@@ -315,6 +315,24 @@ def test_an_unknown_command_lists_the_known_ones(here, argv):
 def test_a_command_that_resembles_another_is_told_that_one(here, argv, meant):
     status, _, err = here(*argv)
     assert status == 2 and f"{' '.join(argv)!r} is no command; did you mean {meant}?" in err
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_result_is_evaluated_again_only_where_it_moved_since(victim, here, monkeypatch, moved):
+    scored, really, told = [], watch.score, watch.Watch.on_epoch
+
+    def told_and_moved(self, epoch, losses, state):
+        found = told(self, epoch, losses, state)
+        if moved:
+            next(state["model"].parameters()).data.mul_(0)
+        return found
+
+    monkeypatch.setattr(watch.Watch, "on_epoch", told_and_moved)
+    monkeypatch.setattr("sau.command.watch.score", lambda *given: scored.append(really(*given)) or scored[-1])
+    status, _, err = here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)
+    assert (status, err, len(scored)) == (0, "", 1 + moved)
+    after = json.loads((victim / "defense" / "ft" / "summary.json").read_text())["after"]
+    assert after["acc_count"][0] == scored[-1].acc.hits and (scored[0] == scored[-1]) is not moved
 
 
 def test_loader_flags_cause_one_warning(here, tmp_path):

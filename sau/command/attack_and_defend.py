@@ -80,7 +80,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     watch = Watch(record, run, epochs, test, again, started, each)
     spread(run.devices, method.fit, model, poisoned, recipe=training, session=watch.session(), **how)
     triggered = again()
-    final = watch.last or score(model, test, triggered)
+    final = watch.final(model, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
     record.say(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
@@ -127,7 +127,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
     session = replace(watch.session(), judge=judge)
     fixed = spread(run.devices, method.purify, model, given, augment=augment, seed=run.random_seed, session=session)
-    after = score(fixed, test, triggered)
+    after = watch.final(fixed, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
     record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))

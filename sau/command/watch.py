@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import sau
+from sau.attack.workshop import fingerprint
 from sau.command.request import Request
 from sau.data.images import Images
 from sau.evaluate import Score, score
@@ -51,6 +52,7 @@ class Watch:
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
         self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
         self.scored: Score | None = None
+        self.mark = ""  # of what was scored
         self.findings: dict[str, Any] = {}
         self.earlier: float | None = None
         closing = evaluation_seconds if closing_seconds is None else closing_seconds
@@ -73,10 +75,11 @@ class Watch:
             scrutinised=True,
         )
 
-    @property
-    def last(self) -> Score | None:
-        """The score of the network as it is, if it is known: one that the limit ended may have moved since."""
-        return None if self.limit is not None and self.limit.ended else self.scored
+    def final(self, model: nn.Module, triggered: Images | None) -> Score:
+        """The score of the result: that of the last evaluation if it was of the same weights, else measured now."""
+        if self.scored is not None and self.mark == fingerprint(model):
+            return self.scored
+        return score(model, self.test, triggered)
 
     @property
     def seconds(self) -> float:
@@ -91,7 +94,7 @@ class Watch:
         figures: dict[str, float | None] = {}
         self.scored = None
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
-            self.scored = score(model, self.test, self.triggered())
+            self.scored, self.mark = score(model, self.test, self.triggered()), fingerprint(model)
             figures = {name: share.percent if share else None for name, share in self.scored.shares().items()}
             if self.risks is not None:
                 figures.update(self.risks(model).row())
