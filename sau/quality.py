@@ -64,9 +64,10 @@ def describe(found: dict[str, Any]) -> str:
     """A line for the screen."""
     ssim = "" if found["ssim"] is None else f", SSIM {found['ssim']:.3f}"
     psnr = "unchanged" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB"
+    none = f", {found['unchanged']:g} % of the pictures unchanged" if 0 < found["unchanged"] < 100 else ""
     return (
         f"trigger: {psnr}{ssim}, L-infinity {found['linf']:.3f} (at most {found['linf_max']:.3f}), "
-        f"{found['in_ball']:g} % within {found['radius']:g}"
+        f"{found['in_ball']:g} % within {found['radius']:g}{none}"
     )
 
 

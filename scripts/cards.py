@@ -77,7 +77,9 @@ def attack_table(runs: list[Run], name: str) -> str:
     hidden = [run.summary.get("trigger") or {} for run in own]
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
     cells += [text([one.get(key) for one in hidden], n) for key, n in digits.items()]
-    cells += [text([run.summary.get("cross_acc") for run in own]), text([run.figures["seconds"] for run in own], 0)]
+    crossed = [run.summary["cross_acc"] for run in own if "cross_acc" in run.summary]
+    few = f" ({len(crossed)})" if 0 < len(crossed) < len(own) else ""  # the first runs do not have it
+    cells += [text(crossed) + few, text([run.figures["seconds"] for run in own], 0)]
     return (
         "Here, real CIFAR-10 on the CPU track (width 16), mean ± standard deviation over seeds,\n"
         f"{SOURCE}.\n{recipe('attack', name)}`seconds` are those of one thread beside other work.\n\n"

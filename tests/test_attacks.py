@@ -471,14 +471,25 @@ def test_fit_trains_in_place_reproducibly_and_ends_in_eval_mode(row):
 
 @each_poison
 @pytest.mark.parametrize("pratio", [0.0, 0.001, 0.01, 0.05, 0.1])
-def test_every_ratio_down_to_nothing_trains(attack, pratio):
-    """0 is the clean network with a triggered test set; a small share leaves most batches without poison."""
-    few = with_(attack, pratio=pratio)
-    images = toy_images(40, size=16)
-    net = tiny_net()
-    few.fit(net, few.poison_train(images, 0), Training(epochs=2, batch_size=16), session=quiet())
+def test_every_ratio_down_to_nothing_trains(attack, pratio, monkeypatch):
+    """So many pictures are poisoned; 0 is the clean network with a triggered test set."""
+    few, images = with_(attack, pratio=pratio), toy_images(1000, size=16)
+    recipe = Training(epochs=1 + getattr(few, "clean_train_epochs", 0), batch_size=50)
+    seen, really = list[int](), type(few).relabel
+    monkeypatch.setattr(type(few), "relabel", lambda self, y, n: seen.append(len(y)) or really(self, y, n))
+    poisoned, net = few.poison_train(images, 0), tiny_net()
+    torch.manual_seed(0)  # of what is drawn inside the batches
+    few.fit(net, poisoned, recipe, session=quiet())
+    count = sum(seen) if few.in_batch else int((poisoned.role == BACKDOOR).sum())
+    if few.in_batch:  # 20 batches of 50: 5 pictures of each, 2 of 2.5, and of half a picture one in every second batch
+        few_of = {0.0: range(1), 0.001: range(4), 0.01: range(5, 16), 0.05: range(40, 41), 0.1: range(100, 101)}
+        assert count in few_of[pratio]
+    else:
+        assert count == round(1000 * pratio)
     assert not same_weights(net, tiny_net()) and all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert len(few.poison_test(images)) == 30
+    assert len(few.poison_test(images)) == 750
+    if pratio == 0 and not few.in_batch:
+        assert same_weights(net, Prototype().fit(tiny_net(), images, recipe, session=quiet()))
 
 
 def test_an_incomplete_last_batch_is_dropped():
@@ -566,6 +577,14 @@ def test_a_patch_picture_that_covers_most_of_the_picture_is_said_to(tmp_path):
         attack = BadNet(patch_mask_path=str(tmp_path / "patch.png"))
         attack.forge(toy_images(8, size=32), tiny_net(), Training(), session=Session(say=lines.append))
         assert ("covers 53 %" in " ".join(lines)) == warned
+
+
+def test_a_patch_without_the_picture_around_it_is_refused(tmp_path, one_line):
+    Image.new("RGB", (3, 3), (255, 255, 255)).save(tmp_path / "patch.png")
+    attack = BadNet(patch_mask_path=str(tmp_path / "patch.png"))
+    with pytest.raises(ConfigError) as refusal:
+        attack.forge(toy_images(8, size=32), tiny_net(), Training(), session=quiet())
+    assert "covers 100 %" in one_line(refusal.value)
 
 
 @pytest.mark.parametrize("side", [11, 12])
@@ -1064,6 +1083,7 @@ def test_gradients_of_the_pattern_generator_are_cleared_unless_asked(accumulate,
         (WaNet, {"grid_rescale": 0.0}),
         (InputAware, {"pratio": 0.6}),
         (InputAware, {"clean_train_epochs": -1}),
+        (InputAware, {"mask_density": 1.5}),
         (InputAware, {"lr_G": 0.0}),
         (InputAware, {"lambda_div": -1.0}),
         (InputAware, {"schedulerM_lambda": 0.0}),

@@ -490,7 +490,9 @@ def test_without_git_the_record_says_so(here, tmp_path, monkeypatch):
 
 
 def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
-    Image.new("RGB", (32, 32), (0, 90, 0)).save(tmp_path / "patch.png")
+    patch = Image.new("RGB", (32, 32))
+    patch.paste((0, 90, 0), (8, 8, 24, 24))
+    patch.save(tmp_path / "patch.png")
     for name, attack, *flags in (
         ("a", "blended", "--attack_train_blended_alpha", "0.1"),
         ("b", "badnet", "--attack_label_trans", "all2all"),

@@ -126,12 +126,29 @@ def test_training_makes_the_code_readable_and_the_picture_recognisable(monkeypat
     assert not made.made().training and not any(p.requires_grad for p in made.made().parameters())
 
 
+def test_a_code_of_several_bits_is_learned_too(monkeypatch):
+    monkeypatch.setattr(ssba, "WAIT", 10)
+    monkeypatch.setattr(ssba, "RAMP", 20)
+    lines: list[str] = []
+    made = forge(SSBA(ssba_residual=True, ssba_bits=8, **{**FAST, "ssba_epochs": 60}), toy_images(64), lines)
+    assert made.figures["percent_of_bits_right"] > 90 and made.figures["w"] == 10
+    assert made.made().code.shape == (8,) and float(made.made().code[0]) == 1
+
+
+@pytest.mark.parametrize(("pictures", "epochs"), [(16, 10), (32, 5), (40, 4)])
+def test_the_encoder_is_trained_for_as_long_as_the_weight_needs(pictures, epochs, monkeypatch, unread):
+    monkeypatch.setattr(ssba, "ENOUGH", 20)
+    lines: list[str] = []
+    forge(SSBA(**{**FAST, "ssba_epochs": None}), toy_images(pictures), lines)
+    assert [line for line in lines if f"encoder epoch {epochs}/{epochs} " in line]
+
+
 def test_too_few_updates_for_the_weight_are_said_before_they_are_made(unread):
     lines: list[str] = []
     forge(SSBA(**{**FAST, "ssba_epochs": 2}), toy_images(32), lines)
     early = next(number for number, line in enumerate(lines) if "warning" in line)
     assert early < next(number for number, line in enumerate(lines) if "epoch 1/" in line)
-    assert "makes 8 updates" in lines[early] and "--ssba_epochs 1002" in lines[early]
+    assert "makes 8 updates" in lines[early] and "--ssba_epochs none" in lines[early]
 
 
 def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache, one_line):
@@ -234,7 +251,7 @@ WRONG = {
     "channels first": (np.full((40, 3, 16, 16), 9, np.uint8), "(40, 3, 16, 16)"),
     "too few": (np.full((39, 16, 16, 3), 9, np.uint8), "39 pictures"),
     "too many": (np.full((41, 16, 16, 3), 9, np.uint8), "41 pictures"),
-    "zeros and ones": (np.ones((40, 16, 16, 3), np.uint8), "0..1"),
+    "zeros and ones": (np.arange(40 * 16 * 16 * 3).reshape(40, 16, 16, 3).astype(np.uint8) % 2, "0..1"),
     "one picture": (np.full((16, 16, 3), 9, np.uint8), "(16, 16, 3)"),
 }
 
@@ -256,7 +273,6 @@ def test_ready_pictures_with_rows_that_were_never_written_are_refused(arrays, on
     ready = marked(train, 0)
     needed = arrays().poison_train(train, 0).role == BACKDOOR
     ready[~needed.numpy()] = 0
-    ready[0] = 9  # a file that begins with black pictures is refused for that
     assert len(arrays(train=ready).poison_train(train, 0)) == 40
     first = int(needed.nonzero()[0])
     ready[first] = 0
@@ -268,6 +284,15 @@ def test_ready_pictures_with_rows_that_were_never_written_are_refused(arrays, on
     with pytest.raises(DataError) as refusal:
         arrays(test=ready).poison_test(test)
     assert "picture 8 " in one_line(refusal.value)
+
+
+def test_ready_pictures_with_rows_that_were_never_poisoned_are_refused(arrays, one_line):
+    test = toy_images(24)
+    ready = marked(test, 100)
+    ready[8:] = test.pixels[8:].permute(0, 2, 3, 1).numpy()
+    with pytest.raises(DataError) as refusal:
+        arrays(test=ready).poison_test(test)
+    assert "picture 8 as it was, and 12 of 18" in one_line(refusal.value)
 
 
 @pytest.mark.parametrize("wrong", ["another set", "another order"])

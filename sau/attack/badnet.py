@@ -38,11 +38,11 @@ class BadNet(Attack):
             return None
         patch = self._patch(given.images.pixels)
         share = float((patch > 0).any(0).float().mean())
+        what = f"{self.patch_mask_path} covers {100 * share:.0f} % of every picture, as what is not black is the patch"
+        if share == 1:
+            raise ConfigError(f"{what}; give a whole picture, black but for the patch")
         if share > 0.5:
-            given.say(
-                f"warning: {self.patch_mask_path} covers {100 * share:.0f} % of every picture, as what is not black "
-                "is the patch; paint the rest black"
-            )
+            given.say(f"warning: {what}; paint the rest black")
         return Picture(patch)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:

@@ -91,8 +91,9 @@ class InputAware(Attack):
             self.require(name, getattr(self, name) > 0, "above 0")
         for name in ("schedulerG_lambda", "schedulerM_lambda"):
             self.require(name, 0 < getattr(self, name) <= 1, "above 0 and up to 1")
-        for name in ("clean_train_epochs", "lambda_div", "lambda_norm", "mask_density"):
+        for name in ("clean_train_epochs", "lambda_div", "lambda_norm"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
+        self.require("mask_density", 0 <= self.mask_density <= 1, "0 to 1")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The generators, untrained; `fit` trains them."""

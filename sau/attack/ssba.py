@@ -7,6 +7,7 @@ E is an encoder that hides a code in a picture, D reads it again. The weight w i
 batch's bits; s updates later it is clip(10 (s - 1000) / 3000, 0, 10).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from sau.session import Session
 from sau.types import Bytes, Labels, Pixels, Scalar
 
 READABLE, WAIT, RAMP, MOST = 0.9, 1000, 3000, 10.0  # share of bits; updates; updates; the largest w
+ENOUGH = 6000  # updates, as many as the recipe cpu makes on CIFAR-10, where the code is readable after some hundred
 MEASURED = 1000  # pictures on which the encoder is measured, spread over the training pictures
 
 
@@ -62,7 +64,7 @@ class SSBA(Attack):
         ssba_bits: length of the code, 1 to 100; the benchmark's pictures carry 1, the paper's 100. The first bit is 1,
             the others are drawn.
         ssba_residual: the encoder adds to the picture, where it else draws it anew.
-        ssba_epochs: passes of the encoder's training over the training pictures.
+        ssba_epochs: passes of the encoder's training over the training pictures; none means as many as w needs to rise.
         ssba_batch_size: pictures a step of it.
         ssba_lr: its learning rate (Adam).
         trigger_seed: of the encoder and the code, so that runs with other seeds share them.
@@ -76,7 +78,7 @@ class SSBA(Attack):
     attack_test_replace_imgs_path: str | None = None
     ssba_bits: int = 1
     ssba_residual: bool = False
-    ssba_epochs: int = 20
+    ssba_epochs: int | None = 20
     ssba_batch_size: int = 64
     ssba_lr: float = 1e-4
     trigger_seed: int = 0
@@ -86,8 +88,8 @@ class SSBA(Attack):
         both = (self.attack_train_replace_imgs_path is None) == (self.attack_test_replace_imgs_path is None)
         self.require("attack_test_replace_imgs_path", both, "given if and only if attack_train_replace_imgs_path is")
         self.require("ssba_bits", 1 <= self.ssba_bits <= 100, "1 to 100")
-        for name in ("ssba_epochs", "ssba_batch_size"):
-            self.require(name, getattr(self, name) >= 1, "1 and more")
+        self.require("ssba_epochs", self.ssba_epochs is None or self.ssba_epochs >= 1, "1 and more, and none")
+        self.require("ssba_batch_size", self.ssba_batch_size >= 1, "1 and more")
         self.require("ssba_lr", self.ssba_lr > 0, "above 0")
         self.require("trigger_seed", 0 <= self.trigger_seed < 2**32, f"0 to {2**32 - 1}")
 
@@ -113,7 +115,7 @@ class SSBA(Attack):
         if w < MOST:  # of an encoder made before, too
             given.say(
                 f"warning: w ended at {w:.3g} of {MOST:g}, so the trigger shows more than it has to ({noise:.1f} dB); "
-                "try more --ssba_epochs"
+                "try more --ssba_epochs, or none"
             )
         return hidden.eval().requires_grad_(False)
 
@@ -156,16 +158,17 @@ class SSBA(Attack):
 
     def _train(self, hidden: Hidden, images: Images, session: Session) -> Made:
         """Train the encoder of `hidden`, in place, with a decoder that is thrown away."""
-        recipe = adam(self.ssba_lr, epochs=self.ssba_epochs, batch_size=self.ssba_batch_size)
         encoder = hidden.encoder.train()
         decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)
-        batches = images.batches(recipe.batch_size, seed=self.trigger_seed, drop_last=True)
+        batches = images.batches(self.ssba_batch_size, seed=self.trigger_seed, drop_last=True)
+        epochs = self.ssba_epochs or math.ceil(ENOUGH / max(1, len(batches)))
+        recipe = adam(self.ssba_lr, epochs=epochs, batch_size=self.ssba_batch_size)
         descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
         weight, updates = Weight().to(images.pixels.device), recipe.epochs * len(batches)
         if updates < WAIT + RAMP:
             session.say(
                 f"warning: the encoder makes {updates:,} updates, w needs more than {WAIT + RAMP:,} to rise to "
-                f"{MOST:g}; try --ssba_epochs {2 + (WAIT + RAMP) // max(1, len(batches))}"
+                f"{MOST:g}; try --ssba_epochs none"
             )
         state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
         loop.run(

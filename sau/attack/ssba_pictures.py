@@ -15,8 +15,6 @@ def ready_pictures(path: str, images: Images, all_of_it: bool) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (h, w, c):
         got = f"{array.dtype} {array.shape}"
         raise DataError(f"{path} holds {got}, wanted is uint8 (N, {h}, {w}, {c}); save pictures of this size")
-    if int(array[:100].max()) <= 1:
-        raise DataError(f"{path} begins with pictures within 0..1; allowed are grey levels, 0..255")
     needed = int(images.index.max()) + 1 if len(images) else 0
     if len(array) < needed or (all_of_it and len(images) == needed != len(array)):
         raise DataError(f"{path} holds {len(array)} pictures, the split has {needed}; give one for each, in order")
@@ -24,7 +22,8 @@ def ready_pictures(path: str, images: Images, all_of_it: bool) -> np.ndarray:
 
 
 def fitting(path: str, array: np.ndarray, images: Images) -> np.ndarray:
-    """The rows of `array` that replace `images`; DataError if some were never written or they are of other pictures."""
+    """The rows of `array` that replace `images`; DataError if some were never written or never poisoned,
+    or they are of other pictures."""
     rows, index = array[images.index.cpu().numpy()], images.index.tolist()
     if not index:
         return rows
@@ -35,6 +34,15 @@ def fitting(path: str, array: np.ndarray, images: Images) -> np.ndarray:
         raise DataError(
             f"{path} holds one colour where picture {first} should be, and {int(blank.sum())} such rows in "
             "all; give a poisoned version of each picture"
+        )
+    if int(found.max()) <= 1:
+        raise DataError(f"{path} holds pictures within 0..1; allowed are grey levels, 0..255")
+    same = (found == real).all(1)
+    if same.any():
+        first = index[int(same.argmax())]
+        raise DataError(
+            f"{path} holds picture {first} as it was, and {int(same.sum())} of {len(rows)} that are wanted; give a "
+            "poisoned version of each picture"
         )
     apart, others = (
         float(np.square(found.astype(np.float32) - real[order]).mean())

@@ -2,7 +2,7 @@
 
 The proportions are those of CIFAR-10: 50 training pictures to 10 clean and 9 triggered test pictures, 5 % of the first
 for the defender. The released order evaluates after every epoch and every round, ours as the commands do: every ten
-of them and in the last one, and SAU also before and after. `--batch_size` is that of the attack; SAU has its own.
+of them and in the last one, and SAU also before. `--batch_size` is that of the attack; SAU has its own.
 """
 
 import argparse
@@ -131,8 +131,7 @@ def _sau(
 
     def work() -> None:
         score(model, plain, stamped)
-        fixed = method.purify(model, given, session=_watched(args.rounds, plain, stamped))
-        score(fixed, plain, stamped)
+        method.purify(model, given, session=_watched(args.rounds, plain, stamped))
 
     return work
 
