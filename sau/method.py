@@ -89,7 +89,7 @@ class Method:
         return False
 
     def repeats(self) -> bool:
-        """Whether, besides, `step` has the device do the same each time; CUDA may then repeat a recorded step, whose
+        """Whether, besides, `step` has the device do the same each time; CUDA may then repeat a captured step, whose
         Python does not run again."""
         return False
 

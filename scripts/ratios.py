@@ -1,6 +1,6 @@
 """ASR against the poisoning ratio, a curve an attack, as PNG and as a Markdown table.
 
-    python scripts/ratios.py RECORDS [--out ratios]
+    python scripts/ratios.py RECORDS [RECORDS ...] [--out ratios]
 
 reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed.
 """
@@ -25,11 +25,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> (ACC, ASR) of each seed
 
 
-def read(root: Path) -> Found:
-    """The summaries below a folder; RecordError for two that differ in nothing that a curve tells apart."""
+def read(*roots: Path) -> Found:
+    """The summaries below the folders; RecordError for two that differ in nothing that a curve tells apart."""
     found: Found = defaultdict(lambda: defaultdict(list))
     seen: dict[tuple[str, float, int | None], Path] = {}
-    for file in sorted(root.glob("*_r*_s*/summary.json")):
+    for file in sorted(file for root in roots for file in root.glob("*_r*_s*/summary.json")):
         attack, seed, settings = attack_named(file.parent.name)
         if settings is None:
             continue
@@ -58,7 +58,7 @@ def table(found: Found) -> str:
     """ACC / ASR, means over seeds."""
     ratios = sorted({ratio for curve in found.values() for ratio in curve})
     body = []
-    for attack, curve in found.items():
+    for attack, curve in sorted(found.items()):
         body.append([attack, *("-" if ratio not in curve else _mean(curve[ratio]) for ratio in ratios)])
     return markdown(["attack", *(f"{ratio:g}" for ratio in ratios)], body)
 
@@ -70,7 +70,7 @@ def _mean(scores: list[tuple[float, float]]) -> str:
 def draw(found: Found) -> plt.Figure:
     """Ratios on a logarithmic scale, with 0 at the left; a vertical line from the least to the most over seeds."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
-    for colour, (attack, curve) in zip(COLOURS, found.items(), strict=False):
+    for colour, (attack, curve) in zip(COLOURS, sorted(found.items()), strict=False):
         ratios = sorted(curve)
         asr = [[score[1] for score in curve[ratio]] for ratio in ratios]
         means = [statistics.mean(values) for values in asr]
@@ -87,12 +87,13 @@ def draw(found: Found) -> plt.Figure:
 def main() -> int:
     """Draw the curve and print the table; exit status 2 for a user's mistake."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
-    parser.add_argument("records", type=Path, help="folder with <attack>_r<ratio>_s<seed>/summary.json")
+    parser.add_argument("records", type=Path, nargs="+", help="folders with <attack>_r<ratio>_s<seed>/summary.json")
     parser.add_argument("--out", type=Path, default=Path("ratios"), help="path of the PNG and the SVG [ratios]")
     asked = parser.parse_args()
-    runs = read(asked.records)
+    runs = read(*asked.records)
     if not runs:
-        raise RecordError(f"no <attack>_r<ratio>_s<seed>/summary.json in {asked.records}; see docs/results/ratios.sh")
+        where = " or ".join(map(str, asked.records))
+        raise RecordError(f"no <attack>_r<ratio>_s<seed>/summary.json in {where}; see docs/results/ratios.sh")
     print(table(runs), end="")
     stem = asked.out.with_suffix("") if asked.out.suffix in (".png", ".svg") else asked.out
     print(*save(draw(runs), stem), sep="\n")

@@ -113,11 +113,17 @@ def test_the_gallery_refuses_what_it_cannot_draw(tmp_path):
 
 
 def test_the_curve_over_ratios_is_drawn_from_summaries(tmp_path):
-    for name, acc, asr in (("badnet_r0_s0", 90.0, 1.0), ("badnet_r0.1_s0", 89.0, 95.0), ("badnet_r0.1_s1", 88.0, 97.0)):
-        (tmp_path / name).mkdir()
+    for name, acc, asr in (
+        ("badnet_r0_s0", 90.0, 1.0),
+        ("badnet_r0.1_s0", 89.0, 95.0),
+        ("b/badnet_r0.1_s1", 88.0, 97.0),
+    ):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "summary.json").write_text(json.dumps({"acc": acc, "asr": asr}))
     script = [sys.executable, str(REPOSITORY / "scripts" / "ratios.py")]
-    done = subprocess.run([*script, str(tmp_path), "--out", str(tmp_path / "x.png")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*script, str(tmp_path), str(tmp_path / "b"), "--out", str(tmp_path / "x.png")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "| badnet | 90.00 / 1.00 | 88.50 / 96.00 |" in done.stdout
     with Image.open(tmp_path / "x.png") as picture:

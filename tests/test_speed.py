@@ -21,7 +21,7 @@ from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import FULL, OutOfMemory, TrainingError
-from sau.machine import cores, device, recorded, tuning
+from sau.machine import captured, cores, device, tuning
 from sau.machine.parts import InParts
 from sau.models import Normalized, quick
 from sau.models.preact_resnet import PreActResNet18
@@ -543,7 +543,7 @@ def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish, mode):
     assert status == 0 and ("torch.compile" in out) is (mode is not None)
     assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] == mode
     assert modes == ([None, mode] if mode else [])  # the first one tries whether there is a compiler
-    assert ("note: the updates of badnet are not recorded here" in out) is (wish == "graphs")
+    assert ("note: the updates of badnet are not captured here" in out) is (wish == "graphs")
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -636,7 +636,7 @@ def test_every_method_does_the_same_with_a_compiled_network(method, quick_compil
 
 
 def test_compiling_pays_where_the_run_is_long():
-    """15 % of the recorded updates of five million pictures at 20 us are 15 s, less than a compiler takes; SAU's take 9
+    """15 % of the captured updates of five million pictures at 20 us are 15 s, less than a compiler takes; SAU's take 9
     times that. Of updates that Python launches it saves more."""
     for method, pictures, whole, pays in (
         (FT(), 5_000_000, True, False), (FT(), 10_000_000, True, True), (SAU(), 5_000_000, True, True),
@@ -648,7 +648,7 @@ def test_compiling_pays_where_the_run_is_long():
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as `tune` can tell."""
-    monkeypatch.setattr(recorded, "capable", lambda where: True)
+    monkeypatch.setattr(captured, "capable", lambda where: True)
     monkeypatch.setattr(tuning, "no_compiler", lambda where: None)
 
 
@@ -666,8 +666,8 @@ def test_graphs_are_of_whole_updates_where_these_can_be_recorded(on_cuda, tmp_pa
     record.begin({}, {}, False)
     record.say = said.append
     tuning.tune(record, Run(amp=True, compile=wish), model, method, (3, 32, 32), 8, 100, torch.device("cpu"))
-    assert model.compiled == compiled and model.recorded is (wish != "off")
-    assert any("are not recorded here" in line for line in said) is (wish == "graphs" and not whole)
+    assert model.compiled == compiled and model.captured is (wish != "off")
+    assert any("are not captured here" in line for line in said) is (wish == "graphs" and not whole)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph

@@ -16,7 +16,7 @@ from torch import nn
 from sau.errors import ConfigError, lacks_memory
 from sau.evaluate import predict
 from sau.machine import cores
-from sau.machine.recorded import record
+from sau.machine.captured import capture
 from sau.models import Normalized
 
 TRIES = 3  # steps of each precision that are timed
@@ -64,10 +64,10 @@ def set_threads(wish: int) -> int:
 
 def step_seconds(
     model: Normalized, shape: Sequence[int], batch_size: int, device: torch.device,
-    precisions: Sequence[bool] = (False, True), recorded: bool = False,
+    precisions: Sequence[bool] = (False, True), captured: bool = False,
 ) -> dict[bool, float]:  # fmt: skip
     """Seconds a picture that a training step takes, in fp32 (False) and in bf16 (True): the best of a few, in turn; of
-    one that CUDA repeats where it is `recorded`, else of one that Python launches.
+    one that CUDA repeats where it is `captured`, else of one that Python launches.
 
     The step is of `batch_size` pictures on CUDA, where small ones would time the launches, of up to 128 elsewhere, and
     of fewer where memory does not hold them. Weights and statistics are left as they were, gradients are cleared.
@@ -76,7 +76,7 @@ def step_seconds(
     size, seconds = batch_size if device.type == "cuda" else min(batch_size, 128), dict[bool, float]()
     while not seconds:
         try:
-            seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions, recorded)
+            seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions, captured)
         except RuntimeError as error:
             if size == 1 or not lacks_memory(error):
                 raise
@@ -86,13 +86,13 @@ def step_seconds(
     return seconds
 
 
-def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool], recorded: bool) -> dict[bool, float]:
+def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool], captured: bool) -> dict[bool, float]:
     steps: dict[bool, Callable[[], object]] = {amp: partial(_step, model, x, amp) for amp in precisions}
     for amp, step in steps.items():
         step()  # warms up
-        if recorded:
-            with suppress(RuntimeError):  # what cannot be recorded will be launched in the run, too
-                steps[amp] = record(step)[1]
+        if captured:
+            with suppress(RuntimeError):  # what cannot be captured will be launched in the run, too
+                steps[amp] = capture(step)[1]
     tries: dict[bool, list[float]] = {amp: [] for amp in precisions}
     for _ in range(TRIES):
         for amp, step in steps.items():

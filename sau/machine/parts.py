@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sau.errors import OutOfMemory, lacks_memory
-from sau.machine.recorded import Recorded, StatefulStep
+from sau.machine.captured import Captured, StatefulStep
 from sau.optim.descent import WHOLE, Part
 from sau.session import Session
 
@@ -35,7 +35,7 @@ class InParts:
     ) -> None:  # fmt: skip
         self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
         self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
-        self.recorded = Recorded(step, state, session.say, session.note, off=not repeats or session.team is not None)
+        self.captured = Captured(step, state, session.say, session.note, off=not repeats or session.team is not None)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
@@ -47,7 +47,7 @@ class InParts:
                 if not lacks_memory(error):
                     raise
             # Mended here, where what the attempt held is free again.
-            if self.recorded.forget():
+            if self.captured.forget():
                 torch.cuda.empty_cache()
                 continue
             size = -(-len(x) // self.parts)
@@ -66,7 +66,7 @@ class InParts:
 
     def _once(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if self.parts == 1:
-            return self.recorded(x, y)
+            return self.captured(x, y)
         pairs = list(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
         descent, reports = self.state["descent"], []
         try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sau.errors import ConfigError, first_line
-from sau.machine import cores, recorded
+from sau.machine import captured, cores
 from sau.machine import device as machine
 from sau.method import Method
 from sau.models import Normalized
@@ -14,7 +14,7 @@ from sau.settings.run import Run
 
 # What torch.compile is assumed to save on CUDA: of the card's own time, and of that of updates which Python launches,
 # where the compiler's CUDA graphs spare it more; and the seconds until everything is compiled. An H200 needs 16 to 18
-# for the first update of docs/performance.md and saves 11 % of a recorded training step, 44 % of one of SAU.
+# for the first update of docs/performance.md and saves 11 % of a captured training step, 44 % of one of SAU.
 SAVED, SAVED_LAUNCHED = 0.15, 0.4
 COSTS = 25.0
 
@@ -42,9 +42,9 @@ def tune(
         raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
     amp, seconds, said = run.amp if before is None else before, dict[bool, float](), ""
     whole = _whole(run, method, where)
-    model.recorded = run.compile != "off"
+    model.captured = run.compile != "off"
     if amp is None:
-        seconds = machine.step_seconds(model, shape, batch_size, where, recorded=whole)
+        seconds = machine.step_seconds(model, shape, batch_size, where, captured=whole)
         amp = seconds[True] < (1 - GAIN) * seconds[False]
         fp32, bf16 = 1000 * seconds[False], 1000 * seconds[True]
         record.note(step_ms={"fp32": fp32, "bf16": bf16})
@@ -60,28 +60,28 @@ def tune(
     def pays() -> bool:
         if where.type == "cpu" or run.devices > 1:  # statistics that devices exchange break a graph into parts
             return False
-        found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp], recorded=whole)
+        found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp], captured=whole)
         return _pays(method, pictures, found[model.amp], whole)
 
     model.compiled = _compiled(record, run, method, where, whole, pays)
 
 
 def _whole(run: Run, method: Method, where: torch.device) -> bool:
-    """Whether CUDA is to repeat recorded updates."""
-    return recorded.capable(where) and run.compile != "off" and run.devices == 1 and method.repeats()
+    """Whether CUDA is to repeat captured updates."""
+    return captured.capable(where) and run.compile != "off" and run.devices == 1 and method.repeats()
 
 
 def _compiled(
     record: Record, run: Run, method: Method, where: torch.device, whole: bool, pays: Callable[[], bool]
 ) -> str | None:
     if run.compile == "graphs" and not whole:
-        record.say(f"note: the updates of {method.name} are not recorded here, so --compile graphs has no effect")
+        record.say(f"note: the updates of {method.name} are not captured here, so --compile graphs has no effect")
     if not method.passes():
         if run.compile == "on":
             record.say(f"note: {method.name} runs its networks as they stand, so --compile on has no effect")
         return None
-    # Where whole updates are not recorded, the compiler's own graphs spare Python the launches of each pass.
-    graphed = recorded.capable(where) and not whole and run.devices == 1
+    # Where whole updates are not captured, the compiler's own graphs spare Python the launches of each pass.
+    graphed = captured.capable(where) and not whole and run.devices == 1
     modes = {"on": "reduce-overhead" if graphed else "default", "graphs": None, "off": None}
     if "compile" in record.config:
         before: str | None = record.config["compile"]
@@ -103,7 +103,7 @@ def _compiled(
 
 def _pays(method: Method, pictures: int, seconds: float, whole: bool) -> bool:
     """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes,
-    `whole` is whether updates are recorded."""
+    `whole` is whether updates are captured."""
     return (SAVED if whole else SAVED_LAUNCHED) * method.passes() / 3 * pictures * seconds > COSTS
 
 

@@ -24,7 +24,7 @@ class Normalized(nn.Module):
 
     `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
     passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
-    warning. `recorded` is whether CUDA may record a step of its training and repeat it (`sau.machine.recorded`).
+    warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`).
     """
 
     compiled: str | None
@@ -36,7 +36,7 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         mean, std = statistics(mean, std)
-        self.net, self.amp, self.compiled, self.recorded = net, amp, None, True
+        self.net, self.amp, self.compiled, self.captured = net, amp, None, True
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)

@@ -37,8 +37,8 @@ class Descent:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
         self.part, self.keeps = WHOLE, False
-        self.rates: list[Tensor] = []  # of each group, where a recorded update reads them
-        self.still = False  # the schedule, while an update is recorded
+        self.rates: list[Tensor] = []  # of each group, where a captured update reads them
+        self.still = False  # the schedule, while an update is captured
 
     def __call__(self, loss: Tensor, *others: "Descent", clip: float | None = None) -> None:
         """One step down the gradient of `loss`, together with `others` that share it.
@@ -85,8 +85,8 @@ class Descent:
         return all(group.get("fused") for group in self.optimizer.param_groups)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, an update is recorded, not made: rates are read from memory that `refresh` fills before each time it
+    def capturing(self) -> Iterator[None]:
+        """Inside, an update is captured, not made: rates are read from memory that `refresh` fills before each time it
         is repeated, and the schedule stands still, so that `advance` is to be called after each."""
         groups = self.optimizer.param_groups
         kept = [dict(group) for group in groups]
@@ -103,7 +103,7 @@ class Descent:
                 group.update(before)
 
     def refresh(self) -> None:
-        """Put the rates of the schedule where a recorded update reads them."""
+        """Put the rates of the schedule where a captured update reads them."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             rate.fill_(group["lr"])
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     needed = 4 * SAU.adv_steps + 7.0
     task = Task(args.steps * args.batch_size, h, batches[0][0], needed, roofline.peaks(args))
     rows = compare(f"SAU update, width {args.width}", makers, task, args, "s/update", args.steps)
-    profile.add(rows[0], "bf16", _ours(h, h_b, batches, amp=True, recorded=False), args.device)
+    profile.add(rows[0], "bf16", _ours(h, h_b, batches, amp=True, captured=False), args.device)
     return rows
 
 
@@ -71,15 +71,15 @@ def _ours(
     batches: list[tuple[Tensor, Tensor]],
     amp: bool,
     compiled: str | None = None,
-    recorded: bool = True,
+    captured: bool = True,
 ) -> Work:
     method = SAU()
-    model, reference = (setting.copied(net, amp=amp, compiled=compiled, recorded=recorded) for net in (h, h_b))
+    model, reference = (setting.copied(net, amp=amp, compiled=compiled, captured=captured) for net in (h, h_b))
     state = method.prepare(model, len(batches))
     state["reference"] = reference.eval().requires_grad_(False)
     step = InParts(method.step, state, method.splits(), setting.QUIET, repeats=method.repeats())
     if batches[0][0].is_cuda:
-        step(*batches[0])  # so that it is recorded
+        step(*batches[0])  # so that it is captured
     return lambda: [step(x, y) for x, y in batches]
 
 

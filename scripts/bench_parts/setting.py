@@ -120,10 +120,10 @@ def endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tens
         epoch += 1
 
 
-def copied(model: Normalized, *, amp: bool, compiled: str | None = None, recorded: bool = True) -> Normalized:
-    """A copy in a precision and in a mode of torch.compile, whose updates CUDA repeats where they may be `recorded`."""
+def copied(model: Normalized, *, amp: bool, compiled: str | None = None, captured: bool = True) -> Normalized:
+    """A copy in a precision and in a mode of torch.compile, whose updates CUDA repeats where they may be `captured`."""
     other = copy.deepcopy(model)
-    other.amp, other.compiled, other.recorded = amp, compiled, recorded
+    other.amp, other.compiled, other.captured = amp, compiled, captured
     return other
 
 
@@ -137,5 +137,5 @@ def as_released(net: nn.Module) -> nn.Module:
     other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     for module in other.modules():
         if isinstance(module, Normalized):
-            module.amp, module.compiled, module.recorded = False, None, False
+            module.amp, module.compiled, module.captured = False, None, False
     return other

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         task = Task(len(images), model, to_float(images.pixels[:1]), _needed(model, images), roofline.peaks(args))
         rows = compare(f"training step, width {args.width}", makers, task, args, "s/step", args.steps)
     for row, name in zip(rows[:2], ("bf16", "fp32"), strict=True):
-        profile.add(row, name, made(amp=name == "bf16", recorded=False), args.device)
+        profile.add(row, name, made(amp=name == "bf16", captured=False), args.device)
     return rows
 
 
@@ -55,10 +55,10 @@ def ours(
     images: Images,
     amp: bool,
     compiled: str | None = None,
-    recorded: bool = True,
+    captured: bool = True,
 ) -> Callable[[], None]:
     """An epoch as `Attack.fit` makes it."""
-    victim = setting.copied(model, amp=amp, compiled=compiled, recorded=recorded).train()
+    victim = setting.copied(model, amp=amp, compiled=compiled, captured=captured).train()
     state = setting.ATTACK.prepare(victim, RECIPE, args.steps)
     step = InParts(setting.ATTACK.step, state, setting.ATTACK.splits(), setting.QUIET, repeats=True)
     batches = images.batches(args.batch_size, seed=0, augment=source(args.dataset).augment, drop_last=True)
@@ -68,7 +68,7 @@ def ours(
             step(x, y)
 
     if args.device.type == "cuda":
-        work()  # so that what is recorded is recorded
+        work()  # so that what is captured is captured
     return work
 
 

@@ -1,4 +1,4 @@
-"""A step that CUDA records once and then repeats as one thing (a CUDA graph), so that Python launches nothing."""
+"""A step that CUDA captures once and then repeats as one thing (a CUDA graph), so that Python launches nothing."""
 
 import random
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SHAPES = 4  # of batches, each of which keeps the memory of a step
 
 
 @dataclass
-class _Recording:
+class _Capture:
     """What one shape of batch is repeated with: the batch and the report have their places in memory."""
 
     x: Tensor
@@ -28,21 +28,21 @@ class _Recording:
 
 
 @dataclass
-class Recorded:
+class Captured:
     """`step`, which must make one update of `state["descent"]`: the first batch of each shape goes through Python, then
-    the step is recorded with its shape, and later ones are replayed.
+    the step is captured with its shape, and later ones are replayed.
 
     What is replayed is the work of the device and nothing else. So a step that drew random numbers on the CPU, that
-    reads the device (which CUDA does not record), or whose optimiser takes its rate from Python is not recorded; nor is
-    one whose network is told not to be (`Normalized.recorded`) or has graphs of its own.
+    reads the device (which CUDA refuses), or whose optimiser takes its rate from Python is not captured; nor is
+    one whose network is told not to be (`Normalized.captured`) or has graphs of its own.
 
     Args:
         step: (state, x, y) -> what to report.
         state: of the step.
         say: prints a line.
-        note: adds facts, by name, to what is recorded of the run.
-        off: whether no update is recorded; set where one cannot be.
-        recordings: by the shapes of the batch.
+        note: adds facts, by name, to what is captured of the run.
+        off: whether no update is captured; set where one cannot be.
+        captures: by the shapes of the batch.
         crowded: whether a batch has come for which there is no room among them.
     """
 
@@ -51,17 +51,17 @@ class Recorded:
     say: Callable[[str], None]
     note: Callable[..., None]
     off: bool = False
-    recordings: dict[tuple[Any, ...], _Recording] = field(default_factory=dict)
+    captures: dict[tuple[Any, ...], _Capture] = field(default_factory=dict)
     crowded: bool = False
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update; what is reported holds until the next one."""
         if self.off or not self._may(x):
             return self.step(self.state, x, y)
-        known = self.recordings.get((x.shape, y.shape))
+        known = self.captures.get((x.shape, y.shape))
         if known is not None:
             return self._repeat(known, x, y)
-        if len(self.recordings) == SHAPES:
+        if len(self.captures) == SHAPES:
             if not self.crowded:
                 self.say(f"note: batches of {SHAPES} shapes are repeated by CUDA, Python launches those of others")
                 self.crowded = True
@@ -69,16 +69,16 @@ class Recorded:
         before = _draws()
         report = {name: value.detach() for name, value in self.step(self.state, x, y).items()}
         if _draws() == before:
-            self._record(x, y)
+            self._capture(x, y)
         else:
             self._launch("they draw random numbers on the CPU")
         return report
 
     def forget(self) -> bool:
-        """Give back the memory of the recordings and make no more; False if there are none."""
-        found = bool(self.recordings)
+        """Give back the memory of the captures and make no more; False if there are none."""
+        found = bool(self.captures)
         if found:
-            self.recordings.clear()
+            self.captures.clear()
             self._launch("their memory is wanted")
         return found
 
@@ -87,16 +87,16 @@ class Recorded:
             return False
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
         graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
-        wanted = getattr(self.state["model"], "recorded", True) and not graphed
+        wanted = getattr(self.state["model"], "captured", True) and not graphed
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed
         return wanted and self.state["descent"].fused and not seen
 
     def _launch(self, why: str) -> None:
         self.off = True
-        self.note(recorded=False)
-        self.say(f"note: updates are not recorded and repeated by CUDA, so Python launches each: {why}")
+        self.note(captured=False)
+        self.say(f"note: updates are not captured and repeated by CUDA, so Python launches each: {why}")
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
+    def _capture(self, x: Tensor, y: Tensor) -> None:
         x, y = x.clone(), y.clone()
         descent: Descent = self.state["descent"]
 
@@ -104,17 +104,17 @@ class Recorded:
             return {name: value.detach() for name, value in self.step(self.state, x, y).items()}
 
         try:
-            with descent.recording():
-                report, replay = record(work)
+            with descent.capturing():
+                report, replay = capture(work)
         except RuntimeError as error:  # want of memory is one, too
-            self._launch(first_line(error.__context__ or error))  # what ends a recording says less than what broke it
+            self._launch(first_line(error.__context__ or error))  # what ends a capture says less than what broke it
             return
-        if not self.recordings:
-            self.note(recorded=True)
-            self.say("updates are recorded and repeated by CUDA (a CUDA graph); --compile off has Python launch each")
-        self.recordings[x.shape, y.shape] = _Recording(x, y, report, replay)
+        if not self.captures:
+            self.note(captured=True)
+            self.say("updates are captured and repeated by CUDA (a CUDA graph); --compile off has Python launch each")
+        self.captures[x.shape, y.shape] = _Capture(x, y, report, replay)
 
-    def _repeat(self, known: _Recording, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _repeat(self, known: _Capture, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         descent: Descent = self.state["descent"]
         known.x.copy_(x)
         known.y.copy_(y)
@@ -125,11 +125,11 @@ class Recorded:
 
 
 def capable(where: torch.device) -> bool:
-    """Whether the device records."""
+    """Whether the device can capture work."""
     return where.type == "cuda"
 
 
-def record(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+def capture(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     """What `work` returns, and what does its work on the device, over again; none of it is done yet.
 
     Other threads, like one that pins a loader's pictures, may use CUDA meanwhile. RuntimeError where CUDA refuses;

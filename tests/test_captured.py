@@ -1,4 +1,4 @@
-"""Updates that CUDA records and repeats: the same as those that Python launches, or not recorded, in a line."""
+"""Updates that CUDA captures and repeats: the same as those that Python launches, or not captured, in a line."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from toys import tiny_net, toy_images
 from sau.attack import BadNet
 from sau.data.images import to_float
 from sau.defense import AT, FP, FT, NAD, NC, SAU
-from sau.machine import recorded
+from sau.machine import captured
 from sau.machine.parts import InParts
 from sau.method import Method
 from sau.models import Normalized
@@ -20,7 +20,7 @@ from sau.optim import Training
 from sau.optim.descent import Descent
 from sau.session import Session
 
-NOT = "note: updates are not recorded and repeated by CUDA, so Python launches each: "
+NOT = "note: updates are not captured and repeated by CUDA, so Python launches each: "
 BATCHES = 8, 8, 5, 8, 8, 5, 8, 8, 5  # pictures
 
 
@@ -45,30 +45,30 @@ def updates(method: Method, where: torch.device, **told: bool) -> tuple[list[flo
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Stands in for CUDA: what is recorded is done when it is repeated, then as recorded. Counts repetitions."""
-    repeated, recording, begun = list[int](), Descent.recording, list[Descent]()
+def capturer(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Stands in for CUDA: what is captured is done when it is repeated, then as captured. Counts repetitions."""
+    repeated, capturing, begun = list[int](), Descent.capturing, list[Descent]()
 
     def begin(descent: Descent) -> Any:
         begun.append(descent)
-        return recording(descent)
+        return capturing(descent)
 
-    def record(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], Callable[[], None]]:
+    def capture(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], Callable[[], None]]:
         descent, report = begun[-1], dict[str, Any]()
         assert descent.still and all(group["capturable"] for group in descent.optimizer.param_groups)
 
         def replay() -> None:
             repeated.append(1)
-            with descent.recording():
+            with descent.capturing():
                 for group, rate in zip(descent.optimizer.param_groups, descent.rates, strict=True):
                     assert group["lr"] is rate
                 report.update(work())
 
         return report, replay
 
-    monkeypatch.setattr(Descent, "recording", begin)
-    monkeypatch.setattr(recorded, "capable", lambda where: True)
-    monkeypatch.setattr(recorded, "record", record)
+    monkeypatch.setattr(Descent, "capturing", begin)
+    monkeypatch.setattr(captured, "capable", lambda where: True)
+    monkeypatch.setattr(captured, "capture", capture)
     yield repeated
 
 
@@ -84,14 +84,14 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_repeated_updates_are_those_that_python_launches(method, recorder):
-    """Two shapes, each recorded after its first batch; rates of OneCycleLR move with every update. On the device rates
+def test_repeated_updates_are_those_that_python_launches(method, capturer):
+    """Two shapes, each captured after its first batch; rates of OneCycleLR move with every update. On the device rates
     are of fp32, in which those of SAU and AT here are exact: where a search follows, rounding grows."""
     losses, model, step, said = updates(method, CPU)
-    assert len(recorder) == len(BATCHES) - 2 and len(step.recorded.recordings) == 2
-    assert said == ["updates are recorded and repeated by CUDA (a CUDA graph); --compile off has Python launch each"]
-    wanted, plain, _, _ = updates(method, CPU, recorded=False)
-    assert len(recorder) == len(BATCHES) - 2
+    assert len(capturer) == len(BATCHES) - 2 and len(step.captured.captures) == 2
+    assert said == ["updates are captured and repeated by CUDA (a CUDA graph); --compile off has Python launch each"]
+    wanted, plain, _, _ = updates(method, CPU, captured=False)
+    assert len(capturer) == len(BATCHES) - 2
     assert losses == pytest.approx(wanted, rel=1e-4)
     for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
@@ -114,8 +114,8 @@ def test_methods_with_a_step_of_their_own_promise_nothing():
 def test_cuda_repeats_them(method, amp):
     where = torch.device("cuda")
     losses, model, step, said = updates(method, where, amp=amp)
-    assert len(step.recorded.recordings) == 2 and len(said) == 1
-    wanted, plain, _, _ = updates(method, where, amp=amp, recorded=False)
+    assert len(step.captured.captures) == 2 and len(said) == 1
+    wanted, plain, _, _ = updates(method, where, amp=amp, captured=False)
     assert losses == pytest.approx(wanted, rel=0.2 if amp else 1e-2)  # sums come in another order each time
     begun, ours, theirs = (
         nn.utils.parameters_to_vector(one.parameters()) for one in (prepared(method, where)["model"], model, plain)
@@ -137,7 +137,7 @@ def test_what_cuda_refuses_leaves_stream_and_generator_as_they_were():
     for wanted in (True, False):
         torch.manual_seed(0)
         model = Normalized(nn.Sequential(nn.Flatten(), Reads(), nn.Linear(3 * 16 * 16, 4))).to(where)
-        model.recorded = wanted
+        model.captured = wanted
         state = FT().prepare(model, 10)
         step = InParts(FT().step, state, True, Session(say=said.append), repeats=True)
         images = toy_images(8).to(where)
@@ -160,47 +160,47 @@ def test_random_starts_of_the_card_differ_when_repeated():
     whole = InParts(step, state, True, Session(say=print), repeats=True)
     for _ in range(3):
         seen.append(whole(to_float(images.pixels), images.labels)["start"].clone())
-    assert len(whole.recorded.recordings) == 1 and not torch.equal(seen[1], seen[2])
+    assert len(whole.captured.captures) == 1 and not torch.equal(seen[1], seen[2])
 
 
-def test_the_optimiser_is_left_as_it_was(recorder):
-    """Its groups have the schedule's numbers, so that a checkpoint knows nothing of recordings."""
+def test_the_optimiser_is_left_as_it_was(capturer):
+    """Its groups have the schedule's numbers, so that a checkpoint knows nothing of captures."""
     ours, plain = (
-        updates(METHODS[0], CPU, recorded=wanted)[2].state["descent"].state_dict() for wanted in (True, False)
+        updates(METHODS[0], CPU, captured=wanted)[2].state["descent"].state_dict() for wanted in (True, False)
     )
     assert ours["optimizer"]["param_groups"] == plain["optimizer"]["param_groups"]
     assert ours["scheduler"]["last_epoch"] == plain["scheduler"]["last_epoch"] == len(BATCHES)
 
 
-def test_what_draws_on_the_cpu_is_not_recorded(recorder):
+def test_what_draws_on_the_cpu_is_not_captured(capturer):
     """A repeated random start would always be the same one."""
     method = AT(lr=1e-3, pgd_init="random")
     torch.manual_seed(0)
     losses, _, step, said = updates(method, CPU)
-    assert not recorder and step.recorded.off and not step.recorded.recordings
+    assert not capturer and step.captured.off and not step.captured.captures
     assert said == [NOT + "they draw random numbers on the CPU"]
-    assert losses == updates(method, CPU, recorded=False)[0]
+    assert losses == updates(method, CPU, captured=False)[0]
 
 
-def test_what_cannot_be_recorded_is_launched(recorder, monkeypatch):
+def test_what_cannot_be_recorded_is_launched(capturer, monkeypatch):
     """One line, and the update that was made before it is not made again."""
 
     def refuse(work: Callable[[], Any]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand a long story")
 
-    monkeypatch.setattr(recorded, "record", refuse)
+    monkeypatch.setattr(captured, "capture", refuse)
     losses, _, step, said = updates(SAU(lr=1e-3), CPU)
-    assert losses == updates(SAU(lr=1e-3), CPU, recorded=False)[0] and step.recorded.off
+    assert losses == updates(SAU(lr=1e-3), CPU, captured=False)[0] and step.captured.off
     why = "operation not permitted when stream is capturing"
     assert said == [NOT + why]
 
 
 @pytest.mark.parametrize("method", [SAU(outer_steps=2), FT(client_optimizer="muon"), FT(client_optimizer="adadelta")])
-def test_rates_that_python_reads_are_not_recorded(method, recorder):
-    assert updates(method, CPU) and not recorder
+def test_rates_that_python_reads_are_not_captured(method, capturer):
+    assert updates(method, CPU) and not capturer
 
 
-def test_shapes_keep_memory_so_few_are_recorded(recorder):
+def test_shapes_keep_memory_so_few_are_captured(capturer):
     state = prepared(FT(), CPU)
     said = list[str]()
     step = InParts(FT().step, state, True, Session(say=said.append), repeats=True)
@@ -209,11 +209,11 @@ def test_shapes_keep_memory_so_few_are_recorded(recorder):
     for _ in range(2):
         for n in range(2, 12):
             step(x[:n], y[:n])
-    assert len(step.recorded.recordings) == recorded.SHAPES == len(recorder)
+    assert len(step.captured.captures) == captured.SHAPES == len(capturer)
     assert said[1:] == ["note: batches of 4 shapes are repeated by CUDA, Python launches those of others"]
 
 
-def test_who_looks_on_sees_every_update(recorder):
+def test_who_looks_on_sees_every_update(capturer):
     """A counter of operations would miss those of a repeated update."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -227,23 +227,23 @@ def test_who_looks_on_sees_every_update(recorder):
         with FlopCounterMode(display=False) as counter:
             step(x, y)
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0 and not recorder
+    assert counts[0] == counts[1] > 0 and not capturer
 
 
 def test_copies_keep_what_was_said():
     model = Normalized(tiny_net())
-    assert model.recorded
-    model.recorded = False
-    assert not copy.deepcopy(model).recorded
+    assert model.captured
+    model.captured = False
+    assert not copy.deepcopy(model).captured
 
 
-def test_memory_that_is_wanted_is_given_back_before_a_batch_is_split(recorder):
+def test_memory_that_is_wanted_is_given_back_before_a_batch_is_split(capturer):
     """Recordings keep that of a step each, so that what fitted before may not beside them."""
     method, said, full = SAU(lr=1e-3), list[str](), [False]
     state = prepared(method, CPU)
 
     def step(state: dict[str, Any], x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        if full[0] and len(x) == 8 and whole.recorded.recordings:
+        if full[0] and len(x) == 8 and whole.captured.captures:
             raise torch.OutOfMemoryError("injected")
         return method.step(state, x, y)
 
@@ -253,16 +253,16 @@ def test_memory_that_is_wanted_is_given_back_before_a_batch_is_split(recorder):
     whole(x[:5], y[:5])
     full[0] = True
     whole(x, y)
-    assert whole.parts == 1 and whole.recorded.off and not whole.recorded.recordings
+    assert whole.parts == 1 and whole.captured.off and not whole.captured.captures
     assert said[1:] == [NOT + "their memory is wanted"]
 
 
 @pytest.mark.parametrize("where", ["model", "reference"])
-def test_networks_with_graphs_of_their_own_are_not_recorded(recorder, where):
+def test_networks_with_graphs_of_their_own_are_not_captured(capturer, where):
     state = prepared(SAU(lr=1e-3), CPU)
     state[where].compiled = "reduce-overhead"
     step = InParts(lambda state, x, y: {"loss": x.mean()}, state, True, Session(say=print), repeats=True)
     images = toy_images(8)
     for _ in range(2):
         step(to_float(images.pixels), images.labels)
-    assert not recorder and not step.recorded.recordings
+    assert not capturer and not step.captured.captures
