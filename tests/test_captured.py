@@ -182,7 +182,7 @@ def test_what_draws_on_the_cpu_is_not_captured(capturer):
     assert losses == updates(method, CPU, captured=False)[0]
 
 
-def test_what_cannot_be_recorded_is_launched(capturer, monkeypatch):
+def test_what_cannot_be_captured_is_launched(capturer, monkeypatch):
     """One line, and the update that was made before it is not made again."""
 
     def refuse(work: Callable[[], Any]) -> Any:

@@ -83,6 +83,8 @@ def step_seconds(
             size = -(-size // 2)
         model.zero_grad(set_to_none=True)
     model.net.load_state_dict(kept)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what the probe took is not the run's
     return seconds
 
 
