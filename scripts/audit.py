@@ -10,6 +10,7 @@ interrupted audit goes on when its command is repeated, and one that is asked mo
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from script_parts.asking import Parser
 from script_parts.stopping import stoppable
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
+from sau.audit.relearn import most_shots
 from sau.errors import told
 from sau.figures import audit, save
 from sau.files import existing, folder
@@ -72,6 +74,12 @@ def run(given: argparse.Namespace) -> None:
         amp=None if given.amp is None else given.amp == "true",
         where=where,
     )
+    if "shots" not in chosen and "relearn" in asked.parts:
+        most = most_shots(case.train, case.poisons, asked.share)
+        few = tuple(shots for shots in asked.shots if shots <= most) or (most,)
+        if few != asked.shots:
+            say(f"note: the attacker has {most} poisoned pictures at most, so --shots is {','.join(map(str, few))}")
+            asked = replace(asked, shots=few)
     out = given.out or folder(attacked, "audit", "pieces").parent  # which are no links in a record of others
     found = carry_out(Plan(case, asked), out, say)
     say("\n" + tables([found]) + "\n")

@@ -654,6 +654,18 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     assert status == 2 and "scripts/audit.py" in the_error(err)
 
 
+def test_shots_that_nobody_asked_for_are_those_that_there_are(victim, here, script):
+    """Of the few training pictures the attacker draws a fiftieth; as many as are asked for by hand are refused."""
+    flags = ("--result_file", "victim", "--parts", "relearn", "--epochs", "1", "--samples", "40", "--threads", "1")
+    status, out, err = script("audit.py", *flags)
+    assert (status, err) == (0, "")
+    found = json.loads((victim / "audit" / "audit.json").read_text())
+    assert "so --shots is 1,2,5,10\n" in out
+    assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 1, 2, 5, 10}
+    status, _, err = script("audit.py", *flags, "--shots", "50")
+    assert status == 2 and "shots is 50, allowed is 0 to " in the_error(err)
+
+
 def test_a_picture_that_was_a_trigger_is_recalled_from_the_record():
     picture = torch.rand(3, 16, 16)
     again = recall({"attack": "blended", "attack_trigger_img_path": "gone.png"}, {"picture": picture})

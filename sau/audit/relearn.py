@@ -18,6 +18,11 @@ from sau.session import Session
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
 
 
+def most_shots(train: Images, poisons: Images, share: float) -> int:
+    """How many poisons `mixture` can have."""
+    return min(round(share * len(train)), len(poisons))
+
+
 def mixture(
     train: Images, poisons: Images, shots: int, *, share: float, seed: int, augment: Augment | None = None
 ) -> Images:
@@ -34,10 +39,10 @@ def mixture(
         seed: of the draws.
         augment: put the clean pictures through this, once and for all; the poisons stay as they are.
     """
-    draw, size = generator(DRAW + seed), round(share * len(train))
-    if not 0 <= shots <= min(size, len(poisons)):
+    draw, size, most = generator(DRAW + seed), round(share * len(train)), most_shots(train, poisons, share)
+    if not 0 <= shots <= most:
         raise ConfigError(
-            f"shots is {shots}, allowed is 0 to {min(size, len(poisons))}: the attacker draws {size} pictures "
+            f"shots is {shots}, allowed is 0 to {most}: the attacker draws {size} pictures "
             f"(share {share:g}), and there are {len(poisons)} poisoned ones"
         )
     clean = train[torch.randperm(len(train), generator=draw)[:size]]
