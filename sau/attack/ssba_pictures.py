@@ -22,8 +22,8 @@ def ready_pictures(path: str, images: Images, all_of_it: bool) -> np.ndarray:
 
 
 def fitting(path: str, array: np.ndarray, images: Images) -> np.ndarray:
-    """The rows of `array` that replace `images`; DataError if some were never written or never poisoned,
-    or they are of other pictures."""
+    """The rows of `array` that replace `images`; DataError if some were never written, or never poisoned, or are of
+    other pictures."""
     rows, index = array[images.index.cpu().numpy()], images.index.tolist()
     if not index:
         return rows
