@@ -114,7 +114,7 @@ def stand_in() -> Iterator[None]:
     patch, fork = pytest.MonkeyPatch(), torch.random.fork_rng
     answers = {"is_available": True, "device_count": 1, "is_initialized": False, "get_device_name": "a stand-in"}
     answers |= {"synchronize": None, "empty_cache": None, "max_memory_allocated": 0, "get_rng_state_all": []}
-    answers |= {"set_device": None}
+    answers |= {"set_device": None, "reset_peak_memory_stats": None}
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     patch.setattr(captured, "capable", lambda where: False)

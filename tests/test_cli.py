@@ -133,8 +133,8 @@ def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
         device, "step_seconds", lambda *args, **more: {False: 1.0, True: 2.0}
     )  # a probe's answer may vary
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
-    for module in ("watch", "commands"):
-        monkeypatch.setattr(f"sau.{module}.score", lambda *given: Score(*[Share(1, 2)] * 3))
+    for module in ("watch", "attack_and_defend"):
+        monkeypatch.setattr(f"sau.command.{module}.score", lambda *given: Score(*[Share(1, 2)] * 3))
     status, out, err = here("defense", "sau", "--result_file", "victim")
     assert (status, err) == (0, "")
     folder = victim / "defense" / "sau"
@@ -503,7 +503,7 @@ def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
     assert summary(tmp_path / "record" / "b")["asr_count"][1] == 360
     triggered = safetensors.torch.load_file(tmp_path / "record/c/triggered.safetensors")
     assert (triggered["labels"] == 3).all() and (triggered["true_labels"] != 3).all()
-    assert (triggered["pixels"][:, 1] == 90).all()
+    assert (triggered["pixels"][:, 1, 8:24, 8:24] == 90).all()
     assert len(safetensors.torch.load_file(tmp_path / "record/c/poisoned.safetensors")["index"]) == 72
 
 
