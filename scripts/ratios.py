@@ -5,6 +5,7 @@
 reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed.
 """
 
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -68,11 +69,12 @@ def _mean(scores: list[tuple[float, float]]) -> str:
 
 
 def draw(found: Found) -> plt.Figure:
-    """Ratios on a logarithmic scale, with 0 at the left; a vertical line from the least to the most over seeds."""
+    """Ratios on a logarithmic scale, with 0 at the left; a vertical line from the least to the most over seeds. No line
+    leads over a ratio that an attack was not run with and another one was."""
+    ratios = sorted({ratio for curve in found.values() for ratio in curve})
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
     for colour, (attack, curve) in zip(COLOURS, sorted(found.items()), strict=False):
-        ratios = sorted(curve)
-        asr = [[score[1] for score in curve[ratio]] for ratio in ratios]
+        asr = [[score[1] for score in curve.get(ratio, [(math.nan, math.nan)])] for ratio in ratios]
         means = [statistics.mean(values) for values in asr]
         low = [mean - min(values) for mean, values in zip(means, asr, strict=True)]
         high = [max(values) - mean for mean, values in zip(means, asr, strict=True)]
