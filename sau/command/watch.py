@@ -51,8 +51,7 @@ class Watch:
     ) -> None:  # fmt: skip
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
         self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
-        self.scored: Score | None = None
-        self.mark = ""  # of what was scored
+        self.last: tuple[str, Score] | None = None  # of the last epoch: what was scored, and its score
         self.findings: dict[str, Any] = {}
         self.earlier: float | None = None
         closing = evaluation_seconds if closing_seconds is None else closing_seconds
@@ -77,8 +76,8 @@ class Watch:
 
     def final(self, model: nn.Module, triggered: Images | None) -> Score:
         """The score of the result: that of the last evaluation if it was of the same weights, else measured now."""
-        if self.scored is not None and self.mark == fingerprint(model):
-            return self.scored
+        if self.last is not None and self.last[0] == fingerprint(model):
+            return self.last[1]
         return score(model, self.test, triggered)
 
     @property
@@ -92,10 +91,11 @@ class Watch:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
         model: nn.Module | None = state.get("model")
         figures: dict[str, float | None] = {}
-        self.scored = None
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
-            self.scored, self.mark = score(model, self.test, self.triggered()), fingerprint(model)
-            figures = {name: share.percent if share else None for name, share in self.scored.shares().items()}
+            found = score(model, self.test, self.triggered())
+            figures = {name: share.percent if share else None for name, share in found.shares().items()}
+            if epoch == self.epochs:
+                self.last = fingerprint(model), found
             if self.risks is not None:
                 figures.update(self.risks(model).row())
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
@@ -149,6 +149,11 @@ def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> N
     record.begin(facts, versioned(identity), run.overwrite)
 
 
+def versioned(identity: dict[str, Any]) -> dict[str, Any]:
+    """What determines a result, this version of the library included."""
+    return {**identity, "sau": sau.__version__}
+
+
 def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     """Say the notes, which of the flags have no effect, and where the device is another one than was asked for."""
     for note in notes:
@@ -158,8 +163,3 @@ def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     if request.ignored:
         reasons = "; ".join(f"--{name}: {reason}" for name, reason in request.ignored.items())
         record.say(f"warning: flags without effect here: {reasons}")
-
-
-def versioned(identity: dict[str, Any]) -> dict[str, Any]:
-    """What determines a result, this version of the library included."""
-    return {**identity, "sau": sau.__version__}

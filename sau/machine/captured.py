@@ -40,7 +40,7 @@ class Captured:
         step: (state, x, y) -> what to report.
         state: of the step.
         say: prints a line.
-        note: adds facts, by name, to what is captured of the run.
+        note: adds facts, by name, to what is recorded of the run.
         off: whether no update is captured; set where one cannot be.
         captures: by the shapes of the batch.
         crowded: whether a batch has come for which there is no room among them.

@@ -68,7 +68,7 @@ def ours(
             step(x, y)
 
     if args.device.type == "cuda":
-        work()  # so that what is captured is captured
+        work()  # so that what can be captured is
     return work
 
 
