@@ -234,7 +234,7 @@ def test_a_map_leads_each_class_where_it_says_inside_the_batches(attack, monkeyp
     real = torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda z, y, **how: labels.append(y) or real(z, y, **how))
     state = mapped.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}
-    mapped.step(state, x, images.labels)
+    mapped.step(state, *mapped.compose(state, x, images.labels))
     wanted = torch.tensor([2, 1, 0, 0])
     order = (images.labels == 1).int().argsort(stable=True)
     assert torch.equal(labels[0][:32], wanted[images.labels[order[:32]]])
@@ -807,19 +807,12 @@ def test_wanets_batches_hold_poisoned_noisy_and_clean_pictures(size, n, cross, m
     """int(0.1 * 128) = 12, int(12 * 2) = 24; of five pictures half one, here none."""
     images = toy_images(size, classes=7, size=16)
     attack = forged(WaNet(attack_target=3))
-    seen = {}
-
-    def watched(self, state, x, y):
-        seen.update(x=x, y=y)
-        return {}
-
-    monkeypatch.setattr(Attack, "step", watched)
     monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.ones(*shape, **how) * 0.999)
     x, y = to_float(images.pixels), images.labels
-    attack.step({"images": images, "augment": None, "model": tiny_net(7)}, x, y)
-    assert (seen["y"][:n] == 3).all() and torch.equal(seen["y"][n:], y[n:])
-    assert torch.equal(seen["x"][:n], attack.stamp(x[:n])) and torch.equal(seen["x"][n + cross :], x[n + cross :])
-    noisy = seen["x"][n : n + cross]
+    made, labels = attack.compose({"images": images, "augment": None, "model": tiny_net(7)}, x, y)
+    assert (labels[:n] == 3).all() and torch.equal(labels[n:], y[n:])
+    assert torch.equal(made[:n], attack.stamp(x[:n])) and torch.equal(made[n + cross :], x[n + cross :])
+    noisy = made[n : n + cross]
     assert cross == 0 or not torch.equal(noisy, attack.stamp(x[n : n + cross]))
 
 
@@ -967,7 +960,7 @@ def test_input_awares_batch_has_poisoned_cross_and_clean_pictures(monkeypatch):
         twin.train().mask_net.eval()
     with torch.no_grad():
         wanted = torch.cat([own(x[:2])[0], other(x[2:4], z[2:4])[0], x[4:]])
-    attack.step(state, x, images.labels)
+    attack.step(state, *attack.compose(state, x, images.labels))
     assert torch.allclose(seen[0], wanted, atol=1e-5)
     assert labels[0].tolist() == [3, 3, *images.labels[2:].tolist()]
 
@@ -984,14 +977,13 @@ def test_input_awares_losses_by_hand(monkeypatch):
     with torch.no_grad():
         m, m_z = twin.mask(x), twin.mask(z)
         size, diverse = (m - 0.1).clamp_min(0).mean(), attack._diversity((x - z) / artist.std, m - m_z)
-    found = attack.mask_step(masks, x, images.labels)
+    found = attack.mask_step(masks, *attack.compose_masks(masks, x, images.labels))
     assert float(found["loss"].detach()) == pytest.approx(float(7 * size + 3 * diverse), rel=1e-4)
     assert float(size) > 0 and float(diverse) > 0
     twin = copy.deepcopy(artist).train()
     twin.mask_net.eval()
-    found = attack.step(
-        attack.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}, x, images.labels
-    )
+    state = attack.prepare(net, Training(epochs=30), 1) | {"images": images, "augment": None}
+    found = attack.step(state, *attack.compose(state, x, images.labels))
     loss, error, diverse = (float(found[name].detach()) for name in ("loss", "error", "diversity"))
     assert loss == pytest.approx(error + 3 * diverse, rel=1e-5)
     with torch.no_grad():  # the patterns of the poisoned and of the others whose triggers the cross pictures carry

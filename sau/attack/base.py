@@ -156,6 +156,10 @@ class Attack(Labelling, ABC):
         """What changes during training; `steps` updates make an epoch."""
         return {"model": model, "descent": recipe.descent(model.parameters(), steps)}
 
+    def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
+        """What a batch becomes before `step`. Whatever is random is drawn here, so that CUDA may repeat `step`."""
+        return x, y
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """Plain supervised learning of whatever labels the pictures carry."""
         logits = state["model"](x)
@@ -171,9 +175,10 @@ class Attack(Labelling, ABC):
         return 3.0
 
     def splits(self) -> bool:
-        return type(self).step is Attack.step  # attacks inside the batches take theirs apart themselves
+        return type(self).step is Attack.step
 
-    repeats = splits
+    def repeats(self) -> bool:
+        return self.splits()
 
     @final
     def fit(
@@ -209,4 +214,7 @@ class Attack(Labelling, ABC):
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
         step = InParts(self.step, state, self.splits(), session, repeats=self.repeats())
-        loop.run(step, batches, recipe.epochs, state=state, end_epoch=partial(self.end_epoch, state), session=session)
+        loop.run(
+            lambda x, y: step(*self.compose(state, x, y)), batches, recipe.epochs, state=state,
+            end_epoch=partial(self.end_epoch, state), session=session,
+        )  # fmt: skip

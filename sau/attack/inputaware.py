@@ -27,6 +27,7 @@ from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
+from sau.machine.parts import InParts
 from sau.models.generator import Artist
 from sau.optim import Training, adam
 from sau.seeds import seeded
@@ -118,13 +119,16 @@ class InputAware(Attack):
     ) -> None:  # fmt: skip
         joint, seen = self.classifier_epochs(recipe), {"images": images, "augment": augment}
         masks = self.prepare_masks(model, len(batches)) | seen
+        repeats = self.repeats() and getattr(model, "captured", True)
+        draw = InParts(self.mask_step, masks, self.splits(), session, repeats=repeats)
         loop.run(
-            partial(self.mask_step, masks), batches, recipe.epochs - joint, state=masks,
+            lambda x, y: draw(*self.compose_masks(masks, x, y)), batches, recipe.epochs - joint, state=masks,
             end_epoch=partial(self.end_epoch, masks), session=session, label="mask epoch", rate="lr_M",
         )  # fmt: skip
         both = self.prepare(model, recipe, len(batches)) | seen
+        step = InParts(self.step, both, self.splits(), session, repeats=repeats)
         loop.run(
-            partial(self.step, both), batches, joint, state=both,
+            lambda x, y: step(*self.compose(both, x, y)), batches, joint, state=both,
             end_epoch=partial(self.end_epoch, both), session=session.at(1), rate="lr or --lr_G",
         )  # fmt: skip
         self.made().eval()
@@ -148,9 +152,16 @@ class InputAware(Attack):
         descent = replace(recipe, epochs=self.classifier_epochs(recipe)).descent(model.parameters(), steps)
         return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
 
-    def mask_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """One update of the mask generator."""
-        artist, z = state["artist"].train(), self._others(state, len(x))
+    def repeats(self) -> bool:
+        return type(self).step is InputAware.step
+
+    def compose_masks(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
+        """The batch of `mask_step`: the pictures, and as many others behind them."""
+        return torch.cat([x, self._others(state, len(x))]), y
+
+    def mask_step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
+        """One update of the mask generator from a batch of `compose_masks`."""
+        artist, (x, z) = state["artist"].train(), x.chunk(2)
         m, m_z = artist.mask(x), artist.mask(z)
         size = (m - self.mask_density).relu().mean()
         diverse = self._diversity((x - z) / artist.std, m - m_z)
@@ -158,22 +169,29 @@ class InputAware(Attack):
         state["descent"](loss)
         return {"loss": loss, "mask": m.mean(), "diversity": diverse}
 
-    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, artist = state["model"].train(), state["artist"].train()
-        artist.mask_net.eval().requires_grad_(False)
+    def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
+        """The batch of `step`: n pictures to poison, n for cross triggers, the clean ones, and behind them the n others
+        that those triggers are drawn for; so it has n more pictures than labels."""
         classes = state["images"].num_classes
         x, y, able = attacked_first(self, x, y, classes)
         n, z = min(count(self.pratio, len(x)), len(x) // 2, able), self._others(state, len(x))
-        poisoned, pattern = artist(x[:n]) if n else (x[:0], x[:0])
-        cross, pattern_z = artist(x[n : 2 * n], z[n : 2 * n]) if n else (x[:0], x[:0])
-        wanted = torch.cat([self.relabel(y[:n], classes), y[n:]])
+        return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], classes), y[n:]])
+
+    def step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
+        """One update of classifier and pattern generator from a batch of `compose`."""
+        model, artist = state["model"].train(), state["artist"].train()
+        artist.mask_net.eval().requires_grad_(False)
+        x, z = x[: len(y)], x[len(y) :]
+        n = len(z)
+        poisoned, pattern = artist(x[:n]) if n else (z, z)
+        cross, pattern_z = artist(x[n : 2 * n], z) if n else (z, z)
         logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
-        error = F.cross_entropy(logits, wanted)
-        apart = (x[:n] - z[n : 2 * n]) / artist.std, (pattern - pattern_z) / artist.std
+        error = F.cross_entropy(logits, y)
+        apart = (x[:n] - z) / artist.std, (pattern - pattern_z) / artist.std
         diverse = self._diversity(*apart) if n else error.new_zeros(())
         loss = error + self.lambda_div * diverse
         state["descent"](loss, state["patterns"])
-        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, wanted)}
+        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, y)}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
         for name in ("descent", "patterns"):

@@ -102,17 +102,16 @@ class WaNet(Attack):
         return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
 
     def augmentation(self, offered: Augment | None) -> Augment | None:
-        return None  # it comes after the warp, in `step`
+        return None  # it comes after the warp, in `compose`
 
-    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+    def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
         classes = state["images"].num_classes
         x, y, able = attacked_first(self, x, y, classes)
         n = min(count(self.pratio, len(x)), able)
         n_cross = int(n * self.cross_ratio)
         warped, noisy = self.stamp(x[:n]), self._warp(x[n : n + n_cross], noise=True)
         x = torch.cat([warped, noisy, x[n + n_cross :]])
-        y = torch.cat([self.relabel(y[:n], classes), y[n:]])
-        return super().step(state, self._augmented(state, x), y)
+        return self._augmented(state, x), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
     def _augmented(self, state: dict[str, Any], x: Pixels) -> Pixels:
         """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import searched
+from sau.models.frozen import searched, searching
 from sau.optim import Optimizer, Schedule
 from sau.perturb import Ball, Init, Norm
 from sau.types import Change, Labels, Pixels
@@ -79,7 +79,8 @@ class AT(Tuning):
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
-        delta = self.pgd(state.get("frozen", model), x, y)
+        with searching(model, x):
+            delta = self.pgd(state.get("frozen", model), x, y)
         clean, z_adv = F.cross_entropy(model(x), y), model(x + delta)
         adversarial = F.cross_entropy(z_adv, y)
         loss = self.weight_clean * clean + self.weight_adv * adversarial

@@ -71,6 +71,9 @@ class FST(Tuning):
         """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
         return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
 
+    def repeats(self) -> bool:
+        return type(self).step is FST.step
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         sphere = state["sphere"]
         logits = state["model"](x)

@@ -96,6 +96,9 @@ class FTSAM(Tuning):
         self.require("alpha", self.alpha >= 0, "0 and more")
         self.require("label_smoothing", 0 <= self.label_smoothing <= 0.5, "0 to 0.5")
 
+    def repeats(self) -> bool:
+        return type(self).step is FTSAM.step
+
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, descent = state["model"], state["descent"]
         weights, logits = descent.parameters, model(x)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import searched
+from sau.models.frozen import searched, searching
 from sau.optim import Optimizer, Schedule
 from sau.perturb import Ball, Init, Norm, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
@@ -141,7 +141,8 @@ class SAU(Tuning):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
             clean_ref = reference(x).argmax(1)
-        delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
+        with searching(reference, x):
+            delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
         mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
         report: dict[str, Tensor] = {}
         for repeat in range(self.outer_steps):

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +30,12 @@ class _Capture:
 
 @dataclass
 class Captured:
-    """`step`, which must make one update of `state["descent"]`: the first batch of each shape goes through Python, then
-    the step is captured with its shape, and later ones are replayed.
+    """`step`, which must make one update of each `Descent` in `state`: the first batch of each shape goes through
+    Python, then the step is captured with its shape, and later ones are replayed.
 
     What is replayed is the work of the device and nothing else. So a step that drew random numbers on the CPU, that
-    reads the device (which CUDA refuses), or whose optimiser takes its rate from Python is not captured; nor is
-    one whose network is told not to be (`Normalized.captured`) or has graphs of its own.
+    reads the device (which CUDA refuses), whose optimiser takes its rate from Python or keeps its gradients is not
+    captured; nor is one whose network is told not to be (`Normalized.captured`) or has graphs of its own.
 
     Args:
         step: (state, x, y) -> what to report.
@@ -86,10 +87,14 @@ class Captured:
         if not capable(x.device):
             return False
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
+        steady = all(one.fused and not one.keeps for one in self._descents())
         graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
-        wanted = getattr(self.state["model"], "captured", True) and not graphed
+        wanted = getattr(self.state.get("model"), "captured", True) and not graphed
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed
-        return wanted and self.state["descent"].fused and not seen
+        return wanted and steady and not seen
+
+    def _descents(self) -> list[Descent]:
+        return [thing for thing in self.state.values() if isinstance(thing, Descent)]
 
     def _launch(self, why: str) -> None:
         self.off = True
@@ -98,13 +103,14 @@ class Captured:
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
         x, y = x.clone(), y.clone()
-        descent: Descent = self.state["descent"]
 
         def work() -> dict[str, Tensor]:
             return {name: value.detach() for name, value in self.step(self.state, x, y).items()}
 
         try:
-            with descent.capturing():
+            with ExitStack() as stack:
+                for descent in self._descents():
+                    stack.enter_context(descent.capturing())
                 report, replay = capture(work)
         except RuntimeError as error:  # want of memory is one, too
             self._launch(first_line(error.__context__ or error))  # what ends a capture says less than what broke it
@@ -115,12 +121,13 @@ class Captured:
         self.captures[x.shape, y.shape] = _Capture(x, y, report, replay)
 
     def _repeat(self, known: _Capture, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        descent: Descent = self.state["descent"]
         known.x.copy_(x)
         known.y.copy_(y)
-        descent.refresh()
+        for descent in self._descents():
+            descent.refresh()
         known.replay()
-        descent.advance()
+        for descent in self._descents():
+            descent.advance()
         return known.report
 
 

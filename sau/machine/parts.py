@@ -50,7 +50,7 @@ class InParts:
             if self.captured.forget():
                 torch.cuda.empty_cache()
                 continue
-            size = -(-len(x) // self.parts)
+            size = -(-len(y) // self.parts)
             if not self.splits or self.parts >= len(x):
                 raise OutOfMemory(f"out of memory with {size} pictures; try a smaller --batch_size")
             if self.team is not None and (self._trains_norm() or self.team.messages != before):

@@ -76,14 +76,14 @@ def _updates(
     """`steps` updates as `fit` makes them, augmentation included, on clean pictures: stamping is measured by itself."""
     model: nn.Module = setting.network(args, images.num_classes, amp=setting.amp(args)).train()
     if masks and isinstance(attack, InputAware):
-        state, step = attack.prepare_masks(model, args.steps), attack.mask_step
+        state, step, compose = attack.prepare_masks(model, args.steps), attack.mask_step, attack.compose_masks
     else:
-        state, step = attack.prepare(model, recipe, args.steps), attack.step
+        state, step, compose = attack.prepare(model, recipe, args.steps), attack.step, attack.compose
     state.update(images=images, augment=source(args.dataset).augment)
 
     def work() -> None:
         for x, y, *_ in _batches(attack, args, images):
-            step(state, x, y)
+            step(state, *compose(state, x, y))
 
     return work
 
