@@ -1,8 +1,8 @@
 """Updates that CUDA captures and repeats: the same as those that Python launches, or not captured, in a line."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -20,6 +20,8 @@ from sau.machine import captured
 from sau.machine.parts import InParts
 from sau.method import Method
 from sau.models import Normalized
+from sau.models.frozen import fixed_norms
+from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.optim.descent import Descent
 from sau.session import Session
@@ -84,7 +86,7 @@ def capturer(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         def replay() -> None:
             repeated.append(1)
-            with ExitStack() as stack:
+            with contextlib.ExitStack() as stack:
                 for descent in descents:
                     stack.enter_context(descent.capturing())
                     for group, rate in zip(descent.optimizer.param_groups, descent.rates, strict=True):
@@ -164,6 +166,35 @@ def test_cuda_repeats_them(method, amp):
     ours, theirs = (torch.cat([tensor.flatten() for tensor in moved(one)]) for one in (step, plain))
     begun = torch.cat([tensor.flatten() for tensor in moved(updates(method, where, count=0)[1])])
     assert (ours - theirs).norm() < (0.5 if amp else 0.1) * (theirs - begun).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("amp", [False, True])
+def test_fixed_norms_have_the_gradients_of_torch(amp, layout):
+    """Of a network in eval mode with statistics and weights of its own."""
+    where = torch.device("cuda")
+    torch.manual_seed(0)
+    model = Normalized(PreActResNet18(width=8), (0.5,) * 3, (0.25,) * 3).to(where, memory_format=layout).eval()
+    model.amp = amp
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 2.0),
+                (module.weight.data, 0.3, 1.7), (module.bias.data, -0.1, 0.1),
+            ):  # fmt: skip
+                tensor.uniform_(low, high)
+    x = torch.rand(16, 3, 32, 32, device=where).to(memory_format=layout).requires_grad_()
+    found = []
+    for context in (contextlib.nullcontext(), fixed_norms(model, x)):
+        with context:
+            z = model(x)
+        norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in (m.weight, m.bias)]
+        found.append([z, *torch.autograd.grad(z.logsumexp(1).sum(), [x, *norms])])
+    assert torch.equal(found[0][0], found[1][0])
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= (0.02 if amp else 1e-4) * theirs.norm()
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import searched, searching
+from sau.models.frozen import fixed_norms, searched
 from sau.optim import Optimizer, Schedule
 from sau.perturb import Ball, Init, Norm
 from sau.types import Change, Labels, Pixels
@@ -78,9 +78,13 @@ class AT(Tuning):
         return super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        with fixed_norms(state["model"], x):
+            return self.update(state, x, y)
+
+    def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """The search, and the update on what it found."""
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
-        with searching(model, x):
-            delta = self.pgd(state.get("frozen", model), x, y)
+        delta = self.pgd(state.get("frozen", model), x, y)
         clean, z_adv = F.cross_entropy(model(x), y), model(x + delta)
         adversarial = F.cross_entropy(z_adv, y)
         loss = self.weight_clean * clean + self.weight_adv * adversarial

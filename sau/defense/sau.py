@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.base import Tuning
-from sau.models.frozen import searched, searching
+from sau.models.frozen import fixed_norms, searched
 from sau.optim import Optimizer, Schedule
 from sau.perturb import Ball, Init, Norm, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
@@ -135,14 +135,18 @@ class SAU(Tuning):
         return found | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        with fixed_norms(state["model"], x):
+            return self.update(state, x, y)
+
+    def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """The search of the inner problem, and the updates of the outer one."""
         # An attempt that ran out of memory may have left train mode on.
         model, reference = state["model"].eval(), state["reference"]
         with torch.set_grad_enabled(not self.train_mode):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
             clean_ref = reference(x).argmax(1)
-        with searching(reference, x):
-            delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
+        delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
         mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
         report: dict[str, Tensor] = {}
         for repeat in range(self.outer_steps):
