@@ -19,7 +19,7 @@ from sau.attack import ATTACKS, Attack, BadNet, WaNet
 from sau.command.watch import Watch
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
-from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NC, SAU
+from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NAD, NC, SAU
 from sau.errors import FULL, OutOfMemory, TrainingError
 from sau.machine import captured, cores, device, tuning
 from sau.machine.parts import InParts
@@ -231,7 +231,8 @@ def test_what_cannot_be_divided_says_so(method, most, one_line):
 
 def test_attacks_that_share_their_step_split_and_others_do_not():
     splits = {name for name, attack in ATTACKS.items() if attack().splits()}
-    assert splits == set(ATTACKS) - {"wanet", "inputaware"}
+    assert splits == set(ATTACKS) - {"inputaware"}
+    assert all(attack().repeats() for attack in ATTACKS.values())
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -658,7 +659,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (BadNet(), "off", None, False), (BadNet(), "graphs", None, True), (BadNet(), "on", "default", True),
         (SAU(), "on", "default", True), (SAU(outer_steps=2), "on", "reduce-overhead", False),
-        (WaNet(), "on", "reduce-overhead", False), (WaNet(), "graphs", None, False), (FTSAM(), "graphs", None, False),
+        (NAD(), "graphs", None, False), (WaNet(), "on", "default", True), (FTSAM(), "graphs", None, True),
     ],
 )  # fmt: skip
 def test_graphs_are_of_whole_updates_where_these_can_be_recorded(on_cuda, tmp_path, method, wish, compiled, whole):

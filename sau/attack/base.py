@@ -213,8 +213,5 @@ class Attack(Labelling, ABC):
     ) -> None:  # fmt: skip
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
-        step = InParts(self.step, state, self.splits(), session, repeats=self.repeats())
-        loop.run(
-            lambda x, y: step(*self.compose(state, x, y)), batches, recipe.epochs, state=state,
-            end_epoch=partial(self.end_epoch, state), session=session,
-        )  # fmt: skip
+        step = InParts(self.step, state, self.splits(), session, repeats=self.repeats(), compose=self.compose)
+        loop.run(step, batches, recipe.epochs, state=state, end_epoch=partial(self.end_epoch, state), session=session)

@@ -62,13 +62,9 @@ class InputAware(Attack):
     teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
     trains_trigger: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
-        "target_label": "attack_target",
-        "poison_ratio": "pratio",
-        "lr_C": "lr",
-        "C_lr_scheduler": "lr_scheduler",
-        "schedulerC_milestones": "steplr_milestones",
-        "schedulerC_lambda": "steplr_gamma",
-    }
+        "target_label": "attack_target", "poison_ratio": "pratio", "lr_C": "lr", "C_lr_scheduler": "lr_scheduler",
+        "schedulerC_milestones": "steplr_milestones", "schedulerC_lambda": "steplr_gamma",
+    }  # fmt: skip
     nones: ClassVar[dict[str, str]] = {"lr_scheduler": "MultiStepLR"}  # the benchmark's default
 
     clean_train_epochs: int = 25
@@ -118,17 +114,15 @@ class InputAware(Attack):
         session: Session,
     ) -> None:  # fmt: skip
         joint, seen = self.classifier_epochs(recipe), {"images": images, "augment": augment}
+        parts = partial(InParts, splits=self.splits(), session=session, repeats=self.repeats())
         masks = self.prepare_masks(model, len(batches)) | seen
-        repeats = self.repeats() and getattr(model, "captured", True)
-        draw = InParts(self.mask_step, masks, self.splits(), session, repeats=repeats)
         loop.run(
-            lambda x, y: draw(*self.compose_masks(masks, x, y)), batches, recipe.epochs - joint, state=masks,
+            parts(self.mask_step, masks, compose=self.compose_masks), batches, recipe.epochs - joint, state=masks,
             end_epoch=partial(self.end_epoch, masks), session=session, label="mask epoch", rate="lr_M",
         )  # fmt: skip
         both = self.prepare(model, recipe, len(batches)) | seen
-        step = InParts(self.step, both, self.splits(), session, repeats=repeats)
         loop.run(
-            lambda x, y: step(*self.compose(both, x, y)), batches, joint, state=both,
+            parts(self.step, both, compose=self.compose), batches, joint, state=both,
             end_epoch=partial(self.end_epoch, both), session=session.at(1), rate="lr or --lr_G",
         )  # fmt: skip
         self.made().eval()
@@ -139,8 +133,8 @@ class InputAware(Attack):
     def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """The state of the first stage."""
         artist = cast(Artist, self.made()).requires_grad_(True)
-        for net in (artist.pattern_net, artist.mask_net):
-            net.amp = getattr(model, "amp", False)
+        artist.captured = getattr(model, "captured", True)
+        artist.pattern_net.amp = artist.mask_net.amp = getattr(model, "amp", False)
         masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)
         return {"artist": artist, "descent": masks.descent(artist.mask_net.parameters(), steps)}
 
@@ -170,19 +164,17 @@ class InputAware(Attack):
         return {"loss": loss, "mask": m.mean(), "diversity": diverse}
 
     def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
-        """The batch of `step`: n pictures to poison, n for cross triggers, the clean ones, and behind them the n others
-        that those triggers are drawn for; so it has n more pictures than labels."""
+        """The batch of `step`: n pictures to poison, n for cross triggers, the clean ones, and, without labels, the n
+        others that those triggers are drawn for."""
         classes = state["images"].num_classes
         x, y, able = attacked_first(self, x, y, classes)
         n, z = min(count(self.pratio, len(x)), len(x) // 2, able), self._others(state, len(x))
         return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
     def step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
-        """One update of classifier and pattern generator from a batch of `compose`."""
         model, artist = state["model"].train(), state["artist"].train()
         artist.mask_net.eval().requires_grad_(False)
-        x, z = x[: len(y)], x[len(y) :]
-        n = len(z)
+        x, z, n = x[: len(y)], x[len(y) :], len(x) - len(y)
         poisoned, pattern = artist(x[:n]) if n else (z, z)
         cross, pattern_z = artist(x[n : 2 * n], z) if n else (z, z)
         logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
@@ -194,10 +186,9 @@ class InputAware(Attack):
         return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, y)}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
-        for name in ("descent", "patterns"):
-            if name in state:
-                # The classifier's own loss, where there is one: diversity says nothing of how it fares.
-                state[name].end_epoch(losses.get("error", losses["loss"]))
+        # By the classifier's own loss, where there is one: diversity says nothing of how it fares.
+        for descent in (state[name] for name in ("descent", "patterns") if name in state):
+            descent.end_epoch(losses.get("error", losses["loss"]))
 
     def plan(self, trained_on: Images, batch_size: int) -> str:
         return plan(self.pratio, batch_size, 1.0, "with another picture's trigger")

@@ -89,7 +89,7 @@ class Captured:
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
         steady = all(one.fused and not one.keeps for one in self._descents())
         graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
-        wanted = getattr(self.state.get("model"), "captured", True) and not graphed
+        wanted = not graphed and all(getattr(network, "captured", True) for network in networks)
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed
         return wanted and steady and not seen
 

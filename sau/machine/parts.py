@@ -1,6 +1,6 @@
 """A batch that memory does not hold goes through in parts, with the same update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from sau.errors import OutOfMemory, lacks_memory
 from sau.machine.captured import Captured, StatefulStep
 from sau.optim.descent import WHOLE, Part
 from sau.session import Session
+
+Compose = Callable[[dict[str, Any], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class InParts:
@@ -27,18 +29,22 @@ class InParts:
         session: prints a line, notes parts in the record, and knows of other devices.
         batch_statistics: whether the step itself puts batch norm into train mode for a while.
         repeats: whether CUDA may repeat the step; see `Method.repeats`.
+        compose: (state, x, y) -> the batch of the step; for what is random, which cannot be repeated.
     """
 
     def __init__(
         self, step: StatefulStep, state: dict[str, Any], splits: bool, session: Session,
-        batch_statistics: bool = False, repeats: bool = False,
+        batch_statistics: bool = False, repeats: bool = False, compose: Compose | None = None,
     ) -> None:  # fmt: skip
         self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
         self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
+        self.compose = compose
         self.captured = Captured(step, state, session.say, session.note, off=not repeats or session.team is not None)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
+        if self.compose is not None:
+            x, y = self.compose(self.state, x, y)
         while True:
             before = self.team.messages if self.team is not None else 0
             try:

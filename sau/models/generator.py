@@ -46,7 +46,8 @@ class Generator(nn.Module):
 
 
 class Artist(nn.Module):
-    """Both generators, pixels in and out; they see pictures as the classifier does, normalised.
+    """Both generators, pixels in and out; they see pictures as the classifier does, normalised. `captured` is whether
+    CUDA may capture a step of their training and repeat it.
 
     Args:
         channels: of the pictures.
@@ -57,7 +58,7 @@ class Artist(nn.Module):
 
     def __init__(self, channels: int, like: nn.Module, tanh: int, epsilon: float) -> None:
         super().__init__()
-        self.tanh, self.epsilon = tanh, epsilon
+        self.tanh, self.epsilon, self.captured = tanh, epsilon, True
         mean = std = None
         if isinstance(like, Normalized) and like.mean is not None and like.std is not None:
             mean, std = like.mean.flatten().tolist(), like.std.flatten().tolist()
