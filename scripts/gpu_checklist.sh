@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The speed targets of docs/performance.md on a GPU, in under ten minutes, SAU as it stands and compiled,
+# The speed targets of docs/performance.md on a GPU, in under ten minutes,
 # and the tests that need a card (with pip install -e '.[test]'): a table, OUT/table.md, and the JSON behind it.
 #
 #     bash scripts/gpu_checklist.sh [DATASETS] [--out OUT] [--minutes 10] [--smoke]

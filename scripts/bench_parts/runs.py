@@ -7,7 +7,7 @@ of them and in the last one, and SAU also before. `--batch_size` is that of the 
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,32 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         tests = partial(_tests, args, test, triggered, Path(place))
         attacked = setting.copied(model, amp=True)
         setting.ATTACK.fit(attacked, poisoned.to(args.device), _recipe(args), session=setting.QUIET)
-        for title, ours, reference in (
-            ("attack", partial(_attack, args, model, poisoned, test, triggered),
-             partial(_released_attack, args, model, poisoned, tests, Path(place) / "train")),
-            ("SAU", partial(_sau, args, attacked, clean, test, triggered),
-             partial(_released_sau, args, attacked, clean, tests, Path(place) / "clean")),
-        ):  # fmt: skip
-            makers: dict[str, Callable[[], Work]] = {name: partial(_in, name == "bf16", ours) for name in precisions}
-            makers["released"] = reference
-            for make in makers.values():
+        tested = {"test": test, "triggered": triggered}
+        pairs: dict[str, tuple[Callable[..., Work], Callable[..., Work]]] = {
+            "attack": (
+                partial(_attack, model=model, poisoned=poisoned, **tested),
+                partial(_released_attack, model=model, poisoned=poisoned, tests=tests, place=Path(place) / "train"),
+            ),
+            "SAU": (
+                partial(_sau, attacked=attacked, clean=clean, **tested),
+                partial(_released_sau, attacked=attacked, clean=clean, tests=tests, place=Path(place) / "clean"),
+            ),
+        }
+        once = argparse.Namespace(**{**vars(args), "epochs": 1, "rounds": 1})
+        for title, (ours, reference) in pairs.items():
+            for make in _makers(once, precisions, ours, reference).values():
                 make()()  # warms everything up
-            seconds = interleaved(makers, args)
+            seconds = interleaved(_makers(args, precisions, ours, reference), args)
             named = f"{title}, whole run, width {args.width}"
             rows += [row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in precisions]
     return rows
+
+
+def _makers(
+    args: argparse.Namespace, precisions: Sequence[str], ours: Callable[..., Work], reference: Callable[..., Work]
+) -> dict[str, Callable[[], Work]]:
+    found = {name: partial(ours, args, amp=name == "bf16") for name in precisions}
+    return {**found, "released": partial(reference, args)}
 
 
 def _recipe(args: argparse.Namespace) -> Training:
@@ -82,10 +94,6 @@ def _watched(epochs: int, clean: Images, stamped: Images) -> Session:
     return Session(say=lambda text: None, on_epoch=on_epoch)
 
 
-def _in(amp: bool, make: Callable[..., Work]) -> Work:
-    return make(amp=amp)
-
-
 def _tests(
     args: argparse.Namespace, test: Images, triggered: Images, place: Path, normalise: bool
 ) -> list[pil.Batches]:
@@ -94,7 +102,7 @@ def _tests(
 
 
 def _attack(
-    args: argparse.Namespace, model: Normalized, poisoned: Images, test: Images, triggered: Images, amp: bool = True
+    args: argparse.Namespace, model: Normalized, poisoned: Images, test: Images, triggered: Images, amp: bool
 ) -> Work:
     victim = setting.copied(model, amp=amp)
     images, clean, stamped = (part.to(args.device) for part in (poisoned, test, triggered))
@@ -123,7 +131,7 @@ def _released_attack(
 
 
 def _sau(
-    args: argparse.Namespace, attacked: Normalized, clean: Images, test: Images, triggered: Images, amp: bool = True
+    args: argparse.Namespace, attacked: Normalized, clean: Images, test: Images, triggered: Images, amp: bool
 ) -> Work:
     model = setting.copied(attacked, amp=amp)
     given, plain, stamped = (part.to(args.device) for part in (clean, test, triggered))
