@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import Blended
+from sau.attack import Blended, Prototype
 from sau.data.images import Images, to_float
 from sau.defense import (
     ANP,
@@ -249,7 +249,18 @@ def test_a_loader_of_triples_is_walked_once_a_round(defense):
 
     defense.purify(tiny_net(), Counting(plain), session=quiet())
     rounds = typing.cast(Training, defense).epochs
-    assert rounds <= len(walks) <= rounds + 2  # the check of the first batch and of the labels may look too
+    assert rounds <= len(walks) <= rounds + 3  # the first batch, and the checks before and after, may look too
+
+
+def test_a_network_that_is_harmed_is_told():
+    """As the defender sees it: by the clean pictures that are no longer answered rightly."""
+    images, said = toy_images(200), list[str]()
+    victim = train_victim(Prototype(), images)
+    for rate, harmed in ((0.5, True), (1e-5, False)):
+        said.clear()
+        FT(epochs=2, lr=rate, lr_scheduler="constant").purify(victim, images, session=Session(say=said.append))
+        told = [line for line in said if "of 200 clean pictures as labelled, it was" in line]
+        assert len(told) == harmed and all("try a smaller --lr" in line for line in told)
 
 
 @each

@@ -25,6 +25,8 @@ from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Batched, Loader
 
+HARM = 0.1  # of the clean pictures
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(Method, ABC):
@@ -94,10 +96,13 @@ class Defense(Method, ABC):
             chosen = self.augmentation(augment or Augment())
             batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
             with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
-                _check_fit(self, owned, batches, session)
+                right = _check_fit(self, owned, batches, session)
             with seeded(seed), enough_pictures():
                 self.run(owned, batches, session)
             check_weights(owned)
+            if self.needs == "clean":
+                with seeded(seed):
+                    _check_harm(self, owned, batches, right, session)
             return handed_back(owned if owned is mine else owned.net, model, frozen)
 
 
@@ -140,10 +145,10 @@ class Tuning(Training, Defense):
 
 
 @torch.no_grad()
-def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> None:
-    """Before anything changes: finite weights, logits [B, K], labels below K.
+def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> int:
+    """Before anything changes: finite weights, logits [B, K], labels below K; returns how many answers are right.
 
-    Warns if nearly all answers are wrong, and says what stands out in the pictures unless the caller has.
+    Warns if nearly all are wrong, and says what stands out in the pictures unless the caller has.
     """
     check_weights(model)
     right = total = classes = 0
@@ -170,3 +175,19 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
+    return right
+
+
+@torch.no_grad()
+def _check_harm(method: Defense, model: nn.Module, batches: Batched, before: int, session: Session) -> None:
+    """Warns if many of the clean pictures that were answered rightly `before` no longer are, as after a jump of the
+    loss in the last rounds: the one harm that the defender sees."""
+    model.eval()
+    right = total = 0
+    for x, y, *_ in batches:
+        right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
+    if before - right > HARM * total:
+        rate = "a smaller --lr, fewer --epochs or --lr_scheduler CosineAnnealingLR"
+        advice = rate if isinstance(method, Training) else "other settings"
+        now = f"warning: the network answers {right} of {total} clean pictures as labelled, it was {before} before"
+        session.say(f"{now}, so it is harmed; try {advice}")
