@@ -23,7 +23,7 @@ MINIATURE = {
 # What is measured, in this order, and the seconds that are kept for it, for whole runs more than their targets; what is
 # over earlier leaves them to the next.
 KEPT = {
-    "train": 35, "sau": 40, "attack": 165, "SAU": 75, "fast": 75, "eval": 20, "data": 15, "tests": 40, "runs": 130,
+    "attack": 165, "SAU": 75, "fast": 75, "eval": 20, "data": 15, "tests": 40, "train": 45, "sau": 45, "runs": 110,
 }  # fmt: skip
 STARTS = 15.0  # seconds that a command takes before it counts its own
 _PATHS = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]  # this copy, wherever one is installed
@@ -139,9 +139,7 @@ def _measure(work: Checklist) -> None:
     """Everything, in the order of `KEPT`."""
     steps = ("--batch_size", "128", "--steps", "20", "--repeats", "3")
     updates = ("--batch_size", "256", "--steps", "5", "--repeats", "3")  # Adam's state is made in the first of five
-    trained = work.bench("train", *steps, target=">= 10")
-    searched = work.bench("sau", *updates, target=">= 10")
-    _runs(work, trained, searched)
+    speeds = _runs(work)
     work.bench("eval", "--pictures", "4000", "--repeats", "3", target=">= 8")
     work.bench("data", *steps, target="share <= 3 %")
     files = [str(file) for file in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in file.read_text()]
@@ -149,33 +147,34 @@ def _measure(work: Checklist) -> None:
     said = work.call("tests", *asked, stdout=subprocess.PIPE)
     if said is not None:
         work.add("tests that need a card", said.splitlines()[-1], "none fails")
+    for name, flags in (("train", steps), ("sau", updates)):
+        facts = work.bench(name, *flags, target=">= 10")
+        _share(work, *speeds.get(name, ("", 0.0)), facts)
     whole = ("--pictures", str(PICTURES), "--epochs", "3", "--rounds", "5", "--precisions", "bf16", "--repeats", "1")
     work.bench("runs", *whole, target=">= 10")
 
 
-def _runs(work: Checklist, trained: list[dict[str, Any]], searched: list[dict[str, Any]]) -> None:
-    """The whole runs that the targets speak of: an attack, SAU on it, and the fast recipe."""
+def _runs(work: Checklist) -> dict[str, tuple[str, float]]:
+    """The whole runs that the targets speak of: an attack, SAU on it, and the fast recipe. Returns, by the part of the
+    benchmark that counts the operations of a picture, what ran, and how many pictures a second it went through."""
+    speeds = {}
     attack = ("attack/badnet.py", *work.data, *_root(work))
     long = ("--recipe", "paper", "--epochs", str(EPOCHS), "--eval_every", "10", "--amp", "true")
     paper = SMALL if work.smoke else long
     if work.run("attack", *attack, *paper, "--save_folder_name", "paper", *_minutes(work, "attack")):
-        seen = EPOCHS * PICTURES
-        _row(work, "attack, 100 epochs, width 64", work.record("paper"), seen, trained, "<= 150 s, aim 90")
-    _purify(work, searched)
+        what = f"attack, {EPOCHS} epochs, width 64"
+        speeds["train"] = what, EPOCHS * PICTURES * _row(work, what, work.record("paper"), "<= 150 s, aim 90")
+    rounds = ("--epochs", "1") if work.smoke else ("--recipe", "paper", "--epochs", str(ROUNDS), "--amp", "true")
+    own = ("--result_file", "paper", "--save_folder_name", "sau")
+    if work.run("SAU", "defense/sau.py", *_root(work), *rounds, *own, *_minutes(work, "SAU")):
+        what, found = f"SAU, {ROUNDS} rounds, width 64", work.record("paper", "defense", "sau")
+        speeds["sau"] = what, ROUNDS * CLEAN * _row(work, what, found, "<= 60 s, aim 30")
     fast = SMALL if work.smoke else ("--recipe", "fast")
     if not work.smoke and "digits" in work.data:
         work.add("attack, fast recipe", "left out: digits have none", "")
     elif work.run("fast", *attack, *fast, "--save_folder_name", "fast", *_minutes(work, "fast")):
-        _row(work, "attack, fast recipe", work.record("fast"), 0, [], "about 60 s, ACC 90.5 to 92.5, ASR >= 92")
-
-
-def _purify(work: Checklist, searched: list[dict[str, Any]]) -> None:
-    """A whole run of SAU on the attack of `_runs`."""
-    rounds = ("--epochs", "1") if work.smoke else ("--recipe", "paper", "--epochs", str(ROUNDS), "--amp", "true")
-    own = ("--result_file", "paper", "--save_folder_name", "sau")
-    if work.run("SAU", "defense/sau.py", *_root(work), *rounds, *own, *_minutes(work, "SAU")):
-        found = work.record("paper", "defense", "sau")
-        _row(work, f"SAU, {ROUNDS} rounds, width 64", found, ROUNDS * CLEAN, searched, "<= 60 s, aim 30")
+        _row(work, "attack, fast recipe", work.record("fast"), "about 60 s, ACC 90.5 to 92.5, ASR >= 92")
+    return speeds
 
 
 def _root(work: Checklist) -> tuple[str, ...]:
@@ -188,15 +187,8 @@ def _minutes(work: Checklist, name: str) -> tuple[str, str]:
     return "--max_minutes", f"{max(5.0, work.left(name) - STARTS) / 60:.2f}"
 
 
-def _row(
-    work: Checklist,
-    what: str,
-    summary: dict[str, Any] | None,
-    pictures: int,
-    measured: list[dict[str, Any]],
-    target: str,
-) -> None:
-    """Seconds, scores and the share of the peak of a whole run."""
+def _row(work: Checklist, what: str, summary: dict[str, Any] | None, target: str) -> float:
+    """Seconds and scores of a whole run; returns the share of it that a second did."""
     assert summary is not None
     scores = summary.get("after", summary)
     text = f"{summary['seconds']:.0f} s, ACC {scores['acc']}, ASR {scores['asr']}, {summary['peak_memory_mb']:.0f} MB"
@@ -206,14 +198,19 @@ def _row(
         share = (done - 1 + (batch - 1) / batches) / whole
         pace = f", {summary['seconds'] / share:.0f} s at that pace" if share else ""
         text += f"; ended early: {summary['ended_early']}{pace}"
-    facts = next((row["details"]["ours"] for row in measured if row["name"].endswith("bf16")), None)
     if "digits" in work.data:  # 1,437 training pictures, a tenth of which the defender has
         scale = PICTURES / 1437 if "after" not in summary else CLEAN / 143
         text += f"; {scale * summary['seconds']:.0f} s if all of it grew with the pictures to CIFAR-10's"
-    elif facts and pictures and not work.smoke:
-        speed = facts["passes_per_image"] * facts["forward_flops"] * share * pictures / summary["seconds"]
-        text += f", {100 * speed / facts['peak_flops']:.0f} % of the measured bf16 peak, evaluations and start included"
     work.add(what, text, target)
+    return float(share / summary["seconds"])
+
+
+def _share(work: Checklist, what: str, speed: float, measured: list[dict[str, Any]]) -> None:
+    """The share of the peak at which a run went through so many pictures a second."""
+    facts = next((row["details"]["ours"] for row in measured if row["name"].endswith("bf16")), None)
+    if facts and speed and "digits" not in work.data:
+        share = speed * facts["passes_per_image"] * facts["forward_flops"] / facts["peak_flops"]
+        work.add(what, f"{100 * share:.0f} % of the measured bf16 peak, evaluations and start included", "")
 
 
 def _machine(device: str) -> str:

@@ -276,7 +276,7 @@ def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "table.md").read_text()
-    whole = ("attack, 100 epochs", "SAU, 100 rounds, width 64, --compile auto", "fast recipe")
+    whole = ("attack, 100 epochs", "SAU, 100 rounds, width 64", "fast recipe")
     for what in ("training step", "SAU update", *whole, "evaluation", "need a card"):
         assert what in text
     assert "failed" not in text and "no end in" not in text
@@ -311,9 +311,9 @@ def test_a_run_that_ended_early_is_told_at_its_pace(tmp_path):
     measured = [{"name": "step, bf16", "details": {"ours": step}}]
     work = gpu_checklist.Checklist(tmp_path, 1e9, (), "cuda", False, 1.0)
     told = {"seconds": 50.0, "acc": 90.0, "asr": 95.0, "peak_memory_mb": 1.0}
-    gpu_checklist._row(
-        work, "attack", {**told, "ended_early": "epoch 3 of 10, before batch 101 of 200"}, 1000, measured, ""
-    )
-    assert "before batch 101 of 200, 200 s at that pace, 15 % of the measured" in work.rows[0][1]
-    gpu_checklist._row(work, "attack", told, 1000, measured, "")
-    assert "pace" not in work.rows[1][1] and "60 % of the measured" in work.rows[1][1]
+    early = {**told, "ended_early": "epoch 3 of 10, before batch 101 of 200"}
+    for summary, share in ((early, "15 %"), (told, "60 %")):
+        speed = gpu_checklist._row(work, "attack", summary, "")
+        gpu_checklist._share(work, "attack", 1000 * speed, measured)
+        assert f"{share} of the measured" in work.rows[-1][1]
+    assert "before batch 101 of 200, 200 s at that pace" in work.rows[0][1] and "pace" not in work.rows[2][1]
