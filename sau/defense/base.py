@@ -99,10 +99,7 @@ class Defense(Method, ABC):
                 right = _check_fit(self, owned, batches, session)
             with seeded(seed), enough_pictures():
                 self.run(owned, batches, session)
-            check_weights(owned)
-            if self.needs == "clean":
-                with seeded(seed):
-                    _check_harm(self, owned, batches, right, session)
+                _check_result(self, owned, batches, right, session)
             return handed_back(owned if owned is mine else owned.net, model, frozen)
 
 
@@ -179,11 +176,13 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
 
 
 @torch.no_grad()
-def _check_harm(method: Defense, model: nn.Module, batches: Batched, before: int, session: Session) -> None:
-    """Warns if many of the clean pictures that were answered rightly `before` no longer are, as after a jump of the
-    loss in the last rounds: the one harm that the defender sees."""
-    model.eval()
+def _check_result(method: Defense, model: nn.Module, batches: Batched, before: int, session: Session) -> None:
+    """Afterwards: finite weights. Warns if many of the clean pictures that were answered rightly `before` no longer
+    are, as after a jump of the loss in the last rounds: the one harm that the defender sees."""
+    check_weights(model.eval())
     right = total = 0
+    if method.needs != "clean":  # a backdoor that is gone answers the attacker's pictures otherwise
+        return
     for x, y, *_ in batches:
         right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
     if before - right > HARM * total:
