@@ -6,11 +6,12 @@ Of a whole run `ours` is its seconds and `reference` those of FT: below 1 a meth
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from bench_parts import released, setting
-from bench_parts.measure import Work, interleaved, passes, row
+from bench_parts.measure import Work, interleaved, passes, peak_mb, row
 
 from sau.command.request import Request
 from sau.data.images import Images
@@ -42,12 +43,25 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not names:
         return rows
     works = {name: _whole(name, args, h_b, images, clean) for name in dict.fromkeys(["ft", *names])}
-    forwards = {name: passes(work, h_b, clean.pixels[:1].float() / 255) / len(clean) for name, work in works.items()}
+    counted = {name: _counted(work, h_b, clean, args.device) for name, work in works.items()}
     seconds = interleaved({name: lambda work=work: work for name, work in works.items()}, args)
-    for name, count in forwards.items():
-        print(f"{name:10}{count:10.1f} passes a clean picture, {len(clean)} pictures, recipe {args.recipe}")
-        rows.append({**row(f"whole run: {name}", seconds[name], seconds["ft"], "s"), "passes_per_image": count})
+    for name, facts in counted.items():
+        found = {**row(f"whole run: {name}", seconds[name], seconds["ft"], "s"), **facts}
+        found["passes_per_second"] = facts["passes_per_image"] * len(clean) / found["ours"]
+        print(
+            f"{name:10}{facts['passes_per_image']:10.1f} passes a clean picture{found['passes_per_second']:10.1f} a "
+            f"second{facts['peak_mb']:10.1f} MB at most, {len(clean)} pictures, recipe {args.recipe}"
+        )
+        rows.append(found)
     return rows
+
+
+def _counted(work: Work, h_b: Normalized, clean: Images, device: torch.device) -> dict[str, float]:
+    """Passes a clean picture, and the most memory while they were counted."""
+    found = dict[str, float]()
+    counting = partial(passes, work, h_b, clean.pixels[:1].float() / 255)
+    peak = peak_mb(lambda: found.update(passes_per_image=counting() / len(clean)), device)
+    return {**found, "peak_mb": peak}
 
 
 def _whole(name: str, args: argparse.Namespace, h_b: Normalized, images: Images, clean: Images) -> Work:
@@ -72,13 +86,16 @@ def _against_released(name: str, args: argparse.Namespace, h_b: Normalized, clea
         "anp": (lambda: _ours_anp(h_b, batches), lambda: _released_anp(h_b, batches)),
     }[name]
     ours, reference = makers
-    for make in makers:
-        make()()  # warms everything up
+    facts = [_counted(make(), h_b, clean, args.device) for make in makers]  # this warms everything up, too
     seconds = interleaved({"ours": ours, "reference": reference}, args)
     work = row(f"released order: {name}", seconds["ours"], seconds["reference"], "s")
-    x = batches[0][0]
-    work["passes_per_image"], work["passes_released"] = (passes(make(), h_b, x) / len(clean) for make in makers)
-    print(f"{name:10}{work['passes_per_image']:10.1f} passes a picture, released {work['passes_released']:.1f}")
+    work["details"] = dict(zip(("ours", "reference"), facts, strict=True))
+    for side, found in work["details"].items():
+        found["images_per_second"] = len(clean) / work[side]
+        print(
+            f"{name:6}{side:10}{found['images_per_second']:10.1f} images/s{found['passes_per_image']:8.1f} passes a "
+            f"picture{found['peak_mb']:10.1f} MB at most"
+        )
     return work
 
 
