@@ -264,6 +264,13 @@ def test_the_probe_of_precision_draws_nothing_from_the_run(victim, here, monkeyp
     assert len(drawn) == 24 and drawn[:12] == drawn[12:]  # eleven batches of the attack, one of the defense
 
 
+@pytest.mark.usefixtures("few_digits")
+def test_a_flag_without_effect_is_called_as_it_was_typed(here):
+    flags = ("--lr_C", "0.1", "--schedulerC_milestones", "3", "--clean_train_epochs", "1")
+    status, out, _ = here("attack", "inputaware", *VICTIM, *flags, "--save_folder_name", "a")
+    assert status == 0 and "here: --schedulerC_milestones: OneCycleLR does not look at it" in out
+
+
 # Ways to run
 
 

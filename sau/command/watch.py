@@ -161,5 +161,6 @@ def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     if elsewhere := fallback(request.said("device") or "auto"):
         record.say(f"warning: {elsewhere}")
     if request.ignored:
-        reasons = "; ".join(f"--{name}: {reason}" for name, reason in request.ignored.items())
+        typed = {name: request.given[name].origin for name in request.ignored.keys() & request.given.keys()}
+        reasons = "; ".join(f"{typed.get(name, f'--{name}')}: {reason}" for name, reason in request.ignored.items())
         record.say(f"warning: flags without effect here: {reasons}")
