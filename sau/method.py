@@ -89,8 +89,8 @@ class Method:
         return False
 
     def repeats(self) -> bool:
-        """Whether, besides, `step` has the device do the same each time; CUDA may then repeat a captured step, whose
-        Python does not run again."""
+        """Whether `step` has the device do the same each time, with one update of each `Descent` in its state; CUDA may
+        then repeat a captured step, whose Python does not run again."""
         return False
 
     def require(self, name: str, ok: bool, allowed: str) -> None:

@@ -259,8 +259,8 @@ def test_a_network_that_is_harmed_is_told():
     for rate, harmed in ((0.5, True), (1e-5, False)):
         said.clear()
         FT(epochs=2, lr=rate, lr_scheduler="constant").purify(victim, images, session=Session(say=said.append))
-        told = [line for line in said if "of 200 clean pictures as labelled, it was" in line]
-        assert len(told) == harmed and all("try a smaller --lr" in line for line in told)
+        told = [line for line in said if "% of the clean pictures as labelled, before it was" in line]
+        assert len(told) == harmed and all("try --lr_scheduler CosineAnnealingLR, a smaller" in line for line in told)
 
 
 @each

@@ -149,7 +149,7 @@ class Attack(Labelling, ABC):
         return f"{count} of {len(trained_on)} pictures poisoned{of_class}, {changed} labels changed"
 
     def augmentation(self, offered: Augment | None) -> Augment | None:
-        """What a batch goes through before `step`."""
+        """What a batch goes through before `compose`."""
         return offered
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:

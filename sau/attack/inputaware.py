@@ -147,7 +147,7 @@ class InputAware(Attack):
         return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
 
     def repeats(self) -> bool:
-        return type(self).step is InputAware.step
+        return (type(self).step, type(self).mask_step) == (InputAware.step, InputAware.mask_step)
 
     def compose_masks(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
         """The batch of `mask_step`: the pictures, and as many others behind them."""

@@ -72,7 +72,7 @@ class AT(Tuning):
         return True
 
     def repeats(self) -> bool:
-        return type(self).step is AT.step
+        return (type(self).step, type(self).update) == (AT.step, AT.update)
 
     def idle(self) -> dict[str, str]:
         return super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})

@@ -142,8 +142,8 @@ class Tuning(Training, Defense):
 
 
 @torch.no_grad()
-def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> int:
-    """Before anything changes: finite weights, logits [B, K], labels below K; returns how many answers are right.
+def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> float:
+    """Before anything changes: finite weights, logits [B, K], labels below K; returns the share of right answers.
 
     Warns if nearly all are wrong, and says what stands out in the pictures unless the caller has.
     """
@@ -172,11 +172,11 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
-    return right
+    return right / max(1, total)
 
 
 @torch.no_grad()
-def _check_result(method: Defense, model: nn.Module, batches: Batched, before: int, session: Session) -> None:
+def _check_result(method: Defense, model: nn.Module, batches: Batched, before: float, session: Session) -> None:
     """Afterwards: finite weights. Warns if many of the clean pictures that were answered rightly `before` no longer
     are, as after a jump of the loss in the last rounds: the one harm that the defender sees."""
     check_weights(model.eval())
@@ -185,8 +185,10 @@ def _check_result(method: Defense, model: nn.Module, batches: Batched, before: i
         return
     for x, y, *_ in batches:
         right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
-    if before - right > HARM * total:
-        rate = "a smaller --lr, fewer --epochs or --lr_scheduler CosineAnnealingLR"
-        advice = rate if isinstance(method, Training) else "other settings"
-        now = f"warning: the network answers {right} of {total} clean pictures as labelled, it was {before} before"
-        session.say(f"{now}, so it is harmed; try {advice}")
+    after = right / max(1, total)
+    if before - after > HARM:
+        advice = "a smaller --lr or fewer --epochs" if isinstance(method, Training) else "other settings"
+        if getattr(method, "lr_scheduler", None) == "constant":
+            advice = f"--lr_scheduler CosineAnnealingLR, {advice}"
+        now = f"warning: the network answers {100 * after:.0f} % of the clean pictures as labelled"
+        session.say(f"{now}, before it was {100 * before:.0f} %, so it is harmed; try {advice}")

@@ -125,7 +125,7 @@ class SAU(Tuning):
         return self.outer_steps == 1
 
     def repeats(self) -> bool:
-        return self.splits() and type(self).step is SAU.step
+        return self.splits() and (type(self).step, type(self).update) == (SAU.step, SAU.update)
 
     def batch_statistics(self) -> bool:
         return self.train_mode

@@ -87,7 +87,8 @@ class Captured:
         if not capable(x.device):
             return False
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
-        steady = all(one.fused and not one.keeps for one in self._descents())
+        descents = self._descents()
+        steady = bool(descents) and all(one.fused and not one.keeps for one in descents)
         graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
         wanted = not graphed and all(getattr(network, "captured", True) for network in networks)
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed

@@ -43,11 +43,11 @@ class InParts:
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
-        if self.compose is not None:
-            x, y = self.compose(self.state, x, y)
+        given = x, y
         while True:
             before = self.team.messages if self.team is not None else 0
             try:
+                x, y = given if self.compose is None else self.compose(self.state, *given)
                 return self._once(x, y)
             except RuntimeError as error:
                 if not lacks_memory(error):
@@ -57,7 +57,7 @@ class InParts:
                 torch.cuda.empty_cache()
                 continue
             size = -(-len(y) // self.parts)
-            if not self.splits or self.parts >= len(x):
+            if not self.splits or self.parts >= len(y):
                 raise OutOfMemory(f"out of memory with {size} pictures; try a smaller --batch_size")
             if self.team is not None and (self._trains_norm() or self.team.messages != before):
                 why = f"out of memory with {size} pictures on one device, for whose next attempt the others would wait"
@@ -66,14 +66,16 @@ class InParts:
             if x.is_cuda:
                 torch.cuda.empty_cache()
             same = "with batch statistics of a part" if self._trains_norm() else "with the same updates"
-            self.say(f"out of memory: batches of {len(x)} go through in {self.parts} parts from here on, {same}")
+            self.say(f"out of memory: batches of {len(y)} go through in {self.parts} parts from here on, {same}")
             self.note(parts=self.parts)
             self._leave_graphs()
 
     def _once(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if self.parts == 1:
             return self.captured(x, y)
-        pairs = list(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
+        # Every n-th picture, for an attack's batch may begin with the triggered ones.
+        n = min(self.parts, len(y))
+        pairs = [(x[first::n], y[first::n]) for first in range(n)]
         descent, reports = self.state["descent"], []
         try:
             for number, (part, labels) in enumerate(pairs):

@@ -14,7 +14,7 @@ from sau.settings.run import Run
 
 # What torch.compile is assumed to save on CUDA: of the card's own time, and of that of updates which Python launches,
 # where the compiler's CUDA graphs spare it more; and the seconds until everything is compiled. An H200 needs 16 to 18
-# for the first update of docs/performance.md and saves 11 % of a captured training step, 44 % of one of SAU.
+# for the first update of docs/performance.md and saves 11 % of a captured training step, 27 % of one of SAU.
 SAVED, SAVED_LAUNCHED = 0.15, 0.4
 COSTS = 25.0
 

@@ -16,7 +16,8 @@ class _FixedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        ctx.save_for_backward(x, mean, (var + eps).rsqrt(), weight)
+        learns = any(ctx.needs_input_grad[3:5])
+        ctx.save_for_backward(x if learns else None, mean, (var + eps).rsqrt(), weight)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod

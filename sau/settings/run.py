@@ -28,10 +28,10 @@ class Run:
             that poison before training, sau and at.
         amp: true is bf16, false is fp32; auto is bf16 where it saves a tenth of a measured step.
         threads: CPU threads; 0 means all cores.
-        compile: off, where Python launches what is computed; graphs, where CUDA repeats captured updates (of attacks
-            that poison before training, sau, at, ft and nc); on, which also runs the network through torch.compile; or
-            auto, which is on where the run is long enough on CUDA, else graphs. On the CPU there are no graphs, and
-            auto is off, since compiling saves little there and changes the rounding.
+        compile: off, where Python launches what is computed; graphs, where CUDA repeats captured updates (of attacks,
+            sau, at, ft, ft-sam, fst, d3 and nc); on, which also runs the network through torch.compile; or auto, which
+            is on where the run is long enough on CUDA, else graphs. On the CPU there are no graphs, and auto is off,
+            since compiling saves little there and changes the rounding.
         max_minutes: ends the updates in time for the run to end after so many minutes; none means no limit.
         random_seed: of the weights, of the order of pictures and of every choice of pictures.
         record_root: folder of the result folders.
