@@ -18,6 +18,7 @@ from sau.data.images import to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import Tuning
 from sau.defense.layers import classifier
+from sau.errors import OutOfMemory
 from sau.machine import captured
 from sau.machine.parts import InParts
 from sau.method import Method
@@ -384,6 +385,44 @@ def test_memory_that_is_wanted_is_given_back_before_a_batch_is_split(capturer):
     whole(x, y)
     assert whole.parts == 1 and whole.captured.off and not whole.captured.captures
     assert said[1:] == [NOT + "their memory is wanted"]
+
+
+def test_memory_that_runs_out_while_a_batch_is_composed(capturer):
+    """As in the step: what captures hold is given back first; where there are none, one line."""
+    state, said, full = prepared(FT(), CPU), list[str](), [0]
+
+    def compose(state: dict[str, Any], x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if full[0] > 1 or (full[0] and whole.captured.captures):
+            raise torch.OutOfMemoryError("injected")
+        return x, y
+
+    whole = InParts(FT().step, state, False, Session(say=said.append), repeats=True, compose=compose)
+    images = toy_images(8)
+    x, y = to_float(images.pixels), images.labels
+    for full[0] in (0, 1):
+        whole(x, y)
+    assert whole.captured.off and said[1:] == [NOT + "their memory is wanted"]
+    full[0] = 2
+    with pytest.raises(OutOfMemory, match="out of memory with 8 pictures; try a smaller --batch_size"):
+        whole(x, y)
+
+
+def test_every_part_has_its_share_of_what_stands_in_front():
+    """The batches of attacks begin with the triggered pictures."""
+    state, seen, full = prepared(FT(), CPU), list[list[int]](), [True]
+
+    def step(state: dict[str, Any], x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        if full[0] and len(x) > 3:
+            raise torch.OutOfMemoryError("injected")
+        seen.append(y.tolist())
+        return FT().step(state, x, y)
+
+    whole = InParts(step, state, True, Session(say=print))
+    whole(torch.rand(9, 3, 16, 16), torch.tensor([3, 3, 3, 0, 0, 0, 1, 1, 1]))
+    assert seen == [[3, 0, 1], [3, 0], [3, 1], [0, 1]] and whole.parts == 4
+    seen.clear()
+    whole(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+    assert seen == [[0], [1]]
 
 
 @pytest.mark.parametrize("where", ["model", "reference"])
