@@ -4,7 +4,7 @@ What is computed is what the CPU computes. Kernels, streams, graphs and autocast
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from sau.machine import captured
+from sau.models import frozen
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FREE = (torch.device, torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type)  # they read, and make nothing
@@ -118,6 +119,7 @@ def stand_in() -> Iterator[None]:
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     patch.setattr(captured, "capable", lambda where: False)
+    patch.setattr(frozen, "FixedNorms", nullcontext)
     patch.setattr(torch.random, "fork_rng", lambda devices: fork(devices=[]))
     for device in ("cuda", "accelerator"):  # what it is called up to torch 2.10, and later
         check = f"_{device}_graph_capture_health_check"

@@ -425,6 +425,36 @@ def test_every_part_has_its_share_of_what_stands_in_front():
     assert seen == [[0], [1]]
 
 
+@pytest.mark.parametrize(("affine", "size"), [(True, (2, 2)), (True, ()), (False, (3,))])
+def test_fixed_norms_by_hand(affine, size, monkeypatch):
+    """The gradients of torch's batch norm, with the kernels of a card by their formulas."""
+
+    def across(tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return tensor.view(-1, *[1] * (x.ndim - 2))
+
+    def elemt(x: torch.Tensor, weight: None, bias: None, mean: torch.Tensor, inverse: torch.Tensor, eps: float) -> Any:
+        return (x - across(mean, x)) * across(inverse, x)
+
+    def reduce(gradient: torch.Tensor, x: torch.Tensor, mean: Any, inverse: Any, weight: Any, *asked: bool) -> Any:
+        assert asked == (False, True, True)
+        others = [n for n in range(x.ndim) if n != 1]
+        return None, None, (gradient * elemt(x, None, None, mean, inverse, 0.0)).sum(others), gradient.sum(others)
+
+    monkeypatch.setattr(torch, "batch_norm_elemt", elemt)
+    monkeypatch.setattr(torch, "batch_norm_backward_reduce", reduce)
+    torch.manual_seed(0)
+    norm = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[len(size)](3, affine=affine).double().eval()
+    for tensor in (norm.running_mean, norm.running_var, *norm.parameters()):
+        tensor.data.uniform_(0.5, 2)
+    x = torch.rand(5, 3, *size, dtype=torch.double, requires_grad=True)
+    found = []
+    for context in (contextlib.nullcontext(), FixedNorms()):
+        with context:
+            found.append(torch.autograd.grad(norm(x).square().sum(), [x, *norm.parameters()]))
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
 @pytest.mark.parametrize("where", ["model", "reference"])
 def test_networks_with_graphs_of_their_own_are_not_captured(capturer, where):
     state = prepared(SAU(lr=1e-3), CPU)

@@ -161,6 +161,6 @@ def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     if elsewhere := fallback(request.said("device") or "auto"):
         record.say(f"warning: {elsewhere}")
     if request.ignored:
-        typed = {name: request.given[name].origin for name in request.ignored.keys() & request.given.keys()}
-        reasons = "; ".join(f"{typed.get(name, f'--{name}')}: {reason}" for name, reason in request.ignored.items())
+        said = {name: setting.origin for name, setting in request.given.items() if setting.origin.startswith("--")}
+        reasons = "; ".join(f"{said.get(name, f'--{name}')}: {reason}" for name, reason in request.ignored.items())
         record.say(f"warning: flags without effect here: {reasons}")
