@@ -170,11 +170,14 @@ def test_cuda_repeats_them(method, amp):
     losses, step, said = updates(method, where, amp=amp)
     assert len(step.captured.captures) == 2 and len(said) == 1
     wanted, plain, _ = updates(method, where, amp=amp, captured=False)
-    assert losses == pytest.approx(wanted, rel=0.2 if amp else 0.1)  # sums come in another order each time
+    # Sums come in another order each time; a search through statistics that move carries that further (0.03, once).
+    carried = getattr(method, "train_mode", False)
+    assert losses == pytest.approx(wanted, rel=0.2 if amp else 0.1 if carried else 1e-2)
     if "frozen" in step.state:
         assert step.state["frozen"].__self__.amp is amp
     # Adam goes by signs, also of a generator's gradients that are but rounding; of a weight that stays, it is 1.
-    bound, begun = (0.99 if isinstance(method, InputAware) else 0.5), updates(method, where, count=0)[1]
+    bound = 0.99 if isinstance(method, InputAware) else 0.5 if amp or carried else 0.1
+    begun = updates(method, where, count=0)[1]
     for ours, theirs, before in zip(weights(step), weights(plain), weights(begun), strict=True):
         assert (ours - theirs).norm() < bound * (theirs - before).norm()
 

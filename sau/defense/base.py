@@ -180,9 +180,9 @@ def _check_result(method: Defense, model: nn.Module, batches: Batched, before: f
     """Afterwards: finite weights. Warns if many of the clean pictures that were answered rightly `before` no longer
     are, as after a jump of the loss in the last rounds: the one harm that the defender sees."""
     check_weights(model.eval())
-    right = total = 0
     if method.needs != "clean":  # a backdoor that is gone answers the attacker's pictures otherwise
         return
+    right = total = 0
     for x, y, *_ in batches:
         right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
     after = right / max(1, total)
