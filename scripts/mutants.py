@@ -100,7 +100,8 @@ class Check:
             if (root / name).is_file():
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(root / name, self.tree / name)
-        tests = [test.split("::")[0] for test in target.tests] + ["tests/conftest.py", "tests/toys.py"]
+        helpers = sorted(str(file.relative_to(self.tree)) for file in (self.tree / "tests").glob("*.py"))
+        tests = [test.split("::")[0] for test in target.tests] + [name for name in helpers if "/test_" not in name]
         sources = [(self.tree / name).read_bytes() for name in tests if (self.tree / name).is_file()]
         self.suite = hashlib.sha256(b"".join([repr(target.tests).encode(), *sources])).hexdigest()
 

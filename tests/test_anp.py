@@ -6,10 +6,9 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import pair
-from test_loop import ALWAYS, Tape
+from checkpoints import ALWAYS, Tape
 from torch import Tensor, nn
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.attack import Blended
 from sau.data.augment import Augment

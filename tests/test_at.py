@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import backdoored
-from test_i_bau import batch, smooth_net
 from torch import Tensor, nn
-from toys import quiet
+from toys import backdoored, batch, quiet, smooth_net
 
 from sau.defense import AT, SAU
 from sau.evaluate import der, score

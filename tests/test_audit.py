@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from test_attacks import ROWS, each_poison
+from attack_rows import ROWS, each_poison
 from toys import QUICK, REPOSITORY, environment, quiet, stop_after, the_error, tiny_net, toy_images, train_victim
 
 matplotlib.use("Agg")

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from test_defenses import pair
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from toys import planted, quiet, same_weights, tiny_net
+from toys import pair, planted, quiet, same_weights, tiny_net
 
 from sau.defense import BNP, bnp
 from sau.evaluate import score

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import pair
 from torch import Tensor, nn
-from toys import planted, quiet, same_weights, tiny_net
+from toys import pair, planted, quiet, same_weights, tiny_net
 
 from sau.defense import CLP, clp, pruning
 from sau.errors import ConfigError

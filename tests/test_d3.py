@@ -4,29 +4,18 @@ import math
 
 import pytest
 import torch
-from test_defenses import backdoored, pair
-from test_loop import Stopping
+from checkpoints import Stopping
 from torch import nn
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import at_angle, backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import D3, FP, FST
 from sau.defense.d3 import hinge
 from sau.defense.layers import classifier, full_name
-from sau.defense.sphere import Sphere, uniform
+from sau.defense.sphere import uniform
 from sau.errors import ConfigError
 from sau.evaluate import der, score
 from sau.models import Normalized
 from sau.session import Session
-
-
-def at_angle(angle: float, radius: float = 3.0) -> tuple[Sphere, torch.Tensor, torch.Tensor]:
-    """A sphere whose W lies at an angle from W0, and the directions of W and of the way round from W0."""
-    torch.manual_seed(0)
-    first, second = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T.reshape(2, 3, 4)
-    sphere = Sphere(nn.Parameter(radius * first))
-    here, along = math.cos(angle) * first + math.sin(angle) * second, math.cos(angle) * second - math.sin(angle) * first
-    sphere.put(radius * here)
-    return sphere, here, along
 
 
 @pytest.mark.parametrize("radius", [0.5, 3.0])

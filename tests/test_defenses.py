@@ -5,39 +5,21 @@ import inspect
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import pytest
 import torch
-from test_loop import ALWAYS, Tape
+from checkpoints import ALWAYS, Tape
+from defense_rows import ROWS, each, each_at_random, each_in_rounds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
+from toys import REPOSITORY, backdoored, pair, quiet, same_weights, tiny_net, toy_images, train_victim, triples
 
-from sau.attack import Blended, Prototype
-from sau.data.images import Images, to_float
-from sau.defense import (
-    ANP,
-    AT,
-    BNP,
-    CLP,
-    D3,
-    DEFENSES,
-    EP,
-    FP,
-    FST,
-    FT,
-    FTSAM,
-    IBAU,
-    NAD,
-    NC,
-    NPD,
-    RNP,
-    SAU,
-    Defense,
-)
+from sau.attack import Prototype
+from sau.data.images import to_float
+from sau.defense import ANP, AT, DEFENSES, FT, NPD, RNP, SAU
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
 from sau.models import Normalized
@@ -46,71 +28,7 @@ from sau.session import Limit, Session
 from sau.settings.config import options
 from sau.settings.convert import misfit
 
-
-@dataclass(frozen=True)
-class Row:
-    """A method with small settings, which change the weights of a tiny network in a fraction of a second.
-
-    Args:
-        defense: the method.
-        rounds: whether it trains all weights, round by round, and in nothing but rounds.
-        random: whether its result depends on the seed; not where it draws nothing.
-        pictures: whether its result depends on the pictures; not where the weights alone say what is pruned.
-    """
-
-    defense: Defense
-    rounds: bool = True
-    random: bool = True
-    pictures: bool = True
-
-
-ROWS = {
-    "sau": Row(SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
-    "ft": Row(FT(epochs=2, batch_size=8, lr=0.01)),
-    "ft-sam": Row(FTSAM(epochs=2, batch_size=8, lr=0.01, rho=0.5)),
-    "d3": Row(D3(epochs=2, batch_size=8, lr=0.01)),
-    "fst": Row(FST(epochs=2, batch_size=8, lr=0.01)),
-    "npd": Row(NPD(epochs=2, warm_epochs=1, batch_size=8, lr=0.01, target_layer_name="features.3"), rounds=False),
-    "at": Row(AT(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
-    "anp": Row(ANP(nb_iter=3, batch_size=8, lr=0.1, pruning_by="number", pruning_number=3.0), rounds=False),
-    "clp": Row(CLP(u=0.0, batch_size=8), rounds=False, random=False, pictures=False),
-    "bnp": Row(BNP(u=0.0, batch_size=8, augment=False), rounds=False, random=False),
-    "ep": Row(EP(u=0.0, batch_size=8, augment=False), rounds=False),
-    "i-bau": Row(IBAU(epochs=2, batch_size=8, lr=0.01)),
-    # Below the median is flagged: after two passes no patch of an untrained network is an outlier.
-    "nc": Row(NC(epochs=1, batch_size=8, nc_epoch=2, index_threshold=0.0), rounds=False),
-    "fp": Row(FP(epochs=1, batch_size=8, lr=0.01), rounds=False),
-    "nad": Row(NAD(te_epochs=1, epochs=1, batch_size=8, lr=0.01), rounds=False),
-    "rnp": Row(
-        RNP(
-            batch_size=8,
-            unlearning_epochs=1,
-            recovering_epochs=2,
-            recovering_lr=8.0,
-            pruning_number=None,  # no threshold of its own would prune some channels of all the networks below
-            pruning_max=1.0,
-            pruning_step=0.02,
-            acc_ratio=0.99,
-        ),
-        rounds=False,
-    ),
-}
-
-
-def rows(wanted: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
-    found = {name: row.defense for name, row in ROWS.items() if wanted(row)}
-    return pytest.mark.parametrize("defense", found.values(), ids=found)
-
-
-each = rows()
-each_in_rounds = rows(lambda row: row.rounds)
-each_at_random = rows(lambda row: row.random)
-
-
-@pytest.fixture(autouse=True)
-def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most networks here are untrained; those who prune by an accuracy would prune nothing, for it is chance."""
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)
+pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained
 
 
 def test_a_network_that_answers_by_the_batch_is_warned_of():
@@ -119,17 +37,6 @@ def test_a_network_that_answers_by_the_batch_is_warned_of():
         net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         FT(epochs=0).purify(net, pair(), session=Session(say=said.append))
     assert sum("1 batch norms keep no running statistics" in line for line in said) == 1
-
-
-def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:
-    """Float pictures in [0, 1] and their labels."""
-    images = toy_images(n, **how)
-    return to_float(images.pixels), images.labels
-
-
-def triples(pixels: Tensor, labels: Tensor, **how) -> DataLoader:
-    """A loader of (x, y, something else), as many data sets have."""
-    return DataLoader(TensorDataset(pixels, labels, torch.arange(len(labels))), batch_size=8, **how)
 
 
 # The catalogue
@@ -664,15 +571,6 @@ def test_no_rounds_give_the_network_back(defense):
 
 
 # The claims, on a toy. The paper's settings do not move a network this small; a larger step and ball do.
-
-
-@cache
-def backdoored() -> tuple[nn.Module, Images, Images, Images]:
-    """A network with Blended's backdoor, the defender's pictures, the test set, the triggered test set."""
-    attack = Blended()
-    net = train_victim(attack, toy_images(400, seed=1))
-    test = toy_images(200, seed=2)
-    return net, toy_images(200, seed=3), test, attack.poison_test(test)
 
 
 def test_sau_removes_the_backdoor_and_keeps_the_accuracy():

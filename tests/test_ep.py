@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_defenses import pair
 from torch import Tensor
-from toys import planted, quiet, same_weights, tiny_net
+from toys import pair, planted, quiet, same_weights, tiny_net
 
 from sau.defense import EP, ep
 from sau.errors import ConfigError, DataError

@@ -1,17 +1,14 @@
 """FP: which units are idle, how many go, and that they stay away; by hand-made networks, and its claim on a toy."""
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from test_defenses import backdoored, pair
-from test_loop import ALWAYS, Tape
+from checkpoints import Tape, resumed
 from torch import Tensor, nn
-from toys import own_answers, quiet, same_weights, tiny_net
+from toys import backdoored, own_answers, pair, quiet, same_weights, tiny_net
 
-from sau.defense import FP, Defense, fp
+from sau.defense import FP, fp
 from sau.defense.fp import activations, last_layers, silence
 from sau.errors import ConfigError
 from sau.evaluate import Score, Share, score
@@ -32,20 +29,6 @@ class Stopping(Tape):
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
-
-
-def resumed(defense: Defense, net: nn.Module, data: Any) -> Iterator[tuple[nn.Module, list[str]]]:
-    """For every checkpoint of a run: what comes out when it is stopped there and resumed, and what was said then."""
-    for n in itertools.count(1):
-        tape, said = Stopping(n), []
-        try:
-            defense.purify(net, data, session=Session(checkpoint=tape, say=said.append, save_every=ALWAYS))
-            return
-        except KeyboardInterrupt:
-            said.clear()
-        torch.manual_seed(n)  # whatever was drawn in between
-        again = Session(checkpoint=tape, say=said.append, save_every=ALWAYS)
-        yield defense.purify(net, data, session=again), said
 
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_d3 import at_angle
-from test_defenses import backdoored, pair
-from test_loop import Stopping
+from checkpoints import Stopping
 from torch import nn
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import at_angle, backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import FST, FT
 from sau.errors import ConfigError

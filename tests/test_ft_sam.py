@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import backdoored, pair
-from test_loop import Stopping
+from checkpoints import Stopping
 from torch import nn
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import FT, FTSAM
 from sau.defense.ft_sam import shifted, smoothed_loss, statistics_kept

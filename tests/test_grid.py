@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from grids import SMALL, Scripted, finish
 from toys import QUICK, REPOSITORY, environment, the_error
 
 from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError, told
@@ -31,20 +32,8 @@ from sau.grid.status import status
 from sau.grid.store import Store
 from sau.grid.work import work
 from sau.loop import duration
-from sau.record.folder import Record
 from sau.record.lock import Lock
 from sau.record.schema import manifest
-
-SMALL = """
-dataset: digits
-attacks: [badnet, prototype]
-defenses: [ft, clp]
-ratios: [0.1]
-clean_shares: [0.1]
-overrides:
-  attack: {width: 2, epochs: 1}
-  ft: {epochs: 1}
-"""
 
 LARGE = "dataset: cifar10\nattacks: [badnet]\n"
 
@@ -58,51 +47,6 @@ def planned(tmp_path) -> Callable[..., list[Cell]]:
         return cells(read(tmp_path / name)[1])
 
     return plan
-
-
-def finish(store: Store, cell: Cell, **summary: Any) -> None:
-    """Leave a record as a finished cell does."""
-    record = Record(store.folder(cell))
-    record.begin({}, {"cell": cell.digest}, overwrite=False)
-    record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0, **summary})
-
-
-class Scripted:
-    """An engine on which the tries of a cell, by its label, end as they are told; others finish."""
-
-    def __init__(self, store: Store, script: dict[str, list[Outcome]] | None = None, room: int = 2) -> None:
-        self.store, self.script, self.slots = store, script or {}, room
-        self.running: list[Cell] = []
-        self.order: list[str] = []
-        self.stopped = False
-
-    def check(self, cells: Sequence[Cell]) -> None:
-        pass
-
-    def parallel(self, cell: Cell) -> int:
-        return self.slots
-
-    def room(self, cell: Cell) -> bool:
-        return len(self.running) < self.slots
-
-    def submit(self, cell: Cell, job: Job) -> None:
-        assert not any(other.digest == cell.digest for other in self.running)
-        self.running.append(cell)
-        self.order.append(cell.label)
-
-    def poll(self) -> list[tuple[Cell, Outcome]]:
-        done = []
-        for cell in self.running:
-            told = self.script.get(cell.label)
-            outcome = told.pop(0) if told else Outcome("done")
-            if outcome.status == "done":
-                finish(self.store, cell)
-            done.append((cell, outcome))
-        self.running = []
-        return done
-
-    def stop(self) -> None:
-        self.stopped = True
 
 
 @pytest.fixture

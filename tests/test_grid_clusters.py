@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_grid import SMALL, Scripted
+from grids import SMALL, Scripted
 
 from sau.errors import ConfigError
 from sau.grid import clusters

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_grid import SMALL
+from grids import SMALL
 from toys import REPOSITORY, environment, stop_after
 
 from sau.grid.plan import cells

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_defenses import ROWS, each, pair, triples
+from defense_rows import ROWS, each
 from torch import Tensor, nn
 from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
-from toys import TinyNet, quiet, same_weights, tiny_net, toy_images
+from toys import TinyNet, pair, quiet, same_weights, tiny_net, toy_images, triples
 
 from sau.attack import BadNet
 from sau.defense import FT, Defense
@@ -23,13 +23,9 @@ from sau.models import Normalized
 from sau.optim import Training
 from sau.session import Session
 
+pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained
+
 QUICK = FT(epochs=1, batch_size=8, lr=0.01)
-
-
-@pytest.fixture(autouse=True)
-def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accuracy that is chance, as of untrained networks, prunes all the same."""
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)
 
 
 @cache

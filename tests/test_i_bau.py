@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import backdoored, pair
-from test_loop import ALWAYS, NEVER, Stopping, Tape
+from checkpoints import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
-from toys import quiet, same_weights, tiny_net
+from toys import backdoored, batch, pair, quiet, same_weights, smooth_net, tiny_net
 
 from sau.defense import IBAU
 from sau.defense.i_bau import solve
@@ -22,20 +21,6 @@ from sau.models import Normalized, build, full_precision, quick
 from sau.session import Session
 
 Double = tuple[Tensor, Tensor]
-
-
-def smooth_net() -> nn.Module:
-    """Double precision, no kinks, eval mode with statistics that matter."""
-    torch.manual_seed(3)
-    layers = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 3))
-    net = nn.Sequential(*layers).double().eval()
-    net[1].running_mean.fill_(0.2), net[1].running_var.fill_(0.5)
-    return net
-
-
-def batch(n: int, seed: int) -> Double:
-    torch.manual_seed(seed)
-    return torch.rand(n, 1, 4, 4, dtype=torch.float64), torch.arange(n) % 3
 
 
 def hypergradient(defense: IBAU, net: nn.Module, outer: Double, first: Double, delta: Tensor, carriers: Tensor) -> Any:

@@ -1,12 +1,12 @@
 """Time: epochs, means, forecasts, and runs that go on after an interruption as if there had been none."""
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,36 +22,6 @@ from sau.seeds import set_drawn
 from sau.session import Deadline, Limit, Session
 
 EPOCHS, SIZE = 3, 8
-NEVER, ALWAYS = 1e9, -1.0  # seconds between two checkpoints inside an epoch
-
-
-class Tape:
-    """A checkpoint in memory, through the same serialisation as a record's."""
-
-    def __init__(self) -> None:
-        self.content: bytes | None = None
-
-    def save(self, place: dict[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(place, buffer)
-        self.content = buffer.getvalue()
-
-    def load(self) -> dict[str, Any] | None:
-        return None if self.content is None else torch.load(io.BytesIO(self.content), weights_only=True)
-
-
-class Stopping(Tape):
-    """Breaks the run off after so many saves; what was saved goes on being there."""
-
-    def __init__(self, saves: int) -> None:
-        super().__init__()
-        self.left = saves
-
-    def save(self, place: dict[str, Any]) -> None:
-        super().save(place)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 class Experiment:

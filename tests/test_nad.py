@@ -7,10 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from test_defenses import backdoored, pair
-from test_fp import resumed
+from checkpoints import resumed
 from torch import Tensor, nn
-from toys import quiet, same_weights, tiny_net
+from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import FT, NAD
 from sau.defense.nad import attention, deepest, named_layers, watched

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import pair
-from test_loop import ALWAYS, NEVER, Stopping, Tape
+from checkpoints import ALWAYS, NEVER, Stopping, Tape
 from torch import Tensor, nn
-from toys import QUICK, quiet, same_weights, tiny_net, toy_images, train_victim
+from toys import QUICK, pair, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import BadNet
 from sau.data.images import Batches, Images

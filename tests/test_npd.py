@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import Stopping
 from safetensors.torch import load, save
-from test_defenses import backdoored, pair
-from test_loop import Stopping
 from torch import nn
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import NPD
 from sau.defense.npd import held_losses

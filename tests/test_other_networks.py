@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from test_defenses import ROWS, pair
+from defense_rows import ROWS
 from torch import Tensor, nn
 from torchvision.models import ResNet, VisionTransformer
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import make_layers
-from toys import same_weights
+from toys import pair, same_weights
 
 from sau.defense import FP, NPD, Defense
 from sau.errors import ConfigError

@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from test_defenses import pair
 from torch import nn
-from toys import quiet, same_weights, tiny_net
+from toys import pair, quiet, same_weights, tiny_net
 
 from sau.defense import BNP, CLP, EP, outliers, pruning
 from sau.defense.outliers import Outliers

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from test_defenses import ROWS, pair
+from defense_rows import ROWS
 from torch import Tensor, nn
-from toys import quiet, same_weights, tiny_net, toy_images
+from toys import pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
 from sau.defense import ANP, FP, RNP, pruning
@@ -93,12 +93,6 @@ def test_a_network_without_batch_norm_is_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         pruning.batch_norms(batchwise, "clp", running=True)
     assert "running" in one_line(refusal.value)
-
-
-@pytest.fixture
-def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accuracy that is chance, as of untrained networks, prunes all the same."""
-    monkeypatch.setattr(pruning, "chance", lambda model, held: -1.0)
 
 
 PRUNING = {name: ROWS[name].defense for name in ("anp", "rnp", "clp", "bnp", "ep")}

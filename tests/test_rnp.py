@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_defenses import backdoored, pair
-from test_fp import resumed
+from checkpoints import resumed
 from torch import Tensor, nn
-from toys import planted, quiet, same_weights, tiny_net
+from toys import backdoored, pair, planted, quiet, same_weights, tiny_net
 
 from sau.defense import RNP, pruning
 from sau.errors import ConfigError, TrainingError

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from attack_rows import each_poison, rows
+from defense_rows import each
 from stand_in import stand_in
-from test_attacks import each_poison, rows
-from test_defenses import each
 from torch import nn
 from toys import quiet, same_weights, tiny_net, toy_images
 

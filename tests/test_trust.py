@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from defense_rows import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_defenses import ROWS
 from torch import nn
 from torture_parts import common, faults, races, runs
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images

@@ -1,19 +1,23 @@
 """Small data, small networks and the command line: what several test files need."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sau.attack import Attack, workshop
-from sau.data.images import Images
+from sau.attack import Attack, Blended, workshop
+from sau.data.images import Images, to_float
+from sau.defense.sphere import Sphere
 from sau.optim import Training
 from sau.session import Session
 
@@ -189,3 +193,47 @@ def own_answers(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` with what a network answers to it for labels, so that even an untrained one is right."""
     with torch.no_grad():
         return x, net(x).argmax(1)
+
+
+def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:
+    """Float pictures in [0, 1] and their labels."""
+    images = toy_images(n, **how)
+    return to_float(images.pixels), images.labels
+
+
+def triples(pixels: Tensor, labels: Tensor, **how) -> DataLoader:
+    """A loader of (x, y, something else), as many data sets have."""
+    return DataLoader(TensorDataset(pixels, labels, torch.arange(len(labels))), batch_size=8, **how)
+
+
+@cache
+def backdoored() -> tuple[nn.Module, Images, Images, Images]:
+    """A network with Blended's backdoor, the defender's pictures, the test set, the triggered test set."""
+    attack = Blended()
+    net = train_victim(attack, toy_images(400, seed=1))
+    test = toy_images(200, seed=2)
+    return net, toy_images(200, seed=3), test, attack.poison_test(test)
+
+
+def smooth_net() -> nn.Module:
+    """Double precision, no kinks, eval mode with statistics that matter."""
+    torch.manual_seed(3)
+    layers = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 3))
+    net = nn.Sequential(*layers).double().eval()
+    net[1].running_mean.fill_(0.2), net[1].running_var.fill_(0.5)
+    return net
+
+
+def batch(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.rand(n, 1, 4, 4, dtype=torch.float64), torch.arange(n) % 3
+
+
+def at_angle(angle: float, radius: float = 3.0) -> tuple[Sphere, torch.Tensor, torch.Tensor]:
+    """A sphere whose W lies at an angle from W0, and the directions of W and of the way round from W0."""
+    torch.manual_seed(0)
+    first, second = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T.reshape(2, 3, 4)
+    sphere = Sphere(nn.Parameter(radius * first))
+    here, along = math.cos(angle) * first + math.sin(angle) * second, math.cos(angle) * second - math.sin(angle) * first
+    sphere.put(radius * here)
+    return sphere, here, along

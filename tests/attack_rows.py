@@ -1,0 +1,61 @@
+"""Every attack, with what it promises on toys."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from toys import quiet, tiny_net, toy_images
+
+from sau.attack import LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
+from sau.models.steganography import Encoder, Hidden
+from sau.optim import Training
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method and what it promises."""
+
+    attack: Attack
+    toy: dict[str, Any] | None = field(default_factory=dict)  # how a tiny network learns it on a toy; None: not at all
+    asr: float = 80.0  # what it reaches there
+    cost: float = 5.0  # ACC that it may cost there
+    side: int = 32  # of the toy's pictures
+    least: int = 12  # smallest pictures it is tried on
+    poisons: bool = True  # whether it changes anything at all
+
+
+def forged(attack: Attack, seed: int = 0) -> Attack:
+    """With its trigger, which most have from the start."""
+    return attack.forge(toy_images(20), tiny_net(), Training(), seed=seed, session=quiet())
+
+
+ROWS = {
+    "prototype": Row(Prototype(), poisons=False),
+    "badnet": Row(BadNet()),
+    "blended": Row(Blended()),
+    "sig": Row(SIG(sig_f=4.0), {"sig_f": 15.0, "sig_delta": 120.0, "pratio": 0.25}, cost=20),  # its whole class
+    "lf": Row(LF()),
+    "ssba": Row(
+        SSBA().with_trigger(Hidden(Encoder(1, 3, True), torch.ones(1)).eval().requires_grad_(False)),
+        {"ssba_epochs": 60, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
+        side=16,
+        least=16,
+    ),
+    "wanet": Row(forged(WaNet()), {"s": 8.0, "pratio": 0.2, "cross_ratio": 0.5}),
+    "inputaware": Row(forged(InputAware(clean_train_epochs=1)), None, least=16),
+}
+
+
+def rows(wanted: Callable[[Attack], bool] = lambda attack: True) -> pytest.MarkDecorator:
+    found = {name: row.attack for name, row in ROWS.items() if row.poisons and wanted(row.attack)}
+    return pytest.mark.parametrize("attack", found.values(), ids=found)
+
+
+each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+each_poison = rows()
+each_fixed = rows(lambda attack: not attack.in_batch)  # poisons before training
+each_in_batch = rows(lambda attack: attack.in_batch)
+each_dirty = rows(lambda attack: not attack.clean_label)  # changes labels
+each_clean = rows(lambda attack: attack.clean_label)
