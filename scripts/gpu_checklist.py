@@ -122,6 +122,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda or one like cuda:1 [auto]")
     parser.add_argument("--smoke", action="store_true", help="in miniature")
     args = parser.parse_args(argv)
+    machine = _machine(args.device)
+    if not (machine or args.smoke):
+        parser.error("no CUDA device here, and the targets are a card's; --smoke runs all in miniature, on the CPU too")
     data = ("--dataset", "digits")
     if args.datasets:
         data = ("--dataset", "cifar10", "--dataset_path", str(args.datasets.resolve()))
@@ -129,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     seconds = 60 * args.minutes
     work = Checklist(out, time.monotonic() + seconds, data, args.device, args.smoke, seconds / 600)
-    work.add("machine", _machine(args.device), "")
+    work.add("machine", machine or "no CUDA device: these are figures of the CPU", "")
     work.add("pictures", "CIFAR-10" if args.datasets else "digits, in place of CIFAR-10", "")
     _measure(work)
     print((out / "table.md").read_text())
@@ -214,17 +217,14 @@ def _share(work: Checklist, what: str, speed: float, measured: list[dict[str, An
 
 
 def _machine(device: str) -> str:
+    """The name of the card and torch's version; empty where there is no card."""
     try:
         import torch
     except ImportError:
         sys.exit(f"no torch in {sys.executable}; run bash scripts/demo.sh first, or name another python in PYTHON")
-    cuda = torch.cuda.is_available() and device != "cpu"
-    name = (
-        torch.cuda.get_device_name(None if device == "auto" else device)
-        if cuda
-        else "no CUDA device: these are figures of the CPU"
-    )
-    return f"{name}, torch {torch.__version__}"
+    if device == "cpu" or not torch.cuda.is_available():
+        return ""
+    return f"{torch.cuda.get_device_name(None if device == 'auto' else device)}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ def run(asked: argparse.Namespace, look: bool) -> int:
         print("\n".join([f"note: {other}"] * bool(other) + of_others(store, every) + status(every, store)))
         return 0
     if asked.publish:
+        if asked.publish.exists() and not asked.publish.is_dir():
+            raise ConfigError(f"--publish {asked.publish} is a file; name a folder, or one that is not there yet")
         count, notes = publish(store, every, asked.publish)
         say("\n".join([*notes, f"{count} summaries of {len(every)} cells are in {asked.publish}"]))
         return 0

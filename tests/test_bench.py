@@ -282,6 +282,15 @@ def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
     assert "failed" not in text and "no end in" not in text
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_the_checklist_of_a_gpu_says_that_there_is_none(device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as refusal:
+        gpu_checklist.main(["--device", device, "--out", str(tmp_path / "out")])
+    assert refusal.value.code == 2 and not (tmp_path / "out").exists()
+    assert "no CUDA device" in (line := capsys.readouterr().err) and "--smoke" in line and line.count("\n") == 1
+
+
 def test_the_parts_of_the_checklist_of_a_gpu_fit_into_its_time(tmp_path, monkeypatch):
     """What is over at once leaves its time to the next; what takes all of its own leaves the next one theirs."""
     kept, now = gpu_checklist.KEPT, [0.0]

@@ -992,7 +992,7 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("none.yaml",), "none.yaml: [Errno 2]"),
+        (("none.yaml",), "none.yaml: No such file or directory;"),
         (("grid.yaml", "--only", "x"), "--only 'x' fits no cell"),
         (("grid.yaml", "--memory_gb", "1"), "memory_gb is 2, but this machine has 1"),
         (("grid.yaml", "--retries", "-1"), "retries is -1"),
@@ -1015,6 +1015,7 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("status", "grid.yaml", "--memory_gb", "1"), "--memory_gb has no effect on status"),
         (("status", "grid.yaml", "--jobs", "1"), "--jobs has no effect on status"),
         (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run and --publish"),
+        (("grid.yaml", "--publish", "grid.yaml"), "--publish grid.yaml is a file"),
         (("grid.yaml", "--cores", "0"), "--cores is 0"),
         (("grid.yaml", "--memory_gb", "0"), "--memory_gb is 0"),
         (("far.yaml",), "there is no folder /nowhere/train"),

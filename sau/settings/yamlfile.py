@@ -70,7 +70,9 @@ def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
 def _nodes(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.compose(path.read_text(), Loader=_Yaml)
-    except (OSError, *NO_YAML) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name a YAML file") from None
+    except NO_YAML as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     return _mapping(tree, path) if tree is not None else {}
 
