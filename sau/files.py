@@ -24,7 +24,8 @@ def folder(root: str | Path, *names: str) -> Path:
     for name in names:
         if not _NAME.fullmatch(name) or name.endswith("."):
             raise RecordError(
-                f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first"
+                f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first, "
+                "and no '.' at the end"
             )
         base, path = path, path / name
         if os.path.dirname(os.path.realpath(path)) != os.path.realpath(base):

@@ -67,9 +67,7 @@ def project(e: Change, norm: Norm, eps: float) -> Change:
 
 
 def length(e: Change, norm: Norm) -> PerImage:
-    """The norm of every picture's perturbation; 0 where there is no ball."""
-    if norm == "Reg":
-        return e.new_zeros(len(e))
+    """The norm of every picture's perturbation."""
     order = {"L_inf": torch.inf, "L1": 1, "L2": 2}[norm]
     return torch.linalg.vector_norm(e.flatten(1), ord=order, dim=1)
 

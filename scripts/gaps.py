@@ -10,10 +10,11 @@ purified network, with Newcombe's 95 % interval (from two Wilson intervals; wide
 import math
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script_parts.asking import Parser
 
 from sau.errors import RecordError, told
 from sau.record.folder import METRICS, Record
@@ -46,16 +47,15 @@ def line(record: Record) -> list[str]:
     return cells
 
 
-def main(paths: list[str]) -> int:
+def main() -> int:
     """Print the table; exit status 2 for a user's mistake."""
-    if not paths or paths[0].startswith("-"):
-        print(__doc__)
-        return 0 if paths[:1] in (["--help"], ["-h"]) else 2
+    parser = Parser(__doc__)
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD", help="result folder of an attack")
     lines = []
-    for path in paths:
-        if not Path(path).is_dir():
+    for path in parser.parse_args().records:
+        if not path.is_dir():
             raise RecordError(f"there is no folder {path}; give result folders of attacks")
-        for manifest in sorted(Path(path).glob("defense/*/manifest.json")):
+        for manifest in sorted(path.glob("defense/*/manifest.json")):
             record = Record(manifest.parent)
             record.check()
             if "r_bd" in record.summary().get("risk", {}).get("after", {}):
@@ -68,4 +68,4 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(partial(main, sys.argv[1:])))
+    sys.exit(told(main))

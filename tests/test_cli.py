@@ -264,6 +264,22 @@ def test_the_probe_of_precision_draws_nothing_from_the_run(victim, here, monkeyp
     assert len(drawn) == 24 and drawn[:12] == drawn[12:]  # eleven batches of the attack, one of the defense
 
 
+def test_the_commit_is_that_of_this_code_or_none(tmp_path, monkeypatch):
+    """Installed inside somebody's project it lies in that repository's folder and is not its."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for more in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *more], check=True)
+    inside = tmp_path / "site" / "watch.py"
+    inside.parent.mkdir()
+    inside.write_text("")
+    monkeypatch.setattr(watch, "__file__", str(inside))
+    assert watch._commit() is None
+    for more in (["add", "site"], ["commit", "-q", "-m", "ours"]):
+        subprocess.run([*git, *more], check=True)
+    commit = watch._commit()
+    assert commit is not None and len(commit) == 40
+
+
 @pytest.mark.usefixtures("few_digits")
 def test_a_flag_without_effect_is_called_as_it_was_typed(here):
     flags = ("--lr_C", "0.1", "--schedulerC_milestones", "3", "--clean_train_epochs", "1")

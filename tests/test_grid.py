@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -915,6 +916,7 @@ def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path,
     for code, reason, again in (
         ("raise SystemExit(3)", "exit status 3", True),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, perhaps for want of memory", True),
+        ("os.kill(os.getpid(), signal.SIGRTMIN + 6)", f"killed by signal {signal.SIGRTMIN + 6}", True),
         ("raise ValueError('broken')", "ValueError: broken", True),
         (f"raise SystemExit({FULL})", f"exit status {FULL}", True),
         ("print('error: no such file', file=sys.stderr); raise SystemExit(2)", "no such file", False),

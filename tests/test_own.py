@@ -176,6 +176,15 @@ def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path,
     assert "no tensor under 'state_dict.'; scripts/inspect_checkpoint.py lists them" in one_line(refusal.value)
 
 
+def test_a_prefix_that_is_a_whole_name_is_not_the_beginning_of_another(net, pictures, tmp_path):
+    averaged = {name: value / 2 if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": net.state_dict(), "state_dict_ema": averaged}, tmp_path / "two.pt")
+    own = OwnRun(model_file=str(tmp_path / "two.pt"), clean_dir=str(pictures))
+    for prefix, wanted in (("state_dict", net.state_dict()), ("state_dict_ema.", averaged)):
+        found, _, _ = network(replace(own, model_prefix=prefix), CLASSES)
+        assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+
+
 def test_the_prefix_of_the_command_line_chooses(net, pictures, tmp_path, here, refused):
     torch.save({"model": net.state_dict(), "ema": net.state_dict()}, tmp_path / "two.pt")
     given = flags(tmp_path / "two.pt", pictures)

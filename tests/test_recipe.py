@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 from toys import QUICK, quiet, tiny_net, toy_images
 
 from sau.attack import BadNet, WaNet
@@ -77,6 +78,9 @@ def test_sides_that_cannot_be_are_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         BadNet().fit(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)), images, recipe, session=quiet())
     assert "8x8" in one_line(refusal.value)
+    with pytest.raises(ConfigError) as refusal:
+        BadNet().fit(VisionTransformer(16, 4, 1, 1, 8, 8, num_classes=4), images, recipe, session=quiet())
+    assert "8x8: Wrong image height" in one_line(refusal.value)
 
 
 def test_fast_depends_on_the_device_and_is_for_attacks_beforehand():

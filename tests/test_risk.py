@@ -366,7 +366,9 @@ def test_tracked_risks_do_not_end_the_training_of_batch_norm(name, victim, here)
     assert (victim / "defense" / name / "model.safetensors").read_bytes() == plain
 
 
-def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here):
+def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here, monkeypatch):
+    measured = []
+    monkeypatch.setattr("sau.risk.measure", lambda *given, **more: measured.append(0) or measure(*given, **more))
     flags = ("defense", "sau", "--result_file", "victim", "--epochs", "2", "--eval_every", "1")
     assert here(*flags, *QUICK)[0] == 0
     plain = (victim / "defense" / "sau" / "model.safetensors").read_bytes()
@@ -382,6 +384,7 @@ def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here)
     assert risk["search"] == {"norm": "L_inf", "eps": 0.1, "steps": 2, "step_size": None, "restarts": 2}
     # The network in question is the reference itself: what fools one fools both.
     assert risk["before"]["r_share"] == risk["before"]["r_adv"] and risk["before"]["type2"] == 0
+    assert len(measured) == 1 + 2  # before, and after each round: those of the last one are the result's
 
 
 def test_a_method_without_epochs_gets_its_row(victim, here):

@@ -133,7 +133,7 @@ class Attack(Labelling, ABC):
     def stamped(self, images: Images, *, test: bool) -> Bytes:
         """The pixels of `images` with the trigger, 8 bits deep, made in blocks."""
         blocks = [quantise(self.stamp(to_float(block), test=test)) for block in images.pixels.split(1000)]
-        return torch.cat(blocks) if blocks else images.pixels.clone()
+        return torch.cat(blocks)
 
     def examples(self, trained_on: Images) -> Images:
         """The poisoned training pictures that a record keeps, from those that the victim was trained on."""

@@ -26,7 +26,7 @@ def plan(pratio: float, size: int, ratio: float, how: str) -> str:
     if share == 0:
         return f"no picture of a batch of {size} poisoned"
     if share < 1:
-        return f"one picture in {share:.3g} of the batches of {size} poisoned, and {int(ratio)} of them {how}"
+        return f"one picture in {share:.3g} of the batches of {size} poisoned, and {int(ratio)} more {how}"
     return f"of each batch of {size} {int(share)} pictures poisoned and {int(int(share) * ratio)} {how}"
 
 
@@ -49,8 +49,7 @@ def covered(images: Images, cover: Cover) -> Images:
     other = torch.empty_like(ring).scatter(0, ring, ring.roll(1))  # the one before it in the ring, so never itself
     pairs = zip(images.pixels.split(1000), images.pixels[other].split(1000), strict=True)
     blocks = [quantise(cover(to_float(block), to_float(others))) for block, others in pairs]
-    pixels = torch.cat(blocks) if blocks else images.pixels
-    return replace(images, pixels=pixels, role=torch.full_like(images.role, COVER))
+    return replace(images, pixels=torch.cat(blocks), role=torch.full_like(images.role, COVER))
 
 
 @torch.no_grad()
@@ -71,6 +70,5 @@ def examples(attack: Attack, images: Images, ratio: float, cover: Cover) -> Imag
     made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])
     beside = ((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()
     covers = covered(images[beside[len(beside) == 1 :]], cover)  # one alone would be its own other, so it is left out
-    both = {name: torch.cat([value, covers.tensors()[name]]) for name, value in made.tensors().items()}
-    order = both["index"].argsort()
-    return Images.restore({name: value[order] for name, value in both.items()}, images.num_classes) if n.any() else made
+    both = made.joined(covers)
+    return both[both.index.argsort()]

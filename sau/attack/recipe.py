@@ -44,7 +44,7 @@ def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) ->
         try:
             with torch.no_grad(), answering(model):
                 model(small)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
             size, reason = "x".join(map(str, small.shape[2:])), first_line(error)
             raise ConfigError(f"sides has {side:g}, but the network takes no pictures of {size}: {reason}") from None
     return sides

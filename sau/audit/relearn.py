@@ -40,6 +40,8 @@ def mixture(
         augment: put the clean pictures through this, once and for all; the poisons stay as they are.
     """
     draw, size, most = generator(DRAW + seed), round(share * len(train)), most_shots(train, poisons, share)
+    if size < 1:
+        raise ConfigError(f"share is {share:g} of {len(train)} pictures, which is none; give more")
     if not 0 <= shots <= most:
         raise ConfigError(
             f"shots is {shots}, allowed is 0 to {most}: the attacker draws {size} pictures "
@@ -49,10 +51,7 @@ def mixture(
     chosen = poisons[torch.randperm(len(poisons), generator=draw)[:shots]]
     if augment is not None:
         clean = replace(clean, pixels=augment(clean.pixels, draw))
-    rest = clean[torch.arange(shots, size)].tensors()
-    return Images.restore(
-        {name: torch.cat([value, rest[name]]) for name, value in chosen.tensors().items()}, train.num_classes
-    )
+    return chosen.joined(clean[torch.arange(shots, size)])
 
 
 def relearn(

@@ -7,6 +7,7 @@ from typing import Any
 from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
 from sau.errors import in_a_line
 from sau.report.spread import Spread, spread
+from sau.wording import markdown
 
 Audit = Mapping[str, Any]  # what `audit.json` holds
 Key = tuple[str, str]  # part and curve
@@ -100,5 +101,4 @@ def _text(value: Spread | None, digits: int = 1) -> str:
 
 
 def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [in_a_line(f"| {' | '.join(cells)} |") for cells in (heads, *body)]
-    return "\n".join([f"{title}\n", lines[0], "|" + "---|" * len(heads), *lines[1:]])
+    return f"{in_a_line(title)}\n\n{markdown(heads, body)}".rstrip()

@@ -179,7 +179,7 @@ def _target(request: Request) -> str:
     """What the user calls the folder of the attack."""
     target: str | None = request.said("result_file")
     if target is None or request.said("model_file") is not None:
-        raise ConfigError("give --result_file, the folder name of an attack, or --model_file, a network of your own")
+        raise ConfigError("give one of --result_file, an attack's folder, and --model_file, a network of your own")
     return target
 
 

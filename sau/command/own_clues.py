@@ -47,12 +47,13 @@ class Reversal:
     def summary(self, clean: Sequence[float]) -> dict[str, Any]:
         """For a report; `clean` are the indices of clean networks that were searched alike."""
         index = self.index
-        said = {"norms": [round(norm, 2) for norm in self.norms], "class": self.label, "index": index}
+        said = {"norms": [round(norm, 2) for norm in self.norms], "class": self.label}
+        said |= {"index": None if index is None else round(index, 2)}
         if index is None or not clean:
             return {**said, "clean_networks": len(clean), "clean_above": None, "p": None}
         reached = sum(other >= index for other in clean)
         p = round((1 + reached) / (1 + len(clean)), 3)
-        return {**said, "index": round(index, 2), "clean_networks": len(clean), "clean_above": reached, "p": p}
+        return {**said, "clean_networks": len(clean), "clean_above": reached, "p": p}
 
     def text(self, clean: Sequence[float]) -> str:
         """The same as a line."""

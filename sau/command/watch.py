@@ -51,7 +51,8 @@ class Watch:
     ) -> None:  # fmt: skip
         self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
         self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
-        self.last: tuple[str, Score] | None = None  # of the last epoch: what was scored, and its score
+        # Of the last epoch: what was scored, its score and its risks.
+        self.last: tuple[str, Score, Found | None] | None = None
         self.findings: dict[str, Any] = {}
         self.earlier: float | None = None
         closing = evaluation_seconds if closing_seconds is None else closing_seconds
@@ -94,10 +95,10 @@ class Watch:
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
             found = score(model, self.test, self.triggered())
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
+            risks = self.risks(model) if self.risks is not None else None
+            figures.update(risks.row() if risks else {})
             if epoch == self.epochs:
-                self.last = fingerprint(model), found
-            if self.risks is not None:
-                figures.update(self.risks(model).row())
+                self.last = fingerprint(model), found, risks
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
@@ -119,7 +120,8 @@ class Watch:
     def last_risks(self, model: nn.Module) -> dict[str, Any]:
         """The risks of the result; a method that told the loop of no network gets its row here."""
         assert self.risks is not None
-        found = self.risks(model)
+        known = self.last[2] if self.last is not None and self.last[0] == fingerprint(model) else None
+        found = known or self.risks(model)
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
         if "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
@@ -134,19 +136,22 @@ def trigger_session(run: Run, started: float) -> Session | None:
 
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
     """Start or resume a record with what was asked, the versions and the commit; `identity` determines the result."""
-    here = str(Path(__file__).resolve().parent)
-    git = ""
-    if shutil.which("git"):
-        command = ["git", "-C", here, "rev-parse", "HEAD"]
-        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     facts = {
         "run": asdict(run),
         "command": shlex.join(sys.argv),
         "threads": threads,
-        "git": git or None,
+        "git": _commit(),
         "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     record.begin(facts, versioned(identity), run.overwrite)
+
+
+def _commit() -> str | None:
+    """The commit of this code; None where it is in no repository, or lies in another one's folder without being its."""
+    file = Path(__file__).resolve()
+    command = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]  # fails where HEAD lacks it
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return done.stdout.split()[0] if done is not None and done.returncode == 0 else None
 
 
 def versioned(identity: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Images:
     pixels: Bytes
     labels: Labels
     true_labels: Labels
-    role: Bytes | Tensor
+    role: Tensor
     index: Labels
     num_classes: int
 
@@ -93,6 +93,11 @@ class Images:
     def __getitem__(self, index: Tensor) -> "Images":
         picked = {name: getattr(self, name)[index] for name in _TENSORS}
         return replace(self, **picked)
+
+    def joined(self, others: "Images") -> "Images":
+        """These pictures and, behind them, `others`."""
+        both = {name: torch.cat([value, getattr(others, name)]) for name, value in self.tensors().items()}
+        return replace(self, **both)  # type: ignore[arg-type]
 
     def updated(self, others: "Images", rows: Tensor) -> "Images":
         """These pictures with `others` in place of those at `rows`."""

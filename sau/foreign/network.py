@@ -48,7 +48,9 @@ def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]
 
 def _part(found: weights.Weights, prefix: str) -> weights.Weights:
     """What lies under `prefix` alone; RecordError if that is nothing."""
-    chosen = {place: value for place, value in found.tensors.items() if place.startswith(prefix)}
+    whole = f"{prefix.removesuffix('.')}."  # `state_dict` is not `state_dict_ema`
+    start = whole if any(place.startswith(whole) for place in found.tensors) else prefix
+    chosen = {place: value for place, value in found.tensors.items() if place.startswith(start)}
     if not chosen:
         raise RecordError(f"{found.path} has no tensor under {prefix!r}; scripts/inspect_checkpoint.py lists them")
     return replace(found, tensors=chosen)

@@ -42,6 +42,14 @@ class Job:
     cache: str | None = None
 
 
+def _named(number: int) -> str:
+    """The name of a signal; those for real-time work have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a try ended.
@@ -106,7 +114,7 @@ class Child:
         if status == LOCKED:
             return Outcome("later", self._last_line())
         if status < 0:
-            name = signal.Signals(-status).name
+            name = _named(-status)
             return Outcome("failed", f"killed by {name}" + (", perhaps for want of memory" if status == -9 else ""))
         return Outcome("failed", self._last_line() or f"exit status {status}", again=status != 2)
 

@@ -39,7 +39,8 @@ class RayEngine:
             # "local": else a Ray that runs here already would be joined, and refuse the number of cores.
             self.ray.init(address=address or "local", runtime_env=home, **quiet, **started)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray cluster at {address}: {first_line(error)}") from None
+            where = f"no Ray cluster at {address}" if address else "Ray does not start here"
+            raise ConfigError(f"{where}: {first_line(error)}") from None
         self.task = self.ray.remote(run_cell)
         self.running: dict[Any, Cell] = {}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sau
+from sau.errors import in_a_line
 from sau.files import write
 from sau.grid.plan import Cell
 from sau.grid.store import VERSION, Store
@@ -36,7 +37,8 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, lis
 def of_others(store: Store, cells: Sequence[Cell]) -> list[str]:
     """What to say of cells that count as finished though another version of the library made them."""
     summaries = (store.summary(cell) for cell in cells if store.over(cell) == "published")
-    made = Counter(str(summary.get(VERSION, sau.__version__)) for summary in summaries)  # older ones say nothing
+    said = (str(summary.get(VERSION, sau.__version__)) for summary in summaries)  # older ones say nothing
+    made = Counter(in_a_line(version)[:40] for version in said)
     return [
         f"note: {count} published summaries are of sau {version}, this is {sau.__version__}; --published none leaves "
         "them out"

@@ -12,6 +12,7 @@ from sau.defense import DEFENSES
 from sau.errors import ConfigError
 from sau.settings import config
 from sau.settings.config import Setting, nearest
+from sau.settings.run import RecipeName
 from sau.settings.yamlfile import read_flat
 
 Overrides = dict[str, dict[str, Any]]
@@ -40,7 +41,7 @@ class Block:
 
     dataset: str = "cifar10"
     dataset_path: str = "./data"
-    recipe: Literal["paper", "cpu", "fast", "fast_cpu"] = "cpu"
+    recipe: RecipeName = "cpu"
     device: Literal["cpu", "cuda"] = "cpu"
     amp: bool = False
     threads: int = 1

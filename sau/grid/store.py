@@ -96,7 +96,8 @@ class Store:
     @property
     def version(self) -> str:
         """The version of the library that makes the cells here; this one where none is made yet."""
-        return str(self._read(self.own / "version.json", "choose another --record_root").get(VERSION, sau.__version__))
+        kept = self._read(self.own / "version.json", "choose another --record_root")
+        return in_a_line(str(kept.get(VERSION, sau.__version__)))[:40]
 
     def other_version(self) -> str:
         """What to say where another version made the cells; empty where it did not."""

@@ -49,7 +49,7 @@ class Training(Method):
         steplr_stepsize: epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR).
         steplr_gamma: factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau).
         steplr_milestones: epochs at which the rate drops (MultiStepLR), like 60,90.
-        cos_t_max: epochs after which CosineAnnealingLR reaches zero; none means at the end of the run.
+        cos_t_max: epochs after which CosineAnnealingLR reaches min_lr; none means at the end of the run.
         min_lr: lowest rate of CyclicLR and CosineAnnealingLR.
     """
 

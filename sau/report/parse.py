@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sau.errors import RecordError
-from sau.files import parsed, read
+from sau.files import loaded, parsed, read
 from sau.record.folder import SUMMARY
 
 PERCENT = ("acc", "asr", "racc", "der")
@@ -39,14 +39,11 @@ def clean_set(config: dict[str, Any]) -> dict[str, Any]:
 def json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; RecordError if it is missing or holds something else."""
     try:
-        found = parsed(read(file))
+        return loaded(file)
     except FileNotFoundError:
         raise RecordError(f"{file.name} is missing; make the folder again") from None
     except ValueError as error:
-        raise RecordError(f"{file.name} is no JSON ({str(error)[:80]}); make the folder again") from None
-    if not isinstance(found, dict):
-        raise RecordError(f"{file.name} holds a {type(found).__name__}, allowed is an object; make the folder again")
-    return found
+        raise RecordError(f"{file.name} is no JSON object ({str(error)[:80]}); make the folder again") from None
 
 
 def rows(file: Path) -> list[dict[str, float]]:

@@ -8,6 +8,8 @@ from sau.errors import require
 from sau.quality import RADIUS
 from sau.witness import Search
 
+RecipeName = Literal["paper", "cpu", "fast", "fast_cpu"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -47,7 +49,7 @@ class Run:
     dataset: str = "cifar10"
     dataset_path: str = "./data"
     model: str = "preactresnet18"
-    recipe: Literal["auto", "paper", "cpu", "fast", "fast_cpu"] = "auto"
+    recipe: Literal["auto", RecipeName] = "auto"
     device: str = "auto"
     devices: int = 1
     amp: bool | None = None

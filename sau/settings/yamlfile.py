@@ -3,18 +3,19 @@
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from sau.data.sources import SOURCES
 from sau.errors import NO_YAML, ConfigError
 from sau.settings.config import IGNORED, Option, Setting, nearest, once
+from sau.settings.run import RecipeName
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
 # BackdoorBench's files of SAU and i-BAU hold both, and its code reads the second.
 SUPERSEDED = {"epochs": "n_rounds"}
-RECIPES = ("paper", "cpu", "fast", "fast_cpu")
+RECIPES = get_args(RecipeName)
 
 
 class _Yaml(yaml.SafeLoader):

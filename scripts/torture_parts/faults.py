@@ -1,4 +1,4 @@
-"""Faults of files, disks, names and neighbours."""
+"""Faults of files, disks and names."""
 
 import errno
 import hashlib
@@ -25,7 +25,7 @@ from sau.record import victim as victims
 from sau.record.folder import CHECKPOINT, Record
 from sau.record.holding import give_back
 
-MUTATIONS, POINTS, RACES, NAMES = 10_000, 40, 200, 5_000
+MUTATIONS, POINTS, NAMES = 10_000, 40, 5_000
 AGAIN = "starts again"
 KINDS = ("bit", "run", "cut", "zeros", "junk", "gone")
 
