@@ -95,7 +95,7 @@ def main() -> int:
     runs = read(*asked.records)
     if not runs:
         where = " or ".join(map(str, asked.records))
-        raise RecordError(f"no <attack>_r<ratio>_s<seed>/summary.json in {where}; see docs/results/ratios.sh")
+        raise RecordError(f"no <attack>_r<ratio>_s<seed>/summary.json in {where}; see docs/results/ratios.md")
     print(table(runs), end="")
     stem = asked.out.with_suffix("") if asked.out.suffix in (".png", ".svg") else asked.out
     print(*save(draw(runs), stem), sep="\n")
