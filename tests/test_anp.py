@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import ALWAYS, Tape
+from checkpoints import ALWAYS, Stopping, Tape
 from torch import Tensor, nn
 from toys import pair, quiet, same_weights, tiny_net, toy_images
 
@@ -189,18 +189,11 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(monkeypatch, saves):
     monkeypatch.setattr(anp, "CHUNK", 4)
     defense = ANP(nb_iter=6, batch_size=8, lr=0.5, pruning_by="number", pruning_number=4.0)
 
-    class Stops(Tape):
-        def save(self, place):
-            super().save(place)
-            self.left = getattr(self, "left", saves) - 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
     def run(tape: Tape) -> nn.Module:
         session = Session(checkpoint=tape, say=lambda text: None, save_every=ALWAYS)
         return defense.purify(tiny_net(), pair(), seed=1, session=session)
 
-    tape, whole = Stops(), run(Tape())
+    tape, whole = Stopping(saves), run(Tape())
     try:
         run(tape)
     except KeyboardInterrupt:

@@ -1,10 +1,8 @@
 """FP: which units are idle, how many go, and that they stay away; by hand-made networks, and its claim on a toy."""
 
-from typing import Any
-
 import pytest
 import torch
-from checkpoints import Tape, resumed
+from checkpoints import resumed
 from torch import Tensor, nn
 from toys import backdoored, own_answers, pair, quiet, same_weights, tiny_net
 
@@ -15,20 +13,6 @@ from sau.evaluate import Score, Share, score
 from sau.models import PreActResNet18
 from sau.models.zoo import torchvision_net
 from sau.session import Session
-
-
-class Stopping(Tape):
-    """A checkpoint that stops the run right after its n-th save."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.left = n
-
-    def save(self, place: dict[str, Any]) -> None:
-        super().save(place)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

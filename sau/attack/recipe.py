@@ -9,6 +9,7 @@ from torch import nn
 from sau.data.images import Images, shrunk, to_float
 from sau.errors import ConfigError, first_line
 from sau.evaluate import answering
+from sau.models.normalized import UNFIT
 from sau.optim import Training
 
 
@@ -44,7 +45,7 @@ def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) ->
         try:
             with torch.no_grad(), answering(model):
                 model(small)
-        except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
+        except UNFIT as error:
             size, reason = "x".join(map(str, small.shape[2:])), first_line(error)
             raise ConfigError(f"sides has {side:g}, but the network takes no pictures of {size}: {reason}") from None
     return sides

@@ -32,6 +32,7 @@ from sau.machine import device as machine
 from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
 from sau.models import Normalized, quick
+from sau.models.normalized import UNFIT
 from sau.record.folder import Record
 from sau.risk import Found, gauge
 from sau.settings.run import OwnRun
@@ -142,7 +143,7 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     try:
         with torch.no_grad():
             logits = model(to_float(images.pixels[:1]))
-    except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
+    except UNFIT as error:
         sides, reason = "x".join(map(str, images.pixels.shape[1:])), first_line(error)
         raise ConfigError(
             f"the network does not accept pictures of {sides}: {reason}; give its own size with --input_size"

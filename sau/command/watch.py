@@ -77,9 +77,12 @@ class Watch:
 
     def final(self, model: nn.Module, triggered: Images | None) -> Score:
         """The score of the result: that of the last evaluation if it was of the same weights, else measured now."""
-        if self.last is not None and self.last[0] == fingerprint(model):
-            return self.last[1]
-        return score(model, self.test, triggered)
+        known = self._measured(model)
+        return known[0] if known else score(model, self.test, triggered)
+
+    def _measured(self, model: nn.Module) -> tuple[Score, Found | None] | None:
+        """Score and risks of the last evaluation, if it was of the same weights."""
+        return self.last[1:] if self.last is not None and self.last[0] == fingerprint(model) else None
 
     @property
     def seconds(self) -> float:
@@ -120,8 +123,8 @@ class Watch:
     def last_risks(self, model: nn.Module) -> dict[str, Any]:
         """The risks of the result; a method that told the loop of no network gets its row here."""
         assert self.risks is not None
-        known = self.last[2] if self.last is not None and self.last[0] == fingerprint(model) else None
-        found = known or self.risks(model)
+        known = self._measured(model)
+        found = (known[1] if known else None) or self.risks(model)
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
         if "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}

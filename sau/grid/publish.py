@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sau
-from sau.errors import in_a_line
 from sau.files import write
 from sau.grid.plan import Cell
-from sau.grid.store import VERSION, Store
+from sau.grid.store import VERSION, Store, version
 from sau.record.folder import SUMMARY
 
 
@@ -37,13 +36,12 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, lis
 def of_others(store: Store, cells: Sequence[Cell]) -> list[str]:
     """What to say of cells that count as finished though another version of the library made them."""
     summaries = (store.summary(cell) for cell in cells if store.over(cell) == "published")
-    said = (str(summary.get(VERSION, sau.__version__)) for summary in summaries)  # older ones say nothing
-    made = Counter(in_a_line(version)[:40] for version in said)
+    made = Counter(map(version, summaries))
     return [
-        f"note: {count} published summaries are of sau {version}, this is {sau.__version__}; --published none leaves "
+        f"note: {count} published summaries are of sau {name}, this is {sau.__version__}; --published none leaves "
         "them out"
-        for version, count in made.items()
-        if version != sau.__version__
+        for name, count in made.items()
+        if name != sau.__version__
     ]
 
 

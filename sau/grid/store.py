@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,11 @@ from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
 from sau.record.lock import Holder, holder
 
 VERSION = "sau"  # key of the library's version, in a root's version.json and in published summaries
+
+
+def version(said: Mapping[str, Any]) -> str:
+    """The version of the library that a file names, in a line; this one where it names none, as older ones do."""
+    return in_a_line(str(said.get(VERSION, sau.__version__)))[:40]
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,7 @@ class Store:
     @property
     def version(self) -> str:
         """The version of the library that makes the cells here; this one where none is made yet."""
-        kept = self._read(self.own / "version.json", "choose another --record_root")
-        return in_a_line(str(kept.get(VERSION, sau.__version__)))[:40]
+        return version(self._read(self.own / "version.json", "choose another --record_root"))
 
     def other_version(self) -> str:
         """What to say where another version made the cells; empty where it did not."""

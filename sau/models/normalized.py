@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError, DataError, first_line, in_a_line, lacks_memory
 
+# What networks raise at pictures of a size that they do not take; torchvision's transformers assert theirs.
+UNFIT = (RuntimeError, AssertionError)
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
 
@@ -98,7 +100,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """What `model` answers to `x`; DataError unless it is logits [B, K]."""
     try:
         logits: Tensor = model(x)
-    except (RuntimeError, AssertionError) as error:  # torchvision's transformers assert the size of their pictures
+    except UNFIT as error:
         if lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
             raise
         shape, reason = tuple(x.shape), first_line(error)
