@@ -74,7 +74,7 @@ def networks(step: InParts) -> list[nn.Module]:
 
 def weights(step: InParts) -> list[torch.Tensor]:
     """Of each network, in one vector."""
-    return [nn.utils.parameters_to_vector(network.parameters()).detach() for network in networks(step)]
+    return [torch.cat([one.detach().flatten() for one in network.parameters()]) for network in networks(step)]
 
 
 @pytest.fixture
