@@ -24,10 +24,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "cos_t_max": ("CosineAnnealingLR",), "min_lr": ("CyclicLR", "CosineAnnealingLR"),
 }  # fmt: skip
 
-# The benchmark's flags about gradient descent, which its scripts have whether they train or not.
+# The benchmark's flags and keys about gradient descent, which its scripts have whether they train or not.
 DESCENT = (
     "epochs", "lr", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "steplr_stepsize", "steplr_gamma",
-    "steplr_milestones",
+    "steplr_milestones", "adam_betas", "cos_t_max",
 )  # fmt: skip
 
 
