@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import Images, to_float
-from sau.errors import DataError, TrainingError, lacks_memory
+from sau.data.images import Images, in_range, to_float
+from sau.errors import ConfigError, DataError, TrainingError, lacks_memory
 from sau.models import logits_of
 
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
@@ -101,6 +101,8 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
     them. Raises TrainingError if a logit is not finite: a broken network has no accuracy.
     """
     device = next(model.parameters(), pixels).device
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, allowed is 1 and more, or none")
     size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
     answers, finite, at = [], torch.ones((), dtype=torch.bool, device=device), 0
     with answering(model):
@@ -153,6 +155,8 @@ def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
                 f"{what} has {len(pixels)} pictures and labels {list(those.shape)} of {those.dtype}, allowed is one "
                 "whole number for each of at least one picture"
             )
+    if pixels.is_floating_point():
+        in_range(pixels.detach())
     return tuple(given)
 
 

@@ -26,6 +26,7 @@ from sau.data.pairs import paired, sample
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
+from sau.models import learning
 from sau.seeds import seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import BATCH, Hunt, Search
@@ -132,8 +133,9 @@ def measure(
     every = torch.arange(len(clean), device=clean.labels.device)
     place = every if triggered is None else paired(clean, triggered)
     chosen = clean[place]
-    hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
-    with answering(model, reference), seeded(seed), torch.compiler.set_stance("force_eager"):  # of many sizes of batch
+    eager = torch.compiler.set_stance("force_eager")  # batches are of many sizes
+    with learning(clean.pixels.device), answering(model, reference), seeded(seed), eager:
+        hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
         return _found(hunt, clean, triggered, place)
 
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
+
+from sau.errors import require
 
 Drawn = dict[str, Any]  # where torch's global generators stand
 
@@ -19,9 +22,15 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return generator((seed * 1_000_003 + epoch) % 2**63)
 
 
+def check_seed(seed: Any, end: int = 2**63) -> None:
+    """ConfigError unless it is a whole number from 0 to below `end`."""
+    require("seed", seed, isinstance(seed, Integral) and 0 <= int(seed) < end, f"a whole number from 0 to {end - 1}")
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's global generator starts from `seed`; outside it goes on as if nothing had been drawn."""
+    check_seed(seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # left out, it warns of many
         torch.manual_seed(seed)
         yield

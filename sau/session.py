@@ -17,7 +17,8 @@ Step = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """Where a run keeps its place. `load` returns what `save` was last given, or None."""
+    """Where a run keeps its place. `load` returns what `save` was last given, or None; `save` must copy it or write it
+    at once, for its tensors are those of the run and move on."""
 
     def load(self) -> dict[str, Any] | None:
         """The last place saved."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from toys import tiny_net, toy_images
 
 from sau.attack import Blended
-from sau.errors import DataError, TrainingError
+from sau.data.images import to_float
+from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import Score, Share, _fitting, accuracy, der, led, predict, score, table
 from sau.wording import markdown
 
@@ -179,6 +180,26 @@ def test_scoring_leaves_the_network_as_it_was():
     assert not any(seen) and seen
     assert torch.equal(net.features[1].running_mean, statistics)
     assert [module.training for module in net.modules()] == before
+
+
+@pytest.mark.parametrize(("factor", "shift", "advice"), [(255, 0, "divide them by 255"), (4, -2, "look normalised")])
+def test_pictures_of_another_range_have_no_share(factor, shift, advice, one_line):
+    images = toy_images(6)
+    x = factor * to_float(images.pixels) + shift
+    for shares in (
+        lambda: score(tiny_net(), (x, images.labels), None),
+        lambda: score(tiny_net(), images, (x, images.labels, images.labels)),
+    ):
+        with pytest.raises(DataError) as refusal:
+            shares()
+        assert advice in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_blocks_have_at_least_one_picture(size, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        predict(tiny_net(), toy_images(6).pixels, size)
+    assert f"batch_size is {size}, allowed is 1 and more, or none" in one_line(refusal.value)
 
 
 @pytest.mark.parametrize(

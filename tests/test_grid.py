@@ -32,6 +32,7 @@ from sau.grid.spec import read
 from sau.grid.status import status
 from sau.grid.store import Store
 from sau.grid.work import work
+from sau.record.folder import CHECKPOINT
 from sau.loop import duration
 from sau.record.lock import Lock
 from sau.record.schema import manifest
@@ -508,6 +509,23 @@ def test_a_try_that_left_a_later_checkpoint_does_not_count(planned, drive, monke
     engine, failures, lines = drive(every, {every[1].label: [Outcome("failed", "out of time")] * 5})
     assert not failures and engine.order.count(every[1].label) == 6
     assert f"again   {every[1].label}: out of time; it goes on" in lines
+
+
+def test_the_training_of_a_trigger_is_progress(planned, tmp_path, monkeypatch):
+    """Else an encoder that takes longer than a job would end the cell after two of them."""
+    store, cells = Store(tmp_path / "root"), planned(SMALL.replace("badnet", "ssba, badnet"))
+    monkeypatch.delenv("SAU_CACHE", raising=False)
+    first, other = (next(cell for cell in cells if cell.name == name) for name in ("ssba", "badnet"))
+    shelf = Path(store.cache, "triggers", "ssba-0123456789abcdef", CHECKPOINT)
+    assert store.progress(first) == 0
+    shelf.parent.mkdir(parents=True)
+    shelf.write_bytes(b"")
+    assert store.progress(first) == shelf.stat().st_mtime_ns and store.progress(other) == 0
+    own = store.folder(first) / CHECKPOINT
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"")
+    os.utime(own, ns=(7, 7))
+    assert store.progress(first) == 7
 
 
 def test_a_failed_cell_runs_again_only_when_asked(planned, drive, tmp_path):

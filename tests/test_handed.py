@@ -160,6 +160,12 @@ def without_gradient(net: nn.Module) -> None:
         net(pair()[0])
 
 
+def counting() -> nn.Module:
+    net = tiny_net()
+    net.count = nn.Parameter(torch.zeros(1, dtype=torch.long), requires_grad=False)
+    return net
+
+
 def locked() -> nn.Module:
     net = tiny_net()
     net.lock = threading.Lock()
@@ -176,6 +182,9 @@ NETWORKS: dict[str, tuple[Callable[[], Any], list[str], Callable[[Any], Any] | N
     "traced": (lambda: torch.jit.trace(tiny_net(), pair()[0]), ["ScriptModule", "load its weights into one"], None),
     "a path": (lambda: "net.pt", ["model is str", "load weights into one"], None),
     "meta": (lambda: tiny_net().to("meta"), ["`meta`", "load some into it"], None),
+    "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), ["lazy layer", "run it once"], without_gradient),
+    "whole numbers": (counting, ["weights are torch.int64", "make them buffers"], lambda net: delattr(net, "count")),
+    "no weights": (lambda: nn.Flatten(), ["no weights (parameters)"], None),
     "pruned": (pruned, ["cannot be copied", "prune.remove"], lambda net: prune.remove(net.linear, "weight")),
     "weight norm": (weight_normed, ["remove_weight_norm"], lambda net: remove_weight_norm(net.linear)),
     "activations": (keeping, ["cannot be copied", "under torch.no_grad()"], without_gradient),
@@ -193,6 +202,69 @@ def test_a_network_that_cannot_be_purified_is_refused_with_what_helps(which, one
     if mend is not None:
         mend(net)
         assert QUICK.purify(net, pair(), session=quiet())(pair()[0]).isfinite().all()
+
+
+class Deaf(TinyNet):
+    """Answers without gradients, like a network that is wrapped for use."""
+
+    forward = torch.no_grad()(TinyNet.forward)
+
+
+class Cut(TinyNet):
+    """Prepares its pictures without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_network_without_gradients_is_refused_by_those_who_need_them(name, one_line):
+    defense = ROWS[name].defense
+    assert defense.learns is (name not in ("clp", "bnp", "ep"))
+    assert defense.searches is (name in ("sau", "at", "i-bau", "nc", "npd"))
+    for kind, needed, what in ((Deaf, defense.learns, "weights"), (Cut, defense.searches, "pictures")):
+        net = kind().eval()
+        if needed:
+            said = one_line(refusal_of("ConfigError", net, pair(), defense=defense))
+            assert f"has no gradient to its {what}, as {name} needs; take no_grad" in said
+        else:
+            defense.purify(net, pair(), session=quiet())
+
+
+class Odd(TinyNet):
+    """Keeps more than tensors, and calls its layers by name."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.features:
+            x = layer(input=x)
+        return self.linear(input=x.flatten(1))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_else_a_network_keeps_and_how_it_calls_its_layers_changes_no_bit(name):
+    odd = Odd()
+    odd.load_state_dict(tiny_net().state_dict() | {"_extra_state": {}})
+    fixed, wanted = ROWS[name].defense.purify(odd.eval(), pair(), session=quiet()), purified(name)
+    assert all(torch.equal(value, fixed.state_dict()[key]) for key, value in wanted.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["anp", "rnp", "clp", "bnp", "ep"])
+def test_batch_norms_that_share_weights_are_refused_by_those_who_prune_each(name, one_line):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), *tail())
+    net[3].weight = net[1].weight
+    said = one_line(refusal_of("ConfigError", net.eval(), pair(), defense=ROWS[name].defense))
+    assert f"share weights, but {name} prunes each of them; try ft or sau" in said
+
+
+def tail() -> list[nn.Module]:
+    """From 4 maps to 4 logits."""
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", torch.device("meta")])
@@ -285,6 +357,32 @@ class Measured:
         return next(self.left)
 
 
+class Once:
+    """Batches that are gone after one walk, like those of a data set over a stream that is open."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.stream = iter(batches)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Any:
+        yield from self.stream
+
+
+class Short(list):
+    """A list of batches that understates its length."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+def sized(side: int) -> tuple[Tensor, Tensor]:
+    """Pictures of another height and width."""
+    x, y = pair()
+    return nn.functional.interpolate(x, size=side), y
+
+
 def four(n: int = 20) -> tuple[Tensor, Tensor]:
     """Pictures with an alpha channel."""
     x, y = pair(n)
@@ -301,7 +399,12 @@ PICTURES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["dictionary (image, label)", "allowed is (pictures, labels)"],
     ),
     "no labels": (lambda: [pair()[:1]], ["tuple of length 1", "allowed is (pictures, labels)"]),
-    "only pictures": (lambda: [pair()[0]], ["Tensor of length 20", "allowed is (pictures, labels)"]),
+    "only pictures": (lambda: [pair()[0]], ["a batch is Tensor;", "allowed is (pictures, labels)"]),
+    "numbers": (lambda: [3, 4], ["a batch is int;", "allowed is (pictures, labels)"]),
+    "nothing": (lambda: Once([]), ["gives no batch, or none again"]),
+    "all at the first walk": (lambda: Once([pair()]), ["gives no batch, or none again"]),
+    "more than the length": (lambda: Short([pair(), pair()]), ["batch 2 of 1", "as many batches as the length"]),
+    "two sizes": (lambda: [pair(), sized(24)], ["batch 2 of 2 has pictures [3, 24, 24], the first one [3, 16, 16]"]),
     "alpha": (four, ["(20, 4, 16, 16)", "C 1 or 3"]),
     "alpha in a loader": (lambda: triples(*four()), ["(8, 4, 16, 16)", "C 1 or 3"]),
 }
@@ -315,9 +418,9 @@ def test_pictures_that_are_none_are_refused_before_anything_is_trained(which, on
     assert all(word in said for word in words)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, ValueError, TypeError])
 def test_a_network_that_does_not_take_pictures_of_this_size_is_told(error, one_line):
-    """torchvision's transformers assert it."""
+    """torchvision's transformers assert it, those of others raise errors of their own."""
 
     class Choosy(TinyNet):
         def forward(self, x: Tensor) -> Tensor:

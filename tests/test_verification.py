@@ -230,6 +230,13 @@ def test_a_manifest_that_vouches_for_nothing_is_broken(copied):
     assert found.findings.status == BROKEN and broken(found) == ["files"]
 
 
+def test_an_attack_that_still_runs_is_not_called_broken(copied):
+    (copied / MANIFEST).unlink()
+    found = Verification(copied).run()
+    assert found.findings.status == PARTLY and broken(found) == []
+    assert [f.text for f in found.findings] == ["unfinished; repeat the command that made it to finish it"]
+
+
 def test_damage_ends_the_check_of_a_folder(copied):
     (copied / "defense" / "ft" / "log.txt").write_text("x")
     found = Verification(copied).run()

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.labelling import Labelling
 from sau.attack.making import Making
-from sau.attack.recipe import sizes
+from sau.attack.recipe import check_victim, sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
 from sau.machine.parts import InParts
+from sau.models import learning
 from sau.optim import Training
-from sau.seeds import seeded
+from sau.seeds import check_seed, seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels, of_floats
 
@@ -99,6 +100,7 @@ class Attack(Labelling, ABC):
 
     def poison_train(self, images: Images, seed: int) -> Images:
         """Stamp and relabel round(pratio * N) pictures; the same ones for the same seed, as in the benchmark."""
+        check_seed(seed, 2**32)  # numpy's
         count = self.check(images)
         if count == 0:
             return images
@@ -201,9 +203,10 @@ class Attack(Labelling, ABC):
             seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
             session: progress and checkpoints.
         """
+        check_victim(model, images)
         first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
-        with seeded(seed):
+        with learning(images.pixels.device), seeded(seed):
             self.train(model.train(), images, batches, recipe, augment, session or Session())
         return model.eval()
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from sau.data.images import Images, shrunk, to_float
-from sau.errors import ConfigError, first_line
+from sau.errors import ConfigError, DataError, first_line
 from sau.evaluate import answering
-from sau.models.normalized import UNFIT
+from sau.models.normalized import UNFIT, logits_of
 from sau.optim import Training
 
 
@@ -31,6 +31,19 @@ class Recipe(Training):
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name; `sides` only if there are any, for it came after results that have none."""
         return {name: value for name, value in super().params().items() if name != "sides" or value}
+
+
+def check_victim(model: nn.Module, images: Images) -> None:
+    """Refuse what cannot be trained: ConfigError for frozen weights, DataError for pictures that do not fit."""
+    if not isinstance(images, Images) or not len(images):
+        what = "none" if isinstance(images, Images) else f"a {type(images).__name__}"
+        raise DataError(f"the pictures to train on are {what}, allowed are Images, at least one; see Images.clean")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
+    with torch.no_grad(), answering(model):
+        classes = logits_of(model, to_float(images.pixels[:1])).shape[1]
+    if int(images.labels.max()) >= classes:
+        raise DataError(f"labels go up to {int(images.labels.max())}, but the network has {classes} classes")
 
 
 def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) -> tuple[float, ...]:

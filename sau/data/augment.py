@@ -31,12 +31,13 @@ class Augment:
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         b, _, h, w = x.shape
         draws = 1 if self.one_draw else b
-        top, left = sent(torch.randint(2 * self.padding + 1, (2, draws), generator=generator), x.device).expand(2, b)
+        corners = torch.randint(2 * self.padding + 1, (2, draws), generator=generator, device="cpu")
+        top, left = sent(corners, x.device).expand(2, b)
         windows = F.pad(x, (self.padding,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, places, places, H, W], a view
         cropped = windows[torch.arange(b, device=x.device), :, top, left]
         if not self.flip:
             return cropped
-        mirrored = sent(torch.rand(draws, 1, 1, 1, generator=generator) < 0.5, x.device)
+        mirrored = sent(torch.rand(draws, 1, 1, 1, generator=generator, device="cpu") < 0.5, x.device)
         return torch.where(mirrored, cropped.flip(3), cropped)
 
 

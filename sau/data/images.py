@@ -1,5 +1,6 @@
 """A data set as tensors: pixels stay uint8 on the device, batches become float one at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,30 @@ from sau.errors import DataError
 from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
+SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [0, 1]; float pixels pass unchanged."""
     return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
+
+
+def in_range(x: Tensor, normalised: bool = False) -> Tensor:
+    """Float pixels, in [0, 1] (clipped there where a normalisation was undone, for rounding); else DataError."""
+    low, high = float(x.min()), float(x.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError("pixels hold NaN or infinity; allowed are floats in [0, 1]")
+    slack = SLACK if normalised else 0.0
+    if low >= -slack and high <= 1 + slack:
+        return x.clamp(0, 1) if normalised else x
+    if normalised:
+        advice = "mean and std are not those of this data; leave them out if the pixels are already in [0, 1]"
+    elif low >= 0 and high > 2:
+        advice = "divide them by 255, or give uint8"
+    else:
+        advice = "they look normalised; pass the normalisation as mean=..., std=..."
+    raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
 
 
 def quantise(x: Pixels) -> Bytes:
@@ -63,9 +82,15 @@ class Images:
 
     @classmethod
     def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
-        """Unpoisoned pictures; refuses labels outside 0..num_classes-1."""
-        if len(pixels) != len(labels):
-            raise DataError(f"{len(pixels)} pictures but {len(labels)} labels; each picture needs one label")
+        """Unpoisoned pictures; refuses other shapes and types, and labels outside 0..num_classes-1."""
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            given = f"pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}"
+            raise DataError(f"{given}, allowed is uint8 [N, C, H, W] with C 1 or 3; floats in [0, 1] times 255")
+        if labels.shape != pixels.shape[:1]:
+            raise DataError(f"{len(pixels)} pictures but labels {list(labels.shape)}; each picture needs one label")
+        if labels.dtype == torch.bool or labels.is_floating_point():
+            raise DataError(f"labels of type {labels.dtype}, allowed are whole numbers")
+        labels = labels.long()
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
             raise DataError(
                 f"labels range over {int(labels.min())}..{int(labels.max())}, allowed is 0..{num_classes - 1}"
@@ -165,7 +190,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         n, device = len(self.pixels), self.pixels.device
         generator = epoch_generator(self.seed or 0, self.epoch)
-        order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator)
+        order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator, device="cpu")
         order = order.to(device)
         starts = range(0, len(self) * self.size, self.size)
         for start in starts:

@@ -38,6 +38,7 @@ class AT(Tuning):
     """
 
     name: ClassVar[str] = "at"
+    searches: ClassVar[bool] = True
     teamwork: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
 

@@ -14,12 +14,12 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
-from sau.defense.handed import check_weights, copied, handed_back, learning, place_for, plain
+from sau.defense.handed import check_weights, copied, handed_back, place_for, plain
 from sau.defense.inputs import clean_batches, enough_pictures
 from sau.errors import ConfigError, DataError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized, logits_of, statistics
+from sau.models import Normalized, learning, logits_of, statistics
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
@@ -34,6 +34,8 @@ class Defense(Method, ABC):
 
     needs: ClassVar[Literal["clean", "poisoned"]] = "clean"  # what `data` holds: clean pictures, or the attacker's
     looks: ClassVar[bool] = True  # whether the pictures decide anything
+    learns: ClassVar[bool] = True  # whether weights or masks follow gradients
+    searches: ClassVar[bool] = False  # whether pictures do
 
     batch_size: int = 256
 
@@ -152,6 +154,8 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
     counts: Tensor | int = 0
     for x, y, *_ in batches:
         logits = logits_of(model, x)
+        if method.learns and not total:
+            _check_gradients(method, model, x[:1])
         classes = logits.shape[1]
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
@@ -173,6 +177,19 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
     return right / max(1, total)
+
+
+def _check_gradients(method: Defense, model: nn.Module, x: Tensor) -> None:
+    """ConfigError if the network's answers, or those to a changed picture, carry none."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        z = logits_of(model, x)
+        what = "" if z.requires_grad else "its weights"
+        if method.searches and not what and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
+            what = "its pictures"
+    if what:
+        advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
+        raise ConfigError(f"what the network answers has no gradient to {what}, as {method.name} needs; {advice}")
 
 
 @torch.no_grad()

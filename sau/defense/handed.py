@@ -1,8 +1,7 @@
 """The network that a caller hands to a defense: checked, copied, and handed back as it came."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,10 +18,16 @@ def plain(model: Any) -> nn.Module:
         raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("model is a ScriptModule, allowed is a network in Python; load its weights into one first")
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise ConfigError("a lazy layer of the network has no weights yet; run it once on some pictures first")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the weights of the network lie on `meta` and have no values; load some into it first")
-    floats = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
-    if short := [kind for kind in floats if kind.itemsize < 4]:
+    kinds = [parameter.dtype for parameter in model.parameters()]
+    if not kinds:
+        raise ConfigError("the network has no weights (parameters), so that there is nothing to purify")
+    if whole := [kind for kind in kinds if not (kind.is_floating_point or kind.is_complex)]:
+        raise ConfigError(f"weights are {whole[0]}, which nothing can train; make them buffers (register_buffer)")
+    if short := [kind for kind in kinds if kind.is_floating_point and kind.itemsize < 4]:
         raise ConfigError(
             f"weights are {short[0]}, which loses small updates; give model.float(), and turn what comes back into "
             f"{short[0]}"
@@ -74,15 +79,9 @@ def handed_back(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter
     return laid_as(mine, model).to(home(model)).eval()
 
 
-@contextmanager
-def learning(place: torch.device) -> Iterator[None]:
-    """Inside, gradients are there and precision is the network's own, whatever the caller's contexts say."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
-        yield
-
-
 def check_weights(model: nn.Module) -> None:
     """TrainingError if a weight is not finite."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # What a module keeps beside its tensors (`get_extra_state`) stands among them.
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
             raise TrainingError(f"{name} of the network holds NaN or infinity")

@@ -1,7 +1,6 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import Batches, Images, to_float
+from sau.data.images import Batches, Images, in_range, to_float
 from sau.errors import DataError
 from sau.seeds import epoch_generator, seeded
 from sau.types import Batched, Loader
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
 
 
 def clean_batches(
@@ -129,23 +127,7 @@ def checked(
     x = x.detach()
     if mean is not None and std is not None:
         x = x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1)
-    return _in_range(x, normalised=mean is not None), y.long()
-
-
-def _in_range(x: Tensor, normalised: bool) -> Tensor:
-    low, high = float(x.min()), float(x.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise DataError("pixels hold NaN or infinity; allowed are floats in [0, 1]")
-    slack = SLACK if normalised else 0.0
-    if low >= -slack and high <= 1 + slack:
-        return x.clamp(0, 1) if normalised else x
-    if normalised:
-        advice = "mean and std are not those of this data; leave them out if the pixels are already in [0, 1]"
-    elif low >= 0 and high > 2:
-        advice = "divide them by 255, or give uint8"
-    else:
-        advice = "they look normalised; pass the normalisation as mean=..., std=..."
-    raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
+    return in_range(x, normalised=mean is not None), y.long()
 
 
 class _Loader:
@@ -171,18 +153,25 @@ class _Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, self.epoch)
+        count, size = 0, None
         for batch in self.loader:
             if isinstance(batch, Mapping):
                 raise DataError(
                     f"a batch is a dictionary ({', '.join(map(str, batch))}); allowed is (pictures, labels)"
                 )
-            if isinstance(batch, Tensor) or len(batch) < 2:
-                what = f"{type(batch).__name__} of length {len(batch)}"
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                what = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
                 raise DataError(f"a batch is {what}; allowed is (pictures, labels)")
             x, y, *_ = batch
             x, y = checked(x, y, self.mean, self.std)
+            count, size = count + 1, size or x.shape[1:]
+            if x.shape[1:] != size or count > len(self):
+                got = f"batch {count} of {len(self)} has pictures {list(x.shape[1:])}"
+                raise DataError(f"{got}, the first one {list(size)}; allowed are as many batches as the length, alike")
             x, y = x.to(self.device), y.to(self.device)
             yield to_float(self.augment(x, generator) if self.augment else x), y
+        if not count:
+            raise DataError("the loader gives no batch, or none again; give one that can be walked through anew")
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,7 +33,11 @@ def classifier(model: nn.Module, x: Pixels, method: str, instead: str = "ft or s
 @contextmanager
 def watching(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     """Inside, each layer calls its hook (layer, inputs, output) whenever it has run."""
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+
+    def told(hook: Callable[..., None], layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        hook(layer, inputs or tuple(named.values()), output)
+
+    handles = [layer.register_forward_hook(partial(told, hook), with_kwargs=True) for layer, hook in hooks]
     try:
         yield
     finally:

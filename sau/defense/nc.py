@@ -47,6 +47,7 @@ class NC(FT, Inversion):
     """
 
     name: ClassVar[str] = "nc"
+    searches: ClassVar[bool] = True
     ignored: ClassVar[dict[str, str]] = {
         "cleaning_ratio": "--ratio says how many clean pictures there are",
         "EPSILON": "it is 1e-7, as in the benchmark",

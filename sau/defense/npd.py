@@ -52,6 +52,7 @@ class NPD(Tuning):
     """
 
     name: ClassVar[str] = "npd"
+    searches: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "lmd1": "weight_clean",
         "lmd2": "weight_adv",

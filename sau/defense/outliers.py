@@ -43,6 +43,7 @@ class Outliers(Defense):
         acc_ratio: share of the test accuracy that the oracle may lose, 0 to 1.
     """
 
+    learns: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
     u: float = 3.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.defense.held import Held, chance, guesses, named
+from sau.defense.layers import settable
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.session import Session
@@ -57,6 +58,9 @@ def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norm
     if not found:
         kind = "BatchNorm2d with running statistics" if running else "BatchNorm2d"
         raise ConfigError(f"the network has no batch norm ({kind}), whose channels {method} prunes; try ft or sau")
+    scales = {id(settable(norm, method).weight) for norm in found.values()}
+    if len(scales) < len(found):
+        raise ConfigError(f"batch norms of the network share weights, but {method} prunes each of them; try ft or sau")
     return found
 
 
@@ -82,12 +86,13 @@ def apply(model: nn.Module, level: Level, *, shift: bool) -> None:
 @contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Whatever happens to the weights inside is undone at the end."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     try:
         yield
     finally:
         for name, tensor in model.state_dict().items():
-            tensor.copy_(before[name])
+            if name in before:
+                tensor.copy_(before[name])
 
 
 def choose(

@@ -76,6 +76,7 @@ class SAU(Tuning):
     """
 
     name: ClassVar[str] = "sau"
+    searches: ClassVar[bool] = True
     teamwork: ClassVar[bool] = True
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
     aliases: ClassVar[dict[str, str]] = {  # as released: the numbers are not those of the paper's lambdas

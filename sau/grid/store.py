@@ -73,9 +73,12 @@ class Store:
         """The cell as an engine gets it."""
         flags = (f"--record_root={self.root}", *cell.flags)
         folder, lock, log = self.folder(cell), self.own / "locks" / _key(cell), self.own / "logs" / _key(cell)
-        # What takes minutes to train is for all cells, and they may run on other machines.
-        cache = os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.own / "cache"))
-        return Job(cell.kind, cell.name, flags, str(folder), str(lock), str(log), cell.threads, timeout, cache)
+        return Job(cell.kind, cell.name, flags, str(folder), str(lock), str(log), cell.threads, timeout, self.cache)
+
+    @property
+    def cache(self) -> str:
+        """Folder of what takes minutes to train: it is for all cells, and they may run on other machines."""
+        return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.own / "cache"))
 
     def prepare(self, cells: Sequence[Cell]) -> list[str]:
         """Make the folder ready; returns what there is to say.
@@ -184,8 +187,9 @@ class Store:
         return self.own / "logs" / f"{_key(cell)}.err"
 
     def progress(self, cell: Cell) -> int:
-        """Grows whenever the cell's checkpoint moves on; 0 without one."""
-        return _touched(self.folder(cell) / CHECKPOINT)
+        """Grows whenever the cell's checkpoint, or before it that of a trigger like its own, moves on; else 0."""
+        triggers = Path(self.cache, "triggers").glob(f"{cell.name}-*/{CHECKPOINT}")
+        return _touched(self.folder(cell) / CHECKPOINT) or max(map(_touched, triggers), default=0)
 
     def holder(self, cell: Cell) -> Holder | None:
         """Who runs the cell now, or None."""

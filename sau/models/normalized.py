@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.errors import ConfigError, DataError, first_line, in_a_line, lacks_memory
+from sau.errors import ConfigError, DataError, SauError, first_line, in_a_line, lacks_memory
 
-# What networks raise at pictures of a size that they do not take; torchvision's transformers assert theirs.
-UNFIT = (RuntimeError, AssertionError)
+# What networks raise at pictures that they do not take; torchvision's transformers assert theirs, others check sizes.
+UNFIT = (RuntimeError, AssertionError, ValueError, TypeError)
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
 
@@ -101,7 +101,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     try:
         logits: Tensor = model(x)
     except UNFIT as error:
-        if lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
+        if isinstance(error, SauError) or lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
             raise
         shape, reason = tuple(x.shape), first_line(error)
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
@@ -112,6 +112,13 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
     return logits
+
+
+@contextmanager
+def learning(place: torch.device) -> Iterator[None]:
+    """Inside, gradients are there and precision is the network's own, whatever the caller's contexts say."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
+        yield
 
 
 @contextmanager

@@ -41,6 +41,9 @@ class Verification:
         record = Record(self.path)
         if not (self.path / "config.yaml").is_file():
             raise RecordError(f"{self.path} is no result folder of sau; name the folder of an attack")
+        if not record.finished:
+            self.findings.skip("files", "unfinished; repeat the command that made it to finish it")
+            return self
         if not self.findings.look("files", lambda: claims.files(record)):
             return self
         kind = schema.kind(record.config)

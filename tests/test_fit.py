@@ -1,0 +1,88 @@
+"""What a victim may be, and what it may be trained on: refused in a line, or trained whatever surrounds the call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from toys import same_weights, tiny_net, toy_images
+
+from sau.attack import BadNet, InputAware, Prototype
+from sau.data.images import Images
+from sau.errors import ConfigError, DataError
+from sau.optim import Training
+from sau.risk import measure
+from sau.session import Session
+
+RECIPE, QUIET = Training(epochs=1, batch_size=8, lr=0.01), Session(say=lambda text: None)
+PIXELS, LABELS = toy_images(8).pixels, toy_images(8).labels
+GIVEN: dict[str, tuple[Callable[[], Any], str]] = {
+    "floats": (lambda: (PIXELS / 255, LABELS), "type torch.float32, allowed is uint8 [N, C, H, W] with C 1 or 3"),
+    "channels last": (lambda: (PIXELS.permute(0, 2, 3, 1), LABELS), "shape (8, 16, 16, 3)"),
+    "no channels": (lambda: (PIXELS[:, 0], LABELS), "shape (8, 16, 16)"),
+    "one-hot labels": (lambda: (PIXELS, torch.eye(4)[LABELS]), "8 pictures but labels [8, 4]"),
+    "labels of floats": (lambda: (PIXELS, LABELS.float()), "labels of type torch.float32, allowed are whole numbers"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("which", GIVEN)
+def test_pictures_and_labels_of_another_kind_are_refused(which, one_line):
+    make, words = GIVEN[which]
+    with pytest.raises(DataError) as refusal:
+        Images.clean(*make(), 4)
+    assert words in one_line(refusal.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_labels_may_be_whole_numbers_of_any_width():
+    small = Images.clean(PIXELS, LABELS.int(), 4)
+    nets = [Prototype().fit(tiny_net(), images, RECIPE, session=QUIET) for images in (small, toy_images(8))]
+    assert same_weights(*nets)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["badnet", "inputaware"])
+def test_victims_that_cannot_learn_are_refused(name, one_line):
+    """Input-Aware's generators would learn alone, and nobody would know."""
+    images = toy_images(32)
+    attack: Any = BadNet() if name == "badnet" else InputAware(clean_train_epochs=0, pratio=0.25)
+    attack = attack.forge(images, tiny_net(), RECIPE, session=QUIET)
+    frozen, few = tiny_net().requires_grad_(False), tiny_net()
+    few.linear = torch.nn.Linear(few.linear.in_features, 2)
+    for net, given, kind, words in (
+        (frozen, images, ConfigError, "frozen, so nothing would learn; call requires_grad_() on it"),
+        (few, images, DataError, "labels go up to 3, but the network has 2 classes"),
+        (tiny_net().double(), images, DataError, "model.float()"),
+        (tiny_net(), images[torch.arange(0)], DataError, "pictures to train on are none"),
+        (tiny_net(), (images.pixels, images.labels), DataError, "pictures to train on are a tuple"),
+    ):
+        with pytest.raises(kind) as refusal:
+            attack.fit(net, given, RECIPE, session=QUIET)
+        assert words in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_victims_learn_and_risks_are_measured_in_any_context(context):
+    images = toy_images(16)
+    wanted = BadNet().fit(tiny_net(), images, RECIPE, session=QUIET)
+    net, other = tiny_net(), tiny_net()
+    risks = measure(wanted, other, images).summary()
+    with context():
+        fitted = BadNet().fit(net, images, RECIPE, session=QUIET)
+        assert measure(wanted, other, images).summary() == risks
+    assert same_weights(fitted, wanted)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("seed", [-1, 1.5, "a", None, 2**70])
+def test_seeds_are_whole_numbers(seed, one_line):
+    images = toy_images(8)
+    for use in (
+        lambda: BadNet().poison_train(images, seed),
+        lambda: BadNet().fit(tiny_net(), images, RECIPE, seed=seed, session=QUIET),
+        lambda: measure(tiny_net(), tiny_net(), images, seed=seed),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            use()
+        assert one_line(refusal.value).startswith(f"seed is {seed!r}, allowed is ")
