@@ -32,8 +32,8 @@ from sau.grid.spec import read
 from sau.grid.status import status
 from sau.grid.store import Store
 from sau.grid.work import work
-from sau.record.folder import CHECKPOINT
 from sau.loop import duration
+from sau.record.folder import CHECKPOINT
 from sau.record.lock import Lock
 from sau.record.schema import manifest
 
