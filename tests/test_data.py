@@ -38,7 +38,7 @@ def test_labels_out_of_range_are_refused(one_line):
 def test_pictures_and_labels_must_be_as_many(one_line, unchecked):
     with pytest.raises(DataError) as refusal:
         Images.clean(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), 4)
-    assert "3 pictures but 2 labels" in one_line(refusal.value)
+    assert "3 pictures but labels [2]; each picture needs one label" in one_line(refusal.value)
 
 
 def test_picking_keeps_what_belongs_together():

@@ -49,7 +49,7 @@ def test_a_victim_sees_pictures_of_these_sizes():
     net.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
     recipe = Recipe(epochs=3, batch_size=40, lr=0.05, sides=(0.5, 1.0))
     BadNet().fit(net, toy_images(80), recipe, session=quiet())
-    assert seen[1:] == [8, 8, 16, 16, 16, 16]  # the first one asks whether the network takes 8x8
+    assert seen[2:] == [8, 8, 16, 16, 16, 16]  # the first two ask whether the network takes whole ones, and 8x8
 
 
 def test_without_sides_a_recipe_is_what_it_was():

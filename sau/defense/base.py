@@ -183,7 +183,7 @@ def _check_gradients(method: Defense, model: nn.Module, x: Tensor) -> None:
     """ConfigError if the network's answers, or those to a changed picture, carry none."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        z = logits_of(model, x)
+        z = model(x)
         what = "" if z.requires_grad else "its weights"
         if method.searches and not what and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
             what = "its pictures"
