@@ -34,7 +34,7 @@ def in_range(x: Tensor, normalised: bool = False) -> Tensor:
     elif low >= 0 and high > 2:
         advice = "divide them by 255, or give uint8"
     else:
-        advice = "they look normalised; pass the normalisation as mean=..., std=..."
+        advice = "they look normalised; undo that, or give purify the mean=... and std=..."
     raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
 
 
