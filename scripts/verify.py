@@ -35,8 +35,7 @@ def main() -> int:
     asked = parser.parse_args()
     states = []
     where = place.settle(asked)
-    for name in asked.record:
-        path = existing(asked.record_root, name)
+    for path in [existing(asked.record_root, name) for name in asked.record]:  # a slip in one before any is measured
         found = Verification(path, asked.dataset_path, where).run()
         for finding in found.findings:
             print(printable(f"{finding.state:12}{finding.what}: {finding.text}"))

@@ -62,6 +62,13 @@ def test_victims_that_cannot_learn_are_refused(name, one_line):
         assert words in one_line(refusal.value)
 
 
+def test_batch_norm_asks_for_more_than_one_picture(one_line):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4), torch.nn.BatchNorm1d(4))
+    with pytest.raises(DataError) as refusal:
+        Prototype().fit(net, toy_images(4), Training(epochs=1, batch_size=1), session=QUIET)
+    assert "a batch has one picture, but batch norm in train mode needs two" in one_line(refusal.value)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_victims_learn_and_risks_are_measured_in_any_context(context):
     images = toy_images(16)

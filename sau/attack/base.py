@@ -21,7 +21,7 @@ from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
 from sau.machine.parts import InParts
-from sau.models import learning
+from sau.models import enough_pictures, learning
 from sau.optim import Training
 from sau.seeds import check_seed, seeded
 from sau.session import Session
@@ -206,7 +206,7 @@ class Attack(Labelling, ABC):
         check_victim(model, images)
         first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
-        with learning(images.pixels.device), seeded(seed):
+        with learning(images.pixels.device), seeded(seed), enough_pictures():
             self.train(model.train(), images, batches, recipe, augment, session or Session())
         return model.eval()
 

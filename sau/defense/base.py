@@ -15,11 +15,11 @@ from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
 from sau.defense.handed import check_weights, copied, handed_back, place_for, plain
-from sau.defense.inputs import clean_batches, enough_pictures
+from sau.defense.inputs import clean_batches
 from sau.errors import ConfigError, DataError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized, learning, logits_of, statistics
+from sau.models import Normalized, enough_pictures, learning, logits_of, statistics
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -172,16 +171,3 @@ class _Loader:
             yield to_float(self.augment(x, generator) if self.augment else x), y
         if not count:
             raise DataError("the loader gives no batch, or none again; give one that can be walked through anew")
-
-
-@contextmanager
-def enough_pictures() -> Iterator[None]:
-    """A batch of one picture, whose maps are single pixels at last, is no batch for batch norm: DataError."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise DataError(
-            "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
-        ) from None

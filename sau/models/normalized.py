@@ -122,6 +122,19 @@ def learning(place: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def enough_pictures() -> Iterator[None]:
+    """A batch of one picture, whose maps are single pixels at last, is no batch for batch norm: DataError."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
+        ) from None
+
+
+@contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (by default they
     keep ten). A `Normalized` would turn it on again inside any outer context."""
