@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import VisionTransformer
-from toys import QUICK, quiet, tiny_net, toy_images
+from toys import QUICK, TinyNet, quiet, tiny_net, toy_images
 
 from sau.attack import BadNet, WaNet
 from sau.attack.recipe import Recipe
 from sau.command.request import Request
 from sau.data.images import shrunk, to_float
 from sau.defense import SAU
-from sau.errors import ConfigError
+from sau.errors import ConfigError, DataError
+from sau.models import Normalized
 from sau.optim import Training
 from sau.settings.config import options
 from sau.settings.run import AttackRun, DefenseRun
@@ -50,6 +51,18 @@ def test_a_victim_sees_pictures_of_these_sizes():
     recipe = Recipe(epochs=3, batch_size=40, lr=0.05, sides=(0.5, 1.0))
     BadNet().fit(net, toy_images(80), recipe, session=quiet())
     assert seen[2:] == [8, 8, 16, 16, 16, 16]  # the first two ask whether the network takes whole ones, and 8x8
+
+
+def test_another_error_than_the_size_keeps_its_own_words(unchecked, one_line):
+    """A network that answers with several things takes small pictures as well as large ones."""
+
+    class Several(TinyNet):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(DataError) as refusal:
+        BadNet().forge(toy_images(8), Normalized(Several()), Recipe(sides=(0.5, 1.0)), session=quiet())
+    assert "the network answers with tuple, allowed are logits" in one_line(refusal.value)
 
 
 def test_without_sides_a_recipe_is_what_it_was():

@@ -1,15 +1,16 @@
 """How a victim is trained: gradient descent, and what defenses have no use for."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sau.data.images import Images, shrunk, to_float
-from sau.errors import ConfigError, DataError, first_line
+from sau.errors import ConfigError, DataError
 from sau.evaluate import answering
-from sau.models.normalized import UNFIT, logits_of
+from sau.models import asking, logits_of
 from sau.optim import Training
 
 
@@ -55,10 +56,11 @@ def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) ->
         )
     for side in {*sides} - {1.0}:
         small = shrunk(to_float(images.pixels[:1]), side)
-        try:
-            with torch.no_grad(), answering(model):
-                model(small)
-        except UNFIT as error:
-            size, reason = "x".join(map(str, small.shape[2:])), first_line(error)
-            raise ConfigError(f"sides has {side:g}, but the network takes no pictures of {size}: {reason}") from None
+        what = f"sides has {side:g}, but the network takes no pictures of {'x'.join(map(str, small.shape[2:]))}: "
+        with asking(partial(_refused, what)), torch.no_grad(), answering(model):
+            model(small)
     return sides
+
+
+def _refused(what: str, reason: str) -> ConfigError:
+    return ConfigError(what + reason)

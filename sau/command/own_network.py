@@ -22,7 +22,7 @@ from sau.data.images import Images, last_of_each, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint
 from sau.defense.base import Defense
-from sau.errors import ConfigError, DataError, first_line, in_a_line
+from sau.errors import ConfigError, DataError, in_a_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
 from sau.foreign import weights
@@ -31,8 +31,7 @@ from sau.foreign.network import network
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
-from sau.models import Normalized, quick
-from sau.models.normalized import UNFIT
+from sau.models import Normalized, asking, quick
 from sau.record.folder import Record
 from sau.risk import Found, gauge
 from sau.settings.run import OwnRun
@@ -140,14 +139,9 @@ def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     """ConfigError where the network does not answer with a finite logit for each class folder."""
-    try:
-        with torch.no_grad():
-            logits = model(to_float(images.pixels[:1]))
-    except UNFIT as error:
-        sides, reason = "x".join(map(str, images.pixels.shape[1:])), first_line(error)
-        raise ConfigError(
-            f"the network does not accept pictures of {sides}: {reason}; give its own size with --input_size"
-        ) from None
+    what = f"the network does not accept pictures of {'x'.join(map(str, images.pixels.shape[1:]))}"
+    with asking(lambda reason: ConfigError(f"{what}: {reason}; give its own size with --input_size")), torch.no_grad():
+        logits = model(to_float(images.pixels[:1]))
     if logits.shape[-1] != images.num_classes:
         raise ConfigError(
             f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "

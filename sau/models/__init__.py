@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import ConfigError
-from sau.models.normalized import Normalized, enough_pictures, full_precision, learning, logits_of, statistics
+from sau.models.normalized import Normalized, asking, enough_pictures, full_precision, learning, logits_of, statistics
 from sau.models.preact_resnet import PreActResNet18
 from sau.models.zoo import torchvision_names, torchvision_net
 
 __all__ = [
-    "MODELS", "Normalized", "PreActResNet18", "build", "check_name", "enough_pictures", "full_precision", "has_width",
-    "laid_as", "layout", "learning", "logits_of", "quick", "statistics",
+    "MODELS", "Normalized", "PreActResNet18", "asking", "build", "check_name", "enough_pictures", "full_precision",
+    "has_width", "laid_as", "layout", "learning", "logits_of", "quick", "statistics",
 ]  # fmt: skip
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}

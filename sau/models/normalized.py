@@ -1,7 +1,7 @@
 """A network that takes pixels in [0, 1]: its normalisation, its precision, and what it answers."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError, DataError, SauError, first_line, in_a_line, lacks_memory
 
-# What networks raise at pictures that they do not take; torchvision's transformers assert theirs, others check sizes.
-UNFIT = (RuntimeError, AssertionError, ValueError, TypeError)
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
 
@@ -98,20 +96,32 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """What `model` answers to `x`; DataError unless it is logits [B, K]."""
-    try:
-        logits: Tensor = model(x)
-    except UNFIT as error:
-        if isinstance(error, SauError) or lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
-            raise
-        shape, reason = tuple(x.shape), first_line(error)
+
+    def refused(reason: str) -> DataError:
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
         advice = "pictures.float()" if kinds == {torch.float32} else "model.float()"
         why = "".join(f"; weights are {kind}, pictures {x.dtype}, so give {advice}" for kind in kinds)
-        raise DataError(f"the network does not accept pictures of shape {shape}: {reason}{why}") from None
+        return DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {reason}{why}")
+
+    with asking(refused):
+        logits: Tensor = model(x)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
     return logits
+
+
+@contextmanager
+def asking(refused: Callable[[str], SauError]) -> Iterator[None]:
+    """Inside, what a network says of pictures that it does not take is raised as `refused` has it."""
+    try:
+        yield
+    except SauError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torchvision's transformers assert sizes
+        if lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
+            raise
+        raise refused(first_line(error)) from None
 
 
 @contextmanager
