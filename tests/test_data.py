@@ -18,6 +18,7 @@ from toys import toy_images
 from sau.attack import BadNet
 from sau.data import cifar
 from sau.data.augment import Augment
+from sau.data import images as images_module
 from sau.data.images import Batches, Images, quantise, to_float
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
@@ -159,6 +160,34 @@ def test_augment_is_the_loop_over_pictures(flip, padding, shape):
         ours = Augment(padding, flip)(x, torch.Generator().manual_seed(5))
         assert ours.dtype == x.dtype
         assert torch.equal(ours, by_hand(x, padding, flip, torch.Generator().manual_seed(5)))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_side_by_side_are_augmented_as_each_alone(flip):
+    """The draws of one batch do not depend on which others are made ready with it."""
+    x = torch.randint(256, (9, 3, 12, 12), dtype=torch.uint8)
+    together = Augment(2, flip)(x, torch.Generator().manual_seed(5), [4, 4, 1])
+    one_by_one = torch.Generator().manual_seed(5)
+    assert torch.equal(together, torch.cat([by_hand(part, 2, flip, one_by_one) for part in x.split(4)]))
+    alone = Augment(2, flip, one_draw=True)(x, torch.Generator().manual_seed(5), [4, 4, 1])
+    one_by_one = torch.Generator().manual_seed(5)
+    assert torch.equal(alone, torch.cat([Augment(2, flip, True)(part, one_by_one) for part in x.split(4)]))
+
+
+@pytest.mark.parametrize(("count", "drop_last"), [(40, True), (40, False), (33, False), (5, True)])
+def test_batches_are_made_ready_several_at_once(count, drop_last, monkeypatch):
+    """The same ones, in fewer calls: what Python launches for each batch by itself is time of a card."""
+    batches = toy_images(count).batches(8, seed=3, augment=Augment(2, flip=True), drop_last=drop_last, sides=(0.5,))
+    calls = list[int]()
+    real = Augment.__call__
+    monkeypatch.setattr(Augment, "__call__", lambda self, x, *rest: (calls.append(len(x)), real(self, x, *rest))[1])
+    at_once = [list(batch) for batch in batches]
+    monkeypatch.setattr(images_module, "AT_ONCE", 2 * 8 * 3 * 16 * 16)
+    few, calls[:] = calls[:], []
+    by_twos = [list(batch) for batch in batches]
+    assert few == [sum(len(y) for _, y, _ in at_once)] and len(calls) == -(-len(batches) // 2)
+    for ours, other in zip(at_once, by_twos, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True)) and ours[0].shape[2:] == (8, 8)
 
 
 def test_every_picture_has_its_own_crop_and_mirror():

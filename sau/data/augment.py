@@ -1,6 +1,7 @@
 """Random crop, flip and rotation of a whole batch, one draw a picture."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,24 @@ class Augment:
     flip: bool = False
     one_draw: bool = False
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        b, _, h, w = x.shape
-        draws = 1 if self.one_draw else b
-        corners = torch.randint(2 * self.padding + 1, (2, draws), generator=generator, device="cpu")
-        top, left = sent(corners, x.device).expand(2, b)
+    def __call__(self, x: Tensor, generator: torch.Generator, sizes: Sequence[int] | None = None) -> Tensor:
+        """The batch `x`, or the batches of `sizes` one behind the other in it, each with draws of its own."""
+        h, w = x.shape[-2:]
+        draws = torch.cat([self._draw(size, generator) for size in sizes or [len(x)]], 1)
+        top, left, mirrored = sent(draws, x.device)
         windows = F.pad(x, (self.padding,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, places, places, H, W], a view
-        cropped = windows[torch.arange(b, device=x.device), :, top, left]
-        if not self.flip:
-            return cropped
-        mirrored = sent(torch.rand(draws, 1, 1, 1, generator=generator, device="cpu") < 0.5, x.device)
-        return torch.where(mirrored, cropped.flip(3), cropped)
+        cropped = windows[torch.arange(len(x), device=x.device), :, top, left]
+        return torch.where(mirrored.bool().view(-1, 1, 1, 1), cropped.flip(3), cropped) if self.flip else cropped
+
+    def _draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """[3, size]: top, left and whether it is mirrored, of each picture of a batch."""
+        draws = 1 if self.one_draw else size
+        corners = torch.randint(2 * self.padding + 1, (2, draws), generator=generator, device="cpu")
+        if self.flip:
+            mirrored = torch.rand(1, draws, generator=generator, device="cpu") < 0.5
+        else:
+            mirrored = torch.zeros(1, draws)
+        return torch.cat([corners, mirrored.long()]).expand(3, size)
 
 
 def turn(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:

@@ -1,18 +1,20 @@
 """A data set as tensors: pixels stay uint8 on the device, batches become float one at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sau.data.augment import Augment
 from sau.errors import DataError
 from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
 SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
+AT_ONCE = 2**22  # values of pictures that are made ready at once: what Python launches for a batch costs a card's time
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 
 
@@ -144,7 +146,7 @@ class Images:
         size: int,
         *,
         seed: int | None = None,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        augment: Augment | None = None,
         drop_last: bool = False,
         sides: Sequence[float] = (),
     ) -> "Batches":
@@ -170,7 +172,7 @@ class Batches:
         labels: tuple[Tensor, ...],
         size: int,
         seed: int | None = None,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        augment: Augment | None = None,
         drop_last: bool = False,
         sides: Sequence[float] = (),
     ) -> None:
@@ -192,14 +194,17 @@ class Batches:
         generator = epoch_generator(self.seed or 0, self.epoch)
         order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator, device="cpu")
         order = order.to(device)
-        starts = range(0, len(self) * self.size, self.size)
-        for start in starts:
-            joined = not self.drop_last and start == starts[-1]
-            index = order[start:] if joined else order[start : start + self.size]
+        sizes = [self.size] * len(self)
+        if sizes and not self.drop_last:
+            sizes[-1] += n - sum(sizes)  # fewer, or one more that is left over
+        together = max(1, AT_ONCE // (self.size * math.prod(self.pixels.shape[1:])))
+        for block in (sizes[start : start + together] for start in range(0, len(sizes), together)):
+            index, order = order[: sum(block)], order[sum(block) :]
             pixels = self.pixels[index]
             if self.augment is not None:
-                pixels = self.augment(pixels, generator)
-            yield self._sized(to_float(pixels)), *(labels[index] for labels in self.labels)
+                pixels = self.augment(pixels, generator, block)
+            parts = (self._sized(to_float(pixels)), *(labels[index] for labels in self.labels))
+            yield from zip(*(part.split(block) for part in parts), strict=True)
 
     def _sized(self, x: Tensor) -> Tensor:
         share = self.sides[min(self.epoch, len(self.sides) - 1)] if self.sides else 1.0

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.data.augment import sent
+from sau.data.augment import Augment, sent
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import hold_back
-from sau.defense.inputs import Augmentation, gather, unaugmented
+from sau.defense.inputs import gather, unaugmented
 from sau.defense.masks import Perturbable
 from sau.optim import DESCENT, Training
 from sau.session import Session
@@ -183,7 +183,7 @@ class ANP(Defense):
 class _Draws:
     """`total` batches drawn with replacement by torch's generator, in chunks of up to CHUNK."""
 
-    def __init__(self, x: Pixels, y: Labels, size: int, total: int, augment: Augmentation | None) -> None:
+    def __init__(self, x: Pixels, y: Labels, size: int, total: int, augment: Augment | None) -> None:
         self.x, self.y, self.size, self.augment = x, y, size, augment
         self.chunks = [min(CHUNK, total - done) for done in range(0, total, CHUNK)]
         self.length = self.chunks[0]

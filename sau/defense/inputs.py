@@ -1,18 +1,17 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sau.data.augment import Augment
 from sau.data.images import Batches, Images, in_range, to_float
 from sau.errors import DataError
 from sau.seeds import epoch_generator, seeded
 from sau.types import Batched, Loader
-
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def clean_batches(
@@ -22,7 +21,7 @@ def clean_batches(
     *,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    augment: Augmentation | None,
+    augment: Augment | None,
     seed: int,
 ) -> Batched:
     """Batches of (pixels in [0, 1], labels) from `Images`, a pair of tensors or a loader.
@@ -70,7 +69,7 @@ class Kept(nn.Module):
         return zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True)
 
 
-def unaugmented(batches: Batched) -> tuple[Batched, Augmentation | None]:
+def unaugmented(batches: Batched) -> tuple[Batched, Augment | None]:
     """The same pictures as they are, and the augmentation (None if none) that each batch would have gone through."""
     plain: Any = copy.copy(batches)
     augment, plain.augment = plain.augment, None
@@ -138,7 +137,7 @@ class _Loader:
         device: torch.device,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
-        augment: Augmentation | None,
+        augment: Augment | None,
         seed: int,
     ) -> None:
         self.loader, self.device, self.mean, self.std = loader, device, mean, std
