@@ -17,8 +17,8 @@ from toys import toy_images
 
 from sau.attack import BadNet
 from sau.data import cifar
-from sau.data.augment import Augment
 from sau.data import images as images_module
+from sau.data.augment import Augment
 from sau.data.images import Batches, Images, quantise, to_float
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
