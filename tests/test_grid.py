@@ -686,6 +686,18 @@ def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_l
     assert words in one_line(caught.value)
 
 
+@pytest.mark.parametrize("name", ["seconds", "peak_memory_mb"])
+def test_a_cost_that_is_no_number_is_said_before_anything_runs(planned, drive, tmp_path, one_line, name):
+    """A dry run asks for costs and prepares nothing."""
+    every, store = planned(), Store(tmp_path / "root")
+    drive(every)
+    summary = store.folder(every[0]) / "summary.json"
+    summary.write_text(json.dumps({"acc": 90.0, name: "long"}))
+    with pytest.raises(RecordError) as caught:
+        costs(every, store)
+    assert f"{every[0].folder} is damaged ({name} is 'long', allowed is a number)" in one_line(caught.value)
+
+
 def test_a_published_attack_that_cannot_be_trained_again_blocks_its_defenses(planned, drive, tmp_path):
     every, kept = planned(), tmp_path / "kept"
     drive(every)

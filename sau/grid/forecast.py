@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from sau.errors import RecordError
 from sau.grid.plan import Cell
 from sau.grid.store import Store
 from sau.wording import duration
@@ -32,8 +33,17 @@ def costs(cells: Iterable[Cell], store: Store) -> dict[Like, Cost]:
             summary = store.summary(cell)
             files = store.folder(cell).glob("*.*") if over == "finished" else ()
             disk = sum(file.stat().st_size for file in files) if over == "finished" else None
-            seen[cell.like].append((summary.get("seconds"), summary.get("peak_memory_mb"), disk))
+            took = (_number(cell, summary, name) for name in ("seconds", "peak_memory_mb"))
+            seen[cell.like].append((*took, disk))
     return {like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items() if rows}
+
+
+def _number(cell: Cell, summary: Mapping[str, Any], name: str) -> float | None:
+    value = summary.get(name)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    damage = f"the summary of {cell.folder} is damaged ({name} is {value!r}, allowed is a number)"
+    raise RecordError(f"{damage}; remove it, and the cell runs again")
 
 
 def _mean(column: Iterable[Any]) -> float | None:
