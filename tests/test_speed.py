@@ -560,8 +560,9 @@ def test_without_a_compiler_the_network_runs_as_it_stands(here, tmp_path, monkey
     assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is None
 
 
-def test_a_network_that_cannot_be_compiled_runs_as_it_stands(monkeypatch):
-    """The small probe passed, and the compiler gives up at the network itself."""
+@pytest.fixture
+def gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that makes the small probe and nothing larger."""
     original = torch.compile
     torch._dynamo.reset()
 
@@ -573,6 +574,10 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_stands(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda net, mode=None, dynamic=None: original(net, backend=picky, dynamic=dynamic)
     )
+
+
+@pytest.mark.usefixtures("gives_up")
+def test_a_network_that_cannot_be_compiled_runs_as_it_stands():
     assert tuning.no_compiler(torch.device("cpu")) is None
     model, (x, _) = small(), batch(4)
     wanted = model(x)
@@ -580,6 +585,14 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_stands(monkeypatch):
     with pytest.warns(UserWarning, match="cannot be compiled and runs as it stands: .*too large and a long"):
         assert torch.equal(model(x), wanted)
     assert model.compiled is None and torch.equal(model(x), wanted)
+
+
+@pytest.mark.usefixtures("few_digits", "gives_up")
+def test_that_a_network_could_not_be_compiled_is_recorded(here, tmp_path):
+    with pytest.warns(UserWarning, match="cannot be compiled and runs as it stands"):
+        status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", "on")
+    assert status == 0 and "compiling the network (torch.compile, default mode)" in out
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is None
 
 
 @pytest.mark.parametrize("amp", [True, False])
