@@ -3,8 +3,8 @@ networks", 2024, kellerjordan.github.io/posts/muon).
 
     B <- mu B + G,      U = G + mu B,      W <- (1 - lr wd) W - lr polar(U)
 
-for a weight W that is a matrix, a convolution's being [out, in * height * width]. polar(U) is P Q^T of the singular
-value decomposition U = P S Q^T. Parameters of one dimension, those of batch norm and the biases, step along U itself.
+for the weight W of a convolution, as the matrix [out, in * height * width]. polar(U) is P Q^T of the singular value
+decomposition U = P S Q^T. Whatever else moves, linear layers (here the last one), batch norm and biases, steps along U.
 """
 
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: whatever is to move.
-        lr: learning rate, of matrices and of the others.
+        lr: learning rate, of convolutions and of the others.
         momentum: mu.
         weight_decay: wd.
     """
@@ -62,6 +62,6 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].mul_(group["momentum"]).add_(gradient)
         step = gradient.add(state["momentum"], alpha=group["momentum"])
-        if step.dim() >= 2:
+        if step.dim() > 2:
             step = polar(step.flatten(1)).reshape(step.shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
