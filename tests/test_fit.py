@@ -50,9 +50,12 @@ def test_victims_that_cannot_learn_are_refused(name, one_line):
     attack = attack.forge(images, tiny_net(), RECIPE, session=QUIET)
     frozen, few = tiny_net().requires_grad_(False), tiny_net()
     few.linear = torch.nn.Linear(few.linear.in_features, 2)
+    cut = tiny_net()
+    cut.forward = torch.no_grad()(cut.forward)  # type: ignore[method-assign]
     for net, given, kind, words in (
         (frozen, images, ConfigError, "frozen, so nothing would learn; call requires_grad_() on it"),
         (few, images, DataError, "labels go up to 3, but the network has 2 classes"),
+        (cut, images, ConfigError, "no gradient to its weights, so nothing would learn; take no_grad, detach"),
         (tiny_net().double(), images, DataError, "model.float()"),
         (tiny_net(), images[torch.arange(0)], DataError, "pictures to train on are none"),
         (tiny_net(), (images.pixels, images.labels), DataError, "pictures to train on are a tuple"),

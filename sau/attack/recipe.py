@@ -35,16 +35,22 @@ class Recipe(Training):
 
 
 def check_victim(model: nn.Module, images: Images) -> None:
-    """Refuse what cannot be trained: ConfigError for frozen weights, DataError for pictures that do not fit."""
+    """Refuse what cannot be trained: ConfigError for weights that are frozen or get no gradient, DataError for pictures
+    that do not fit."""
     if not isinstance(images, Images) or not len(images):
         what = "none" if isinstance(images, Images) else f"a {type(images).__name__}"
         raise DataError(f"the pictures to train on are {what}, allowed are Images, at least one; see Images.clean")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
-    with torch.no_grad(), answering(model):
-        classes = logits_of(model, to_float(images.pixels[:1])).shape[1]
-    if int(images.labels.max()) >= classes:
-        raise DataError(f"labels go up to {int(images.labels.max())}, but the network has {classes} classes")
+    with torch.inference_mode(False), torch.enable_grad(), answering(model):
+        logits = logits_of(model, to_float(images.pixels[:1]))
+    if int(images.labels.max()) >= logits.shape[1]:
+        raise DataError(f"labels go up to {int(images.labels.max())}, but the network has {logits.shape[1]} classes")
+    if not logits.requires_grad:
+        raise ConfigError(
+            "what the network answers has no gradient to its weights, so nothing would learn; take no_grad, detach or "
+            "numpy out of its forward"
+        )
 
 
 def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) -> tuple[float, ...]:
