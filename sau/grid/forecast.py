@@ -26,15 +26,14 @@ class Cost:
 
 def costs(cells: Iterable[Cell], store: Store) -> dict[Like, Cost]:
     """What finished cells took, by what they are like."""
-    seen: dict[Like, list[tuple[Any, Any, int | None]]] = defaultdict(list)
+    seen: dict[Like, list[tuple[float | None, float | None, int | None]]] = defaultdict(list)
     for cell in cells:
         over = store.over(cell) if len(seen[cell.like]) < SAMPLE else ""
         if over:
             summary = store.summary(cell)
             files = store.folder(cell).glob("*.*") if over == "finished" else ()
             disk = sum(file.stat().st_size for file in files) if over == "finished" else None
-            took = (_number(cell, summary, name) for name in ("seconds", "peak_memory_mb"))
-            seen[cell.like].append((*took, disk))
+            seen[cell.like].append((_number(cell, summary, "seconds"), _number(cell, summary, "peak_memory_mb"), disk))
     return {like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items() if rows}
 
 
@@ -46,7 +45,7 @@ def _number(cell: Cell, summary: Mapping[str, Any], name: str) -> float | None:
     raise RecordError(f"{damage}; remove it, and the cell runs again")
 
 
-def _mean(column: Iterable[Any]) -> float | None:
+def _mean(column: Iterable[float | None]) -> float | None:
     values = [value for value in column if value is not None]
     return fmean(values) if values else None
 
