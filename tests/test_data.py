@@ -190,6 +190,16 @@ def test_batches_are_made_ready_several_at_once(count, drop_last, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True)) and ours[0].shape[2:] == (8, 8)
 
 
+def test_a_batch_may_be_changed_in_place_and_the_others_do_not_notice():
+    """By a network, or an attack's own step; and a graph of the one before is not broken by it."""
+    scale = torch.ones(3, 1, 1, requires_grad=True)
+    (first, *_), (second, *_), _ = toy_images(24).batches(8, seed=3)
+    before = (first * scale).sum()
+    second.mul_(scale)
+    (before + second.sum()).backward()
+    assert scale.grad is not None
+
+
 def test_every_picture_has_its_own_crop_and_mirror():
     """200 copies of one picture: nearly all of the 81 crops appear, and about half of the pictures are mirrored."""
     one = torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
@@ -453,6 +463,57 @@ def test_a_malicious_batch_is_refused_and_not_executed(tmp_path, one_line):
         assert str(file) in one_line(refusal.value) and not canary.exists()
         with pytest.raises(DataError):
             cifar._cifar_batch(file, "0" * 32, "labels")
+
+
+def batch_of(code: bytes, ending: bytes = b"u.") -> bytes:
+    """A pickle of a dictionary with `data` and what `code` makes as `labels`."""
+    return b"\x80\x02}(" + b"U\x04data" + b"U\x06labels".join((b"K\x00", code)) + ending
+
+
+NUMPY = b"cnumpy\ndtype\n(U\x02%bK\x00K\x01tR"
+HEAVY = {
+    "a number of bytes": (b"cnumpy\nndarray\n(J\x00\x00\x00\x70U\x02u1tR", "positional arguments"),
+    "a type of texts": (NUMPY % b"S8", "an array of 'S8', allowed is u1"),
+    "a type that claims more": (NUMPY % b"u1" + b"(K\x03U\x01|NNNJ\x00\x00\x00\x40K\x01K\x00tb", "not plain bytes"),
+    "doubled bytes": (b"c_codecs\nencode\n" * 2 + b"U\x01a" + b"U\x09hex_codec\x86R" * 2, "file does not hold"),
+    "copied bytes": (
+        b"c_codecs\nencode\nq\x000X\xe8\x03\0\0" + b"a" * 1000 + b"U\x06latin1\x86q\x010(" + b"h\x00h\x01R" * 9 + b"l",
+        "file does not hold",
+    ),
+    "bytes to be filled": (b"\x96" + b"\xff" * 7 + b"\x00", "150"),
+    "labels that are no list": (b"U\x04abcd", "its labels no list of whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_batch_that_would_take_memory_is_refused(name, tmp_path, one_line):
+    code, words = HEAVY[name]
+    (tmp_path / "batch").write_bytes(batch_of(code))
+    with pytest.raises(DataError) as refusal:
+        cifar._cifar_batch(tmp_path / "batch", None, "labels")
+    assert words in one_line(refusal.value)
+
+
+def test_a_large_number_of_a_memo_costs_nothing(tmp_path):
+    """In C the unpickler takes sixteen bytes for each number below it."""
+    pixels = np.zeros((1, 3072), np.uint8)
+    raw = pickle.dumps({"data": pixels, "labels": [3]}, protocol=2)
+    (tmp_path / "batch").write_bytes(raw[:2] + b"K\x00r\xff\xff\xff\x7f0" + raw[2:])
+    assert cifar._cifar_batch(tmp_path / "batch", None, "labels")[1] == [3]
+
+
+def test_arrays_by_columns_and_by_python_2_are_read(tmp_path):
+    """Python 2 wrote the content as a string, which comes as a text in latin1."""
+    pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    by_columns = pickle.dumps({"data": np.asfortranarray(pixels), "labels": [3, 7]}, protocol=2)
+    kind = NUMPY % b"u1" + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x02M\x00\x0ct" + kind
+    array += b"\x89T\x00\x18\0\0" + pixels.tobytes() + b"tb"
+    by_two = b"\x80\x02}(U\x04data" + array + b"U\x06labels(K\x03K\x07lu."
+    for raw in (by_columns, by_two):
+        (tmp_path / "batch").write_bytes(raw)
+        read, labels = cifar._cifar_batch(tmp_path / "batch", None, "labels")
+        assert labels == [3, 7] and np.array_equal(read.reshape(2, 3072), pixels)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

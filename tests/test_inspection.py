@@ -10,14 +10,14 @@ import struct
 import subprocess
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hostile import HERE, deflated, hostile, in_zip, saved, text, watched
+from hostile import HERE, Call, deflated, hostile, in_zip, saved, text, watched
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from toys import REPOSITORY, environment, the_error
@@ -281,6 +281,99 @@ def test_a_file_may_hide_no_second_pickle(tmp_path):
         archive.writestr("archive/more.pkl", b"\x80\x02cos\nsystem\n.")
     report, found, _ = look(stored(tmp_path, raw.getvalue()))
     assert found is not None and report["status"] == SUSPICIOUS and "os.system" in report["verdict"]
+
+
+def test_the_bad_name_may_come_late(tmp_path):
+    """Behind a thousand that may pass, and where there are more names than are looked at."""
+    import zipfile
+
+    late = b"ccollections\nOrderedDict\n0" * 1000 + b"cos\nsystem\n."
+    raw = io.BytesIO(saved({"x": torch.zeros(2)}))
+    with zipfile.ZipFile(raw, "a") as archive:
+        archive.writestr("archive/more.pkl", b"\x80\x02" + late)
+    report, found, _ = look(stored(tmp_path, raw.getvalue()))
+    assert found is not None and report["status"] == SUSPICIOUS and "os.system" in report["verdict"]
+    many = pickles.imports(b"\x80\x02" + b"".join(b"ca\nb%d\n0" % i for i in range(2000)) + b"N.")
+    assert len(many) == pickles.MOST + 2 and many[-1] == pickles.UNKNOWN
+
+
+def both(code: bytes) -> bytes:
+    """A file of safetensors that is also a pickle: its length begins with U, the opcode of a short string; such strings
+    lead through a text in its header to `code` among the content of its tensor.
+    """
+    head, tail = b'{"__metadata__":{"a":"', b'"},"w":{"dtype":"U8","shape":[400],"data_offsets":[0,400]}}'
+    for skipped in range(28, 120):
+        size = ord("U") | skipped << 8
+        filled = head + b"A" * (size - len(head) - len(tail)) + tail
+        raw, place, end = bytearray(struct.pack("<Q", size) + filled + bytes(400)), 2 + skipped, 8 + size + 5
+        while (left := end - place - 2) > 125:
+            raw[place : place + 2] = b"U`"
+            place += 2 + ord("`")
+        if left > len(tail) + 10 and left != ord("\\"):
+            raw[place : place + 2] = b"U" + bytes([left])
+            raw[end : end + len(code)] = code
+            return bytes(raw)
+    raise AssertionError
+
+
+def test_safetensors_that_are_also_a_pickle_are_suspicious(tmp_path):
+    """Whether the pickle ends or not: an ordinary reader has run the call by then."""
+    for code in (b"cos\nsystem\n(S'true'\ntR.", b"cos\nsystem\n(S'true'\ntR\xff"):
+        raw = both(code)
+        assert load(raw)["w"].shape == (400,)
+        report, _, _ = look(stored(tmp_path, raw))
+        assert report["status"] == SUSPICIOUS and "os.system" in report["verdict"]
+    assert pickles.imports(save({"w": torch.arange(400)})) == []
+
+
+BOMBS: dict[str, tuple[Any, str]] = {
+    "bytes by number": (lambda: saved(Call(bytearray, 3 << 30)), "memory that it has no content for"),
+    "a tensor by number": (lambda: saved({"w": Call(torch.FloatTensor, 64, 64)}), "memory that it has no content for"),
+    "a tensor of no type": (lambda: saved({"w": Call(torch.Tensor, 64, 64)}), "memory that it has no content for"),
+    "a storage by number": (lambda: saved({"w": Call(torch.UntypedStorage, 1 << 40)}), "takes no arguments"),
+    "doubled bytes": (
+        lambda: in_zip(b"c_codecs\nencode\n" * 20 + text("a") + (text("hex_codec") + b"\x86R") * 20),
+        "bytes by 'hex_codec', allowed is latin1",
+    ),
+    "copied bytes": (
+        lambda: in_zip(
+            b"(c_codecs\nencode\nq\x00" + text("a" * 4000) + text("latin1") + b"\x86q\x01" + b"h\x00h\x01R" * 999 + b"t"
+        ),
+        "more of its content than there is",
+    ),
+    "copied sets": (
+        lambda: in_zip(b"(c__builtin__\nset\nq\x00(" + b"K\x01" * 2000 + b"t\x85q\x01" + b"h\x00h\x01R" * 999 + b"t"),
+        "more of its content than there is",
+    ),
+    "dictionaries": (
+        lambda: in_zip(b"(ccollections\nOrderedDict\nq\x00" + b"h\x00)R" * 1001 + b"t"),
+        "more of its content than there is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_little_files_do_not_make_much(name, tmp_path, one_line):
+    """Nothing is made before the refusal: each would take gigabytes, or show what lay in memory."""
+    make, words = BOMBS[name]
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, make()))
+    assert words in one_line(refusal.value)
+
+
+def test_plain_things_beside_the_weights_are_read(tmp_path):
+    """What schedules and lists leave in a checkpoint."""
+    own = small()
+    more = {"milestones": Counter([3, 3, 6]), "seen": {1, 2}, "size": torch.Size([2, 3]), "raw": b"ab\xff", "z": 1j}
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        found = weights.read(stored(tmp_path, {"net": OrderedDict(own), **more}, **options))
+        assert all(torch.equal(value, own[name]) for name, value in found.of(own).items())
+
+
+def test_a_first_weight_without_a_dimension_is_no_network_of_ours(tmp_path):
+    own = small()
+    found = weights.read(stored(tmp_path, {**own, "conv1.weight": torch.tensor(1.0)}))
+    assert guess(found) is None
 
 
 def bombs() -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,59 @@ def test_split(name: str, root: Path) -> Images | None:
     return Images.clean(torch.from_numpy(pixels), torch.tensor(labels), classes)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles dictionaries of numpy arrays, byte strings and numbers; refuses to import anything else."""
+class _Type:
+    """In place of numpy's dtype, which takes on trust what a file says of it: bytes alone."""
 
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    allowed |= {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+    def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
+        if code != "u1":
+            raise ValueError(f"an array of {ascii(code)[:20]}, allowed is u1")
+
+    def __setstate__(self, state: Any) -> None:
+        if tuple(state) != (3, "|", None, None, None, -1, -1, 0):
+            raise ValueError("a numpy dtype that is not plain bytes")
+
+
+class _Array:
+    """In place of numpy's array: its content is what the file holds of it."""
+
+    def __init__(self, encode: Callable[[str, str], bytes]) -> None:
+        self.encode = encode
+        self.values: np.ndarray[Any, Any] = np.zeros(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, by_columns, content = state
+        if not isinstance(kind, _Type):
+            raise ValueError("an array without a type")
+        if isinstance(content, str):  # bytes, by Python 2
+            content = self.encode(content, "latin1")
+        self.values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+
+
+class _ArraysOnly(pickle._Unpickler):  # Python's own: the one in C takes memory for any number of a memo
+    """Unpickles dictionaries of arrays of bytes, byte strings and numbers; refuses to import anything else, and to make
+    more bytes than the file has."""
+
+    dispatch = {key: what for key, what in pickle._Unpickler.dispatch.items() if key != pickle.BYTEARRAY8[0]}
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(io.BytesIO(raw), encoding="latin1")
+        self.left = len(raw)
+        self.allowed = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): self._encode}
+        self.allowed |= {
+            (f"numpy.{core}.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(self._encode)
+            for core in ("core", "_core")
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+        return self.allowed[module, name]
+
+    def _encode(self, text: str, how: str) -> bytes:
+        self.left -= len(text)
+        if how != "latin1" or self.left < 0:
+            raise ValueError("bytes that the file does not hold")
+        return text.encode(how)
 
 
 def _cifar_batch(
@@ -92,7 +136,7 @@ def _cifar_batch(
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; delete {path.parent} to download it again") from None
     try:
-        batch = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
+        batch = _ArraysOnly(raw).load()
         pixels, labels = _checked(batch, label_key, classes)
     except Exception as error:  # damaged pickles raise a dozen types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -105,15 +149,18 @@ def _cifar_batch(
     return pixels, labels
 
 
-def _checked(batch: dict[str, Any], label_key: str, classes: int) -> tuple[np.ndarray, list[int]]:
+def _checked(batch: Any, label_key: str, classes: int) -> tuple[np.ndarray, list[int]]:
+    if not isinstance(batch, dict):
+        raise ValueError(f"it holds a {type(batch).__name__}, allowed is a dictionary")
     missing = {"data", label_key} - set(batch)
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    pixels, labels = np.asarray(batch["data"]), [int(label) for label in batch[label_key]]
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or not labels:
-        raise ValueError(
-            f"{len(labels)} labels, but pictures {pixels.dtype} {pixels.shape}; allowed is uint8 (N, 3072)"
-        )
+    data, labels = batch["data"], batch[label_key]
+    if not isinstance(data, _Array) or not isinstance(labels, list) or {int} != {type(label) for label in labels}:
+        raise ValueError("its pictures are no array of bytes, or its labels no list of whole numbers")
+    pixels = data.values
+    if pixels.shape != (len(labels), 3072):
+        raise ValueError(f"{len(labels)} labels, but pictures {pixels.shape}; allowed is (N, 3072)")
     if not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"labels range over {min(labels)}..{max(labels)}, allowed is 0..{classes - 1}")
     return pixels.reshape(-1, 3, 32, 32), labels

@@ -197,14 +197,15 @@ class Batches:
         sizes = [self.size] * len(self)
         if sizes and not self.drop_last:
             sizes[-1] += n - sum(sizes)  # fewer, or one more that is left over
-        together = max(1, AT_ONCE // (self.size * math.prod(self.pixels.shape[1:])))
+        together = max(1, AT_ONCE // max(1, self.size * math.prod(self.pixels.shape[1:])))
         for block in (sizes[start : start + together] for start in range(0, len(sizes), together)):
             index, order = order[: sum(block)], order[sum(block) :]
             pixels = self.pixels[index]
             if self.augment is not None:
                 pixels = self.augment(pixels, generator, block)
             parts = (self._sized(to_float(pixels)), *(labels[index] for labels in self.labels))
-            yield from zip(*(part.split(block) for part in parts), strict=True)
+            # Not views: whoever changes a batch in place, under autograd, too, has nothing to do with the others.
+            yield from zip(*(part.unsafe_split_with_sizes(block) for part in parts), strict=True)
 
     def _sized(self, x: Tensor) -> Tensor:
         share = self.sides[min(self.epoch, len(self.sides) - 1)] if self.sides else 1.0

@@ -51,8 +51,10 @@ def guess(found: Weights) -> Guess | None:
             prefix = found.under(own)
             last = found.tensors[prefix + list(own)[-1]]
             first = found.tensors[prefix + next(iter(own))]
+            if 0 in (first.ndim, last.ndim):
+                continue
             width = len(first) if name in MODELS else None
-            if last.ndim == 0 or (width is not None and not 0 < width <= 1024):
+            if width is not None and not 0 < width <= 1024:
                 continue
             found.fitting(layout(partial(unwrapped, name, len(last), width)))
         except SeveralError:

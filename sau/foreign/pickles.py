@@ -22,6 +22,7 @@ UNKNOWN = "a name put together on the stack"
 MALFORMED = "what follows bytes that only other readers understand"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
 LEGACY_PICKLES = 5  # of a file of torch before 1.6: magic number, version, system, content, names of its storages
+MOST = 1_000  # different names of a file that are looked at; those that may pass are some hundred
 UNSURE = 1_000_000  # opcodes of what may be a text; each costs a microsecond
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
@@ -38,14 +39,17 @@ def imports(raw: bytes) -> list[str]:
     Looks into torch's zip files (every member that is a pickle), torch's older format, tar archives and bare pickles.
     A name that is not written down but computed comes as `UNKNOWN`. What is certainly a pickle and cannot be followed
     to its end, though there is more of it, ends in `MALFORMED`, for other readers may go on; of one that is cut off
-    there are the names up to there. What may be anything, as of protocol 0, counts only if it comes to an end.
+    there are the names up to there. What may be anything, as of protocol 0, counts only if it comes to an end. What
+    looks like safetensors counts up to where it is no pickle, for a file can be made to be both.
     """
     names: dict[str, None] = {}
     with suppress(Exception):  # zipfile and tarfile raise a dozen types; reading such a file says what is wrong with it
         for content, pickles in _pickles(raw):
-            if pickles or _looks_pickled(content) or _ends(content):
-                for name in islice(_names(content, pickles), 1000):
+            if pickles or _looks_pickled(content) or _is_safetensors(content) or _ends(content):
+                for name in _names(content, pickles):
                     names.setdefault(name)
+                    if len(names) > MOST:
+                        return [*names, UNKNOWN]
     return list(names)
 
 
@@ -68,8 +72,12 @@ def _pickles(raw: bytes) -> Iterator[tuple[bytes, int]]:
                     yield file.read(), 0
     elif raw.startswith(torchfile.LEGACY):
         yield raw, LEGACY_PICKLES
-    elif not (raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") < len(raw)):  # no header of safetensors
-        yield raw, int(_looks_pickled(raw))  # one of protocol 0 begins with any letter
+    else:  # one of protocol 0 begins with any letter, and safetensors with any byte
+        yield raw, int(_looks_pickled(raw) and not _is_safetensors(raw))
+
+
+def _is_safetensors(content: bytes) -> bool:
+    return content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content)
 
 
 def _ends(content: bytes) -> bool:

@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import _weights_only_unpickler as torchs
-from torch.overrides import TorchFunctionMode
 from torch.serialization import safe_globals
 
 from sau.errors import RecordError
 from sau.files import read
 from sau.foreign import archive
+from sau.foreign.restraint import Few, restrained
 
 LARGEST = 2 << 30  # bytes of a file; the largest network of the benchmark has 1.2 GB
-CALLS = 40_000  # of torch's functions while it is read; a tensor takes 5, a parameter 6, and with Adam's state 21
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch before 1.6 pickles first
 _TYPES = ("f8", "i8", "i4")  # i4 is what numpy 1 makes of int on Windows
 
@@ -88,18 +87,6 @@ ALLOWED: list[Any] = [
 ]
 
 
-class _Few(TorchFunctionMode):
-    """Ends the reading of a pickle that makes tensors without end: five bytes of it are enough for one more."""
-
-    calls = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        if self.calls > CALLS:
-            raise ValueError(f"it makes more than {CALLS:,} calls to build its tensors")
-        return func(*args, **(kwargs or {}))
-
-
 def content(path: Path) -> bytes:
     """A file's bytes; RecordError if it cannot be read, is no plain file or is larger than `LARGEST`."""
     try:
@@ -123,7 +110,7 @@ def load(path: Path, old: bool = False, raw: bytes | None = None) -> tuple[Any, 
     try:
         if not (old and raw.startswith(LEGACY)):
             archive.check(raw)
-        with safe_globals(ALLOWED), warnings.catch_warnings(), _Few():
+        with safe_globals(ALLOWED), restrained(len(raw)), Few(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of, like sparse tensors, is refused later
             if raw.startswith(LEGACY):
                 _check_legacy(raw)
