@@ -26,7 +26,7 @@ from sau.data.pairs import paired, sample
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
-from sau.models import learning
+from sau.models import learning, logits_of
 from sau.seeds import seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import BATCH, Hunt, Search
@@ -124,7 +124,8 @@ def measure(
         search: how; default is L_inf with radius 0.2.
         seed: of the random places that searches start from.
 
-    Raises DataError for other data, pictures that are no pairs, or none; TrainingError for logits that are not finite.
+    Raises DataError for other data, pictures that are no pairs or lie elsewhere than the networks, or none, and for
+    networks of other classes; TrainingError for logits that are not finite.
     """
     if not isinstance(clean, Images) or not isinstance(triggered, Images | None):
         raise DataError("risks are measured on Images; Images.clean(pixels, labels, num_classes) makes them")
@@ -135,8 +136,22 @@ def measure(
     chosen = clean[place]
     eager = torch.compiler.set_stance("force_eager")  # batches are of many sizes
     with learning(clean.pixels.device), answering(model, reference), seeded(seed), eager:
+        _check_networks((model, reference), chosen)
         hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
         return _found(hunt, clean, triggered, place)
+
+
+def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> None:
+    places = {chosen.pixels.device, *(weight.device for network in networks for weight in network.parameters())}
+    if len(places) > 1:
+        where = " and ".join(sorted(map(str, places)))
+        raise DataError(f"the networks and the pictures lie on {where}; bring them to one device with their .to(...)")
+    with torch.no_grad():
+        classes, others = (logits_of(network, to_float(chosen.pixels[:1])).shape[1] for network in networks)
+    if classes != others or classes < 2:
+        raise DataError(f"the networks have {classes} and {others} classes; allowed is the same number, 2 and more")
+    if int(chosen.labels.max()) >= classes:
+        raise DataError(f"labels go up to {int(chosen.labels.max())}, but the networks have {classes} classes")
 
 
 def gauge(

@@ -7,8 +7,10 @@ import pytest
 import torch
 from toys import same_weights, tiny_net, toy_images
 
-from sau.attack import BadNet, InputAware, Prototype
+from sau.attack import BadNet, InputAware, Prototype, WaNet
+from sau.data.augment import Augment
 from sau.data.images import Images
+from sau.data.pairs import sample
 from sau.errors import ConfigError, DataError
 from sau.optim import Training
 from sau.risk import measure
@@ -21,6 +23,9 @@ GIVEN: dict[str, tuple[Callable[[], Any], str]] = {
     "channels last": (lambda: (PIXELS.permute(0, 2, 3, 1), LABELS), "shape (8, 16, 16, 3)"),
     "no channels": (lambda: (PIXELS[:, 0], LABELS), "shape (8, 16, 16)"),
     "one-hot labels": (lambda: (PIXELS, torch.eye(4)[LABELS]), "8 pictures but labels [8, 4]"),
+    "a list of labels": (lambda: (PIXELS, LABELS.tolist()), "a Tensor and a list, allowed are two tensors"),
+    "arrays": (lambda: (PIXELS.numpy(), LABELS.numpy()), "a ndarray and a ndarray, allowed are two tensors"),
+    "complex labels": (lambda: (PIXELS, LABELS + 0j), "labels of type torch.complex64, allowed are whole numbers"),
     "labels of floats": (lambda: (PIXELS, LABELS.float()), "labels of type torch.float32, allowed are whole numbers"),
 }
 
@@ -55,6 +60,7 @@ def test_victims_that_cannot_learn_are_refused(name, one_line):
     for net, given, kind, words in (
         (frozen, images, ConfigError, "frozen, so nothing would learn; call requires_grad_() on it"),
         (few, images, DataError, "labels go up to 3, but the network has 2 classes"),
+        (lambda x: x, images, ConfigError, "the network is a function, allowed is a torch.nn.Module"),
         (cut, images, ConfigError, "no gradient to its weights, so nothing would learn; take no_grad, detach"),
         (tiny_net().double(), images, DataError, "model.float()"),
         (tiny_net(), images[torch.arange(0)], DataError, "pictures to train on are none"),
@@ -63,6 +69,46 @@ def test_victims_that_cannot_learn_are_refused(name, one_line):
         with pytest.raises(kind) as refusal:
             attack.fit(net, given, RECIPE, session=QUIET)
         assert words in one_line(refusal.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("what", ["forge", "poison_train", "poison_test"])
+def test_attacks_want_images(what, one_line):
+    more: Any = {"forge": (tiny_net(), RECIPE), "poison_train": (0,), "poison_test": ()}[what]
+    with pytest.raises(DataError) as refusal:
+        getattr(BadNet(), what)((PIXELS, LABELS), *more)
+    assert "pictures are a tuple, allowed are Images" in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("mean", [[0.5] * 3, torch.full((3,), 127.5)])
+def test_a_mean_of_the_networks_own_is_none_of_ours(mean):
+    """WaNet's border has the mean colour that `Normalized` subtracts; elsewhere it is black."""
+    nets = [tiny_net(), tiny_net()]
+    if isinstance(mean, torch.Tensor):
+        nets[1].register_buffer("mean", mean, persistent=False)
+    else:
+        nets[1].mean = mean
+    images = toy_images(16)
+    attack = WaNet(pratio=0.25).forge(images, nets[0], RECIPE, session=QUIET)
+    assert same_weights(*(attack.fit(net, images, RECIPE, augment=Augment(2), session=QUIET) for net in nets))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_networks_that_cannot_be_compared_have_no_risks(one_line):
+    images, few = toy_images(8), tiny_net()
+    few.linear = torch.nn.Linear(few.linear.in_features, 3)
+    for networks, words in (
+        ((tiny_net(), few), "the networks have 4 and 3 classes; allowed is the same number"),
+        ((few, few), "labels go up to 3, but the networks have 3 classes"),
+        ((tiny_net(), tiny_net().to("meta")), "the networks and the pictures lie on cpu and meta; bring them to one"),
+    ):
+        with pytest.raises(DataError) as refusal:
+            measure(*networks, images)
+        assert words in one_line(refusal.value)
+    with pytest.raises(ConfigError, match="samples is 0, allowed is 1 and more"):
+        sample(images, None, 0)
+    with pytest.raises(DataError, match="no clean pictures to draw samples from"):
+        sample(images[torch.arange(0)], None, 5)
 
 
 def test_batch_norm_asks_for_more_than_one_picture(one_line):

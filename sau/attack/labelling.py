@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sau.data.images import Images
-from sau.errors import ConfigError
+from sau.errors import ConfigError, DataError
 from sau.method import Method
 from sau.types import Labels
 from sau.wording import at_most
@@ -59,7 +59,9 @@ class Labelling(Method):
         return (labels + self.attack_label_shift_amount) % num_classes
 
     def check_labels(self, images: Images) -> None:
-        """ConfigError if the rule does not fit the classes of `images`."""
+        """ConfigError if the rule does not fit the classes of `images`, DataError if they are no `Images`."""
+        if not isinstance(images, Images):
+            raise DataError(f"pictures are a {type(images).__name__}, allowed are Images; see Images.clean")
         classes, rule = images.num_classes, self.attack_label_trans
         for name, labels in (("attack_target", (self.attack_target,)), ("attack_label_map", self.attack_label_map)):
             self.require(name, all(0 <= label < classes for label in labels), f"0..{classes - 1}")

@@ -40,6 +40,8 @@ def check_victim(model: nn.Module, images: Images) -> None:
     if not isinstance(images, Images) or not len(images):
         what = "none" if isinstance(images, Images) else f"a {type(images).__name__}"
         raise DataError(f"the pictures to train on are {what}, allowed are Images, at least one; see Images.clean")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the network is a {type(model).__name__}, allowed is a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
     with torch.inference_mode(False), torch.enable_grad(), answering(model):

@@ -20,6 +20,7 @@ from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
+from sau.models import Normalized
 from sau.seeds import generator, seeded
 from sau.types import Labels, Pixels
 from sau.wording import at_most
@@ -115,10 +116,10 @@ class WaNet(Attack):
 
     def _augmented(self, state: dict[str, Any], x: Pixels) -> Pixels:
         """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""
-        offered, centre = state["augment"], getattr(state["model"], "mean", None)
+        offered, model = state["augment"], state["model"]
         if offered is None:
             return x
-        centre = 0.0 if centre is None else centre
+        centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
         crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
         moved = Augment(self.random_crop if crop else 0, offered.flip, self.one_draw)(
             x - centre, torch.default_generator

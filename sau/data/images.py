@@ -85,14 +85,16 @@ class Images:
     @classmethod
     def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
         """Unpoisoned pictures; refuses other shapes and types, and labels outside 0..num_classes-1."""
+        if not (isinstance(pixels, Tensor) and isinstance(labels, Tensor)):
+            raise DataError(f"a {type(pixels).__name__} and a {type(labels).__name__}, allowed are two tensors")
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             given = f"pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}"
             raise DataError(f"{given}, allowed is uint8 [N, C, H, W] with C 1 or 3; floats in [0, 1] times 255")
         if labels.shape != pixels.shape[:1]:
             raise DataError(f"{len(pixels)} pictures but labels {list(labels.shape)}; each picture needs one label")
-        if labels.dtype == torch.bool or labels.is_floating_point():
+        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
             raise DataError(f"labels of type {labels.dtype}, allowed are whole numbers")
-        labels = labels.long()
+        labels = labels.to(pixels.device, torch.int64)
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
             raise DataError(
                 f"labels range over {int(labels.min())}..{int(labels.max())}, allowed is 0..{num_classes - 1}"

@@ -5,14 +5,18 @@ from dataclasses import replace
 import torch
 
 from sau.data.images import Images
-from sau.errors import DataError
+from sau.errors import DataError, require
 from sau.seeds import generator
 from sau.types import Labels
 
 
 def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -> tuple[Images, Images | None]:
     """`count` of the clean pictures, drawn by `seed`, and those of the triggered ones that are made from them; `index`
-    of either is then the place in the sample."""
+    of either is then the place in the sample. ConfigError for a count below 1, DataError where there are no pictures.
+    """
+    require("samples", count, count >= 1, "1 and more")
+    if len(clean) == 0:
+        raise DataError("there are no clean pictures to draw samples from; give at least one")
     kept = torch.randperm(len(clean), generator=generator(seed))[:count].sort().values.to(clean.labels.device)
     some = clean[kept]
     renamed = replace(some, index=torch.arange(len(some), device=kept.device))
