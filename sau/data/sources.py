@@ -102,9 +102,9 @@ def _read_indices(path: Path, n: int) -> list[int]:
         lines = path.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the index file {path}: {error}") from None
-    bad = [line for line in lines if not line.isdecimal() or int(line) >= n]
+    bad = [line for line in lines if not line.isdecimal() or len(line) > 18 or int(line) >= n]
     if bad:
-        raise DataError(f"{path} holds {bad[0]!r}; allowed are whole numbers 0..{n - 1}, one a line")
+        raise DataError(f"{path} holds {bad[0][:40]!r}; allowed are whole numbers 0..{n - 1}, one a line")
     return [int(line) for line in lines]
 
 

@@ -163,7 +163,7 @@ def normalisation(found: weights.Weights) -> Report | None:
         std = found.tensors.get(f"{place.removesuffix('mean')}std")
         if place.split(".")[-1] not in ("mean", "new_mean") or std is None or not mean.numel() == std.numel() in (1, 3):
             continue
-        if mean.dtype.is_floating_point and std.dtype.is_floating_point:
+        if all(values.dtype.is_floating_point and values.isfinite().all() for values in (mean, std)):
             return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist(), "from": place}
     named = found.texts.get("clean_data")
     if named not in SOURCES:
