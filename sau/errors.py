@@ -1,6 +1,7 @@
 """What goes wrong because of the input. Every command prints these as one line; most exit with status 2."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -83,8 +84,10 @@ class OutOfMemory(TrainingError):
 def told(main: Callable[[], int | None]) -> int:
     """What `main` returns, an exit status (None is 0); what it cannot do is one line on stderr, and has its own.
 
-    2 is a mistake that the user can mend; FULL, FAULT and LOCKED are as above.
+    2 is a mistake that the user can mend; FULL, FAULT and LOCKED are as above. The name of a file need not be text.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             status = main()

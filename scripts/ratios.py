@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts.asking import Parser
 from script_parts.drawing import plt
 
-from sau.errors import RecordError, told
+from sau.errors import RecordError, printable, told
 from sau.figures import save
 from sau.files import loaded
 from sau.grid.names import attack_named
@@ -73,12 +74,12 @@ def draw(found: Found) -> plt.Figure:
     leads over a ratio that an attack was not run with and another one was."""
     ratios = sorted({ratio for curve in found.values() for ratio in curve})
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
-    for colour, (attack, curve) in zip(COLOURS, sorted(found.items()), strict=False):
+    for colour, (attack, curve) in zip(cycle(COLOURS), sorted(found.items()), strict=False):
         asr = [[score[1] for score in curve.get(ratio, [(math.nan, math.nan)])] for ratio in ratios]
         means = [statistics.mean(values) for values in asr]
         low = [mean - min(values) for mean, values in zip(means, asr, strict=True)]
         high = [max(values) - mean for mean, values in zip(means, asr, strict=True)]
-        axis.errorbar(ratios, means, yerr=[low, high], marker="o", label=attack, color=colour, capsize=2)
+        axis.errorbar(ratios, means, yerr=[low, high], marker="o", label=printable(attack), color=colour, capsize=2)
     axis.set_xscale("symlog", linthresh=1e-3)
     axis.set(xlabel="poisoning ratio", ylabel="ASR %", ylim=(-3, 103))
     axis.legend(frameon=False)

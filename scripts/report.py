@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts.asking import Parser
 
-from sau.errors import told
+from sau.errors import ConfigError, told
 from sau.files import write
 from sau.report.exports import as_csv, as_json, as_latex
 from sau.report.page import build
@@ -31,6 +31,9 @@ def main() -> int:
     parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean pictures [where the runs had them]")
     asked = parser.parse_args()
+    others = [path for path in (asked.csv, asked.latex, asked.json) if path is not None]
+    if len({path.absolute() for path in (asked.out, *others)}) <= len(others):
+        raise ConfigError(f"several results go to one file of {', '.join(map(str, (asked.out, *others)))}; name others")
     page, sections = build(asked.root, asked.dataset, asked.dataset_path)
     made = {asked.out: page}
     for path, text in ((asked.csv, as_csv), (asked.latex, as_latex), (asked.json, as_json)):

@@ -37,7 +37,7 @@ def table(cells: list[Cell]) -> str:
 def main() -> int:
     """Print a table for each data set and network; exit status 2 for a user's mistake."""
     parser = Parser(__doc__)
-    parser.add_argument("records", type=Path, help="folder whose result folders are read, however deep they lie")
+    parser.add_argument("records", type=Path, help="folder that holds the result folders, like ./record")
     found = sections(read(parser.parse_args().records)[0])
     for section in found:
         cells = sorted(

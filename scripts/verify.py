@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts import place
 from script_parts.asking import Parser
 
-from sau.errors import printable, told
+from sau.errors import RecordError, printable, told
 from sau.files import existing
 from sau.verify.findings import BROKEN, PARTLY, VERIFIED
 from sau.verify.verification import Verification
@@ -35,7 +35,10 @@ def main() -> int:
     asked = parser.parse_args()
     states = []
     where = place.settle(asked)
-    for path in [existing(asked.record_root, name) for name in asked.record]:  # a slip in one before any is measured
+    paths = [existing(asked.record_root, name) for name in asked.record]
+    if lost := [path for path in paths if not path.is_dir()]:  # a slip in one before any is measured
+        raise RecordError(f"there is no folder {lost[0]}; name a result folder")
+    for path in paths:
         found = Verification(path, asked.dataset_path, where).run()
         for finding in found.findings:
             print(printable(f"{finding.state:12}{finding.what}: {finding.text}"))

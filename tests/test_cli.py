@@ -379,6 +379,21 @@ def test_flags_without_effect_cause_one_warning_from_yaml_too(victim, here, tmp_
     assert all(f"--{name}:" in warnings[0] for name in ("epochs", "lr", "lr_scheduler", "client_optimizer", "wd"))
 
 
+def test_settings_of_a_loop_or_of_pictures_have_no_effect_without_them(victim, here):
+    flags = ("--result_file", "victim", "--eval_every", "1", "--max_minutes", "5", "--ratio", "0.5", *QUICK)
+    _, out, _ = here("defense", "clp", *flags)
+    assert "--eval_every: clp makes no updates; --max_minutes: clp makes no updates; --ratio: clp looks at no" in out
+    _, out, _ = here("defense", "bnp", *flags)
+    assert "--max_minutes: bnp makes no updates" in out and "--ratio:" not in out
+
+
+def test_settings_are_not_read_from_a_pipe(here, tmp_path, one_line):
+    """They are looked at several times, and a pipe is empty at the second."""
+    os.mkfifo(tmp_path / "pipe")
+    status, _, err = here("attack", "badnet", *QUICK, "--yaml_path", "pipe")
+    assert status == 2 and "cannot read pipe" in err and "name a YAML file" in err
+
+
 def test_a_device_that_is_not_there_is_said(here, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wish, said in (("cuda:1", 1), ("cpu", 0), ("auto", 0)):

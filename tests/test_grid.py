@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -628,6 +629,20 @@ def test_an_attack_that_comes_out_otherwise_than_published_is_told(planned, driv
     assert any(line.startswith(f"warning: {every[0].label} differs") for line in lines)
 
 
+def test_a_cell_that_dies_after_its_last_file_is_done(planned, drive, monkeypatch):
+    """Its record is whole, whatever its process did then."""
+
+    def dying(engine: Scripted) -> list[tuple[Cell, Outcome]]:
+        ended, engine.running = engine.running, []
+        for cell in ended:
+            finish(engine.store, cell)
+        return [(cell, Outcome("failed", "SIGSEGV", again=True)) for cell in ended]
+
+    monkeypatch.setattr(Scripted, "poll", dying)
+    engine, failures, lines = drive(planned(), retries=0)
+    assert not failures and len(engine.order) == 6 and sum("done" in line for line in lines) == 6
+
+
 def test_a_damaged_cell_is_made_again(planned, drive, tmp_path):
     every = planned()
     drive(every)
@@ -687,15 +702,16 @@ def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_l
 
 
 @pytest.mark.parametrize("name", ["seconds", "peak_memory_mb"])
-def test_a_cost_that_is_no_number_is_said_before_anything_runs(planned, drive, tmp_path, one_line, name):
+@pytest.mark.parametrize("value", ["long", math.nan, math.inf, 10**400])
+def test_a_cost_that_is_no_number_is_said_before_anything_runs(planned, drive, tmp_path, one_line, name, value):
     """A dry run asks for costs and prepares nothing."""
     every, store = planned(), Store(tmp_path / "root")
     drive(every)
     summary = store.folder(every[0]) / "summary.json"
-    summary.write_text(json.dumps({"acc": 90.0, name: "long"}))
+    summary.write_text(json.dumps({"acc": 90.0, name: value}))
     with pytest.raises(RecordError) as caught:
         costs(every, store)
-    assert f"{every[0].folder} is damaged ({name} is 'long', allowed is a number)" in one_line(caught.value)
+    assert f"{every[0].folder} is damaged ({name} is {str(value)[:9]}" in one_line(caught.value).replace("'", "")
 
 
 def test_a_published_attack_that_cannot_be_trained_again_blocks_its_defenses(planned, drive, tmp_path):

@@ -9,12 +9,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from toys import REPOSITORY, environment
+from toys import REPOSITORY, environment, toy_images
 
+from sau.command.watch import Watch
 from sau.errors import Finished, LockedError, RecordError
 from sau.files import folder, write
 from sau.record import folder as module
@@ -22,6 +24,7 @@ from sau.record import schema
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.record.holding import give_back
 from sau.record.lock import Lock
+from sau.settings.run import AttackRun
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
 
@@ -250,6 +253,49 @@ def test_the_same_run_is_finished_and_a_run_that_was_asked_otherwise_is_refused(
         with pytest.raises(RecordError) as refusal:
             Record(tmp_path / "a").begin({"run": run}, other, False)
         assert type(refusal.value) is RecordError and "--overwrite" in str(refusal.value)
+
+
+def test_going_on_keeps_what_is_asked_now_and_both_commands(tmp_path):
+    """The summary will be of these settings; what was chosen for the run, like its precision, stays."""
+    asked = {"run": {"trigger_radius": 0.2}, "command": "first"}
+    first = Record(tmp_path / "a")
+    first.begin(asked, {"a": 1}, False)
+    first.note(amp=True)
+    first.save({"stage": 0, "place": {"epoch": 1}})
+    for number in (2, 3):
+        Record(tmp_path / "a").begin({"run": {"trigger_radius": 0.9}, "command": f"go on {number}"}, {"a": 1}, False)
+    found = schema.configuration(tmp_path / "a" / CONFIG)
+    assert found["run"] == {"trigger_radius": 0.9} and found["amp"] is True
+    assert found["command"] == "go on 3" and found["earlier_commands"] == ["first", "go on 2"]
+
+
+def test_a_run_that_was_killed_while_its_early_end_was_written_goes_on(tmp_path):
+    identity = {"a": 1}
+    early = {**identity, "ended_early": "epoch 2"}
+    first = begun(tmp_path / "a", identity)
+    first.save({"stage": 0, "place": {"epoch": 1}})
+    first.note(identity=early, digest=schema.digest(early), notes=["ended early, epoch 2"])
+    begun(tmp_path / "a", identity)
+    found = schema.configuration(tmp_path / "a" / CONFIG)
+    assert found["identity"] == identity and found["digest"] == schema.digest(identity)
+    with pytest.raises(RecordError, match="unfinished run with other settings"):
+        begun(tmp_path / "a", {"a": 2})
+
+
+def test_the_seconds_of_an_interrupted_epoch_count(tmp_path):
+    """Those up to the last checkpoint: what came after it is made again."""
+    first = begun(tmp_path / "a")
+    first.row(epoch=1, seconds=10.0)
+    first.clock = lambda: 25.0
+    first.save({"stage": 0, "place": {"epoch": 1}})
+    second = begun(tmp_path / "a")
+    watch = Watch(second, AttackRun(), 3, toy_images(4), lambda: None, time.monotonic() - 5.0, 0.0)
+    second.load()
+    assert 30.0 <= watch.seconds < 40.0
+    second.save({"stage": 0, "place": {"epoch": 1}})
+    third = begun(tmp_path / "a")
+    third.load()
+    assert 30.0 <= third.seconds < 40.0
 
 
 @pytest.mark.parametrize("config", [None, "", "a: 1\n", "[1]\n", "a: [\n", "schema: 1\ndigest: x\n"])

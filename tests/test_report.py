@@ -285,6 +285,27 @@ def test_the_kept_results_are_shown():
     assert sau.theirs == [89.31, 1.53, 88.81, 95.74] and sau.differences[1] == pytest.approx(sau.ours[1] - 1.53)
 
 
+def test_defenses_on_one_machine_of_attacks_on_two_are_two(tmp_path):
+    """A digest says nothing of the machine, of the attack's neither; each purified other weights."""
+    for amp in (True, False):
+        attacked = attack(tmp_path, folder=f"badnet_{amp}")
+        noted(attacked, amp=amp, threads=1)
+        noted(defense(attacked, "sau"), amp=False, threads=1)
+    runs, _ = read(tmp_path)
+    assert {run.status for run in runs} == {"verified"} and len(runs) == 4
+
+
+def test_a_defense_of_the_attack_that_was_here_before_does_not_count(tmp_path):
+    left = defense(attack(tmp_path, "badnet", folder="x"), "ft")
+    left.rename(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "x")
+    left.parent.mkdir(parents=True)
+    (tmp_path / "kept").rename(left)
+    attack(tmp_path, "blended", folder="x")
+    old = next(run for run in read(tmp_path)[0] if run.defense == "ft")
+    assert (old.status, old.reason) == ("damaged", "it purified another attack than the one that is here now")
+
+
 def test_a_copy_is_no_second_seed(tmp_path):
     attack(tmp_path, folder="first")
     attack(tmp_path, folder="second")

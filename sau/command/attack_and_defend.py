@@ -97,7 +97,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     recipe, why = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    request.note_idle(_idle(run))
+    request.note_idle(_idle(run, method))
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     place_of_data = run.dataset_path if "dataset_path" in request.asked else None
@@ -138,9 +138,14 @@ def defend(name: str, argv: Sequence[str]) -> None:
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _idle(run: DefenseRun) -> dict[str, str]:
+def _idle(run: DefenseRun, method: Defense) -> dict[str, str]:
     """Flags without effect on the defense of a record, each with the reason."""
     found = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own")
+    if not method.learns:
+        loop = ("eval_every", "frequency_save", "max_minutes")
+        found |= dict.fromkeys(loop, f"{method.name} makes no updates")
+    if not method.looks:
+        found |= dict.fromkeys(("ratio", "index", "batch_size"), f"{method.name} looks at no pictures")
     return found | run.idle()
 
 

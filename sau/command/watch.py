@@ -54,6 +54,7 @@ class Watch:
         # Of the last epoch: what was scored, its score and its risks.
         self.last: tuple[str, Score, Found | None] | None = None
         self.findings: dict[str, Any] = {}
+        record.clock = lambda: self.seconds
         self.earlier: float | None = None
         closing = evaluation_seconds if closing_seconds is None else closing_seconds
         # An epoch may end, and be evaluated, with the last update.
@@ -88,7 +89,8 @@ class Watch:
     def seconds(self) -> float:
         """Seconds spent on the run, those before an interruption included."""
         if self.earlier is None:  # rows that stand here before the first new one come from an interrupted run
-            self.earlier = self.record.rows[-1]["seconds"] if self.record.rows else 0.0
+            last = self.record.rows[-1]["seconds"] if self.record.rows else 0.0
+            self.earlier = max(last, self.record.seconds)
         return round(self.earlier + time.monotonic() - self.started, 2)
 
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:

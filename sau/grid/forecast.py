@@ -12,6 +12,7 @@ from sau.grid.store import Store
 from sau.wording import duration
 
 Like = tuple[str, ...]
+MOST = 10**12  # of seconds and megabytes; NaN and infinity are not below it
 SAMPLE = 20  # like cells whose cost is looked at
 
 
@@ -26,7 +27,7 @@ class Cost:
 
 def costs(cells: Iterable[Cell], store: Store) -> dict[Like, Cost]:
     """What finished cells took, by what they are like."""
-    seen: dict[Like, list[tuple[float | None, float | None, int | None]]] = defaultdict(list)
+    seen: dict[Like, list[tuple[float | int | None, ...]]] = defaultdict(list)
     for cell in cells:
         over = store.over(cell) if len(seen[cell.like]) < SAMPLE else ""
         if over:
@@ -37,15 +38,15 @@ def costs(cells: Iterable[Cell], store: Store) -> dict[Like, Cost]:
     return {like: Cost(*(_mean(column) for column in zip(*rows, strict=True))) for like, rows in seen.items() if rows}
 
 
-def _number(cell: Cell, summary: Mapping[str, Any], name: str) -> float | None:
+def _number(cell: Cell, summary: Mapping[str, Any], name: str) -> float | int | None:
     value = summary.get(name)
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if value is None or (type(value) in (int, float) and abs(value) <= MOST):
         return value
     damage = f"the summary of {cell.folder} is damaged ({name} is {value!r}, allowed is a number)"
     raise RecordError(f"{damage}; remove it, and the cell runs again")
 
 
-def _mean(column: Iterable[float | None]) -> float | None:
+def _mean(column: Iterable[float | int | None]) -> float | None:
     values = [value for value in column if value is not None]
     return fmean(values) if values else None
 

@@ -142,6 +142,8 @@ class _Crossed:
             said |= overridden(block.overrides, kind, name, group, axis if amount is not None else "")
         for key in (*METHODS[kind][name].files, "index"):  # a worker elsewhere starts in another folder
             if said.get(key) not in (None, "none"):
+                if not isinstance(said[key], str):
+                    raise ConfigError(f"{key} of {name} is {said[key]!r}, allowed is the path of a file")
                 said[key] = str(Path(said[key]).absolute())
         flags = tuple(f"--{key}={text(value)}" for key, value in said.items())
         try:

@@ -112,7 +112,7 @@ class Runner:
                 self.waits.add(cell.digest)
                 self.say(f"waits   {cell.label}: {outcome.reason}")
             self._line_up(cell, ELSEWHERE)
-        elif outcome.status == "done" and self.store.over(cell) == "finished":
+        elif self.store.over(cell) == "finished":  # however its process ended after that
             self._done(cell)
         else:
             reason = outcome.reason or "it ended without a result"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
         self.sealed: list[str] = []
+        self.clock: Callable[[], float] = lambda: 0.0  # seconds of the run so far, for checkpoints
+        self.seconds = 0.0  # those of before the checkpoint that was loaded
 
     @property
     def finished(self) -> bool:
@@ -54,10 +57,13 @@ class Record:
                 half.unlink()
         else:
             clear(self.path, first=MANIFEST, last=CONFIG)
-        if goes_on:
+        if goes_on:  # with what is asked now; what was chosen for the run stays, as its precision
             self.config = self._ours()
-            return
-        self.config = {}
+            if "command" in self.config:
+                earlier = [*self.config.get("earlier_commands", []), self.config["command"]]
+                config = {**config, "earlier_commands": earlier}
+        else:
+            self.config = {}
         self.note(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
 
     def admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None = None) -> bool:
@@ -87,13 +93,13 @@ class Record:
                 if (who := holder(lock)) is not None:
                     raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
             return False
+        same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}  # an end may have been noted already
         if self.finished:
-            same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}
             if same and run and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
-        if old.get("digest") != digest(identity):
+        if not same:
             if self._holds_only(CONFIG, LOG):  # refused at once, or stopped before its first checkpoint
                 return False
             other = difference(old["identity"], as_json(identity))
@@ -130,7 +136,7 @@ class Record:
     def save(self, place: dict[str, Any]) -> None:
         """Keep a checkpoint and the rows so far, their SHA-256 in front."""
         buffer = io.BytesIO()
-        torch.save({**place, "rows": self.rows}, buffer)
+        torch.save({**place, "rows": self.rows, "seconds": self.clock()}, buffer)
         content = buffer.getvalue()
         write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
 
@@ -144,6 +150,7 @@ class Record:
             raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
         try:
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
+            self.seconds = place.pop("seconds", 0.0)  # older ones have none
             rows, done = place.pop("rows"), (place["stage"], place["place"]["epoch"])
             self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses

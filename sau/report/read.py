@@ -133,7 +133,11 @@ def _below(folder: Path) -> Iterator[Run]:
     parent = attack or Run(folder, name, NONE, seed, None, UNVERIFIED, attack_settings=settings)
     for below in sorted(path for path in folder.glob("defense/*") if path.is_dir()):
         if _is_result(below):
-            yield _run(below, parent)
+            run = _run(below, parent)
+            purified = parse.mapping(run.config.get("identity")).get("attacked")
+            if run.usable and purified and parent.digest not in (None, purified):
+                run = replace(run, status=DAMAGED, reason="it purified another attack than the one that is here now")
+            yield run
 
 
 def _is_result(folder: Path) -> bool:
@@ -190,10 +194,12 @@ def _said(config: dict[str, Any], folder: Path, parent: Run | None) -> dict[str,
 
 def _once(runs: list[Run]) -> Iterator[Run]:
     """A copy of a run under another name is no second seed."""
-    seen: dict[tuple[str, str], Run] = {}
+    seen: dict[tuple[str, str, str], Run] = {}
+    attacks = {run.path: run for run in runs if run.defense == NONE}
     for run in runs:
         if run.usable and run.digest:
-            first = seen.setdefault((run.digest, str(run.machine)), run)
+            machines = str(run.machine), str(attacks.get(run.home, run).machine)  # a digest knows of none
+            first = seen.setdefault((run.digest, *machines), run)
             if first is not run:
                 why = f"the same run as {first.name} (equal digests); counted once"
                 run = replace(run, status=DUPLICATE, reason=why)

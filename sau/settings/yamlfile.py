@@ -9,6 +9,7 @@ import yaml
 
 from sau.data.sources import SOURCES
 from sau.errors import NO_YAML, ConfigError
+from sau.files import read
 from sau.settings.config import IGNORED, Option, Setting, nearest, once
 from sau.settings.run import RecipeName
 
@@ -70,7 +71,7 @@ def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
 
 def _nodes(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.compose(path.read_text(), Loader=_Yaml)
+        tree = yaml.compose(read(path).decode(), Loader=_Yaml)  # no pipe, which could be read once alone
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; name a YAML file") from None
     except NO_YAML as error:
