@@ -41,7 +41,7 @@ from sau.models import Normalized
 from sau.models.polarizer import insert
 from sau.record import victim as stored
 from sau.record.folder import Record
-from sau.record.schema import as_json, signed
+from sau.record.schema import as_json, manifest, signed
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
@@ -536,6 +536,19 @@ def test_a_grids_defense_is_found_by_its_name(victim, here, one_line):
         open_case(victim, ["ft"], samples=30)
     assert "ft_c0.1_abcdef0123" in one_line(refusal.value)
     assert list(open_case(victim, ["ft_c0.1_abcdef0123"], samples=30).networks) == ["none", "ft_c0.1_abcdef0123"]
+
+
+def test_a_defense_of_another_attack_is_refused(victim, here, one_line):
+    """As an attack leaves them whose folder was emptied by hand and filled anew."""
+    assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
+    record = Record(victim / "defense" / "ft")
+    record.check()
+    record.note(attacked="0" * 64)
+    kept = [file for file in record._files() if file.name != "manifest.json"]
+    (record.path / "manifest.json").write_bytes(manifest(kept))
+    with pytest.raises(RecordError) as refusal:
+        open_case(victim, ["ft"], samples=30)
+    assert "purified another attack than the one that is there now" in one_line(refusal.value)
 
 
 def test_a_defense_that_test_data_chose_for_is_marked(victim, here):

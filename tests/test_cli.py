@@ -513,7 +513,7 @@ def test_a_finished_defense_is_not_made_again_unless_asked(victim, here, refused
 def test_commands_augment_as_their_data_set_says(here, few, monkeypatch):
     seen, call = set(), Augment.__call__
     monkeypatch.setitem(sources.SOURCES, "digits", replace(few, augment=Augment(2, flip=True)))
-    monkeypatch.setattr(Augment, "__call__", lambda self, x, g: seen.add(self) or call(self, x, g))
+    monkeypatch.setattr(Augment, "__call__", lambda self, *given: seen.add(self) or call(self, *given))
     attack = ("attack", "badnet", "--dataset", "digits", "--width", "2", "--save_folder_name", "a")
     for argv in (attack, ("defense", "ft", "--result_file", "a")):
         seen.clear()

@@ -161,7 +161,7 @@ def test_optimisers_by_their_formula(name):
     ours = parameter()
     by_hand, kept = ours.detach().double(), {}
     if name == "muon":  # of convolutions
-        ours = ours.detach()[..., None, None].requires_grad_()
+        ours = nn.Parameter(ours.detach()[..., None, None])
     descent = training.descent([ours], 6)
     for t, c in enumerate((0.1, 1.0, 2.0, 0.5, 0.1, 0.01), 1):
         descent((c * ours**3 / 3).sum())

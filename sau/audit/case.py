@@ -157,21 +157,25 @@ def _models(
     """The networks to compare, by name; `more` are defenses of the control."""
     models = {NONE: attacked.model()}
     for name in defenses:
-        models |= _purified(attacked.model(), attacked.path, name)
+        models |= _purified(attacked.model(), attacked.path, attacked.digest, name)
     if control is None and more:
         raise ConfigError("control_defense is given without control; name the record that it lies in")
     if control is not None:
         models[CONTROL] = _clean(control, attacked, train)
         for name in more:
-            models |= _purified(_clean(control, attacked, train), control, name, f"{CONTROL}/")
+            digest = Record(control).check(light=True)["digest"]
+            models |= _purified(_clean(control, attacked, train), control, digest, name, f"{CONTROL}/")
     return models
 
 
-def _purified(model: Normalized, attack: Path, name: str, before: str = "") -> dict[str, Normalized]:
+def _purified(model: Normalized, attack: Path, digest: str, name: str, before: str = "") -> dict[str, Normalized]:
     """`model` with the weights that a defense left, under its name; where test data chose, that says so."""
     place = _place(attack, name)
     victim.load_weights(model, place)
-    return {before + marked(name, Record(place).summary().get("selection")): model}
+    record = Record(place)
+    if record.check(light=True).get("attacked", digest) != digest:
+        raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
+    return {before + marked(name, record.summary().get("selection")): model}
 
 
 def _place(attack: Path, name: str) -> Path:
