@@ -16,6 +16,11 @@ _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, nam
 NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
+def quoted(value: object) -> str:
+    """The beginning of a text from a file, for an error; of anything else, which may be long to write, its type."""
+    return ascii(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
 def printable(text: str) -> str:
     """A text that may quote a stranger's file, with an escape for whatever is no letter, sign or space to print."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

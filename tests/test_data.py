@@ -190,6 +190,13 @@ def test_batches_are_made_ready_several_at_once(count, drop_last, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True)) and ours[0].shape[2:] == (8, 8)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_an_augmentation_is_one_of_ours(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        toy_images(8).batches(4, augment=lambda x, generator: x)
+    assert "augment is a function, allowed is an Augment, or none" in one_line(refusal.value)
+
+
 def test_a_batch_may_be_changed_in_place_and_the_others_do_not_notice():
     """By a network, or an attack's own step; and a graph of the one before is not broken by it."""
     scale = torch.ones(3, 1, 1, requires_grad=True)
@@ -474,14 +481,23 @@ NUMPY = b"cnumpy\ndtype\n(U\x02%bK\x00K\x01tR"
 HEAVY = {
     "a number of bytes": (b"cnumpy\nndarray\n(J\x00\x00\x00\x70U\x02u1tR", "positional arguments"),
     "a type of texts": (NUMPY % b"S8", "an array of 'S8', allowed is u1"),
-    "a type that claims more": (NUMPY % b"u1" + b"(K\x03U\x01|NNNJ\x00\x00\x00\x40K\x01K\x00tb", "not plain bytes"),
+    "a type that claims more": (NUMPY % b"u1" + b"(K\x03U\x01|NNNJ\x00\x00\x00\x40K\x01K\x00tb", "not a plain one"),
     "doubled bytes": (b"c_codecs\nencode\n" * 2 + b"U\x01a" + b"U\x09hex_codec\x86R" * 2, "file does not hold"),
     "copied bytes": (
         b"c_codecs\nencode\nq\x000X\xe8\x03\0\0" + b"a" * 1000 + b"U\x06latin1\x86q\x010(" + b"h\x00h\x01R" * 9 + b"l",
         "file does not hold",
     ),
     "bytes to be filled": (b"\x96" + b"\xff" * 7 + b"\x00", "150"),
-    "labels that are no list": (b"U\x04abcd", "its labels no list of whole numbers"),
+    "a type that is long to write": (
+        b"K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b"0cnumpy\ndtype\n(h\x00K\x00K\x01tR",
+        "an array of a tuple, allowed is u1",
+    ),
+    "a key that takes hours": (
+        b"K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b"0}(h\x00K\x01h\x00K\x01u",
+        "a key that is no text",
+    ),
+    "a state for a function": (b"c_codecs\nencode\n}U\x01aK\x01sb", "a state of what has none"),
+    "no pictures": (b"U\x04abcd", "its pictures are no array of bytes"),
 }
 
 
@@ -502,15 +518,22 @@ def test_a_large_number_of_a_memo_costs_nothing(tmp_path):
     assert cifar._cifar_batch(tmp_path / "batch", None, "labels")[1] == [3]
 
 
-def test_arrays_by_columns_and_by_python_2_are_read(tmp_path):
+def test_arrays_by_columns_and_by_python_2_and_labels_of_any_kind_are_read(tmp_path):
     """Python 2 wrote the content as a string, which comes as a text in latin1."""
     pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    kinds = [np.array([3, 7], kind) for kind in (np.int64, np.int32, np.uint8)]
+    for wrong in ("ab", [3, "a"], {3: 7}, np.zeros((2, 1), np.uint8)):
+        (tmp_path / "batch").write_bytes(pickle.dumps({"data": pixels, "labels": wrong}, protocol=4))
+        with pytest.raises(DataError, match=r"no list of whole numbers|a key that is no text"):
+            cifar._cifar_batch(tmp_path / "batch", None, "labels")
+    others = [pickle.dumps({"data": pixels, "labels": labels}, protocol=4) for labels in (*kinds, (3, 7))]
+    first = pickle.dumps({"data": pixels, "labels": [3, 7]}, protocol=0)
     by_columns = pickle.dumps({"data": np.asfortranarray(pixels), "labels": [3, 7]}, protocol=2)
     kind = NUMPY % b"u1" + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x02M\x00\x0ct" + kind
     array += b"\x89T\x00\x18\0\0" + pixels.tobytes() + b"tb"
     by_two = b"\x80\x02}(U\x04data" + array + b"U\x06labels(K\x03K\x07lu."
-    for raw in (by_columns, by_two):
+    for raw in (by_columns, by_two, first, *others):
         (tmp_path / "batch").write_bytes(raw)
         read, labels = cifar._cifar_batch(tmp_path / "batch", None, "labels")
         assert labels == [3, 7] and np.array_equal(read.reshape(2, 3072), pixels)

@@ -111,6 +111,21 @@ def test_networks_that_cannot_be_compared_have_no_risks(one_line):
         sample(images[torch.arange(0)], None, 5)
 
 
+def test_a_network_that_skips_gradients_when_it_only_answers_learns():
+    class Thrifty(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(self.training):
+                return self.net(x)
+
+    images = toy_images(16)
+    fitted = BadNet().fit(Thrifty(), images, RECIPE, session=QUIET)
+    assert same_weights(fitted.net, BadNet().fit(tiny_net(), images, RECIPE, session=QUIET))
+
+
 def test_batch_norm_asks_for_more_than_one_picture(one_line):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4), torch.nn.BatchNorm1d(4))
     with pytest.raises(DataError) as refusal:

@@ -354,7 +354,7 @@ def test_a_bad_tree_is_refused_and_the_file_named(case, tmp_path, one_line, kept
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data": np.zeros((20, 3072), np.float32)}, "an array of 'f4', allowed is u1"),
+        ({"data": np.zeros((20, 3072), np.float32)}, "an array of 'f4', allowed is u1, and for labels i8"),
         ({"data": np.zeros((20, 1024), np.uint8)}, "1024"),
         ({"data": np.zeros((19, 3072), np.uint8)}, "20 labels"),
         ({"fine_labels": [100] * 20}, "0..99"),

@@ -345,9 +345,19 @@ BOMBS: dict[str, tuple[Any, str]] = {
         lambda: in_zip(b"(c__builtin__\nset\nq\x00(" + b"K\x01" * 2000 + b"t\x85q\x01" + b"h\x00h\x01R" * 999 + b"t"),
         "more of its content than there is",
     ),
-    "dictionaries": (
-        lambda: in_zip(b"(ccollections\nOrderedDict\nq\x00" + b"h\x00)R" * 1001 + b"t"),
-        "more of its content than there is",
+    "a tensor by a number, with attributes": (
+        lambda: saved({"w": Call(torch._tensor._rebuild_from_type_v2, torch.Tensor, torch.Tensor, (64, 64), {})}),
+        "not built from a storage",
+    ),
+    "a function that is long to write": (
+        lambda: in_zip(b"(K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b")Rt"),
+        "it calls a tuple, which is no function",
+    ),
+    "a codec that is long to write": (
+        lambda: in_zip(
+            b"(K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b"c_codecs\nencode\n" + text("a") + b"h\x00\x86Rt"
+        ),
+        "bytes by a tuple, allowed is latin1",
     ),
 }
 
@@ -364,10 +374,29 @@ def test_little_files_do_not_make_much(name, tmp_path, one_line):
 def test_plain_things_beside_the_weights_are_read(tmp_path):
     """What schedules and lists leave in a checkpoint."""
     own = small()
+    named = torch.zeros(3)
+    named.about = "a tensor with an attribute"  # type: ignore[attr-defined]
     more = {"milestones": Counter([3, 3, 6]), "seen": {1, 2}, "size": torch.Size([2, 3]), "raw": b"ab\xff", "z": 1j}
+    more |= {"bytes": bytearray(b"ab\xff"), "named": named, "random": os.urandom(100_000)}
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         found = weights.read(stored(tmp_path, {"net": OrderedDict(own), **more}, **options))
         assert all(torch.equal(value, own[name]) for name, value in found.of(own).items())
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_many_weights_are_read(old, tmp_path):
+    """torch keeps a dictionary of hooks for each tensor, and two for each parameter."""
+    own = {f"w{i}": torch.nn.Parameter(torch.zeros(1)) for i in range(1500)}
+    content = {"net": OrderedDict(own), "ema": OrderedDict(own)}
+    found = weights.read(stored(tmp_path, content, _use_new_zipfile_serialization=not old))
+    assert len(found.tensors) == 3000
+
+
+def test_honest_safetensors_of_any_length_of_header_import_nothing():
+    """Two bytes of it are a length, which may look like an opcode."""
+    for size in range(64, 60_000, 8):
+        raw = struct.pack("<Q", size) + b'{"__metadata__":{"a":"'.ljust(size, b"a") + bytes(8)
+        assert pickles.imports(raw) == [], size
 
 
 def test_a_first_weight_without_a_dimension_is_no_network_of_ours(tmp_path):

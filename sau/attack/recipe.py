@@ -1,17 +1,19 @@
 """How a victim is trained: gradient descent, and what defenses have no use for."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sau.data.images import Images, shrunk, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import answering
 from sau.models import asking, logits_of
 from sau.optim import Training
+from sau.seeds import seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,17 @@ def check_victim(model: nn.Module, images: Images) -> None:
         logits = logits_of(model, to_float(images.pixels[:1]))
     if int(images.labels.max()) >= logits.shape[1]:
         raise DataError(f"labels go up to {int(images.labels.max())}, but the network has {logits.shape[1]} classes")
-    if not logits.requires_grad:
+    if not logits.requires_grad and not _learns(model, to_float(images.pixels[:1])):
         raise ConfigError(
             "what the network answers has no gradient to its weights, so nothing would learn; take no_grad, detach or "
             "numpy out of its forward"
         )
+
+
+def _learns(model: nn.Module, x: Tensor) -> bool:
+    """Whether what `model` answers in train mode has a gradient; asked of a copy, whose statistics may move."""
+    with torch.inference_mode(False), torch.enable_grad(), seeded(0):
+        return bool(copy.deepcopy(model).train()(torch.cat([x, x])).requires_grad)
 
 
 def sizes(recipe: Training, model: nn.Module, images: Images, in_batch: bool) -> tuple[float, ...]:

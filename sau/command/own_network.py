@@ -18,9 +18,9 @@ from sau.command.own_clues import Reversal, clean_indices, concentration, revers
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, warn
 from sau.data.folders import labelled
-from sau.data.images import Images, last_of_each, to_float
+from sau.data.images import Images, to_float
 from sau.data.scrutiny import scrutinise
-from sau.data.sources import fingerprint
+from sau.data.sources import fingerprint, last_of_each
 from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError, in_a_line
 from sau.evaluate import Score, score, table

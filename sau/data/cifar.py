@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from sau import files
 from sau.data.images import Images
 from sau.data.official import OFFICIAL
-from sau.errors import DataError
+from sau.errors import DataError, quoted
 
 # name: (folder, test file, key of the labels); these are downloaded where they are missing
 _FILES = {
@@ -73,15 +73,16 @@ def test_split(name: str, root: Path) -> Images | None:
 
 
 class _Type:
-    """In place of numpy's dtype, which takes on trust what a file says of it: bytes alone."""
+    """In place of numpy's dtype, which takes on trust what a file says of it: bytes, or whole numbers for labels."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
-        if code != "u1":
-            raise ValueError(f"an array of {ascii(code)[:20]}, allowed is u1")
+        if code not in ("u1", "i8", "i4"):
+            raise ValueError(f"an array of {quoted(code)}, allowed is u1, and for labels i8 and i4")
+        self.code: str = code
 
     def __setstate__(self, state: Any) -> None:
-        if tuple(state) != (3, "|", None, None, None, -1, -1, 0):
-            raise ValueError("a numpy dtype that is not plain bytes")
+        if tuple(state) != (3, "|" if self.code == "u1" else "<", None, None, None, -1, -1, 0):
+            raise ValueError("a numpy dtype that is not a plain one")
 
 
 class _Array:
@@ -97,14 +98,12 @@ class _Array:
             raise ValueError("an array without a type")
         if isinstance(content, str):  # bytes, by Python 2
             content = self.encode(content, "latin1")
-        self.values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+        self.values = np.frombuffer(content, f"<{kind.code}").reshape(shape, order="F" if by_columns else "C")
 
 
 class _ArraysOnly(pickle._Unpickler):  # Python's own: the one in C takes memory for any number of a memo
-    """Unpickles dictionaries of arrays of bytes, byte strings and numbers; refuses to import anything else, and to make
-    more bytes than the file has."""
-
-    dispatch = {key: what for key, what in pickle._Unpickler.dispatch.items() if key != pickle.BYTEARRAY8[0]}
+    """Unpickles dictionaries of arrays, byte strings and numbers, with texts for keys; refuses to import anything else,
+    and to make more bytes than the file has."""
 
     def __init__(self, raw: bytes) -> None:
         super().__init__(io.BytesIO(raw), encoding="latin1")
@@ -125,6 +124,27 @@ class _ArraysOnly(pickle._Unpickler):  # Python's own: the one in C takes memory
         if how != "latin1" or self.left < 0:
             raise ValueError("bytes that the file does not hold")
         return text.encode(how)
+
+    def _keyed(self, keys: list[Any], load: str) -> None:
+        if not all(isinstance(key, str) for key in keys):  # a tuple of tuples takes hours to hash
+            raise ValueError("a key that is no text")
+        getattr(super(), load)()
+
+    def _build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _Type):
+            raise ValueError("a state of what has none")
+        super().load_build()  # type: ignore[misc]
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = {  # without sets, which hash, too, and without bytes by a number
+        key: load for key, load in pickle._Unpickler.dispatch.items()
+        if bytes([key]) not in (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)
+    } | {
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: lambda self: self._keyed(self.stack[-2:-1], "load_setitem"),
+        pickle.SETITEMS[0]: lambda self: self._keyed(self.stack[::2], "load_setitems"),
+        pickle.DICT[0]: lambda self: self._keyed(self.stack[::2], "load_dict"),
+    }  # fmt: skip
 
 
 def _cifar_batch(
@@ -156,14 +176,18 @@ def _checked(batch: Any, label_key: str, classes: int) -> tuple[np.ndarray, list
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     data, labels = batch["data"], batch[label_key]
-    if not isinstance(data, _Array) or not isinstance(labels, list) or {int} != {type(label) for label in labels}:
-        raise ValueError("its pictures are no array of bytes, or its labels no list of whole numbers")
+    if isinstance(labels, _Array) and labels.values.ndim == 1:
+        labels = labels.values.tolist()
+    if not isinstance(data, _Array) or data.values.dtype != np.uint8:
+        raise ValueError("its pictures are no array of bytes")
+    if not isinstance(labels, list | tuple) or {int} != {type(label) for label in labels}:
+        raise ValueError("its labels are no list of whole numbers")
     pixels = data.values
     if pixels.shape != (len(labels), 3072):
         raise ValueError(f"{len(labels)} labels, but pictures {pixels.shape}; allowed is (N, 3072)")
     if not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"labels range over {min(labels)}..{max(labels)}, allowed is 0..{classes - 1}")
-    return pixels.reshape(-1, 3, 32, 32), labels
+    return pixels.reshape(-1, 3, 32, 32), list(labels)
 
 
 def _find(root: Path, name: str) -> Path | None:

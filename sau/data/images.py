@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sau.data.augment import Augment
-from sau.errors import DataError
+from sau.errors import ConfigError, DataError
 from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
@@ -46,15 +46,6 @@ def quantise(x: Pixels) -> Bytes:
     The thousandth of a grey level keeps k/255*255 at k in float32, where it may fall just below.
     """
     return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
-
-
-def last_of_each(labels: Labels, share: float) -> Tensor:
-    """[N] of bool: the last `share` of each class, at least one picture and never all; none of a class that has one."""
-    last = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    for label in labels.unique():
-        mine = (labels == label).nonzero().flatten()
-        last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
-    return last
 
 
 def some(count: int, most: int) -> Tensor:
@@ -178,6 +169,8 @@ class Batches:
         drop_last: bool = False,
         sides: Sequence[float] = (),
     ) -> None:
+        if not isinstance(augment, Augment | None):
+            raise ConfigError(f"augment is a {type(augment).__name__}, allowed is an Augment, or none")
         self.pixels, self.labels, self.size, self.seed, self.augment = pixels, labels, size, seed, augment
         self.drop_last = drop_last and len(pixels) >= size
         self.sides, self.epoch = sides, 0

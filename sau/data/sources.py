@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sau.data import SIDE, cifar
 from sau.data.augment import Augment
 from sau.data.folders import find_folder, find_gtsrb, find_tiny, folder, gtsrb, tiny
 from sau.data.images import Images, quantise
 from sau.errors import ConfigError, DataError
+from sau.types import Labels
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
         reason = f"{index_file} names none" if index_file else f"{ratio} of {n} is less than one; use a larger --ratio"
         raise DataError(f"the clean set is empty: {reason}")
     return images[torch.tensor(picked, device=images.labels.device)]
+
+
+def last_of_each(labels: Labels, share: float) -> Tensor:
+    """[N] of bool: the last `share` of each class, at least one picture and never all; none of a class that has one."""
+    last = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    for label in labels.unique():
+        mine = (labels == label).nonzero().flatten()
+        last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
+    return last
 
 
 def check_share(ratio: float) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import last_of_each
+from sau.data.sources import last_of_each
 from sau.session import Session
 
 

@@ -45,8 +45,9 @@ def imports(raw: bytes) -> list[str]:
     names: dict[str, None] = {}
     with suppress(Exception):  # zipfile and tarfile raise a dozen types; reading such a file says what is wrong with it
         for content, pickles in _pickles(raw):
-            if pickles or _looks_pickled(content) or _is_safetensors(content) or _ends(content):
-                for name in _names(content, pickles):
+            tensors = _is_safetensors(content)
+            if pickles or _looks_pickled(content) or tensors or _ends(content):
+                for name in _names(content, pickles, 2 if tensors else 0):
                     names.setdefault(name)
                     if len(names) > MOST:
                         return [*names, UNKNOWN]
@@ -91,7 +92,9 @@ def _looks_pickled(content: bytes) -> bool:
     return len(content) > 2 and content[0] == 0x80 and 2 <= content[1] <= 5
 
 
-def _names(content: bytes, pickles: int) -> Iterator[str]:
+def _names(content: bytes, pickles: int, first: int) -> Iterator[str]:
+    """Of every import its name. A computed one among the `first` opcodes has nothing that it could be computed from,
+    and is a length or a number that looks like one."""
     stream, seen = io.BytesIO(content), 0
     for number in count(1):
         if stream.tell() == len(content):
@@ -107,6 +110,8 @@ def _names(content: bytes, pickles: int) -> Iterator[str]:
                 name = opcode.name
                 if name in ("GLOBAL", "INST"):
                     yield str(argument).replace(" ", ".", 1)
+                elif seen <= first:
+                    pass
                 elif name == "STACK_GLOBAL":
                     yield ".".join(map(str, pushed[-2:])) if len(pushed) > 1 and None not in pushed[-2:] else UNKNOWN
                 elif name.startswith("EXT"):

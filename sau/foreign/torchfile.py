@@ -19,7 +19,7 @@ import torch
 from torch import _weights_only_unpickler as torchs
 from torch.serialization import safe_globals
 
-from sau.errors import RecordError
+from sau.errors import RecordError, quoted
 from sau.files import read
 from sau.foreign import archive
 from sau.foreign.restraint import Few, restrained
@@ -37,7 +37,7 @@ class Picture:
     def __setstate__(self, state: Any) -> None:
         _, mode, (width, height), _, content = state
         if mode != "RGB":
-            raise ValueError(f"a picture has mode {ascii(mode)[:20]}, allowed is RGB")
+            raise ValueError(f"a picture has mode {quoted(mode)}, allowed is RGB")
         self.pixels = np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
@@ -46,7 +46,7 @@ class _Type:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if code not in _TYPES:
-            raise ValueError(f"a numpy array of {ascii(code)[:20]}, allowed are {', '.join(_TYPES)}")
+            raise ValueError(f"a numpy array of {quoted(code)}, allowed are {', '.join(_TYPES)}")
         self.code: str = code
 
     def __setstate__(self, state: Any) -> None:
@@ -110,11 +110,13 @@ def load(path: Path, old: bool = False, raw: bytes | None = None) -> tuple[Any, 
     try:
         if not (old and raw.startswith(LEGACY)):
             archive.check(raw)
-        with safe_globals(ALLOWED), restrained(len(raw)), Few(), warnings.catch_warnings():
+        with safe_globals(ALLOWED), Few(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of, like sparse tensors, is refused later
             if raw.startswith(LEGACY):
-                _check_legacy(raw)
-            found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+                with restrained(len(raw)):
+                    _check_legacy(raw)
+            with restrained(len(raw)):
+                found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise a dozen types on damaged files
         raise RecordError(f"{path} {_reason(error)}") from None
     return found, hashlib.sha256(raw).hexdigest()
