@@ -9,10 +9,11 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sau.errors import DataError, RecordError, unable
 
+MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
 SMALL = 16 << 20  # bytes of a text of a record; 100,000 places of clean pictures take one
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HALF = re.compile(r"\..+\.(yaml|jsonl|json|bin|safetensors|pt)\.[a-z0-9_]{8}")  # as `write` calls them
@@ -53,6 +54,11 @@ def read(path: Path, most: int = SMALL) -> bytes:
     if max(size, len(content)) > most:
         raise OSError(errno.EFBIG, f"it has {max(size, len(content)):,} bytes, allowed are {most:,}")
     return content
+
+
+def number(value: Any) -> TypeGuard[float]:
+    """Whether it is an int or a float that a figure of ours can be: finite, and of no more than thirteen digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def parsed(content: str | bytes) -> Any:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sau.errors import quoted
 
+MERE = {torch.Tensor, *torch._tensor_classes}  # tensors of whatever lay in memory, if they are called with a number
 CALLS = 40_000  # of torch's functions while it is read; a tensor takes 5, a parameter 6, and with Adam's state 21
 
 
@@ -43,7 +44,7 @@ class _Called(list[Any]):
     def __contains__(self, thing: object) -> bool:
         if not callable(thing):
             raise ValueError(f"it calls {quoted(thing)}, which is no function")
-        if isinstance(thing, type) and thing in {torch.Tensor, *torch._tensor_classes}:
+        if isinstance(thing, type) and thing in MERE:
             raise ValueError("it asks for memory that it has no content for")
         return super().__contains__(thing)
 

@@ -7,12 +7,12 @@ from statistics import fmean
 from typing import Any
 
 from sau.errors import RecordError
+from sau.files import number
 from sau.grid.plan import Cell
 from sau.grid.store import Store
 from sau.wording import duration
 
 Like = tuple[str, ...]
-MOST = 10**12  # of seconds and megabytes; NaN and infinity are not below it
 SAMPLE = 20  # like cells whose cost is looked at
 
 
@@ -40,7 +40,7 @@ def costs(cells: Iterable[Cell], store: Store) -> dict[Like, Cost]:
 
 def _number(cell: Cell, summary: Mapping[str, Any], name: str) -> float | int | None:
     value = summary.get(name)
-    if value is None or (type(value) in (int, float) and abs(value) <= MOST):
+    if value is None or number(value):
         return value
     damage = f"the summary of {cell.folder} is damaged ({name} is {value!r}, allowed is a number)"
     raise RecordError(f"{damage}; remove it, and the cell runs again")

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sau.files import number
 from sau.report import parse
 from sau.report.read import NONE, Run
 from sau.report.table import Cell
@@ -119,7 +120,7 @@ def _points(run: Run, name: str) -> Points:
 
 def _risk_before(run: Run, name: str) -> float | None:
     value = parse.mapping(parse.mapping(run.summary.get("risk")).get("before")).get(name)
-    return float(value) if parse.number(value) else None
+    return float(value) if number(value) else None
 
 
 def _mean(curves: list[Points]) -> Points:

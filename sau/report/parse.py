@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sau.errors import RecordError
-from sau.files import loaded, parsed, read
+from sau.files import MOST, loaded, number, parsed, read
 from sau.record.folder import SUMMARY
 
 PERCENT = ("acc", "asr", "racc", "der")
 COST = ("seconds", "peak_memory_mb")
-MOST = 10**12  # of any figure; seconds and megabytes come nearest
 
 
 def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
@@ -74,11 +73,6 @@ def mapping(value: Any) -> dict[str, Any]:
 def items(value: Any) -> list[Any]:
     """`value` if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
-
-
-def number(value: Any) -> TypeGuard[float]:
-    """Whether it is an int or a float that a figure of ours can be: finite, and of no more than thirteen digits."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def whole(value: Any) -> TypeGuard[int]:

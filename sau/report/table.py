@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from sau.errors import in_a_line
+from sau.files import number
 from sau.report import parse
 from sau.report.read import DAMAGED, DUPLICATE, NONE, UNFINISHED, UNVERIFIED, VERIFIED, Run
 from sau.report.spread import Spread, spread
@@ -61,7 +62,7 @@ class Cell:
         names = {"psnr": "PSNR dB", "ssim": "SSIM", "linf": "L-infinity", "in_ball": "% in the ball of SAU"}
         hidden = [parse.mapping(run.summary.get("trigger")) for run in self.good]
         found: dict[str, Any] = next(filter(None, hidden), {})
-        return [(text, found[name]) for name, text in names.items() if parse.number(found.get(name))]
+        return [(text, found[name]) for name, text in names.items() if number(found.get(name))]
 
     @property
     def bounds(self) -> list[tuple[float, float]]:
@@ -69,7 +70,7 @@ class Cell:
         after = [parse.mapping(parse.mapping(run.summary.get("risk")).get("after")) for run in self.good]
         found = [parse.mapping(risk.get("bound")) for risk in after]
         pairs = [(bound.get("r_bd"), bound.get("at_most")) for bound in found]
-        return [(a, b) for a, b in pairs if parse.number(a) and parse.number(b)]
+        return [(a, b) for a, b in pairs if number(a) and number(b)]
 
     @property
     def good(self) -> list[Run]:
