@@ -63,6 +63,8 @@ def run(given: argparse.Namespace) -> None:
         say("note: there is no --control, so that nothing tells what is the backdoor's; and no bec, which needs one")
         chosen["parts"] = tuple(part for part in PARTS if part != "bec")
     asked = Asked(**chosen)
+    for name in sorted(asked.idle().keys() & chosen.keys()):
+        say(f"note: --{name} has no effect: {asked.idle()[name]}")
     attacked = existing(given.record_root, given.result_file)
     case = open_case(
         attacked,

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 
 from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
 from sau.attack.recall import recall
-from sau.audit import Asked, Plan, carry_out, measure, open_case, tables
+from sau.audit import PARTS, Asked, Plan, carry_out, measure, open_case, tables
 from sau.audit.carry import read
 from sau.audit.case import Case, Network
 from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
@@ -436,6 +436,18 @@ def test_settings_that_cannot_be_are_refused(wrong, one_line, unchecked):
     assert next(iter(wrong)) in one_line(refusal.value)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_settings_are_idle_where_no_piece_depends_on_them(nets, part):
+    def files(**changes):
+        return [piece.file for piece in Plan(case(nets), replace(asked, **changes)).pieces()]
+
+    asked = Asked(**{**SMALL, "parts": (part,)})
+    other = {"shots": (3,), "epochs": 2, "share": 0.5, "eps": (0.05, 0.2), "steps": 3, "pictures": 7, "queries": 500,
+             "scored": 30, "seeds": (1,)}  # fmt: skip
+    assert {"parts", *other} == {field.name for field in fields(Asked)}
+    assert {name for name in other if files(**{name: other[name]}) == files()} == asked.idle().keys()
+
+
 def test_a_plan_that_cannot_be_is_refused(nets, one_line):
     for networks, changes, words in (
         (("none", "ft"), {}, "--control"),
@@ -677,8 +689,9 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
 def test_shots_that_nobody_asked_for_are_those_that_there_are(victim, here, script):
     """Of the few training pictures the attacker draws a fiftieth; as many as are asked for by hand are refused."""
     flags = ("--result_file", "victim", "--parts", "relearn", "--epochs", "1", "--samples", "40", "--threads", "1")
-    status, out, err = script("audit.py", *flags)
+    status, out, err = script("audit.py", *flags, "--eps", "0.05", "--seeds", "0")
     assert (status, err) == (0, "")
+    assert "note: --eps has no effect: it is for white, black, transfer of --parts\n" in out and "--seeds" not in out
     found = json.loads((victim / "audit" / "audit.json").read_text())
     assert "so --shots is 1,2,5,10\n" in out
     assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 1, 2, 5, 10}

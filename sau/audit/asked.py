@@ -7,6 +7,17 @@ from sau.errors import require
 
 Part = Literal["relearn", "path", "white", "black", "transfer", "neighbours", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
+READERS: dict[str, tuple[str, ...]] = {  # the parts that look at a setting
+    "shots": ("relearn",),
+    "epochs": ("relearn",),
+    "share": ("relearn", "path"),
+    "eps": ("white", "black", "transfer"),
+    "steps": ("white", "transfer"),
+    "pictures": ("white", "transfer"),
+    "queries": ("black",),
+    "scored": ("black",),
+    "seeds": ("relearn", "white", "black", "transfer"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +65,8 @@ class Asked:
         )
         for name, fine, allowed in rules:
             require(f"{name} of the audit", getattr(self, name), fine, allowed)
+
+    def idle(self) -> dict[str, str]:
+        """Settings that none of the parts looks at, each with those that would."""
+        unread = {name: readers for name, readers in READERS.items() if not {*readers} & {*self.parts}}
+        return {name: f"it is for {', '.join(readers)} of --parts" for name, readers in unread.items()}

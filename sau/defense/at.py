@@ -13,53 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.defense.base import Tuning
-from sau.models.frozen import fixed_norms, searched
-from sau.optim import Optimizer, Schedule
-from sau.perturb import Ball, Init, Norm
+from sau.defense.searching import Searching
+from sau.models.frozen import searched
 from sau.types import Change, Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class AT(Tuning):
+class AT(Searching):
     """Train on clean pictures and on the worst ones around them. The usual robust training is `--weight_clean 0
     --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.
 
     Args:
         weight_clean: a1, of the clean loss.
         weight_adv: a2, of the adversarial loss.
-        eps: radius of the ball S, in [0, 1] pixels.
-        norm: norm of the ball; Reg means no ball.
-        adv_lr: step of the search; every norm uses sign steps.
-        adv_steps: steps of the search.
-        pgd_init: where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max
-            (+eps everywhere) or min.
-        clip_pixels: keep x + e inside [0, 1].
     """
 
     name: ClassVar[str] = "at"
-    searches: ClassVar[bool] = True
-    teamwork: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
 
-    lr: float = 1e-4
-    lr_scheduler: Schedule = "constant"
-    client_optimizer: Optimizer = "adam"
-    wd: float = 0.0
     weight_clean: float = 1.0
     weight_adv: float = 1.0
-    eps: float = 0.2
-    norm: Norm = "L_inf"
-    adv_lr: float = 0.2
-    adv_steps: int = 5
-    pgd_init: Init = "max"
-    clip_pixels: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("eps", self.eps > 0, "above 0")
-        self.require("adv_lr", self.adv_lr > 0, "above 0")
-        self.require("adv_steps", self.adv_steps >= 1, "1 and more")
         for name in ("weight_clean", "weight_adv"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
@@ -75,13 +50,6 @@ class AT(Tuning):
     def repeats(self) -> bool:
         return (type(self).step, type(self).update) == (AT.step, AT.update)
 
-    def idle(self) -> dict[str, str]:
-        return super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
-
-    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        with fixed_norms(state["model"], x):
-            return self.update(state, x, y)
-
     def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search, and the update on what it found."""
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
@@ -95,7 +63,7 @@ class AT(Tuning):
 
     def pgd(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Change:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
-        ball = Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
+        ball = self.ball
         delta = ball.start(x, self.pgd_init)
         for _ in range(self.adv_steps):
             d = delta.requires_grad_()

@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.defense.base import Tuning
-from sau.models.frozen import fixed_norms, searched
-from sau.optim import Optimizer, Schedule
-from sau.perturb import Ball, Init, Norm, unsettled
+from sau.defense.searching import Searching
+from sau.models.frozen import searched
+from sau.perturb import unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 from sau.witness import kinds
 
@@ -51,7 +50,7 @@ def unsharing_loss(z: Logits, s: Labels, mask: Flags) -> Scalar:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAU(Tuning):
+class SAU(Searching):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike.
 
     Args:
@@ -61,14 +60,7 @@ class SAU(Tuning):
         weight_shared: l2, lambda_2 of the paper: the shared adversarial risk.
         inner_adv: l3, lambda_3 of the paper: how much the search wants both networks to err.
         inner_shared: l4, lambda_4 of the paper: how much it wants them to err alike.
-        eps: radius of the ball S, in [0, 1] pixels.
-        norm: norm of the ball; Reg means no ball.
-        adv_lr: step of the search; every norm uses sign steps.
-        adv_steps: steps of the search.
-        pgd_init: where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max
-            (+eps everywhere) or min.
         train_mode: use batch statistics, and update the running ones, in the outer step.
-        clip_pixels: keep x + e inside [0, 1] (the paper's set of images; the release does not).
         success: a network counts as fooled when its answer differs from its own on the clean picture (prediction, as
             released) or from the label (label, as in the paper).
         stop_fooled: drop a network's term once it is fooled, and a sample once it is shared (as released).
@@ -76,41 +68,26 @@ class SAU(Tuning):
     """
 
     name: ClassVar[str] = "sau"
-    searches: ClassVar[bool] = True
-    teamwork: ClassVar[bool] = True
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
     aliases: ClassVar[dict[str, str]] = {  # as released: the numbers are not those of the paper's lambdas
         "lmd_1": "weight_clean", "lmd_2": "weight_adv", "lmd_3": "weight_shared", "beta_1": "inner_adv",
-        "beta_2": "inner_shared", "n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm",
+        "beta_2": "inner_shared",
     }  # fmt: skip
 
-    lr: float = 1e-4
-    lr_scheduler: Schedule = "constant"
-    client_optimizer: Optimizer = "adam"
-    wd: float = 0.0
     outer_steps: int = 1
     weight_clean: float = 1.0
     weight_adv: float = 0.0
     weight_shared: float = 1.0
     inner_adv: float = 0.01
     inner_shared: float = 1.0
-    eps: float = 0.2
-    norm: Norm = "L_inf"
-    adv_lr: float = 0.2
-    adv_steps: int = 5
-    pgd_init: Init = "max"
     train_mode: bool = False
-    clip_pixels: bool = False
     success: Literal["prediction", "label"] = "prediction"
     stop_fooled: bool = True
     outer_mask: Literal["moved", "wrong"] = "moved"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("eps", self.eps > 0, "above 0")
-        self.require("adv_lr", self.adv_lr > 0, "above 0")
-        for name in ("outer_steps", "adv_steps"):
-            self.require(name, getattr(self, name) >= 1, "1 and more")
+        self.require("outer_steps", self.outer_steps >= 1, "1 and more")
         for name in ("weight_clean", "weight_adv", "weight_shared", "inner_adv", "inner_shared"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
@@ -132,12 +109,7 @@ class SAU(Tuning):
         return self.train_mode
 
     def idle(self) -> dict[str, str]:
-        found = super().idle() | ({} if self.stop_fooled else {"success": "stop_fooled is off"})
-        return found | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
-
-    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        with fixed_norms(state["model"], x):
-            return self.update(state, x, y)
+        return super().idle() | ({} if self.stop_fooled else {"success": "stop_fooled is off"})
 
     def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search of the inner problem, and the updates of the outer one."""
@@ -173,7 +145,7 @@ class SAU(Tuning):
         """
         n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", None)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
-        ball = Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
+        ball = self.ball
         delta, s = ball.start(x, self.pgd_init), clean_ref.clone()
         for active in torch.arange(n, device=x.device).split(AT_ONCE if may_shrink else n):
             for _ in range(self.adv_steps):
