@@ -43,7 +43,7 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     record = Record(attacked / "defense" / name)
     config = {"run": {"ratio": ratio, "index": index}, "command": f"defense/{name}.py --result_file {attacked.name}"}
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
-    record.note(method=method, data={"dataset": dataset}, model=NETWORK, clean_index=list(range(100)))
+    record.note(method=method, data={"dataset": dataset}, model=NETWORK, attacked=digest, clean_index=list(range(100)))
     tracked = {"r_cl": 12.0, "r_bd": 60.0, "r_share": 70.0, "r_adv": 90.0, "type1": 50.0, "type2": 20.0, "type3": 10.0}
     found = []
     for epoch in range(1, rows + 1):

@@ -19,7 +19,7 @@ from sau.errors import ConfigError, DataError, RecordError
 from sau.files import folder
 from sau.grid.names import defense_named
 from sau.models import Normalized
-from sau.record import victim
+from sau.record import schema, victim
 from sau.record.folder import Record
 from sau.seeds import generator
 from sau.wording import marked
@@ -173,7 +173,7 @@ def _purified(model: Normalized, attack: Path, digest: str, name: str, before: s
     place = _place(attack, name)
     victim.load_weights(model, place)
     record = Record(place)
-    if record.check(light=True).get("attacked", digest) != digest:
+    if schema.of_another(record.check(light=True), digest):
         raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
     return {before + marked(name, record.summary().get("selection")): model}
 

@@ -50,6 +50,11 @@ def kind(config: Config) -> str:
     return OWN if "own" in config else DEFENSE if "attacked" in config else ATTACK
 
 
+def of_another(config: Config, attack: str | None) -> bool:
+    """Whether the configuration of a defense is of another attack than the one with this digest, where both say."""
+    return None not in (attack, config.get("attacked")) and config["attacked"] != attack
+
+
 def as_json(identity: dict[str, Any]) -> dict[str, Any]:
     """As YAML and JSON have it: tuples become lists, and what is no letter in a path that is no text becomes `?`."""
     alike: dict[str, Any] = json.loads(json.dumps(identity, ensure_ascii=False).encode(errors="replace"))

@@ -134,8 +134,7 @@ def _below(folder: Path) -> Iterator[Run]:
     for below in sorted(path for path in folder.glob("defense/*") if path.is_dir()):
         if _is_result(below):
             run = _run(below, parent)
-            purified = parse.mapping(run.config.get("identity")).get("attacked")
-            if run.usable and purified and parent.digest not in (None, purified):
+            if run.usable and schema.of_another(run.config, parent.digest):
                 run = replace(run, status=DAMAGED, reason="it purified another attack than the one that is here now")
             yield run
 

@@ -189,7 +189,7 @@ class Verification:
             self.findings.skip(f"{whose}{name}", ON_THE_WAY)
 
     def _purified_this(self, config: dict[str, Any]) -> str:
-        if config["attacked"] != self.attacked.digest:
+        if schema.of_another(config, self.attacked.digest):
             raise RecordError("it purified another attack than the one it lies in")
         return "it purified the attack that it lies in"
 
