@@ -478,6 +478,7 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
         ("path: 2024-13-01\n", 1, ["path"]),  # looks like a date and is none
         ("steps: " + "9" * 5000 + "\n", 1, ["steps"]),
         ("lr: 1:" + "00:" * 200 + "00.5\n", 1, ["lr"]),  # a number to the base 60, beyond all floats
+        ('lr: 1\npath: "a\\0b"\n', 2, ["path", "the character NUL"]),
         ("? [a, b]\n: 1\n", 1, []),
         ("? {a: b}\n: 1\n", 1, []),
     ],

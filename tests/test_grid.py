@@ -301,6 +301,7 @@ BAD = {
     "twice, by two names": (SMALL + "  clp: {u: 2, clp_u: 3}\n", "no such setting"),
     "a flag under two names": (SMALL + "  badnet: {attack_target: 0, target_label: 1}\n", "under two of its names"),
     "the same key twice": (SMALL + "  ft: {lr: 1}\n", "ft is given twice"),
+    "a name that no file has": (SMALL + 'include: "a\\0b"\n', "include: it has the character NUL"),
     "a block's unknown key": (SMALL + "blocks:\n  - {published: x}\n", "blocks[0] has 'published'"),
     "an override that acts nowhere": (SMALL + "blocks:\n  - {overrides: {sau: {lr: 1}}}\n", "does not run"),
     "blocks that are none": (SMALL + "blocks: 3\n", "list of mappings"),

@@ -30,6 +30,12 @@ class _Yaml(yaml.SafeLoader):
             raise yaml.YAMLError(f"{twice[0]} is given twice; give it once")
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        """Refuses NUL, which YAML can write and no name of a file may have."""
+        if "\0" in node.value:
+            raise yaml.YAMLError("it has the character NUL; leave it out")
+        return super().construct_scalar(node)
+
 
 _Yaml.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Yaml.add_implicit_resolver(
