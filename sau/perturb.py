@@ -50,8 +50,9 @@ class Ball:
         return (x + e).clamp(0, 1) - x if self.clip else e
 
     def contains(self, e: Change) -> Flags:
-        """Which of the e lie in the ball, up to the rounding of 8-bit pictures."""
-        return length(e, self.norm) <= self.eps * (1 + 1e-6) + 2**-23  # the last is what float32 loses of g - x
+        """Which of the e lie in the ball, up to rounding."""
+        lost = 2**-23 * length(torch.ones_like(e[:1]), self.norm)  # what float32 may lose of every value of g - x
+        return length(e, self.norm) <= self.eps * (1 + 1e-6) + lost
 
 
 def project(e: Change, norm: Norm, eps: float) -> Change:

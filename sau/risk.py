@@ -96,8 +96,8 @@ class Found:
         if self.target is None or self.planted is None or self.inside is None or not self.inside.any():
             return None
         target, planted, share = (_share(flags[self.inside]) for flags in (self.target, self.planted, self.share))
-        most = Share(share.hits + planted.total - planted.hits, share.total)  # rounded once, so that it stays a bound
-        return {"r_bd": target.percent, "at_most": most.percent}
+        most = min(share.hits + planted.total - planted.hits, share.total)
+        return {"r_bd": target.percent, "at_most": Share(most, share.total).percent}  # rounded once, to stay a bound
 
 
 def _share(flags: Flags) -> Share:

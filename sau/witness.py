@@ -45,6 +45,7 @@ class Search:
 
     def __post_init__(self) -> None:
         for name, fine, allowed in (
+            ("norm", self.norm in ("L_inf", "L2", "L1"), "one of L_inf, L2, L1"),
             ("eps", self.eps > 0, "above 0"),
             ("steps", self.steps >= 1, "1 and more"),
             ("step_size", self.step_size is None or self.step_size > 0, "none, or above 0"),

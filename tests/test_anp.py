@@ -262,6 +262,7 @@ def test_pruning_zeroes_scales_and_leaves_everything_else():
         {"pruning_step": 0.05, "pruning_by": "number", "pruning_max": 5.0},
         {"pruning_number": 2.5, "pruning_by": "number"},
         {"lr": float("nan")},
+        {"anp_eps": float("inf")},
         {"pruning_number": float("inf"), "pruning_by": "number"},
     ],
     ids=str,

@@ -401,7 +401,8 @@ def test_pictures_of_bytes_are_not_stamped(row, dtype, one_line):
 def test_a_ratio_outside_0_to_1_is_refused(attack, pratio, one_line):
     with pytest.raises(ConfigError) as refusal:
         with_(attack, pratio=pratio)
-    assert "pratio" in one_line(refusal.value) and "0 to 1" in str(refusal.value)
+    allowed = "0 to 1" if pratio == pratio else "a finite number"
+    assert "pratio" in one_line(refusal.value) and allowed in str(refusal.value)
 
 
 # Training
@@ -754,6 +755,16 @@ def test_wanet_moves_pixels_where_its_formula_says():
     assert 0.05 < float(moved.abs().mean()) < 0.4 and float(moved.abs().max()) < 1
 
 
+def test_wanet_moves_rows_as_it_moves_columns_in_pictures_that_are_not_square():
+    """By a field of ones every pixel comes from s / 2 * (n - 1) / n pixels further on, n being its side."""
+    attack = WaNet().with_trigger(wanet.Field(torch.ones(1, 2, 4, 4)))
+    rows = torch.linspace(0, 1, 64, dtype=torch.float64)[:, None].expand(1, 3, 64, 32)
+    columns = torch.linspace(0, 1, 32, dtype=torch.float64).expand(1, 3, 64, 32)
+    for ramp, side in ((rows, 64), (columns, 32)):
+        moved = ((attack.stamp(ramp) - ramp) * (side - 1))[0, 0, 8:-8, 8:-8]
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.25 * (side - 1) / side))
+
+
 @pytest.mark.parametrize(("size", "n", "cross"), [(128, 12, 24), (80, 8, 16), (5, 0, 0)])
 def test_wanets_batches_hold_poisoned_noisy_and_clean_pictures(size, n, cross, monkeypatch):
     """int(0.1 * 128) = 12, int(12 * 2) = 24; of five pictures half one, here none."""
@@ -858,6 +869,14 @@ def test_input_aware_on_a_toy():
     assert found[-1].asr.percent > 60 and found[-1].acc.percent > 90
     cross, others = attack.crossed(test), test.labels != 0  # another picture's trigger, in a quarter of the same class
     assert 100 * float((predict(net, cross.pixels)[others] == 0).float().mean()) < found[-1].asr.percent - 10
+
+
+def test_a_second_network_gets_generators_that_start_anew():
+    attack, images, found = forged(InputAware(clean_train_epochs=1, pratio=0.3)), toy_images(60, size=16), []
+    for _ in range(2):
+        net = attack.fit(tiny_net(), attack.poison_train(images, 0), Training(epochs=2, batch_size=20), session=quiet())
+        found.append((net, attack.poison_test(images).pixels))
+    assert same_weights(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_a_cross_picture_gets_the_trigger_of_another_one_whatever_the_order():

@@ -313,6 +313,16 @@ OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
         ("nc", ["--early_stop", "false"], ["early_stop_patience", "early_stop_threshold"], None),
         ("nc", ["--augment", "false"], ["augment_inversion"], ["augment_inversion"]),
         ("nc", [], ["early_stop_patience", "augment_inversion"], []),
+        ("i-bau", ["--portion", "0"], ["K", "inner_lr"], None),
+        ("i-bau", [], ["K", "inner_lr"], []),
+        ("sau", ["--weight_shared", "0"], ["outer_mask", "eps", "inner_adv"], None),
+        ("sau", ["--weight_shared", "0", "--weight_adv", "1"], ["outer_mask", "eps"], ["outer_mask"]),
+        ("sau", ["--weight_shared", "0", "--train_mode", "true"], ["outer_mask", "eps"], ["outer_mask"]),
+        ("at", ["--weight_adv", "0"], ["eps", "adv_steps"], None),
+        ("ft-sam", ["--rho", "0"], ["adaptive", "alpha"], ["adaptive"]),
+        ("anp", ["--anp_alpha", "1"], ["anp_eps", "anp_steps"], None),
+        ("nad", ["--beta1", "0", "--beta2", "0"], ["p", "te_epochs"], None),
+        ("rnp", ["--unlearning_epochs", "0"], ["unlearning_lr", "clean_threshold"], None),
     ],
 )
 def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warned):
@@ -320,6 +330,7 @@ def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warn
     method = DEFENSES[name]
     values = {"early_stop_patience": "3", "te_epochs": "2", "augment_inversion": "true", "steplr_milestones": "2,3"}
     values |= {"cos_t_max": "3", "adam_betas": "0.5,0.9", "min_lr": "0", "success": "label"}
+    values |= {"K": "3", "outer_mask": "wrong", "adv_steps": "2", "adaptive": "false", "anp_steps": "2"}
     argv = [
         *flags,
         *(word for flag in said for word in (f"--{flag}", values.get(flag, "0.5")) if flag not in ("u_num",)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import pair, planted, quiet, same_weights, tiny_net
 
 from sau.defense import EP, ep
@@ -60,6 +60,29 @@ def test_scores_are_entropies_of_spatial_maxima_at_the_batch_norm():
     np.testing.assert_allclose((-found).numpy(), by_numpy(z, 0.4), rtol=1e-12)
 
 
+class Shift(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x.flip(0) + self.by
+
+
+def test_a_layer_that_runs_twice_counts_where_it_is_highest():
+    norm, x = nn.BatchNorm2d(3), torch.rand(20, 3, 4, 4)
+    seen = {}
+    for shift in (0.0, 1.0):
+        net = nn.Sequential(norm, Shift(shift), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        with torch.no_grad():
+            (found,) = EP(batch_size=20, bin_width=0.4).scores(net, [(x, None)]).values()
+        seen[shift] = found
+        highest = torch.maximum(x.amax((2, 3)), (net[1](norm(x))).amax((2, 3))).detach().double()
+        z = (highest - highest.mean(0)) / highest.std(0)
+        np.testing.assert_allclose((-found).numpy(), by_numpy(z, 0.4), rtol=1e-12)
+    assert not torch.equal(seen[0.0], seen[1.0])
+
+
 def test_so_many_pictures_are_drawn_as_the_batch_size_says():
     """From as many batches as that takes, and no more than there are."""
     pixels = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 2, 2)
@@ -79,7 +102,7 @@ def test_the_poisoned_pictures_are_asked_for():
 
 
 def test_what_is_refused(one_line):
-    for wrong in ({"batch_size": 1}, {"bin_width": 0.0}):
+    for wrong in ({"batch_size": 1}, {"bin_width": 0.0}, {"bin_width": 1e-9}, {"bin_width": math.inf}):
         with pytest.raises(ConfigError) as refusal:
             EP(**wrong)
         assert next(iter(wrong)) in one_line(refusal.value)

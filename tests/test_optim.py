@@ -93,6 +93,13 @@ def test_one_cycle_counts_updates(optimizer, epochs, steps):
     assert max(seen) == pytest.approx(0.1)
 
 
+def test_a_plateau_needs_a_drop(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Training(lr_scheduler="ReduceLROnPlateau", steplr_gamma=1.0)
+    assert "steplr_gamma is 1.0, allowed is above 0 and below 1" in one_line(refusal.value)
+    assert Training(lr_scheduler="StepLR", steplr_gamma=1.0).steplr_gamma == 1
+
+
 def test_a_falling_loss_keeps_the_rate():
     weights = parameter()
     descent = Training(lr=0.1, lr_scheduler="ReduceLROnPlateau").descent([weights], 1)

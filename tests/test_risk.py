@@ -11,6 +11,7 @@ from toys import QUICK, tiny_net
 from sau.data.images import Images
 from sau.data.pairs import sample
 from sau.errors import ConfigError, DataError, TrainingError
+from sau.perturb import length
 from sau.risk import Found, measure
 from sau.witness import Search, margins, shared_margin
 
@@ -189,6 +190,14 @@ def test_the_bound_stays_one_when_it_is_rounded():
         witness=empty, passes=1.0, least=1.0,
     )  # fmt: skip
     assert found.bound() == {"r_bd": 66.67, "at_most": 66.67}
+    assert replace(found, planted=~yes & yes, share=yes).bound() == {"r_bd": 66.67, "at_most": 100.0}
+
+
+@pytest.mark.parametrize("norm, eps", [("L_inf", 0.1), ("L2", 0.5), ("L1", 20.0)])
+def test_what_is_brought_into_the_ball_lies_in_it(norm, eps):
+    ball, x = Search(norm=norm, eps=eps).ball, torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    e = ball.into(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    assert ball.contains(e).all() and not ball.contains(1.001 * e / length(e, norm).view(-1, 1, 1, 1) * eps).any()
 
 
 @pytest.mark.parametrize("norm, eps", [("L_inf", 0.1), ("L2", 0.5), ("L1", 4.0)])
@@ -323,8 +332,8 @@ def test_pictures_that_only_fill_batches_cost_little():
     assert found.least <= found.passes <= 1.15 * found.least
 
 
-@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"steps": 0}, {"step_size": 0.0}, {"restarts": 0}])
-def test_a_search_that_cannot_be_is_refused(wrong):
+@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"steps": 0}, {"step_size": 0.0}, {"restarts": 0}, {"norm": "Linf"}])
+def test_a_search_that_cannot_be_is_refused(wrong, unchecked):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Search(**wrong)
 

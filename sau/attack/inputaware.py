@@ -93,7 +93,7 @@ class InputAware(Attack):
         self.require("mask_density", 0 <= self.mask_density <= 1, "0 to 1")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
-        """The generators, untrained; `fit` trains them."""
+        """The generators, untrained; `fit` trains them, anew for each classifier."""
         _, channels, *sides = given.images.pixels.shape
         if min(sides) < 16:
             raise ConfigError(f"the pictures are {min(sides)} pixels wide or high, inputaware asks for 16 and more")
@@ -132,7 +132,7 @@ class InputAware(Attack):
 
     def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """The state of the first stage."""
-        artist = cast(Artist, self.made()).requires_grad_(True)
+        artist = cast(Artist, self.made()).restarted().requires_grad_(True)
         artist.captured = getattr(model, "captured", True)
         artist.pattern_net.amp = artist.mask_net.amp = getattr(model, "amp", False)
         masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)

@@ -92,7 +92,7 @@ class WaNet(Attack):
         return {f"warp x {a:g}": self.with_trigger(Field(a * points)).stamp for a in (-1, 0.25, 0.5, 0.75, 1.5, 2)}
 
     def _warp(self, x: Pixels, *, noise: bool) -> Pixels:
-        size = x.shape[-1]
+        size = x.new_tensor([x.shape[-1], x.shape[-2]])  # so that displacements are pixels both ways
         ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
         rows, columns = torch.meshgrid(*ends, indexing="ij")
         identity = torch.stack([columns, rows], -1)[None]

@@ -109,9 +109,11 @@ class ANP(Defense):
         self.require("pruning_step", self.pruning_step >= least, f"{least:g} and more")
 
     def idle(self) -> dict[str, str]:
+        found = {"held_back": "the oracle chooses by the test sets"} if self.select == "oracle" else {}
         if self.pruning_number is not None:
-            return dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
-        return {"held_back": "the oracle chooses by the test sets"} if self.select == "oracle" else {}
+            found = dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
+        unread = ("anp_eps", "anp_steps") if self.anp_alpha == 1 else ()
+        return found | dict.fromkeys(unread, "anp_alpha is 1, so that the loss under perturbation has no weight")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         norms = pruning.batch_norms(model, self.name)

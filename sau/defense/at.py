@@ -41,6 +41,9 @@ class AT(Searching):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **searched(model)}
 
+    def learns_from_search(self) -> bool:
+        return self.weight_adv > 0
+
     def passes(self) -> float:
         return 2 * self.adv_steps + 6.0
 

@@ -152,6 +152,7 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
     check_weights(model)
     right = total = classes = 0
     counts: Tensor | int = 0
+    last, by_class = 0, not isinstance(batches, Batches)  # which shuffle
     for x, y, *_ in batches:
         logits = logits_of(model, x)
         if method.learns and not total:
@@ -161,12 +162,16 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
         right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
         counts = counts + y.bincount(minlength=classes)
+        by_class = by_class and last <= int(y[0]) and bool((y.diff() >= 0).all())
+        last = int(y[-1])
     mixed = sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules())
     if mixed:
         session.say(
             f"warning: {mixed} batch norms keep no running statistics, so what the network answers to a picture hangs "
             "on the others of its batch, and every figure on the size of the batches"
         )
+    if by_class and method.looks and isinstance(counts, Tensor) and total > 2 * int((counts > 0).sum()) > 2:
+        session.say("warning: the loader gives the pictures class by class; give one that shuffles, as methods expect")
     if right < 1.5 * total / classes:
         session.say(
             f"warning: the network answers {right} of {total} clean pictures as labelled, hardly more than chance; are "

@@ -30,7 +30,7 @@ class EP(Outliers):
 
     Args:
         batch_size: pictures that the histograms are made of, 2 and more; drawn from those given.
-        bin_width: width of a bin, in standard deviations of a channel, above 0.
+        bin_width: width of a bin, in standard deviations of a channel, 0.001 and more.
         augment: crop and flip the pictures as in training.
     """
 
@@ -44,14 +44,15 @@ class EP(Outliers):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("batch_size", self.batch_size >= 2, "2 and more")
-        self.require("bin_width", self.bin_width > 0, "above 0")
+        self.require("bin_width", self.bin_width >= 0.001, "0.001 and more")
 
     def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name)
         maxima: dict[str, Tensor] = {}
 
         def add(name: str, inputs: Tensor) -> None:
-            maxima[name] = inputs.unflatten(1, (-1, 1)).flatten(2).amax(2)  # [B, C], also of inputs [B, C]
+            highest = inputs.unflatten(1, (-1, 1)).flatten(2).amax(2)  # [B, C], also of inputs [B, C]
+            maxima[name] = torch.maximum(highest, maxima.get(name, highest))  # a layer may run more than once
 
         look(model, norms, self._draw(batches), add)
         return {name: -entropy(standardised(t.double()), self.bin_width) for name, t in maxima.items()}

@@ -33,7 +33,7 @@ class FP(FT):
     Args:
         unit: what is pruned: linear_input (inputs of the last linear layer, as in the benchmark) or last_conv (output
             channels of the convolution that runs last, as in the paper).
-        acc_ratio: share of the accuracy that pruning may cost, 0 up to below 1.
+        acc_ratio: share of the accuracy that pruning may cost, 0 to 1.
         once_prune_ratio: share of the units that a step of pruning takes, above 0 and up to 1.
         held_back: share of each class's clean pictures that the accuracy is measured on, in (0, 1).
         select: whose accuracy: defender (the held-back pictures) or oracle (the clean test set, as in the benchmark).
@@ -54,7 +54,7 @@ class FP(FT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
+        self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
         self.require("once_prune_ratio", 0 < self.once_prune_ratio <= 1, "above 0 and up to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 

@@ -78,6 +78,8 @@ class NAD(FT):
         named = len(self.layers) or DEFAULT_LAYERS
         without = {f"beta{n}": f"there is no layer {n}; name it with --layers" for n in range(named + 1, 4)}
         given = {"te_epochs": "the teacher is given"} if self.teacher_model_loc is not None else {}
+        if not any((self.beta1, self.beta2, self.beta3)[:named]):
+            given |= dict.fromkeys(("p", "te_epochs", "teacher_model_loc"), "no layer has a weight (beta)")
         return super().idle() | without | given
 
     def passes(self) -> float:

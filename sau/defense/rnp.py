@@ -50,7 +50,7 @@ class RNP(Defense):
         pruning_number: channels with masks up to this are pruned, 0 up to below 1; none looks for the threshold.
         pruning_max: highest threshold of the search, above 0 and up to 1.
         pruning_step: distance of two thresholds of the search, above 0.
-        acc_ratio: share of the accuracy that a threshold of the search may cost, 0 up to below 1.
+        acc_ratio: share of the accuracy that a threshold of the search may cost, 0 to 1.
         held_back: share of each class's clean pictures that the search measures the accuracy on, in (0, 1).
         select: who looks for the threshold: defender (held-back pictures, only where pruning_number is none), or oracle
             (always, by ACC and ASR of the test sets).
@@ -92,15 +92,17 @@ class RNP(Defense):
         self.require("pruning_max", 0 < self.pruning_max <= 1, "above 0 and up to 1")
         least = self.pruning_max / pruning.MOST_LEVELS  # each step is a network to measure
         self.require("pruning_step", self.pruning_step >= least, f"{least:g} and more")
-        self.require("acc_ratio", 0 <= self.acc_ratio < 1, "0 up to below 1")
+        self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
     def idle(self) -> dict[str, str]:
+        found: dict[str, str] = {}
         if self.select == "oracle":
-            return dict.fromkeys(("pruning_number", "held_back"), "the oracle looks for the threshold on the test sets")
-        if self.pruning_number is not None:
-            return dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
-        return {}
+            found = dict.fromkeys(("pruning_number", "held_back"), "the oracle looks on the test sets")
+        elif self.pruning_number is not None:
+            found = dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
+        unread = () if self.unlearning_epochs else ("unlearning_lr", "schedule", "clean_threshold")
+        return found | dict.fromkeys(unread, "there are no epochs of unlearning")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         pruning.batch_norms(model, self.name)  # refuses a network without any

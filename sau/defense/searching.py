@@ -12,6 +12,9 @@ from sau.optim import Optimizer, Schedule
 from sau.perturb import Ball, Init, Norm
 from sau.types import Labels, Pixels
 
+SEARCH = ("eps", "norm", "adv_lr", "adv_steps", "pgd_init", "clip_pixels")
+UNLEARNED = "the weights of what is learned from the search are 0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Searching(Tuning):
@@ -54,7 +57,12 @@ class Searching(Tuning):
         return Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
 
     def idle(self) -> dict[str, str]:
-        return super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
+        found = super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
+        return found | ({} if self.learns_from_search() else dict.fromkeys(SEARCH, UNLEARNED))
+
+    @abstractmethod
+    def learns_from_search(self) -> bool:
+        """Whether what is found has a weight in what is learned."""
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         with fixed_norms(state["model"], x):

@@ -65,6 +65,12 @@ class Artist(nn.Module):
         self.pattern_net = Normalized(Generator(channels, channels).to(memory_format=torch.channels_last), mean, std)
         self.mask_net = Normalized(Generator(1, channels).to(memory_format=torch.channels_last), mean, std)
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
+        self._first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def restarted(self) -> "Artist":
+        """This artist with the weights that it was drawn with, from which each training begins."""
+        self.load_state_dict(self._first)
+        return self
 
     def pattern(self, x: Pixels) -> Pixels:
         """p = g(P(x)) in (0, 1), [B, C, H, W]."""

@@ -50,7 +50,7 @@ class Training(Method):
         steplr_gamma: factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau).
         steplr_milestones: epochs at which the rate drops (MultiStepLR), like 60,90.
         cos_t_max: epochs after which CosineAnnealingLR reaches min_lr; none means at the end of the run.
-        min_lr: lowest rate of CyclicLR and CosineAnnealingLR.
+        min_lr: lowest rate of CosineAnnealingLR and of CyclicLR, whose first epoch has it.
     """
 
     aliases: ClassVar[dict[str, str]] = {"optim": "client_optimizer", "weight_decay": "wd"}
@@ -82,6 +82,8 @@ class Training(Method):
         )
         self.require("steplr_stepsize", self.steplr_stepsize >= 1, "1 and more")
         self.require("steplr_gamma", 0 < self.steplr_gamma <= 1, "above 0 and up to 1")
+        falls = self.lr_scheduler != "ReduceLROnPlateau" or self.steplr_gamma < 1
+        self.require("steplr_gamma", falls, "above 0 and below 1 for ReduceLROnPlateau")
         self.require("cos_t_max", self.cos_t_max is None or self.cos_t_max >= 1, "none, or 1 and more")
         self.require("min_lr", 0 <= self.min_lr <= self.lr, "0 up to lr")
 

@@ -67,4 +67,5 @@ def misfit(value: Any, hint: Any) -> str | None:
         return next((f"a tuple, each {wrong}" for item in value if (wrong := misfit(item, parts[0]))), None)
     if hint not in KINDS:  # of a method of somebody's own, which no flag sets
         return None
-    return None if isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool) else WORDS[hint]
+    fits = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)
+    return None if fits and (hint is not float or abs(value) < float("inf")) else WORDS[hint]

@@ -30,7 +30,7 @@ class _Yaml(yaml.SafeLoader):
             raise yaml.YAMLError(f"{twice[0]} is given twice; give it once")
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """Refuses NUL, which YAML can write and no name of a file may have."""
         if "\0" in node.value:
             raise yaml.YAMLError("it has the character NUL; leave it out")
