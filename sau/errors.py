@@ -91,6 +91,8 @@ def told(main: Callable[[], int | None]) -> int:
 
     2 is a mistake that the user can mend; FULL, FAULT and LOCKED are as above. The name of a file need not be text.
     """
+    if sys.stdout is None:  # whoever called has closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -21,7 +21,7 @@ from script_parts.asking import Parser
 from torch import Tensor, nn
 
 from sau.data.pairs import sample
-from sau.errors import RecordError, told
+from sau.errors import ConfigError, RecordError, told
 from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.files import existing, folder
 from sau.record import victim
@@ -38,8 +38,8 @@ def main() -> int:
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
     parser.add_argument("--defense", help="the defense whose network examples and features are drawn of [none]")
-    parser.add_argument("--eps", type=float, default=0.2, help="radius of the L-infinity ball of the examples [0.2]")
-    parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="how the features are drawn [tsne]")
+    parser.add_argument("--eps", type=float, help="radius of the L-infinity ball of the examples [0.2]")
+    parser.add_argument("--map", choices=("tsne", "pca"), help="how the features are drawn [tsne]")
     place.add_arguments(parser)
     draw(parser.parse_args())
     return 0
@@ -59,9 +59,13 @@ class Placed(nn.Module):
 def draw(asked: argparse.Namespace) -> None:
     """Draw what there is, and say which files."""
     where = place.settle(asked)
+    for name in ("eps", "map"):
+        if asked.defense is None and getattr(asked, name) is not None:
+            raise ConfigError(f"--{name} is of the figures that --defense asks for; name a defense, or leave it out")
+    search = Search() if asked.eps is None else Search(eps=asked.eps)
     attacked = victim.load(existing(asked.record_root, asked.name))
     out, record = folder(attacked.path, "figures"), Record(attacked.path)
-    if asked.defense:  # before anything is drawn
+    if asked.defense is not None:  # before anything is drawn
         if attacked.triggered is None:
             raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
         after = attacked.model()
@@ -81,14 +85,14 @@ def draw(asked: argparse.Namespace) -> None:
     if tracked:
         _tell(save(risks(tracked), out / "risks"))
         _tell(save(types(tracked), out / "types"))
-    if asked.defense and attacked.triggered is not None:
+    if asked.defense is not None and attacked.triggered is not None:
         before = attacked.model()
-        mapped = features(before, after, test, attacked.triggered, asked.map)
+        mapped = features(before, after, test, attacked.triggered, asked.map or "tsne")
         _tell(save(mapped, out / f"features_{asked.defense}"))
         clean, triggered = sample(test, attacked.triggered, LOOKED_AT)
         if triggered:
             pair = [Placed(model, where) for model in (after, before)]
-            _tell(save(examples(*pair, clean, triggered, Search(eps=asked.eps)), out / f"examples_{asked.defense}"))
+            _tell(save(examples(*pair, clean, triggered, search), out / f"examples_{asked.defense}"))
 
 
 def _tell(paths: list[Path]) -> None:

@@ -1,6 +1,7 @@
 """The commands of gpu_checklist.sh, one after the other, and the table of what they found."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -125,8 +126,11 @@ def main(argv: Sequence[str]) -> None:
     machine = _machine(args.device)
     if not (machine or args.smoke):
         parser.error("no CUDA device here, and the targets are a card's; --smoke runs all in miniature, on the CPU too")
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes is {args.minutes}, allowed is above 0")
     data = ("--dataset", "digits")
     if args.datasets:
+        _look(args.datasets)
         data = ("--dataset", "cifar10", "--dataset_path", str(args.datasets.resolve()))
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -136,6 +140,18 @@ def main(argv: Sequence[str]) -> None:
     work.add("pictures", "CIFAR-10" if args.datasets else "digits, in place of CIFAR-10", "")
     _measure(work)
     print((out / "table.md").read_text())
+
+
+def _look(datasets: Path) -> None:
+    """Exit with a line if CIFAR-10 is not there, of which every row would fail."""
+    sys.path.insert(0, str(REPOSITORY))
+    from sau.data.sources import source
+    from sau.errors import SauError
+
+    try:
+        source("cifar10").find(datasets)
+    except SauError as error:
+        sys.exit(f"error: {error}")
 
 
 def _measure(work: Checklist) -> None:

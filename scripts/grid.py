@@ -33,6 +33,7 @@ from sau.grid.store import Store
 from sau.wording import duration
 
 JOBS, MINUTES = 100, 1440  # of Slurm, unless asked
+RUNS = ("engine", "cores", "memory_gb", "address", "jobs", "cluster")  # where cells run, by which a plan is made, too
 
 
 def say(text: str) -> None:
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--published",
         action="append",
         metavar="DIR",
-        help="folder of summaries that count as finished cells [what the file says]",
+        help="folder of summaries that count as finished cells, or none [what the file says]",
     )
     asked.add_argument(
         "--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits"
@@ -74,13 +75,16 @@ def parser() -> argparse.ArgumentParser:
 
 def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
     """Refuse, by a ConfigError, what would have no effect."""
-    runs = ("retries", "cell_timeout", "engine", "cores", "memory_gb", "address", "jobs", "job_minutes", "cluster")
-    for name in ("dry_run", "publish", "retry_failed", *runs):
-        if look and getattr(asked, name) is not None and getattr(asked, name) is not False:
-            raise ConfigError(f"--{name} has no effect on status, which only looks; leave it out")
+    runs = ("retry_failed", *RUNS, "retries", "cell_timeout", "job_minutes")
+    for what, is_asked, idle in (
+        ("status, which only looks", look, ("dry_run", "publish", *runs)),
+        ("--publish, which runs nothing", asked.publish is not None, ("dry_run", *runs)),
+        ("--dry_run, which runs nothing", asked.dry_run, ("retries", "cell_timeout", "job_minutes")),
+    ):
+        for name in idle:
+            if is_asked and getattr(asked, name) is not None and getattr(asked, name) is not False:
+                raise ConfigError(f"--{name} has no effect on {what}; leave it out")
     asked.engine = asked.engine or "local"
-    if asked.dry_run and asked.publish:
-        raise ConfigError("--dry_run and --publish each run nothing; leave one of them out")
     here = asked.engine == "slurm" and asked.cluster == "local"
     started = asked.engine == "ray" and asked.address is None
     for name, acts, where in (
@@ -126,7 +130,7 @@ def run(asked: argparse.Namespace, look: bool) -> int:
     said = ("record_root", "retries", "cell_timeout")
     grid = dataclasses.replace(grid, **{n: getattr(asked, n) for n in said if getattr(asked, n) is not None})
     every = cells(blocks)
-    store = Store(Path(grid.record_root), tuple(Path(place).absolute() for place in asked.published or grid.published))
+    store = Store(Path(grid.record_root), published(asked, grid))
     if asked.only:
         every = select(every, asked.only)
     other = store.other_version()
@@ -152,6 +156,16 @@ def run(asked: argparse.Namespace, look: bool) -> int:
         find_data(todo)
     say(f"{len(every)} cells, {len(todo)} to run (planned in {time.monotonic() - started:.1f} s); {store.root}")
     return drive(asked, grid, store, every, todo, forecast) if todo else report(every, store)
+
+
+def published(asked: argparse.Namespace, grid: Grid) -> tuple[Path, ...]:
+    """The folders whose summaries count as finished cells; those of the file need not be there yet."""
+    if asked.published == ["none"]:
+        return ()
+    for place in asked.published or ():
+        if not Path(place).is_dir():
+            raise ConfigError(f"--published {place} is no folder; name one that is there, or none")
+    return tuple(Path(place).absolute() for place in asked.published or grid.published)
 
 
 def find_data(todo: list[Cell]) -> None:

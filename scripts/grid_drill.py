@@ -13,6 +13,7 @@ cells themselves take a few per cent more or less from run to run, what is added
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -220,22 +222,29 @@ def main() -> int:
     """The drill or the measurement."""
     parser = Parser(__doc__)
     parser.add_argument("work", type=Path, help="folder for the runs")
-    parser.add_argument(
-        "--engine", choices=("local", "ray", "slurm"), default="local", help="what runs the cells [local]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of who is killed, and when [0]")
-    parser.add_argument("--cell_timeout", type=float, default=60, help="seconds; ten times what a cell takes [60]")
+    parser.add_argument("--engine", choices=("local", "ray", "slurm"), help="what runs the cells [local]")
+    parser.add_argument("--seed", type=int, help="of who is killed, and when [0]")
+    parser.add_argument("--cell_timeout", type=float, help="seconds; ten times what a cell takes [60]")
     parser.add_argument("--overhead", action="store_true", help="measure what the grid costs")
-    parser.add_argument("--epochs", type=int, default=40, help="of the attacks whose cost is measured [40]")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of times of the measurement [3]")
+    parser.add_argument("--epochs", type=int, help="of the attacks whose cost is measured [40]")
+    parser.add_argument("--repeats", type=int, help="pairs of times of the measurement [3]")
     asked = parser.parse_args()
-    if asked.repeats < 1:
-        parser.error(f"--repeats is {asked.repeats}, allowed is 1 and more")
+    settings: dict[str, Any] = {"epochs": 40, "repeats": 3}
+    others: dict[str, Any] = {"engine": "local", "seed": 0, "cell_timeout": 60.0}
+    if not asked.overhead:
+        settings, others = others, settings
+    for name in others:
+        if getattr(asked, name) is not None:
+            parser.error(f"--{name} has no effect {'with' if asked.overhead else 'without'} --overhead; leave it out")
+    settings |= {name: getattr(asked, name) for name in settings if getattr(asked, name) is not None}
+    for name in settings.keys() & {"epochs", "repeats", "cell_timeout"}:
+        if not 0 < settings[name] < math.inf:
+            parser.error(f"--{name} is {settings[name]}, allowed is above 0")
     asked.work.mkdir(parents=True, exist_ok=True)
     if asked.overhead:
-        overhead(asked.work.absolute(), asked.epochs, asked.repeats)
+        overhead(asked.work.absolute(), **settings)
         return 0
-    wrong = drill(asked.work.absolute(), asked.engine, asked.seed, asked.cell_timeout)
+    wrong = drill(asked.work.absolute(), settings["engine"], settings["seed"], settings["cell_timeout"])
     print("\n".join(wrong) or "nothing lost, nothing repeated, every result as undisturbed")
     return int(bool(wrong))
 

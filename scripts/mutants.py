@@ -223,6 +223,8 @@ def main() -> int:
 
 def check(asked: argparse.Namespace) -> int:
     """The exit status."""
+    if not 0 <= asked.least <= 100 or asked.limit < 0:
+        raise Mistake(f"least is {asked.least:g}, limit {asked.limit}; allowed are 0 to 100, and 0 and more")
     targets = {name: TARGETS.get(name) or _own(name) for name in asked.target or TARGETS}
     asked.root, asked.work = asked.root.resolve(), asked.work.resolve()
     for name in SHARED:

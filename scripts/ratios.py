@@ -19,7 +19,7 @@ from script_parts.drawing import plt
 
 from sau.errors import RecordError, printable, told
 from sau.figures import save
-from sau.files import loaded
+from sau.files import loaded, number
 from sau.grid.names import attack_named
 from sau.wording import markdown
 
@@ -50,9 +50,11 @@ def scores(file: Path) -> tuple[float, float]:
     except (OSError, ValueError) as error:
         raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
     for name in ("acc", "asr"):
-        if not isinstance(summary.get(name), int | float):
+        if not number(summary.get(name)) or not 0 <= summary[name] <= 100:
             got = str(summary.get(name, "missing"))[:40]
-            raise RecordError(f"{file}: {name} is {got}, wanted is a number; delete its folder and run it again")
+            raise RecordError(
+                f"{file}: {name} is {got}, wanted is a number from 0 to 100; delete its folder and run it again"
+            )
     return summary["acc"], summary["asr"]
 
 

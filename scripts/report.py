@@ -8,6 +8,7 @@ with the reason; of folders that hold summaries alone the names say the rest: <a
 <attack>_r<ratio>_<digest>_s<seed>, as a grid publishes them.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean pictures [where the runs had them]")
     asked = parser.parse_args()
     others = [path for path in (asked.csv, asked.latex, asked.json) if path is not None]
-    if len({path.absolute() for path in (asked.out, *others)}) <= len(others):
+    if len({os.path.realpath(path) for path in (asked.out, *others)}) <= len(others):
         raise ConfigError(f"several results go to one file of {', '.join(map(str, (asked.out, *others)))}; name others")
     page, sections = build(asked.root, asked.dataset, asked.dataset_path)
     made = {asked.out: page}

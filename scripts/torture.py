@@ -21,6 +21,9 @@ from script_parts.asking import Parser
 from torture_parts import faults, races, runs
 from torture_parts.common import Row, shrink
 
+from sau.errors import told
+from sau.files import write
+
 PARTS: dict[str, Callable[[Path, int, float], Iterable[Row]]] = {
     "mutations": faults.mutations,
     "disks": faults.disks,
@@ -44,6 +47,9 @@ def main() -> int:
     if unknown or not 0 < asked.share <= 1:
         print(f"error: parts are {', '.join(PARTS)}, share is above 0 and up to 1", file=sys.stderr)
         return 2
+    if asked.out is not None and asked.out.is_dir():
+        print(f"error: --out {asked.out} is a folder; name a file", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)
     shrink()
     rows: list[Row] = []
@@ -58,9 +64,9 @@ def main() -> int:
                 print(f"| {' | '.join(cells)} |", flush=True)
                 rows.append(row)
     if asked.out is not None:
-        asked.out.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+        write(asked.out, (json.dumps([vars(row) for row in rows], indent=2) + "\n").encode())
     return int(any(row.survived < row.injected for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def test_seeds_ratios_and_shares_are_crossed(planned):
         "clean_shares: [0.1]", "clean_shares: [0.1, 0.2]"
     )
     every = planned(text + "seeds: [0, 3]\n")
-    assert len(every) == 2 * (3 * 1 + 3 * 2 * 2)  # a clean network has no poisoning ratio
+    assert len(every) == 2 * 3 * (1 + 2 + 1)  # a clean network has no poisoning ratio, and clp looks at no pictures
     assert {cell.label for cell in every if cell.kind == "attack"} >= {"badnet_r0.05_s3", "prototype_s3"}
 
 
@@ -157,6 +157,13 @@ def test_cells_whose_labels_would_be_one_have_their_digests_in_them(planned):
     assert len(every) == 7 and labels == [
         f"badnet_r0.1_s0/defense/ft_c0.1_{cell.digest[:10]}" for cell in (every[1], every[6])
     ]
+
+
+def test_a_method_that_looks_at_no_pictures_runs_once_for_all_shares(planned):
+    both = planned(SMALL.replace("clean_shares: [0.1]", "clean_shares: [0.1, 0.2]"))
+    counts = Counter(cell.name for cell in both)
+    assert counts["ft"] == 2 * counts["clp"] > 0
+    assert {cell.digest for cell in planned() if cell.name == "clp"} == {c.digest for c in both if c.name == "clp"}
 
 
 def test_pictures_of_ones_own_are_known_by_their_folder(planned):
@@ -1063,7 +1070,13 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("status", "grid.yaml", "--cores", "1"), "--cores has no effect on status"),
         (("status", "grid.yaml", "--memory_gb", "1"), "--memory_gb has no effect on status"),
         (("status", "grid.yaml", "--jobs", "1"), "--jobs has no effect on status"),
-        (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run and --publish"),
+        (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run has no effect on --publish"),
+        (("grid.yaml", "--publish", "kept", "--retry_failed"), "--retry_failed has no effect on --publish"),
+        (("grid.yaml", "--publish", "kept", "--engine", "local"), "--engine has no effect on --publish"),
+        (("grid.yaml", "--dry_run", "--retries", "2"), "--retries has no effect on --dry_run"),
+        (("grid.yaml", "--dry_run", "--cell_timeout", "2"), "--cell_timeout has no effect on --dry_run"),
+        (("grid.yaml", "--published", "nowhere"), "--published nowhere is no folder; name one that is there, or none"),
+        (("loop.yaml",), "loop.yaml: Too many levels of symbolic links"),
         (("grid.yaml", "--publish", "grid.yaml"), "--publish grid.yaml is a file"),
         (("grid.yaml", "--cores", "0"), "--cores is 0"),
         (("grid.yaml", "--memory_gb", "0"), "--memory_gb is 0"),
@@ -1078,6 +1091,7 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
 def test_the_script_says_mistakes_in_one_line(planned, script, flags, words):
     planned(SMALL.replace("digits", "folder\ndataset_path: /nowhere"), "far.yaml")
     planned()
+    Path("loop.yaml").symlink_to("loop.yaml")
     status, _, err = script("grid.py", *flags)
     assert status == 2 and words in the_error(err)
 

@@ -145,7 +145,9 @@ def test_two_results_of_a_seed_are_no_seeds_of_a_curve(script, tmp_path):
     ("text", "words"),
     [
         ("{}", "acc is missing"), ('{"acc": 90.0, "asr": null}', "asr is None"), ('{"acc": "x", "asr": 1}', "acc is x"),
-        ("[]", "holds a list"), ("{", "damaged"),
+        ("[]", "holds a list"), ("{", "damaged"), ('{"acc": NaN, "asr": 1}', "acc is nan"),
+        ('{"acc": true, "asr": 1}', "acc is True"), ('{"acc": 90, "asr": 1e300}', "asr is 1e+300"),
+        ('{"acc": 101, "asr": 1}', "acc is 101"),
     ],
 )  # fmt: skip
 def test_a_summary_without_scores_is_one_line(script, tmp_path, text, words):

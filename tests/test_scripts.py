@@ -1,13 +1,14 @@
 """What the scripts have in common: where they compute, what they refuse, and that it is written once."""
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from toys import REPOSITORY, the_error, tiny_net
+from toys import REPOSITORY, environment, the_error, tiny_net
 
 from sau.data import sources
 from sau.data.sources import fingerprint, load
@@ -126,6 +127,35 @@ def test_ctrl_c_is_one_line(capsys):
         raise KeyboardInterrupt
 
     assert told(interrupted) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("figures.py", ("nobody", "--eps", "0.1"), "--eps is of the figures that --defense asks for"),
+        ("figures.py", ("nobody", "--map", "pca"), "--map is of the figures that --defense asks for"),
+        ("figures.py", ("nobody", "--defense", "sau", "--eps", "nan"), "eps of the risks' search is nan"),
+        ("report.py", ("nobody", "--out", "below/../r.html", "--csv", "r.html"), "several results go to one file"),
+        ("torture.py", ("names", "--out", "."), "--out . is a folder"),
+        ("mutants.py", ("evaluate", "--least", "nan"), "least is nan"),
+        ("mutants.py", ("evaluate", "--limit", "-1"), "limit -1"),
+        ("grid_drill.py", ("work", "--epochs", "4"), "--epochs has no effect without --overhead"),
+        ("grid_drill.py", ("work", "--overhead", "--engine", "ray"), "--engine has no effect with --overhead"),
+        ("grid_drill.py", ("work", "--cell_timeout", "nan"), "--cell_timeout is nan"),
+        ("gpu_checklist.py", ("--smoke", "--device", "cpu", "--minutes", "nan"), "--minutes is nan"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_done(name, flags, words, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = script(name, *flags)
+    assert status == 2 and words in the_error(err) and out == "" and not [*tmp_path.iterdir()]
+
+
+def test_whoever_closes_stdout_is_served_all_the_same(tmp_path):
+    code = "import sys; from sau.errors import told; sys.exit(told(lambda: print(1)))"
+    closed = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} >&-"
+    done = subprocess.run(["sh", "-c", closed], env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

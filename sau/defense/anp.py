@@ -105,8 +105,7 @@ class ANP(Defense):
         for name in ("pruning_max", "pruning_step"):
             value = getattr(self, name)
             self.require(name, value > 0 and fits(value), f"{allowed}, and above 0, to search by {self.pruning_by}")
-        least = self.pruning_max / pruning.MOST_LEVELS  # each step is a network to measure
-        self.require("pruning_step", self.pruning_step >= least, f"{least:g} and more")
+        self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
 
     def idle(self) -> dict[str, str]:
         found = {"held_back": "the oracle chooses by the test sets"} if self.select == "oracle" else {}

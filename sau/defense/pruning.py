@@ -69,6 +69,12 @@ def sweep(most: float, step: float) -> list[float]:
     return [round(i * step, 10) for i in range(int(most / step + 1e-9) + 1)]
 
 
+def coarse(most: float, step: float) -> tuple[bool, str]:
+    """Whether a sweep tries no more than it may, each value being a network to measure, and what is allowed."""
+    least = most / MOST_LEVELS
+    return step >= least, f"{least:g} and more"
+
+
 @torch.no_grad()
 def silence(layer: nn.Module, pruned: Tensor, *, shift: bool) -> None:
     """Zero the weights of the `pruned` channels [C] of a layer, and their biases if asked."""

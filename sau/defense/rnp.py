@@ -90,8 +90,7 @@ class RNP(Defense):
             "pruning_number", 0 <= (self.pruning_number or 0) < 1, "none, or 0 up to below 1, the highest mask"
         )
         self.require("pruning_max", 0 < self.pruning_max <= 1, "above 0 and up to 1")
-        least = self.pruning_max / pruning.MOST_LEVELS  # each step is a network to measure
-        self.require("pruning_step", self.pruning_step >= least, f"{least:g} and more")
+        self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
         self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
 from sau.grid.identity import identity, refuse_unfit
 from sau.grid.names import without_digest
@@ -107,7 +108,8 @@ class _Crossed:
                     attack = self._cell("attack", name, seed, ratio, None)
                     yield attack
                     for defense in self.block.defenses:
-                        for share in self.block.clean_shares or (None,):
+                        shares = self.block.clean_shares or (None,)
+                        for share in shares if DEFENSES[defense].looks else shares[:1]:
                             yield self._cell("defense", defense, seed, share, attack)
 
     def _cell(self, kind: str, name: str, seed: int, amount: float | None, attack: Cell | None) -> Cell:

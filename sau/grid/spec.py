@@ -1,6 +1,7 @@
 """What a grid is asked: its YAML file, with the files it includes, as blocks whose axes are crossed."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ _PLAIN = ("overrides", "blocks", "slurm")  # mappings, which have no type of a f
 
 def read(path: Path) -> tuple[Grid, list[Block]]:
     """The grid of a file and its blocks; ConfigError names the file, the line and what is allowed."""
-    settings = _read(path.resolve(), ())
+    settings = _read(Path(os.path.realpath(path)), ())
     values = _values(settings)
     inner = values.pop("blocks", None) or [{}]
     if not isinstance(inner, list) or not all(isinstance(block, dict) for block in inner):
@@ -139,10 +140,10 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
     own = read_flat(path, _GRID)
     found: dict[str, Setting] = {}
     for other in _several(own.pop("include", Setting(None, "")).value):
-        found = _laid(found, _read((path.parent / str(other)).resolve(), (*chain, path)))
+        found = _laid(found, _read(Path(os.path.realpath(path.parent / str(other))), (*chain, path)))
     _refuse_hidden(found, own)
     if "published" in own:
-        places = [str((path.parent / str(place)).resolve()) for place in _several(own["published"].value)]
+        places = [os.path.realpath(path.parent / str(place)) for place in _several(own["published"].value)]
         own["published"] = Setting(places, own["published"].origin)
     return _laid(found, own)
 

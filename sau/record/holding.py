@@ -1,6 +1,7 @@
 """The result folders that this process writes to: one process at a time has a folder, and may begin it again."""
 
 import atexit
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,4 +48,4 @@ def give_all_back() -> None:
 
 
 def _real(folder: Path) -> Path:
-    return folder.parent.resolve() / folder.name
+    return Path(os.path.realpath(folder.parent)) / folder.name  # `resolve` raises where links go in a circle
