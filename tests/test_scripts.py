@@ -151,10 +151,10 @@ def test_what_cannot_be_is_said_before_anything_is_done(name, flags, words, scri
     assert status == 2 and words in the_error(err) and out == "" and not [*tmp_path.iterdir()]
 
 
-def test_whoever_closes_stdout_is_served_all_the_same(tmp_path):
+def test_whoever_closes_stdout_is_served_all_the_same():
     code = "import sys; from sau.errors import told; sys.exit(told(lambda: print(1)))"
     closed = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} >&-"
-    done = subprocess.run(["sh", "-c", closed], env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(["sh", "-c", closed], env=environment(), capture_output=True, text=True, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "")
 
 
