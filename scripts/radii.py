@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts import place
 from script_parts.asking import Parser
 
-from sau.errors import told
+from sau.errors import require, told
 from sau.files import existing, folder
 from sau.record import victim
 from sau.risk import gauge
@@ -41,6 +41,8 @@ def main() -> int:
     place.add_arguments(parser)
     asked = parser.parse_args()
     where = place.settle(asked)
+    require("--samples", asked.samples, asked.samples >= 1, "1 and more")
+    searches = [Search(eps=eps, steps=asked.steps, restarts=1) for eps in asked.radii]
     attacked = victim.load(existing(asked.record_root, asked.record))
     networks = {"attacked": attacked.model()}
     for name in asked.defenses:
@@ -51,11 +53,10 @@ def main() -> int:
     reference = attacked.model().to(where)
     print(f"| network | radius | {' | '.join(COLUMNS.values())} |\n|---|---|{'---|' * len(COLUMNS)}")
     for name, model in networks.items():
-        for eps in asked.radii:
-            search = Search(eps=eps, steps=asked.steps, restarts=1)
+        for search in searches:
             row = gauge(reference, test, triggered, asked.samples, search, 0)(model.to(where)).row()
             cells = [f"{row[column]:.1f}" if column in row else "-" for column in COLUMNS]
-            print(f"| {name} | {eps:g} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {search.eps:g} | {' | '.join(cells)} |", flush=True)
     return 0
 
 

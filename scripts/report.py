@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts.asking import Parser
 
+from sau.data.sources import SOURCES
 from sau.errors import ConfigError, told
 from sau.files import write
 from sau.report.exports import as_csv, as_json, as_latex
@@ -29,7 +30,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page [report.html]")
     for name in ("csv", "latex", "json"):
         parser.add_argument(f"--{name}", type=Path, help=f"the table as {name.upper().replace('LATEX', 'LaTeX')}")
-    parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
+    about = "data set of the folders that do not say theirs (summaries alone)"
+    parser.add_argument("--dataset", choices=SOURCES, metavar="NAME", help=about)
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean pictures [where the runs had them]")
     asked = parser.parse_args()
     others = [path for path in (asked.csv, asked.latex, asked.json) if path is not None]

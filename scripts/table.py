@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts.asking import Parser
 
 from sau import files
+from sau.data.sources import SOURCES
 from sau.errors import ConfigError, told
 from sau.report.paired import duels
 from sau.report.published import Row, alike, compare, mean, published
@@ -130,7 +131,8 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("root", type=Path, help="folder of the result folders")
     parser.add_argument("--against", help="the defense that is compared with each other one [sau]")
-    parser.add_argument("--dataset", help="data set of the folders that do not say theirs (summaries alone)")
+    about = "data set of the folders that do not say theirs (summaries alone)"
+    parser.add_argument("--dataset", choices=SOURCES, metavar="NAME", help=about)
     parser.add_argument(
         "--into", type=Path, help="page whose part between <!-- table --> marks this becomes [print it]"
     )
