@@ -57,8 +57,11 @@ def test_victims_that_cannot_learn_are_refused(name, one_line):
     few.linear = torch.nn.Linear(few.linear.in_features, 2)
     cut = tiny_net()
     cut.forward = torch.no_grad()(cut.forward)  # type: ignore[method-assign]
+    with torch.inference_mode():
+        stiff = tiny_net()
     for net, given, kind, words in (
         (frozen, images, ConfigError, "frozen, so nothing would learn; call requires_grad_() on it"),
+        (stiff, images, ConfigError, "made under inference_mode, so its weights cannot learn; make it outside"),
         (few, images, DataError, "labels go up to 3, but the network has 2 classes"),
         (lambda x: x, images, ConfigError, "the network is a function, allowed is a torch.nn.Module"),
         (cut, images, ConfigError, "no gradient to its weights, so nothing would learn; take no_grad, detach"),

@@ -46,6 +46,8 @@ def check_victim(model: nn.Module, images: Images) -> None:
         raise ConfigError(f"the network is a {type(model).__name__}, allowed is a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConfigError("the network was made under inference_mode, so its weights cannot learn; make it outside")
     with torch.inference_mode(False), torch.enable_grad(), answering(model):
         logits = logits_of(model, to_float(images.pixels[:1]))
     if int(images.labels.max()) >= logits.shape[1]:
