@@ -33,7 +33,6 @@ from sau.grid.store import Store
 from sau.wording import duration
 
 JOBS, MINUTES = 100, 1440  # of Slurm, unless asked
-RUNS = ("engine", "cores", "memory_gb", "address", "jobs", "cluster")  # where cells run, by which a plan is made, too
 
 
 def say(text: str) -> None:
@@ -75,11 +74,10 @@ def parser() -> argparse.ArgumentParser:
 
 def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
     """Refuse, by a ConfigError, what would have no effect."""
-    runs = ("retry_failed", *RUNS, "retries", "cell_timeout", "job_minutes")
+    runs = ("retry_failed", "retries", "cell_timeout", "engine", "cores", "memory_gb", "address", "jobs", "job_minutes")
     for what, is_asked, idle in (
-        ("status, which only looks", look, ("dry_run", "publish", *runs)),
-        ("--publish, which runs nothing", asked.publish is not None, ("dry_run", *runs)),
-        ("--dry_run, which runs nothing", asked.dry_run, ("retries", "cell_timeout", "job_minutes")),
+        ("status, which only looks", look, ("dry_run", "publish", *runs, "cluster")),
+        ("--publish, which runs nothing", asked.publish is not None, ("dry_run", *runs, "cluster")),
     ):
         for name in idle:
             if is_asked and getattr(asked, name) is not None and getattr(asked, name) is not False:

@@ -911,8 +911,10 @@ def test_input_aware_trains_masks_first_and_then_patterns_and_classifier():
 
     attack.fit(net, images, Training(epochs=1, batch_size=8), session=quiet())
     assert unchanged() == [False, True, True]
+    attack = with_(attack, clean_train_epochs=0)
+    artist.restarted()
     before[:] = [copy.deepcopy(part.state_dict()) for part in (artist.mask_net, artist.pattern_net, net)]
-    with_(attack, clean_train_epochs=0).fit(net, images, Training(epochs=1, batch_size=8), session=quiet())
+    attack.fit(net, images, Training(epochs=1, batch_size=8), session=quiet())
     assert unchanged() == [True, False, False]
 
 

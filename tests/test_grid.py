@@ -1073,8 +1073,6 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run has no effect on --publish"),
         (("grid.yaml", "--publish", "kept", "--retry_failed"), "--retry_failed has no effect on --publish"),
         (("grid.yaml", "--publish", "kept", "--engine", "local"), "--engine has no effect on --publish"),
-        (("grid.yaml", "--dry_run", "--retries", "2"), "--retries has no effect on --dry_run"),
-        (("grid.yaml", "--dry_run", "--cell_timeout", "2"), "--cell_timeout has no effect on --dry_run"),
         (("grid.yaml", "--published", "nowhere"), "--published nowhere is no folder; name one that is there, or none"),
         (("loop.yaml",), "loop.yaml: Too many levels of symbolic links"),
         (("grid.yaml", "--publish", "grid.yaml"), "--publish grid.yaml is a file"),

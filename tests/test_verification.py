@@ -144,6 +144,8 @@ FORGERIES = {
     "a data set": ("", CONFIG, lambda c: c["data"].update(train="0" * 64), ["data", "settings"]),
     "a clean set": ("ft", CONFIG, lambda c: c.update(clean_index=c["clean_index"][1:]), ["ft: clean set"]),
     "another attack": ("ft", CONFIG, lambda c: c.update(attacked="0" * 64), ["ft: attack"]),
+    "an attack that is not said": ("ft", CONFIG, pop("attacked"), ["ft: attack"]),
+    "an attack that is none": ("ft", CONFIG, lambda c: c.update(attacked=None), ["ft: attack"]),
     "a defense's figure": ("ft", SUMMARY, lambda s: less(s["after"]), ["ft: after acc"]),
     "a defense's network": ("npd", "model.safetensors", louder, ["npd: after acc"]),
     "a polarizer": ("npd", "model.safetensors", pop("layer4.1.conv1.norm.bias"), ["npd: weights"]),

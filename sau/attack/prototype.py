@@ -22,7 +22,7 @@ class Prototype(Attack):
     attack_label_map: tuple[int, ...] = field(default=(), init=False)
 
     def idle(self) -> dict[str, str]:
-        return {"trigger_radius": "there is no trigger"}
+        return super().idle() | {"trigger_radius": "there is no trigger"}
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x

@@ -41,6 +41,11 @@ class Field(nn.Module):
         return smooth.permute(0, 2, 3, 1)
 
 
+def in_pixels(field: Tensor) -> Tensor:
+    """Displacements [B, H, W, 2] of columns and rows, where 1 is half a pixel, in the units of a grid from -1 to 1."""
+    return torch.stack([field[..., 0] / field.shape[2], field[..., 1] / field.shape[1]], -1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WaNet(Attack):
     """Warp pictures inside the batches.
@@ -92,14 +97,13 @@ class WaNet(Attack):
         return {f"warp x {a:g}": self.with_trigger(Field(a * points)).stamp for a in (-1, 0.25, 0.5, 0.75, 1.5, 2)}
 
     def _warp(self, x: Pixels, *, noise: bool) -> Pixels:
-        size = x.new_tensor([x.shape[-1], x.shape[-2]])  # so that displacements are pixels both ways
         ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
         rows, columns = torch.meshgrid(*ends, indexing="ij")
         identity = torch.stack([columns, rows], -1)[None]
-        grid = ((identity + self.s * self.made()(x) / size) * self.grid_rescale).clamp(-1, 1)
+        grid = ((identity + in_pixels(self.s * self.made()(x))) * self.grid_rescale).clamp(-1, 1)
         grid = grid.expand(len(x), -1, -1, -1)
         if noise:
-            grid = (grid + (2 * torch.rand_like(grid) - 1) / size).clamp(-1, 1)
+            grid = (grid + in_pixels(2 * torch.rand_like(grid) - 1)).clamp(-1, 1)
         return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
 
     def augmentation(self, offered: Augment | None) -> Augment | None:

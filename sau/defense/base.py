@@ -26,6 +26,7 @@ from sau.session import Session
 from sau.types import Batched, Loader
 
 HARM = 0.1  # of the clean pictures
+SHUFFLED = 20  # pictures that chance does not sort by class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
     check_weights(model)
     right = total = classes = 0
     counts: Tensor | int = 0
-    last, by_class = 0, not isinstance(batches, Batches)  # which shuffle
+    changes, last = 0, -1  # of the label along the walk; the first one is a change, too
     for x, y, *_ in batches:
         logits = logits_of(model, x)
         if method.learns and not total:
@@ -162,15 +163,15 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
         right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
         counts = counts + y.bincount(minlength=classes)
-        by_class = by_class and last <= int(y[0]) and bool((y.diff() >= 0).all())
-        last = int(y[-1])
+        changes, last = changes + int((y.diff() != 0).sum()) + (last != int(y[0])), int(y[-1])
     mixed = sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules())
     if mixed:
         session.say(
             f"warning: {mixed} batch norms keep no running statistics, so what the network answers to a picture hangs "
             "on the others of its batch, and every figure on the size of the batches"
         )
-    if by_class and method.looks and isinstance(counts, Tensor) and total > 2 * int((counts > 0).sum()) > 2:
+    present = int(torch.as_tensor(counts).count_nonzero())
+    if method.looks and present > 1 and changes <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
         session.say("warning: the loader gives the pictures class by class; give one that shuffles, as methods expect")
     if right < 1.5 * total / classes:
         session.say(

@@ -51,8 +51,8 @@ def kind(config: Config) -> str:
 
 
 def of_another(config: Config, attack: str | None) -> bool:
-    """Whether the configuration of a defense is of another attack than the one with this digest, where both say."""
-    return None not in (attack, config.get("attacked")) and config["attacked"] != attack
+    """Whether the configuration of a defense, if there is any, is of another attack than the one with this digest."""
+    return bool(config) and attack is not None and config.get("attacked") != attack
 
 
 def as_json(identity: dict[str, Any]) -> dict[str, Any]:
