@@ -204,7 +204,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_prunes_once():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"acc_ratio": -0.1}, {"acc_ratio": 1.0}, {"once_prune_ratio": 0.0}, {"once_prune_ratio": 1.1}]
+    [{"acc_ratio": -0.1}, {"acc_ratio": 1.1}, {"once_prune_ratio": 0.0}, {"once_prune_ratio": 1.1}]
     + [{"held_back": 0.0}, {"held_back": 1.0}],
     ids=str,
 )
