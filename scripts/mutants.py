@@ -58,7 +58,10 @@ class Target:
 TARGETS = {
     "evaluate": Target(("sau/evaluate.py",), ("tests/test_evaluate.py",)),
     "record": Target(("sau/record/folder.py",), ("tests/test_record.py",)),
-    "losses": Target(("sau/perturb.py", "sau/defense/searching.py", "sau/defense/sau.py"), ("tests/test_sau.py",)),
+    "losses": Target(
+        ("sau/perturb.py", "sau/defense/searching.py", "sau/defense/sau.py"),
+        ("tests/test_sau.py", "tests/test_config.py"),
+    ),
     "risk": Target(("sau/risk.py", "sau/witness.py"), ("tests/test_risk.py",)),
     "at": Target(("sau/defense/at.py",), ("tests/test_at.py",)),
 }
