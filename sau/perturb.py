@@ -9,6 +9,7 @@ from torch import Tensor
 from sau.types import Change, Flags, PerImage, Pixels
 
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
+Bounded = Literal["L_inf", "L2", "L1"]  # those that have a ball
 Init = Literal["zero", "random", "max", "min"]
 BUCKET = 32
 

@@ -10,7 +10,7 @@ which is 0 exactly where h and h_b answer the same class other than y.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sau.errors import require
 from sau.evaluate import predict
-from sau.perturb import Ball, unsettled
+from sau.perturb import Ball, Bounded, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 BATCH = 256  # pictures a pass
@@ -37,7 +37,7 @@ class Search:
         restarts: searches from random places, for each risk.
     """
 
-    norm: Literal["L_inf", "L2", "L1"] = "L_inf"
+    norm: Bounded = "L_inf"
     eps: float = 0.2
     steps: int = 20
     step_size: float | None = None
@@ -45,7 +45,7 @@ class Search:
 
     def __post_init__(self) -> None:
         for name, fine, allowed in (
-            ("norm", self.norm in ("L_inf", "L2", "L1"), "one of L_inf, L2, L1"),
+            ("norm", self.norm in get_args(Bounded), f"one of {', '.join(get_args(Bounded))}"),
             ("eps", self.eps > 0, "above 0"),
             ("steps", self.steps >= 1, "1 and more"),
             ("step_size", self.step_size is None or self.step_size > 0, "none, or above 0"),

@@ -74,10 +74,11 @@ def parser() -> argparse.ArgumentParser:
 
 def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
     """Refuse, by a ConfigError, what would have no effect."""
-    runs = ("retry_failed", "retries", "cell_timeout", "engine", "cores", "memory_gb", "address", "jobs", "job_minutes")
+    where = ("engine", "cores", "memory_gb", "address", "jobs", "job_minutes", "cluster")
+    runs = ("retry_failed", "retries", "cell_timeout", *where)
     for what, is_asked, idle in (
-        ("status, which only looks", look, ("dry_run", "publish", *runs, "cluster")),
-        ("--publish, which runs nothing", asked.publish is not None, ("dry_run", *runs, "cluster")),
+        ("status, which only looks", look, ("dry_run", "publish", *runs)),
+        ("--publish, which runs nothing", asked.publish is not None, ("dry_run", *runs)),
     ):
         for name in idle:
             if is_asked and getattr(asked, name) is not None and getattr(asked, name) is not False:
@@ -85,7 +86,7 @@ def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
     asked.engine = asked.engine or "local"
     here = asked.engine == "slurm" and asked.cluster == "local"
     started = asked.engine == "ray" and asked.address is None
-    for name, acts, where in (
+    for name, acts, place in (
         ("cores", asked.engine == "local" or here or started, "with local, a Ray that is started, and --cluster local"),
         ("memory_gb", asked.engine == "local", "with --engine local; a cluster knows its own"),
         ("address", asked.engine == "ray", "with --engine ray"),
@@ -94,7 +95,7 @@ def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
         ("cluster", asked.engine == "slurm", "with --engine slurm"),
     ):
         if getattr(asked, name) is not None and not acts:
-            raise ConfigError(f"--{name} has an effect only {where}; leave it out")
+            raise ConfigError(f"--{name} has an effect only {place}; leave it out")
 
 
 def at_once(asked: argparse.Namespace) -> int:

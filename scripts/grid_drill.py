@@ -151,7 +151,7 @@ def disturbed(argv: list[str], store: Store, every: Sequence[Cell], fire: Fire) 
     return early
 
 
-def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
+def drill(work: Path, engine: str, seed: int, cell_timeout: float) -> list[str]:
     """The whole drill; what went wrong."""
     base = HERE / "configs" / "grid" / "digits.yaml"
     every = cells(read(base)[1])
@@ -165,7 +165,8 @@ def drill(work: Path, engine: str, seed: int, timeout: float) -> list[str]:
     store = Store(work / engine)
     emptied(store.root)
     more = ["--cluster", "local", "--cores", "2"] if engine == "slurm" else []
-    argv = grid(with_failure, store.root, "--engine", engine, "--cell_timeout", str(timeout), "--retries", "1", *more)
+    limits = ("--cell_timeout", str(cell_timeout), "--retries", "1")
+    argv = grid(with_failure, store.root, "--engine", engine, *limits, *more)
     fire = Fire(store, every, seed, workers=engine != "local")
     early = disturbed(argv, store, every, fire)
     wanted = {label: seal for label, seal in results(reference, every).items() if label != HUNG}
@@ -244,7 +245,7 @@ def main() -> int:
     if asked.overhead:
         overhead(asked.work.absolute(), **settings)
         return 0
-    wrong = drill(asked.work.absolute(), settings["engine"], settings["seed"], settings["cell_timeout"])
+    wrong = drill(asked.work.absolute(), **settings)
     print("\n".join(wrong) or "nothing lost, nothing repeated, every result as undisturbed")
     return int(bool(wrong))
 

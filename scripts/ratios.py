@@ -19,8 +19,9 @@ from script_parts.drawing import plt
 
 from sau.errors import RecordError, printable, told
 from sau.figures import save
-from sau.files import loaded, number
+from sau.files import loaded
 from sau.grid.names import attack_named
+from sau.report.parse import within
 from sau.wording import markdown
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
@@ -50,7 +51,7 @@ def scores(file: Path) -> tuple[float, float]:
     except (OSError, ValueError) as error:
         raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
     for name in ("acc", "asr"):
-        if not number(summary.get(name)) or not 0 <= summary[name] <= 100:
+        if not within(summary.get(name), 100):
             got = str(summary.get(name, "missing"))[:40]
             raise RecordError(
                 f"{file}: {name} is {got}, wanted is a number from 0 to 100; delete its folder and run it again"

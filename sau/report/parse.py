@@ -22,11 +22,16 @@ def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
     found |= {f"before_{name}": before.get(name) for name in ("acc", "asr", "racc")}
     for name, value in found.items():
         most = MOST if name in COST else 100
-        if value is not None and not (number(value) and 0 <= value <= most):
+        if value is not None and not within(value, most):
             raise RecordError(f"{SUMMARY}: {name} is {str(value)[:40]!r}, allowed is a number from 0 to {most}")
     if found["acc"] is None:
         raise RecordError(f"{SUMMARY} has no acc; make the folder again")
     return {name: None if value is None else float(value) for name, value in found.items()}
+
+
+def within(value: Any, most: int) -> TypeGuard[float]:
+    """Whether it is a number from 0 to `most`."""
+    return number(value) and 0 <= value <= most
 
 
 def clean_set(config: dict[str, Any]) -> dict[str, Any]:

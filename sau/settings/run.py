@@ -5,6 +5,7 @@ from typing import Literal
 
 from sau.data.sources import check_share
 from sau.errors import require
+from sau.perturb import Bounded
 from sau.quality import RADIUS
 from sau.witness import Search
 
@@ -119,7 +120,7 @@ class DefenseRun(Run):
     index: str | None = None
     track_risk: bool = False
     risk_samples: int = 1000
-    risk_norm: Literal["L_inf", "L2", "L1"] = Search.norm
+    risk_norm: Bounded = Search.norm
     risk_eps: float = Search.eps
     risk_steps: int = Search.steps
     risk_restarts: int = Search.restarts
