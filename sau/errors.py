@@ -79,7 +79,7 @@ def unable(error: OSError, text: str) -> RecordError:
 
 
 class TrainingError(SauError):
-    """A run cannot go on: a loss or a weight is not finite."""
+    """A run cannot go on, or what it has made is of no use."""
 
 
 class OutOfMemory(TrainingError):

@@ -93,18 +93,23 @@ def answering(*networks: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@torch.no_grad()
 def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
     """Classes [N] that `model`, in eval mode, gives to `pixels` [N, C, H, W] (uint8, or float in [0, 1]).
 
     `batch_size` pictures go through it at once, or as many as suit the device, and fewer where memory does not hold
     them. Raises TrainingError if a logit is not finite: a broken network has no accuracy.
     """
+    return _answers(model, pixels, batch_size)[0]
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> tuple[Tensor, int]:
+    """What `predict` returns, and how many classes the network has."""
     device = next(model.parameters(), pixels).device
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, allowed is 1 and more, or none")
     size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
-    answers, finite, at = [], torch.ones((), dtype=torch.bool, device=device), 0
+    answers, finite, at, classes = [], torch.ones((), dtype=torch.bool, device=device), 0, 0
     with answering(model):
         while at < max(1, len(pixels)):  # no pictures, too, have an answer: no classes
             try:  # a copy, for some networks change their input in place
@@ -116,10 +121,10 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
                 continue
             finite &= logits.isfinite().all()
             answers.append(logits.argmax(1))
-            at += size
+            at, classes = at + size, logits.shape[1]
     if not finite:
         raise TrainingError("the network answers with NaN or infinite logits; its weights are broken")
-    return torch.cat(answers).to(pixels.device)
+    return torch.cat(answers).to(pixels.device), classes
 
 
 def score(
@@ -163,14 +168,24 @@ def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Share:
     """The share of pictures, at least one, that are answered with their label."""
     pixels, labels = _fitting("pictures", (pixels, labels), 2)
-    return Share(int((predict(model, pixels) == labels).sum()), len(labels))
+    return _right(_answers(model, pixels), labels)[0]
 
 
 def led(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Share, Share]:
     """Where pictures, at least one, lead: shares of those answered with `target` (ASR) and with `truth` (R-ACC)."""
     pixels, target, truth = _fitting("triggered", (pixels, target, truth), 3)
-    answers = predict(model, pixels)
-    return Share(int((answers == target).sum()), len(target)), Share(int((answers == truth).sum()), len(truth))
+    asr, racc = _right(_answers(model, pixels), target, truth)
+    return asr, racc
+
+
+def _right(given: tuple[Tensor, int], *labels: Tensor) -> list[Share]:
+    """How many of the answers, given with the number of classes, are as each of `labels` [N] has them."""
+    answers, classes = given
+    for those in labels:
+        if int(those.min()) < 0 or int(those.max()) >= classes:
+            span = f"{int(those.min())}..{int(those.max())}"
+            raise DataError(f"labels range over {span}, but the network has {classes} classes, from 0 on")
+    return [Share(int((answers == those).sum()), len(those)) for those in labels]
 
 
 def der(before: Score, after: Score) -> float | None:

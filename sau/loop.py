@@ -1,4 +1,4 @@
-"""Time: epochs, progress, forecasts, checkpoints and resuming. Knows no model and no loss."""
+"""Time: epochs, progress, forecasts, checkpoints and resuming. Knows no method and no loss."""
 
 import copy
 import math
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sau.errors import TrainingError
+from sau.models import sound
 from sau.seeds import Drawn, drawn, set_drawn
-from sau.session import Session, size
+from sau.session import Session, bytes_of
 from sau.types import Batched
 from sau.wording import duration, short
 
@@ -38,7 +39,7 @@ class _Place:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self, rate: str) -> dict[str, float]:
-        """The only read of the device in an epoch, save for checkpoints; refuses to go on from a broken loss."""
+        """Reads the device, so once an epoch and for checkpoints alone; refuses to go on from a broken loss."""
         losses = {
             name: float(value) / self.seen if value.is_floating_point() else float(value)
             for name, value in self.sums.items()
@@ -71,7 +72,8 @@ def run(
         label: what an epoch is called on the screen.
         rate: the setting of the learning rate, which to lower where it was too high.
 
-    Raises TrainingError, leaving the last finite checkpoint, when a loss, a parameter or a buffer is not finite.
+    Raises TrainingError, leaving the last finite checkpoint, when a loss or a parameter is not finite, or a buffer of
+    `model` unsound.
     """
     step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
@@ -113,11 +115,11 @@ class _Run:
             ended = self.end_epoch(losses)
             done = self.place.epoch + 1
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
+            begin = now = drawn()  # whoever looks on may draw
             figures = {**losses, **self.session.on_epoch(done, row, self.state)}
             text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
             self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
             self.place = _Place(self.epochs if ended else done)
-            begin = now = drawn()
             self._save(begin, now, None if self._due() or self.place.epoch == self.epochs else LARGE)
         set_drawn(now)  # a run that was resumed at its end drew nothing
 
@@ -179,7 +181,7 @@ class _Run:
             return
         objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
         place = {"stage": self.session.stage, "place": vars(self.place), "begin": begin, "now": now, "objects": objects}
-        if below is None or size(objects) < below:
+        if below is None or bytes_of(objects) < below:
             self.session.checkpoint.save(place)
             self.saved, self.spare = time.monotonic(), None
         else:
@@ -190,7 +192,7 @@ class _Run:
         self.place.means(self.rate)
         numbers = [w for thing in self.state.values() if isinstance(thing, nn.Module) for w in thing.parameters()]
         numbers += self.state["model"].buffers() if "model" in self.state else ()
-        finite = [value.isfinite().all() for value in numbers if value.is_floating_point()]
+        finite = [sound(value) for value in numbers if value.is_floating_point()]
         if finite and not bool(torch.stack(finite).all()):
             broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
             raise TrainingError(f"{broken}; try a smaller --{self.rate}")

@@ -1,6 +1,5 @@
 """What attacks and defenses have in common: hyperparameters that are their signature, and a training step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -37,15 +36,14 @@ class Method:
         """The hyperparameters, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
-    def unused(self, names: Sequence[str], where: str) -> None:
-        """ConfigError if one of these settings is not its default: it has no effect where `where` says."""
-        for name in names:
-            default = type(self).__dataclass_fields__[name].default
-            self.require(name, getattr(self, name) == default, f"the default, {default}, {where}")
-
     def idle(self) -> dict[str, str]:
         """Settings that have no effect beside the others as they are, each with the reason."""
         return {}
+
+    def astray(self) -> dict[str, str]:
+        """Of `idle` those that are not their defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: why for name, why in self.idle().items() if getattr(self, name) != defaults.get(name)}
 
     def contents(self) -> dict[str, str]:
         """The SHA-256 of each file that is given; of a record's folder, that of the weights. DataError if one cannot be
@@ -80,7 +78,8 @@ class Method:
 
     def passes(self) -> float:
         """Forward passes that an update costs a picture, a backward pass being two; 0 where the network must not be
-        compiled, because the method looks into it, changes its layers or asks batches of ever new sizes of it."""
+        compiled, because the method looks into it, changes its layers, differentiates it twice or asks batches of ever
+        new sizes of it."""
         return 0.0
 
     def splits(self) -> bool:

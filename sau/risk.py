@@ -15,6 +15,7 @@ and h_b answers t, a picture that h answers with t has a witness for R_share: R_
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,8 +135,8 @@ def measure(
     every = torch.arange(len(clean), device=clean.labels.device)
     place = every if triggered is None else paired(clean, triggered)
     chosen = clean[place]
-    eager = torch.compiler.set_stance("force_eager")  # batches are of many sizes
-    with learning(clean.pixels.device), answering(model, reference), seeded(seed), eager:
+    eager = partial(torch.compiler.set_stance, "force_eager")  # batches are of many sizes; it holds once it is made
+    with learning(clean.pixels.device), answering(model, reference), seeded(seed), eager():
         _check_networks((model, reference), chosen)
         hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
         return _found(hunt, clean, triggered, place)

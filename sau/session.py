@@ -37,13 +37,13 @@ class Splitter(Protocol):
         """`step` for a whole batch, of which this process does its part; `state` is what moves."""
 
 
-def size(content: Any) -> int:
+def bytes_of(content: Any) -> int:
     """Bytes of the tensors in a checkpoint."""
     if isinstance(content, Tensor):
         return content.numel() * content.element_size()
     if isinstance(content, Mapping):
         content = content.values()
-    return sum(map(size, content)) if not isinstance(content, str) and isinstance(content, Iterable) else 0
+    return sum(map(bytes_of, content)) if not isinstance(content, str) and isinstance(content, Iterable) else 0
 
 
 def _nothing(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:

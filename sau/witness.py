@@ -9,8 +9,8 @@ which is 0 exactly where h and h_b answer the same class other than y.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, fields
+from typing import get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sau.errors import require
 from sau.evaluate import predict
+from sau.models import logits_of
 from sau.perturb import Ball, Bounded, unsettled
+from sau.settings.convert import misfit
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 BATCH = 256  # pictures a pass
@@ -44,8 +46,11 @@ class Search:
     restarts: int = 2
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            allowed = misfit(getattr(self, field.name), hints[field.name])
+            require(f"{field.name} of the risks' search", getattr(self, field.name), allowed is None, str(allowed))
         for name, fine, allowed in (
-            ("norm", self.norm in get_args(Bounded), f"one of {', '.join(get_args(Bounded))}"),
             ("eps", self.eps > 0, "above 0"),
             ("steps", self.steps >= 1, "1 and more"),
             ("step_size", self.step_size is None or self.step_size > 0, "none, or above 0"),
@@ -160,12 +165,12 @@ class Hunt:
         self._climb(self._together, delta, lambda: ~self.share, networks=2)
 
     def _alone(self, at: Labels, delta: Change) -> PerImage:
-        z = self.model(self.x[at] + delta)
+        z = logits_of(self.model, self.x[at] + delta)
         self.adv[at] |= z.argmax(1) != self.y[at]
         return F.cross_entropy(z, self.y[at], reduction="none")
 
     def _together(self, at: Labels, delta: Change) -> PerImage:
-        u, v = self.model(self.x[at] + delta), self.reference(self.x[at] + delta)
+        u, v = (logits_of(network, self.x[at] + delta) for network in (self.model, self.reference))
         self.note(delta.detach(), u.argmax(1), v.argmax(1), index=at)
         return shared_margin(u, v, self.y[at])
 

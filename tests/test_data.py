@@ -182,7 +182,7 @@ def test_batches_are_made_ready_several_at_once(count, drop_last, monkeypatch):
     real = Augment.__call__
     monkeypatch.setattr(Augment, "__call__", lambda self, x, *rest: (calls.append(len(x)), real(self, x, *rest))[1])
     at_once = [list(batch) for batch in batches]
-    monkeypatch.setattr(images_module, "AT_ONCE", 2 * 8 * 3 * 16 * 16)
+    monkeypatch.setattr(images_module, "VALUES_AT_ONCE", 2 * 8 * 3 * 16 * 16)
     few, calls[:] = calls[:], []
     by_twos = [list(batch) for batch in batches]
     assert few == [sum(len(y) for _, y, _ in at_once)] and len(calls) == -(-len(batches) // 2)

@@ -403,8 +403,8 @@ PICTURES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "numbers": (lambda: [3, 4], ["a batch is int;", "allowed is (pictures, labels)"]),
     "nothing": (lambda: Once([]), ["gives no batch, or none again"]),
     "all at the first walk": (lambda: Once([pair()]), ["gives no batch, or none again"]),
-    "more than the length": (lambda: Short([pair(), pair()]), ["batch 2 of 1", "as many batches as the length"]),
-    "two sizes": (lambda: [pair(), sized(24)], ["batch 2 of 2 has pictures [3, 24, 24], the first one [3, 16, 16]"]),
+    "more than the length": (lambda: Short([pair(), pair()]), ["more batches than 1, its length"]),
+    "two sizes": (lambda: [pair(), sized(24)], ["batch 2 has pictures [3, 24, 24], the first one [3, 16, 16]"]),
     "alpha": (four, ["(20, 4, 16, 16)", "C 1 or 3"]),
     "alpha in a loader": (lambda: triples(*four()), ["(8, 4, 16, 16)", "C 1 or 3"]),
 }

@@ -10,7 +10,7 @@ from torch import nn
 from toys import Enough, quiet, stop_making, tiny_net, toy_images, train_victim
 
 from sau.attack import LF, Prototype, clean_network, lf_search
-from sau.attack.lf_search import Limits, Search, band_energy, deepfool, rate, rescaled, smooth, step
+from sau.attack.lf_search import Limits, Progress, band_energy, deepfool, rate, rescaled, smooth, step
 from sau.attack.making import Making
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
@@ -117,7 +117,7 @@ def test_deepfool_gives_up():
 def test_a_step_skips_what_needs_none():
     """Pictures of the target class, whose r = 0 made NaN in the public script, and pictures that v moves already."""
     net = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
-    search = Search(torch.Size((3, 2, 2)), torch.device("cpu"))
+    search = Progress(torch.Size((3, 2, 2)), torch.device("cpu"))
     x, y = torch.rand(1, 3, 2, 2), torch.zeros(1, dtype=torch.long)
     assert int(step(net, search, LIMITS, x, y)["moved"]) == 0 and not search.v.any()
     ramp = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
@@ -131,7 +131,7 @@ def test_a_step_skips_what_needs_none():
 def test_a_step_moves_smooths_and_rescales(clean):
     images = toy_images(20, size=32, seed=3)
     x = to_float(images.pixels[images.labels == 1][:1])
-    search = Search(torch.Size((3, 32, 32)), torch.device("cpu"))
+    search = Progress(torch.Size((3, 32, 32)), torch.device("cpu"))
     assert int(step(clean, search, LIMITS, x, images.labels[:1])["moved"]) == 1
     r = deepfool(clean, x[0], 0, 30, 0.02)
     assert torch.allclose(search.v, rescaled(smooth(smooth(r)), 0.2))
@@ -142,7 +142,7 @@ def test_a_step_moves_smooths_and_rescales(clean):
 
 
 def test_the_search_stops_at_the_rate_it_wants_and_keeps_the_best():
-    search = Search(torch.Size((1, 2, 2)), torch.device("cpu"))
+    search = Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
     stops = []
     for n, fooled in enumerate((0.1, 0.05, 0.2)):
         search.v = torch.full((1, 2, 2), float(n))
@@ -152,13 +152,13 @@ def test_the_search_stops_at_the_rate_it_wants_and_keeps_the_best():
 
 
 def test_the_search_stops_when_five_rates_are_alike():
-    search = Search(torch.Size((1, 2, 2)), torch.device("cpu"))
+    search = Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
     rates = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2]
     assert [search.judge(fooled, 0.9) for fooled in rates] == [False] * 5 + [True, False]
 
 
 def test_the_place_of_a_search_is_kept():
-    one, two = (Search(torch.Size((1, 2, 2)), torch.device("cpu")) for _ in range(2))
+    one, two = (Progress(torch.Size((1, 2, 2)), torch.device("cpu")) for _ in range(2))
     one.v, one.best, one.rates = torch.rand(1, 2, 2), torch.rand(1, 2, 2), [0.1, 0.2]
     two.load_state_dict(one.state_dict())
     assert torch.equal(two.v, one.v) and torch.equal(two.best, one.best) and two.rates == one.rates
@@ -299,8 +299,8 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, word, one_line):
 
 def test_a_pattern_is_judged_on_other_pictures_than_it_was_made_from(monkeypatch):
     """Of 40 pictures 20 make it, the others judge it, and 1 - delta of them have to be fooled."""
-    seen, judge = [], Search.judge
-    monkeypatch.setattr(Search, "judge", lambda self, rate, enough: seen.append(enough) or judge(self, rate, enough))
+    seen, judge = [], Progress.judge
+    monkeypatch.setattr(Progress, "judge", lambda self, rate, enough: seen.append(enough) or judge(self, rate, enough))
     monkeypatch.setattr(lf_search, "rate", lambda model, images, *rest: seen.append(images.index.tolist()) or 0.9)
     limits = Limits(target=0, images=20, passes=4, delta=0.8, steps=1, overshoot=0.0, strength=0.2)
     with pytest.raises(TrainingError):

@@ -118,7 +118,7 @@ def test_the_search_in_chunks_is_the_search_of_the_batch(stop_fooled, monkeypatc
     state = apart(method)
     x, y = pictures(50)
     whole = search(method, state, x, y)
-    monkeypatch.setattr("sau.defense.sau.AT_ONCE", 16)
+    monkeypatch.setattr("sau.defense.sau.AT_ONCE_ON_CPU", 16)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(search(method, state, x, y), whole, strict=True))
 
 

@@ -21,7 +21,7 @@ from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
 from sau.machine.parts import InParts
-from sau.models import enough_pictures, learning
+from sau.models import answered, enough_pictures, learning
 from sau.optim import Training
 from sau.seeds import check_seed, seeded
 from sau.session import Session
@@ -101,8 +101,7 @@ class Attack(Labelling, ABC):
     def poison_train(self, images: Images, seed: int) -> Images:
         """Stamp and relabel round(pratio * N) pictures; the same ones for the same seed, as in the benchmark."""
         check_seed(seed, 2**32)  # numpy's
-        count = self.check(images)
-        if count == 0:
+        if (count := self.check(images)) == 0:
             return images
         candidates = self.candidates(images)
         order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
@@ -164,7 +163,7 @@ class Attack(Labelling, ABC):
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """Plain supervised learning of whatever labels the pictures carry."""
-        logits = state["model"](x)
+        logits = answered(state["model"], state["model"](x))
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
         return {"loss": loss, "train_acc": percent_right(logits, y)}
@@ -208,6 +207,7 @@ class Attack(Labelling, ABC):
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
         with learning(images.pixels.device), seeded(seed), enough_pictures():
             self.train(model.train(), images, batches, recipe, augment, session or Session())
+        model.zero_grad()  # or the caller's first step would make the last one again
         return model.eval()
 
     def train(

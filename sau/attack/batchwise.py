@@ -69,6 +69,7 @@ def examples(attack: Attack, images: Images, ratio: float, cover: Cover) -> Imag
     able[attack.candidates(images)] = True
     made = attack.poisoned(images[((place < n) & able).nonzero().flatten()])
     beside = ((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()
-    covers = covered(images[beside[len(beside) == 1 :]], cover)  # one alone would be its own other, so it is left out
+    beside = beside if len(beside) > 1 else beside[:0]  # one alone would be its own other, so it is left out
+    covers = covered(images[beside], cover)
     both = made.joined(covers)
     return both[both.index.argsort()]

@@ -4,14 +4,16 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sau.attack import workshop
 from sau.attack.making import Making
 from sau.attack.prototype import Prototype
-from sau.data.images import Images
+from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import RecordError
+from sau.evaluate import answering
 from sau.models import Normalized
 from sau.record import victim
 from sau.session import Session
@@ -23,6 +25,7 @@ def trained(given: Making) -> nn.Module:
     identity = {
         **recipe.params(),
         "blank": workshop.fingerprint(given.blank),
+        "answers": _answers(given.blank, images),
         "data": fingerprint(images),
         "device": images.pixels.device.type,
         "augment": str(given.augment),
@@ -36,6 +39,12 @@ def trained(given: Making) -> nn.Module:
     weights, _ = workshop.made("clean-network", identity, build, given.session)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
+
+
+def _answers(network: nn.Module, images: Images) -> list[str]:
+    """What `network` answers the first picture, in three digits: it tells how the layers are put together."""
+    with torch.no_grad(), answering(network):
+        return [f"{logit:.2e}" for logit in network(to_float(images.pixels[:1]))[0].tolist()]
 
 
 def recorded(path: Path, images: Images) -> Normalized:

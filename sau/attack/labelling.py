@@ -74,7 +74,8 @@ class Labelling(Method):
         self.require("attack_label_shift_amount", moves, f"no multiple of the number of classes, {classes}")
 
     def candidates(self, images: Images) -> Tensor:
-        """Indices of the pictures that may be poisoned: all of them, the target class included."""
+        """Indices of the pictures that may be poisoned: all of them, the target class included; of a clean-label attack
+        those of the target class, of a map those that it leads elsewhere."""
         labels = images.true_labels
         if self.clean_label:
             return (labels == self.attack_target).nonzero().flatten()

@@ -63,14 +63,15 @@ class LF(Attack):
         self.require("lf_optimise", alone, "false with a pattern in lowFrequencyPatternPath")
         alone = self.attack_label_trans == "all2one" or not self.lf_optimise
         self.require("lf_optimise", alone, "false unless all pictures lead to one class, for that is what it searches")
-        if not self.lf_optimise:
-            self.unused(SEARCH, "without lf_optimise")
-        if self.lowFrequencyPatternPath is not None:
-            self.unused(["lf_strength"], "with a pattern in lowFrequencyPatternPath")
         for name in ("lf_images", "lf_passes", "lf_deepfool_steps"):
             self.require(name, getattr(self, name) >= 1, "1 and more")
         self.require("lf_delta", 0 <= self.lf_delta < 1, "0 up to below 1")
         self.require("lf_overshoot", self.lf_overshoot >= 0, "0 and more")
+
+    def idle(self) -> dict[str, str]:
+        search = {} if self.lf_optimise else dict.fromkeys(SEARCH, "no trigger is searched without lf_optimise")
+        ready = {"lf_strength": "lowFrequencyPatternPath names a pattern"} if self.lowFrequencyPatternPath else {}
+        return super().idle() | search | ready
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The pattern of a file, or with lf_optimise the one that the search finds, or found before; else nothing."""

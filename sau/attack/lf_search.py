@@ -25,7 +25,7 @@ from sau.session import Session
 from sau.types import Labels, Pixels
 
 TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the picture, and as many as are left after it
-HELD_BACK = 1000  # pictures on which a pattern is judged, none of those it is made from
+HELD_BACK = 1000  # pictures on which a pattern is judged, where there are others none of those it is made from
 STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STILL
 BAND = 3  # frequencies on either side of zero that count as low: the central 7x7 of the spectrum
 
@@ -53,7 +53,7 @@ class Limits:
     strength: float
 
 
-class Search:
+class Progress:
     """The pattern so far, the best one and the rates of all passes, for checkpoints."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
@@ -112,7 +112,7 @@ def rescaled(v: Tensor, strength: float) -> Tensor | None:
     return strength * (v - low) / (high - low) if bool(high > low) else None
 
 
-def step(model: nn.Module, search: Search, limits: Limits, x: Pixels, y: Labels) -> dict[str, Tensor]:
+def step(model: nn.Module, search: Progress, limits: Limits, x: Pixels, y: Labels) -> dict[str, Tensor]:
     """Move the pattern by one picture [1, C, H, W]; counts whether it did. `y` is not looked at."""
     seen, now = predict(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
     moved = 0
@@ -147,7 +147,7 @@ def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, sessio
     used = images[order[: limits.images]]
     others = images[order[limits.images :][:HELD_BACK]] if len(images) > limits.images else used
     seen = predict(model, to_float(others.pixels), AT_ONCE)
-    search = Search(images.pixels.shape[1:], images.pixels.device)
+    search = Progress(images.pixels.shape[1:], images.pixels.device)
 
     def end_pass(losses: dict[str, float]) -> bool:
         return search.judge(rate(model, others, seen, search.v), 1 - limits.delta)

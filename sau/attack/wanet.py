@@ -41,7 +41,7 @@ class Field(nn.Module):
         return smooth.permute(0, 2, 3, 1)
 
 
-def in_pixels(field: Tensor) -> Tensor:
+def in_grid(field: Tensor) -> Tensor:
     """Displacements [B, H, W, 2] of columns and rows, where 1 is half a pixel, in the units of a grid from -1 to 1."""
     return torch.stack([field[..., 0] / field.shape[2], field[..., 1] / field.shape[1]], -1)
 
@@ -100,10 +100,10 @@ class WaNet(Attack):
         ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
         rows, columns = torch.meshgrid(*ends, indexing="ij")
         identity = torch.stack([columns, rows], -1)[None]
-        grid = ((identity + in_pixels(self.s * self.made()(x))) * self.grid_rescale).clamp(-1, 1)
+        grid = ((identity + in_grid(self.s * self.made()(x))) * self.grid_rescale).clamp(-1, 1)
         grid = grid.expand(len(x), -1, -1, -1)
         if noise:
-            grid = (grid + in_pixels(2 * torch.rand_like(grid) - 1)).clamp(-1, 1)
+            grid = (grid + in_grid(2 * torch.rand_like(grid) - 1)).clamp(-1, 1)
         return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
 
     def augmentation(self, offered: Augment | None) -> Augment | None:

@@ -30,6 +30,6 @@ def neighbours(clean: Images, triggered: Images, attack: Attack | None) -> Itera
         if strength == 1.0:
             yield ITSELF, triggered.pixels  # as they are stored, which no rounding changes
         else:
-            yield f"strength {strength:g}", quantise((x + strength * (g - x)).clamp(0, 1))
+            yield f"strength {strength:g}", quantise(x + strength * (g - x))
     for name, stamp in attack.neighbours().items() if attack is not None else ():
         yield name, torch.cat([quantise(stamp(block)) for block in x.split(BLOCK)])

@@ -35,6 +35,8 @@ from sau.record.folder import Record
 from sau.risk import gauge
 from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
 
+OF_OWN = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own")
+
 
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
@@ -97,7 +99,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     recipe, why = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
     run, _, method = request.settle("defense", recipe, attacked.dataset, says)
-    request.note_idle(_idle(run, method))
+    request.note_unheard(method)
+    request.note_idle(OF_OWN | run.idle())
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     place_of_data = run.dataset_path if "dataset_path" in request.asked else None
@@ -124,8 +127,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     evaluation = time.monotonic() - begun
     watch = Watch(record, run, epochs, test, lambda: triggered, started, evaluation, risks)
     augment = source(attacked.dataset).augment
-    judge = partial(score, clean=test, triggered=triggered) if method.selection == "oracle" else None
-    session = replace(watch.session(), judge=judge)
+    judge = partial(score, clean=test, triggered=triggered if method.by_asr else None)
+    session = replace(watch.session(), judge=judge if method.selection == "oracle" else None)
     fixed = spread(run.devices, method.purify, model, given, augment=augment, seed=run.random_seed, session=session)
     after = watch.final(fixed, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
@@ -136,17 +139,6 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if risks:
         scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
-
-
-def _idle(run: DefenseRun, method: Defense) -> dict[str, str]:
-    """Flags without effect on the defense of a record, each with the reason."""
-    found = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own")
-    if not method.learns:
-        loop = ("eval_every", "frequency_save", "max_minutes")
-        found |= dict.fromkeys(loop, f"{method.name} makes no updates")
-    if not method.looks:
-        found |= dict.fromkeys(("ratio", "index", "batch_size"), f"{method.name} looks at no pictures")
-    return found | run.idle()
 
 
 def _given(

@@ -54,6 +54,7 @@ def purify(name: str, request: Request) -> None:
     started = time.monotonic()
     recipe, why = request.recipe()
     run, own, method = request.settle("defense", recipe, "folder")
+    request.note_unheard(method)
     idle = dict.fromkeys(OF_RECORDS, "it is about the record of an attack")
     request.note_idle(idle | {"track_risk": "the risks before and after are measured in any case"})
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)

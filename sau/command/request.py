@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
@@ -120,6 +121,17 @@ class Request:
         for one in built:
             self.note_idle(one.idle() if isinstance(one, Method) else {})
         return built
+
+    def note_unheard(self, method: Defense) -> None:
+        """Remember which flags of every defense the user gave that this one does not hear, each with the reason."""
+        name = method.name
+        if not method.shows:
+            what = "changes the network at its end alone" if method.learns else "makes no updates"
+            self.note_idle(dict.fromkeys(("eval_every", "frequency_save"), f"{name} {what}"))
+        if not method.learns and method.selection != "oracle":  # whose search is ended
+            self.note_idle({"max_minutes": f"{name} makes no updates"})
+        if not method.looks:
+            self.note_idle(dict.fromkeys(("ratio", "index", "batch_size"), f"{name} looks at no pictures"))
 
     def note_idle(self, idle: Mapping[str, str]) -> None:
         """Remember which settings the user gave of those that have no effect, each with the reason."""

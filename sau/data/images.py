@@ -14,7 +14,9 @@ from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
 SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
-AT_ONCE = 2**22  # values of pictures that are made ready at once: what Python launches for a batch costs a card's time
+VALUES_AT_ONCE = (
+    2**22
+)  # values of pictures that are made ready at once: what Python launches for a batch costs a card's time
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 
 
@@ -36,7 +38,7 @@ def in_range(x: Tensor, normalised: bool = False) -> Tensor:
     elif low >= 0 and high > 2:
         advice = "divide them by 255, or give uint8"
     else:
-        advice = "they look normalised; undo that, or give purify the mean=... and std=..."
+        advice = "they look normalised; give purify mean=... and std=..., or undo it and wrap the network by Normalized"
     raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
 
 
@@ -192,7 +194,7 @@ class Batches:
         sizes = [self.size] * len(self)
         if sizes and not self.drop_last:
             sizes[-1] += n - sum(sizes)  # fewer, or one more that is left over
-        together = max(1, AT_ONCE // max(1, self.size * math.prod(self.pixels.shape[1:])))
+        together = max(1, VALUES_AT_ONCE // max(1, self.size * math.prod(self.pixels.shape[1:])))
         for block in (sizes[start : start + together] for start in range(0, len(sizes), together)):
             index, order = order[: sum(block)], order[sum(block) :]
             pixels = self.pixels[index]

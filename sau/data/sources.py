@@ -120,7 +120,8 @@ def _read_indices(path: Path, n: int) -> list[int]:
 
 
 def _digits(root: Path, size: int) -> tuple[Images, Images]:
-    """scikit-learn's 1,797 scanned digits, 8x8 in 17 grey levels, enlarged to 32x32x3; every fifth one is a test."""
+    """scikit-learn's 1,797 scanned digits, 8x8 in 17 grey levels, enlarged to 32x32x3; a fifth is the test set,
+    drawn class by class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

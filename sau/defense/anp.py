@@ -64,6 +64,7 @@ class ANP(Defense):
     """
 
     name: ClassVar[str] = "anp"
+    shows: ClassVar[bool] = False  # masks are learned, and prune the network at the end
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "the masks are trained by sgd for nb_iter updates at a constant lr"),
         "print_every": f"progress is said every {CHUNK} iterations",
@@ -173,7 +174,7 @@ class ANP(Defense):
     def level(self, masks: dict[str, Tensor], value: float) -> pruning.Level:
         """The masks up to the threshold `value`, or the `value` lowest ones of all layers together."""
         if self.pruning_by == "threshold":
-            return pruning.Level(f"threshold {value:g}", {name: mask <= value for name, mask in masks.items()})
+            return pruning.up_to(f"threshold {value:g}", masks, value)
         every = torch.cat(list(masks.values()))
         flags = torch.zeros_like(every, dtype=torch.bool)
         flags[every.argsort(stable=True)[: int(value)]] = True

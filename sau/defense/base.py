@@ -14,7 +14,7 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
-from sau.defense.handed import check_weights, copied, handed_back, place_for, plain
+from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
 from sau.defense.inputs import clean_batches
 from sau.errors import ConfigError, DataError
 from sau.machine.parts import InParts
@@ -37,6 +37,8 @@ class Defense(Method, ABC):
     looks: ClassVar[bool] = True  # whether the pictures decide anything
     learns: ClassVar[bool] = True  # whether weights or masks follow gradients
     searches: ClassVar[bool] = False  # whether pictures do
+    shows: ClassVar[bool] = True  # whether there is another network to look at after every epoch
+    by_asr: ClassVar[bool] = True  # whether its oracle, where it has one, looks at the ASR
 
     batch_size: int = 256
 
@@ -79,7 +81,7 @@ class Defense(Method, ABC):
             std: per-channel standard deviation that the network expects to be divided by.
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
-            seed: of the order and the augmentation of the clean pictures, and of what the method draws.
+            seed: of the clean pictures' order (a loader may have its own) and augmentation, and of what is drawn.
             session: progress and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
 
@@ -156,16 +158,15 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
     changes, last = 0, -1  # of the label along the walk; the first one is a change, too
     for x, y, *_ in batches:
         logits = logits_of(model, x)
-        if method.learns and not total:
-            _check_gradients(method, model, x[:1])
+        if not total:
+            _check_hold(method, model, x[:8])
         classes = logits.shape[1]
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
         right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
         counts = counts + y.bincount(minlength=classes)
         changes, last = changes + int((y.diff() != 0).sum()) + (last != int(y[0])), int(y[-1])
-    mixed = sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules())
-    if mixed:
+    if mixed := sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules()):
         session.say(
             f"warning: {mixed} batch norms keep no running statistics, so what the network answers to a picture hangs "
             "on the others of its batch, and every figure on the size of the batches"
@@ -182,15 +183,17 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
+    for name, why in method.astray().items() if not session.scrutinised else ():
+        session.say(f"warning: {name} has no effect: {why}")
     return right / max(1, total)
 
 
-def _check_gradients(method: Defense, model: nn.Module, x: Tensor) -> None:
-    """ConfigError if the network's answers, or those to a changed picture, carry none."""
+def _check_hold(method: Defense, model: nn.Module, x: Tensor) -> None:
+    """ConfigError if the network's answers are not its own, or carry no gradients that are needed."""
+    check_own(model, x)
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        z = model(x)
-        what = "" if z.requires_grad else "its weights"
+        z = model(x := x.detach().requires_grad_())
+        what = "" if z.requires_grad or not method.learns else "its weights"
         if method.searches and not what and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
             what = "its pictures"
     if what:

@@ -110,6 +110,9 @@ class D3(Tuning):
         """ReduceLROnPlateau watches the excess: below 0, where the loss goes, it takes a rise for an improvement."""
         return super().end_epoch(state, {**losses, "loss": losses["excess"]})
 
+    def passes(self) -> float:
+        return 3.0
+
     def repeats(self) -> bool:
         return type(self).step is D3.step
 

@@ -40,6 +40,7 @@ class FP(FT):
     """
 
     name: ClassVar[str] = "fp"
+    by_asr: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(
         ("num_classes", "input_height", "input_width", "input_channel", "attack", "poison_rate", "target_type")
         + ("target_label", "trigger_type"),
@@ -95,7 +96,7 @@ class FP(FT):
             self.acc_ratio,
             session,
             oracle=self.select == "oracle",
-            by_asr=False,
+            by_asr=self.by_asr,
         )
         if chosen is not None:
             mask.pruned |= chosen.pruned[self.unit]

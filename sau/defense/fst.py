@@ -71,6 +71,9 @@ class FST(Tuning):
         """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
         return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
 
+    def passes(self) -> float:
+        return 3.0
+
     def repeats(self) -> bool:
         return type(self).step is FST.step
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sau.defense.pruning import undone
 from sau.errors import ConfigError, TrainingError, first_line, lacks_memory
-from sau.models import laid_as, quick
+from sau.models import initialised, laid_as, quick, sound
+from sau.types import Pixels
 
 
 def plain(model: Any) -> nn.Module:
@@ -18,8 +20,7 @@ def plain(model: Any) -> nn.Module:
         raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("model is a ScriptModule, allowed is a network in Python; load its weights into one first")
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise ConfigError("a lazy layer of the network has no weights yet; run it once on some pictures first")
+    initialised(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the weights of the network lie on `meta` and have no values; load some into it first")
     kinds = [parameter.dtype for parameter in model.parameters()]
@@ -68,6 +69,9 @@ def copied(model: nn.Module, place: torch.device) -> nn.Module:
         ) from None
     mine = mine.to(place)
     mine.zero_grad()
+    for module in list(mine.modules()):  # hooks, by which methods look into a network, do not run in compiled layers
+        for name, layer in module.named_children():
+            setattr(module, name, getattr(layer, "_orig_mod", layer))
     return quick(mine.eval())
 
 
@@ -80,8 +84,23 @@ def handed_back(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter
 
 
 def check_weights(model: nn.Module) -> None:
-    """TrainingError if a weight is not finite."""
-    for name, tensor in model.state_dict().items():
-        # What a module keeps beside its tensors (`get_extra_state`) stands among them.
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+    """TrainingError if a weight is not finite, or a buffer unsound."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not sound(tensor):
             raise TrainingError(f"{name} of the network holds NaN or infinity")
+
+
+@torch.no_grad()
+def check_own(model: nn.Module, x: Pixels) -> None:
+    """ConfigError if `model` answers `x` by other weights than its own, which nothing that is done to it would change:
+    a function that was set as `forward` of a network is that of the copy, too, and goes on using the first one's."""
+    answer = model(x)
+    with undone(model):
+        for parameter in model.parameters():
+            parameter.mul_(1.01).add_(0.01)
+        same = torch.equal(model(x), answer)
+    if same and answer.isfinite().all():
+        raise ConfigError(
+            "what the network answers does not depend on its weights; if a function was set as its forward, which then "
+            "is not the copy's own, define forward in a class"
+        )

@@ -163,9 +163,11 @@ class _Loader:
             x, y, *_ = batch
             x, y = checked(x, y, self.mean, self.std)
             count, size = count + 1, size or x.shape[1:]
-            if x.shape[1:] != size or count > len(self):
-                got = f"batch {count} of {len(self)} has pictures {list(x.shape[1:])}"
-                raise DataError(f"{got}, the first one {list(size)}; allowed are as many batches as the length, alike")
+            if count > len(self):
+                raise DataError(f"the loader gives more batches than {len(self)}, its length; give one that knows it")
+            if x.shape[1:] != size:
+                got = f"batch {count} has pictures {list(x.shape[1:])}, the first one {list(size)}"
+                raise DataError(f"{got}; allowed are pictures of one size")
             x, y = x.to(self.device), y.to(self.device)
             yield to_float(self.augment(x, generator) if self.augment else x), y
         if not count:

@@ -59,13 +59,15 @@ def settable(layer: Layer, method: str) -> Layer:
 def full_name(model: nn.Module, name: str, advice: str) -> str:
     """The name within `model` of the layer that the user calls `name`: as it stands in the user's own network.
 
-    Wrappers put prefixes before it; of several layers whose names end in `name` the one with the fewest is meant.
+    Wrappers put prefixes before it; of several layers whose names end in `name` the one with the fewest is meant. A
+    layer with several names is returned by the first.
     Raises ConfigError with `advice` if there is none, or none that stands out.
     """
-    ends = [known for known, _ in model.named_modules() if f".{known}".endswith(f".{name}")]
+    every = dict(model.named_modules(remove_duplicate=False))
+    ends = [known for known in every if f".{known}".endswith(f".{name}")]
     least = min((known.count(".") for known in ends), default=0)
-    nearest = [known for known in ends if known.count(".") == least]
+    nearest = {every[known] for known in ends if known.count(".") == least}
     if len(nearest) != 1 or not name:
         what = "no layer" if not nearest else "several layers"
         raise ConfigError(f"the network has {what} named {name!r}; {advice}")
-    return nearest[0]
+    return next(known for known, module in model.named_modules() if module in nearest)

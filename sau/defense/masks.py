@@ -17,8 +17,14 @@ class Perturbable:
 
     def __init__(self, model: nn.Module, norms: Norms) -> None:
         self.model, self.norms = model, norms
-        self.fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.fixed |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.fixed: dict[str, Tensor] = {}
+        for (
+            name,
+            module,
+        ) in model.named_modules():  # each once, whatever names it has, and every place of a shared weight
+            inside, places = f"{name}." if name else "", {"recurse": False, "remove_duplicate": False}
+            self.fixed |= {inside + own: weight.detach() for own, weight in module.named_parameters(**places)}
+            self.fixed |= {inside + own: buffer.clone() for own, buffer in module.named_buffers(**places)}
 
     @property
     def scale(self) -> Tensor:
@@ -36,7 +42,7 @@ class Perturbable:
         scales, shifts = self.split(self.scale * (mask + xi)), self.split(self.shift * (1 + zeta))
         changed = {f"{name}.weight": scale for name, scale in scales.items()}
         changed |= {f"{name}.bias": shift for name, shift in shifts.items()}
-        return functional_call(self.model, {**self.fixed, **changed}, (x,))
+        return functional_call(self.model, {**self.fixed, **changed}, (x,), tie_weights=False)
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """[C] of all batch norms as [C] of each one."""

@@ -33,6 +33,7 @@ from sau.settings.config import nearest
 from sau.types import Batched, Labels, Logits, Pixels
 
 DEFAULT_LAYERS = 2
+POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def deepest(model: nn.Module, x: Pixels) -> list[str]:
     """
     ends: dict[tuple[int, int], tuple[int, str]] = {}
     for name, (h, w) in _sizes(model, x).items():
-        depth, pooled = name.count("."), isinstance(model.get_submodule(name), nn.AdaptiveAvgPool2d)
+        depth, pooled = name.count("."), isinstance(model.get_submodule(name), POOLINGS)
         if h * w > 1 and not pooled and depth <= ends.get((h, w), (depth, ""))[0]:
             ends[h, w] = depth, name
     if not ends:
@@ -182,7 +183,8 @@ def _sizes(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
     sizes: dict[str, tuple[int, int]] = {}
 
     def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
+        computed = ".parametrizations." in f".{name}."  # the weight of a layer, which may have four dimensions, too
+        if isinstance(output, Tensor) and output.ndim == 4 and not computed:
             sizes[name] = output.shape[2], output.shape[3]
 
     with watching((module, partial(note, name)) for name, module in model.named_modules() if name):

@@ -44,6 +44,7 @@ class Outliers(Defense):
     """
 
     learns: ClassVar[bool] = False
+    shows: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
     u: float = 3.0

@@ -47,6 +47,11 @@ class Level:
         return any(bool(flags.all()) for flags in self.pruned.values())
 
 
+def up_to(name: str, masks: Mapping[str, Tensor], most: float) -> Level:
+    """The channels whose masks, [C] by the layer's name, are `most` or less."""
+    return Level(name, {layer: mask <= most for layer, mask in masks.items()})
+
+
 def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norms:
     """The batch norms with scales and shifts (and, if asked, with running statistics) of `model` by name.
 
@@ -114,8 +119,8 @@ def choose(
 ) -> Level | None:
     """Prune `model` in place by one of `levels`, or not at all where none is allowed; returns the level taken.
 
-    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, with ACC_0 of the unpruned network; a defender allows
-    none where ACC is no more than chance, and none at all where ACC_0 is: it would not fall, whatever went.
+    A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance` (the benchmark: |.| <), with ACC_0 of the unpruned
+    network; a defender allows none where ACC is no more than chance, and none at all where ACC_0 is.
 
     Args:
         model: in eval mode.

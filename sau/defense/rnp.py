@@ -57,6 +57,7 @@ class RNP(Defense):
     """
 
     name: ClassVar[str] = "rnp"
+    shows: ClassVar[bool] = False  # masks are learned, and prune the network at the end
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
         "pruning_by": "masks are pruned up to a threshold, --pruning_number",
@@ -179,7 +180,7 @@ class RNP(Defense):
         self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, batches: Batched, session: Session
     ) -> None:
         def level(threshold: float) -> pruning.Level:
-            return pruning.Level(f"masks <= {threshold:g}", {name: mask <= threshold for name, mask in masks.items()})
+            return pruning.up_to(f"masks <= {threshold:g}", masks, threshold)
 
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.defense.searching import UNLEARNED, Searching
+from sau.evaluate import AT_ONCE_ON_CPU
 from sau.models.frozen import searched
 from sau.perturb import unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 from sau.witness import kinds
 
 Network = Callable[[Tensor], Tensor]
-AT_ONCE = 128  # pictures searched at once on the CPU, whose caches do not hold the activations of more
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -153,7 +153,7 @@ class SAU(Searching):
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
         ball = self.ball
         delta, s = ball.start(x, self.pgd_init), clean_ref.clone()
-        for active in torch.arange(n, device=x.device).split(AT_ONCE if may_shrink else n):
+        for active in torch.arange(n, device=x.device).split(AT_ONCE_ON_CPU if may_shrink else n):
             for _ in range(self.adv_steps):
                 d = delta[active].requires_grad_()
                 z, z_ref = model(x[active] + d), reference(x[active] + d)

@@ -6,13 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import ConfigError
-from sau.models.normalized import Normalized, asking, enough_pictures, full_precision, learning, logits_of, statistics
+from sau.models.normalized import (
+    Normalized,
+    answered,
+    asking,
+    enough_pictures,
+    full_precision,
+    initialised,
+    learning,
+    logits_of,
+    sound,
+    statistics,
+)
 from sau.models.preact_resnet import PreActResNet18
 from sau.models.zoo import torchvision_names, torchvision_net
 
 __all__ = [
-    "MODELS", "Normalized", "PreActResNet18", "asking", "build", "check_name", "enough_pictures", "full_precision",
-    "has_width", "laid_as", "layout", "learning", "logits_of", "quick", "statistics",
+    "MODELS", "Normalized", "PreActResNet18", "answered", "asking", "build", "check_name", "enough_pictures",
+    "full_precision", "has_width", "initialised", "laid_as", "layout", "learning", "logits_of", "quick", "sound",
+    "statistics",
 ]  # fmt: skip
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}

@@ -70,6 +70,7 @@ class Artist(nn.Module):
     def restarted(self) -> "Artist":
         """This artist with the weights that it was drawn with, from which each training begins."""
         self.load_state_dict(self._first)
+        self.zero_grad()  # `--accumulate` would add to those of the training before
         return self
 
     def pattern(self, x: Pixels) -> Pixels:

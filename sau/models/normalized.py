@@ -65,11 +65,31 @@ class Normalized(nn.Module):
         # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.amp else nullcontext():
             answer = self.net(x)
-        if not isinstance(answer, Tensor):
-            mode = "train" if self.net.training else "eval"
-            kind = type(answer).__name__
-            raise DataError(f"in {mode} mode the network answers with {kind}, allowed are logits [{len(x)}, classes]")
-        return answer.float() if self.amp else answer
+        logits = answered(self.net, answer)
+        return logits.float() if self.amp else widened(logits)
+
+
+def answered(network: nn.Module, answer: Any) -> Tensor:
+    """What `network` has answered, in the mode it is in; DataError unless it is a tensor."""
+    if not isinstance(answer, Tensor):
+        mode = "train" if network.training else "eval"
+        raise DataError(f"in {mode} mode the network answers with {type(answer).__name__}, allowed are logits [B, K]")
+    return answer
+
+
+def initialised(model: nn.Module) -> None:
+    """ConfigError for a lazy layer that has not run yet."""
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise ConfigError("a lazy layer of the network has no weights yet; run it once on some pictures first")
+
+
+def sound(tensor: Tensor) -> Tensor:
+    """Whether all values of a tensor of a network are finite, on its device, or, of a buffer, -inf, as masks of
+    attention are made of."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    masks = isinstance(tensor, nn.Parameter) or tensor.is_complex()
+    return (tensor.isfinite() if masks else tensor.isfinite() | tensor.isneginf()).all()
 
 
 def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[None, None]:
@@ -108,7 +128,12 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
-    return logits
+    return widened(logits)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """`logits` in 32 bits at least; a network that turns autocast on by itself answers in fewer."""
+    return logits.float() if logits.is_floating_point() and logits.itemsize < 4 else logits
 
 
 @contextmanager

@@ -16,7 +16,7 @@ MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a
 
 def insert(model: nn.Module, name: str) -> nn.Sequential:
     """Put a new polarizer, the identity in front of a fresh batch norm, before the convolution `name` of `model`."""
-    layer = model.get_submodule(name)
+    layer, modules = model.get_submodule(name), list(model.modules())
     if not isinstance(layer, nn.Conv2d):
         raise ConfigError(f"{name} is a {type(layer).__name__}; a polarizer goes before a convolution (Conv2d)")
     place, width = layer.weight, layer.in_channels
@@ -26,8 +26,10 @@ def insert(model: nn.Module, name: str) -> nn.Sequential:
     nn.init.dirac_(inside.get_parameter("polarizer.weight"))
     inside.to(place.device, place.dtype).add_module("layer", layer)
     inside.train(layer.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, inside)
+    for parent in modules:
+        for child, module in list(parent._modules.items()):  # a layer may have several names
+            if module is layer:
+                setattr(parent, child, inside)
     return inside
 
 

@@ -3,8 +3,9 @@ networks", 2024, kellerjordan.github.io/posts/muon).
 
     B <- mu B + G,      U = G + mu B,      W <- (1 - lr wd) W - lr polar(U)
 
-for the weight W of a convolution, as the matrix [out, in * height * width]. polar(U) is P Q^T of the singular value
-decomposition U = P S Q^T. Whatever else moves, linear layers (here the last one), batch norm and biases, steps along U.
+for the weight W of a convolution, as the matrix [out, in * height * width]; a weight is taken for one if it has three
+dimensions or more, as a transformer's tokens have, too. polar(U) is P Q^T of the singular value decomposition
+U = P S Q^T. Whatever else moves, linear layers (here the last one), batch norm and biases, steps along U.
 """
 
 from collections.abc import Iterable

@@ -78,7 +78,8 @@ def _chart(
     if not curves:
         return None
     xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
-    low, high = (0.0, top) if top is not None else (min(0.0, *ys), max(*ys, 0.0) or 1.0)
+    low, high = (0.0, top) if top is not None else (min(0.0, *ys), max(*ys, 0.0))
+    high = high if high > low else 1.0
     left, right = min(xs), max(max(xs), min(xs) + 1)
 
     def place(point: tuple[float, float]) -> tuple[int, int]:

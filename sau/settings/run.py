@@ -27,8 +27,8 @@ class Run:
             fraction of that (fast_cpu without CUDA); defenses, and attacks inside the batches, then have those of
             paper or cpu.
         device: auto, cpu, cuda or one like cuda:1.
-        devices: cuda devices that share the run, each with a part of every batch (cpu: processes); above 1 for attacks
-            that poison before training, sau and at.
+        devices: cuda devices that share the run, each with a part of every batch (on cpu processes, for sau and at
+            alone); above 1 for attacks that poison before training, sau and at.
         amp: true is bf16, false is fp32; auto is bf16 where it saves a tenth of a measured step.
         threads: CPU threads; 0 means all cores.
         compile: off, where Python launches what is computed; graphs, where CUDA repeats captured updates (of attacks,
