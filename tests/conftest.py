@@ -48,7 +48,7 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture
 def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those who prune by an accuracy would prune nothing of an untrained network, for it is chance."""
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda held: -1.0)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -277,8 +278,8 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path, monkeypatch):
     assert watch._commit() is None
     for more in (["add", "site"], ["commit", "-q", "-m", "ours"]):
         subprocess.run([*git, *more], check=True)
-    commit = watch._commit()
-    assert commit is not None and len(commit) == 40
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    assert watch._commit() == head.stdout.strip()
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -300,7 +301,8 @@ def test_help_lists_every_flag(kind, name, here, capsys):
     sections = (AttackRun, Recipe, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
     for cls in sections:
         for option in options(cls).values():
-            assert all(f"--{flag}" in out for flag in (option.name, *option.aliases))
+            flags = (option.name, *option.aliases)
+            assert all(re.search(rf"--{re.escape(flag)}(?![\w-])", out) for flag in flags)
     assert "--num_workers" in out and "without effect" in out
 
 
@@ -1061,3 +1063,43 @@ def test_an_epoch_and_a_round_on_real_cifar10(real_data, cli, tmp_path):
     assert done.returncode == 0 and "1 rounds at 0.001, 2,500 clean pictures of cifar10" in done.stdout
     index = yaml.safe_load((tmp_path / "record/a/defense/sau/config.yaml").read_text())["clean_index"]
     assert index[:5] == [25247, 49673, 27562, 2653, 16968]
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_seed_reaches_poisons_training_and_defense(here, monkeypatch):
+    seen: list[int] = []
+    for cls, name in ((BadNet, "fit"), (FT, "purify")):
+        own = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *a, own=own, **k: seen.append(k["seed"]) or own(*a, **k))
+    poison = BadNet.poison_train
+    monkeypatch.setattr(BadNet, "poison_train", lambda self, i, s: seen.append(s) or poison(self, i, s))
+    assert here("attack", "badnet", *TINY, "--random_seed", "7", "--save_folder_name", "a")[0] == 0
+    flags = ("--result_file", "a", "--epochs", "0", "--random_seed", "8", "--ratio", "0.5", *QUICK)
+    assert here("defense", "ft", *flags)[0] == 0
+    assert seen == [7, 7, 8]
+
+
+def test_flags_that_a_method_does_not_hear_are_named(victim, here):
+    """Masks show no network before the end; an oracle's search is ended by the time, though nothing is trained."""
+    flags = ("--result_file", "victim", "--eval_every", "1", "--frequency_save", "1", "--max_minutes", "5", *QUICK)
+    _, out, _ = here("defense", "rnp", *flags, "--unlearning_epochs", "0", "--recovering_epochs", "0")
+    assert "--eval_every: rnp changes the network at its end alone; --frequency_save: rnp" in out
+    assert "--max_minutes" not in out.split("warning: flags")[1].splitlines()[0]
+    _, out, _ = here("defense", "clp", *flags, "--select", "oracle", "--u_num", "2", "--overwrite")
+    assert "--eval_every: clp makes no updates" in out and "--max_minutes: clp" not in out
+    _, out, _ = here("defense", "ft", *flags, "--epochs", "1")
+    assert "--eval_every: ft" not in out and "--max_minutes: ft" not in out
+
+
+def test_fps_oracle_is_shown_no_triggers(victim, here, monkeypatch):
+    seen: list[bool] = []
+    own = attack_and_defend.score
+
+    def watched(model, clean, triggered):
+        seen.append(triggered is None)
+        return own(model, clean, triggered)
+
+    monkeypatch.setattr(attack_and_defend, "score", watched)
+    flags = ("--result_file", "victim", "--epochs", "0", "--once_prune_ratio", "0.4", *QUICK)
+    assert here("defense", "fp", *flags, "--select", "oracle")[0] == 0
+    assert seen[0] is False and len(seen) > 2 and all(seen[1:-1])

@@ -710,3 +710,18 @@ def test_shipped_files_use_the_canonical_names_and_say_why(file):
 
 def test_clean_training_has_no_poisoning_flags():
     assert options(Prototype) == {}
+
+
+@pytest.mark.parametrize("file", [f for f in SHIPPED if f.parent.name != "recipe"], ids=lambda f: f.name)
+def test_shipped_files_explain_settings_as_help_does(file):
+    comment: list[str] = []
+    known, explained = options(sections_of(file)[-1]), 0
+    for line in re.split(r"^(?:recipes|datasets):", file.read_text(), flags=re.M)[0].splitlines():
+        name = line.split(":")[0]
+        if line.startswith("#"):
+            comment.append(line[1:].strip())
+        elif name in known:
+            assert known[name].help in " ".join(comment), name
+            explained += 1
+            comment = []
+    assert explained == len(known)

@@ -122,4 +122,6 @@ def test_a_folder_of_backdoorbench_and_another_data_set(refused, theirs, real_da
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
     line = refused("defense", "ft", "--result_file", theirs.name, "--dataset", "cifar100")
     assert "cifar100" in line and "cifar10" in line
-    assert "no" in refused("defense", "ft", "--result_file", theirs.name, "--dataset_path", str(tmp_path / "none"))
+    assert "there is no folder" in refused(
+        "defense", "ft", "--result_file", theirs.name, "--dataset_path", str(tmp_path / "none")
+    )

@@ -383,3 +383,24 @@ def test_what_the_machine_lacks_is_not_called_a_fault_of_the_pictures(text):
 
     with pytest.raises(RuntimeError, match=re.escape(text)):  # which DataError is not
         predict(Failing(), torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_labels_of_no_class_have_no_share(shift, one_line):
+    net, images = tiny_net(), toy_images(8)
+    pixels, labels = to_float(images.pixels), images.labels + shift
+    with pytest.raises(DataError) as refusal:
+        score(net, (pixels, labels), None)
+    assert f"labels range over {shift}..{3 + shift}, but the network has 4 classes" in one_line(refusal.value)
+
+
+def test_logits_that_are_broken_in_one_block_are_found(one_line):
+    class Sometimes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0, x.mean((2, 3)), torch.nan)
+
+    pixels = torch.ones(3, 3, 4, 4)
+    pixels[0] = 0
+    with pytest.raises(TrainingError) as refusal:
+        predict(Sometimes(), pixels, batch_size=1)
+    assert "NaN" in one_line(refusal.value)

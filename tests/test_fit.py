@@ -160,3 +160,45 @@ def test_seeds_are_whole_numbers(seed, one_line):
         with pytest.raises(ConfigError) as refusal:
             use()
         assert one_line(refusal.value).startswith(f"seed is {seed!r}, allowed is ")
+
+
+def test_no_gradient_is_left_on_a_victim():
+    net = BadNet().fit(tiny_net(), toy_images(32), RECIPE, session=QUIET)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_input_aware_fits_twice_alike(accumulate):
+    images, nets = toy_images(32), [tiny_net(), tiny_net()]
+    attack = InputAware(clean_train_epochs=0, pratio=0.25, accumulate=accumulate)
+    attack = attack.forge(images, nets[0], RECIPE, session=QUIET)
+    assert same_weights(*(attack.fit(net, images, RECIPE, session=QUIET) for net in nets))
+
+
+class Heads(torch.nn.Module):
+    """Auxiliary logits while it learns, as GoogLeNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return (self.net(x), self.net(x)) if self.training else self.net(x)
+
+
+def test_networks_that_no_attack_can_train_are_told(one_line):
+    with pytest.raises(DataError) as refusal:
+        BadNet().fit(Heads(), toy_images(8), RECIPE, session=QUIET)
+    assert "in train mode the network answers with tuple" in one_line(refusal.value)
+    lazy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(4))
+    with pytest.raises(ConfigError) as refused:
+        BadNet().fit(lazy, toy_images(8), RECIPE, session=QUIET)
+    assert "lazy layer" in one_line(refused.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [{"padding": -1}, {"padding": 1.5}, {"padding": True}, {"flip": "no"}])
+def test_augmentations_that_cannot_be_are_refused(wrong, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Augment(**wrong)
+    assert f"{next(iter(wrong))} of the augmentation is" in one_line(refusal.value)

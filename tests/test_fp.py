@@ -48,7 +48,7 @@ def test_the_last_step_within_the_tolerance_is_the_one_applied(step, expected):
 
 
 def test_a_tolerance_that_allows_all_leaves_one_unit(monkeypatch):
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)  # what is left guesses
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda held: -1.0)  # what is left guesses
     net, data = ten_units()
     fixed = FP(epochs=0, acc_ratio=0.6, augment=False).purify(net, data, session=quiet())
     assert gone(fixed) == list(range(9))
@@ -180,7 +180,7 @@ def test_a_batch_norm_without_weights_would_undo_the_pruning(one_line):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer, monkeypatch):
     """Also with momentum, which goes on pushing where a weight was zeroed."""
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)  # the network is untrained
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda held: -1.0)  # the network is untrained
     net, settings = tiny_net(), {"batch_size": 8, "lr": 0.05, "unit": unit, "client_optimizer": optimizer}
     pruned, tuned = (
         FP(epochs=epochs, acc_ratio=0.9, **settings).purify(net, own_answers(net, pair()[0]), session=quiet())

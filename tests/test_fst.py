@@ -1,6 +1,8 @@
 """FST: its pull and its steps against closed forms, and how its classifier starts."""
 
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from checkpoints import Stopping
 from torch import nn
 from toys import at_angle, backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
-from sau.defense import FST, FT
+from sau.defense import D3, FST, FT
 from sau.errors import ConfigError
 from sau.evaluate import der, score
-from sau.session import Session
+from sau.session import Limit, Session
 
 
 @pytest.mark.parametrize("degrees", [0, 10, 60, 90, 150, 180])
@@ -113,3 +115,13 @@ def test_settings_out_of_range_are_refused(one_line):
     with pytest.raises(ConfigError) as refusal:
         FST(alpha=-0.1)
     assert "alpha" in one_line(refusal.value)
+
+
+@pytest.mark.parametrize("cls", [FST, D3])
+def test_a_resumed_run_without_time_keeps_what_was_learned(cls):
+    method, data = cls(epochs=2, batch_size=8), pair()
+    session = Session(checkpoint=Stopping(3), say=lambda text: None, save_every=-1.0)
+    with pytest.raises(KeyboardInterrupt):
+        method.purify(tiny_net(), data, session=session)
+    late = method.purify(tiny_net(), data, session=replace(session, limit=Limit(time.monotonic() - 1)))
+    assert not same_weights(late, tiny_net())

@@ -21,7 +21,9 @@ from sau.errors import ConfigError, DataError, SauError
 from sau.evaluate import answering
 from sau.models import Normalized
 from sau.optim import Training
+from sau.risk import measure
 from sau.session import Session
+from sau.witness import Search
 
 pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained
 
@@ -429,3 +431,61 @@ def test_a_network_that_does_not_take_pictures_of_this_size_is_told(error, one_l
     with pytest.raises(DataError) as refusal:
         QUICK.purify(Choosy(), pair(), session=quiet())
     assert "(8, 3, 16, 16): Wrong image height!" in one_line(refusal.value)
+
+
+def borrowed() -> TinyNet:
+    """A network whose forward is a function that goes by another one's weights; copies share it."""
+    net, other = tiny_net(), tiny_net()
+    net.forward = lambda x: other(x)  # type: ignore[method-assign]
+    return net
+
+
+@each
+def test_a_network_that_answers_by_other_weights_is_refused(defense, one_line):
+    assert "does not depend on its weights" in one_line(refusal_of("ConfigError", borrowed(), pair(), defense=defense))
+
+
+class Auto(nn.Module):
+    """It turns autocast on by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x) * 20  # sure of itself: 1 - p is 0 in bf16
+
+
+@pytest.mark.parametrize("name", ["sau", "npd"])
+def test_logits_of_few_bits_are_widened(name):
+    fixed = ROWS[name].defense.purify(nn.Sequential(Auto()), pair(), session=quiet())
+    assert all(parameter.isfinite().all() for parameter in fixed.parameters())
+    measure(fixed, nn.Sequential(Auto()), toy_images(8), search=Search(steps=2, restarts=1))
+
+
+def test_a_mask_of_attention_is_sound_and_nan_is_not(one_line):
+    net = tiny_net()
+    net.register_buffer("mask", torch.triu(torch.full((4, 4), -torch.inf), 1))
+    QUICK.purify(net, pair(), session=quiet())
+    net.mask[0] = torch.nan
+    assert "mask of the network holds NaN" in one_line(refusal_of("TrainingError", net, pair()))
+
+
+def test_settings_without_effect_are_said_in_python():
+    said: list[str] = []
+    FT(epochs=0, steplr_gamma=0.5).purify(tiny_net(), pair(), session=Session(say=said.append))
+    assert [line for line in said if "has no effect" in line] == [
+        "warning: steplr_gamma has no effect: CosineAnnealingLR does not look at it"
+    ]
+    said.clear()
+    FT(epochs=0).purify(tiny_net(), pair(), session=Session(say=said.append))
+    assert not any("has no effect" in line for line in said)
+
+
+def test_a_network_that_hardly_knows_the_pictures_is_said():
+    net, said, (x, _) = tiny_net(), list[str](), pair(40)
+    right = net(x).argmax(1)
+    y = torch.where(torch.arange(40) < 14, right, (right + 1) % 4)
+    FT(epochs=0).purify(net, (x, y), session=Session(say=said.append))
+    assert any("14 of 40 clean pictures as labelled, hardly more than chance" in line for line in said)

@@ -1,6 +1,6 @@
 """Time: epochs, means, forecasts, and runs that go on after an interruption as if there had been none."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -489,3 +489,41 @@ def test_a_run_of_two_devices_goes_on_where_one_is_seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.update({device: state}))
     set_drawn({"cpu": torch.get_rng_state(), "cuda": [torch.zeros(1), torch.ones(1)]})
     assert found == {0: torch.zeros(1)}
+
+
+def test_buffers_that_are_broken_end_a_run_and_those_of_a_mask_do_not():
+    """Of attention: -inf where a place must not be looked at."""
+    net = nn.BatchNorm1d(2)
+    net.register_buffer("mask", torch.full((2, 2), -torch.inf))
+
+    def run(value: float) -> None:
+        def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            net.running_mean.fill_(value)
+            return {"loss": x.mean()}
+
+        batches = [(torch.zeros(2, 2), torch.zeros(2))]
+        session = Session(say=lambda text: None)
+        loop.run(step, batches, 1, state={"model": net}, end_epoch=lambda losses: None, session=session)
+
+    run(1.0)
+    with pytest.raises(TrainingError, match="not finite"):
+        run(torch.nan)
+
+
+def test_who_looks_on_may_draw():
+    """The numbers of the epochs that follow are the run's own."""
+
+    def found(on_epoch: Callable[..., dict[str, float]]) -> list[float]:
+        drawn: list[float] = []
+
+        def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            drawn.append(float(torch.rand(())))
+            return {"loss": x.mean()}
+
+        torch.manual_seed(0)
+        session = Session(say=lambda text: None, on_epoch=on_epoch)
+        batches = [(torch.zeros(2, 2), torch.zeros(2))]
+        loop.run(step, batches, 3, state={}, end_epoch=lambda losses: None, session=session)
+        return [*drawn, float(torch.rand(()))]
+
+    assert found(lambda *given: {}) == found(lambda *given: {"drawn": float(torch.rand(()))})

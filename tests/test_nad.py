@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import resumed
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import FT, NAD
@@ -240,3 +241,20 @@ def test_the_accuracy_is_kept_on_a_toy():
     before = score(net, test, triggered)
     fixed = NAD(te_epochs=5, epochs=5, batch_size=50, augment=False).purify(net, clean, session=quiet())
     assert score(fixed, test, triggered).acc.percent >= before.acc.percent - 5
+
+
+def test_poolings_and_computed_weights_are_no_stages():
+    net = tiny_net()
+    weight_norm(net.features[3])
+    assert deepest(net, pair()[0][:1]) == deepest(tiny_net(), pair()[0][:1])
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
+    grown = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveMaxPool2d(12), nn.Flatten(), nn.Linear(576, 4))
+    assert deepest(grown, pair()[0][:1]) == ["1", "2"]
+
+
+def test_compiled_layers_are_looked_into():
+    plain, wrapped = tiny_net(), tiny_net()
+    wrapped.features = torch.compile(wrapped.features, backend="eager")
+    method = NAD(epochs=1, te_epochs=1, batch_size=8)
+    fixed = [method.purify(net, pair(), session=quiet()) for net in (plain, wrapped)]
+    assert same_weights(*fixed)

@@ -25,6 +25,7 @@ def test_held_back_pictures_are_the_last_of_each_class():
     assert apart
     assert held.tolist() == [8, 9, 13] and held_y.tolist() == [0, 0, 1]
     assert sorted(kept.tolist() + held.tolist()) == list(range(15)) and len(kept_y) == 12
+    assert hold_back(x, y, 0.1, quiet())[1].x.tolist() == [9, 13]  # a tenth of four is none, but for that
 
 
 def test_where_nothing_can_be_held_back_all_pictures_choose():
@@ -305,3 +306,8 @@ def test_whatever_is_tried_is_undone():
         nn.init.zeros_(net.linear.weight)
         raise KeyError
     assert same_weights(net, tiny_net())
+
+
+def test_a_sweep_reaches_its_end():
+    """0.3 / 0.05 is a little less than six."""
+    assert pruning.sweep(0.3, 0.05) == [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]

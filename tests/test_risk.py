@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from toys import QUICK, tiny_net
+from toys import QUICK, tiny_net, toy_images
 
 from sau.data.images import Images
 from sau.data.pairs import sample
@@ -408,3 +408,17 @@ def test_a_method_without_epochs_gets_its_row(victim, here):
 def test_flags_of_the_risks_that_cannot_be(victim, refused, flag, value):
     assert flag.removeprefix("risk_") in refused("defense", "clp", "--result_file", "victim", f"--{flag}", value)
     assert not (victim / "defense").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 2.0}, {"steps": "20"}, {"restarts": 1.5}, {"eps": "0.2"}])
+def test_a_search_of_other_types_is_refused(wrong, unchecked, one_line):
+    with pytest.raises(ConfigError) as refusal:
+        Search(**wrong)
+    assert f"{next(iter(wrong))} of the risks' search is" in one_line(refusal.value)
+
+
+def test_a_refused_measurement_leaves_the_compiler_as_it_was():
+    before = torch._dynamo.eval_frame._stance.stance
+    with pytest.raises(ConfigError):
+        measure(tiny_net(), tiny_net(), toy_images(8), seed=-1)
+    assert torch._dynamo.eval_frame._stance.stance == before == "default"

@@ -10,7 +10,7 @@ from checkpoints import resumed
 from torch import Tensor, nn
 from toys import backdoored, pair, planted, quiet, same_weights, tiny_net
 
-from sau.defense import RNP, pruning
+from sau.defense import ANP, RNP, pruning
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share, score
 from sau.session import Session
@@ -177,7 +177,7 @@ def test_the_planted_channel_goes_and_no_other():
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(monkeypatch, number):
     """While it unlearns, which the threshold ends early, and while the masks recover."""
     defense = RNP(**SMALL, pruning_number=number, recovering_lr=20.0, clean_threshold=1.0, acc_ratio=0.99)
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda model, held: -1.0)  # the network is untrained
+    monkeypatch.setattr("sau.defense.pruning.chance", lambda held: -1.0)  # the network is untrained
     net, data = tiny_net(), pair(32)
     whole = defense.purify(net, data, session=quiet())
     assert pruned(whole).any()
@@ -202,3 +202,30 @@ def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         RNP(**wrong)
     assert next(iter(wrong)) in one_line(refusal.value)
+
+
+class Twice(nn.Module):
+    """Its batch norm may have a second name."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        if second:
+            self.norms = nn.ModuleList([self.norm])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(self.conv(x)).relu().amax((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        RNP(batch_size=8, unlearning_epochs=1, recovering_epochs=3, pruning_number=0.9),
+        ANP(batch_size=8, nb_iter=3, pruning_number=0.9),
+    ],
+    ids=["rnp", "anp"],
+)
+def test_a_batch_norm_may_have_two_names(method):
+    once, twice = (method.purify(Twice(second), pair(), session=quiet()) for second in (False, True))
+    assert torch.equal(once(pair()[0]), twice(pair()[0]))

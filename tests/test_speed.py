@@ -16,7 +16,7 @@ from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet, WaNet
-from sau.command.watch import Watch
+from sau.command.watch import Watch, trigger_session
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NAD, NC, SAU
@@ -798,3 +798,9 @@ def test_a_limit_is_for_one_device(refused):
 
 def test_minutes_are_above_zero(refused):
     assert "max_minutes is 0" in refused("attack", "badnet", *VICTIM, "--max_minutes", "0")
+
+
+def test_a_trigger_has_the_minutes_of_its_command():
+    session = trigger_session(Run(max_minutes=10.0), 5.0)
+    assert session is not None and session.limit is not None and session.limit.end == 605.0
+    assert trigger_session(Run(), 5.0) is None

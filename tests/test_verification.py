@@ -337,3 +337,11 @@ def test_a_cpu_does_not_refute_what_is_near_to_it_on_a_card(device, hits, state)
     found._compare("", record, said, Score(Share(hits, 10_000)))
     (finding,) = found.findings
     assert (finding.what, finding.state) == ("acc", state) and "50.0 % there" in finding.text
+
+
+def test_a_share_of_other_pictures_is_another_one():
+    there = Share(9000, 10_000)
+    said = {"acc": there.percent, "acc_interval": list(there.interval), "acc_count": [9000, 10_000]}
+    claims.equal(said, "acc", there)
+    with pytest.raises(claims.Otherwise):
+        claims.equal(said, "acc", Share(9000, 9500))

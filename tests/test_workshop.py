@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from toys import tiny_net
+from torch import Tensor, nn
+from toys import tiny_net, toy_images
 
 from sau import loop
-from sau.attack import workshop
+from sau.attack import clean_network, workshop
+from sau.attack.making import Making
 from sau.errors import RecordError
 from sau.models import Normalized
+from sau.optim import Training
 from sau.record.folder import Record
 from sau.session import Session
 
@@ -153,3 +156,22 @@ def test_a_run_does_not_go_on_with_another_trigger(tmp_path, one_line):
     with pytest.raises(RecordError) as refusal:
         workshop.same_trigger(goes_on, tiny_net(seed=1))
     assert "another trigger" in one_line(refusal.value)
+
+
+def test_a_clean_network_that_is_put_together_otherwise_is_another_one(tmp_path, monkeypatch):
+    """The printed form and the weights are the same."""
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path))
+
+    class Net(nn.Module):
+        def __init__(self, sign: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.sign, self.conv, self.linear = sign, nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear((self.sign * self.conv(x)).relu().amax((2, 3)))
+
+    recipe, said = Training(epochs=1, batch_size=8), list[str]()
+    for sign in (1.0, -1.0, 1.0):
+        clean_network.trained(Making(toy_images(16), Net(sign), recipe, None, 0, Session(say=said.append)))
+    assert ["made before" in line for line in said if line.startswith("clean-network")] == [False, False, True]

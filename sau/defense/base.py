@@ -69,7 +69,7 @@ class Defense(Method, ABC):
         session: Session | None = None,
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
-        Of a network that torch.compile wrapped the one inside is purified, and comes back without the wrapper.
+        Of a network or a layer that torch.compile wrapped the one inside is purified, and comes back without wrapper.
 
         While it is purified its convolutions lie in memory as they are fastest (channels_last).
 

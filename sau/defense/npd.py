@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.defense.base import Tuning
+from sau.defense.inputs import glance
 from sau.defense.layers import full_name
 from sau.errors import ConfigError
+from sau.models import logits_of
 from sau.models.polarizer import insert
 from sau.optim import Training
 from sau.perturb import Ball, Norm
@@ -93,6 +95,8 @@ class NPD(Tuning):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         frozen = list(model.eval().parameters())
+        if (classes := logits_of(model, glance(batches)).shape[1]) < 2:
+            raise ConfigError(f"the network has {classes} class, but npd asks for two classes or more: a runner-up")
         state = self.prepare(model, len(batches))
         for parameter in frozen:
             parameter.requires_grad_(False)

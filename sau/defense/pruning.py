@@ -136,7 +136,7 @@ def choose(
     search, judge = oracle and by_asr, _judge(held, session, oracle)
     first = best = judge(model)
     chosen, tried = None, _harder_and_harder(levels)
-    least = -1.0 if oracle or held is None else chance(model, held)
+    least = -1.0 if oracle or held is None else chance(held)
     if held is not None and not oracle and guesses(held, first.acc.percent, least, session):
         return chosen
     for number, level in enumerate(tried, 1):
