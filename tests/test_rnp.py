@@ -221,7 +221,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     "method",
     [
-        RNP(batch_size=8, unlearning_epochs=1, recovering_epochs=3, pruning_number=0.9),
+        RNP(batch_size=8, unlearning_epochs=1, recovering_epochs=3, recovering_lr=8.0, pruning_number=0.7),
         ANP(batch_size=8, nb_iter=3, pruning_number=0.9),
     ],
     ids=["rnp", "anp"],
