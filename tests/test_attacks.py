@@ -1121,3 +1121,24 @@ def test_input_awares_classifier_ends_its_schedule_with_the_joint_epochs():
         descent.optimizer.step()
         descent.end_epoch(1.0)
     assert descent.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("attack", "sizes"), [(BadNet(), [10, 10]), (ROWS["wanet"].attack, [10, 10, 5])])
+def test_only_attacks_inside_the_batches_learn_from_the_last_one(attack, sizes, monkeypatch):
+    """As in the benchmark, whose loader drops it unless the attack makes its own."""
+    seen, compose = [], type(attack).compose
+
+    def watched(self, state, x, y):
+        seen.append(len(x))
+        return compose(self, state, x, y)
+
+    monkeypatch.setattr(type(attack), "compose", watched)
+    attack.fit(tiny_net(), toy_images(25), Training(epochs=1, batch_size=10), session=quiet())
+    assert seen == sizes
+
+
+def test_pictures_that_are_poisoned_already_lead_where_they_truly_would():
+    attack, clean = BadNet(attack_label_trans="all2all"), toy_images(40)
+    poisoned = replace(clean, labels=(clean.labels + 2) % 4)
+    assert torch.equal(attack.poison_test(poisoned).labels, attack.poison_test(clean).labels)
+    assert torch.equal(attack.poisoned(poisoned).labels, attack.poisoned(clean).labels)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -257,8 +258,12 @@ def test_the_neighbours_of_wanet_and_sig_by_their_formulas():
     x = to_float(toy_images(3, size=16).pixels)
     warp = ROWS["wanet"].attack
     assert torch.equal(warp.neighbours()["warp x 2"](x), WaNet(s=2 * warp.s).with_trigger(warp.trigger).stamp(x))
+    assert {name for name in warp.neighbours()} == {f"warp x {factor:g}" for factor in (-1, 0.25, 0.5, 0.75, 1.5, 2)}
     wave = SIG(sig_f=4.0)
     assert torch.equal(wave.neighbours()["frequency x 0.5"](x), SIG(sig_f=2.0).stamp(x))
+    slow, same = SIG(sig_f=3.0), torch.full_like(x, 0.5)
+    moved, own = slow.neighbours()["moved 1 px"](same), slow.stamp(same)
+    assert torch.allclose(moved[..., :-1], own[..., 1:], atol=1e-6)
 
 
 def test_the_neighbours_of_blended_are_as_strong_as_in_testing():
@@ -755,3 +760,37 @@ def test_without_a_control_it_says_so_and_leaves_bec_out(victim, script, monkeyp
     status, out, _ = script("audit.py", "--result_file", "victim", "--out", "elsewhere", *BRIEF)
     assert status == 0 and out.startswith("note: there is no --control") and "existence" not in out
     assert "same D" not in out and Path("elsewhere/audit.png").stat().st_size > 0
+
+
+def test_draws_of_an_attacker_are_one_network_among_several():
+    def audit_of(*asrs: float) -> dict[str, Any]:
+        common = {"part": "white", "curve": "c", "network": "ft", "x": 0}
+        return {"rows": [{**common, "seed": seed, "asr": asr} for seed, asr in enumerate(asrs)]}
+
+    def values(*audits: dict[str, Any]) -> tuple[float, ...]:
+        return curves(audits)["white", "c"]["ft"][0].values
+
+    assert values(audit_of(10.0, 20.0)) == (10.0, 20.0)
+    assert values(audit_of(10.0, 20.0), audit_of(40.0, 60.0)) == (15.0, 50.0)
+
+
+def test_s_is_the_mean_of_the_layers(nets, monkeypatch):
+    monkeypatch.setattr("sau.audit.coefficient.similarity", lambda *given: {"a": 0.2, "b": 0.6})
+    made = measure.Measure(case(nets), Asked(**SMALL))
+    assert made.alike(made.case.networks["ft"])[0]["s"] == pytest.approx(0.4)
+
+
+def test_the_control_of_the_white_search_is_noise_inside_the_ball(nets, monkeypatch):
+    """As far from the trigger as D may be, and not the trigger itself."""
+    made, drawn, row = measure.Measure(case(nets), Asked(**SMALL)), [], measure.Measure._row
+
+    def watched(self, part, curve, *given):
+        if curve == measure.NOISE:
+            drawn.append(given[-1])
+        return row(self, part, curve, *given)
+
+    monkeypatch.setattr(measure.Measure, "_row", watched)
+    made.white(made.case.networks["none"], measure.TRIGGER, 0)
+    own = to_float(made.case.triggered.pixels)
+    far = [(to_float(pixels) - own).abs().amax().item() for pixels in drawn]
+    assert all(0 < most <= eps + 1 / 255 for most, eps in zip(far, SMALL["eps"], strict=True))
