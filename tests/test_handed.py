@@ -489,3 +489,25 @@ def test_a_network_that_hardly_knows_the_pictures_is_said():
     y = torch.where(torch.arange(40) < 14, right, (right + 1) % 4)
     FT(epochs=0).purify(net, (x, y), session=Session(say=said.append))
     assert any("14 of 40 clean pictures as labelled, hardly more than chance" in line for line in said)
+
+
+@pytest.mark.parametrize("keep", ["drop", "copy"])
+def test_weights_that_a_state_dict_does_not_show_come_back_as_they_were(keep):
+    """It may leave out a part that is never saved, or answer with copies."""
+    net = tiny_net()
+
+    def hook(module: nn.Module, state: dict[str, Tensor], prefix: str, meta: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}linear.")]:
+            state[name] = state[name].clone()
+            if keep == "drop":
+                del state[name]
+
+    net._register_state_dict_hook(hook)
+    assert torch.equal(FT(epochs=0).purify(net, pair(), session=quiet()).linear.weight, net.linear.weight)
+
+
+def test_a_compiled_layer_is_unwrapped_by_all_of_its_names():
+    net = tiny_net()
+    net.features = net.again = torch.compile(net.features, backend="eager")
+    fixed = FT(epochs=0).purify(net, pair(), session=quiet())
+    assert type(fixed.features) is nn.Sequential and fixed.again is fixed.features

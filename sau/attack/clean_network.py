@@ -14,7 +14,7 @@ from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import RecordError
 from sau.evaluate import answering
-from sau.models import Normalized
+from sau.models import Normalized, full_precision
 from sau.record import victim
 from sau.session import Session
 
@@ -43,7 +43,7 @@ def trained(given: Making) -> nn.Module:
 
 def _answers(network: nn.Module, images: Images) -> list[str]:
     """What `network` answers the first picture, in three digits: it tells how the layers are put together."""
-    with torch.no_grad(), answering(network):
+    with torch.no_grad(), answering(network), full_precision(network):
         return [f"{logit:.2e}" for logit in network(to_float(images.pixels[:1]))[0].tolist()]
 
 

@@ -22,7 +22,7 @@ from sau.types import Pixels
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the picture: a little above and left of the middle
 GREY = 100  # a pattern that begins here is no change of a picture but a picture of it, around middle grey
 COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
-SEARCH = ("lf_network", "lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot")
+SEARCH = ("lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class LF(Attack):
         self.require("lf_optimise", alone, "false with a pattern in lowFrequencyPatternPath")
         alone = self.attack_label_trans == "all2one" or not self.lf_optimise
         self.require("lf_optimise", alone, "false unless all pictures lead to one class, for that is what it searches")
+        self.require("lf_network", self.lf_network is None or self.lf_optimise, "none without lf_optimise")
         for name in ("lf_images", "lf_passes", "lf_deepfool_steps"):
             self.require(name, getattr(self, name) >= 1, "1 and more")
         self.require("lf_delta", 0 <= self.lf_delta < 1, "0 up to below 1")

@@ -14,9 +14,8 @@ from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
 SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
-VALUES_AT_ONCE = (
-    2**22
-)  # values of pictures that are made ready at once: what Python launches for a batch costs a card's time
+# Of pictures that are made ready together, for what Python launches for a batch costs a card's time.
+VALUES_AT_ONCE = 2**22
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 
 

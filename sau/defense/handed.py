@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau.defense.pruning import undone
 from sau.errors import ConfigError, TrainingError, first_line, lacks_memory
 from sau.models import initialised, laid_as, quick, sound
 from sau.types import Pixels
@@ -70,8 +69,9 @@ def copied(model: nn.Module, place: torch.device) -> nn.Module:
     mine = mine.to(place)
     mine.zero_grad()
     for module in list(mine.modules()):  # hooks, by which methods look into a network, do not run in compiled layers
-        for name, layer in module.named_children():
-            setattr(module, name, getattr(layer, "_orig_mod", layer))
+        for name, layer in list(module._modules.items()):  # by every name that it has
+            if layer is not None and hasattr(layer, "_orig_mod"):
+                setattr(module, name, layer._orig_mod)
     return quick(mine.eval())
 
 
@@ -85,8 +85,9 @@ def handed_back(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter
 
 def check_weights(model: nn.Module) -> None:
     """TrainingError if a weight is not finite, or a buffer unsound."""
+    kept = model.state_dict()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not sound(tensor):
+        if name in kept and not sound(tensor):
             raise TrainingError(f"{name} of the network holds NaN or infinity")
 
 
@@ -94,12 +95,15 @@ def check_weights(model: nn.Module) -> None:
 def check_own(model: nn.Module, x: Pixels) -> None:
     """ConfigError if `model` answers `x` by other weights than its own, which nothing that is done to it would change:
     a function that was set as `forward` of a network is that of the copy, too, and goes on using the first one's."""
-    answer = model(x)
-    with undone(model):
+    answer, before = model(x), [parameter.clone() for parameter in model.parameters()]
+    try:
         for parameter in model.parameters():
             parameter.mul_(1.01).add_(0.01)
         same = torch.equal(model(x), answer)
-    if same and answer.isfinite().all():
+    finally:
+        for parameter, kept in zip(model.parameters(), before, strict=True):
+            parameter.copy_(kept)
+    if same and answer.isfinite().all() and answer.any():  # one that is dead answers 0, whatever its weights
         raise ConfigError(
             "what the network answers does not depend on its weights; if a function was set as its forward, which then "
             "is not the copy's own, define forward in a class"

@@ -18,10 +18,8 @@ class Perturbable:
     def __init__(self, model: nn.Module, norms: Norms) -> None:
         self.model, self.norms = model, norms
         self.fixed: dict[str, Tensor] = {}
-        for (
-            name,
-            module,
-        ) in model.named_modules():  # each once, whatever names it has, and every place of a shared weight
+        # Each module once, whatever names it has, and every place of a shared weight.
+        for name, module in model.named_modules():
             inside, places = f"{name}." if name else "", {"recurse": False, "remove_duplicate": False}
             self.fixed |= {inside + own: weight.detach() for own, weight in module.named_parameters(**places)}
             self.fixed |= {inside + own: buffer.clone() for own, buffer in module.named_buffers(**places)}

@@ -88,8 +88,8 @@ def sound(tensor: Tensor) -> Tensor:
     attention are made of."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
-    masks = isinstance(tensor, nn.Parameter) or tensor.is_complex()
-    return (tensor.isfinite() if masks else tensor.isfinite() | tensor.isneginf()).all()
+    strict = isinstance(tensor, nn.Parameter) or tensor.is_complex()
+    return (tensor.isfinite() if strict else tensor.isfinite() | tensor.isneginf()).all()
 
 
 def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[None, None]:
