@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sau.errors import DataError, require
 from sau.files import checksum
-from sau.settings.convert import misfit
+from sau.settings.convert import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,7 @@ class Method:
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            allowed = misfit(getattr(self, field.name), hints[field.name])
-            self.require(field.name, allowed is None, str(allowed))
+        check_types(self)
 
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""

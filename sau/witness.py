@@ -9,8 +9,7 @@ which is 0 exactly where h and h_b answer the same class other than y.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import get_type_hints
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from sau.errors import require
 from sau.evaluate import predict
 from sau.models import logits_of
 from sau.perturb import Ball, Bounded, unsettled
-from sau.settings.convert import misfit
+from sau.settings.convert import check_types
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 BATCH = 256  # pictures a pass
@@ -46,10 +45,7 @@ class Search:
     restarts: int = 2
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            allowed = misfit(getattr(self, field.name), hints[field.name])
-            require(f"{field.name} of the risks' search", getattr(self, field.name), allowed is None, str(allowed))
+        check_types(self, " of the risks' search")
         for name, fine, allowed in (
             ("eps", self.eps > 0, "above 0"),
             ("steps", self.steps >= 1, "1 and more"),

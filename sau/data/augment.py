@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sau.errors import require
+from sau.settings.convert import check_types
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -33,11 +33,8 @@ class Augment:
     one_draw: bool = False
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.padding, Integral) and not isinstance(self.padding, bool) and self.padding >= 0
-        require("padding of the augmentation", self.padding, whole, "whole numbers, 0 and more")
-        for name in ("flip", "one_draw"):
-            value = getattr(self, name)
-            require(f"{name} of the augmentation", value, isinstance(value, bool), "True and False")
+        check_types(self, " of the augmentation")
+        require("padding of the augmentation", self.padding, self.padding >= 0, "0 and more")
 
     def __call__(self, x: Tensor, generator: torch.Generator, sizes: Sequence[int] | None = None) -> Tensor:
         """The batch `x`, or the batches of `sizes` one behind the other in it, each with draws of its own."""

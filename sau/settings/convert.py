@@ -3,10 +3,11 @@
 import os
 import types
 import typing
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, require
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (Integral,), float: (Real,), str: (str, os.PathLike)}
@@ -51,6 +52,15 @@ def _scalar(value: Any, hint: Any) -> Any:
         except ValueError:
             pass  # said below, together with every other wrong value
     raise ConfigError(f"allowed is {WORDS[hint]}")
+
+
+def check_types(settings: Any, of: str = "") -> None:
+    """ConfigError if a field of a dataclass is not of its annotated type; `of` is what it is a setting of."""
+    hints = typing.get_type_hints(type(settings))
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        allowed = misfit(value, hints[field.name])
+        require(field.name + of, value, allowed is None, str(allowed))
 
 
 def misfit(value: Any, hint: Any) -> str | None:
