@@ -187,6 +187,14 @@ def test_a_file_is_laid_over_those_that_it_includes(planned, tmp_path):
     assert grid.published == (str(tmp_path / "there"),)
 
 
+def test_overrides_of_an_included_file_may_be_of_methods_that_no_block_runs(planned, tmp_path):
+    planned(SMALL, "base.yaml")
+    text = "include: base.yaml\ndefenses: [clp]\n"
+    assert planned(text, "mine.yaml")
+    with pytest.raises(ConfigError, match="mine.yaml: overrides has ft, which no block runs"):
+        planned(text + "overrides: {ft: {lr: 0.5}}\n", "mine.yaml")
+
+
 @pytest.mark.parametrize("name", ["defenses: [sau]", "seeds: [0]"])
 def test_what_every_included_block_says_itself_is_refused_outside_of_blocks(planned, tmp_path, one_line, name):
     planned(SMALL + "blocks:\n  - {seeds: [1], defenses: [ft]}\n  - {seeds: [2], defenses: [clp]}\n", "base.yaml")
@@ -310,6 +318,7 @@ BAD = {
     "the same key twice": (SMALL + "  ft: {lr: 1}\n", "ft is given twice"),
     "a name that no file has": (SMALL + 'include: "a\\0b"\n', "include: it has the character NUL"),
     "a block's unknown key": (SMALL + "blocks:\n  - {published: x}\n", "blocks[0] has 'published'"),
+    "an override that acts in no block": (SMALL + "  sau: {lr: 1}\n", "overrides has sau, which no block runs"),
     "an override that acts nowhere": (SMALL + "blocks:\n  - {overrides: {sau: {lr: 1}}}\n", "does not run"),
     "blocks that are none": (SMALL + "blocks: 3\n", "list of mappings"),
     "overrides that are none": ("dataset: digits\nattacks: [badnet]\noverrides: [1]\n", "mapping of methods"),
@@ -327,8 +336,8 @@ BAD = {
         "dataset: tiny\nattacks: [sig]\nratios: [0.0051]\n",
         "sig: pratio is 0.0051, which is 510 of 100000 pictures of tiny, but its class has 500; allowed is up to 0.005",
     ),
-    "a setting of a method that does not run": (
-        SMALL + "  sau: {lrr: 1}\n",
+    "a setting of a method that one block runs": (
+        SMALL + "  sau: {lrr: 1}\nblocks:\n  - {}\n  - {defenses: [sau]}\n",
         "overrides.sau.lrr: sau has no such setting",
     ),
     "a setting of no attack": (

@@ -130,7 +130,14 @@ def read(path: Path) -> tuple[Grid, list[Block]]:
         raise ConfigError(f"{path}: {error}") from None
     if not any(block.attacks for block in blocks):
         raise ConfigError(f"{path}: attacks names none; name some of {', '.join(ATTACKS)}")
+    for name in _checked(read_flat(path, _GRID).get("overrides", Setting(None, ""))):  # not those of files it includes
+        if not any(_runs(block, name) for block in blocks):
+            raise ConfigError(f"{path}: overrides has {name}, which no block runs; leave it out")
     return grid, blocks
+
+
+def _runs(block: Block, name: str) -> bool:
+    return name in ("attack", "defense", *block.attacks, *block.defenses)
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
@@ -195,7 +202,7 @@ def _block(common: Mapping[str, Setting], own: Mapping[str, Any], origin: str) -
     block: Block = config.build(Block, _values(laid))
     block.agree()
     for name in block.overrides:
-        if name not in ("attack", "defense", *block.attacks, *block.defenses) and name in (own.get("overrides") or {}):
+        if not _runs(block, name) and name in (own.get("overrides") or {}):
             raise ConfigError(f"{origin}: overrides has {name}, which this block does not run; leave it out")
     return block
 
