@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sau.errors import DataError, require
 from sau.files import checksum
+from sau.session import Session
 from sau.settings.convert import check_types
 
 
@@ -38,9 +39,14 @@ class Method:
         return {}
 
     def astray(self) -> dict[str, str]:
-        """Of `idle` those that are not their defaults."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return {name: why for name, why in self.idle().items() if getattr(self, name) != defaults.get(name)}
+        """Of `idle` this method's own that are not their defaults."""
+        defaults, idle = {field.name: field.default for field in fields(self)}, self.idle()
+        return {name: idle[name] for name in defaults if name in idle and getattr(self, name) != defaults[name]}
+
+    def say_astray(self, session: Session) -> None:
+        """Warn of `astray`, unless the caller has."""
+        for name, why in self.astray().items() if not session.scrutinised else ():
+            session.say(f"warning: {name} has no effect: {why}")
 
     def contents(self) -> dict[str, str]:
         """The SHA-256 of each file that is given; of a record's folder, that of the weights. DataError if one cannot be

@@ -113,8 +113,8 @@ class Session:
         stage: number of the run among those that share the checkpoint; see `at`.
         findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
             which a command keeps in `summary.json`. A method fills it in; all stages share it.
-        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`), as commands
-            have; otherwise `purify` does.
+        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`) and of
+            settings without effect, as commands have; otherwise `purify` and `fit` do.
     """
 
     checkpoint: Checkpoint | None = None

@@ -116,10 +116,7 @@ class Attack(Labelling, ABC):
 
     @final
     def poisoned(self, images: Images, *, test: bool = False) -> Images:
-        """All of these pictures with the trigger and the labels that the attacker wants.
-
-        Raises ConfigError if the trigger changes none of them.
-        """
+        """All of these pictures with the trigger and the label the attacker wants; ConfigError if it changes none."""
         pixels = self.stamped(images, test=test)
         if len(images) and torch.equal(pixels, images.pixels):
             raise ConfigError(f"the trigger changes none of {len(images)} pictures; give {self.name} one that shows")
@@ -203,10 +200,13 @@ class Attack(Labelling, ABC):
             session: progress and checkpoints.
         """
         check_victim(model, images)
+        session = session or Session()
+        recipe.say_astray(session)
+        self.say_astray(session)
         first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
         with learning(images.pixels.device), seeded(seed), enough_pictures():
-            self.train(model.train(), images, batches, recipe, augment, session or Session())
+            self.train(model.train(), images, batches, recipe, augment, session)
         model.zero_grad()  # or the caller's first step would make the last one again
         return model.eval()
 

@@ -183,8 +183,7 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
-    for name, why in method.astray().items() if not session.scrutinised else ():
-        session.say(f"warning: {name} has no effect: {why}")
+    method.say_astray(session)
     return right / max(1, total)
 
 
