@@ -114,6 +114,14 @@ def test_a_class_stops_when_its_cost_went_both_ways_and_its_patch_no_longer_shri
     assert passes(defense, [(0, 10)] * 9)[1] == [False] * 9  # nothing ever worked
 
 
+def test_the_patch_of_a_class_that_stopped_stays():
+    outcomes = [(99, 10), (0, 5), (99, 11), (99, 9.95)]
+    _, stops, patches = passes(NC(patience=1, early_stop_patience=3), [*outcomes, (99, 8)])
+    assert (
+        stops[3] and float(patches.best) == 9.95 and bool((patches.best_mask == unit(torch.tensor(3.0).double())).all())
+    )
+
+
 # The inversion
 
 
@@ -328,6 +336,8 @@ def test_the_pictures_of_the_fine_tuning_by_hand():
     for place, c in ((8, 1), (10, 5)):
         m, p = patches.best_mask[c], patches.best_pattern[c]
         torch.testing.assert_close(pixels[place : place + 2], (1 - m) * x[8:] + m * p)
+    few = replace(defense, unlearning_ratio=0.01).stamped(Kept([(x, y)]), patches)[1]
+    assert few.tolist() == [*y.tolist(), *y[9:].tolist()]  # one picture at least
     again = rebatched(pixels, labels, 5, Batches(x, (y,), 4, 9))
     assert len(again) == 3 and again.seed == 9 and again.augment is None
 

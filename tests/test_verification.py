@@ -15,10 +15,10 @@ from toys import QUICK, VICTIM
 from sau.command.attack_and_defend import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
-from sau.evaluate import Score, Share
+from sau.evaluate import Score, Share, score
 from sau.record import schema
 from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record
-from sau.verify import claims
+from sau.verify import claims, verification
 from sau.verify.findings import BROKEN, PARTLY, VERIFIED
 from sau.verify.verification import Verification
 
@@ -85,6 +85,19 @@ def test_an_honest_record_is_verified_to_the_last_picture(defended):
     figures = [finding.text for finding in found.findings if finding.what.split()[-1] in ("acc", "asr", "racc")]
     assert {"trigger", "ft: selection", "npd: end"} <= {*whats}
     assert len(figures) == 3 + 2 * 6 and all(text.endswith("equal") for text in figures)
+
+
+def test_figures_are_measured_in_the_precision_of_each_run(copied, monkeypatch):
+    change(copied / "defense" / "ft", CONFIG, lambda config: config.update(amp=True))
+    seen: list[bool] = []
+
+    def scored(model: Any, *given: Any) -> Any:
+        seen.append(model.amp)
+        return score(model, *given)
+
+    monkeypatch.setattr(verification, "score", scored)
+    Verification(copied).run()
+    assert sorted(seen) == [False, False, True, True]  # the attack; npd; the attack for ft, and ft
 
 
 def pop(*names: str) -> Callable[[Any], Any]:
