@@ -7,15 +7,28 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import pytest
 import torch
 from attack_rows import ROWS, each_poison
-from toys import QUICK, REPOSITORY, environment, quiet, stop_after, the_error, tiny_net, toy_images, train_victim
+from toys import (
+    QUICK,
+    REPOSITORY,
+    environment,
+    quiet,
+    same_weights,
+    stop_after,
+    the_error,
+    tiny_net,
+    toy_images,
+    train_victim,
+)
 
 matplotlib.use("Agg")
 
@@ -24,24 +37,25 @@ from sau.attack.recall import recall
 from sau.audit import PARTS, Asked, Plan, carry_out, measure, open_case, tables
 from sau.audit.carry import read
 from sau.audit.case import Case, Network
-from sau.audit.coefficient import busiest, cka, existence, layers, similarity, stretched
+from sau.audit.coefficient import _outputs, busiest, cka, existence, layers, similarity, stretched
 from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
 from sau.audit.path import STEPS, between, connected, settled
 from sau.audit.reactivate import shifted, universal
-from sau.audit.relearn import mixture, relearn
+from sau.audit.relearn import mixture, most_shots, relearn
 from sau.audit.square import HALVED, _side, square
 from sau.audit.table import curves
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images, to_float
-from sau.data.sources import clean_subset
+from sau.data.sources import clean_subset, fingerprint
 from sau.defense import FT
-from sau.errors import ConfigError, RecordError
+from sau.errors import ConfigError, DataError, LockedError, RecordError
 from sau.evaluate import led, score
 from sau.figures import audit
 from sau.models import Normalized
 from sau.models.polarizer import insert
 from sau.record import victim as stored
 from sau.record.folder import Record
+from sau.record.lock import Lock
 from sau.record.schema import as_json, manifest, signed
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
@@ -794,3 +808,205 @@ def test_the_control_of_the_white_search_is_noise_inside_the_ball(nets, monkeypa
     own = to_float(made.case.triggered.pixels)
     far = [(to_float(pixels) - own).abs().amax().item() for pixels in drawn]
     assert all(0 < most <= eps + 1 / 255 for most, eps in zip(far, SMALL["eps"], strict=True))
+
+
+def test_the_folder_of_an_audit_is_held_meanwhile(nets, tmp_path):
+    lock, said = Lock(tmp_path / ".audit.lock"), []
+
+    def say(line: str) -> None:
+        with pytest.raises(LockedError):
+            lock.acquire()
+        said.append(line)
+
+    carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("neighbours",)})), tmp_path / "audit", say)
+    assert said
+    lock.acquire()  # it is free again
+    lock.release()
+
+
+def test_the_seconds_of_a_part_are_those_of_all_its_pieces(nets, tmp_path, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr("sau.audit.carry.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    for _ in range(2):  # pieces that are there already took what they took
+        found = carry_out(
+            Plan(case(nets), Asked(**{**SMALL, "parts": ("path",)})), tmp_path / "audit", lambda line: None
+        )
+        assert found["seconds"] == {"before": 3.0, "path": 2.0}
+
+
+def test_networks_are_opened_frozen_and_as_precise_as_they_were_or_as_is_asked(victim, monkeypatch):
+    kept = stored.load(victim)
+    monkeypatch.setattr(stored, "load", lambda place: replace(kept, amp=True))
+    for asked, wanted in ((None, True), (False, False)):
+        model = open_case(victim, samples=30, amp=asked).networks["none"].model
+        assert model.amp is wanted and not any(layer.training for layer in model.modules())
+        assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_control_of_another_architecture_is_refused(victim, monkeypatch, one_line):
+    monkeypatch.setattr("sau.audit.case.recorded", lambda place, train: Normalized(tiny_net(10, 1)))
+    with pytest.raises(RecordError) as refusal:
+        open_case(victim, control=victim.parent / "other", samples=30)
+    assert "other holds another network than " in one_line(refusal.value)
+
+
+def test_pictures_without_a_trigger_are_refused(victim, monkeypatch, one_line):
+    monkeypatch.setattr("sau.audit.case.sample", lambda test, bad, count: (test, None))
+    with pytest.raises(DataError) as refusal:
+        open_case(victim, samples=30)
+    assert "none of 30 test pictures has a triggered version" in one_line(refusal.value)
+
+
+def test_a_defense_of_the_control_lies_in_the_control(victim, clean, here):
+    for name in ("victim", "clean"):
+        assert here("defense", "ft", "--result_file", name, "--epochs", "1", *QUICK)[0] == 0
+    networks = open_case(victim, ["ft"], clean, ["ft"], samples=30).networks
+    assert list(networks) == ["none", "ft", "control", "control/ft"]
+    wanted = stored.load(clean).model()
+    stored.load_weights(wanted, clean / "defense" / "ft")
+    assert same_weights(networks["control/ft"].model.net, wanted.net) and networks["control/ft"].control
+
+
+def test_convolutions_beside_the_main_path_and_the_first_one_do_not_count():
+    names = ("first", "main", "shortcut", "downsample", "last")
+    net = torch.nn.Sequential(OrderedDict((name, torch.nn.Conv2d(3, 3, 1)) for name in names))
+    assert layers(net) == ["main", "last"]
+
+
+def two_channels(red: float, blue: float, *more: torch.nn.Module) -> torch.nn.Module:
+    """Of the ten channels of its second layer 3 sees red and 7 blue."""
+    first, second = torch.nn.Conv2d(3, 3, 1, bias=False), torch.nn.Conv2d(3, 10, 1, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+        second.weight.zero_()
+        second.weight[3, 0], second.weight[7, 2] = red, blue
+    return torch.nn.Sequential(first, second, *more, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def test_every_picture_counts_for_the_channels_that_are_chosen():
+    clean = toy_images(300)
+    pixels = clean.pixels.clone()
+    pixels[:250, 0], pixels[250:, 2] = 255 - pixels[:250, 0], 255 - pixels[250:, 2]
+    assert busiest(two_channels(1.0, 1.0), clean, replace(clean, pixels=pixels))["1"].tolist() == [3]
+
+
+def test_a_layer_is_looked_at_before_the_next_one_changes_it():
+    """Its negative answers are gone then."""
+    clean = toy_images(20)
+    triggered = replace(clean, pixels=255 - clean.pixels)
+    assert busiest(two_channels(-1.0, 0.01, torch.nn.ReLU(inplace=True)), clean, triggered)["1"].tolist() == [3]
+
+
+def test_each_part_asks_for_what_it_is_named_after(monkeypatch):
+    """Re-learning augments every batch or none, the path settles on augmented pictures or not at all, transfer fits D
+    to the surrogates, and the black box has the largest radius."""
+    nets = {name: tiny_net(seed=i) for i, name in enumerate(("none", "ft", "control"))}
+    made, seen = measure.Measure(case(nets), Asked(**SMALL)), {name: [] for name in ("relearn", "settled", "D", "eps")}
+    shots, really = [], measure.mixture
+    monkeypatch.setattr(measure, "mixture", lambda a, b, k, **how: shots.append(k) or really(a, b, k, **how))
+    monkeypatch.setattr(measure, "relearn", lambda model, x, augment, **how: seen["relearn"].append(augment) or model)
+    monkeypatch.setattr(measure, "settled", lambda model, x, augment=None: seen["settled"].append(augment) or model)
+    monkeypatch.setattr(measure, "universal", lambda models, *given, **how: seen["D"].append(models) or [])
+    monkeypatch.setattr(measure, "square", lambda model, x, eps, *given, **how: seen["eps"].append(eps) or [])
+    none, ft = made.case.networks["none"], made.case.networks["ft"]
+    for curve in (measure.RELEASED, measure.FRESH):
+        made.relearned(ft, curve, 0, 2)
+    for curve in (measure.BETWEEN, measure.ANEW):
+        made.walked(ft, curve)
+    made.transferred([ft], [none], 0)
+    made.questioned(none, 0)
+    assert seen == {"relearn": [None, Augment(2)], "settled": [Augment(2)] * 6, "D": [[ft.model]], "eps": [0.1]}
+    assert shots == [2, 2, 0, 0]  # on the path the statistics are those of clean pictures
+
+
+def test_d_alone_is_fitted_to_clean_training_pictures(nets, monkeypatch):
+    made, fitted = measure.Measure(case(nets), Asked(**SMALL)), []
+    monkeypatch.setattr(measure, "universal", lambda models, pictures, *given, **how: fitted.append(pictures) or [])
+    for curve in (measure.ALONE, measure.TRIGGER):
+        made.white(made.case.networks["ft"], curve, 0)
+    for pictures, clean in zip(fitted, (True, False), strict=True):
+        assert torch.equal(pictures.pixels, TRAIN.pixels[pictures.index]) is clean and not pictures.labels.any()
+
+
+def test_layers_are_compared_in_full_precision(nets):
+    half = Normalized(nets["none"]).eval()
+    half.amp = True
+    assert {output.dtype for _, output in _outputs(half, BAD, layers(half))} == {torch.float32}
+
+
+def test_audits_are_compared_only_on_the_same_test_pictures(nets):
+    assert Plan(case(nets), Asked(**SMALL)).about["test"] == fingerprint(TEST)
+
+
+def test_the_poisons_of_a_draw_are_nested_and_those_of_another_draw_others(nets):
+    made = measure.Measure(case(nets), Asked(**SMALL))
+    few, more, other = (made._poisons(*draw).index.tolist() for draw in ((5, 0), (10, 0), (10, 1)))
+    assert few == more[:5] and set(more) != set(other)
+
+
+def test_a_piece_is_known_by_the_version_and_every_network_and_picture_that_it_looks_at(nets, monkeypatch):
+    def files(some: Case) -> dict[tuple[str, str], str]:
+        return {(piece.part, piece.about): piece.file for piece in Plan(some, Asked(**SMALL)).pieces()}
+
+    def changed(name: str, **more: Any) -> set[tuple[str, str]]:
+        other = case(nets)
+        other.networks[name] = replace(other.networks[name], **more)
+        return {key for key, file in files(other).items() if file != before[key]}
+
+    before = files(case(nets))
+    abouts = {part: {about for name, about in before if name == part} for part in PARTS}
+    white = {f"{name}, trigger + D, seed 0" for name in ("none", "ft", "control")} | {"control, D alone, seed 0"}
+    assert {about for part, about in changed("control", digest="other") if part == "white"} == white
+    for part in ("path", "bec"):
+        assert {about for name, about in changed("none", digest="other") if name == part} == abouts[part]
+    half = Normalized(nets["ft"]).eval()
+    half.amp = True
+    assert ("before", "ft") in changed("ft", model=half)
+    assert not set(files(replace(case(nets), poisons=poisons()[torch.arange(9)])).values()) & set(before.values())
+    monkeypatch.setattr("sau.__version__", "0.0.0")
+    assert not set(files(case(nets)).values()) & set(before.values())
+
+
+def row(part: str, curve: str, network: str, x: Any, asr: float, **more: float) -> dict[str, Any]:
+    return {"part": part, "curve": curve, "network": network, "x": x, "seed": 0, "asr": asr, **more}
+
+
+def test_a_table_has_the_accuracy_after_the_most_poisons():
+    rows = [row("relearn", "fresh", "ft", k, 10.0 * k, acc=90.0 - k) for k in (0, 2, 5)]
+    text = tables([{"rows": rows, "asked": {"seeds": [0]}}])
+    assert "| network | k = 0 | k = 2 | k = 5 | ACC at k = 5 |" in text and "| ft | 0.0 | 20.0 | 50.0 | 85.0 |" in text
+    assert "Mean" not in text
+    text = tables([{"rows": [*rows, *rows], "asked": {"seeds": [0, 1]}}])
+    assert text.startswith("Mean ± standard deviation over 2 draws of the attacker's.")
+
+
+def test_the_figure_puts_each_value_over_its_step_with_one_standard_deviation():
+    audits = [
+        {"rows": [row("relearn", "fresh", "control", k, asr) for k in (0, 2, 5)]
+                 + [row("relearn", "fresh", "ft", 5, asr), row("relearn", "fresh", "none", 5, asr)]}
+        for asr in (10.0, 20.0)
+    ]  # fmt: skip
+    (panel,) = audit(audits).axes
+    control, ft, none = panel.containers
+    assert ft.lines[0].get_xdata().tolist() == [2] and ft.lines[0].get_ydata().tolist() == [15.0]
+    (bar,) = ft.lines[2][0].get_segments()
+    assert bar[1][1] - bar[0][1] == pytest.approx(2 * 50**0.5)
+    assert (control.lines[0].get_linestyle(), ft.lines[0].get_linestyle()) == ("--", "-")
+    assert none.lines[0].get_color() == "black"
+    matplotlib.pyplot.close("all")
+
+
+def test_statistics_are_settled_anew_whatever_they_were():
+    norm, pictures = torch.nn.BatchNorm2d(3), TRAIN[torch.arange(100)]
+    norm.running_mean.fill_(9.0)
+    norm.num_batches_tracked.fill_(7)
+    settled(torch.nn.Sequential(norm), pictures)
+    torch.testing.assert_close(norm.running_mean, to_float(pictures.pixels).mean((0, 2, 3)))
+
+
+def test_there_are_no_more_shots_than_poisons(one_line):
+    few = poisons()[torch.arange(3)]
+    assert most_shots(TRAIN, few, 0.25) == 3 and most_shots(TRAIN, poisons(), 0.005) == 2
+    with pytest.raises(ConfigError) as refusal:
+        mixture(TRAIN, few, 4, share=0.25, seed=0)
+    assert "allowed is 0 to 3" in one_line(refusal.value)

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from synthetic import attack, defense
 from toys import QUICK, the_error, tiny_net, toy_images
 
 matplotlib.use("Agg")
@@ -149,3 +150,123 @@ def test_a_link_in_place_of_a_figure_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "x.png").symlink_to(tmp_path / "precious")
     assert save(plt.figure(), tmp_path / "x") == [tmp_path / "x.png", tmp_path / "x.svg"]
     assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+def pairs(count: int, shift: int) -> tuple[Images, Images]:
+    """Test pictures and triggered ones that are made from those after the first `shift`, towards class 1."""
+    test = toy_images(count)
+    places = torch.arange(shift, count)
+    made = test[places]
+    pixels = made.pixels.clone()
+    pixels[..., :2, :2] = 255
+    return test, Images(pixels, torch.ones_like(made.labels), made.labels, made.role, places, test.num_classes)
+
+
+def test_pictures_stand_below_those_that_they_are_made_from():
+    test, triggered = pairs(12, 6)
+    axes = pictures(test, triggered, columns=6).axes
+    for column in range(6):
+        shown = axes[column].get_images()[0].get_array()
+        assert (shown == to_float(test.pixels[6 + column]).permute(1, 2, 0).numpy()).all()
+    assert [axis.get_xlabel() for axis in axes[6:9]] == ["class 2, wanted 1", "class 3, wanted 1", "class 0, wanted 1"]
+
+
+def test_grey_pictures_are_drawn_grey():
+    test = toy_images(4, channels=1)
+    triggered = Images(255 - test.pixels, test.labels, test.labels, test.role, test.index, 4)
+    assert {axis.get_images()[0].get_array().shape for axis in pictures(test, triggered).axes} == {(16, 16, 3)}
+
+
+class Blinded(torch.nn.Module):
+    """Answers 0 where the first pixel is white."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) + 100 * torch.tensor([1, 0, 0, 0]) * (x[:, :1, 0, 0] == 1)
+
+
+def test_examples_are_of_pictures_that_both_networks_know_and_name_the_backdoored_one_first():
+    pixels = toy_images(60).pixels.clone()
+    pixels[:, :, 0, 0] = 255 * (torch.arange(60) % 2)[:, None]
+    model, reference = tiny_net(seed=1), Blinded(tiny_net(seed=10))
+    with torch.no_grad():
+        labels = model(to_float(pixels)).argmax(1)
+    test, places = Images.clean(pixels, labels, 4), torch.arange(20, 60)
+    triggered = Images(pixels[places], labels[places], labels[places], test.role[places], places, 4)
+    figure = examples(model, reference, test, triggered, Search(eps=0.3, steps=10), columns=40)
+    columns = len(figure.axes) // 6
+    assert len(examples(model, reference, test, triggered, Search(eps=0.3, steps=10), columns=2).axes) == 12
+
+    def shown(at: int) -> torch.Tensor:
+        return torch.from_numpy(figure.axes[at].get_images()[0].get_array().data).permute(2, 0, 1)
+
+    for column in range(columns):
+        place = int((to_float(pixels) - shown(column)).abs().flatten(1).amax(1).argmin())
+        right = int(labels[place])
+        assert place >= 20 and place % 2 == 0 and right != 0
+        assert figure.axes[column].get_xlabel() == f"$h_b$: {right}  $h$: {right}"
+        with torch.no_grad():
+            answers = [int(net(shown(4 * columns + column)[None]).argmax()) for net in (reference, model)]
+        assert figure.axes[4 * columns + column].get_xlabel() == "$h_b$: {}  $h$: {}".format(*answers)
+
+
+def test_the_map_names_the_class_that_is_wanted_and_leaves_batch_norm_alone():
+    test, triggered = pairs(40, 8)
+    net = tiny_net().train()
+    before = net.features[1].running_mean.clone()
+    panel = features(net, tiny_net(seed=1), test, triggered, "pca", count=24).axes[0]
+    names = [points.get_label() for points in panel.collections]
+    assert names == ["clean, other classes", "clean, class 1 (target)", "triggered"]
+    assert len(panel.collections[1].get_offsets()) == 6
+    assert torch.equal(net.features[1].running_mean, before)
+
+
+def test_a_saved_figure_is_closed_and_its_vectors_are_undated(tmp_path):
+    figure = plt.figure()
+    save(figure, tmp_path / "x")
+    assert not plt.fignum_exists(figure.number) and "<dc:date>" not in (tmp_path / "x.svg").read_text()
+
+
+def test_types_and_balls_have_their_own_names(tmp_path):
+    path = defense(attack(tmp_path), rows=2, risks=True)
+    record = Record(path)
+    said = record.summary()
+    for norm, name in (("L_inf", r"$L_\infty$"), ("L2", "$L_2$"), ("L1", "$L_1$")):
+        said["risk"]["search"] = {"norm": norm, "eps": 0.2, "steps": 5}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Record, "summary", lambda self: said)
+            assert risks([record]).axes[0].get_title() == f"sau ({name} radius 0.2, 5 steps)"
+    first, second, third = types([record]).axes[0].collections
+    tops = [band.get_datalim(band.axes.transData).y1 for band in (first, second, third)]
+    assert [band.get_label()[:3] for band in (first, second, third)] == ["I: ", "II:", "III"]
+    assert tops == pytest.approx([50, 70, 80])
+
+
+def test_of_a_method_with_stages_the_last_is_drawn(tmp_path):
+    path = defense(attack(tmp_path), rows=1)
+    rows = [{"epoch": 1, "loss": 9.0}, {"epoch": 2, "loss": 8.0}, {"stage": 1, "epoch": 1, "loss": 1.0}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (line,) = curves(Record(path)).axes[0].get_lines()
+    assert line.get_xdata().tolist() == [1] and line.get_ydata().tolist() == [1.0]
+
+
+def test_one_legend_has_the_lines_of_every_panel(tmp_path):
+    first, second = (defense(attack(tmp_path, name), rows=1, risks=True) for name in ("badnet", "lf"))
+    for path in (first, second):
+        said = json.loads((path / "summary.json").read_text())
+        said["risk"]["search"] = {"norm": "L2", "eps": 0.5, "steps": 5}
+        (path / "summary.json").write_text(json.dumps(said))
+    (second / "metrics.jsonl").write_text('{"epoch": 1, "acc": 88, "r_adv": 9, "r_share_sau": 8}\n')
+    records = [Record(first), Record(second)]
+    (legend,) = risks(records).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert set(labels) == {label for label, _, _ in RISKS.values()} and len(labels) == len(RISKS)
+
+
+def test_an_attack_has_epochs_and_a_defense_rounds(tmp_path):
+    path = attack(tmp_path)
+    assert {panel.get_xlabel() for panel in curves(Record(path)).axes} == {"epoch"}
+    assert {panel.get_xlabel() for panel in curves(Record(defense(path))).axes} == {"round"}

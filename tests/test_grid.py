@@ -22,19 +22,19 @@ from toys import QUICK, REPOSITORY, environment, the_error
 from sau.errors import FULL, LOCKED, NO_DEVICE, ConfigError, RecordError, told
 from sau.files import write
 from sau.grid import store as storing
-from sau.grid.cells import Child, Job, Outcome
+from sau.grid.cells import Child, Job, Outcome, run_cell
 from sau.grid.engines import Local
-from sau.grid.forecast import Forecast, costs, totals
+from sau.grid.forecast import Forecast, costs, scores, totals
 from sau.grid.names import attack_named, defense_named, without_digest
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
 from sau.grid.runner import Runner, check_disk, needed
 from sau.grid.spec import read
 from sau.grid.status import status
-from sau.grid.store import Store
+from sau.grid.store import State, Store
 from sau.grid.work import work
 from sau.loop import duration
-from sau.record.folder import CHECKPOINT
+from sau.record.folder import CHECKPOINT, Record
 from sau.record.lock import Lock
 from sau.record.schema import manifest
 
@@ -361,6 +361,21 @@ BAD = {
     "timeout": (SMALL + "cell_timeout: 0\n", "cell_timeout is 0"),
     "seed": (SMALL + "seeds: [-1]\n", "random_seed is -1"),
     "slurm": (SMALL + "slurm: 3\n", "mapping of sbatch"),
+    "the grid's threads": (SMALL.replace("ft: {epochs: 1", "ft: {threads: 2"), "the grid itself says threads"),
+    "the grid's device": (SMALL.replace("ft: {epochs: 1", "ft: {device: cpu"), "the grid itself says device"),
+    "the grid's precision": (SMALL.replace("ft: {epochs: 1", "ft: {amp: true"), "the grid itself says amp"),
+    "the grid's graphs": (SMALL.replace("ft: {epochs: 1", "ft: {compile: graphs"), "the grid chooses this itself"),
+    "a limit of a run": (SMALL.replace("ft: {epochs: 1", "ft: {max_minutes: 5"), "the grid chooses this itself"),
+    "a ratio twice": (SMALL.replace("ratios: [0.1]", "ratios: [0.1, 0.1]", 1), "ratios has 0.1 twice"),
+    "a share twice": (SMALL.replace("shares: [0.1]", "shares: [0.1, 0.1]"), "clean_shares has 0.1 twice"),
+    "a file that is a number": (
+        SMALL + "  badnet: {patch_mask_path: 3}\n",
+        "patch_mask_path of badnet is 3, allowed is the path of a file",
+    ),
+    "more devices than GPUs": (
+        LARGE + "device: cuda\ngpus: 1\nthreads: 4\noverrides: {badnet: {devices: 2}}\n",
+        "devices is 2, but gpus of a cell is 1",
+    ),
 }
 
 
@@ -708,7 +723,9 @@ def test_two_runners_may_find_the_same_damage(planned, drive, tmp_path, monkeypa
     assert len(store.prepare(every)) == 1
 
 
-@pytest.mark.parametrize(("content", "words"), [("{", "is damaged"), ("{}", "holds no scores")])
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "is damaged"), ("{}", "holds no scores"), ("[1]", "holds no scores")]
+)
 def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_line, content, words):
     every = planned()
     (tmp_path / "kept" / every[0].folder).mkdir(parents=True)
@@ -991,6 +1008,222 @@ def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path,
         assert outcome == Outcome("failed", reason, again)
 
 
+def test_a_process_gets_its_threads_its_devices_and_this_library(planned, tmp_path, monkeypatch):
+    """As a session of its own, so that Ctrl-C reaches the grid alone, and without the folder that it starts in."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, **more: seen.update(more, argv=argv))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    job = dataclasses.replace(Store(tmp_path).job(planned()[0], None), threads=3)
+    Child(job, "4,7")
+    threads = {seen["env"][f"{library}_NUM_THREADS"] for library in ("OMP", "MKL", "OPENBLAS")}
+    assert threads == {"3"} and seen["env"]["CUDA_VISIBLE_DEVICES"] == "4,7"
+    assert seen["env"]["PYTHONPATH"] == str(REPOSITORY) and "-P" in seen["argv"] and seen["start_new_session"]
+    Child(job)
+    assert seen["env"]["CUDA_VISIBLE_DEVICES"] == "9"
+
+
+def test_a_process_that_finds_its_cell_in_use_is_to_come_later(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nprint('error: it is in use', file=sys.stderr)\nraise SystemExit({LOCKED})\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("sau.grid.cells.sys", type("other", (), {"executable": str(program)}))
+    child = Child(Job("attack", "badnet", (), "x", "l", str(tmp_path / "log"), 1, None))
+    assert child.process.wait(60) == LOCKED and child.poll() == Outcome("later", "it is in use")
+
+
+def test_a_worker_that_is_interrupted_stops_its_cell(tmp_path, monkeypatch):
+    class Running:
+        def __init__(self, job: Job) -> None:
+            pass
+
+        def poll(self) -> None:
+            raise KeyboardInterrupt
+
+        def stop(self) -> None:
+            stopped.append(True)
+
+    stopped: list[bool] = []
+    monkeypatch.setattr("sau.grid.cells.Child", Running)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(Job("attack", "badnet", (), "x", "l", str(tmp_path / "log"), 1, None))
+    assert stopped == [True]
+
+
+def test_a_cell_that_is_finished_by_now_is_not_run(planned, tmp_path, monkeypatch):
+    store, cell = Store(tmp_path), planned()[0]
+    finish(store, cell)
+    monkeypatch.setattr("sau.grid.work.main", lambda argv: 1)
+    assert work(store.folder(cell), tmp_path / "lock", ["attack", "badnet"]) == 0
+
+
+def test_a_share_goes_to_the_fullest_gpu_that_has_room_and_fills_it(planned, monkeypatch):
+    seen: list[str | None] = []
+    monkeypatch.setattr("sau.grid.engines.Child", lambda job, gpus: seen.append(gpus))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    here, plan = Local(cores=8, memory_gb=64.0), planned(SMALL + "seeds: [0, 1, 2]\n")
+    here.gpus = [1.0, 1.0]
+    for cell, share in zip(plan, (0.5, 0.9, 0.1, 0.5), strict=False):
+        cell = dataclasses.replace(cell, gpus=share)
+        assert here.room(cell)
+        here.submit(cell, Store(Path("x")).job(cell, None))
+    assert seen == ["0", "1", "1", "0"]  # 1.0 - 0.9 is less than 0.1
+
+
+def test_all_cells_are_asked_to_stop_before_the_first_is_waited_for(planned, monkeypatch):
+    class Slow:
+        def __init__(self, job: Job, gpus: str | None) -> None:
+            pass
+
+        def interrupt(self) -> None:
+            calls.append("asked")
+
+        def stop(self) -> None:
+            calls.append("stopped")
+
+    calls: list[str] = []
+    monkeypatch.setattr("sau.grid.engines.Child", Slow)
+    here = Local(cores=8, memory_gb=64.0)
+    for cell in planned()[:2]:
+        here.submit(cell, Store(Path("x")).job(cell, None))
+    here.stop()
+    assert calls == ["asked", "asked", "stopped", "stopped"] and not here.running
+
+
+def test_the_scores_of_a_defense_are_those_after_it():
+    before, after = {"acc": 90.0, "asr": 98.0}, {"acc": 88.0, "asr": 2.0, "racc": 80.0}
+    assert scores({"before": before, "after": after, "der": 96.0}) == "ACC 88.00, ASR 2.00"
+    assert scores({"acc": 90.0, "asr": None}) == "ACC 90.00"
+
+
+def test_the_time_that_is_left_is_told_from_the_cells_of_this_run(planned, drive, tmp_path, monkeypatch):
+    """Of one attack of 4 s and of two at a time: what ended is not counted again."""
+    every = planned(SMALL.replace("[badnet, prototype]", "[badnet]") + "seeds: [0, 1, 2, 3, 4, 5, 6, 7]\n")
+    lines = drive([cell for cell in every if cell.kind == "attack"])[2]
+    ends = [line.partition("; ETA ")[2] for line in lines]
+    assert ends == ["14 s", "12 s", "10 s", "8 s", "6 s", "4 s", "4 s", ""]  # the last one runs alone
+
+
+def test_the_mean_of_this_run_takes_the_place_of_older_ones(planned):
+    (cell, *_), forecast = planned(), Forecast({})
+    for seconds in (10.0, 20.0):
+        forecast.add(cell, {"seconds": seconds})
+    assert forecast.seconds({cell.like: 2}) == 30.0
+
+
+def test_disk_and_memory_of_what_is_left_are_told(planned, tmp_path):
+    every, store = planned(SMALL + "seeds: [0, 1]\n"), Store(tmp_path)
+    finish(store, every[0])
+    (store.folder(every[0]) / "more.bin").write_bytes(bytes(3 << 20))
+    forecast = Forecast(costs(every, store))
+    left = [every[6], dataclasses.replace(every[7], memory_gb=8.0)]
+    assert totals(left, forecast, 2).endswith("up to 16 GiB of memory; 3 MiB of disk known")
+    assert "3.0 MiB each on disk" in forecast.table(left)[0] and "disk unknown" in forecast.table(left)[1]
+    assert "of them like no recorded cell" not in totals(left[:1], forecast, 1)
+    publish(store, every, tmp_path / "kept")
+    kept = Store(tmp_path / "new", (tmp_path / "kept",))
+    assert "disk unknown" in Forecast(costs(every, kept)).table(left)[0]  # a summary is not what a cell takes
+
+
+def test_the_engine_is_stopped_whatever_ends_the_grid(planned, tmp_path, monkeypatch):
+    every, store = planned(), Store(tmp_path / "root")
+
+    def stopped(self: Scripted) -> list[tuple[Cell, Outcome]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scripted, "poll", stopped)
+    engine = Scripted(store)
+    runner = Runner(every, store, engine, retries=0, timeout=None, forecast=Forecast({}), say=lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    assert engine.stopped
+
+
+def test_a_quota_that_is_used_up_stops_the_grid_too(planned, drive):
+    every = planned()
+    full = Outcome("failed", f"OSError: [Errno 122] {os.strerror(errno.EDQUOT)}")
+    with pytest.raises(RecordError, match="the disk is full"):
+        drive(every, {every[0].label: [full]})
+
+
+def test_another_asr_than_published_is_told(planned, drive, tmp_path):
+    every, other = planned(), Store(tmp_path / "other")
+    for cell in every[:2]:
+        finish(other, cell, asr=50.0)
+    publish(other, every[:1], tmp_path / "kept")
+    lines = drive(every, published=[tmp_path / "kept"])[2]
+    assert any(line.startswith(f"warning: {every[0].label} differs") for line in lines)
+
+
+def test_a_cell_in_use_elsewhere_lets_the_others_go_first(planned, drive, monkeypatch):
+    """And is not started again and again meanwhile."""
+    monkeypatch.setattr("sau.grid.runner.ELSEWHERE", 0.5)
+    every = planned()
+    engine, failures, _ = drive(every, {every[0].label: [Outcome("later", "it is in use")]})
+    assert not failures and engine.order[:4] == [every[at].label for at in (0, 3, 4, 5)]
+
+
+def test_status_shares_what_is_left_among_those_that_run_and_names_no_blocked_cell(planned, tmp_path):
+    every, store = planned(), Store(tmp_path)
+    store.fail(every[0], "why", 1)
+    with Lock(Path(store.job(every[3], None).lock)), Lock(Path(store.job(every[4], None).lock)):
+        lines = status(every, store)
+    assert [line.split()[0] for line in lines] == ["6", "running", "running", "failed", "left:"]
+    assert lines[-1].startswith("left: 3 cells, 2 at a time")
+
+
+def test_what_failed_once_and_is_finished_now_or_runs_again_has_not_failed(planned, tmp_path):
+    every, store = planned(), Store(tmp_path)
+    finish(store, every[0])
+    for cell in (every[0], every[3]):
+        store.fail(cell, "why", 1)
+    with Lock(Path(store.job(every[3], None).lock)):
+        states = store.states(every)
+        assert not any(line.startswith("failed") for line in status(every, store))
+    names = [states[cell.digest].name for cell in every]
+    assert names == ["finished", "waiting", "waiting", "running", "waiting", "waiting"]
+    finish(other := Store(tmp_path / "other"), every[1])
+    publish(other, every, tmp_path / "kept")
+    store = Store(tmp_path, (tmp_path / "kept",))
+    store.fail(every[1], "why", 1)
+    assert store.states(every)[every[1].digest] == State("published")
+
+
+def test_a_damaged_cell_that_somebody_makes_again_is_left_to_them(planned, tmp_path):
+    every, store = planned(), Store(tmp_path)
+    finish(store, every[0])
+    (store.folder(every[0]) / "summary.json").write_text("{}")
+    with Lock(Path(store.job(every[0], None).lock)):
+        assert store.prepare(every) == [] and (store.folder(every[0]) / "manifest.json").is_file()
+
+
+def test_jobs_name_their_places_wholly(planned, tmp_path, monkeypatch):
+    """Their workers start in other folders, and do not know what ~ is of this user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("SAU_CACHE", "~/cache")
+    cell = planned(SMALL.replace("digits", "digits\ndataset_path: there"))[0]
+    job = Store(Path("root")).job(cell, None)
+    assert all(os.path.isabs(place) for place in (job.folder, job.lock, job.log))
+    assert f"--record_root={tmp_path}/root" in job.flags and f"--dataset_path={tmp_path}/there" in job.flags
+    assert job.cache == str(tmp_path / "me" / "cache")
+
+
+def test_overrides_of_methods_that_are_included_may_be_added_to(planned, tmp_path):
+    block = "blocks:\n  - {attacks: [badnet], overrides: {ft: {lr: 0.5}}}\n"
+    planned(SMALL + block, "base.yaml")
+    _, (found,) = read_text(tmp_path, "include: base.yaml\noverrides: {ft: {wd: 0.1}}\n")
+    assert found.overrides["ft"] == {"epochs": 1, "wd": 0.1, "lr": 0.5}
+
+
+def test_a_clean_share_of_one_picture_and_devices_on_as_many_cards_are_taken(planned):
+    assert planned(LARGE + "defenses: [ft]\nclean_shares: [2.0e-5]\n")
+    cards = "device: cuda\ngpus: 2\noverrides: {badnet: {devices: 2}}\n"
+    assert len(planned(LARGE + cards)) == 1
+
+
 def test_a_dry_run_changes_nothing(planned, script, tmp_path):
     planned()
     status, out, _ = script(
@@ -1144,6 +1377,7 @@ def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, 
         every, (tmp_path / "record" / "a", tmp_path / "record" / "a" / "defense" / "mine"), strict=True
     ):
         mine = Store(tmp_path / "grid").folder(cell)
+        assert Record(mine).check()["command"].startswith(f"sau {cell.kind} {cell.name} --")
         for file in folder.glob("*.safetensors"):
             assert file.read_bytes() == (mine / file.name).read_bytes()
         scores = [json.loads((place / "summary.json").read_text()) for place in (folder, mine)]

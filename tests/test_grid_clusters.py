@@ -1,6 +1,7 @@
 """The engines of others, with stubs in their places: what cannot be submitted, and how much runs at once."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from grids import SMALL, Scripted
+from toys import REPOSITORY
 
 from sau.errors import ConfigError
 from sau.grid import clusters
@@ -228,3 +230,103 @@ def test_workers_of_ray_that_never_start_are_one_line_before_the_first_cell(ever
     with pytest.raises(ConfigError) as caught:
         clusters.RayEngine("auto").check(every)
     assert words in one_line(caught.value)
+
+
+def test_a_machine_that_left_ray_counts_for_nothing(every, ray):
+    engine = clusters.RayEngine("auto")
+    sys.modules["ray"].nodes()[1]["Alive"] = False
+    assert engine.parallel(every[0]) == 4
+    with pytest.raises(ConfigError, match="none of the 1 machines"):
+        engine.check([dataclasses.replace(every[0], memory_gb=30.0)])
+
+
+def test_a_task_of_ray_says_what_its_cell_needs_and_is_cancelled_in_the_end(every, ray, tmp_path):
+    """Ray itself repeats nothing: retries are the grid's, so that they are counted alike everywhere."""
+    wanted: dict[str, Any] = {}
+    calls: list[Any] = []
+
+    def options(**more: Any) -> SimpleNamespace:
+        wanted.update(more)
+        return SimpleNamespace(remote=lambda job: "task")
+
+    vars(sys.modules["ray"]).update(
+        remote=lambda run: SimpleNamespace(options=options), cancel=calls.append,
+        wait=lambda tasks, **more: (tasks, []), shutdown=lambda: calls.append("shutdown"),
+    )  # fmt: skip
+    engine = clusters.RayEngine("auto")
+    cell = dataclasses.replace(every[0], threads=3, memory_gb=1.5, gpus=0.5)
+    engine.submit(cell, Store(tmp_path).job(cell, None))
+    assert wanted == {
+        "num_cpus": 3, "num_gpus": 0.5, "memory": 3 * GIB // 2, "max_retries": 0, "name": cell.label
+    }  # fmt: skip
+    engine.stop()
+    assert calls == ["task", "shutdown"]
+
+
+@pytest.mark.parametrize(("address", "words"), [("far:1", "no Ray cluster at far:1"), (None, "Ray does not start")])
+def test_a_ray_that_is_not_there_is_one_line(ray, monkeypatch, one_line, address, words):
+    def init(**more: Any) -> None:
+        raise RuntimeError("it did not answer\n  more")
+
+    monkeypatch.setattr(sys.modules["ray"], "init", init)
+    with pytest.raises(ConfigError) as caught:
+        clusters.RayEngine(address)
+    assert f"{words}" in one_line(caught.value) and "it did not answer" in str(caught.value)
+
+
+def test_ray_is_started_on_the_cores_that_are_asked_for(ray, monkeypatch):
+    monkeypatch.setattr("sau.grid.engines.usable", lambda: 4)
+    monkeypatch.setattr("sau.grid.clusters.usable", lambda: 4)
+    for cores, count in ((3, 3), (None, 4)):
+        clusters.RayEngine(None, cores)
+        assert ray["num_cpus"] == count
+
+
+def test_a_job_of_slurm_says_what_its_cell_needs_and_is_cancelled_in_the_end(every, tmp_path, monkeypatch):
+    wanted: dict[str, Any] = {}
+    calls: list[str] = []
+    job = SimpleNamespace(cancel=lambda: calls.append("cancelled"), wait=lambda: calls.append("waited"))
+    executor = SimpleNamespace(update_parameters=lambda **more: wanted.update(more), submit=lambda run, work: job)
+    errors = SimpleNamespace(UncompletedJobError=Refused, FailedJobError=Refused, FailedSubmissionError=Refused)
+    stub = SimpleNamespace(AutoExecutor=lambda **more: executor, core=SimpleNamespace(utils=errors))
+    monkeypatch.setitem(sys.modules, "submitit", stub)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    engine = clusters.Slurm(tmp_path, {"partition": "gpu"}, 2, "slurm", 5)
+    assert os.environ["PYTHONPATH"] == str(REPOSITORY)  # as its jobs get it
+    cell = dataclasses.replace(every[0], threads=3, memory_gb=1.5, gpus=2.0)
+    engine.submit(cell, Store(tmp_path).job(cell, None))
+    assert wanted == {
+        "name": "badnet", "cpus_per_task": 3, "mem_gb": 1.5, "gpus_per_node": 2, "timeout_min": 5,
+        "slurm_additional_parameters": {"partition": "gpu"},
+    }  # fmt: skip
+    engine.stop()
+    assert calls == ["cancelled", "waited"] and not engine.running
+
+
+def test_a_slurm_that_refused_a_job_is_left_alone_for_a_while(every, slurm, tmp_path, monkeypatch):
+    engine = slurm({1})
+    monkeypatch.setattr(clusters, "PAUSE", 60.0)
+    for cell in every[:2]:
+        assert engine.room(cell)
+        engine.submit(cell, Store(tmp_path).job(cell, None))
+    assert len(engine.running) == 1 and not engine.room(every[2])
+
+
+def test_where_there_is_no_slurm_it_is_one_line(tmp_path, monkeypatch, one_line):
+    def none(**more: Any) -> None:
+        raise RuntimeError("Could not detect slurm\n  more")
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=none))
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(ConfigError) as caught:
+        clusters.Slurm(tmp_path, {}, 2, "slurm", 5)
+    assert "no Slurm here: Could not detect slurm" in one_line(caught.value)
+
+
+def test_slurm_holds_no_more_jobs_than_it_is_given(every, slurm, tmp_path):
+    engine = slurm(set())
+    assert engine.parallel(every[0]) == 2
+    for cell in every[:2]:
+        assert engine.room(cell)
+        engine.submit(cell, Store(tmp_path).job(cell, None))
+    assert not engine.room(every[2])

@@ -63,6 +63,25 @@ def test_a_defense_with_one_seed_on_all_networks_is_compared_on_each(root):
     assert found(root)["fp"].der.values == (95 - 70.0,) and found(root)["fp"].networks == 2
 
 
+def test_equals_win_nothing_and_are_left_out_of_the_test(tmp_path):
+    for name, rating in (("badnet", 95.0), ("lf", 90.0), ("wanet", 90.0)):
+        attacked = attack(tmp_path, name)
+        defense(attacked, "sau", der=95.0)
+        defense(attacked, "ft", der=rating)
+    duel = found(tmp_path)["ft"]
+    assert duel.wins == 2 and duel.p == pytest.approx(0.5)  # of two, not of three
+
+
+def test_a_champion_that_test_data_chose_is_none(root):
+    assert found(root, "anp") == {} and found(root)["anp+"].champion == "sau"
+
+
+def test_one_attack_that_test_data_chose_for_speaks_for_the_rival(root):
+    defense(root / "badnet_s0", "nc", der=80.0)
+    defense(root / "lf_s0", "nc", der=80.0, selection="oracle")
+    assert "nc+" in found(root) and found(root)["nc+"].name == "nc (oracle)"
+
+
 def test_of_kept_summaries_other_settings_are_no_second_seed(root):
     """Their names say the same but for the digest: two defenses of a network, and two networks of a seed."""
     below = root / "badnet_s0" / "defense"

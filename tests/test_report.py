@@ -6,18 +6,25 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from synthetic import attack, defense
+import torch
+from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, the_error
 
 from sau.errors import RecordError
 from sau.evaluate import Score, Share, der
+from sau.record import schema
 from sau.record.folder import Record
+from sau.record.victim import load
+from sau.report import read as reading
 from sau.report.curves import charts
 from sau.report.exports import as_csv, as_json, as_latex
 from sau.report.page import build
+from sau.report.pictures import Pictures
 from sau.report.published import alike, compare, mean, published
 from sau.report.read import read
 from sau.report.spread import Spread
@@ -448,7 +455,7 @@ def test_the_dagger_of_latex_is_explained_in_print(tmp_path):
     assert note.strip() == r": chosen by test data.\par}"
 
 
-@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1"])
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1", "\tx"])
 def test_no_cell_of_the_csv_is_a_formula(tmp_path, text):
     attack(tmp_path, text, folder="x_s0")
     (row,) = csv.DictReader(io.StringIO(as_csv(tables(tmp_path))))
@@ -501,3 +508,270 @@ def test_the_table_over_seeds_is_the_same_reading(tmp_path, script):
     status, out, _ = script("seeds.py", str(tmp_path))
     row = "| badnet | sau | 2 | 88.00 ± 0.00 | 2.00 ± 1.41 | 80.00 ± 0.00 | 96.00 ± 0.00 | 2.00 ± 0.00 | 50 ± 0 |"
     assert status == 0 and row in out.splitlines()
+
+
+def test_a_curve_goes_down_where_its_values_do(tmp_path):
+    """Points are drawn by hand: 100 % is 16 units below the top, 0 % as high as the axis."""
+    attacked = attack(tmp_path, rows=1, acc=75.0)
+    (path,) = attacked.glob("metrics.jsonl")
+    rows = [{"epoch": 1, "acc": 100.0, "loss": 0.0}, {"epoch": 3, "acc": 0.0, "loss": 0.0}]
+    alone(attacked)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = {chart.title: chart for chart in charts(cells(tmp_path)["badnet", "none"])}
+    (acc,) = drawn["Scores"].lines
+    assert acc.path == "M68 16l560 272" and drawn["Scores"].ends == ("1", "3") and drawn["Scores"].across == "epoch"
+    assert drawn["Loss"].ticks[0] == (288, "0") and drawn["Loss"].lines[0].path == "M68 288l560 0"
+    path.write_text(json.dumps(rows[0]) + "\n")  # one epoch is a point
+    drawn = {chart.title: chart for chart in charts(cells(tmp_path)["badnet", "none"])}
+    assert drawn["Scores"].lines[0].path == "M68 16h0" and drawn["Scores"].ends == ("1", "2")
+
+
+def test_a_curve_is_the_mean_where_every_run_has_a_value_and_is_thinned_to_its_ends(tmp_path):
+    for seed, rows in ((0, 300), (1, 299)):
+        attack(tmp_path, seed=seed, rows=rows)
+    (loss,) = (chart for chart in charts(cells(tmp_path)["badnet", "none"]) if chart.title == "Loss")
+    assert loss.ends == ("1", "299") and loss.lines[0].last == 1 / 299
+    assert len(re.findall(r"-?\d+ -?\d+", loss.lines[0].path)) == 60 and loss.lines[0].dots == ""
+
+
+def test_a_defense_without_scores_has_no_curve_of_the_one_before(tmp_path):
+    path = defense(attack(tmp_path))
+    alone(path)
+    (path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
+    (loss,) = charts(cells(tmp_path)["badnet", "sau"])
+    assert loss.title == "Loss" and loss.across == "round"
+
+
+def test_the_exports_have_intervals_and_round_as_the_page_does(tmp_path):
+    """Half of the interval of 1 and 3 is 12.7062 x sqrt(2) / sqrt(2)."""
+    for seed, asr in enumerate((1.0, 3.0)):
+        attacked = attack(tmp_path, seed=seed)
+        defense(attacked, "sau", seed, asr=asr)
+        defense(attacked, "ft", seed, der=50.0)
+    found = tables(tmp_path)
+    none, sau, ft = json.loads(as_json(found))
+    assert (sau["asr"], sau["asr_ci95"], sau["seeds"], ft["rank"]) == (2.0, 12.71, 2, 2)
+    assert (none["rank"], none["selection"], none["data"]) == (None, None, None)
+    assert (sau["selection"], sau["data"]) == ("defender", "clean")
+    row = next(line for line in as_latex(found).splitlines() if "& sau &" in line)
+    figures = [text.strip() for text in row.removesuffix(r" \\").split("&")][3:]
+    assert figures[1:2] == [r"2.00 $\pm$ 12.71"] and figures[3] == r"\textbf{96.00 $\pm$ 0.00}"
+    assert figures[0] == r"88.00 $\pm$ 0.00" and figures[4:] == [r"50 $\pm$ 0", r"900 $\pm$ 0"]
+
+
+def test_the_exports_say_what_is_missing_and_who_saw_poisons(tmp_path):
+    defense(attack(tmp_path, "badnet"), "sau")
+    other = defense(attack(tmp_path, "lf"), "d3")
+    edit(other, data="poisoned")
+    alone(other)
+    found = tables(tmp_path)
+    rows = {(row["attack"], row["defense"]): row for row in json.loads(as_json(found))}
+    assert rows["lf", "d3"]["data"] == "poisoned" and rows["badnet", "sau"]["data"] == "clean"
+    assert rows["lf", "sau"]["status"] == "not run" and rows["lf", "sau"]["selection"] is None
+    assert "lf & sau & not run & -- &" in as_latex(found)
+
+
+def test_sections_number_their_rows_apart(tmp_path):
+    """The overview links to them."""
+    attack(tmp_path, folder="a", dataset="cifar10")
+    attack(tmp_path, folder="b", dataset="gtsrb")
+    assert re.findall(r'<tbody id="(c\d+)"', build(tmp_path)[0]) == ["c1", "c2"]
+
+
+def test_the_overview_has_a_column_for_each_defense_that_ran(tmp_path):
+    """The undefended network first; a cell that was not run stands under every variant of its defense."""
+    for seed, ratio in enumerate((0.05, 0.01)):
+        attacked = attack(tmp_path, seed=seed)
+        defense(attacked, "sau", seed, ratio=ratio, der=90.0 + seed)
+        defense(attacked, "anp", seed, der=80.0)
+    attack(tmp_path, "lf", asr=70.0)
+    page, _ = build(tmp_path)
+    ((head, body),) = re.findall(r'<table class="heat">\n<thead>(.*?)</thead>\n<tbody>(.*?)</tbody>', page, re.S)
+    names = [re.sub("<[^>]*>", " ", name).split() for name in re.findall(r'<th scope="col">(.*?)</th>', head)]
+    assert names == [["none"], ["anp"], ["sau", "ratio", "0.01"], ["sau", "ratio", "0.05"]]
+    texts = re.findall(r"<a [^>]*>(.*?)</a>", body)
+    assert texts == ["98.0", "80.0", "91.0", "90.0", "70.0", "not run", "not run", "not run"]
+
+
+def test_settings_of_no_end_are_cut(tmp_path):
+    noted(attack(tmp_path), odd={f"a{number}": number for number in range(1000)})
+    page, _ = build(tmp_path)
+    assert "odd.a100: 100\n" in page and "odd.a500" not in page and "…\n" in page
+
+
+def test_a_command_can_be_pasted_whatever_the_folder_is_called(tmp_path):
+    root = tmp_path / "my results; ls"
+    defense(attack(root, "badnet"), "sau")
+    attack(root, "lf")
+    page, _ = build(root)
+    assert f"--result_file lf_s0 --record_root &#39;{root}&#39;" in page
+
+
+def test_a_figure_that_cannot_be_is_damage(tmp_path):
+    for number, (change, reason) in enumerate((
+        ({"acc": -1.0}, "acc is '-1.0', allowed is a number from 0 to 100"),
+        ({"asr": 100.5}, "asr is '100.5', allowed is a number from 0 to 100"),
+        ({"seconds": 10**13}, "seconds is"),
+    )):  # fmt: skip
+        path = attack(tmp_path / str(number))
+        edit(path, **change)
+        alone(path)
+        (cell,) = cells(tmp_path / str(number)).values()
+        assert cell.status == "damaged" and reason in cell.reason
+    path = defense(attack(tmp_path / "d"))
+    edit(path, before={"asr": 98.0})
+    alone(path)
+    assert "lacks the scores before or after" in cells(tmp_path / "d")["badnet", "sau"].reason
+
+
+def test_rows_count_up_to_the_first_that_is_none(tmp_path):
+    path = attack(tmp_path, rows=1)
+    alone(path)
+    (path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2}\n{"loss": 9}\n{"epoch": 3, "loss": 7}\n')
+    assert [row["epoch"] for row in read(tmp_path)[0][0].rows] == [1]
+
+
+def test_the_clean_pictures_of_a_strip_are_those_that_were_triggered(finished, tmp_path, monkeypatch):
+    """Row by row: what is clean, what is triggered, and their difference; and none of a data set that changed."""
+    shown: list[Any] = []
+    monkeypatch.setattr("sau.report.pictures._png", lambda *rows: shown.append(rows) or "data:,")
+    (run,) = (run for run in read(finished / "record")[0] if run.path.name == "victim")
+    strip = Pictures().strip(run)
+    victim = load(finished / "record" / "victim")
+    _, test, _ = victim.pictures(None)
+    (clean, triggered, difference), bad = shown[0], victim.triggered
+    at = [int((bad.pixels == picture).flatten(1).all(1).nonzero()[0]) for picture in triggered]
+    assert len(at) == 4 and torch.equal(clean, test.pixels[bad.index[at]])
+    assert torch.equal((difference > 0), (triggered.float() - clean.float()) != 0)
+    assert list(strip.columns) == [f"class {int(bad.true_labels[i])}, wanted {int(bad.labels[i])}" for i in at]
+    other = replace(test, labels=test.labels.flip(0))
+    monkeypatch.setattr("sau.report.pictures._test_pictures", lambda *place: other)
+    strip = Pictures().strip(run)
+    assert "holds other pictures than the attack saw" in strip.note and strip.rows == ("triggered",)
+
+
+def test_published_means_need_every_row_and_other_networks_stand_alone(tmp_path):
+    assert mean([[1.0, 2.0], [3.0, None]]) == [2.0, None]
+    attack(tmp_path)
+    (section,) = tables(tmp_path)
+    assert sum(pair.cell is None for pair in compare(section)) > 50  # what is published and was not run here
+    assert compare(replace(section, network={**section.network, "name": "vgg19_bn"})) == []
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path, monkeypatch):
+    attack(tmp_path, seed=0)
+    attack(tmp_path, seed=1)
+    really = reading._below
+
+    def denied(folder: Path) -> Any:
+        if folder.name == "badnet_s1":
+            raise PermissionError(13, "Permission denied")
+        return really(folder)
+
+    monkeypatch.setattr(reading, "_below", denied)
+    runs, others = read(tmp_path)
+    assert [run.path.name for run in runs] == ["badnet_s0"]
+    assert others == ["badnet_s1 (cannot be read: Permission denied)"]
+
+
+def test_a_figure_that_one_seed_lacks_has_no_mean(tmp_path):
+    """A mean over fewer seeds than the others in its row would not say so."""
+    for seed in (0, 1):
+        path = defense(attack(tmp_path, seed=seed), seed=seed)
+    edit(path, after={"acc": 88.0, "asr": 2.0})
+    alone(path)
+    found = cells(tmp_path)["badnet", "sau"].figures
+    assert found["racc"] is None and len(found["acc"].values) == 2
+
+
+def test_seeds_that_do_not_count_are_not_wanted_and_copies_spoil_nothing(tmp_path):
+    for seed in (0, 1):
+        attack(tmp_path, seed=seed)
+    attack(tmp_path, seed=0, folder="copy")
+    found = cells(tmp_path)["badnet", "none"]
+    assert (found.status, found.wanted, len(found.good)) == ("measured", 2, 2)
+    (tmp_path / "badnet_s1" / "manifest.json").unlink()
+    found = cells(tmp_path)["badnet", "none"]
+    assert (found.status, found.wanted, len(found.good)) == ("partly", 1, 1)
+
+
+def test_equal_means_are_told_apart_by_the_asr_and_what_does_not_count_comes_last(tmp_path):
+    """Equal as they are shown: to two digits."""
+    attacked = attack(tmp_path)
+    for name, rating, asr in (("sau", 95.004, 1.0), ("ft", 95.001, 0.5), ("fp", 40.0, 90.0)):
+        defense(attacked, name, der=rating, asr=asr)
+    (defense(attacked, "anp", der=99.0) / "manifest.json").unlink()
+    (section,) = tables(tmp_path)
+    assert [(cell.defense, cell.rank) for cell in section.cells] == [
+        ("none", 0), ("ft", 1), ("sau", 2), ("fp", 0), ("anp", 0)
+    ]  # fmt: skip
+    clean = attack(tmp_path / "clean", "prototype", asr=None)
+    defense(clean, "sau", asr=None, der=None)
+    (defense(clean, "anp", asr=None, der=None) / "manifest.json").unlink()
+    assert [cell.defense for cell in tables(tmp_path / "clean")[0].cells] == ["none", "sau", "anp"]
+
+
+def test_the_scores_before_are_those_of_the_attacked_network(tmp_path):
+    defense(attack(tmp_path), acc=70.0)
+    found = cells(tmp_path)["badnet", "sau"]
+    assert found.before("acc").values == (90.0,) and found.before("asr").values == (98.0,)
+    assert found.runs[0].lost == 20 and "Before: ACC 90.00, ASR 98.00, R-ACC 1.50." in build(tmp_path)[0]
+
+
+def test_other_networks_and_other_test_pictures_are_other_sections(tmp_path, monkeypatch):
+    """Where the data set is the same, like a subset of it."""
+    attack(tmp_path, folder="a")
+    monkeypatch.setitem(NETWORK, "width", 64)
+    attack(tmp_path, folder="b")
+    found = tables(tmp_path)
+    assert [(len(section.cells), section.title) for section in found] == [
+        (1, f"cifar10, preactresnet18 of width {width}") for width in (16, 64)
+    ]
+    monkeypatch.setitem(NETWORK, "width", 16)
+    shutil.rmtree(tmp_path / "b")
+    config = attack(tmp_path, folder="b", seed=1) / "config.yaml"
+    config.write_text(config.read_text().replace("2" * 64, "3" * 64))
+    assert [len(section.cells) for section in tables(tmp_path)] == [1, 1]
+
+
+def test_long_settings_that_begin_alike_are_told_apart(tmp_path):
+    for seed, end in enumerate("ab"):
+        attack(tmp_path, seed=seed, layers="a long name of a layer, " + end)
+    variants_of = [cell.attack_variant for cell in cells(tmp_path).values()]
+    assert len({*variants_of}) == 2 and all(len(text) < 40 for text in variants_of)
+
+
+def test_what_was_not_run_is_shown_of_folders_of_the_benchmark_too(tmp_path):
+    for folder, name in (("badnet_bb", "sau"), ("blended_bb", "ft")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "attack_result.pt").write_bytes(b"x")
+        defense(tmp_path / folder, name)
+    found = cells(tmp_path)
+    assert found["badnet_bb", "ft"].status == found["blended_bb", "sau"].status == "not run"
+
+
+def test_a_folder_that_is_not_ours_is_damaged_and_not_unfinished(tmp_path):
+    """Nothing could be resumed."""
+    path = attack(tmp_path)
+    (path / "manifest.json").unlink()
+    (path / "config.yaml").write_text("- 1\n")
+    (cell,) = cells(tmp_path).values()
+    assert cell.status == "damaged"
+
+
+def test_the_page_says_what_a_row_cannot(tmp_path):
+    """How the trigger hides, who saw poisons, who chose by test data, what does not hold, and how many seeds lack."""
+    attacked = attack(tmp_path, seed=0)
+    attack(tmp_path, seed=1)
+    path = defense(attacked, "sau", selection="oracle", risks=True)
+    edit(attacked, trigger={"psnr": 31.2, "ssim": 0.9})
+    edit(path, data="poisoned", risk={"after": {"bound": {"r_bd": 80.0, "at_most": 72.0}}})
+    alone(path)
+    files = [file for file in attacked.iterdir() if file.is_file() and file.name != "manifest.json"]
+    (attacked / "manifest.json").write_bytes(schema.manifest(files))
+    page, _ = build(tmp_path)
+    for text in (
+        "Trigger: PSNR dB 31.200, SSIM 0.900.", "poisoned data</span>", ">96.0*</a>", "80.00 ≤ 72.00 does not hold.",
+        '<td data-v="1">1<span class="ci"> of 2</span></td>',
+    ):  # fmt: skip
+        assert text in page, text
