@@ -996,6 +996,16 @@ def test_the_figure_puts_each_value_over_its_step_with_one_standard_deviation():
     matplotlib.pyplot.close("all")
 
 
+def test_networks_without_a_curve_have_a_bar():
+    """As the control of an audit that asks for path and bec alone."""
+    left = [{"part": "bec", "curve": "", "network": name, "x": 0, "seed": 0, "s": 0.5, "bec": bec, "stretched": 0.5}
+            for name, bec in (("none", 1.0), ("ft", 0.3), ("control", 0.0))]  # fmt: skip
+    panel = audit([{"rows": [row("path", "statistics between", "ft", 0.0, 9.0), *left]}]).axes[1]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["none", "ft", "control"]
+    assert [bar.get_width() for bar in panel.patches] == [1.0, 0.3, 0.0]
+    matplotlib.pyplot.close("all")
+
+
 def test_statistics_are_settled_anew_whatever_they_were():
     norm, pictures = torch.nn.BatchNorm2d(3), TRAIN[torch.arange(100)]
     norm.running_mean.fill_(9.0)

@@ -270,3 +270,11 @@ def test_an_attack_has_epochs_and_a_defense_rounds(tmp_path):
     path = attack(tmp_path)
     assert {panel.get_xlabel() for panel in curves(Record(path)).axes} == {"epoch"}
     assert {panel.get_xlabel() for panel in curves(Record(defense(path))).axes} == {"round"}
+
+
+def test_a_loss_that_begins_later_is_drawn_from_there(tmp_path):
+    path = defense(attack(tmp_path), rows=1)
+    rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0, "shared_loss": 0.5}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = {line.get_label(): line.get_xdata().tolist() for line in curves(Record(path)).axes[0].get_lines()}
+    assert lines == {"loss": [1, 2], "shared loss": [2]}

@@ -214,6 +214,8 @@ def read_text(folder: Path, text: str) -> Any:
 
 def test_the_smallest_shares_are_read_back_from_names():
     assert attack_named("badnet_r5e-05_0123456789_s3") == ("badnet", 3, {"pratio": 5e-5})
+    assert attack_named("badnet_r0.00333333_0123456789_s3") == ("badnet", 3, {"pratio": 0.00333333})
+    assert defense_named("sau_c1.23457e-05") == ("sau", {"ratio": 1.23457e-5, "select": "defender"})
     assert attack_named("badnet_r2.5e-05_s3") == ("badnet", 3, {"pratio": 2.5e-5})
     assert defense_named("sau_c5e-05_0123456789") == ("sau", {"ratio": 5e-5, "select": "defender"})
     assert attack_named("mine_r-e_s3")[2] is None and defense_named("sau_c..") == ("sau_c..", None)
@@ -855,6 +857,11 @@ def test_gpus_are_shared_out(planned, monkeypatch):
     assert fitted == [True, True, True, False, False, True, False] and seen == ["4", "7", "4", "7"]
     assert here.parallel(dataclasses.replace(plan[0], gpus=0.5)) == 4
     here.running.clear()
+    for share, most in (0.1, 20), (0.2, 10), (0.6, 2), (1.0, 2), (2.0, 1):  # a share lies on one card
+        cell = dataclasses.replace(plan[0], gpus=share, memory_gb=0.0)
+        wide = Local(cores=99, memory_gb=64.0)
+        wide.gpus = [1.0, 1.0]
+        assert wide.parallel(cell) == most
     here.submit(dataclasses.replace(plan[0], gpus=2.0), job)
     assert seen[-1] == "4,7"
 

@@ -136,7 +136,13 @@ def ray(monkeypatch) -> dict[str, Any]:
 
 def test_ray_runs_as_many_cells_as_every_resource_holds(every, ray):
     engine = clusters.RayEngine("auto")
-    for change, count in (({}, 4 + 8), ({"memory_gb": 30.0}, 2), ({"gpus": 0.5}, 4), ({"threads": 8}, 2)):
+    for change, count in (
+        ({}, 4 + 8),
+        ({"memory_gb": 30.0}, 2),
+        ({"gpus": 0.5}, 4),
+        ({"gpus": 0.6}, 2),
+        ({"threads": 8}, 2),
+    ):
         assert engine.parallel(dataclasses.replace(every[0], **change)) == count
 
 

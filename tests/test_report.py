@@ -15,7 +15,7 @@ import torch
 from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, the_error
 
-from sau.errors import RecordError
+from sau.errors import RecordError, printable
 from sau.evaluate import Score, Share, der
 from sau.record import schema
 from sau.record.folder import Record
@@ -225,6 +225,8 @@ def test_an_unfinished_run_says_how_far_it_came(tmp_path):
     (path / "log.txt").write_text("one\nepoch 3/8  loss 0.5\n")
     (cell,) = cells(tmp_path).values()
     assert cell.status == "unfinished" and "it reached epoch 3; last in its log: epoch 3/8  loss 0.5" in cell.reason
+    (path / "log.txt").write_text("one\n\x1b]0;evil\x07\n")
+    assert next(iter(cells(tmp_path).values())).reason.endswith(r"last in its log: \x1b]0;evil\x07")
 
 
 def test_what_a_grid_gave_up_is_shown_with_its_reason(tmp_path):
@@ -318,6 +320,15 @@ def test_a_copy_is_no_second_seed(tmp_path):
     attack(tmp_path, folder="second")
     (cell,) = cells(tmp_path).values()
     assert len(cell.good) == 1 and "the same run as first" in cell.reason
+
+
+def test_a_copy_alone_is_no_row(tmp_path):
+    """Of the copied attack its own files are gone, so that nothing stands beside the copied defense."""
+    defense(attack(tmp_path, folder="first"), "sau")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for name in ("config.yaml", "manifest.json", "summary.json"):
+        (tmp_path / "second" / name).unlink()
+    assert [(cell.attack, cell.defense) for cell in cells(tmp_path).values()] == [("badnet", "none"), ("badnet", "sau")]
 
 
 def test_the_same_run_on_another_machine_is_no_copy_and_no_second_seed(tmp_path):
@@ -455,11 +466,19 @@ def test_the_dagger_of_latex_is_explained_in_print(tmp_path):
     assert note.strip() == r": chosen by test data.\par}"
 
 
-@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1", "\tx"])
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1", "\r@x"])
 def test_no_cell_of_the_csv_is_a_formula(tmp_path, text):
     attack(tmp_path, text, folder="x_s0")
     (row,) = csv.DictReader(io.StringIO(as_csv(tables(tmp_path))))
-    assert row["attack"] == "'" + text
+    assert row["attack"] == "'" + printable(text)
+
+
+@pytest.mark.parametrize("text", ["a\r=1+1", "\rx", "a\n=1", "\tx"])
+def test_no_text_of_the_csv_ends_its_line(tmp_path, text):
+    attack(tmp_path, text, folder="x_s0")
+    written = as_csv(tables(tmp_path))
+    (row,) = csv.DictReader(io.StringIO(written, newline=""))
+    assert row["attack"] == printable(text) and len(written.splitlines()) == 2
 
 
 def test_the_page_needs_nothing_else_and_names_stay_text(tmp_path):
@@ -591,6 +610,15 @@ def test_the_overview_has_a_column_for_each_defense_that_ran(tmp_path):
     assert names == [["none"], ["anp"], ["sau", "ratio", "0.01"], ["sau", "ratio", "0.05"]]
     texts = re.findall(r"<a [^>]*>(.*?)</a>", body)
     assert texts == ["98.0", "80.0", "91.0", "90.0", "70.0", "not run", "not run", "not run"]
+
+
+def test_the_overview_does_not_repeat_a_cell_where_another_one_ended_early(tmp_path):
+    for name, more in (("badnet", {}), ("wanet", {"ended_early": "round 3 of 9, before batch 1 of 2"})):
+        defense(attack(tmp_path, name), "sau", der=90.0 + len(more), **more)
+    ((_, body),) = re.findall(
+        r'<table class="heat">\n<thead>(.*?)</thead>\n<tbody>(.*?)</tbody>', build(tmp_path)[0], re.S
+    )
+    assert sorted(re.findall(r"<a [^>]*>(.*?)</a>", body)) == ["90.0", "91.0", "98.0", "98.0"]
 
 
 def test_settings_of_no_end_are_cut(tmp_path):

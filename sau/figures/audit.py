@@ -41,8 +41,7 @@ def audit(audits: Sequence[Audit]) -> Figure:
     size = (0.6 + 3.2 * columns, 0.8 + 2.7 * max(1, rows))
     figure, grid = plt.subplots(max(1, rows), columns, figsize=size, squeeze=False, layout="constrained")
     panels = list(grid.flat)
-    names = list(dict.fromkeys(name for key in shown for name in found[key])) or list(left)
-    styles = _styles(names)
+    styles = _styles(list(dict.fromkeys([*(name for key in shown for name in found[key]), *left])))
     for panel, key in zip(panels, shown, strict=False):
         _curves(panel, found[key], styles)
         title, spent = PANELS[key]

@@ -37,7 +37,7 @@ def curves(record: Record) -> Figure:
     """Left the losses, right ACC, ASR and R-ACC where they were measured."""
     rows, summary = history(record)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
-    for name in [name for name in rows[0] if name == "loss" or name.endswith("_loss")] if rows else []:
+    for name in dict.fromkeys(name for row in rows for name in row if name == "loss" or name.endswith("_loss")):
         points = [(row["epoch"], row[name]) for row in rows if name in row]
         left.plot(*zip(*points, strict=True), label=name.replace("_", " "))
     _label(left, record, "mean loss (nats)")

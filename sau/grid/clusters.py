@@ -9,7 +9,7 @@ from typing import Any
 
 from sau.errors import ConfigError, first_line
 from sau.grid.cells import Job, Outcome, run_cell
-from sau.grid.engines import GIB, Done, Local, check_cores
+from sau.grid.engines import GIB, Done, Local, check_cores, on_gpus
 from sau.grid.plan import Cell
 from sau.machine.cores import usable
 from sau.machine.parent import python_path
@@ -68,8 +68,8 @@ class RayEngine:
 
     def parallel(self, cell: Cell) -> int:
         wants = {what: amount for what, amount in _wants(cell).items() if amount}
-        each = (min(node.get(what, 0) // amount for what, amount in wants.items()) for node in self._nodes())
-        return max(1, int(sum(each)))
+        nodes = self._nodes()
+        return max(1, sum(min(_times(what, node.get(what, 0), n) for what, n in wants.items()) for node in nodes))
 
     def room(self, cell: Cell) -> bool:
         return len(self.running) < 1000  # Ray keeps the line; a longer one would only cost it memory
@@ -178,6 +178,10 @@ class Slurm:
 
 def _wants(cell: Cell) -> dict[str, float]:
     return {"CPU": float(cell.threads), "memory": cell.memory_gb * GIB, "GPU": cell.gpus}
+
+
+def _times(what: str, there: float | int, amount: float) -> int:
+    return on_gpus(int(there), amount) if what == "GPU" else int(there // amount)
 
 
 def _import(module: str, extra: str) -> Any:

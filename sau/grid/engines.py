@@ -44,6 +44,11 @@ def check_cores(cores: int) -> None:
         raise ConfigError(f"cores is {cores}, but this process may use {usable()}")
 
 
+def on_gpus(count: int, each: float) -> int:
+    """How many cells that need `each` GPUs so many hold; a share lies on one of them."""
+    return count * int(1 / each + 1e-9) if each < 1 else int(count // each)
+
+
 class Local:
     """This machine: as many cells as its cores, its memory and its GPUs hold, never more threads than cores.
 
@@ -75,7 +80,7 @@ class Local:
     def parallel(self, cell: Cell) -> int:
         bounds = [self.cores // cell.threads]
         bounds += [int(self.memory // cell.memory_gb)] if cell.memory_gb else []
-        bounds += [int(len(self.gpus) // cell.gpus)] if cell.gpus else []
+        bounds += [on_gpus(len(self.gpus), cell.gpus)] if cell.gpus else []
         return max(1, min(bounds))
 
     def room(self, cell: Cell) -> bool:

@@ -20,7 +20,7 @@ def mark(folder: str) -> str:
 
 def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
     """Attack, seed and settings as `<attack>_s<seed>`, or a grid's `<attack>_r<ratio>_<digest>_s<seed>`, say them."""
-    parts = re.fullmatch(r"(.+?)(?:_r([\de.-]{1,9}))?_s(\d{1,10})", without_digest(folder))
+    parts = re.fullmatch(r"(.+?)(?:_r([\de.-]{1,11}))?_s(\d{1,10})", without_digest(folder))
     if parts is None:
         return folder, None, None
     return parts[1], int(parts[3]), {"pratio": float(parts[2])} if _decimal(parts[2]) else None
@@ -31,7 +31,7 @@ def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
 
     Where test data chose, `_oracle` stands before the digest.
     """
-    parts = re.fullmatch(r"(.+?)_c([\de.-]{1,9})(_oracle)?", without_digest(folder))
+    parts = re.fullmatch(r"(.+?)_c([\de.-]{1,11})(_oracle)?", without_digest(folder))
     if parts is None or not _decimal(parts[2]):
         return without_digest(folder), None
     return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from sau.errors import printable
 from sau.report import parse
 from sau.report.read import NONE
 from sau.report.table import FIGURES, Cell, Section
@@ -45,7 +46,8 @@ def as_json(sections: Sequence[Section]) -> str:
 
 
 def as_csv(sections: Sequence[Section]) -> str:
-    """A line a cell; a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    """A line a cell; a text that a spreadsheet would take for a formula gets an apostrophe in front, and what cannot be
+    printed an escape, for a carriage return would end the line for some."""
     found = rows(sections)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -56,8 +58,9 @@ def as_csv(sections: Sequence[Section]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    risky = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
-    return f"'{value}" if risky or (isinstance(value, str) and value[:1] in "\t\r\n" and value) else value
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.lstrip().startswith(("=", "+", "-", "@")) else "") + printable(value)
 
 
 def as_latex(sections: Sequence[Section]) -> str:

@@ -161,10 +161,11 @@ def _part(section: Section, views: list[View]) -> Part:
         columns = [column for column in columns if column in kept]
     at = {(view.cell.attack, view.cell.attack_variant, view.cell.defense, view.cell.variant): view for view in views}
     attacks = dict.fromkeys((view.cell.attack, view.cell.attack_variant) for view in views)
+    missing = {key[:3]: view for key, view in at.items() if view.cell.status == MISSING}
     grid = [
         (
             " ".join(filter(None, attack)),
-            [at.get((*attack, *column)) or at.get((*attack, column[0], "")) for column in columns],
+            [at.get((*attack, *column)) or missing.get((*attack, column[0])) for column in columns],
         )
         for attack in attacks
     ]

@@ -134,7 +134,12 @@ def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:
         run = replace(run, dataset=run.dataset or dataset)
         said = run.attack_settings or {}
         parts[text_of([run.dataset, said.get("test"), _network(run)])].append(run)
-    return [_section(part) for _, part in sorted(parts.items())]
+    return [_section(part) for _, part in sorted(parts.items()) if not _copies(part)]
+
+
+def _copies(runs: Sequence[Run]) -> bool:
+    """Whether all are counted elsewhere, as where files of a copied folder are gone."""
+    return all(run.status == DUPLICATE for run in runs)
 
 
 def _section(runs: list[Run]) -> Section:
@@ -142,6 +147,7 @@ def _section(runs: list[Run]) -> Section:
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     for run, (first, second) in zip(runs, variants(runs), strict=True):
         groups[run.attack, first, run.defense, second].append(run)
+    groups = {key: found for key, found in groups.items() if not _copies(found)}
     attacks = {
         key[:2]: len({run.name for run in found if run.usable}) for key, found in groups.items() if key[2] == NONE
     }

@@ -17,7 +17,7 @@ def progress(folder: Path) -> str:
     except OSError:
         last = []
     far = f"; it reached epoch {rows[-1]['epoch']:g}" if rows else "; no epoch is done"
-    return far + "".join(f"; last in its log: {line[:200]}" for line in last)
+    return far + "".join(f"; last in its log: {in_a_line(line)[:200]}" for line in last)
 
 
 def given_up(root: Path) -> dict[str, str]:
