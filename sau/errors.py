@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 import yaml
 
-# Exit statuses besides 0 and 2; another try may help in each case. Of a grid's cell alone: no CUDA here.
-NO_DEVICE, FULL, FAULT, LOCKED = 69, 71, 74, 75  # and: out of memory; a disk or the like; the folder is taken
+# Exit statuses besides 0 and 2; another try may help in each case.
+NO_DEVICE = 69  # no CUDA here; of a grid's cell alone
+FULL = 71  # out of memory
+FAULT = 74  # a disk or the like failed
+LOCKED = 75  # another process has the folder
 _NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO"  # the last one is Linux's alone
 _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 # What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.

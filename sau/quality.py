@@ -26,11 +26,11 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         psnr: mean over the changed pictures of 10 log10(1 / MSE), in dB; None if nothing changed.
         ssim: mean structural similarity of `ssim_count` pictures by scikit-image's default; None without skimage. Its
         windows of 7x7 weigh all pixels alike, where Wang et al. 2004 weigh them by a Gaussian.
-        ssim_count: see there; they are spread evenly.
+        ssim_count: of how many pictures that is, spread evenly.
         linf, linf_max: mean and maximum over pictures of the largest change of a value, in [0, 1] pixels.
         unchanged: percentage of pictures that the trigger does not change.
         in_ball: percentage of pictures whose change is at most `radius`.
-        radius: see there.
+        radius: as given.
     """
     largest, errors = [], []
     for x, g in zip(clean.split(1000), triggered.split(1000), strict=True):

@@ -23,7 +23,7 @@ Loader = Iterable[Any]  # yields (pixels, labels, ...); can be iterated again an
 
 @runtime_checkable
 class Batched(Protocol):
-    """So many batches of (pixels, labels, ...), to be walked through again and again."""
+    """Batches of (pixels, labels, ...), as many as its length says; can be iterated again and again."""
 
     def __len__(self) -> int: ...
 

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script_parts.asking import Parser
 
 from sau.errors import told
+from sau.report.parse import PERCENT
 from sau.report.read import NONE, read
 from sau.report.spread import spread
 from sau.report.table import Cell, sections
 from sau.wording import markdown
 
-FIGURES = ("acc", "asr", "racc", "der", "lost", "seconds")
+FIGURES = (*PERCENT, "lost", "seconds")
 
 
 def table(cells: list[Cell]) -> str:

@@ -17,13 +17,13 @@ from sau import files
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, told
 from sau.report.paired import duels
+from sau.report.parse import PERCENT
 from sau.report.published import Row, alike, compare, mean, published
 from sau.report.read import NONE, read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
 from sau.wording import markdown
 
-FIGURES = ("acc", "asr", "racc", "der")
 MARK, END = "<!-- table -->\n", "<!-- /table -->\n"
 
 
@@ -63,7 +63,7 @@ def overview(section: Section) -> str:
     body = []
     for name, cells in found.items():
         line = [text(cells.get(attack)) for attack in attacks]
-        means = [over(cells, figure, triggered) for figure in FIGURES]
+        means = [over(cells, figure, triggered) for figure in PERCENT]
         published = theirs(next(iter(cells.values())), [paper.get(attack) for attack in triggered])
         body.append([name, *line, *map(number, [*means, *published] if paper else means)])
     head = ["defense", *attacks, "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]

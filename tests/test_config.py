@@ -204,7 +204,7 @@ def test_flags_under_all_their_names():
 def test_a_switch_needs_no_value():
     assert flags("--strict") == {"strict": "true"} and flags("--strict", "--lr", "1")["strict"] == "true"
     assert flags("--strict", "false") == {"strict": "false"}
-    run, method = Request("x", SAU, (DefenseRun, SAU), ["--train_mode"]).settle("defense", "paper", "cifar10")
+    run, method = Request("x", SAU, (DefenseRun, SAU), ["--train_mode"]).settle("paper", "cifar10")
     assert method.train_mode is True
 
 
@@ -337,10 +337,10 @@ def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warn
     ]
     argv += ["--u_num", "5"] if "u_num" in said else []
     request = Request("x", method, (DefenseRun, OwnRun, method), argv)
-    request.settle("defense", "paper", "cifar10")
+    request.settle("paper", "cifar10")
     assert sorted(request.ignored) == sorted(said if warned is None else warned) and all(request.ignored.values())
     quiet = Request("x", method, (DefenseRun, OwnRun, method), flags)
-    quiet.settle("defense", "paper", "cifar10")
+    quiet.settle("paper", "cifar10")
     assert quiet.ignored == {}
 
 
@@ -359,7 +359,7 @@ LABELS = {"attack_target": "1", "attack_label_shift_amount": "2"}
 def test_settings_that_the_label_rule_leaves_idle_are_named(attack, rule, warned):
     argv = [*rule, *(word for flag, value in LABELS.items() for word in (f"--{flag}", value))]
     request = Request("x", attack, (AttackRun, Recipe, attack), argv)
-    request.settle("attack", "cpu", "cifar10")
+    request.settle("cpu", "cifar10")
     assert sorted(request.ignored) == sorted(warned) and all(request.ignored.values())
 
 
@@ -373,7 +373,7 @@ def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benc
     sections = (AttackRun, Recipe, InputAware)
     file = written(tmp_path, f"{flag[2:]}: None\n")
     for argv in ([flag, "None"], ["--yaml_path", str(file)]):
-        _, training, _ = Request("x", InputAware, sections, argv).settle("attack", "cpu", "cifar10")
+        _, training, _ = Request("x", InputAware, sections, argv).settle("cpu", "cifar10")
         assert training.lr_scheduler == "MultiStepLR"
     with pytest.raises(ConfigError) as refusal:
         Request("x", InputAware, sections, [flag, "Linear"]).said("lr_scheduler")
@@ -405,7 +405,7 @@ def test_help_lists_every_flag_with_its_names_and_default(capsys):
 
 def test_a_value_that_is_refused_names_its_flag(one_line):
     with pytest.raises(ConfigError) as refusal:
-        Request("x", BadNet, (AttackRun, Recipe, BadNet), ["--lr", "fast"]).settle("attack", "paper", "cifar10")
+        Request("x", BadNet, (AttackRun, Recipe, BadNet), ["--lr", "fast"]).settle("paper", "cifar10")
     assert all(word in one_line(refusal.value) for word in ("--lr", "'fast'", "a finite number"))
 
 
@@ -552,7 +552,7 @@ def test_an_overlay_for_nothing_that_exists_is_refused(tmp_path, overlay, conten
 
 def asked(argv: Sequence[str], record: dict[str, Any] | None = None, recipe: str = "paper", dataset: str = "cifar10"):
     request = Request("x", SAU, (DefenseRun, SAU), argv)
-    return request.settle("defense", recipe, dataset, record)
+    return request.settle(recipe, dataset, record)
 
 
 def test_flag_beats_yaml_beats_shipped_beats_signature(tmp_path):
@@ -595,7 +595,7 @@ def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
     sections = (AttackRun, Recipe, BadNet)
     argv = ["--yaml_path", str(one), "--bd_yaml_path", str(two), "--pratio", "0.5"]
     for order in (argv, argv[2:4] + argv[:2] + argv[4:]):
-        run, training, method = Request("x", BadNet, sections, order).settle("attack", "cpu", "cifar10")
+        run, training, method = Request("x", BadNet, sections, order).settle("cpu", "cifar10")
         assert (training.lr, training.epochs, method.pratio) == (4.0, 3, 0.5)
 
 
@@ -612,7 +612,7 @@ def test_recipe_and_data_set_choose_the_shipped_settings():
     sections = (AttackRun, Recipe, BadNet)
 
     def settled(recipe: str, dataset: str) -> tuple[int, int, float, str]:
-        run, training, _ = Request("x", BadNet, sections, []).settle("attack", recipe, dataset)
+        run, training, _ = Request("x", BadNet, sections, []).settle(recipe, dataset)
         assert (run.recipe, run.dataset) == (recipe, dataset)
         return run.width, training.epochs, training.lr, training.lr_scheduler
 

@@ -24,11 +24,11 @@ from sau.files import write
 from sau.grid import store as storing
 from sau.grid.cells import Child, Job, Outcome, run_cell
 from sau.grid.engines import Local
-from sau.grid.forecast import Forecast, costs, scores, totals
+from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.names import attack_named, defense_named, without_digest
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
-from sau.grid.runner import Runner, check_disk, needed
+from sau.grid.runner import Runner, check_disk, needed, scores
 from sau.grid.spec import read
 from sau.grid.status import status
 from sau.grid.store import State, Store

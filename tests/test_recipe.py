@@ -20,7 +20,7 @@ from sau.settings.run import AttackRun, DefenseRun
 
 def settled(*flags: str, dataset: str = "cifar10", method: type = BadNet) -> tuple:
     request = Request("x", method, (AttackRun, Recipe, method), [*flags, "--device", "cpu"])
-    return request.recipe(), *request.settle("attack", request.recipe()[0], dataset)
+    return request.recipe(), *request.settle(request.recipe()[0], dataset)
 
 
 def test_pictures_grow_from_epoch_to_epoch():

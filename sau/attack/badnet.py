@@ -60,9 +60,7 @@ class BadNet(Attack):
     def _patch(self, x: Tensor) -> Tensor:
         """[3, H, W] for pictures like `x`; resizing the picture, not the coordinates, gives the benchmark's soft border
         at other resolutions."""
-        height, width = x.shape[-2:]
-        given = pictured(self.trigger, self.patch_mask_path, height, width)
-        return _white_corner(height, width) if given is None else given
+        return pictured(self.trigger, self.patch_mask_path, _white_corner, x)
 
 
 def _put(patch: Tensor, x: Pixels) -> Pixels:

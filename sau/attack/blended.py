@@ -59,9 +59,7 @@ class Blended(Attack):
 
     def _picture(self, x: Tensor) -> Tensor:
         """[3, H, W] for pictures like `x`."""
-        height, width = x.shape[-2:]
-        given = pictured(self.trigger, self.attack_trigger_img_path, height, width)
-        return _own_picture(height, width) if given is None else given
+        return pictured(self.trigger, self.attack_trigger_img_path, _own_picture, x)
 
 
 def _blend(picture: Tensor, x: Pixels, alpha: float) -> Pixels:

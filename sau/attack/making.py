@@ -1,6 +1,6 @@
 """What an attack is given to make a trigger from, and a trigger that is a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -67,12 +67,14 @@ def coloured(picture: Tensor, x: Tensor) -> Tensor:
     return (picture.mean(0, keepdim=True) if x.shape[1] == 1 else picture).to(x)
 
 
-def pictured(trigger: nn.Module | None, path: str | None, height: int, width: int) -> Tensor | None:
-    """The picture of a trigger [3, height, width], from `forge` or, before that, from its file; None without a file."""
+def pictured(trigger: nn.Module | None, path: str | None, own: Callable[[int, int], Tensor], x: Tensor) -> Tensor:
+    """The picture of a trigger [3, H, W] for pictures like `x`: from `forge`, or before that from its file; without one
+    `own`, made for H and W."""
+    height, width = x.shape[-2:]
     if trigger is not None:
         return cast(Picture, trigger).of((3, height, width))
     if path is None:
-        return None
+        return own(height, width)
     picture = read_picture(path)
     fitted, brightest = fit(picture, height, width) / 255, int(np.asarray(picture).max())
     if 255 * float(fitted.max()) < brightest / 2:

@@ -162,7 +162,7 @@ class SSBA(Attack):
         decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)
         batches = images.batches(self.ssba_batch_size, seed=self.trigger_seed, drop_last=True)
         epochs = self.ssba_epochs or math.ceil(ENOUGH / max(1, len(batches)))
-        recipe = adam(self.ssba_lr, epochs=epochs, batch_size=self.ssba_batch_size)
+        recipe = adam(self.ssba_lr, epochs=epochs)
         descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
         weight, updates = Weight().to(images.pixels.device), recipe.epochs * len(batches)
         if updates < WAIT + RAMP:

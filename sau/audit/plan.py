@@ -64,8 +64,10 @@ class Plan:
 
     def pieces(self) -> list[Piece]:
         """All of them, part by part."""
-        makers = dict(zip(PARTS, (self._relearn, self._path, self._white, self._black, self._transfer, self._near,
-                                  self._bec), strict=True))  # fmt: skip
+        makers = {
+            "relearn": self._relearn, "path": self._path, "white": self._white, "black": self._black,
+            "transfer": self._transfer, "neighbours": self._near, "bec": self._bec,
+        }  # fmt: skip
         asked = [part for part in PARTS if part in self.asked.parts]
         return [*self._before(), *(piece for part in asked for piece in makers[part]())]
 
@@ -137,5 +139,6 @@ class Plan:
 
     def _surrogates(self, network: Network) -> list[Network]:
         """The record's purified networks except this one; where that leaves none, the attacked network."""
+        attacked = self.case.networks[NONE]
         others = [other for other in self.case.purified if other is not network]
-        return others or [other for other in (self.case.networks[NONE],) if other is not network]
+        return others or ([] if network is attacked else [attacked])

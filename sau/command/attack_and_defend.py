@@ -44,7 +44,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
     origin, (recipe, why) = source(dataset), request.recipe()
-    run, training, method = request.settle("attack", recipe, dataset)
+    run, training, method = request.settle(recipe, dataset)
     _check_name(run.attack or name, name)
     where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
@@ -98,7 +98,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, why = request.recipe(attacked.recipe)
     says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
-    run, _, method = request.settle("defense", recipe, attacked.dataset, says)
+    run, _, method = request.settle(recipe, attacked.dataset, says)
     request.note_unheard(method)
     request.note_idle(OF_OWN | run.idle())
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
@@ -147,9 +147,7 @@ def _given(
     """What the method is given of the `offered` kind, the clean test set, and what there is to say about them; `place`
     is the folder of the data sets, if the user has named one."""
     train, test, notes = attacked.pictures(place)
-    if offered == "poisoned" and attacked.poisoned is not None:
-        train = train.updated(attacked.poisoned, attacked.poisoned.index)
-    given = clean_subset(train, run.ratio, run.random_seed, run.index)
+    given = clean_subset(attacked.given(train, offered), run.ratio, run.random_seed, run.index)
     schema.listable(len(given))
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
 

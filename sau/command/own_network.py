@@ -53,7 +53,7 @@ def purify(name: str, request: Request) -> None:
     """Purify, and report what clean pictures say before and after."""
     started = time.monotonic()
     recipe, why = request.recipe()
-    run, own, method = request.settle("defense", recipe, "folder")
+    run, own, method = request.settle(recipe, "folder")
     request.note_unheard(method)
     idle = dict.fromkeys(OF_RECORDS, "it is about the record of an attack")
     request.note_idle(idle | {"track_risk": "the risks before and after are measured in any case"})
@@ -170,6 +170,7 @@ def _report(
     record.say(text)
     report = {**accuracy.summary(), "risk": found.summary(), "flips": flips}
     if patches is not None:
-        report["reversal"] = patches.summary(clean_indices(**alike))
-        record.say(f"{when:8}{patches.text(clean_indices(**alike))}")
+        clean = clean_indices(**alike)
+        report["reversal"] = patches.summary(clean)
+        record.say(f"{when:8}{patches.text(clean)}")
     return report

@@ -42,9 +42,9 @@ class Request:
         about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
         of_defenses = {} if AttackRun in sections else {"width": "it is that of the weights"}
         self.reasons = {**config.IGNORED, **of_defenses, **method.ignored}
-        kind, more = ("attack", " and configs/recipe/*.yaml") if AttackRun in sections else ("defense", "")
+        self.kind, more = ("attack", " and configs/recipe/*.yaml") if AttackRun in sections else ("defense", "")
         last = "[ ] are published settings that methods share; recipe, data set and method change some of them: see "
-        last += f"configs/{kind}/{method.name}.yaml{more}"
+        last += f"configs/{self.kind}/{method.name}.yaml{more}"
         self.given = config.flags(command, about, sections, argv, method.aliases, self.reasons, last)
         self.asked = {*self._files(), *self.given}  # what the user gave, by flag or file
         self.ignored = {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
@@ -80,26 +80,24 @@ class Request:
 
     def fitting(self, recipe: str) -> str:
         """The recipe; of a fast one, which is about the victim alone, the usual one where it cannot be had."""
-        beforehand = AttackRun in self.sections and not getattr(self.method, "in_batch", False)
+        beforehand = self.kind == "attack" and not getattr(self.method, "in_batch", False)
         return recipe if beforehand else FAST.get(recipe, recipe)
 
-    def settle(self, kind: str, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
+    def settle(self, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
         """The sections as objects, by the precedence of `sau.settings.config`.
 
         Args:
-            kind: "attack" or "defense", the folder of the method's shipped YAML.
             recipe: the recipe in force.
             dataset: the data set in force.
             record: what the record says; a flag or YAML key that contradicts its data set or model is refused.
         """
         layers: dict[str, Setting] = {}
-        for folder, name in (("recipe", dataset), (kind, self.method.name)):
-            path = shipped(folder, name)
-            if path is not None and (folder != "recipe" or kind == "attack"):
-                case = recipe if folder == "recipe" else FAST.get(recipe, recipe)  # `fast` is about the victim alone
-                layers.update(read_yaml(path, self.known, recipe=case, dataset=dataset))
-            if folder == "recipe" and recipe in FAST and "epochs" not in layers:
-                raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
+        if self.kind == "attack" and (path := shipped("recipe", dataset)) is not None:
+            layers.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
+        if recipe in FAST and "epochs" not in layers:
+            raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
+        if (path := shipped(self.kind, self.method.name)) is not None:  # `fast` is about the victim alone
+            layers.update(read_yaml(path, self.known, recipe=FAST.get(recipe, recipe), dataset=dataset))
         said = {**self._files(recipe, dataset), **self.given}
         early = {**self._files(), **self.given}
         for name in EARLY & said.keys():

@@ -14,7 +14,7 @@ from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
 SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
-# Of pictures that are made ready together, for what Python launches for a batch costs a card's time.
+# Of the pictures that are made ready together, several batches at once: every launch by Python costs time on a card.
 VALUES_AT_ONCE = 2**22
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 

@@ -13,7 +13,7 @@ class Official:
         classes: how many it has.
         train: training pictures; where the set exists in several sizes, the benchmark's first.
         test: test pictures.
-        even: whether every class has as many training pictures.
+        even: whether all classes have equally many training pictures.
     """
 
     classes: int

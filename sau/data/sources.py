@@ -1,6 +1,7 @@
 """The data sets by name: where their files are, how they become `Images`, and what goes with them."""
 
 import hashlib
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -79,8 +80,6 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
 
     The draw is Python's `random.sample` right after seeding, so the indices equal the public lists.
     """
-    import random
-
     n = len(images)
     if index_file is not None:
         picked = _read_indices(Path(index_file), n)

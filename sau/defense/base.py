@@ -153,38 +153,37 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
     Warns if nearly all are wrong, and says what stands out in the pictures unless the caller has.
     """
     check_weights(model)
-    right = total = classes = 0
-    counts: Tensor | int = 0
-    changes, last = 0, -1  # of the label along the walk; the first one is a change, too
+    right, labels = 0, list[Tensor]()
     for x, y, *_ in batches:
         logits = logits_of(model, x)
-        if not total:
+        if not labels:
             _check_hold(method, model, x[:8])
         classes = logits.shape[1]
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
-        right, total = right + int((logits.argmax(1) == y).sum()), total + len(y)
-        counts = counts + y.bincount(minlength=classes)
-        changes, last = changes + int((y.diff() != 0).sum()) + (last != int(y[0])), int(y[-1])
+        right += int((logits.argmax(1) == y).sum())
+        labels.append(y)
+    every = torch.cat(labels)  # there is at least one
+    total, counts, runs = len(every), every.bincount(minlength=classes), 1 + int((every.diff() != 0).sum())
     if mixed := sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules()):
         session.say(
             f"warning: {mixed} batch norms keep no running statistics, so what the network answers to a picture hangs "
             "on the others of its batch, and every figure on the size of the batches"
         )
-    present = int(torch.as_tensor(counts).count_nonzero())
-    if method.looks and present > 1 and changes <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
+    present = int(counts.count_nonzero())
+    if method.looks and present > 1 and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
         session.say("warning: the loader gives the pictures class by class; give one that shuffles, as methods expect")
     if right < 1.5 * total / classes:
         session.say(
             f"warning: the network answers {right} of {total} clean pictures as labelled, hardly more than chance; are "
             "the labels, the order of channels and mean and std those it was trained with?"
         )
-    if method.looks and not session.scrutinised and isinstance(counts, Tensor):
+    if method.looks and not session.scrutinised:
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
     method.say_astray(session)
-    return right / max(1, total)
+    return right / total
 
 
 def _check_hold(method: Defense, model: nn.Module, x: Tensor) -> None:
@@ -210,7 +209,7 @@ def _check_result(method: Defense, model: nn.Module, batches: Batched, before: f
     right = total = 0
     for x, y, *_ in batches:
         right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
-    after = right / max(1, total)
+    after = right / total
     if before - after > HARM:
         advice = "a smaller --lr or fewer --epochs" if isinstance(method, Training) else "other settings"
         if getattr(method, "lr_scheduler", None) == "constant":

@@ -37,7 +37,7 @@ def plain(model: Any) -> nn.Module:
 
 def home(model: nn.Module) -> torch.device:
     """Where a network lies."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return next(model.parameters()).device
 
 
 def place_for(model: nn.Module, device: torch.device | str | None) -> torch.device:

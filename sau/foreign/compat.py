@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sau.data.images import Images
 from sau.data.official import OFFICIAL
@@ -13,7 +12,7 @@ from sau.data.sources import source
 from sau.errors import RecordError, SauError
 from sau.foreign import torchfile
 from sau.foreign.compat_pictures import Part, fields, show
-from sau.foreign.weights import fit
+from sau.foreign.weights import dense, fit
 from sau.models import build, layout
 
 RESULT = "attack_result.pt"
@@ -117,11 +116,10 @@ def _weights(given: Any, own: dict[str, Tensor], network: str) -> dict[str, Tens
     return {name: _tensor(found[name], wanted, name) for name, wanted in own.items()}
 
 
-def _tensor(value: Any, own: Tensor, name: str) -> Tensor:
+def _tensor(given: Any, own: Tensor, name: str) -> Tensor:
     """A tensor of the shape of `own`, finite; narrower floats become its type."""
-    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
-        raise RecordError(f"{name} is {show(value)}, allowed is a dense tensor on the CPU")
-    value = Tensor.detach(value)  # the file may have given the object attributes of its own
+    if (value := dense(given)) is None:
+        raise RecordError(f"{name} is {show(given)}, allowed is a dense tensor on the CPU")
     if value.shape != own.shape:
         raise RecordError(f"{name} has shape {list(value.shape)[:8]}, but the network has {list(own.shape)}")
     return fit(value, own, name)

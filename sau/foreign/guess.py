@@ -7,7 +7,7 @@ from torch import nn
 
 from sau.errors import RecordError
 from sau.foreign.weights import SeveralError, Weights
-from sau.models import MODELS, layout
+from sau.models import MODELS, has_width, layout
 from sau.models.zoo import torchvision_names, torchvision_plain
 
 _FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
@@ -47,13 +47,13 @@ def guess(found: Weights) -> Guess | None:
         if name.startswith("regnet"):
             continue
         try:
-            own = layout(partial(unwrapped, name, 10, 64 if name in MODELS else None))
+            own = layout(partial(unwrapped, name, 10, 64 if has_width(name) else None))
             prefix = found.under(own)
             last = found.tensors[prefix + list(own)[-1]]
             first = found.tensors[prefix + next(iter(own))]
             if 0 in (first.ndim, last.ndim):
                 continue
-            width = len(first) if name in MODELS else None
+            width = len(first) if has_width(name) else None
             if width is not None and not 0 < width <= 1024:
                 continue
             found.fitting(layout(partial(unwrapped, name, len(last), width)))
@@ -67,4 +67,4 @@ def guess(found: Weights) -> Guess | None:
 
 def unwrapped(name: str, classes: int, width: int | None) -> nn.Module:
     """The network by its name, as its authors wrote it; ConfigError for a name that is unknown."""
-    return MODELS[name](classes, width) if name in MODELS else torchvision_plain(name, classes)
+    return MODELS[name](classes, width) if has_width(name) else torchvision_plain(name, classes)

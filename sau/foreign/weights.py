@@ -170,10 +170,16 @@ class _Walk:
                     self.over(inner, f"{place}.{key}" if place else str(key), depth + 1)
 
 
-def _plain(value: Tensor, place: str, path: Path) -> Tensor:
+def dense(value: Any) -> Tensor | None:
+    """The tensor alone, for the file may have given the object attributes of its own; None unless dense, on the CPU."""
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
+        return None
+    return Tensor.detach(value)
+
+
+def _plain(given: Tensor, place: str, path: Path) -> Tensor:
+    if (value := dense(given)) is None:
         raise RecordError(f"{path}: {place[:100]!a} is no dense tensor on the CPU; save a state dict of such")
-    value = Tensor.detach(value)  # the file may have given the object attributes of its own
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise RecordError(f"{path}: {place[:100]!a} claims shape {list(value.shape)[:8]}, but holds fewer values")
     return value

@@ -1,4 +1,4 @@
-"""What a grid will take, from what like cells took; and how figures are said."""
+"""What a grid will take, from what like cells took."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,7 +92,7 @@ class Forecast:
         return cost.seconds if cost else None
 
     def table(self, cells: Sequence[Cell]) -> list[str]:
-        """A line for each kind of cell: how many, seconds each, memory, disk; and what there is no record of."""
+        """A line for each kind of cell: how many, seconds each, memory, disk; `unknown` where nothing is recorded."""
         lines = []
         groups: dict[Like, list[Cell]] = {}
         for cell in cells:
@@ -131,10 +131,3 @@ def totals(cells: Sequence[Cell], forecast: Forecast, parallel: int) -> str:
     disk = forecast.disk(cells) / 2**20
     needs = f"up to {memory * parallel:g} GiB of memory; {disk:.0f} MiB of disk known"
     return f"{len(cells)} cells, {parallel} at a time: {time}{guess}; {needs}"
-
-
-def scores(summary: Mapping[str, Any]) -> str:
-    """ACC and ASR of a summary, those after the defense if it is one."""
-    found = summary.get("after", summary)
-    parts = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
-    return ", ".join(parts)

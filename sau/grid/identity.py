@@ -52,10 +52,10 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
     """Refuse, by a ConfigError, what a cell would refuse only after its attack was trained.
 
     Args:
-        method: of the cell.
-        run: the same.
-        block: the same.
-        batch_size: the same.
+        method: the attack or defense of the cell.
+        run: what it is asked.
+        block: of the grid that it is from.
+        batch_size: pictures an update.
         shares: whether clean_shares say how many pictures a defender has.
     """
     if isinstance(run, DefenseRun) and run.index is not None and shares:

@@ -74,10 +74,12 @@ def cells(blocks: Sequence[Block]) -> list[Cell]:
 
 def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     """The cells whose label or method fits a pattern (`*` and `?` as in a shell), and the attacks that they need."""
-    chosen = {cell.digest for cell in every for p in patterns if p == cell.name or fnmatch.fnmatch(cell.label, p)}
+    chosen = set[str]()
     for pattern in patterns:
-        if not any(pattern == cell.name or fnmatch.fnmatch(cell.label, pattern) for cell in every):
+        fitting = {cell.digest for cell in every if pattern == cell.name or fnmatch.fnmatch(cell.label, pattern)}
+        if not fitting:
             raise ConfigError(f"--only {pattern!r} fits no cell; labels are like {every[-1].label}")
+        chosen |= fitting
     chosen |= {cell.attack for cell in every if cell.digest in chosen and cell.attack}
     return [cell for cell in every if cell.digest in chosen]
 
@@ -150,7 +152,7 @@ class _Crossed:
         flags = tuple(f"--{key}={text(value)}" for key, value in said.items())
         try:
             asked = request(kind, name, flags)
-            run, *sections = asked.settle(kind, asked.fitting(block.recipe), block.dataset)
+            run, *sections = asked.settle(asked.fitting(block.recipe), block.dataset)
             method, size = sections[-1], sections[0].batch_size
             refuse_unfit(method, run, block, size, shares=kind == "defense" and amount is not None)
             facts = identity(sections, run, block, said["dataset_path"])

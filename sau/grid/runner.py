@@ -5,12 +5,13 @@ import heapq
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sau.errors import ConfigError, RecordError
 from sau.grid.cells import Outcome
 from sau.grid.engines import Engine
-from sau.grid.forecast import Forecast, scores
+from sau.grid.forecast import Forecast
 from sau.grid.plan import Cell
 from sau.grid.publish import differs
 from sau.grid.store import Store
@@ -162,3 +163,10 @@ def check_disk(needs: float, free: int) -> None:
     """Refuse to begin what will not fit: bytes that like cells took, and bytes that are free."""
     if needs > free:
         raise ConfigError(f"the cells need about {needs / 2**30:.1f} GiB, but {free / 2**30:.1f} are free; free some")
+
+
+def scores(summary: Mapping[str, Any]) -> str:
+    """ACC and ASR of a summary, those after the defense if it is one."""
+    found = summary.get("after", summary)
+    parts = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
+    return ", ".join(parts)

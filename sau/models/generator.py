@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from sau.models import Normalized
 from sau.types import Pixels
 
+WIDTHS = (32, 64, 128)  # channels of the stages; 0.72 M weights
+
 
 def _block(inputs: int, outputs: int, relu: bool = True) -> list[nn.Module]:
     layers = [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs, momentum=0.05)]
@@ -19,16 +21,15 @@ class Generator(nn.Module):
     Args:
         outputs: channels of the drawing.
         inputs: channels of the pictures.
-        width: channels of the first stage; 0.72 M weights at 32.
     """
 
-    def __init__(self, outputs: int, inputs: int = 3, width: int = 32) -> None:
+    def __init__(self, outputs: int, inputs: int) -> None:
         super().__init__()
-        widths = (inputs, width, 2 * width, 4 * width)
+        widths = (inputs, *WIDTHS)
         stages = list(zip(widths, widths[1:], strict=False))
         self.down = nn.ModuleList(nn.Sequential(*_block(a, b), *_block(b, b)) for a, b in stages)
         self.middle = nn.Sequential(*_block(widths[3], widths[3]))
-        ends = [(b, a) for a, b in stages[:0:-1]] + [(width, outputs)]
+        ends = [(b, a) for a, b in stages[:0:-1]] + [(WIDTHS[0], outputs)]
         self.up = nn.ModuleList(
             nn.Sequential(*_block(b, b), *_block(b, a, relu=stage < 2)) for stage, (b, a) in enumerate(ends)
         )

@@ -9,14 +9,10 @@ _AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, wh
 
 
 class Enlarge(nn.Module):
-    """Bilinear enlargement to size x size, in front of networks that cannot take small pictures."""
-
-    def __init__(self, size: int = ENLARGED) -> None:
-        super().__init__()
-        self.size = size
+    """Bilinear enlargement to 224x224, in front of networks that cannot take small pictures."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        return F.interpolate(x, size=(ENLARGED, ENLARGED), mode="bilinear", align_corners=False)
 
 
 def torchvision_names() -> list[str]:

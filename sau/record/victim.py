@@ -68,6 +68,11 @@ class Victim:
             raise RecordError(f"{self.path} holds no poisoned training pictures, as this defense needs; take another")
         return needs if self.poisoned is not None else "clean"
 
+    def given(self, train: Images, kind: str) -> Images:
+        """`train` as a defense of this `kind` is given it: for `poisoned` with what was poisoned in its place."""
+        bad = self.poisoned
+        return train.updated(bad, bad.index) if kind == "poisoned" and bad is not None else train
+
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
         model = self.blank()

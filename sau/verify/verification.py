@@ -195,9 +195,7 @@ class Verification:
 
     def _clean_set(self, config: dict[str, Any], kind: str) -> str:
         assert self.data is not None
-        train, index = self.data[0], config["clean_index"]
-        if kind == "poisoned" and self.attacked.poisoned is not None:
-            train = train.updated(self.attacked.poisoned, self.attacked.poisoned.index)
+        train, index = self.attacked.given(self.data[0], kind), config["clean_index"]
         there = isinstance(index, list) and index and all(type(i) is int and 0 <= i < len(train) for i in index)
         if not there or fingerprint(train[torch.tensor(index)]) != config["identity"]["clean"]:
             raise RecordError("the pictures at clean_index are not those that it was given")

@@ -67,7 +67,7 @@ def _counted(work: Work, h_b: Normalized, clean: Images, device: torch.device) -
 def _whole(name: str, args: argparse.Namespace, h_b: Normalized, images: Images, clean: Images) -> Work:
     """`purify` with the settings of the recipe; NPD's layer and NC's classes as they come."""
     request = Request(name, DEFENSES[name], (DefenseRun, DEFENSES[name]), [])
-    _, method = request.settle("defense", args.recipe, args.dataset)
+    _, method = request.settle(args.recipe, args.dataset)
     given = setting.ATTACK.poison_train(images, 0)[clean.index] if method.needs == "poisoned" else clean
     augment, session = source(args.dataset).augment, Session(say=lambda text: None)
 
