@@ -16,7 +16,7 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm, spec
 from toys import TinyNet, pair, quiet, same_weights, tiny_net, toy_images, triples
 
 from sau.attack import BadNet
-from sau.defense import FT, Defense
+from sau.defense import CLP, FT, Defense
 from sau.errors import ConfigError, DataError, SauError
 from sau.evaluate import answering
 from sau.models import Normalized
@@ -511,3 +511,20 @@ def test_a_compiled_layer_is_unwrapped_by_all_of_its_names():
     net.features = net.again = torch.compile(net.features, backend="eager")
     fixed = FT(epochs=0).purify(net, pair(), session=quiet())
     assert type(fixed.features) is nn.Sequential and fixed.again is fixed.features
+
+
+class Long(list):
+    """A list of batches that overstates its length."""
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_a_loader_that_gives_fewer_batches_than_it_says_is_told():
+    said: list[str] = []
+    FT(epochs=1).purify(tiny_net(), Long([pair(), pair()]), session=Session(say=said.append))
+    assert "warning: the loader gives 2 batches, but says 3, by which rates fall" in said
+    said.clear()
+    FT(epochs=1).purify(tiny_net(), [pair(), pair()], session=Session(say=said.append))
+    CLP().purify(tiny_net(), Long([pair(), pair()]), session=Session(say=said.append))  # which makes no updates
+    assert not any("but says" in line for line in said)

@@ -164,6 +164,8 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         right += int((logits.argmax(1) == y).sum())
         labels.append(y)
     every = torch.cat(labels)  # there is at least one
+    if method.learns and len(labels) < len(batches):
+        session.say(f"warning: the loader gives {len(labels)} batches, but says {len(batches)}, by which rates fall")
     total, counts, runs = len(every), every.bincount(minlength=classes), 1 + int((every.diff() != 0).sum())
     if mixed := sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules()):
         session.say(
