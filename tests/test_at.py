@@ -1,6 +1,7 @@
 """AT: its search and its update against literal loops, what it shares with SAU, the toy."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from toys import backdoored, batch, quiet, smooth_net
 
 from sau.defense import AT, SAU
+from sau.errors import ConfigError
 from sau.evaluate import der, score
 
 EPS, RATE, STEPS = 0.3, 0.1, 3
@@ -58,11 +60,11 @@ def test_the_search_is_sign_ascent_from_every_start(init, norm, clip):
 @pytest.mark.parametrize("weights", [(0.3, 2.0), (0.0, 1.0), (1.0, 0.0)])
 def test_one_update_descends_both_losses_by_their_weights(weights):
     """w <- w - lr * grad(a1 * CE(h(x), y) + a2 * CE(h(x + e), y)); batch norm's statistics stay."""
-    net, (x, y) = smooth_net(), batch(6, 1)
+    net, (x, y) = smooth_net(), (both[:5] for both in batch(6, 1))  # not as many of each class
     other = copy.deepcopy(net)
     delta = climbed(other, x, y, begun(x, "max"), "L_inf", False)
     z, z_adv = (-F.log_softmax(other(some), 1) for some in (x, x + delta))
-    clean, adversarial = (sum(rows[i, y[i]] for i in range(6)) / 6 for rows in (z, z_adv))
+    clean, adversarial = (sum(rows[i, y[i]] for i in range(5)) / 5 for rows in (z, z_adv))
     loss = weights[0] * clean + weights[1] * adversarial
     gradients = torch.autograd.grad(loss, list(other.parameters()))
 
@@ -73,9 +75,36 @@ def test_one_update_descends_both_losses_by_their_weights(weights):
         assert torch.allclose(after, before - 0.1 * gradient, rtol=1e-9, atol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), other.buffers(), strict=True))
     fooled = (z_adv.argmin(1) != y).sum()
+    assert fooled != (z_adv.argmax(1) != y).sum()
     for name, value in {"loss": loss, "clean_loss": clean, "adv_loss": adversarial, "fooled": fooled}.items():
         assert report[name].item() == pytest.approx(value.item(), rel=1e-9)
-    assert 0 < report["fooled"] < 6
+    assert 0 < report["fooled"] < 5
+
+
+def test_what_a_run_asks_of_it(one_line):
+    """Passes a picture: five steps forward and back to the picture, and two networks' worth of forward and back."""
+    defense = AT(adv_steps=5)
+    assert defense.name == "at" and defense.passes() == 16 and defense.splits() and defense.repeats()
+
+    class Mine(AT):
+        def update(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return super().update(state, x, y)
+
+    assert Mine().splits() and not Mine().repeats()  # whose step may do something else each time
+    assert "eps" not in AT(weight_adv=0.5).idle() and "eps" in AT(weight_adv=0.0).idle()
+    for name in ("weight_clean", "weight_adv"):
+        with pytest.raises(ConfigError) as refusal:
+            AT(**{name: -0.5})
+        assert one_line(refusal.value).startswith(f"{name} is -0.5, allowed is 0 and more")
+
+
+def test_the_search_asks_the_frozen_copy_where_there_is_one():
+    """A compiled network would be compiled anew for weights without gradients."""
+    net, (x, y), asked = smooth_net(), batch(6, 1), []
+    defense = AT(adv_steps=STEPS, lr=0.1)
+    state = defense.prepare(net, 1)
+    defense.update({**state, "frozen": lambda x: asked.append(len(x)) or net(x)}, x, y)
+    assert asked == [6] * STEPS
 
 
 def test_it_has_the_ball_the_steps_and_the_optimiser_of_sau():

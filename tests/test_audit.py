@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,12 @@ STRENGTHS = [*(f"strength {a:g}" for a in FAINTER), ITSELF, *(f"strength {a:g}" 
 def poisons(attack=None, images=TRAIN):
     made = (attack or BadNet()).poisoned(images)
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +507,6 @@ def test_the_figure_shows_what_was_found(nets, tmp_path):
     assert [text.get_text() for text in panels["black box, trigger + D"].get_xticklabels()][-1] == "400"
     bars = panels["existence coefficient"].patches
     assert bars[0].get_width() == pytest.approx(1)
-    matplotlib.pyplot.close("all")
 
 
 # The path
@@ -993,7 +999,6 @@ def test_the_figure_puts_each_value_over_its_step_with_one_standard_deviation():
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 50**0.5)
     assert (control.lines[0].get_linestyle(), ft.lines[0].get_linestyle()) == ("--", "-")
     assert none.lines[0].get_color() == "black"
-    matplotlib.pyplot.close("all")
 
 
 def test_networks_without_a_curve_have_a_bar():
@@ -1003,7 +1008,6 @@ def test_networks_without_a_curve_have_a_bar():
     panel = audit([{"rows": [row("path", "statistics between", "ft", 0.0, 9.0), *left]}]).axes[1]
     assert [text.get_text() for text in panel.get_yticklabels()] == ["none", "ft", "control"]
     assert [bar.get_width() for bar in panel.patches] == [1.0, 0.3, 0.0]
-    matplotlib.pyplot.close("all")
 
 
 def test_statistics_are_settled_anew_whatever_they_were():

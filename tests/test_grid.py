@@ -320,6 +320,10 @@ BAD = {
     "the same key twice": (SMALL + "  ft: {lr: 1}\n", "ft is given twice"),
     "a name that no file has": (SMALL + 'include: "a\\0b"\n', "include: it has the character NUL"),
     "a block's unknown key": (SMALL + "blocks:\n  - {published: x}\n", "blocks[0] has 'published'"),
+    "an override of defenses without any": (
+        "dataset: digits\nattacks: [badnet]\noverrides: {defense: {lr: 1}}\n",
+        "overrides has defense, which no block runs",
+    ),
     "an override that acts in no block": (SMALL + "  sau: {lr: 1}\n", "overrides has sau, which no block runs"),
     "an override that acts nowhere": (SMALL + "blocks:\n  - {overrides: {sau: {lr: 1}}}\n", "does not run"),
     "blocks that are none": (SMALL + "blocks: 3\n", "list of mappings"),
@@ -470,8 +474,9 @@ def test_an_engine_that_is_not_installed_is_named(engine, module, monkeypatch, t
     assert f"pip install -e '.[{engine}]'" in one_line(caught.value)
 
 
-def test_slurm_gives_whole_gpus(planned, tmp_path):
+def test_slurm_gives_whole_gpus(planned, tmp_path, monkeypatch):
     pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", "")  # the engine sets it; after the test it is as before
     from sau.grid.clusters import Slurm
 
     with pytest.raises(ConfigError, match="whole GPUs"):
@@ -1105,7 +1110,7 @@ def test_the_scores_of_a_defense_are_those_after_it():
     assert scores({"acc": 90.0, "asr": None}) == "ACC 90.00"
 
 
-def test_the_time_that_is_left_is_told_from_the_cells_of_this_run(planned, drive, tmp_path, monkeypatch):
+def test_the_time_that_is_left_is_told_from_the_cells_of_this_run(planned, drive):
     """Of one attack of 4 s and of two at a time: what ended is not counted again."""
     every = planned(SMALL.replace("[badnet, prototype]", "[badnet]") + "seeds: [0, 1, 2, 3, 4, 5, 6, 7]\n")
     lines = drive([cell for cell in every if cell.kind == "attack"])[2]
@@ -1165,7 +1170,6 @@ def test_another_asr_than_published_is_told(planned, drive, tmp_path):
 
 
 def test_a_cell_in_use_elsewhere_lets_the_others_go_first(planned, drive, monkeypatch):
-    """And is not started again and again meanwhile."""
     monkeypatch.setattr("sau.grid.runner.ELSEWHERE", 0.5)
     every = planned()
     engine, failures, _ = drive(every, {every[0].label: [Outcome("later", "it is in use")]})

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
@@ -518,6 +518,23 @@ class Long(list):
 
     def __len__(self) -> int:
         return 3
+
+
+class Refilled(list):
+    """Batches whose labels all come in the same tensor."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = torch.empty_like(self[0][1])
+        for place in range(len(self)):
+            x, y = self[place]
+            yield x, labels.copy_(y)
+
+
+def test_labels_that_a_loader_fills_anew_are_those_of_their_batch():
+    x, y = pair(32)
+    order, said = y.argsort(stable=True), list[str]()
+    FT(epochs=0).purify(tiny_net(), Refilled((x[i], y[i]) for i in order.split(4)), session=Session(say=said.append))
+    assert any("class by class" in line for line in said) and not any("have none of" in line for line in said)
 
 
 def test_a_loader_that_gives_fewer_batches_than_it_says_is_told():

@@ -322,12 +322,14 @@ def test_a_copy_is_no_second_seed(tmp_path):
     assert len(cell.good) == 1 and "the same run as first" in cell.reason
 
 
-def test_a_copy_alone_is_no_row(tmp_path):
-    """Of the copied attack its own files are gone, so that nothing stands beside the copied defense."""
-    defense(attack(tmp_path, folder="first"), "sau")
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
+@pytest.mark.parametrize("copy", ["after", "before"])
+def test_a_copy_without_its_attack_is_no_row_and_takes_no_place(tmp_path, copy):
+    """Whichever of the two folders is read first; and also beside an attack that nothing purified."""
+    defense(attack(tmp_path, folder="middle"), "sau")
+    shutil.copytree(tmp_path / "middle", tmp_path / copy)
     for name in ("config.yaml", "manifest.json", "summary.json"):
-        (tmp_path / "second" / name).unlink()
+        (tmp_path / copy / name).unlink()
+    assert {cell.status for cell in cells(tmp_path).values()} == {"measured"}
     assert [(cell.attack, cell.defense) for cell in cells(tmp_path).values()] == [("badnet", "none"), ("badnet", "sau")]
 
 

@@ -162,7 +162,7 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
         right += int((logits.argmax(1) == y).sum())
-        labels.append(y)
+        labels.append(y.clone())  # a loader may fill the same tensor again
     every = torch.cat(labels)  # there is at least one
     if method.learns and len(labels) < len(batches):
         session.say(f"warning: the loader gives {len(labels)} batches, but says {len(batches)}, by which rates fall")

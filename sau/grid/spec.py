@@ -137,7 +137,7 @@ def read(path: Path) -> tuple[Grid, list[Block]]:
 
 
 def _runs(block: Block, name: str) -> bool:
-    return name in ("attack", "defense", *block.attacks, *block.defenses)
+    return name in ("attack", *block.attacks, *block.defenses) or (name == "defense" and bool(block.defenses))
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:

@@ -192,16 +192,20 @@ def _said(config: dict[str, Any], folder: Path, parent: Run | None) -> dict[str,
 
 
 def _once(runs: list[Run]) -> Iterator[Run]:
-    """A copy of a run under another name is no second seed."""
-    seen: dict[tuple[str, str, str], Run] = {}
+    """A copy of a run under another name is no second seed; one whose own attack is gone is the copy."""
     attacks = {run.path: run for run in runs if run.defense == NONE}
+
+    def same(run: Run) -> tuple[str, ...] | None:
+        machines = str(run.machine), str(attacks.get(run.home, run).machine)  # a digest knows of none
+        return (run.digest, *machines) if run.usable and run.digest else None
+
+    first: dict[tuple[str, ...] | None, Run] = {}
+    for run in sorted(runs, key=lambda run: run.home not in attacks):
+        first.setdefault(same(run), run)
     for run in runs:
-        if run.usable and run.digest:
-            machines = str(run.machine), str(attacks.get(run.home, run).machine)  # a digest knows of none
-            first = seen.setdefault((run.digest, *machines), run)
-            if first is not run:
-                why = f"the same run as {first.name} (equal digests); counted once"
-                run = replace(run, status=DUPLICATE, reason=why)
+        if (key := same(run)) is not None and first[key] is not run:
+            why = f"the same run as {first[key].name} (equal digests); counted once"
+            run = replace(run, status=DUPLICATE, reason=why)
         yield run
 
 

@@ -147,7 +147,6 @@ def _section(runs: list[Run]) -> Section:
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     for run, (first, second) in zip(runs, variants(runs), strict=True):
         groups[run.attack, first, run.defense, second].append(run)
-    groups = {key: found for key, found in groups.items() if not _copies(found)}
     attacks = {
         key[:2]: len({run.name for run in found if run.usable}) for key, found in groups.items() if key[2] == NONE
     }
