@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from toys import QUICK, tiny_net, toy_images
 
-from sau.data.images import Images
+from sau.data.images import Images, to_float
 from sau.data.pairs import sample
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.perturb import length
@@ -344,6 +344,99 @@ def test_no_pictures_are_refused():
         measure(model, reference, data[torch.arange(0)])
     with pytest.raises(DataError, match="no pictures"):
         measure(model, reference, data, triggered[torch.arange(0)])
+
+
+@pytest.mark.parametrize("values", [12, 768])
+def test_a_step_of_the_search_by_hand(values):
+    """A step of 0.01 in each norm, however small the gradient; in L1 a hundredth of the values move, one at least."""
+    shape = (2, 3, 2, 2) if values == 12 else (2, 3, 16, 16)
+    x, zero = torch.full(shape, 0.5), torch.zeros(shape)
+    gradient = 1e-4 * (torch.randperm(2 * values).view(shape) - values + 0.3)  # no two alike
+    flat, highest = gradient.flatten(1), max(1, values // 100)
+    least = flat.abs().topk(highest, 1).values[:, -1:]
+    wanted = {
+        "L_inf": flat.sign(),
+        "L2": flat / flat.square().sum(1, keepdim=True).sqrt(),
+        "L1": flat.sign() * (flat.abs() >= least) / highest,
+    }
+    for norm, direction in wanted.items():
+        moved = Search(norm=norm, eps=0.2, step_size=0.01).move(x, zero, gradient)
+        torch.testing.assert_close(moved.flatten(1), 0.01 * direction, rtol=1e-4, atol=1e-7)
+
+
+class Counting(nn.Module):
+    """Counts the pictures that `net` is shown, twice where a gradient follows."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.count = net, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += len(x) * (2 if x.requires_grad else 1)
+        return self.net(x)
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_passes_are_those_that_were_made(restarts):
+    """Where nothing is found each restart of both risks takes all of its steps; SAU's own search takes five."""
+    data = pictures(n=8)
+    h, h_b = (Counting(Line(torch.zeros(3 * SIDE * SIDE))) for _ in range(2))
+    data = Images.clean(data.pixels, torch.zeros(8, dtype=torch.int64), 2)  # what both answer, whatever is added
+    found = measure(h, h_b, data, search=Search(eps=0.01, steps=4, restarts=restarts))
+    alone = 2 * 4 + 1
+    assert found.passes == found.least == 2 + 4 * 5 + 2 + 2 + alone * restarts + 2 * alone * restarts
+    assert h.count + h_b.count == 8 * found.passes + 8 + 2  # beside these: SAU's last look, a picture for the classes
+
+
+def test_the_names_of_a_summary():
+    model, reference, data, triggered = planted(0, 0.1)
+    said = measure(model, reference, data, triggered, Search(eps=0.2, steps=1, restarts=1)).summary()
+    shares = {"r_cl", "r_bd", "r_adv", "r_share", "r_share_blind", "r_share_sau", "type1", "type2", "type3", "in_ball"}
+    names = {name for name in said if not name.endswith(("_interval", "_count"))}
+    assert names - {"r_bd_in_ball"} == shares | {"bound", "passes"}
+
+
+def test_a_trigger_that_is_a_witness_is_kept_as_the_change_that_it_makes():
+    class Corner(nn.Module):
+        """Answers 1 where the corner is black, which no random start and not that of SAU makes it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.weight * x.flatten(1).sum(1) * 0 + (x[:, :, :2, :2].flatten(1).amax(1) == 0)
+            return torch.stack([1 - z, z], 1)
+
+    data = pictures(n=8)
+    data = Images.clean(data.pixels, torch.zeros(8, dtype=torch.int64), 2)
+    pixels = data.pixels.clone()
+    pixels[..., :2, :2] = 0
+    triggered = replace(data, pixels=pixels, labels=torch.ones_like(data.labels))
+    found = measure(Corner(), Corner(), data, triggered, Search(eps=0.9, steps=1, step_size=1e-9, restarts=1))
+    assert found.share.all() and torch.equal(found.witness, to_float(pixels) - to_float(data.pixels))
+
+
+@pytest.mark.parametrize(
+    ("ones", "highest", "words"),
+    [
+        ((1, 1), 0, "the networks have 1 and 1 classes; allowed is the same number, 2 and more"),
+        ((4, 3), 2, "the networks have 4 and 3 classes"),
+        ((3, 3), 3, "labels go up to 3, but the networks have 3 classes"),
+    ],
+)
+def test_networks_of_other_classes_have_no_risks(ones, highest, words, one_line):
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, count)) for count in ones]
+    data = Images.clean(pictures(n=4).pixels, torch.tensor([0, 0, 0, highest]), 4)
+    with pytest.raises(DataError) as refusal:
+        measure(*nets, data)
+    assert words in one_line(refusal.value)
+
+
+def test_networks_elsewhere_than_the_pictures_are_refused(one_line):
+    with pytest.raises(DataError) as refusal:
+        measure(tiny_net().to("meta"), tiny_net().to("meta"), toy_images(8))
+    assert "the networks and the pictures lie on cpu and meta; bring them to one device" in one_line(refusal.value)
 
 
 # The command line
