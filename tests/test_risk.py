@@ -414,7 +414,9 @@ def test_a_trigger_that_is_a_witness_is_kept_as_the_change_that_it_makes():
     pixels[..., :2, :2] = 0
     triggered = replace(data, pixels=pixels, labels=torch.ones_like(data.labels))
     found = measure(Corner(), Corner(), data, triggered, Search(eps=0.9, steps=1, step_size=1e-9, restarts=1))
-    assert found.share.all() and torch.equal(found.witness, to_float(pixels) - to_float(data.pixels))
+    assert (
+        found.adv.all() and found.share.all() and torch.equal(found.witness, to_float(pixels) - to_float(data.pixels))
+    )
 
 
 @pytest.mark.parametrize(
