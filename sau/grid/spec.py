@@ -118,7 +118,7 @@ _PLAIN = ("overrides", "blocks", "slurm")  # mappings, which have no type of a f
 
 def read(path: Path) -> tuple[Grid, list[Block]]:
     """The grid of a file and its blocks; ConfigError names the file, the line and what is allowed."""
-    settings = _read(Path(os.path.realpath(path)), ())
+    settings, own = _read(Path(os.path.realpath(path)), ())
     values = _values(settings)
     inner = values.pop("blocks", None) or [{}]
     if not isinstance(inner, list) or not all(isinstance(block, dict) for block in inner):
@@ -130,7 +130,7 @@ def read(path: Path) -> tuple[Grid, list[Block]]:
         raise ConfigError(f"{path}: {error}") from None
     if not any(block.attacks for block in blocks):
         raise ConfigError(f"{path}: attacks names none; name some of {', '.join(ATTACKS)}")
-    for name in _checked(read_flat(path, _GRID).get("overrides", Setting(None, ""))):  # not those of files it includes
+    for name in _checked(own["overrides"]) if "overrides" in own else ():  # not those of files that it includes
         if not any(_runs(block, name) for block in blocks):
             raise ConfigError(f"{path}: overrides has {name}, which no block runs; leave it out")
     return grid, blocks
@@ -140,19 +140,20 @@ def _runs(block: Block, name: str) -> bool:
     return name in ("attack", *block.attacks, *block.defenses) or (name == "defense" and bool(block.defenses))
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Setting], dict[str, Setting]]:
+    """The settings of a file laid over those that it includes, and its own alone."""
     if path in chain:
         way = " -> ".join(file.name for file in (*chain[chain.index(path) :], path))
         raise ConfigError(f"{path}: include goes in a circle ({way}); break it")
     own = read_flat(path, _GRID)
     found: dict[str, Setting] = {}
     for other in _several(own.pop("include", Setting(None, "")).value):
-        found = _laid(found, _read(Path(os.path.realpath(path.parent / str(other))), (*chain, path)))
+        found = _laid(found, _read(Path(os.path.realpath(path.parent / str(other))), (*chain, path))[0])
     _refuse_hidden(found, own)
     if "published" in own:
         places = [os.path.realpath(path.parent / str(place)) for place in _several(own["published"].value)]
         own["published"] = Setting(places, own["published"].origin)
-    return _laid(found, own)
+    return _laid(found, own), own
 
 
 def _refuse_hidden(included: Mapping[str, Setting], own: Mapping[str, Setting]) -> None:

@@ -134,12 +134,9 @@ def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:
         run = replace(run, dataset=run.dataset or dataset)
         said = run.attack_settings or {}
         parts[text_of([run.dataset, said.get("test"), _network(run)])].append(run)
-    return [_section(part) for _, part in sorted(parts.items()) if not _copies(part)]
-
-
-def _copies(runs: Sequence[Run]) -> bool:
-    """Whether all are counted elsewhere, as where files of a copied folder are gone."""
-    return all(run.status == DUPLICATE for run in runs)
+    # Copies alone, as where files of a copied folder are gone, are counted elsewhere.
+    counted = [part for _, part in sorted(parts.items()) if any(run.status != DUPLICATE for run in part)]
+    return [_section(part) for part in counted]
 
 
 def _section(runs: list[Run]) -> Section:
