@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Images, in_range, to_float
 from sau.errors import ConfigError, DataError, TrainingError, lacks_memory
-from sau.models import logits_of
+from sau.models import check_labels, logits_of
 
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
 
@@ -182,9 +182,7 @@ def _right(given: tuple[Tensor, int], *labels: Tensor) -> list[Share]:
     """How many of the answers, given with the number of classes, are as each of `labels` [N] has them."""
     answers, classes = given
     for those in labels:
-        if int(those.min()) < 0 or int(those.max()) >= classes:
-            span = f"{int(those.min())}..{int(those.max())}"
-            raise DataError(f"labels range over {span}, but the network has {classes} classes, from 0 on")
+        check_labels(those, classes)
     return [Share(int((answers == those).sum()), len(those)) for those in labels]
 
 

@@ -27,7 +27,7 @@ from sau.data.pairs import paired, sample
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
-from sau.models import learning, logits_of
+from sau.models import check_labels, learning, logits_of
 from sau.seeds import seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import BATCH, Hunt, Search
@@ -151,8 +151,7 @@ def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> No
         classes, others = (logits_of(network, to_float(chosen.pixels[:1])).shape[1] for network in networks)
     if classes != others or classes < 2:
         raise DataError(f"the networks have {classes} and {others} classes; allowed is the same number, 2 and more")
-    if int(chosen.labels.max()) >= classes:
-        raise DataError(f"labels go up to {int(chosen.labels.max())}, but the networks have {classes} classes")
+    check_labels(chosen.labels, classes)
 
 
 def gauge(

@@ -63,7 +63,7 @@ def test_victims_that_cannot_learn_are_refused(name, one_line):
     for net, given, kind, words in (
         (frozen, images, ConfigError, "frozen, so nothing would learn; call requires_grad_() on it"),
         (stiff, images, ConfigError, "made under inference_mode, so its weights cannot learn; make it outside"),
-        (few, images, DataError, "labels go up to 3, but the network has 2 classes"),
+        (few, images, DataError, "labels range over 0..3, but the network has 2 classes"),
         (lambda x: x, images, ConfigError, "the network is a function, allowed is a torch.nn.Module"),
         (cut, images, ConfigError, "no gradient to its weights, so nothing would learn; take no_grad, detach"),
         (tiny_net().double(), images, DataError, "model.float()"),
@@ -103,7 +103,7 @@ def test_networks_that_cannot_be_compared_have_no_risks(one_line):
     few.linear = torch.nn.Linear(few.linear.in_features, 3)
     for networks, words in (
         ((tiny_net(), few), "the networks have 4 and 3 classes; allowed is the same number"),
-        ((few, few), "labels go up to 3, but the networks have 3 classes"),
+        ((few, few), "labels range over 0..3, but the network has 3 classes"),
         ((tiny_net(), tiny_net().to("meta")), "the networks and the pictures lie on cpu and meta; bring them to one"),
     ):
         with pytest.raises(DataError) as refusal:

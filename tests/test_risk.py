@@ -424,7 +424,7 @@ def test_a_trigger_that_is_a_witness_is_kept_as_the_change_that_it_makes():
     [
         ((1, 1), 0, "the networks have 1 and 1 classes; allowed is the same number, 2 and more"),
         ((4, 3), 2, "the networks have 4 and 3 classes"),
-        ((3, 3), 3, "labels go up to 3, but the networks have 3 classes"),
+        ((3, 3), 3, "labels range over 0..3, but the network has 3 classes"),
     ],
 )
 def test_networks_of_other_classes_have_no_risks(ones, highest, words, one_line):

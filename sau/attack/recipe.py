@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sau.data.images import Images, shrunk, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import answering
-from sau.models import asking, initialised, logits_of
+from sau.models import asking, check_labels, initialised, logits_of
 from sau.optim import Training
 from sau.seeds import seeded
 
@@ -51,8 +51,7 @@ def check_victim(model: nn.Module, images: Images) -> None:
         raise ConfigError("the network was made under inference_mode, so its weights cannot learn; make it outside")
     with torch.inference_mode(False), torch.enable_grad(), answering(model):
         logits = logits_of(model, to_float(images.pixels[:1]))
-    if int(images.labels.max()) >= logits.shape[1]:
-        raise DataError(f"labels go up to {int(images.labels.max())}, but the network has {logits.shape[1]} classes")
+    check_labels(images.labels, logits.shape[1])
     if not logits.requires_grad and not _learns(model, to_float(images.pixels[:1])):
         raise ConfigError(
             "what the network answers has no gradient to its weights, so nothing would learn; take no_grad, detach or "

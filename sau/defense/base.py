@@ -16,10 +16,10 @@ from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
 from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
 from sau.defense.inputs import clean_batches
-from sau.errors import ConfigError, DataError
+from sau.errors import ConfigError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized, enough_pictures, learning, logits_of, statistics
+from sau.models import Normalized, check_labels, enough_pictures, learning, logits_of, statistics
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
@@ -159,8 +159,7 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
         if not labels:
             _check_hold(method, model, x[:8])
         classes = logits.shape[1]
-        if int(y.min()) < 0 or int(y.max()) >= classes:
-            raise DataError(f"labels range over {int(y.min())}..{int(y.max())}, but the network has {classes} classes")
+        check_labels(y, classes)
         right += int((logits.argmax(1) == y).sum())
         labels.append(y.clone())  # a loader may fill the same tensor again
     every = torch.cat(labels)  # there is at least one

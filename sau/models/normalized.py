@@ -131,6 +131,13 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return widened(logits)
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """DataError unless `labels`, at least one, are classes of a network that has `classes` of them."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"labels range over {low}..{high}, but the network has {classes} classes, 0..{classes - 1}")
+
+
 def widened(logits: Tensor) -> Tensor:
     """`logits` in 32 bits at least; a network that turns autocast on by itself answers in fewer."""
     return logits.float() if logits.is_floating_point() and logits.itemsize < 4 else logits
