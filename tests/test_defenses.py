@@ -513,6 +513,7 @@ def test_without_time_for_an_update_a_network_keeps_what_it_can(method):
     [
         ("epochs", 1.5, "a whole number"), ("epochs", True, "a whole number"), ("epochs", 2, None),
         ("lr", "0.1", "a finite number"), ("lr", True, "a finite number"), ("lr", 1, None),
+        ("lr", 1e39, "a finite number"), ("lr", -(10**39), "a finite number"),
         ("augment", 1, "true or false"), ("augment", False, None),
         ("steplr_milestones", (1, 2.5), "a tuple, each a whole number"), ("steplr_milestones", 3, "a tuple"),
         ("steplr_milestones", [1, 2], None), ("cos_t_max", "9", "a whole number, or None"), ("cos_t_max", None, None),

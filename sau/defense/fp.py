@@ -80,7 +80,7 @@ class FP(FT):
             clean, held = hold_back(*clean, self.held_back, session)
         order = activations(model, layers[-1], clean[0]).argsort(stable=True)
         total, levels = len(order), []
-        step = math.ceil(total * self.once_prune_ratio - 1e-9)
+        step = max(1, math.ceil(total * self.once_prune_ratio - 1e-9))
         if step >= total:
             session.say(f"nothing is pruned: a step of {step} of {total} units leaves none; lower --once_prune_ratio")
             return

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sau.errors import ConfigError, require
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+FAR = 2.0**128  # 32 bits hold no number from here on
 KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (Integral,), float: (Real,), str: (str, os.PathLike)}
 
 
@@ -47,7 +48,7 @@ def _scalar(value: Any, hint: Any) -> Any:
     if hint in (int, float) and not isinstance(value, bool | dict | list):
         try:
             number = hint(text)
-            if number == number and abs(number) != float("inf"):
+            if hint is int or abs(number) < FAR:  # NaN is not
                 return number
         except ValueError:
             pass  # said below, together with every other wrong value
@@ -78,4 +79,4 @@ def misfit(value: Any, hint: Any) -> str | None:
     if hint not in KINDS:  # of a method of somebody's own, which no flag sets
         return None
     fits = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)
-    return None if fits and (hint is not float or abs(value) < float("inf")) else WORDS[hint]
+    return None if fits and (hint is not float or abs(value) < FAR) else WORDS[hint]
