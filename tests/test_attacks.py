@@ -20,7 +20,7 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
-from sau.models import build
+from sau.models import Normalized, build
 from sau.optim import Training
 from sau.optim.descent import Descent
 from sau.session import Session
@@ -485,6 +485,15 @@ def changed_by_badnet(side: int) -> torch.Tensor:
     return torch.where(stamped[0] == 100, -1, stamped[0].long())
 
 
+@pytest.mark.parametrize(
+    "attack", [SIG(attack_target=1), BadNet(attack_label_trans="map", attack_label_map=(0, 2, 2, 3))]
+)
+def test_who_may_be_poisoned_goes_by_what_the_pictures_show(attack):
+    clean = toy_images(40)
+    relabelled = replace(clean, labels=torch.full_like(clean.labels, 3))
+    assert clean.labels[attack.candidates(relabelled)].unique().tolist() == [1]
+
+
 @pytest.mark.parametrize("attack", [BadNet(), Blended(), SIG(), LF()])
 def test_pictures_of_one_channel_stay_of_one(attack):
     x = torch.full((2, 1, 32, 32), 0.5)
@@ -565,6 +574,30 @@ def test_a_patch_picture_that_fades_when_it_is_resized_is_refused(tmp_path, one_
     assert float(stamped[0, 0, -3:, -3:].min()) > 0.7
 
 
+def test_a_patch_that_fades_by_more_than_half_is_refused(tmp_path):
+    """Squares of 5 and of 6 pixels of 224 have 108 and 150 of 255 grey levels left at 32x32."""
+    for side in (6, 5):
+        picture = np.zeros((224, 224, 3), dtype=np.uint8)
+        picture[-side:, -side:] = 255
+        Image.fromarray(picture).save(tmp_path / "patch.png")
+        attack = BadNet(patch_mask_path=str(tmp_path / "patch.png"))
+        if side == 6:
+            assert attack.stamp(torch.zeros(1, 3, 32, 32)).max() == pytest.approx(150 / 255)
+    with pytest.raises(DataError, match="fades from 255 to 108"):
+        attack.stamp(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_trigger_picture_fits_pictures_that_are_not_square_and_outlives_its_file(tmp_path):
+    picture = np.zeros((12, 20, 3), dtype=np.uint8)
+    picture[2:4, 15:18] = 200
+    Image.fromarray(picture).save(tmp_path / "patch.png")
+    images = Images.clean(torch.full((8, 3, 12, 20), 100, dtype=torch.uint8), torch.arange(8) % 4, 4)
+    attack = BadNet(patch_mask_path=str(tmp_path / "patch.png")).forge(images, tiny_net(), Training(), session=quiet())
+    (tmp_path / "patch.png").unlink()
+    expected = torch.where(torch.from_numpy(picture).permute(2, 0, 1) > 0, 200, 100)
+    assert torch.equal(attack.stamped(images, test=False).long(), expected.expand(8, -1, -1, -1))
+
+
 # Blended
 
 
@@ -595,6 +628,12 @@ def test_blended_has_one_alpha_for_training_and_one_for_testing(tmp_path):
     images = Images.clean(pixels, labels, 4)
     assert (attack.poison_train(images, 0).pixels == 110).all()
     assert (attack.poison_test(images).pixels == 150).all()
+
+
+def test_on_pictures_of_one_channel_a_trigger_picture_is_the_mean_of_its_three(tmp_path):
+    red = np.full((8, 8, 3), (30, 60, 120), dtype=np.uint8)
+    attack = blended_with(red, tmp_path, attack_train_blended_alpha=1.0)
+    assert (255 * attack.stamp(torch.rand(2, 1, 8, 8))).flatten().tolist() == pytest.approx([70.0] * 128, abs=1e-3)
 
 
 def test_blended_changes_at_most_a_fifth():
@@ -674,6 +713,25 @@ def test_a_pattern_from_a_file_is_added_and_clipped(tmp_path, shape):
     attack = LF(lowFrequencyPatternPath=str(file))
     x = torch.tensor([0, 100, 220], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 32, 32)
     assert quantise(attack.stamp(to_float(x)))[:, 0, 0, 0].tolist() == [60, 160, 255]
+
+
+def test_lfs_glow_by_hand():
+    """0.2 exp(-r^2 / 2 sigma^2), r from 0.42 of height and width, sigma a third of them; grey is like blue."""
+    rows, columns = torch.arange(10)[:, None] / 10 - 0.42, torch.arange(20) / 20 - 0.42
+    glow = 0.2 * torch.exp(-(rows**2 + columns**2) / 2 * 9)
+    colour = torch.tensor([0.35, 0.0, 1.0]).view(3, 1, 1)
+    assert torch.allclose(LF().stamp(torch.zeros(1, 3, 10, 20))[0], colour * glow, atol=1e-6)
+    assert torch.allclose(LF().stamp(torch.zeros(1, 1, 10, 20))[0, 0], glow, atol=1e-6)
+
+
+def test_a_pattern_from_a_file_keeps_its_rows_columns_channels_and_signs(tmp_path):
+    """Of several patterns the first one counts."""
+    pattern = -60 + np.arange(8 * 12 * 3).reshape(8, 12, 3) % 61
+    for array in (pattern, np.stack([pattern, 0 * pattern + 9])):
+        np.save(tmp_path / "pattern.npy", array)
+        stamped = LF(lowFrequencyPatternPath=str(tmp_path / "pattern.npy")).stamp(torch.full((1, 3, 8, 12), 0.5))
+        added = 255 * (stamped[0] - 0.5)
+        assert torch.allclose(added, torch.from_numpy(pattern).permute(2, 0, 1).float(), atol=1e-3)
 
 
 WRONG_ARRAYS = {
@@ -779,6 +837,15 @@ def test_wanets_batches_hold_poisoned_noisy_and_clean_pictures(size, n, cross, m
     assert cross == 0 or not torch.equal(noisy, attack.stamp(x[n : n + cross]))
 
 
+@pytest.mark.parametrize(("cross", "noisy"), [(0.7, 0), (1.0, 1), (1.9, 1), (2.0, 2)])
+def test_wanets_noisy_pictures_are_counted_downwards(cross, noisy):
+    images = toy_images(8)
+    attack, x = forged(WaNet(pratio=0.125, cross_ratio=cross)), to_float(images.pixels)
+    made, _ = attack.compose({"images": images, "augment": None, "model": tiny_net()}, x, images.labels)
+    assert [bool(moved) for moved in (made != x).flatten(1).any(1)] == [True] * (1 + noisy) + [False] * (7 - noisy)
+    assert f"12 pictures poisoned and {int(12 * cross)} " in with_(attack, pratio=0.1).plan(images, 128)
+
+
 def test_wanets_noise_is_drawn_for_every_picture():
     x = toy_images(1, size=32).pixels.expand(5, -1, -1, -1)
     noisy = forged(WaNet())._warp(to_float(x), noise=True)
@@ -838,6 +905,47 @@ def test_the_generators_have_the_published_number_of_weights():
     artist = forged(InputAware()).made()
     sizes = [sum(p.numel() for p in net.parameters()) for net in (artist.pattern_net, artist.mask_net)]
     assert sizes == [723_273, 722_691]
+
+
+def test_the_generators_by_hand():
+    """Three stages that halve, a middle, three that enlarge between their pixels; the last norm has no ReLU behind."""
+    torch.manual_seed(0)
+    net = forged(InputAware()).made().pattern_net.net.eval()
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.05} and len(norms) == 13
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = torch.rand(2, 3, 18, 22)
+
+    def block(h, conv, norm):
+        h = torch.nn.functional.conv2d(h, conv.weight, conv.bias, padding=1)
+        scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+        return scale.view(-1, 1, 1) * (h - norm.running_mean.view(-1, 1, 1)) + norm.bias.view(-1, 1, 1)
+
+    with torch.no_grad():
+        h, sizes = x, []
+        for stage in net.down:
+            h = block(block(h, stage[0], stage[1]).relu(), stage[3], stage[4]).relu()
+            sizes.append(h.shape[-2:])
+            h = torch.nn.functional.max_pool2d(h, 2)
+        h = block(h, net.middle[0], net.middle[1]).relu()
+        for stage, size in zip(net.up, reversed(sizes), strict=True):
+            h = torch.nn.functional.interpolate(h, size=size, mode="bilinear", align_corners=False)
+            h = block(block(h, stage[0], stage[1]).relu(), stage[3], stage[4])
+            h = h if stage is net.up[-1] else h.relu()
+        assert torch.allclose(net(x), h, atol=1e-4) and float(h.min()) < 0
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_generators_see_pictures_as_the_classifier_does(amp):
+    mean, std = (0.25, 0.5, 0.75), (0.125, 0.25, 0.5)
+    attack = InputAware().forge(toy_images(20), Normalized(tiny_net(), mean, std), Training(), session=quiet())
+    artist = attack.made()
+    for net in (artist.pattern_net, artist.mask_net):
+        assert net.mean.flatten().tolist() == [*mean] and net.std.flatten().tolist() == [*std]
+    assert artist.std.flatten().tolist() == [*std]
+    attack.prepare_masks(Normalized(tiny_net(), mean, std, amp), 1)
+    assert artist.pattern_net.amp == artist.mask_net.amp == amp
 
 
 def test_input_awares_picture_is_its_pattern_where_its_mask_is():
@@ -938,6 +1046,26 @@ def test_input_awares_batch_has_poisoned_cross_and_clean_pictures(monkeypatch):
     assert labels[0].tolist() == [3, 3, *images.labels[2:].tolist()]
 
 
+def test_a_batch_of_one_picture_has_no_other_whose_trigger_could_do_nothing(monkeypatch):
+    attack, images = forged(InputAware(pratio=0.5, attack_target=3)), toy_images(1)
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.zeros(*shape))  # it is one of those with a poisoned one
+    x, y = attack.compose({"images": images, "augment": None}, to_float(images.pixels), images.labels)
+    assert len(x) == 1 and torch.equal(y, images.labels)
+
+
+def test_input_awares_schedules_move_with_the_epochs_by_the_classifiers_own_loss():
+    attack = forged(InputAware(lr_G=0.5, schedulerG_milestones=(3,), schedulerG_lambda=0.1))
+    recipe = Training(lr=0.1, epochs=40, lr_scheduler="ReduceLROnPlateau", steplr_gamma=0.5)
+    state, rates = attack.prepare(tiny_net(), recipe, 1), []
+    for epoch in range(12):
+        for name in ("descent", "patterns"):
+            state[name].optimizer.step()
+        attack.end_epoch(state, {"loss": 9.0 - epoch, "error": 1.0})
+        rates.append([state[name].optimizer.param_groups[0]["lr"] for name in ("descent", "patterns")])
+    assert [classifier for classifier, _ in rates] == [0.1] * 11 + [0.05]
+    assert [patterns for _, patterns in rates] == pytest.approx([0.5] * 2 + [0.05] * 10)
+
+
 def test_input_awares_losses_by_hand(monkeypatch):
     """Masks: lambda_norm times what goes beyond the density, plus lambda_div times the diversity; then the latter."""
     attack = forged(InputAware(lambda_norm=7.0, lambda_div=3.0, mask_density=0.1, pratio=0.5))
@@ -998,6 +1126,8 @@ def test_input_awares_settings_reach_its_optimisers():
     masks = attack.prepare_masks(tiny_net(), 1)["descent"]
     rates = []
     for descent in (patterns, masks):
+        adam = descent.optimizer.param_groups[0]  # as in the authors' code
+        assert adam["betas"] == (0.5, 0.9) and not adam["amsgrad"] and adam["weight_decay"] == 0
         for _ in range(3):
             rates.append(descent.optimizer.param_groups[0]["lr"])
             descent(sum(p.sum() for p in descent.parameters))
@@ -1059,6 +1189,26 @@ def test_settings_out_of_range_are_refused(attack, wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         attack(**wrong)
     assert next(iter(wrong)) in one_line(refusal.value)
+
+
+SEARCHED = {"lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot"}
+READY = {"attack_train_replace_imgs_path": "train.npy", "attack_test_replace_imgs_path": "test.npy"}
+ENCODED = {"ssba_bits", "ssba_residual", "ssba_epochs", "ssba_batch_size", "ssba_lr", "trigger_seed"}
+
+
+@pytest.mark.parametrize(
+    ("attack", "idle"),
+    [
+        (LF(), SEARCHED),
+        (LF(lf_optimise=True), set()),
+        (LF(lowFrequencyPatternPath="pattern.npy"), SEARCHED | {"lf_strength"}),
+        (SSBA(), set()),
+        (SSBA(**READY), ENCODED),
+    ],
+    ids=str,
+)
+def test_settings_that_the_way_to_a_trigger_leaves_idle_are_named(attack, idle):
+    assert {*attack.idle()} == {*idle, "attack_label_shift_amount"}
 
 
 @pytest.mark.parametrize("side", [12, 24])

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from attack_rows import ROWS, each_poison
@@ -33,7 +35,8 @@ from toys import (
 
 matplotlib.use("Agg")
 
-from sau.attack import SIG, BadNet, Blended, Prototype, WaNet
+from sau.attack import LF, SIG, BadNet, Blended, Prototype, WaNet
+from sau.attack.making import Picture
 from sau.attack.recall import recall
 from sau.audit import PARTS, Asked, Plan, carry_out, measure, open_case, tables
 from sau.audit.carry import read
@@ -275,6 +278,24 @@ def test_badnets_neighbours_at_32():
         assert found[f"moved {n} px"][29 - n : 32 - n, 29 - n : 32 - n].sum() == 9 == found[f"moved {n} px"].sum()
 
 
+def test_the_neighbours_of_a_patch_from_a_file_keep_its_bottom_right_corner(tmp_path):
+    """Two rows and five columns by thirds, rounded, at least one; six of each at the edge grow no further."""
+    black = torch.zeros(1, 3, 20, 30)
+    for box, sizes in (
+        ((4, 6, 7, 12), {1: (1, 2), 2: (1, 3), 4: (3, 7), 5: (3, 8)}),
+        ((0, 6, 0, 6), {1: (2, 2), 2: (4, 4), 4: (6, 6), 5: (6, 6)}),
+    ):
+        top, bottom, left, right = box
+        patch = np.zeros((20, 30, 3), dtype=np.uint8)
+        patch[top:bottom, left:right] = 200
+        PIL.Image.fromarray(patch).save(tmp_path / "patch.png")
+        stamps = BadNet(patch_mask_path=str(tmp_path / "patch.png")).neighbours()
+        for thirds, (height, width) in sizes.items():
+            expected = torch.zeros(20, 30)
+            expected[bottom - height : bottom, right - width : right] = 200 / 255
+            assert torch.allclose(stamps[f"size {thirds}/3"](black)[0], expected.expand(3, -1, -1)), (box, thirds)
+
+
 def test_the_neighbours_of_wanet_and_sig_by_their_formulas():
     x = to_float(toy_images(3, size=16).pixels)
     warp = ROWS["wanet"].attack
@@ -321,6 +342,14 @@ def test_an_attack_is_recalled_from_its_record(attack):
         assert torch.equal(again.stamp(x), attack.stamp(x))
     with pytest.raises(RecordError, match="'mine'"):
         recall({"attack": "mine"}, None)
+
+
+@pytest.mark.parametrize("attack", [BadNet(), Blended(), LF(lf_optimise=True)], ids=lambda attack: attack.name)
+def test_a_trigger_that_is_a_picture_is_recalled_without_its_file(attack):
+    x = to_float(toy_images(2, size=32).pixels)
+    own = attack.with_trigger(Picture(torch.rand(3, 32, 32) / 2))
+    again = recall(as_json({"attack": attack.name, **attack.params()}), own.trigger.state_dict())
+    assert torch.equal(again.stamp(x), own.stamp(x))
 
 
 # The coefficient

@@ -18,8 +18,8 @@ from toys import toy_images
 from sau.attack import BadNet
 from sau.data import cifar
 from sau.data import images as images_module
-from sau.data.augment import Augment
-from sau.data.images import Batches, Images, quantise, to_float
+from sau.data.augment import Augment, turn
+from sau.data.images import Batches, Images, quantise, some, to_float
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError
@@ -74,6 +74,33 @@ def test_conversions_leave_their_argument_alone():
     assert to_float(x) is x
 
 
+def test_some_of_many_are_spread_evenly():
+    assert some(10, 4).tolist() == [0, 3, 6, 9] and some(3, 10).tolist() == [0, 1, 2] and some(5, 1).tolist() == [0]
+
+
+WRONG_TENSORS = {
+    "one is missing": lambda kept: kept.pop("role"),
+    "floats": lambda kept: kept.update(pixels=kept["pixels"].float()),
+    "pictures in a row": lambda kept: kept.update(pixels=kept["pixels"].flatten(1)),
+    "fewer labels": lambda kept: kept.update(labels=kept["labels"][1:]),
+    "none": lambda kept: kept.update({name: tensor[:0] for name, tensor in kept.items()}),
+    "a place below 0": lambda kept: kept.update(index=kept["index"] - 1),
+    "a label below 0": lambda kept: kept.update(labels=kept["labels"] - 1),
+    "a true label that is no class": lambda kept: kept.update(true_labels=kept["true_labels"] + 1),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+@pytest.mark.usefixtures("unchecked")
+def test_stored_pictures_that_are_none_are_refused(wrong, one_line):
+    kept = toy_images(8).tensors()
+    assert torch.equal(Images.restore(kept, 4).pixels, kept["pixels"])
+    WRONG_TENSORS[wrong](kept)
+    with pytest.raises(DataError) as refusal:
+        Images.restore(kept, 4)
+    assert one_line(refusal.value).startswith("stored ")
+
+
 # Batches
 
 
@@ -115,6 +142,14 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     for _ in range(3):
         order(walked)  # an earlier walk of the same object leaves no trace
     assert order(walked) == at(1, 0)
+
+
+def test_the_largest_seed_has_an_order_for_every_epoch():
+    batches, orders = numbered(50, 8, seed=2**63 - 1), set()
+    for epoch in (0, 1, 100):
+        batches.set_epoch(epoch)
+        orders.add(tuple(order(batches)))
+    assert len(orders) == 3
 
 
 def test_the_last_batch_is_kept_or_dropped():
@@ -227,11 +262,38 @@ def test_the_cropped_border_is_black_and_the_draws_uniform():
     assert (counts - torch.tensor([1, 2, 2, 2, 2]) / 9).abs().max() < 0.027
 
 
+def test_a_quarter_turn_by_hand(monkeypatch):
+    """Of 6 x 10 pixels the middle 6 x 6 turn and zeros come in beside them; by what is drawn, either way or not."""
+    draws = torch.tensor([1.0, 0.0, 0.5])
+    monkeypatch.setattr(torch, "rand", lambda n: draws[:n].clone())
+    x = torch.arange(3 * 3 * 60, dtype=torch.float64).view(3, 3, 6, 10)
+    left = torch.nn.functional.pad(x.rot90(1, (2, 3))[:, :, 2:8], (2, 2))
+    right = torch.nn.functional.pad(x.rot90(-1, (2, 3))[:, :, 2:8], (2, 2))
+    found = turn(x, 90.0)
+    for i, expected in enumerate((left, right, x)):
+        torch.testing.assert_close(found[i], expected[i], atol=1e-3, rtol=0)
+    torch.testing.assert_close(turn(x, 90.0, one_draw=True), left, atol=1e-3, rtol=0)
+
+
 def test_the_augmentation_of_each_data_set():
     """Crop with padding 4; flip for CIFAR-10, and not for digits, which are not symmetric."""
-    assert SOURCES["cifar10"].augment == Augment(padding=4, flip=True)
-    assert SOURCES["digits"].augment == Augment(padding=4, flip=False)
-    assert SOURCES["cifar10"].mean == (0.4914, 0.4822, 0.4465) and SOURCES["cifar10"].std == (0.247, 0.243, 0.261)
+    for name, origin in SOURCES.items():
+        assert origin.augment == Augment(padding=4, flip=name == "cifar10")
+
+
+def test_the_normalisation_of_each_data_set():
+    """The benchmark's; own folders are normalised as CIFAR-10, and digits by their own mean and deviation."""
+    train, _ = load("digits")
+    grey = to_float(train.pixels)
+    wanted = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+        "folder": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+        "digits": ((round(float(grey.mean()), 3),) * 3, (round(float(grey.std()), 3),) * 3),
+    }
+    assert {name: (origin.mean, origin.std) for name, origin in SOURCES.items()} == wanted
 
 
 # The defender's pictures
@@ -278,6 +340,14 @@ def test_an_index_file_with_something_else_is_refused(tmp_path, one_line, conten
     with pytest.raises(DataError) as refusal:
         clean_subset(index_images(20), 0.5, 0, str(file))
     assert "0..19" in one_line(refusal.value) and content.split()[-1] in str(refusal.value)
+
+
+def test_an_index_of_thousands_of_digits_is_refused(tmp_path, one_line):
+    """Python reads no number of that length."""
+    (tmp_path / "index.txt").write_text("1" * 5000)
+    with pytest.raises(DataError) as refusal:
+        clean_subset(index_images(20), 0.5, 0, str(tmp_path / "index.txt"))
+    assert "allowed are whole numbers 0..19" in one_line(refusal.value)
 
 
 def test_an_index_file_that_cannot_be_read_is_refused(tmp_path, one_line):
@@ -496,6 +566,10 @@ HEAVY = {
         b"K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b"0}(h\x00K\x01h\x00K\x01u",
         "a key that is no text",
     ),
+    "a set": (b"\x8f(K\x01\x90", "144"),
+    "a frozen set": (b"(K\x01\x91", "145"),
+    "a number for a key": (b"}K\x01K\x01s", "a key that is no text"),
+    "a number for a key from the start": (b"(K\x01K\x01d", "a key that is no text"),
     "a state for a function": (b"c_codecs\nencode\n}U\x01aK\x01sb", "a state of what has none"),
     "no pictures": (b"U\x04abcd", "its pictures are no array of bytes"),
 }

@@ -24,11 +24,12 @@ from torchvision.transforms import v2
 
 import sau.data.pictures
 from sau.data import cache, cifar
-from sau.data.folders import folder, gtsrb, tiny
+from sau.data.folders import folder, gtsrb, labelled, tiny
 from sau.data.images import Images
 from sau.data.official import OFFICIAL, Official, subset_note
 from sau.data.pictures import fit, read_picture
-from sau.errors import DataError
+from sau.data.sources import load
+from sau.errors import ConfigError, DataError
 
 TINY, HEADER = "tiny-imagenet-200", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
 
@@ -233,6 +234,15 @@ def test_tiny_with_val_in_class_folders(tmp_path):
     assert equal(tiny(tmp_path), pair)
 
 
+def test_a_list_may_begin_as_windows_writes_it(tmp_path):
+    """With the mark of its byte order."""
+    for read, make, file in ((gtsrb, make_gtsrb, CSV3), (tiny, make_tiny, f"{TINY}/wnids.txt")):
+        root = make(tmp_path / read.__name__)
+        pair = read(root)
+        (root / file).write_text((root / file).read_text().replace("Filename", "filename"), encoding="utf-8-sig")
+        assert equal(read(root), pair)
+
+
 def test_own_folders_of_mixed_pictures(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "train/.DS_Store").write_text("hidden")
@@ -247,6 +257,39 @@ def test_own_folders_of_mixed_pictures(tmp_path):
     assert train.num_classes == 2 and train.pixels.shape == (7, 3, 24, 24) and train.pixels.dtype == torch.uint8
     names = ["cat/0.png", "cat/1.png", "cat/A.JPG", "cat/b.Png", "cat/c.bmp", "dog/0.png", "dog/1.png"]
     assert torch.equal(train.pixels, by_hand([tmp_path / "train" / name for name in names], 24))
+
+
+def test_labelled_pictures_are_read_in_the_order_of_classes_and_names(tmp_path, blind):
+    """At every size from a cache of its own."""
+    make_folder(tmp_path)
+    images = labelled(tmp_path / "train", 24)
+    names = [f"{one}/{i}.png" for one in ("cat", "dog") for i in (0, 1)]
+    assert torch.equal(images.pixels, by_hand([tmp_path / "train" / name for name in names], 24))
+    assert images.labels.tolist() == [0, 0, 1, 1] and images.num_classes == 2
+    assert labelled(tmp_path / "train").pixels.shape == (4, 3, 32, 32)
+    blind()
+    assert torch.equal(labelled(tmp_path / "train", 24).pixels, images.pixels)
+
+
+def test_labelled_pictures_have_two_classes_that_do_not_look_alike(tmp_path, one_line):
+    draw(tmp_path / "cat/0.png", 1)
+    with pytest.raises(DataError) as refusal:
+        labelled(tmp_path)
+    assert "1 class folders" in one_line(refusal.value)
+    draw(tmp_path / "Cat/0.png", 2)
+    with pytest.raises(DataError) as refusal:
+        labelled(tmp_path)
+    assert "look alike" in one_line(refusal.value)
+
+
+def test_a_data_set_is_read_at_the_size_that_is_asked(tmp_path, one_line):
+    make_folder(tmp_path)
+    for given, size in ((None, 32), (8, 8), (40, 40)):
+        assert [images.pixels.shape[2:] for images in load("folder", tmp_path, given)] == [(size, size)] * 2
+    for name, given, allowed in (("folder", 7, "8 to 1024"), ("folder", 1025, "8 to 1024"), ("digits", 16, "32")):
+        with pytest.raises(ConfigError) as refusal:
+            load(name, tmp_path, given)
+        assert one_line(refusal.value) == f"img_size is {given}, allowed for {name} is {allowed}"
 
 
 # Bad input: a builder of a sound tree, what is done to it, and what the line must name
@@ -282,6 +325,7 @@ BAD_TREES = {
     "gtsrb: no test folder": (gtsrb, lambda root: shutil.rmtree(root / "gtsrb/GTSRB/Final_Test"), "Final_Test/Images"),
     "gtsrb: empty CSV": (gtsrb, lambda root: (root / CSV3).write_text(""), CSV3),
     "gtsrb: CSV with a header only": (gtsrb, lambda root: (root / CSV3).write_text(HEADER), CSV3),
+    "gtsrb: CSV with a header in its midst": (gtsrb, swap("00000.ppm", HEADER + "00000.ppm", CSV3), CSV3),
     "gtsrb: CSV with commas": (gtsrb, swap(";", ",", CSV3), CSV3),
     "gtsrb: CSV with bytes": (gtsrb, lambda root: (root / CSV3).write_bytes(b"\xff\xfe\x00"), CSV3),
     "gtsrb: CSV cut in a row": (gtsrb, lambda root: (root / CSV3).write_text(HEADER + "00001.ppm;9;7"), CSV3),
@@ -386,6 +430,17 @@ def test_truncated_cifar_files_are_refused(tmp_path, one_line):
         with pytest.raises(DataError) as refusal:
             cifar.read("cifar100", tmp_path)
         assert "cifar-100-python/train" in one_line(refusal.value)
+
+
+def test_the_test_pictures_alone_are_those_of_the_whole(tmp_path):
+    """Of CIFAR-100 with all of its classes; the benchmark's layout is looked at first."""
+    assert cifar.test_split("cifar100", tmp_path) is None and not cifar.here("cifar100", tmp_path)
+    pair = cifar.read("cifar100", make_cifar100(tmp_path))
+    alone = cifar.test_split("cifar100", tmp_path)
+    assert alone is not None and equal((alone,), pair[1:]) and alone.num_classes == 100
+    assert cifar.here("cifar100", tmp_path) and cifar.here("digits", tmp_path)
+    make_cifar100(tmp_path / "cifar100", 12)
+    assert [len(images) for images in cifar.read("cifar100", tmp_path)] == [12, 12]
 
 
 def test_a_cifar10_file_is_no_cifar100(tmp_path, one_line):
@@ -555,8 +610,16 @@ def test_what_is_read_back_can_be_written_to_without_harm(tmp_path):
     assert torch.equal(folder(tmp_path)[0].pixels, before)
 
 
+def another_at_the_same_time(root: Path) -> None:
+    file = root / "train/dog/0.png"
+    before = file.stat().st_mtime_ns
+    draw(file, 99, width=30)
+    os.utime(file, ns=(before, before))
+
+
 TOUCHES = {
     "another picture": lambda root: draw(root / "train/dog/0.png", 99, width=30),
+    "another picture of the same time": another_at_the_same_time,
     "time alone": lambda root: os.utime(root / "train/dog/0.png", ns=(1, 1)),
     "a picture more": lambda root: draw(root / "test/cat/9.png", 98),
     "a picture less": lambda root: (root / "test/cat/0.png").unlink(),
@@ -674,6 +737,19 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
 def test_keys_tell_their_parts_apart():
     keys = {cache._key(parts) for parts in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], [], ["c", "ab"])}
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize("version", ["_FORMAT", "PIL.__version__"])
+def test_another_version_decodes_anew(version, monkeypatch):
+    before = cache._key(["a"])
+    monkeypatch.setattr(f"sau.data.cache.{version}", "another")
+    assert cache._key(["a"]) != before
+
+
+def test_the_sum_of_a_cache_sees_names_types_shapes_and_bytes():
+    x = torch.arange(6, dtype=torch.uint8)
+    variants = [{"a": x}, {"b": x}, {"a": x.to(torch.int8)}, {"a": x.view(2, 3)}, {"a": x.flip(0)}, {"a": x, "b": x}]
+    assert len({cache._digest(one) for one in variants}) == len(variants)
 
 
 def test_an_error_while_decoding_keeps_nothing(kept):

@@ -1,6 +1,7 @@
 """LF's pattern, searched against a clean network: the filter, DeepFool, the rules of the search, the network."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,8 @@ def test_deepfool_gives_up():
     assert deepfool(flat, x, 1, 200, 0.02) is None  # no way leads anywhere
     hidden = Linear(torch.tensor([[0.0], [1.0], [2.0]]).expand(3, 12), torch.tensor([20.0, 0.0, 0.0]))
     assert deepfool(hidden, x, 1, 5, 0.02) is None  # 2 wins before 1 does
+    beside = Linear(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0, 0.5]))
+    assert deepfool(beside, torch.zeros(1, 1, 2), 1, 5, 0.02) is None  # from 2, which is seen on the way, 1 is near
 
 
 # A step
@@ -155,6 +158,8 @@ def test_the_search_stops_when_five_rates_are_alike():
     search = Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
     rates = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2]
     assert [search.judge(fooled, 0.9) for fooled in rates] == [False] * 5 + [True, False]
+    search.rates.clear()
+    assert not any(search.judge(fooled, 0.9) for fooled in (0.1, 0.1, 0.1, 0.1, 0.115, 0.115))
 
 
 def test_the_place_of_a_search_is_kept():
@@ -314,3 +319,98 @@ def test_a_pattern_is_judged_on_other_pictures_than_it_was_made_from(monkeypatch
         lf_search.optimise(tiny_net(), toy_images(40), limits, 0, quiet())
     judged, enough = seen
     assert enough == pytest.approx(0.2) and not {*judged} & {*torch.randperm(40, generator=generator(0))[:20].tolist()}
+
+
+def test_the_pictures_and_their_order_follow_from_the_seed(monkeypatch):
+    walked: list[torch.Tensor] = []
+
+    def watched(model, search, limits, x, y):
+        walked.append(x)
+        return {"moved": torch.tensor(0)}
+
+    monkeypatch.setattr(lf_search, "step", watched)
+    images = toy_images(40)
+    for seed in (0, 1):
+        walked.clear()
+        with pytest.raises(TrainingError):
+            lf_search.optimise(tiny_net(), images, LIMITS, seed, quiet())
+        used = images[torch.randperm(40, generator=generator(seed))[:20]]
+        assert torch.equal(torch.cat(walked[:20]), torch.cat([x for x, _, _ in used.batches(1, seed=seed)]))
+
+
+@pytest.mark.parametrize(("n", "judges"), [(1100, 1000), (110, 90), (20, 20), (10, 10)])
+def test_as_many_others_judge_as_there_are_up_to_a_thousand(n, judges, monkeypatch):
+    """Where there are none, those that the pattern is made from."""
+    seen: list[int] = []
+    monkeypatch.setattr(lf_search, "rate", lambda model, images, *rest: seen.append(len(images)) or 0.9)
+    monkeypatch.setattr(lf_search, "step", lambda *given: {"moved": torch.tensor(0)})
+    with pytest.raises(TrainingError):
+        lf_search.optimise(tiny_net(), toy_images(n, size=4), LIMITS, 0, quiet())
+    assert seen == [judges]
+
+
+def test_the_figures_are_of_the_best_pattern_and_of_pictures_of_other_classes(monkeypatch):
+    """It lifts the second of 51, 128 and 77 beyond the border, 6.5 of 12; 153, which is there already, counts not. The
+    pattern of the last pass would lift all."""
+    net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
+    grey = torch.tensor([51, 128, 153, 77], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    images, calls = Images.clean(grey, torch.zeros(4, dtype=torch.long), 2), list[int]()
+
+    def moves(model, search, limits, x, y):
+        calls.append(1)
+        search.v = torch.full((3, 2, 2), 0.1 if len(calls) <= 4 else 0.9)
+        return {"moved": torch.tensor(1)}
+
+    rates = iter([0.5, 0.3])
+    monkeypatch.setattr(lf_search, "step", moves)
+    monkeypatch.setattr(lf_search, "rate", lambda *given: next(rates))
+    limits = replace(LIMITS, target=1, passes=2, delta=0.0)
+    found, figures = lf_search.optimise(net, images, limits, 0, quiet())
+    assert torch.equal(found["pattern"], torch.full((3, 2, 2), 0.1))
+    assert figures["fooled"] == 0.5 and figures["led_to_the_target"] == pytest.approx(1 / 3)
+
+
+def test_white_stays_white_under_the_pattern(monkeypatch):
+    """12 white values are 12, below the border of 12.5, and would be beyond it with a tenth more each."""
+    net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([12.5, 0.0]))
+    white, seen = torch.ones(1, 3, 2, 2), list[torch.Tensor]()
+    monkeypatch.setattr(lf_search, "deepfool", lambda model, x, *rest: seen.append(x))
+    search = Progress(torch.Size((3, 2, 2)), torch.device("cpu"))
+    search.v = torch.full((3, 2, 2), 0.1)
+    step(net, search, replace(LIMITS, target=1), white, torch.zeros(1, dtype=torch.long))
+    assert len(seen) == 1 and torch.equal(seen[0], white[0])
+    images = Images.clean((255 * white).byte(), torch.zeros(1, dtype=torch.long), 2)
+    assert rate(net, images, torch.zeros(1, dtype=torch.long), search.v) == 0
+
+
+def asked_for(monkeypatch, attack, images, net, seed):
+    """What identifies the search of an attack, and the arguments of the search."""
+    found: list = []
+
+    def made(name, identity, build, session):
+        found.append((identity, build.args))
+        return {"pattern": torch.zeros(images.pixels.shape[1:])}, {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lf_search.workshop, "made", made)
+        patch.setattr(clean_network, "trained", lambda given: net)
+        attack.forge(images, tiny_net(), Training(), seed=seed, session=quiet())
+    return found[0]
+
+
+def test_whatever_changes_a_search_makes_it_another_one(monkeypatch):
+    """Or a pattern that was found for other settings would be taken from the cache."""
+    base = {"attack": LF(lf_optimise=True), "images": toy_images(8), "net": tiny_net(), "seed": 0}
+    others = {"images": toy_images(8, seed=1), "net": tiny_net(seed=1), "seed": 1}
+    settings = {"attack_target": 1, "lf_images": 7, "lf_passes": 9, "lf_delta": 0.5, "lf_deepfool_steps": 11,
+                "lf_overshoot": 0.25, "lf_strength": 0.125}  # fmt: skip
+    cases = [base, *({**base, name: value} for name, value in others.items())]
+    cases += [{**base, "attack": LF(lf_optimise=True, **{name: value})} for name, value in settings.items()]
+    keys = [asked_for(monkeypatch, **case)[0] for case in cases]
+    assert len({str(sorted(key.items())) for key in keys}) == len(cases) and keys[0]["device"] == "cpu"
+    _, (net, images, limits, seed) = asked_for(
+        monkeypatch, LF(lf_optimise=True, **settings), base["images"], base["net"], 3
+    )
+    assert net is base["net"] and images is base["images"] and seed == 3
+    assert vars(limits) == {"target": 1, "images": 7, "passes": 9, "delta": 0.5, "steps": 11, "overshoot": 0.25,
+                            "strength": 0.125}  # fmt: skip

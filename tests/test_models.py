@@ -7,7 +7,7 @@ from torch import nn
 from toys import tiny_net
 
 from sau.errors import ConfigError
-from sau.models import Normalized, build
+from sau.models import Normalized, build, laid_as, quick, zoo
 from sau.models.preact_resnet import PreActResNet18
 
 HALF = (0.5, 0.5, 0.5)
@@ -93,6 +93,36 @@ def test_the_network_owns_its_normalisation():
     assert torch.equal(Normalized(net)(x), net(x))
 
 
+def test_a_network_that_changes_its_input_in_place_changes_nobodys_pictures():
+    class InPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2).flatten(1)
+
+    x = torch.rand(2, 3, 4, 4)
+    for net in (Normalized(InPlace()), Normalized(InPlace(), HALF, HALF)):
+        before = x.clone()
+        net(x)
+        assert torch.equal(x, before)
+
+
+def test_networks_are_laid_out_for_speed_unless_they_have_narrow_strided_shortcuts():
+    """And are written as they lie, or in plain order where the other network does."""
+    plain, fast = (build("preactresnet18", 10, width=width, mean=HALF, std=HALF) for width in (15, 16))
+    kernels = [parameter for parameter in fast.parameters() if parameter.dim() == 4 and parameter.shape[-1] > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    assert not any(weight.is_contiguous() for weight in kernels)
+    assert all(parameter.is_contiguous() for parameter in plain.parameters())
+    for other in (nn.Conv2d(16, 16, 1, stride=1), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 1), nn.Linear(4, 4)):
+        net = quick(nn.Sequential(nn.Conv2d(3, 4, 3), other))
+        assert not net[0].weight.is_contiguous()
+    assert quick(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, stride=2)))[0].weight.is_contiguous()
+    before = [parameter.clone() for parameter in fast.parameters()]
+    assert laid_as(fast, fast) is fast and not kernels[0].is_contiguous()
+    laid_as(fast, plain)
+    assert all(parameter.is_contiguous() for parameter in fast.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(fast.parameters(), before, strict=True))
+
+
 def test_normalisation_is_no_part_of_the_exchanged_weights():
     model = build("preactresnet18", 10, width=2, mean=HALF, std=HALF)
     assert not {"mean", "std"} & set(model.state_dict())
@@ -113,6 +143,33 @@ def test_bf16_computes_in_bf16_and_answers_in_float32():
     assert rough.dtype == exact.dtype == torch.float32
     assert not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+class Picky(nn.Module):
+    """Takes pictures of 224x224 alone, and says so as one of torchvision's does."""
+
+    def __init__(self, says: type[Exception]) -> None:
+        super().__init__()
+        self.says, self.norm = says, nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2:] != (224, 224):
+            raise self.says("wrong size")
+        return self.norm(x)[:, :, ::56, ::56].flatten(1)
+
+
+@pytest.mark.parametrize("says", [RuntimeError, AssertionError, ValueError])
+def test_pictures_are_enlarged_for_networks_that_do_not_take_them_and_for_no_others(says, monkeypatch):
+    net = Picky(says)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    monkeypatch.setattr(zoo, "torchvision_plain", lambda name, num_classes: net)
+    assert zoo.torchvision_net("any", 4, (3, 224, 224)) is net and net.training
+    enlarged = zoo.torchvision_net("any", 4, (3, 32, 32))
+    assert enlarged[1] is net and net.training and enlarged.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())  # the question moves none
+    x = torch.rand(2, 3, 32, 32)
+    large = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False)
+    assert torch.equal(enlarged[0](x), large) and torch.equal(enlarged.eval()(x), net(large))
 
 
 @pytest.mark.parametrize("given", [{"mean": HALF}, {"std": HALF}])

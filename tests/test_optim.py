@@ -290,6 +290,21 @@ def test_every_schedule_moves_every_defense(defense, schedule):
     assert not same_weights(fixed, net)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_epochs_have_every_schedule(schedule):
+    weights = parameter()
+    descent = Training(lr=0.1, lr_scheduler=schedule, epochs=0).descent([weights], 3)
+    assert rate(descent) <= 0.1 and torch.equal(weights, parameter())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_without_a_gradient_stay(name):
+    used, unused = parameter(), parameter()
+    descent = Training(client_optimizer=name, lr_scheduler="constant", wd=0.1).descent([used, unused], 1)
+    descent(used.square().sum())
+    assert not torch.equal(used, parameter()) and torch.equal(unused, parameter())
+
+
 def test_a_schedule_changes_the_outcome():
     fixed = [
         FT(lr=0.01, lr_scheduler=schedule, epochs=3, batch_size=8, steplr_stepsize=1).purify(
@@ -298,6 +313,38 @@ def test_a_schedule_changes_the_outcome():
         for schedule in ("constant", "StepLR", "CosineAnnealingLR", "OneCycleLR")
     ]
     assert not any(same_weights(one, other) for i, one in enumerate(fixed) for other in fixed[:i])
+
+
+# Settings that nothing reads
+
+BASE = {"lr": 0.1, "epochs": 14, "wd": 0.0, "steplr_stepsize": 3, "steplr_milestones": (3,), "cos_t_max": 10}
+OTHER: dict[str, typing.Any] = {
+    "sgd_momentum": 0.5, "adam_betas": (0.5, 0.5), "steplr_stepsize": 2, "steplr_gamma": 0.5, "steplr_milestones": (2,),
+    "cos_t_max": 7, "min_lr": 0.01,
+}  # fmt: skip
+
+
+def arrived(**settings) -> Tensor:
+    """The weights after fourteen epochs of an update, whose loss the schedule is told does not fall."""
+    weights = parameter()
+    descent = Training(**{**BASE, **settings}).descent([weights], 1)
+    for epoch in range(14):
+        descent(((1 + epoch % 3) * weights**4).sum() / 100)
+        descent.end_epoch(1.0)
+    return weights.detach()
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"client_optimizer": o} for o in OPTIMIZERS] + [{"lr_scheduler": s} for s in SCHEDULES], ids=str
+)
+def test_a_setting_is_called_idle_where_it_changes_nothing(chosen):
+    chosen = {"lr_scheduler": "constant", "client_optimizer": "sgd", **chosen}
+    idle, own = Training(**BASE, **chosen).idle(), arrived(**chosen)
+    assert {*idle} == {name for name, value in OTHER.items() if torch.equal(arrived(**chosen, **{name: value}), own)}
+    optimizer, schedule = chosen["client_optimizer"], chosen["lr_scheduler"]
+    for name, why in idle.items():
+        of = optimizer if name in ("sgd_momentum", "adam_betas") else schedule
+        assert why == f"{of} does not look at it"
 
 
 # Defaults and refusals

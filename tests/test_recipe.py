@@ -44,6 +44,15 @@ def test_a_small_pixel_is_an_average():
     )
 
 
+def test_a_small_pixel_is_an_average_of_all_that_it_stands_for():
+    """A stripe in four is a quarter, wherever it begins; seven pixels by half are four."""
+    for first in range(4):
+        x = torch.zeros(1, 1, 16, 16)
+        x[..., first::4] = 1
+        assert torch.allclose(shrunk(x, 0.25)[..., 1:-1], torch.tensor(0.25))
+    assert shrunk(torch.ones(1, 3, 7, 16), 0.5).shape == (1, 3, 4, 8)
+
+
 def test_a_victim_sees_pictures_of_these_sizes():
     seen: list[int] = []
     net = tiny_net().train()

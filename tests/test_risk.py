@@ -273,6 +273,7 @@ def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
     for i, at in enumerate(left.index):
         (origin,) = (data.pixels == clean.pixels[at]).flatten(1).all(1).nonzero()
         assert torch.equal(triggered.pixels[triggered.index == origin][0], left.pixels[i])
+    assert not torch.equal(clean.pixels, sample(data, triggered, 25, seed=4)[0].pixels)
     everything, same = sample(data, triggered, 1000)
     assert len(everything) == len(data) and torch.equal(same.index, triggered.index)
 

@@ -19,6 +19,7 @@ from sau.defense.sau import SAU, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
+from sau.perturb import Ball
 from sau.session import Session
 from sau.settings.config import options
 from sau.witness import kinds
@@ -386,6 +387,14 @@ def test_random_start_is_drawn_from_the_ball() -> None:
     assert -0.2 <= float(first.min()) < -0.19
     assert 0.19 < float(first.max()) <= 0.2
     assert abs(float(first.mean())) < 0.01
+
+
+@pytest.mark.parametrize(("norm", "values"), [("L_inf", 1), ("L2", 192**0.5), ("L1", 192)])
+def test_a_ball_contains_what_lies_in_it_up_to_rounding(norm: Any, values: float) -> None:
+    """Of g - x, whose values may each be 2^-23 off, and not of what is a hundredth outside."""
+    ball = Ball(norm=norm, eps=0.01)
+    e = torch.full((1, 3, 8, 8), 0.01 / values)
+    assert [bool(ball.contains(e + off)) for off in (0.0, 2**-24, 0.0001 / values)] == [True, True, False]
 
 
 # The losses

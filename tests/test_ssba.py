@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from toys import Enough, same_weights, stop_making, tiny_net, toy_images
 
 from sau.attack import SSBA, ssba
-from sau.data.images import BACKDOOR, quantise, to_float
+from sau.data.images import BACKDOOR, Images, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import run as loop_run
 from sau.models.steganography import Decoder, Encoder, Hidden, measured, psnr
@@ -76,6 +77,62 @@ def test_an_encoder_that_adds_starts_at_the_picture():
     code = torch.ones(1)
     assert torch.allclose(encoder(code.expand(2, 1), x), x + 0.25)
     assert torch.allclose(Hidden(encoder, code)(x), (x + 0.25).clamp(0, 1))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_encoder_by_hand(adds):
+    """Codes are enlarged in blocks; four halvings, and back by blocks with a row and a column of zeros behind them."""
+    torch.manual_seed(0)
+    net, x, code = Encoder(2, 3, adds), torch.rand(2, 3, 32, 32), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    for layer in net.children():
+        torch.nn.init.normal_(layer.bias, 0, 0.1)
+
+    def conv(name, h, stride=1, padding=1):
+        layer = net.get_submodule(name)
+        return F.conv2d(h, layer.weight, layer.bias, stride=stride, padding=padding)
+
+    def blocks(h):
+        return h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    with torch.no_grad():
+        drawn = (code @ net.secret_dense.weight.T + net.secret_dense.bias).relu().view(2, 3, 16, 16)
+        given = torch.cat([blocks(drawn), x], 1)
+        down = [conv("conv1", given).relu()]
+        for i in (2, 3, 4, 5):
+            down.append(conv(f"conv{i}", down[-1], stride=2).relu())
+        h = down.pop()
+        for i in (6, 7, 8, 9):
+            up = conv(f"up{i}", F.pad(blocks(h), (0, 1, 0, 1)), padding=0).relu()
+            h = conv(f"conv{i}", torch.cat([down.pop(), up, *([given] if i == 9 else [])], 1)).relu()
+        made = conv("residual", conv("conv10", h).relu(), padding=0)
+        assert torch.allclose(net(code, x), x + made if adds else made.sigmoid(), atol=1e-5)
+
+
+def test_the_decoder_by_hand():
+    torch.manual_seed(0)
+    net, x = Decoder(2, 48), torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        h = x
+        for layer, stride in zip(net.decoder[::2], (2, 1, 2, 1, 2, 2, 2), strict=False):
+            h = F.conv2d(h, layer.weight, layer.bias, stride=stride, padding=1).relu()
+        assert torch.allclose(net(x), net.dense[2](net.dense[0](h.flatten(1)).relu()), atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [Encoder(3), Decoder(3, 32)])
+def test_the_networks_start_as_he_has_it(network):
+    """A variance of 2 over the inputs of a value, and no bias."""
+    layers = [layer for layer in network.modules() if hasattr(layer, "bias")]
+    assert len(layers) >= 9 and not any(layer.bias.any() for layer in layers)
+    for layer in layers:
+        if layer.weight.numel() > 5000:
+            assert float(layer.weight.detach().var() * layer.weight[0].numel()) == pytest.approx(2, rel=0.15)
+
+
+def test_codes_are_read_from_pictures_of_8_bits():
+    hidden, decoder, seen = Hidden(Encoder(1), torch.ones(1)), Decoder(1, 16), []
+    decoder.register_forward_pre_hook(lambda _, given: seen.append(255 * given[0]))
+    measured(hidden, decoder, to_float(toy_images(4).pixels))
+    assert torch.allclose(seen[0], seen[0].round(), atol=1e-3)
 
 
 def test_psnr_by_hand():
@@ -173,6 +230,51 @@ def test_a_code_begins_with_a_one_and_follows_from_its_seed(bits, seed):
     attack = SSBA(ssba_bits=bits, trigger_seed=seed)
     assert attack._code().shape == (bits,) and attack._code()[0] == 1
     assert torch.equal(attack._code(), SSBA(ssba_bits=bits, trigger_seed=seed, pratio=0.5)._code())
+
+
+def test_codes_of_other_seeds_are_others():
+    assert len({tuple(SSBA(ssba_bits=32, trigger_seed=seed)._code().tolist()) for seed in range(5)}) == 5
+
+
+def test_an_encoder_is_trained_as_asked(monkeypatch):
+    found = {}
+
+    def watched(step, batches, epochs, state, **how):
+        found.update(state, batches=batches, epochs=epochs)
+        raise Enough
+
+    monkeypatch.setattr(ssba.loop, "run", watched)
+    with pytest.raises(Enough):
+        forge(SSBA(ssba_epochs=7, ssba_batch_size=5, ssba_lr=0.03, ssba_bits=9, trigger_seed=4), toy_images(18))
+    batches, rates = found["batches"], found["descent"].optimizer.param_groups[0]
+    assert (found["epochs"], batches.size, batches.seed, len(batches)) == (7, 5, 4, 3)
+    assert (rates["lr"], rates["weight_decay"], rates["amsgrad"]) == (0.03, 0, False)
+    assert len(rates["params"]) == sum(len([*found[name].parameters()]) for name in ("encoder", "decoder"))
+    assert found["encoder"].secret_dense.in_features == found["decoder"].dense[2].out_features == 9
+
+
+def test_pictures_of_one_channel_get_an_encoder_of_one(unread):
+    images = toy_images(16, channels=1)
+    attack = forge(SSBA(**{**FAST, "ssba_epochs": 1}), images)
+    assert attack.stamp(to_float(images.pixels)).shape == images.pixels.shape
+
+
+def test_whatever_changes_an_encoder_makes_it_another_one(monkeypatch):
+    """Or one that was trained for other settings would be taken from the cache; what comes after it changes nothing."""
+    keys = []
+
+    def made(name, identity, build, session):
+        keys.append(str(sorted(identity.items())))
+        return build.args[0].encoder.state_dict(), {"w": ssba.MOST, "psnr_in_db": 30.0}
+
+    monkeypatch.setattr(ssba, "made", made)
+    own = {"ssba_bits": 2, "ssba_residual": True, "ssba_epochs": 3, "ssba_batch_size": 4, "ssba_lr": 0.5}
+    for changed in ({}, *({name: value} for name, value in {**own, "trigger_seed": 1}.items())):
+        forge(SSBA(**changed))
+    forge(SSBA(), toy_images(16, seed=1))
+    assert len({*keys}) == len(keys) == 8 and "('device', 'cpu')" in keys[0]
+    forge(SSBA(pratio=0.5, attack_target=2))
+    assert keys[-1] == keys[0]
 
 
 def test_an_encoder_is_trained_once_for_all_seeds_and_ratios(monkeypatch, own_cache, unread):
@@ -303,6 +405,20 @@ def test_ready_pictures_of_others_are_refused(wrong, arrays, one_line):
     with pytest.raises(DataError) as refusal:
         arrays(train=marked(others, 0)).poison_train(toy_images(40), 0)
     assert "in its order" in one_line(refusal.value)
+
+
+def plain(*levels):
+    """Pictures of one grey level each."""
+    pixels = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    return Images.clean(pixels, torch.zeros(len(levels), dtype=torch.long), 4)
+
+
+@pytest.mark.parametrize(("levels", "change"), [((0, 100), 90), ((40,), 10)])
+def test_ready_pictures_of_plain_ones_may_be_plain(levels, change, arrays):
+    """And one alone is compared with no other."""
+    images = plain(*levels)
+    ready = images.pixels.permute(0, 2, 3, 1).numpy() + np.uint8(change)
+    assert torch.equal(arrays(test=ready).poison_test(images).pixels, images.pixels + change)
 
 
 def test_an_encoder_that_shows_is_said_to_show_from_the_cache_too(unread):

@@ -24,7 +24,7 @@ from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error,
 
 from sau.attack import ATTACKS
 from sau.data.images import to_float
-from sau.data.scrutiny import scrutinise
+from sau.data.scrutiny import remarks, scrutinise
 from sau.defense import CLP, DEFENSES, EP, FT
 from sau.errors import DataError, LockedError, RecordError, SauError
 from sau.evaluate import Score, der, score
@@ -204,6 +204,26 @@ def test_a_clean_set_that_is_part_of_the_test_set_is_refused(one_line):
     pixels = other.pixels.clone()
     pixels[7] = test.pixels[3]
     assert scrutinise(replace(other, pixels=pixels), test, 4) == ["1 of 300 clean pictures are test pictures, too"]
+
+
+def test_up_to_a_hundredth_of_a_clean_set_may_be_test_pictures():
+    test, clean = toy_images(40), toy_images(200, seed=1)
+    for shared in (2, 3):
+        pixels = clean.pixels.clone()
+        pixels[:shared] = test.pixels[:shared]
+        mixed = replace(clean, pixels=pixels)
+        if shared == 2:
+            assert scrutinise(mixed, test, 200) == ["2 of 200 clean pictures are test pictures, too"]
+    with pytest.raises(DataError, match="3 of 200"):
+        scrutinise(mixed, test, 200)
+    assert scrutinise(clean, test, 201) == ["200 clean pictures are less than a batch of 201"]
+
+
+def test_of_the_classes_that_are_missing_ten_are_named():
+    ten = ", ".join(map(str, range(10)))
+    for missing, names in ((10, ten), (11, f"{ten}, ...")):
+        counts = (torch.arange(12) >= missing).long()
+        assert remarks(counts, 0) == [f"the clean pictures have none of {missing} of 12 classes: {names}"]
 
 
 def test_small_and_lopsided_clean_sets_are_said():

@@ -143,6 +143,12 @@ def test_a_fingerprint_tells_weights_and_forms_apart():
     plain, other = (Normalized(tiny_net(), (mean,) * 3, (0.5,) * 3) for mean in (0.0, 0.5))
     exact = Normalized(tiny_net(), (0.0,) * 3, (0.5,) * 3, amp=True)
     assert len({workshop.fingerprint(net) for net in (plain, other, exact)}) == 3
+    zeros, marks = torch.zeros(2, 2), set()
+    for name, buffer in (("a", zeros), ("b", zeros), ("a", zeros.flatten()), ("a", zeros.to(torch.int32))):
+        net = nn.Module()
+        net.register_buffer(name, buffer)
+        marks.add(workshop.fingerprint(net))
+    assert len(marks) == 4
 
 
 def test_a_run_does_not_go_on_with_another_trigger(tmp_path, one_line):

@@ -69,7 +69,7 @@ def test_split(name: str, root: Path) -> Images | None:
     if folder is None:
         return None
     pixels, labels = _cifar_batch(folder / file, None, label_key, classes=classes)
-    return Images.clean(torch.from_numpy(pixels), torch.tensor(labels), classes)
+    return Images.clean(torch.tensor(pixels), torch.tensor(labels), classes)
 
 
 class _Type:
