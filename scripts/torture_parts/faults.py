@@ -22,7 +22,7 @@ from sau.data.images import Images
 from sau.errors import RecordError, SauError
 from sau.files import folder as named
 from sau.record import victim as victims
-from sau.record.folder import CHECKPOINT, Record
+from sau.record.folder import CHECKPOINT, CONFIG, Record
 from sau.record.holding import give_back
 
 MUTATIONS, POINTS, NAMES = 10_000, 40, 5_000
@@ -100,14 +100,15 @@ def mutations(folder: Path, seed: int, share: float) -> list[Row]:
     assert status == -signal.SIGKILL and (half / CHECKPOINT).is_file(), wrong
     for leftover in half.glob(".*"):
         leftover.unlink()
-    config = Record(half)._ours()
-    _IDENTITY[half] = config["identity"]
+    _IDENTITY[half] = Record(half)._ours()["identity"]
+    config = (half / CONFIG).read_bytes()
     places: list[tuple[Path, Callable[[Path], str]]] = [
         (attacked, _finished), (attacked / "defense" / "ft", _purified), (half, _unfinished)]  # fmt: skip
     files = [(file, read) for place, read in places for file in sorted(place.iterdir()) if file.is_file()]
     right = {place: read(place) for place, read in places}
     draw, count, found = random.Random(seed), round(MUTATIONS * share), Counter[str]()
     for i in range(count):
+        (half / CONFIG).write_bytes(config)  # to read an unfinished run is to go on with it, which notes its command
         file, read = files[i % len(files)]
         content = file.read_bytes()
         changed = spoiled(content, KINDS[draw.randrange(len(KINDS))], draw)
