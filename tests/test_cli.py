@@ -935,6 +935,7 @@ WRONG_DEFENSES = {
     "record outside": (["--result_file", "../victim"], "../victim"),
     "another data set": (["--result_file", "victim", "--dataset", "cifar10"], "'digits'"),
     "another model": (["--result_file", "victim", "--model", "vgg19"], "'preactresnet18'"),
+    "another width": (["--result_file", "victim", "--width", "64"], "the record has 4"),
     "ratio of 0": (["--result_file", "victim", "--ratio", "0"], "ratio"),
     "ratio above 1": (["--result_file", "victim", "--ratio", "2"], "ratio"),
     "no clean picture": (["--result_file", "victim", "--ratio", "0.0001"], "empty"),

@@ -24,6 +24,7 @@ from toys import REPOSITORY, environment, the_error
 
 from sau.errors import RecordError
 from sau.foreign import inspection, pickles, weights
+from sau.foreign.formats import OLD, ONNX, SAFE, ZIP
 from sau.foreign.guess import guess
 from sau.foreign.inspection import HARMLESS, SUSPICIOUS, UNREADABLE, look
 from sau.models import build
@@ -106,7 +107,7 @@ def test_names_decide_and_never_positions(tmp_path, one_line):
         names = random.Random(seed).sample(sorted(own), len(own))
         other = {f"m.{name[::-1]}": own[name] for name in names}
         with pytest.raises(RecordError) as refusal:
-            weights.Weights(tmp_path, weights.ZIP, "", other, {}).of(own)
+            weights.Weights(tmp_path, ZIP, "", other, {}).of(own)
         one_line(refusal.value)
 
 
@@ -130,7 +131,7 @@ def test_weights_of_another_network(change, word, tmp_path, one_line):
 def test_the_librarys_network_is_recognised_in_any_width(width, classes, tmp_path):
     with torch.device("meta"):
         own = build(NET, classes, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
-    found = guess(weights.Weights(tmp_path, weights.ZIP, "", {f"net.{name}": value for name, value in own.items()}, {}))
+    found = guess(weights.Weights(tmp_path, ZIP, "", {f"net.{name}": value for name, value in own.items()}, {}))
     assert (found.name, found.width, found.classes, found.prefix) == (NET, width, classes, "net.")
 
 
@@ -140,7 +141,7 @@ def test_torchvisions_networks_are_recognised(name, tmp_path):
 
     with torch.device("meta"):
         own = models.get_model(name, weights=None, num_classes=12).state_dict()
-    found = guess(weights.Weights(tmp_path, weights.ZIP, "", dict(own), {}))
+    found = guess(weights.Weights(tmp_path, ZIP, "", dict(own), {}))
     assert (found.name, found.width, found.classes) == (name, None, 12)
 
 
@@ -148,7 +149,7 @@ def test_the_report_of_a_harmless_file(tmp_path):
     own = small()
     own["linear.bias"][1] = float("nan")
     report, _, known = look(stored(tmp_path, {"net": own, "clean_data": "gtsrb"}))
-    assert report["status"] == HARMLESS and report["format"] == weights.ZIP and known.prefix == "net."
+    assert report["status"] == HARMLESS and report["format"] == ZIP and known.prefix == "net."
     assert report["network"] == {"name": NET, "width": 4, "classes": 7, "prefix": "net."}
     assert len(report["tensors"]) == len(own) and sum(t["values"] for t in report["tensors"]) == sum(
         value.numel() for value in own.values()
@@ -166,7 +167,7 @@ def test_statistics_among_the_tensors_are_found(tmp_path):
     content |= {"bn.running_mean": torch.zeros(3)}
     save_file(content, tmp_path / "x.safetensors")
     report, _, known = look(tmp_path / "x.safetensors")
-    assert report["format"] == weights.SAFE and known is None
+    assert report["format"] == SAFE and known is None
     assert report["normalisation"] == {"mean": [0.5, 0.25, 0.125], "std": [0.5] * 3, "from": "norm.mean"}
 
 
@@ -177,7 +178,7 @@ def test_an_onnx_file_is_read(tmp_path):
     model = onnx.helper.make_model(graph)
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     found = weights.read(tmp_path / "x.onnx")
-    assert found.kind == weights.ONNX and torch.equal(found.tensors["fc.weight"], torch.arange(6.0).view(2, 3))
+    assert found.kind == ONNX and torch.equal(found.tensors["fc.weight"], torch.arange(6.0).view(2, 3))
     weight.external_data.add(key="location", value="../../secret")
     (tmp_path / "x.onnx").write_bytes(
         onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [weight])).SerializeToString()
@@ -210,12 +211,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, st
 def test_hostile_files_are_suspicious_and_their_imports_named(places):
     whole = {"deflate bomb": "compressed", "false dtype": "dtype", "TorchScript": "TorchScript"}
     named = dict.fromkeys(("object array", "legacy", "tar", "os.system"), "posix.system")
+    said: dict[str, str | None] = {}
     for name, (path, word) in places.items():
         report, found, _ = look(path)
         assert found is None and report["status"] != HARMLESS and not (path.parent / HERE).exists(), name
         assert whole.get(name) or report["status"] == SUSPICIOUS, (name, report["verdict"])
         wanted = whole.get(name) or named.get(name, word)
         assert wanted in report["verdict"] + " ".join(report["refused"]), (name, report["verdict"])
+        said[name] = report["format"]
+    assert said.pop("legacy") == OLD and said.pop("tar") is None and set(said.values()) == {ZIP}
 
 
 def test_nothing_runs_by_the_audit_hook_and_the_canary(places):

@@ -97,7 +97,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
         return own_network.purify(name, request)
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, why = request.recipe(attacked.recipe)
-    says = {"dataset": attacked.dataset, "model": attacked.network["name"], "dataset_path": attacked.dataset_path}
+    says = {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, "model": attacked.network["name"]}
+    says |= {"width": attacked.network["width"], "num_classes": attacked.network["classes"]}
     run, _, method = request.settle(recipe, attacked.dataset, says)
     request.note_unheard(method)
     request.note_idle(OF_OWN | run.idle())

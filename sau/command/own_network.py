@@ -26,6 +26,7 @@ from sau.errors import ConfigError, DataError, in_a_line
 from sau.evaluate import Score, score, table
 from sau.files import folder
 from sau.foreign import weights
+from sau.foreign.formats import SAFE
 from sau.foreign.inspection import normalisation
 from sau.foreign.network import network
 from sau.machine import device as machine
@@ -93,7 +94,7 @@ def purify(name: str, request: Request) -> None:
         "before": _report(record, "before", before, threat, patches, alike),
         "after": _report(record, "after", after, left, smaller, alike),
     }
-    _keep(record, fixed, net, "safetensors" if file.kind == weights.SAFE else "pt")
+    _keep(record, fixed, net, "safetensors" if file.kind == SAFE else "pt")
     if before.acc.percent - after.acc.percent > DEAR:
         lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
         record.say(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")

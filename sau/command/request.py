@@ -89,7 +89,7 @@ class Request:
         Args:
             recipe: the recipe in force.
             dataset: the data set in force.
-            record: what the record says; a flag or YAML key that contradicts its data set or model is refused.
+            record: what the record says; a flag or YAML key that contradicts its data set or network is refused.
         """
         layers: dict[str, Setting] = {}
         if self.kind == "attack" and (path := shipped("recipe", dataset)) is not None:
@@ -107,8 +107,8 @@ class Request:
                 )
         self.asked |= said.keys()
         record = record or {}
-        for name in ("dataset", "model"):
-            if name in record and name in said and said[name].value != record[name]:
+        for name in ("dataset", "model", "width", "num_classes"):
+            if record.get(name) is not None and name in said and str(said[name].value) != str(record[name]):
                 raise ConfigError(
                     f"{said[name].origin} is {said[name].value!r}, but the record has {record[name]!r}; leave it out"
                 )

@@ -19,6 +19,7 @@ from sau.errors import RecordError, printable
 from sau.files import write
 from sau.foreign import pickles, torchfile, weights
 from sau.foreign.confinement import confine
+from sau.foreign.formats import file_format
 from sau.foreign.guess import Guess, guess
 from sau.models.zoo import torchvision_names
 
@@ -107,6 +108,7 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
     except RecordError as error:
         return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}, None, None
     report["sha256"], report["imports"] = hashlib.sha256(raw).hexdigest(), pickles.imports(raw)
+    report["format"] = file_format(path, raw) or None
     report["refused"] = sorted({*report["imports"]} - pickles.allowed())
     scripted = pickles.scripted(raw)
     try:
@@ -124,7 +126,6 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
     except weights.SeveralError as error:
         known, report["several"] = None, error.under
     report.update(
-        format=found.kind,
         tensors=[
             {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."),
              "values": value.numel(), "nan": int(value.isnan().sum()) if value.dtype.is_floating_point else 0}

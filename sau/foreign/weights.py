@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sau.errors import RecordError
 from sau.foreign import torchfile
+from sau.foreign.formats import ONNX, SAFE, file_format
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*NARROW, torch.float64)
 VALUES, TENSORS, DEEPEST = 3_000_000, 10_000, 50  # of a file; a list of 110,000 pictures has 900,000 values
 TEXTS = 1_000  # that are kept
 SHARED = 8  # names that the tensors may have on average; networks that are saved twice have two
-ZIP, LEGACY, SAFE, ONNX = "torch zip archive", "torch before 1.6", "safetensors", "ONNX"
 
 
 class SeveralError(RecordError):
@@ -36,7 +36,7 @@ class Weights:
 
     Args:
         path: of the file.
-        kind: its format, one of `ZIP`, `LEGACY`, `SAFE`, `ONNX`.
+        kind: its format, a torch file, safetensors or ONNX.
         digest: SHA-256 of the file.
         tensors: its tensors by their places in it, joined by dots: `state_dict.model.conv1.weight`.
         texts: the first thousand of its texts by their places, like `clean_data` in BackdoorBench's files.
@@ -126,14 +126,15 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     that cannot be read so.
     """
     raw = torchfile.content(path) if raw is None else raw
-    if raw[8:9] == b"{":
+    kind = file_format(path, raw)
+    if kind == SAFE:
         return _safetensors(path, raw)
-    if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
+    if kind == ONNX:
         return _onnx(path, raw)
     content, digest = torchfile.load(path, old=True, raw=raw)
     walk = _Walk(path, min(len(raw), VALUES), SHARED * len(raw))
     walk.over(content, "", 0)
-    return Weights(path, LEGACY if raw.startswith(torchfile.LEGACY) else ZIP, digest, walk.tensors, walk.texts)
+    return Weights(path, kind, digest, walk.tensors, walk.texts)
 
 
 @dataclass
