@@ -1,5 +1,6 @@
 """BackdoorBench's folders: reading theirs, writing ours, and files that are broken or hostile."""
 
+import copy
 import csv
 import io
 import json
@@ -313,6 +314,28 @@ def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
     assert compat.read(folder).poisoned.pixels[1, 0].eq(255).all()
 
 
+@pytest.mark.parametrize("what", ["time", "size", "file"])
+def test_the_cache_knows_other_pictures_of_the_same_name(tiny, tmp_path, what):
+    """By the time of writing, by the size, and by the file that lists them, each where the others are equal."""
+    found = []
+    for folder, colour in (("a", "red"), ("b" if what == "file" else "a", "lime")):
+        content = toy_content(tmp_path / folder)
+        content["more"] = colour if what == "file" else ""
+        picture = tmp_path / folder / "bd_train_dataset" / "3" / "3.png"
+        Image.new("RGB", (32, 32), colour).save(picture, compress_level=0)
+        if what == "size":
+            picture.write_bytes(picture.read_bytes() + bytes(len(colour)))
+        for file in (tmp_path / folder).rglob("*.png"):
+            os.utime(file, (9, 9) if what != "time" or file != picture else (9, len(colour)))
+        found.append((compat.read(save(content, tmp_path / folder)), picture.stat()))
+    (first, before), (second, after) = found
+    assert (before.st_size == after.st_size) == (what != "size")
+    assert (before.st_mtime_ns == after.st_mtime_ns) == (what != "time")
+    assert (first.digest == second.digest) == (what != "file")
+    assert first.poisoned.pixels[1, :, 0, 0].tolist() == [255, 0, 0]
+    assert second.poisoned.pixels[1, :, 0, 0].tolist() == [0, 255, 0]
+
+
 def test_hundred_permutations_of_names_are_refused(tmp_path):
     """Equal shapes under exchanged names look right to a reader that goes by position."""
     own = {f"{a}.{b}": torch.full((4,), float(i)) for i, (a, b) in enumerate((a, b) for a in "xyz" for b in "abcd")}
@@ -418,6 +441,63 @@ def test_limits_of_size(refused, monkeypatch):
     refused(raw, "its pickle has")
 
 
+@pytest.mark.parametrize("place", [10, 20, 24])
+def test_a_member_that_claims_to_be_packed_is_refused(refused, place):
+    """Its method, and either of its sizes, in the table of contents."""
+    raw = bytearray(saved({"x": torch.zeros(1000)}))
+    raw[raw.rindex(b"archive/data/0") - 46 + place] += 8
+    refused(bytes(raw), "compressed, as torch.save never does")
+
+
+def test_members_that_share_bytes_or_names_are_refused(refused):
+    raw = saved({"x": torch.zeros(1000)})
+    twice, shared = io.BytesIO(raw), io.BytesIO(raw)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as found:
+        found.writestr("archive/data/0", bytes(4000))
+    refused(twice.getvalue(), "overlap or are there twice")
+    with zipfile.ZipFile(shared, "a") as found:
+        for i in range(9):
+            member = copy.copy(found.getinfo("archive/data/0"))
+            member.filename = f"archive/data/{i + 1}"
+            found.filelist.append(member)
+        found.writestr("archive/more", b"")  # for the table to be written again
+    refused(shared.getvalue(), "overlap or are there twice")
+
+
+def test_a_comment_at_the_end_of_an_archive_is_refused(refused):
+    refused(saved({"x": torch.zeros(1000)})[:-2] + b"\1\0", "does not end like a torch zip file")
+
+
+@pytest.mark.parametrize("name", ["archive/code/x.py", "archive/constants.pkl"])
+def test_one_sign_of_a_program_is_enough(refused, name):
+    raw = io.BytesIO(saved({"x": torch.zeros(2)}))
+    with zipfile.ZipFile(raw, "a") as found:
+        found.writestr(name, b"")
+    refused(raw.getvalue(), "it is TorchScript or no archive of torch.save")
+
+
+def test_a_pickle_with_pictures_may_be_larger_and_has_a_limit_too(refused, tmp_path, monkeypatch):
+    raw = saved({"x": Image.new("RGB", (2, 3), "red")})
+    monkeypatch.setattr(archive, "PICKLE", 20)
+    found, _ = torchfile.load(tmp_path, raw=raw)
+    assert found["x"].pixels.shape == (3, 2, 3) and found["x"].pixels[..., 0].min() == 255
+    monkeypatch.setattr(archive, "PICKLE_WITH_PICTURES", 20)
+    refused(raw, "allowed are 20")
+
+
+def test_a_picture_in_the_file_that_has_other_colours_is_refused(refused):
+    """Three bytes a pixel, too: they would be taken for red, green and blue."""
+    refused({"x": Image.new("HSV", (2, 2))}, "mode 'HSV', allowed is RGB")
+
+
+@pytest.mark.parametrize("kind", ["f8", "i8", "i4"])
+def test_an_array_has_the_length_that_it_claims(refused, tmp_path, kind):
+    raw = saved({"x": np.array([-1, 0, 1], dtype=kind)})
+    assert torchfile.load(tmp_path, raw=raw)[0]["x"].values.tolist() == [-1, 0, 1]
+    longer = pickled(raw, lambda content: content.replace(b"K\x01K\x03\x85", b"K\x01K\x04\x85"))
+    refused(longer, "another length than it claims")
+
+
 def test_claims_of_size_cost_nothing(refused, tiny, tmp_path):
     content = toy_content(tmp_path / "hostile")
     content["model"]["linear.weight"] = torch.zeros(1).expand(1 << 40)
@@ -476,6 +556,7 @@ def test_missing_keys(refused, tiny, tmp_path):
         ("clean_data", 3, "clean_data is 3"),
         ("model_name", "nothing", "nothing"),
         ("model_name", "a\nb\x1b[2J", "printable"),
+        ("model_name", "x" * 501, "up to 500"),
         ("num_classes", 11, "num_classes is 11"),
         ("num_classes", True, "num_classes is True"),
         ("num_classes", 10**500, "num_classes is a int"),
@@ -535,6 +616,15 @@ def test_wrong_lists(refused, tiny, tmp_path, change, word):
     content = toy_content(tmp_path / "hostile")
     change(content["bd_test"])
     refused(content, word)
+
+
+def test_a_training_split_may_be_as_long_as_the_data_set(refused, tiny, tmp_path):
+    content = toy_content(tmp_path / "a")
+    content["bd_train"]["poison_indicator"] = np.zeros(50_000)
+    found = compat.read(save(content, tmp_path / "a"))
+    assert (found.train_length, found.poisoned) == (50_000, None)
+    content["bd_train"]["poison_indicator"] = np.zeros(50_001)
+    refused(content, "bd_train has 50,001 flags, but the data set has 50,000 pictures", tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -706,6 +796,7 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
         ({"name": "resnet18"}, "no network resnet18"),
         ({"shape": [3, 64, 64]}, "32x32 pixels only"),
         ({"mean": [0.5, 0.5, 0.5]}, "normalises"),
+        ({"std": [0.5, 0.5, 0.5]}, "normalises"),
         ({"poison": False}, "clean network"),
     ],
 )
@@ -722,6 +813,10 @@ def test_other_pictures_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path
         with pytest.raises(RecordError) as refusal:
             export.write(record, tmp_path / "out", "out")
         assert "a part of cifar10 (40 and 20 pictures)" in one_line(refusal.value)
+        for lengths in ((41, 20), (40, 21)):
+            patch.setitem(OFFICIAL, "cifar10", Official(10, lengths[:1], lengths[1]))
+            with pytest.raises(RecordError, match=r"a part of cifar10 \(40 and 20 pictures\)"):
+                export.write(record, tmp_path / "out", "out")
         patch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
         with pytest.raises(RecordError) as refusal:
             export.write(record, tmp_path / "out", "out")
@@ -744,8 +839,11 @@ def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch,
         assert "No space left" in one_line(refusal.value)
     assert not target.exists() and not list(target.parent.iterdir())
     export.write(record, target, "new")
-    with pytest.raises(RecordError, match="exists"):
-        export.write(record, target, "new")
+    assert target.stat().st_mode & 0o777 == 0o755
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "nowhere")
+    for place in (target, tmp_path / "out" / "link"):
+        with pytest.raises(RecordError, match="exists"):
+            export.write(record, place, "new")
 
 
 # scripts/export.py

@@ -645,6 +645,54 @@ def test_run_settings_out_of_range_are_refused(name, value, one_line):
     assert name in one_line(refusal.value)
 
 
+OWN_FILE = {"model_file": "net.pt", "clean_dir": "clean"}
+BOUNDS: list[tuple[type, str, tuple[Any, ...], tuple[Any, ...]]] = [
+    (AttackRun, "devices", (0,), (1,)),
+    (AttackRun, "eval_every", (0,), (1,)),
+    (AttackRun, "frequency_save", (-1,), (0,)),
+    (AttackRun, "max_minutes", (0.0, -1.0), (0.1, None)),
+    (AttackRun, "random_seed", (-1, 2**32), (0, 2**32 - 1)),
+    (AttackRun, "trigger_radius", (0.0, 1.1), (0.01, 1.0)),
+    (DefenseRun, "risk_samples", (0,), (1,)),
+    (DefenseRun, "risk_eps", (-0.1,), (0.2,)),
+    (DefenseRun, "ratio", (0.0, 1.5), (0.01, 1.0)),
+    (OwnRun, "input_size", (0,), (1,)),
+    (OwnRun, "check_share", (0.0, 1.0), (0.01, 0.99)),
+    (OwnRun, "reversal_passes", (-1,), (0,)),
+    (OwnRun, "clean_dir", (None,), ("clean",)),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "outside", "inside"), BOUNDS, ids=lambda part: str(part)[:20])
+def test_run_settings_have_bounds(cls, name, outside, inside, one_line):
+    more = OWN_FILE if cls is OwnRun else {}
+    for value in inside:
+        assert getattr(cls(**{**more, name: value}), name) == value
+    for value in outside:
+        with pytest.raises(ConfigError) as refusal:
+            cls(**{**more, name: value})
+        assert f"{name} is {value!r}" in one_line(refusal.value) or name.removeprefix("risk_") in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "fine"),
+    [((), (), True), ((0.5,), (0.2,), True), ((0.5,) * 3, (0.2,) * 3, True), ((0.5,) * 2, (0.2,) * 2, False),
+     ((0.5,) * 3, (0.2,), False), ((0.5,), (0.0,), False), ((0.5,) * 3, (0.2, 0.2, -0.2), False)],
+)  # fmt: skip
+def test_a_normalisation_is_of_one_or_three_channels_and_divides_by_something(mean, std, fine, one_line):
+    if fine:
+        assert OwnRun(**OWN_FILE, mean=mean, std=std).std == std
+        return
+    with pytest.raises(ConfigError) as refusal:
+        OwnRun(**OWN_FILE, mean=mean, std=std)
+    assert one_line(refusal.value).startswith("std is")
+
+
+def test_a_ratio_beside_a_list_of_pictures_is_idle_and_not_judged():
+    run = DefenseRun(index="clean.txt", ratio=7.0)
+    assert run.idle()["ratio"] == "index names the pictures" and "ratio" not in DefenseRun().idle()
+
+
 def test_what_was_said_can_be_asked_before_it_is_settled(tmp_path):
     file = written(tmp_path, "dataset: digits\nrecipe: paper\n")
     request = Request("x", SAU, (DefenseRun, SAU), ["--yaml_path", str(file), "--recipe", "cpu"])

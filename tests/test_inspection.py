@@ -1,5 +1,6 @@
 """Files of other people's networks: what is in them, hostile ones, six honest layouts, and the way to safetensors."""
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,8 +71,6 @@ LAYOUTS = {
 
 def in_benchmark(own: dict[str, Tensor], core: bytes) -> bytes:
     """A zip file with the weights below `model` beside an array in numpy's words; `hostile.in_zip` has one tensor."""
-    import zipfile
-
     import numpy as np
 
     raw = saved({"model": OrderedDict(own), "clean_data": "cifar10", "bd_test": {"indices": np.arange(3)}})
@@ -88,7 +88,9 @@ def in_benchmark(own: dict[str, Tensor], core: bytes) -> bytes:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_six_honest_layouts_load_or_say_which_key_is_missing(layout, tmp_path, one_line):
     own = small()
-    found = weights.read(stored(tmp_path, LAYOUTS[layout](own)))
+    found = weights.read(path := stored(tmp_path, LAYOUTS[layout](own)))
+    assert found.kind == (OLD if layout == "BackdoorBox" else ZIP)
+    assert 0 < len(names := {*pickles.imports(path.read_bytes())}) and names <= pickles.allowed()
     assert all(torch.equal(value, own[name]) for name, value in found.of(own).items()) and list(found.of(own)) == [*own]
     assert guess(found).name == NET
     lost = {name: value for name, value in own.items() if name != "layer2.0.bn1.bias"}
@@ -109,6 +111,13 @@ def test_names_decide_and_never_positions(tmp_path, one_line):
         with pytest.raises(RecordError) as refusal:
             weights.Weights(tmp_path, ZIP, "", other, {}).of(own)
         one_line(refusal.value)
+
+
+def test_a_name_that_only_ends_like_a_weight_is_another_one(tmp_path, one_line):
+    glued = {f"x{name}": torch.zeros(2) for name in ("fc.weight", "fc.bias")}
+    with pytest.raises(RecordError) as refusal:
+        weights.Weights(tmp_path, ZIP, "", glued, {}).under(["fc.weight", "fc.bias"])
+    assert "has no 'fc.weight'" in one_line(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +180,20 @@ def test_statistics_among_the_tensors_are_found(tmp_path):
     assert report["normalisation"] == {"mean": [0.5, 0.25, 0.125], "std": [0.5] * 3, "from": "norm.mean"}
 
 
+NONE_OF_IT = {
+    "not finite": ({"x.mean": torch.tensor([float("nan")]), "x.std": torch.ones(1)}, {}),
+    "of a batch norm": ({"x.running_mean": torch.zeros(3), "x.running_std": torch.ones(3)}, {}),
+    "of two lengths": ({"x.mean": torch.zeros(3), "x.std": torch.ones(1)}, {}),
+    "of two channels": ({"x.mean": torch.zeros(2), "x.std": torch.ones(2)}, {}),
+    "of unknown pictures": ({}, {"clean_data": "imagenet"}),
+}
+
+
+@pytest.mark.parametrize("what", NONE_OF_IT)
+def test_what_is_no_normalisation_is_not_taken_for_one(what, tmp_path):
+    assert inspection.normalisation(weights.Weights(tmp_path, ZIP, "", *NONE_OF_IT[what])) is None
+
+
 def test_an_onnx_file_is_read(tmp_path):
     onnx = pytest.importorskip("onnx")
     weight = onnx.numpy_helper.from_array(torch.arange(6.0).view(2, 3).numpy(), "fc.weight")
@@ -178,6 +201,7 @@ def test_an_onnx_file_is_read(tmp_path):
     model = onnx.helper.make_model(graph)
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     found = weights.read(tmp_path / "x.onnx")
+    assert found.digest == hashlib.sha256((tmp_path / "x.onnx").read_bytes()).hexdigest()
     assert found.kind == ONNX and torch.equal(found.tensors["fc.weight"], torch.arange(6.0).view(2, 3))
     weight.external_data.add(key="location", value="../../secret")
     (tmp_path / "x.onnx").write_bytes(
@@ -278,8 +302,6 @@ def test_names_that_are_put_together_are_not_harmless():
 
 def test_a_file_may_hide_no_second_pickle(tmp_path):
     """Beside honest weights, where another reader may come to it."""
-    import zipfile
-
     raw = io.BytesIO(saved({"x": torch.zeros(2)}))
     with zipfile.ZipFile(raw, "a") as archive:
         archive.writestr("archive/more.pkl", b"\x80\x02cos\nsystem\n.")
@@ -287,10 +309,28 @@ def test_a_file_may_hide_no_second_pickle(tmp_path):
     assert found is not None and report["status"] == SUSPICIOUS and "os.system" in report["verdict"]
 
 
+@pytest.mark.parametrize("name", ["archive/data/1", "archive/more.pkl"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_is_found_by_its_name_or_by_its_beginning(name, protocol):
+    """One of protocol 0 or 1 begins with any letter, and counts where it is called a pickle."""
+    raw = io.BytesIO(saved({"x": torch.zeros(2)}))
+    with zipfile.ZipFile(raw, "a") as archive:
+        archive.writestr(name, pickle.dumps(Call(os.system, "true"), protocol))
+    called = name.endswith(".pkl")
+    assert ("posix.system" in pickles.imports(raw.getvalue())) == (protocol > 1 or called)
+    cut = pickle.dumps(Call(os.system, "true"), protocol)[:-1] + b"\xff."
+    assert (pickles.imports(cut) == ["posix.system", pickles.MALFORMED]) == (protocol > 1)
+
+
+def test_a_pickle_of_more_opcodes_than_are_read_is_not_harmless(monkeypatch):
+    raw = saved({"x": torch.zeros(2)})
+    assert pickles.UNKNOWN not in pickles.imports(raw)
+    monkeypatch.setattr(pickles, "OPCODES", 10)
+    assert pickles.imports(raw)[-1] == pickles.UNKNOWN
+
+
 def test_the_bad_name_may_come_late(tmp_path):
     """Behind a thousand that may pass, and where there are more names than are looked at."""
-    import zipfile
-
     late = b"ccollections\nOrderedDict\n0" * 1000 + b"cos\nsystem\n."
     raw = io.BytesIO(saved({"x": torch.zeros(2)}))
     with zipfile.ZipFile(raw, "a") as archive:
@@ -349,6 +389,25 @@ BOMBS: dict[str, tuple[Any, str]] = {
         lambda: in_zip(b"(c__builtin__\nset\nq\x00(" + b"K\x01" * 2000 + b"t\x85q\x01" + b"h\x00h\x01R" * 999 + b"t"),
         "more of its content than there is",
     ),
+    **{
+        f"copied by {name.decode()!r}": (
+            lambda name=name, part=part: in_zip(
+                b"(c" + name + b"\nq\x00" + part + b"q\x01" + b"h\x00h\x01R" * 999 + b"t"
+            ),
+            "more of its content than there is",
+        )
+        for name, part in (
+            (b"collections\nOrderedDict", b"(" + b"K\x01K\x01\x86" * 2000 + b"t\x85"),
+            (b"collections\nCounter", b"(" + b"K\x01" * 2000 + b"t\x85"),
+            (b"torch\nSize", b"(" + b"K\x01" * 2000 + b"t\x85"),
+            (b"__builtin__\nbytearray", text("a" * 4000) + text("latin1") + b"\x86"),
+        )
+    },
+    "a storage of a type by number": (lambda: saved({"w": Call(torch.TypedStorage, 1 << 40)}), "takes no arguments"),
+    "a storage by number, in the old format": (
+        lambda: saved({"w": Call(torch.UntypedStorage, 1 << 40)}, _use_new_zipfile_serialization=False),
+        "takes no arguments",
+    ),
     "a tensor by a number, with attributes": (
         lambda: saved({"w": Call(torch._tensor._rebuild_from_type_v2, torch.Tensor, torch.Tensor, (64, 64), {})}),
         "not built from a storage",
@@ -403,10 +462,20 @@ def test_honest_safetensors_of_any_length_of_header_import_nothing():
         assert pickles.imports(raw) == [], size
 
 
-def test_a_first_weight_without_a_dimension_is_no_network_of_ours(tmp_path):
-    own = small()
-    found = weights.read(stored(tmp_path, {**own, "conv1.weight": torch.tensor(1.0)}))
+@pytest.mark.parametrize("name", ["conv1.weight", "linear.bias"])
+def test_a_first_or_last_weight_without_a_dimension_is_no_network_of_ours(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("sau.foreign.guess.torchvision_names", tuple)
+    found = weights.read(stored(tmp_path, {**small(), name: torch.tensor(1.0)}))
     assert guess(found) is None
+
+
+def test_a_network_wider_than_any_of_ours_is_not_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("sau.foreign.guess.torchvision_names", tuple)
+    for width in (1024, 1025):
+        with torch.device("meta"):
+            own = build(NET, 2, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
+        found = guess(weights.Weights(tmp_path, ZIP, "", dict(own), {}))
+        assert (found and found.width) == (1024 if width == 1024 else None)
 
 
 def bombs() -> dict[str, bytes]:
@@ -430,6 +499,41 @@ def doubled(value: Any, times: int) -> Any:
     for _ in range(times):
         value = [value, value]
     return value
+
+
+@pytest.mark.parametrize(("limit", "most"), [("TENSORS", 2), ("VALUES", 3), ("DEEPEST", 0), (None, None)])
+def test_every_limit_of_what_a_file_holds_is_kept(limit, most, tmp_path, monkeypatch, one_line):
+    path = stored(tmp_path, {"x" * (1001 if limit is None else 1000): torch.zeros(2), "b": torch.ones(2), "c": "text"})
+    if limit is not None:
+        assert len(weights.read(path).tensors) == 2
+        monkeypatch.setattr(weights, limit, most - (limit == "TENSORS"))
+    with pytest.raises(RecordError) as refusal:
+        weights.read(path)
+    assert "holds too much" in one_line(refusal.value)
+
+
+def test_of_the_texts_in_a_file_the_first_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "TEXTS", 2)
+    found = weights.read(stored(tmp_path, {"a": "x" * 300, "b": "y", "c": "z", "w": torch.zeros(2)}))
+    assert found.texts == {"a": "x" * 200, "b": "y"} and [*found.tensors] == ["w"]
+
+
+def test_a_tensor_that_repeats_its_values_is_refused(tmp_path, one_line):
+    with pytest.raises(RecordError) as refusal:
+        weights.read(stored(tmp_path, {"w": torch.zeros(1).expand(4)}))
+    assert "'w' claims shape [4], but holds fewer values" in one_line(refusal.value)
+
+
+def test_a_bomb_is_not_unpacked_to_look_for_names(monkeypatch):
+    seen, really = [], zipfile.ZipFile.read
+
+    def read(self: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+        seen.append(member.file_size)
+        return really(self, member)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    pickles.imports(deflated(2))
+    assert len(seen) > 2 and max(seen) < 2 << 20
 
 
 def test_bombs_cost_what_three_imports_cost_and_64_megabytes_at_most(tmp_path):
@@ -518,6 +622,49 @@ def asked(path: Path) -> tuple[inspection.Report, bytes | None]:
     return report, content
 
 
+def test_the_process_is_confined_before_it_opens_the_file(tmp_path, monkeypatch):
+    path, order, really = stored(tmp_path, {"x": torch.zeros(2)}), [], inspection.look
+    monkeypatch.setattr(inspection, "confine", lambda *limits: order.append(limits))
+    monkeypatch.setattr(inspection, "look", lambda path: order.append("looked") or really(path))
+    asked(path)
+    assert order == [(inspection.MEMORY + 8 * path.stat().st_size, inspection.SECONDS), "looked"]
+
+
+def test_of_a_suspicious_file_nothing_is_converted(tmp_path, monkeypatch):
+    raw = io.BytesIO(saved({"x": torch.zeros(2)}))
+    with zipfile.ZipFile(raw, "a") as archive:
+        archive.writestr("archive/more.pkl", b"\x80\x02cos\nsystem\n.")
+    monkeypatch.setattr(inspection, "confine", lambda memory, seconds: None)
+    here, there = multiprocessing.Pipe(duplex=False)
+    inspection._work(there, stored(tmp_path, raw.getvalue()), True)
+    assert json.loads(here.recv_bytes())["status"] == SUSPICIOUS and not here.poll()
+
+
+def test_want_of_memory_ends_the_process_by_a_status_that_is_no_fault_of_the_program(tmp_path, monkeypatch):
+    def greedy(path: Path) -> None:
+        raise MemoryError
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(inspection, "confine", lambda memory, seconds: None)
+    monkeypatch.setattr(inspection, "look", greedy)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        inspection._work(multiprocessing.Pipe(duplex=False)[1], stored(tmp_path, b"x"), False)
+    assert left.value.code not in (0, 1)
+
+
+def test_a_process_that_ends_by_a_fault_is_said_at_once(tmp_path, monkeypatch):
+    """As one does that raises; `os._exit` is called with a connection, which is no status."""
+    monkeypatch.setattr(inspection, "_work", os._exit)
+    monkeypatch.setattr(inspection, "SECONDS", 60)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="by a fault of the program"):
+        inspection.inspect(stored(tmp_path, {"x": torch.zeros(2)}))
+    assert time.monotonic() - started < 50
+
+
 def test_whatever_a_file_makes_the_reader_raise_is_a_verdict(tmp_path, monkeypatch):
     def fails(path: Path) -> None:
         raise RecursionError("a\x1b[2Jb\nc")
@@ -547,7 +694,9 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, one_line):
     assert look(tmp_path)[0]["status"] == UNREADABLE
 
 
-@pytest.mark.parametrize("how", ["none is named", "one is not named", "more than there is"])
+@pytest.mark.parametrize(
+    "how", ["none is named", "one is not named", "more than there is", "together more than there is"]
+)
 def test_an_old_file_without_content_for_its_weights_is_refused(how, tmp_path, one_line):
     """torch would hand out what was in memory before, another thing at each reading."""
     names, content = [], {"a": torch.ones(7), "b": torch.zeros(2, 3).t(), "c": torch.ones(3)[:0]}
@@ -562,9 +711,12 @@ def test_an_old_file_without_content_for_its_weights_is_refused(how, tmp_path, o
     evil = raw[: ends[3]] + pickle.dumps(kept, protocol=2) + raw[ends[4] :]
     if how == "more than there is":
         evil = evil[: ends[3]].replace(b"K\x07", b"J\xff\xff\xff\x7f") + evil[ends[3] :]
+    if how == "together more than there is":
+        evil = evil[: ends[3]].replace(b"K\x07", b"M" + struct.pack("<H", len(raw) // 4)) + evil[ends[3] :]
     with pytest.raises(RecordError) as refusal:
         weights.read(stored(tmp_path, evil))
-    assert "storage" in one_line(refusal.value)
+    words = "storage" if how == "more than there is" else "some of its storages have no content"
+    assert words in one_line(refusal.value)
 
 
 EVIL = "\x1b[2J\nharmless to open\ud800\u202e" + "x" * 200

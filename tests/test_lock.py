@@ -220,3 +220,38 @@ def test_a_lock_whose_file_is_gone_once_it_is_had_is_taken_anew(tmp_path, monkey
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with Lock(path):
         assert holder(path) is not None
+
+
+def test_nothing_is_left_of_what_stood_in_a_lock_before(tmp_path):
+    path = tmp_path / "x.lock"
+    path.write_text("x" * 5_000)
+    with Lock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        with pytest.raises(LockedError):
+            Lock(path).acquire()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say who is a zombie")
+def test_a_process_that_has_ended_holds_nothing_before_it_is_waited_for(tmp_path):
+    path = tmp_path / "x.lock"
+    with start(HOLD, path) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"has it\n"
+        assert holder(path) is not None
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert holder(path) is None
+        with Lock(path):
+            pass
+
+
+def test_who_has_given_a_lock_back_looks_at_it_no_more(tmp_path, monkeypatch):
+    """Or the next holder would be taken for one that took over."""
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("it left"))
+    mine, path = Lock(tmp_path / "x.lock"), tmp_path / "x.lock"
+    mine.acquire()
+    mine.release()
+    forge(path, host="elsewhere")
+    os.utime(path, (9, 9))
+    time.sleep(0.1)
+    assert path.stat().st_mtime == 9

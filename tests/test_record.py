@@ -18,11 +18,11 @@ from toys import REPOSITORY, environment, toy_images
 
 from sau.command.watch import Watch
 from sau.errors import Finished, LockedError, RecordError
-from sau.files import folder, write
+from sau.files import checksum, folder, read, write
 from sau.record import folder as module
 from sau.record import schema
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
-from sau.record.holding import give_back
+from sau.record.holding import first, give_back, hold
 from sau.record.lock import Lock
 from sau.settings.run import AttackRun
 
@@ -371,9 +371,9 @@ def test_what_is_no_small_plain_file_is_refused_at_once(tmp_path, name, kind, on
         os.truncate(file, 1 << 40)
     else:
         file.write_text("[" * 200_000)
-    for read in (record.check, record.summary) if name == SUMMARY else (record.check,):
+    for look in (record.check, record.summary) if name == SUMMARY else (record.check,):
         with pytest.raises(RecordError) as refusal:
-            read()
+            look()
         one_line(refusal.value)
 
 
@@ -851,3 +851,136 @@ def test_a_run_that_was_refused_at_once_does_not_stand_in_the_way(tmp_path):
     mended.row(epoch=1, loss=0.5)
     with pytest.raises(RecordError, match="unfinished run with other settings"):
         begun(tmp_path / "a", {"layers": "others"})
+
+
+# What is read
+
+
+def test_a_file_of_just_so_many_bytes_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read(tmp_path / "x", 5) == b"12345"
+    with pytest.raises(OSError, match="5 bytes, allowed are 4"):
+        read(tmp_path / "x", 4)
+
+
+def test_a_sum_is_of_the_whole_file(tmp_path):
+    content = os.urandom(3 << 20)
+    (tmp_path / "x").write_bytes(content)
+    assert checksum(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_was_compared_is_what_counts(tmp_path, monkeypatch):
+    """Also where somebody writes the configuration anew, with its sums, while the folder is looked at."""
+    record, really = made(tmp_path / "a"), schema.unbroken
+
+    def changed(place: Path, *more: object) -> list[str]:
+        config = schema.configuration(tmp_path / "a" / CONFIG)
+        (tmp_path / "a" / CONFIG).write_bytes(schema.written({**config, "amp": True}))
+        others = [file for file in (tmp_path / "a").iterdir() if file.name != MANIFEST]
+        place.write_bytes(schema.manifest(others))
+        return really(place, *more)
+
+    monkeypatch.setattr(schema, "unbroken", changed)
+    assert record.check()["amp"] is True and record.config["amp"] is True
+
+
+def test_an_unfinished_folder_whose_configuration_was_changed_does_not_go_on(tmp_path, one_line):
+    """No manifest vouches for it yet."""
+    begun(tmp_path / "a")
+    file = tmp_path / "a" / CONFIG
+    file.write_text(file.read_text().replace("threads: 1", "threads: 2"))
+    with pytest.raises(RecordError) as refusal:
+        begun(tmp_path / "a")
+    assert f"{file} is damaged (its seal differs)" in one_line(refusal.value)
+
+
+def test_a_finished_run_that_is_damaged_is_not_called_done(tmp_path):
+    made(tmp_path / "a")
+    with pytest.raises(Finished):
+        begun(tmp_path / "a")
+    (tmp_path / "a" / METRICS).write_text("{}")
+    with pytest.raises(RecordError) as refusal:
+        begun(tmp_path / "a")
+    assert type(refusal.value) is RecordError and METRICS in str(refusal.value)
+
+
+ATTACKED = {
+    "model": {"name": "n", "classes": 10, "width": 64, "shape": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3},
+    "data": {"dataset": "digits", "train": "", "test": ""},
+    "run": {"dataset_path": ".", "recipe": None},
+    "method": {"pratio": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "wrong"),
+    [
+        ("model", "classes", (0, 100_001, 10.0, True, "10")),
+        ("model", "width", (0, 1025, 64.0)),
+        ("model", "shape", ([3, 0, 32], [3, 32, 1025], [3, 32], [3, 32, 32, 1], [3.0, 32, 32], None)),
+        ("model", "mean", ([0.5] * 2, [0.5, 0.5, float("nan")], [1e7] * 3, "0.5", 0.5)),
+        ("model", "std", ([0.2] * 2, [0.2, 0.2, 0], [0.2, 0.2, -0.2], [float("inf")] * 3)),
+        ("data", "train", (None, 1)),
+        ("run", "recipe", (1, [])),
+        ("method", "pratio", (-0.1, 1.1, "0.1", float("nan"))),
+    ],
+)
+def test_what_is_read_of_an_attack_has_bounds(part, name, wrong, one_line):
+    schema.typed(ATTACKED, Path("a"))
+    for value in wrong:
+        with pytest.raises(RecordError) as refusal:
+            schema.typed({**ATTACKED, part: {**ATTACKED[part], name: value}}, Path("a"))
+        assert name in one_line(refusal.value)
+
+
+# Who has a folder
+
+
+def test_a_folder_that_was_refused_is_free_for_others_and_one_that_is_had_stays(tmp_path):
+    made(tmp_path / "a")
+    with pytest.raises(RecordError):
+        begun(tmp_path / "a", {"lr": 3})
+    assert not (tmp_path / ".a.lock").exists()
+    begun(tmp_path / "b").row(epoch=1, loss=0.5)
+    with pytest.raises(RecordError):
+        begun(tmp_path / "b", {"lr": 3})
+    assert (tmp_path / ".b.lock").exists()
+    give_back(tmp_path / "b")
+
+
+def test_a_folder_is_one_by_whatever_way_it_is_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr("sau.record.holding._held", {})
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    assert hold(tmp_path / "disk" / "deep" / "a") and not hold(tmp_path / "link" / "a")
+    assert hold(tmp_path / "b") and first() == tmp_path / "disk" / "deep" / "a"
+    give_back(tmp_path / "link" / "a")
+    assert first() == tmp_path / "b" and listing(tmp_path / "disk") == ["deep"]
+    give_back(tmp_path / "b")
+    assert first() is None
+
+
+def test_a_folder_that_was_made_for_a_lock_alone_goes_with_it(tmp_path):
+    for name, content in (("record", None), ("kept", "mine")):
+        hold(tmp_path / name / "a")
+        if content:
+            (tmp_path / name / "a").write_text(content)
+        give_back(tmp_path / name / "a")
+    assert listing(tmp_path) == ["kept", "kept/a"]
+
+
+def test_what_links_lead_to_outlives_overwriting(tmp_path):
+    made(tmp_path / "a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo").write_text("precious")
+    for name in ("mine", "mine/photo"):
+        (tmp_path / "a" / name.replace("/", "_")).symlink_to(tmp_path / name)
+    begun(tmp_path / "a", overwrite=True)
+    assert listing(tmp_path / "a") == [CONFIG] and (tmp_path / "mine" / "photo").read_text() == "precious"
+
+
+def test_a_folder_with_the_name_of_half_a_file_is_left_alone(tmp_path):
+    begun(tmp_path / "a")
+    (tmp_path / "a" / ".x.json.abcdefgh").mkdir()
+    begun(tmp_path / "a")
+    assert listing(tmp_path / "a") == [".x.json.abcdefgh", CONFIG]
