@@ -1205,7 +1205,6 @@ ENCODED = {"ssba_bits", "ssba_residual", "ssba_epochs", "ssba_batch_size", "ssba
         (SSBA(), set()),
         (SSBA(**READY), ENCODED),
     ],
-    ids=str,
 )
 def test_settings_that_the_way_to_a_trigger_leaves_idle_are_named(attack, idle):
     assert {*attack.idle()} == {*idle, "attack_label_shift_amount"}
