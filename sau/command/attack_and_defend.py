@@ -97,9 +97,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
         return own_network.purify(name, request)
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, why = request.recipe(attacked.recipe)
-    says = {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, "model": attacked.network["name"]}
-    says |= {"width": attacked.network["width"], "num_classes": attacked.network["classes"]}
-    run, _, method = request.settle(recipe, attacked.dataset, says)
+    run, _, method = request.settle(recipe, attacked.dataset, _says(attacked))
     request.note_unheard(method)
     request.note_idle(OF_OWN | run.idle())
     where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
@@ -169,6 +167,13 @@ def _trigger(
     share = accuracy(model, crossed.pixels, crossed.labels)
     record.say(f"cross ACC {share.percent:.2f} %, on test pictures with triggers that must do nothing")
     return {"trigger": hidden, **figures({"cross_acc": share})}
+
+
+def _says(attacked: victim.Victim) -> dict[str, Any]:
+    """What the record says of settings: where pictures are looked for unless a flag says so, all else for good."""
+    net = attacked.network
+    network = {"model": net["name"], "width": net["width"], "num_classes": net["classes"]}
+    return {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, **network}
 
 
 def _target(request: Request) -> str:
