@@ -468,6 +468,13 @@ def test_a_comment_at_the_end_of_an_archive_is_refused(refused):
     refused(saved({"x": torch.zeros(1000)})[:-2] + b"\1\0", "does not end like a torch zip file")
 
 
+def test_what_a_file_may_call_beside_torchs_own_list_is_ours_and_short():
+    names = {"numpy.ndarray", "numpy.dtype", "PIL.Image.Image"}
+    names |= {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+    assert {name for _, name in torchfile.ALLOWED} == names
+    assert {thing.__module__ for thing, _ in torchfile.ALLOWED} == {torchfile.__name__}
+
+
 @pytest.mark.parametrize("name", ["archive/code/x.py", "archive/constants.pkl"])
 def test_one_sign_of_a_program_is_enough(refused, name):
     raw = io.BytesIO(saved({"x": torch.zeros(2)}))
@@ -760,7 +767,7 @@ def make(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_written_and_read_again(make, tmp_path, monkeypatch):
     record, root = make(), tmp_path / "bench"
-    export.write(record, root / "record" / "new", "new")
+    export.write(Record(record.path), root / "record" / "new", "new")
     names = sorted(str(file.relative_to(root)) for file in (root / "record").glob("*"))
     assert names == ["record/new"]  # nothing temporary is left
     found = compat.read(root / "record" / "new")

@@ -399,6 +399,7 @@ def test_help_lists_every_flag_with_its_names_and_default(capsys):
         flags("--help")
     out = capsys.readouterr().out
     assert left.value.code == 0 and "--learning_rate" in out and "100 % sure. [slow]" in out and "{Fast,slow}" in out
+    assert "option_strings" not in out  # what argparse writes for a lone %
     for option in options(Small).values():
         assert f"--{option.name}" in out
 
@@ -475,6 +476,7 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
         ("mode: quick\n", 1, ["mode", "'quick'", "one of Fast, slow"]),
         ("lr: 1\nsteps: [1, 2]\n", 2, ["steps", "a whole number"]),
         ("lr: {a: 1}\n", 1, ["lr", "a finite number"]),
+        ("steps: 2\nlr: {a: 1, a: 2}\n", 2, ["lr", "a is given twice"]),
         ("- lr\n- steps\n", 1, ["a mapping"]),
         ("just a text\n", 1, ["a mapping"]),
         ("recipes:\n  cpu:\n    step: 2\n", 3, ["step", "unknown", "steps"]),

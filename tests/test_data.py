@@ -6,6 +6,7 @@ import shutil
 import struct
 import urllib.error
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from sau.data.augment import Augment, turn
 from sau.data.images import Batches, Images, quantise, some, to_float
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
-from sau.errors import ConfigError, DataError
+from sau.errors import ConfigError, DataError, RecordError
 from sau.record.victim import Victim
 
 # Images and quantise
@@ -491,6 +492,47 @@ def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_pa
     assert "give its --dataset_path" in one_line(refusal.value)
     with pytest.raises(DataError, match="download failed"):
         found.pictures(str(tmp_path))
+
+
+def test_a_record_is_read_beside_the_pictures_that_its_attack_saw(monkeypatch, tmp_path, one_line):
+    train, test = toy_images(20, size=32), toy_images(12, size=32)
+    monkeypatch.setattr("sau.data.sources.load", lambda dataset, path, size: (train, test))
+    about = {"name": "preactresnet18", "classes": 4, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
+    facts = {"path": tmp_path, "network": about, "weights": {}, "triggered": None, "poisoned": None, "recipe": None}
+    facts |= {"dataset": "digits", "dataset_path": "./data", "fingerprints": None, "lengths": (None, None)}
+    found = Victim(**facts, digest="")
+    fewer = replace(found, lengths=(20, 8)).pictures()
+    assert (len(fewer[0]), len(fewer[1])) == (20, 8) and "first 8 of 12 test pictures" in fewer[2][-1]
+    last = [images[torch.tensor([len(images) - 1])] for images in (train, test)]
+    beyond = [replace(images, index=images.index + 1) for images in last]
+    assert replace(found, poisoned=last[0], triggered=last[1]).pictures()[:2] == (train, test)
+    for wrong, words in (
+        ({"lengths": (21, None)}, "the attack saw 21 training pictures"),
+        ({"lengths": (None, 13)}, "the attack saw 13 test pictures"),
+        ({"poisoned": beyond[0]}, "poisoned pictures are none of the 20"),
+        ({"triggered": beyond[1]}, "in another order"),
+        ({"triggered": last[1], "lengths": (None, 11)}, "in another order"),
+    ):
+        with pytest.raises(RecordError) as refusal:
+            replace(found, **wrong).pictures()
+        assert words in one_line(refusal.value)
+
+
+def test_a_defense_is_given_poisons_where_it_needs_them_and_there_are_any(tmp_path, one_line):
+    train = toy_images(8)
+    poisoned = replace(train[torch.tensor([3])], labels=torch.tensor([1]))
+    facts = {"path": tmp_path, "network": {}, "weights": {}, "triggered": None, "poisoned": poisoned, "recipe": None}
+    facts |= {"dataset": "digits", "dataset_path": "./data", "fingerprints": None, "lengths": (None, None)}
+    found = Victim(**facts, digest="", settings={"pratio": 0.1})
+    assert found.offers("poisoned") == "poisoned" and found.offers("clean") == "clean"
+    assert found.given(train, "poisoned").labels[3] == 1 and found.given(train, "clean") is train
+    clean = replace(found, poisoned=None, settings={"pratio": 0})
+    assert clean.offers("poisoned") == "clean" and clean.given(train, "poisoned") is train
+    for settings in ({"pratio": 0.1}, None):
+        with pytest.raises(RecordError) as refusal:
+            replace(clean, settings=settings).offers("poisoned")
+        assert "no poisoned training pictures" in one_line(refusal.value)
+        assert replace(clean, settings=settings).offers("clean") == "clean"
 
 
 def fake_cifar(folder: Path) -> Path:

@@ -1,11 +1,26 @@
 """What every command says and returns when the machine or the user does not give it what it needs."""
 
+import errno
+import os
 import subprocess
 import sys
 
+import pytest
 from toys import REPOSITORY
 
-from sau.errors import FULL, told
+from sau.errors import (
+    FAULT,
+    FULL,
+    LOCKED,
+    ConfigError,
+    FaultError,
+    Finished,
+    LockedError,
+    OutOfMemory,
+    RecordError,
+    told,
+    unable,
+)
 
 
 def test_the_errors_of_linux_alone_are_not_needed():
@@ -22,3 +37,42 @@ def test_want_of_memory_in_any_words_is_one_line(capsys):
     assert told(greedy) == FULL
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory (Unable to allocate 9 GiB)") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("a\nb\x1b[2J"), 2, "error: a b\\x1b[2J"),
+        (RecordError("x"), 2, "error: x"),
+        (LockedError("x"), LOCKED, "error: x"),
+        (OutOfMemory("x"), FULL, "error: x"),
+        (FaultError("x"), FAULT, "error: x"),
+        (OSError(errno.ESTALE, "Stale", "a\x1bb"), FAULT, f"error: [Errno {errno.ESTALE}] Stale: 'a\\x1bb'"),
+        (OSError("a\x1bb\nc"), 2, "error: a\\x1bb\\nc"),
+        (OSError(errno.ENOENT, "None"), 2, f"error: [Errno {errno.ENOENT}] None"),
+        (RuntimeError("CUDA out of memory"), FULL, "error: out of memory (CUDA out of memory); give a smaller batch,"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_every_kind_of_mistake_has_its_status_and_one_line(error, status, said, capsys):
+    def fails() -> None:
+        raise error
+
+    assert told(fails) == status
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1 and err.strip().isprintable()
+
+
+def test_what_is_done_already_is_no_mistake(capsys):
+    def done() -> None:
+        raise Finished("it is there")
+
+    assert told(done) == 0 and capsys.readouterr() == ("it is there\n", "")
+    assert told(lambda: None) == 0 and told(lambda: 3) == 3
+
+
+def test_a_fault_of_the_system_is_worth_another_try():
+    for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM):
+        assert type(unable(OSError(number, os.strerror(number)), "x")) is FaultError
+    for number in (errno.ENOENT, errno.EACCES, errno.ENOSPC):
+        assert type(unable(OSError(number, os.strerror(number)), "x")) is RecordError

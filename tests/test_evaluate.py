@@ -366,8 +366,8 @@ def test_every_row_of_the_table_is_rated_against_the_first():
 
 
 def test_names_break_no_table_in_markdown():
-    head, rule, line = markdown(["<b>|", "ACC"], [["a|b\n", "1"]]).splitlines()
-    assert head == "| &lt;b>\\| | ACC |" and rule == "| --- | --- |" and line == "| a\\|b\\n | 1 |"
+    head, rule, line = markdown(["<b>|", "A&lt;"], [["a|b\n", "1"]]).splitlines()
+    assert head == "| &lt;b>\\| | A&amp;lt; |" and rule == "| --- | --- |" and line == "| a\\|b\\n | 1 |"
 
 
 def test_the_table_of_a_clean_network():

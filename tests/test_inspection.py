@@ -293,6 +293,8 @@ def test_names_that_are_put_together_are_not_harmless():
     assert zipped(b"(ios\nsystem\n") == ["os.system"]
     hexed = b"\x80\x02I0x10\n0cos\nsystem\n(tR."  # a number that the unpickler in C reads, and pickletools does not
     assert zipped(hexed) == pickles.imports(hexed) == [pickles.MALFORMED]
+    braced = b"\x80\x02U\x05abcd{0" + hexed[2:]  # the ninth byte is that of safetensors
+    assert pickles.imports(braced) == [pickles.MALFORMED]
     assert pickles.imports(b"\x80\x02I0x10") == [] and zipped(b"\x80\x02X\x09\0\0\0cos") == []  # cut off: no more of it
     assert pickles.imports(b"cbuiltins\nprint\n(S'x'\ntR.") == ["builtins.print"]  # protocol 0
     assert pickles.imports(b"class Foo:\n    pass\n") == pickles.imports(b"import os\nprint(1)\n") == []  # texts
@@ -320,6 +322,19 @@ def test_a_pickle_is_found_by_its_name_or_by_its_beginning(name, protocol):
     assert ("posix.system" in pickles.imports(raw.getvalue())) == (protocol > 1 or called)
     cut = pickle.dumps(Call(os.system, "true"), protocol)[:-1] + b"\xff."
     assert (pickles.imports(cut) == ["posix.system", pickles.MALFORMED]) == (protocol > 1)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_each_of_the_pickles_in_an_old_file_is_followed_to_its_end(place):
+    """By opcodes that the unpickler in C reads, and pickletools does not."""
+    raw = saved({"x": torch.zeros(2)}, _use_new_zipfile_serialization=False)
+    stream, ends = io.BytesIO(raw), [0]
+    for _ in range(5):
+        list(pickletools.genops(stream))
+        ends.append(stream.tell())
+    assert pickles.MALFORMED not in pickles.imports(raw)
+    evil = raw[: ends[place]] + b"\x80\x02I0x10\n0cos\nsystem\n(tR." + raw[ends[place + 1] :]
+    assert pickles.MALFORMED in pickles.imports(evil)
 
 
 def test_a_pickle_of_more_opcodes_than_are_read_is_not_harmless(monkeypatch):

@@ -32,6 +32,7 @@ def test_psnr_and_l_infinity_by_hand():
     assert found["psnr"] == pytest.approx(sum(expected) / 2, abs=0.01)
     assert found["linf"] == pytest.approx(0.2) and found["linf_max"] == pytest.approx(0.4)
     assert found["unchanged"] == pytest.approx(33.33) and found["radius"] == 0.2
+    assert quality.quality(*pictures(52))["linf_max"] == 0.2039
 
 
 @pytest.mark.parametrize(("radius", "share"), [(0.2, 66.67), (0.199, 33.33), (0.4, 100.0)])
@@ -69,11 +70,12 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_the_trigger():
 
 
 @needs_skimage
-def test_ssim_by_hand_of_flat_pictures():
+@pytest.mark.parametrize(("a", "b"), [(100, 150), (2, 5)])
+def test_ssim_by_hand_of_flat_pictures(a, b):
     """Of two flat pictures only the luminance term is left: (2 a b + c) / (a^2 + b^2 + c) with c = (0.01 * 255)^2."""
-    clean, other = (torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (100, 150))
+    clean, other = (torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (a, b))
     c = (0.01 * 255) ** 2
-    expected = (2 * 100 * 150 + c) / (100**2 + 150**2 + c)
+    expected = (2 * a * b + c) / (a**2 + b**2 + c)
     assert quality.quality(clean, other)["ssim"] == pytest.approx(expected, abs=1e-4)
 
 

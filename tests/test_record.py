@@ -19,11 +19,13 @@ from toys import REPOSITORY, environment, toy_images
 from sau.command.watch import Watch
 from sau.errors import Finished, LockedError, RecordError
 from sau.files import checksum, folder, read, write
+from sau.foreign.compat import RESULT
 from sau.record import folder as module
 from sau.record import schema
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.record.holding import first, give_back, hold
 from sau.record.lock import Lock
+from sau.record.victim import load, load_weights
 from sau.settings.run import AttackRun
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
@@ -160,9 +162,14 @@ def test_a_link_that_leads_elsewhere_is_refused(tmp_path, one_line):
     (tmp_path / "root").mkdir()
     (tmp_path / "outside").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(RecordError) as refusal:
-        folder(tmp_path / "root", "link")
-    assert "link" in one_line(refusal.value)
+    (tmp_path / "root2").mkdir()
+    (tmp_path / "root" / "near").symlink_to(tmp_path / "root2")  # its name begins alike
+    (tmp_path / "root" / "a").mkdir()
+    (tmp_path / "root" / "a" / "inside").symlink_to(tmp_path / "root")
+    for names in (("link",), ("near",), ("a", "inside", "x")):
+        with pytest.raises(RecordError) as refusal:
+            folder(tmp_path / "root", *names)
+        assert "is a link that leads out" in one_line(refusal.value)
 
 
 def test_the_root_itself_may_be_a_link(tmp_path):
@@ -904,6 +911,16 @@ def test_a_finished_run_that_is_damaged_is_not_called_done(tmp_path):
     assert type(refusal.value) is RecordError and METRICS in str(refusal.value)
 
 
+def test_a_digest_does_not_depend_on_the_order_of_what_it_is_of():
+    assert schema.digest({"a": 1, "b": (2,)}) == schema.digest({"b": [2], "a": 1}) != schema.digest({"a": 1, "b": [3]})
+
+
+def test_a_defense_is_of_another_attack_where_both_are_known():
+    there = {"attacked": "x"}
+    assert schema.of_another(there, "y") and schema.of_another({"a": 1}, "x")
+    assert not any(schema.of_another(*known) for known in ((there, "x"), (there, None), ({}, "x")))
+
+
 ATTACKED = {
     "model": {"name": "n", "classes": 10, "width": 64, "shape": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3},
     "data": {"dataset": "digits", "train": "", "test": ""},
@@ -931,6 +948,29 @@ def test_what_is_read_of_an_attack_has_bounds(part, name, wrong, one_line):
         with pytest.raises(RecordError) as refusal:
             schema.typed({**ATTACKED, part: {**ATTACKED[part], name: value}}, Path("a"))
         assert name in one_line(refusal.value)
+
+
+def test_a_foreign_file_in_a_folder_of_ours_is_not_taken_for_it(tmp_path, one_line):
+    made(tmp_path / "a")
+    (tmp_path / "a" / RESULT).write_bytes(b"x")
+    with pytest.raises(RecordError) as refusal:
+        load(tmp_path / "a")
+    assert f"does not name {RESULT}; take that file away" in one_line(refusal.value)
+
+
+def test_weights_are_loaded_from_a_folder_that_is_whole(tmp_path, one_line):
+    record, net = begun(tmp_path / "a"), torch.nn.Linear(2, 3)
+    record.save_tensors("model", torch.nn.Linear(2, 3).state_dict())
+    with pytest.raises(RecordError) as refusal:
+        load_weights(net, tmp_path / "a")
+    assert "unfinished" in one_line(refusal.value)
+    record.finish({})
+    load_weights(net, tmp_path / "a")
+    assert torch.equal(net.weight, record.load_tensors("model")["weight"])
+    record.save_tensors("model", torch.nn.Linear(2, 3).state_dict())
+    with pytest.raises(RecordError) as refusal:
+        load_weights(net, tmp_path / "a")
+    assert "damaged" in one_line(refusal.value)
 
 
 # Who has a folder

@@ -15,6 +15,7 @@ import torch
 from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, the_error
 
+from sau import wording
 from sau.errors import RecordError, printable
 from sau.evaluate import Score, Share, der
 from sau.record import schema
@@ -787,6 +788,24 @@ def test_a_folder_that_is_not_ours_is_damaged_and_not_unfinished(tmp_path):
     (path / "config.yaml").write_text("- 1\n")
     (cell,) = cells(tmp_path).values()
     assert cell.status == "damaged"
+
+
+def test_numbers_are_written_short_and_bounds_never_too_high():
+    seconds = {
+        45.4: "45 s",
+        99.4: "99 s",
+        100.0: "2 min",
+        5_969.0: "99 min",
+        6_000.0: "1 h 40 min",
+        12_000.0: "3 h 20 min",
+    }
+    assert {value: wording.duration(value) for value in seconds} == seconds
+    numbers = {3.0: "3", -120.0: "-120", 0.0: "0", 1.5: "1.5", 0.12344: "0.1234", 123456.0: "123456"}
+    assert {value: wording.short(value) for value in numbers} == numbers
+    for bound in (0.0123456, 0.99996, 1.00004, 9.9999, 12.345, 72.0, 1234.56):
+        written = float(wording.at_most(bound))
+        assert bound * (1 - 1e-3) < written <= bound, bound
+    assert wording.at_most(12.345) == "12.34" and wording.at_most(12.348) == "12.34" and wording.at_most(72.0) == "72"
 
 
 def test_the_page_says_what_a_row_cannot(tmp_path):

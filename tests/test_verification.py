@@ -119,6 +119,8 @@ FORGERIES = {
     "a figure and its count": ("", SUMMARY, less, ["acc"]),
     "a count of one number": ("", SUMMARY, lambda s: s.update(acc_count=[1]), ["acc"]),
     "a count of nothing": ("", SUMMARY, lambda s: s.update(asr_count=[0, 0]), ["asr"]),
+    "an interval": ("", SUMMARY, lambda s: s.update(asr_interval=[0.0, 100.0]), ["asr"]),
+    "a digest": ("", CONFIG, lambda c: c.update(digest="0" * 64), ["settings"]),
     "a count of texts": (
         "ft",
         SUMMARY,
@@ -220,6 +222,8 @@ def test_triggers_that_must_do_nothing_are_measured_where_they_can_be_made(few_d
         assert [finding.state for finding in found.findings if finding.what == "cross_acc"] == [state]
     change(tmp_path / "wanet", SUMMARY, lambda said: said["cross_acc_count"].__setitem__(0, 1))
     assert broken(Verification(tmp_path / "wanet").run()) == ["cross_acc"]
+    change(tmp_path / "wanet", CONFIG, lambda config: config.update(device="cuda"))  # which draws another noise
+    assert broken(Verification(tmp_path / "wanet").run()) == []
 
 
 def test_what_was_measured_on_the_way_is_said_not_to_be_checked(copied):
@@ -358,3 +362,31 @@ def test_a_share_of_other_pictures_is_another_one():
     claims.equal(said, "acc", there)
     with pytest.raises(claims.Otherwise):
         claims.equal(said, "acc", Share(9000, 9500))
+
+
+@pytest.mark.parametrize("count", [[61, 60], [-1, 60], [True, 60], [0, 0], [1.0, 60], [1], None])
+def test_counts_are_hits_among_pictures(count, one_line):
+    assert claims.counted({"acc_count": [60, 60]}, "acc") == Share(60, 60)
+    with pytest.raises(RecordError) as refusal:
+        claims.counted({"acc_count": count}, "acc")
+    assert f"acc_count is {count}" in one_line(refusal.value)
+
+
+def test_a_trigger_is_there_and_here_and_alike_or_it_is_broken():
+    there = {"psnr": 20.0, "ssim": 0.9, "ssim_count": 4}
+    assert claims.trigger({"trigger": there}, there) == "as its pictures show it"
+    assert claims.trigger({"trigger": None}, None) == "there is none"
+    for unseen in ({**there, "ssim": None, "ssim_count": 0}, {**there, "ssim": None}):
+        assert "SSIM was not compared" in claims.trigger({"trigger": there}, unseen)
+    for found in (None, {**there, "ssim": 0.8}, {**there, "ssim_count": 5}, {**there, "psnr": None}):
+        for one, other in ((there, found), (found, there)):
+            with pytest.raises(RecordError):
+                claims.trigger({"trigger": one}, other)
+
+
+@pytest.mark.parametrize(("said", "score"), [({"asr": 90.0}, None), ({"asr": None}, Share(1, 2)), ({}, Share(1, 2))])
+def test_a_figure_that_is_on_one_side_alone_is_broken(said, score):
+    found = Verification(Path("a"))
+    found.data, record = None, Record(Path("a"))
+    found._compare("", record, {"racc": None, **said}, Score(Share(1, 2), score))
+    assert [(one.what, one.state) for one in found.findings if one.state == "broken"] == [("asr", "broken")]
