@@ -10,7 +10,9 @@ import pickletools
 import struct
 import subprocess
 import sys
+import tarfile
 import time
+import tracemalloc
 import zipfile
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import HERE, Call, deflated, hostile, in_zip, saved, text, watched
+from hostile import HERE, Call, deflated, hostile, in_zip, saved, tarred, text, watched
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from toys import REPOSITORY, environment, the_error
@@ -537,6 +539,34 @@ def test_a_tensor_that_repeats_its_values_is_refused(tmp_path, one_line):
     with pytest.raises(RecordError) as refusal:
         weights.read(stored(tmp_path, {"w": torch.zeros(1).expand(4)}))
     assert "'w' claims shape [4], but holds fewer values" in one_line(refusal.value)
+
+
+def test_a_sparse_member_of_a_tar_takes_no_memory_and_hides_no_other():
+    """It may claim any size, here a quarter of a GB in three blocks."""
+    info = tarfile.TarInfo("storages")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for place, value in ((386, 0), (398, 512), (483, 1 << 28)):
+        head[place : place + 12] = b"%011o\0" % value
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    tracemalloc.start()
+    assert pickles.imports(bytes(head) + bytes(512) + tarred("true")) == ["posix.system"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+@pytest.mark.parametrize("spoiled", [b"archive/a" + b"wrong", b"posix\nsystem"])
+def test_a_wrong_sum_hides_no_name(spoiled):
+    """Neither of another member nor of the pickle itself, which readers that check no sums would run."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as archive:
+        archive.writestr("archive/a", b"wrong")
+        archive.writestr("archive/data.pkl", b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.")
+    damaged = raw.getvalue().replace(spoiled, spoiled.replace(b"w", b"v").replace(b"system", b"sysxem"))
+    assert damaged != raw.getvalue()
+    assert pickles.imports(damaged) == ["posix.sysxem" if b"system" in spoiled else "posix.system"]
 
 
 def test_a_bomb_is_not_unpacked_to_look_for_names(monkeypatch):

@@ -23,6 +23,7 @@ MALFORMED = "what follows bytes that only other readers understand"
 OPCODES = 20_000_000  # of one file; a list of 110,000 pictures takes 3 million
 LEGACY_PICKLES = 5  # of a file of torch before 1.6: magic number, version, system, content, names of its storages
 MOST = 1_000  # different names of a file that are looked at; those that may pass are some hundred
+SPARSE = 1 << 16  # bytes of a sparse member of a tar archive, which may claim any size; torch wrote none
 UNSURE = 1_000_000  # opcodes of what may be a text; each costs a microsecond
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _KEEP = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
@@ -62,7 +63,10 @@ def _pickles(raw: bytes) -> Iterator[tuple[bytes, int]]:
             for member in archive.infolist():
                 if member.file_size > max(len(raw), 1 << 20):
                     continue  # compressed beyond measure; such an archive is refused anyway
-                content = archive.read(member)
+                member.CRC = None  # type: ignore[assignment]  # torch reads members whose sum is wrong, too
+                content = b""
+                with suppress(Exception):  # as above; the others can be read nevertheless
+                    content = archive.read(member)
                 if member.filename.endswith(".pkl") or _looks_pickled(content):
                     yield content, int(member.filename.endswith(".pkl"))  # a storage may look like one by chance
     elif raw[257:262] == b"ustar":
@@ -70,7 +74,7 @@ def _pickles(raw: bytes) -> Iterator[tuple[bytes, int]]:
             for entry in archive:
                 file = archive.extractfile(entry) if entry.isreg() else None
                 if file is not None:
-                    yield file.read(), 0
+                    yield file.read(SPARSE if entry.issparse() else -1), 0
     elif raw.startswith(torchfile.LEGACY):
         yield raw, LEGACY_PICKLES
     else:  # one of protocol 0 begins with any letter, and safetensors with any byte
