@@ -480,13 +480,18 @@ def test_a_download_goes_into_a_folder_that_is_there_or_the_default_one(monkeypa
     assert list(tmp_path.iterdir()) == []  # folders that were made for it are gone
 
 
+NETWORK = {"name": "preactresnet18", "classes": 4, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
+VICTIM = Victim(
+    path=Path("a"), dataset="digits", dataset_path="./data", network=NETWORK, weights={}, triggered=None, poisoned=None,
+    recipe=None, digest="", fingerprints=None, lengths=(None, None),
+)  # fmt: skip
+
+
 def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_path, one_line):
     """A stranger's record may name any folder; the default one and what the user names are another matter."""
     monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
-    about = {"name": "preactresnet18", "classes": 10, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
-    facts = {"path": tmp_path, "network": about, "weights": {}, "triggered": None, "poisoned": None, "recipe": None}
-    facts |= {"dataset": "cifar10", "dataset_path": str(tmp_path), "fingerprints": None, "lengths": (None, None)}
-    found = Victim(**facts, digest="")
+    network = {**NETWORK, "classes": 10}
+    found = replace(VICTIM, path=tmp_path, dataset="cifar10", dataset_path=str(tmp_path), network=network)
     with pytest.raises(DataError) as refusal:
         found.pictures()
     assert "give its --dataset_path" in one_line(refusal.value)
@@ -497,10 +502,7 @@ def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_pa
 def test_a_record_is_read_beside_the_pictures_that_its_attack_saw(monkeypatch, tmp_path, one_line):
     train, test = toy_images(20, size=32), toy_images(12, size=32)
     monkeypatch.setattr("sau.data.sources.load", lambda dataset, path, size: (train, test))
-    about = {"name": "preactresnet18", "classes": 4, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
-    facts = {"path": tmp_path, "network": about, "weights": {}, "triggered": None, "poisoned": None, "recipe": None}
-    facts |= {"dataset": "digits", "dataset_path": "./data", "fingerprints": None, "lengths": (None, None)}
-    found = Victim(**facts, digest="")
+    found = replace(VICTIM, path=tmp_path)
     fewer = replace(found, lengths=(20, 8)).pictures()
     assert (len(fewer[0]), len(fewer[1])) == (20, 8) and "first 8 of 12 test pictures" in fewer[2][-1]
     last = [images[torch.tensor([len(images) - 1])] for images in (train, test)]
@@ -521,9 +523,7 @@ def test_a_record_is_read_beside_the_pictures_that_its_attack_saw(monkeypatch, t
 def test_a_defense_is_given_poisons_where_it_needs_them_and_there_are_any(tmp_path, one_line):
     train = toy_images(8)
     poisoned = replace(train[torch.tensor([3])], labels=torch.tensor([1]))
-    facts = {"path": tmp_path, "network": {}, "weights": {}, "triggered": None, "poisoned": poisoned, "recipe": None}
-    facts |= {"dataset": "digits", "dataset_path": "./data", "fingerprints": None, "lengths": (None, None)}
-    found = Victim(**facts, digest="", settings={"pratio": 0.1})
+    found = replace(VICTIM, path=tmp_path, poisoned=poisoned, settings={"pratio": 0.1})
     assert found.offers("poisoned") == "poisoned" and found.offers("clean") == "clean"
     assert found.given(train, "poisoned").labels[3] == 1 and found.given(train, "clean") is train
     clean = replace(found, poisoned=None, settings={"pratio": 0})
