@@ -2,6 +2,9 @@
 
 import copy
 import json
+import platform
+import subprocess
+import sys
 import time
 from dataclasses import fields
 from typing import Any
@@ -804,3 +807,36 @@ def test_a_trigger_has_the_minutes_of_its_command():
     session = trigger_session(Run(max_minutes=10.0), 5.0)
     assert session is not None and session.limit is not None and session.limit.end == 605.0
     assert trigger_session(Run(), 5.0) is None
+
+
+# Memory
+
+
+FAULTS = """
+import platform, resource, sys
+import torch
+from sau.machine.device import set_threads
+if sys.argv[1] == "command":
+    set_threads(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)  # 64 MB
+print(platform.libc_ver()[0], resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_command_keeps_the_memory_that_it_frees():
+    def faults(who: str) -> int:
+        shown = subprocess.run([sys.executable, "-c", FAULTS, who], capture_output=True, text=True, check=True)
+        library, count = shown.stdout.split()
+        if library != "glibc":
+            pytest.skip("another C library than glibc")
+        return int(count)
+
+    assert faults("command") < faults("notebook") / 4
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    assert cores.keep_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not cores.keep_memory()

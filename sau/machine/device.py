@@ -55,10 +55,14 @@ def fallback(wish: str) -> str | None:
 
 
 def set_threads(wish: int) -> int:
-    """Use `wish` CPU threads, or as many as this process has cores if it is 0; returns how many are used."""
+    """Use `wish` CPU threads, or as many as this process has cores if it is 0; returns how many are used.
+
+    It is for the process of a command: what the networks free it keeps until it ends, see `cores.keep_memory`.
+    """
     if not 0 <= wish <= MOST:
         raise ConfigError(f"threads is {wish}, allowed is 0 (all cores) to {MOST}")
     torch.set_num_threads(wish or cores.usable())
+    cores.keep_memory()
     return torch.get_num_threads()
 
 

@@ -1,6 +1,7 @@
 """Timing, counting and memory: what every part of the benchmark measures with."""
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from sau.machine.cores import MMAP_MAX, TRIM_THRESHOLD, keep_memory
 from sau.machine.device import peak_memory_mb
 
 Work = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+REFERENCES = ("released", "reference")  # how names of works in the released order end
+MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def compare(
     unit_flops = forward_flops(task.model, task.x)
     facts: dict[str, dict[str, float]] = {}
     for name, make in makers.items():  # these runs also warm everything up
+        heap_of(name)
         done = flops(make())
         facts[name] = {
             "passes_per_image": done / unit_flops / task.pictures,
@@ -86,6 +91,7 @@ def interleaved(makers: dict[str, Callable[[], Work]], args: argparse.Namespace)
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(args.repeats):
         for name, make in makers.items():
+            heap_of(name)
             work = make()
             _wait(args.device)
             started = now()
@@ -93,6 +99,14 @@ def interleaved(makers: dict[str, Callable[[], Work]], args: argparse.Namespace)
             _wait(args.device)
             seconds[name].append(now() - started)
     return seconds
+
+
+def heap_of(name: str) -> None:
+    """Treat freed memory as this work's program does: ours keeps it; the released one leaves glibc as it comes, which
+    soon sends pieces above 32 MB, and what is free at the end of the heap above 64 MB, back to the system."""
+    if keep_memory() and name.endswith(REFERENCES):
+        for setting, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26)):
+            ctypes.CDLL(None).mallopt(setting, value)
 
 
 class Count(TorchDispatchMode):
@@ -137,6 +151,8 @@ def peak_mb(work: Work, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        if keep_memory():
+            ctypes.CDLL(None).malloc_trim(0)  # what works before this one left
         with suppress(OSError):  # only Linux forgets the peak; elsewhere the peak so far is all there is
             Path("/proc/self/clear_refs").write_text("5")
     work()

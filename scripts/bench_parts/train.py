@@ -26,7 +26,7 @@ RECIPE = Training(lr_scheduler="constant")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
-    setting.add_arguments(parser, width=64, batch_size=128, steps=2)
+    setting.add_arguments(parser, width=64, batch_size=128, steps=10)
     setting.add_workers(parser)
     setting.add_compiled(parser)
 
