@@ -103,10 +103,12 @@ def interleaved(makers: dict[str, Callable[[], Work]], args: argparse.Namespace)
 
 def heap_of(name: str) -> None:
     """Treat freed memory as this work's program does: ours keeps it; the released one leaves glibc as it comes, which
-    soon sends pieces above 32 MB, and what is free at the end of the heap above 64 MB, back to the system."""
+    soon sends pieces above 32 MB, and what is free at the end of the heap above 64 MB, back to the system. It does not
+    get what ours kept, either."""
     if keep_memory() and name.endswith(REFERENCES):
         for setting, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26)):
             ctypes.CDLL(None).mallopt(setting, value)
+        _trim()
 
 
 class Count(TorchDispatchMode):
@@ -151,8 +153,7 @@ def peak_mb(work: Work, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        if keep_memory():
-            ctypes.CDLL(None).malloc_trim(0)  # what works before this one left
+        _trim()  # what works before this one left
         with suppress(OSError):  # only Linux forgets the peak; elsewhere the peak so far is all there is
             Path("/proc/self/clear_refs").write_text("5")
     work()
@@ -172,6 +173,11 @@ def row(name: str, ours: list[float], reference: list[float], unit: str, per: in
         "low": min(ratios),
         "high": max(ratios),
     }
+
+
+def _trim() -> None:
+    """Hand what is free in the heap back to the system, where the C library can."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda spare: None)(0)
 
 
 def _wait(device: torch.device) -> None:

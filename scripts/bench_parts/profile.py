@@ -9,6 +9,8 @@ from bench_parts.measure import Work
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from sau.machine.cores import keep_memory
+
 # The first fit counts; whole names of torch's operations, or patterns.
 KINDS: dict[str, str] = {
     "convolution, backward": "*convolution_backward ConvolutionBackward0",
@@ -48,6 +50,7 @@ def shares(work: Work, device: torch.device) -> dict[str, float]:
 
 
 def add(row: dict[str, Any], name: str, work: Work, device: torch.device) -> None:
-    """Print where the time of `work` goes, and put it into its row."""
+    """Print where the time of `work`, which is ours, goes, and put it into its row."""
+    keep_memory()
     row["profile"] = shares(work, device)
     print(f"{name}: " + ", ".join(f"{kind} {share:.1f} %" for kind, share in row["profile"].items()))
