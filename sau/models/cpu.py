@@ -5,6 +5,7 @@ sums in another order.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,6 +30,12 @@ class Shortcuts(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return FASTER.get(func, func)(*args, **(kwargs or {}))
+
+
+def shortcuts(x: Tensor) -> AbstractContextManager[Any]:
+    """`Shortcuts` where `x` lies on the CPU; not inside torch.func's transforms, which know no views of bits."""
+    plain = x.device.type != "cpu" or torch._C._are_functorch_transforms_active()
+    return nullcontext() if plain else Shortcuts()
 
 
 def deep(net: nn.Module) -> bool:
@@ -110,7 +117,7 @@ def _conv2d(
 
 
 class _InARow(torch.autograd.Function):
-    """A convolution of a batch as of one long picture, in which its pictures lie side by side with zeros between them."""
+    """A convolution of a batch as of one long picture, in which its pictures lie side by side, zeros between them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, grid: _Grid) -> Tensor:

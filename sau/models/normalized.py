@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import ConfigError, DataError, SauError, first_line, in_a_line, lacks_memory
-from sau.models.cpu import Shortcuts, deep
+from sau.models.cpu import deep, shortcuts
 
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
@@ -66,8 +66,8 @@ class Normalized(nn.Module):
         if not self.amp:
             return widened(answered(self.net, self.net(x)))
         # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
-        faster = self.deep and x.device.type == "cpu" and not self.compiled
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False), Shortcuts() if faster else nullcontext():
+        faster = shortcuts(x) if self.deep and not self.compiled else nullcontext()
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False), faster:
             answer = self.net(x)
         return answered(self.net, answer).float()
 
