@@ -25,8 +25,8 @@ class Normalized(nn.Module):
 
     `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
     passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
-    warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`), `deep`
-    whether bf16 on the CPU goes by the faster kernels of `sau.models.cpu`: where a convolution has 256 channels.
+    warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`).
+    `deep` is whether bf16 on the CPU goes by the faster kernels of `sau.models.cpu`: if a convolution has 256 channels.
     """
 
     compiled: str | None
