@@ -22,6 +22,9 @@ Work = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 REFERENCES = ("released", "reference")  # how names of works in the released order end
 MMAP_THRESHOLD = -3  # of glibc's malloc.h
+MAPPED = 2  # the bit by which glibc's malloc marks, in the word before it, a piece that is not of the heap
+LARGE = 2**25  # bytes of a piece that glibc, as it comes, soon asks the system for
+HELD: list[int] = []  # large pieces of the heap that the reference is not to get
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,26 @@ def heap_of(name: str) -> None:
     """Treat freed memory as this work's program does: ours keeps it; the released one leaves glibc as it comes, which
     soon sends pieces above 32 MB, and what is free at the end of the heap above 64 MB, back to the system. It does not
     get what ours kept, either."""
+    glibc = ctypes.CDLL(None)
+    while HELD:
+        glibc.free(ctypes.c_void_p(HELD.pop()))
     if keep_memory() and name.endswith(REFERENCES):
-        for setting, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26)):
-            ctypes.CDLL(None).mallopt(setting, value)
+        for setting, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, LARGE), (TRIM_THRESHOLD, 2 * LARGE)):
+            glibc.mallopt(setting, value)
         _trim()
+        _hold(glibc)
+
+
+def _hold(glibc: ctypes.CDLL) -> None:
+    """Take the large pieces that are free inside the heap, below something that lives: trimming clears their pages, but
+    leaves them to whoever asks next. Nothing is written to them, so they cost no memory."""
+    glibc.malloc.restype = ctypes.c_void_p
+    while True:
+        place = glibc.malloc(ctypes.c_size_t(LARGE))
+        if not place or ctypes.c_size_t.from_address(place - ctypes.sizeof(ctypes.c_size_t)).value & MAPPED:
+            glibc.free(ctypes.c_void_p(place))
+            return
+        HELD.append(place)
 
 
 class Count(TorchDispatchMode):
