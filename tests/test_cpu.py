@@ -25,7 +25,7 @@ GRIDS = [  # kernel, stride, padding, dilation, height, width, side by side
 @pytest.fixture
 def units(monkeypatch):
     """A processor with matrix units, and networks that need few channels to be deep."""
-    monkeypatch.setattr(cpu, "matrix_units", lambda: True)
+    monkeypatch.setattr(cpu, "UNITS", True)
     monkeypatch.setattr(cpu, "DEEP", 3)
 
 
@@ -122,7 +122,7 @@ def test_what_gains_nothing_stays_with_torch(units, monkeypatch):
     monkeypatch.setattr(cpu, "DEEP", 5)
     assert not rows(last, weight)
     monkeypatch.setattr(cpu, "DEEP", 4)
-    monkeypatch.setattr(cpu, "matrix_units", lambda: False)
+    monkeypatch.setattr(cpu, "UNITS", False)
     assert not rows(last, weight)
 
 
@@ -134,7 +134,8 @@ def network(width: int, amp: bool = True) -> Normalized:
 @pytest.mark.parametrize("train", [False, True])
 def test_a_deep_network_answers_and_learns_as_before(train, small, monkeypatch):
     """With what is faster and without, in bf16; and it is used."""
-    monkeypatch.setattr(cpu, "matrix_units", lambda: True)
+    monkeypatch.setattr(cpu, "UNITS", True)
+    monkeypatch.setattr(cpu, "DEEP", 256)
     model, x, found, names = network(32).train(train), torch.rand(6, 3, 32, 32), [], []
     for ours in (cpu._ReLU, cpu._InARow):
         apply = ours.apply
@@ -153,14 +154,49 @@ def test_a_deep_network_answers_and_learns_as_before(train, small, monkeypatch):
         assert (ours - theirs).norm() <= 0.02 * theirs.norm()
 
 
-@pytest.mark.parametrize(("width", "amp", "compiled"), [(16, True, None), (32, False, None), (32, True, "default")])
-def test_other_networks_go_their_own_ways(width, amp, compiled, monkeypatch):
-    """Narrow ones, those in fp32, and compiled ones, here where no gradient is asked for."""
+@pytest.mark.parametrize(("width", "amp"), [(16, True), (32, False)])
+def test_other_networks_go_their_own_ways(width, amp, monkeypatch):
+    """Narrow ones and those in fp32."""
+    monkeypatch.setattr(cpu, "DEEP", 256)
     model = network(width, amp).eval()
-    model.compiled = compiled
     monkeypatch.setattr(Shortcuts, "__torch_function__", lambda *given: pytest.fail("was used"))
     with torch.no_grad():
         model(torch.rand(2, 3, 16, 16))
+
+
+def test_a_compiled_network_has_rows_and_leaves_relu_to_the_compiler(units, small, monkeypatch):
+    """In one graph, for what breaks one costs more than rows spare; answers and gradients are as they were."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs: list[list[str]] = []
+
+    def taken(graph: torch.fx.GraphModule, given: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **how: setattr(
+        net, "_compiled_call_impl", torch.compile(net._call_impl, backend=taken, dynamic=False)
+    ))  # fmt: skip
+    model, x, found = network(32), torch.rand(6, 3, 32, 32), []
+    for compiled in (None, "default"):
+        net = copy.deepcopy(model)
+        net.compiled, net.deep = compiled, compiled is not None
+        z = net(x)
+        z.logsumexp(1).sum().backward()
+        found.append([z, *(parameter.grad for parameter in net.parameters())])
+    assert len(graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert [target for target in graphs[0] if "autograd" in target] == 4 * ["autograd_function_apply"]
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_exported_is_torch_s_own(strict, units, small):
+    """A program for others has no views of bits and no rows in it."""
+    model = network(32).eval()
+    program = torch.export.export(model, (torch.rand(6, 3, 32, 32),), strict=strict)
+    code = str(program)
+    assert "relu" in code and "conv2d" in code and "new_zeros" not in code and "int16" not in code
 
 
 def test_transforms_of_torch_have_their_derivatives(small, units):
@@ -173,7 +209,8 @@ def test_transforms_of_torch_have_their_derivatives(small, units):
     assert (given[0].grad - given[1].grad).norm() <= 0.05 * given[1].grad.norm() > 0
 
 
-def test_only_what_has_wide_convolutions_is_deep():
+def test_only_what_has_wide_convolutions_is_deep(monkeypatch):
+    monkeypatch.setattr(cpu, "DEEP", 256)
     found = {width: cpu.deep(PreActResNet18(width=width)) for width in (16, 31, 32)}
     assert found == {16: False, 31: False, 32: True} and not cpu.deep(nn.Linear(999, 999))
 

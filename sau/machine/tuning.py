@@ -8,7 +8,7 @@ from sau.errors import ConfigError, first_line
 from sau.machine import captured, cores
 from sau.machine import device as machine
 from sau.method import Method
-from sau.models import Normalized
+from sau.models import Normalized, cpu
 from sau.record.folder import Record
 from sau.settings.run import Run
 
@@ -17,6 +17,11 @@ from sau.settings.run import Run
 # for the first update of docs/performance.md and saves 11 % of a captured training step, 27 % of one of SAU.
 SAVED, SAVED_LAUNCHED = 0.15, 0.4
 COSTS = 25.0
+# The same on a CPU with matrix units, in bf16: there it saves 10 % of a training step of width 64, 22 % of one of width
+# 16 and 27 % of an update of SAU. A network that learns costs 30 s, and 60 with those that are searched; torch keeps
+# what it made, so that the same network costs a few seconds the next time.
+SAVED_UNITS = 0.2
+COSTS_UNITS, COSTS_UNITS_SEARCHED = 30.0, 60.0
 
 GAIN = 0.1  # of the time that bf16 has to save, or the noise of the clock would choose between two that are as fast
 
@@ -58,10 +63,12 @@ def tune(
         record.say(f"warning: {busy}")
 
     def pays() -> bool:
-        if where.type == "cpu" or run.devices > 1:  # statistics that devices exchange break a graph into parts
+        if run.devices > 1:  # statistics that devices exchange break a graph into parts
+            return False
+        if where.type == "cpu" and not (model.amp and cpu.UNITS):  # convolutions take most of a step
             return False
         found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp], captured=whole)
-        return _pays(method, pictures, found[model.amp], whole)
+        return _pays(method, pictures, found[model.amp], where, whole)
 
     model.compiled = _compiled(record, run, method, where, whole, pays)
 
@@ -101,10 +108,15 @@ def _compiled(
     return None if absent else mode
 
 
-def _pays(method: Method, pictures: int, seconds: float, whole: bool) -> bool:
+def _pays(method: Method, pictures: int, seconds: float, where: torch.device, whole: bool) -> bool:
     """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes,
     `whole` is whether updates are captured."""
-    return (SAVED if whole else SAVED_LAUNCHED) * method.passes() / 3 * pictures * seconds > COSTS
+    passes = method.passes()
+    if where.type == "cpu":
+        saved, costs = SAVED_UNITS, COSTS_UNITS if passes <= 3 else COSTS_UNITS_SEARCHED
+    else:
+        saved, costs = SAVED if whole else SAVED_LAUNCHED, COSTS
+    return saved * passes / 3 * pictures * seconds > costs
 
 
 def no_compiler(device: torch.device) -> str | None:

@@ -6,7 +6,6 @@ sums in another order.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-DEEP = 256  # channels of a convolution: in narrower networks Python takes as long here as the kernels spare
+UNITS = bool(torch.cpu._is_amx_tile_supported())  # for matrices of bf16 (Intel's AMX); torch 2.10 has no public name
+
+DEEP = 64 if UNITS else 256  # channels of a convolution; in narrower networks Python takes what the kernels spare
 LARGE = 2**19  # values of a map, from which on the same holds of ReLU
 NARROW = 4  # columns of a map: matrix units take 16 pixels of a row at once
 
@@ -33,8 +34,9 @@ class Shortcuts(TorchFunctionMode):
 
 
 def shortcuts(x: Tensor) -> AbstractContextManager[Any]:
-    """`Shortcuts` where `x` lies on the CPU; not inside torch.func's transforms, which know no views of bits."""
-    plain = x.device.type != "cpu" or torch._C._are_functorch_transforms_active()
+    """`Shortcuts` where `x` lies on the CPU; not inside torch.func's transforms, which know no views of bits, nor in a
+    program for export, which is to hold torch's own operations."""
+    plain = x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
     return nullcontext() if plain else Shortcuts()
 
 
@@ -43,15 +45,10 @@ def deep(net: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv2d) and module.in_channels >= DEEP for module in net.modules())
 
 
-@cache
-def matrix_units() -> bool:
-    """Whether this processor multiplies matrices in bf16 by units of their own (Intel's AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())  # which has no public name in torch 2.10
-
-
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.relu`, by its signature."""
-    if input.dtype != torch.bfloat16 or input.numel() < LARGE:
+    # The compiler makes one kernel of it and what stands around it.
+    if input.dtype != torch.bfloat16 or input.numel() < LARGE or torch.compiler.is_compiling():
         return F.relu(input, inplace)
     if torch.is_grad_enabled() and input.requires_grad:
         return _ReLU.apply(input, inplace)
@@ -106,7 +103,7 @@ def _conv2d(
     """`F.conv2d`, by its signature."""
     usual = weight.shape[1] >= DEEP and weight.shape[-1] > 1 and groups == 1 and not isinstance(padding, str)
     alike = input.dtype == torch.bfloat16 and input.ndim == 4 and input.is_contiguous(memory_format=LAST)
-    if usual and alike and len(input) > 1 and matrix_units():
+    if usual and alike and len(input) > 1 and UNITS:
         grid = _Grid(*((n, n) if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation)))
         row, kernel = len(input) * grid.pitch(input.shape[3]), weight.shape[3]
         fits = grid.columns(row, kernel) == row // grid.stride[1]

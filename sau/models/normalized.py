@@ -26,7 +26,8 @@ class Normalized(nn.Module):
     `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
     passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
     warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`).
-    `deep` is whether bf16 on the CPU goes by the faster kernels of `sau.models.cpu`: if a convolution has 256 channels.
+    `deep` is whether bf16 on the CPU goes by the faster kernels of `sau.models.cpu`: if a convolution has 256 channels,
+    or 64 where the processor has matrix units.
     """
 
     compiled: str | None
@@ -67,7 +68,7 @@ class Normalized(nn.Module):
         if not self.amp:
             return widened(answered(self.net, self.net(x)))
         # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
-        faster = shortcuts(x) if self.deep and not self.compiled else nullcontext()
+        faster = shortcuts(x) if self.deep else nullcontext()
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False), faster:
             answer = self.net(x)
         return answered(self.net, answer).float()

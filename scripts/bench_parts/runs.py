@@ -2,12 +2,14 @@
 
 The proportions are those of CIFAR-10: 50 training pictures to 10 clean and 9 triggered test pictures, 5 % of the first
 for the defender. The released order evaluates after every epoch and every round, ours as the commands do: every ten
-of them and in the last one, and SAU also before. `--batch_size` is that of the attack; SAU has its own.
+of them and in the last one, and SAU also before. `--batch_size` is that of the attack; SAU has its own. A run that is
+`--compiled` is so from scratch: what the compiler kept of others is not there for it.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from bench_parts import pil, setting
 from bench_parts.measure import Work, interleaved, row
 from released_sau import ReleasedSAU
+from torch._inductor.utils import fresh_cache
 
 from sau.data.images import Images
 from sau.data.sources import source
@@ -32,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this part."""
     setting.add_arguments(parser, width=16, batch_size=128)
     setting.add_workers(parser)
+    setting.add_compiled(parser)
+    parser.add_argument("--runs", default="attack,SAU", help="which [attack,SAU]")
     parser.add_argument("--pictures", type=int, default=5120, help="training pictures [5120]")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the attack [8]")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of SAU [10]")
@@ -40,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare; returns the rows."""
+    chosen = setting.among("--runs", args.runs, ("attack", "SAU"))
     precisions = setting.among("--precisions", args.precisions, ("bf16", "fp32"))
+    ways: dict[str, dict[str, Any]] = {name: {"amp": name == "bf16"} for name in precisions}
+    ways |= {f"bf16 {mode}": {"amp": True, "compiled": mode} for mode in setting.modes(args)}
     train, test = setting.pictures(args)
     train, test = setting.first(train, args.pictures), setting.first(test, args.pictures // 5)
     clean = setting.first(train, args.pictures // 20)
@@ -50,7 +58,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         tests = partial(_tests, args, test, triggered, Path(place))
         attacked = setting.copied(model, amp=True)
-        setting.ATTACK.fit(attacked, poisoned.to(args.device), _recipe(args), session=setting.QUIET)
+        if "SAU" in chosen:
+            setting.ATTACK.fit(attacked, poisoned.to(args.device), _recipe(args), session=setting.QUIET)
         tested = {"test": test, "triggered": triggered}
         pairs: dict[str, tuple[Callable[..., Work], Callable[..., Work]]] = {
             "attack": (
@@ -63,20 +72,30 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             ),
         }
         once = argparse.Namespace(**{**vars(args), "epochs": 1, "rounds": 1})
-        for title, (ours, reference) in pairs.items():
-            for make in _makers(once, precisions, ours, reference).values():
+        for title in chosen:
+            ours, reference = pairs[title]
+            for make in _makers(once, ways, ours, reference).values():
                 make()()  # warms everything up
-            seconds = interleaved(_makers(args, precisions, ours, reference), args)
+            seconds = interleaved(_makers(args, ways, ours, reference), args)
             named = f"{title}, whole run, width {args.width}"
-            rows += [row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in precisions]
+            rows += [row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in ways]
     return rows
 
 
 def _makers(
-    args: argparse.Namespace, precisions: Sequence[str], ours: Callable[..., Work], reference: Callable[..., Work]
-) -> dict[str, Callable[[], Work]]:
-    found = {name: partial(ours, args, amp=name == "bf16") for name in precisions}
+    args: argparse.Namespace, ways: Mapping[str, Mapping[str, Any]], ours: Callable[..., Work],
+    reference: Callable[..., Work],
+) -> dict[str, Callable[[], Work]]:  # fmt: skip
+    found = {name: partial(ours, args, **how) for name, how in ways.items()}
     return {**found, "released": partial(reference, args)}
+
+
+@contextmanager
+def _from_scratch() -> Iterator[None]:
+    """Inside, nothing is compiled yet."""
+    torch._dynamo.reset()
+    with fresh_cache():
+        yield
 
 
 def _recipe(args: argparse.Namespace) -> Training:
@@ -102,14 +121,15 @@ def _tests(
 
 
 def _attack(
-    args: argparse.Namespace, model: Normalized, poisoned: Images, test: Images, triggered: Images, amp: bool
+    args: argparse.Namespace, model: Normalized, poisoned: Images, test: Images, triggered: Images, **how: Any
 ) -> Work:
-    victim = setting.copied(model, amp=amp)
+    victim = setting.copied(model, **how)
     images, clean, stamped = (part.to(args.device) for part in (poisoned, test, triggered))
     recipe, augment = _recipe(args), source(args.dataset).augment
 
     def work() -> None:
-        setting.ATTACK.fit(victim, images, recipe, augment=augment, session=_watched(args.epochs, clean, stamped))
+        with _from_scratch():
+            setting.ATTACK.fit(victim, images, recipe, augment=augment, session=_watched(args.epochs, clean, stamped))
 
     return work
 
@@ -131,15 +151,16 @@ def _released_attack(
 
 
 def _sau(
-    args: argparse.Namespace, attacked: Normalized, clean: Images, test: Images, triggered: Images, amp: bool
+    args: argparse.Namespace, attacked: Normalized, clean: Images, test: Images, triggered: Images, **how: Any
 ) -> Work:
-    model = setting.copied(attacked, amp=amp)
+    model = setting.copied(attacked, **how)
     given, plain, stamped = (part.to(args.device) for part in (clean, test, triggered))
     method = SAU(epochs=args.rounds, lr=1e-3)
 
     def work() -> None:
-        score(model, plain, stamped)
-        method.purify(model, given, session=_watched(args.rounds, plain, stamped))
+        with _from_scratch():
+            score(model, plain, stamped)
+            method.purify(model, given, session=_watched(args.rounds, plain, stamped))
 
     return work
 
