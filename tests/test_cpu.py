@@ -22,11 +22,17 @@ GRIDS = [  # kernel, stride, padding, dilation, height, width, side by side
 ]  # fmt: skip
 
 
+def wide(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    """A convolution of so many channels is wide, whether it learns or not."""
+    for name in ("WIDE", "WIDE_LEARNT"):
+        monkeypatch.setattr(cpu, name, channels)
+
+
 @pytest.fixture
 def units(monkeypatch):
     """A processor with matrix units, and networks that need few channels to be deep."""
     monkeypatch.setattr(cpu, "UNITS", True)
-    monkeypatch.setattr(cpu, "DEEP", 3)
+    wide(monkeypatch, 3)
 
 
 @pytest.fixture
@@ -119,9 +125,9 @@ def test_what_gains_nothing_stays_with_torch(units, monkeypatch):
     assert rows(last, weight)
     assert not rows(last.float(), weight.float()) and not rows(x, weight) and not rows(last[:1], weight)
     assert not rows(last, weight[:, :2], groups=2)
-    monkeypatch.setattr(cpu, "DEEP", 5)
+    wide(monkeypatch, 5)
     assert not rows(last, weight)
-    monkeypatch.setattr(cpu, "DEEP", 4)
+    wide(monkeypatch, 4)
     monkeypatch.setattr(cpu, "UNITS", False)
     assert not rows(last, weight)
 
@@ -135,7 +141,7 @@ def network(width: int, amp: bool = True) -> Normalized:
 def test_a_deep_network_answers_and_learns_as_before(train, small, monkeypatch):
     """With what is faster and without, in bf16; and it is used."""
     monkeypatch.setattr(cpu, "UNITS", True)
-    monkeypatch.setattr(cpu, "DEEP", 256)
+    wide(monkeypatch, 256)
     model, x, found, names = network(32).train(train), torch.rand(6, 3, 32, 32), [], []
     for ours in (cpu._ReLU, cpu._InARow):
         apply = ours.apply
@@ -145,7 +151,7 @@ def test_a_deep_network_answers_and_learns_as_before(train, small, monkeypatch):
     for faster in (False, True):
         assert not names
         net = copy.deepcopy(model)
-        net.deep = faster
+        net.widest *= faster
         z = net(x)
         z.logsumexp(1).sum().backward()
         found.append([z, *(parameter.grad for parameter in net.parameters())])
@@ -157,7 +163,7 @@ def test_a_deep_network_answers_and_learns_as_before(train, small, monkeypatch):
 @pytest.mark.parametrize(("width", "amp"), [(16, True), (32, False)])
 def test_other_networks_go_their_own_ways(width, amp, monkeypatch):
     """Narrow ones and those in fp32."""
-    monkeypatch.setattr(cpu, "DEEP", 256)
+    wide(monkeypatch, 256)
     model = network(width, amp).eval()
     monkeypatch.setattr(Shortcuts, "__torch_function__", lambda *given: pytest.fail("was used"))
     with torch.no_grad():
@@ -180,7 +186,7 @@ def test_a_compiled_network_has_rows_and_leaves_relu_to_the_compiler(units, smal
     model, x, found = network(32), torch.rand(6, 3, 32, 32), []
     for compiled in (None, "default"):
         net = copy.deepcopy(model)
-        net.compiled, net.deep = compiled, compiled is not None
+        net.compiled, net.widest = compiled, net.widest if compiled else 0
         z = net(x)
         z.logsumexp(1).sum().backward()
         found.append([z, *(parameter.grad for parameter in net.parameters())])
@@ -209,10 +215,32 @@ def test_transforms_of_torch_have_their_derivatives(small, units):
     assert (given[0].grad - given[1].grad).norm() <= 0.05 * given[1].grad.norm() > 0
 
 
-def test_only_what_has_wide_convolutions_is_deep(monkeypatch):
-    monkeypatch.setattr(cpu, "DEEP", 256)
-    found = {width: cpu.deep(PreActResNet18(width=width)) for width in (16, 31, 32)}
-    assert found == {16: False, 31: False, 32: True} and not cpu.deep(nn.Linear(999, 999))
+def test_wide_networks_gain_and_narrower_ones_where_they_learn(monkeypatch):
+    """Of 256 channels and, in train mode, of 64; not without gradients, on other devices and with `widest` 0."""
+    monkeypatch.setattr(cpu, "WIDE_LEARNT", 64)
+    x = torch.rand(2, 3, 8, 8)
+
+    def gains(width: int, learns: bool = True, given: torch.Tensor = x, widest: int | None = None) -> bool:
+        net = PreActResNet18(width=width).train(learns)
+        found = cpu.shortcuts(given, net, cpu.widest(net) if widest is None else widest)
+        return isinstance(found, Shortcuts)
+
+    assert [gains(width) for width in (4, 8, 16, 32)] == [False, True, True, True]
+    assert [gains(width, learns=False) for width in (8, 31, 32)] == [False, False, True]
+    assert not gains(32, given=x.to("meta")) and not gains(32, widest=0) and cpu.widest(nn.Linear(999, 999)) == 0
+    with torch.no_grad():
+        assert [gains(width) for width in (16, 32)] == [False, True]
+
+
+def test_narrow_convolutions_are_in_a_row_for_their_weights_alone(monkeypatch):
+    wide(monkeypatch, 256)
+    monkeypatch.setattr(cpu, "UNITS", True)
+    monkeypatch.setattr(cpu, "WIDE_LEARNT", 64)
+    x = torch.randn(2, 64, 4, 4).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(8, 64, 3, 3).bfloat16()
+    with Shortcuts():
+        names = [type(F.conv2d(x, w, padding=1).grad_fn).__name__ for w in (weight, weight.clone().requires_grad_())]
+    assert ["InARow" in name for name in names] == [False, True]
 
 
 def test_places_of_pictures_in_a_row():

@@ -1,4 +1,4 @@
-"""bf16 on the CPU: what torch's kernels take long for there, done by faster ones, for any deep network.
+"""bf16 on the CPU: what torch's kernels take long for there, done by faster ones, for any wide network.
 
 `Shortcuts` is the context in which a network answers. ReLU gives the same bits; a convolution to narrow maps the same
 sums in another order.
@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 UNITS = bool(torch.cpu._is_amx_tile_supported())  # for matrices of bf16 (Intel's AMX); torch 2.10 has no public name
 
-DEEP = 64 if UNITS else 256  # channels of a convolution; in narrower networks Python takes what the kernels spare
+WIDE = 256  # channels of a convolution; in narrower networks Python takes as long here as the kernels spare
+WIDE_LEARNT = 64 if UNITS else WIDE  # in train mode, for the gradients of weights are what takes longest
 LARGE = 2**19  # values of a map, from which on the same holds of ReLU
 NARROW = 4  # columns of a map: matrix units take 16 pixels of a row at once
 
@@ -33,16 +34,22 @@ class Shortcuts(TorchFunctionMode):
         return FASTER.get(func, func)(*args, **(kwargs or {}))
 
 
-def shortcuts(x: Tensor) -> AbstractContextManager[Any]:
-    """`Shortcuts` where `x` lies on the CPU; not inside torch.func's transforms, which know no views of bits, nor in a
-    program for export, which is to hold torch's own operations."""
-    plain = x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+def shortcuts(x: Tensor, net: nn.Module, widest: int) -> AbstractContextManager[Any]:
+    """`Shortcuts` where `net`, whose convolutions have up to `widest` channels, gains from them on `x`.
+
+    Not inside torch.func's transforms, which know no views of bits, nor in a program for export, which is to hold
+    torch's own operations.
+    """
+    learns = net.training and torch.is_grad_enabled()  # a search in eval mode asks for no gradients of weights
+    if x.device.type != "cpu" or widest < (WIDE_LEARNT if learns else WIDE):
+        return nullcontext()
+    plain = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
     return nullcontext() if plain else Shortcuts()
 
 
-def deep(net: nn.Module) -> bool:
-    """Whether `net` has a convolution of so many channels that it gains from `Shortcuts`."""
-    return any(isinstance(module, nn.Conv2d) and module.in_channels >= DEEP for module in net.modules())
+def widest(net: nn.Module) -> int:
+    """Most channels that a convolution of `net` takes."""
+    return max((module.in_channels for module in net.modules() if isinstance(module, nn.Conv2d)), default=0)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -101,7 +108,8 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """`F.conv2d`, by its signature."""
-    usual = weight.shape[1] >= DEEP and weight.shape[-1] > 1 and groups == 1 and not isinstance(padding, str)
+    wide = weight.shape[1] >= (WIDE_LEARNT if torch.is_grad_enabled() and weight.requires_grad else WIDE)
+    usual = wide and weight.shape[-1] > 1 and groups == 1 and not isinstance(padding, str)
     alike = input.dtype == torch.bfloat16 and input.ndim == 4 and input.is_contiguous(memory_format=LAST)
     if usual and alike and len(input) > 1 and UNITS:
         grid = _Grid(*((n, n) if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation)))
