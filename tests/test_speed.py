@@ -553,7 +553,7 @@ def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish, mode):
 
 @pytest.mark.parametrize(
     ("units", "amp", "step", "mode"),
-    [(True, "true", 1, "default"), (True, "true", 0.1, None), (True, "false", 1, None), (False, "true", 1, None)],
+    [(True, "true", 1.0, "default"), (True, "true", 0.1, None), (True, "false", 1.0, None), (False, "true", 1.0, None)],
 )
 @pytest.mark.usefixtures("few_digits")
 def test_long_runs_on_matrix_units_are_compiled(here, tmp_path, monkeypatch, units, amp, step, mode):
