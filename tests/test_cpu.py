@@ -140,7 +140,7 @@ def network(width: int, amp: bool = True) -> Normalized:
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_deep_network_answers_and_learns_as_before(train, small, monkeypatch):
+def test_a_wide_network_answers_and_learns_as_before(train, small, monkeypatch):
     """With what is faster and without, in bf16; and it is used."""
     monkeypatch.setattr(cpu, "UNITS", True)
     wide(monkeypatch, 256)

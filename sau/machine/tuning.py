@@ -17,9 +17,9 @@ from sau.settings.run import Run
 # for the first update of docs/performance.md and saves 11 % of a captured training step, 27 % of one of SAU.
 SAVED, SAVED_LAUNCHED = 0.15, 0.4
 COSTS = 25.0
-# The same on a CPU with matrix units, in bf16: there it saves 10 % of a training step of width 64, 22 % of one of width
-# 16 and 27 % of an update of SAU. A network that learns costs 30 s, and 60 with those that are searched; torch keeps
-# what it made, so that the same network costs a few seconds the next time.
+# The same on a CPU with matrix units, in bf16: at width 16 it saves a quarter of a training step and of an update of SAU
+# (docs/performance.md), at greater widths less. A network that learns costs 30 s, and 60 with those that are searched;
+# torch keeps what it made, so that the same network costs a few seconds the next time.
 SAVED_UNITS = 0.2
 COSTS_UNITS, COSTS_UNITS_SEARCHED = 30.0, 60.0
 
