@@ -17,7 +17,7 @@ from sau.settings.run import Run
 # for the first update of docs/performance.md and saves 11 % of a captured training step, 27 % of one of SAU.
 SAVED, SAVED_LAUNCHED = 0.15, 0.4
 COSTS = 25.0
-# The same on a CPU with matrix units, in bf16: at width 16 it saves a quarter of a training step and of an update of SAU
+# The same on a CPU with matrix units, in bf16: at width 16 it saves a quarter of a training step and of SAU's update
 # (docs/performance.md), at greater widths less. A network that learns costs 30 s, and 60 with those that are searched;
 # torch keeps what it made, so that the same network costs a few seconds the next time.
 SAVED_UNITS = 0.2
