@@ -9,9 +9,11 @@ from toys import QUICK, TinyNet, quiet, tiny_net, toy_images
 from sau.attack import BadNet, WaNet
 from sau.attack.recipe import Recipe
 from sau.command.request import Request
+from sau.data.augment import Augment
 from sau.data.images import shrunk, to_float
 from sau.defense import SAU
 from sau.errors import ConfigError, DataError
+from sau.machine import tuning
 from sau.models import Normalized
 from sau.optim import Training
 from sau.settings.config import options
@@ -62,6 +64,67 @@ def test_a_victim_sees_pictures_of_these_sizes():
     assert seen[2:] == [8, 8, 16, 16, 16, 16]  # the first two ask whether the network takes whole ones, and 8x8
 
 
+@pytest.mark.parametrize("attack", [BadNet(), WaNet(pratio=0.0)], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("unaugmented", [True, False])
+def test_a_victim_sees_pictures_as_they_are_if_its_recipe_says_so(attack, unaugmented):
+    """Whatever the caller offers; else every picture is a crop, at a place of its own, of attacks in the batch, too."""
+    images, net, seen = toy_images(64), tiny_net().train(), []
+    recipe = Recipe(epochs=4, batch_size=32, lr=0.05, unaugmented=unaugmented)
+    attack = attack.forge(images, net, recipe)
+    net.features[0].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if module.training else None
+    )
+    attack.fit(net, images, recipe, augment=Augment(4), session=quiet())
+    known = {tuple(pixels.flatten().tolist()) for pixels in images.pixels}
+    met = {tuple((255 * x).round().flatten().tolist()) for x in torch.cat(seen)}
+    assert (met == known) is unaugmented
+
+
+def test_triggers_are_made_with_the_augmentation_of_the_victim():
+    """A network that a trigger is searched on is trained like the victim."""
+    seen = []
+
+    class Maker(BadNet):
+        def make_trigger(self, given):
+            seen.append(given.augment)
+
+    for recipe in (Recipe(), Recipe(unaugmented=True), Training()):
+        Maker().forge(toy_images(8), tiny_net(), recipe, augment=Augment(4))
+    assert seen == [Augment(4), None, Augment(4)]
+
+
+def test_small_pictures_count_by_their_pixels():
+    """A quarter, nine sixteenths, and whole for good."""
+    growing = Recipe(sides=(0.5, 0.75, 1.0))
+    assert [growing.whole(epochs) for epochs in (0, 1, 2, 3, 4)] == [0, 0.25, 0.8125, 1.8125, 2.8125]
+    assert Recipe().whole(3) == 3
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_whether_compiling_pays_is_asked_of_the_pictures_there_are(monkeypatch, here):
+    """Epochs of pictures of half the height and width have a quarter of the work."""
+    asked = []
+    monkeypatch.setattr(tuning, "_pays", lambda method, pictures, *more: asked.append(pictures))
+    monkeypatch.setattr(tuning.cpu, "UNITS", True)
+    flags = (
+        "--dataset",
+        "digits",
+        "--width",
+        "2",
+        "--epochs",
+        "3",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--amp",
+        "true",
+    )
+    for name, sides in (("a", "1"), ("b", "0.5,1")):
+        assert here("attack", "badnet", *flags, "--sides", sides, "--save_folder_name", name)[0] == 0
+    assert asked[1] == round(0.75 * asked[0]) > 0
+
+
 def test_another_error_than_the_size_keeps_its_own_words(unchecked, one_line):
     """A network that answers with several things takes small pictures as well as large ones."""
 
@@ -74,11 +137,13 @@ def test_another_error_than_the_size_keeps_its_own_words(unchecked, one_line):
     assert "the network answers with tuple, allowed are logits" in one_line(refusal.value)
 
 
-def test_without_sides_a_recipe_is_what_it_was():
+def test_a_recipe_without_what_came_later_is_what_it_was():
     """The digests of results contain the settings, so a setting that came later is left out where it does nothing."""
-    assert Recipe().params() == Training().params() and "sides" not in Recipe().params()
-    assert Recipe(sides=(0.5, 1.0)).params()["sides"] == (0.5, 1.0)
-    assert set(options(Recipe)) == {*options(Training), "sides"}
+    still = Recipe(epochs=0, wd=0.0)
+    assert still.params() == Training(epochs=0, wd=0.0).params() and "epochs" in still.params()
+    assert Recipe(sides=(0.5, 1.0)).params() == {**Training().params(), "sides": (0.5, 1.0)}
+    assert Recipe(unaugmented=True).params() == {**Training().params(), "unaugmented": True}
+    assert set(options(Recipe)) == {*options(Training), "sides", "unaugmented"}
 
 
 @pytest.mark.parametrize("sides", [(0.0,), (0.5, 1.5), (-1.0,)])
@@ -108,8 +173,9 @@ def test_sides_that_cannot_be_are_refused(one_line):
 def test_fast_depends_on_the_device_and_is_for_attacks_beforehand():
     (recipe, why), run, training, _ = settled("--recipe", "fast")
     assert (recipe, run.recipe, run.width) == ("fast_cpu", "fast_cpu", 16) and "without CUDA" in why
-    assert training.sides and training.epochs < settled("--recipe", "cpu")[2].epochs
-    assert settled("--recipe", "cpu")[2].sides == () and settled("--recipe", "paper")[2].sides == ()
+    assert training.sides and training.unaugmented and training.epochs < settled("--recipe", "cpu")[2].epochs
+    for whole in ("cpu", "paper"):
+        assert settled("--recipe", whole)[2].sides == () and not settled("--recipe", whole)[2].unaugmented
     (recipe, why), _, training, _ = settled("--recipe", "fast", method=WaNet)
     assert recipe == "cpu" and "poisoned beforehand" in why and training.sides == ()
 

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import Images, shrunk, to_float
+from sau.data.augment import Augment
+from sau.data.images import Images, share_in, shrunk, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import answering
 from sau.models import asking, check_labels, initialised, logits_of
 from sau.optim import Training
 from sau.seeds import seeded
+
+LATER = ("sides", "unaugmented")  # settings that came after results that have none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +26,29 @@ class Recipe(Training):
     Args:
         sides: height and width of the pictures in each epoch as a share of their own, like 0.5,0.5,1; the last one
             holds for the epochs that follow, none means 1. Small pictures are cheap, and teach a network most of it.
+        unaugmented: learn pictures as they are, neither cropped nor mirrored. A short training sees them too few times
+            to know them by heart, and a trigger always at its place is taken up sooner.
     """
 
     sides: tuple[float, ...] = ()
+    unaugmented: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("sides", all(0 < side <= 1 for side in self.sides), "shares above 0 and up to 1")
 
     def params(self) -> dict[str, Any]:
-        """The hyperparameters, by name; `sides` only if there are any, for it came after results that have none."""
-        return {name: value for name, value in super().params().items() if name != "sides" or value}
+        """The hyperparameters, by name; those that came later only where they act."""
+        return {name: value for name, value in super().params().items() if value or name not in LATER}
+
+    def whole(self, epochs: int) -> float:
+        """How many epochs of whole pictures have as many pixels as the first `epochs`."""
+        return sum(share_in(epoch, self.sides) ** 2 for epoch in range(epochs))
+
+
+def moved(recipe: Training, augment: Augment | None) -> Augment | None:
+    """What a victim's pictures go through: `augment`, unless the recipe wants them as they are."""
+    return None if isinstance(recipe, Recipe) and recipe.unaugmented else augment
 
 
 def check_victim(model: nn.Module, images: Images) -> None:

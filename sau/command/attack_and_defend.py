@@ -73,7 +73,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
     epochs = method.classifier_epochs(training)
-    tune(record, run, model, method, shape, training.batch_size, epochs * len(train), where)
+    pictures = round(training.whole(epochs) * len(train))
+    tune(record, run, model, method, shape, training.batch_size, pictures, where)
     plan = method.plan(poisoned, training.batch_size)
     record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)  # the probe drew from it

@@ -204,8 +204,13 @@ class Batches:
             yield from zip(*(part.unsafe_split_with_sizes(block) for part in parts), strict=True)
 
     def _sized(self, x: Tensor) -> Tensor:
-        share = self.sides[min(self.epoch, len(self.sides) - 1)] if self.sides else 1.0
+        share = share_in(self.epoch, self.sides)
         return x if share == 1 else shrunk(x, share)
+
+
+def share_in(epoch: int, sides: Sequence[float]) -> float:
+    """The share of their height and width that pictures have in an epoch, counted from 0."""
+    return sides[min(epoch, len(sides) - 1)] if sides else 1.0
 
 
 def shrunk(x: Tensor, share: float) -> Tensor:

@@ -11,6 +11,7 @@ from sau.method import Method
 from sau.models import Normalized, cpu
 from sau.record.folder import Record
 from sau.settings.run import Run
+from sau.wording import duration
 
 # What torch.compile is assumed to save on CUDA: of the card's own time, and of that of updates which Python launches,
 # where the compiler's CUDA graphs spare it more; and the seconds until everything is compiled. An H200 needs 16 to 18
@@ -39,7 +40,7 @@ def tune(
         method: whose updates they are.
         shape: of a picture, [C, H, W].
         batch_size: of an update.
-        pictures: that all updates see together.
+        pictures: that all updates see together, in whole ones.
         where: the device.
     """
     before: bool | None = record.config.get("amp")
@@ -103,7 +104,8 @@ def _compiled(
     if absent:
         record.say(f"note: no compiler works here, so the network runs as it stands: {absent}")
     elif mode:
-        record.say(f"compiling the network (torch.compile, {mode} mode), which takes about a minute")
+        takes = duration(_costs(method, where))
+        record.say(f"compiling the network (torch.compile, {mode} mode), which takes about {takes}")
     record.note(compile=None if absent else mode)
     return None if absent else mode
 
@@ -111,12 +113,15 @@ def _compiled(
 def _pays(method: Method, pictures: int, seconds: float, where: torch.device, whole: bool) -> bool:
     """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes,
     `whole` is whether updates are captured."""
-    passes = method.passes()
-    if where.type == "cpu":
-        saved, costs = SAVED_UNITS, COSTS_UNITS if passes <= 3 else COSTS_UNITS_SEARCHED
-    else:
-        saved, costs = SAVED if whole else SAVED_LAUNCHED, COSTS
-    return saved * passes / 3 * pictures * seconds > costs
+    saved = SAVED_UNITS if where.type == "cpu" else SAVED if whole else SAVED_LAUNCHED
+    return saved * method.passes() / 3 * pictures * seconds > _costs(method, where)
+
+
+def _costs(method: Method, where: torch.device) -> float:
+    """Seconds that compiling takes."""
+    if where.type != "cpu":
+        return COSTS
+    return COSTS_UNITS if method.passes() <= 3 else COSTS_UNITS_SEARCHED
 
 
 def no_compiler(device: torch.device) -> str | None:
