@@ -200,10 +200,9 @@ class Attack(Labelling, ABC):
             session: progress and checkpoints.
         """
         check_victim(model, images)
-        session = session or Session()
+        session, augment = session or Session(), moved(recipe, augment)
         recipe.say_astray(session)
         self.say_astray(session)
-        augment = moved(recipe, augment)
         first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
         with learning(images.pixels.device), seeded(seed), enough_pictures():

@@ -1,6 +1,7 @@
 """How a victim is trained: gradient descent, and what defenses have no use for."""
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ class Recipe(Training):
 
     def whole(self, epochs: int) -> float:
         """How many epochs of whole pictures have as many pixels as the first `epochs`."""
-        return sum(share_in(epoch, self.sides) ** 2 for epoch in range(epochs))
+        return math.fsum(share_in(epoch, self.sides) ** 2 for epoch in range(epochs))
 
 
 def moved(recipe: Training, augment: Augment | None) -> Augment | None:
