@@ -104,7 +104,7 @@ def test_small_pictures_count_by_their_pixels():
 def test_whether_compiling_pays_is_asked_of_the_pictures_there_are(monkeypatch, here):
     """Epochs of pictures of half the height and width have a quarter of the work."""
     asked = []
-    monkeypatch.setattr(tuning, "_pays", lambda method, pictures, *more: asked.append(pictures))
+    monkeypatch.setattr(tuning, "_pays", lambda method, pictures, *more: bool(asked.append(pictures)))
     monkeypatch.setattr(tuning.cpu, "UNITS", True)
     flags = (
         "--dataset",
