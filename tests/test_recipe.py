@@ -106,20 +106,7 @@ def test_whether_compiling_pays_is_asked_of_the_pictures_there_are(monkeypatch, 
     asked = []
     monkeypatch.setattr(tuning, "_pays", lambda method, pictures, *more: bool(asked.append(pictures)))
     monkeypatch.setattr(tuning.cpu, "UNITS", True)
-    flags = (
-        "--dataset",
-        "digits",
-        "--width",
-        "2",
-        "--epochs",
-        "3",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-        "--amp",
-        "true",
-    )
+    flags = "--dataset digits --width 2 --epochs 3 --threads 1 --device cpu --amp true".split()
     for name, sides in (("a", "1"), ("b", "0.5,1")):
         assert here("attack", "badnet", *flags, "--sides", sides, "--save_folder_name", name)[0] == 0
     assert asked[1] == round(0.75 * asked[0]) > 0
