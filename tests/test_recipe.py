@@ -13,7 +13,6 @@ from sau.data.augment import Augment
 from sau.data.images import shrunk, to_float
 from sau.defense import SAU
 from sau.errors import ConfigError, DataError
-from sau.machine import tuning
 from sau.models import Normalized
 from sau.optim import Training
 from sau.settings.config import options
@@ -98,18 +97,6 @@ def test_small_pictures_count_by_their_pixels():
     growing = Recipe(sides=(0.5, 0.75, 1.0))
     assert [growing.whole(epochs) for epochs in (0, 1, 2, 3, 4)] == [0, 0.25, 0.8125, 1.8125, 2.8125]
     assert Recipe().whole(3) == 3
-
-
-@pytest.mark.usefixtures("few_digits")
-def test_whether_compiling_pays_is_asked_of_the_pictures_there_are(monkeypatch, here):
-    """Epochs of pictures of half the height and width have a quarter of the work."""
-    asked = []
-    monkeypatch.setattr(tuning, "_pays", lambda method, pictures, *more: bool(asked.append(pictures)))
-    monkeypatch.setattr(tuning.cpu, "UNITS", True)
-    flags = "--dataset digits --width 2 --epochs 3 --threads 1 --device cpu --amp true".split()
-    for name, sides in (("a", "1"), ("b", "0.5,1")):
-        assert here("attack", "badnet", *flags, "--sides", sides, "--save_folder_name", name)[0] == 0
-    assert asked[1] == round(0.75 * asked[0]) > 0
 
 
 def test_another_error_than_the_size_keeps_its_own_words(unchecked, one_line):

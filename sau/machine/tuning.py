@@ -8,7 +8,7 @@ from sau.errors import ConfigError, first_line
 from sau.machine import captured, cores
 from sau.machine import device as machine
 from sau.method import Method
-from sau.models import Normalized, cpu
+from sau.models import Normalized
 from sau.record.folder import Record
 from sau.settings.run import Run
 from sau.wording import duration
@@ -18,11 +18,6 @@ from sau.wording import duration
 # for the first update of docs/performance.md and saves 11 % of a captured training step, 27 % of one of SAU.
 SAVED, SAVED_LAUNCHED = 0.15, 0.4
 COSTS = 25.0
-# The same on a CPU with matrix units, in bf16: at width 16 it saves a quarter of a training step and of SAU's update
-# (docs/performance.md), at greater widths less. A network that learns costs 30 s, and 60 with those that are searched;
-# torch keeps what it made, so that the same network costs a few seconds the next time.
-SAVED_UNITS = 0.2
-COSTS_UNITS, COSTS_UNITS_SEARCHED = 30.0, 60.0
 
 GAIN = 0.1  # of the time that bf16 has to save, or the noise of the clock would choose between two that are as fast
 
@@ -66,10 +61,10 @@ def tune(
     def pays() -> bool:
         if run.devices > 1:  # statistics that devices exchange break a graph into parts
             return False
-        if where.type == "cpu" and not (model.amp and cpu.UNITS):  # convolutions take most of a step
+        if where.type == "cpu":  # convolutions take most of a step
             return False
         found = seconds or machine.step_seconds(model, shape, batch_size, where, [model.amp], captured=whole)
-        return _pays(method, pictures, found[model.amp], where, whole)
+        return _pays(method, pictures, found[model.amp], whole)
 
     model.compiled = _compiled(record, run, method, where, whole, pays)
 
@@ -104,24 +99,17 @@ def _compiled(
     if absent:
         record.say(f"note: no compiler works here, so the network runs as it stands: {absent}")
     elif mode:
-        takes = duration(_costs(method, where))
+        takes = duration(COSTS)
         record.say(f"compiling the network (torch.compile, {mode} mode), which takes about {takes}")
     record.note(compile=None if absent else mode)
     return None if absent else mode
 
 
-def _pays(method: Method, pictures: int, seconds: float, where: torch.device, whole: bool) -> bool:
+def _pays(method: Method, pictures: int, seconds: float, whole: bool) -> bool:
     """Whether compiling saves more of a run than it costs; `seconds` are a picture's in a training step of 3 passes,
     `whole` is whether updates are captured."""
-    saved = SAVED_UNITS if where.type == "cpu" else SAVED if whole else SAVED_LAUNCHED
-    return saved * method.passes() / 3 * pictures * seconds > _costs(method, where)
-
-
-def _costs(method: Method, where: torch.device) -> float:
-    """Seconds that compiling takes."""
-    if where.type != "cpu":
-        return COSTS
-    return COSTS_UNITS if method.passes() <= 3 else COSTS_UNITS_SEARCHED
+    saved = SAVED if whole else SAVED_LAUNCHED
+    return saved * method.passes() / 3 * pictures * seconds > COSTS
 
 
 def no_compiler(device: torch.device) -> str | None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import ConfigError, DataError, SauError, first_line, in_a_line, lacks_memory
-from sau.models.cpu import shortcuts, widest
 
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
@@ -26,8 +25,6 @@ class Normalized(nn.Module):
     `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
     passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
     warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`).
-    `widest` is how many channels a convolution takes at most: with 256 and more (in train mode 64 if the processor has
-    matrix units) bf16 on the CPU goes by the faster kernels of `sau.models.cpu`; 0 turns them off.
     """
 
     compiled: str | None
@@ -39,7 +36,7 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         mean, std = statistics(mean, std)
-        self.net, self.amp, self.compiled, self.captured, self.widest = net, amp, None, True, widest(net)
+        self.net, self.amp, self.compiled, self.captured = net, amp, None, True
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
@@ -68,7 +65,7 @@ class Normalized(nn.Module):
         if not self.amp:
             return widened(answered(self.net, self.net(x)))
         # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False), shortcuts(x, self.net, self.widest):
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             answer = self.net(x)
         return answered(self.net, answer).float()
 

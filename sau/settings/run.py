@@ -34,8 +34,7 @@ class Run:
         compile: off, where Python launches what is computed; graphs, where CUDA repeats captured updates (of attacks,
             sau, at, ft, ft-sam, fst, d3 and nc); on, which also runs the network through torch.compile; or auto, which
             is on where the run is long enough on CUDA, else graphs. On the CPU there are no graphs, and auto is off,
-            since compiling saves little there and changes the rounding; but on for long runs in bf16 where the
-            processor has matrix units (AMX), of which it saves a fifth.
+            since compiling saves little there and changes the rounding.
         max_minutes: ends the updates in time for the run to end after so many minutes; none means no limit.
         random_seed: of the weights, of the order of pictures and of every choice of pictures.
         record_root: folder of the result folders.
