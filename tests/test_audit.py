@@ -782,7 +782,7 @@ def test_released_relearning_is_augmented_at_once_and_d_alone_is_without_a_trigg
 def test_ctrl_c_leaves_finished_pieces(victim, clean):
     folder = victim.parents[1]
     argv = [sys.executable, str(REPOSITORY / "scripts" / "audit.py"), "--result_file", "victim", "--control", "clean"]
-    status, _, err = stop_after("4/", signal.SIGINT, [*argv, *BRIEF], folder)
+    status, err = stop_after("4/", signal.SIGINT, [*argv, *BRIEF], folder)
     assert status == 130 and "repeat" in err and len(list((victim / "audit" / "pieces").iterdir())) >= 4
     done = subprocess.run([*argv, *BRIEF], cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("as before") >= 4

@@ -57,8 +57,8 @@ def test_two_runners_on_one_folder_share_its_cells(file, tmp_path):
 
 def test_ctrl_c_stops_every_cell_and_the_next_call_goes_on(file, tmp_path):
     argv = [*SCRIPT, str(file), "--record_root", "root", "--cores", "2"]
-    status, seconds, err = stop_after("[1/12]", signal.SIGINT, argv, tmp_path)
-    assert status == 130 and "stopped; repeat the command to go on" in err and seconds < 30
+    status, err = stop_after("[1/12]", signal.SIGINT, argv, tmp_path)
+    assert status == 130 and "stopped; repeat the command to go on" in err
     store, every = Store(tmp_path / "root"), cells(read(file)[1])
     assert {state.name for state in store.states(every).values()} <= {"finished", "waiting"}
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)

@@ -581,31 +581,27 @@ def test_a_bomb_is_not_unpacked_to_look_for_names(monkeypatch):
     assert len(seen) > 2 and max(seen) < 2 << 20
 
 
-def test_bombs_cost_what_three_imports_cost_and_64_megabytes_at_most(tmp_path):
-    """In seconds of the processor; where importing the library took 1.4 of them, the slowest bomb took 0.2."""
+def test_bombs_take_64_megabytes_at_most(tmp_path):
     paths = [str(stored(tmp_path, raw, f"{i}.pt")) for i, raw in enumerate(bombs().values())]
     code = f"""
-import time
 from pathlib import Path
 from sau.foreign import weights
 from sau.errors import RecordError
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-imported = time.process_time()
 for path in map(Path, {paths!r}):
-    before, started = peak(), time.process_time()
+    before = peak()
     try:
         weights.read(path)
     except RecordError as error:
-        print((time.process_time() - started) / imported, peak() - before, error)
+        print(peak() - before, error)
 """
     env = environment(PYTHONPATH=str(REPOSITORY))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == len(paths) == 8, (done.stdout, done.stderr)
     for line in lines:
-        imports, memory, _ = line.split(" ", 2)
-        assert float(imports) < 3 and int(memory) < 64 << 20, line
+        assert int(line.split()[0]) < 64 << 20, line
 
 
 # The process of its own, and the script
@@ -704,10 +700,8 @@ def test_a_process_that_ends_by_a_fault_is_said_at_once(tmp_path, monkeypatch):
     """As one does that raises; `os._exit` is called with a connection, which is no status."""
     monkeypatch.setattr(inspection, "_work", os._exit)
     monkeypatch.setattr(inspection, "SECONDS", 60)
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="by a fault of the program"):
+    with pytest.raises(RuntimeError, match="by a fault of the program"):  # else the verdict is "more than 60 seconds"
         inspection.inspect(stored(tmp_path, {"x": torch.zeros(2)}))
-    assert time.monotonic() - started < 50
 
 
 def test_whatever_a_file_makes_the_reader_raise_is_a_verdict(tmp_path, monkeypatch):
@@ -840,10 +834,8 @@ def asleep(*given: object) -> None:
 def test_a_process_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "SECONDS", 0)
     monkeypatch.setattr(inspection, "_work", asleep)
-    started = time.monotonic()
     report = inspection.inspect(stored(tmp_path, {"x": torch.zeros(2)}))
     assert report["status"] == SUSPICIOUS and "more than 0 seconds" in report["verdict"]
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count memory")
@@ -863,7 +855,5 @@ while True:
     pass
 """
     env = environment(PYTHONPATH=str(REPOSITORY))
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
     assert done.stdout.split() == ["MemoryError", "OSError"] and done.returncode < 0, (done.stdout, done.stderr)
-    assert time.monotonic() - started < 60

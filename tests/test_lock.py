@@ -168,7 +168,7 @@ def test_a_holder_whose_lock_was_taken_over_leaves(tmp_path):
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "has it\n"
         forge(path, host="else\x1bwhere")
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=240)
     assert process.returncode == LOCKED and err.count("\n") == 1
     assert "was taken over by process" in err and "else\\x1bwhere" in err
     assert json.loads(path.read_text())["host"] == "else\x1bwhere"

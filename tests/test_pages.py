@@ -108,7 +108,7 @@ def test_the_gallery_refuses_what_it_cannot_draw(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=100)
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=240)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown data set") and not list(tmp_path.iterdir())
 
 

@@ -186,5 +186,5 @@ def test_a_subset_of_a_data_set_has_a_status_of_its_own(script, tmp_path, few, m
 def test_a_signal_ends_a_script_with_its_own_status(number, status, tmp_path):
     code = "import os, sys, time; from script_parts.stopping import stoppable\n"
     code += f"sys.exit(stoppable(lambda: os.kill(os.getpid(), {int(number)}) or time.sleep(60) or 0))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (status, "\nstopped; repeat the command to go on\n")

@@ -371,7 +371,7 @@ def test_a_missing_extra_is_one_line_with_its_installation(script):
     scripts = REPOSITORY / "scripts"
     code = f"import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(scripts)!r}); "
     code += f"runpy.run_path({str(scripts / script)!r} + '.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=240)
     assert done.returncode == 2 and "pip install -e '.[report]'" in the_error(done.stderr)
 
 
