@@ -149,8 +149,8 @@ def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def test_files_and_functions_stay_short():
-    long = [name for name in NAMES if len((PACKAGE / name).read_text().splitlines()) > 220]
-    long += [f"{name}: {function}" for name in NAMES for function, lines in functions(TREES[name]) if lines > 50]
+    long = [name for name in NAMES if len((PACKAGE / name).read_text().splitlines()) > 300]
+    long += [f"{name}: {function}" for name in NAMES for function, lines in functions(TREES[name]) if lines > 60]
     assert long == []
 
 

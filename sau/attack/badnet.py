@@ -1,6 +1,6 @@
 """BadNets: a small patch in a corner (Gu, Dolan-Gavitt, Garg, "BadNets", 2017)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import ClassVar
@@ -27,6 +27,7 @@ class BadNet(Attack):
     """
 
     name: ClassVar[str] = "badnet"
+    gates: ClassVar[Mapping[str, float]] = {"cifar10": 92.0}
 
     patch_mask_path: str | None = None
 

@@ -19,7 +19,7 @@ from sau.attack.recipe import check_victim, moved, sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
-from sau.evaluate import percent_right
+from sau.evaluate import Share, percent_right
 from sau.machine.parts import InParts
 from sau.models import answered, enough_pictures, learning
 from sau.optim import Training
@@ -27,11 +27,15 @@ from sau.seeds import check_seed, seeded
 from sau.session import Session
 from sau.types import Bytes, Labels, Pixels, of_floats
 
+GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Labelling, ABC):
     """An attack is its `stamp`; the rest is common."""
 
+    gates: ClassVar[Mapping[str, float]] = {}  # least ASR in percent, by data set; GATE where none stands
+    remedy: ClassVar[str] = "more --epochs or a larger --pratio"  # what to try below the gate
     teamwork: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
@@ -89,6 +93,18 @@ class Attack(Labelling, ABC):
         ready = copy.copy(self)
         object.__setattr__(ready, "trigger", trigger)
         return ready
+
+    @final
+    def gate(self, dataset: str, asr: Share | None) -> dict[str, Any] | None:
+        """`{"asr": least ASR in percent, "passed": whether the attack has it}`, as `summary.json` stores it.
+
+        None where no gate holds: without an ASR, without poisoned images, and for label rules other than all2one,
+        whose ASR is bounded by the accuracy.
+        """
+        if asr is None or self.pratio == 0 or self.attack_label_trans != "all2one":
+            return None
+        least = self.gates.get(dataset, GATE)
+        return {"asr": least, "passed": asr.percent >= least}
 
     def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
         """Triggers near this one, but for fainter ones: what is different -> what stamps it, as `stamp` does."""

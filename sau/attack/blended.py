@@ -2,7 +2,7 @@
 Using Data Poisoning", 2017).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import ClassVar
@@ -28,6 +28,8 @@ class Blended(Attack):
     """
 
     name: ClassVar[str] = "blended"
+    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    remedy: ClassVar[str] = "more --epochs, or larger --attack_train_blended_alpha and --attack_test_blended_alpha"
 
     files: ClassVar[tuple[str, ...]] = ("attack_trigger_img_path",)
 

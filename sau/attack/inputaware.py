@@ -11,6 +11,7 @@ with |d| the root mean square of a difference of normalised pictures, and z othe
 (the cross pictures) keep the labels: a trigger works only on the picture it was drawn for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -58,6 +59,8 @@ class InputAware(Attack):
     """
 
     name: ClassVar[str] = "inputaware"
+    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
     in_batch: ClassVar[bool] = True
     teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
     trains_trigger: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 Triggers: A Frequency Perspective", ICCV 2021).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -44,6 +45,8 @@ class LF(Attack):
     """
 
     name: ClassVar[str] = "lf"
+    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    remedy: ClassVar[str] = "more --epochs or a larger --lf_strength"
     files: ClassVar[tuple[str, ...]] = ("lowFrequencyPatternPath", "lf_network")
 
     lf_strength: float = 0.2

@@ -3,7 +3,7 @@ CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -24,6 +24,8 @@ class SIG(Attack):
     """
 
     name: ClassVar[str] = "sig"
+    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    remedy: ClassVar[str] = "a larger --sig_delta or more --epochs"
     clean_label: ClassVar[bool] = True
 
     sig_delta: float = 40.0

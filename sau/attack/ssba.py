@@ -8,6 +8,7 @@ batch's bits; s updates later it is clip(10 (s - 1000) / 3000, 0, 10).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -71,6 +72,7 @@ class SSBA(Attack):
     """
 
     name: ClassVar[str] = "ssba"
+    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     costly: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
 

@@ -62,6 +62,7 @@ class WaNet(Attack):
     """
 
     name: ClassVar[str] = "wanet"
+    remedy: ClassVar[str] = "more --epochs or a larger --s"
     in_batch: ClassVar[bool] = True
     teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
 

@@ -23,7 +23,7 @@ from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError
-from sau.evaluate import accuracy, der, figures, score, table
+from sau.evaluate import Score, accuracy, der, figures, score, table
 from sau.files import existing, folder
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
@@ -87,6 +87,9 @@ def attack(name: str, argv: Sequence[str]) -> None:
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
     record.say(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
+    if gate := method.gate(dataset, final.asr):
+        found["gate"] = gate
+        _judge(record, gate, final, "this attack", f"try {method.remedy}")
     watch.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
@@ -120,6 +123,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
+    _judge(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")
     risks = None
     if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
@@ -136,6 +140,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
+    scores |= {"gate": attacked.gate} if attacked.gate else {}
     if risks:
         scores["risk"] = {"before": threat, "after": watch.last_risks(fixed), "search": asdict(run.search())}
     watch.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
@@ -150,6 +155,13 @@ def _given(
     given = clean_subset(attacked.given(train, offered), run.ratio, run.random_seed, run.index)
     schema.listable(len(given))
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
+
+
+def _judge(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
+    """Warn of an attack that is below its gate; see `Attack.gate`."""
+    if gate and not gate["passed"] and found.asr:
+        asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}"
+        record.say(f"warning: {which} did not take: {asr}; {advice}")
 
 
 def _trigger(

@@ -166,6 +166,19 @@ def typed(config: Config, path: Path) -> None:
         raise RecordError(f"{path / 'config.yaml'}: mean and std are not those of {model['shape'][0]} channels")
 
 
+def gate(summary: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """`gate` of a summary, `{"asr": least ASR in percent, "passed": bool}`; None where there is none, as in records of
+    older versions. RecordError for anything else."""
+    found = summary.get("gate")
+    fine = isinstance(found, dict) and _numbers([found.get("asr")], 0, 100, int, float)
+    if found is not None and not (fine and type(found.get("passed")) is bool):
+        allowed = '{"asr": 0 to 100, "passed": true or false}'
+        raise RecordError(
+            f"{path / 'summary.json'}: gate is {str(found)[:60]!r}, allowed is {allowed}; make the folder again"
+        )
+    return found
+
+
 def readable(version: Any, path: Path) -> int:
     """The version of the folder `path`, if it is one that can be read."""
     if type(version) is not int or not 1 <= version <= SCHEMA:

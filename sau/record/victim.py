@@ -41,6 +41,8 @@ class Victim:
         settings: of the attack, by name, its own name as `attack`; None if the folder does not say.
         trigger: the tensors of what stamps further pictures; None where a formula does, or where the attack kept none.
         amp: whether the attack's network ran in bf16; None if the folder does not say.
+        gate: the ASR that the attack had to reach and whether it did, as in `summary.json`; None if there is no gate,
+            or the folder does not say.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class Victim:
     settings: dict[str, Any] | None = None
     trigger: dict[str, torch.Tensor] | None = None
     amp: bool | None = None
+    gate: dict[str, Any] | None = None
 
     def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
         """What a defense that `needs` such pictures gets: nothing of a clean network's pictures is poisoned.
@@ -163,6 +166,7 @@ def _ours(record: Record, made: dict[str, Any]) -> Victim:
         settings=made.get("method"),
         trigger=record.load_tensors("trigger") if (record.path / "trigger.safetensors").is_file() else None,
         amp=bool(made.get("amp")) if "amp" in made else None,
+        gate=schema.gate(record.summary(), record.path),
     )
 
 
