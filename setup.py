@@ -13,7 +13,7 @@ slurm = ["submitit>=1.5"]
 docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 
 setup(
-    name="sau",
+    name="shared-adversarial-unlearning",  # `sau` on PyPI is a package of others; the import name is `sau`
     version=next(
         line.split('"')[1] for line in (HERE / "sau/__init__.py").read_text().splitlines() if "__version__" in line
     ),

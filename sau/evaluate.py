@@ -41,6 +41,11 @@ class Share:
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2)
 
+    def __str__(self) -> str:
+        """Like `98.33 % [96.41, 99.23]`: the percentage and its interval."""
+        low, high = self.interval
+        return f"{self.percent:.2f} % [{low:.2f}, {high:.2f}]"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -59,6 +64,11 @@ class Score:
     def shares(self) -> dict[str, Share | None]:
         """By the names that files have for them."""
         return {"acc": self.acc, "asr": self.asr, "racc": self.racc}
+
+    def __str__(self) -> str:
+        """One line, like `ACC 98.33 % [96.41, 99.23]  ASR ...  R-ACC ...`; ACC alone without triggered images."""
+        shares = {"ACC": self.acc, "ASR": self.asr, "R-ACC": self.racc}
+        return "  ".join(f"{name} {share}" for name, share in shares.items() if share is not None)
 
     def summary(self) -> dict[str, Any]:
         """`acc, asr, racc` as percentages, their Wilson intervals and counts; what `summary.json` stores."""

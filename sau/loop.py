@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sau.errors import TrainingError
 from sau.models import sound
@@ -135,7 +135,8 @@ class _Run:
         if skipped:
             set_drawn(now)
         title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
-        for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=None):
+        hidden = None if self.session.bar else True  # None: shown in terminals and notebooks alone
+        for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=hidden):
             if self._over(begin, now, length):
                 return False
             self.place.add(self.step(x, y), len(y))

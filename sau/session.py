@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -60,6 +61,11 @@ def _graphs() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
+def _warn_only(say: Callable[[str], None], text: str) -> None:
+    if text.startswith("warning: "):
+        say(text)
+
+
 class Limit:
     """When the updates of a run must have come to their end.
 
@@ -113,6 +119,7 @@ class Session:
         stage: number of the run among those that share the checkpoint; see `at`.
         findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
             which a command keeps in `summary.json`. A method fills it in; all stages share it.
+        bar: whether a terminal or a notebook shows a progress bar.
         scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`) and of
             settings without effect, as commands have; otherwise `purify` and `fit` do.
     """
@@ -129,6 +136,7 @@ class Session:
     limit: Limit | None = None
     stage: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
+    bar: bool = True
     scrutinised: bool = False
 
     @property
@@ -153,6 +161,10 @@ class Session:
         self.limit.ended = self.limit.ended or where
         self.say(f"the time is over: ended in {where}")
         return True
+
+    def quiet(self) -> "Session":
+        """The same session without progress: no bar, and of the lines only warnings."""
+        return replace(self, say=partial(_warn_only, self.say), bar=False)
 
     def at(self, stage: int) -> "Session":
         """The session of a later run of the same method (1, 2, ...).

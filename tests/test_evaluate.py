@@ -26,6 +26,15 @@ def test_a_share_has_two_decimals(hits, total, percent):
     assert Share(hits, total).percent == percent
 
 
+def test_shares_and_scores_print_themselves():
+    share = Share(81, 263)
+    assert str(share) == "30.80 % [25.53, 36.62]"
+    assert str(Score(share, Share(15, 148), Share(10, 10))) == (
+        "ACC 30.80 % [25.53, 36.62]  ASR 10.14 % [6.24, 16.05]  R-ACC 100.00 % [72.25, 100.00]"
+    )
+    assert str(Score(share)) == "ACC 30.80 % [25.53, 36.62]"
+
+
 @pytest.mark.parametrize(
     ("hits", "total", "interval"),
     [

@@ -204,6 +204,7 @@ class Attack(Labelling, ABC):
         augment: Augment | None = None,
         seed: int = 0,
         session: Session | None = None,
+        progress: bool = True,
     ) -> nn.Module:
         """Train `model` in place on pictures from `poison_train`; returns it in eval mode.
 
@@ -213,10 +214,12 @@ class Attack(Labelling, ABC):
             recipe: epochs, batch size, optimiser and schedule.
             augment: applied to each batch anew, unless the recipe wants pictures as they are.
             seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
-            session: progress and checkpoints.
+            session: output and checkpoints.
+            progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
         """
         check_victim(model, images)
         session, augment = session or Session(), moved(recipe, augment)
+        session = session if progress else session.quiet()
         recipe.say_astray(session)
         self.say_astray(session)
         first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)

@@ -67,6 +67,7 @@ class Defense(Method, ABC):
         augment: Augment | None = None,
         seed: int = 0,
         session: Session | None = None,
+        progress: bool = True,
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
         Of a network or a layer that torch.compile wrapped the one inside is purified, and comes back without wrapper.
@@ -82,13 +83,15 @@ class Defense(Method, ABC):
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
             seed: of the clean pictures' order (a loader may have its own) and augmentation, and of what is drawn.
-            session: progress and checkpoints; default prints a line an epoch and keeps nothing. A method with
+            session: output and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
+            progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
 
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
         session = session or Session()
+        session = session if progress else session.quiet()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
         model, (mean, std) = plain(model), statistics(mean, std)

@@ -82,7 +82,8 @@ class FP(FT):
         total, levels = len(order), []
         step = max(1, math.ceil(total * self.once_prune_ratio - 1e-9))
         if step >= total:
-            session.say(f"nothing is pruned: a step of {step} of {total} units leaves none; lower --once_prune_ratio")
+            few = f"a step of {step} of {total} units leaves none; lower --once_prune_ratio"
+            session.say(f"warning: nothing is pruned: {few}")
             return
         for n in range(step, total, step):
             flags = torch.zeros_like(mask.pruned)

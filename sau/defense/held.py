@@ -35,7 +35,7 @@ def guesses(held: Held, acc: float, least: float, session: Session) -> bool:
     """Whether an accuracy is no more than chance, `least`, which is said."""
     if acc > least:
         return False
-    text = f"nothing is pruned: {named(held)} {acc} % is no more than chance ({least:.4g} %)"
+    text = f"warning: nothing is pruned: {named(held)} {acc} % is no more than chance ({least:.4g} %)"
     session.say(f"{text}, so it cannot say how much may go")
     return True
 

@@ -150,7 +150,7 @@ def choose(
             chosen, best = level, found
     if chosen is None:
         wanted = f"{'lowers the ASR and ' if search else ''}keeps the accuracy within {tolerance:g}"
-        session.say(f"nothing is pruned: no level that was tried {wanted} of {first.acc.percent} %")
+        session.say(f"warning: nothing is pruned: no level that was tried {wanted} of {first.acc.percent} %")
     else:
         whose = named(None if oracle else held)
         prune_and_say(chosen, prune, session, f"{whose} {first.acc.percent} -> {best.acc.percent} %")

@@ -1,0 +1,132 @@
+"""The package as a newcomer meets it: its names, its output in Python, and what it is called when it is installed."""
+
+import io
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from toys import REPOSITORY, environment, tiny_net, toy_images
+from tqdm import auto
+
+import sau
+from sau import loop
+from sau.attack import BadNet
+from sau.data.images import to_float
+from sau.defense import FT
+from sau.optim import Training
+from sau.session import Session
+
+DISTRIBUTION = "shared-adversarial-unlearning"
+
+
+# Names
+
+
+def test_the_names_at_the_top_are_those_of_their_modules():
+    from sau import attack, data, defense, evaluate, models
+
+    homes = {
+        "SAU": defense, "BadNet": attack, "Images": data.images, "Normalized": models, "score": evaluate,
+        "der": evaluate,
+    }  # fmt: skip
+    assert {name: getattr(sau, name) for name in homes} == {name: getattr(home, name) for name, home in homes.items()}
+    documented = re.findall(r"^    (\w+) ", sau.__doc__, re.M)
+    assert {*documented} == {*homes} == {*sau._MODULES} and {*homes} <= {*dir(sau)}
+    declared = re.findall(r"^    from sau\.\S+ import \w+ as (\w+)$", Path(sau.__file__).read_text(), re.M)
+    assert {*declared} == {*homes}
+
+
+def test_an_unknown_name_at_the_top_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'sau' has no attribute 'Sau'"):
+        sau.Sau  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Sau'"):
+        from sau import Sau  # noqa: F401
+
+
+# Progress
+
+
+def known():
+    """Images with the labels that the network gives them, so that there is nothing to warn of."""
+    x = to_float(toy_images(8).pixels)
+    with torch.no_grad():
+        return x, tiny_net()(x).argmax(1)
+
+
+class Bar:
+    """Stands for tqdm; keeps whether it was hidden."""
+
+    def __init__(self, batches, *args, **given):
+        self.batches = batches
+        self.hidden.append(given["disable"])
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.fixture
+def hidden(monkeypatch):
+    """The `disable` of every progress bar."""
+    Bar.hidden = []
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    return Bar.hidden
+
+
+def test_without_progress_a_defense_prints_only_warnings(hidden, capsys):
+    FT(epochs=2).purify(tiny_net(), known())
+    assert "round 2/2" in capsys.readouterr().out and hidden == [None, None]  # as tqdm decides
+    FT(epochs=2).purify(tiny_net(), known(), progress=False)
+    assert capsys.readouterr() == ("", "") and hidden[2:] == [True, True]
+    FT(epochs=1, lr_scheduler="constant", steplr_gamma=0.5).purify(tiny_net(), known(), progress=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: steplr_gamma has no effect")
+
+
+def test_without_progress_a_session_keeps_its_printer_for_warnings(hidden):
+    said = []
+    recipe = FT(epochs=1, lr_scheduler="constant", steplr_gamma=0.5)
+    recipe.purify(tiny_net(), known(), session=Session(say=said.append), progress=False)
+    assert [line.split(":")[0] for line in said] == ["warning"]
+
+
+def test_without_progress_an_attack_prints_only_warnings(hidden, capsys):
+    images = BadNet(pratio=0.2).poison_train(toy_images(40), 0)
+    BadNet().fit(tiny_net(), images, Training(epochs=1, batch_size=20, lr_scheduler="constant"), progress=False)
+    assert capsys.readouterr() == ("", "") and hidden == [True]
+
+
+def test_the_bar_is_that_of_terminals_and_notebooks_and_of_no_pipe():
+    assert loop.tqdm is auto.tqdm  # a widget in notebooks
+    assert auto.tqdm([1], disable=None, file=io.StringIO()).disable
+
+
+# The distribution
+
+
+def test_the_distribution_has_a_name_of_its_own():
+    """`sau` on PyPI is a package of others."""
+    assert re.search(rf'^    name="{DISTRIBUTION}",', (REPOSITORY / "setup.py").read_text(), re.M)
+    assert [name for name in ("README.md", "CITATION.cff") if DISTRIBUTION not in (REPOSITORY / name).read_text()] == []
+
+
+@pytest.mark.parametrize(
+    ("summary", "removed"),
+    [("Backdoor attacks and defenses for image classifiers", True), ("An exporter of volume metrics", False)],
+)
+def test_only_our_own_earlier_distribution_is_removed(summary, removed, tmp_path):
+    """Installed before as `sau`, beside the new one it would share files with it; a stranger's is left alone."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ "$3" = show ] && echo "Summary: {summary}"\nexit 0\n'
+    )
+    python.chmod(0o755)
+    env = environment(VIRTUAL_ENV=str(tmp_path), PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    subprocess.run(["bash", str(REPOSITORY / "scripts/environment.sh")], env=env, check=True)
+    calls = [line.split()[2] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == ["show", "uninstall", "install"][:: 1 if removed else 2]
+    before = (tmp_path / "calls").read_text()
+    subprocess.run(["bash", str(REPOSITORY / "scripts/environment.sh")], env=env, check=True)
+    assert (tmp_path / "calls").read_text() == before  # nothing is done twice
