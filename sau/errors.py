@@ -1,19 +1,17 @@
-"""What goes wrong because of the input. Every command prints these as one line; most exit with status 2."""
+"""Errors that a command prints as one line, and its exit status."""
 
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import yaml
 
-# Exit statuses besides 0 and 2; another try may help in each case.
-NO_DEVICE = 69  # no CUDA here; of a grid's cell alone
-FULL = 71  # out of memory
-FAULT = 74  # a disk or the like failed
-LOCKED = 75  # another process has the folder
-_NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO"  # the last one is Linux's alone
+# What is no mistake of the user. Not every system has every name.
+_NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO ENOSPC EDQUOT EFBIG"
 _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 # What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.
 NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -42,6 +40,8 @@ def first_line(error: BaseException) -> str:
 class SauError(ValueError):
     """A mistake that the user can mend; the text, one line, says what was got, what is allowed and what to do."""
 
+    status = 2  # exit status of a command that ends with this error
+
     def __init__(self, text: str) -> None:
         super().__init__(in_a_line(text))
 
@@ -69,11 +69,15 @@ class Finished(RecordError):
 
 
 class LockedError(RecordError):
-    """Somebody else works in a result folder."""
+    """Another process uses a result folder."""
+
+    status = 1
 
 
 class FaultError(RecordError):
     """A disk, a network or the system failed, so that another try may help."""
+
+    status = 1
 
 
 def unable(error: OSError, text: str) -> RecordError:
@@ -88,16 +92,21 @@ class TrainingError(SauError):
 class OutOfMemory(TrainingError):
     """The memory of a device does not hold the smallest part of a batch."""
 
+    status = 1
+
 
 def told(main: Callable[[], int | None]) -> int:
-    """What `main` returns, an exit status (None is 0); what it cannot do is one line on stderr, and has its own.
+    """What `main` returns, an exit status (None is 0); an expected error is one line on stderr.
 
-    2 is a mistake that the user can mend; FULL, FAULT and LOCKED are as above. The name of a file need not be text.
+    2 is a mistake of the user, 1 any other expected error (disk, memory, a folder in use), 130 a stop by Ctrl-C or
+    SIGTERM.
     """
     if sys.stdout is None:  # whoever called has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    with suppress(ValueError):  # only the main thread may handle signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         try:
             status = main()
@@ -108,10 +117,10 @@ def told(main: Callable[[], int | None]) -> int:
         return status or 0
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
-        return {LockedError: LOCKED, OutOfMemory: FULL, FaultError: FAULT}.get(type(error), 2)
+        return error.status
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130  # 128 + SIGINT
+        print("\nstopped; repeat the command to go on", file=sys.stderr)
+        return 130
     except (OSError, RuntimeError, MemoryError) as error:
         return of_machine(error)
 
@@ -126,11 +135,11 @@ def of_machine(error: OSError | RuntimeError | MemoryError) -> int:
     """Say what the machine refused, and return the exit status; an error of another kind is raised again."""
     if isinstance(error, BrokenPipeError):  # the reader left, as `head` does; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE
+        return 1
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return FAULT if error.errno in _FAULTS else 2
+        return 1 if error.errno in _FAULTS else 2
     if lacks_memory(error):
         print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or pictures", file=sys.stderr)
-        return FULL
+        return 1
     raise error

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import script_parts.drawing  # noqa: F401  before sau.figures
 from script_parts import place
 from script_parts.asking import Parser
-from script_parts.stopping import stoppable
 
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
 from sau.audit.relearn import most_shots
@@ -89,10 +88,9 @@ def run(given: argparse.Namespace) -> None:
     say(*save(audit([found]), out / "audit"), out / "audit.json", sep="\n")
 
 
-def main() -> int:
-    """Audit; exit status 2 for a user's mistake, 130 or 143 if stopped."""
-    given = parser().parse_args()
-    return stoppable(lambda: run(given) or 0)
+def main() -> None:
+    """Audit the networks that the command line names."""
+    run(parser().parse_args())
 
 
 if __name__ == "__main__":

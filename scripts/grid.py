@@ -12,13 +12,11 @@ import math
 import shutil
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script_parts.asking import Parser
-from script_parts.stopping import stoppable
 
 from sau.data.sources import source
 from sau.errors import ConfigError, RecordError, told
@@ -213,10 +211,10 @@ def report(every: list[Cell], store: Store) -> int:
 
 
 def main() -> int:
-    """Run or look; exit status 2 for a user's mistake, 1 if a cell failed, 130 or 143 if stopped, or as `told` says."""
+    """Run or look; exit status 1 if a cell failed, or as `told` says."""
     look = sys.argv[1:2] == ["status"]
     asked = parser().parse_args(sys.argv[2:] if look else sys.argv[1:])
-    return stoppable(partial(run, asked, look))
+    return run(asked, look)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ import pytest
 from toys import REPOSITORY
 
 from sau.errors import (
-    FAULT,
-    FULL,
-    LOCKED,
     ConfigError,
     FaultError,
     Finished,
@@ -34,7 +31,7 @@ def test_want_of_memory_in_any_words_is_one_line(capsys):
     def greedy() -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    assert told(greedy) == FULL
+    assert told(greedy) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory (Unable to allocate 9 GiB)") and err.count("\n") == 1
 
@@ -44,14 +41,13 @@ def test_want_of_memory_in_any_words_is_one_line(capsys):
     [
         (ConfigError("a\nb\x1b[2J"), 2, "error: a b\\x1b[2J"),
         (RecordError("x"), 2, "error: x"),
-        (LockedError("x"), LOCKED, "error: x"),
-        (OutOfMemory("x"), FULL, "error: x"),
-        (FaultError("x"), FAULT, "error: x"),
-        (OSError(errno.ESTALE, "Stale", "a\x1bb"), FAULT, f"error: [Errno {errno.ESTALE}] Stale: 'a\\x1bb'"),
+        (LockedError("x"), 1, "error: x"),
+        (OutOfMemory("x"), 1, "error: x"),
+        (FaultError("x"), 1, "error: x"),
+        (OSError(errno.ESTALE, "Stale", "a\x1bb"), 1, f"error: [Errno {errno.ESTALE}] Stale: 'a\\x1bb'"),
         (OSError("a\x1bb\nc"), 2, "error: a\\x1bb\\nc"),
         (OSError(errno.ENOENT, "None"), 2, f"error: [Errno {errno.ENOENT}] None"),
-        (RuntimeError("CUDA out of memory"), FULL, "error: out of memory (CUDA out of memory); give a smaller batch,"),
-        (KeyboardInterrupt(), 130, "stopped"),
+        (RuntimeError("CUDA out of memory"), 1, "error: out of memory (CUDA out of memory); give a smaller batch,"),
     ],
 )
 def test_every_kind_of_mistake_has_its_status_and_one_line(error, status, said, capsys):
@@ -72,7 +68,7 @@ def test_what_is_done_already_is_no_mistake(capsys):
 
 
 def test_a_fault_of_the_system_is_worth_another_try():
-    for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM):
+    for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOSPC):
         assert type(unable(OSError(number, os.strerror(number)), "x")) is FaultError
-    for number in (errno.ENOENT, errno.EACCES, errno.ENOSPC):
+    for number in (errno.ENOENT, errno.EACCES):
         assert type(unable(OSError(number, os.strerror(number)), "x")) is RecordError

@@ -23,7 +23,7 @@ from sau.command.watch import Watch, trigger_session
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
 from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NAD, NC, SAU
-from sau.errors import FULL, OutOfMemory, TrainingError
+from sau.errors import OutOfMemory, TrainingError
 from sau.machine import captured, cores, device, tuning
 from sau.machine.parts import InParts
 from sau.models import Normalized, quick
@@ -246,7 +246,7 @@ def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
     monkeypatch.setattr("sau.command.attack_and_defend.score", full)
     monkeypatch.setattr("sau.command.watch.score", full)
     status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
-    assert status == FULL and err.startswith("error: out of memory (CUDA out of memory.)")
+    assert status == 1 and err.startswith("error: out of memory (CUDA out of memory.)")
     assert len(err.splitlines()) == 1
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sau.errors import LOCKED, RecordError
+from sau.errors import RecordError
 from sau.machine.parent import python_path
 
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
+LOCKED = 75  # exit status of `sau.grid.work` where another process runs the cell
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Child:
     def interrupt(self) -> None:
         """Ask it to stop."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.terminate()  # SIGINT may be ignored, as it is in the background of a shell
 
     def stop(self) -> None:
         """Have it stopped: it is asked, and killed if it does not leave."""

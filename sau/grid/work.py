@@ -17,32 +17,35 @@ from pathlib import Path
 import torch
 
 from sau.cli import main
-from sau.errors import NO_DEVICE, told
+from sau.errors import LockedError, told
+from sau.grid.cells import LOCKED
 from sau.machine.parent import outlive
 from sau.record.folder import Record
 from sau.record.lock import Lock
 
 
 def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
-    """Run a cell unless it is finished; the exit status is that of `sau.cli.main` or NO_DEVICE.
-
-    LockedError if another process has the cell.
+    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, or LOCKED.
 
     By hand a command goes on without CUDA; the result of a cell that did so would stand under another device's digest.
     """
     if "--device=cuda" in argv and not torch.cuda.is_available():
         print(f"error: device is cuda, but {socket.gethostname()} has none that works", file=sys.stderr)
-        return NO_DEVICE
-    with Lock(lock, f"the cell {folder}"):
-        return 0 if Record(folder).finished else main(argv)
+        return 1
+    try:
+        with Lock(lock, f"the cell {folder}"):
+            return 0 if Record(folder).finished else main(argv)
+    except LockedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOCKED
 
 
 def _follow(parent: int) -> None:
     """Stop this process, as Ctrl-C would, once its parent is gone."""
     outlive(parent)
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(2)
-    os._exit(130)  # it was not listening yet; every file is written atomically
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+    os._exit(1)  # a long call into torch did not let Python raise; every file is written atomically
 
 
 if __name__ == "__main__":

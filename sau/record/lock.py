@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from sau.errors import LOCKED, LockedError, RecordError, in_a_line, unable
+from sau.errors import LockedError, RecordError, in_a_line, unable
 from sau.files import descriptor, parsed, read
 
 BEAT = 15.0  # seconds between two signs of life
@@ -111,7 +111,7 @@ class Lock:
                     why = LockedError(f"{self.what} was taken over by {now} while this process was silent; it ends")
                     sys.stderr.write(f"error: {why}\n")
                     sys.stderr.flush()
-                    os._exit(LOCKED)  # every file is written whole or not at all
+                    os._exit(why.status)  # every file is written whole or not at all
                 os.utime(self.path)
 
     def __enter__(self) -> "Lock":
