@@ -9,7 +9,6 @@ required = [line for line in (HERE / "requirements.txt").read_text().splitlines(
 report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
 onnx = ["onnx>=1.17"]
 multigpu = ["lightning-fabric>=2.4"]
-slurm = ["submitit>=1.5"]
 docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 
 setup(
@@ -35,13 +34,11 @@ setup(
         "docs": docs,
         "onnx": onnx,
         "ray": ["ray>=2.40"],
-        "slurm": slurm,
         "multigpu": multigpu,
         "test": [
             *report,
             *onnx,
             *multigpu,
-            *slurm,
             *docs,
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -20,7 +20,7 @@ from script_parts.asking import Parser
 
 from sau.data.sources import source
 from sau.errors import ConfigError, RecordError, told
-from sau.grid.engines import Engine, Local
+from sau.grid.engines import Engine, Local, RayEngine
 from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
@@ -29,8 +29,6 @@ from sau.grid.spec import Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
 from sau.wording import duration
-
-JOBS, MINUTES = 100, 1440  # of Slurm, unless asked
 
 
 def say(text: str) -> None:
@@ -60,19 +58,16 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--publish", type=Path, metavar="DIR", help="copy finished cells' summary.json there, run nothing"
     )
-    asked.add_argument("--engine", choices=("local", "ray", "slurm"), help="what runs the cells [local]")
-    asked.add_argument("--cores", type=int, help="local, ray and slurm's local cluster: cores to use [all]")
+    asked.add_argument("--engine", choices=("local", "ray"), help="what runs the cells [local]")
+    asked.add_argument("--cores", type=int, help="cores to use, also of a Ray that is started here [all]")
     asked.add_argument("--memory_gb", type=float, help="local: GiB to use [nine tenths of the machine's]")
     asked.add_argument("--address", help="ray: a running cluster, `auto` for the one of this machine [start one here]")
-    asked.add_argument("--jobs", type=int, help=f"slurm: most jobs at a time [{JOBS}]")
-    asked.add_argument("--job_minutes", type=int, help=f"slurm: time limit of a job [{MINUTES}]")
-    asked.add_argument("--cluster", choices=("slurm", "local"), help="slurm: local means processes here [slurm]")
     return asked
 
 
 def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
     """Refuse, by a ConfigError, what would have no effect."""
-    where = ("engine", "cores", "memory_gb", "address", "jobs", "job_minutes", "cluster")
+    where = ("engine", "cores", "memory_gb", "address")
     runs = ("retry_failed", "retries", "cell_timeout", *where)
     for what, is_asked, idle in (
         ("status, which only looks", look, ("dry_run", "publish", *runs)),
@@ -82,41 +77,20 @@ def refuse_idle(asked: argparse.Namespace, look: bool) -> None:
             if is_asked and getattr(asked, name) is not None and getattr(asked, name) is not False:
                 raise ConfigError(f"--{name} has no effect on {what}; leave it out")
     asked.engine = asked.engine or "local"
-    here = asked.engine == "slurm" and asked.cluster == "local"
     started = asked.engine == "ray" and asked.address is None
     for name, acts, place in (
-        ("cores", asked.engine == "local" or here or started, "with local, a Ray that is started, and --cluster local"),
+        ("cores", asked.engine == "local" or started, "with --engine local, and with a Ray that is started here"),
         ("memory_gb", asked.engine == "local", "with --engine local; a cluster knows its own"),
         ("address", asked.engine == "ray", "with --engine ray"),
-        ("jobs", asked.engine == "slurm" and not here, "with --engine slurm; --cluster local has --cores"),
-        ("job_minutes", asked.engine == "slurm", "with --engine slurm"),
-        ("cluster", asked.engine == "slurm", "with --engine slurm"),
     ):
         if getattr(asked, name) is not None and not acts:
             raise ConfigError(f"--{name} has an effect only {place}; leave it out")
 
 
-def at_once(asked: argparse.Namespace) -> int:
-    """Most jobs of Slurm at a time."""
-    return (asked.cores or 1) if asked.cluster == "local" else (asked.jobs or JOBS)
-
-
-def engine(asked: argparse.Namespace, grid: Grid, store: Store) -> Engine:
-    """The engine that was asked for."""
-    if asked.engine == "local":
-        return Local(asked.cores, asked.memory_gb)
-    from sau.grid.clusters import RayEngine, Slurm
-
-    if asked.engine == "ray":
-        return RayEngine(asked.address, asked.cores)
-    how = (at_once(asked), asked.cluster or "slurm", asked.job_minutes or MINUTES)
-    return Slurm(store.own / "slurm", grid.slurm, *how)
-
-
 def run(asked: argparse.Namespace, look: bool) -> int:
     """Do what was asked; the exit status."""
     started = time.monotonic()
-    for name in ("cores", "memory_gb", "jobs", "job_minutes", "cell_timeout"):
+    for name in ("cores", "memory_gb", "cell_timeout"):
         value = getattr(asked, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name} is {value:g}, allowed is above 0")
@@ -173,10 +147,10 @@ def find_data(todo: list[Cell]) -> None:
 
 def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
     """Print what would run and what it would take; where cells run on this machine, also what it cannot hold."""
-    parallel = at_once(asked) if asked.engine == "slurm" else 1
+    parallel = 1
     if asked.address is not None:
         say(f"note: what the Ray at {asked.address} holds is not looked at here; counted is one cell at a time")
-    elif asked.engine in ("local", "ray") and todo:
+    elif todo:
         here = Local(asked.cores, asked.memory_gb)
         try:
             here.check(todo)
@@ -194,7 +168,8 @@ def drive(
 ) -> int:
     """Run the cells that are left; Ctrl-C goes through, after all of them were stopped."""
     started = time.monotonic()
-    where = engine(asked, grid, store)
+    local = asked.engine == "local"
+    where: Engine = Local(asked.cores, asked.memory_gb) if local else RayEngine(asked.address, asked.cores)
     crowd = where.crowded() if isinstance(where, Local) else None
     if crowd:
         say(f"warning: {crowd}")

@@ -1,10 +1,10 @@
 """A grid under fire: cells killed, one that always fails, one that hangs, the driver killed; and what a grid costs.
 
-    python scripts/grid_drill.py WORK --engine local|ray|slurm     exit status 0 if nothing was lost or repeated
+    python scripts/grid_drill.py WORK --engine local|ray     exit status 0 if nothing was lost or repeated
     python scripts/grid_drill.py WORK --overhead --epochs 40       four cells by hand, the same by the grid, and so on
 
 The drill runs configs/grid/digits.yaml undisturbed into WORK/reference (once), then with the engine into WORK/<engine>
-while a tenth of its cells is killed at random moments (with ray and slurm of the second one the worker or the job that
+while a tenth of its cells is killed at random moments (with ray of the second one the worker that
 runs it), one cell is frozen whenever it starts, one more has a learning rate that no network survives, and the driver
 is killed when a third is done; then it repeats the command, and compares.
 The overhead is the ratio of two times, of `--repeats` pairs: its median, the least and the most. Since the
@@ -164,7 +164,7 @@ def drill(work: Path, engine: str, seed: int, cell_timeout: float) -> list[str]:
     subprocess.run(grid(base, reference.root), check=True)
     store = Store(work / engine)
     emptied(store.root)
-    more = ["--cluster", "local", "--cores", "2"] if engine == "slurm" else []
+    more: list[str] = []
     limits = ("--cell_timeout", str(cell_timeout), "--retries", "1")
     argv = grid(with_failure, store.root, "--engine", engine, *limits, *more)
     fire = Fire(store, every, seed, workers=engine != "local")
@@ -223,7 +223,7 @@ def main() -> int:
     """The drill or the measurement."""
     parser = Parser(__doc__)
     parser.add_argument("work", type=Path, help="folder for the runs")
-    parser.add_argument("--engine", choices=("local", "ray", "slurm"), help="what runs the cells [local]")
+    parser.add_argument("--engine", choices=("local", "ray"), help="what runs the cells [local]")
     parser.add_argument("--seed", type=int, help="of who is killed, and when [0]")
     parser.add_argument("--cell_timeout", type=float, help="seconds; ten times what a cell takes [60]")
     parser.add_argument("--overhead", action="store_true", help="measure what the grid costs")

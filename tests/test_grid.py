@@ -23,7 +23,7 @@ from sau.errors import ConfigError, RecordError, told
 from sau.files import write
 from sau.grid import store as storing
 from sau.grid.cells import LOCKED, Child, Job, Outcome, run_cell
-from sau.grid.engines import Local
+from sau.grid.engines import Local, RayEngine
 from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.names import attack_named, defense_named, without_digest
 from sau.grid.plan import Cell, cells, select
@@ -366,7 +366,7 @@ BAD = {
     "retries": (SMALL + "retries: -1\n", "retries is -1"),
     "timeout": (SMALL + "cell_timeout: 0\n", "cell_timeout is 0"),
     "seed": (SMALL + "seeds: [-1]\n", "random_seed is -1"),
-    "slurm": (SMALL + "slurm: 3\n", "mapping of sbatch"),
+    "an engine that has gone": (SMALL + "slurm: {partition: gpu}\n", "slurm"),
     "the grid's threads": (SMALL.replace("ft: {epochs: 1", "ft: {threads: 2"), "the grid itself says threads"),
     "the grid's device": (SMALL.replace("ft: {epochs: 1", "ft: {device: cpu"), "the grid itself says device"),
     "the grid's precision": (SMALL.replace("ft: {epochs: 1", "ft: {amp: true"), "the grid itself says amp"),
@@ -464,23 +464,11 @@ def test_a_root_that_does_not_say_its_version_is_not_taken(planned, tmp_path, on
     assert "is damaged" in one_line(caught.value) and caught.value.args[0].endswith("; choose another --record_root")
 
 
-@pytest.mark.parametrize(("engine", "module"), [("ray", "ray"), ("slurm", "submitit")])
-def test_an_engine_that_is_not_installed_is_named(engine, module, monkeypatch, tmp_path, one_line):
-    from sau.grid.clusters import RayEngine, Slurm
-
-    monkeypatch.setitem(sys.modules, module, None)
+def test_ray_that_is_not_installed_is_named(monkeypatch, one_line):
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError) as caught:
-        RayEngine() if engine == "ray" else Slurm(tmp_path, {}, 1, "local", 5)
-    assert f"pip install -e '.[{engine}]'" in one_line(caught.value)
-
-
-def test_slurm_gives_whole_gpus(planned, tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
-    monkeypatch.setenv("PYTHONPATH", "")  # the engine sets it; after the test it is as before
-    from sau.grid.clusters import Slurm
-
-    with pytest.raises(ConfigError, match="whole GPUs"):
-        Slurm(tmp_path, {}, 1, "local", 5).check([dataclasses.replace(planned()[0], gpus=0.5)])
+        RayEngine()
+    assert "pip install -e '.[ray]'" in one_line(caught.value)
 
 
 def test_a_full_disk_stops_the_grid_in_one_line(planned, tmp_path, monkeypatch, one_line, drive):
@@ -929,7 +917,7 @@ def test_triggers_that_are_trained_lie_where_every_engine_finds_them(planned, tm
 
 
 def test_what_waits_for_a_cell_is_light():
-    """A worker of Ray or a job of Slurm holds no second copy of torch beside that of the cell."""
+    """A worker of Ray holds no second copy of torch beside that of the cell."""
     code = "import sys; import sau.grid.cells; print('torch' in sys.modules)"
     env = environment(PYTHONPATH=str(REPOSITORY))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
@@ -1304,15 +1292,12 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("grid.yaml", "--memory_gb", "1"), "memory_gb is 2, but this machine has 1"),
         (("grid.yaml", "--retries", "-1"), "retries is -1"),
         (("grid.yaml", "--cell_timeout", "nan"), "--cell_timeout is nan"),
-        (("grid.yaml", "--jobs", "0"), "--jobs is 0"),
-        (("grid.yaml", "--jobs", "2"), "--jobs has an effect only with --engine slurm"),
-        (("grid.yaml", "--job_minutes", "2"), "--job_minutes has an effect only with --engine slurm"),
-        (("grid.yaml", "--cluster", "local"), "--cluster has an effect only with --engine slurm"),
         (("grid.yaml", "--address", "auto"), "--address has an effect only with --engine ray"),
-        (("grid.yaml", "--engine", "ray", "--address", "x", "--cores", "2"), "--cores has an effect only with local"),
-        (("grid.yaml", "--engine", "slurm", "--cores", "2"), "--cores has an effect only with local"),
-        (("grid.yaml", "--engine", "slurm", "--memory_gb", "2"), "--memory_gb has an effect only with --engine local"),
-        (("grid.yaml", "--engine", "slurm", "--cluster", "local", "--jobs", "2"), "--cluster local has --cores"),
+        (
+            ("grid.yaml", "--engine", "ray", "--address", "x", "--cores", "2"),
+            "--cores has an effect only with --engine local",
+        ),
+        (("grid.yaml", "--engine", "ray", "--memory_gb", "2"), "--memory_gb has an effect only with --engine local"),
         (("status", "grid.yaml", "--publish", "kept"), "--publish has no effect on status"),
         (("status", "grid.yaml", "--retry_failed"), "--retry_failed has no effect on status"),
         (("status", "grid.yaml", "--retries", "0"), "--retries has no effect on status"),
@@ -1320,7 +1305,6 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("status", "grid.yaml", "--engine", "local"), "--engine has no effect on status"),
         (("status", "grid.yaml", "--cores", "1"), "--cores has no effect on status"),
         (("status", "grid.yaml", "--memory_gb", "1"), "--memory_gb has no effect on status"),
-        (("status", "grid.yaml", "--jobs", "1"), "--jobs has no effect on status"),
         (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run has no effect on --publish"),
         (("grid.yaml", "--publish", "kept", "--retry_failed"), "--retry_failed has no effect on --publish"),
         (("grid.yaml", "--publish", "kept", "--engine", "local"), "--engine has no effect on --publish"),

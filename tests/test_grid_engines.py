@@ -33,7 +33,7 @@ def begun(store: Store, file: Path) -> set[int]:
     return {sum(line.startswith("recipe ") for line in lines) for lines in logs}
 
 
-@pytest.mark.parametrize(("engine", "module"), [("local", "sau"), ("ray", "ray"), ("slurm", "submitit")])
+@pytest.mark.parametrize(("engine", "module"), [("local", "sau"), ("ray", "ray")])
 def test_a_grid_under_fire_loses_and_repeats_nothing(engine, module, tmp_path_factory):
     pytest.importorskip(module, reason=f"needs {module}: pip install -e '.[{engine}]'")
     work = tmp_path_factory.getbasetemp() / "drill"  # shared, for the reference

@@ -56,7 +56,7 @@ class Outcome:
     """How a try ended.
 
     Args:
-        status: done; failed; later (another process has the cell, or nobody took it yet).
+        status: done; failed; later (another process has the cell).
         reason: of a failure, or of the wait, one line.
         again: whether another try may help; a mistake of the user stays one.
     """

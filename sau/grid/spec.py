@@ -93,7 +93,6 @@ class Grid(Block):
         published: folders of summaries, relative to the file; a cell with a summary in one counts as finished.
         retries: how often a cell is tried again after a crash or a timeout; a mistake of the user is not tried again.
         cell_timeout: seconds that one try may take; none means no limit.
-        slurm: partition, account and the like, by the names of sbatch.
     """
 
     include: tuple[str, ...] = ()
@@ -102,7 +101,6 @@ class Grid(Block):
     published: tuple[str, ...] = ()
     retries: int = 1
     cell_timeout: float | None = None
-    slurm: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +111,7 @@ class Grid(Block):
 
 
 _GRID, _BLOCK = config.options(Grid), config.options(Block)
-_PLAIN = ("overrides", "blocks", "slurm")  # mappings, which have no type of a flag
+_PLAIN = ("overrides", "blocks")  # mappings, which have no type of a flag
 
 
 def read(path: Path) -> tuple[Grid, list[Block]]:
@@ -214,6 +212,4 @@ def _values(settings: Mapping[str, Setting]) -> dict[str, Any]:
     for name in _PLAIN:
         if name in settings:
             found[name] = _checked(settings[name]) if name == "overrides" else settings[name].value
-    if not isinstance(found.get("slurm", {}), dict):
-        raise ConfigError(f"{settings['slurm'].origin}; allowed is a mapping of sbatch's names to values")
     return found
