@@ -9,7 +9,7 @@ from sau.attack import ATTACKS
 from sau.command.attack_and_defend import attack, defend
 from sau.defense import DEFENSES
 from sau.errors import RecordError, told
-from sau.record import holding, schema
+from sau.record import lock, schema
 from sau.record.folder import CONFIG, Record
 from sau.settings.config import nearest
 
@@ -42,12 +42,12 @@ def _run(command: Callable[[str, Sequence[str]], None], kind: str, name: str, fl
         print(f"\n{_onward(kind == 'attack')}", file=sys.stderr)
         return 130
     finally:
-        holding.give_all_back()
+        lock.release_all()
 
 
 def _onward(attacks: bool) -> str:
     """How to resume the stopped command, by the folder that it began."""
-    folder, run = holding.first(), dict[str, Any]()
+    folder, run = lock.first(), dict[str, Any]()
     if folder is not None and not Record(folder).finished:  # else the one to overwrite was not touched yet
         with suppress(RecordError):
             run = schema.configuration(folder / CONFIG, light=True).get("run", {})

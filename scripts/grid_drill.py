@@ -37,7 +37,6 @@ from sau.grid.spec import read
 from sau.grid.store import Store
 from sau.record import schema
 from sau.record.folder import CONFIG
-from sau.record.lock import holder
 from sau.report.parse import COST
 
 HERE = Path(__file__).resolve().parents[1]
@@ -86,7 +85,7 @@ def runs(store: Store, every: Sequence[Cell]) -> dict[str, int]:
 
 
 class Fire:
-    """Kills and freezes cells of a running grid, by the pids in their locks.
+    """Kills and freezes cells of a running grid, whose processes `ps` lists.
 
     Args:
         store: where the grid runs.
@@ -106,18 +105,24 @@ class Fire:
         """Strike where it is time; no cell twice, for it is tried twice."""
         if len(self.killed) < self.blows and time.monotonic() > self.next:
             left = [cell for cell in self.healthy if cell.label not in self.killed]
-            running = [(cell, who) for cell in left if (who := holder(Path(self.store.job(cell, None).lock)))]
+            running = [(cell, pid) for cell in left if (pid := _worker(self.store.folder(cell)))]
             if running:
-                cell, who = self.draw.choice(running)
+                cell, worker = self.draw.choice(running)
                 above = self.workers and len(self.killed) == 1
-                if pid := _parent(who.pid) if above else who.pid:
+                if pid := _parent(worker) if above else worker:
                     _signal(pid, signal.SIGKILL)
                     self.killed.append(cell.label)
                     print(f"killed {'what runs ' if above else ''}{cell.label}", flush=True)
                 self.next = time.monotonic() + self.draw.uniform(0.5, 6.0)
-        who = holder(Path(self.store.job(self.hung, None).lock))
-        if who:
-            _signal(who.pid, signal.SIGSTOP)
+        if worker := _worker(self.store.folder(self.hung)):
+            _signal(worker, signal.SIGSTOP)
+
+
+def _worker(folder: Path) -> int | None:
+    """The process that runs the cell `folder`; None if none does."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in listed.splitlines()]
+    return next((int(line[0]) for line in lines if "sau.grid.work" in line and str(folder) in line), None)
 
 
 def _parent(pid: int) -> int | None:

@@ -1,12 +1,14 @@
 """A small grid, and an engine that does as it is told."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sau.grid.cells import Job, Outcome
 from sau.grid.plan import Cell
 from sau.grid.store import Store
 from sau.record.folder import Record
+from sau.record.lock import acquire, release
 
 SMALL = """
 dataset: digits
@@ -25,6 +27,16 @@ def finish(store: Store, cell: Cell, **summary: Any) -> None:
     record = Record(store.folder(cell))
     record.begin({}, {"cell": cell.digest}, overwrite=False)
     record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0, **summary})
+
+
+@contextmanager
+def used(store: Store, *cells: Cell) -> Iterator[None]:
+    """Lock the folders of cells, as processes that run them do."""
+    for cell in cells:
+        acquire(store.folder(cell))
+    yield
+    for cell in cells:
+        release(store.folder(cell))
 
 
 class Scripted:

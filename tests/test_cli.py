@@ -34,7 +34,7 @@ from sau.defense import DEFENSES, FT, SAU
 from sau.evaluate import Score, Share
 from sau.machine import device
 from sau.optim import Training
-from sau.record import holding
+from sau.record import lock
 from sau.record.folder import Record
 from sau.record.pictures import load_images
 from sau.record.schema import signed
@@ -655,12 +655,12 @@ def test_a_stopped_run_says_how_it_is_gone_on_with(kind, run, said, tmp_path, mo
         record.admits({"a": 1}, True)
         if run is not None:
             record.begin({"run": run}, {"a": 1}, True)
-        holding.hold(tmp_path / "ssba-0123456789")
+        lock.acquire(tmp_path / "ssba-0123456789")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sau.cli.attack" if kind == "attack" else "sau.cli.defend", stop)
     assert main([kind, "badnet" if kind == "attack" else "sau"]) == 130
-    assert said in capsys.readouterr().err.splitlines()[-1] and holding.first() is None
+    assert said in capsys.readouterr().err.splitlines()[-1] and lock.first() is None
 
 
 def test_a_run_that_is_stopped_before_it_overwrites_says_so(finished, tmp_path, monkeypatch, capsys):

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grids import SMALL, Scripted, finish
+from grids import SMALL, Scripted, finish, used
 from toys import QUICK, REPOSITORY, environment, the_error
 
-from sau.errors import ConfigError, RecordError, told
+from sau.errors import ConfigError, LockedError, RecordError
 from sau.files import write
 from sau.grid import store as storing
 from sau.grid.cells import LOCKED, Child, Job, Outcome, run_cell
@@ -35,7 +35,7 @@ from sau.grid.store import State, Store
 from sau.grid.work import work
 from sau.loop import duration
 from sau.record.folder import CHECKPOINT, Record
-from sau.record.lock import Lock
+from sau.record.lock import acquire, release, release_all
 from sau.record.schema import manifest
 
 LARGE = "dataset: cifar10\nattacks: [badnet]\n"
@@ -603,13 +603,13 @@ def test_a_cell_that_another_runner_has_is_waited_for(planned, drive):
 
 def test_a_cell_whose_lock_is_held_is_not_even_started(planned, drive, tmp_path):
     every, seen = planned(), list[str]()
-    lock = Lock(Path(Store(tmp_path / "root").job(every[0], None).lock))
-    lock.acquire()
+    folder = Store(tmp_path / "root").folder(every[0])
+    acquire(folder)
 
     class Freed(dict[str, list[Outcome]]):
         def get(self, label: str, default: Any = None) -> Any:
             seen.append(label)
-            lock.release()
+            release(folder)
             return None
 
     engine, failures, _ = drive(every, Freed({"": []}))
@@ -713,8 +713,8 @@ def test_two_runners_may_find_the_same_damage(planned, drive, tmp_path, monkeypa
     drive(every)
     file = store.folder(every[1]) / "manifest.json"
     file.write_text("{}")
-    holder = Store.holder
-    monkeypatch.setattr(Store, "holder", lambda store, cell: (file.unlink(missing_ok=True), holder(store, cell))[1])
+    running = Store.running
+    monkeypatch.setattr(Store, "running", lambda store, cell: (file.unlink(missing_ok=True), running(store, cell))[1])
     assert len(store.prepare(every)) == 1
 
 
@@ -762,10 +762,10 @@ def test_status_counts_and_names_what_runs_and_what_failed(planned, tmp_path):
     every, store = planned(), Store(tmp_path)
     finish(store, every[0])
     store.fail(every[1], "killed by SIGKILL", 2)
-    with Lock(Path(store.job(every[2], None).lock)):
+    with used(store, every[2]):
         lines = status(every, store)
     assert lines[0] == "6 cells: 1 finished, 1 running, 3 waiting, 1 failed"
-    assert lines[1].startswith(f"running {every[2].label}: process {os.getpid()} on ")
+    assert lines[1] == f"running {every[2].label}"
     assert lines[2] == f"failed  {every[1].label}: killed by SIGKILL; see {store.errors(every[1])}"
     assert lines[3].startswith("left: 4 cells, 1 at a time: about 16 s; 4 of them like no recorded cell")
 
@@ -798,9 +798,6 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
     took = time.process_time() - started
     store = Store(tmp_path / "root")
     (store.own / "failed").mkdir(parents=True)
-    (store.own / "locks").mkdir()
-    with Lock(store.own / "locks" / "example"):
-        lock = (store.own / "locks" / "example").read_bytes()
     started = time.process_time()
     for number, cell in enumerate(every):
         folder, key = store.folder(cell), storing._key(cell)
@@ -812,7 +809,7 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
         elif number % 10 == 0:
             (store.own / "failed" / key).write_text('{"reason": "killed"}')
         elif number % 100 == 2:
-            (store.own / "locks" / key).write_bytes(lock)
+            acquire(folder)
     made = time.process_time() - started
     started = time.process_time()
     store.prepare(every)
@@ -821,6 +818,7 @@ def test_ten_thousand_cells_are_planned_and_looked_through_quickly(tmp_path, pla
     started = time.process_time()
     lines = status(every, store)
     looked = time.process_time() - started
+    release_all()
     assert len(every) == 10_115 and 3_000 < len(todo) < 4_500
     assert lines[0].startswith("10115 cells: 5057 finished, 102 running, ")
     assert took < 10 * made and looked < 4 * made, (took, looked, made)
@@ -943,30 +941,26 @@ def test_kept_summaries_are_still_those_of_their_cells():
     assert len(found) >= 215 and found <= known
 
 
-def test_a_cell_whose_lock_is_held_says_so(tmp_path, capsys):
-    with Lock(tmp_path / "lock"):
-        assert told(lambda: work(tmp_path / "folder", tmp_path / "lock", ["attack", "nothing"])) == LOCKED
-    assert "in use by process" in the_error(capsys.readouterr().err)
+def test_a_cell_that_another_process_runs_is_for_later(tmp_path, capsys, monkeypatch):
+    def refuse(folder: Path) -> None:
+        raise LockedError(f"{folder} is in use")
 
-
-def test_a_record_that_another_process_uses_is_refused(tmp_path, here):
-    flags = ["attack", "badnet", "--dataset=digits", "--width=2", "--save_folder_name=a", f"--record_root={tmp_path}"]
-    with Lock(tmp_path / ".a.lock"):
-        status, _, err = here(*flags)
-    assert status == 1 and "in use by process" in the_error(err)
+    monkeypatch.setattr("sau.grid.work.acquire", refuse)
+    assert work(tmp_path / "folder", ["attack", "nothing"]) == LOCKED
+    assert "is in use" in the_error(capsys.readouterr().err)
 
 
 def test_a_cell_for_cuda_does_not_run_without(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     flags = ["attack", "badnet", "--dataset=digits", "--device=cuda"]
-    assert work(tmp_path / "a", tmp_path / "lock", flags) == 1
+    assert work(tmp_path / "a", flags) == 1
     assert "device is cuda, but" in the_error(capsys.readouterr().err) and not os.listdir(tmp_path)
 
 
 def test_a_cell_that_cannot_be_started_is_one_line(tmp_path, one_line):
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(RecordError) as caught:
-        Child(Job("attack", "badnet", (), "x", "l", str(tmp_path / "logs" / "log"), 1, None))
+        Child(Job("attack", "badnet", (), "x", str(tmp_path / "logs" / "log"), 1, None))
     assert "cannot start a cell" in one_line(caught.value)
 
 
@@ -985,7 +979,7 @@ def test_a_process_that_hangs_is_killed_and_one_that_dies_says_of_what(tmp_path,
     program.write_text(f"#!{sys.executable}\n{SLEEPER}")
     program.chmod(0o755)
     monkeypatch.setattr("sau.grid.cells.sys", type("other", (), {"executable": str(program)}))
-    job = Job("attack", "badnet", (), str(tmp_path / "x"), str(tmp_path / "l"), str(tmp_path / "log"), 3, 1.0)
+    job = Job("attack", "badnet", (), str(tmp_path / "x"), str(tmp_path / "log"), 3, 1.0)
     child = Child(job)
     while (outcome := child.poll()) is None:
         time.sleep(0.05)
@@ -1028,7 +1022,7 @@ def test_a_process_that_finds_its_cell_in_use_is_to_come_later(tmp_path, monkeyp
     )
     program.chmod(0o755)
     monkeypatch.setattr("sau.grid.cells.sys", type("other", (), {"executable": str(program)}))
-    child = Child(Job("attack", "badnet", (), "x", "l", str(tmp_path / "log"), 1, None))
+    child = Child(Job("attack", "badnet", (), "x", str(tmp_path / "log"), 1, None))
     assert child.process.wait(60) == LOCKED and child.poll() == Outcome("later", "it is in use")
 
 
@@ -1046,7 +1040,7 @@ def test_a_worker_that_is_interrupted_stops_its_cell(tmp_path, monkeypatch):
     stopped: list[bool] = []
     monkeypatch.setattr("sau.grid.cells.Child", Running)
     with pytest.raises(KeyboardInterrupt):
-        run_cell(Job("attack", "badnet", (), "x", "l", str(tmp_path / "log"), 1, None))
+        run_cell(Job("attack", "badnet", (), "x", str(tmp_path / "log"), 1, None))
     assert stopped == [True]
 
 
@@ -1054,7 +1048,7 @@ def test_a_cell_that_is_finished_by_now_is_not_run(planned, tmp_path, monkeypatc
     store, cell = Store(tmp_path), planned()[0]
     finish(store, cell)
     monkeypatch.setattr("sau.grid.work.main", lambda argv: 1)
-    assert work(store.folder(cell), tmp_path / "lock", ["attack", "badnet"]) == 0
+    assert work(store.folder(cell), ["attack", "badnet"]) == 0
 
 
 def test_a_share_goes_to_the_fullest_gpu_that_has_room_and_fills_it(planned, monkeypatch):
@@ -1165,7 +1159,7 @@ def test_a_cell_in_use_elsewhere_lets_the_others_go_first(planned, drive, monkey
 def test_status_shares_what_is_left_among_those_that_run_and_names_no_blocked_cell(planned, tmp_path):
     every, store = planned(), Store(tmp_path)
     store.fail(every[0], "why", 1)
-    with Lock(Path(store.job(every[3], None).lock)), Lock(Path(store.job(every[4], None).lock)):
+    with used(store, every[3], every[4]):
         lines = status(every, store)
     assert [line.split()[0] for line in lines] == ["6", "running", "running", "failed", "left:"]
     assert lines[-1].startswith("left: 3 cells, 2 at a time")
@@ -1176,7 +1170,7 @@ def test_what_failed_once_and_is_finished_now_or_runs_again_has_not_failed(plann
     finish(store, every[0])
     for cell in (every[0], every[3]):
         store.fail(cell, "why", 1)
-    with Lock(Path(store.job(every[3], None).lock)):
+    with used(store, every[3]):
         states = store.states(every)
         assert not any(line.startswith("failed") for line in status(every, store))
     names = [states[cell.digest].name for cell in every]
@@ -1192,7 +1186,7 @@ def test_a_damaged_cell_that_somebody_makes_again_is_left_to_them(planned, tmp_p
     every, store = planned(), Store(tmp_path)
     finish(store, every[0])
     (store.folder(every[0]) / "summary.json").write_text("{}")
-    with Lock(Path(store.job(every[0], None).lock)):
+    with used(store, every[0]):
         assert store.prepare(every) == [] and (store.folder(every[0]) / "manifest.json").is_file()
 
 
@@ -1203,7 +1197,7 @@ def test_jobs_name_their_places_wholly(planned, tmp_path, monkeypatch):
     monkeypatch.setenv("SAU_CACHE", "~/cache")
     cell = planned(SMALL.replace("digits", "digits\ndataset_path: there"))[0]
     job = Store(Path("root")).job(cell, None)
-    assert all(os.path.isabs(place) for place in (job.folder, job.lock, job.log))
+    assert all(os.path.isabs(place) for place in (job.folder, job.log))
     assert f"--record_root={tmp_path}/root" in job.flags and f"--dataset_path={tmp_path}/there" in job.flags
     assert job.cache == str(tmp_path / "me" / "cache")
 

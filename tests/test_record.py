@@ -23,8 +23,7 @@ from sau.foreign.compat import RESULT
 from sau.record import folder as module
 from sau.record import schema
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
-from sau.record.holding import first, give_back, hold
-from sau.record.lock import Lock
+from sau.record.lock import acquire, in_use, release
 from sau.record.victim import load, load_weights
 from sau.settings.run import AttackRun
 
@@ -314,11 +313,11 @@ def test_a_foreign_folder_is_refused_and_nothing_in_it_is_touched(tmp_path, conf
     (foreign / "deep" / "one.jpg").write_text("precious")
     if config is not None:
         (foreign / CONFIG).write_text(config)
-    before = listing(tmp_path)
+    before = listing(foreign)
     for overwrite in (False, True):
         with pytest.raises(RecordError) as refusal:
             begun(foreign, overwrite=overwrite)
-        assert str(foreign) in one_line(refusal.value) and listing(tmp_path) == before
+        assert str(foreign) in one_line(refusal.value) and listing(foreign) == before
     assert (foreign / "deep" / "one.jpg").read_text() == "precious"
 
 
@@ -812,11 +811,12 @@ def test_more_clean_pictures_than_a_reader_takes_are_refused(one_line, monkeypat
 
 def test_an_attack_is_not_made_again_while_a_defense_in_it_is_at_work(tmp_path, one_line):
     made(tmp_path / "a")
-    with Lock(tmp_path / "a" / "defense" / ".sau.lock"):
-        with pytest.raises(LockedError) as refusal:
-            begun(tmp_path / "a", overwrite=True)
-        assert "a defense in" in one_line(refusal.value)
-        assert (tmp_path / "a" / MANIFEST).is_file()
+    acquire(tmp_path / "a" / "defense" / "sau")
+    with pytest.raises(LockedError) as refusal:
+        begun(tmp_path / "a", overwrite=True)
+    assert f"{Path('a', 'defense', 'sau')} is in use" in one_line(refusal.value)
+    assert (tmp_path / "a" / MANIFEST).is_file()
+    release(tmp_path / "a" / "defense" / "sau")
     begun(tmp_path / "a", overwrite=True)
 
 
@@ -853,7 +853,7 @@ def test_a_run_that_was_refused_at_once_does_not_stand_in_the_way(tmp_path):
     """Its folder has nothing but settings and a log; one with a row or a checkpoint is kept from other settings."""
     refused = begun(tmp_path / "a", {"layers": "wrong"})
     refused.say("error")
-    give_back(tmp_path / "a")
+    release(tmp_path / "a")
     mended = begun(tmp_path / "a", {"layers": "right"})
     assert mended.config["identity"] == {"layers": "right"} and not (tmp_path / "a" / LOG).exists()
     mended.row(epoch=1, loss=0.5)
@@ -981,33 +981,12 @@ def test_a_folder_that_was_refused_is_free_for_others_and_one_that_is_had_stays(
     made(tmp_path / "a")
     with pytest.raises(RecordError):
         begun(tmp_path / "a", {"lr": 3})
-    assert not (tmp_path / ".a.lock").exists()
+    assert not in_use(tmp_path / "a")
     begun(tmp_path / "b").row(epoch=1, loss=0.5)
     with pytest.raises(RecordError):
         begun(tmp_path / "b", {"lr": 3})
-    assert (tmp_path / ".b.lock").exists()
-    give_back(tmp_path / "b")
-
-
-def test_a_folder_is_one_by_whatever_way_it_is_reached(tmp_path, monkeypatch):
-    monkeypatch.setattr("sau.record.holding._held", {})
-    (tmp_path / "disk" / "deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
-    assert hold(tmp_path / "disk" / "deep" / "a") and not hold(tmp_path / "link" / "a")
-    assert hold(tmp_path / "b") and first() == tmp_path / "disk" / "deep" / "a"
-    give_back(tmp_path / "link" / "a")
-    assert first() == tmp_path / "b" and listing(tmp_path / "disk") == ["deep"]
-    give_back(tmp_path / "b")
-    assert first() is None
-
-
-def test_a_folder_that_was_made_for_a_lock_alone_goes_with_it(tmp_path):
-    for name, content in (("record", None), ("kept", "mine")):
-        hold(tmp_path / name / "a")
-        if content:
-            (tmp_path / name / "a").write_text(content)
-        give_back(tmp_path / name / "a")
-    assert listing(tmp_path) == ["kept", "kept/a"]
+    assert in_use(tmp_path / "b")
+    release(tmp_path / "b")
 
 
 def test_what_links_lead_to_outlives_overwriting(tmp_path):

@@ -25,11 +25,10 @@ from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error,
 from sau.data.images import to_float
 from sau.data.scrutiny import remarks, scrutinise
 from sau.defense import CLP, EP, FT
-from sau.errors import DataError, LockedError, RecordError, SauError
+from sau.errors import DataError, RecordError, SauError
 from sau.evaluate import Score, der, score
 from sau.files import existing, folder
 from sau.record.folder import CONFIG, METRICS, Record
-from sau.record.lock import holder
 from sau.record.schema import SCHEMA, UPGRADES, signed
 from sau.session import Session
 
@@ -117,27 +116,6 @@ def test_the_comparison_of_spoiled_records_misses_no_field(victim, monkeypatch):
 def test_a_folder_has_one_process(tmp_path, one_line):
     rows = races.races(tmp_path, 0, 0.03)
     assert [row.survived for row in rows] == [row.injected for row in rows] == [6, 1]
-    record = Record(tmp_path / "mine")
-    record.begin({}, {"a": 1}, overwrite=False)
-    place = tmp_path / ".mine.lock"
-    assert holder(place) is not None
-
-    def other() -> int:
-        try:
-            Record(tmp_path / "mine").begin({}, {"a": 1}, overwrite=True)
-        except LockedError:
-            return 7
-        return 0
-
-    from sau.record import holding
-
-    def stranger() -> int:
-        holding._held.clear()
-        return other()
-
-    assert races.forked(stranger)[0] == 7 and (record.path / CONFIG).is_file()
-    record.finish({})
-    assert holder(place) is None and not place.exists()
 
 
 # P1: names

@@ -1,6 +1,5 @@
 """Triggers that are trained are trained once: finished ones are kept by content, interrupted ones are resumed."""
 
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import sau
@@ -159,13 +159,16 @@ class _Shelf:
 def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until no other process works in `path`; OSError if nothing can be written beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f"{path.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another run is at work in {path}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path.parent / f"{path.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"another run is at work in {path}; waiting for it")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def in_words(figures: Mapping[str, float]) -> str:

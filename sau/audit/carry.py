@@ -12,7 +12,7 @@ from sau.audit.coefficient import existence, stretched
 from sau.audit.measure import Row
 from sau.audit.plan import Piece, Plan
 from sau.files import loaded, write
-from sau.record.holding import give_back, hold
+from sau.record.lock import acquire, release
 from sau.record.schema import SEAL, as_json, digest, signed
 
 PIECES, RESULT = "pieces", "audit.json"
@@ -21,14 +21,14 @@ PIECES, RESULT = "pieces", "audit.json"
 def carry_out(plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Make the pieces that are not in `out` yet, and `audit.json` from all of them, which is returned.
 
-    The folder is this process's meanwhile (LockedError names who else has it). What was interrupted goes on where it
-    was: each finished piece is a file.
+    The folder is this process's meanwhile (LockedError if another process uses it). What was interrupted goes on where
+    it was: each finished piece is a file.
     """
-    hold(out)
+    acquire(out)
     try:
         return _carried_out(plan, out, say)
     finally:
-        give_back(out)
+        release(out)
 
 
 def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:

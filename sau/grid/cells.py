@@ -25,7 +25,6 @@ class Job:
         name: the method.
         flags: its command line.
         folder: its result folder.
-        lock: its lock file.
         log: where its output goes; `.out` and `.err` are added.
         threads: CPU threads.
         timeout: seconds that it may take; None means no limit.
@@ -36,7 +35,6 @@ class Job:
     name: str
     flags: tuple[str, ...]
     folder: str
-    lock: str
     log: str
     threads: int
     timeout: float | None
@@ -85,7 +83,7 @@ class Child:
             env["SAU_CACHE"] = job.cache
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpus
-        work = [sys.executable, "-P", "-m", "sau.grid.work", str(os.getpid()), job.folder, job.lock]
+        work = [sys.executable, "-P", "-m", "sau.grid.work", str(os.getpid()), job.folder]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.with_name(log.name + ".out").open("ab") as out, self.errors.open("ab") as err:

@@ -96,7 +96,7 @@ class Runner:
             elif self.store.failed(cell) not in (0, self.failed[cell.digest]):  # by another runner, after all its tries
                 heapq.heappop(self.ready)
                 self._failed(cell, f"elsewhere: {self.store.reason(cell)}")
-            elif self.store.holder(cell):
+            elif self.store.running(cell):
                 heapq.heappop(self.ready)
                 self._line_up(cell, ELSEWHERE)
             elif self.engine.room(cell):

@@ -9,13 +9,13 @@ from sau.grid.store import Store
 
 
 def status(cells: Sequence[Cell], store: Store) -> list[str]:
-    """Counts, what runs and where, what failed and why, and what is left to do."""
+    """Counts, what runs, what failed and why, and what is left to do."""
     states = store.states(cells)
     names = ("finished", "published", "running", "waiting", "failed", "blocked")
     counts = {name: sum(state.name == name for state in states.values()) for name in names}
     lines = [f"{len(cells)} cells: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)]
-    running = [(cell, state) for cell in cells if (state := states[cell.digest]).name == "running"]
-    lines += [f"running {cell.label}: {state.who}" for cell, state in running]
+    running = [cell for cell in cells if states[cell.digest].name == "running"]
+    lines += [f"running {cell.label}" for cell in running]
     for cell in cells:
         state = states[cell.digest]
         if state.reason and state.name != "blocked":  # a published attack whose weights could not be made again, too

@@ -14,7 +14,7 @@ from sau.files import parsed, read, write
 from sau.grid.cells import Job
 from sau.grid.plan import Cell
 from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
-from sau.record.lock import Holder, holder
+from sau.record.lock import in_use
 
 VERSION = "sau"  # key of the library's version, in a root's version.json and in published summaries
 
@@ -32,12 +32,10 @@ class State:
         name: finished, published (its summary is kept, its weights are not), running, failed, blocked (its attack
             failed) or waiting.
         reason: of a failure, also of a published attack whose weights are needed.
-        who: runs it.
     """
 
     name: str
     reason: str = ""
-    who: Holder | None = None
 
     @property
     def over(self) -> bool:
@@ -50,7 +48,7 @@ class Store:
     """The record root of a grid and its folders of published summaries.
 
     Args:
-        root: folder of the cells; `.grid` in it holds locks, logs and failures.
+        root: folder of the cells; `.grid` in it holds logs and failures.
         published: folders with the same names that hold summaries; the first one that has a cell counts.
     """
 
@@ -72,8 +70,8 @@ class Store:
     def job(self, cell: Cell, timeout: float | None) -> Job:
         """The cell as an engine gets it."""
         flags = (f"--record_root={self.root}", *cell.flags)
-        folder, lock, log = self.folder(cell), self.own / "locks" / _key(cell), self.own / "logs" / _key(cell)
-        return Job(cell.kind, cell.name, flags, str(folder), str(lock), str(log), cell.threads, timeout, self.cache)
+        folder, log = self.folder(cell), self.own / "logs" / _key(cell)
+        return Job(cell.kind, cell.name, flags, str(folder), str(log), cell.threads, timeout, self.cache)
 
     @property
     def cache(self) -> str:
@@ -95,7 +93,7 @@ class Store:
             if over == "published" and not {"acc", "after"} & self.summary(cell).keys():
                 raise RecordError(f"the published summary of {cell.folder} holds no scores; remove it")
             damage = self.damage(cell) if over == "finished" else ""
-            if damage and self.holder(cell) is None:
+            if damage and not self.running(cell):
                 self._open(Record(self.folder(cell)))
                 kept = self.over(cell) == "published"
                 notes.append(f"note: {damage}; {'its published summary counts' if kept else 'it is made again'}")
@@ -135,15 +133,15 @@ class Store:
 
     def states(self, cells: Sequence[Cell]) -> dict[str, State]:
         """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
-        locked, failed = self._names("locks"), self._names("failed")
+        failed = self._names("failed")
         found, dead = dict[str, State](), dict[str, str]()  # dead: attacks that failed, a published one included
         for cell in cells:
             over, key, reason = self.over(cell), _key(cell), ""
-            who = self.holder(cell) if key in locked else None
-            if who is None and over != "finished" and key in failed:
+            running = self.running(cell)
+            if not running and over != "finished" and key in failed:
                 reason = dead[cell.digest] = self.reason(cell)
-            if who is not None:
-                found[cell.digest] = State("running", who=who)
+            if running:
+                found[cell.digest] = State("running")
             elif over:
                 found[cell.digest] = State(over, "" if cell.attack else reason)
             elif reason:
@@ -191,9 +189,9 @@ class Store:
         triggers = Path(self.cache, "triggers").glob(f"{cell.name}-*/{CHECKPOINT}")
         return _touched(self.folder(cell) / CHECKPOINT) or max(map(_touched, triggers), default=0)
 
-    def holder(self, cell: Cell) -> Holder | None:
-        """Who runs the cell now, or None."""
-        return holder(self.own / "locks" / _key(cell))
+    def running(self, cell: Cell) -> bool:
+        """Whether a process runs the cell now."""
+        return in_use(self.folder(cell))
 
     def _names(self, part: str) -> set[str]:
         folder = self.own / part

@@ -1,6 +1,6 @@
-"""The process of one cell: `python -m sau.grid.work PARENT FOLDER LOCK KIND NAME flags...`.
+"""The process of one cell: `python -m sau.grid.work PARENT FOLDER KIND NAME flags...`.
 
-It holds the cell's lock while it lives, and does what `python -m sau KIND NAME flags...` does. When the process that
+It locks the result folder, and does what `python -m sau KIND NAME flags...` does. When the process that
 started it dies, it stops, so that a killed grid leaves nothing behind that works on unseen.
 """
 
@@ -21,10 +21,10 @@ from sau.errors import LockedError, told
 from sau.grid.cells import LOCKED
 from sau.machine.parent import outlive
 from sau.record.folder import Record
-from sau.record.lock import Lock
+from sau.record.lock import acquire, release
 
 
-def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
+def work(folder: Path, argv: Sequence[str]) -> int:
     """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, or LOCKED.
 
     By hand a command goes on without CUDA; the result of a cell that did so would stand under another device's digest.
@@ -33,11 +33,14 @@ def work(folder: Path, lock: Path, argv: Sequence[str]) -> int:
         print(f"error: device is cuda, but {socket.gethostname()} has none that works", file=sys.stderr)
         return 1
     try:
-        with Lock(lock, f"the cell {folder}"):
-            return 0 if Record(folder).finished else main(argv)
+        acquire(folder)
     except LockedError as error:
         print(f"error: {error}", file=sys.stderr)
         return LOCKED
+    try:
+        return 0 if Record(folder).finished else main(argv)
+    finally:
+        release(folder)
 
 
 def _follow(parent: int) -> None:
@@ -49,7 +52,7 @@ def _follow(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    started_by, where, key, *words = sys.argv[1:]
+    started_by, where, *words = sys.argv[1:]
     threading.Thread(target=_follow, args=(int(started_by),), daemon=True).start()
     sys.argv = ["sau", *words]  # the record keeps this as its command
-    sys.exit(told(partial(work, Path(where), Path(key), words)))
+    sys.exit(told(partial(work, Path(where), words)))

@@ -14,8 +14,7 @@ from torch import Tensor
 from sau.errors import Finished, LockedError, RecordError, first_line, unable
 from sau.files import append, clear, leftovers, loaded, write
 from sau.record import schema
-from sau.record.holding import give_back, hold
-from sau.record.lock import holder
+from sau.record.lock import acquire, in_use, release
 from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
@@ -71,15 +70,15 @@ class Record:
 
         `run` is what else it is asked; Finished if a run of the same identity, asked the same, has ended here.
 
-        From then on the folder is this process's until the run is finished or the process ends; LockedError names who
-        has it already.
+        From then on the folder is this process's until the run is finished or the process ends; LockedError if
+        another process uses it.
         """
-        new = hold(self.path)
+        new = acquire(self.path)
         try:
             return self._admits(identity, overwrite, run)
         except RecordError:
             if new:
-                give_back(self.path)
+                release(self.path)
             raise
 
     def _admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None) -> bool:
@@ -90,8 +89,8 @@ class Record:
         old = self._ours()
         if overwrite:
             for lock in (self.path / "defense").glob(".*.lock"):
-                if (who := holder(lock)) is not None:
-                    raise LockedError(f"a defense in {self.path} is at work, by {who}; wait for it or stop it")
+                if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
+                    raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
             return False
         same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}  # an end may have been noted already
         if self.finished:
@@ -179,7 +178,7 @@ class Record:
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         write(self.path / MANIFEST, schema.manifest([file for file in self._files() if file.name != CHECKPOINT]))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
-        give_back(self.path)
+        release(self.path)
 
     def check(self, *, light: bool = False) -> dict[str, Any]:
         """Compare every file with the manifest; returns the configuration. RecordError names the first that differs.

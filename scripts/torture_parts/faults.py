@@ -23,7 +23,7 @@ from sau.errors import RecordError, SauError
 from sau.files import folder as named
 from sau.record import victim as victims
 from sau.record.folder import CHECKPOINT, CONFIG, Record
-from sau.record.holding import give_back
+from sau.record.lock import release
 
 MUTATIONS, POINTS, NAMES = 10_000, 40, 5_000
 AGAIN = "starts again"
@@ -125,7 +125,7 @@ def mutations(folder: Path, seed: int, share: float) -> list[Row]:
             found["foreign exception"] += 1
             print(f"foreign exception: {file}: {type(error).__name__}: {error}")
         file.write_bytes(content)
-    give_back(half)
+    release(half)
     bad = sum(found[name] for name in ("silently wrong", "foreign exception", "of several lines"))
     figures = ", ".join(f"{number:,} {name}" for name, number in sorted(found.items()))
     return [Row("R1", f"spoiled files ({len(files)} of them)", count, count - bad, figures)]

@@ -25,7 +25,7 @@ def _write(folder: Path, start: Path, identity: dict[str, int], tag: float) -> i
     try:
         record.begin({"tag": tag}, identity, overwrite=False)
     except LockedError as error:
-        return LOCKED if "process " in str(error) and " since " in str(error) else 99
+        return LOCKED if str(folder) in str(error) else 99
     except RecordError:
         return TOO_LATE
     for step in range(3):
@@ -71,8 +71,7 @@ def races(folder: Path, seed: int, share: float) -> list[Row]:
         place, start = folder / str(i) / "run", folder / f"start {i}"
         outcomes = _pair(place, start, i % 2 == 0, draw.choice((0.0, 0.0, 0.002, 0.01)))
         found.update(words.get(outcome, "failed") for outcome in outcomes)
-        held = [file.name for file in place.parent.iterdir() if file.name != "run"]
-        survived += outcomes.count(WON) == 1 and {*outcomes} <= {WON, LOCKED, TOO_LATE} and _pure(place) and not held
+        survived += outcomes.count(WON) == 1 and {*outcomes} <= {WON, LOCKED, TOO_LATE} and _pure(place)
     rows = [
         Row("R5", "two processes, one folder", count, survived, ", ".join(f"{n} {w}" for w, n in sorted(found.items())))
     ]
