@@ -294,7 +294,7 @@ def test_a_flag_without_effect_is_called_as_it_was_typed(here):
 @pytest.mark.parametrize(("kind", "name"), METHODS)
 def test_help_lists_every_flag(kind, name, here, capsys):
     with pytest.raises(SystemExit) as left:
-        here(kind, name, "--help")
+        here(kind, name, "--help_all")
     out = capsys.readouterr().out
     assert left.value.code == 0
     sections = (AttackRun, Recipe, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
@@ -303,6 +303,47 @@ def test_help_lists_every_flag(kind, name, here, capsys):
             flags = (option.name, *option.aliases)
             assert all(re.search(rf"--{re.escape(flag)}(?![\w-])", out) for flag in flags)
     assert "--num_workers" in out and "without effect" in out
+
+
+def shown(out: str, flag: str) -> str:
+    """The value in the help of a flag."""
+    return re.search(rf"^  --{flag} .*?\[([^][ ]*)\]\n", out, re.M | re.S)[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("defense", "sau"), {"epochs": "10", "lr": "0.001", "recipe": "cpu", "dataset": "cifar10", "eps": "0.2"}),
+        (("defense", "sau", "--recipe", "paper"), {"epochs": "100", "lr": "0.0001", "lr_scheduler": "constant"}),
+        (("defense", "sau", "--dataset", "digits", "--eps", "0.1"), {"epochs": "50", "eps": "0.1", "ratio": "0.1"}),
+        (("defense", "sau", "--result_file", "victim"), {"epochs": "50", "dataset": "digits"}),
+        (("attack", "badnet", "--dataset", "digits"), {"dataset": "digits", "width": "16", "pratio": "0.1"}),
+        (("attack", "badnet", "--recipe", "paper"), {"epochs": "100", "width": "64", "amp": "auto"}),
+    ],
+)
+def test_help_shows_what_would_run_here(argv, expected, victim, here, capsys):
+    with pytest.raises(SystemExit) as left:
+        here(*argv, "--device", "cpu", "--help")
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and {flag: shown(out, flag) for flag in expected} == expected
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_help_begins_with_the_flags_of_the_method(kind, name, here, capsys, monkeypatch):
+    """In one screen; then those of training and of every run. Names and flags of BackdoorBench are in --help_all."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        here(kind, name, "--help")
+    out = capsys.readouterr().out
+    parts = dict(re.findall(r"^(\w[\w -]*):\n(.*?)(?=^\w|\Z)", out, re.M | re.S))
+    flags = {heading: set(re.findall(r"^  --(\w+)", part, re.M)) for heading, part in parts.items()}
+    kept = [heading for heading in (name, "training", "the run", "a network of your own") if heading in flags]
+    assert [*flags] == [*kept, "help"] and "the run" in kept
+    assert ("a network of your own" in kept) is (kind == "defense")
+    elsewhere = {flag for heading in kept if heading != "training" for flag in flags[heading]}
+    assert not elsewhere & {*options(Training)}
+    assert len(parts.get(name, "").splitlines()) < 40
+    assert "--num_workers" not in out and "--poison_ratio" not in out and "--n_rounds" not in out
 
 
 def test_help_of_a_script_imports_little(cli, tmp_path):

@@ -41,9 +41,10 @@ OF_OWN = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a 
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
     started = time.monotonic()
-    request = Request(f"attack/{name}.py", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
+    request = Request(f"sau attack {name}", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
     origin, (recipe, why) = source(dataset), request.recipe()
+    request.help(recipe, dataset)
     run, training, method = request.settle(recipe, dataset)
     _check_name(run.attack or name, name)
     where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
@@ -96,11 +97,15 @@ def attack(name: str, argv: Sequence[str]) -> None:
 def defend(name: str, argv: Sequence[str]) -> None:
     """Load what an attack left, purify, measure before and after, record."""
     started = time.monotonic()
-    request = Request(f"defense/{name}.py", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
+    request = Request(f"sau defense {name}", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
+    if request.said("result_file") is None:
+        own = "folder" if request.said("model_file") is not None else None
+        request.help(request.recipe()[0], own or request.said("dataset") or Run.dataset)
     if request.said("model_file") is not None and request.said("result_file") is None:
         return own_network.purify(name, request)
     attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, why = request.recipe(attacked.recipe)
+    request.help(recipe, attacked.dataset, _says(attacked))
     run, _, method = request.settle(recipe, attacked.dataset, _says(attacked))
     request.note_unheard(method)
     request.note_idle(OF_OWN | run.idle())

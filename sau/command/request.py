@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sau.attack.recipe import Recipe
 from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
 from sau.settings import config
 from sau.settings.config import Option, Setting
-from sau.settings.run import AttackRun
+from sau.settings.run import AttackRun, OwnRun, Run
 from sau.settings.yamlfile import read_yaml, shipped
 
 # Asked for before the recipe and the data set are known.
@@ -39,13 +40,12 @@ class Request:
                 self.known.setdefault(name, option)
         for name in method.nones.keys() & self.known.keys():
             self.known[name] = replace(self.known[name], none=method.nones[name])
-        about = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+        self.command = command
         of_defenses = {} if AttackRun in sections else {"width": "it is that of the weights"}
         self.reasons = {**config.IGNORED, **of_defenses, **method.ignored}
-        self.kind, more = ("attack", " and configs/recipe/*.yaml") if AttackRun in sections else ("defense", "")
-        last = "[ ] are published settings that methods share; recipe, data set and method change some of them: see "
-        last += f"configs/{self.kind}/{method.name}.yaml{more}"
-        self.given = config.flags(command, about, sections, argv, method.aliases, self.reasons, last)
+        self.kind = "attack" if AttackRun in sections else "defense"
+        self.given = config.flags(self._groups(), argv, self.reasons)
+        self.wanted_help = self.given.pop("help", None)
         self.asked = {*self._files(), *self.given}  # what the user gave, by flag or file
         self.ignored = {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
 
@@ -59,6 +59,42 @@ class Request:
                     raise ConfigError(f"{said[name].origin} names a further file; give it as --{name}")
                 found.update(said)
         return found
+
+    def _groups(self) -> dict[str, list[Option]]:
+        """Every parameter once, by the heading of help that it stands under: the method's own come first."""
+        shared = {**config.options(Recipe), "augment": None}
+        headings: dict[str, list[str]] = {
+            self.method.name: [name for name in config.options(self.method) if name not in shared],
+            "training": [name for name in self.known if name in shared],
+            "the run": [
+                name for section in self.sections if issubclass(section, Run) for name in config.options(section)
+            ],
+            "a network of your own": [*config.options(OwnRun)] if OwnRun in self.sections else [],
+        }
+        groups, seen = dict[str, list[Option]](), set[str]()
+        for heading, names in headings.items():
+            groups[heading] = [self.known[name] for name in names if name not in seen]
+            seen |= {*names}
+        return {heading: members for heading, members in groups.items() if members}
+
+    def help(self, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> None:
+        """Print the help and leave, if that is asked for: with the values that these flags would run with."""
+        if self.wanted_help is None:
+            return
+        layers = self._layers(recipe, dataset, record or {})
+        shown = {**config.values(layers, self.known), "recipe": recipe, "dataset": dataset}
+        about = " ".join((self.method.__doc__ or "").split("\n\n")[0].split())
+        needs = "" if self.kind == "attack" else " --result_file FOLDER | --model_file FILE --clean_dir FOLDER"
+        print(
+            config.help_text(
+                f"{self.command}{needs} [flags]",
+                f"{about} In [ ] is what this command would run with: recipe {recipe}, data set {dataset}.",
+                self._groups(),
+                shown,
+                self.reasons if self.wanted_help.value == "all" else None,
+            )
+        )
+        raise SystemExit(0)
 
     def said(self, name: str) -> Any:
         """What the flags or the user's YAML files say about a parameter, or None."""
@@ -91,6 +127,15 @@ class Request:
             dataset: the data set in force.
             record: what the record says; a flag or YAML key that contradicts its data set or network is refused.
         """
+        layers = self._layers(recipe, dataset, record or {})
+        found = config.values(layers, self.known)
+        built = [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
+        for one in built:
+            self.note_idle(one.idle() if isinstance(one, Method) else {})
+        return built
+
+    def _layers(self, recipe: str, dataset: str, record: Mapping[str, Any]) -> dict[str, Setting]:
+        """Every setting that is not its default, by precedence."""
         layers: dict[str, Setting] = {}
         if self.kind == "attack" and (path := shipped("recipe", dataset)) is not None:
             layers.update(read_yaml(path, self.known, recipe=recipe, dataset=dataset))
@@ -106,7 +151,6 @@ class Request:
                     f"{said[name].origin}: {name} cannot depend on the recipe or the data set; set it for all"
                 )
         self.asked |= said.keys()
-        record = record or {}
         for name in ("dataset", "model", "width", "num_classes"):
             if record.get(name) is not None and name in said and str(said[name].value) != str(record[name]):
                 raise ConfigError(
@@ -114,11 +158,7 @@ class Request:
                 )
         layers.update({name: Setting(value, f"record: {name}") for name, value in record.items()})
         layers.update(said)
-        found = config.values(layers, self.known)
-        built = [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
-        for one in built:
-            self.note_idle(one.idle() if isinstance(one, Method) else {})
-        return built
+        return layers
 
     def note_unheard(self, method: Defense) -> None:
         """Remember which flags of every defense the user gave that this one does not hear, each with the reason."""

@@ -110,29 +110,16 @@ def once(earlier: Setting | None, said: Setting) -> Setting:
 
 
 def flags(
-    command: str, about: str, sections: Sequence[type], argv: Sequence[str],
-    more: Mapping[str, str] = types.MappingProxyType({}), ignored: Mapping[str, str] = IGNORED, last: str = "",
-) -> dict[str, Setting]:  # fmt: skip
-    """The explicit flags of a command line, not yet converted; prints help and leaves where that is asked.
+    groups: Mapping[str, Sequence[Option]], argv: Sequence[str], ignored: Mapping[str, str] = IGNORED
+) -> dict[str, Setting]:
+    """The explicit flags of a command line, not yet converted; `--help` and `--help_all` stand under `help`.
 
-    `more` are a method's aliases, which may stand for parameters of the other sections, `ignored` the flags without
-    effect, and why they have none; `last` ends the help.
+    `groups` are parameters by heading, `ignored` the flags without effect, and why they have none.
     """
-    parser = _Parser(
-        prog=command, description=about, epilog=last, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    seen: set[str] = set()
-    for section in sections:
-        group = parser.add_argument_group(section.__name__)
-        for option in options(section, more).values():
-            if option.name not in seen:
-                seen.add(option.name)
-                _add(group, option)
-    group = parser.add_argument_group("accepted for old command lines, without effect")
-    for name in (name for name in ignored if name not in seen):
-        names = [f"--{name}", *([_SHORT[name]] if name in _SHORT else [])]
-        group.add_argument(*names, dest=name, action=_Once, nargs="*", metavar="X", help=ignored[name])
+    parser = _parser(groups, {}, ignored)
     known, unknown = parser.parse_known_args(argv)
+    if "help" in known:  # also beside mistakes
+        return vars(known)
     if unknown and not unknown[0].startswith("-"):
         raise ConfigError(f"{unknown[0]!r} belongs to no flag; allowed is one value a flag, and a list like 10,20")
     if unknown:
@@ -141,17 +128,71 @@ def flags(
     return vars(known)
 
 
-def _add(group: Any, option: Option) -> None:
-    names = [f"--{name}" for name in (option.name, *option.aliases)]
-    # `%` in a help text would be read as a placeholder.
-    shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
-    if shown is None:
-        shown = "auto" if option.hint == bool | None else "none"
-    text = f"{option.help} [{shown}]".replace("%", "%%")
+def help_text(
+    usage: str, about: str, groups: Mapping[str, Sequence[Option]], shown: Mapping[str, Any],
+    ignored: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    """The help of a command.
+
+    Args:
+        usage: how it is called.
+        about: what it does.
+        groups: its parameters by heading.
+        shown: values in force, by parameter; of others the default is shown.
+        ignored: flags without effect, and why they have none; None leaves them and all second names out.
+    """
+    return _parser(groups, shown, ignored, usage, about).format_help()
+
+
+def _parser(
+    groups: Mapping[str, Sequence[Option]],
+    shown: Mapping[str, Any],
+    ignored: Mapping[str, str] | None,
+    usage: str | None = None,
+    about: str | None = None,
+) -> _Parser:
+    """Without `ignored` it has one name for each parameter, for help alone."""
+    parser = _Parser(
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, usage=usage, description=about,
+    )  # fmt: skip
+    for title, members in groups.items():
+        group = parser.add_argument_group(title)
+        for option in members:
+            names = [f"--{name}" for name in (option.name, *(option.aliases if ignored is not None else ()))]
+            _add(group, names, option, shown.get(option.name, option.default))
+    group = parser.add_argument_group("help")
+    group.add_argument(
+        "-h", "--help", action="store_const", const=Setting("brief", "--help"), help="these flags and their values here"
+    )
+    about = "also other names of the flags, and flags of BackdoorBench without effect"
+    group.add_argument("--help_all", dest="help", action="store_const", const=Setting("all", "--help_all"), help=about)
+    if ignored is not None:
+        seen = {option.name for members in groups.values() for option in members}
+        group = parser.add_argument_group("accepted for old command lines, without effect")
+        for name in (name for name in ignored if name not in seen):
+            names = [f"--{name}", *([_SHORT[name]] if name in _SHORT else [])]
+            group.add_argument(*names, dest=name, action=_Once, nargs="*", metavar="X", help=ignored[name])
+    return parser
+
+
+def _add(group: Any, names: Sequence[str], option: Option, value: Any) -> None:
+    text = f"{option.help} [{_written(value, option.hint)}]".replace("%", "%%")  # `%` would be read as a placeholder
     how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
     if typing.get_origin(option.hint) is tuple:
         how = {"nargs": "+"}  # a list may also be written with spaces
     group.add_argument(*names, dest=option.name, action=_Once, metavar=_kind(option.hint), help=text, **how)
+
+
+def _written(value: Any, hint: Any = None) -> str:
+    """A value as a flag takes it."""
+    if value is None:
+        return "auto" if hint == bool | None else "none"
+    if isinstance(value, tuple):
+        return ",".join(map(_written, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _kind(hint: Any) -> str:
