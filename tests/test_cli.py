@@ -405,7 +405,7 @@ def test_loader_flags_cause_one_warning(here, tmp_path):
     flags = ("--save_folder_name", "a", "-n", "4", "--pin_memory", "True", "-nb", "1", "-pf", "False")
     status, out, err = here("attack", "badnet", *TINY, *flags)
     assert (status, err) == (0, "")
-    warnings = [line for line in out.splitlines() if line.startswith("warning")]
+    warnings = [line for line in out.splitlines() if line.startswith("warning: flags")]
     assert len(warnings) == 1
     assert all(f"--{name}" in warnings[0] for name in ("num_workers", "pin_memory", "non_blocking", "prefetch"))
 

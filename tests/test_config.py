@@ -397,7 +397,7 @@ def test_help_writes_values_as_flags_take_them(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # one line a flag
     options = {**config.options(Recipe), **config.options(AttackRun)}
     out = config.help_text("x", "About.", {"all": [*options.values()]}, {"lr": 1e-4, "overwrite": True, "wd": 0.0})
-    found = dict(re.findall(r"--(\w+) .*\[(.*)\]$", out, re.M))
+    found = dict(re.findall(r"^  --(\w+) .*?\[([^][ ]*)\]\n", out, re.M | re.S))
     expected = {"lr": "0.0001", "overwrite": "true", "wd": "0", "adam_betas": "0.9,0.999", "cos_t_max": "none"}
     assert {name: found[name] for name in expected} == expected and found["amp"] == "auto" and found["epochs"] == "100"
 

@@ -148,7 +148,7 @@ def commands() -> dict[str, list[str]]:
     os.environ["COLUMNS"] = "200"
     found: dict[str, list[str]] = {}
     for kind, methods in METHODS.items():
-        each = {name: flags(output(lambda n=name, k=kind: main([k, n, "--help"]))) for name in methods}
+        each = {name: flags(output(lambda n=name, k=kind: main([k, n, "--help_all"]))) for name in methods}
         common = set.intersection(*map(set, each.values()))
         found[kind] = sorted(common)
         found |= {f"{kind} {name}": sorted({*own} - common) for name, own in each.items()}

@@ -40,13 +40,13 @@ def importing(*modules: str) -> set[str]:
     return files_with(wanted)
 
 
-def below(folder: str) -> set[str]:
-    return {name for name in NAMES if name.startswith(f"{folder}/")}
+def below(*folders: str) -> set[str]:
+    return {name for name in NAMES if name.split("/")[0] in folders}
 
 
 # concern: (who has it, who may)
 HOMES: dict[str, tuple[set[str], set[str]]] = {
-    "flags": (importing("argparse") | calling("add_argument"), {"settings/config.py"}),
+    "flags": (importing("argparse") | calling("add_argument"), {"settings/config.py"} | below("command")),
     "YAML": (importing("yaml"), {"errors.py", "settings/yamlfile.py", "record/schema.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "record/export.py"}),
@@ -66,12 +66,15 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "foreign/compat_pictures.py"} | below("data")),
-    "the screen": (calling("print"), {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("data")),
+    "the screen": (
+        calling("print"),
+        {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("command", "data"),
+    ),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
         {"command/attack_and_defend.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
-    "signals": (importing("signal"), {"cli.py", "grid/cells.py", "grid/work.py"}),
+    "signals": (importing("signal"), {"errors.py", "grid/cells.py", "grid/work.py"}),
     "the machine": (
         importing("resource") | calling("set_num_threads"),
         {"machine/device.py", "foreign/confinement.py"},
