@@ -20,6 +20,7 @@ from sau.files import loaded
 from sau.report.published import Row, mean, published
 from sau.report.read import NONE, Run, read
 from sau.report.spread import spread
+from sau.report.table import DEAD
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONFIGS = DOCS.parent / "configs"
@@ -124,7 +125,8 @@ def defense_row(attack: str, own: list[Run]) -> str:
     ))  # fmt: skip
     rest = [text([run.lost for run in own]), text([run.figures["seconds"] for run in own], 0)]
     who = "**oracle**" if oracle(own[0]) else "defender"
-    cells = [attack, who, str(len(own)), " / ".join(before), *after, *rest]
+    dead = f" {DEAD}" * any(run.gate is not None for run in own)
+    cells = [attack + dead, who, str(len(own)), " / ".join(before), *after, *rest]
     table = published()["tables"].get(own[0].defense)
     return f"| {' | '.join(cells + ([theirs(table, attack, oracle(own[0]))] if table else []))} |"
 

@@ -24,7 +24,7 @@ FIGURES = (*PERCENT, "lost", "seconds")
 
 
 def table(cells: list[Cell]) -> str:
-    """Markdown; one value alone has no spread."""
+    """Markdown; three values and more have a mean and a standard deviation."""
     body = []
     for cell in cells:
         spreads = {**cell.figures, "lost": spread([run.lost for run in cell.good])}
@@ -47,6 +47,7 @@ def main() -> int:
         if len(found) > 1:
             print(f"\n{section.title}\n")
         print(table([cell for cell in cells if cell.good]), end="")
+        print(f"\n{section.dead}\n" * bool(section.dead), end="")
     return 0
 
 

@@ -38,7 +38,7 @@ def by_defense(section: Section) -> dict[str, dict[str, Cell]]:
 
 def comparable(section: Section) -> dict[str, str]:
     """The columns that may stand beside the published table, each with its attack there; none for other data sets."""
-    return {pair.cell.attack_name: pair.cell.attack for pair in compare(section) if pair.cell is not None}
+    return {pair.cell.attack_name: pair.cell.attack for pair in compare(section)}
 
 
 def theirs(cell: Cell, attacks: list[str | None]) -> Row:
@@ -49,8 +49,9 @@ def theirs(cell: Cell, attacks: list[str | None]) -> Row:
 
 
 def over(cells: dict[str, Cell], name: str, attacks: list[str] | None = None) -> float | None:
-    """The mean over attacks of the means over seeds; None where one of them lacks it."""
-    spreads = [cells[attack].figures[name] if attack in cells else None for attack in attacks or list(cells)]
+    """The mean over attacks, those that took unless named, of the means over seeds; None where one lacks it."""
+    wanted = attacks or [attack for attack, cell in cells.items() if not cell.dead]
+    spreads = [cells[attack].figures[name] if attack in cells else None for attack in wanted]
     known = [spread.mean for spread in spreads if spread is not None]
     return sum(known) / len(known) if known and (attacks is None or len(known) == len(spreads)) else None
 
@@ -59,7 +60,11 @@ def overview(section: Section) -> str:
     """ACC / ASR of every cell, means over the attacks that every row of the table can have, and the published means."""
     found, paper = by_defense(section), comparable(section)
     attacks = list(dict.fromkeys(attack for cells in found.values() for attack in cells))
-    triggered = [attack for attack in attacks if any(c[attack].figures["asr"] for c in found.values() if attack in c)]
+    triggered = [
+        attack
+        for attack in attacks
+        if any(c[attack].figures["asr"] and not c[attack].dead for c in found.values() if attack in c)
+    ]
     body = []
     for name, cells in found.items():
         line = [text(cells.get(attack)) for attack in attacks]
@@ -93,7 +98,7 @@ def against(section: Section, champion: str) -> str:
     body = []
     for duel in duels(section, champion):
         gaps = (duel.acc, duel.asr, duel.racc, duel.der)
-        intervals = [f"{s.mean:+.2f}" + ("" if s.half is None else f" ± {s.half:.2f}") for s in gaps]
+        intervals = [spread.text(interval=True, sign="+") for spread in gaps]
         counts = [str(len(duel.der.values)), str(duel.networks)]
         body.append([duel.name, *counts, *intervals, str(duel.wins), f"{duel.p:.3f}"])
     head = ["rival", "attacks", "networks", "ACC", "ASR", "R-ACC", "DER", "DER higher on", "sign test p"]
@@ -107,9 +112,11 @@ def shown(section: Section, champion: str, titled: bool) -> str:
         ",\nours and the published ones over the same attacks. What is published stands beside rows that were chosen "
         "alike\nalone: ANP and FP were published as the test sets chose them, as `(oracle)` rows are"
     )
+    dead = f"{section.dead}\n\n" if section.dead else ""
     both = notes if comparable(section) else ""
     return (
         f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger{both}:\n\n"
+        f"{dead}"
         f"{overview(section)}\n"
         f"{champion} - rival, in points on the networks that both purified: the mean over the seeds of each attack,\n"
         "then mean, 95 % interval and sign test over attacks. p is that of a row alone: of twenty rows between\n"

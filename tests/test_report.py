@@ -21,13 +21,14 @@ from sau.evaluate import Score, Share, der
 from sau.record import schema
 from sau.record.folder import Record
 from sau.record.victim import load
+from sau.report import parse, scatter
 from sau.report import read as reading
-from sau.report.curves import charts
 from sau.report.exports import as_csv, as_json, as_latex
 from sau.report.page import build
 from sau.report.pictures import Pictures
 from sau.report.published import alike, compare, mean, published
 from sau.report.read import read
+from sau.report.scatter import scatters
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
 from sau.report.variants import variants
@@ -47,6 +48,9 @@ def test_the_interval_is_students():
     spread = Spread((1.0, 2.0, 3.0))
     assert spread.mean == 2 and spread.half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert Spread((5.0,)).half is None and Spread((5.0,)).text() == "5.00" and spread.text(1) == "2.0 ± 1.0"
+    two = Spread((1.0, 3.0))
+    assert two.text() == "1.00, 3.00" and two.half is None and two.text(1, sign="+") == "+1.0, +3.0"
+    assert spread.text(interval=True) == "2.00 ± 2.48"
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -129,10 +133,7 @@ def test_the_best_has_the_highest_der_and_the_oracle_takes_no_part(tmp_path):
     ranks = {key[1]: cell.rank for key, cell in found.items()}
     assert ranks == {"none": 0, "anp": 0, "sau": 1, "ft": 2, "fp": 0}
     page, _ = build(tmp_path)
-    assert re.findall(r'<td class="t">(\S+) <span class="tag oracle">oracle', page) == [
-        "anp",
-        "anp",
-    ]  # of all, of the rivals
+    assert page.count("<b>anp (oracle)</b>") == 2  # in the leaderboard, and beside the published table
     assert len(re.findall(r'<span class="tag">best</span> 96.00', page)) == 1
 
 
@@ -290,7 +291,7 @@ def test_the_names_of_a_grid_say_ratio_share_and_seed(tmp_path):
 
 def test_the_kept_results_are_shown():
     (section,) = tables(REPOSITORY / "docs" / "results" / "cifar10_cpu", "cifar10")
-    assert {cell.status for cell in section.cells} == {"unverified", "not run"}
+    assert {cell.status for cell in section.cells} == {"unverified"}
     sau = next(pair for pair in compare(section) if (pair.attack, pair.defense) == ("BadNets", "sau"))
     assert sau.theirs == [89.31, 1.53, 88.81, 95.74] and sau.differences[1] == pytest.approx(sau.ours[1] - 1.53)
 
@@ -355,14 +356,6 @@ def test_a_defended_folder_of_the_benchmark_is_shown(tmp_path):
     assert found["badnet_bb", "sau"].status == "measured" and tables(tmp_path)[0].dataset == "cifar10"
 
 
-def test_what_was_not_run_is_shown_with_its_command(tmp_path):
-    defense(attack(tmp_path, "badnet"), "sau")
-    attack(tmp_path, "lf")
-    assert cells(tmp_path)["lf", "sau"].status == "not run"
-    page, _ = build(tmp_path)
-    assert f"python defense/sau.py --result_file lf_s0 --record_root {tmp_path}" in page
-
-
 def test_a_published_figure_agrees_with_itself():
     """DER follows from ACC and ASR before and after, to the rounding of the last digit."""
     tables = published()["tables"]
@@ -408,31 +401,10 @@ def test_published_figures_stand_beside_rows_that_were_chosen_alike(tmp_path, sc
     published_acc = {line[0]: line[-4] for line in overview}
     assert status == 0 and published_acc["fp (oracle)"] == "91.31" and published_acc["fp"] == "-"
     assert published_acc["clp"] == "90.07" and published_acc["clp (oracle)"] == "-" and published_acc["sau"] == "89.31"
-    tagged = r'>(fp|clp) <span class="v">select (\w+)</span>((?: <span class="tag oracle">\w+: oracle</span>)*)</td>'
-    rows = re.findall(tagged, build(tmp_path)[0])
-    marks = {(name, select): re.findall(r"(\w+): oracle", tags) for name, select, tags in rows}
-    assert marks["fp", "defender"] == ["theirs"] and marks["fp", "oracle"] == ["theirs", "ours"]
-    assert marks["clp", "defender"] == [] and marks["clp", "oracle"] == ["ours"]
-
-
-def test_curves_begin_before_the_defense_and_go_on_through_its_stages(tmp_path):
-    path = defense(attack(tmp_path), rows=3, risks=True)
-    drawn = {chart.title: chart for chart in charts(cells(tmp_path)["badnet", "sau"])}
-    assert set(drawn) == {"Scores", "Risks", "Adversarial examples by type", "Loss"}
-    acc = drawn["Scores"].lines[0]
-    assert acc.label == "ACC" and acc.dots.count("h0") == 2 and acc.last == 88 and drawn["Scores"].ends == ("0", "3")
-    assert drawn["Risks"].ends == ("0", "3") and "2.00 ≤ 72.00." in build(tmp_path)[0]
-    rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}, {"stage": 1, "epoch": 1, "loss": 3.0}]
-    alone(path)
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch":')
-    (loss,) = (c for c in charts(cells(tmp_path)["badnet", "sau"]) if c.title == "Loss")
-    assert loss.ends == ("1", "3") and loss.lines[0].last == 3
-
-
-def test_counts_of_types_are_no_shares(tmp_path):
-    """SAU's rows once counted adversarial examples by type under these names; only tracked risks are percentages."""
-    defense(attack(tmp_path), risks=False)
-    assert {chart.title for chart in charts(cells(tmp_path)["badnet", "sau"])} == {"Scores", "Loss"}
+    page = build(tmp_path)[0].partition("Beside the published table")[2]
+    marks = dict(re.findall(r"<b>((?:fp|clp)(?: \(oracle\))?)</b>(.*?)</td>", page))
+    theirs = {name: "theirs: oracle" in tags for name, tags in marks.items()}
+    assert theirs == {"fp": True, "fp (oracle)": True, "clp": False, "clp (oracle)": False}
 
 
 FORMULA = "=SUM(A1) & <b>100%"
@@ -528,57 +500,8 @@ def test_the_table_over_seeds_is_the_same_reading(tmp_path, script):
     for seed, asr in enumerate((1.0, 3.0)):
         defense(attack(tmp_path, seed=seed), seed=seed, asr=asr)
     status, out, _ = script("seeds.py", str(tmp_path))
-    row = "| badnet | sau | 2 | 88.00 ± 0.00 | 2.00 ± 1.41 | 80.00 ± 0.00 | 96.00 ± 0.00 | 2.00 ± 0.00 | 50 ± 0 |"
+    row = "| badnet | sau | 2 | 88.00, 88.00 | 1.00, 3.00 | 80.00, 80.00 | 96.00, 96.00 | 2.00, 2.00 | 50, 50 |"
     assert status == 0 and row in out.splitlines()
-
-
-def test_a_curve_goes_down_where_its_values_do(tmp_path):
-    """Points are drawn by hand: 100 % is 16 units below the top, 0 % as high as the axis."""
-    attacked = attack(tmp_path, rows=1, acc=75.0)
-    (path,) = attacked.glob("metrics.jsonl")
-    rows = [{"epoch": 1, "acc": 100.0, "loss": 0.0}, {"epoch": 3, "acc": 0.0, "loss": 0.0}]
-    alone(attacked)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = {chart.title: chart for chart in charts(cells(tmp_path)["badnet", "none"])}
-    (acc,) = drawn["Scores"].lines
-    assert acc.path == "M68 16l560 272" and drawn["Scores"].ends == ("1", "3") and drawn["Scores"].across == "epoch"
-    assert drawn["Loss"].ticks[0] == (288, "0") and drawn["Loss"].lines[0].path == "M68 288l560 0"
-    path.write_text(json.dumps(rows[0]) + "\n")  # one epoch is a point
-    drawn = {chart.title: chart for chart in charts(cells(tmp_path)["badnet", "none"])}
-    assert drawn["Scores"].lines[0].path == "M68 16h0" and drawn["Scores"].ends == ("1", "2")
-
-
-def test_a_curve_is_the_mean_where_every_run_has_a_value_and_is_thinned_to_its_ends(tmp_path):
-    for seed, rows in ((0, 300), (1, 299)):
-        attack(tmp_path, seed=seed, rows=rows)
-    (loss,) = (chart for chart in charts(cells(tmp_path)["badnet", "none"]) if chart.title == "Loss")
-    assert loss.ends == ("1", "299") and loss.lines[0].last == 1 / 299
-    assert len(re.findall(r"-?\d+ -?\d+", loss.lines[0].path)) == 60 and loss.lines[0].dots == ""
-
-
-def test_a_defense_without_scores_has_no_curve_of_the_one_before(tmp_path):
-    path = defense(attack(tmp_path))
-    alone(path)
-    (path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
-    (loss,) = charts(cells(tmp_path)["badnet", "sau"])
-    assert loss.title == "Loss" and loss.across == "round"
-
-
-def test_the_exports_have_intervals_and_round_as_the_page_does(tmp_path):
-    """Half of the interval of 1 and 3 is 12.7062 x sqrt(2) / sqrt(2)."""
-    for seed, asr in enumerate((1.0, 3.0)):
-        attacked = attack(tmp_path, seed=seed)
-        defense(attacked, "sau", seed, asr=asr)
-        defense(attacked, "ft", seed, der=50.0)
-    found = tables(tmp_path)
-    none, sau, ft = json.loads(as_json(found))
-    assert (sau["asr"], sau["asr_ci95"], sau["seeds"], ft["rank"]) == (2.0, 12.71, 2, 2)
-    assert (none["rank"], none["selection"], none["data"]) == (None, None, None)
-    assert (sau["selection"], sau["data"]) == ("defender", "clean")
-    row = next(line for line in as_latex(found).splitlines() if "& sau &" in line)
-    figures = [text.strip() for text in row.removesuffix(r" \\").split("&")][3:]
-    assert figures[1:2] == [r"2.00 $\pm$ 12.71"] and figures[3] == r"\textbf{96.00 $\pm$ 0.00}"
-    assert figures[0] == r"88.00 $\pm$ 0.00" and figures[4:] == [r"50 $\pm$ 0", r"900 $\pm$ 0"]
 
 
 def test_the_exports_say_what_is_missing_and_who_saw_poisons(tmp_path):
@@ -589,8 +512,7 @@ def test_the_exports_say_what_is_missing_and_who_saw_poisons(tmp_path):
     found = tables(tmp_path)
     rows = {(row["attack"], row["defense"]): row for row in json.loads(as_json(found))}
     assert rows["lf", "d3"]["data"] == "poisoned" and rows["badnet", "sau"]["data"] == "clean"
-    assert rows["lf", "sau"]["status"] == "not run" and rows["lf", "sau"]["selection"] is None
-    assert "lf & sau & not run & -- &" in as_latex(found)
+    assert ("lf", "sau") not in rows and "lf & sau" not in as_latex(found)
 
 
 def test_sections_number_their_rows_apart(tmp_path):
@@ -601,7 +523,7 @@ def test_sections_number_their_rows_apart(tmp_path):
 
 
 def test_the_overview_has_a_column_for_each_defense_that_ran(tmp_path):
-    """The undefended network first; a cell that was not run stands under every variant of its defense."""
+    """The undefended network first; what was not run is blank."""
     for seed, ratio in enumerate((0.05, 0.01)):
         attacked = attack(tmp_path, seed=seed)
         defense(attacked, "sau", seed, ratio=ratio, der=90.0 + seed)
@@ -612,7 +534,8 @@ def test_the_overview_has_a_column_for_each_defense_that_ran(tmp_path):
     names = [re.sub("<[^>]*>", " ", name).split() for name in re.findall(r'<th scope="col">(.*?)</th>', head)]
     assert names == [["none"], ["anp"], ["sau", "ratio", "0.01"], ["sau", "ratio", "0.05"]]
     texts = re.findall(r"<a [^>]*>(.*?)</a>", body)
-    assert texts == ["98.0", "80.0", "91.0", "90.0", "70.0", "not run", "not run", "not run"]
+    assert texts == ["98.0", "80.0", "91.0", "90.0", "70.0"]
+    assert body.count("<td></td>") == 3 and "not run" not in page.partition("<main>")[2].replace("Blank: not run", "")
 
 
 def test_the_overview_does_not_repeat_a_cell_where_another_one_ended_early(tmp_path):
@@ -628,14 +551,6 @@ def test_settings_of_no_end_are_cut(tmp_path):
     noted(attack(tmp_path), odd={f"a{number}": number for number in range(1000)})
     page, _ = build(tmp_path)
     assert "odd.a100: 100\n" in page and "odd.a500" not in page and "…\n" in page
-
-
-def test_a_command_can_be_pasted_whatever_the_folder_is_called(tmp_path):
-    root = tmp_path / "my results; ls"
-    defense(attack(root, "badnet"), "sau")
-    attack(root, "lf")
-    page, _ = build(root)
-    assert f"--result_file lf_s0 --record_root &#39;{root}&#39;" in page
 
 
 def test_a_figure_that_cannot_be_is_damage(tmp_path):
@@ -659,7 +574,7 @@ def test_rows_count_up_to_the_first_that_is_none(tmp_path):
     path = attack(tmp_path, rows=1)
     alone(path)
     (path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2}\n{"loss": 9}\n{"epoch": 3, "loss": 7}\n')
-    assert [row["epoch"] for row in read(tmp_path)[0][0].rows] == [1]
+    assert [row["epoch"] for row in parse.rows(path / "metrics.jsonl")] == [1]
 
 
 def test_the_clean_pictures_of_a_strip_are_those_that_were_triggered(finished, tmp_path, monkeypatch):
@@ -685,7 +600,7 @@ def test_published_means_need_every_row_and_other_networks_stand_alone(tmp_path)
     assert mean([[1.0, 2.0], [3.0, None]]) == [2.0, None]
     attack(tmp_path)
     (section,) = tables(tmp_path)
-    assert sum(pair.cell is None for pair in compare(section)) > 50  # what is published and was not run here
+    assert [pair.attack for pair in compare(section)] == ["BadNets"]  # what was not run here has no row
     assert compare(replace(section, network={**section.network, "name": "vgg19_bn"})) == []
 
 
@@ -772,15 +687,6 @@ def test_long_settings_that_begin_alike_are_told_apart(tmp_path):
     assert len({*variants_of}) == 2 and all(len(text) < 40 for text in variants_of)
 
 
-def test_what_was_not_run_is_shown_of_folders_of_the_benchmark_too(tmp_path):
-    for folder, name in (("badnet_bb", "sau"), ("blended_bb", "ft")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "attack_result.pt").write_bytes(b"x")
-        defense(tmp_path / folder, name)
-    found = cells(tmp_path)
-    assert found["badnet_bb", "ft"].status == found["blended_bb", "sau"].status == "not run"
-
-
 def test_a_folder_that_is_not_ours_is_damaged_and_not_unfinished(tmp_path):
     """Nothing could be resumed."""
     path = attack(tmp_path)
@@ -820,7 +726,177 @@ def test_the_page_says_what_a_row_cannot(tmp_path):
     (attacked / "manifest.json").write_bytes(schema.manifest(files))
     page, _ = build(tmp_path)
     for text in (
-        "Trigger: PSNR dB 31.200, SSIM 0.900.", "poisoned data</span>", ">96.0*</a>", "80.00 ≤ 72.00 does not hold.",
-        '<td data-v="1">1<span class="ci"> of 2</span></td>',
+        "Trigger: PSNR dB 31.200, SSIM 0.900.", "poisoned data</span>", "sau (oracle)</th>",
+        "80.00 ≤ 72.00 does not hold.",
+        '<td data-v="1">1<span class="v"> of 2</span></td>',
     ):  # fmt: skip
         assert text in page, text
+
+
+def judged(path: Path, asr: float, passed: bool) -> Path:
+    """The folder with a gate in its summary."""
+    (path / "manifest.json").unlink()
+    record = Record(path)
+    record.finish({**record.summary(), "gate": {"asr": asr, "passed": passed}})
+    return path
+
+
+def dead_and_alive(root: Path) -> None:
+    """BadNets took, on three networks; SIG did not, on one of two."""
+    for seed in range(3):
+        defense(judged(attack(root, "badnet", seed), 85.0, True), "sau", seed, asr=1.0 + seed, der=95.0)
+    for seed, asr in enumerate((1.9, 90.0)):
+        attacked = judged(attack(root, "sig", seed, asr=asr, acc=50.0), 85.0, asr > 85)
+        defense(attacked, "sau", seed, asr=0.0, acc=10.0, der=99.0)
+
+
+def test_an_attack_that_did_not_take_is_marked_and_ranked_nowhere(tmp_path, script):
+    """On the page, in CSV, LaTeX and JSON, and in the tables of both scripts."""
+    dead_and_alive(tmp_path)
+    found = cells(tmp_path)
+    assert (found["badnet", "sau"].rank, found["sig", "sau"].rank) == (1, 0)
+    page, sections_ = build(tmp_path)
+    rows = {(row["attack"], row["defense"]): row for row in json.loads(as_json(sections_))}
+    assert (
+        rows["sig", "sau"]["did_not_take"] == rows["sig", "none"]["did_not_take"] == "ASR below 85 on 1 of 2 networks"
+    )
+    assert rows["badnet", "sau"]["did_not_take"] is None and rows["sig", "sau"]["rank"] is None
+    assert [row["did_not_take"] for row in csv.DictReader(io.StringIO(as_csv(sections_)))].count("") == 2
+    line = "means over attacks: sig (ASR below 85 on 1 of 2 networks)."
+    tables_ = [script(name, str(tmp_path))[1] for name in ("table.py", "seeds.py")]
+    for text in (page, as_latex(sections_), *tables_):
+        assert line in text and "sig (did not take)" in text and "badnet (did not take)" not in text
+    assert ", below its gate of 85" in page and 'class="dead"' in page
+
+
+def test_an_attack_that_did_not_take_is_in_no_mean_over_attacks(tmp_path, script):
+    """Nor in the differences from the rivals, nor in the drawing."""
+    dead_and_alive(tmp_path)
+    for name in ("badnet", "sig"):
+        for seed in (0, 1):
+            defense(tmp_path / f"{name}_s{seed}", "ft", seed, asr=60.0, acc=89.0, der=70.0)
+    _, out, _ = script("table.py", str(tmp_path))
+    assert "| sau | 88.0 / 2.0 (3) | 10.0 / 0.0 (2) | 88.00 | 2.00 | 80.00 | 95.00 |" in out
+    assert "| ft | 1 | 2 | -1.00 |" in out
+    (drawn,) = scatters(tables(tmp_path)[0])
+    assert drawn.title == "badnet" and [point.name for point in drawn.points] == ["before", "sau", "ft"]
+
+
+def test_a_record_without_a_gate_is_judged_by_nothing_and_a_broken_gate_is_damage(tmp_path):
+    """As older versions left it."""
+    defense(attack(tmp_path, "sig", asr=1.9), "sau")
+    assert cells(tmp_path)["sig", "sau"].rank == 1 and tables(tmp_path)[0].dead == ""
+    path = judged(tmp_path / "sig_s0", 85.0, True)
+    (path / "manifest.json").unlink()
+    record = Record(path)
+    record.finish({**record.summary(), "gate": {"asr": "much", "passed": False}})
+    assert cells(tmp_path)["sig", "none"].status == "damaged" and "gate is" in cells(tmp_path)["sig", "none"].reason
+
+
+def test_the_gate_of_a_defense_alone_marks_its_attack(tmp_path):
+    """Of an attack whose folder is older, or gone but for its defenses."""
+    judged(defense(attack(tmp_path, "sig", asr=1.9), "sau"), 85.0, False)
+    assert {cell.dead for cell in cells(tmp_path).values()} == {"ASR below 85 on 1 of 1 networks"}
+
+
+def test_results_at_any_depth_are_shown(tmp_path):
+    """Grids below the root, and the folder of one attack; what holds none is named once, by its topmost folder."""
+    defense(attack(tmp_path / "grid" / "first", "badnet"), "sau")
+    attack(tmp_path, "blended")
+    (tmp_path / "notes" / "old" / "older").mkdir(parents=True)
+    (tmp_path / "grid" / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    attack(tmp_path / ".hidden", "lf")
+    (tmp_path / "grid" / "loop").symlink_to(tmp_path)
+    runs, others = read(tmp_path)
+    assert [run.name for run in runs] == ["blended_s0", "grid/first/badnet_s0", "grid/first/badnet_s0/defense/sau"]
+    assert others == ["grid/empty", "notes"]
+    page, _ = build(tmp_path)
+    assert "<td>grid/first/badnet_s0/defense/sau</td>" in page
+    runs, others = read(tmp_path / "grid" / "first" / "badnet_s0")
+    assert [run.name for run in runs] == ["badnet_s0", "badnet_s0/defense/sau"] and others == []
+
+
+def test_a_defense_without_its_attack_is_no_attack(tmp_path):
+    """A folder `defense` alone was once read as attacks called sau and ft."""
+    defense(attack(tmp_path), "sau")
+    with pytest.raises(
+        RecordError, match="sau .a defense without its attack; name the folder of the attack or one above"
+    ):
+        read(tmp_path / "badnet_s0" / "defense")
+
+
+def test_what_a_grid_below_the_root_gave_up_is_shown_with_its_reason(tmp_path):
+    attack(tmp_path / "grid", "badnet")
+    failed = tmp_path / "grid" / ".grid" / "failed"
+    failed.mkdir(parents=True)
+    (failed / "lf_s0").write_text(json.dumps({"reason": "no memory", "tries": 2}))
+    assert read(tmp_path)[1] == ["grid/lf_s0 (the grid gave it up after 2 tries: no memory)"]
+
+
+def test_equal_names_in_two_folders_of_summaries_are_no_seeds_of_each_other(tmp_path):
+    """A seed that is there twice tells the folders apart; inside each, seeds are averaged as they are elsewhere."""
+    for place, asr in (("one", 90.0), ("two", 80.0)):
+        for seed in (0, 1):
+            alone(attack(tmp_path / place, "badnet", seed, asr=asr))
+    found = {cell.attack_variant: cell for cell in cells_of_all(tmp_path)}
+    assert {name: cell.figures["asr"].values for name, cell in found.items()} == {
+        "folder one": (90.0, 90.0), "folder two": (80.0, 80.0)
+    }  # fmt: skip
+
+
+def cells_of_all(root: Path) -> list[Cell]:
+    return [cell for section in tables(root) for cell in section.cells]
+
+
+def test_the_exports_have_every_value_and_a_deviation_of_three(tmp_path):
+    for seed, asr in enumerate((1.0, 3.0)):
+        attacked = attack(tmp_path, seed=seed)
+        defense(attacked, "sau", seed, asr=asr)
+        defense(attacked, "ft", seed, der=50.0)
+    found = tables(tmp_path)
+    none, sau, ft = json.loads(as_json(found))
+    assert (sau["asr"], sau["asr_sd"], sau["asr_values"], sau["seeds"], ft["rank"]) == (2.0, None, [1.0, 3.0], 2, 2)
+    assert (none["rank"], none["selection"], none["data"]) == (None, None, None)
+    assert (sau["selection"], sau["data"]) == ("defender", "clean")
+    row = next(line for line in as_latex(found).splitlines() if "& sau &" in line)
+    assert [text.strip() for text in row.removesuffix(r" \\").split("&")][3:] == [
+        "88.00, 88.00", "1.00, 3.00", "80.00, 80.00", r"\textbf{96.00, 96.00}", "50, 50", "900, 900"
+    ]  # fmt: skip
+    defense(attack(tmp_path, seed=2), "sau", 2, asr=5.0)
+    sau = next(row for row in json.loads(as_json(tables(tmp_path))) if row["defense"] == "sau")
+    assert (sau["asr"], sau["asr_sd"]) == (3.0, 2.0) and r"3.00 $\pm$ 2.00" in as_latex(tables(tmp_path))
+
+
+def test_the_drawing_has_a_point_for_each_defense_where_its_figures_are(tmp_path):
+    """ASR 25 % lies in the middle of a square-root scale; an oracle is hollow; over attacks only who ran on all."""
+    for name in ("badnet", "lf"):
+        attacked = attack(tmp_path, name, asr=100.0, acc=90.0)
+        defense(attacked, "sau", acc=80.0, asr=25.0)
+    defense(tmp_path / "lf_s0", "anp", acc=85.0, asr=25.0, selection="oracle")
+    mean, badnet, lf = scatters(tables(tmp_path)[0])
+    assert (mean.title, badnet.title, lf.title) == ("mean over 2 attacks", "badnet", "lf")
+    assert [point.name for point in mean.points] == ["before", "sau"]
+    before, anp, sau = sorted(lf.points, key=lambda point: -point.acc)
+    kinds = [(point.name, point.kind) for point in (before, anp, sau)]
+    assert kinds == [("before", "before"), ("anp (oracle)", "oracle"), ("sau", "defense")]
+    left, right = scatter.LEFT, scatter.WIDTH - scatter.RIGHT
+    assert (before.x, sau.x) == (right, (left + right) / 2) and before.y == scatter.TOP
+    assert sau.y == scatter.HEIGHT - scatter.BOTTOM and anp.y == (before.y + sau.y) / 2
+    assert lf.across[0] == (left, "0") and [label for _, label in lf.up] == ["80", "82", "84", "86", "88", "90"]
+    page, _ = build(tmp_path)
+    assert page.count("<svg") == 3 and "before 90.00 100.00; sau 80.00 25.00" in page
+
+
+def test_no_names_in_the_drawing_overlap(tmp_path):
+    """Twenty defenses beside each other: a name is placed where it is free, or left to the tooltip."""
+    attacked = attack(tmp_path)
+    for number in range(20):
+        defense(attacked, f"defense{number}", acc=85.0 + number / 20, asr=1.0 + number / 10)
+    (drawn,) = scatters(tables(tmp_path)[0])
+    boxes = [(*point.text, scatter.LETTER * len(point.name)) for point in drawn.points if point.text]
+    assert 5 < len(boxes) <= 21
+    for i, (x, y, wide) in enumerate(boxes):
+        assert not [
+            1 for a, b, far in boxes[:i] if abs(b - y) < scatter.LINE - 0.2 and a < x + wide - 0.2 and x < a + far - 0.2
+        ]

@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two attacks, one with a name that is code; an oracle, an unfinished and a damaged folder; two cells not run."""
+    """Two attacks, one with a name that is code; an oracle, an unfinished and a damaged folder."""
     root = tmp_path_factory.mktemp("page")
     records = root / "record"
     for seed in (0, 1):
@@ -68,7 +68,7 @@ def rows(browser: Any) -> list[list[str]]:
 
 
 def column(browser: Any, number: int) -> list[str]:
-    return [row[number].split()[0] for row in rows(browser)]
+    return [row[number].split()[0] if row[number] else "" for row in rows(browser)]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -78,7 +78,7 @@ def test_it_loads_without_errors_and_nothing_overflows(browser, page, width, sch
     for button in browser.find_elements("css selector", ".board .open"):
         browser.execute_script("arguments[0].click()", button)
     opened = browser.execute_script("return document.querySelectorAll('.detail:not([hidden])').length")
-    assert opened == 10
+    assert opened == 7
     across, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert across <= inner == width
     code = """return [...document.querySelectorAll('.inner')].filter(box => box.clientWidth)
@@ -93,7 +93,7 @@ def test_it_loads_without_errors_and_nothing_overflows(browser, page, width, sch
 def test_a_name_that_is_code_stays_text(browser, page):
     look(browser, page)
     assert browser.title != "run" and len(browser.find_elements("css selector", "script")) == 1
-    assert any(row[0] == SCRIPT for row in rows(browser))
+    assert any(SCRIPT in row[0] for row in rows(browser))
 
 
 def test_sorting_by_click_and_by_keyboard(browser, page):
@@ -106,16 +106,15 @@ def test_sorting_by_click_and_by_keyboard(browser, page):
     )
     asr.find_element("tag name", "button").click()
     assert asr.get_attribute("aria-sort") == "ascending" and der.get_attribute("aria-sort") is None
-    shown = column(browser, 5)
-    figures = [float(value) for value in shown if value != "–"]
-    assert figures == sorted(figures) and len(figures) == 5 and shown[-1] == "–"
+    shown = column(browser, 3)
+    figures = [float(value.strip(",")) for value in shown if value]
+    assert figures == sorted(figures) and len(figures) == 5 and shown[-1] == ""
     asr.find_element("tag name", "button").click()
-    figures = [float(value) for value in column(browser, 5) if value != "–"]
-    assert figures == sorted(figures, reverse=True) and column(browser, 5)[-1] == "–"
-    asr.find_element("tag name", "button").send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
-    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    figures = [float(value.strip(",")) for value in column(browser, 3) if value]
+    assert figures == sorted(figures, reverse=True) and column(browser, 3)[-1] == ""
+    der.find_element("tag name", "button").send_keys(Keys.ENTER)
     assert der.get_attribute("aria-sort") == "descending" and asr.get_attribute("aria-sort") is None
-    assert [row[1].split()[0] for row in rows(browser)][:2] == ["anp", "sau"]
+    assert [row[0].splitlines()[1] for row in rows(browser)][:2] == ["anp (oracle)", "sau"]
 
 
 def test_filtering(browser, page):
@@ -127,14 +126,13 @@ def test_filtering(browser, page):
     field = browser.switch_to.active_element
     assert field.get_attribute("id") == "filter"
     field.send_keys("badnet SAU")
-    assert [row[1] for row in rows(browser)] == ["sau"]
-    assert browser.find_element("id", "count").text == "1 of 10 cells"
+    assert [row[0].splitlines()[1] for row in rows(browser)] == ["sau"]
+    assert browser.find_element("id", "count").text == "1 of 7 rows"
     field.send_keys(Keys.ESCAPE)
     assert len(rows(browser)) == 7
-    state = browser.find_element("id", "state")
-    state.send_keys("unfinished")
+    field.send_keys("unfinished")
     assert ["unfinished" in row[-1] for row in rows(browser)] == [True]
-    field.send_keys("oracle")
+    field.send_keys(" oracle")
     assert rows(browser) == []
 
 
@@ -147,9 +145,8 @@ def test_the_drill_down_opens_by_click_by_keyboard_and_by_address(browser, page)
     assert not detail.is_displayed() and button.get_attribute("aria-expanded") == "false"
     button.send_keys(Keys.ENTER)
     assert detail.is_displayed() and button.get_attribute("aria-expanded") == "true"
-    for text in ("Scores", "Risks", "R_share", "defense/sau.py --result_file badnet_s0", "Resolved settings"):
+    for text in ("Before: ACC 90.00", "defense/sau.py --result_file badnet_s0", "Resolved settings"):
         assert text in detail.text
-    assert len(detail.find_elements("css selector", "figure > svg")) == 4
     body.find_element("css selector", "td:nth-child(4)").click()
     assert not detail.is_displayed()
     link = browser.find_element("css selector", f".heat a[href='#{body.get_attribute('id')}']")

@@ -18,7 +18,8 @@ _LATEX = {
 
 
 def rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """One a cell: who, how many seeds, mean and half of the 95 % interval of every figure, state, and the folders."""
+    """One a cell: who, how many seeds, of every figure the mean, the values and of three and more their standard
+    deviation, whether the attack took, state, and the folders."""
     return [_row(section, cell) for section in sections for cell in section.cells]
 
 
@@ -31,11 +32,13 @@ def _row(section: Section, cell: Cell) -> dict[str, Any]:
     for name in FIGURES:
         spread = cell.figures[name]
         row[name] = None if spread is None else round(spread.mean, 2)
-        row[f"{name}_ci95"] = None if spread is None or spread.half is None else round(spread.half, 2)
+        row[f"{name}_sd"] = None if spread is None or len(spread.values) < 3 else round(spread.sd or 0.0, 2)
+        row[f"{name}_values"] = [] if spread is None else [round(value, 2) for value in spread.values]
     defended = bool(cell.good) and cell.defense != NONE
     return {
         **row, "rank": cell.rank or None, "selection": ("oracle" if cell.oracle else "defender") if defended else None,
         "data": ("poisoned" if cell.poisoned else "clean") if defended else None,
+        "did_not_take": cell.dead or None,
         "status": cell.status, "reason": cell.reason, "folders": [run.name for run in cell.runs],
     }  # fmt: skip
 
@@ -53,7 +56,9 @@ def as_csv(sections: Sequence[Section]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(found[0])
     for row in found:
-        writer.writerow([_plain(" ".join(value) if isinstance(value, list) else value) for value in row.values()])
+        writer.writerow(
+            [_plain(" ".join(map(str, value)) if isinstance(value, list) else value) for value in row.values()]
+        )
     return out.getvalue()
 
 
@@ -64,7 +69,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_latex(sections: Sequence[Section]) -> str:
-    """A booktabs table each section: mean and half of the 95 % interval, the best DER bold, the second underlined.
+    """A booktabs table each section: means as `Spread.text` gives them, the best DER bold, the second underlined.
 
     Below it, as text, what the signs mean.
     """
@@ -83,8 +88,9 @@ def _tabular(section: Section) -> str:
         texts[1] += r"$^\dagger$" if cell.oracle else ""
         texts += [_figure(cell, name) for name in FIGURES]
         lines.append(" & ".join(texts) + r" \\")
-    note = r"\par\smallskip\footnotesize $\pm$: half of the 95\,\% interval over seeds."
+    note = r"\par\smallskip\footnotesize $\pm$: standard deviation over seeds; of two seeds both values."
     note += r" $^\dagger$: chosen by test data." if any(cell.oracle for cell in section.cells) else ""
+    note += f" {_escape(section.dead)}" if section.dead else ""
     parts = [f"% {_escape(section.title)}", r"\begin{tabular}{llrrrrrrr}", r"\toprule", head, r"\midrule", *lines,
              r"\bottomrule", r"\end{tabular}", f"{{{note}\\par}}", ""]  # fmt: skip
     return "\n".join(parts)
@@ -94,8 +100,7 @@ def _figure(cell: Cell, name: str) -> str:
     spread = cell.figures[name]
     if spread is None:
         return "--"
-    digits = 2 if name in parse.PERCENT else 0
-    text = f"{spread.mean:.{digits}f}" + (f" $\\pm$ {spread.half:.{digits}f}" if spread.half is not None else "")
+    text = _escape(spread.text(2 if name in parse.PERCENT else 0))
     wrap = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(cell.rank if name == "der" else 0, "%s")
     return wrap % text
 

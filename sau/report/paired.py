@@ -69,10 +69,10 @@ def duels(section: Section, champion: str = "sau") -> list[Duel]:
 
 
 def _defenses(section: Section) -> Iterator[tuple[str, list[Cell]]]:
-    """The cells of each defense and variant, over attacks."""
+    """The cells of each defense and variant, over the attacks that took."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in section.cells:
-        if cell.good:
+        if cell.good and not cell.dead:
             groups.setdefault((cell.defense, cell.variant), []).append(cell)
     for (defense, variant), cells in groups.items():
         yield f"{defense} {variant}".strip(), cells

@@ -10,7 +10,7 @@ from typing import Any
 
 from sau.report.parse import PERCENT
 from sau.report.read import NONE
-from sau.report.table import MISSING, Cell, Section
+from sau.report.table import Cell, Section
 
 Row = list[float | None]
 
@@ -45,14 +45,14 @@ class Pair:
         attack: name of the attack, as the pages write it.
         defense: name of the defense, or `none`.
         theirs: acc, asr, racc, der as published, percent; None where not given.
-        cell: ours; None if there is none.
+        cell: ours.
         ours: our means, as `theirs`.
     """
 
     attack: str
     defense: str
     theirs: Row
-    cell: Cell | None
+    cell: Cell
     ours: Row
 
     @property
@@ -63,7 +63,8 @@ class Pair:
 
 
 def compare(section: Section) -> list[Pair]:
-    """Every published cell with our cells of the same setting; empty if the section is of another data set or network.
+    """Every cell of ours with the published one of the same setting; empty if the section is of another data set or
+    network.
 
     A setting that a run does not record is taken to be the published one.
     """
@@ -74,11 +75,9 @@ def compare(section: Section) -> list[Pair]:
     pairs = []
     for defense, table in published()["tables"].items():
         for attack, theirs in table["rows"].items():
-            cells = [cell for cell in section.cells if (cell.attack, cell.defense) == (attack, defense)]
-            fit = [cell for cell in cells if cell.status != MISSING and _fits(cell, wanted)]
-            chosen: list[Cell | None] = [*fit] or [None]
-            for cell in chosen:
-                pairs.append(Pair(published()["names"][attack], defense, theirs, cell, _means(cell)))
+            for cell in section.cells:
+                if (cell.attack, cell.defense) == (attack, defense) and _fits(cell, wanted):
+                    pairs.append(Pair(published()["names"][attack], defense, theirs, cell, _means(cell)))
     return sorted(pairs, key=lambda pair: (pair.attack, pair.defense != NONE))
 
 
@@ -87,6 +86,5 @@ def _fits(cell: Cell, wanted: dict[str, Any]) -> bool:
     return all(settings.get(key, value) == value for key, value in wanted.items())
 
 
-def _means(cell: Cell | None) -> Row:
-    spreads = [cell.figures[name] if cell else None for name in PERCENT]
-    return [spread.mean if spread else None for spread in spreads]
+def _means(cell: Cell) -> Row:
+    return [spread.mean if (spread := cell.figures[name]) else None for name in PERCENT]

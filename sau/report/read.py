@@ -8,7 +8,7 @@ from typing import Any
 from sau.errors import RecordError
 from sau.grid.names import attack_named, defense_named
 from sau.record import schema
-from sau.record.folder import CONFIG, MANIFEST, METRICS, SUMMARY, Record
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record
 from sau.report import parse
 from sau.report.trouble import given_up, progress
 
@@ -39,7 +39,7 @@ class Run:
         config: `config.yaml`; empty if there is none that can be read.
         attack_settings: what determines the attack except its seed; None if nobody says.
         settings: the same for the defense; of `none` it is empty.
-        rows: `metrics.jsonl`.
+        name: the folder below the root, like badnet_s0/defense/sau.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     attack_settings: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
-    rows: list[dict[str, float]] = field(default_factory=list)
+    name: str = ""
 
     @property
     def usable(self) -> bool:
@@ -62,20 +62,26 @@ class Run:
         return self.status in (VERIFIED, UNVERIFIED)
 
     @property
-    def name(self) -> str:
-        """The folder below the root."""
-        return self.path.name if self.defense == NONE else f"{self.path.parents[1].name}/defense/{self.path.name}"
-
-    @property
     def home(self) -> Path:
         """The folder of the attack."""
         return self.path if self.defense == NONE else self.path.parents[1]
+
+    @property
+    def above(self) -> str:
+        """The folder below the root that the attack's folder lies in; empty for one right below the root."""
+        return "/".join(self.name.split("/")[: -1 if self.defense == NONE else -3])
 
     @property
     def machine(self) -> dict[str, Any]:
         """What the machine adds to what determines the result, as far as the folder says it."""
         said = {**self.config, "device": parse.mapping(self.config.get("run")).get("device")}
         return {name: said[name] for name in ("amp", "device", "threads") if said.get(name) is not None}
+
+    @property
+    def gate(self) -> float | None:
+        """The ASR in percent that the attack had to reach and did not; None if it did, or no gate is recorded."""
+        gate = schema.gate(self.summary, self.path)
+        return None if gate is None or gate["passed"] else float(gate["asr"])
 
     @property
     def lost(self) -> float | None:
@@ -90,32 +96,55 @@ class Run:
 
 
 def read(root: Path) -> tuple[list[Run], list[str]]:
-    """The runs below `root`, attack folders and the `defense/NAME` in them, and the names of folders that are left out.
+    """The runs in `root` and at any depth below it: attack folders, and the `defense/NAME` in them. Also the names of
+    folders that are left out, with the reason where there is one. Hidden folders, and links below the first level, are
+    not looked into.
 
     Raises RecordError if `root` is no folder or holds no result at all.
     """
     if not root.is_dir():
         raise RecordError(f"there is no folder {root}; name the one that holds the result folders, like ./record")
-    runs: list[Run] = []
-    others, lost = [], given_up(root)
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        try:
-            found = list(_below(folder))
-        except OSError as error:
-            others.append(f"{folder.name} (cannot be read: {error.strerror})")
-            continue
-        if found and schema.kind(found[0].config) == schema.OWN:
-            others.append(f"{folder.name} (a purified network of your own, whose trigger nobody knows)")
-        elif found:
-            runs += found
-        elif folder.name not in lost:
-            others.append(folder.name)
-    runs = [_with(lost.pop(str(run.path.relative_to(root)), ""), run) for run in runs]
-    others += [f"{folder} ({why})" for folder, why in lost.items()]
+    base = root.absolute().parent if _is_result(root) else root
+    failed: dict[str, str] = {}  # by folder: why a grid gave it up
+    runs, others = _search(base / root.name if base != root else root, base, failed)
+    runs = [replace(run, name=str(run.path.relative_to(base))) for run in runs]
+    runs = [_with(failed.pop(run.name, ""), run) for run in runs]
+    others = {name: why for name, why in others.items() if name != "." and name not in failed} | failed
+    left_out = [f"{name} ({why})" if why else name for name, why in others.items()]
     if not runs:
-        there = f", but {', '.join(others)[:200]}" if others else ""
+        there = f", but {', '.join(left_out)[:200]}" if left_out else ""
         raise RecordError(f"{root} holds no results of attacks (NAME/{CONFIG} or NAME/{SUMMARY}){there}; name another")
-    return list(_once(runs)), others
+    return list(_once(runs)), left_out
+
+
+def _search(folder: Path, base: Path, failed: dict[str, str]) -> tuple[list[Run], dict[str, str]]:
+    """The runs of one attack if the folder holds them, else those of the folders in it; and what was left out, and why.
+
+    Args:
+        folder: where to look.
+        base: folder that names are relative to.
+        failed: gets what a grid whose folder this is gave up.
+    """
+    name = str(folder.relative_to(base))
+    try:
+        runs = list(_below(folder))
+        inside = [] if runs else sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    except OSError as error:
+        return [], {name: f"cannot be read: {error.strerror}"}
+    if runs and schema.kind(runs[0].config) == schema.OWN:
+        return [], {name: "a purified network of your own, whose trigger nobody knows"}
+    if runs and "defense" in parse.mapping(runs[0].config.get("identity")) and runs[0].defense == NONE:
+        return [], {name: "a defense without its attack; name the folder of the attack or one above it"}
+    failed |= {str((folder / cell).relative_to(base)): why for cell, why in given_up(folder).items()}
+    others: dict[str, str] = {}
+    for path in inside:
+        if folder == base or not path.is_symlink():
+            found, left = _search(path, base, failed)
+            runs += found
+            others |= left
+    if runs or any(others.values()):
+        return runs, others
+    return [], {name: ""} if folder != base else others
 
 
 def _with(why: str, run: Run) -> Run:
@@ -156,6 +185,7 @@ def _run(folder: Path, parent: Run | None) -> Run:
             record.check(light=True)
         summary = parse.json_object(folder / SUMMARY)
         figures = parse.figures(summary, defense=parent is not None)
+        schema.gate(summary, folder)
     except (RecordError, OSError, RecursionError) as error:
         finished = alone or record.finished
         status = DAMAGED if finished or not record.config else UNFINISHED
@@ -164,7 +194,7 @@ def _run(folder: Path, parent: Run | None) -> Run:
     said = _said(record.config, folder, parent)
     if alone and said["settings"] is not None and "selection" in summary:
         said["settings"] = {**said["settings"], "select": summary["selection"]}  # names do not say who chose
-    said |= {"summary": summary, "config": record.config, "rows": parse.rows(folder / METRICS)}
+    said |= {"summary": summary, "config": record.config}
     return Run(folder, **said, status=status, reason=reason, figures=figures)
 
 

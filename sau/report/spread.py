@@ -29,16 +29,18 @@ class Spread:
 
     @cached_property
     def half(self) -> float | None:
-        """Half of the 95 % interval of the mean, by Student's t; None for one value."""
+        """Half of the 95 % interval of the mean, by Student's t; None for fewer than three values."""
         from scipy.special import stdtrit
 
         n = len(self.values)
-        return None if self.sd is None else float(stdtrit(n - 1, 0.975)) * self.sd / math.sqrt(n)
+        return None if self.sd is None or n < 3 else float(stdtrit(n - 1, 0.975)) * self.sd / math.sqrt(n)
 
-    def text(self, digits: int = 2) -> str:
-        """`mean ± standard deviation`, or the only value."""
-        mean = f"{self.mean:.{digits}f}"
-        return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
+    def text(self, digits: int = 2, interval: bool = False, sign: str = "") -> str:
+        """One value as it is, two values side by side, more as `mean ± standard deviation`, or `± half` of the 95 %
+        interval: two values have a spread, but say next to nothing of how large it is."""
+        if len(self.values) < 3:
+            return ", ".join(f"{value:{sign}.{digits}f}" for value in self.values)
+        return f"{self.mean:{sign}.{digits}f} ± {self.half if interval else self.sd:.{digits}f}"
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:

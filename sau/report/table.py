@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,9 @@ from sau.report.spread import Spread, spread
 from sau.report.variants import text_of, variants
 from sau.wording import marked
 
-MEASURED, PARTLY, MISSING = "measured", "partly", "not run"
+MEASURED, PARTLY = "measured", "partly"
 NETWORK = ("name", "width", "classes", "shape")
+DEAD = "(did not take)"
 FIGURES = (*parse.PERCENT, *parse.COST)
 
 
@@ -32,8 +33,10 @@ class Cell:
         runs: the folders, over seeds.
         wanted: seeds of the attack.
         status: `measured` (all runs verified), `unverified`, `partly` (some runs do not count), `damaged` or
-            `unfinished` (none counts), or `not run`.
+            `unfinished` (none counts).
         reason: why it is not measured; empty if it is.
+        dead: that the attack did not take, and on how many of its networks; empty if it took on all of them. Such a
+            cell is ranked nowhere and is in no mean over attacks, for it shows nothing of a defense.
         rank: 1 for the best of its attack, 2 for the second, 0 for all others.
     """
 
@@ -45,6 +48,7 @@ class Cell:
     wanted: int
     status: str
     reason: str = ""
+    dead: str = ""
     rank: int = 0
 
     @cached_property
@@ -84,8 +88,8 @@ class Cell:
 
     @property
     def attack_name(self) -> str:
-        """The attack, and how its settings differ from its namesakes'."""
-        return f"{self.attack} {self.attack_variant}".strip()
+        """The attack, how its settings differ from its namesakes', and whether it did not take."""
+        return " ".join(filter(None, (self.attack, self.attack_variant, DEAD if self.dead else "")))
 
     @property
     def name(self) -> str:
@@ -114,6 +118,15 @@ class Section:
     network: dict[str, Any]
     notes: tuple[str, ...] = ()
     cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def dead(self) -> str:
+        """A line on the attacks that did not take; empty if all did."""
+        dead = {(cell.attack, cell.attack_variant): cell.dead for cell in self.cells if cell.dead}
+        named = "; ".join(f"{' '.join(filter(None, attack))} ({why})" for attack, why in dead.items())
+        return (
+            f"Attacks that did not take are ranked nowhere and left out of means over attacks: {named}." if dead else ""
+        )
 
     @property
     def title(self) -> str:
@@ -147,16 +160,22 @@ def _section(runs: list[Run]) -> Section:
     attacks = {
         key[:2]: len({run.name for run in found if run.usable}) for key, found in groups.items() if key[2] == NONE
     }
-    cells = [_cell(key, found, attacks.get(key[:2], len(found))) for key, found in groups.items()]
-    there = {key[:3] for key in groups}
-    for attack in {key[:2] for key in groups}:
-        for defense in {key[2] for key in groups} - {NONE}:
-            if (*attack, defense) not in there:
-                cells.append(Cell(*attack, defense, "", (), attacks.get(attack, 0), MISSING, "no such folder"))
+    dead = {attack: why for attack in {key[:2] for key in groups} if (why := _dead(attack, groups))}
+    cells = [
+        _cell(key, found, attacks.get(key[:2], len(found)), dead.get(key[:2], "")) for key, found in groups.items()
+    ]
     return Section(runs[0].dataset, _network(runs[0]), tuple(sorted(notes)), _ranked(cells))
 
 
-def _cell(key: tuple[str, str, str, str], runs: list[Run], wanted: int) -> Cell:
+def _dead(attack: tuple[str, str], groups: Mapping[tuple[str, str, str, str], Sequence[Run]]) -> str:
+    """On how many networks the attack missed its gate, by what its runs or those of its defenses say."""
+    runs = [run for key, found in groups.items() if key[:2] == attack for run in found if run.usable]
+    missed = {run.home: run.gate for run in runs if run.gate is not None}
+    count = len({run.home for run in runs})
+    return f"ASR below {max(missed.values()):g} on {len(missed)} of {count} networks" if missed else ""
+
+
+def _cell(key: tuple[str, str, str, str], runs: list[Run], wanted: int, dead: str) -> Cell:
     states = {run.status for run in runs} - {DUPLICATE}
     reasons = "; ".join(f"{run.name}: {run.reason}" for run in runs if run.reason and run.status != UNVERIFIED)
     if states == {VERIFIED}:
@@ -166,15 +185,16 @@ def _cell(key: tuple[str, str, str, str], runs: list[Run], wanted: int) -> Cell:
     else:
         bad = DAMAGED if DAMAGED in states else UNFINISHED
         status = PARTLY if any(run.usable for run in runs) else bad
-    return Cell(*key, tuple(runs), wanted, status, reasons)
+    return Cell(*key, tuple(runs), wanted, status, reasons, dead)
 
 
 def _ranked(cells: list[Cell]) -> list[Cell]:
-    """Best is the highest mean DER, among equals the lowest ASR; who chose by test data takes no part."""
+    """Best is the highest mean DER, among equals the lowest ASR. Who chose by test data takes no part, nor do attacks
+    that did not take."""
     ranks: dict[int, int] = {}
     for attack in {(cell.attack, cell.attack_variant) for cell in cells}:
         own = [cell for cell in cells if (cell.attack, cell.attack_variant) == attack and cell.defense != NONE]
-        scores = {id(cell): _merit(cell) for cell in own if cell.figures["der"] and not cell.oracle}
+        scores = {id(cell): _merit(cell) for cell in own if cell.figures["der"] and not (cell.oracle or cell.dead)}
         order = sorted(set(scores.values()))
         ranks |= {which: place for which, merit in scores.items() if (place := order.index(merit) + 1) <= 2}
     ranked = [replace(cell, rank=ranks.get(id(cell), 0)) for cell in cells]

@@ -36,10 +36,15 @@ def _apart(groups: Sequence[Hashable], places: Sequence[Hashable], runs: Sequenc
     crowded = {group for group, _ in _repeated(list(zip(groups, places, strict=True)), runs)}
     machine = _differences([(g, _machine(r, g in crowded)) for g, r in zip(groups, runs, strict=True)])
     keys = list(zip(groups, machine, places, strict=True))
-    again = _repeated(keys, runs)
+    mixed = {key[:2] for key in _repeated(keys, runs)}  # of several folders of results, like two grids
+    grids = [
+        f"folder {run.above}" if key[:2] in mixed and run.above else "" for key, run in zip(keys, runs, strict=True)
+    ]
+    finer = [(*key, grid) for key, grid in zip(keys, grids, strict=True)]
+    again = _repeated(finer, runs)
     names = [f"folder {mark(run.path.name) or run.path.name}" for run in runs]
-    folders = [name if key in again else "" for key, name in zip(keys, names, strict=True)]
-    return list(map(_joined, machine, folders))
+    folders = [name if key in again else "" for key, name in zip(finer, names, strict=True)]
+    return list(map(_joined, machine, grids, folders))
 
 
 def _machine(run: Run, crowded: bool) -> dict[str, Any]:
