@@ -13,6 +13,9 @@ from sau.data.images import Images, in_range, to_float
 from sau.errors import ConfigError, DataError, TrainingError, lacks_memory
 from sau.models import check_labels, logits_of
 
+# In percent, for the words of a verdict: at most this ASR is left of a backdoor that is gone, which costs no more ACC
+# than this, and at least this R-ACC is right again.
+GONE, COST, RIGHT = 10.0, 5.0, 70.0
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
 
 
@@ -221,3 +224,44 @@ def table(rows: dict[str, Score]) -> str:
         last = "-" if rating is None else f"{rating:.2f}"
         lines.append(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{last:>9}")
     return "\n".join(lines)
+
+
+def verdict(before: Score, after: Score, took: bool = True, images: bool = True) -> str:
+    """What a defense did, in words: what became of ASR, ACC and R-ACC, and what to try next, a line each.
+
+    Args:
+        before: of the attacked network.
+        after: of the purified one.
+        took: whether the attack had its gate; if not, there is nothing to say about the backdoor.
+        images: whether the defense looks at images, so that more of them may help.
+    """
+    lost = round(before.acc.percent - after.acc.percent, 2)
+    cost = f"It cost {lost:.2f} points of accuracy" if lost > 0 else "It cost no accuracy"
+    lines = [f"{cost}: {_change('ACC', before.acc, after.acc)}."]
+    if before.asr is None or after.asr is None or before.racc is None or after.racc is None:
+        return "\n".join(["There was no backdoor to remove.", *lines])
+    asr, racc = _change("ASR", before.asr, after.asr), _change("R-ACC", before.racc, after.racc)
+    more = "more clean images (--ratio) or " if images else ""
+    if not took or before.asr.percent <= GONE:
+        first = f"No verdict on the backdoor, for the attack did not take: {asr}."
+        return "\n".join([first, *lines, "Next: an attack that takes, then this defense again."])
+    gone, right = after.asr.percent <= GONE, after.racc.percent >= RIGHT
+    if gone:
+        lines.insert(0, f"The backdoor is gone: {asr}.")
+        again = "Triggered images get their true label again" if right else "The trigger still leads to wrong labels"
+        lines.append(f"{again}: {racc}.")
+    else:
+        weak = after.asr.percent <= before.asr.percent / 2
+        lines.insert(0, f"The backdoor is {'weaker, but not gone' if weak else 'still there'}: {asr}.")
+        lines.append(f"Triggered images with their true label: {racc}.")
+    if gone and right and lost <= COST:
+        lines.append("Next: other attacks and seeds; scripts/audit.py tries to bring the backdoor back.")
+    elif gone:
+        lines.append(f"Next: {more}milder settings, chosen on clean images and not by these figures.")
+    else:
+        lines.append(f"Next: {more}another defense; settings chosen by these figures would be chosen by the test set.")
+    return "\n".join(lines)
+
+
+def _change(name: str, before: Share, after: Share) -> str:
+    return f"{name} {before.percent:.2f} -> {after.percent:.2f} %"

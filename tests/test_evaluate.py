@@ -13,7 +13,7 @@ from toys import tiny_net, toy_images
 from sau.attack import Blended
 from sau.data.images import to_float
 from sau.errors import ConfigError, DataError, TrainingError
-from sau.evaluate import Score, Share, _fitting, accuracy, der, led, predict, score, table
+from sau.evaluate import Score, Share, _fitting, accuracy, der, led, predict, score, table, verdict
 from sau.wording import markdown
 
 # Shares
@@ -413,3 +413,63 @@ def test_logits_that_are_broken_in_one_block_are_found(one_line):
     with pytest.raises(TrainingError) as refusal:
         predict(Sometimes(), pixels, batch_size=1)
     assert "NaN" in one_line(refusal.value)
+
+
+def percents(acc: float, asr: float | None = None, racc: float | None = None) -> Score:
+    return Score(*(None if value is None else Share(round(100 * value), 10_000) for value in (acc, asr, racc)))
+
+
+def test_the_verdict_of_a_backdoor_that_is_gone():
+    assert verdict(percents(98.33, 99.38, 0.62), percents(96.94, 0.62, 92.1)).splitlines() == [
+        "The backdoor is gone: ASR 99.38 -> 0.62 %.",
+        "It cost 1.39 points of accuracy: ACC 98.33 -> 96.94 %.",
+        "Triggered images get their true label again: R-ACC 0.62 -> 92.10 %.",
+        "Next: other attacks and seeds; scripts/audit.py tries to bring the backdoor back.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "first", "others"),
+    [
+        (
+            (95.0, 10.0, 70.0),
+            "The backdoor is gone: ",
+            ("It cost 5.00 points", "get their true label again", "Next: other"),
+        ),
+        ((94.99, 10.0, 70.0), "The backdoor is gone: ", ("It cost 5.01 points", "(--ratio) or milder settings")),
+        (
+            (99.0, 10.0, 69.99),
+            "The backdoor is gone: ",
+            ("still leads to wrong labels: ", "(--ratio) or milder settings"),
+        ),
+        (
+            (100.0, 10.01, 70.0),
+            "The backdoor is weaker, but not gone: ",
+            ("It cost no accuracy: ", "or another defense;"),
+        ),
+        (
+            (100.0, 45.0, 70.0),
+            "The backdoor is weaker, but not gone: ",
+            ("Triggered images with their true label: R-ACC",),
+        ),
+        ((100.0, 45.01, 50.0), "The backdoor is still there: ", ("chosen by the test set",)),
+    ],
+)
+def test_the_verdict_at_its_bounds(after, first, others):
+    found = verdict(percents(100.0, 90.0, 5.0), percents(*after))
+    assert found.startswith(first) and len(found.splitlines()) == 4
+    assert all(text in found for text in others), found
+    assert "--ratio" not in verdict(percents(100.0, 90.0, 5.0), percents(*after), images=False)
+
+
+def test_there_is_no_verdict_on_a_backdoor_that_was_never_there():
+    """Below its gate, at an ASR that a clean network has, and without any trigger."""
+    for before, took in ((60.0, False), (10.0, True)):
+        found = verdict(percents(90.0, before, 5.0), percents(89.0, 0.0, 80.0), took)
+        assert found.startswith(
+            f"No verdict on the backdoor, for the attack did not take: ASR {before:.2f} -> 0.00 %.\n"
+        )
+        assert "gone" not in found and "It cost 1.00 points" in found
+    assert verdict(percents(90.0), percents(91.0)) == (
+        "There was no backdoor to remove.\nIt cost no accuracy: ACC 90.00 -> 91.00 %."
+    )

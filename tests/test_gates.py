@@ -41,6 +41,7 @@ def test_an_attack_below_its_gate_says_so_and_a_defense_repeats_it(here, tmp_pat
     (line,) = warnings(out)
     assert line.startswith(f"warning: the attack of this record did not take: {asr}; ")
     assert summary(tmp_path / "record/a/defense/ft")["gate"] == found["gate"]
+    assert "\nNo verdict on the backdoor, for the attack did not take: ASR " in out
 
 
 def test_an_attack_at_its_gate_is_silent(here, tmp_path, monkeypatch, few_digits):

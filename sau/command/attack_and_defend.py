@@ -23,7 +23,7 @@ from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError
-from sau.evaluate import Score, accuracy, der, figures, score, table
+from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
 from sau.files import existing, folder
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
@@ -143,6 +143,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
     record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
+    record.say(verdict(before, after, not attacked.gate or attacked.gate["passed"], method.looks))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
     scores |= {"gate": attacked.gate} if attacked.gate else {}
