@@ -186,13 +186,18 @@ def test_sau_reports_its_losses_and_the_three_types_every_round(purified):
     assert (found[-1]["acc"], found[-1]["asr"]) == (after["acc"], after["asr"])
 
 
-def test_a_defense_prints_the_table_of_before_and_after(purified):
+def test_a_defense_prints_the_table_of_before_and_after_and_its_verdict(purified):
     out = (purified / "defense.out").read_text()
-    head, before, after = out.splitlines()[-3:]
+    lines = out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("before"))
+    head, before, after, *words = lines[at - 1 :]
     assert head.split()[0] == "ACC" and before.startswith("before") and after.startswith("after")
     found = summary(purified / "record" / "victim" / "defense" / "sau")
     assert f"{found['before']['asr']:.2f} [" in before and f"{found['after']['acc']:.2f} [" in after
     assert after.endswith(f"{found['der']:.2f}")
+    assert f"ASR {found['before']['asr']:.2f} -> {found['after']['asr']:.2f} %." in words[0]
+    assert f"ACC {found['before']['acc']:.2f} -> {found['after']['acc']:.2f} %." in words[1]
+    assert words[-1].startswith("Next: ") and words[-1] in (purified / "record/victim/defense/sau/log.txt").read_text()
 
 
 def test_the_purified_network_is_stored_under_the_same_names(purified):
@@ -223,7 +228,9 @@ def test_a_clean_network_is_defended_too(here, tmp_path):
     assert (status, err) == (0, "")
     found = summary(folder / "defense" / "ft")
     assert found["before"]["asr"] is None and found["after"]["racc"] is None and found["der"] is None
-    assert found["after"]["acc"] >= 0 and out.splitlines()[-1].split()[-1] == "-"
+    *_, after, none, cost = out.splitlines()
+    assert found["after"]["acc"] >= 0 and after.split()[-1] == "-"
+    assert none == "There was no backdoor to remove." and cost.startswith("It cost ")
 
 
 def test_an_index_file_chooses_the_clean_pictures(victim, here, tmp_path):
