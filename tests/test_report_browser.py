@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from synthetic import attack, defense, grid
 
+from sau.report import scatter
 from sau.report.page import build
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -84,6 +85,9 @@ def test_it_loads_without_errors_and_nothing_overflows(browser, page, width, sch
     code = """return [...document.querySelectorAll('.inner')].filter(box => box.clientWidth)
         .every(box => box.getBoundingClientRect().right <= innerWidth && box.scrollWidth <= box.clientWidth)"""
     assert browser.execute_script(code)
+    code = "return [...document.querySelectorAll('section svg')].map(one => one.getBoundingClientRect().width)"
+    drawn = [shown for shown in browser.execute_script(code) if shown]
+    assert drawn and min(drawn) * 11 / scatter.WIDTH > 9  # pixels: letters that can be read
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     brightness = sum(int(value) for value in background[4:-1].split(",")) / 3
     assert brightness < 60 if scheme == "dark" else brightness > 200
@@ -150,7 +154,7 @@ def test_the_drill_down_opens_by_click_by_keyboard_and_by_address(browser, page)
     body.find_element("css selector", "td:nth-child(4)").click()
     assert not detail.is_displayed()
     link = browser.find_element("css selector", f".heat a[href='#{body.get_attribute('id')}']")
-    link.click()
+    link.send_keys(Keys.ENTER)
     assert detail.is_displayed() and button == browser.switch_to.active_element
 
 
