@@ -174,8 +174,8 @@ def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
                 "whole number for each of at least one picture"
             )
     if pixels.is_floating_point():
-        in_range(pixels.detach())
-    return tuple(given)
+        pixels = in_range(pixels.detach())
+    return pixels, *labels
 
 
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Share:

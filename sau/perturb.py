@@ -12,6 +12,7 @@ Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Bounded = Literal["L_inf", "L2", "L1"]  # those that have a ball
 Init = Literal["zero", "random", "max", "min"]
 BUCKET = 32
+RADII = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class Ball:
         """Which of the e lie in the ball, up to rounding."""
         lost = 2**-23 * length(torch.ones_like(e[:1]), self.norm)  # what float32 may lose of every value of g - x
         return length(e, self.norm) <= self.eps * (1 + 1e-6) + lost
+
+
+def is_radius(eps: float, norm: Norm) -> bool:
+    """Whether `eps` is a radius, or a step, as `RADII` has it: an L_inf ball of 1 and more holds every image."""
+    return eps > 0 and (norm != "L_inf" or eps < 1)
 
 
 def project(e: Change, norm: Norm, eps: float) -> Change:

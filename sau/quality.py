@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sau.data.images import Images, some
+from sau.errors import require
+from sau.perturb import RADII, is_radius
 from sau.types import Bytes
 
 RADIUS = 0.2  # of the L-infinity ball that SAU searches, in [0, 1] pixels
@@ -32,6 +34,7 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         in_ball: percentage of pictures whose change is at most `radius`.
         radius: as given.
     """
+    require("radius", radius, is_radius(radius, "L_inf"), RADII)
     largest, errors = [], []
     for x, g in zip(clean.split(1000), triggered.split(1000), strict=True):
         change = (g.int() - x.int()).flatten(1).double() / 255

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sau.errors import require
 from sau.evaluate import predict
 from sau.models import logits_of
-from sau.perturb import Ball, Bounded, unsettled
+from sau.perturb import RADII, Ball, Bounded, is_radius, unsettled
 from sau.settings.convert import check_types
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
@@ -32,7 +32,7 @@ class Search:
 
     Args:
         norm: of the ball: L_inf, L2 or L1.
-        eps: its radius, in [0, 1] pixels.
+        eps: its radius, in [0, 1] pixels: above 0 and, in L_inf, below 1.
         steps: of each search.
         step_size: length of a step in that norm; None means 2.5 eps / steps.
         restarts: searches from random places, for each risk.
@@ -47,9 +47,9 @@ class Search:
     def __post_init__(self) -> None:
         check_types(self, " of the risks' search")
         for name, fine, allowed in (
-            ("eps", self.eps > 0, "above 0"),
+            ("eps", is_radius(self.eps, self.norm), RADII),
             ("steps", self.steps >= 1, "1 and more"),
-            ("step_size", self.step_size is None or self.step_size > 0, "none, or above 0"),
+            ("step_size", self.step_size is None or is_radius(self.step_size, self.norm), f"none, or {RADII}"),
             ("restarts", self.restarts >= 1, "1 and more"),
         ):
             require(f"{name} of the risks' search", getattr(self, name), fine, allowed)

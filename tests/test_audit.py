@@ -479,9 +479,9 @@ def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, 
     "wrong",
     [
         {"parts": ("grey",)}, {"parts": ()}, {"shots": ()}, {"shots": (-1,)}, {"epochs": 0}, {"share": 0.0},
-        {"share": 1.5}, {"eps": ()}, {"eps": (0.1, 0.05)}, {"eps": (0.0, 0.1)}, {"eps": (0.5, 1.5)},
-        {"steps": 0}, {"pictures": 0}, {"scored": 0}, {"queries": 99}, {"seeds": ()}, {"seeds": (-1,)},
-        {"seeds": (0, 0)},
+        {"share": 1.5}, {"eps": ()}, {"eps": (0.1, 0.05)}, {"eps": (0.0, 0.1)}, {"eps": (0.5, 1.0)},
+        {"eps": (4.0, 8.0)}, {"steps": 0}, {"pictures": 0}, {"scored": 0}, {"queries": 99}, {"seeds": ()},
+        {"seeds": (-1,)}, {"seeds": (0, 0)},
     ],
     ids=str,
 )  # fmt: skip

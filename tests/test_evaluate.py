@@ -191,7 +191,10 @@ def test_scoring_leaves_the_network_as_it_was():
     assert [module.training for module in net.modules()] == before
 
 
-@pytest.mark.parametrize(("factor", "shift", "advice"), [(255, 0, "divide them by 255"), (4, -2, "look normalised")])
+@pytest.mark.parametrize(
+    ("factor", "shift", "advice"),
+    [(255, 0, "divide them by 255"), (4, -2, "look normalised"), (1.2, -0.1, "clamp them")],
+)
 def test_pictures_of_another_range_have_no_share(factor, shift, advice, one_line):
     images = toy_images(6)
     x = factor * to_float(images.pixels) + shift

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sau.errors import require
+from sau.perturb import RADII, is_radius
 
 Part = Literal["relearn", "path", "white", "black", "transfer", "neighbours", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -55,7 +56,7 @@ class Asked:
             ("shots", bool(self.shots) and min(self.shots) >= 0, "numbers, 0 and more"),
             ("epochs", self.epochs >= 1, "1 and more"),
             ("share", 0 < self.share <= 1, "above 0 and up to 1"),
-            ("eps", rising and self.eps[0] > 0 and self.eps[-1] <= 1, "rising numbers, above 0 and up to 1"),
+            ("eps", rising and all(is_radius(eps, "L_inf") for eps in self.eps), f"rising numbers, {RADII}"),
             ("steps", self.steps >= 1, "1 and more"),
             ("pictures", self.pictures >= 1, "1 and more"),
             ("scored", self.scored >= 1, "1 and more"),

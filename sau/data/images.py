@@ -13,7 +13,8 @@ from sau.errors import ConfigError, DataError
 from sau.seeds import epoch_generator
 from sau.types import Bytes, Labels, Pixels
 
-SLACK = 1e-3  # pixels may leave [0, 1] by this much where mean and std are undone
+SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
+OVERSHOOT = 0.3  # bicubic resizing and weak noise leave [0, 1] by less, normalised images by more
 # Of the pictures that are made ready together, several batches at once: every launch by Python costs time on a card.
 VALUES_AT_ONCE = 2**22
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
@@ -25,16 +26,25 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def in_range(x: Tensor, normalised: bool = False) -> Tensor:
-    """Float pixels, in [0, 1] (clipped there where a normalisation was undone, for rounding); else DataError."""
+    """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError.
+
+    `normalised` is whether a mean and a std were undone to get them.
+    """
     low, high = float(x.min()), float(x.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise DataError("pixels hold NaN or infinity; allowed are floats in [0, 1]")
-    slack = SLACK if normalised else 0.0
-    if low >= -slack and high <= 1 + slack:
-        return x.clamp(0, 1) if normalised else x
+    if low >= 0 and high <= 1:
+        return x
+    if low >= -SLACK and high <= 1 + SLACK:
+        return x.clamp(0, 1)
+    overshoot = low > -OVERSHOOT and high < 1 + OVERSHOOT
     if normalised:
         advice = "mean and std are not those of this data; leave them out if the pixels are already in [0, 1]"
-    elif low >= 0 and high > 2:
+        if overshoot:
+            advice = "clamp them to [0, 1] before they are normalised; or are mean and std not those of this data?"
+    elif overshoot:
+        advice = "clamp them with x.clamp(0, 1)"
+    elif high > 20 or (low >= 0 and high > 2):  # normalised images reach about 3
         advice = "divide them by 255, or give uint8"
     else:
         advice = "they look normalised; give purify mean=... and std=..., or undo it and wrap the network by Normalized"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.data.augment import Augment
-from sau.data.images import Batches, Images, in_range, to_float
+from sau.data.images import OVERSHOOT, Batches, Images, in_range, to_float
 from sau.errors import DataError
 from sau.seeds import epoch_generator, seeded
 from sau.types import Batched, Loader
@@ -26,12 +26,16 @@ def clean_batches(
 ) -> Batched:
     """Batches of (pixels in [0, 1], labels) from `Images`, a pair of tensors or a loader.
 
-    Raises DataError for wrong shapes, pixels outside [0, 1], labels that are no whole numbers, and an empty set.
+    Raises DataError for wrong shapes, pixels outside [0, 1], labels that are no whole numbers, an empty set, and, at
+    the end of a walk, for images that are not normalised though `mean` and `std` are given.
     """
     if isinstance(data, Images):
         data = (data.pixels, data.labels)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], mean, std)
+        seen = _Range(mean, std)
+        seen.add(pixels)
+        seen.check()
         return Batches(pixels.to(device), (labels.to(device),), size, seed, augment)
     try:
         length = -1 if isinstance(data, Tensor) or not hasattr(data, "__iter__") else len(data)  # type: ignore[arg-type]
@@ -128,6 +132,39 @@ def checked(
     return in_range(x, normalised=mean is not None), y.long()
 
 
+class _Range:
+    """The range of the float images, channel by channel, before `mean` and `std` were undone.
+
+    Values of mean 0 and deviation 1 do not all lie within [-0.3, 1.3], for their variance would be 0.3 * 1.3 at most.
+    Images that do although black would lie below are in [0, 1] already, and undoing mean and std made others of them.
+    """
+
+    def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        self.given = None if mean is None or std is None else (torch.tensor(mean), torch.tensor(std))
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+
+    def add(self, x: Tensor) -> None:
+        """Take note of images [B, C, H, W] in [0, 1] that were normalised as given; uint8 cannot have been."""
+        if self.given is not None and x.is_floating_point():
+            mean, std = self.given
+            low, high = x.amin((0, 2, 3)).float().cpu(), x.amax((0, 2, 3)).float().cpu()
+            self.low = torch.minimum(self.low, ((low - mean) / std).min())
+            self.high = torch.maximum(self.high, ((high - mean) / std).max())
+
+    def check(self) -> None:
+        """DataError where no image can have been normalised."""
+        if self.given is None:
+            return
+        mean, std = self.given
+        within = -OVERSHOOT < self.low <= self.high < 1 + OVERSHOOT  # not where only uint8 was seen
+        if within and bool((mean > OVERSHOOT * std).all()):
+            raise DataError(
+                f"mean and std are given, but the pixels range over [{self.low:.3g}, {self.high:.3g}], so they are not "
+                "normalised; leave mean and std out, or, if the network expects normalised images, give "
+                "Normalized(model, mean, std) in place of model, mean and std"
+            )
+
+
 class _Loader:
     """A user's loader with every batch checked and moved; its own augmentation and order stay in force."""
 
@@ -151,7 +188,7 @@ class _Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, self.epoch)
-        count, size = 0, None
+        count, size, seen = 0, None, _Range(self.mean, self.std)
         for batch in self.loader:
             if isinstance(batch, Mapping):
                 raise DataError(
@@ -162,6 +199,7 @@ class _Loader:
                 raise DataError(f"a batch is {what}; allowed is (pictures, labels)")
             x, y, *_ = batch
             x, y = checked(x, y, self.mean, self.std)
+            seen.add(x)
             count, size = count + 1, size or x.shape[1:]
             if count > len(self):
                 raise DataError(f"the loader gives more batches than {len(self)}, its length; give one that knows it")
@@ -172,3 +210,4 @@ class _Loader:
             yield to_float(self.augment(x, generator) if self.augment else x), y
         if not count:
             raise DataError("the loader gives no batch, or none again; give one that can be walked through anew")
+        seen.check()

@@ -28,7 +28,7 @@ from sau.errors import ConfigError
 from sau.models import logits_of
 from sau.models.polarizer import insert
 from sau.optim import Training
-from sau.perturb import Ball, Norm
+from sau.perturb import RADII, Ball, Norm, is_radius
 from sau.session import Session
 from sau.types import Batched, Change, Labels, Logits, Pixels, Scalar
 
@@ -47,9 +47,9 @@ class NPD(Tuning):
         weight_adv: weight of the perturbed pictures' loss against the answer on the clean ones, 0 and more.
         weight_wrong: weight of the log that keeps their strongest other class down, 0 and more.
         weight_target: weight of the log that keeps the attacked class down, 0 and more.
-        eps: radius of the ball of perturbations of [0, 1] pixels, above 0.
+        eps: radius of the ball of perturbations of [0, 1] pixels: above 0 and, in L_inf, below 1.
         norm: norm of the ball; Reg means no ball.
-        adv_lr: step of the search; every norm uses sign steps; above 0.
+        adv_lr: step of the search, as `eps`; every norm uses sign steps.
         adv_steps: steps of the search, 1 and more; it stops once more than 60 % of a batch are at the runner-up.
     """
 
@@ -87,8 +87,9 @@ class NPD(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("eps", "adv_lr", "warm_lr"):
-            self.require(name, getattr(self, name) > 0, "above 0")
+        for name in ("eps", "adv_lr"):
+            self.require(name, is_radius(getattr(self, name), self.norm), RADII)
+        self.require("warm_lr", self.warm_lr > 0, "above 0")
         for name in ("weight_clean", "weight_adv", "weight_wrong", "weight_target", "warm_epochs"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
         self.require("adv_steps", self.adv_steps >= 1, "1 and more")

@@ -9,7 +9,7 @@ from torch import Tensor
 from sau.defense.base import Tuning
 from sau.models.frozen import fixed_norms
 from sau.optim import Optimizer, Schedule
-from sau.perturb import Ball, Init, Norm
+from sau.perturb import RADII, Ball, Init, Norm, is_radius
 from sau.types import Labels, Pixels
 
 SEARCH = ("eps", "norm", "adv_lr", "adv_steps", "pgd_init", "clip_pixels")
@@ -21,9 +21,9 @@ class Searching(Tuning):
     """A defense that updates weights on perturbed pictures x + e, e found by sign steps inside a ball S.
 
     Args:
-        eps: radius of the ball S, in [0, 1] pixels.
+        eps: radius of the ball S, in [0, 1] pixels: above 0 and, in L_inf, below 1.
         norm: norm of the ball; Reg means no ball.
-        adv_lr: step of the search; every norm uses sign steps.
+        adv_lr: step of the search, as `eps`; every norm uses sign steps.
         adv_steps: steps of the search.
         pgd_init: where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max
             (+eps everywhere) or min.
@@ -47,8 +47,8 @@ class Searching(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("eps", self.eps > 0, "above 0")
-        self.require("adv_lr", self.adv_lr > 0, "above 0")
+        for name in ("eps", "adv_lr"):
+            self.require(name, is_radius(getattr(self, name), self.norm), RADII)
         self.require("adv_steps", self.adv_steps >= 1, "1 and more")
 
     @property

@@ -139,6 +139,15 @@ def check_labels(labels: Tensor, classes: int) -> None:
         raise DataError(f"labels range over {low}..{high}, but the network has {classes} classes, 0..{classes - 1}")
 
 
+def check_logits(logits: Tensor) -> None:
+    """ConfigError for probabilities: a cross-entropy of them has hardly a gradient. Log-probabilities are logits."""
+    sums = logits.double().sum(1)
+    if logits.shape[1] > 1 and bool((logits >= 0).all() and ((sums - 1).abs() < 0.01).all()):
+        raise ConfigError(
+            "the network answers with probabilities, allowed are logits; take the softmax out of the end of its forward"
+        )
+
+
 def widened(logits: Tensor) -> Tensor:
     """`logits` in 32 bits at least; a network that turns autocast on by itself answers in fewer."""
     return logits.float() if logits.is_floating_point() and logits.itemsize < 4 else logits

@@ -5,7 +5,7 @@ from typing import Literal
 
 from sau.data.sources import check_share
 from sau.errors import require
-from sau.perturb import Bounded
+from sau.perturb import RADII, Bounded, is_radius
 from sau.quality import RADIUS
 from sau.witness import Search
 
@@ -96,7 +96,7 @@ class AttackRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("trigger_radius", self.trigger_radius, 0 < self.trigger_radius <= 1, "above 0 and up to 1")
+        require("trigger_radius", self.trigger_radius, is_radius(self.trigger_radius, "L_inf"), RADII)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,108 @@
+"""Pixels and radii in units other than [0, 1]: refused with the right advice, and right ones are taken."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import pair, quiet, same_weights, tiny_net, toy_images, triples
+
+from sau.attack import Blended
+from sau.data.images import in_range
+from sau.defense import AT, FT, NPD, SAU
+from sau.errors import ConfigError, DataError
+from sau.evaluate import score
+from sau.models import Normalized
+from sau.quality import of_attack
+from sau.witness import Search
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
+QUICK = FT(epochs=1, batch_size=8, lr=0.01)
+
+
+def normalised(x):
+    return (x - torch.tensor(MEAN).view(1, -1, 1, 1)) / torch.tensor(STD).view(1, -1, 1, 1)
+
+
+def advice_for(x, **more):
+    with pytest.raises(DataError) as refusal:
+        QUICK.purify(tiny_net(), (x, torch.zeros(len(x), dtype=torch.int64)), session=quiet(), **more)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("give", [lambda x, y: (x, y), triples], ids=["pair", "loader"])
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5,), (0.5,)), ((0.1307,), (0.3081,))])
+def test_mean_and_std_of_images_that_are_not_normalised_are_refused(give, mean, std, one_line):
+    x, y = pair()
+    with pytest.raises(DataError) as refusal:
+        QUICK.purify(tiny_net(), give(x, y), mean=mean, std=std, session=quiet())
+    assert "so they are not normalised; leave mean and std out" in one_line(refusal.value)
+
+
+def test_images_that_are_normalised_are_taken():
+    """Also a batch without dark pixels, bytes, which are never normalised, and statistics that change nothing."""
+    x, y = pair()
+    x[8:16] = x[8:16].clamp_min(0.5)  # the second batch of the loader
+    QUICK.purify(tiny_net(), triples(normalised(x), y), mean=MEAN, std=STD, session=quiet())
+    QUICK.purify(tiny_net(), (normalised(x), y), mean=MEAN, std=STD, session=quiet())
+    bytes_of = (255 * x.clamp(0.5, 0.7)).to(torch.uint8)
+    QUICK.purify(tiny_net(), triples(bytes_of, y), mean=MEAN, std=STD, session=quiet())
+    plain = QUICK.purify(tiny_net(), (x, y), session=quiet())
+    same = QUICK.purify(tiny_net(), (x, y), mean=(0.0,), std=(1.0,), session=quiet())
+    assert same_weights(plain, same)
+
+
+def test_rounding_is_clamped():
+    x, y = pair()
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = -3e-8, 1 + 2e-7
+    plain = QUICK.purify(tiny_net(), (x.clamp(0, 1), y), session=quiet())
+    assert same_weights(QUICK.purify(tiny_net(), (x, y), session=quiet()), plain)
+    assert same_weights(
+        QUICK.purify(tiny_net(), [(x, y)], session=quiet()),
+        QUICK.purify(tiny_net(), [(x.clamp(0, 1), y)], session=quiet()),
+    )
+    assert score(tiny_net(), (x, y), None) == score(tiny_net(), (x.clamp(0, 1), y), None)
+    inside = in_range(x)
+    assert (inside.min(), inside.max()) == (0, 1) and in_range(inside) is inside  # no copy of what is right
+
+
+def test_the_advice_suits_the_range():
+    """Overshoot, as of bicubic resizing and noise, is no normalisation, and normalised images are not clamped."""
+    x, _ = pair(size=20)
+    sharp = (x > 0.5).float()
+    cubic = F.interpolate(sharp, size=32, mode="bicubic")
+    assert cubic.min() < -0.05
+    for some in (cubic, x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))):
+        text = advice_for(some)
+        assert "clamp them with x.clamp(0, 1)" in text and "mean" not in text
+    assert "clamp them to [0, 1] before they are normalised" in advice_for(normalised(cubic), mean=MEAN, std=STD)
+    for mean, std in ((MEAN, STD), ((0.5,) * 3, (0.5,) * 3), ((0.1307,) * 3, (0.3081,) * 3)):
+        text = advice_for((sharp - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1))
+        assert "they look normalised; give purify mean" in text and "clamp" not in text
+    for some in (255 * x, 255 * cubic):
+        assert "divide them by 255" in advice_for(some)
+    assert "mean and std are not those of this data" in advice_for(2 * normalised(x), mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("method", [SAU, AT, NPD, Search], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("value", [1.0, 8.0])
+def test_a_radius_or_a_step_of_l_inf_is_below_1(method, value, one_line):
+    step = "step_size" if method is Search else "adv_lr"
+    for name in ("eps", step):
+        with pytest.raises(ConfigError) as refusal:
+            method(norm="L_inf", **{"eps": 0.1, name: value})
+        assert f"is {value}, allowed is" in one_line(refusal.value) and "8 / 255, not 8" in str(refusal.value)
+        assert method(norm="L_inf", **{"eps": 0.1, name: 8 / 255}).ball.norm == "L_inf"
+    assert method(norm="L2", eps=8.0).ball.eps == 8  # a sum over all pixels
+
+
+def test_the_radius_that_triggers_are_counted_in_is_below_1(one_line):
+    images, attack = toy_images(8), Blended()
+    assert of_attack(images, attack.poison_test(images), 0.99)["radius"] == 0.99
+    with pytest.raises(ConfigError) as refusal:
+        of_attack(images, attack.poison_test(images), 8.0)
+    assert "radius is 8.0" in one_line(refusal.value)
+
+
+def test_a_network_that_owns_its_normalisation_takes_normalised_images_too():
+    x, y = pair()
+    net = Normalized(tiny_net(), MEAN, STD).eval()
+    QUICK.purify(net, (normalised(x), y), mean=MEAN, std=STD, session=quiet())
