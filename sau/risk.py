@@ -27,7 +27,7 @@ from sau.data.pairs import paired, sample
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
-from sau.models import check_labels, learning, logits_of
+from sau.models import check_labels, check_logits, learning, logits_of
 from sau.seeds import seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import BATCH, Hunt, Search
@@ -126,7 +126,7 @@ def measure(
         seed: of the random places that searches start from.
 
     Raises DataError for other data, pictures that are no pairs or lie elsewhere than the networks, or none, and for
-    networks of other classes; TrainingError for logits that are not finite.
+    networks of other classes; ConfigError for those that end in softmax; TrainingError for logits that are not finite.
     """
     if not isinstance(clean, Images) or not isinstance(triggered, Images | None):
         raise DataError("risks are measured on Images; Images.clean(pixels, labels, num_classes) makes them")
@@ -148,7 +148,10 @@ def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> No
         where = " and ".join(sorted(map(str, places)))
         raise DataError(f"the networks and the pictures lie on {where}; bring them to one device with their .to(...)")
     with torch.no_grad():
-        classes, others = (logits_of(network, to_float(chosen.pixels[:1])).shape[1] for network in networks)
+        some = [logits_of(network, to_float(chosen.pixels[:8])) for network in networks]
+    for logits in some:
+        check_logits(logits)
+    classes, others = (logits.shape[1] for logits in some)
     if classes != others or classes < 2:
         raise DataError(f"the networks have {classes} and {others} classes; allowed is the same number, 2 and more")
     check_labels(chosen.labels, classes)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+import yaml
 from PIL import Image
 from toys import QUICK, command, environment, same_weights, stop_after, tiny_net, toy_images
 
@@ -106,6 +107,38 @@ def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, 
     monkeypatch.setattr("sau.command.own_network.score", lambda *given: Score(next(shares)))
     out = here(*flags(file, pictures, "--save_folder_name", "ruined"))[1]
     assert "the accuracy fell from 90.0 to 50.0 %" in out
+
+
+COLOURS = """
+import torch
+
+def made():
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 3), *{last})
+"""
+
+
+@pytest.mark.parametrize(("last", "mean", "said"), [
+    ([], None, None),
+    ([], "0,0,0", "without mean and std the network classifies 15 of 15 clean images correctly"),
+    (["torch.nn.Softmax(1)"], None, "answers with probabilities, allowed are logits"),
+])  # fmt: skip
+def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean, said, pictures, tmp_path, here):
+    """It is right about the three colours in [0, 1] alone; said before anything is measured, and kept."""
+    (tmp_path / f"colours{len(last)}.py").write_text(COLOURS.format(last=f"[{', '.join(last)}]"))
+    torch.save({"2.weight": 9 * torch.eye(3).flip(1), "2.bias": torch.zeros(3)}, tmp_path / "net.pt")
+    more = () if mean is None else ("--mean", mean, "--std", "0.01,1,1")
+    flagged = flags(tmp_path / "net.pt", pictures, "--arch", f"colours{len(last)}:made", "--trust_code", "true", *more)
+    status, out, err = here(*flagged)
+    if last:
+        assert status == 2 and said in err and not (tmp_path / "record").exists()
+        return
+    assert status == 0, err
+    notes = yaml.safe_load((tmp_path / "record" / "net_ft" / "config.yaml").read_text())["notes"]
+    if said is None:
+        assert "the network classifies 15 of 15 clean images correctly (100.0 %)" in out and "usual causes" not in out
+    else:
+        assert any(said in note for note in notes) and out.index(said) < out.index("R_share")
+    assert any("other" in note or "mean" in note for note in notes) is (said is not None)
 
 
 def test_a_folder_of_ones_own_network_is_no_attack_and_not_broken(net, pictures, tmp_path, here, refused, script):

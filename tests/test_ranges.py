@@ -90,8 +90,8 @@ def test_a_radius_or_a_step_of_l_inf_is_below_1(method, value, one_line):
         with pytest.raises(ConfigError) as refusal:
             method(norm="L_inf", **{"eps": 0.1, name: value})
         assert f"is {value}, allowed is" in one_line(refusal.value) and "8 / 255, not 8" in str(refusal.value)
-        assert method(norm="L_inf", **{"eps": 0.1, name: 8 / 255}).ball.norm == "L_inf"
-    assert method(norm="L2", eps=8.0).ball.eps == 8  # a sum over all pixels
+        assert method(norm="L_inf", **{"eps": 0.1, name: 8 / 255}).norm == "L_inf"
+    assert method(norm="L2", eps=8.0).eps == 8  # a sum over all pixels
 
 
 def test_the_radius_that_triggers_are_counted_in_is_below_1(one_line):

@@ -13,7 +13,7 @@ from sau.data.augment import Augment
 from sau.data.images import Images, share_in, shrunk, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import answering
-from sau.models import asking, check_labels, initialised, logits_of
+from sau.models import asking, check_labels, check_logits, initialised, logits_of
 from sau.optim import Training
 from sau.seeds import seeded
 
@@ -66,8 +66,9 @@ def check_victim(model: nn.Module, images: Images) -> None:
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError("the network was made under inference_mode, so its weights cannot learn; make it outside")
     with torch.inference_mode(False), torch.enable_grad(), answering(model):
-        logits = logits_of(model, to_float(images.pixels[:1]))
+        logits = logits_of(model, to_float(images.pixels[:8]))
     check_labels(images.labels, logits.shape[1])
+    check_logits(logits)
     if not logits.requires_grad and not _learns(model, to_float(images.pixels[:1])):
         raise ConfigError(
             "what the network answers has no gradient to its weights, so nothing would learn; take no_grad, detach or "

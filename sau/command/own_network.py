@@ -22,8 +22,9 @@ from sau.data.images import Images, to_float
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint, last_of_each
 from sau.defense.base import Defense
+from sau.defense.clean_accuracy import misuse
 from sau.errors import ConfigError, DataError, in_a_line
-from sau.evaluate import Score, score, table
+from sau.evaluate import AT_ONCE_ON_CPU, Score, predict, score, table
 from sau.files import folder
 from sau.foreign import weights
 from sau.foreign.formats import SAFE
@@ -32,7 +33,7 @@ from sau.foreign.network import network
 from sau.machine import device as machine
 from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
-from sau.models import Normalized, asking, quick
+from sau.models import Normalized, asking, check_logits, quick
 from sau.record.folder import Record
 from sau.risk import Found, gauge
 from sau.settings.run import OwnRun
@@ -65,7 +66,11 @@ def purify(name: str, request: Request) -> None:
     net, file, arch = network(own, images.num_classes)
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     _check_classes(model, test, Path(str(own.clean_dir)))
-    notes = _unapplied(file, own) + (scrutinise(given, test, method.batch_size) if method.looks else [])
+    notes = (
+        _misused(model, given)
+        + _unapplied(file, own)
+        + (scrutinise(given, test, method.batch_size) if method.looks else [])
+    )
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
@@ -99,6 +104,13 @@ def purify(name: str, request: Request) -> None:
         lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
         record.say(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")
     watch.finish(report)
+
+
+def _misused(model: Normalized, given: Images) -> list[str]:
+    """What to say where the network classifies few of the images correctly, before hours are spent on it."""
+    answers = predict(model, given.pixels)
+    wrong = misuse(model, given.batches(AT_ONCE_ON_CPU), given.labels, answers, given.num_classes)
+    return [wrong] if wrong else []
 
 
 def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
@@ -143,7 +155,7 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     """ConfigError where the network does not answer with a finite logit for each class folder."""
     what = f"the network does not accept pictures of {'x'.join(map(str, images.pixels.shape[1:]))}"
     with asking(lambda reason: ConfigError(f"{what}: {reason}; give its own size with --input_size")), torch.no_grad():
-        logits = model(to_float(images.pixels[:1]))
+        logits = model(to_float(images.pixels[:8]))
     if logits.shape[-1] != images.num_classes:
         raise ConfigError(
             f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "
@@ -151,6 +163,7 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
         )
     if not logits.isfinite().all():
         raise ConfigError("the network answers a clean picture with NaN or infinity; are mean and std its own?")
+    check_logits(logits)
 
 
 def _inverted(model: nn.Module, images: Images, own: OwnRun, seed: int) -> Reversal | None:

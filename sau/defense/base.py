@@ -14,12 +14,13 @@ from sau import loop
 from sau.data.augment import Augment
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
+from sau.defense.clean_accuracy import counted, misuse
 from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
-from sau.defense.inputs import clean_batches
+from sau.defense.inputs import clean_batches, unaugmented
 from sau.errors import ConfigError
 from sau.machine.parts import InParts
 from sau.method import Method
-from sau.models import Normalized, check_labels, enough_pictures, learning, logits_of, statistics
+from sau.models import Normalized, check_labels, check_logits, enough_pictures, learning, logits_of, statistics
 from sau.optim import Training
 from sau.seeds import seeded
 from sau.session import Session
@@ -150,22 +151,26 @@ class Tuning(Training, Defense):
 
 
 @torch.no_grad()
-def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Session) -> float:
-    """Before anything changes: finite weights, logits [B, K], labels below K; returns the share of right answers.
+def _check_fit(method: Defense, model: Normalized, batches: Batched, session: Session) -> float:
+    """Before anything changes: finite weights, logits [B, K], labels below K; says and returns how many images are
+    classified correctly, not augmented.
 
-    Warns if nearly all are wrong, and says what stands out in the pictures unless the caller has.
+    Warns if these are few, and says what stands out in the pictures unless the caller has.
     """
     check_weights(model)
-    right, labels = 0, list[Tensor]()
-    for x, y, *_ in batches:
+    as_they_are, _ = unaugmented(batches)
+    answers, labels = list[Tensor](), list[Tensor]()
+    for x, y, *_ in as_they_are:
         logits = logits_of(model, x)
         if not labels:
             _check_hold(method, model, x[:8])
         classes = logits.shape[1]
         check_labels(y, classes)
-        right += int((logits.argmax(1) == y).sum())
+        answers.append(logits.argmax(1))
         labels.append(y.clone())  # a loader may fill the same tensor again
-    every = torch.cat(labels)  # there is at least one
+    every, answer = torch.cat(labels), torch.cat(answers)  # there is at least one
+    right = int((answer == every).sum())
+    session.say(f"the network classifies {counted(right, len(every), method.needs)}")
     if method.learns and len(labels) < len(batches):
         session.say(f"warning: the loader gives {len(labels)} batches, but says {len(batches)}, by which rates fall")
     total, counts, runs = len(every), every.bincount(minlength=classes), 1 + int((every.diff() != 0).sum())
@@ -177,11 +182,8 @@ def _check_fit(method: Defense, model: nn.Module, batches: Batched, session: Ses
     present = int(counts.count_nonzero())
     if method.looks and present > 1 and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
         session.say("warning: the loader gives the pictures class by class; give one that shuffles, as methods expect")
-    if right < 1.5 * total / classes:
-        session.say(
-            f"warning: the network answers {right} of {total} clean pictures as labelled, hardly more than chance; are "
-            "the labels, the order of channels and mean and std those it was trained with?"
-        )
+    if wrong := misuse(model, as_they_are, every, answer, classes):
+        session.say(f"warning: {wrong}")
     if method.looks and not session.scrutinised:
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
@@ -195,6 +197,8 @@ def _check_hold(method: Defense, model: nn.Module, x: Tensor) -> None:
     check_own(model, x)
     with torch.enable_grad():
         z = model(x := x.detach().requires_grad_())
+        if method.learns:
+            check_logits(z)
         what = "" if z.requires_grad or not method.learns else "its weights"
         if method.searches and not what and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
             what = "its pictures"
@@ -211,7 +215,7 @@ def _check_result(method: Defense, model: nn.Module, batches: Batched, before: f
     if method.needs != "clean":  # a backdoor that is gone answers the attacker's pictures otherwise
         return
     right = total = 0
-    for x, y, *_ in batches:
+    for x, y, *_ in unaugmented(batches)[0]:
         right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
     after = right / total
     if before - after > HARM:

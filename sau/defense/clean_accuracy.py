@@ -17,9 +17,9 @@ from sau.types import Batched, Labels
 ENOUGH = 0.95  # of the clean images: no other way to use the network can be clearly better
 
 
-def counted(right: int, total: int) -> str:
-    """For the screen."""
-    return f"{right:,} of {total:,} clean images correctly ({100 * right / total:.1f} %)"
+def counted(right: int, total: int, kind: str = "clean") -> str:
+    """For the screen; `kind` is that of the images."""
+    return f"{right:,} of {total:,} {kind} images correctly ({100 * right / total:.1f} %)"
 
 
 @torch.no_grad()

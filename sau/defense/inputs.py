@@ -135,7 +135,7 @@ def checked(
 class _Range:
     """The range of the float images, channel by channel, before `mean` and `std` were undone.
 
-    Values of mean 0 and deviation 1 do not all lie within [-0.3, 1.3], for their variance would be 0.3 * 1.3 at most.
+    Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
     Images that do although black would lie below are in [0, 1] already, and undoing mean and std made others of them.
     """
 

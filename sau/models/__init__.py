@@ -11,6 +11,7 @@ from sau.models.normalized import (
     answered,
     asking,
     check_labels,
+    check_logits,
     enough_pictures,
     full_precision,
     initialised,
@@ -23,9 +24,9 @@ from sau.models.preact_resnet import PreActResNet18
 from sau.models.zoo import torchvision_names, torchvision_net
 
 __all__ = [
-    "MODELS", "Normalized", "PreActResNet18", "answered", "asking", "build", "check_labels", "check_name",
-    "enough_pictures", "full_precision", "has_width", "initialised", "laid_as", "layout", "learning", "logits_of",
-    "quick", "sound", "statistics",
+    "MODELS", "Normalized", "PreActResNet18", "answered", "asking", "build", "check_labels", "check_logits",
+    "check_name", "enough_pictures", "full_precision", "has_width", "initialised", "laid_as", "layout", "learning",
+    "logits_of", "quick", "sound", "statistics",
 ]  # fmt: skip
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
