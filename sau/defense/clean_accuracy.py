@@ -90,7 +90,8 @@ def _renumbered(labels: Labels, answers: Labels, classes: int) -> dict[tuple[str
     It is found on one half of the images and judged on the other, for of few images in many classes some order always
     suits most.
     """
-    half, rest = torch.randperm(len(labels), generator=generator(0)).chunk(2) if len(labels) > 1 else (labels, labels)
+    mixed = torch.randperm(len(labels), generator=generator(0))
+    half, rest = mixed[::2], mixed[1::2]
     order = torch.arange(classes)
     pairs, counts = (labels[half] * classes + answers[half]).unique(return_counts=True)
     to = dict[int, int]()
