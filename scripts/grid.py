@@ -9,7 +9,6 @@ Repeat the command after whatever stopped it: finished cells are verified and sk
 import argparse
 import dataclasses
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,10 +20,9 @@ from script_parts.asking import Parser
 from sau.data.sources import source
 from sau.errors import ConfigError, RecordError, told
 from sau.grid.engines import Engine, Local, RayEngine
-from sau.grid.forecast import Forecast, costs, totals
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
-from sau.grid.runner import Runner, check_disk, needed
+from sau.grid.runner import Runner, needed
 from sau.grid.spec import Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
@@ -51,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits"
     )
-    asked.add_argument("--dry_run", action="store_true", help="print cells, time, memory and disk, and run nothing")
+    asked.add_argument("--dry_run", action="store_true", help="print the cells that would run, and run nothing")
     asked.add_argument("--retry_failed", action="store_true", help="also run cells that failed in an earlier call")
     asked.add_argument("--retries", type=int, help="tries after a crash or a timeout [what the file says, or 1]")
     asked.add_argument("--cell_timeout", type=float, metavar="SECONDS", help="most time of a try [no limit]")
@@ -114,19 +112,17 @@ def run(asked: argparse.Namespace, look: bool) -> int:
         count, notes = publish(store, every, asked.publish)
         say("\n".join([*notes, f"{count} summaries of {len(every)} cells are in {asked.publish}"]))
         return 0
-    forecast = Forecast(costs(every, store))
     if other:
         raise RecordError(other)
     if asked.dry_run:
-        return foresee(needed(every, store, asked.retry_failed), forecast, asked)
+        return dry_run(needed(every, store, asked.retry_failed), asked)
     for note in store.prepare(every) + of_others(store, every):
         say(note)
     todo = needed(every, store, asked.retry_failed)
-    check_disk(forecast.disk(todo), shutil.disk_usage(store.root).free)
     if asked.engine == "local" and todo:
         find_data(todo)
     say(f"{len(every)} cells, {len(todo)} to run (planned in {time.monotonic() - started:.1f} s); {store.root}")
-    return drive(asked, grid, store, every, todo, forecast) if todo else report(every, store)
+    return drive(asked, grid, store, every, todo) if todo else report(every, store)
 
 
 def published(asked: argparse.Namespace, grid: Grid) -> tuple[Path, ...]:
@@ -145,27 +141,20 @@ def find_data(todo: list[Cell]) -> None:
         source(dataset).find(Path(place))
 
 
-def foresee(todo: list[Cell], forecast: Forecast, asked: argparse.Namespace) -> int:
-    """Print what would run and what it would take; where cells run on this machine, also what it cannot hold."""
-    parallel = 1
-    if asked.address is not None:
-        say(f"note: what the Ray at {asked.address} holds is not looked at here; counted is one cell at a time")
-    elif todo:
-        here = Local(asked.cores, asked.memory_gb)
+def dry_run(todo: list[Cell], asked: argparse.Namespace) -> int:
+    """Print what would run, and whether this machine could hold it where the cells run here."""
+    if asked.address is None and todo:
         try:
-            here.check(todo)
+            Local(asked.cores, asked.memory_gb).check(todo)
         except ConfigError as error:  # the plan may be for another machine
             say(f"note: {error}")
-        parallel = min(here.parallel(cell) for cell in todo)
     for cell in todo:
         say(f"would run {cell.label}")
-    print("\n".join([*forecast.table(todo), totals(todo, forecast, parallel)]))
+    say(f"{len(todo)} cells")
     return 0
 
 
-def drive(
-    asked: argparse.Namespace, grid: Grid, store: Store, every: list[Cell], todo: list[Cell], forecast: Forecast
-) -> int:
+def drive(asked: argparse.Namespace, grid: Grid, store: Store, every: list[Cell], todo: list[Cell]) -> int:
     """Run the cells that are left; Ctrl-C goes through, after all of them were stopped."""
     started = time.monotonic()
     local = asked.engine == "local"
@@ -173,7 +162,7 @@ def drive(
     crowd = where.crowded() if isinstance(where, Local) else None
     if crowd:
         say(f"warning: {crowd}")
-    runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, forecast=forecast, say=say)
+    runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, say=say)
     runner.run()
     say(f"took {duration(time.monotonic() - started)}")
     return report(every, store)

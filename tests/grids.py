@@ -51,9 +51,6 @@ class Scripted:
     def check(self, cells: Sequence[Cell]) -> None:
         pass
 
-    def parallel(self, cell: Cell) -> int:
-        return self.slots
-
     def room(self, cell: Cell) -> bool:
         return len(self.running) < self.slots
 

@@ -12,7 +12,6 @@ from grids import SMALL, Scripted
 from sau.errors import ConfigError
 from sau.grid import engines
 from sau.grid.engines import GIB
-from sau.grid.forecast import Forecast
 from sau.grid.plan import Cell, cells
 from sau.grid.runner import Runner
 from sau.grid.spec import read
@@ -50,18 +49,6 @@ def ray(monkeypatch) -> dict[str, Any]:
     stub = SimpleNamespace(init=lambda **more: told.update(more), nodes=lambda: nodes, remote=lambda run: run)
     monkeypatch.setitem(sys.modules, "ray", stub)
     return told
-
-
-def test_ray_runs_as_many_cells_as_every_resource_holds(every, ray):
-    engine = engines.RayEngine("auto")
-    for change, count in (
-        ({}, 4 + 8),
-        ({"memory_gb": 30.0}, 2),
-        ({"gpus": 0.5}, 4),
-        ({"gpus": 0.6}, 2),
-        ({"threads": 8}, 2),
-    ):
-        assert engine.parallel(dataclasses.replace(every[0], **change)) == count
 
 
 @pytest.mark.parametrize(
@@ -116,7 +103,7 @@ def test_a_worker_that_ray_loses_is_tried_again(every, ray, tmp_path, monkeypatc
     vars(stub).update(remote=lambda work: options, wait=lambda tasks, **more: (tasks, []), get=get, exceptions=errors)
     vars(stub).update(shutdown=lambda: None)
     engine = engines.RayEngine("auto")
-    runner = Runner(every, store, engine, retries=1, timeout=None, forecast=Forecast({}), say=lines.append)
+    runner = Runner(every, store, engine, retries=1, timeout=None, say=lines.append)
     assert runner.run() == []
     again = [line for line in lines if line.startswith("again ")]
     assert len(again) == 2 and all("worker lost: The worker died unexpectedly; try 2 of 2" in line for line in again)
@@ -152,7 +139,6 @@ def test_workers_of_ray_that_never_start_are_one_line_before_the_first_cell(ever
 def test_a_machine_that_left_ray_counts_for_nothing(every, ray):
     engine = engines.RayEngine("auto")
     sys.modules["ray"].nodes()[1]["Alive"] = False
-    assert engine.parallel(every[0]) == 4
     with pytest.raises(ConfigError, match="none of the 1 machines"):
         engine.check([dataclasses.replace(every[0], memory_gb=30.0)])
 

@@ -25,9 +25,6 @@ class Engine(Protocol):
     def check(self, cells: Sequence[Cell]) -> None:
         """Refuse cells that could never run here, by a ConfigError that names the first."""
 
-    def parallel(self, cell: Cell) -> int:
-        """How many cells like this one run at the same time."""
-
     def room(self, cell: Cell) -> bool:
         """Whether the cell can be submitted now."""
 
@@ -45,11 +42,6 @@ def check_cores(cores: int) -> None:
     """Refuse, by a ConfigError, more cores of this machine than there are."""
     if cores > usable():
         raise ConfigError(f"cores is {cores}, but this process may use {usable()}")
-
-
-def on_gpus(count: int, each: float) -> int:
-    """How many cells that need `each` GPUs so many hold; a share lies on one of them."""
-    return count * int(1 / each + 1e-9) if each < 1 else int(count // each)
 
 
 class Local:
@@ -79,12 +71,6 @@ class Local:
             for what, most in has.items():
                 if getattr(cell, what) > most:
                     raise ConfigError(f"{cell.label}: {what} is {getattr(cell, what):g}, but this machine has {most:g}")
-
-    def parallel(self, cell: Cell) -> int:
-        bounds = [self.cores // cell.threads]
-        bounds += [int(self.memory // cell.memory_gb)] if cell.memory_gb else []
-        bounds += [on_gpus(len(self.gpus), cell.gpus)] if cell.gpus else []
-        return max(1, min(bounds))
 
     def room(self, cell: Cell) -> bool:
         cells = [cell, *(other for other, _, _ in self.running.values())]
@@ -174,11 +160,6 @@ class RayEngine:
             reason = str(error).strip().splitlines()[-1]  # below the worker's own traceback
             raise ConfigError(f"a worker of Ray cannot run cells: {reason}") from None
 
-    def parallel(self, cell: Cell) -> int:
-        wants = {what: amount for what, amount in _wants(cell).items() if amount}
-        nodes = self._nodes()
-        return max(1, sum(min(_times(what, node.get(what, 0), n) for what, n in wants.items()) for node in nodes))
-
     def room(self, cell: Cell) -> bool:
         return len(self.running) < 1000  # Ray keeps the line; a longer one would only cost it memory
 
@@ -209,10 +190,6 @@ class RayEngine:
 
 def _wants(cell: Cell) -> dict[str, float]:
     return {"CPU": float(cell.threads), "memory": cell.memory_gb * GIB, "GPU": cell.gpus}
-
-
-def _times(what: str, there: float | int, amount: float) -> int:
-    return on_gpus(int(there), amount) if what == "GPU" else int(there // amount)
 
 
 def _import_ray() -> Any:

@@ -30,7 +30,6 @@ class Cell:
         folder: below the record root, unique to the digest.
         flags: of attack/NAME.py or defense/NAME.py, all but the record root.
         attack: digest of the attack's cell; None for an attack.
-        like: what cells that should take about as long have in common.
         threads: CPU threads.
         memory_gb: GiB of memory.
         gpus: GPUs, or a share of one.
@@ -44,7 +43,6 @@ class Cell:
     folder: str
     flags: tuple[str, ...]
     attack: str | None
-    like: tuple[str, ...]
     threads: int
     memory_gb: float
     gpus: float
@@ -125,9 +123,8 @@ class _Crossed:
         target = (f"--result_file={attack.folder}",) if attack else ()
         flags = (*settled.flags, f"--random_seed={seed}", f"--save_folder_name={own}", *target)
         folder = f"{attack.folder}/defense/{own}" if attack else own
-        like = (kind, name, block.dataset, block.recipe)
         needs, data = (block.threads, block.memory_gb, block.gpus), (block.dataset, block.dataset_path)
-        return Cell(kind, name, mark, folder, flags, on, like, *needs, data)
+        return Cell(kind, name, mark, folder, flags, on, *needs, data)
 
     def _settle(self, kind: str, name: str, amount: float | None) -> _Settled:
         block, axis = self.block, {"attack": "pratio", "defense": "ratio"}[kind]

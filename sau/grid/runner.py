@@ -8,10 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sau.errors import ConfigError, RecordError
+from sau.errors import RecordError
 from sau.grid.cells import Outcome
 from sau.grid.engines import Engine
-from sau.grid.forecast import Forecast
 from sau.grid.plan import Cell
 from sau.grid.publish import differs
 from sau.grid.store import Store
@@ -41,15 +40,14 @@ class Runner:
         engine: what runs them.
         retries: tries after the first one.
         timeout: seconds of a try; None means no limit.
-        forecast: what like cells took.
         say: prints a line.
     """
 
     def __init__(
         self, cells: Sequence[Cell], store: Store, engine: Engine, *, retries: int, timeout: float | None,
-        forecast: Forecast, say: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.cells, self.store, self.engine, self.forecast, self.say = cells, store, engine, forecast, say
+        self.cells, self.store, self.engine, self.say = cells, store, engine, say
         self.retries, self.timeout = retries, timeout
         self.order = {cell.digest: number for number, cell in enumerate(cells)}
         self.ready: list[tuple[float, int]] = []  # (not before, number of the cell)
@@ -57,7 +55,6 @@ class Runner:
         self.tries: Counter[str] = Counter()
         self.waits: set[str] = set()  # cells that had to wait, which is said once
         self.progress: dict[str, int] = {}  # of a cell when its try began
-        self.left = Counter(cell.like for cell in cells)
         self.running: dict[str, Cell] = {}
         self.failed = {cell.digest: store.failed(cell) for cell in cells}  # before this runner, which tries them again
         self.ended, self.failures = 0, list[tuple[Cell, str]]()
@@ -134,7 +131,6 @@ class Runner:
     def _done(self, cell: Cell, where: str = "") -> None:
         self.store.forgive(cell)
         summary = self.store.summary(cell)
-        self.forecast.add(cell, summary)
         self._line("done", cell, f"{where}{scores(summary)}; {duration(summary.get('seconds', 0.0))}")
         if cell.attack is None and differs(self.store, cell):
             self.say(f"warning: {cell.label} differs from its published summary; this machine computes other bits")
@@ -150,19 +146,7 @@ class Runner:
 
     def _line(self, word: str, cell: Cell, text: str) -> None:
         self.ended += 1
-        self.left[cell.like] -= 1
-        eta = self.forecast.seconds(self.left)
-        end = "" if eta is None or self.ended == len(self.cells) else f"; ETA {duration(eta / self._parallel(cell))}"
-        self.say(f"[{self.ended}/{len(self.cells)}] {word:7} {cell.label}: {text}{end}")
-
-    def _parallel(self, cell: Cell) -> int:
-        return min(self.engine.parallel(cell), max(1, len(self.cells) - self.ended))
-
-
-def check_disk(needs: float, free: int) -> None:
-    """Refuse to begin what will not fit: bytes that like cells took, and bytes that are free."""
-    if needs > free:
-        raise ConfigError(f"the cells need about {needs / 2**30:.1f} GiB, but {free / 2**30:.1f} are free; free some")
+        self.say(f"[{self.ended}/{len(self.cells)}] {word:7} {cell.label}: {text}")
 
 
 def scores(summary: Mapping[str, Any]) -> str:
