@@ -129,12 +129,6 @@ def test_what_scripts_share_is_written_once(pattern, homes):
         ("figures.py", ("nobody", "--map", "pca"), "--map is of the figures that --defense asks for"),
         ("figures.py", ("nobody", "--defense", "sau", "--eps", "nan"), "eps of the risks' search is nan"),
         ("report.py", ("nobody", "--out", "below/../r.html", "--csv", "r.html"), "several results go to one file"),
-        ("torture.py", ("names", "--out", "."), "--out . is a folder"),
-        ("mutants.py", ("evaluate", "--least", "nan"), "least is nan"),
-        ("mutants.py", ("evaluate", "--limit", "-1"), "limit -1"),
-        ("grid_drill.py", ("work", "--epochs", "4"), "--epochs has no effect without --overhead"),
-        ("grid_drill.py", ("work", "--overhead", "--engine", "ray"), "--engine has no effect with --overhead"),
-        ("grid_drill.py", ("work", "--cell_timeout", "nan"), "--cell_timeout is nan"),
         ("gpu_checklist.py", ("--smoke", "--device", "cpu", "--minutes", "nan"), "--minutes is nan"),
     ],
 )

@@ -1,14 +1,11 @@
 """The test plan's rows that no other file has: names, spoiled folders, leakage, small clean sets, the evaluator."""
 
 import ast
-import copy
 import json
-import random
 import re
-import signal
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,12 @@ from defense_rows import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torture_parts import common, faults, races, runs
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.data.images import to_float
 from sau.data.scrutiny import remarks, scrutinise
 from sau.defense import CLP, EP, FT
-from sau.errors import DataError, RecordError, SauError
+from sau.errors import DataError, RecordError
 from sau.evaluate import Score, der, score
 from sau.files import existing, folder
 from sau.record.folder import CONFIG, METRICS, Record
@@ -51,71 +47,6 @@ def test_an_unfinished_folder_notices_what_was_spoiled(tmp_path, one_line):
     with pytest.raises(RecordError) as refusal:
         Record(tmp_path / "a").begin({}, {"lr": 0.1}, overwrite=False)
     assert CONFIG in one_line(refusal.value) and "seal" in str(refusal.value)
-
-
-def test_spoiled_files_are_refused_or_harmless(tmp_path):
-    """150 mishaps of every kind, on a folder like a run's; `scripts/torture.py mutations` does 10,000."""
-    record = Record(tmp_path / "a")
-    record.begin({"amp": False}, {"lr": 0.1}, overwrite=False)
-    record.row(epoch=1, acc=91.5)
-    record.say("a line")
-    record.save_tensors("model", {"w": torch.arange(50.0)})
-    record.finish({"acc": 91.5})
-
-    def read() -> str:
-        found = Record(tmp_path / "a")
-        return faults._digest([found.check(), found.load_tensors("model"), found.summary()])
-
-    right, draw, refused = read(), random.Random(0), 0
-    files = sorted((tmp_path / "a").iterdir())
-    for i in range(150):
-        file, content = files[i % len(files)], files[i % len(files)].read_bytes()
-        changed = faults.spoiled(content, faults.KINDS[i % len(faults.KINDS)], draw)
-        file.unlink() if changed is None else file.write_bytes(changed)
-        try:
-            assert read() == right, file
-        except SauError as error:
-            assert "\n" not in str(error)
-            refused += 1
-        file.write_bytes(content)
-    assert refused > 140 and read() == right
-
-
-# R2: killed at the first write
-
-
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_that_is_killed_at_its_first_write_can_be_repeated(moment, victim, tmp_path, monkeypatch):
-    """Of its folder there is but half a file then; the second time with --overwrite, which must not mind it either."""
-    monkeypatch.setitem(common.SMALL, "epochs", 0)
-    root, cache = tmp_path / "record", tmp_path / "cache"
-    for kind, name, more in (("attack", "badnet", []), ("defense", "ft", ["--overwrite", "true"])):
-        argv = [*common.arguments(kind, name, root), *more]
-        assert common.forked(common.run(argv, cache, runs.dying(1, moment)))[0] == -signal.SIGKILL
-        left = [file.name for file in common.result(kind, name, root).iterdir()]
-        assert len(left) == 1 and left[0].startswith(f".{CONFIG}.")
-        status, wrong = common.forked(common.run(argv, cache))
-        assert status == 0 and Record(common.result(kind, name, root)).check(), wrong
-
-
-# R1: everything that a reader gets is compared
-
-
-def test_the_comparison_of_spoiled_records_misses_no_field(victim, monkeypatch):
-    right, whole = faults._finished(victim), faults.victims.load(victim)
-    for field in fields(whole):
-        other = copy.copy(whole)
-        object.__setattr__(other, field.name, "something else")
-        monkeypatch.setattr(faults.victims, "load", lambda folder, other=other: other)
-        assert faults._finished(victim) != right, field.name
-
-
-# R5: two processes, one folder
-
-
-def test_a_folder_has_one_process(tmp_path, one_line):
-    rows = races.races(tmp_path, 0, 0.03)
-    assert [row.survived for row in rows] == [row.injected for row in rows] == [6, 1]
 
 
 # P1: names
@@ -400,14 +331,3 @@ def test_a_folder_from_the_future_is_refused(tmp_path, version, one_line):
     with pytest.raises(RecordError) as refusal:
         Record(tmp_path / "a").begin({}, {}, overwrite=False)
     assert f"schema {version!r}" in one_line(refusal.value) and "newer" in str(refusal.value)
-
-
-# The long version
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["mutations", "disks", "names", "races", "repeats", "leaks", "kills"])
-def test_torture(part, tmp_path):
-    argv = [sys.executable, str(REPOSITORY / "scripts" / "torture.py"), part, "--share", "0.1"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=3000)
-    assert done.returncode == 0, done.stdout + done.stderr
