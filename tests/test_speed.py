@@ -33,8 +33,7 @@ from sau.record import schema
 from sau.record.folder import Record
 from sau.session import Limit, Session
 from sau.settings.run import Run
-from sau.verify.findings import VERIFIED
-from sau.verify.verification import Verification
+from sau.verify import verify
 
 
 def network(amp: bool = False) -> Normalized:
@@ -725,7 +724,7 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     assert here("defense", "ft", *flags, "--max_minutes", "60")[0] == 0
     summary = Record(folder / "defense" / "ft").summary()
     assert summary["ended_early"] == "round 2 of 7, before batch 2 of 2"
-    assert Verification(folder).run().findings.status == VERIFIED
+    assert {check.state for check in verify(folder)} == {"ok"}
 
 
 def test_an_update_that_compiles_does_not_count(monkeypatch, quick_compiler):
@@ -755,7 +754,7 @@ def test_what_moved_after_its_last_evaluation_is_evaluated_again(here, tmp_path,
     flags = ["1" if before == "--eval_every" else flag for before, flag in zip(("", *VICTIM), VICTIM, strict=False)]
     assert here("attack", "badnet", *flags, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
     assert Record(tmp_path / "record" / "a").summary()["ended_early"].startswith("epoch 2")
-    assert Verification(tmp_path / "record" / "a").run().findings.status == VERIFIED
+    assert {check.state for check in verify(tmp_path / "record" / "a")} == {"ok"}
 
 
 def test_the_time_for_what_follows_the_last_update_is_kept_free(tmp_path):

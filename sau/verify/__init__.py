@@ -1,1 +1,0 @@
-"""Whether a result folder says the truth."""

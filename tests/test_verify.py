@@ -1,0 +1,143 @@
+"""Records that are right, and forged ones whose sums were made right again."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from toys import QUICK, VICTIM
+
+from sau.command.attack_and_defend import attack, defend
+from sau.data import sources
+from sau.errors import DataError, RecordError
+from sau.evaluate import Share
+from sau.record import schema
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY
+from sau.verify import _compare, verify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits_here(few: sources.Source) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sources.SOURCES, "digits", few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def defended(few_digits_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An attack with FT and NPD in it; do not change it, copy it."""
+    root = tmp_path_factory.mktemp("defended")
+    attack("badnet", [*VICTIM, "--record_root", str(root), "--save_folder_name", "victim"])
+    for name, more in (("ft", ()), ("npd", ("--warm_epochs", "1"))):
+        defend(name, ["--record_root", str(root), "--result_file", "victim", "--epochs", "1", *more, *QUICK])
+    return root / "victim"
+
+
+@pytest.fixture
+def copied(defended: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(defended, tmp_path / "record" / "victim"))
+
+
+def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
+    """Change a file of a record and make every sum right again, as a forger does."""
+    place = folder / file
+    if file == CONFIG:
+        config = schema.opened(yaml.safe_load(place.read_text()), place)
+        how(config)
+        place.write_text(yaml.safe_dump(schema.signed(config), sort_keys=False))
+    elif file == SUMMARY:
+        content = json.loads(place.read_text())
+        how(content)
+        place.write_text(json.dumps(content))
+    else:
+        tensors = load_file(place)
+        how(tensors)
+        save_file(tensors, place)
+    kept = [one for one in sorted(folder.iterdir()) if one.is_file() and one.name != MANIFEST]
+    (folder / MANIFEST).write_bytes(schema.manifest(kept))
+
+
+def states(path: Path, dataset_path: str | None = None) -> dict[str, str]:
+    return {check.name: check.state for check in verify(path, dataset_path)}
+
+
+def test_a_right_record_is_verified(defended, script):
+    names = ("files", "attack", "data", "figures", "ft: files", "ft: figures", "npd: files", "npd: figures")
+    assert states(defended) == dict.fromkeys(names, "ok")
+    text = {check.name: check.text for check in verify(defended)}["ft: figures"]
+    assert all(f"{part} {name} " in text for part in ("before", "after") for name in ("acc", "asr", "racc"))
+    assert "der " in text
+    root = ("--record_root", str(defended.parent), "--threads", "1", "--device", "cpu")
+    status, out, _ = script("verify.py", "victim", *root)
+    assert status == 0 and out.splitlines()[-1].endswith("victim: verified")
+    status, _, err = script("verify.py", "nobody", *root)
+    assert status == 2 and "there is no folder" in err
+
+
+def less(said: dict[str, Any]) -> None:
+    share = Share(said["acc_count"][0] - 5, said["acc_count"][1])
+    said.update(acc=share.percent, acc_interval=list(share.interval), acc_count=[share.hits, share.total])
+
+
+FORGERIES = {
+    "a figure": ("", SUMMARY, lambda s: s.update(asr=s["asr"] - 3), "figures"),
+    "a figure and its counts": ("", SUMMARY, less, "figures"),
+    "counts that are none": ("", SUMMARY, lambda s: s.update(acc_count=["1"]), "figures"),
+    "a figure that is missing": ("", SUMMARY, lambda s: s.pop("acc_count"), "figures"),
+    "an asr of a clean network": ("", SUMMARY, lambda s: s.update(asr=None), "figures"),
+    "weights": ("", "model.safetensors", lambda t: t["linear.bias"][3].add_(30), "figures"),
+    "labels of the triggered": ("", "triggered.safetensors", lambda t: t["true_labels"].add_(1).remainder_(10), "data"),
+    "a data set": ("", CONFIG, lambda c: c["data"].update(train="0" * 64), "data"),
+    "a network that there is not": ("", CONFIG, lambda c: c["model"].update(name="evil"), "figures"),
+    "a defense's figure": ("ft", SUMMARY, lambda s: less(s["after"]), "ft: figures"),
+    "a defense's network": ("npd", "model.safetensors", lambda t: t["linear.bias"][3].add_(30), "npd: figures"),
+    "a rating": ("npd", SUMMARY, lambda s: s.update(der=99.9), "npd: figures"),
+    "scores that are a list": ("ft", SUMMARY, lambda s: s.update(before=[]), "ft: figures"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forgery_is_found(name, copied):
+    where, file, how, expected = FORGERIES[name]
+    change(copied / "defense" / where if where else copied, file, how)
+    assert states(copied)[expected] == "wrong"
+
+
+def test_damage_is_found(copied):
+    (copied / "defense" / "ft" / "log.txt").write_text("x")
+    assert states(copied)["ft: files"] == "wrong" and "ft: figures" not in states(copied)
+    (copied / "log.txt").write_text("x")
+    assert states(copied) == {"files": "wrong"}
+
+
+def test_without_the_data_set_acc_is_not_checked(copied, monkeypatch):
+    def gone(dataset: str, path: str, size: int) -> None:
+        raise DataError("no such data set here")
+
+    monkeypatch.setattr(sources, "load", gone)
+    found = {check.name: check for check in verify(copied)}
+    assert found["data"].state == "not checked" and found["figures"].state == "ok"
+    assert "acc" not in found["figures"].text.replace("racc", "") and "asr" in found["figures"].text
+    change(copied, SUMMARY, lambda said: said.update(asr=said["asr"] - 3))
+    assert states(copied)["figures"] == "wrong"
+
+
+def test_one_prediction_in_a_thousand_may_differ():
+    there = Share(9000, 10_000)
+    said = {"acc": there.percent, "acc_interval": list(there.interval), "acc_count": [9000, 10_000]}
+    assert _compare("acc", said, "acc", Share(9010, 10_000)) == ["acc 90.1 %"]
+    for other in (Share(9011, 10_000), Share(8989, 10_000), Share(9000, 9500), None):
+        with pytest.raises(RecordError, match="measured is"):
+            _compare("acc", said, "acc", other)
+
+
+@pytest.mark.parametrize("what", ["nothing", "defense"])
+def test_what_is_no_attack_is_refused(what, defended, tmp_path, one_line):
+    place = {"nothing": tmp_path / "x", "defense": defended / "defense" / "ft"}[what]
+    with pytest.raises(RecordError) as refusal:
+        verify(place)
+    assert str(place) in one_line(refusal.value)
