@@ -27,13 +27,13 @@ class Check:
     text: str
 
 
-def verify(path: Path, dataset_path: str | None = None, device: str | torch.device = "cpu") -> list[Check]:
+def verify(path: Path, dataset_path: str | None = None, device: torch.device | None = None) -> list[Check]:
     """Check an attack's folder and the defenses in it: the sums of the manifest, ACC, ASR, R-ACC and DER.
 
     Args:
         path: folder of the attack.
         dataset_path: folder of the data sets; None is where the attack found them.
-        device: where to score the networks.
+        device: where to score the networks; None is the CPU.
 
     Raises:
         RecordError: there is no folder of an attack at `path`.
@@ -49,11 +49,16 @@ def verify(path: Path, dataset_path: str | None = None, device: str | torch.devi
         raise RecordError(f"{path} is the folder of a defense; name that of its attack")
     if kind == schema.OWN:
         return [*checks, Check("figures", "not checked", "the code and images of your own network are not here")]
-    loaded: list[victim.Victim] = []
-    if not _check(checks, "attack", lambda: loaded.append(victim.load(path)) or "loaded"):
-        return checks
-    (attack,) = loaded
-    test = _test_set(checks, attack, dataset_path)
+    try:
+        attack = victim.load(path)
+    except (SauError, *MALFORMED) as error:
+        return [*checks, _failed("attack", error)]
+    try:
+        test, text = attack.pictures(dataset_path)[1], f"{attack.dataset} as the attack saw it"
+        checks.append(Check("data", "ok", text))
+    except SauError as error:
+        test = None
+        checks.append(_failed("data", error))
     if test is None and attack.triggered is None:
         return checks
     folders = sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir())
@@ -61,7 +66,7 @@ def verify(path: Path, dataset_path: str | None = None, device: str | torch.devi
         prefix = "" if folder == path else f"{folder.name}: "
         found = Record(folder)
         if folder == path or _check(checks, f"{prefix}files", partial(_files, found)):
-            _check(checks, f"{prefix}figures", partial(_figures, attack, found, test, device))
+            _check(checks, f"{prefix}figures", partial(_figures, attack, found, test, device or torch.device("cpu")))
     return checks
 
 
@@ -69,13 +74,15 @@ def _check(checks: list[Check], name: str, work: Callable[[], str]) -> bool:
     """Append the outcome of `work`, which returns a text or raises; whether it is ok."""
     try:
         checks.append(Check(name, "ok", work()))
-    except DataError as error:
-        checks.append(Check(name, "not checked", str(error)))
-    except SauError as error:
-        checks.append(Check(name, "wrong", str(error)))
-    except MALFORMED as error:
-        checks.append(Check(name, "wrong", f"a file lacks something or has another type: {ascii(str(error))[:200]}"))
+    except (SauError, *MALFORMED) as error:
+        checks.append(_failed(name, error))
     return checks[-1].state == "ok"
+
+
+def _failed(name: str, error: Exception) -> Check:
+    if isinstance(error, SauError):
+        return Check(name, "not checked" if isinstance(error, DataError) else "wrong", str(error))
+    return Check(name, "wrong", f"a file lacks something or has another type: {ascii(str(error))[:200]}")
 
 
 def _files(record: Record) -> str:
@@ -83,14 +90,7 @@ def _files(record: Record) -> str:
     return f"{len(record.sealed)} files have the sums of the manifest"
 
 
-def _test_set(checks: list[Check], attack: victim.Victim, dataset_path: str | None) -> Images | None:
-    """The clean test set, if it is here and is the one that the attack saw."""
-    found: list[Images] = []
-    _check(checks, "data", lambda: found.append(attack.pictures(dataset_path)[1]) or f"{attack.dataset}, as it was")
-    return found[0] if found else None
-
-
-def _figures(attack: victim.Victim, record: Record, test: Images | None, device: str | torch.device) -> str:
+def _figures(attack: victim.Victim, record: Record, test: Images | None, device: torch.device) -> str:
     """Score the stored networks and compare with the summary; RecordError names the figure that differs."""
     summary, amp = record.summary(), bool(record.config.get("amp"))
     parts = {"before": attack.path, "after": record.path} if "before" in summary else {"": record.path}

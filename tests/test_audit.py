@@ -15,11 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
-import numpy as np
-import PIL.Image
 import pytest
 import torch
-from attack_rows import ROWS, each_poison
+from attack_rows import each_poison
 from toys import (
     QUICK,
     REPOSITORY,
@@ -35,18 +33,16 @@ from toys import (
 
 matplotlib.use("Agg")
 
-from sau.attack import LF, SIG, BadNet, Blended, Prototype, WaNet
+from sau.attack import LF, BadNet, Blended, Prototype, WaNet
 from sau.attack.making import Picture
 from sau.attack.recall import recall
 from sau.audit import PARTS, Asked, Plan, carry_out, measure, open_case, tables
 from sau.audit.carry import read
 from sau.audit.case import Case, Network
 from sau.audit.coefficient import _outputs, busiest, cka, existence, layers, similarity, stretched
-from sau.audit.neighbours import FAINTER, ITSELF, STRONGER, neighbours
 from sau.audit.path import STEPS, between, connected, settled
 from sau.audit.reactivate import shifted, universal
 from sau.audit.relearn import mixture, most_shots, relearn
-from sau.audit.square import HALVED, _side, square
 from sau.audit.table import curves
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images, to_float
@@ -64,7 +60,6 @@ from sau.record.schema import as_json, manifest, signed
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
-STRENGTHS = [*(f"strength {a:g}" for a in FAINTER), ITSELF, *(f"strength {a:g}" for a in STRONGER)]
 
 
 def poisons(attack=None, images=TRAIN):
@@ -210,125 +205,7 @@ def test_each_step_asks_the_next_network():
     assert (both == torch.tensor(0.05)).all()
 
 
-class Counting(Line):
-    def __init__(self, w):
-        super().__init__(w)
-        self.seen, self.losses = 0, []
-
-    def forward(self, x):
-        logits = super().forward(x)
-        self.seen += len(x)
-        self.losses.append(float(torch.nn.functional.cross_entropy(logits, torch.ones(len(x)).long())))
-        return logits
-
-
-def test_the_black_box_pays_for_every_picture_and_keeps_what_helps():
-    w = torch.randn(48, generator=torch.Generator().manual_seed(1))
-    model, pictures = Counting(w), grey(10, 1)
-    found = list(square(model, pictures, 0.05, [10, 200, 1000]))
-    assert [spent for spent, _ in found] == [10, 200, 1000] and model.seen == 1000
-    kept = []
-    for (spent, delta), rows in zip(found, (1, 20, 100), strict=True):
-        assert float(delta.abs().max()) <= torch.tensor(0.05) and delta.shape == (1, 3, 4, 4)
-        assert set(delta.unique().tolist()) <= set(torch.tensor([-0.05, 0.05]).tolist()), spent
-        kept.append(float(Line(w)(shifted(pictures, delta))[0, 1]))
-        assert min(model.losses[:rows]) == pytest.approx(math.log1p(math.exp(-kept[-1])), abs=1e-5)
-    assert kept[0] < kept[-1]
-    stripes = found[0][1]
-    assert (stripes == stripes[:, :, :1]).all()  # one value a column and channel
-    assert torch.equal(dict(square(model, pictures, 0.05, [1000]))[1000], found[-1][1])
-
-
-def test_squares_shrink_as_the_budget_goes():
-    assert _side(0.0, 32, 32) == 10 and _side(0.0009, 32, 32) == 10  # sqrt(0.1 x 1024)
-    assert _side(0.0011, 32, 32) == 7 and _side(0.0051, 32, 32) == 5 and _side(0.99, 32, 32) == 1
-    assert len(HALVED) == 9 and _side(0.0, 4, 4) == 1
-
-
-def test_the_black_box_without_room_for_a_second_question():
-    assert [spent for spent, _ in square(Line(torch.ones(48)), grey(10, 1), 0.1, [10, 10])] == [10]
-
-
-def test_marks_that_one_trial_passes_are_one_measurement():
-    """Equal positions would count as draws, and a spread of 0 would stand beside one measurement."""
-    assert [spent for spent, _ in square(Line(torch.ones(48)), grey(100, 1), 0.1, [100, 120, 150, 250])] == [100, 200]
-
-
-# Neighbouring triggers
-
-
-@each_poison
-def test_neighbours_are_pictures_with_another_trigger(attack):
-    x = to_float(toy_images(4, size=32).pixels)
-    stamps = attack.neighbours()
-    own = attack.stamp(x)
-    for name, stamp in stamps.items():
-        seen = stamp(x)
-        assert seen.shape == x.shape and seen.dtype == x.dtype, name
-        assert 0 <= float(seen.min()) and float(seen.max()) <= 1 and not torch.equal(seen, own), name
-    assert bool(stamps) == (type(attack).__name__ not in ("LF", "SSBA", "InputAware"))
-
-
-def test_badnets_neighbours_at_32():
-    black = torch.zeros(1, 3, 32, 32)
-    found = {name: stamp(black)[0, 0] for name, stamp in BadNet().neighbours().items()}
-    assert {n: int(found[f"size {n}/3"].sum()) for n in (1, 2, 4, 5)} == {1: 1, 2: 4, 4: 16, 5: 25}
-    assert all(found[f"size {n}/3"][31, 31] == 1 for n in (1, 2, 4, 5))
-    for n in (1, 2, 4, 8, 16):
-        assert found[f"moved {n} px"][29 - n : 32 - n, 29 - n : 32 - n].sum() == 9 == found[f"moved {n} px"].sum()
-
-
-def test_the_neighbours_of_a_patch_from_a_file_keep_its_bottom_right_corner(tmp_path):
-    """Two rows and five columns by thirds, rounded, at least one; six of each at the edge grow no further."""
-    black = torch.zeros(1, 3, 20, 30)
-    for box, sizes in (
-        ((4, 6, 7, 12), {1: (1, 2), 2: (1, 3), 4: (3, 7), 5: (3, 8)}),
-        ((0, 6, 0, 6), {1: (2, 2), 2: (4, 4), 4: (6, 6), 5: (6, 6)}),
-    ):
-        top, bottom, left, right = box
-        patch = np.zeros((20, 30, 3), dtype=np.uint8)
-        patch[top:bottom, left:right] = 200
-        PIL.Image.fromarray(patch).save(tmp_path / "patch.png")
-        stamps = BadNet(patch_mask_path=str(tmp_path / "patch.png")).neighbours()
-        for thirds, (height, width) in sizes.items():
-            expected = torch.zeros(20, 30)
-            expected[bottom - height : bottom, right - width : right] = 200 / 255
-            assert torch.allclose(stamps[f"size {thirds}/3"](black)[0], expected.expand(3, -1, -1)), (box, thirds)
-
-
-def test_the_neighbours_of_wanet_and_sig_by_their_formulas():
-    x = to_float(toy_images(3, size=16).pixels)
-    warp = ROWS["wanet"].attack
-    assert torch.equal(warp.neighbours()["warp x 2"](x), WaNet(s=2 * warp.s).with_trigger(warp.trigger).stamp(x))
-    assert {name for name in warp.neighbours()} == {f"warp x {factor:g}" for factor in (-1, 0.25, 0.5, 0.75, 1.5, 2)}
-    wave = SIG(sig_f=4.0)
-    assert torch.equal(wave.neighbours()["frequency x 0.5"](x), SIG(sig_f=2.0).stamp(x))
-    slow, same = SIG(sig_f=3.0), torch.full_like(x, 0.5)
-    moved, own = slow.neighbours()["moved 1 px"](same), slow.stamp(same)
-    assert torch.allclose(moved[..., :-1], own[..., 1:], atol=1e-6)
-
-
-def test_the_neighbours_of_blended_are_as_strong_as_in_testing():
-    """On black pictures nothing but alpha t is seen."""
-    attack, black = Blended(attack_train_blended_alpha=0.1, attack_test_blended_alpha=0.5), torch.zeros(1, 3, 16, 16)
-    own, found = attack.stamp(black, test=True), {name: stamp(black) for name, stamp in attack.neighbours().items()}
-    assert torch.equal(found["mirrored"], own.flip(-1)) and torch.equal(found["upside down"], own.flip(-2))
-    for n in (1, 2, 4, 8):
-        assert torch.equal(found[f"moved {n} px"], own.roll((-n, -n), (-2, -1)))
-
-
-def test_strengths_go_through_the_trigger():
-    """Blended: x + a (g - x) with g = x + 0.2 (t - x) is Blended at 0.2 a, but for rounding to bytes."""
-    clean = toy_images(20)
-    triggered = Blended().poisoned(clean)
-    found = dict(neighbours(clean, triggered, None))
-    assert list(found) == STRENGTHS and torch.equal(found[ITSELF], triggered.pixels)
-    for a in (*FAINTER, *STRONGER):
-        exact = Blended(attack_train_blended_alpha=0.2 * a).poisoned(clean).pixels
-        assert int((found[f"strength {a:g}"].int() - exact.int()).abs().max()) <= 1 + a
-    assert set(neighbours(clean, triggered, Blended())) != set(found)
-    own = dict(neighbours(clean, triggered, Blended()))
-    assert set(own) - set(found) == set(Blended().neighbours())
+# Recalled attacks
 
 
 @each_poison
@@ -416,7 +293,7 @@ def case(nets, names=("none", "ft", "control")):
     return Case("toy", "digest", BadNet(), networks, TRAIN, poisons(), TEST, BAD, Augment(2))
 
 
-SMALL = {"shots": (2,), "epochs": 1, "share": 0.25, "eps": (0.05, 0.1), "steps": 2, "queries": 400, "scored": 40}
+SMALL = {"shots": (2,), "epochs": 1, "share": 0.25, "eps": (0.05, 0.1), "steps": 2}
 
 
 def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
@@ -431,7 +308,6 @@ def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
         ("white", "trigger + D"): [0.0, 0.05, 0.1],
         ("white", "D alone"): [0.0, 0.05, 0.1],
         ("white", "trigger + noise"): [0.05, 0.1],
-        ("black", "trigger + D"): [0, 40, 80, 200, 400],
         ("transfer", "trigger + D"): [0.0, 0.05, 0.1],
     }
     for key, wanted in steps.items():
@@ -439,10 +315,8 @@ def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
     assert set(lines["white", "same D on control"]) == {"none", "ft"}
     for curve in ("statistics between", "statistics anew"):
         assert list(lines["path", curve]) == ["ft"] and list(lines["path", curve]["ft"]) == list(STEPS)
-    near = list(lines["neighbours", ""]["ft"])
-    assert near == [*STRENGTHS, *BadNet().neighbours()]
     as_it_is = {name: score(model, TEST, BAD).asr.percent for name, model in nets.items()}
-    for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0), (("black", "trigger + D"), 0)):
+    for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0)):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
     way = lines["path", "statistics between"]["ft"]
     assert [way[0.0].mean, way[1.0].mean] == [as_it_is["none"], as_it_is["ft"]]
@@ -480,7 +354,7 @@ def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, 
     [
         {"parts": ("grey",)}, {"parts": ()}, {"shots": ()}, {"shots": (-1,)}, {"epochs": 0}, {"share": 0.0},
         {"share": 1.5}, {"eps": ()}, {"eps": (0.1, 0.05)}, {"eps": (0.0, 0.1)}, {"eps": (0.5, 1.0)},
-        {"eps": (4.0, 8.0)}, {"steps": 0}, {"pictures": 0}, {"scored": 0}, {"queries": 99}, {"seeds": ()},
+        {"eps": (4.0, 8.0)}, {"steps": 0}, {"pictures": 0}, {"seeds": ()},
         {"seeds": (-1,)}, {"seeds": (0, 0)},
     ],
     ids=str,
@@ -497,8 +371,8 @@ def test_settings_are_idle_where_no_piece_depends_on_them(nets, part):
         return [piece.file for piece in Plan(case(nets), replace(asked, **changes)).pieces()]
 
     asked = Asked(**{**SMALL, "parts": (part,)})
-    other = {"shots": (3,), "epochs": 2, "share": 0.5, "eps": (0.05, 0.2), "steps": 3, "pictures": 7, "queries": 500,
-             "scored": 30, "seeds": (1,)}  # fmt: skip
+    other = {"shots": (3,), "epochs": 2, "share": 0.5, "eps": (0.05, 0.2), "steps": 3, "pictures": 7,
+             "seeds": (1,)}  # fmt: skip
     assert {"parts", *other} == {field.name for field in fields(Asked)}
     assert {name for name in other if files(**{name: other[name]}) == files()} == asked.idle().keys()
 
@@ -529,11 +403,10 @@ def test_the_figure_shows_what_was_found(nets, tmp_path):
     found = carry_out(Plan(case(nets), Asked(**SMALL)), tmp_path / "audit", lambda line: None)
     figure = audit([found, found])
     panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
-    assert len(panels) == 10
+    assert len(panels) == 8
     line = panels["re-learning, augmented once"].containers[1].lines[0]
     wanted = [curves([found])["relearn", "released"]["ft"][k].mean for k in (0, 2)]
     assert line.get_ydata().tolist() == wanted
-    assert [text.get_text() for text in panels["black box, trigger + D"].get_xticklabels()][-1] == "400"
     bars = panels["existence coefficient"].patches
     assert bars[0].get_width() == pytest.approx(1)
 
@@ -642,15 +515,12 @@ def clean(victim, here):
     return victim.parent / "clean"
 
 
-def test_a_folder_that_does_not_say_its_attack_has_strengths_alone(victim, monkeypatch, one_line):
+def test_a_folder_that_does_not_say_its_attack_has_none(victim, monkeypatch, one_line):
     """As BackdoorBench's do not; and where it kept no poisons either, there is nothing to learn from."""
     kept = stored.load(victim)
     monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, trigger=None, amp=None))
     opened = open_case(victim, samples=30)
-    found = carry_out(Plan(opened, Asked(parts=("neighbours",))), victim / "audit", lambda line: None)
-    assert opened.attack is None and found["attack"] is None
-    steps = [row["x"] for row in found["rows"] if row["part"] == "neighbours"]
-    assert steps == STRENGTHS
+    assert opened.attack is None
     monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, poisoned=None))
     with pytest.raises(RecordError) as refusal:
         open_case(victim, samples=30)
@@ -677,8 +547,8 @@ def test_records_that_cannot_be_audited_are_refused(victim, clean, one_line):
         assert words in one_line(refusal.value)
 
 
-BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--queries", "200", "--scored", "50",
-         "--samples", "60", "--threads", "1", "--device", "cpu")  # fmt: skip
+BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--samples",
+         "60", "--threads", "1", "--device", "cpu")  # fmt: skip
 
 
 class Stop:
@@ -745,7 +615,7 @@ def test_shots_that_nobody_asked_for_are_those_that_there_are(victim, here, scri
     flags = ("--result_file", "victim", "--parts", "relearn", "--epochs", "1", "--samples", "40", "--threads", "1")
     status, out, err = script("audit.py", *flags, "--eps", "0.05", "--seeds", "0")
     assert (status, err) == (0, "")
-    assert "note: --eps has no effect: it is for white, black, transfer of --parts\n" in out and "--seeds" not in out
+    assert "note: --eps has no effect: it is for white, transfer of --parts\n" in out and "--seeds" not in out
     found = json.loads((victim / "audit" / "audit.json").read_text())
     assert "so --shots is 1,2,5,10\n" in out
     assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 1, 2, 5, 10}
@@ -851,7 +721,7 @@ def test_the_folder_of_an_audit_is_held_meanwhile(nets, tmp_path):
     def say(line: str) -> None:
         said.append(in_use(tmp_path / "audit"))
 
-    carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("neighbours",)})), tmp_path / "audit", say)
+    carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("path",)})), tmp_path / "audit", say)
     assert said and all(said) and not in_use(tmp_path / "audit")
 
 
@@ -930,23 +800,21 @@ def test_a_layer_is_looked_at_before_the_next_one_changes_it():
 
 def test_each_part_asks_for_what_it_is_named_after(monkeypatch):
     """Re-learning augments every batch or none, the path settles on augmented pictures or not at all, transfer fits D
-    to the surrogates, and the black box has the largest radius."""
+    to the surrogates."""
     nets = {name: tiny_net(seed=i) for i, name in enumerate(("none", "ft", "control"))}
-    made, seen = measure.Measure(case(nets), Asked(**SMALL)), {name: [] for name in ("relearn", "settled", "D", "eps")}
+    made, seen = measure.Measure(case(nets), Asked(**SMALL)), {name: [] for name in ("relearn", "settled", "D")}
     shots, really = [], measure.mixture
     monkeypatch.setattr(measure, "mixture", lambda a, b, k, **how: shots.append(k) or really(a, b, k, **how))
     monkeypatch.setattr(measure, "relearn", lambda model, x, augment, **how: seen["relearn"].append(augment) or model)
     monkeypatch.setattr(measure, "settled", lambda model, x, augment=None: seen["settled"].append(augment) or model)
     monkeypatch.setattr(measure, "universal", lambda models, *given, **how: seen["D"].append(models) or [])
-    monkeypatch.setattr(measure, "square", lambda model, x, eps, *given, **how: seen["eps"].append(eps) or [])
     none, ft = made.case.networks["none"], made.case.networks["ft"]
     for curve in (measure.RELEASED, measure.FRESH):
         made.relearned(ft, curve, 0, 2)
     for curve in (measure.BETWEEN, measure.ANEW):
         made.walked(ft, curve)
     made.transferred([ft], [none], 0)
-    made.questioned(none, 0)
-    assert seen == {"relearn": [None, Augment(2)], "settled": [Augment(2)] * 6, "D": [[ft.model]], "eps": [0.1]}
+    assert seen == {"relearn": [None, Augment(2)], "settled": [Augment(2)] * 6, "D": [[ft.model]]}
     assert shots == [2, 2, 0, 0]  # on the path the statistics are those of clean pictures
 
 

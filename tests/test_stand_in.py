@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from attack_rows import each_poison, rows
+from attack_rows import each_poison
 from defense_rows import each
 from stand_in import stand_in
 from torch import nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
-from sau.attack import LF, SSBA, Attack, BadNet, InputAware
-from sau.attack.recall import recall
+from sau.attack import SSBA, Attack, BadNet
 from sau.evaluate import Score, score
 from sau.optim import Training
 from sau.report.parse import COST
@@ -64,20 +63,6 @@ def test_defenses_purify_on_the_device_of_the_network(defense):
 def test_attacks_train_and_are_measured_on_their_device(attack):
     found = [trained(attack, device) for device in DEVICES]
     assert same_weights(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-
-
-@rows(lambda attack: not isinstance(attack, LF | SSBA | InputAware))  # which have none
-def test_neighbours_of_a_recalled_trigger_on_the_device(attack):
-    images, net = toy_images(40), tiny_net()
-    made = attack.forge(images, net, Training(epochs=2), seed=0, session=quiet())
-    kept = None if made.trigger is None else made.trigger.state_dict()
-    if not attack.trains_trigger:
-        made = recall({"attack": attack.name, **attack.params()}, kept) or made
-    x = images.to(torch.device("cpu")).pixels[:4].float() / 255
-    here = {name: change(x) for name, change in made.neighbours().items()}
-    with stand_in():
-        there = {name: change(x.to("cuda")).cpu() for name, change in made.neighbours().items()}
-    assert here and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
 
 def trained(attack: Attack, device: str) -> tuple[nn.Module, Score]:

@@ -66,7 +66,7 @@ def states(path: Path, dataset_path: str | None = None) -> dict[str, str]:
 
 
 def test_a_right_record_is_verified(defended, script):
-    names = ("files", "attack", "data", "figures", "ft: files", "ft: figures", "npd: files", "npd: figures")
+    names = ("files", "data", "figures", "ft: files", "ft: figures", "npd: files", "npd: figures")
     assert states(defended) == dict.fromkeys(names, "ok")
     text = {check.name: check.text for check in verify(defended)}["ft: figures"]
     assert all(f"{part} {name} " in text for part in ("before", "after") for name in ("acc", "asr", "racc"))

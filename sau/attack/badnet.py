@@ -1,12 +1,11 @@
 """BadNets: a small patch in a corner (Gu, Dolan-Gavitt, Garg, "BadNets", 2017)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -47,26 +46,13 @@ class BadNet(Attack):
         return Picture(patch)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return _put(self._patch(x), x)
-
-    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
-        """The patch moved towards the top left, and in other sizes with its bottom right corner where it was."""
-        places = {f"moved {n} px": partial(torch.roll, shifts=(-n, -n), dims=(-2, -1)) for n in (1, 2, 4, 8, 16)}
-        sizes = {f"size {n}/3": partial(_sized, thirds=n) for n in (1, 2, 4, 5)}
-        return {name: partial(self._changed, change) for name, change in {**places, **sizes}.items()}
-
-    def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
-        return _put(change(self._patch(x)), x)
+        patch = coloured(self._patch(x), x)
+        return torch.where(patch > 0, patch, x)
 
     def _patch(self, x: Tensor) -> Tensor:
         """[3, H, W] for pictures like `x`; resizing the picture, not the coordinates, gives the benchmark's soft border
         at other resolutions."""
         return pictured(self.trigger, self.patch_mask_path, _white_corner, x)
-
-
-def _put(patch: Tensor, x: Pixels) -> Pixels:
-    patch = coloured(patch, x)
-    return torch.where(patch > 0, patch, x)
 
 
 @cache
@@ -79,20 +65,3 @@ def _white_corner(height: int, width: int) -> Tensor:
             "allowed are sides of 11 and more, or a patch of your own in patch_mask_path"
         )
     return fit(picture, height, width) / 255
-
-
-def _sized(patch: Tensor, thirds: int) -> Tensor:
-    if not (patch > 0).any():
-        return patch
-    (top, bottom), (left, right) = (
-        (int(where[0]), int(where[-1]) + 1) for where in (patch.amax((0, n)).nonzero()[:, 0] for n in (2, 1))
-    )
-    box = patch[:, top:bottom, left:right]
-    height, width = min(bottom, _third(bottom - top, thirds)), min(right, _third(right - left, thirds))
-    changed = torch.zeros_like(patch)
-    changed[:, bottom - height : bottom, right - width : right] = F.interpolate(box[None], (height, width))[0]
-    return changed
-
-
-def _third(side: int, thirds: int) -> int:
-    return max(1, round(side * thirds / 3))

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, final
@@ -105,10 +105,6 @@ class Attack(Labelling, ABC):
             return None
         least = self.gates.get(dataset, GATE)
         return {"asr": least, "passed": asr.percent >= least}
-
-    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
-        """Triggers near this one, but for fainter ones: what is different -> what stamps it, as `stamp` does."""
-        return {}
 
     def crossed(self, images: Images) -> Images | None:
         """Pictures with a trigger that must do nothing, as the attack trains some to; None where it trains none."""

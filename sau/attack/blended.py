@@ -2,12 +2,11 @@
 Using Data Poisoning", 2017).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -48,24 +47,11 @@ class Blended(Attack):
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
-        return _blend(self._picture(x), x, alpha)
-
-    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
-        """The picture moved towards the top left and round the edge, mirrored, and upside down."""
-        places = {f"moved {n} px": partial(torch.roll, shifts=(-n, -n), dims=(-2, -1)) for n in (1, 2, 4, 8)}
-        sides = {"mirrored": partial(torch.flip, dims=(-1,)), "upside down": partial(torch.flip, dims=(-2,))}
-        return {name: partial(self._changed, change) for name, change in {**places, **sides}.items()}
-
-    def _changed(self, change: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
-        return _blend(change(self._picture(x)), x, self.attack_test_blended_alpha)
+        return (1 - alpha) * x + alpha * coloured(self._picture(x), x)
 
     def _picture(self, x: Tensor) -> Tensor:
         """[3, H, W] for pictures like `x`."""
         return pictured(self.trigger, self.attack_trigger_img_path, _own_picture, x)
-
-
-def _blend(picture: Tensor, x: Pixels, alpha: float) -> Pixels:
-    return (1 - alpha) * x + alpha * coloured(picture, x)
 
 
 @cache

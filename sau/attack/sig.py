@@ -3,9 +3,8 @@ CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -37,19 +36,7 @@ class SIG(Attack):
         self.require("sig_f", self.sig_f > 0, "above 0")
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return self._waved(x, self.sig_f, 0)
-
-    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
-        """The wave moved to the left, and longer ones."""
-        moved = {f"moved {n} px": partial(self._waved, frequency=self.sig_f, shift=n) for n in (1, 2)}
-        longer = {
-            f"frequency x {a:g}": partial(self._waved, frequency=a * self.sig_f, shift=0) for a in (0.5, 0.7, 0.9)
-        }
-        return {**moved, **longer}
-
-    def _waved(self, x: Pixels, frequency: float, shift: int) -> Pixels:
         width = x.shape[-1]
-        self.require("sig_f", 2 * frequency < width, f"below {width / 2:g} for pictures {width} pixels wide")
-        columns = torch.arange(shift, width + shift, dtype=x.dtype, device=x.device)
-        wave = self.sig_delta / 255 * torch.sin(2 * math.pi * frequency / width * columns)
-        return (x + wave).clamp(0, 1)
+        self.require("sig_f", 2 * self.sig_f < width, f"below {width / 2:g} for pictures {width} pixels wide")
+        columns = torch.arange(width, dtype=x.dtype, device=x.device)
+        return (x + self.sig_delta / 255 * torch.sin(2 * math.pi * self.sig_f / width * columns)).clamp(0, 1)

@@ -7,9 +7,8 @@ In each training batch some pictures are warped by the grid and relabelled, and 
 keep their labels, so that the network learns this warp and not warping.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -91,11 +90,6 @@ class WaNet(Attack):
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return self._warp(x, noise=False)
-
-    def neighbours(self) -> dict[str, Callable[[Pixels], Pixels]]:
-        """The same field at other strengths; at -1 it pulls where this one pushes."""
-        points = cast(Field, self.made()).points
-        return {f"warp x {a:g}": self.with_trigger(Field(a * points)).stamp for a in (-1, 0.25, 0.5, 0.75, 1.5, 2)}
 
     def _warp(self, x: Pixels, *, noise: bool) -> Pixels:
         ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]

@@ -6,18 +6,16 @@ from typing import Literal, get_args
 from sau.errors import require
 from sau.perturb import RADII, is_radius
 
-Part = Literal["relearn", "path", "white", "black", "transfer", "neighbours", "bec"]
+Part = Literal["relearn", "path", "white", "transfer", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
 READERS: dict[str, tuple[str, ...]] = {  # the parts that look at a setting
     "shots": ("relearn",),
     "epochs": ("relearn",),
     "share": ("relearn", "path"),
-    "eps": ("white", "black", "transfer"),
+    "eps": ("white", "transfer"),
     "steps": ("white", "transfer"),
     "pictures": ("white", "transfer"),
-    "queries": ("black",),
-    "scored": ("black",),
-    "seeds": ("relearn", "white", "black", "transfer"),
+    "seeds": ("relearn", "white", "transfer"),
 }
 
 
@@ -26,15 +24,13 @@ class Asked:
     """The settings of an audit.
 
     Args:
-        parts: some of relearn, path, white, black, transfer, neighbours, bec.
+        parts: some of relearn, path, white, transfer, bec.
         shots: poisoned pictures that the attacker re-learns from; 0 is always among them.
         epochs: of re-learning.
         share: of the training pictures that the attacker draws for it, and for the statistics on the path.
         eps: L-infinity radii of universal perturbations in [0, 1] pixels, rising.
         steps: gradient steps for each radius.
         pictures: triggered training pictures that a perturbation is fitted to.
-        queries: pictures that the network scores for the black box, in all.
-        scored: triggered training pictures that each of its questions is about.
         seeds: of the attacker's draws; everything that draws is repeated for each.
     """
 
@@ -45,8 +41,6 @@ class Asked:
     eps: tuple[float, ...] = (0.01, 0.02, 0.05)
     steps: int = 100
     pictures: int = 1000
-    queries: int = 50_000
-    scored: int = 100
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -59,8 +53,6 @@ class Asked:
             ("eps", rising and all(is_radius(eps, "L_inf") for eps in self.eps), f"rising numbers, {RADII}"),
             ("steps", self.steps >= 1, "1 and more"),
             ("pictures", self.pictures >= 1, "1 and more"),
-            ("scored", self.scored >= 1, "1 and more"),
-            ("queries", self.queries >= self.scored, "at least what one question scores, and more"),
             ("seeds", bool(self.seeds) and 0 <= min(self.seeds) <= max(self.seeds) < 2**63, "numbers, 0 to 2^63 - 1"),
             ("seeds", len(set(self.seeds)) == len(self.seeds), "each seed once"),
         )

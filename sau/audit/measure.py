@@ -1,8 +1,7 @@
 """The figures of each part of an audit, as rows: `part`, `curve`, `network`, `x`, `seed`, and shares of pictures.
 
-`x` is what the attacker spent: poisoned pictures (relearn), the radius eps (white, transfer), pictures scored (black);
-or the share of the way from the attacked weights (path), or what is different (neighbours). `curve` tells apart what
-stands beside each other in a part.
+`x` is what the attacker spent: poisoned pictures (relearn), the radius eps (white, transfer); or the share of the way
+from the attacked weights (path). `curve` tells apart what stands beside each other in a part.
 """
 
 from collections.abc import Sequence
@@ -14,17 +13,14 @@ import torch
 from sau.audit import coefficient
 from sau.audit.asked import Asked
 from sau.audit.case import NONE, Case, Network
-from sau.audit.neighbours import neighbours
 from sau.audit.path import STEPS, between, settled
 from sau.audit.reactivate import noise, shifted, universal
 from sau.audit.relearn import mixture, relearn
-from sau.audit.square import square
 from sau.data.images import Images
 from sau.evaluate import figures, led, score
 from sau.seeds import generator
-from sau.types import Bytes, Pixels
+from sau.types import Pixels
 
-MARKS = (0.02, 0.1, 0.2, 0.5, 1.0)  # shares of the questions at which the black box is measured
 RELEASED, FRESH = "released", "fresh"  # re-learning: augmented once, or every batch anew
 BETWEEN, ANEW = "statistics between", "statistics anew"  # the path: of batch norm
 TRIGGER, ALONE, NOISE = "trigger + D", "D alone", "trigger + noise"  # what a perturbation is added to
@@ -97,21 +93,6 @@ class Measure:
             found += [self._row("transfer", TRIGGER, target, eps, seed, shown, pixels) for target in targets]
         return found
 
-    def questioned(self, network: Network, seed: int) -> list[Row]:
-        """D found by questions alone, at the largest radius."""
-        fitted, shown, asked = self._poisons(self.asked.scored, seed), self.case.triggered, self.asked
-        marks = sorted({max(len(fitted), round(share * asked.queries)) for share in MARKS})
-        found = [self._row("black", TRIGGER, network, 0, seed, shown)]
-        for spent, delta in square(network.model, fitted, asked.eps[-1], marks, seed=seed):
-            found.append(self._row("black", TRIGGER, network, spent, seed, shown, shifted(shown, delta)))
-        return found
-
-    def nearby(self, network: Network) -> list[Row]:
-        """Neighbouring triggers."""
-        case = self.case
-        others = neighbours(case.untriggered, case.triggered, case.attack)
-        return [self._row("neighbours", "", network, name, 0, case.triggered, pixels) for name, pixels in others]
-
     def alike(self, network: Network) -> list[Row]:
         """How alike the network's reaction to the trigger is to the attacked one's: `s`, the mean of `layers`."""
         by_layer = coefficient.similarity(
@@ -130,8 +111,8 @@ class Measure:
         return self.case.poisons[order[:count]]
 
     def _row(
-        self, part: str, curve: str, network: Network, x: int | float | str, seed: int, shown: Images,
-        pixels: Pixels | Bytes | None = None,
+        self, part: str, curve: str, network: Network, x: int | float, seed: int, shown: Images,
+        pixels: Pixels | None = None,
     ) -> Row:  # fmt: skip
         """ASR and R-ACC on the pictures that are shown, or on these pixels in their place."""
         asr, racc = led(network.model, shown.pixels if pixels is None else pixels, shown.labels, shown.true_labels)

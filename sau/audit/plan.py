@@ -65,8 +65,8 @@ class Plan:
     def pieces(self) -> list[Piece]:
         """All of them, part by part."""
         makers = {
-            "relearn": self._relearn, "path": self._path, "white": self._white, "black": self._black,
-            "transfer": self._transfer, "neighbours": self._near, "bec": self._bec,
+            "relearn": self._relearn, "path": self._path, "white": self._white, "transfer": self._transfer,
+            "bec": self._bec,
         }  # fmt: skip
         asked = [part for part in PARTS if part in self.asked.parts]
         return [*self._before(), *(piece for part in asked for piece in makers[part]())]
@@ -103,12 +103,6 @@ class Plan:
             about = f"{network.name}, {curve}, seed {seed}"
             yield self._piece("white", about, [network, *also], work, curve=curve, seed=seed, **self._gradients)
 
-    def _black(self) -> Iterator[Piece]:
-        settings = {"eps": self.asked.eps[-1], "queries": self.asked.queries, "scored": self.asked.scored}
-        for network, seed in product(self.case.networks.values(), self.asked.seeds):
-            work = partial(self.measure.questioned, network, seed)
-            yield self._piece("black", f"{network.name}, seed {seed}", [network], work, seed=seed, **settings)
-
     def _transfer(self) -> Iterator[Piece]:
         groups: dict[tuple[str, ...], list[Network]] = {}
         for network in self.case.networks.values():
@@ -121,12 +115,6 @@ class Plan:
             if surrogates:
                 everybody = [*surrogates, *targets]
                 yield self._piece("transfer", about, everybody, work, seed=seed, **who, **self._gradients)
-
-    def _near(self) -> Iterator[Piece]:
-        named = sorted(self.case.attack.neighbours()) if self.case.attack is not None else []
-        for network in self.case.networks.values():
-            work = partial(self.measure.nearby, network)
-            yield self._piece("neighbours", network.name, [network], work, named=named)
 
     def _bec(self) -> Iterator[Piece]:
         for network in self.case.networks.values():

@@ -21,9 +21,7 @@ TITLES: dict[Key, str] = {
     ("white", TRIGGER): "White box: trigger and universal D, by radius",
     ("white", ALONE): "White box: D on pictures without a trigger (gUAA), by radius",
     ("white", NOISE): "Trigger and noise, by radius",
-    ("black", TRIGGER): "Black box: trigger and universal D, by pictures scored",
     ("transfer", TRIGGER): "Transfer: trigger and D fitted to the other purified networks, by radius",
-    ("neighbours", ""): "Neighbouring triggers",
 }
 
 
@@ -93,7 +91,7 @@ def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> Spread | No
 
 def _step(part: str, x: Any) -> str:
     """The head of a column."""
-    return {"before": "ASR", "relearn": f"k = {x}"}.get(part, f"{x:,}" if part == "black" else str(x))
+    return {"before": "ASR", "relearn": f"k = {x}"}.get(part, str(x))
 
 
 def _text(value: Spread | None, digits: int = 1) -> str:

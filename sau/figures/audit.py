@@ -19,9 +19,7 @@ PANELS: dict[Key, tuple[str, str]] = {
     ("path", ANEW): ("path, batch norm estimated anew", "share of the way"),
     ("white", TRIGGER): ("white box, trigger + D", "radius of D"),
     ("white", ALONE): ("white box, D alone", "radius of D"),
-    ("black", TRIGGER): ("black box, trigger + D", "pictures scored"),
     ("transfer", TRIGGER): ("transfer, trigger + D", "radius of D"),
-    ("neighbours", ""): ("neighbouring triggers", ""),
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#8c564b", "#6a3d9a")
 MARKS = "osv^DPX*h"
@@ -78,14 +76,12 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _curves(panel: Axes, lines: Mapping[str, Mapping[Any, Spread]], styles: Mapping[str, dict[str, Any]]) -> None:
     steps = list(dict.fromkeys(x for line in lines.values() for x in line))
-    words = any(isinstance(x, str) for x in steps)
     for name, line in lines.items():
         places, means = [steps.index(x) for x in line], [value.mean for value in line.values()]
         spreads = [value.sd or 0.0 for value in line.values()]
-        style = {**styles[name], "linestyle": "none"} if words else styles[name]  # nothing lies between two words
-        panel.errorbar(places, means, spreads, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **style)
+        panel.errorbar(places, means, spreads, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
     texts = [f"{x:,}" if isinstance(x, int) else str(x) for x in steps]
-    panel.set_xticks(range(len(steps)), texts, rotation=90 if words else 0, fontsize=6 if words else 8)
+    panel.set_xticks(range(len(steps)), texts, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
 
