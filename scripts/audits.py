@@ -2,7 +2,8 @@
 
     python scripts/audits.py AUDIT [AUDIT ...] --out STEM
 
-AUDIT is a folder that scripts/audit.py wrote, or a record with an `audit/` in it; all must be of the same attack.
+AUDIT is a folder that scripts/audit.py wrote, a record with an `audit/` in it, or FILE.jsonl/NAME, the line of that
+name in a file of audits; all must be of the same attack.
 STEM.png and STEM.svg are the figure, STEM.md the tables, which are also printed.
 """
 
@@ -30,7 +31,7 @@ def read(place: Path) -> dict[str, Any]:
     """The result of one audit; RecordError if there is none."""
     file = next((file for file in (place / RESULT, place / "audit" / RESULT) if file.is_file()), place / RESULT)
     try:
-        found = carry.read(file)
+        found = carry.read_line(place.parent, place.name) if place.parent.is_file() else carry.read(file)
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {file}: {error}; make it with scripts/audit.py") from None
     rows = found.get("rows")

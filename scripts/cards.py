@@ -5,6 +5,7 @@ python scripts/cards.py            writes what stands behind `<!-- published -->
 python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ import yaml
 from script_parts.asking import Parser
 
 from sau.errors import told
-from sau.files import loaded
 from sau.report.published import Row, mean, published
 from sau.report.read import NONE, Run, read
 from sau.report.spread import spread
@@ -25,7 +25,7 @@ from sau.report.table import DEAD
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONFIGS = DOCS.parent / "configs"
 TABLE = "table1_cpu"  # of docs/results
-COSTS = "bench_defenses_cpu.json"
+COSTS = "bench_defenses_cpu"  # of docs/results/bench.jsonl
 MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
 PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
 SOURCE = f"from [{TABLE}](../results/{TABLE}.md), bf16"
@@ -158,7 +158,8 @@ def flagged(found: dict[str, list[Run]]) -> str:
 
 def cost(name: str) -> str:
     """What a whole run takes, and how long beside one of FT; empty where the benchmark has no row of the defense."""
-    found = loaded(DOCS / "results" / COSTS)
+    lines = (DOCS / "results" / "bench.jsonl").read_text().splitlines()
+    found = next(part for part in map(json.loads, lines) if part["name"] == COSTS)
     row = next((row for row in found["rows"] if row["name"] == f"whole run: {name}"), None)
     if row is None:
         return ""
@@ -207,7 +208,7 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing and name the pages that are stale")
     check = parser.parse_args().check
-    stale, runs = [], [run for run in read(DOCS / "results" / TABLE)[0] if run.usable]
+    stale, runs = [], [run for run in read(DOCS / "results" / f"{TABLE}.jsonl")[0] if run.usable]
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
         for file in sorted((DOCS / kind).glob("*.md")):
             old = file.read_text()

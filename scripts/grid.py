@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--published",
         action="append",
-        metavar="DIR",
-        help="folder of summaries that count as finished cells, or none [what the file says]",
+        metavar="FILE",
+        help="summaries (.jsonl) that count as finished cells, or none [what the file says]",
     )
     asked.add_argument(
         "--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits"
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--retries", type=int, help="tries after a crash or a timeout [what the file says, or 1]")
     asked.add_argument("--cell_timeout", type=float, metavar="SECONDS", help="most time of a try [no limit]")
     asked.add_argument(
-        "--publish", type=Path, metavar="DIR", help="copy finished cells' summary.json there, run nothing"
+        "--publish", type=Path, metavar="FILE", help="add finished cells' summaries to a .jsonl file, run nothing"
     )
     asked.add_argument("--engine", choices=("local", "ray"), help="what runs the cells [local]")
     asked.add_argument("--cores", type=int, help="cores to use, also of a Ray that is started here [all]")
@@ -107,8 +107,8 @@ def run(asked: argparse.Namespace, look: bool) -> int:
         print("\n".join([f"note: {other}"] * bool(other) + of_others(store, every) + status(every, store)))
         return 0
     if asked.publish:
-        if asked.publish.exists() and not asked.publish.is_dir():
-            raise ConfigError(f"--publish {asked.publish} is a file; name a folder, or one that is not there yet")
+        if asked.publish.is_dir():
+            raise ConfigError(f"--publish {asked.publish} is a folder; name a file, like {asked.publish}.jsonl")
         count, notes = publish(store, every, asked.publish)
         say("\n".join([*notes, f"{count} summaries of {len(every)} cells are in {asked.publish}"]))
         return 0
@@ -126,12 +126,12 @@ def run(asked: argparse.Namespace, look: bool) -> int:
 
 
 def published(asked: argparse.Namespace, grid: Grid) -> tuple[Path, ...]:
-    """The folders whose summaries count as finished cells; those of the file need not be there yet."""
+    """The files of summaries that count as finished cells; those that the grid names need not be there yet."""
     if asked.published == ["none"]:
         return ()
     for place in asked.published or ():
-        if not Path(place).is_dir():
-            raise ConfigError(f"--published {place} is no folder; name one that is there, or none")
+        if not Path(place).is_file():
+            raise ConfigError(f"--published {place} is no file; name one that is there, or none")
     return tuple(Path(place).absolute() for place in asked.published or grid.published)
 
 

@@ -2,7 +2,8 @@
 
     python scripts/ratios.py RECORDS [RECORDS ...] [--out ratios]
 
-reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed.
+reads RECORDS/<attack>_r<ratio>_s<seed>/summary.json, and those of a grid, which have a digest before the seed. RECORDS
+may also be a file of summaries that a grid published.
 """
 
 import math
@@ -11,6 +12,7 @@ import sys
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +23,7 @@ from sau.errors import RecordError, printable, told
 from sau.figures import save
 from sau.files import loaded
 from sau.grid.names import attack_named
+from sau.record.summaries import load
 from sau.report.parse import within
 from sau.wording import markdown
 
@@ -32,29 +35,38 @@ def read(*roots: Path) -> Found:
     """The summaries below the folders; RecordError for two that differ in nothing that a curve tells apart."""
     found: Found = defaultdict(lambda: defaultdict(list))
     seen: dict[tuple[str, float, int | None], Path] = {}
-    for file in sorted(file for root in roots for file in root.glob("*_r*_s*/summary.json")):
-        attack, seed, settings = attack_named(file.parent.name)
+    for folder, summary in sorted(item for root in roots for item in summaries(root).items()):
+        attack, seed, settings = attack_named(folder.name)
         if settings is None:
             continue
         ratio = settings["pratio"]
-        first = seen.setdefault((attack, ratio, seed), file.parent)
-        if first != file.parent:
-            raise RecordError(f"{first} and {file.parent} are of one attack, ratio and seed; keep one of them there")
-        found[attack][ratio].append(scores(file))
+        first = seen.setdefault((attack, ratio, seed), folder)
+        if first != folder:
+            raise RecordError(f"{first} and {folder} are of one attack, ratio and seed; keep one of them there")
+        found[attack][ratio].append(scores(folder, summary))
     return found
 
 
-def scores(file: Path) -> tuple[float, float]:
+def summaries(root: Path) -> dict[Path, dict[str, Any]]:
+    """The summaries of the attacks in a folder, or in a file that a grid published."""
+    if root.is_file():
+        return {root / cell: summary for cell, summary in load(root).items() if "/" not in cell}
+    found = {}
+    for file in root.glob("*_r*_s*/summary.json"):
+        try:
+            found[file.parent] = loaded(file)
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
+    return found
+
+
+def scores(folder: Path, summary: dict[str, Any]) -> tuple[float, float]:
     """ACC and ASR of a summary; RecordError if it does not say them."""
-    try:
-        summary = loaded(file)
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
     for name in ("acc", "asr"):
         if not within(summary.get(name), 100):
             got = str(summary.get(name, "missing"))[:40]
             raise RecordError(
-                f"{file}: {name} is {got}, wanted is a number from 0 to 100; delete its folder and run it again"
+                f"{folder}: {name} is {got}, wanted is a number from 0 to 100; delete its folder and run it again"
             )
     return summary["acc"], summary["asr"]
 
@@ -93,7 +105,7 @@ def draw(found: Found) -> plt.Figure:
 def main() -> int:
     """Draw the curve and print the table; exit status 2 for a user's mistake."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
-    parser.add_argument("records", type=Path, nargs="+", help="folders with <attack>_r<ratio>_s<seed>/summary.json")
+    parser.add_argument("records", type=Path, nargs="+", help="folders of results, or files of summaries")
     parser.add_argument("--out", type=Path, default=Path("ratios"), help="path of the PNG and the SVG [ratios]")
     asked = parser.parse_args()
     runs = read(*asked.records)

@@ -602,7 +602,7 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     other.pop("seal")
     (elsewhere / "audit.json").write_text(json.dumps(signed(other)))
     status, out, _ = script("audits.py", "record/victim", str(elsewhere), "--out", "both/badnet")
-    assert status == 0 and "± 0.0" in out and "over 2 attacked networks" in out
+    assert status == 0 and "over 2 attacked networks" in out
     (elsewhere / "audit.json").write_text(json.dumps(signed(other)).replace('"asr": ', '"asr": 1'))
     assert "damaged" in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
     assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}

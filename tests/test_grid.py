@@ -34,6 +34,7 @@ from sau.grid.work import work
 from sau.record.folder import CHECKPOINT, Record
 from sau.record.lock import acquire, release, release_all
 from sau.record.schema import manifest
+from sau.record.summaries import load
 
 LARGE = "dataset: cifar10\nattacks: [badnet]\n"
 
@@ -633,7 +634,7 @@ def test_a_published_summary_counts_and_its_attack_is_trained_again_only_for_wor
     drive(every)
     done, kept = Store(tmp_path / "root"), tmp_path / "kept"
     assert publish(done, [*every[:2], *every[3:]], kept) == (5, [])
-    assert {file.name for file in kept.rglob("*") if file.is_file()} == {"summary.json"}
+    assert [json.loads(line)["cell"] for line in kept.read_text().splitlines()] == sorted(load(kept))
     (tmp_path / "root").rename(tmp_path / "gone")
     engine, _, lines = drive(every, published=[kept])
     assert engine.order == [every[0].label, every[2].label] and not any("differs" in line for line in lines)
@@ -678,8 +679,8 @@ def test_a_damaged_cell_is_made_again(planned, drive, tmp_path):
 def test_a_damaged_cell_that_is_published_is_not_made_again_and_spoils_nothing(planned, drive, tmp_path):
     every, kept = planned(), tmp_path / "kept"
     drive(every)
+    publish(Store(tmp_path / "root"), every, kept)
     store = Store(tmp_path / "root", (kept,))
-    publish(store, every, kept)
     summary = store.folder(every[1]) / "summary.json"
     summary.write_text(summary.read_text().replace("90.0", "12.0"))
     count, notes = publish(store, every, kept)
@@ -688,7 +689,7 @@ def test_a_damaged_cell_that_is_published_is_not_made_again_and_spoils_nothing(p
     (note,) = store.prepare(every)
     assert "its published summary counts" in note and store.summary(every[1])["acc"] == 90
     assert needed(every, store, False) == [] and not publish(store, every, kept)[1]
-    assert json.loads((kept / every[1].folder / "summary.json").read_text())["acc"] == 90
+    assert load(kept)[every[1].folder]["acc"] == 90
 
 
 def test_a_cell_that_does_not_say_what_it_is_is_made_again_beside_its_defenses(planned, drive, tmp_path):
@@ -713,12 +714,12 @@ def test_two_runners_may_find_the_same_damage(planned, drive, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "is damaged"), ("{}", "holds no scores"), ("[1]", "holds no scores")]
+    ("content", "words"),
+    [("{", "line 2 is no summary"), ('{"cell": "CELL"}', "holds no scores"), ("[1]", "line 2 is no summary")],
 )
 def test_a_published_file_that_is_no_summary_is_refused(planned, tmp_path, one_line, content, words):
     every = planned()
-    (tmp_path / "kept" / every[0].folder).mkdir(parents=True)
-    (tmp_path / "kept" / every[0].folder / "summary.json").write_text(content)
+    (tmp_path / "kept").write_text(f'{{"cell": "other"}}\n{content.replace("CELL", every[0].folder)}\n')
     with pytest.raises(RecordError) as caught:
         Store(tmp_path / "root", (tmp_path / "kept",)).prepare(every)
     assert words in one_line(caught.value)
@@ -893,10 +894,9 @@ def test_a_device_a_network_and_a_size_make_other_cells(planned):
 
 def test_kept_summaries_are_still_those_of_their_cells():
     """Whatever is added to what a digest is of, cells without it keep theirs, or weeks of runs are lost."""
-    kept = REPOSITORY / "docs" / "results" / "table1_cpu"
+    found = load(REPOSITORY / "docs" / "results" / "table1_cpu.jsonl")
     known = {cell.folder for cell in cells(read(REPOSITORY / "configs" / "grid" / "table1_cpu.yaml")[1])}
-    found = {str(file.parent.relative_to(kept)) for file in kept.rglob("summary.json")}
-    assert len(found) >= 215 and found <= known
+    assert len(found) >= 215 and found.keys() <= known
 
 
 def test_a_cell_that_another_process_runs_is_for_later(tmp_path, capsys, monkeypatch):
@@ -1219,9 +1219,10 @@ def test_the_script_looks_publishes_and_has_nothing_to_do(planned, script, tmp_p
         (("grid.yaml", "--dry_run", "--publish", "kept"), "--dry_run has no effect on --publish"),
         (("grid.yaml", "--publish", "kept", "--retry_failed"), "--retry_failed has no effect on --publish"),
         (("grid.yaml", "--publish", "kept", "--engine", "local"), "--engine has no effect on --publish"),
-        (("grid.yaml", "--published", "nowhere"), "--published nowhere is no folder; name one that is there, or none"),
+        (("grid.yaml", "--published", "nowhere"), "--published nowhere is no file; name one that is there, or none"),
         (("loop.yaml",), "loop.yaml: Too many levels of symbolic links"),
-        (("grid.yaml", "--publish", "grid.yaml"), "--publish grid.yaml is a file"),
+        (("grid.yaml", "--publish", "."), "--publish . is a folder; name a file"),
+        (("grid.yaml", "--publish", "grid.yaml"), "grid.yaml, line 1 is no summary"),
         (("grid.yaml", "--cores", "0"), "--cores is 0"),
         (("grid.yaml", "--memory_gb", "0"), "--memory_gb is 0"),
         (("far.yaml",), "there is no folder /nowhere/train"),

@@ -8,6 +8,7 @@ import pytest
 from synthetic import attack, defense
 from toys import REPOSITORY, the_error
 
+from sau.record.summaries import load
 from sau.report.paired import duels
 from sau.report.read import read
 from sau.report.table import sections
@@ -158,9 +159,9 @@ def test_a_page_gets_the_tables_between_its_marks(root, tmp_path, script):
 def test_the_page_of_the_kept_table_says_what_the_kept_table_says(tmp_path, script):
     page = REPOSITORY / "docs" / "results" / "table1_cpu.md"
     copy = shutil.copy(page, tmp_path)
-    script("table.py", str(page.with_suffix("")), "--dataset", "cifar10", "--into", str(copy))
+    script("table.py", str(page.with_suffix(".jsonl")), "--dataset", "cifar10", "--into", str(copy))
     assert Path(copy).read_text() == page.read_text()
-    cells = len(list(page.with_suffix("").rglob("summary.json")))
+    cells = len(load(page.with_suffix(".jsonl")))
     for text in (page.read_text(), (REPOSITORY / "README.md").read_text()):
         assert f" {cells} of 284 " in text
 
@@ -182,4 +183,4 @@ def test_the_means_of_the_readme_are_those_of_the_kept_table():
 
 
 def test_the_kept_table_has_rivals():
-    assert found(REPOSITORY / "docs" / "results" / "cifar10_cpu")["ft"].wins > 0
+    assert found(REPOSITORY / "docs" / "results" / "cifar10_cpu.jsonl")["ft"].wins > 0

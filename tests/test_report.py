@@ -290,7 +290,7 @@ def test_the_names_of_a_grid_say_ratio_share_and_seed(tmp_path):
 
 
 def test_the_kept_results_are_shown():
-    (section,) = tables(REPOSITORY / "docs" / "results" / "cifar10_cpu", "cifar10")
+    (section,) = tables(REPOSITORY / "docs" / "results" / "cifar10_cpu.jsonl", "cifar10")
     assert {cell.status for cell in section.cells} == {"unverified"}
     sau = next(pair for pair in compare(section) if (pair.attack, pair.defense) == ("BadNets", "sau"))
     assert sau.theirs == [89.31, 1.53, 88.81, 95.74] and sau.differences[1] == pytest.approx(sau.ours[1] - 1.53)

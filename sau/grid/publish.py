@@ -1,24 +1,23 @@
 """Published summaries: those of finished cells, kept where their records need not be."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sau
-from sau.files import write
 from sau.grid.plan import Cell
 from sau.grid.store import VERSION, Store, version
-from sau.record.folder import SUMMARY
+from sau.record.summaries import load, save
 
 
 def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, list[str]]:
-    """Copy the summaries of finished cells to the same names below `target`; returns how many, and what there is to
-    say: of a damaged cell the summary that was published before counts, if there is one.
+    """Add the summaries of finished cells to the file `target`; returns how many, and what there is to say: of a
+    damaged cell the summary that was published before counts, if there is one.
 
     Each says which version of the library made it: the digests that cells are known by do not.
     """
-    count, notes = 0, []
+    found, notes = dict[str, dict[str, Any]](), []
     for cell in cells:
         over = store.over(cell)
         damage = store.damage(cell) if over == "finished" else ""
@@ -28,9 +27,10 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, lis
         elif over == "finished":
             summary = {**summary, VERSION: store.version}
         if summary:
-            write(target / cell.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-            count += 1
-    return count, notes
+            found[cell.folder] = summary
+    if found:
+        save(target, {**(load(target) if target.exists() else {}), **found})
+    return len(found), notes
 
 
 def of_others(store: Store, cells: Sequence[Cell]) -> list[str]:

@@ -90,7 +90,7 @@ class Grid(Block):
         include: grid files that this one is laid over, relative to it.
         blocks: what differs between parts of the grid; none means one block.
         record_root: folder of the cells.
-        published: folders of summaries, relative to the file; a cell with a summary in one counts as finished.
+        published: files of summaries, relative to the file; a cell with a summary in one counts as finished.
         retries: how often a cell is tried again after a crash or a timeout; a mistake of the user is not tried again.
         cell_timeout: seconds that one try may take; none means no limit.
     """

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sau.grid.cells import Job
 from sau.grid.plan import Cell
 from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
 from sau.record.lock import in_use
+from sau.record.summaries import load
 
 VERSION = "sau"  # key of the library's version, in a root's version.json and in published summaries
 
@@ -45,11 +47,11 @@ class State:
 
 @dataclass
 class Store:
-    """The record root of a grid and its folders of published summaries.
+    """The record root of a grid and its files of published summaries.
 
     Args:
         root: folder of the cells; `.grid` in it holds logs and failures.
-        published: folders with the same names that hold summaries; the first one that has a cell counts.
+        published: files of summaries, by the names of the cells' folders; the first one that has a cell counts.
     """
 
     root: Path
@@ -62,6 +64,12 @@ class Store:
         there = next(place for place in (self.root, *self.root.parents) if place.exists())
         if not there.is_dir():
             raise RecordError(f"{there} is a file, not a folder; choose another --record_root")
+
+    @cached_property
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """The published summaries by folder; a file that is not there yet has none."""
+        found = [load(file) for file in self.published if file.exists()]
+        return {cell: summary for summaries in reversed(found) for cell, summary in summaries.items()}
 
     def folder(self, cell: Cell) -> Path:
         """Where the cell's record lies."""
@@ -129,7 +137,7 @@ class Store:
         """finished, published, or nothing."""
         if os.path.isfile(f"{self.root}/{cell.folder}/{MANIFEST}"):
             return "finished"
-        return "published" if any(os.path.isfile(f"{at}/{cell.folder}/{SUMMARY}") for at in self.published) else ""
+        return "published" if cell.folder in self.kept else ""
 
     def states(self, cells: Sequence[Cell]) -> dict[str, State]:
         """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
@@ -170,15 +178,13 @@ class Store:
 
     def summary(self, cell: Cell) -> dict[str, Any]:
         """The cell's summary, from its record or from the published ones; empty if there is none."""
-        own = (self.root,) if self.over(cell) == "finished" else ()  # of a damaged one its figures may be, too
-        return self._first(cell, (*own, *self.published))
+        finished = self.over(cell) == "finished"  # the figures of an unfinished one are none
+        own = self._read(self.root / cell.folder / SUMMARY) if finished else {}
+        return own or self.summary_published(cell)
 
     def summary_published(self, cell: Cell) -> dict[str, Any]:
         """The cell's published summary; empty if there is none."""
-        return self._first(cell, self.published)
-
-    def _first(self, cell: Cell, roots: Sequence[Path]) -> dict[str, Any]:
-        return next(filter(None, (self._read(root / cell.folder / SUMMARY) for root in roots)), {})
+        return self.kept.get(cell.folder, {})
 
     def errors(self, cell: Cell) -> Path:
         """What the cell's tries printed as errors."""

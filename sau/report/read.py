@@ -9,6 +9,7 @@ from sau.errors import RecordError
 from sau.grid.names import attack_named, defense_named
 from sau.record import schema
 from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record
+from sau.record.summaries import load
 from sau.report import parse
 from sau.report.trouble import given_up, progress
 
@@ -100,8 +101,12 @@ def read(root: Path) -> tuple[list[Run], list[str]]:
     folders that are left out, with the reason where there is one. Hidden folders, and links below the first level, are
     not looked into.
 
-    Raises RecordError if `root` is no folder or holds no result at all.
+    `root` may also be a file of summaries, as a grid publishes them.
+
+    Raises RecordError if `root` is neither or holds no result at all.
     """
+    if root.is_file():
+        return list(_once(list(_of_file(root)))), []
     if not root.is_dir():
         raise RecordError(f"there is no folder {root}; name the one that holds the result folders, like ./record")
     base = root.absolute().parent if _is_result(root) else root
@@ -152,14 +157,29 @@ def _with(why: str, run: Run) -> Run:
     return replace(run, reason=f"{run.reason}; {why}") if why and run.status == UNFINISHED else run
 
 
+def _of_file(file: Path) -> Iterator[Run]:
+    """The runs of a file of summaries; their paths are those of folders beside it, which need not be there."""
+    summaries = load(file)
+    if not summaries:
+        raise RecordError(f"{file} holds no summaries; name another")
+    attacks: dict[str, Run] = {}
+    for cell in sorted(summaries, key=lambda cell: cell.split("/")):
+        folder, summary = file.with_suffix("") / cell, summaries[cell]
+        attack, _, defense = cell.partition("/defense/")
+        if not defense:
+            run = attacks[cell] = _run(folder, None, summary)
+        else:
+            run = _run(folder, attacks.get(attack) or _unknown(file.with_suffix("") / attack), summary)
+        yield replace(run, name=cell)
+
+
 def _below(folder: Path) -> Iterator[Run]:
     """The attack of a folder, if it holds one, and its defenses."""
     attack = _run(folder, None) if _is_result(folder) else None
     if attack is not None:
         yield attack
     # A folder of BackdoorBench has no configuration of ours; what defends it does.
-    name, seed, settings = attack_named(folder.name)
-    parent = attack or Run(folder, name, NONE, seed, None, UNVERIFIED, attack_settings=settings)
+    parent = attack or _unknown(folder)
     for below in sorted(path for path in folder.glob("defense/*") if path.is_dir()):
         if _is_result(below):
             run = _run(below, parent)
@@ -168,22 +188,29 @@ def _below(folder: Path) -> Iterator[Run]:
             yield run
 
 
+def _unknown(folder: Path) -> Run:
+    """An attack of which the name of its folder is all that is known."""
+    name, seed, settings = attack_named(folder.name)
+    return Run(folder, name, NONE, seed, None, UNVERIFIED, attack_settings=settings)
+
+
 def _is_result(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG, SUMMARY, MANIFEST))
 
 
-def _run(folder: Path, parent: Run | None) -> Run:
+def _run(folder: Path, parent: Run | None, kept: dict[str, Any] | None = None) -> Run:
+    """A folder as a run; `kept` is its summary where that is all that there is."""
     record = Record(folder)
     status, reason = VERIFIED, ""
     summary: dict[str, Any] = {}
     figures: dict[str, float | None] = {}
-    alone = not (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
+    alone = kept is not None or not ((folder / CONFIG).is_file() or (folder / MANIFEST).is_file())
     try:
         if alone:
             status, reason = UNVERIFIED, f"{SUMMARY} alone: nothing to check it by"
         else:
             record.check(light=True)
-        summary = parse.json_object(folder / SUMMARY)
+        summary = parse.json_object(folder / SUMMARY) if kept is None else kept
         figures = parse.figures(summary, defense=parent is not None)
         schema.gate(summary, folder)
     except (RecordError, OSError, RecursionError) as error:

@@ -1,0 +1,58 @@
+"""The summaries of many result folders in one file: a JSON object a line, sorted by folder.
+
+`cell` is the folder, like badnet_r0.1_fbb5bbdd0a_s0/defense/sau_c0.05_0a4c2f6d1e; the rest is its `summary.json`
+without the intervals, which the counts give.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sau.errors import RecordError
+from sau.evaluate import Share
+from sau.files import parsed, read, write
+
+_COUNT, _INTERVAL = "_count", "_interval"
+
+
+def load(file: Path) -> dict[str, dict[str, Any]]:
+    """The summaries by folder; RecordError names the line that is none."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = read(file).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read {file}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            content = parsed(line)
+            cell = content.pop("cell")
+            if not isinstance(cell, str) or cell in found:
+                raise ValueError(f"cell is {str(cell)[:80]!r}, allowed is the name of a folder, once")
+            found[cell] = _with_intervals(content)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise RecordError(f"{file}, line {number} is no summary ({error}); delete the line") from None
+    return found
+
+
+def save(file: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the summaries of folders, replacing the file."""
+    lines = [json.dumps({"cell": cell, **_without_intervals(summaries[cell])}) for cell in sorted(summaries)]
+    write(file, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _without_intervals(part: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in part.items():
+        if not name.endswith(_INTERVAL) or name.removesuffix(_INTERVAL) + _COUNT not in part:
+            kept[name] = _without_intervals(value) if name in ("before", "after") else value
+    return kept
+
+
+def _with_intervals(part: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in part.items():
+        found[name] = _with_intervals(value) if name in ("before", "after") else value
+        if name.endswith(_COUNT) and part.get(name.removesuffix(_COUNT)) is not None:
+            found[name.removesuffix(_COUNT) + _INTERVAL] = list(Share(*value).interval)
+    return found

@@ -1,0 +1,63 @@
+"""Summaries of many folders in one file: nothing is lost, and they are read like the folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+from toys import REPOSITORY
+
+from sau.errors import RecordError
+from sau.evaluate import Score, Share
+from sau.record.summaries import load, save
+from sau.report.read import read
+
+RESULTS = REPOSITORY / "docs" / "results"
+
+
+def summary(hits: int) -> dict[str, object]:
+    return {**Score(Share(hits, 100), Share(3, 90), Share(80, 90)).summary(), "seconds": 1.5}
+
+
+SUMMARIES = {
+    "badnet_s0": summary(90),
+    "badnet_s0/defense/ft": {"before": summary(90), "after": summary(80), "der": 50.0, "selection": "defender"},
+    "badnet_s1/defense/ft": {"before": summary(90), "after": summary(70), "der": None, "selection": "defender"},
+    "prototype_s0": Score(Share(95, 100)).summary(),
+}
+
+
+def test_summaries_come_back(tmp_path):
+    save(tmp_path / "x.jsonl", SUMMARIES)
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    assert [json.loads(line)["cell"] for line in lines] == sorted(SUMMARIES) and not any("interval" in x for x in lines)
+    assert load(tmp_path / "x.jsonl") == SUMMARIES
+
+
+def test_a_file_is_read_like_its_folders(tmp_path):
+    for cell, content in SUMMARIES.items():
+        (tmp_path / "x" / cell).mkdir(parents=True)
+        (tmp_path / "x" / cell / "summary.json").write_text(json.dumps(content))
+    save(tmp_path / "x.jsonl", SUMMARIES)
+    assert read(tmp_path / "x.jsonl") == read(tmp_path / "x")
+    (tmp_path / "x.jsonl").write_text('{"cell": "badnet_s0", "acc": 900}\n')
+    assert [run.status for run in read(tmp_path / "x.jsonl")[0]] == ["damaged"]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"acc": 1}', '{"cell": 3}', '{"cell": "a", "acc": 1, "acc_count": [1]}'])
+def test_a_line_that_is_no_summary_is_named(tmp_path, line, one_line):
+    (tmp_path / "x.jsonl").write_text('{"cell": "first"}\n' + line + "\n")
+    with pytest.raises(RecordError) as refusal:
+        load(tmp_path / "x.jsonl")
+    assert "x.jsonl, line 2 is no summary" in one_line(refusal.value)
+
+
+def test_the_results_of_the_documentation_are_few_files():
+    assert len([file for file in RESULTS.rglob("*") if file.is_file()]) <= 40
+    assert all(load(file) for file in sorted(RESULTS.glob("*_cpu.jsonl")))
+
+
+def test_an_audit_is_read_from_its_line(script, tmp_path):
+    status, out, _ = script("audits.py", str(RESULTS / "audit.jsonl" / "badnet_s0"), "--out", str(Path("x")))
+    assert status == 0 and "| control |" in out
+    status, _, err = script("audits.py", str(RESULTS / "audit.jsonl" / "nobody"), "--out", "x")
+    assert status == 2 and "no line has the name nobody" in err
