@@ -924,7 +924,7 @@ def test_a_cell_that_cannot_be_started_is_one_line(tmp_path, one_line):
 
 SLEEPER = """
 import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
 time.sleep(60)
 """
