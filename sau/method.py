@@ -22,6 +22,7 @@ class Method:
 
     name: ClassVar[str] = ""
     teamwork: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
+    compiles: ClassVar[bool] = False  # whether torch.compile may run its network, which has no hooks and steady sizes
     aliases: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[dict[str, str]] = {}
     nones: ClassVar[dict[str, str]] = {}
@@ -78,12 +79,6 @@ class Method:
         """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
         state["descent"].end_epoch(losses["loss"])
         return None
-
-    def passes(self) -> float:
-        """Forward passes that an update costs a picture, a backward pass being two; 0 where the network must not be
-        compiled, because the method looks into it, changes its layers, differentiates it twice or asks batches of ever
-        new sizes of it."""
-        return 0.0
 
     def splits(self) -> bool:
         """Whether `step` makes one update, of `state["descent"]`, from a mean over the pictures of its batch; such a

@@ -214,7 +214,6 @@ def test_the_setting_of_the_json_is_what_the_part_heeds(monkeypatch, script, tmp
     [
         (("train", "--device", "foo"), "device is 'foo'"),
         (("train", "--repeats", "0"), "--repeats is 0, allowed is 1 and more"),
-        (("train", "--compiled", "fast"), "--compiled names 'fast'; allowed are default"),
         (("sau", "--batch_size", "5000"), "batch_size is 5000, allowed are up to 1437"),
         (("runs", "--precisions", "int8"), "--precisions names 'int8'; allowed are bf16, fp32"),
         (("defenses", "--only", "ft,nonsense"), "--only names 'nonsense'; allowed are sau, ft"),

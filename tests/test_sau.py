@@ -763,10 +763,8 @@ def test_unknown_hyperparameter() -> None:
         SAU(trigger_size=3)  # type: ignore[call-arg]
 
 
-def test_what_an_update_costs_and_whether_it_may_be_split() -> None:
-    """Of five steps, 28 passes a picture (docs/performance.md); several outer steps are several updates."""
-    assert SAU(adv_steps=5).passes() == 28 and SAU(adv_steps=1).passes() == 12
-    assert SAU(adv_steps=5, outer_steps=3).passes() == 28 + 2 * 6
+def test_whether_an_update_may_be_split() -> None:
+    """Several outer steps are several updates."""
     assert SAU(outer_steps=1).splits() and not SAU(outer_steps=2).splits()
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -18,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
-from sau.attack import ATTACKS, Attack, BadNet, WaNet
+from sau.attack import ATTACKS, Attack, BadNet
 from sau.command.watch import Watch, trigger_session
 from sau.data.augment import Augment, sent
 from sau.data.images import to_float
-from sau.defense import AT, BNP, DEFENSES, FT, FTSAM, NAD, NC, SAU
+from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import OutOfMemory, TrainingError
-from sau.machine import captured, cores, device, tuning
+from sau.machine import cores, device
 from sau.machine.parts import InParts
 from sau.models import Normalized, quick
 from sau.models.preact_resnet import PreActResNet18
@@ -210,20 +211,6 @@ def test_one_of_several_devices_goes_through_in_parts_only_where_no_other_one_no
     assert "15 pictures on one device" in one_line(refusal.value) and parts.parts == 1 and not noted
 
 
-@pytest.mark.parametrize(("mode", "wanted"), [("reduce-overhead", "default"), ("default", "default"), (None, None)])
-def test_parts_leave_cuda_graphs(mode, wanted, monkeypatch):
-    """The gradients of parts are summed where a graph would write again: torch refuses to read what it wrote before."""
-    calls, said = [], list[str]()
-    model = Normalized(Full(network(), 1000))
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: calls.append(how["mode"]))
-    model.compiled = mode
-    state = FT().prepare(model, 1)
-    model.net.most = 8
-    InParts(FT().step, state, True, Session(say=said.append))(*batch(15))
-    assert model.compiled == wanted and sum("without CUDA graphs" in line for line in said) == (mode != wanted)
-    assert calls[-1:] == ([wanted] if wanted else [])
-
-
 @pytest.mark.parametrize(("method", "most"), [(SAU(outer_steps=2), 8), (SAU(), 0)])
 def test_what_cannot_be_divided_says_so(method, most, one_line):
     with pytest.raises(OutOfMemory) as refusal:
@@ -348,29 +335,6 @@ def test_the_least_of_all_control_groups_counts(kind, monkeypatch, tmp_path):
     assert (cores.usable(), cores.memory()) == (2, 5000)
 
 
-@pytest.mark.parametrize("most", [128, 40, 1])
-def test_the_probes_take_fewer_pictures_where_memory_holds_no_more(most):
-    """Both precisions are timed in turn, and weights, statistics and gradients are as before."""
-    model = network()
-    kept, seen = copy.deepcopy(model.state_dict()), []
-
-    def full(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        if len(inputs[0]) > most:
-            raise torch.OutOfMemoryError("injected")
-        seen.append((model.amp, len(inputs[0])))
-
-    model.register_forward_pre_hook(full)
-    seconds = device.step_seconds(model, (3, 16, 16), 256, torch.device("cpu"))
-    assert seconds.keys() == {False, True} and all(value > 0 for value in seconds.values())
-    assert seen == (1 + device.TRIES) * [
-        (False, {128: 128, 40: 32, 1: 1}[most]),
-        (True, {128: 128, 40: 32, 1: 1}[most]),
-    ]
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert device.seconds_per_image(model, (3, 16, 16), torch.device("cpu")) > 0
-
-
 # Networks of others
 
 
@@ -441,7 +405,7 @@ def rounds(method: SAU | FT, model: Normalized, sizes: tuple[int, ...] = (16, 8)
 def test_compiled_networks_compute_the_same_and_are_compiled_once(method, quick_compiler):
     """No graph is taken after the first round, which sees every batch size; results agree in float64."""
     plain, fast = small().double(), small().double()
-    fast.compiled = "default"
+    fast.compiled = True
     (_, one), (state, other) = rounds(method, plain), rounds(method, fast)
     first = (one(), other())
     taken = graphs()
@@ -455,58 +419,11 @@ def test_compiled_networks_compute_the_same_and_are_compiled_once(method, quick_
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [SAU(), AT()], ids=lambda m: m.name)
-def test_graphs_are_for_networks_whose_answers_do_not_outlive_the_search(method):
-    model = small()
-    model.compiled = "reduce-overhead"
-    state = method.prepare(model, 10)
-    assert state["model"].compiled == "default" and state["frozen"].__self__.compiled == "reduce-overhead"
-    assert "reference" not in state or state["reference"].compiled == "reduce-overhead"
-
-
-GRAPHED = pytest.mark.parametrize(
-    "method", [SAU(lr=1e-3), SAU(lr=1e-3, train_mode=True), AT(lr=1e-3), FT(lr=1e-2)],
-    ids=["sau", "sau in train mode", "at", "ft"],
-)  # fmt: skip
-
-
-@GRAPHED
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
-def test_networks_for_graphs_do_the_same(method, quick_compiler):
-    """On the CPU, which has none: how they are taken is tested, and that no warning ends it."""
-    graphed_alike(method, "cpu")
-    assert graphs() > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # a hint of older compilers
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # one that torch 2.11 takes to warm up
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@GRAPHED
-def test_cuda_graphs_do_the_same(method):
-    if absent := tuning.no_compiler(torch.device("cuda")):
-        pytest.skip(absent)
-    graphed_alike(method, "cuda")
-
-
-def graphed_alike(method: SAU | AT | FT, where: str) -> None:
-    """In fp32, as the network that is not compiled does."""
-    found = []
-    for mode in (None, "reduce-overhead"):
-        model = small().to(where)
-        model.compiled = mode
-        state, (x, y) = method.prepare(model, 10), batch(16)
-        found.append([method.step(state, x.to(where), y.to(where)) for _ in range(4)])
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.allclose(ours["loss"], theirs["loss"], atol=1e-3)
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
 def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compiler):
     """It goes through the same weights, which cannot ask for any, and has no state that a checkpoint could keep."""
     model = small()
-    model.compiled = "default"
+    model.compiled = True
     state, work = rounds(SAU(lr=1e-2), model)
     twin = state["frozen"].__self__
     work()
@@ -520,14 +437,14 @@ def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compil
 def test_a_copy_compiles_anew_and_passes_without_gradients_run_as_they_stand(quick_compiler):
     model = small()
     keys, (x, _) = list(model.state_dict()), batch(4)
-    model.compiled = "default"
+    model.compiled = True
     with torch.no_grad():
         model(x)
     assert graphs() == 0
     model(x)
     assert graphs() == 1 and list(model.state_dict()) == keys
     other = copy.deepcopy(model)
-    assert other.compiled == "default" and other.net._compiled_call_impl is None
+    assert other.compiled is True and other.net._compiled_call_impl is None
     with torch.no_grad():
         other.net[-1].weight.zero_()
         other.net[-1].bias.fill_(3)
@@ -537,29 +454,33 @@ def test_a_copy_compiles_anew_and_passes_without_gradients_run_as_they_stand(qui
 SHORT = tuple("1" if before == "--epochs" else flag for before, flag in zip(("", *VICTIM), VICTIM, strict=False))
 
 
-@pytest.mark.parametrize(("wish", "mode"), [("auto", None), ("off", None), ("on", "default"), ("graphs", None)])
+@pytest.mark.parametrize("wish", [False, True])
 @pytest.mark.usefixtures("few_digits")
-def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish, mode):
-    """On the CPU nothing is unless it is asked for, so that results do not change; graphs are CUDA's."""
-    modes: list[str | None] = []
-    monkeypatch.setattr(torch, "compile", lambda work, mode=None, dynamic=None: modes.append(mode) or work)
-    status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", wish)
-    assert status == 0 and ("torch.compile" in out) is (mode is not None)
-    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] == mode
-    assert modes == ([None, mode] if mode else [])  # the first one tries whether there is a compiler
-    assert ("note: the updates of badnet are not captured here" in out) is (wish == "graphs")
+def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append(how))
+    status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", *(["--compile"] if wish else []))
+    assert status == 0 and ("torch.compile" in out) is wish and bool(compiled) is wish
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is wish
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_without_a_compiler_the_network_runs_as_it_stands(here, tmp_path, monkeypatch):
-    def broken(*args: Any, **options: Any) -> None:
-        raise RuntimeError("no g++ here\nand a long story")
+@pytest.mark.parametrize("old", ["auto", "on", "off", "graphs"])
+def test_compile_is_true_or_false(refused, old):
+    line = refused("attack", "badnet", *VICTIM, "--compile", old)
+    assert f"--compile is '{old}'; allowed is true or false" in line
 
-    monkeypatch.setattr(torch, "compile", broken)
-    status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", "on")
-    notes = [line for line in out.splitlines() if "compiler" in line]
-    assert status == 0 and notes == ["note: no compiler works here, so the network runs as it stands: no g++ here"]
-    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is None
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [("fpu avx512_bf16 avx", True), ("amx_bf16 amx_tile", True), ("asimd bf16", True), ("avx512f avx2", False)],
+)
+def test_the_precision_is_that_of_the_processor(monkeypatch, tmp_path, flags, wanted):
+    """By what the processor says of itself, so that the same machine always decides the same; else fp32."""
+    (tmp_path / "cpuinfo").write_text(f"model name : one\nflags : {flags}\n")
+    monkeypatch.setattr(device, "CPU", tmp_path / "cpuinfo")
+    assert device.has_bf16(torch.device("cpu")) is wanted
+    monkeypatch.setattr(device, "CPU", tmp_path / "absent")
+    assert device.has_bf16(torch.device("cpu")) is False
 
 
 @pytest.fixture
@@ -580,21 +501,20 @@ def gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gives_up")
 def test_a_network_that_cannot_be_compiled_runs_as_it_stands():
-    assert tuning.no_compiler(torch.device("cpu")) is None
     model, (x, _) = small(), batch(4)
     wanted = model(x)
-    model.compiled = "default"
+    model.compiled = True
     with pytest.warns(UserWarning, match="cannot be compiled and runs as it stands: .*too large and a long"):
         assert torch.equal(model(x), wanted)
-    assert model.compiled is None and torch.equal(model(x), wanted)
+    assert model.compiled is False and torch.equal(model(x), wanted)
 
 
 @pytest.mark.usefixtures("few_digits", "gives_up")
 def test_that_a_network_could_not_be_compiled_is_recorded(here, tmp_path):
     with pytest.warns(UserWarning, match="cannot be compiled and runs as it stands"):
-        status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", "on")
-    assert status == 0 and "compiling the network (torch.compile, default mode), which takes about 25 s" in out
-    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is None
+        status, out, _ = here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--compile", "true")
+    assert status == 0 and "compiling the network (torch.compile)" in out
+    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["compile"] is False
 
 
 @pytest.mark.parametrize("amp", [True, False])
@@ -618,8 +538,8 @@ def test_low_precision_agrees_with_the_released_order_of_work(amp):
 @pytest.mark.usefixtures("few_digits")
 def test_methods_that_look_into_networks_do_not_compile_them(here):
     assert here("attack", "badnet", *SHORT, "--save_folder_name", "a")[0] == 0
-    status, out, _ = here("defense", "clp", "--result_file", "a", "--compile", "on", *QUICK)
-    assert status == 0 and "note: clp runs its networks as they stand, so --compile on has no effect" in out
+    status, out, _ = here("defense", "clp", "--result_file", "a", "--compile", "true", *QUICK)
+    assert status == 0 and "note: the networks of clp cannot be compiled, so --compile has no effect" in out
 
 
 LITTLE = {
@@ -629,11 +549,11 @@ LITTLE = {
 METHODS = [*DEFENSES.values(), *(ATTACKS[name] for name in ("badnet", "wanet", "inputaware"))]
 
 
-def result(method: type, compiled: str | None) -> nn.Module:
-    """What an epoch of a method makes of a small network, which `tune` says to compile."""
+def result(method: type, compiled: bool) -> nn.Module:
+    """What an epoch of a method makes of a small network, which is `compiled` where its class says that it may be."""
     model, images = small().double(), toy_images(32)
     made = method(**{field.name: LITTLE[field.name] for field in fields(method) if field.name in LITTLE})
-    model.compiled = compiled if made.passes() else None
+    model.compiled = compiled and made.compiles
     if isinstance(made, Attack):
         recipe = Training(epochs=1, batch_size=16, lr=1e-3)
         attack = made.forge(images, model, recipe, session=quiet())
@@ -645,57 +565,22 @@ def result(method: type, compiled: str | None) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_every_method_does_the_same_with_a_compiled_network(method, quick_compiler):
-    """Graphs are taken where `passes` says that it may be compiled, and nowhere else."""
-    plain, compiled = result(method, None), result(method, "default")
-    assert (graphs() > 0) is (method().passes() > 0)
+    """Graphs are taken where a class says that it may be compiled, and nowhere else."""
+    plain, compiled = result(method, False), result(method, True)
+    assert (graphs() > 0) is method.compiles
     for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_compiling_pays_where_the_run_is_long():
-    """15 % of the captured updates of five million pictures at 20 us are 15 s, less than a compiler takes; SAU's take 9
-    times that. Of updates that Python launches it saves more."""
-    for method, pictures, whole, pays in (
-        (FT(), 5_000_000, True, False), (FT(), 10_000_000, True, True), (SAU(), 5_000_000, True, True),
-        (FT(), 5_000_000, False, True), (FT(), 2_500_000, False, False), (BNP(), 10**9, False, False),
-    ):  # fmt: skip
-        assert tuning._pays(method, pictures, 2e-5, whole) is pays
-
-
-@pytest.fixture
-def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as `tune` can tell."""
-    monkeypatch.setattr(captured, "capable", lambda where: True)
-    monkeypatch.setattr(tuning, "no_compiler", lambda where: None)
-
-
-@pytest.mark.parametrize(
-    ("method", "wish", "compiled", "whole"),
-    [
-        (BadNet(), "off", None, False), (BadNet(), "graphs", None, True), (BadNet(), "on", "default", True),
-        (SAU(), "on", "default", True), (SAU(outer_steps=2), "on", "reduce-overhead", False),
-        (NAD(), "graphs", None, False), (WaNet(), "on", "default", True), (FTSAM(), "graphs", None, True),
-    ],
-)  # fmt: skip
-def test_graphs_are_of_whole_updates_where_these_can_be_recorded(on_cuda, tmp_path, method, wish, compiled, whole):
-    said: list[str] = []
-    record, model = Record(tmp_path / "r"), network()
-    record.begin({}, {}, False)
-    record.say = said.append
-    tuning.tune(record, Run(amp=True, compile=wish), model, method, (3, 32, 32), 8, 100, torch.device("cpu"))
-    assert model.compiled == compiled and model.captured is (wish != "off")
-    assert any("are not captured here" in line for line in said) is (wish == "graphs" and not whole)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
 @pytest.mark.slow
 def test_the_machines_own_compiler_is_used_once():
     """Through torch's own compiler, if this machine has one: no graph after the first round."""
-    if tuning.no_compiler(torch.device("cpu")):
-        pytest.skip("no compiler works here")
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("there is no compiler here")
     torch._dynamo.reset()
     model = small()
-    model.compiled = "default"
+    model.compiled = True
     _, work = rounds(SAU(lr=1e-3), model)
     first = work()
     taken = graphs()

@@ -37,6 +37,7 @@ class Attack(Labelling, ABC):
     gates: ClassVar[Mapping[str, float]] = {}  # least ASR in percent, by data set; GATE where none stands
     remedy: ClassVar[str] = "more --epochs or a larger --pratio"  # what to try below the gate
     teamwork: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
     trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
@@ -180,9 +181,6 @@ class Attack(Labelling, ABC):
     def classifier_epochs(self, recipe: Training) -> int:
         """How many epochs of the recipe train the classifier."""
         return recipe.epochs
-
-    def passes(self) -> float:
-        return 3.0
 
     def splits(self) -> bool:
         return type(self).step is Attack.step

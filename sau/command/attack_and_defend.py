@@ -74,11 +74,10 @@ def attack(name: str, argv: Sequence[str]) -> None:
     record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
     epochs = method.classifier_epochs(training)
-    pictures = round(training.whole(epochs) * len(train))
-    tune(record, run, model, method, shape, training.batch_size, pictures, where)
+    tune(record, run, model, method, where)
     plan = method.plan(poisoned, training.batch_size)
     record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
-    torch.manual_seed(run.random_seed)  # the probe drew from it
+    torch.manual_seed(run.random_seed)
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     watch = Watch(record, run, epochs, test, again, started, each)
@@ -125,7 +124,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.say(f"recipe {recipe} ({why}): {_length(method)}{pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
-    tune(record, run, model, method, attacked.network["shape"], method.batch_size, epochs * len(given), where)
+    tune(record, run, model, method, where)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
     _judge(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")

@@ -80,8 +80,8 @@ def purify(name: str, request: Request) -> None:
     record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
     record.say(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)
-    shape, epochs = (3, own.input_size, own.input_size), getattr(method, "epochs", 1)
-    tune(record, run, model, method, shape, method.batch_size, epochs * len(given), where)
+    epochs = getattr(method, "epochs", 1)
+    tune(record, run, model, method, where)
     begun = time.monotonic()
     before = score(model, test, None)
     evaluation = time.monotonic() - begun

@@ -105,8 +105,8 @@ class Watch:
             if epoch == self.epochs:
                 self.last = fingerprint(model), found, risks
         self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
-        if self.record.config.get("compile") and getattr(model, "compiled", "") is None:
-            self.record.note(compile=None)  # the compiler gave up, which the network has said
+        if self.record.config.get("compile") and not getattr(model, "compiled", True):
+            self.record.note(compile=False)  # the compiler gave up, which the network has said
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
             self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())

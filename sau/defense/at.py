@@ -44,9 +44,6 @@ class AT(Searching):
     def learns_from_search(self) -> bool:
         return self.weight_adv > 0
 
-    def passes(self) -> float:
-        return 2 * self.adv_steps + 6.0
-
     def splits(self) -> bool:
         return True
 

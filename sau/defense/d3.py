@@ -50,6 +50,7 @@ class D3(Tuning):
     """
 
     name: ClassVar[str] = "d3"
+    compiles: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"lmd": "penalty", "lambda": "penalty"}
 
     wd: float = 0.0
@@ -109,9 +110,6 @@ class D3(Tuning):
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the excess: below 0, where the loss goes, it takes a rise for an improvement."""
         return super().end_epoch(state, {**losses, "loss": losses["excess"]})
-
-    def passes(self) -> float:
-        return 3.0
 
     def repeats(self) -> bool:
         return type(self).step is D3.step

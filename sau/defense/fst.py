@@ -35,6 +35,7 @@ class FST(Tuning):
     """
 
     name: ClassVar[str] = "fst"
+    compiles: ClassVar[bool] = True
 
     epochs: int = 10
     batch_size: int = 128
@@ -70,9 +71,6 @@ class FST(Tuning):
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
         return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
-
-    def passes(self) -> float:
-        return 3.0
 
     def repeats(self) -> bool:
         return type(self).step is FST.step

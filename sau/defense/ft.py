@@ -16,11 +16,9 @@ class FT(Tuning):
     """Minimise CE(h(x), y) over all weights, batch norm in train mode."""
 
     name: ClassVar[str] = "ft"
+    compiles: ClassVar[bool] = True
 
     augment: bool = True
-
-    def passes(self) -> float:
-        return 3.0
 
     def splits(self) -> bool:
         return True

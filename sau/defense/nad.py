@@ -54,6 +54,7 @@ class NAD(FT):
     """
 
     name: ClassVar[str] = "nad"
+    compiles: ClassVar[bool] = False  # compiled code would not call the hooks that watch the layers
     ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
 
     epochs: int = 10
@@ -82,9 +83,6 @@ class NAD(FT):
         if not any((self.beta1, self.beta2, self.beta3)[:named]):
             given |= dict.fromkeys(("p", "te_epochs", "teacher_model_loc"), "no layer has a weight (beta)")
         return super().idle() | without | given
-
-    def passes(self) -> float:
-        return 0.0  # compiled code would not call the hooks that watch the layers
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         x = glance(batches)

@@ -47,6 +47,7 @@ class NC(FT, Inversion):
     """
 
     name: ClassVar[str] = "nc"
+    compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
     searches: ClassVar[bool] = True
     ignored: ClassVar[dict[str, str]] = {
         "cleaning_ratio": "--ratio says how many clean pictures there are",
@@ -67,9 +68,6 @@ class NC(FT, Inversion):
 
     def idle(self) -> dict[str, str]:
         return super().idle() | ({} if self.augment else {"augment_inversion": "augment is off"})
-
-    def passes(self) -> float:
-        return 0.0  # classes leave the inversion one by one, and each would be a size to compile anew
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         plain, _ = unaugmented(batches)

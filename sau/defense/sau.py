@@ -96,9 +96,6 @@ class SAU(Searching):
         descent = self.descent(model.parameters(), steps * self.outer_steps)
         return {"model": model.eval(), "reference": reference, "descent": descent, **searched(model)}
 
-    def passes(self) -> float:
-        return 4 * self.adv_steps + 2 + 6.0 * self.outer_steps
-
     def splits(self) -> bool:
         return self.outer_steps == 1
 
@@ -149,7 +146,7 @@ class SAU(Searching):
         is. On the CPU the batch is searched in chunks and shared pictures leave theirs, as many as keep its size whole
         buckets. Elsewhere counting them would make the device wait, and compiled networks know few sizes.
         """
-        n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", None)
+        n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", False)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
         ball = self.ball
         delta, s = ball.start(x, self.pgd_init), clean_ref.clone()

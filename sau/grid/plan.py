@@ -136,8 +136,6 @@ class _Crossed:
         }
         said |= {"dataset_path": str(Path(block.dataset_path).absolute())}
         said |= {"dataset": block.dataset} if kind == "attack" else {}
-        # `auto` would time steps while other cells use the machine, and so choose for each cell by chance.
-        said |= {"compile": "graphs" if block.device == "cuda" else "off"}
         said |= {axis: amount} if amount is not None else {}
         for group in (kind, name):
             said |= overridden(block.overrides, kind, name, group, axis if amount is not None else "")

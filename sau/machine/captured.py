@@ -35,7 +35,7 @@ class Captured:
 
     What is replayed is the work of the device and nothing else. So a step that drew random numbers on the CPU, that
     reads the device (which CUDA refuses), whose optimiser takes its rate from Python or keeps its gradients is not
-    captured; nor is one whose network is told not to be (`Normalized.captured`) or has graphs of its own.
+    captured; nor is one whose network is told not to be (`Normalized.captured`).
 
     Args:
         step: (state, x, y) -> what to report.
@@ -89,8 +89,7 @@ class Captured:
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
         descents = self._descents()
         steady = bool(descents) and all(one.fused and not one.keeps for one in descents)
-        graphed = any(getattr(network, "compiled", None) == "reduce-overhead" for network in networks)
-        wanted = not graphed and all(getattr(network, "captured", True) for network in networks)
+        wanted = all(getattr(network, "captured", True) for network in networks)
         seen = is_in_torch_dispatch_mode()  # one that looks on would see no operation of what is replayed
         return wanted and steady and not seen
 
@@ -118,7 +117,7 @@ class Captured:
             return
         if not self.captures:
             self.note(captured=True)
-            self.say("updates are captured and repeated by CUDA (a CUDA graph); --compile off has Python launch each")
+            self.say("updates are captured and repeated by CUDA (a CUDA graph)")
         self.captures[x.shape, y.shape] = _Capture(x, y, report, replay)
 
     def _repeat(self, known: _Capture, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -1,25 +1,21 @@
-"""The machine: which device, how many threads, which precision is faster, how much memory was used."""
+"""The machine: which device, how many threads, which precision, how much memory was used."""
 
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from sau.errors import ConfigError, lacks_memory
+from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.machine import cores
-from sau.machine.captured import capture
-from sau.models import Normalized
 
-TRIES = 3  # steps of each precision that are timed
+CPU = Path("/proc/cpuinfo")
 MOST = 1024  # threads
 
 
@@ -66,48 +62,14 @@ def set_threads(wish: int) -> int:
     return torch.get_num_threads()
 
 
-def step_seconds(
-    model: Normalized, shape: Sequence[int], batch_size: int, device: torch.device,
-    precisions: Sequence[bool] = (False, True), captured: bool = False,
-) -> dict[bool, float]:  # fmt: skip
-    """Seconds a picture that a training step takes, in fp32 (False) and in bf16 (True): the best of a few, in turn; of
-    one that CUDA repeats where it is `captured`, else of one that Python launches.
-
-    The step is of `batch_size` pictures on CUDA, where small ones would time the launches, of up to 128 elsewhere, and
-    of fewer where memory does not hold them. Weights and statistics are left as they were, gradients are cleared.
-    """
-    kept = {name: value.clone() for name, value in model.net.state_dict().items()}
-    size, seconds = batch_size if device.type == "cuda" else min(batch_size, 128), dict[bool, float]()
-    while not seconds:
-        try:
-            seconds = _best_steps(model, torch.rand(size, *shape, device=device), precisions, captured)
-        except RuntimeError as error:
-            if size == 1 or not lacks_memory(error):
-                raise
-            size = -(-size // 2)
-        model.zero_grad(set_to_none=True)
-    model.net.load_state_dict(kept)
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic: NVIDIA cards from Ampere on, and CPUs with AVX-512 BF16, AMX or Arm's
+    BF16 (read in /proc/cpuinfo, so on Linux alone)."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # what the probe took is not the run's
-    return seconds
-
-
-def _best_steps(model: Normalized, x: torch.Tensor, precisions: Sequence[bool], captured: bool) -> dict[bool, float]:
-    steps: dict[bool, Callable[[], object]] = {amp: partial(_step, model, x, amp) for amp in precisions}
-    for amp, step in steps.items():
-        step()  # warms up
-        if captured:
-            with suppress(RuntimeError):  # what cannot be captured will be launched in the run, too
-                steps[amp] = capture(step)[1]
-    tries: dict[bool, list[float]] = {amp: [] for amp in precisions}
-    for _ in range(TRIES):
-        for amp, step in steps.items():
-            _wait(x)
-            started = time.monotonic()
-            step()
-            _wait(x)
-            tries[amp].append(time.monotonic() - started)
-    return {amp: min(seconds) / len(x) for amp, seconds in tries.items()}
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with suppress(OSError):  # no such file on other systems
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(CPU.read_text().split())
+    return False
 
 
 def processor(device: torch.device) -> str:
@@ -115,7 +77,7 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in CPU.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
@@ -136,14 +98,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-
-
-def _step(model: Normalized, x: torch.Tensor, amp: bool) -> None:
-    model.amp = amp
-    model.zero_grad(set_to_none=True)
-    F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long, device=x.device)).backward()
-
-
-def _wait(x: torch.Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

@@ -68,7 +68,6 @@ class InParts:
             same = "with batch statistics of a part" if self._trains_norm() else "with the same updates"
             self.say(f"out of memory: batches of {len(y)} go through in {self.parts} parts from here on, {same}")
             self.note(parts=self.parts)
-            self._leave_graphs()
 
     def _once(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if self.parts == 1:
@@ -90,13 +89,6 @@ class InParts:
             isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (module.training or self.batch_statistics)
             for module in self.state["model"].modules()
         )
-
-    def _leave_graphs(self) -> None:
-        """A CUDA graph writes gradients where its last run did, so those of one part would be lost to the next one."""
-        model = self.state["model"]
-        if getattr(model, "compiled", None) == "reduce-overhead":
-            model.compiled, model.net._compiled_call_impl = "default", None  # compiled anew at the next pass
-            self.say("compiling the network again, without CUDA graphs, in which gradients of parts cannot be summed")
 
 
 def _joined(reports: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:

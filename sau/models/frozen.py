@@ -58,23 +58,15 @@ def _norm(
 def fixed_norms(network: Any, x: Tensor) -> AbstractContextManager[Any]:
     """The context of an update that asks networks like `network` for first derivatives at `x`: `FixedNorms` on CUDA,
     unless they are compiled, which makes fast code of its own."""
-    return FixedNorms() if x.is_cuda and not getattr(network, "compiled", None) else nullcontext()
+    return FixedNorms() if x.is_cuda and not getattr(network, "compiled", False) else nullcontext()
 
 
 def searched(model: Any) -> dict[str, Any]:
     """What the state of a step needs to search through `model`, which it also trains: where it is compiled or on CUDA a
-    twin, else nothing.
-
-    A compiled twin goes on CUDA graphs if those were asked for. `model` itself is compiled without them, for what it
-    has answered must outlive the search, and the memory of a graph is used again by the next pass.
-    """
-    compiled = getattr(model, "compiled", None)
-    if not compiled and not next(model.parameters()).is_cuda:
+    twin, else nothing."""
+    if not getattr(model, "compiled", False) and not next(model.parameters()).is_cuda:
         return {}
-    twin = frozen(model.eval())
-    if compiled:
-        model.compiled = "default"
-    return {"frozen": twin.forward}
+    return {"frozen": frozen(model.eval()).forward}
 
 
 def frozen(model: nn.Module) -> nn.Module:

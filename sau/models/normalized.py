@@ -22,12 +22,11 @@ class Normalized(nn.Module):
         std: per-channel standard deviation, given together with `mean`.
         amp: run `net` under bf16 autocast (weights stay as they are).
 
-    `compiled` is None, or a mode of torch.compile for passes that gradients are asked of; a copy compiles anew. Other
+    `compiled` is whether passes that gradients are asked of go through torch.compile; a copy compiles anew. Other
     passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
     warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`).
     """
 
-    compiled: str | None
     mean: Tensor | None
     std: Tensor | None
 
@@ -36,7 +35,7 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         mean, std = statistics(mean, std)
-        self.net, self.amp, self.compiled, self.captured = net, amp, None, True
+        self.net, self.amp, self.compiled, self.captured = net, amp, False, True
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
@@ -46,19 +45,19 @@ class Normalized(nn.Module):
             x = (x - self.mean) / self.std
         else:
             x = x.clone()  # some networks change their input in place
-        if self.compiled is None:
+        if not self.compiled:
             return self._logits(x)
         if self.net._compiled_call_impl is None:  # copies of a module leave it behind
             torch._dynamo.config.recompile_limit = GRAPHS
             with torch._dynamo.config.patch(wrap_top_frame=True):  # or torch 2.10 passes over a Sequential
-                self.net.compile(mode=self.compiled, dynamic=False)
+                self.net.compile(dynamic=False)
         with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
             try:
                 return self._logits(x)
             except torch._dynamo.exc.TorchDynamoException as error:  # the compiler's, not the network's
                 reason = " ".join(str(error).split())[:200]
         warnings.warn(f"the network cannot be compiled and runs as it stands: {reason}", stacklevel=2)
-        self.compiled = self.net._compiled_call_impl = None
+        self.compiled, self.net._compiled_call_impl = False, None
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -29,12 +29,10 @@ class Run:
         device: auto, cpu, cuda or one like cuda:1.
         devices: cuda devices that share the run, each with a part of every batch (on cpu processes, for sau and at
             alone); above 1 for attacks that poison before training, sau and at.
-        amp: true is bf16, false is fp32; auto is bf16 where it saves a tenth of a measured step.
+        amp: true is bf16, false is fp32; auto is bf16 where the device has bf16 arithmetic, else fp32.
         threads: CPU threads; 0 means all cores.
-        compile: off, where Python launches what is computed; graphs, where CUDA repeats captured updates (of attacks,
-            sau, at, ft, ft-sam, fst, d3 and nc); on, which also runs the network through torch.compile; or auto, which
-            is on where the run is long enough on CUDA, else graphs. On the CPU there are no graphs, and auto is off,
-            since compiling saves little there and changes the rounding.
+        compile: run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3). CUDA graphs need no flag:
+            on CUDA the updates of attacks, sau, at, ft, ft-sam, fst, d3 and nc are captured and repeated.
         max_minutes: ends the updates in time for the run to end after so many minutes; none means no limit.
         random_seed: of the weights, of the order of pictures and of every choice of pictures.
         record_root: folder of the result folders.
@@ -55,7 +53,7 @@ class Run:
     devices: int = 1
     amp: bool | None = None
     threads: int = 0
-    compile: Literal["auto", "on", "off", "graphs"] = "auto"
+    compile: bool = False
     max_minutes: float | None = None
     random_seed: int = 0
     record_root: str = "./record"

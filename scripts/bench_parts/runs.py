@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     chosen = setting.among("--runs", args.runs, ("attack", "SAU"))
     precisions = setting.among("--precisions", args.precisions, ("bf16", "fp32"))
     ways: dict[str, dict[str, Any]] = {name: {"amp": name == "bf16"} for name in precisions}
-    ways |= {f"bf16 {mode}": {"amp": True, "compiled": mode} for mode in setting.modes(args)}
+    if args.compiled == "true":
+        ways["bf16 compiled"] = {"amp": True, "compiled": True}
     train, test = setting.pictures(args)
     train, test = setting.first(train, args.pictures), setting.first(test, args.pictures // 5)
     clean = setting.first(train, args.pictures // 20)

@@ -18,7 +18,6 @@ from sau.session import Session
 
 ATTACK = BadNet()
 QUIET = Session(say=lambda text: None)
-MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def add_amp(parser: argparse.ArgumentParser) -> None:
 
 def add_compiled(parser: argparse.ArgumentParser) -> None:
     """The flag of parts that can also compile our networks."""
-    parser.add_argument("--compiled", default="", help="modes of torch.compile with commas: default,reduce-overhead")
+    parser.add_argument("--compiled", default="false", choices=("true", "false"), help="also by torch.compile [false]")
 
 
 def among(flag: str, text: str, known: Iterable[str]) -> list[str]:
@@ -120,16 +119,11 @@ def endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tens
         epoch += 1
 
 
-def copied(model: Normalized, *, amp: bool, compiled: str | None = None, captured: bool = True) -> Normalized:
-    """A copy in a precision and in a mode of torch.compile, whose updates CUDA repeats where they may be `captured`."""
+def copied(model: Normalized, *, amp: bool, compiled: bool = False, captured: bool = True) -> Normalized:
+    """A copy in a precision, perhaps `compiled`, whose updates CUDA repeats where they may be `captured`."""
     other = copy.deepcopy(model)
     other.amp, other.compiled, other.captured = amp, compiled, captured
     return other
-
-
-def modes(args: argparse.Namespace) -> list[str]:
-    """The modes of torch.compile that are asked for."""
-    return among("--compiled", args.compiled, MODES) if args.compiled else []
 
 
 def as_released(net: nn.Module) -> nn.Module:
@@ -137,5 +131,5 @@ def as_released(net: nn.Module) -> nn.Module:
     other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     for module in other.modules():
         if isinstance(module, Normalized):
-            module.amp, module.compiled, module.captured = False, None, False
+            module.amp, module.compiled, module.captured = False, False, False
     return other
