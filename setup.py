@@ -8,7 +8,6 @@ HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
 onnx = ["onnx>=1.17"]
-multigpu = ["lightning-fabric>=2.4"]
 docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 
 setup(
@@ -34,11 +33,9 @@ setup(
         "docs": docs,
         "onnx": onnx,
         "ray": ["ray>=2.40"],
-        "multigpu": multigpu,
         "test": [
             *report,
             *onnx,
-            *multigpu,
             *docs,
             "pytest>=8",
             "pytest-xdist>=3.6",

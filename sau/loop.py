@@ -75,7 +75,6 @@ def run(
     Raises TrainingError, leaving the last finite checkpoint, when a loss or a parameter is not finite, or a buffer of
     `model` unsound.
     """
-    step = session.team.split(step, state) if session.team is not None else step
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
 
 

@@ -21,7 +21,6 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    teamwork: ClassVar[bool] = False  # whether `step` may see a part of a batch, its losses being means over pictures
     compiles: ClassVar[bool] = False  # whether torch.compile may run its network, which has no hooks and steady sizes
     aliases: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[dict[str, str]] = {}

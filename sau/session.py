@@ -13,7 +13,6 @@ from torch import Tensor
 from sau.errors import TrainingError
 
 LATELY = 50  # updates whose longest is expected of the next one
-Step = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 @runtime_checkable
@@ -26,16 +25,6 @@ class Checkpoint(Protocol):
 
     def save(self, place: dict[str, Any]) -> None:
         """Keep a place, replacing the last one."""
-
-
-@runtime_checkable
-class Splitter(Protocol):
-    """The devices that share a run; `messages` is how many this process has exchanged with the others."""
-
-    messages: int
-
-    def split(self, step: Step, state: dict[str, Any]) -> Step:
-        """`step` for a whole batch, of which this process does its part; `state` is what moves."""
 
 
 def bytes_of(content: Any) -> int:
@@ -114,7 +103,6 @@ class Session:
         hint: what would make the run short; printed if the forecast exceeds an hour.
         save_every: seconds between two checkpoints; where one is small, the end of every epoch writes one, too.
         judge: scores a network on the test sets, for methods that are asked to choose by them (`select="oracle"`).
-        team: splits every batch over several devices; None means that one does it all.
         limit: ends a run in time, after its last update; None means that none is set.
         stage: number of the run among those that share the checkpoint; see `at`.
         findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
@@ -132,7 +120,6 @@ class Session:
     hint: str = ""
     save_every: float = 60.0
     judge: Callable[[Any], Any] | None = None
-    team: Splitter | None = None
     limit: Limit | None = None
     stage: int = 0
     findings: dict[str, Any] = field(default_factory=dict)

@@ -652,7 +652,6 @@ def test_run_settings_out_of_range_are_refused(name, value, one_line):
 
 OWN_FILE = {"model_file": "net.pt", "clean_dir": "clean"}
 BOUNDS: list[tuple[type, str, tuple[Any, ...], tuple[Any, ...]]] = [
-    (AttackRun, "devices", (0,), (1,)),
     (AttackRun, "eval_every", (0,), (1,)),
     (AttackRun, "frequency_save", (-1,), (0,)),
     (AttackRun, "max_minutes", (0.0, -1.0), (0.1, None)),

@@ -329,8 +329,6 @@ BAD = {
     "one GPU and a half": (SMALL + "device: cuda\ngpus: 1.5\n", "share up to 1 or a whole number"),
     "a share above 1": (SMALL.replace("[0.1]\noverrides", "[5]\noverrides"), "ratio (clean share) is 5"),
     "two homes of the pictures": (SMALL + "  clp: {index: configs}\n", "index is /"),
-    "devices for one": (SMALL + "  clp: {devices: 2}\n", "devices is 2, but clp works on one"),
-    "more devices than threads": (SMALL + "  badnet: {devices: 2}\n", "devices is 2, but threads of a cell is 1"),
     "a file that is none": (
         SMALL + "  badnet: {patch_mask_path: nowhere.png}\n",
         "badnet: patch_mask_path: cannot read /",
@@ -374,10 +372,6 @@ BAD = {
     "a file that is a number": (
         SMALL + "  badnet: {patch_mask_path: 3}\n",
         "patch_mask_path of badnet is 3, allowed is the path of a file",
-    ),
-    "more devices than GPUs": (
-        LARGE + "device: cuda\ngpus: 1\nthreads: 4\noverrides: {badnet: {devices: 2}}\n",
-        "devices is 2, but gpus of a cell is 1",
     ),
 }
 
@@ -1132,10 +1126,8 @@ def test_overrides_of_methods_that_are_included_may_be_added_to(planned, tmp_pat
     assert found.overrides["ft"] == {"epochs": 1, "wd": 0.1, "lr": 0.5}
 
 
-def test_a_clean_share_of_one_picture_and_devices_on_as_many_cards_are_taken(planned):
+def test_a_clean_share_of_one_picture_is_taken(planned):
     assert planned(LARGE + "defenses: [ft]\nclean_shares: [2.0e-5]\n")
-    cards = "device: cuda\ngpus: 2\noverrides: {badnet: {devices: 2}}\n"
-    assert len(planned(LARGE + cards)) == 1
 
 
 def test_a_dry_run_changes_nothing(planned, script, tmp_path):

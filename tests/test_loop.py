@@ -483,7 +483,7 @@ def test_end_epoch_may_end_a_run_and_a_resumed_one_stays_ended():
     assert len(said) == 3 and said[2].startswith("resuming")
 
 
-def test_a_run_of_two_devices_goes_on_where_one_is_seen(monkeypatch):
+def test_a_run_that_saw_two_devices_goes_on_where_one_is_seen(monkeypatch):
     found = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.update({device: state}))

@@ -51,7 +51,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "record/export.py"}),
     "pickles": (importing("pickle"), {"data/cifar.py", "foreign/torchfile.py"}),
-    "gradients of weights": (calling("backward"), {"optim/descent.py", "machine/device.py"}),
+    "gradients of weights": (calling("backward"), {"optim/descent.py"}),
     "optimisers": (
         importing("torch.optim") | calling("SGD", "Adam", "AdamW"),
         {"optim/training.py", "optim/descent.py"},

@@ -174,43 +174,6 @@ def test_memory_that_runs_out_in_train_mode_leaves_the_search_in_eval_mode(most)
     assert int(norm.num_batches_tracked) == 2 * len(said)
 
 
-class Others:
-    """A team that has exchanged so many messages; `met` is whether each loss adds one before memory runs out."""
-
-    def __init__(self, met: bool) -> None:
-        self.met, self.messages = met, 7
-
-    def split(self, step: Any, state: dict[str, Any]) -> Any:
-        return step
-
-
-@pytest.mark.parametrize(("norm", "met", "fine"), [(False, False, True), (True, False, False), (False, True, False)])
-def test_one_of_several_devices_goes_through_in_parts_only_where_no_other_one_notices(norm, met, fine, one_line):
-    """Batch norm in train mode exchanges statistics in every pass; whose gradients were exchanged has said its word."""
-    full, team, said, noted = Full(network().double(), 1000), Others(met), list[str](), dict[str, Any]()
-    method: SAU | FT = FT() if norm else SAU()
-    state = method.prepare(full, 1)
-    full.most = 8
-
-    def step(*given: Any) -> dict[str, Tensor]:
-        try:
-            return method.step(*given)
-        except RuntimeError:
-            team.messages += team.met
-            raise
-
-    session = Session(team=team, say=said.append, note=lambda **facts: noted.update(facts))
-    parts = InParts(step, state, method.splits(), session)
-    x, y = batch(15)
-    if fine:
-        parts(x.double(), y)
-        assert noted == {"parts": 2} and parts.parts == 2
-        return
-    with pytest.raises(OutOfMemory) as refusal:
-        parts(x.double(), y)
-    assert "15 pictures on one device" in one_line(refusal.value) and parts.parts == 1 and not noted
-
-
 @pytest.mark.parametrize(("method", "most"), [(SAU(outer_steps=2), 8), (SAU(), 0)])
 def test_what_cannot_be_divided_says_so(method, most, one_line):
     with pytest.raises(OutOfMemory) as refusal:
@@ -675,12 +638,6 @@ def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monk
 def test_a_run_that_has_time_says_nothing(here, tmp_path):
     assert here("attack", "badnet", *SHORT, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
     assert "ended_early" not in Record(tmp_path / "record" / "a").summary()
-
-
-def test_a_limit_is_for_one_device(refused):
-    """The others would wait for one that has left."""
-    line = refused("attack", "badnet", *VICTIM, "--save_folder_name", "a", "--devices", "2", "--max_minutes", "5")
-    assert "devices is 2, but max_minutes" in line
 
 
 def test_minutes_are_above_zero(refused):

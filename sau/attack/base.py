@@ -36,7 +36,6 @@ class Attack(Labelling, ABC):
 
     gates: ClassVar[Mapping[str, float]] = {}  # least ASR in percent, by data set; GATE where none stands
     remedy: ClassVar[str] = "more --epochs or a larger --pratio"  # what to try below the gate
-    teamwork: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make

@@ -62,7 +62,6 @@ class InputAware(Attack):
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
     in_batch: ClassVar[bool] = True
-    teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
     trains_trigger: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "target_label": "attack_target", "poison_ratio": "pratio", "lr_C": "lr", "C_lr_scheduler": "lr_scheduler",

@@ -63,7 +63,6 @@ class WaNet(Attack):
     name: ClassVar[str] = "wanet"
     remedy: ClassVar[str] = "more --epochs or a larger --s"
     in_batch: ClassVar[bool] = True
-    teamwork: ClassVar[bool] = False  # how many pictures are poisoned depends on the size of the batch
 
     cross_ratio: float = 2.0
     s: float = 0.5

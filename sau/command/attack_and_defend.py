@@ -26,7 +26,6 @@ from sau.errors import ConfigError
 from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
 from sau.files import existing, folder
 from sau.machine import device as machine
-from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
 from sau.models import build, has_width
 from sau.optim import Training
@@ -47,7 +46,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     request.help(recipe, dataset)
     run, training, method = request.settle(recipe, dataset)
     _check_name(run.attack or name, name)
-    where, threads = place(run, method, training.batch_size), machine.set_threads(run.threads)
+    where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
     record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
     train, test = load(dataset, run.dataset_path, run.img_size)
     notes = [note] if (note := subset_note(dataset, train, test)) else []
@@ -81,7 +80,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     watch = Watch(record, run, epochs, test, again, started, each)
-    spread(run.devices, method.fit, model, poisoned, recipe=training, session=watch.session(), **how)
+    method.fit(model, poisoned, recipe=training, session=watch.session(), **how)
     triggered = again()
     final = watch.final(model, triggered)
     victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
@@ -108,7 +107,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     run, _, method = request.settle(recipe, attacked.dataset, _says(attacked))
     request.note_unheard(method)
     request.note_idle(OF_OWN | run.idle())
-    where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
+    where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     place_of_data = run.dataset_path if "dataset_path" in request.asked else None
     given, test, notes = _given(attacked, run, method, offered, place_of_data)
@@ -137,7 +136,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered if method.by_asr else None)
     session = replace(watch.session(), judge=judge if method.selection == "oracle" else None)
-    fixed = spread(run.devices, method.purify, model, given, augment=augment, seed=run.random_seed, session=session)
+    fixed = method.purify(model, given, augment=augment, seed=run.random_seed, session=session)
     after = watch.final(fixed, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)

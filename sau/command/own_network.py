@@ -31,7 +31,6 @@ from sau.foreign.formats import SAFE
 from sau.foreign.inspection import normalisation
 from sau.foreign.network import network
 from sau.machine import device as machine
-from sau.machine.devices import place, spread
 from sau.machine.tuning import tune
 from sau.models import Normalized, asking, check_logits, quick
 from sau.record.folder import Record
@@ -59,7 +58,7 @@ def purify(name: str, request: Request) -> None:
     request.note_unheard(method)
     idle = dict.fromkeys(OF_RECORDS, "it is about the record of an attack")
     request.note_idle(idle | {"track_risk": "the risks before and after are measured in any case"})
-    where, threads = place(run, method, method.batch_size), machine.set_threads(run.threads)
+    where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
     _need_nothing_of_an_attacker(method)
     images = labelled(Path(str(own.clean_dir)), own.input_size)
     given, test = (part.to(where) for part in split(images, own.check_share))
@@ -91,7 +90,7 @@ def purify(name: str, request: Request) -> None:
     threat, patches = measured(model), inverted(model)
     closing = time.monotonic() - begun  # what is measured now is measured again in the end
     watch = Watch(record, run, epochs, test, lambda: None, started, evaluation, closing_seconds=closing)
-    fixed = spread(run.devices, method.purify, model, given, seed=run.random_seed, session=watch.session())
+    fixed = method.purify(model, given, seed=run.random_seed, session=watch.session())
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))
     alike = {"classes": images.num_classes, "passes": own.reversal_passes, "pictures": len(test)}

@@ -32,7 +32,6 @@ class Searching(Tuning):
 
     searches: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
-    teamwork: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
 
     lr: float = 1e-4

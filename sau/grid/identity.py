@@ -14,7 +14,6 @@ from sau.data.official import OFFICIAL
 from sau.errors import ConfigError
 from sau.files import checksum
 from sau.grid.spec import Block
-from sau.machine.devices import united
 from sau.method import Method
 from sau.models import check_name, has_width
 from sau.settings.run import AttackRun, DefenseRun
@@ -28,13 +27,12 @@ _MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds
 def identity(sections: Sequence[Any], run: Asked, block: Block, dataset_path: str) -> dict[str, Any]:
     """All that determines a result but seed and attack.
 
-    Files, further devices and what else is measured stand in it only where they are given: cells had digests before.
+    Files and what else is measured stand in it only where they are given: cells had digests before.
     """
     settings = {key: value for section in sections for key, value in section.identity().items()}
     facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
     where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
     machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
-    machine |= {"devices": run.devices} if run.devices > 1 else {}
     index = run.index if isinstance(run, DefenseRun) else None
     if index:
         del facts["index"]
@@ -48,14 +46,13 @@ def _measured(run: Asked) -> dict[str, Any]:
     return {name: getattr(run, name) for name in names if getattr(run, name) != getattr(type(run), name)}
 
 
-def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shares: bool) -> None:
+def refuse_unfit(method: Method, run: Asked, block: Block, shares: bool) -> None:
     """Refuse, by a ConfigError, what a cell would refuse only after its attack was trained.
 
     Args:
         method: the attack or defense of the cell.
         run: what it is asked.
         block: of the grid that it is from.
-        batch_size: pictures an update.
         shares: whether clean_shares say how many pictures a defender has.
     """
     if isinstance(run, DefenseRun) and run.index is not None and shares:
@@ -69,10 +66,6 @@ def refuse_unfit(method: Method, run: Asked, block: Block, batch_size: int, shar
         elif isinstance(run, DefenseRun) and run.index is None and run.ratio * pictures < 1:
             what = f"ratio (clean share) is {run.ratio:g}, which is less than one of {pictures} pictures"
             raise ConfigError(f"{what} of {block.dataset}; allowed is {1 / pictures:g} and more")
-    united(run, method, batch_size)
-    what, most = ("gpus", block.gpus) if block.device == "cuda" else ("threads", block.threads)
-    if 1 < run.devices > most:
-        raise ConfigError(f"devices is {run.devices}, but {what} of a cell is {most:g}; make them as many")
 
 
 @cache  # for the cells of a large grid have few attacks

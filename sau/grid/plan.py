@@ -148,8 +148,8 @@ class _Crossed:
         try:
             asked = request(kind, name, flags)
             run, *sections = asked.settle(asked.fitting(block.recipe), block.dataset)
-            method, size = sections[-1], sections[0].batch_size
-            refuse_unfit(method, run, block, size, shares=kind == "defense" and amount is not None)
+            method = sections[-1]
+            refuse_unfit(method, run, block, shares=kind == "defense" and amount is not None)
             facts = identity(sections, run, block, said["dataset_path"])
         except SauError as error:
             raise ConfigError(f"{kind} {name}: {error}") from None

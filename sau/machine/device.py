@@ -26,8 +26,7 @@ def choose_device(wish: str) -> torch.device:
     try:
         device = torch.device(wish)
     except RuntimeError:
-        more = f"; several are --device cuda --devices {wish.count(',') + 1}" if "," in wish else ""
-        raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1{more}") from None
+        raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         return torch.device("cpu")
     if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, torch.cuda.device_count()):

@@ -19,14 +19,13 @@ class InParts:
 
     The gradients of the parts, weighted by their pictures, sum up to the batch's, so the update is the same up to
     rounding where each picture's loss is its own. Where batch norm uses the statistics of a batch it is not: they are
-    those of a part then, and the pictures of the attempt that failed count in the running ones. Among several devices
-    that is refused: their batch norms exchange statistics, so all would have to make the same attempts.
+    those of a part then, and the pictures of the attempt that failed count in the running ones.
 
     Args:
         step: (state, x, y) -> what to report.
         state: with the `descent` of the step.
         splits: whether the step makes one update, from a mean over its pictures; see `Method.splits`.
-        session: prints a line, notes parts in the record, and knows of other devices.
+        session: prints a line and notes parts in the record.
         batch_statistics: whether the step itself puts batch norm into train mode for a while.
         repeats: whether CUDA may repeat the step; see `Method.repeats`.
         compose: (state, x, y) -> the batch of the step; for what is random, which cannot be repeated.
@@ -37,15 +36,14 @@ class InParts:
         batch_statistics: bool = False, repeats: bool = False, compose: Compose | None = None,
     ) -> None:  # fmt: skip
         self.step, self.state, self.splits, self.batch_statistics = step, state, splits, batch_statistics
-        self.say, self.note, self.team, self.parts = session.say, session.note, session.team, 1
+        self.say, self.note, self.parts = session.say, session.note, 1
         self.compose = compose
-        self.captured = Captured(step, state, session.say, session.note, off=not repeats or session.team is not None)
+        self.captured = Captured(step, state, session.say, session.note, off=not repeats)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
         given = x, y
         while True:
-            before = self.team.messages if self.team is not None else 0
             try:
                 x, y = given if self.compose is None else self.compose(self.state, *given)
                 return self._once(x, y)
@@ -59,9 +57,6 @@ class InParts:
             size = -(-len(y) // self.parts)
             if not self.splits or self.parts >= len(y):
                 raise OutOfMemory(f"out of memory with {size} pictures; try a smaller --batch_size")
-            if self.team is not None and (self._trains_norm() or self.team.messages != before):
-                why = f"out of memory with {size} pictures on one device, for whose next attempt the others would wait"
-                raise OutOfMemory(f"{why}; try a smaller --batch_size")
             self.parts *= 2
             if x.is_cuda:
                 torch.cuda.empty_cache()

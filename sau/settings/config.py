@@ -31,6 +31,10 @@ IGNORED = {
     "random_crop": "the attack crops as its data set says",
     "random_rotation": "the attack rotates nothing",
 }
+# Flags of ours that are gone, and what to do instead.
+REMOVED = {
+    "devices": "a run uses one device; a grid runs a cell on each (docs/grid.md)",
+}
 _BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however it unfolds
 _BRIEF.maxlevel, _BRIEF.maxstring = 1, 100
 _SHORT = {"num_workers": "-n", "pin_memory": "-pm", "non_blocking": "-nb", "prefetch": "-pf"}
@@ -122,6 +126,8 @@ def flags(
         return vars(known)
     if unknown and not unknown[0].startswith("-"):
         raise ConfigError(f"{unknown[0]!r} belongs to no flag; allowed is one value a flag, and a list like 10,20")
+    if unknown and (name := unknown[0].split("=")[0].removeprefix("--")) in REMOVED:
+        raise ConfigError(f"--{name} is gone: {REMOVED[name]}")
     if unknown:
         every = [text for action in parser._actions for text in action.option_strings]
         raise ConfigError(f"unknown flag {unknown[0]!r}{nearest(unknown[0].split('=')[0], every)}; see --help")

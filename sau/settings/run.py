@@ -27,8 +27,6 @@ class Run:
             fraction of that (fast_cpu without CUDA); defenses, and attacks inside the batches, then have those of
             paper or cpu.
         device: auto, cpu, cuda or one like cuda:1.
-        devices: cuda devices that share the run, each with a part of every batch (on cpu processes, for sau and at
-            alone); above 1 for attacks that poison before training, sau and at.
         amp: true is bf16, false is fp32; auto is bf16 where the device has bf16 arithmetic, else fp32.
         threads: CPU threads; 0 means all cores.
         compile: run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3). CUDA graphs need no flag:
@@ -50,7 +48,6 @@ class Run:
     model: str = "preactresnet18"
     recipe: Literal["auto", RecipeName] = "auto"
     device: str = "auto"
-    devices: int = 1
     amp: bool | None = None
     threads: int = 0
     compile: bool = False
@@ -65,7 +62,6 @@ class Run:
 
     def __post_init__(self) -> None:
         for name, fine, allowed in (
-            ("devices", self.devices >= 1, "1 and more"),
             ("eval_every", self.eval_every >= 1, "1 and more"),
             ("frequency_save", self.frequency_save >= 0, "0 and more"),
             ("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, and none"),

@@ -10,7 +10,7 @@ import yaml
 from sau.data.sources import SOURCES
 from sau.errors import NO_YAML, ConfigError
 from sau.files import read
-from sau.settings.config import IGNORED, Option, Setting, nearest, once
+from sau.settings.config import IGNORED, REMOVED, Option, Setting, nearest, once
 from sau.settings.run import RecipeName
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
@@ -108,6 +108,8 @@ def _settings(
             continue
         origin = f"{path}:{node.start_mark.line + 1}: {key}"
         name = canonical.get(key, key if key in ignored else None)
+        if key in REMOVED and name is None:
+            raise ConfigError(f"{origin} is gone: {REMOVED[key]}")
         if name is None:
             raise ConfigError(f"{origin}: unknown key{nearest(key, list(canonical))}")
         try:
