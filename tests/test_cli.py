@@ -23,7 +23,6 @@ from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, th
 
 import sau
 from sau.attack import ATTACKS, BadNet
-from sau.attack.recipe import Recipe
 from sau.cli import main
 from sau.command import attack_and_defend, watch
 from sau.data import sources
@@ -280,7 +279,7 @@ def test_help_lists_every_flag(kind, name, here, capsys):
         here(kind, name, "--help_all")
     out = capsys.readouterr().out
     assert left.value.code == 0
-    sections = (AttackRun, Recipe, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
+    sections = (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
     for cls in sections:
         for option in options(cls).values():
             flags = (option.name, *option.aliases)
@@ -836,6 +835,7 @@ WRONG_ATTACKS = {
     "device": (["--device", "tpu"], "tpu"),
     "device of no kind": (["--device", "cudax"], "cudax"),
     "several devices as in the benchmark": (["--device", "cuda:0,1"], "cuda:0,1"),
+    "sides": (["--sides", "0.5,1"], "--sides is gone: images keep their size"),
     "several devices as before": (["--devices", "2"], "--devices is gone: a run uses one device"),
     "threads": (["--threads", "-1"], "threads"),
     "seed below 0": (["--random_seed", "-1"], "random_seed"),
@@ -860,13 +860,6 @@ def test_attacks_that_are_refused(refused, tmp_path, wrong):
     name = () if "--save_folder_name" in flags else ("--save_folder_name", "a")
     assert word in refused("attack", "badnet", *before, *name, *flags)
     assert [file.name for file in tmp_path.iterdir()] == ["a file"]  # nothing half-written
-
-
-@pytest.mark.parametrize("name", ["wanet", "inputaware"])
-def test_small_pictures_are_refused_before_anything_is_written(name, refused, tmp_path):
-    """Attacks inside the batches stamp whole ones; a folder that was begun would refuse the command without it."""
-    assert "stamp whole pictures" in refused("attack", name, *TINY, "--save_folder_name", "a", "--sides", "0.5,1")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_ratio_of_less_than_a_picture_is_noted(here):

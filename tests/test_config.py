@@ -11,12 +11,11 @@ import yaml
 from toys import REPOSITORY
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, Blended, InputAware, Prototype, WaNet
-from sau.attack.recipe import Recipe
 from sau.command.request import Request
 from sau.data.sources import SOURCES
 from sau.defense import ANP, BNP, CLP, DEFENSES, EP, FP, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU
 from sau.errors import ConfigError
-from sau.optim import DESCENT
+from sau.optim import DESCENT, Training
 from sau.settings import config
 from sau.settings.config import IGNORED, options
 from sau.settings.convert import convert
@@ -25,7 +24,7 @@ from sau.settings.yamlfile import OVERLAYS, read_yaml, shipped
 
 # Options
 
-RECIPES = ("paper", "cpu", "fast", "fast_cpu")
+RECIPES = ("paper", "cpu", "fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def test_options_come_from_the_signature_and_its_bases():
     assert found["steps"].default == 5 and found["steps"].aliases == ("n_steps",) and found["steps"].help == "how many."
 
 
-@pytest.mark.parametrize("cls", [AttackRun, DefenseRun, Recipe, *ATTACKS.values(), *DEFENSES.values()])
+@pytest.mark.parametrize("cls", [AttackRun, DefenseRun, Training, *ATTACKS.values(), *DEFENSES.values()])
 def test_every_parameter_has_a_help_text(cls):
     assert [name for name, option in options(cls).items() if not option.help] == []
 
@@ -92,10 +91,10 @@ def test_the_flags_of_the_benchmark_exist():
     nc = "unlearning_ratio nc_epoch mask_lr init_cost atk_succ_threshold patience cost_multiplier early_stop".split()
     npd = "target_layer_name trigger_norm norm_type inner_steps warm_epochs lmd1 lmd2 lmd3 lmd4".split()
     for wanted, sections in (
-        (attack, (AttackRun, Recipe, BadNet)),
+        (attack, (AttackRun, Training, BadNet)),
         (["sig_f", "sig_delta"], (SIG,)),
         (["cross_ratio", "s", "k", "grid_rescale", "random_crop", "random_rotation"], (WaNet,)),
-        (inputaware, (Recipe, InputAware)),
+        (inputaware, (Training, InputAware)),
         (anp, (ANP,)),
         (["acc_ratio", "once_prune_ratio"], (FP,)),
         (nc, (NC,)),
@@ -234,7 +233,9 @@ def test_flags_that_are_refused(argv, words, one_line):
 
 
 def test_loader_flags_are_accepted_under_their_old_names():
-    request = Request("x", BadNet, (AttackRun, Recipe, BadNet), ["-n", "4", "-pm", "True", "-nb", "1", "-pf", "False"])
+    request = Request(
+        "x", BadNet, (AttackRun, Training, BadNet), ["-n", "4", "-pm", "True", "-nb", "1", "-pf", "False"]
+    )
     assert sorted(request.ignored) == ["non_blocking", "num_workers", "pin_memory", "prefetch"]
     assert set(IGNORED) >= set(request.ignored) | {"git_hash"} and all(IGNORED.values())
 
@@ -361,7 +362,7 @@ LABELS = {"attack_target": "1", "attack_label_shift_amount": "2"}
 @pytest.mark.parametrize("attack", [BadNet, SSBA])
 def test_settings_that_the_label_rule_leaves_idle_are_named(attack, rule, warned):
     argv = [*rule, *(word for flag, value in LABELS.items() for word in (f"--{flag}", value))]
-    request = Request("x", attack, (AttackRun, Recipe, attack), argv)
+    request = Request("x", attack, (AttackRun, Training, attack), argv)
     request.settle("cpu", "cifar10")
     assert sorted(request.ignored) == sorted(warned) and all(request.ignored.values())
 
@@ -373,7 +374,7 @@ def test_a_list_is_written_with_commas_or_with_spaces():
 
 @pytest.mark.parametrize("flag", ["--C_lr_scheduler", "--lr_scheduler"])
 def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benchmark(flag, tmp_path, one_line):
-    sections = (AttackRun, Recipe, InputAware)
+    sections = (AttackRun, Training, InputAware)
     file = written(tmp_path, f"{flag[2:]}: None\n")
     for argv in ([flag, "None"], ["--yaml_path", str(file)]):
         _, training, _ = Request("x", InputAware, sections, argv).settle("cpu", "cifar10")
@@ -382,7 +383,7 @@ def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benc
         Request("x", InputAware, sections, [flag, "Linear"]).said("lr_scheduler")
     assert one_line(refusal.value).startswith(f"{flag} is 'Linear'")  # as it was typed
     argv = ["--lr_scheduler", "None"]
-    for method, sections in ((BadNet, (AttackRun, Recipe, BadNet)), (FT, (DefenseRun, FT))):
+    for method, sections in ((BadNet, (AttackRun, Training, BadNet)), (FT, (DefenseRun, FT))):
         assert Request("x", method, sections, argv).said("lr_scheduler") == "constant"
 
 
@@ -395,7 +396,7 @@ def test_help_lists_every_flag_with_its_default():
 
 def test_help_writes_values_as_flags_take_them(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # one line a flag
-    options = {**config.options(Recipe), **config.options(AttackRun)}
+    options = {**config.options(Training), **config.options(AttackRun)}
     out = config.help_text("x", "About.", {"all": [*options.values()]}, {"lr": 1e-4, "overwrite": True, "wd": 0.0})
     found = dict(re.findall(r"^  --(\w+) .*?\[([^][ ]*)\]\n", out, re.M | re.S))
     expected = {"lr": "0.0001", "overwrite": "true", "wd": "0", "adam_betas": "0.9,0.999", "cos_t_max": "none"}
@@ -409,7 +410,7 @@ def test_help_is_given_beside_mistakes(argv):
 
 def test_a_value_that_is_refused_names_its_flag(one_line):
     with pytest.raises(ConfigError) as refusal:
-        Request("x", BadNet, (AttackRun, Recipe, BadNet), ["--lr", "fast"]).settle("paper", "cifar10")
+        Request("x", BadNet, (AttackRun, Training, BadNet), ["--lr", "fast"]).settle("paper", "cifar10")
     assert all(word in one_line(refusal.value) for word in ("--lr", "'fast'", "a finite number"))
 
 
@@ -573,7 +574,7 @@ def test_a_file_names_no_further_file(tmp_path, one_line):
     one.write_text(f"lr: 3\nbd_yaml_path: {two}\n")
     two.write_text("pratio: 0.4\n")
     with pytest.raises(ConfigError) as refusal:
-        Request("x", BadNet, (AttackRun, Recipe, BadNet), ["--yaml_path", str(one)])
+        Request("x", BadNet, (AttackRun, Training, BadNet), ["--yaml_path", str(one)])
     assert f"{one}:2: bd_yaml_path" in one_line(refusal.value) and "--bd_yaml_path" in str(refusal.value)
 
 
@@ -597,7 +598,7 @@ def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("lr: 3\nepochs: 3\npratio: 0.3\n")
     two.write_text("lr: 4\npratio: 0.4\n")
-    sections = (AttackRun, Recipe, BadNet)
+    sections = (AttackRun, Training, BadNet)
     argv = ["--yaml_path", str(one), "--bd_yaml_path", str(two), "--pratio", "0.5"]
     for order in (argv, argv[2:4] + argv[:2] + argv[4:]):
         run, training, method = Request("x", BadNet, sections, order).settle("cpu", "cifar10")
@@ -614,7 +615,7 @@ def test_the_record_beats_the_signature_and_is_beaten_by_yaml_and_flags(tmp_path
 
 
 def test_recipe_and_data_set_choose_the_shipped_settings():
-    sections = (AttackRun, Recipe, BadNet)
+    sections = (AttackRun, Training, BadNet)
 
     def settled(recipe: str, dataset: str) -> tuple[int, int, float, str]:
         run, training, _ = Request("x", BadNet, sections, []).settle(recipe, dataset)
@@ -712,8 +713,8 @@ SHIPPED = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if fi
 def sections_of(file: Path) -> tuple[type, ...]:
     kind, name = file.parent.name, file.stem
     if kind == "recipe":
-        return (AttackRun, Recipe)
-    return (AttackRun, Recipe, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
+        return (AttackRun, Training)
+    return (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
 
 
 def test_every_shipped_file_belongs_to_something_that_exists():

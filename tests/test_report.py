@@ -100,13 +100,13 @@ def test_a_run_that_was_ended_early_is_no_seed_of_the_others(tmp_path):
 
 
 def test_a_setting_that_one_run_alone_was_given_tells_them_apart(tmp_path):
-    """`sides` is in an identity only where there are any; of folders known by their names alone nobody knows."""
+    """`patience` is in an identity only where there are any; of folders known by their names alone nobody knows."""
     for seed in (0, 1, 2):
-        more = {"sides": [0.5, 1.0]} if seed == 1 else {}
+        more = {"patience": [0.5, 1.0]} if seed == 1 else {}
         attack(tmp_path, seed=seed, folder=f"badnet_r0.1_s{seed}", **more)
     alone(tmp_path / "badnet_r0.1_s2")
     runs, _ = read(tmp_path)
-    assert [first for first, _ in variants(runs)] == ["no sides", "sides [0.5, 1.0]", ""]
+    assert [first for first, _ in variants(runs)] == ["no patience", "patience [0.5, 1.0]", ""]
 
 
 def test_runs_of_another_precision_are_no_seeds_of_each_other(tmp_path):

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.attack.checks import check_victim
 from sau.attack.labelling import Labelling
 from sau.attack.making import Making
-from sau.attack.recipe import check_victim, moved, sizes
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
@@ -67,8 +67,7 @@ class Attack(Labelling, ABC):
     ) -> "Attack":
         """This attack with a trigger that has to be drawn or trained first; most have nothing to make. See `Making`."""
         self.check(images)  # before a trigger is made, which may take long
-        sizes(recipe, blank, images, self.in_batch)
-        trigger = self.make_trigger(Making(images, blank, recipe, moved(recipe, augment), seed, session))
+        trigger = self.make_trigger(Making(images, blank, recipe, augment, seed, session))
         return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
 
     def make_trigger(self, given: Making) -> nn.Module | None:
@@ -205,18 +204,18 @@ class Attack(Labelling, ABC):
             model: pixels in [0, 1] -> logits.
             images: on the device of the model.
             recipe: epochs, batch size, optimiser and schedule.
-            augment: applied to each batch anew, unless the recipe wants pictures as they are.
+            augment: applied to each batch anew.
             seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
             session: output and checkpoints.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
         """
         check_victim(model, images)
-        session, augment = session or Session(), moved(recipe, augment)
+        session = session or Session()
         session = session if progress else session.quiet()
         recipe.say_astray(session)
         self.say_astray(session)
-        first, sides = self.augmentation(augment), sizes(recipe, model, images, self.in_batch)
-        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch, sides=sides)
+        first = self.augmentation(augment)
+        batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
         with learning(images.pixels.device), seeded(seed), enough_pictures():
             self.train(model.train(), images, batches, recipe, augment, session)
         model.zero_grad()  # or the caller's first step would make the last one again

@@ -11,7 +11,6 @@ from torch import nn
 
 from sau import quality
 from sau.attack import ATTACKS, THEIRS, Attack
-from sau.attack.recipe import Recipe
 from sau.attack.workshop import in_words, same_trigger
 from sau.command import own_network
 from sau.command.request import Request
@@ -40,7 +39,7 @@ OF_OWN = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a 
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
     started = time.monotonic()
-    request = Request(f"sau attack {name}", ATTACKS[name], (AttackRun, Recipe, ATTACKS[name]), argv)
+    request = Request(f"sau attack {name}", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
     dataset = request.said("dataset") or AttackRun.dataset
     origin, (recipe, why) = source(dataset), request.recipe()
     request.help(recipe, dataset)

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sau.attack.recipe import Recipe
 from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
+from sau.optim import Training
 from sau.settings import config
 from sau.settings.config import Option, Setting
 from sau.settings.run import AttackRun, OwnRun, Run
@@ -17,7 +17,7 @@ from sau.settings.yamlfile import read_yaml, shipped
 
 # Asked for before the recipe and the data set are known.
 EARLY = {"dataset", "recipe", "device", "record_root", "result_file", "model_file"}
-FAST = {"fast": "paper", "fast_cpu": "cpu"}  # a short recipe, and the one that it shortens
+FAST = {"fast": "paper"}  # a short recipe, and the one that it shortens
 
 
 class Request:
@@ -62,7 +62,7 @@ class Request:
 
     def _groups(self) -> dict[str, list[Option]]:
         """Every parameter once, by the heading of help that it stands under: the method's own come first."""
-        shared = {**config.options(Recipe), "augment": None}
+        shared = {**config.options(Training), "augment": None}
         headings: dict[str, list[str]] = {
             self.method.name: [name for name in config.options(self.method) if name not in shared],
             "training": [name for name in self.known if name in shared],
@@ -108,8 +108,6 @@ class Request:
             chosen, why = recorded, "as the attack"
         elif chosen == "auto":
             return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
-        elif chosen == "fast" and not cuda:
-            chosen, why = "fast_cpu", "fast, without CUDA"
         if (fitting := self.fitting(chosen)) != chosen:
             return fitting, f"{why}, {chosen} being for pictures that are poisoned beforehand"
         return chosen, why

@@ -1,11 +1,10 @@
 """A data set as tensors: pixels stay uint8 on the device, batches become float one at a time."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sau.data.augment import Augment
@@ -152,13 +151,9 @@ class Images:
         seed: int | None = None,
         augment: Augment | None = None,
         drop_last: bool = False,
-        sides: Sequence[float] = (),
     ) -> "Batches":
-        """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given.
-
-        `sides` are the shares of their height and width in each epoch, the last one in all that follow.
-        """
-        return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last, sides)
+        """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given."""
+        return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last)
 
 
 _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
@@ -178,13 +173,12 @@ class Batches:
         seed: int | None = None,
         augment: Augment | None = None,
         drop_last: bool = False,
-        sides: Sequence[float] = (),
     ) -> None:
         if not isinstance(augment, Augment | None):
             raise ConfigError(f"augment is a {type(augment).__name__}, allowed is an Augment, or none")
         self.pixels, self.labels, self.size, self.seed, self.augment = pixels, labels, size, seed, augment
         self.drop_last = drop_last and len(pixels) >= size
-        self.sides, self.epoch = sides, 0
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration walks through."""
@@ -209,21 +203,6 @@ class Batches:
             pixels = self.pixels[index]
             if self.augment is not None:
                 pixels = self.augment(pixels, generator, block)
-            parts = (self._sized(to_float(pixels)), *(labels[index] for labels in self.labels))
+            parts = (to_float(pixels), *(labels[index] for labels in self.labels))
             # Not views: whoever changes a batch in place, under autograd, too, has nothing to do with the others.
             yield from zip(*(part.unsafe_split_with_sizes(block) for part in parts), strict=True)
-
-    def _sized(self, x: Tensor) -> Tensor:
-        share = share_in(self.epoch, self.sides)
-        return x if share == 1 else shrunk(x, share)
-
-
-def share_in(epoch: int, sides: Sequence[float]) -> float:
-    """The share of their height and width that pictures have in an epoch, counted from 0."""
-    return sides[min(epoch, len(sides) - 1)] if sides else 1.0
-
-
-def shrunk(x: Tensor, share: float) -> Tensor:
-    """Float pictures at a share of their height and width, each pixel an average of those that it stands for."""
-    size = [max(1, round(share * n)) for n in x.shape[-2:]]
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)

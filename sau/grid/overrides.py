@@ -5,12 +5,12 @@ from functools import cache
 from typing import Any
 
 from sau.attack import ATTACKS
-from sau.attack.recipe import Recipe
 from sau.command.request import Request
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
 from sau.grid.spec import Overrides
 from sau.method import Method
+from sau.optim import Training
 from sau.settings.config import nearest
 from sau.settings.run import AttackRun, DefenseRun
 
@@ -73,7 +73,7 @@ def overridden(overrides: Overrides, kind: str, name: str, group: str, axis: str
 
 def request(kind: str, name: str, flags: Sequence[str]) -> Request:
     """A method's command line on its way to objects."""
-    method, asked = METHODS[kind][name], (AttackRun, Recipe) if kind == "attack" else (DefenseRun,)
+    method, asked = METHODS[kind][name], (AttackRun, Training) if kind == "attack" else (DefenseRun,)
     return Request(f"{kind}/{name}.py", method, (*asked, method), flags)
 
 

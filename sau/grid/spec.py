@@ -78,8 +78,6 @@ class Block:
             raise ConfigError("seeds names none, allowed is at least one")
         if (self.device == "cuda") != (self.gpus > 0):
             raise ConfigError(f"device is {self.device}, but gpus is {self.gpus:g}; cuda needs some, cpu needs none")
-        if self.recipe == "fast" and self.device == "cpu":
-            raise ConfigError("recipe is fast, but device is cpu; fast_cpu is the one without CUDA")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Gradient descent: its settings (`Training`), the step down a loss (`descent`) and Muon."""
+"""Gradient descent: its settings (`Training`) and the step down a loss (`descent`)."""
 
 from sau.optim.training import DESCENT, Optimizer, Schedule, Training, adam
 

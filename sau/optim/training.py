@@ -10,16 +10,15 @@ from torch.optim import lr_scheduler as schedules
 
 from sau.method import Method
 from sau.optim.descent import Descent
-from sau.optim.muon import Muon
 
 Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
 ]
-Optimizer = Literal["sgd", "adam", "adamw", "adadelta", "muon"]
+Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
 
 # What only some optimisers and schedules look at.
 READERS: dict[str, tuple[str, ...]] = {
-    "sgd_momentum": ("sgd", "muon"), "adam_betas": ("adam", "adamw"), "steplr_stepsize": ("StepLR", "CyclicLR"),
+    "sgd_momentum": ("sgd",), "adam_betas": ("adam", "adamw"), "steplr_stepsize": ("StepLR", "CyclicLR"),
     "steplr_gamma": ("StepLR", "MultiStepLR", "ReduceLROnPlateau"), "steplr_milestones": ("MultiStepLR",),
     "cos_t_max": ("CosineAnnealingLR",), "min_lr": ("CyclicLR", "CosineAnnealingLR"),
 }  # fmt: skip
@@ -41,9 +40,8 @@ class Training(Method):
         lr: learning rate at the start (OneCycleLR: at its highest).
         lr_scheduler: constant, or a schedule of torch.optim by its name; stepped after each epoch, and OneCycleLR after
             each update.
-        client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw, adadelta or muon
-            (Jordan et al., 2024).
-        sgd_momentum: momentum of sgd and muon.
+        client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta.
+        sgd_momentum: momentum of sgd.
         wd: weight decay on every parameter, batch norm and biases included.
         adam_betas: decay rates of adam's two moments.
         steplr_stepsize: epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR).
@@ -103,8 +101,6 @@ class Training(Method):
         common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.wd}
         if self.client_optimizer == "sgd":
             return torch.optim.SGD(parameters, momentum=self.sgd_momentum, fused=True, **common)
-        if self.client_optimizer == "muon":
-            return Muon(parameters, momentum=self.sgd_momentum, **common)
         if self.client_optimizer == "adadelta":
             return torch.optim.Adadelta(parameters, **common)
         betas = (self.adam_betas[0], self.adam_betas[1])

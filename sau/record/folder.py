@@ -94,7 +94,8 @@ class Record:
             return False
         same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}  # an end may have been noted already
         if self.finished:
-            if same and run and {**old.get("run", {}), "overwrite": 0} == {**as_json(run), "overwrite": 0}:
+            before = old.get("run", {})  # of an older version with other keys, too
+            if same and run and all(before.get(k, v) == v for k, v in as_json(run).items() if k not in HOW):
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
             raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")

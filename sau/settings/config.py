@@ -34,6 +34,8 @@ IGNORED = {
 # Flags of ours that are gone, and what to do instead.
 REMOVED = {
     "devices": "a run uses one device; a grid runs a cell on each (docs/grid.md)",
+    "sides": "images keep their size; for a shorter run give fewer --epochs or a smaller --width",
+    "unaugmented": "images are augmented as their data set says",
 }
 _BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however it unfolds
 _BRIEF.maxlevel, _BRIEF.maxstring = 1, 100

@@ -9,7 +9,7 @@ from sau.perturb import RADII, Bounded, is_radius
 from sau.quality import RADIUS
 from sau.witness import Search
 
-RecipeName = Literal["paper", "cpu", "fast", "fast_cpu"]
+RecipeName = Literal["paper", "cpu", "fast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,7 @@ class Run:
         model: preactresnet18, or a classifier of torchvision by its name, like vgg19_bn; of a defense the record's.
         recipe: shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which
             is paper on CUDA and cpu elsewhere; a defense takes the recipe of the record. fast trains a victim in a
-            fraction of that (fast_cpu without CUDA); defenses, and attacks inside the batches, then have those of
-            paper or cpu.
+            quarter of paper's epochs; defenses, and attacks inside the batches, then have those of paper.
         device: auto, cpu, cuda or one like cuda:1.
         amp: true is bf16, false is fp32; auto is bf16 where the device has bf16 arithmetic, else fp32.
         threads: CPU threads; 0 means all cores.
