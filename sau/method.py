@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sau.errors import DataError, require
 from sau.files import checksum
-from sau.session import Session
 from sau.settings.convert import check_types
 
 
@@ -33,20 +32,6 @@ class Method:
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-
-    def idle(self) -> dict[str, str]:
-        """Settings that have no effect beside the others as they are, each with the reason."""
-        return {}
-
-    def astray(self) -> dict[str, str]:
-        """Of `idle` this method's own that are not their defaults."""
-        defaults, idle = {field.name: field.default for field in fields(self)}, self.idle()
-        return {name: idle[name] for name in defaults if name in idle and getattr(self, name) != defaults[name]}
-
-    def say_astray(self, session: Session) -> None:
-        """Warn of `astray`, unless the caller has."""
-        for name, why in self.astray().items() if not session.scrutinised else ():
-            session.say(f"warning: {name} has no effect: {why}")
 
     def contents(self) -> dict[str, str]:
         """The SHA-256 of each file that is given; of a record's folder, that of the weights. DataError if one cannot be

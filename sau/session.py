@@ -108,8 +108,8 @@ class Session:
         findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
             which a command keeps in `summary.json`. A method fills it in; all stages share it.
         bar: whether a terminal or a notebook shows a progress bar.
-        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`) and of
-            settings without effect, as commands have; otherwise `purify` and `fit` do.
+        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`), as commands
+            have; otherwise `purify` does.
     """
 
     checkpoint: Checkpoint | None = None

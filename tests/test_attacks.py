@@ -1191,25 +1191,6 @@ def test_settings_out_of_range_are_refused(attack, wrong, one_line):
     assert next(iter(wrong)) in one_line(refusal.value)
 
 
-SEARCHED = {"lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot"}
-READY = {"attack_train_replace_imgs_path": "train.npy", "attack_test_replace_imgs_path": "test.npy"}
-ENCODED = {"ssba_bits", "ssba_residual", "ssba_epochs", "ssba_batch_size", "ssba_lr", "trigger_seed"}
-
-
-@pytest.mark.parametrize(
-    ("attack", "idle"),
-    [
-        (LF(), SEARCHED),
-        (LF(lf_optimise=True), set()),
-        (LF(lowFrequencyPatternPath="pattern.npy"), SEARCHED | {"lf_strength"}),
-        (SSBA(), set()),
-        (SSBA(**READY), ENCODED),
-    ],
-)
-def test_settings_that_the_way_to_a_trigger_leaves_idle_are_named(attack, idle):
-    assert {*attack.idle()} == {*idle, "attack_label_shift_amount"}
-
-
 @pytest.mark.parametrize("side", [12, 24])
 def test_pictures_that_the_encoder_cannot_halve_four_times_are_refused(side, one_line):
     for use in (

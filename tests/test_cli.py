@@ -215,8 +215,7 @@ def test_the_same_command_gives_the_same_bits(purified, victim, here):
 
 def test_a_clean_network_is_defended_too(here, tmp_path):
     """Nothing is triggered, so there is no ASR and no DER; ACC is still told."""
-    status, out, _ = here("attack", "prototype", *TINY, "--save_folder_name", "victim", "--trigger_radius", "0.1")
-    assert status == 0 and "without effect here: --trigger_radius: there is no trigger" in out
+    assert here("attack", "prototype", *TINY, "--save_folder_name", "victim")[0] == 0
     folder = tmp_path / "record" / "victim"
     found = summary(folder)
     assert found["asr"] is None and found["racc"] is None and isinstance(found["acc"], float)

@@ -280,98 +280,6 @@ def test_every_flag_of_the_benchmarks_defenses_is_known(name, tmp_path):
         assert sorted(found) == without and all(found.values())
 
 
-SEARCH = ["pruning_max", "pruning_step", "acc_ratio", "held_back"]
-OUTLIER = ["u_min", "u_max", "u_num", "acc_ratio"]
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "said", "warned"),
-    [
-        ("rnp", ["--pruning_number", "0.5"], SEARCH, SEARCH),
-        ("rnp", ["--pruning_number", "none"], SEARCH, []),
-        ("rnp", ["--select", "oracle"], [*SEARCH, "pruning_number"], ["held_back", "pruning_number"]),
-        ("anp", ["--pruning_number", "0.5"], SEARCH, SEARCH),
-        ("anp", [], SEARCH, []),
-        ("anp", ["--select", "oracle"], SEARCH, ["held_back"]),
-        ("fp", ["--select", "oracle"], ["held_back", "acc_ratio"], ["held_back"]),
-        ("fp", [], ["held_back"], []),
-        *((name, [], [*OUTLIER, "u"], OUTLIER) for name in ("clp", "bnp", "ep")),
-        *((name, ["--select", "oracle"], [*OUTLIER, "u"], ["u"]) for name in ("clp", "bnp", "ep")),
-        ("nad", [], ["beta2", "beta3"], ["beta3"]),
-        ("nad", ["--layers", "layer4"], ["beta2", "beta3"], ["beta2", "beta3"]),
-        ("nad", ["--layers", "layer2,layer3,layer4"], ["beta2", "beta3"], []),
-        ("nad", ["--teacher_model_loc", "there"], ["te_epochs"], ["te_epochs"]),
-        ("ft", [], ["sgd_momentum", "steplr_milestones", "cos_t_max"], ["steplr_milestones"]),
-        ("ft", ["--client_optimizer", "adam"], ["sgd_momentum", "adam_betas"], ["sgd_momentum"]),
-        ("ft", ["--lr_scheduler", "StepLR"], ["steplr_gamma", "min_lr"], ["min_lr"]),
-        ("fp", ["--client_optimizer", "adam"], ["sgd_momentum", "held_back"], ["sgd_momentum"]),
-        ("npd", ["--client_optimizer", "adam"], ["sgd_momentum"], []),
-        ("npd", ["--client_optimizer", "adam", "--warm_epochs", "0"], ["sgd_momentum"], ["sgd_momentum"]),
-        ("npd", ["--warm_epochs", "0"], ["warm_lr"], ["warm_lr"]),
-        ("npd", ["--norm", "Reg"], ["eps", "warm_lr"], ["eps"]),
-        ("sau", ["--stop_fooled", "false"], ["success"], ["success"]),
-        ("sau", ["--norm", "Reg"], ["eps", "success"], []),
-        *((name, ["--norm", "Reg", "--pgd_init", "zero"], ["eps"], ["eps"]) for name in ("sau", "at")),
-        ("nad", ["--client_optimizer", "adam"], ["sgd_momentum"], ["sgd_momentum"]),
-        ("nc", ["--client_optimizer", "adam", "--early_stop", "false"], ["sgd_momentum", "early_stop_patience"], None),
-        ("nc", ["--early_stop", "false"], ["early_stop_patience", "early_stop_threshold"], None),
-        ("nc", ["--augment", "false"], ["augment_inversion"], ["augment_inversion"]),
-        ("nc", [], ["early_stop_patience", "augment_inversion"], []),
-        ("i-bau", ["--portion", "0"], ["K", "inner_lr"], None),
-        ("i-bau", [], ["K", "inner_lr"], []),
-        ("sau", ["--weight_shared", "0"], ["outer_mask", "eps", "inner_adv"], None),
-        ("sau", ["--weight_shared", "0", "--weight_adv", "1"], ["outer_mask", "eps"], ["outer_mask"]),
-        ("sau", ["--weight_shared", "0", "--train_mode", "true"], ["outer_mask", "eps"], ["outer_mask"]),
-        ("at", ["--weight_adv", "0"], ["eps", "adv_steps"], None),
-        ("ft-sam", ["--rho", "0"], ["adaptive", "alpha"], ["adaptive"]),
-        ("anp", ["--anp_alpha", "1"], ["anp_eps", "anp_steps"], None),
-        ("nad", ["--beta1", "0", "--beta2", "0"], ["p", "te_epochs"], None),
-        ("rnp", ["--unlearning_epochs", "0"], ["unlearning_lr", "clean_threshold"], None),
-    ],
-)
-def test_settings_that_another_one_leaves_idle_are_named(name, flags, said, warned):
-    """Where the user says them, and nowhere else; the shipped files say them all."""
-    method = DEFENSES[name]
-    values = {"early_stop_patience": "3", "te_epochs": "2", "augment_inversion": "true", "steplr_milestones": "2,3"}
-    values |= {"cos_t_max": "3", "adam_betas": "0.5,0.9", "min_lr": "0", "success": "label"}
-    values |= {"K": "3", "outer_mask": "wrong", "adv_steps": "2", "adaptive": "false", "anp_steps": "2"}
-    argv = [
-        *flags,
-        *(word for flag in said for word in (f"--{flag}", values.get(flag, "0.5")) if flag not in ("u_num",)),
-    ]
-    argv += ["--u_num", "5"] if "u_num" in said else []
-    request = Request("x", method, (DefenseRun, OwnRun, method), argv)
-    request.settle("paper", "cifar10")
-    assert sorted(request.ignored) == sorted(said if warned is None else warned) and all(request.ignored.values())
-    quiet = Request("x", method, (DefenseRun, OwnRun, method), flags)
-    quiet.settle("paper", "cifar10")
-    assert quiet.ignored == {}
-
-
-LABELS = {"attack_target": "1", "attack_label_shift_amount": "2"}
-
-
-@pytest.mark.parametrize(
-    ("rule", "warned"),
-    [
-        ([], ["attack_label_shift_amount"]),
-        (["--attack_label_trans", "all2all"], ["attack_target"]),
-        (["--attack_label_trans", "map", "--attack_label_map", "1,0"], [*LABELS]),
-    ],
-)
-@pytest.mark.parametrize("attack", [BadNet, SSBA])
-def test_settings_that_the_label_rule_leaves_idle_are_named(attack, rule, warned):
-    argv = [*rule, *(word for flag, value in LABELS.items() for word in (f"--{flag}", value))]
-    request = Request("x", attack, (AttackRun, Training, attack), argv)
-    request.settle("cpu", "cifar10")
-    assert sorted(request.ignored) == sorted(warned) and all(request.ignored.values())
-
-
-def test_a_list_is_written_with_commas_or_with_spaces():
-    for form in (["10,20"], ["10", "20"], ["[10,", "20]"]):
-        assert Request("x", RNP, (DefenseRun, RNP), ["--schedule", *form]).said("schedule") == (10, 20)
-
-
 @pytest.mark.parametrize("flag", ["--C_lr_scheduler", "--lr_scheduler"])
 def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benchmark(flag, tmp_path, one_line):
     sections = (AttackRun, Training, InputAware)
@@ -693,9 +601,8 @@ def test_a_normalisation_is_of_one_or_three_channels_and_divides_by_something(me
     assert one_line(refusal.value).startswith("std is")
 
 
-def test_a_ratio_beside_a_list_of_pictures_is_idle_and_not_judged():
-    run = DefenseRun(index="clean.txt", ratio=7.0)
-    assert run.idle()["ratio"] == "index names the pictures" and "ratio" not in DefenseRun().idle()
+def test_a_ratio_beside_a_list_of_pictures_is_not_judged():
+    assert DefenseRun(index="clean.txt", ratio=7.0).ratio == 7.0
 
 
 def test_what_was_said_can_be_asked_before_it_is_settled(tmp_path):

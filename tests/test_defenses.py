@@ -49,36 +49,6 @@ def test_a_loader_in_class_order_is_warned_of():
     assert sum("class by class; give one that shuffles" in line for line in said) == 2
 
 
-IDLE = {
-    "i-bau": ({"portion": 0.0}, {"K": 2, "inner_lr": 1.0, "fixed_point_lr": 0.5, "l2_weight": 1.0, "space": "pixel"}),
-    "sau": (
-        {"weight_shared": 0.0},
-        {"eps": 0.1, "norm": "L2", "adv_lr": 0.1, "adv_steps": 2, "pgd_init": "zero", "clip_pixels": True,
-         "outer_mask": "wrong", "inner_adv": 1.0, "inner_shared": 0.5, "success": "label", "stop_fooled": False},
-    ),
-    "at": (
-        {"weight_adv": 0.0},
-        {"eps": 0.1, "norm": "L2", "adv_lr": 0.1, "adv_steps": 2, "pgd_init": "zero", "clip_pixels": True},
-    ),
-    "ft-sam": ({"rho": 0.0}, {"adaptive": False}),
-    "anp": (
-        {"anp_alpha": 1.0, "nb_iter": 3, "pruning_by": "threshold", "pruning_number": 0.5},
-        {"anp_eps": 0.1, "anp_steps": 3},
-    ),
-    "nad": ({"beta1": 0.0, "beta2": 0.0, "beta3": 0.0}, {"p": 1.0, "te_epochs": 1}),
-    "rnp": ({"unlearning_epochs": 0}, {"unlearning_lr": 0.1, "schedule": (1,), "clean_threshold": 0.5}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", IDLE)
-def test_what_a_weight_of_0_leaves_idle_changes_no_bit(name):
-    settings, others = IDLE[name]
-    defense = type(ROWS[name].defense)(**{**ROWS[name].defense.params(), **settings})
-    assert others.keys() <= defense.idle().keys()
-    fixed = defense.purify(tiny_net(), pair(), session=quiet())
-    assert same_weights(replace(defense, **others).purify(tiny_net(), pair(), session=quiet()), fixed)
-
-
 # The catalogue
 
 

@@ -1,7 +1,6 @@
 """What a victim may be, and what it may be trained on: refused in a line, or trained whatever surrounds the call."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,17 +202,3 @@ def test_augmentations_that_cannot_be_are_refused(wrong, one_line):
     with pytest.raises(ConfigError) as refusal:
         Augment(**wrong)
     assert f"{next(iter(wrong))} of the augmentation is" in one_line(refusal.value)
-
-
-def test_settings_without_effect_are_said():
-    recipe = replace(RECIPE, steplr_gamma=0.5, lr_scheduler="constant")
-    attack, said = BadNet(attack_label_shift_amount=2), list[str]()
-    attack.fit(tiny_net(), toy_images(8), recipe, session=Session(say=said.append))
-    assert [line for line in said if "has no effect" in line] == [
-        "warning: steplr_gamma has no effect: constant does not look at it",
-        "warning: attack_label_shift_amount has no effect: attack_label_trans is all2one",
-    ]
-    said.clear()
-    attack.fit(tiny_net(), toy_images(8), recipe, session=Session(say=said.append, scrutinised=True))
-    Prototype().fit(tiny_net(), toy_images(8), RECIPE, session=Session(say=said.append))
-    assert not any("has no effect" in line for line in said)

@@ -472,17 +472,6 @@ def test_a_mask_of_attention_is_sound_and_nan_is_not(one_line):
     assert "mask of the network holds NaN" in one_line(refusal_of("TrainingError", net, pair()))
 
 
-def test_settings_without_effect_are_said_in_python():
-    said: list[str] = []
-    FT(epochs=0, steplr_gamma=0.5).purify(tiny_net(), pair(), session=Session(say=said.append))
-    assert [line for line in said if "has no effect" in line] == [
-        "warning: steplr_gamma has no effect: CosineAnnealingLR does not look at it"
-    ]
-    said.clear()
-    FT(epochs=0).purify(tiny_net(), pair(), session=Session(say=said.append))
-    assert not any("has no effect" in line for line in said)
-
-
 @pytest.mark.parametrize("keep", ["drop", "copy"])
 def test_weights_that_a_state_dict_does_not_show_come_back_as_they_were(keep):
     """It may leave out a part that is never saved, or answer with copies."""

@@ -244,13 +244,6 @@ def test_a_search_must_be_made_before_it_stamps(one_line):
     assert forge(LF(), toy_images(8)).trigger is None
 
 
-def test_the_training_inside_does_not_say_again_what_has_no_effect(own_cache):
-    said, recipe = list[str](), Training(epochs=1, batch_size=20, lr_scheduler="constant", steplr_gamma=0.5)
-    making = Making(toy_images(40), tiny_net(), recipe, session=Session(say=said.append))
-    clean_network.trained(making)
-    assert said and not any("has no effect" in line for line in said)
-
-
 def test_the_network_is_trained_on_a_copy():
     blank = tiny_net()
     before = {name: value.clone() for name, value in blank.state_dict().items()}

@@ -275,38 +275,6 @@ def test_a_schedule_changes_the_outcome():
     assert not any(same_weights(one, other) for i, one in enumerate(fixed) for other in fixed[:i])
 
 
-# Settings that nothing reads
-
-BASE = {"lr": 0.1, "epochs": 14, "wd": 0.0, "steplr_stepsize": 3, "steplr_milestones": (3,), "cos_t_max": 10}
-OTHER: dict[str, typing.Any] = {
-    "sgd_momentum": 0.5, "adam_betas": (0.5, 0.5), "steplr_stepsize": 2, "steplr_gamma": 0.5, "steplr_milestones": (2,),
-    "cos_t_max": 7, "min_lr": 0.01,
-}  # fmt: skip
-
-
-def arrived(**settings) -> Tensor:
-    """The weights after fourteen epochs of an update, whose loss the schedule is told does not fall."""
-    weights = parameter()
-    descent = Training(**{**BASE, **settings}).descent([weights], 1)
-    for epoch in range(14):
-        descent(((1 + epoch % 3) * weights**4).sum() / 100)
-        descent.end_epoch(1.0)
-    return weights.detach()
-
-
-@pytest.mark.parametrize(
-    "chosen", [{"client_optimizer": o} for o in OPTIMIZERS] + [{"lr_scheduler": s} for s in SCHEDULES], ids=str
-)
-def test_a_setting_is_called_idle_where_it_changes_nothing(chosen):
-    chosen = {"lr_scheduler": "constant", "client_optimizer": "sgd", **chosen}
-    idle, own = Training(**BASE, **chosen).idle(), arrived(**chosen)
-    assert {*idle} == {name for name, value in OTHER.items() if torch.equal(arrived(**chosen, **{name: value}), own)}
-    optimizer, schedule = chosen["client_optimizer"], chosen["lr_scheduler"]
-    for name, why in idle.items():
-        of = optimizer if name in ("sgd_momentum", "adam_betas") else schedule
-        assert why == f"{of} does not look at it"
-
-
 # Defaults and refusals
 
 

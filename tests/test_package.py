@@ -55,6 +55,12 @@ def known():
         return x, tiny_net()(x).argmax(1)
 
 
+def wrongly_labelled():
+    """Images with other labels than the network gives them, which is warned of."""
+    x, y = known()
+    return x, (y + 1) % 4
+
+
 class Bar:
     """Stands for tqdm; keeps whether it was hidden."""
 
@@ -79,15 +85,14 @@ def test_without_progress_a_defense_prints_only_warnings(hidden, capsys):
     assert "round 2/2" in capsys.readouterr().out and hidden == [None, None]  # as tqdm decides
     FT(epochs=2).purify(tiny_net(), known(), progress=False)
     assert capsys.readouterr() == ("", "") and hidden[2:] == [True, True]
-    FT(epochs=1, lr_scheduler="constant", steplr_gamma=0.5).purify(tiny_net(), known(), progress=False)
+    FT(epochs=1).purify(tiny_net(), wrongly_labelled(), progress=False)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: steplr_gamma has no effect")
+    assert line.startswith("warning: the network answers 0 of")
 
 
 def test_without_progress_a_session_keeps_its_printer_for_warnings(hidden):
     said = []
-    recipe = FT(epochs=1, lr_scheduler="constant", steplr_gamma=0.5)
-    recipe.purify(tiny_net(), known(), session=Session(say=said.append), progress=False)
+    FT(epochs=1).purify(tiny_net(), wrongly_labelled(), session=Session(say=said.append), progress=False)
     assert [line.split(":")[0] for line in said] == ["warning"]
 
 

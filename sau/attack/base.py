@@ -212,8 +212,6 @@ class Attack(Labelling, ABC):
         check_victim(model, images)
         session = session or Session()
         session = session if progress else session.quiet()
-        recipe.say_astray(session)
-        self.say_astray(session)
         first = self.augmentation(augment)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
         with learning(images.pixels.device), seeded(seed), enough_pictures():

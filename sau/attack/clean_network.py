@@ -1,7 +1,6 @@
 """The clean network against which a trigger is made: trained like the victim, once, or from a record."""
 
 import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def trained(given: Making) -> nn.Module:
     }
 
     def build(how: Session) -> workshop.Made:
-        quiet = replace(how, scrutinised=True)  # what the recipe leaves idle is said of the victim
-        fit = partial(Prototype().fit, augment=given.augment, seed=given.seed, session=quiet)
+        fit = partial(Prototype().fit, augment=given.augment, seed=given.seed, session=how)
         return fit(network, images, recipe).state_dict(), {"epochs": float(recipe.epochs)}
 
     weights, _ = workshop.made("clean-network", identity, build, given.session)

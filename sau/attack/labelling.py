@@ -45,11 +45,6 @@ class Labelling(Method):
         alone = f"all2one, as {self.name} leaves labels as they are and so can lead to one class only"
         self.require("attack_label_trans", rule == "all2one" or not self.clean_label, alone)
 
-    def idle(self) -> dict[str, str]:
-        rule = self.attack_label_trans
-        whose = {"attack_target": "all2one", "attack_label_shift_amount": "all2all"}
-        return {name: f"attack_label_trans is {rule}" for name, own in whose.items() if rule != own}
-
     def relabel(self, labels: Labels, num_classes: int) -> Labels:
         """The labels that the attacker wants for triggered pictures of these classes."""
         if self.attack_label_trans == "all2one":

@@ -23,7 +23,6 @@ from sau.types import Pixels
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the picture: a little above and left of the middle
 GREY = 100  # a pattern that begins here is no change of a picture but a picture of it, around middle grey
 COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
-SEARCH = ("lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +70,6 @@ class LF(Attack):
             self.require(name, getattr(self, name) >= 1, "1 and more")
         self.require("lf_delta", 0 <= self.lf_delta < 1, "0 up to below 1")
         self.require("lf_overshoot", self.lf_overshoot >= 0, "0 and more")
-
-    def idle(self) -> dict[str, str]:
-        search = {} if self.lf_optimise else dict.fromkeys(SEARCH, "no trigger is searched without lf_optimise")
-        ready = {"lf_strength": "lowFrequencyPatternPath names a pattern"} if self.lowFrequencyPatternPath else {}
-        return super().idle() | search | ready
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The pattern of a file, or with lf_optimise the one that the search finds, or found before; else nothing."""

@@ -21,9 +21,6 @@ class Prototype(Attack):
     attack_label_shift_amount: int = field(default=1, init=False)
     attack_label_map: tuple[int, ...] = field(default=(), init=False)
 
-    def idle(self) -> dict[str, str]:
-        return super().idle() | {"trigger_radius": "there is no trigger"}
-
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x
 

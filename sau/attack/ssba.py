@@ -95,11 +95,6 @@ class SSBA(Attack):
         self.require("ssba_lr", self.ssba_lr > 0, "above 0")
         self.require("trigger_seed", 0 <= self.trigger_seed < 2**32, f"0 to {2**32 - 1}")
 
-    def idle(self) -> dict[str, str]:
-        ready, why = self.attack_train_replace_imgs_path is not None, "the pictures are ready"
-        own = {name: why for name in self.params() if ready and name.startswith(("ssba_", "trigger_seed"))}
-        return super().idle() | own
-
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The encoder: trained on the pictures, or from the cache; with ready pictures there is nothing to make."""
         if self.attack_train_replace_imgs_path is not None:

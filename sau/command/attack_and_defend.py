@@ -33,8 +33,6 @@ from sau.record.folder import Record
 from sau.risk import gauge
 from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
 
-OF_OWN = dict.fromkeys((field.name for field in fields(OwnRun)), "it is about a network of your own")
-
 
 def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
@@ -104,8 +102,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     recipe, why = request.recipe(attacked.recipe)
     request.help(recipe, attacked.dataset, _says(attacked))
     run, _, method = request.settle(recipe, attacked.dataset, _says(attacked))
-    request.note_unheard(method)
-    request.note_idle(OF_OWN | run.idle())
+    request.ignore((field.name for field in fields(OwnRun)), "it is about a network of your own")
     where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
     offered = attacked.offers(method.needs)
     place_of_data = run.dataset_path if "dataset_path" in request.asked else None

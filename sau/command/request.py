@@ -1,11 +1,10 @@
 """A command line, YAML files and a record, on their way to objects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
@@ -127,10 +126,7 @@ class Request:
         """
         layers = self._layers(recipe, dataset, record or {})
         found = config.values(layers, self.known)
-        built = [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
-        for one in built:
-            self.note_idle(one.idle() if isinstance(one, Method) else {})
-        return built
+        return [config.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
 
     def _layers(self, recipe: str, dataset: str, record: Mapping[str, Any]) -> dict[str, Setting]:
         """Every setting that is not its default, by precedence."""
@@ -158,17 +154,6 @@ class Request:
         layers.update(said)
         return layers
 
-    def note_unheard(self, method: Defense) -> None:
-        """Remember which flags of every defense the user gave that this one does not hear, each with the reason."""
-        name = method.name
-        if not method.shows:
-            what = "changes the network at its end alone" if method.learns else "makes no updates"
-            self.note_idle(dict.fromkeys(("eval_every", "frequency_save"), f"{name} {what}"))
-        if not method.learns and method.selection != "oracle":  # whose search is ended
-            self.note_idle({"max_minutes": f"{name} makes no updates"})
-        if not method.looks:
-            self.note_idle(dict.fromkeys(("ratio", "index", "batch_size"), f"{name} looks at no pictures"))
-
-    def note_idle(self, idle: Mapping[str, str]) -> None:
-        """Remember which settings the user gave of those that have no effect, each with the reason."""
-        self.ignored.update({name: why for name, why in idle.items() if name in self.asked})
+    def ignore(self, names: Iterable[str], reason: str) -> None:
+        """Remember which of these flags, that are for another kind of command, the user gave."""
+        self.ignored.update(dict.fromkeys((name for name in names if name in self.asked), reason))

@@ -64,7 +64,6 @@ class ANP(Defense):
     """
 
     name: ClassVar[str] = "anp"
-    shows: ClassVar[bool] = False  # masks are learned, and prune the network at the end
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "the masks are trained by sgd for nb_iter updates at a constant lr"),
         "print_every": f"progress is said every {CHUNK} iterations",
@@ -107,13 +106,6 @@ class ANP(Defense):
             value = getattr(self, name)
             self.require(name, value > 0 and fits(value), f"{allowed}, and above 0, to search by {self.pruning_by}")
         self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
-
-    def idle(self) -> dict[str, str]:
-        found = {"held_back": "the oracle chooses by the test sets"} if self.select == "oracle" else {}
-        if self.pruning_number is not None:
-            found = dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
-        unread = ("anp_eps", "anp_steps") if self.anp_alpha == 1 else ()
-        return found | dict.fromkeys(unread, "anp_alpha is 1, so that the loss under perturbation has no weight")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         norms = pruning.batch_norms(model, self.name)

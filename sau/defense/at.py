@@ -41,9 +41,6 @@ class AT(Searching):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **searched(model)}
 
-    def learns_from_search(self) -> bool:
-        return self.weight_adv > 0
-
     def splits(self) -> bool:
         return True
 

@@ -38,7 +38,6 @@ class Defense(Method, ABC):
     looks: ClassVar[bool] = True  # whether the pictures decide anything
     learns: ClassVar[bool] = True  # whether weights or masks follow gradients
     searches: ClassVar[bool] = False  # whether pictures do
-    shows: ClassVar[bool] = True  # whether there is another network to look at after every epoch
     by_asr: ClassVar[bool] = True  # whether its oracle, where it has one, looks at the ASR
 
     batch_size: int = 256
@@ -188,7 +187,6 @@ def _check_fit(method: Defense, model: Normalized, batches: Batched, session: Se
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in remarks(counts, size, method.needs):
             session.say(f"note: {note}")
-    method.say_astray(session)
     return right / total
 
 

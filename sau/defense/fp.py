@@ -59,9 +59,6 @@ class FP(FT):
         self.require("once_prune_ratio", 0 < self.once_prune_ratio <= 1, "above 0 and up to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
-    def idle(self) -> dict[str, str]:
-        return super().idle() | ({"held_back": "the oracle goes by the test set"} if self.select == "oracle" else {})
-
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         x, y = gather(unaugmented(batches)[0])
         layers = last_layers(model, x[:1], self.unit)

@@ -96,9 +96,6 @@ class FTSAM(Tuning):
         self.require("alpha", self.alpha >= 0, "0 and more")
         self.require("label_smoothing", 0 <= self.label_smoothing <= 0.5, "0 to 0.5")
 
-    def idle(self) -> dict[str, str]:
-        return super().idle() | ({} if self.rho else {"adaptive": "rho is 0, so that e is 0 however it is measured"})
-
     def repeats(self) -> bool:
         return type(self).step is FTSAM.step
 

@@ -126,10 +126,6 @@ class IBAU(Tuning):
         self.require("fixed_point_lr", self.fixed_point_lr > 0, "above 0")
         self.require("l2_weight", self.l2_weight >= 0, "0 and more")
 
-    def idle(self) -> dict[str, str]:
-        unread = () if self.portion else ("K", "inner_lr", "fixed_point_lr", "l2_weight", "space")
-        return super().idle() | dict.fromkeys(unread, "portion is 0, so that no picture carries the perturbation")
-
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         kept = Kept(batches)
         state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Round(kept.x)}

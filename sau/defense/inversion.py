@@ -115,10 +115,6 @@ class Inversion(Method):
         self.require("early_stop_threshold", 0 <= self.early_stop_threshold <= 1, "0 to 1")
         self.require("inversion_share", 0 < self.inversion_share <= 1, "above 0 and up to 1")
 
-    def idle(self) -> dict[str, str]:
-        names = () if self.early_stop else ("early_stop_threshold", "early_stop_patience")
-        return dict.fromkeys(names, "early_stop is off")
-
     def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session, **more: Any) -> None:
         """Move `patches` in place over `batches` of (pixels, labels).
 

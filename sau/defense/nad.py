@@ -76,14 +76,6 @@ class NAD(FT):
         self.require("p", self.p > 0, "above 0")
         self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
 
-    def idle(self) -> dict[str, str]:
-        named = len(self.layers) or DEFAULT_LAYERS
-        without = {f"beta{n}": f"there is no layer {n}; name it with --layers" for n in range(named + 1, 4)}
-        given = {"te_epochs": "the teacher is given"} if self.teacher_model_loc is not None else {}
-        if not any((self.beta1, self.beta2, self.beta3)[:named]):
-            given |= dict.fromkeys(("p", "te_epochs", "teacher_model_loc"), "no layer has a weight (beta)")
-        return super().idle() | without | given
-
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         x = glance(batches)
         layers = named_layers(model, x, self.layers) if self.layers else deepest(model, x)

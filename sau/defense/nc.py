@@ -66,9 +66,6 @@ class NC(FT, Inversion):
         self.require("index_threshold", self.index_threshold >= 0, "0 and more")
         self.require("unlearning_ratio", 0 < self.unlearning_ratio <= 1, "above 0 and up to 1")
 
-    def idle(self) -> dict[str, str]:
-        return super().idle() | ({} if self.augment else {"augment_inversion": "augment is off"})
-
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         plain, _ = unaugmented(batches)
         kept = Kept(plain)

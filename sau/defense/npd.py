@@ -115,14 +115,6 @@ class NPD(Tuning):
         for parameter in frozen:
             parameter.requires_grad_(True)
 
-    def idle(self) -> dict[str, str]:
-        found = super().idle()
-        if self.warm_epochs:  # the warm-up is sgd's whatever follows
-            found.pop("sgd_momentum", None)
-        else:
-            found["warm_lr"] = "there are no warm epochs"
-        return found | ({"eps": "Reg has no ball"} if self.norm == "Reg" else {})
-
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         if not convolutions:

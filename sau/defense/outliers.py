@@ -44,7 +44,6 @@ class Outliers(Defense):
     """
 
     learns: ClassVar[bool] = False
-    shows: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
     u: float = 3.0
@@ -63,13 +62,6 @@ class Outliers(Defense):
         self.require("u_max", self.u_max >= self.u_min, f"u_min ({self.u_min}) and more")
         self.require("u_num", self.u_num >= 1, "1 and more")
         self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
-
-    def idle(self) -> dict[str, str]:
-        if self.select == "oracle":
-            return {"u": "the oracle tries u_num values of u"}
-        return dict.fromkeys(
-            ("u_min", "u_max", "u_num", "acc_ratio"), "u says how much goes; --select oracle tries others"
-        )
 
     @abstractmethod
     def scores(self, model: nn.Module, batches: Batched) -> Scores:

@@ -21,7 +21,6 @@ Norms = dict[str, nn.BatchNorm2d | nn.SyncBatchNorm]
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 CHECKED = 500  # pictures that tell whether a network guesses
 MOST_LEVELS = 1000  # that a search may try
-SEARCH = ("pruning_max", "pruning_step", "acc_ratio", "held_back")  # settings that a fixed pruning_number leaves idle
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ class RNP(Defense):
     """
 
     name: ClassVar[str] = "rnp"
-    shows: ClassVar[bool] = False  # masks are learned, and prune the network at the end
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
         "pruning_by": "masks are pruned up to a threshold, --pruning_number",
@@ -94,15 +93,6 @@ class RNP(Defense):
         self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
         self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
         self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
-
-    def idle(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        if self.select == "oracle":
-            found = dict.fromkeys(("pruning_number", "held_back"), "the oracle looks on the test sets")
-        elif self.pruning_number is not None:
-            found = dict.fromkeys(pruning.SEARCH, "pruning_number says how much goes, and nothing is tried")
-        unread = () if self.unlearning_epochs else ("unlearning_lr", "schedule", "clean_threshold")
-        return found | dict.fromkeys(unread, "there are no epochs of unlearning")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         pruning.batch_norms(model, self.name)  # refuses a network without any

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.defense.searching import UNLEARNED, Searching
+from sau.defense.searching import Searching
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.models.frozen import searched
 from sau.perturb import unsettled
@@ -104,15 +104,6 @@ class SAU(Searching):
 
     def batch_statistics(self) -> bool:
         return self.train_mode
-
-    def learns_from_search(self) -> bool:
-        return self.weight_shared > 0 or self.weight_adv > 0 or self.train_mode  # whose statistics see what is found
-
-    def idle(self) -> dict[str, str]:
-        found = super().idle() | ({} if self.stop_fooled else {"success": "stop_fooled is off"})
-        found |= {} if self.weight_shared else {"outer_mask": "weight_shared is 0"}
-        unread = () if self.learns_from_search() else ("inner_adv", "inner_shared", "success", "stop_fooled")
-        return found | dict.fromkeys(unread, UNLEARNED)
 
     def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search of the inner problem, and the updates of the outer one."""

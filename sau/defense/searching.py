@@ -12,9 +12,6 @@ from sau.optim import Optimizer, Schedule
 from sau.perturb import RADII, Ball, Init, Norm, is_radius
 from sau.types import Labels, Pixels
 
-SEARCH = ("eps", "norm", "adv_lr", "adv_steps", "pgd_init", "clip_pixels")
-UNLEARNED = "the weights of what is learned from the search are 0"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Searching(Tuning):
@@ -55,14 +52,6 @@ class Searching(Tuning):
     def ball(self) -> Ball:
         """S."""
         return Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
-
-    def idle(self) -> dict[str, str]:
-        found = super().idle() | ({"eps": "Reg has no ball"} if (self.norm, self.pgd_init) == ("Reg", "zero") else {})
-        return found | ({} if self.learns_from_search() else dict.fromkeys(SEARCH, UNLEARNED))
-
-    @abstractmethod
-    def learns_from_search(self) -> bool:
-        """Whether what is found has a weight in what is learned."""
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         with fixed_norms(state["model"], x):

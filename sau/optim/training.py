@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -15,13 +15,6 @@ Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
 ]
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
-
-# What only some optimisers and schedules look at.
-READERS: dict[str, tuple[str, ...]] = {
-    "sgd_momentum": ("sgd",), "adam_betas": ("adam", "adamw"), "steplr_stepsize": ("StepLR", "CyclicLR"),
-    "steplr_gamma": ("StepLR", "MultiStepLR", "ReduceLROnPlateau"), "steplr_milestones": ("MultiStepLR",),
-    "cos_t_max": ("CosineAnnealingLR",), "min_lr": ("CyclicLR", "CosineAnnealingLR"),
-}  # fmt: skip
 
 # The benchmark's flags and keys about gradient descent, which its scripts have whether they train or not.
 DESCENT = (
@@ -84,13 +77,6 @@ class Training(Method):
         self.require("steplr_gamma", falls, "above 0 and below 1 for ReduceLROnPlateau")
         self.require("cos_t_max", self.cos_t_max is None or self.cos_t_max >= 1, "none, or 1 and more")
         self.require("min_lr", 0 <= self.min_lr <= self.lr, "0 up to lr")
-
-    def idle(self) -> dict[str, str]:
-        """What neither the optimiser nor the schedule looks at."""
-        optimiser, schedule = self.client_optimizer, self.lr_scheduler
-        unread = [name for name, readers in READERS.items() if not {optimiser, schedule} & {*readers}]
-        of = {name: optimiser if {*READERS[name]} & {*get_args(Optimizer)} else schedule for name in unread}
-        return super().idle() | {name: f"{one} does not look at it" for name, one in of.items()}
 
     def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> Descent:
         """An optimiser over `parameters` with its schedule; `steps` updates make an epoch."""

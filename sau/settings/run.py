@@ -125,12 +125,6 @@ class DefenseRun(Run):
             check_share(self.ratio)
         self.search()
 
-    def idle(self) -> dict[str, str]:
-        """Settings that have no effect beside the others, each with the reason."""
-        risks = [] if self.track_risk else ["risk_samples", "risk_norm", "risk_eps", "risk_steps", "risk_restarts"]
-        unlike = {} if self.index is None else {"ratio": "index names the pictures"}
-        return dict.fromkeys(risks, "the risks are measured with --track_risk true") | unlike
-
     def search(self) -> Search:
         """How the risks are searched; ConfigError if it cannot be."""
         return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
