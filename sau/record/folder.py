@@ -20,6 +20,7 @@ from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
+HOW = ("overwrite", "compile")  # flags that may differ where a finished run is asked for again
 
 
 class Record:
