@@ -305,7 +305,6 @@ BAD = {
     "bad value": (SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"), "'many'"),
     "out of range": (SMALL.replace("clean_shares: [0.1]", "clean_shares: [0.1]\nthreads: 0"), "threads is 0"),
     "auto": (SMALL + "recipe: auto\n", "allowed is one of paper, cpu, fast"),
-    "fast without CUDA": (SMALL + "recipe: fast\n", "recipe is fast, but device is cpu"),
     "fast of a data set without": (SMALL + "recipe: fast\n", "recipe is fast, which digits does not have"),
     "no seeds": (SMALL + "seeds: []\n", "seeds names none"),
     "the grid's own": (SMALL.replace("ft: {epochs: 1", "ft: {random_seed: 1"), "the grid itself says seeds"),

@@ -87,7 +87,7 @@ def test_without_progress_a_defense_prints_only_warnings(hidden, capsys):
     assert capsys.readouterr() == ("", "") and hidden[2:] == [True, True]
     FT(epochs=1).purify(tiny_net(), wrongly_labelled(), progress=False)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: the network answers 0 of")
+    assert line.startswith("warning: the network classifies only 0 of")
 
 
 def test_without_progress_a_session_keeps_its_printer_for_warnings(hidden):
