@@ -1,4 +1,4 @@
-"""`python -m sau attack NAME ...` and `python -m sau defense NAME ...`, as the scripts of the repository."""
+"""`python -m sau`, the same as the command `sau`."""
 
 import sys
 

@@ -16,12 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import script_parts.drawing  # noqa: F401  before sau.figures
-from script_parts import place
-from script_parts.asking import Parser
-
+import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
 from sau.audit.relearn import most_shots
+from sau.command.arguments import Parser, add_device, use_device
 from sau.errors import told
 from sau.figures import audit, save
 from sau.files import existing, folder
@@ -49,13 +47,13 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the results [audit/ in the record]")
     add("--record_root", default="./record", help="folder of the result folders [./record]")
     add("--dataset_path", help="folder of the data sets [where the attack had them]")
-    place.add_arguments(asked)
+    add_device(asked)
     return asked
 
 
 def run(given: argparse.Namespace) -> None:
     """Open, audit, draw, and print the tables."""
-    where = place.settle(given)
+    where = use_device(given)
     said = {name: Setting(getattr(given, name), f"--{name}") for name in ASKED if getattr(given, name) is not None}
     chosen = values(said, ASKED)
     if "parts" not in chosen and given.control is None:

@@ -14,11 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import script_parts.drawing  # noqa: F401  before sau.figures
-from script_parts.asking import Parser
-
+import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import carry, tables
 from sau.audit.carry import RESULT
+from sau.command.arguments import Parser
 from sau.errors import RecordError, told
 from sau.figures import audit, save
 from sau.files import write

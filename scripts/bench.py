@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
-from script_parts import place
-from script_parts.asking import Parser
 
+from sau.command.arguments import Parser, add_device, use_device
 from sau.errors import ConfigError, told
 from sau.files import write
 from sau.machine.cores import busy, crowded, usable
@@ -46,7 +45,7 @@ def command_line() -> argparse.ArgumentParser:
     """The flags: those of every part, and each part's own."""
     common, clock = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     common.add_argument("--repeats", type=int, default=5, help="repetitions; their median is reported [5]")
-    place.add_arguments(common)
+    add_device(common)
     common.add_argument("--json", type=Path, help="file to write the rows to")
     clock.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor seconds [wall]")
     parser = Parser((__doc__ or "").split("\n")[0])
@@ -64,7 +63,7 @@ def main() -> int:
     for name, least in LEAST.items():
         if getattr(args, name, least) < least:
             raise ConfigError(f"--{name} is {getattr(args, name)}, allowed is {least} and more")
-    args.device, args.threads = place.settle(args), torch.get_num_threads()
+    args.device, args.threads = use_device(args), torch.get_num_threads()
     others, warning = busy(), crowded(args.threads)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)

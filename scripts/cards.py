@@ -14,8 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from script_parts.asking import Parser
 
+from sau.command.arguments import Parser
 from sau.errors import told
 from sau.report.published import Row, mean, published
 from sau.report.read import NONE, Run, read

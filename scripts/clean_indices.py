@@ -12,9 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts import place
-from script_parts.asking import Parser
-
+from sau.command.arguments import Parser, add_device, use_device
 from sau.command.own_clues import reverse
 from sau.errors import ConfigError, told
 from sau.files import loaded, write
@@ -41,9 +39,9 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=40, help="passes of the search [40]")
     parser.add_argument("--dataset_path", help="folder of the data sets [as the records had it]")
     parser.add_argument("--out", type=Path, default=HOME, help="file to write [that of the library]")
-    place.add_arguments(parser)
+    add_device(parser)
     asked = parser.parse_args()
-    where = place.settle(asked)
+    where = use_device(asked)
     content = kept(asked.out) if asked.out.exists() else {"passes": asked.passes, "networks": []}
     if content["passes"] != asked.passes:
         raise ConfigError(

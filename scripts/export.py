@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from script_parts.asking import Parser
 
+from sau.command.arguments import Parser
 from sau.data.images import Images
 from sau.errors import ConfigError, told
 from sau.files import existing

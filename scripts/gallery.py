@@ -20,12 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from script_parts.asking import Parser
-from script_parts.drawing import plt
 from torch import Tensor
 
 from sau import quality
 from sau.attack import ATTACKS, Attack
+from sau.command.arguments import Parser
+from sau.command.drawing import plt
 from sau.data.images import Images, some
 from sau.data.sources import fingerprint, load
 from sau.errors import SauError, told

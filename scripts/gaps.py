@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts.asking import Parser
-
+from sau.command.arguments import Parser
 from sau.errors import RecordError, told
 from sau.record.folder import METRICS, Record
 from sau.report import parse

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from script_parts.asking import Parser
+from sau.command.arguments import Parser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURES, EPOCHS, ROUNDS, CLEAN = 50_000, 100, 100, 2_500  # of the runs that the targets speak of

@@ -1,39 +1,11 @@
-"""What is in a network file that somebody else made, without running anything in it.
+"""`sau inspect` from a clone; `--help` lists its flags."""
 
-    python scripts/inspect_checkpoint.py FILE [--to FILE.safetensors] [--json]
-
-FILE is a .pt, .pth, .ckpt, .safetensors or .onnx file; its content decides, not its name. It is opened in a process of
-its own, with limits on memory and time. The last line is the verdict. Exit status: 0 harmless to open, 1 suspicious
-(it wants to import or run what weights do not need, or takes too much memory or time), 2 unreadable, or a mistake in
-the command. Weights that are harmless to open may still have a backdoor: that is what the defenses are for.
-"""
-
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts.asking import Parser
-
-from sau.errors import told
-from sau.foreign.inspection import HARMLESS, inspect, text
-
-
-def main() -> int:
-    """Print the report of one file; the exit status is that of its verdict."""
-    parser = Parser(__doc__)
-    parser.add_argument("file", type=Path, help="the file")
-    parser.add_argument("--to", type=Path, help="write its tensors to this new file as safetensors, if it is harmless")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    asked = parser.parse_args()
-    report = inspect(asked.file, asked.to)
-    print(json.dumps(report, indent=2) if asked.json else text(report))
-    if asked.to is not None and report["status"] != HARMLESS:
-        print(f"error: {asked.to} was not written, see the verdict", file=sys.stderr)
-    status: int = report["status"]
-    return status
-
+from sau.cli import main
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(main(["inspect", *sys.argv[1:]]))

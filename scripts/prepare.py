@@ -12,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts.asking import Parser
-
+from sau.command.arguments import Parser
 from sau.data.images import Images
 from sau.data.official import subset_note
 from sau.data.sources import SOURCES, fingerprint, load

@@ -10,9 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts import place
-from script_parts.asking import Parser
-
+from sau.command.arguments import Parser, add_device, use_device
 from sau.errors import require, told
 from sau.files import existing, folder
 from sau.record import victim
@@ -38,9 +36,9 @@ def main() -> int:
     parser.add_argument("--radii", type=float, nargs="+", default=[0.001, 0.004, 0.016, 0.2], help="L-infinity radii")
     parser.add_argument("--samples", type=int, default=250, help="test pictures [250]")
     parser.add_argument("--steps", type=int, default=10, help="gradient steps of each search, from one place [10]")
-    place.add_arguments(parser)
+    add_device(parser)
     asked = parser.parse_args()
-    where = place.settle(asked)
+    where = use_device(asked)
     require("--samples", asked.samples, asked.samples >= 1, "1 and more")
     searches = [Search(eps=eps, steps=asked.steps, restarts=1) for eps in asked.radii]
     attacked = victim.load(existing(asked.record_root, asked.record))

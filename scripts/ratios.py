@@ -16,9 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts.asking import Parser
-from script_parts.drawing import plt
-
+from sau.command.arguments import Parser
+from sau.command.drawing import plt
 from sau.errors import RecordError, printable, told
 from sau.figures import save
 from sau.files import loaded

@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts.asking import Parser
-
+from sau.command.arguments import Parser
 from sau.errors import told
 from sau.report.parse import PERCENT
 from sau.report.read import NONE, read

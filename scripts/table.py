@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from script_parts.asking import Parser
-
 from sau import files
+from sau.command.arguments import Parser
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, told
 from sau.report.paired import duels

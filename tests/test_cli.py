@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, th
 
 import sau
 from sau.attack import ATTACKS, BadNet
-from sau.cli import main
+from sau.cli import TOOLS, main
 from sau.command import attack_and_defend, watch
 from sau.data import sources
 from sau.data.augment import Augment
@@ -38,7 +39,7 @@ from sau.record.folder import Record
 from sau.record.pictures import load_images
 from sau.record.schema import signed
 from sau.settings.config import options
-from sau.settings.run import AttackRun, DefenseRun, OwnRun
+from sau.settings.run import RECIPES, AttackRun, DefenseRun, OwnRun, RecipeName
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -346,19 +347,78 @@ def test_python_m_sau(tmp_path):
         argv = (sys.executable, "-m", "sau", *argv)
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
 
-    done = run("attack", "nothing")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "attack badnet" in done.stderr
+    done = run("attack", "badnett")
+    assert done.returncode == 2 and "attack badnet" in the_error(done.stderr)
 
 
-@pytest.mark.parametrize("argv", [(), ("attack",), ("attack", "nothing"), ("badnet",), ("attacks", "badnet")])
-def test_an_unknown_command_lists_the_known_ones(here, argv):
+def test_without_a_command_the_usage_is_shown(here):
+    status, out, err = here()
+    assert (status, out) == (2, "") and here("--help") == (0, err, "") == here("-h")
+    assert err.startswith("usage: sau COMMAND") and "sau attack badnet --dataset digits" in err
+    assert all(f"\n  {name} " in err for name in ("attack NAME", "defense NAME", *TOOLS))
+    assert len(err.splitlines()) < 24
+
+
+def test_the_version_and_the_usage_do_not_wait_for_torch(tmp_path):
+    code = "import sys; from sau.cli import main; status = main(sys.argv[1:]); print('torch' in sys.modules, status)"
+    for argv, said in ((["--version"], f"sau {sau.__version__}"), (["--help"], "usage: sau COMMAND ...")):
+        env = environment(PYTHONPATH=str(REPOSITORY))
+        run = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+        assert done.stdout.splitlines()[0] == said and done.stdout.splitlines()[-1] == "False 0", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["attack", "defense"])
+def test_a_kind_alone_lists_its_methods(kind, here):
+    names = ", ".join(ATTACKS if kind == "attack" else DEFENSES)
+    listed = f"usage: sau {kind} NAME [flags]; NAME is one of: {names}\n"
+    assert here(kind) == (2, "", listed) and here(kind, "--help") == (0, listed, "")
+
+
+@pytest.mark.parametrize("argv", [("attack", "nothing"), ("badnet",), ("--verson",), ("--version", "x")])
+def test_an_unknown_command_is_one_line(here, argv):
     status, out, err = here(*argv)
-    assert status == 2 and out == "" and len(err.splitlines()) == 1
-    assert all(f"{kind} {name}" in err for kind, name in METHODS)
-    assert here("--help")[0] == 0
+    assert (status, out) == (2, "") and "is no command; see sau --help and sau list" in the_error(err)
 
 
-@pytest.mark.parametrize("argv, meant", [(("attack", "badnets"), "attack badnet"), (("defence", "sau"), "defense sau")])
+def test_the_list_has_a_line_for_everything_there_is(here):
+    status, out, err = here("list")
+    parts = re.findall(r"^(\w[\w ]*):\n((?:  .*\n)+)", out, re.M)
+    found = {kind: dict(re.findall(r"^  (\S+) +(\S.{10,}\S)$", lines, re.M)) for kind, lines in parts}
+    expected = {"attacks": ATTACKS, "defenses": DEFENSES, "data sets": sources.SOURCES, "recipes": RECIPES}
+    assert (status, err) == (0, "")
+    assert {kind: [*lines] for kind, lines in found.items()} == {kind: [*names] for kind, names in expected.items()}
+    assert {*RECIPES} == {*typing.get_args(RecipeName)} and max(map(len, out.splitlines())) < 140
+    assert found["attacks"]["badnet"] == "BadNets: a small patch in a corner"
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "list"])
+def test_a_tool_is_a_command_and_a_script(tool, here, script, capsys):
+    """They show the same help and refuse the same flags."""
+    name = f"{'inspect_checkpoint' if tool == 'inspect' else tool}.py"
+    for argv, status in ((("--help",), 0), (("--nonsense",), 2)):
+        with pytest.raises(SystemExit) as left:
+            here(tool, *argv)
+        shown = (left.value.code, *capsys.readouterr())
+        assert script(name, *argv) == shown and shown[0] == status and f"sau {tool}" in shown[1] + shown[2]
+
+
+def test_a_tool_without_its_extra_says_how_to_install_it(here, monkeypatch):
+    for module in ("sau.command.report", "sau.report.page"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    status, _, err = here("report", "record")
+    assert status == 2 and "sau report needs jinja2; pip install -e '.[report]'" in the_error(err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (("attack", "badnets"), "attack badnet"),
+        (("defence", "sau"), "defense sau"),
+        (("reprot", "record"), "report record"),
+    ],
+)
 def test_a_command_that_resembles_another_is_told_that_one(here, argv, meant):
     status, _, err = here(*argv)
     assert status == 2 and f"{' '.join(argv)!r} is no command; did you mean {meant}?" in err
@@ -678,7 +738,9 @@ def test_a_stopped_run_says_how_it_is_gone_on_with(kind, run, said, tmp_path, mo
         lock.acquire(tmp_path / "ssba-0123456789")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sau.cli.attack" if kind == "attack" else "sau.cli.defend", stop)
+    monkeypatch.setattr(
+        "sau.command.attack_and_defend.attack" if kind == "attack" else "sau.command.attack_and_defend.defend", stop
+    )
     assert main([kind, "badnet" if kind == "attack" else "sau"]) == 130
     assert said in capsys.readouterr().err.splitlines()[-1] and lock.first() is None
 
@@ -690,7 +752,7 @@ def test_a_run_that_is_stopped_before_it_overwrites_says_so(finished, tmp_path, 
         Record(tmp_path / "victim").admits({"a": 1}, True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sau.cli.attack", stop)
+    monkeypatch.setattr("sau.command.attack_and_defend.attack", stop)
     assert main(["attack", "badnet"]) == 130 and FRESH in capsys.readouterr().err
 
 
@@ -711,7 +773,7 @@ def test_what_the_machine_refuses_is_no_traceback(error, status, said, monkeypat
     def refuse(name, argv):
         raise error
 
-    monkeypatch.setattr("sau.cli.attack", refuse)
+    monkeypatch.setattr("sau.command.attack_and_defend.attack", refuse)
     monkeypatch.setattr("os.dup2", lambda *_: None)
     assert main(["attack", "badnet"]) == status
     err = capfd.readouterr().err
@@ -722,7 +784,7 @@ def test_other_mistakes_of_the_program_are_not_hidden(monkeypatch):
     def fail(name, argv):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("sau.cli.attack", fail)
+    monkeypatch.setattr("sau.command.attack_and_defend.attack", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["attack", "badnet"])
 

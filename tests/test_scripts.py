@@ -27,14 +27,16 @@ COMPUTE = {
 }
 
 
-ASKING = [path.name for path in sorted(SCRIPTS.glob("*.py")) if "Parser(" in path.read_text()]
+TOOLS = ("figures.py", "grid.py", "inspect_checkpoint.py", "report.py", "verify.py")  # commands of `sau`, too
+ASKING = [path.name for path in sorted(SCRIPTS.glob("*.py")) if path.name in TOOLS or "Parser(" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", ASKING)
 def test_a_flag_that_a_script_has_not_is_said_in_one_line(name, script):
     """Its usage would push the line out of sight."""
     status, out, err = script(name, "--nonsense", "1")
-    assert (status, out) == (2, "") and f"; {name} --help says" in the_error(err)
+    prog = f"sau {name.removesuffix('.py').removesuffix('_checkpoint')}" if name in TOOLS else name
+    assert (status, out) == (2, "") and f"; see {prog} --help" in the_error(err)
 
 
 def test_every_script_asks_alike():
@@ -66,12 +68,11 @@ class Seen(RecordError):
     [
         ("radii.py", ("record/victim",), "sau.risk.gauge"),
         ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.command.own_clues.reverse"),
-        ("figures.py", ("victim", "--defense", "copy"), "sau.figures.examples"),
+        ("figures.py", ("victim", "--defense", "copy"), "sau.command.figures.examples"),
     ],
 )
 def test_networks_compute_where_they_are_told_to(name, flags, what, victim, here, script, monkeypatch):
     """`meta` stands for a card: nothing can be computed there, but tensors say that they lie there."""
-    from script_parts import place
 
     def stop(*given: object, **more: object) -> None:
         networks = [thing for thing in given if isinstance(thing, torch.nn.Module)]
@@ -82,19 +83,19 @@ def test_networks_compute_where_they_are_told_to(name, flags, what, victim, here
     if name == "clean_indices.py":
         clean = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--threads", "1", "--amp", "false")
         assert here("attack", "prototype", "--save_folder_name", "clean", *clean, "--device", "cpu")[0] == 0
-    monkeypatch.setattr(place, "settle", lambda asked: torch.device("meta"))
+    for home in ("arguments", "figures"):  # scripts import it anew
+        monkeypatch.setattr(f"sau.command.{home}.use_device", lambda asked: torch.device("meta"))
     monkeypatch.setattr("sau.record.victim.load_weights", lambda model, path: None)
-    monkeypatch.setattr("sau.figures.features", lambda *given: None)
-    monkeypatch.setattr("sau.figures.save", lambda figure, path: [])
+    monkeypatch.setattr("sau.command.figures.features", lambda *given: None)
+    monkeypatch.setattr("sau.command.figures.save", lambda figure, path: [])
     monkeypatch.setattr(what, stop)
     status, _, err = script(name, *flags)
     assert status == 2 and the_error(err) == "error: seen" and where == {"meta"}
 
 
-def test_a_network_that_computes_elsewhere_answers_here(monkeypatch):
+def test_a_network_that_computes_elsewhere_answers_here():
     """With gradients for the pictures, which a search for adversarial examples climbs."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import figures
+    from sau.command import figures
 
     net, x = tiny_net(), torch.rand(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     placed = figures.Placed(net.double(), torch.device("cpu"))
@@ -113,12 +114,12 @@ def test_a_flag_of_one_format_is_refused_with_the_others(script, tmp_path):
     ("pattern", "homes"),
     [
         (r"^ *import matplotlib|^from matplotlib", ["drawing.py"]),
-        (r"choose_device\(|set_threads\(", ["place.py"]),
+        (r"choose_device\(|set_threads\(", ["arguments.py", "attack_and_defend.py", "own_network.py", "request.py"]),
         (r"except SauError as error:\n *print", []),
     ],
 )
 def test_what_scripts_share_is_written_once(pattern, homes):
-    files = sorted(SCRIPTS.rglob("*.py"))
+    files = [*sorted(SCRIPTS.rglob("*.py")), *sorted((REPOSITORY / "sau" / "command").glob("*.py"))]
     assert [file.name for file in files if re.search(pattern, file.read_text(), re.M)] == homes
 
 

@@ -1,7 +1,9 @@
 """What `attack/NAME.py` and `defense/NAME.py` do, from the flags to a finished record: the order of calls."""
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
@@ -21,17 +23,46 @@ from sau.data.scrutiny import scrutinise
 from sau.data.sources import Source, clean_subset, fingerprint, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
-from sau.errors import ConfigError
+from sau.errors import ConfigError, RecordError
 from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
 from sau.files import existing, folder
 from sau.machine import device as machine
 from sau.machine.tuning import tune
+from sau.method import Method
 from sau.models import build, has_width
 from sau.optim import Training
-from sau.record import schema, victim
-from sau.record.folder import Record
+from sau.record import lock, schema, victim
+from sau.record.folder import CONFIG, Record
 from sau.risk import gauge
 from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
+
+
+METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
+
+
+def run(kind: str, name: str, argv: Sequence[str]) -> int:
+    """The exit status of `attack` or `defend`; one that is stopped says how to go on."""
+    try:
+        (attack if kind == "attack" else defend)(name, argv)
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{_onward(kind == 'attack')}", file=sys.stderr)
+        return 130
+    finally:
+        lock.release_all()
+
+
+def _onward(attacks: bool) -> str:
+    """How to resume the stopped command, by the folder that it began."""
+    began, settings = lock.first(), dict[str, Any]()
+    if began is not None and not Record(began).finished:  # else the one to overwrite was not touched yet
+        with suppress(RecordError):
+            settings = schema.configuration(began / CONFIG, light=True).get("run", {})
+    if began is None or not settings:
+        return "stopped; repeat the command to go on"
+    named = f" with --save_folder_name {began.name}" if attacks and settings.get("save_folder_name") is None else ""
+    afresh = " without overwrite" if settings.get("overwrite") else ""
+    return f"stopped; repeat the command{named}{afresh} to resume from the last checkpoint"
 
 
 def attack(name: str, argv: Sequence[str]) -> None:

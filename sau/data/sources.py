@@ -33,6 +33,7 @@ class Source:
         read: (folder, size) -> (train, test).
         resizes: whether its pictures can be read at another size.
         find: looks for its files below a folder, downloads what can be, and raises DataError if there is nothing.
+        about: what it holds, in a line.
     """
 
     size: int
@@ -42,6 +43,7 @@ class Source:
     read: Callable[[Path, int], tuple[Images, Images]]
     resizes: bool = False
     find: Callable[[Path], Any] = lambda root: None
+    about: str = ""
 
 
 def source(name: str) -> Source:
@@ -143,9 +145,24 @@ def _cifar(name: str) -> dict[str, Any]:
 
 
 SOURCES = {
-    "cifar10": Source(32, *_NATURAL, Augment(padding=4, flip=True), **_cifar("cifar10")),
-    "cifar100": Source(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(4), **_cifar("cifar100")),
-    "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True, find=find_gtsrb),
+    "cifar10": Source(
+        32,
+        *_NATURAL,
+        Augment(padding=4, flip=True),
+        about="50,000 and 10,000 images, 10 classes, 32x32; downloaded",
+        **_cifar("cifar10"),
+    ),
+    "cifar100": Source(
+        32,
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        Augment(4),
+        about="50,000 and 10,000 images, 100 classes, 32x32; downloaded",
+        **_cifar("cifar100"),
+    ),
+    "gtsrb": Source(
+        32, (0.0,) * 3, (1.0,) * 3, Augment(4), gtsrb, resizes=True, find=find_gtsrb, about="traffic signs, 43 classes"
+    ),
     "tiny": Source(
         64,
         (0.4802, 0.4481, 0.3975),
@@ -154,7 +171,23 @@ SOURCES = {
         tiny,
         resizes=True,
         find=find_tiny,
+        about="Tiny ImageNet, 200 classes, 64x64",
     ),  # fmt: skip
-    "folder": Source(32, *_NATURAL, Augment(4), folder, resizes=True, find=find_folder),
-    "digits": Source(32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits),
+    "folder": Source(
+        32,
+        *_NATURAL,
+        Augment(4),
+        folder,
+        resizes=True,
+        find=find_folder,
+        about="your own images, train/CLASS/ and test/CLASS/ of --dataset_path",
+    ),
+    "digits": Source(
+        32,
+        (0.304,) * 3,
+        (0.323,) * 3,
+        Augment(4),
+        _digits,
+        about="1,437 and 360 images of scikit-learn, 10 classes; needs no files",
+    ),
 }

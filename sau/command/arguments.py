@@ -1,0 +1,35 @@
+"""The command line of tools: flags by their whole names, one line for a mistake, and where a tool computes."""
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+import torch
+
+from sau.machine.device import choose_device, fallback, prepare, set_threads
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows `description`, the docstring of a tool, as it stands; a mistake is a line and exit status 2."""
+
+    def __init__(self, description: str | None = None, **given: Any) -> None:
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=plain, allow_abbrev=False, **given)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--threads`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+
+
+def use_device(asked: argparse.Namespace) -> torch.device:
+    """Set the number of threads and return the device; warns where it is not the one that was asked for."""
+    set_threads(asked.threads)
+    where = prepare(choose_device(asked.device))
+    if elsewhere := fallback(asked.device):
+        print(f"warning: {elsewhere}", file=sys.stderr)
+    return where
