@@ -41,7 +41,7 @@ def test_the_script_draws_every_figure_as_png_and_svg(tracked, script, monkeypat
     def fewer(test, bad, most, seed=0):
         return really(test, bad, min(most, 80), seed)
 
-    monkeypatch.setattr("sau.data.pairs.sample", fewer)  # the search takes its time
+    monkeypatch.setattr("sau.command.figures.sample", fewer)  # the search takes its time
     argv = ["victim", "--defense", "sau", "--map", "pca", "--eps", "0.05", "--threads", "1"]
     argv += ["--record_root", str(folder.parent)]
     status, out, err = script("figures.py", *argv)

@@ -625,7 +625,7 @@ def test_verdicts_on_the_command_line(script, places, tmp_path, monkeypatch):
         made[path], _, _ = look(path)
         return made[path]
 
-    monkeypatch.setattr(inspection, "inspect", here)
+    monkeypatch.setattr("sau.command.inspect_checkpoint.inspect", here)
     honest, evil = stored(tmp_path, {"x": torch.zeros(2)}), places["os.system"][0]
     for path, status in ((honest, HARMLESS), (evil, SUSPICIOUS), (stored(tmp_path, b"text", "y"), UNREADABLE)):
         found, out, _ = script("inspect_checkpoint.py", str(path), "--json")
