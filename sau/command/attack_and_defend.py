@@ -36,7 +36,6 @@ from sau.record.folder import CONFIG, Record
 from sau.risk import gauge
 from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
 
-
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 
 
