@@ -14,7 +14,7 @@ from checkpoints import Stopping, Tape
 from PIL import Image
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, ssba, wanet
+from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, wanet
 from sau.attack.batchwise import count, covered
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
@@ -459,10 +459,8 @@ def test_an_incomplete_last_batch_is_dropped():
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.poisons and row.toy is not None])
-def test_the_claim_on_a_toy(name, monkeypatch):
+def test_the_claim_on_a_toy(name):
     """Poisoned training plants the backdoor and keeps the accuracy; clean training does not plant it."""
-    monkeypatch.setattr(ssba, "WAIT", 10)  # the weight rises over 4,000 updates, a toy has few
-    monkeypatch.setattr(ssba, "RAMP", 20)
     row = ROWS[name]
     attack = forged(with_(row.attack, **row.toy))
     train, test = toy_images(400, size=row.side, seed=1), toy_images(200, size=row.side, seed=2)

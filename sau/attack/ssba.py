@@ -1,10 +1,11 @@
 """SSBA: an invisible trigger, another one in every picture (Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with
 Sample-Specific Triggers", ICCV 2021).
 
-    min_{E, D}  w mean (E(x, b) - x)^2 + BCE(D(E(x, b)), b),   b random bits;      x' = E(x, c), c one code for all
+    min_{E, D}  w mean (E(x, b) - x)^2 + BCE(D(q(E(x, b))), b),   b random bits;   x' = q(E(x, c)), c one code for all
 
-E is an encoder that hides a code in a picture, D reads it again. The weight w is 0 until D reads more than 90 % of a
-batch's bits; s updates later it is clip(10 (s - 1000) / 3000, 0, 10).
+E is an encoder that hides a code in an image, D reads it again, q clips to [0, 1] and 8 bits, for so images are stored.
+The weight w is 0 until D reads more than 90 % of a batch's bits; s updates later it is clip(10 (s - 1000) / 3000, 0,
+10). A training of fewer than 6,000 updates goes through this in proportion.
 """
 
 import math
@@ -26,7 +27,7 @@ from sau.data.augment import sent
 from sau.data.images import Images, some, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, TrainingError
-from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, measured
+from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, measured, stored
 from sau.optim import adam
 from sau.seeds import generator, seeded
 from sau.session import Session
@@ -38,16 +39,21 @@ MEASURED = 1000  # pictures on which the encoder is measured, spread over the tr
 
 
 class Weight(nn.Module):
-    """The weight w of the squared error; `since` counts updates after the code was readable, -1 before."""
+    """The weight w of the squared error; `since` counts updates after the code was readable, -1 before.
+
+    Args:
+        updates: of the whole training; w waits and rises in proportion where they are fewer than ENOUGH.
+    """
 
     since: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, updates: int = ENOUGH) -> None:
         super().__init__()
+        self.pace = max(1.0, ENOUGH / max(1, updates))
         self.register_buffer("since", torch.tensor(-1))
 
     def forward(self) -> Scalar:
-        return (MOST * (self.since - WAIT) / RAMP).clamp(0, MOST)
+        return (MOST * (self.pace * self.since - WAIT) / RAMP).clamp(0, MOST)
 
     def see(self, right: Scalar) -> None:
         """After an update: the share of bits, 0 to 1, that were read right in its batch."""
@@ -103,6 +109,7 @@ class SSBA(Attack):
         _check_sides(images.pixels.shape)
         own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
         identity = {"data": fingerprint(images), "device": where.type, "trigger_seed": self.trigger_seed, **own}
+        identity["read"] = "8 bits"  # encoders of older versions were trained on floats
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
             hidden = Hidden(encoder, self._code()).to(where)
@@ -161,12 +168,7 @@ class SSBA(Attack):
         epochs = self.ssba_epochs or math.ceil(ENOUGH / max(1, len(batches)))
         recipe = adam(self.ssba_lr, epochs=epochs)
         descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
-        weight, updates = Weight().to(images.pixels.device), recipe.epochs * len(batches)
-        if updates < WAIT + RAMP:
-            session.say(
-                f"warning: the encoder makes {updates:,} updates, w needs more than {WAIT + RAMP:,} to rise to "
-                f"{MOST:g}; try --ssba_epochs none"
-            )
+        weight = Weight(recipe.epochs * len(batches)).to(images.pixels.device)
         state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
         loop.run(
             partial(self.encode_step, state),
@@ -192,7 +194,7 @@ class SSBA(Attack):
         bits = sent(torch.randint(2, (len(x), self.ssba_bits)), x.device).to(x.dtype)
         weight = state["weight"]()
         encoded = state["encoder"](bits, x)
-        logits = state["decoder"](encoded)
+        logits = state["decoder"](stored(encoded))
         squared, entropy = F.mse_loss(encoded, x), F.binary_cross_entropy_with_logits(logits, bits)
         loss = weight * squared + entropy
         state["descent"](loss)

@@ -109,6 +109,12 @@ class Hidden(nn.Module):
         return torch.cat(blocks)
 
 
+def stored(x: Pixels) -> Pixels:
+    """Images as they are stored: clipped to [0, 1] and 8 bits deep. Gradients pass straight through (Bengio, Leonard,
+    Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013)."""
+    return x + (to_float(quantise(x)) - x).detach()
+
+
 def psnr(x: Pixels, y: Pixels) -> Tensor:
     """10 log10(1 / mean (x - y)^2) of every pair of pictures in [0, 1]: decibels [B], 99 at most."""
     return -10 * (x - y).square().flatten(1).mean(1).clamp_min(10**-9.9).log10()
