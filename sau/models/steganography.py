@@ -110,9 +110,14 @@ class Hidden(nn.Module):
 
 
 def stored(x: Pixels) -> Pixels:
-    """Images as they are stored: clipped to [0, 1] and 8 bits deep. Gradients pass straight through (Bengio, Leonard,
-    Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013)."""
-    return x + (to_float(quantise(x)) - x).detach()
+    """Images as they are stored: clipped to [0, 1] and 8 bits deep.
+
+    The gradient is that of the clip, and straight through the 8 bits (Bengio, Leonard, Courville, "Estimating or
+    Propagating Gradients Through Stochastic Neurons", 2013). Straight through the clip, too, an encoder would drift far
+    from [0, 1] while w is 0.
+    """
+    clipped = x.clamp(0, 1)
+    return clipped + (to_float(quantise(x)) - clipped).detach()
 
 
 def psnr(x: Pixels, y: Pixels) -> Tensor:
