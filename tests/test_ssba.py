@@ -453,7 +453,8 @@ def test_ready_pictures_of_plain_ones_may_be_plain(levels, change, arrays):
     assert torch.equal(arrays(test=ready).poison_test(images).pixels, images.pixels + change)
 
 
-def test_an_encoder_that_shows_is_said_to_show_from_the_cache_too(unread):
+def test_an_encoder_that_shows_is_said_to_show_from_the_cache_too(monkeypatch, unread):
+    monkeypatch.setattr(ssba, "WAIT", 10**6)
     attack, said = SSBA(**{**FAST, "ssba_epochs": 1}), []
     for _ in range(2):
         lines: list[str] = []
