@@ -264,12 +264,6 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_flag_without_effect_is_called_as_it_was_typed(here):
-    flags = ("--lr_C", "0.1", "--schedulerC_milestones", "3", "--clean_train_epochs", "1")
-    status, out, _ = here("attack", "inputaware", *VICTIM, *flags, "--save_folder_name", "a")
-    assert status == 0 and "here: --schedulerC_milestones: OneCycleLR does not look at it" in out
-
-
 # Ways to run
 
 
@@ -463,14 +457,6 @@ def test_flags_without_effect_cause_one_warning_from_yaml_too(victim, here, tmp_
     assert all(f"--{name}:" in warnings[0] for name in ("epochs", "lr", "lr_scheduler", "client_optimizer", "wd"))
 
 
-def test_settings_of_a_loop_or_of_pictures_have_no_effect_without_them(victim, here):
-    flags = ("--result_file", "victim", "--eval_every", "1", "--max_minutes", "5", "--ratio", "0.5", *QUICK)
-    _, out, _ = here("defense", "clp", *flags)
-    assert "--eval_every: clp makes no updates; --max_minutes: clp makes no updates; --ratio: clp looks at no" in out
-    _, out, _ = here("defense", "bnp", *flags)
-    assert "--max_minutes: bnp makes no updates" in out and "--ratio:" not in out
-
-
 def test_settings_are_not_read_from_a_pipe(here, tmp_path, one_line):
     """They are looked at several times, and a pipe is empty at the second."""
     os.mkfifo(tmp_path / "pipe")
@@ -557,7 +543,7 @@ def test_records_go_where_they_are_asked_to(here, tmp_path):
 
 def test_without_a_name_the_time_and_the_attack_make_one(here, tmp_path):
     assert here("attack", "badnet", *TINY)[0] == 0
-    (folder,) = (tmp_path / "record").iterdir()
+    (folder,) = (entry for entry in (tmp_path / "record").iterdir() if entry.is_dir())  # beside its lock
     assert folder.name.endswith("_badnet") and folder.name[:8] == time.strftime("%Y%m%d")
 
 
@@ -851,7 +837,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(here, refused, t
     Record(tmp_path / "record" / "a").check()
 
 
-def test_a_fault_of_the_disk_is_one_line_and_a_status_of_its_own(here, tmp_path, monkeypatch):
+def test_a_fault_of_the_disk_is_one_line(here, tmp_path, monkeypatch):
     """A grid tries again what ended so."""
 
     def broken(number: int) -> None:
@@ -859,7 +845,7 @@ def test_a_fault_of_the_disk_is_one_line_and_a_status_of_its_own(here, tmp_path,
 
     monkeypatch.setattr(os, "fsync", broken)
     status, _, err = here("attack", "badnet", *TINY, "--save_folder_name", "a")
-    assert status == 74 and "Input/output error" in the_error(err)
+    assert status == 1 and "Input/output error" in the_error(err)
 
 
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.
@@ -920,7 +906,8 @@ def test_attacks_that_are_refused(refused, tmp_path, wrong):
     ]  # fmt: skip
     name = () if "--save_folder_name" in flags else ("--save_folder_name", "a")
     assert word in refused("attack", "badnet", *before, *name, *flags)
-    assert [file.name for file in tmp_path.iterdir()] == ["a file"]  # nothing half-written
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {"a file", ".a.lock"}  # nothing half-written
 
 
 def test_a_ratio_of_less_than_a_picture_is_noted(here):
@@ -1128,18 +1115,6 @@ def test_the_seed_reaches_poisons_training_and_defense(here, monkeypatch):
     flags = ("--result_file", "a", "--epochs", "0", "--random_seed", "8", "--ratio", "0.5", *QUICK)
     assert here("defense", "ft", *flags)[0] == 0
     assert seen == [7, 7, 8]
-
-
-def test_flags_that_a_method_does_not_hear_are_named(victim, here):
-    """Masks show no network before the end; an oracle's search is ended by the time, though nothing is trained."""
-    flags = ("--result_file", "victim", "--eval_every", "1", "--frequency_save", "1", "--max_minutes", "5", *QUICK)
-    _, out, _ = here("defense", "rnp", *flags, "--unlearning_epochs", "0", "--recovering_epochs", "0")
-    assert "--eval_every: rnp changes the network at its end alone; --frequency_save: rnp" in out
-    assert "--max_minutes" not in out.split("warning: flags")[1].splitlines()[0]
-    _, out, _ = here("defense", "clp", *flags, "--select", "oracle", "--u_num", "2", "--overwrite")
-    assert "--eval_every: clp makes no updates" in out and "--max_minutes: clp" not in out
-    _, out, _ = here("defense", "ft", *flags, "--epochs", "1")
-    assert "--eval_every: ft" not in out and "--max_minutes: ft" not in out
 
 
 def test_fps_oracle_is_shown_no_triggers(victim, here, monkeypatch):
