@@ -56,6 +56,17 @@ def read(path: Path, most: int = SMALL) -> bytes:
     return content
 
 
+def mistaken(content: bytes) -> str:
+    """What a file is that users often have in place of the one they wanted; "" if it is none of these."""
+    if not content:
+        return "is empty (0 bytes); copy or download it again"
+    if content.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run: git lfs pull"
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html")):
+        return "is a saved web page (HTML), not the file itself; download the file that the page links to"
+    return ""
+
+
 def number(value: Any) -> TypeGuard[float]:
     """Whether it is an int or a float that a figure of ours can be: finite, and of no more than thirteen digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import shutil
 import struct
 import urllib.error
@@ -22,7 +23,7 @@ from sau.data import images as images_module
 from sau.data.augment import Augment, turn
 from sau.data.images import Batches, Images, quantise, some, to_float
 from sau.data.pictures import fit, read_picture
-from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
+from sau.data.sources import SOURCES, clean_subset, fingerprint, index_note, load, source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.record.victim import Victim
 
@@ -341,6 +342,25 @@ def test_an_index_file_with_something_else_is_refused(tmp_path, one_line, conten
     with pytest.raises(DataError) as refusal:
         clean_subset(index_images(20), 0.5, 0, str(file))
     assert "0..19" in one_line(refusal.value) and content.split()[-1] in str(refusal.value)
+
+
+def test_an_index_that_is_there_twice_is_refused(tmp_path, one_line):
+    (tmp_path / "index.txt").write_text("3\n7\n3\n")
+    with pytest.raises(DataError) as refusal:
+        clean_subset(index_images(20), 0.5, 0, str(tmp_path / "index.txt"))
+    assert "holds 3 more than once" in one_line(refusal.value)
+
+
+def test_an_index_file_of_a_smaller_data_set_is_noted(tmp_path):
+    """By its largest index: of 100 draws from 1,000 none notes anything, and each from 100 of 1,000 does."""
+    file = tmp_path / "index.txt"
+    for seed in range(100):
+        draw = random.Random(seed).sample
+        file.write_text("\n".join(map(str, draw(range(1000), 50))))
+        assert index_note(str(file), 1000) is None
+        file.write_text("\n".join(map(str, draw(range(100), 50))))
+        assert "but there are 1,000 images" in index_note(str(file), 1000)
+    assert index_note(None, 1000) is None
 
 
 def test_an_index_of_thousands_of_digits_is_refused(tmp_path, one_line):

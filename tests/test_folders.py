@@ -24,8 +24,9 @@ from torchvision.transforms import v2
 
 import sau.data.pictures
 from sau.data import cache, cifar
-from sau.data.folders import folder, gtsrb, labelled, tiny
+from sau.data.folders import folder, gtsrb, labelled, resized, tiny
 from sau.data.images import Images
+from sau.data.listing import class_folders
 from sau.data.official import OFFICIAL, Official, subset_note
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import load
@@ -271,15 +272,86 @@ def test_labelled_pictures_are_read_in_the_order_of_classes_and_names(tmp_path, 
     assert torch.equal(labelled(tmp_path / "train", 24).pixels, images.pixels)
 
 
-def test_labelled_pictures_have_two_classes_that_do_not_look_alike(tmp_path, one_line):
+def test_labelled_pictures_have_two_classes(tmp_path, one_line):
     draw(tmp_path / "cat/0.png", 1)
     with pytest.raises(DataError) as refusal:
         labelled(tmp_path)
     assert "1 class folders" in one_line(refusal.value)
-    draw(tmp_path / "Cat/0.png", 2)
+
+
+def test_classes_that_are_all_numbers_go_by_number(tmp_path):
+    for i, name in enumerate(("0", "10", "2")):
+        for half in ("train", "test"):
+            draw(tmp_path / half / name / "0.png", i)
+    train, _ = folder(tmp_path)
+    assert torch.equal(train.pixels, by_hand([tmp_path / f"train/{name}/0.png" for name in ("0", "2", "10")], 32))
+    assert torch.equal(labelled(tmp_path / "train").pixels, train.pixels)
+    draw(tmp_path / "train/b/0.png", 3)
+    assert class_folders(tmp_path / "train") == ["0", "10", "2", "b"]  # not all are numbers
+
+
+def test_labelled_pictures_take_the_numbers_of_given_names(tmp_path):
+    make_folder(tmp_path)
+    images = labelled(tmp_path / "train", 24, ["dog", "emu", "cat"])
+    assert images.labels.tolist() == [2, 2, 0, 0] and images.num_classes == 3
+    assert torch.equal(images.pixels, labelled(tmp_path / "train", 24).pixels)
+
+
+def test_sizes_that_are_changed_are_named(tmp_path):
+    for name in ("a/0.png", "b/0.png"):
+        draw(tmp_path / name, 1, width=32, height=32)
+    assert resized(tmp_path, 32) is None and resized(tmp_path, 16) == "32x32"
+    draw(tmp_path / "b/1.png", 2, width=20, height=24)
+    draw(tmp_path / "b/2.png", 3, width=300, height=200)
+    assert resized(tmp_path, 32) == "20x24 to 300x200"
+
+
+LEFT = {
+    "Thumbs.db": "3/Thumbs.db",
+    "desktop.ini": "3/desktop.ini",
+    ".DS_Store": "3/.DS_Store",
+    "beside the classes": "Desktop.ini",
+    "resource forks": "__MACOSX/3/._1.png",
+    "of a class": "3/__MACOSX/._1.png",
+    "thumbnails of a NAS": "3/@eaDir/SYNO@.fileindexdb",
+    "of a NAS": "@eaDir/x",
+    "found by fsck": "lost+found/#1234",
+    "deleted": "$RECYCLE.BIN/x.png",
+    "of Windows": "System Volume Information/x",
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_what_a_system_leaves_is_no_class_and_no_picture(what, tmp_path):
+    for name in ("3", "7"):
+        draw(tmp_path / name / "0.png", int(name))
+    place = tmp_path / LEFT[what]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"x")
+    images = labelled(tmp_path)
+    assert images.num_classes == 2 and images.labels.tolist() == [0, 1]
+
+
+def test_an_empty_folder_of_a_file_system_is_no_class(tmp_path, one_line):
+    for name in ("3", "7"):
+        draw(tmp_path / name / "0.png", int(name))
+    (tmp_path / "lost+found").mkdir()
+    assert labelled(tmp_path).num_classes == 2
+    (tmp_path / "8").mkdir()  # but of a class it is a mistake
     with pytest.raises(DataError) as refusal:
         labelled(tmp_path)
-    assert "look alike" in one_line(refusal.value)
+    assert "the folder" in one_line(refusal.value) and "is empty" in str(refusal.value)
+
+
+def test_names_as_macos_and_phones_write_them_are_read(tmp_path, one_line):
+    for name in ("3", "7"):
+        draw(tmp_path / name / "Screenshot 2026-05-12 at 4.42.48\u202fPM.png", int(name))
+        draw(tmp_path / name / "\u200eWhatsApp.png", int(name))
+    assert len(labelled(tmp_path)) == 4
+    draw(tmp_path / "3" / "a\nb.png", 1)
+    with pytest.raises(DataError) as refusal:
+        labelled(tmp_path)
+    assert "control characters" in one_line(refusal.value)
 
 
 def test_a_data_set_is_read_at_the_size_that_is_asked(tmp_path, one_line):
@@ -362,12 +434,8 @@ BAD_TREES = {
     "folder: empty class": (folder, lambda root: empty(root, "train/dog") or (root / "train/dog").mkdir(), "train/dog"),
     "folder: class in train only": (folder, lambda root: add_class(root, "train/bird"), "bird"),
     "folder: class in test only": (folder, lambda root: add_class(root, "test/bird"), "bird"),
-    "folder: case": (folder, lambda root: add_class(root, "train/Cat", "test/Cat"), "Cat"),
-    "folder: case between halves": (folder, lambda root: (root / "test/cat").rename(root / "test/CAT"), "CAT"),
-    "folder: wide letters": (folder, lambda root: add_class(root, "train/\uff43at", "test/\uff43at"), "\\uff43at"),
-    "folder: composed or not": (folder, lambda root: add_class(root, "train/\u00e9", "test/e\u0301"), "e\\u0301"),
-    "folder: file names in two cases": (folder, lambda root: draw(root / "train/dog/A.png", 1) and
-                                        draw(root / "train/dog/a.png", 2), "a.png"),
+    "folder: case between halves": (folder, lambda root: (root / "test/cat").rename(root / "test/CAT"), "cat"),
+    "folder: composed or not": (folder, lambda root: add_class(root, "train/\u00e9", "test/e\u0301"), "\\xe9"),
     "folder: a line break": (folder, lambda root: draw(root / "train/dog/a\nb.png", 1), "a\\nb.png"),
     "folder: no picture": (folder, lambda root: (root / "train/dog/notes.txt").write_text("text"), "dog/notes.txt"),
     "folder: empty picture": (folder, lambda root: (root / "train/dog/1.png").write_bytes(b""), "dog/1.png"),
@@ -514,7 +582,7 @@ I1 = {  # the rows of the test plan that every image reader must pass: bytes, an
     "truncated.jpg": (saved(noise(0, 90, 90), "JPEG")[:2000], REFUSED),
     "cmyk.jpg": (saved(noise(0).convert("CMYK"), "JPEG"), REFUSED),
     "deep.png": (png(2, 1, 16, 2, b"\0" + b"\1\2" * 6), REFUSED),  # Pillow reads it as 8-bit RGB
-    "palette and alpha.png": (saved(noise(0).convert("P"), "PNG", transparency=0), REFUSED),
+    "palette and alpha.png": (saved(Image.new("P", (4, 4), 0), "PNG", transparency=0), REFUSED),
     "animated.png": (saved(noise(0), "PNG", **FRAMES), REFUSED),
     "empty.png": (b"", REFUSED),
     "a PNG named.jpg": (saved(noise(0), "PNG"), noise(0)),
@@ -525,10 +593,17 @@ MORE = {
     "deep gray.png": (png(2, 1, 16, 0, b"\0" + b"\1\2" * 2), REFUSED),
     "deep gray and alpha.png": (png(2, 1, 16, 4, b"\0" + b"\1\2" * 4), REFUSED),
     "deep and alpha.png": (png(2, 1, 16, 6, b"\0" + b"\1\2" * 8), REFUSED),
-    "alpha.png": (saved(noise(0).convert("RGBA"), "PNG"), REFUSED),
-    "gray and alpha.png": (saved(noise(0).convert("LA"), "PNG"), REFUSED),
-    "one colour transparent.png": (saved(noise(0), "PNG", transparency=(0, 0, 0)), REFUSED),
-    "palette with graded alpha.png": (saved(noise(0).convert("P"), "PNG", transparency=bytes(range(9))), REFUSED),
+    "transparent.png": (saved(Image.new("RGBA", (4, 4), (9, 9, 9, 254)), "PNG"), REFUSED),
+    "gray and transparent.png": (saved(Image.new("LA", (4, 4), (9, 0)), "PNG"), REFUSED),
+    "one colour transparent.png": (saved(Image.new("RGB", (4, 4)), "PNG", transparency=(0, 0, 0)), REFUSED),
+    "transparent.webp": (saved(Image.new("RGBA", (4, 4)), "WEBP"), REFUSED),
+    "animated.webp": (saved(noise(0), "WEBP", **FRAMES), REFUSED),
+    "opaque.png": (saved(noise(0).convert("RGBA"), "PNG"), noise(0)),
+    "opaque gray.png": (saved(noise(0).convert("LA"), "PNG"), noise(0).convert("L").convert("RGB")),
+    "a transparent colour of no pixel.png": (saved(noise(0), "PNG", transparency=(0, 0, 0)), noise(0)),
+    "lossless.webp": (saved(noise(0), "WEBP", lossless=True), noise(0)),
+    "opaque.webp": (saved(noise(0).convert("RGBA"), "WEBP", lossless=True), noise(0)),
+    "palette with graded alpha.png": (saved(noise(0).quantize(9), "PNG", transparency=bytes(range(9))), REFUSED),
     "header second.png": (
         png(2, 1, 8, 2, b"")[:8] + chunk(b"gAMA", b"\0" * 4) + png(2, 1, 8, 2, b"\0" * 7)[8:],
         REFUSED,

@@ -77,7 +77,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "signals": (importing("signal"), {"errors.py", "grid/cells.py", "grid/work.py"}),
     "the machine": (
         importing("resource") | calling("set_num_threads"),
-        {"machine/device.py", "foreign/confinement.py"},
+        {"machine/device.py"},
     ),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """A network of one's own: weights from a file, clean pictures from a folder, no trigger."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 from toys import QUICK, command, environment, same_weights, stop_after, tiny_net, toy_images
 
 from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
-from sau.command.own_network import _check_classes, _unapplied, split
+from sau.command.own_network import _check_classes, _unapplied, by_name, split
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import Score, Share
@@ -224,6 +225,37 @@ def test_the_prefix_of_the_command_line_chooses(net, pictures, tmp_path, here, r
     assert "name one with --model_prefix" in refused(*given)
     assert "no tensor under 'mode1.'" in refused(*given, "--model_prefix", "mode1.")
     assert here(*given, "--model_prefix", "ema.")[0] == 0
+
+
+def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, here, monkeypatch):
+    """Also where there are folders for some of the classes only."""
+    assert by_name(["blue", "red"], ["Red", "green", "BLUE"]) == ["red", "green", "blue"]
+    assert by_name(["blue", "red"], ["red", "green"]) is None and by_name(["blue"], None) is None
+    assert by_name(["a"], ["a", "A"]) is None  # which of the two?
+    shutil.rmtree(pictures / "green")
+    torch.save({"net": net.state_dict(), "classes": ["Red", "green", "blue"]}, tmp_path / "named.pt")
+    seen = []
+    monkeypatch.setattr(
+        "sau.command.own_network.split", lambda images, share: seen.append(images) or split(images, share)
+    )
+    for arch in ("auto", "preactresnet18"):
+        status, out, err = here(*flags(tmp_path / "named.pt", pictures, "--arch", arch, "--save_folder_name", arch))
+        assert status == 0, err
+        assert "classes: 0 = red, 1 = green, 2 = blue (names in the file)" in out.splitlines()
+        assert seen[-1].labels.tolist() == [2] * 6 + [0] * 6 and seen[-1].num_classes == CLASSES
+
+
+def test_classes_and_sizes_are_shown(net, pictures, tmp_path, here):
+    """And what the file says otherwise."""
+    status, out, _ = here(*flags(layouts(net, tmp_path)[0], pictures))
+    assert status == 0 and "classes: 0 = blue, 1 = green, 2 = red (folders in order)" in out.splitlines()
+    assert "resized" not in out and "trained with images" not in out
+    torch.save({"net": net.state_dict(), "classes": ["x", "y", "z"], "img_size": 64}, tmp_path / "says.pt")
+    Image.new("RGB", (40, 20), (1, 2, 230)).save(pictures / "blue" / "wide.png")
+    status, out, _ = here(*flags(tmp_path / "says.pt", pictures))
+    assert status == 0 and "images are resized to 16x16 from 16x16 to 40x20" in out.splitlines()
+    assert "says.pt names its classes 0 = x, 1 = y, 2 = z, which are not the names of the folders" in out
+    assert "by says.pt the network was trained with images of 64x64, but --input_size is 16" in out
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError])

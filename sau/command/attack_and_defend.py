@@ -20,7 +20,7 @@ from sau.command.watch import Watch, begin, trigger_session, versioned, warn
 from sau.data.images import Images
 from sau.data.official import subset_note
 from sau.data.scrutiny import scrutinise
-from sau.data.sources import Source, clean_subset, fingerprint, load, source
+from sau.data.sources import Source, clean_subset, fingerprint, index_note, load, source
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError, RecordError
@@ -182,7 +182,9 @@ def _given(
     """What the method is given of the `offered` kind, the clean test set, and what there is to say about them; `place`
     is the folder of the data sets, if the user has named one."""
     train, test, notes = attacked.pictures(place)
-    given = clean_subset(attacked.given(train, offered), run.ratio, run.random_seed, run.index)
+    pool = attacked.given(train, offered)
+    given = clean_subset(pool, run.ratio, run.random_seed, run.index)
+    notes += [note] if (note := index_note(run.index, len(pool))) else []
     schema.listable(len(given))
     return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
 

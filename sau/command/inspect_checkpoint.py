@@ -2,10 +2,10 @@
 
     sau inspect FILE [--to FILE.safetensors] [--json]
 
-FILE is a .pt, .pth, .ckpt, .safetensors or .onnx file; its content decides, not its name. It is opened in a process of
-its own, with limits on memory and time. The last line is the verdict. Exit status: 0 harmless to open, 1 suspicious
-(it wants to import or run what weights do not need, or takes too much memory or time), 2 unreadable, or a mistake in
-the command. Weights that are harmless to open may still have a backdoor: that is what the defenses are for.
+FILE is a .pt, .pth, .ckpt, .safetensors or .onnx file; its content decides, not its name. The last line is the
+verdict. Exit status: 0 harmless to open, 1 suspicious (it wants to import or run what weights do not need), 2
+unreadable, or a mistake in the command. Weights that are harmless to open may still have a backdoor: that is what the
+defenses are for.
 """
 
 import json

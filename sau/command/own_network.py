@@ -17,8 +17,9 @@ from torch import nn
 from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, warn
-from sau.data.folders import labelled
+from sau.data.folders import labelled, resized
 from sau.data.images import Images, to_float
+from sau.data.listing import class_folders
 from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint, last_of_each
 from sau.defense.base import Defense
@@ -27,9 +28,9 @@ from sau.errors import ConfigError, DataError, in_a_line
 from sau.evaluate import AT_ONCE_ON_CPU, Score, predict, score, table
 from sau.files import folder
 from sau.foreign import weights
-from sau.foreign.formats import SAFE
-from sau.foreign.inspection import normalisation
+from sau.foreign.inspection import mapping, normalisation
 from sau.foreign.network import network
+from sau.foreign.weights import SAFE
 from sau.machine import device as machine
 from sau.machine.tuning import tune
 from sau.models import Normalized, asking, check_logits, quick
@@ -44,7 +45,7 @@ DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
 def split(images: Images, share: float) -> tuple[Images, Images]:
     """(to purify with, to measure with): the last `share` of each class measures; each keeps a picture of either."""
     for label, count in enumerate(images.labels.bincount(minlength=images.num_classes).tolist()):
-        if count < 2:
+        if count == 1:
             raise DataError(f"class {label} has {count} clean pictures; each class needs two, one to measure with")
     held = last_of_each(images.labels, share)
     return images[~held], images[held]
@@ -59,16 +60,16 @@ def purify(name: str, request: Request) -> None:
     request.ignore(["track_risk"], "the risks before and after are measured in any case")
     where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
     _need_nothing_of_an_attacker(method)
-    images = labelled(Path(str(own.clean_dir)), own.input_size)
+    clean, found = Path(str(own.clean_dir)), weights.read(Path(str(own.model_file)))
+    folders = class_folders(clean)
+    names = by_name(folders, found.classes)
+    net, file, arch = network(own, len(names or folders), found)
+    images = labelled(clean, own.input_size, names)
     given, test = (part.to(where) for part in split(images, own.check_share))
-    net, file, arch = network(own, images.num_classes)
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
-    _check_classes(model, test, Path(str(own.clean_dir)))
-    notes = (
-        _misused(model, given)
-        + _unapplied(file, own)
-        + (scrutinise(given, test, method.batch_size) if method.looks else [])
-    )
+    _check_classes(model, test, clean)
+    notes = _misused(model, given) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
+    notes += scrutinise(given, test, method.batch_size) if method.looks else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
@@ -76,6 +77,9 @@ def purify(name: str, request: Request) -> None:
     settings = {"defense": name, **method.params()}
     record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)
     record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
+    record.say(f"classes: {mapping(names or folders)} ({'names in the file' if names else 'folders in order'})")
+    if sizes := resized(clean, own.input_size):
+        record.say(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
     record.say(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
@@ -157,11 +161,39 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     if logits.shape[-1] != images.num_classes:
         raise ConfigError(
             f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "
-            "give a folder for each, with names that sort as its outputs are numbered"
+            "give a folder for each, named by the number of its output (0, 1, 2, ...) or in the same order"
         )
     if not logits.isfinite().all():
         raise ConfigError("the network answers a clean picture with NaN or infinity; are mean and std its own?")
     check_logits(logits)
+
+
+def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
+    """The file's `classes`, with the spelling of the folders, if every folder bears one of their names, else None."""
+    spelt = {name.casefold(): name for name in folders}
+    if classes is None or len({name.casefold() for name in classes}) < len(classes):
+        return None
+    return (
+        [spelt.get(name.casefold(), name) for name in classes]
+        if spelt.keys() <= {*map(str.casefold, classes)}
+        else None
+    )
+
+
+def _of_classes_and_sizes(file: weights.Weights, own: OwnRun, folders: list[str], names: list[str] | None) -> list[str]:
+    """What to say where the file names other classes or another size of images than are used."""
+    notes = []
+    if file.classes and not names:
+        notes.append(
+            f"{file.path.name} names its classes {mapping(file.classes)}, which are not the names of the folders; the "
+            "folders are numbered in order"
+        )
+    if file.input_size and file.input_size != own.input_size:
+        notes.append(
+            f"by {file.path.name} the network was trained with images of {file.input_size}x{file.input_size}, but "
+            f"--input_size is {own.input_size}"
+        )
+    return notes
 
 
 def _inverted(model: nn.Module, images: Images, own: OwnRun, seed: int) -> Reversal | None:

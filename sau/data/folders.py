@@ -1,14 +1,15 @@
 """GTSRB, Tiny ImageNet and anybody's folders of pictures, decoded once and then read from a cache."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from sau.data.cache import cached
 from sau.data.images import Images
-from sau.data.listing import Split, class_folders, distinct, pictures, same_classes
+from sau.data.listing import Split, class_folders, pictures, same_classes
 from sau.data.official import OFFICIAL
-from sau.data.pictures import read_all
+from sau.data.pictures import native_size, read_all
 from sau.errors import DataError
 
 _FINAL = "GTSRB/Final_Test/Images"
@@ -96,21 +97,18 @@ def _add_classes(split: Split, place: Path, classes: dict[str, int]) -> None:
 def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
     """Own pictures, uint8 [N, 3, size, size], from train/<class>/* and test/<class>/*; classes and files by name.
 
-    Hidden files and files beside the class folders are ignored. Names that look alike are refused, for on another disk
-    they would be one file and the data set another one.
+    Classes whose names are all whole numbers go by number. Hidden files, files beside the class folders and what only
+    a system leaves there (`__MACOSX`, `Thumbs.db`, ...) are ignored.
     """
     root = find_folder(root)
     classes, others = class_folders(root / "train"), class_folders(root / "test")
-    distinct(root, dict.fromkeys([*classes, *others]))
     same_classes(root / "train", classes, root / "test", others)
     if len(classes) < 2:
         raise DataError(f"{root / 'train'} has {len(classes)} class folders; allowed are two or more")
     splits = {"train": Split(root), "test": Split(root)}
     for half, split in splits.items():
         for label, name in enumerate(classes):
-            files = pictures(root / half / name)
-            distinct(root / half / name, [file.name for file in files])
-            split.add((label, file) for file in files)
+            split.add((label, file) for file in pictures(root / half / name))
     return _load("folder", size, splits["train"], splits["test"], len(classes))
 
 
@@ -123,17 +121,33 @@ def find_folder(root: Path) -> Path:
     return root
 
 
-def labelled(root: Path, size: int = 32) -> Images:
-    """Own pictures, uint8 [N, 3, size, size], from <class>/*; classes and files by name, as in `folder`."""
+def labelled(root: Path, size: int = 32, names: Sequence[str] | None = None) -> Images:
+    """Own pictures, uint8 [N, 3, size, size], from <class>/*; classes and files by name, as in `folder`.
+
+    Args:
+        root: the folder.
+        size: height and width that the pictures are squeezed to.
+        names: of all classes in the order of their numbers, among them those of all folders; None numbers the folders
+            in their order.
+    """
     root = Path(root).absolute()
     classes, split = class_folders(root), Split(root)
-    distinct(root, classes)
     if len(classes) < 2:
         raise DataError(f"{root} has {len(classes)} class folders; needed are two or more, with clean pictures in them")
-    for label, name in enumerate(classes):
-        split.add((label, file) for file in pictures(root / name))
+    names = classes if names is None else names
+    for name in classes:
+        split.add((names.index(name), file) for file in pictures(root / name))
     pixels = cached(["labelled", str(size), *split.key], lambda: {"all": read_all(split.paths, size, "clean pictures")})
-    return Images.clean(pixels["all"], torch.tensor(split.labels), len(classes))
+    return Images.clean(pixels["all"], torch.tensor(split.labels), len(names))
+
+
+def resized(root: Path, size: int) -> str | None:
+    """Which sizes the pictures in <class>/* have, as `20x24 to 300x200`, or None if all are size x size."""
+    root = Path(root).absolute()
+    files = [file.path for name in class_folders(root) for file in pictures(root / name)]
+    sizes = sorted({native_size(file) for file in files}, key=lambda side: side[0] * side[1])
+    texts = [f"{width}x{height}" for width, height in (sizes[0], sizes[-1])]
+    return None if sizes == [(size, size)] else " to ".join(dict.fromkeys(texts))
 
 
 def _load(name: str, size: int, train: Split, test: Split, classes: int) -> tuple[Images, Images]:

@@ -71,22 +71,31 @@ class Split:
         return list(rows.values())
 
 
+# What Windows, macOS, a NAS or a file system leaves between the files of a user; names beginning with "." go anyway.
+_LEFT = "thumbs.db ehthumbs.db desktop.ini __macosx @eadir lost+found $recycle.bin".split() + [
+    "system volume information"
+]
+
+
 def visible(folder: Path) -> dict[str, os.DirEntry[str]]:
-    """Files and folders by name, sorted; hidden ones are left out. DataError for names that a line cannot show."""
+    """Files and folders by name, sorted, without hidden ones and those that only a system made. DataError for names
+    with control characters or of broken text."""
     try:
         with os.scandir(folder) as entries:
             found = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from None
-    odd = [name for name in found if not name.isprintable()]
+    odd = [name for name in found if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)]
     if odd:
-        raise DataError(f"{folder} holds {odd[0]!a}; allowed are names of printable characters")
-    return dict(sorted(found.items()))
+        raise DataError(f"{folder} holds {odd[0]!a}; allowed are names without control characters")
+    return {name: found[name] for name in sorted(found) if name.lower() not in _LEFT}
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; files beside them are no classes."""
-    return [name for name, entry in visible(folder).items() if entry.is_dir()]
+    """Names of the folders in a folder, in order: by number where all are whole numbers (2 before 10), else as text.
+    Files beside them are no classes."""
+    names = [name for name, entry in visible(folder).items() if entry.is_dir()]
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def pictures(folder: Path) -> list[os.DirEntry[str]]:
@@ -108,13 +117,3 @@ def same_classes(place: Path, classes: Iterable[str], other: Path, others: Itera
     ):
         if missing:
             raise DataError(f"{there} has the class {min(missing)!a}, which {here} lacks; both need the same classes")
-
-
-def distinct(folder: Path, names: Iterable[str]) -> None:
-    """DataError for two names that differ only in case or in how Unicode writes them: elsewhere they are one file."""
-    seen: dict[str, str] = {}
-    for name in names:
-        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-        if folded in seen:
-            raise DataError(f"{folder} holds {seen[folded]!a} and {name!a}, which look alike; rename one of them")
-        seen[folded] = name

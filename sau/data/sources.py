@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,23 @@ def _read_indices(path: Path, n: int) -> list[int]:
     bad = [line for line in lines if not line.isdecimal() or len(line) > 18 or int(line) >= n]
     if bad:
         raise DataError(f"{path} holds {bad[0][:40]!r}; allowed are whole numbers 0..{n - 1}, one a line")
-    return [int(line) for line in lines]
+    picked = [int(line) for line in lines]
+    if len({*picked}) < len(picked):
+        twice = next(index for index, count in Counter(picked).items() if count > 1)
+        raise DataError(f"{path} holds {twice} more than once; allowed is each index once")
+    return picked
+
+
+def index_note(path: str | None, n: int) -> str | None:
+    """What to say of an index file whose largest index is so small that its indices were hardly drawn from `n` images:
+    by chance, that happens once in a million draws."""
+    picked = _read_indices(Path(path), n) if path is not None else []
+    if not picked or ((max(picked) + 1) / n) ** len(picked) > 1e-6:
+        return None
+    return (
+        f"the largest of the {len(picked):,} indices in {path} is {max(picked):,}, but there are {n:,} images; were "
+        "they drawn from another data set?"
+    )
 
 
 def _digits(root: Path, size: int) -> tuple[Images, Images]:

@@ -15,7 +15,7 @@ from sau.data.cache import cached
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.pictures import read_picture
 from sau.errors import RecordError
-from sau.foreign.torchfile import Picture, Vector
+from sau.foreign.torchfile import Array, Picture
 
 _PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
 Place = os.DirEntry[str] | Picture
@@ -79,8 +79,8 @@ class Part:
         return Images(pixels, stored, true, role.to(torch.uint8), torch.from_numpy(chosen), self.classes), n
 
     def _numbers(self, state: dict[Any, Any], key: str) -> np.ndarray:
-        """int64 from a numpy vector or a list of whole numbers."""
-        given = state[key].values.tolist() if isinstance(state[key], Vector) else state[key]
+        """int64 from a numpy array or a list of whole numbers."""
+        given = state[key].values.tolist() if isinstance(state[key], Array) else state[key]
         whole = isinstance(given, list) and all(type(x) in (int, float, bool) and abs(x) < 1e9 for x in given)
         if not whole or any(x != int(x) for x in given):
             raise RecordError(f"{key} of {self.name} is not a vector of whole numbers")

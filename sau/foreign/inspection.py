@@ -1,36 +1,25 @@
-"""What is in a network file that somebody else made, found out in a process that cannot do much harm.
-
-The process that opens the file has a limit on its memory and on its time, and may write no file. It reads by allow
-list (`torchfile`), so that nothing in the file is run, and hands back JSON and plain tensors, never objects.
-"""
+"""What is in a network file that somebody else made. Nothing in the file is run, and no object is made of it but
+tensors, plain values and the stand-ins of `torchfile`."""
 
 import hashlib
-import json
-import multiprocessing
-import os
-import time
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sau.data.sources import SOURCES
-from sau.errors import RecordError, printable
-from sau.files import write
-from sau.foreign import pickles, torchfile, weights
-from sau.foreign.confinement import confine
-from sau.foreign.formats import file_format
-from sau.foreign.guess import Guess, guess
-from sau.models.zoo import torchvision_names
+from torch import Tensor
 
-SECONDS = 120  # on the clock, from the start of the process
-MEMORY = 1 << 30  # bytes beyond what the process has before it opens the file, and eight times the file
+from sau.data.sources import SOURCES
+from sau.errors import RecordError, in_a_line, printable
+from sau.files import write
+from sau.foreign import torchfile, weights
+from sau.foreign.guess import Guess, guess
+
 HARMLESS, SUSPICIOUS, UNREADABLE = 0, 1, 2  # exit status of `scripts/inspect_checkpoint.py`
 Report = dict[str, Any]
 
 
 def inspect(path: Path, to: Path | None = None) -> Report:
-    """Look into a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.onnx` file in a process of its own.
+    """Look into a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.onnx` file.
 
     Args:
         path: the file.
@@ -38,119 +27,59 @@ def inspect(path: Path, to: Path | None = None) -> Report:
             recognised, otherwise all of them; not written unless the verdict is harmless.
 
     Returns a dictionary that JSON can hold: path, bytes, sha256, format, imports (names that the file's pickles
-    import), refused (those among them that weights do not need), tensors (name, shape, dtype, values, nan), network
-    (see `Guess`, or None), several (under what, where it holds a known network more than once), normalisation (mean,
-    std and where from, or None), status and verdict (one line).
+    import), tensors (name, shape, dtype, values, nan), network (see `Guess`, or None), several (under what, where it
+    holds a known network more than once), classes (names, or None), input_size, normalisation (mean, std and where
+    from, or None), status and verdict (one line).
     Raises RecordError if there is no such file and if `to` exists or cannot be written.
     """
     if not path.is_file():
         raise RecordError(f"there is no file {path}")
     if to is not None and to.exists():
         raise RecordError(f"{to} exists; name a new file")
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_work, args=(there, path, to is not None), daemon=True)
-    child.start()
-    there.close()
-    deadline = time.monotonic() + SECONDS
-    try:
-        report: Report = json.loads(_receive(here, deadline))
-        if to is not None and report["status"] == HARMLESS:
-            write(to, _receive(here, deadline))
-    except (EOFError, OSError):
-        late = time.monotonic() >= deadline
-        child.join(0 if late else 2)  # a process that ends by itself is soon gone
-        if child.exitcode == 1:
-            raise RuntimeError(f"reading {path} failed by a fault of the program; its traceback stands above") from None
-        reason = f"it took more than {SECONDS} seconds" if late else "it took too much memory or time"
-        report = {**_outside(path), "status": SUSPICIOUS, "verdict": f"suspicious: {reason} to read, and was stopped"}
-    finally:
-        child.kill()
-        child.join()
-        here.close()
+    report, found, known = look(path)
+    if to is not None and found is not None and report["status"] == HARMLESS:
+        try:
+            content = found.packed(known.prefix if known else "")
+        except RecordError as error:
+            verdict = f"harmless to open, but not to be converted: {error}"
+            return {**report, "status": UNREADABLE, "verdict": verdict}
+        write(to, content)
     return report
 
 
-def _receive(here: Connection, deadline: float) -> bytes:
-    if not here.poll(max(0.0, deadline - time.monotonic())):
-        raise EOFError
-    return here.recv_bytes()
-
-
-def _work(there: Connection, path: Path, convert: bool) -> None:
-    """What the process does."""
-    torchvision_names()  # imported now, because its import looks for a folder to write to
-    content = b""
-    try:
-        confine(MEMORY + 8 * path.stat().st_size, SECONDS)
-        report, found, known = look(path)
-        if convert and found is not None and report["status"] == HARMLESS:
-            try:
-                content = found.packed(known.prefix if known else "")
-            except RecordError as error:
-                report |= {"status": UNREADABLE, "verdict": f"harmless to open, but not to be converted: {error}"}
-        answer = json.dumps(report).encode()
-    except MemoryError:
-        os._exit(SUSPICIOUS + 1)
-    except Exception as error:  # what nobody thought of is the file's doing, too
-        verdict = f"unreadable: {type(error).__name__}: {ascii(str(error))[1:-1][:160]}"
-        answer = json.dumps({**_outside(path), "status": UNREADABLE, "verdict": verdict}).encode()
-    there.send_bytes(answer)
-    if content:
-        there.send_bytes(content)
-
-
 def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
-    """The report of `inspect`, made in this process; what could be read, and the network that it is."""
-    report = _outside(path)
+    """The report of `inspect`; what could be read, and the network that it is."""
+    report: Report = {"path": str(path), "bytes": path.stat().st_size, "sha256": None, "format": None, "imports": []}
+    report |= {"tensors": [], "network": None, "classes": None, "input_size": None, "normalisation": None}
     try:
         raw = torchfile.content(path)
+        report |= {"sha256": hashlib.sha256(raw).hexdigest(), "format": weights.file_format(path, raw) or None}
+        report["imports"] = [] if report["format"] in (weights.SAFE, weights.ONNX) else torchfile.imports(raw)
+        found = weights.read(path, raw)
+    except torchfile.ProgramError as error:
+        return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}, None, None
     except RecordError as error:
         return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}, None, None
-    report["sha256"], report["imports"] = hashlib.sha256(raw).hexdigest(), pickles.imports(raw)
-    report["format"] = file_format(path, raw) or None
-    report["refused"] = sorted({*report["imports"]} - pickles.allowed())
-    scripted = pickles.scripted(raw)
-    try:
-        found = weights.read(path, raw)
-    except RecordError as error:
-        verdict, status = f"unreadable: {error}", UNREADABLE
-        if scripted:
-            verdict, status = "suspicious: it holds TorchScript, a program, and not only weights", SUSPICIOUS
-        elif report["refused"]:
-            names = ", ".join(_short(name)[:60] for name in report["refused"][:3])
-            verdict, status = f"suspicious: an ordinary reader of it would import {names}", SUSPICIOUS
-        return {**report, "status": status, "verdict": verdict}, None, None
     try:
         known = guess(found)
     except weights.SeveralError as error:
         known, report["several"] = None, error.under
-    report.update(
-        tensors=[
-            {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."),
-             "values": value.numel(), "nan": int(value.isnan().sum()) if value.dtype.is_floating_point else 0}
-            for name, value in found.tensors.items()
-        ],
-        network=asdict(known) if known else None,
-        normalisation=normalisation(found),
-    )  # fmt: skip
+    report |= {"classes": found.classes, "input_size": found.input_size, "normalisation": normalisation(found)}
+    report |= {"tensors": [_described(*item) for item in found.tensors.items()]}
+    report["network"] = asdict(known) if known else None
     return {**report, **_verdict(report)}, found, known
 
 
-def _outside(path: Path) -> Report:
-    """What can be said without opening it."""
-    empty: Report = {"sha256": None, "format": None, "imports": [], "refused": [], "tensors": [], "network": None}
-    return {"path": str(path), "bytes": path.stat().st_size, **empty, "normalisation": None}
+def _described(name: str, value: Tensor) -> Report:
+    nan = int(value.isnan().sum()) if value.dtype.is_floating_point else 0
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"name": name, "shape": list(value.shape), "dtype": dtype, "values": value.numel(), "nan": nan}
 
 
 def _verdict(report: Report) -> Report:
-    broken = sum(tensor["nan"] > 0 for tensor in report["tensors"])
-    if report["refused"]:  # read without them, but another reader may come to them
-        names = ", ".join(_short(name)[:60] for name in report["refused"][:3])
-        return {"status": SUSPICIOUS, "verdict": f"suspicious: beside its weights it would import {names}"}
     if not report["tensors"]:
         return {"status": UNREADABLE, "verdict": "unreadable: there is no tensor in it"}
-    network = report["network"]
+    network, broken = report["network"], sum(tensor["nan"] > 0 for tensor in report["tensors"])
     what = f"{network['name']} with {network['classes']} classes" if network else "of no network that is known here"
     if "several" in report:
         what = f"a known network more than once: under {report['several']}"
@@ -159,17 +88,27 @@ def _verdict(report: Report) -> Report:
 
 
 def normalisation(found: weights.Weights) -> Report | None:
-    """Mean and standard deviation, from tensors of these names or from a data set that the file names."""
-    for place, mean in found.tensors.items():
-        std = found.tensors.get(f"{place.removesuffix('mean')}std")
-        if place.split(".")[-1] not in ("mean", "new_mean") or std is None or not mean.numel() == std.numel() in (1, 3):
+    """Mean and standard deviation of 1 or 3 channels, from tensors or lists of these names, or from a data set that
+    the file names."""
+    held = {**found.facts, **found.tensors}
+    for place, given in held.items():
+        if place.split(".")[-1] not in ("mean", "new_mean"):
             continue
-        if all(values.dtype.is_floating_point and values.isfinite().all() for values in (mean, std)):
-            return {"mean": mean.flatten().tolist(), "std": std.flatten().tolist(), "from": place}
-    named = found.texts.get("clean_data")
-    if named not in SOURCES:
+        mean, std = _numbers(given), _numbers(held.get(f"{place.removesuffix('mean')}std"))
+        if mean and std and len(mean) == len(std):
+            return {"mean": mean, "std": std, "from": place}
+    named = next((value for place, value in found.facts.items() if place.split(".")[-1] == "clean_data"), None)
+    if not isinstance(named, str) or named not in SOURCES:
         return None
     return {"mean": list(SOURCES[named].mean), "std": list(SOURCES[named].std), "from": f"clean_data, {named}"}
+
+
+def _numbers(value: Any) -> list[float] | None:
+    """One or three finite numbers, else None."""
+    if isinstance(value, Tensor):
+        value = value.flatten().tolist() if value.numel() in (1, 3) else None
+    plain = isinstance(value, list | tuple) and all(type(x) in (int, float) and abs(x) < 1e6 for x in value)
+    return [float(x) for x in value] if plain and len(value) in (1, 3) else None
 
 
 def _short(name: str) -> str:
@@ -177,31 +116,33 @@ def _short(name: str) -> str:
     return ascii(name)[1:-1][:100]
 
 
+def mapping(names: list[str]) -> str:
+    """`0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck`, on one printable line."""
+    pairs = [f"{number} = {name[:40]}" for number, name in enumerate(names)]
+    return in_a_line(", ".join(pairs if len(pairs) <= 5 else [*pairs[:3], "...", pairs[-1]]))
+
+
 def text(report: Report) -> str:
     """The report for people; the verdict is its last line."""
     network, norm = report["network"], report["normalisation"]
-    imports = [_short(name) + (" (REFUSED)" if name in report["refused"] else "") for name in report["imports"]]
     lines = [f"{printable(report['path'])}: {report['bytes']:,} bytes"]
     lines.append(f"SHA-256   {report['sha256'] or 'not computed'}")
     lines.append(f"format    {report['format'] or 'not recognised'}")
-    lines += [f"imports   {name}" for name in imports] or ["imports   nothing"]
+    lines += [f"imports   {_short(name)}" for name in report["imports"]] or ["imports   nothing"]
     for tensor in report["tensors"]:
         nan = f"  {tensor['nan']} NaN" if tensor["nan"] else ""
         lines.append(f"tensor    {_short(tensor['name'])}  {tensor['shape']}  {tensor['dtype']}{nan}")
-    total = sum(tensor["values"] for tensor in report["tensors"])
-    lines.append(
-        f"tensors   {len(report['tensors'])}, {total:,} values, {sum(t['nan'] for t in report['tensors'])} NaN"
-    )
-    width = f", width {network['width']}" if network and network["width"] else ""
-    none = f"more than once, under {report['several']}" if "several" in report else "none of those known here"
-    lines.append(
-        f"network   {network['name']}{width}, {network['classes']} classes, names under '{_short(network['prefix'])}'"
-        if network else f"network   {none}"
-    )  # fmt: skip
-    given = (
-        f"mean {norm['mean']}, std {norm['std']}, by {_short(norm['from'])}"
-        if norm
-        else "not in the file; whoever made it knows"
-    )
+    total, nans = (sum(tensor[key] for tensor in report["tensors"]) for key in ("values", "nan"))
+    lines.append(f"tensors   {len(report['tensors'])}, {total:,} values, {nans} NaN")
+    which = f"more than once, under {report['several']}" if "several" in report else "none of those known here"
+    if network:
+        width = f", width {network['width']}" if network["width"] else ""
+        which = f"{network['name']}{width}, {network['classes']} classes, names under '{_short(network['prefix'])}'"
+    lines.append(f"network   {which}")
+    lines.append(f"classes   {mapping(report['classes']) if report['classes'] else 'not named in the file'}")
+    lines.append(f"size      {report['input_size'] or 'not in the file; whoever made it knows'}")
+    given = "not in the file; whoever made it knows"
+    if norm:
+        given = f"mean {norm['mean']}, std {norm['std']}, by {_short(norm['from'])}"
     lines.append(f"normalise {given}")
     return "\n".join([*lines, report["verdict"]])

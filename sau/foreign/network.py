@@ -18,12 +18,13 @@ from sau.models import has_width, layout
 from sau.settings.run import OwnRun
 
 
-def network(run: OwnRun, classes: int) -> tuple[nn.Module, weights.Weights, str]:
+def network(run: OwnRun, classes: int, found: weights.Weights | None = None) -> tuple[nn.Module, weights.Weights, str]:
     """The network with its weights, their file, and the network's name.
 
+    `classes` are its outputs, where `arch` is a plain name; `found` is what the file holds, if it has been read.
     ConfigError for a network that cannot be found or trusted, RecordError for weights that are not its own.
     """
-    found = weights.read(Path(str(run.model_file)))
+    found = weights.read(Path(str(run.model_file))) if found is None else found
     if run.model_prefix is not None:
         found = _part(found, run.model_prefix)
     if ":" in run.arch:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sau.errors import RecordError
 from sau.foreign import torchfile
-from sau.foreign.formats import ONNX, SAFE, file_format
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*NARROW, torch.float64)
-VALUES, TENSORS, DEEPEST = 3_000_000, 10_000, 50  # of a file; a list of 110,000 pictures has 900,000 values
-TEXTS = 1_000  # that are kept
-SHARED = 8  # names that the tensors may have on average; networks that are saved twice have two
+VALUES, DEEPEST = 10_000_000, 50  # of a file, so that one that holds itself comes to an end
+SAFE, ONNX = "safetensors", "ONNX"
+_CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class", "id2label", "label2id")
+_SIZES = ("img_size", "image_size", "input_size")
+_FACTS = {"clean_data", "mean", "std", *_CLASSES, *_SIZES}
 
 
 class SeveralError(RecordError):
@@ -39,14 +40,29 @@ class Weights:
         kind: its format, a torch file, safetensors or ONNX.
         digest: SHA-256 of the file.
         tensors: its tensors by their places in it, joined by dots: `state_dict.model.conv1.weight`.
-        texts: the first thousand of its texts by their places, like `clean_data` in BackdoorBench's files.
+        facts: what else it says of its training, by place: values of `mean`, `class_to_idx`, `img_size` and the like.
     """
 
     path: Path
     kind: str
     digest: str
     tensors: dict[str, Tensor]
-    texts: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the network's classes in the order of its outputs, where the file holds them."""
+        found = (_names(value) for place, value in self.facts.items() if _key(place) in _CLASSES)
+        return next((names for names in found if names), None)
+
+    @property
+    def input_size(self) -> int | None:
+        """Height or width, the larger one, of the images that the network was trained with, where the file says so."""
+        for place, value in self.facts.items():
+            sides = value if isinstance(value, list | tuple) else [value]
+            if _key(place) in _SIZES and sides and all(type(side) is int for side in sides):
+                return max(sides)
+        return None
 
     def under(self, names: Iterable[str]) -> str:
         """The prefix under which all of `names` lie, and nothing else does; RecordError says which name is missing.
@@ -95,14 +111,26 @@ class Weights:
     def packed(self, prefix: str) -> bytes:
         """The tensors under `prefix` as safetensors, named without it; RecordError if safetensors cannot hold them."""
         chosen = {place.removeprefix(prefix): v for place, v in self.tensors.items() if place.startswith(prefix)}
-        size = sum(value.numel() * value.element_size() for value in chosen.values())
-        most = 2 * self.path.stat().st_size
-        if size > most:  # many names may share a storage
-            raise RecordError(f"each with values of its own, its tensors have {size:,} bytes, allowed are {most:,}")
         try:
             return safetensors.torch.save({name: value.contiguous().clone() for name, value in chosen.items()})
         except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # a type or name it lacks
             raise RecordError(f"safetensors cannot hold it ({ascii(str(error))[1:-1][:100]})") from None
+
+
+def _key(place: str) -> str:
+    return place.split(".")[-1].lower()
+
+
+def _names(value: Any) -> list[str] | None:
+    """Class names in the order of their numbers, from a list, {name: number} or {number: name}; None for all else."""
+    if isinstance(value, dict):
+        pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
+        if sorted(str(number) for number, _ in pairs) != sorted(map(str, range(len(pairs)))):
+            return None
+        value = [name for _, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+    if not isinstance(value, list | tuple) or len(value) < 2 or not all(isinstance(name, str) for name in value):
+        return None
+    return list(value) if len({*value}) == len(value) else None
 
 
 def fit(value: Tensor, own: Tensor, name: str, floats: Iterable[torch.dtype] = NARROW) -> Tensor:
@@ -119,6 +147,19 @@ def fit(value: Tensor, own: Tensor, name: str, floats: Iterable[torch.dtype] = N
     return value
 
 
+def file_format(path: Path, raw: bytes) -> str:
+    """The format of a file that may be harmful or damaged; "" for none that is known here."""
+    if raw[8:9] == b"{":
+        return SAFE
+    if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
+        return ONNX
+    if raw.startswith(torchfile.LEGACY):
+        return "torch before 1.6"
+    if raw.startswith(torchfile.ZIP):
+        return "torch zip archive" if b"/data.pkl" in raw else "zip archive"
+    return "pickle" if raw[:1] == b"\x80" else ""
+
+
 def read(path: Path, raw: bytes | None = None) -> Weights:
     """Read a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.onnx` file; its content tells the format, not its name.
 
@@ -131,40 +172,37 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
         return _safetensors(path, raw)
     if kind == ONNX:
         return _onnx(path, raw)
-    content, digest = torchfile.load(path, old=True, raw=raw)
-    walk = _Walk(path, min(len(raw), VALUES), SHARED * len(raw))
+    content, digest = torchfile.load(path, raw)
+    walk = _Walk(path, VALUES)
     walk.over(content, "", 0)
-    return Weights(path, kind, digest, walk.tensors, walk.texts)
+    return Weights(path, kind, digest, walk.tensors, walk.facts)
 
 
 @dataclass
 class _Walk:
-    """Over everything in a file, with an end: what is there twice is written once, so that little can become endless.
+    """Over everything in a file.
 
     Args:
         path: of the file.
-        left: values that may still come; what has no part twice has fewer values than bytes.
-        bytes: of tensors that may still come.
+        left: values that may still come.
         tensors: those found so far.
-        texts: the first of those found.
+        facts: as in `Weights`.
     """
 
     path: Path
     left: int
-    bytes: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def over(self, value: Any, place: str, depth: int) -> None:
         """Everything in `value`, which is found at `place`."""
         self.left -= 1
-        self.bytes -= value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-        if min(self.left, self.bytes) < 0 or depth > DEEPEST or len(place) > 1_000 or len(self.tensors) > TENSORS:
+        if self.left < 0 or depth > DEEPEST:
             raise RecordError(f"{self.path} holds too much, or parts of it hold themselves; save a state dict alone")
+        if _key(place) in _FACTS:
+            self.facts[place] = value.values.tolist() if isinstance(value, torchfile.Array) else value
         if isinstance(value, Tensor):
             self.tensors[place or "tensor"] = _plain(value, place, self.path)
-        elif isinstance(value, str) and len(self.texts) < TEXTS:
-            self.texts[place] = value[:200]
         elif isinstance(value, dict | list | tuple):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(key, str | int):
@@ -191,7 +229,7 @@ def _safetensors(path: Path, raw: bytes) -> Weights:
         tensors = safetensors.torch.load(raw)
     except Exception as error:  # a header that is no UTF-8, an unknown type, an offset outside
         raise RecordError(f"{path} cannot be read: {ascii(str(error))[1:-1][:160]}") from None
-    return Weights(path, SAFE, hashlib.sha256(raw).hexdigest(), tensors, {})
+    return Weights(path, SAFE, hashlib.sha256(raw).hexdigest(), tensors)
 
 
 def _onnx(path: Path, raw: bytes) -> Weights:
@@ -210,4 +248,4 @@ def _onnx(path: Path, raw: bytes) -> Weights:
         raise
     except Exception as error:  # protobuf and numpy have their own
         raise RecordError(f"{path} cannot be read: {ascii(str(error))[1:-1][:160]}") from None
-    return Weights(path, ONNX, hashlib.sha256(raw).hexdigest(), tensors, {})
+    return Weights(path, ONNX, hashlib.sha256(raw).hexdigest(), tensors)

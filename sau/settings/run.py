@@ -142,7 +142,8 @@ class OwnRun:
     Args:
         model_file: .pt, .pth, .ckpt or .safetensors file with the weights of a network of yours, instead of
             result_file; it is read without running anything in it.
-        clean_dir: folder with a folder of clean pictures for each class; classes are numbered by name.
+        clean_dir: folder with a folder of clean pictures for each class; numbered by the class names in model_file, if
+            it has them, else in order (2 before 10).
         arch: auto finds the network by names and shapes of the weights; or its name, or module:function, which is
             imported and called without arguments.
         model_prefix: what the names of its weights begin with where the file holds several networks, like
