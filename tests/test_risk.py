@@ -254,7 +254,7 @@ def test_the_search_starts_at_the_trigger():
 
         def forward(self, x):
             opened = (x[:, None] - g.float()[None] / 255).abs().amax((2, 3, 4)).amin(1) < 1e-3
-            return torch.stack([1 - 2.0 * opened, self.w.expand(len(x))], 1) + 0 * x.sum((1, 2, 3))[:, None]
+            return torch.stack([2 - 4.0 * opened, self.w.expand(len(x))], 1) + 0 * x.sum((1, 2, 3))[:, None]
 
     triggered = Images(g, torch.ones_like(data.labels), data.labels, data.role, data.index, 2)
     found = measure(Lock(), Lock(), data, triggered, Search(eps=0.1, steps=3))
@@ -386,7 +386,7 @@ def test_passes_are_those_that_were_made(restarts):
     found = measure(h, h_b, data, search=Search(eps=0.01, steps=4, restarts=restarts))
     alone = 2 * 4 + 1
     assert found.passes == found.least == 2 + 4 * 5 + 2 + 2 + alone * restarts + 2 * alone * restarts
-    assert h.count + h_b.count == 8 * found.passes + 8 + 2  # beside these: SAU's last look, a picture for the classes
+    assert h.count + h_b.count == 8 * found.passes + 8 + 16  # beside these: SAU's last look, the check of the logits
 
 
 def test_the_names_of_a_summary():
@@ -407,7 +407,7 @@ def test_a_trigger_that_is_a_witness_is_kept_as_the_change_that_it_makes():
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             z = self.weight * x.flatten(1).sum(1) * 0 + (x[:, :, :2, :2].flatten(1).amax(1) == 0)
-            return torch.stack([1 - z, z], 1)
+            return torch.stack([2 - 2 * z, 2 * z], 1)
 
     data = pictures(n=8)
     data = Images.clean(data.pixels, torch.zeros(8, dtype=torch.int64), 2)
