@@ -37,6 +37,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def short_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search at the end of `purify` takes longer than what most tests purify."""
+    monkeypatch.setattr("sau.defense.verdict.STEPS", 1)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """As users run the library: without the checks of shapes and types that pytest adds, which would come first."""

@@ -139,6 +139,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     given, test, notes = _given(attacked, run, method, offered, place_of_data)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
+    method = request.adapted(method, model, len(given))
 
     record = Record(folder(attacked.path, "defense", run.save_folder_name or name))
     identity = {"defense": name, **method.identity(), "clean": fingerprint(given), "attacked": attacked.digest}
@@ -146,7 +147,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     record.note(method={"defense": name, **method.params()}, **facts, notes=notes, clean_index=given.index.tolist())
     pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
-    record.say(f"recipe {recipe} ({why}): {_length(method)}{pictures}; {record.path}")
+    record.say(f"recipe {recipe} ({why}): {pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, where)
@@ -162,7 +163,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     augment = source(attacked.dataset).augment
     judge = partial(score, clean=test, triggered=triggered if method.by_asr else None)
     session = replace(watch.session(), judge=judge if method.selection == "oracle" else None)
-    fixed = method.purify(model, given, augment=augment, seed=run.random_seed, session=session)
+    how: Any = {"augment": augment, "seed": run.random_seed, "settings": "as_given"}
+    fixed = method.purify(model, given, session=session, **how)
     after = watch.final(fixed, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
@@ -235,11 +237,6 @@ def _check_name(said: str, name: str) -> None:
     if asked != name:
         other = f" or run attack/{asked}.py" if asked in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
         raise ConfigError(f"--attack is {said!r}, but this is {name}; leave it out{other}")
-
-
-def _length(method: Defense) -> str:
-    """How long a defense trains and how fast, for its first line; nothing of one that does not train."""
-    return f"{method.epochs} rounds at {method.lr:g}, " if isinstance(method, Training) else ""
 
 
 def _network(request: Request, run: AttackRun, train: Images, origin: Source) -> dict[str, Any]:

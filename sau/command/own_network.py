@@ -67,6 +67,7 @@ def purify(name: str, request: Request) -> None:
     images = labelled(clean, own.input_size, names)
     given, test = (part.to(where) for part in split(images, own.check_share))
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
+    method = request.adapted(method, model, len(given))
     _check_classes(model, test, clean)
     notes = _misused(model, given) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
     notes += scrutinise(given, test, method.batch_size) if method.looks else []
@@ -93,7 +94,8 @@ def purify(name: str, request: Request) -> None:
     threat, patches = measured(model), inverted(model)
     closing = time.monotonic() - begun  # what is measured now is measured again in the end
     watch = Watch(record, run, epochs, test, lambda: None, started, evaluation, closing_seconds=closing)
-    fixed = method.purify(model, given, seed=run.random_seed, session=watch.session())
+    how: Any = {"seed": run.random_seed, "settings": "as_given"}
+    fixed = method.purify(model, given, session=watch.session(), **how)
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.say(table({"before": before, "after": after}))
     alike = {"classes": images.num_classes, "passes": own.reversal_passes, "pictures": len(test)}

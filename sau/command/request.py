@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
+from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
@@ -157,3 +160,7 @@ class Request:
     def ignore(self, names: Iterable[str], reason: str) -> None:
         """Remember which of these flags, that are for another kind of command, the user gave."""
         self.ignored.update(dict.fromkeys((name for name in names if name in self.asked), reason))
+
+    def adapted(self, method: Defense, model: nn.Module, images: int) -> Defense:
+        """`method` as the clean set asks for it (`Defense.adapted`), unless the user has set what follows from it."""
+        return method if self.asked & {*method.adapting} else method.adapted(model, images)

@@ -1,10 +1,12 @@
 """What every defense does: check, copy, repair the copy, hand it back."""
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
 from sau.defense.clean_accuracy import counted, misuse
 from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
-from sau.defense.inputs import clean_batches, unaugmented
+from sau.defense.inputs import clean_batches, first, image_count, unaugmented
+from sau.defense.verdict import PatchSearch
 from sau.errors import ConfigError
 from sau.machine.parts import InParts
 from sau.method import Method
@@ -26,6 +29,9 @@ from sau.seeds import seeded
 from sau.session import Session
 from sau.types import Batched, Loader
 
+PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
+ENOUGH = 2000  # from here on they hold
+SMALLEST_BATCH = 32
 HARM = 0.1  # of the clean pictures
 SHUFFLED = 20  # pictures that chance does not sort by class
 
@@ -40,7 +46,38 @@ class Defense(Method, ABC):
     searches: ClassVar[bool] = False  # whether pictures do
     by_asr: ClassVar[bool] = True  # whether its oracle, where it has one, looks at the ASR
 
+    # What follows from the clean set and the network where nobody says otherwise, and what of it counts epochs.
+    adapting: ClassVar[tuple[str, ...]] = ()
+    lengths: ClassVar[tuple[str, ...]] = ()
+
     batch_size: int = 256
+
+    def untouched(self) -> bool:
+        """Whether all of `adapting` have their published values."""
+        published = {field.name: field.default for field in fields(self)}
+        return all(getattr(self, name) == published[name] for name in self.adapting)
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """These settings for a smaller clean set than the published 2,500 images: as many updates, at the same rate.
+
+        An epoch is cut into batches of at least 32 images, about as many as published, and the lengths grow by what is
+        missing. From 2,000 images on nothing changes.
+
+        Args:
+            model: the network to purify, unchanged.
+            images: how many clean images there are.
+            per_epoch: batches an epoch, where the caller makes them.
+        """
+        if images >= ENOUGH or not self.lengths:
+            return self
+        size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
+        grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
+        longer = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
+        return replace(self, batch_size=size, **longer)
+
+    def plan(self, batches: Batched) -> str | None:
+        """How long it trains and how fast, in a line; None of what does not train."""
+        return None
 
     @property
     def selection(self) -> Literal["defender", "oracle"]:
@@ -68,6 +105,7 @@ class Defense(Method, ABC):
         seed: int = 0,
         session: Session | None = None,
         progress: bool = True,
+        settings: Literal["auto", "as_given"] = "auto",
     ) -> nn.Module:
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
         Of a network or a layer that torch.compile wrapped the one inside is purified, and comes back without wrapper.
@@ -81,11 +119,13 @@ class Defense(Method, ABC):
             mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted.
             std: per-channel standard deviation that the network expects to be divided by.
             device: where to compute; default is where the network is.
-            augment: crop and flip for methods that augment; default is a crop with padding 4 without flip.
+            augment: crop and flip for methods that augment; default is a crop padded by an eighth of the size, no flip.
             seed: of the clean pictures' order (a loader may have its own) and augmentation, and of what is drawn.
             session: output and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
+            settings: auto adapts the published settings to a clean set or a network that they were not made for, if
+                none of `adapting` was given another value (see `adapted`); as_given leaves all settings as they are.
 
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
@@ -101,13 +141,24 @@ class Defense(Method, ABC):
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # a network that only answers is often handed over frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
-            chosen = self.augmentation(augment or Augment())
-            batches = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=chosen, seed=seed)
+            batches: Any = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=None, seed=seed)
+            adapts = settings == "auto" and self.untouched()
+            method = self.adapted(owned, *image_count(batches)) if adapts else self
+            batches.size = method.batch_size
             with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
-                right = _check_fit(self, owned, batches, session)
+                x, y = first(batches)
+                batches.augment = method.augmentation(augment or Augment(padding=x.shape[-1] // 8))
+                right = _check_fit(method, owned, batches, session)
+            search = _patch_search(method, owned, x, y)
+            if (plan := method.plan(batches)) is not None:
+                session.say(plan)
             with seeded(seed), enough_pictures():
-                self.run(owned, batches, session)
-                _check_result(self, owned, batches, right, session)
+                method.run(owned, batches, session)
+                _check_result(method, owned, batches, right, session)
+            if search is not None:
+                verdict = search.verdict(owned)
+                session.say(verdict.text())
+                session.findings["verdict"] = verdict.summary()
             return handed_back(owned if owned is mine else owned.net, model, frozen)
 
 
@@ -121,8 +172,15 @@ class Tuning(Training, Defense):
 
     constant: ClassVar[tuple[str, ...]] = ()  # of the state, what a resumed run makes again alike: not in checkpoints
 
+    adapting: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "lr", "lr_scheduler", "client_optimizer")
+    lengths: ClassVar[tuple[str, ...]] = ("epochs",)
+
     batch_size: int = 256
     augment: bool = False
+
+    def plan(self, batches: Batched) -> str:
+        images, updates = image_count(batches)[0], self.epochs * len(batches)
+        return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler}): {images:,} images"
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
@@ -147,6 +205,11 @@ class Tuning(Training, Defense):
             session=session,
             label="round",
         )
+
+
+def _patch_search(method: Defense, model: nn.Module, x: Tensor, y: Tensor) -> PatchSearch | None:
+    """What the verdict starts from; None for what does not learn or sees the attacker's images."""
+    return PatchSearch(copy.deepcopy(model), x, y) if method.learns and method.needs == "clean" else None
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What a caller hands to a defense, checked and brought to pixels in [0, 1] on the device, batch by batch."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -49,6 +49,18 @@ def clean_batches(
     if length == 0:
         raise DataError("the clean set is empty; give at least one labelled picture")
     return _Loader(data, device, mean, std, augment, seed)
+
+
+def image_count(batches: Any) -> tuple[int, int | None]:
+    """How many clean images there are, as far as a loader says, and how many batches it makes of them (None: ours)."""
+    if isinstance(batches, Batches):
+        return len(batches.pixels), None
+    loader = batches.loader
+    size = getattr(loader, "batch_size", None)
+    source = getattr(loader, "sampler", None) if size else getattr(loader, "dataset", None)
+    counts = [len(source)] if isinstance(source, Sized) else []
+    counts += [len(loader) * size] if size else []
+    return min(counts, default=len(loader)), len(loader)
 
 
 class Kept(nn.Module):
@@ -179,6 +191,7 @@ class _Loader:
     ) -> None:
         self.loader, self.device, self.mean, self.std = loader, device, mean, std
         self.augment, self.seed, self.epoch = augment, seed, 0
+        self.size: int | None = None  # its own
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -67,6 +67,8 @@ class NAD(FT):
     layers: tuple[str, ...] = ()
     teacher_model_loc: str | None = None
 
+    adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "te_epochs")
+    lengths: ClassVar[tuple[str, ...]] = ("epochs", "te_epochs")
     files: ClassVar[tuple[str, ...]] = ("teacher_model_loc",)
 
     def __post_init__(self) -> None:

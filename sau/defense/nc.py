@@ -47,6 +47,8 @@ class NC(FT, Inversion):
     """
 
     name: ClassVar[str] = "nc"
+    adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "nc_epoch")
+    lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")
     compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
     searches: ClassVar[bool] = True
     ignored: ClassVar[dict[str, str]] = {

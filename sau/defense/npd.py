@@ -54,6 +54,8 @@ class NPD(Tuning):
     """
 
     name: ClassVar[str] = "npd"
+    adapting: ClassVar[tuple[str, ...]] = (*Tuning.adapting, "warm_epochs")
+    lengths: ClassVar[tuple[str, ...]] = ("epochs", "warm_epochs")
     searches: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         "lmd1": "weight_clean",

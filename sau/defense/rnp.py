@@ -57,6 +57,8 @@ class RNP(Defense):
     """
 
     name: ClassVar[str] = "rnp"
+    adapting: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs", "batch_size")
+    lengths: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs")
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
         "pruning_by": "masks are pruned up to a threshold, --pruning_number",

@@ -13,13 +13,14 @@ and the clamps of `unsharing_loss` are where its released code departs from them
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.defense.base import ENOUGH
 from sau.defense.searching import Searching
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.models.frozen import searched
@@ -27,6 +28,7 @@ from sau.perturb import unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 from sau.witness import kinds
 
+TEMPERATURE = 4.0
 Network = Callable[[Tensor], Tensor]
 
 
@@ -49,6 +51,14 @@ def unsharing_loss(z: Logits, s: Labels, mask: Flags) -> Scalar:
     return -0.5 * (mask * twice).sum() / len(z)
 
 
+def distillation(z: Logits, z_ref: Logits, y: Labels) -> Scalar:
+    """T^2 KL(q || p) at temperature T = 4, mean over the batch of clean images that h_b classifies correctly (Hinton,
+    Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1 and section 2.1)."""
+    p, q = (z / TEMPERATURE).log_softmax(1), (z_ref / TEMPERATURE).log_softmax(1)
+    kl = F.kl_div(p, q, reduction="none", log_target=True).sum(1)
+    return TEMPERATURE**2 * (kl * (z_ref.argmax(1) == y)).mean()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SAU(Searching):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike.
@@ -58,6 +68,8 @@ class SAU(Searching):
         weight_clean: l1, lambda_1 of the paper: the clean loss.
         weight_adv: adversarial training on the found examples; the paper has no such term (0).
         weight_shared: l2, lambda_2 of the paper: the shared adversarial risk.
+        weight_distill: distillation on clean images, so that few of them suffice to keep the accuracy; the paper has no
+            such term (0).
         inner_adv: l3, lambda_3 of the paper: how much the search wants both networks to err.
         inner_shared: l4, lambda_4 of the paper: how much it wants them to err alike.
         train_mode: use batch statistics, and update the running ones, in the outer step.
@@ -68,6 +80,7 @@ class SAU(Searching):
     """
 
     name: ClassVar[str] = "sau"
+    adapting: ClassVar[tuple[str, ...]] = (*Searching.adapting, "weight_distill")
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
     aliases: ClassVar[dict[str, str]] = {  # as released: the numbers are not those of the paper's lambdas
         "lmd_1": "weight_clean", "lmd_2": "weight_adv", "lmd_3": "weight_shared", "beta_1": "inner_adv",
@@ -78,6 +91,7 @@ class SAU(Searching):
     weight_clean: float = 1.0
     weight_adv: float = 0.0
     weight_shared: float = 1.0
+    weight_distill: float = 0.0
     inner_adv: float = 0.01
     inner_shared: float = 1.0
     train_mode: bool = False
@@ -88,8 +102,17 @@ class SAU(Searching):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("outer_steps", self.outer_steps >= 1, "1 and more")
-        for name in ("weight_clean", "weight_adv", "weight_shared", "inner_adv", "inner_shared"):
+        for name in ("weight_clean", "weight_adv", "weight_shared", "weight_distill", "inner_adv", "inner_shared"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """As AT; few images hold the clean accuracy by what the attacked network predicts for them, too."""
+        fitting = super().adapted(model, images, per_epoch)
+        return replace(fitting, weight_distill=1.0) if images < ENOUGH else fitting
+
+    def params(self) -> dict[str, Any]:
+        """As of any method; `weight_distill`, which came later, only where it acts, so that digests stay."""
+        return {name: value for name, value in super().params().items() if name != "weight_distill" or value}
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -112,7 +135,8 @@ class SAU(Searching):
         with torch.set_grad_enabled(not self.train_mode):
             z = model(x)  # its graph serves the outer loss, so the clean pass is made once
         with torch.no_grad():
-            clean_ref = reference(x).argmax(1)
+            z_ref = reference(x)
+        clean_ref = z_ref.argmax(1)
         delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
         mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
         report: dict[str, Tensor] = {}
@@ -120,6 +144,8 @@ class SAU(Searching):
             z, z_adv = self._logits(model, x, x + delta, z if repeat == 0 else None)
             clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
             loss = self.weight_clean * clean + self.weight_shared * shared
+            if self.weight_distill:
+                loss = loss + self.weight_distill * distillation(z, z_ref, y)
             if self.weight_adv:
                 loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
             state["descent"](loss)

@@ -1,16 +1,21 @@
 """What the defenses share that search a ball around every clean picture: SAU, and AT beside it."""
 
+import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sau.defense.base import Tuning
+from sau.defense.base import ENOUGH, SMALLEST_BATCH, Tuning
 from sau.models.frozen import fixed_norms
+from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Optimizer, Schedule
 from sau.perturb import RADII, Ball, Init, Norm, is_radius
 from sau.types import Labels, Pixels
+
+UPDATES = 600  # where the published settings do not hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class Searching(Tuning):
         clip_pixels: keep x + e inside [0, 1] (the set of images in SAU's paper; its release does not).
     """
 
+    adapting: ClassVar[tuple[str, ...]] = (*Tuning.adapting, "augment")
     searches: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
@@ -47,6 +53,22 @@ class Searching(Tuning):
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
         self.require("adv_steps", self.adv_steps >= 1, "1 and more")
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 600 updates
+        at a rate that falls to 0 from 0.08 of the typical weight (root mean square, median over layers), 3e-3 at
+        most; augmented where images are few.
+
+        The published 1,000 updates at 1e-4 leave the backdoors of small networks, whose weights are larger, in place.
+        """
+        few = images < ENOUGH
+        if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
+            return self
+        size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
+        scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
+        rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}") if scales else self.lr
+        epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))
+        return replace(self, epochs=epochs, batch_size=size, lr=rate, lr_scheduler="CosineAnnealingLR", augment=few)
 
     @property
     def ball(self) -> Ball:

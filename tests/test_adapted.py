@@ -1,0 +1,119 @@
+"""Settings that follow from the clean set and the network, and the verdict at the end."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from toys import planted, quiet, tiny_net, toy_images
+
+from sau.defense import AT, DEFENSES, FT, NAD, SAU
+from sau.defense import verdict as verdicts
+from sau.defense.inputs import clean_batches, image_count
+from sau.defense.verdict import PatchSearch, Verdict
+from sau.models.preact_resnet import PreActResNet18
+from sau.session import Session
+
+
+def batches_of(loader: Any) -> Any:
+    return clean_batches(loader, 256, torch.device("cpu"), mean=None, std=None, augment=None, seed=0)
+
+
+@pytest.mark.parametrize("defense", [SAU, AT])
+def test_published_settings_hold_where_they_were_published(defense: type) -> None:
+    assert defense().adapted(PreActResNet18(10, 4), 2500) == defense()
+    assert defense().adapted(tiny_net(), 2500) != defense()
+    assert defense().adapted(PreActResNet18(10, 4), 500) != defense()
+
+
+@pytest.mark.parametrize("name", [name for name, defense in DEFENSES.items() if defense.lengths])
+@pytest.mark.parametrize("images", [60, 100, 500, 1500])
+def test_few_images_make_about_as_many_updates_as_published_ones(name: str, images: int) -> None:
+    method = DEFENSES[name]()
+    fitting = method.adapted(PreActResNet18(10, 4), images)
+    assert 32 <= fitting.batch_size <= method.batch_size
+    if isinstance(method, SAU | AT):
+        return
+    published, now = -(-2500 // method.batch_size), -(-images // fitting.batch_size)
+    for length in method.lengths:
+        updates = getattr(method, length) * published
+        assert updates <= getattr(fitting, length) * now < updates + now, length
+    assert method.adapted(PreActResNet18(10, 4), 2000) == method
+
+
+def test_the_rate_follows_from_the_weights() -> None:
+    large, small = nn.Linear(10, 10), nn.Linear(10, 10)
+    nn.init.constant_(large.weight, 1.0), nn.init.constant_(small.weight, 0.01)
+    rates = [SAU().adapted(nn.Sequential(net), 100).lr for net in (large, small)]
+    assert rates == [3e-3, 8e-4]
+
+
+def test_a_loader_s_own_batches_are_counted() -> None:
+    x, y = torch.rand(100, 3, 8, 8), torch.arange(100) % 4
+    some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
+    assert image_count(batches_of(some)) == (40, 3)
+    assert image_count(batches_of((x, y))) == (100, None)
+    assert SAU().adapted(tiny_net(), 40, 3).epochs == 200
+    assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
+
+
+def first_line(method: Any, **how: Any) -> str:
+    lines: list[str] = []
+    images = toy_images(40)
+    with pytest.raises(KeyboardInterrupt):
+        method.purify(tiny_net(), images, session=Session(say=lines.append, on_epoch=stop), **how)
+    return next(line for line in lines if " updates at " in line)
+
+
+def stop(*_: Any) -> dict[str, float]:
+    raise KeyboardInterrupt
+
+
+def test_what_the_user_gives_stands() -> None:
+    assert first_line(SAU()).startswith("600 updates at 0.003 (CosineAnnealingLR): 40 images")
+    assert first_line(SAU(eps=0.1)).startswith("600 updates")
+    assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
+    assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
+    assert first_line(FT()).startswith("1,000 updates at 0.01")
+
+
+def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "STEPS", 60)
+    net, _, (x, y), _ = planted()
+    kept = PatchSearch(net, x, y).verdict(net)
+    assert kept.doubts and kept.kept > 0.8 and kept.text().startswith("warning: too little changed")
+    fixed = planted()[0]
+    with torch.no_grad():
+        fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
+    gone = PatchSearch(net, x, y).verdict(fixed)
+    assert gone.after > kept.after and gone.kept < kept.kept
+    assert min(gone.before, kept.before) < 9.5  # the corner has 9 pixels
+
+
+def test_doubts() -> None:
+    fine: dict[str, float] = {"before": 2.0, "after": 20.0, "typical": 25.0, "kept": 0.1}
+    assert not Verdict(**fine).doubts and "no proof" in Verdict(**fine).text()
+    assert Verdict(**{**fine, "kept": 0.6}).doubts
+    assert Verdict(**{**fine, "after": 5.0}).doubts
+    assert not Verdict(**{**fine, "after": 5.0, "typical": 8.0}).doubts
+    nothing = Verdict(**{**fine, "after": float("inf")})
+    assert "none shared after" in nothing.text() and nothing.summary()["after"] is None
+
+
+def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:
+    images, session = toy_images(40), quiet()
+    one = FT(epochs=1).purify(tiny_net(), images, session=session)
+    torch.rand(3)
+    other = FT(epochs=1).purify(tiny_net(), images, session=quiet())
+    assert {"before", "after", "typical", "kept", "doubts"} == session.findings["verdict"].keys()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_many_classes_are_searched_where_images_lead() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 30)).eval()
+    with torch.no_grad():
+        net[1].bias[7] = 0.5
+    search = PatchSearch(net, torch.rand(12, 3, 4, 4), torch.zeros(12, dtype=torch.long))
+    assert len(search.before.classes) == verdicts.CLASSES and 7 in search.before.classes

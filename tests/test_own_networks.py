@@ -1,0 +1,145 @@
+"""`SAU().purify(model, loader)` on networks that its settings were not made for: the ASR falls, or a warning says not.
+
+`python tests/test_own_networks.py docs/results/own_networks.jsonl` runs the whole table (hours on one core) and goes on
+where the file ends; CIFAR-10 is looked for in SAU_DATA.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sau.attack import BadNet, Blended
+from sau.data.images import Images, to_float
+from sau.data.sources import clean_subset, load
+from sau.defense import SAU
+from sau.evaluate import score
+from sau.optim import Training
+from sau.session import Session
+
+
+def cnn(norm: bool) -> nn.Module:
+    """Three convolutions with or without batch norm, and two linear layers."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 24), (24, 48), (48, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), *([nn.BatchNorm2d(after)] if norm else []), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+
+
+class ViT(nn.Module):
+    """A small vision transformer for images of `size` pixels, in patches of 4."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.net = torchvision.models.VisionTransformer(size, 4, 4, 4, 64, 128, num_classes=10)
+        nn.init.trunc_normal_(self.net.heads.head.weight, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+# From the size of the images to a network, and how its victim is trained.
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
+    "cnn": (lambda size: cnn(True), {"lr": 0.05}),
+    "cnn_without_norm": (lambda size: cnn(False), {"lr": 2e-3, "client_optimizer": "adamw"}),
+    "resnet18": (lambda size: torchvision.models.resnet18(num_classes=10), {"lr": 0.05}),
+    "mobilenet_v3_small": (lambda size: torchvision.models.mobilenet_v3_small(num_classes=10), {"lr": 0.05}),
+    "vit": (ViT, {"lr": 2e-3, "client_optimizer": "adamw"}),
+}
+ATTACKS = {"badnet": BadNet, "blended": Blended}
+DATA = {"digits": (16, 40), "cifar10": (32, 10)}  # size of images, epochs of the victim
+SLOW = {"resnet18": {"digits": [200], "cifar10": [500]}, "vit": {"digits": [200], "cifar10": [500]}}
+COUNTS = [100, 1000]  # clean images
+
+
+def images(name: str) -> tuple[Images, Images]:
+    """Training and test images: digits at half their size, of CIFAR-10 a fifth of each."""
+    train, test = load(name, os.environ.get("SAU_DATA", "data"))
+    if name == "digits":
+        return tuple(Images.clean(one.pixels[:, :, ::2, ::2], one.labels, 10) for one in (train, test))
+    return train[torch.arange(0, len(train), 5)], test[torch.arange(0, len(test), 5)]
+
+
+def purified(network: str, attack: str, data: str, count: int, seed: int, epochs: int | None = None) -> dict[str, Any]:
+    """Train a victim (`epochs` for a shorter one), purify it with the defaults and measure both."""
+    torch.manual_seed(seed)
+    train, test = images(data)
+    make, recipe = NETWORKS[network]
+    key = f"{network}_{attack}_{data}_{seed}"
+    poison = ATTACKS[attack](pratio=0.1, attack_target=0)
+    recipe = Training(epochs=epochs or DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
+    net, lines = make(DATA[data][0]), []
+    session = Session(say=lines.append)
+    poison = poison.forge(train, net, recipe, seed=seed, session=session)
+    if key not in VICTIMS:
+        VICTIMS.clear()
+        VICTIMS[key] = poison.fit(net, poison.poison_train(train, seed), recipe, seed=seed, session=session)
+    victim, triggered = VICTIMS[key], poison.poison_test(test)
+    clean = clean_subset(train, ratio=count / len(train), seed=seed)
+    loader = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
+    lines.clear()
+    session = Session(say=lines.append)
+    before, after = (
+        score(victim, test, triggered),
+        score(SAU().purify(victim, loader, session=session), test, triggered),
+    )
+    figures = {
+        f"{name}_{when}": share.percent
+        for when, s in (("before", before), ("after", after))
+        for name, share in s.shares().items()
+        if share
+    }
+    cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed}
+    return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
+
+
+VICTIMS: dict[str, nn.Module] = {}  # the last one
+
+
+def cells() -> Iterator[tuple[str, str, str, int, int]]:
+    """Those of the table, the quick ones first."""
+    for slow in (False, True):
+        for seed in range(3):
+            for data in DATA:
+                for network in NETWORKS:
+                    if (network in SLOW) == slow:
+                        for attack in ATTACKS:
+                            for count in SLOW.get(network, {}).get(data, COUNTS):
+                                yield network, attack, data, count, seed
+
+
+def main(path: Path) -> None:
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {tuple(row[name] for name in ("network", "attack", "data", "clean", "seed")) for row in done}
+    for cell in cells():
+        if cell not in known:
+            row = purified(*cell)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("network", ["cnn", "cnn_without_norm"])
+def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(network: str, attack: str) -> None:
+    row = purified(network, attack, "digits", 200, 5)
+    assert row["asr_before"] > 85
+    assert row["asr_after"] <= 10 or row["warned"], row
+    assert row["acc_before"] - row["acc_after"] <= 5, row
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
