@@ -1,6 +1,5 @@
 """What every defense does: check, copy, repair the copy, hand it back."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -75,9 +74,9 @@ class Defense(Method, ABC):
         longer = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
         return replace(self, batch_size=size, **longer)
 
-    def plan(self, batches: Batched) -> str | None:
-        """How long it trains and how fast, in a line; None of what does not train."""
-        return None
+    def plan(self, batches: Batched) -> str:
+        """The first line: how many images there are, and how long and how fast it trains."""
+        return f"{image_count(batches)[0]:,} images"
 
     @property
     def selection(self) -> Literal["defender", "oracle"]:
@@ -149,16 +148,13 @@ class Defense(Method, ABC):
                 x, y = first(batches)
                 batches.augment = method.augmentation(augment or Augment(padding=x.shape[-1] // 8))
                 right = _check_fit(method, owned, batches, session)
-            search = _patch_search(method, owned, x, y)
-            if (plan := method.plan(batches)) is not None:
-                session.say(plan)
+            search = PatchSearch(copied(owned, place), x, y) if method.learns and method.needs == "clean" else None
+            session.say(method.plan(batches))
             with seeded(seed), enough_pictures():
                 method.run(owned, batches, session)
                 _check_result(method, owned, batches, right, session)
             if search is not None:
-                verdict = search.verdict(owned)
-                session.say(verdict.text())
-                session.findings["verdict"] = verdict.summary()
+                session.findings["verdict"] = search.verdict(owned, session.say)
             return handed_back(owned if owned is mine else owned.net, model, frozen)
 
 
@@ -179,8 +175,8 @@ class Tuning(Training, Defense):
     augment: bool = False
 
     def plan(self, batches: Batched) -> str:
-        images, updates = image_count(batches)[0], self.epochs * len(batches)
-        return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler}): {images:,} images"
+        updates = self.epochs * len(batches)
+        return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler}): {super().plan(batches)}"
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
@@ -205,11 +201,6 @@ class Tuning(Training, Defense):
             session=session,
             label="round",
         )
-
-
-def _patch_search(method: Defense, model: nn.Module, x: Tensor, y: Tensor) -> PatchSearch | None:
-    """What the verdict starts from; None for what does not learn or sees the attacker's images."""
-    return PatchSearch(copy.deepcopy(model), x, y) if method.learns and method.needs == "clean" else None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Shared examples found for each image alone say less: in a ball of radius 0.2 a s
 of any network, whatever became of its backdoor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sau.evaluate import answering
 from sau.models.frozen import frozen
+from sau.optim.training import adam
 from sau.seeds import seeded
 from sau.types import Labels, Pixels
 
@@ -101,7 +102,14 @@ class PatchSearch:
         with seeded(1), answering(self.attacked):
             self.before = smallest_patches([self.attacked], self.x, self.y, self._classes())
 
-    def verdict(self, purified: nn.Module) -> Verdict:
+    def verdict(self, purified: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
+        """Search again and say what there is to say; returns it for `summary.json`."""
+        verdict = self.compare(purified)
+        for line in verdict.text().splitlines():
+            say(line)
+        return verdict.summary()
+
+    def compare(self, purified: nn.Module) -> Verdict:
         """What the search finds now."""
         h = frozen(purified)
         with seeded(2), answering(h, self.attacked):
@@ -131,11 +139,12 @@ def smallest_patches(networks: Sequence[nn.Module], x: Pixels, y: Labels, classe
     The cost of the mask rises by a factor 1.3 at each step where the patch works, and falls by it where not.
     """
     k, (channels, height, width) = len(classes), x.shape[1:]
-    mask = (0.1 * torch.randn(k, 1, height, width, device=x.device) - 1).requires_grad_()
-    pattern = torch.randn(k, channels, height, width, device=x.device).requires_grad_()
+    mask = 0.1 * torch.randn(k, 1, height, width, device=x.device) - 1
+    pattern = torch.randn(k, channels, height, width, device=x.device)
     cost = torch.full((k,), 0.02, device=x.device)
     best = Patches(classes, torch.ones_like(mask), torch.zeros_like(pattern), torch.full_like(cost, torch.inf))
-    optimizer = torch.optim.Adam([mask, pattern], lr=0.3, betas=(0.5, 0.9))
+    descent = adam(0.3, adam_betas=(0.5, 0.9)).descent([nn.Parameter(mask), nn.Parameter(pattern)], 1)
+    mask, pattern = descent.parameters
     target, others = classes.repeat_interleave(len(x)), (y != classes[:, None]).float()
     for _ in range(STEPS):
         now = Patches(classes, mask.sigmoid(), pattern.sigmoid(), mask.sigmoid().flatten(1).sum(1))
@@ -149,8 +158,7 @@ def smallest_patches(networks: Sequence[nn.Module], x: Pixels, y: Labels, classe
             cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
         entropy = torch.stack([F.cross_entropy(z.float(), target, reduction="none") for z in logits]).sum(0)
         loss = ((entropy.view(k, -1) * others).mean(1) + cost * now.sizes).sum()
-        mask.grad, pattern.grad = torch.autograd.grad(loss, [mask, pattern])
-        optimizer.step()
+        descent.follow(torch.autograd.grad(loss, descent.parameters))
     return best
 
 
