@@ -17,6 +17,7 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, lis
 
     Each says which version of the library made it: the digests that cells are known by do not.
     """
+    earlier = load(target) if target.exists() else {}  # before anything else: it may be another kind of file
     found, notes = dict[str, dict[str, Any]](), []
     for cell in cells:
         over = store.over(cell)
@@ -29,7 +30,7 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, lis
         if summary:
             found[cell.folder] = summary
     if found:
-        save(target, {**(load(target) if target.exists() else {}), **found})
+        save(target, {**earlier, **found})
     return len(found), notes
 
 
