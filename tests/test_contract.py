@@ -145,7 +145,6 @@ def script(name: str, *argv: str) -> str:
 
 def commands() -> dict[str, list[str]]:
     """The flags of every command; those that all attacks or all defenses have stand once."""
-    os.environ["COLUMNS"] = "200"
     found: dict[str, list[str]] = {}
     for kind, methods in METHODS.items():
         each = {name: flags(output(lambda n=name, k=kind: main([k, n, "--help_all"]))) for name in methods}
@@ -175,7 +174,8 @@ def contents(folder: Path) -> dict[str, list[str]]:
     return {"files": files} | {name: sorted(keys) for name, keys in parts.items()}
 
 
-def test_the_flags_of_every_command_are_those_of_the_contract():
+def test_the_flags_of_every_command_are_those_of_the_contract(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert commands() == FROZEN["commands"]
 
 
@@ -253,7 +253,7 @@ if __name__ == "__main__":
     choice.add_argument("--freeze", action="store_true", help="rewrite contract.json")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["SAU_CACHE"] = folder
+        os.environ |= {"SAU_CACHE": folder, "COLUMNS": "200"}
         if asked.freeze:
             freeze()
         else:
