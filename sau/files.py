@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sau.errors import DataError, RecordError, unable
+from sau.errors import DataError, FaultError, RecordError, unable
 
 MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
 SMALL = 16 << 20  # bytes of a text of a record; 100,000 places of clean pictures take one
@@ -134,7 +134,7 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
-            raise RecordError(
+            raise FaultError(
                 f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
             ) from None
         raise unable(error, f"cannot write {path}: {error}") from None

@@ -30,17 +30,7 @@ RUNS = {
     "badnet": ["attack", "badnet", *TINY],
     "inputaware": ["attack", "inputaware", *TINY, "--clean_train_epochs", "1"],
     "sau": ["defense", "sau", "--result_file", "victim", "--epochs", "2", "--ratio", "0.25", *QUICK],
-    "rnp": [
-        "defense",
-        "rnp",
-        "--result_file",
-        "victim",
-        "--unlearning_epochs",
-        "1",
-        "--recovering_epochs",
-        "2",
-        *QUICK,
-    ],
+    "fp": ["defense", "fp", "--result_file", "victim", "--epochs", "2", "--ratio", "0.25", *QUICK],
 }
 each = pytest.mark.parametrize("name", RUNS)
 
