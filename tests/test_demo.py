@@ -1,0 +1,82 @@
+"""The README shows what the demo prints: its lines by a short run of the same commands, its words by its figures."""
+
+import re
+import shlex
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from toys import REPOSITORY
+
+from sau.evaluate import Score, Share, der, verdict
+
+SHOWN = (REPOSITORY / "README.md").read_text().partition("    $ bash scripts/demo.sh\n")[2].partition("\n\n")[0]
+LINES = [line[4:] for line in SHOWN.splitlines()]
+DEMO = (REPOSITORY / "scripts" / "demo.sh").read_text()
+
+
+def commands(*more: str) -> list[list[str]]:
+    """The two runs of the demo, as arguments of `python -m sau`."""
+    same = re.search(r"^same=\((.*)\)$", DEMO, re.M)
+    assert same is not None
+    found = []
+    for kind, name, flags in re.findall(r"^python (attack|defense)/(\w+)\.py (.*)$", DEMO, re.M):
+        line = flags.replace('"${same[@]}"', same[1]).replace('"$root"', "./record")
+        found.append([kind, name, *shlex.split(line), *more])
+    return found
+
+
+def shapes(lines: list[str]) -> list[str]:
+    """Lines without their numbers and widths, one for each kind of epoch or round; without warnings, for a short run
+    has more of them, and without the verdict, which follows from the figures."""
+    bare = [
+        re.sub(r"-?\d[\d.,e+-]*", "#", line) for line in lines if line != "..." and not line.startswith("warning: ")
+    ]
+    bare = [re.sub(r" +", " ", line).strip() for line in bare if not line.startswith(WORDS)]
+    epochs = sorted({line for line in bare if re.match(r"(epoch|round) ", line)})
+    return [key for key, _ in groupby(line for line in bare if line not in epochs)] + epochs
+
+
+WORDS = (
+    "The backdoor ",
+    "It cost ",
+    "Triggered images ",
+    "The trigger still ",
+    "No verdict ",
+    "Next: ",
+    "The last features ",
+)
+
+
+def test_every_line_of_the_readme_is_a_line_of_the_demo(here):
+    """Two epochs and two rounds, the second of them evaluated."""
+    printed: list[str] = []
+    for argv in commands("--epochs", "2", "--eval_every", "2"):
+        status, out, err = here(*argv)
+        assert (status, err) == (0, "")
+        printed += out.splitlines()
+    assert len(commands()) == 2 and len(LINES) > 15
+    assert shapes(LINES) == shapes(printed)
+
+
+def scores(name: str) -> Score:
+    """A row of the README's table; its percentages as shares of ten thousand."""
+    (row,) = (line for line in LINES if line.startswith(f"{name} "))
+    shown = re.findall(r"([\d.]+) \[", row)
+    return Score(*(Share(round(100 * float(value)), 10_000) for value in shown))
+
+
+def test_the_verdict_of_the_readme_follows_from_its_table():
+    before, after = scores("before"), scores("after")
+    said = [line for line in LINES if line.startswith(WORDS[:-1])]
+    assert said == verdict(before, after).splitlines() and said[0].startswith("The backdoor is gone: ")
+    (row,) = (line for line in LINES if line.startswith("after "))
+    assert float(row.split()[-1]) == pytest.approx(der(before, after), abs=0.011)
+    assert scores("attacked") == before
+
+
+def test_the_demo_fixes_what_its_figures_hang_on():
+    """The recipe, the device, the number of threads and the precision; the seed is the default."""
+    for argv in commands():
+        assert {"cpu", "1", "false"} == {argv[argv.index(flag) + 1] for flag in ("--device", "--threads", "--amp")}
+    assert "--recipe cpu" in DEMO and Path(LINES[-1].split()[-1]) == Path("record/demo/figures/features_sau.png")
