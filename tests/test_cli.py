@@ -464,12 +464,51 @@ def test_settings_are_not_read_from_a_pipe(here, tmp_path, one_line):
     assert status == 2 and "cannot read pipe" in err and "name a YAML file" in err
 
 
-def test_a_device_that_is_not_there_is_said(here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wish", ["cuda", "cuda:9"])
+def test_cuda_that_is_not_there_is_refused(here, refused, tmp_path, monkeypatch, wish):
+    """Not run on the CPU with other settings."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for wish, said in (("cuda:1", 1), ("cpu", 0), ("auto", 0)):
-        flags = [wish if flag == "cpu" else flag for flag in TINY]
-        status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", "a", "--overwrite")
-        assert status == 0 and len([line for line in out.splitlines() if line.startswith("warning: --device")]) == said
+    flags = [wish if flag == "cpu" else flag for flag in TINY]
+    line = refused("attack", "badnet", *flags, "--save_folder_name", "a")
+    assert f"device is '{wish}', but torch finds no CUDA device here; allowed is auto or cpu" in line
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    if wish == "cuda:9":
+        assert "this machine has cpu and 0 cuda devices" in refused("attack", "badnet", *flags)
+    assert not (tmp_path / "record").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags[flags.index(wish)] = "auto"
+    assert here("attack", "badnet", *flags, "--save_folder_name", "a")[0] == 0
+
+
+def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interrupted_run(here, tmp_path, monkeypatch):
+    config, counts = tmp_path / "record" / "a" / "config.yaml", list[int]()
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)  # so many would wait for each other
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    flags = [*TINY, "--save_folder_name", "a"]
+    while "--threads" in flags:
+        del flags[flags.index("--threads") :][:2]
+
+    def run(*more: str) -> int:
+        """Up to the first update; the threads of the record."""
+        status, _, err = here("attack", "badnet", *flags, *more)
+        assert (status, err.count("stopped")) == (130, 1)
+        return yaml.safe_load(config.read_text())["threads"]
+
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sau.command.attack_and_defend.tune", stop)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run() == 3 and run("--threads", "2") == 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("sau.machine.cores.usable", lambda: 7)
+    monkeypatch.setattr("sau.machine.cores._places", lambda: set(range(8)))
+    monkeypatch.setattr("sau.machine.cores.busy", lambda: 2.0)
+    assert run("--overwrite") == 6
+    (config.parent / "metrics.jsonl").write_text("")  # begun in earnest
+    monkeypatch.setattr("sau.machine.cores.busy", lambda: 7.9)
+    assert run() == 6 and run("--overwrite") == 1
 
 
 def test_the_first_line_of_a_defense_says_what_it_does(victim, here):

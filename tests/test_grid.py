@@ -897,9 +897,9 @@ def test_a_cell_that_another_process_runs_is_for_later(tmp_path, capsys, monkeyp
 
 def test_a_cell_for_cuda_does_not_run_without(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    flags = ["attack", "badnet", "--dataset=digits", "--device=cuda"]
-    assert work(tmp_path / "a", flags) == 1
-    assert "device is cuda, but" in the_error(capsys.readouterr().err) and not os.listdir(tmp_path)
+    flags = ["attack", "badnet", "--dataset=digits", "--device=cuda", f"--record_root={tmp_path}"]
+    assert work(tmp_path / "a", flags) == 2
+    assert "device is 'cuda', but" in the_error(capsys.readouterr().err) and not (tmp_path / "a").exists()
 
 
 def test_a_cell_that_cannot_be_started_is_one_line(tmp_path, one_line):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import yaml
 from released_sau import ReleasedSAU
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
+from toys import QUICK, REPOSITORY, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
@@ -264,38 +265,59 @@ def test_busy_cores_are_those_that_do_not_idle(monkeypatch):
     assert cores.busy(0.0) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(("content", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1)])
-def test_threads_stay_within_what_a_container_is_granted(content, wanted, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("variable", "earlier", "wanted"),
+    [(None, None, 3), ("5", 2, 5), ("4,2", None, 4), (None, 2, 2), ("", 2, 2), ("0", None, 3), ("many", None, 3)],
+)
+def test_threads_are_of_the_environment_else_of_the_interrupted_run_else_the_free_cores(
+    variable, earlier, wanted, monkeypatch
+):
     monkeypatch.setattr(cores, "_places", lambda: {0, 1, 2, 3})
-    monkeypatch.setattr(cores, "GROUPS", tmp_path)
-    assert cores.usable() == 4
-    (tmp_path / "cpu.max").write_text(content)
-    (tmp_path / "member").write_text("0::/\n")
-    monkeypatch.setattr(cores, "MEMBER", tmp_path / "member")
-    assert cores.usable() == wanted
+    monkeypatch.setattr(cores, "usable", lambda: 4)
+    monkeypatch.setattr(cores, "busy", lambda: 1.3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert cores.threads(earlier) == wanted
+
+
+@pytest.mark.parametrize(
+    ("others", "usable", "free"), [(0.3, 4, 4), (0.3, 2, 2), (1.6, 4, 2), (9.0, 4, 1), (None, 4, 4)]
+)
+def test_free_cores_are_those_that_others_leave(others, usable, free, monkeypatch):
+    monkeypatch.setattr(cores, "_places", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(cores, "usable", lambda: usable)
+    monkeypatch.setattr(cores, "busy", lambda: others)
+    assert cores.free() == free
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_cores_that_this_process_may_not_run_on_do_not_count():
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from sau.machine import cores; print(cores.usable(), cores.free())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 1\n"
 
 
 GROUPS = {
-    "nested, of version 2": ("0::/jobs/7/cell", {"jobs/7/cpu.max": "200000 100000", "jobs/memory.max": "5000"}),
-    "of version 1": ("4:memory:/7\n3:cpu,cpuacct:/7\n0::/", {
-        "cpu/7/cpu.cfs_quota_us": "200000", "cpu/7/cpu.cfs_period_us": "100000", "memory/memory.limit_in_bytes": "5000",
-        "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "memory/7/memory.limit_in_bytes": "9" * 18,
+    "nested, of version 2": ("0::/jobs/7/cell", {"jobs/7/memory.max": "max", "jobs/memory.max": "5000"}),
+    "of version 1": ("4:memory:/7\n0::/", {
+        "memory/memory.limit_in_bytes": "5000", "memory/7/memory.limit_in_bytes": "9" * 18,
     }),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_the_least_of_all_control_groups_counts(kind, monkeypatch, tmp_path):
-    monkeypatch.setattr(cores, "_places", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(cores, "GROUPS", tmp_path)
     monkeypatch.setattr(cores, "MEMBER", tmp_path / "member")
-    assert cores.usable() == 4 and cores.memory() > 2**20
+    assert cores.memory() > 2**20
     member, files = GROUPS[kind]
     (tmp_path / "member").write_text(member + "\n")
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
-    assert (cores.usable(), cores.memory()) == (2, 5000)
+    assert cores.memory() == 5000
 
 
 # Networks of others

@@ -1,12 +1,11 @@
 """The command line of tools: flags by their whole names, one line for a mistake, and where a tool computes."""
 
 import argparse
-import sys
 from typing import Any, NoReturn
 
 import torch
 
-from sau.machine.device import choose_device, fallback, prepare, set_threads
+from sau.machine.device import choose_device, prepare, set_threads
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,13 +22,11 @@ class Parser(argparse.ArgumentParser):
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores [0]")
+    threads = "CPU threads; 0 means OMP_NUM_THREADS where it is set, else the free cores [0]"
+    parser.add_argument("--threads", type=int, default=0, help=threads)
 
 
 def use_device(asked: argparse.Namespace) -> torch.device:
-    """Set the number of threads and return the device; warns where it is not the one that was asked for."""
+    """Set the number of threads and return the device; ConfigError if this machine does not have it."""
     set_threads(asked.threads)
-    where = prepare(choose_device(asked.device))
-    if elsewhere := fallback(asked.device):
-        print(f"warning: {elsewhere}", file=sys.stderr)
-    return where
+    return prepare(choose_device(asked.device))

@@ -19,7 +19,7 @@ from sau.attack.workshop import fingerprint
 from sau.command.request import Request
 from sau.data.images import Images
 from sau.evaluate import Score, score
-from sau.machine.device import fallback
+from sau.machine.device import set_threads
 from sau.record.folder import Record
 from sau.record.schema import EARLY, digest
 from sau.risk import Found
@@ -142,15 +142,18 @@ def trigger_session(run: Run, started: float) -> Session | None:
 
 
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:
-    """Start or resume a record with what was asked, the versions and the commit; `identity` determines the result."""
+    """Start or resume a record with what was asked, the versions and the commit; `identity` determines the result.
+
+    `threads` is used unless a number was asked for or the run began with another one, which changes the rounding.
+    """
     facts = {
         "run": asdict(run),
         "command": shlex.join(sys.argv),
-        "threads": threads,
         "git": _commit(),
         "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     record.begin(facts, versioned(identity), run.overwrite)
+    record.note(threads=set_threads(run.threads, record.config.get("threads", threads)))
 
 
 def _commit() -> str | None:
@@ -167,11 +170,9 @@ def versioned(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
-    """Say the notes, which of the flags have no effect, and where the device is another one than was asked for."""
+    """Say the notes, and which of the flags have no effect."""
     for note in notes:
         record.say(f"note: {note}")
-    if elsewhere := fallback(request.said("device") or "auto"):
-        record.say(f"warning: {elsewhere}")
     if request.ignored:
         said = {name: setting.origin for name, setting in request.given.items() if setting.origin.startswith("--")}
         reasons = "; ".join(f"{said.get(name, f'--{name}')}: {reason}" for name, reason in request.ignored.items())

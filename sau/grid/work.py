@@ -6,15 +6,12 @@ started it dies, it stops, so that a killed grid leaves nothing behind that work
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from sau.cli import main
 from sau.errors import LockedError, told
@@ -25,13 +22,7 @@ from sau.record.lock import acquire, release
 
 
 def work(folder: Path, argv: Sequence[str]) -> int:
-    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, or LOCKED.
-
-    By hand a command goes on without CUDA; the result of a cell that did so would stand under another device's digest.
-    """
-    if "--device=cuda" in argv and not torch.cuda.is_available():
-        print(f"error: device is cuda, but {socket.gethostname()} has none that works", file=sys.stderr)
-        return 1
+    """Run a cell unless it is finished; the exit status is that of `sau.cli.main`, or LOCKED."""
     try:
         acquire(folder)
     except LockedError as error:

@@ -7,19 +7,29 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import joblib
+
 GROUPS, MEMBER = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # all control groups, and which are this process's
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # what glibc's malloc.h calls these settings
 
 
 def usable() -> int:
-    """How many cores this process may keep busy: those that it may run on, within what its control group is granted."""
-    allowed = [len(_places())]
-    for group in _groups("cpu"):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            with suppress(OSError, ValueError):  # no such file, or "max" in it, where nothing is limited
-                granted, period = map(int, " ".join((group / name).read_text() for name in names).split())
-                allowed += [max(1, granted // period)] if granted > 0 else []
-    return min(allowed)
+    """Cores that this process may use, by affinity and control groups."""
+    return joblib.cpu_count()
+
+
+def free() -> int:
+    """Cores of those that other processes do not keep busy at this moment, at least 1."""
+    return max(1, min(usable(), int(len(_places()) - (busy() or 0.0) + 0.5)))
+
+
+def threads(earlier: int | None = None) -> int:
+    """CPU threads of a run that names no number: OMP_NUM_THREADS, or `earlier`, or the free cores.
+
+    `earlier` is the number that an interrupted run began with: other numbers round differently.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested teams
+    return int(first) if first.isdecimal() and int(first) else earlier or free()
 
 
 def memory() -> int:
@@ -27,7 +37,7 @@ def memory() -> int:
     allowed = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for group in _groups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):  # no such file, or "max" in it, where nothing is limited
                 allowed.append(int((group / name).read_text()))
     return min(allowed)
 

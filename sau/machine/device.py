@@ -20,7 +20,7 @@ MOST = 1024  # threads
 
 
 def choose_device(wish: str) -> torch.device:
-    """`auto` is CUDA where there is one; CUDA on a machine without falls back to the CPU, as in the benchmark."""
+    """The device that `wish` names; `auto` is CUDA where there is one. ConfigError if this machine does not have it."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -28,7 +28,7 @@ def choose_device(wish: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        return torch.device("cpu")
+        raise ConfigError(f"device is {wish!r}, but torch finds no CUDA device here; allowed is auto or cpu")
     if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(f"device is {wish!r}; this machine has cpu and {torch.cuda.device_count()} cuda devices")
     return device
@@ -42,21 +42,14 @@ def prepare(where: torch.device) -> torch.device:
     return where
 
 
-def fallback(wish: str) -> str | None:
-    """What to say where CUDA is wished for and there is none; None where the wish can be met."""
-    if choose_device(wish).type == "cuda" or not wish.startswith("cuda"):
-        return None
-    return f"--device is {wish}, but torch finds no CUDA device here, so the run is on the CPU"
-
-
-def set_threads(wish: int) -> int:
-    """Use `wish` CPU threads, or as many as this process has cores if it is 0; returns how many are used.
+def set_threads(wish: int, earlier: int | None = None) -> int:
+    """Use `wish` CPU threads, or if it is 0 those of `cores.threads(earlier)`; returns how many are used.
 
     It is for the process of a command: what the networks free it keeps until it ends, see `cores.keep_memory`.
     """
     if not 0 <= wish <= MOST:
-        raise ConfigError(f"threads is {wish}, allowed is 0 (all cores) to {MOST}")
-    torch.set_num_threads(wish or cores.usable())
+        raise ConfigError(f"threads is {wish}, allowed is 0 (OMP_NUM_THREADS, or the free cores) to {MOST}")
+    torch.set_num_threads(wish or cores.threads(earlier))
     cores.keep_memory()
     return torch.get_num_threads()
 

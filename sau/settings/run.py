@@ -32,7 +32,7 @@ class Run:
             quarter of paper's epochs; defenses, and attacks inside the batches, then have those of paper.
         device: auto, cpu, cuda or one like cuda:1.
         amp: true is bf16, false is fp32; auto is bf16 where the device has bf16 arithmetic, else fp32.
-        threads: CPU threads; 0 means all cores.
+        threads: CPU threads; 0 means OMP_NUM_THREADS where it is set, else the cores that are free.
         compile: run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3). CUDA graphs need no flag:
             on CUDA the updates of attacks, sau, at, ft, ft-sam, fst, d3 and nc are captured and repeated.
         max_minutes: ends the updates in time for the run to end after so many minutes; none means no limit.
