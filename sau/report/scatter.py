@@ -10,7 +10,7 @@ from sau.report.table import Cell, Section
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 330, 40, 12, 12, 46  # in the units of the drawing
 LETTER, LINE = 6.4, 12.0  # about how wide a letter and how high a line of its text is
-ASR_TICKS = (0, 1, 5, 10, 25, 50, 100)
+ASR_TICKS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0)
 ACC_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -80,7 +80,7 @@ def _scatter(title: str, groups: Sequence[Sequence[Cell]]) -> Scatter:
     means = {cells[0].name: (_mean(cells, "acc"), _mean(cells, "asr"), cells) for cells in groups}
     accs = [acc for acc, _, _ in means.values()]
     step = next(step for step in ACC_STEPS if (max(accs) - min(accs)) / step <= 5)
-    low, high = (math.floor(min(accs) / step) * step, math.ceil(max(accs) / step) * step)
+    low, high = (float(math.floor(min(accs) / step) * step), float(math.ceil(max(accs) / step) * step))
     high = high if high > low else low + step
 
     def x_of(asr: float) -> float:
@@ -98,7 +98,7 @@ def _scatter(title: str, groups: Sequence[Sequence[Cell]]) -> Scatter:
         points.append(Point(shown, acc, asr, round(x, 1), round(y, 1), kind, _place(shown, x, y, taken)))
     count = round((high - low) / step)
     up = [(round(y_of(low + i * step), 1), f"{low + i * step:g}") for i in range(count + 1)]
-    return Scatter(title, points, [(round(x_of(tick), 1), str(tick)) for tick in ASR_TICKS], up)
+    return Scatter(title, points, [(round(x_of(tick), 1), f"{tick:g}") for tick in ASR_TICKS], up)
 
 
 def _mean(cells: Sequence[Cell], name: str) -> float:
