@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Defense(Method, ABC):
         published = {field.name: field.default for field in fields(self)}
         return all(getattr(self, name) == published[name] for name in self.adapting)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
         """These settings for a smaller clean set than the published 2,500 images: as many updates, at the same rate.
 
         An epoch is cut into batches of at least 32 images, about as many as published, and the lengths grow by what is

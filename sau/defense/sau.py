@@ -14,7 +14,7 @@ and the clamps of `unsharing_loss` are where its released code departs from them
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +105,9 @@ class SAU(Searching):
         for name in ("weight_clean", "weight_adv", "weight_shared", "weight_distill", "inner_adv", "inner_shared"):
             self.require(name, getattr(self, name) >= 0, "0 and more")
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "SAU":
         """As AT; few images hold the clean accuracy by what the attacked network predicts for them, too."""
-        fitting = super().adapted(model, images, per_epoch)
+        fitting: Any = super().adapted(model, images, per_epoch)
         return replace(fitting, weight_distill=1.0) if images < ENOUGH else fitting
 
     def params(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Searching(Tuning):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
         self.require("adv_steps", self.adv_steps >= 1, "1 and more")
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Searching":
         """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 600 updates
         at a rate that falls to 0 from 0.08 of the typical weight (root mean square, median over layers), 3e-3 at
         most; augmented where images are few.
