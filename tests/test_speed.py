@@ -507,7 +507,9 @@ def test_low_precision_agrees_with_the_released_order_of_work(amp):
     """SAU in bf16 and in fp32 beside the twin in fp32, two updates of a trained network: the losses within 5 and 0.1
     percent, and the answers on 64 pictures alike for 95 percent and all.
     """
-    trained = FT(epochs=20, batch_size=16, lr=0.05).purify(network(), toy_images(64), session=quiet())
+    trained = FT(epochs=20, batch_size=16, lr=0.05).purify(
+        network(), toy_images(64), augment=Augment(), session=quiet()
+    )
     ours, theirs = copy.deepcopy(trained), copy.deepcopy(trained)
     state = SAU(lr=1e-3).prepare(ours, 3)
     twin = ReleasedSAU(theirs, copy.deepcopy(theirs), lr=1e-3)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
-from sau.data.augment import Augment
+from sau.data.augment import Augment, cropped
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
 from sau.defense.clean_accuracy import counted, misuse
 from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
 from sau.defense.inputs import clean_batches, first, image_count, unaugmented
-from sau.defense.verdict import PatchSearch
+from sau.defense.verdict import PatchSearch, follows_images
 from sau.errors import ConfigError
 from sau.machine.parts import InParts
 from sau.method import Method
@@ -109,8 +109,6 @@ class Defense(Method, ABC):
         """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
         Of a network or a layer that torch.compile wrapped the one inside is purified, and comes back without wrapper.
 
-        While it is purified its convolutions lie in memory as they are fastest (channels_last).
-
         Args:
             model: any network [B, C, H, W] -> logits [B, K], with C 1 or 3 and weights of 32 or 64 bits.
             data: clean pictures with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
@@ -123,14 +121,13 @@ class Defense(Method, ABC):
             session: output and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
-            settings: auto adapts the published settings to a clean set or a network that they were not made for, if
-                none of `adapting` was given another value (see `adapted`); as_given leaves all settings as they are.
+            settings: auto adapts published settings to the clean set and the network, if none of `adapting` was given
+                another value (see `adapted`); as_given leaves them as they are.
 
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
         """
-        session = session or Session()
-        session = session if progress else session.quiet()
+        session = (session or Session()) if progress else (session or Session()).quiet()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
         model, (mean, std) = plain(model), statistics(mean, std)
@@ -143,12 +140,11 @@ class Defense(Method, ABC):
             batches: Any = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=None, seed=seed)
             adapts = settings == "auto" and self.untouched()
             method = self.adapted(owned, *image_count(batches)) if adapts else self
-            batches.size = method.batch_size
             with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
                 x, y = first(batches)
-                batches.augment = method.augmentation(augment or Augment(padding=x.shape[-1] // 8))
+                batches.size, batches.augment = method.batch_size, method.augmentation(augment or cropped(x))
                 right = _check_fit(method, owned, batches, session)
-            search = PatchSearch(copied(owned, place), x, y) if method.learns and method.needs == "clean" else None
+            search = _patch_search(method, owned, x, y)
             session.say(method.plan(batches))
             with seeded(seed), enough_pictures():
                 method.run(owned, batches, session)
@@ -203,6 +199,12 @@ class Tuning(Training, Defense):
         )
 
 
+def _patch_search(method: Defense, model: nn.Module, x: Tensor, y: Tensor) -> PatchSearch | None:
+    """What the verdict starts from; None for what does not learn, sees the attacker's images, or has no gradient."""
+    searchable = method.learns and method.needs == "clean" and follows_images(model, x)
+    return PatchSearch(copied(model, x.device), x, y) if searchable else None
+
+
 @torch.no_grad()
 def _check_fit(method: Defense, model: Normalized, batches: Batched, session: Session) -> float:
     """Before anything changes: finite weights, logits [B, K], labels below K; says and returns how many images are
@@ -248,11 +250,11 @@ def _check_hold(method: Defense, model: nn.Module, x: Tensor) -> None:
     """ConfigError if the network's answers are not its own, or carry no gradients that are needed."""
     check_own(model, x)
     with torch.enable_grad():
-        z = model(x := x.detach().requires_grad_())
+        z = model(x)
         if method.learns:
             check_logits(z)
         what = "" if z.requires_grad or not method.learns else "its weights"
-        if method.searches and not what and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
+        if method.searches and not what and not follows_images(model, x):
             what = "its pictures"
     if what:
         advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"

@@ -110,9 +110,9 @@ class SAU(Searching):
         fitting: Any = super().adapted(model, images, per_epoch)
         return replace(fitting, weight_distill=1.0) if images < ENOUGH else fitting
 
-    def params(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """As of any method; `weight_distill`, which came later, only where it acts, so that digests stay."""
-        return {name: value for name, value in super().params().items() if name != "weight_distill" or value}
+        return {name: value for name, value in super().identity().items() if name != "weight_distill" or value}
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)

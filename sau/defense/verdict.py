@@ -30,6 +30,13 @@ SUCCESS = 0.9  # share of images that a patch must send to its class
 GROWTH, SMALL, SAME = 3.0, 0.5, 0.5  # see `Verdict.doubts`
 
 
+def follows_images(model: nn.Module, x: Pixels) -> bool:
+    """Whether the logits of `model` have a gradient to its images `x`."""
+    with torch.enable_grad():
+        z = model(x := x[:8].detach().requires_grad_())
+        return z.requires_grad and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is not None
+
+
 @dataclass(frozen=True)
 class Patches:
     """The smallest patch of each class.
