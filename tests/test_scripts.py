@@ -112,7 +112,10 @@ def test_a_flag_of_one_format_is_refused_with_the_others(script, tmp_path):
     ("pattern", "homes"),
     [
         (r"^ *import matplotlib|^from matplotlib", ["drawing.py"]),
-        (r"choose_device\(|set_threads\(", ["arguments.py", "attack_and_defend.py", "own_network.py", "request.py"]),
+        (
+            r"choose_device\(|set_threads\(",
+            ["arguments.py", "attack_and_defend.py", "own_network.py", "request.py", "watch.py"],
+        ),
         (r"except SauError as error:\n *print", []),
     ],
 )
