@@ -26,14 +26,14 @@ def commands(*more: str) -> list[list[str]]:
     return found
 
 
+# Lines whose words follow from figures: of the machine's speed, and of a network that a short run hardly trains.
+FIGURES = ("warning: ", "forecast: ", "smallest patch ")
+
+
 def shapes(lines: list[str]) -> list[str]:
     """Lines without their numbers and widths, one for each kind of epoch or round; without warnings, for a short run
     has more of them, and without the verdict, which follows from the figures."""
-    bare = [
-        re.sub(r"-?\d[\d.,e+-]*", "#", line)
-        for line in lines
-        if line != "..." and not line.startswith(("warning: ", "forecast: "))
-    ]
+    bare = [re.sub(r"-?\d[\d.,e+-]*", "#", line) for line in lines if line != "..." and not line.startswith(FIGURES)]
     bare = [re.sub(r" +", " ", line).strip() for line in bare if not line.startswith(WORDS)]
     epochs = sorted({line for line in bare if re.match(r"(epoch|round) ", line)})
     return [key for key, _ in groupby(line for line in bare if line not in epochs)] + epochs

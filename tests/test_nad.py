@@ -108,7 +108,7 @@ def test_the_user_names_layers():
     NAD(te_epochs=0, epochs=0, layers=("features.2", "features.4", "features.0")).purify(
         tiny_net(), pair(), session=Session(say=said.append)
     )
-    assert said[-1] == "attention of features.2 (weight 500), features.4 (weight 1000), features.0 (weight 1000)"
+    assert "attention of features.2 (weight 500), features.4 (weight 1000), features.0 (weight 1000)" in said
 
 
 def test_one_layer_by_two_names_is_refused(one_line):

@@ -82,8 +82,8 @@ class Verdict:
 
     def text(self) -> str:
         """One line, and a warning where there are doubts."""
-        found = f"smallest patch that sends 9 of 10 images to one class: {self.before:.1f} pixels before, "
-        found += "none shared after" if self.after == float("inf") else f"{self.after:.1f} shared after"
+        sizes = ["none" if size == float("inf") else f"{size:.1f} pixels" for size in (self.before, self.after)]
+        found = f"smallest patch that sends 9 of 10 images to one class: {sizes[0]} before, {sizes[1]} shared after"
         found += f" ({100 * self.kept:.0f} % of the patches found before still work); this is no proof"
         if not self.doubts:
             return found
