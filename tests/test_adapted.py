@@ -81,12 +81,12 @@ def test_what_the_user_gives_stands() -> None:
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "STEPS", 60)
     net, _, (x, y), _ = planted()
-    kept = PatchSearch(net, x, y).compare(net)
+    kept = PatchSearch(planted()[0], x, y).compare(net)
     assert kept.doubts and kept.kept > 0.8 and kept.text().startswith("warning: too little changed")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
-    gone = PatchSearch(net, x, y).compare(fixed)
+    gone = PatchSearch(planted()[0], x, y).compare(fixed)
     assert gone.after > kept.after and gone.kept < kept.kept
     assert min(gone.before, kept.before) < 9.5  # the corner has 9 pixels
 

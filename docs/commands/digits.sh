@@ -7,6 +7,7 @@ for seed in 0 1 2; do
   python "$here/attack/badnet.py" --recipe cpu --device cpu --dataset digits --save_folder_name "badnet_s$seed" --random_seed "$seed" \
     --record_root "$1" --threads "${THREADS:-0}"
   python "$here/defense/sau.py" --device cpu --result_file "badnet_s$seed" --random_seed "$seed" \
+    --epochs 50 --lr 3e-4 --lr_scheduler constant --batch_size 256 \
     --record_root "$1" --threads "${THREADS:-0}"
 done
 python "$here/scripts/seeds.py" "$1"

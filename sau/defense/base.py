@@ -121,8 +121,7 @@ class Defense(Method, ABC):
             session: output and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
-            settings: auto adapts published settings to the clean set and the network, if none of `adapting` was given
-                another value (see `adapted`); as_given leaves them as they are.
+            settings: auto adapts published settings, unless given, to clean set and network (`adapted`); or as_given.
 
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
@@ -137,6 +136,7 @@ class Defense(Method, ABC):
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # a network that only answers is often handed over frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
+            attacked = copied(owned, place) if self.learns and self.needs == "clean" else None
             batches: Any = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=None, seed=seed)
             adapts = settings == "auto" and self.untouched()
             method = self.adapted(owned, *image_count(batches)) if adapts else self
@@ -144,7 +144,7 @@ class Defense(Method, ABC):
                 x, y = first(batches)
                 batches.size, batches.augment = method.batch_size, method.augmentation(augment or cropped(x))
                 right = _check_fit(method, owned, batches, session)
-            search = _patch_search(method, owned, x, y)
+            search = PatchSearch(attacked, x, y) if attacked and follows_images(attacked, x) else None
             session.say(method.plan(batches))
             with seeded(seed), enough_pictures():
                 method.run(owned, batches, session)
@@ -197,12 +197,6 @@ class Tuning(Training, Defense):
             session=session,
             label="round",
         )
-
-
-def _patch_search(method: Defense, model: nn.Module, x: Tensor, y: Tensor) -> PatchSearch | None:
-    """What the verdict starts from; None for what does not learn, sees the attacker's images, or has no gradient."""
-    searchable = method.learns and method.needs == "clean" and follows_images(model, x)
-    return PatchSearch(copied(model, x.device), x, y) if searchable else None
 
 
 @torch.no_grad()

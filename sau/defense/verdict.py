@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.evaluate import answering
-from sau.models.frozen import frozen
 from sau.optim.training import adam
 from sau.seeds import seeded
 from sau.types import Labels, Pixels
@@ -99,13 +98,13 @@ class PatchSearch:
     """Searches the patches before and after a purification, on a few clean images.
 
     Args:
-        attacked: the network as it came, which must not change.
+        attacked: the network as it came; it must not change, and its weights no longer take gradients.
         x: clean images [N, C, H, W] in [0, 1].
         y: their labels [N].
     """
 
     def __init__(self, attacked: nn.Module, x: Pixels, y: Labels) -> None:
-        self.attacked, self.x, self.y = frozen(attacked), x[:IMAGES], y[:IMAGES]
+        self.attacked, self.x, self.y = attacked.requires_grad_(False), x[:IMAGES], y[:IMAGES]
         with seeded(1), answering(self.attacked):
             self.before = smallest_patches([self.attacked], self.x, self.y, self._classes())
 
@@ -118,14 +117,15 @@ class PatchSearch:
 
     def compare(self, purified: nn.Module) -> Verdict:
         """What the search finds now."""
-        h = frozen(purified)
-        with seeded(2), answering(h, self.attacked):
-            after = smallest_patches([h, self.attacked], self.x, self.y, self.before.classes)
+        with seeded(2), answering(purified, self.attacked):
+            after = smallest_patches([purified, self.attacked], self.x, self.y, self.before.classes)
             return Verdict(
                 before=float(self.before.sizes.min()),
                 after=float(after.sizes.min()),
                 typical=float(after.sizes.median()),
-                kept=float(_share([h], self.before, self.x, self.y)[self.before.sizes.isfinite()].mean().nan_to_num()),
+                kept=float(
+                    _share([purified], self.before, self.x, self.y)[self.before.sizes.isfinite()].mean().nan_to_num()
+                ),
             )
 
     def _classes(self) -> Tensor:
