@@ -32,9 +32,14 @@ class Share:
     total: int
 
     @property
+    def exact(self) -> float:
+        """100 * hits / total."""
+        return 100 * self.hits / self.total
+
+    @property
     def percent(self) -> float:
-        """100 * hits / total, rounded to two decimals as the published tables are."""
-        return round(100 * self.hits / self.total, 2)
+        """`exact`, rounded to two decimals as the published tables are."""
+        return round(self.exact, 2)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -206,8 +211,8 @@ def der(before: Score, after: Score) -> float | None:
     """
     if before.asr is None or after.asr is None:
         return None
-    gain = max(0.0, before.asr.percent - after.asr.percent)
-    cost = max(0.0, before.acc.percent - after.acc.percent)
+    gain = max(0.0, before.asr.exact - after.asr.exact)
+    cost = max(0.0, before.acc.exact - after.acc.exact)
     return round((gain - cost + 100) / 2, 2)
 
 

@@ -159,6 +159,8 @@ class _Run:
             raise
         if over:
             self._refuse_broken()
+            if not (self.session.stage or self.place.epoch or self.place.batch):
+                self.session.say("warning: no update was made, so the network is as it was; give more --max_minutes")
         return over
 
     def _forecast(self) -> None:

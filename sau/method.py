@@ -24,6 +24,7 @@ class Method:
     aliases: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[dict[str, str]] = {}
     nones: ClassVar[dict[str, str]] = {}
+    unread: ClassVar[tuple[str, ...]] = ()  # keys of the benchmark's own file of the method that its code does not read
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
 
     def __post_init__(self) -> None:

@@ -280,6 +280,34 @@ def test_every_flag_of_the_benchmarks_defenses_is_known(name, tmp_path):
         assert sorted(found) == without and all(found.values())
 
 
+THEIR_FILES = {  # the keys of its files that its code does not read, and what runs without them
+    "nad": ("epochs: 100\nte_epochs: 10\nwd: 5e-4\nweight_decay: 1e-4\nmomentum: 0.9\n", {"epochs": 20, "wd": 5e-4}),
+    "sau": ("n_rounds: 100\nepochs: 7\nlr_scheduler: CosineAnnealingLR\namp: true\nlr: 1e-4\n", {"epochs": 100}),
+    "i-bau": ("n_rounds: 5\nlr_scheduler: StepLR\namp: true\n", {"epochs": 5}),
+    "fp": ("num_classes:\nonce_prune_ratio: 0.02\n", {"once_prune_ratio": 0.02}),
+}
+
+
+@pytest.mark.parametrize("name", THEIR_FILES)
+def test_the_benchmarks_own_files_do_here_what_they_do_there(name, tmp_path):
+    text, expected = THEIR_FILES[name]
+    method = DEFENSES[name]
+    sections = (DefenseRun, OwnRun, method)
+
+    def settled(text):
+        request = Request("x", method, sections, ["--yaml_path", str(written(tmp_path, text))])
+        return request, request.settle("cpu", "cifar10")
+
+    request, (run, _, found) = settled("num_workers: 4\npin_memory: true\n" + text)
+    plain = settled("")[1]
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert run.amp == plain[0].amp and found.lr_scheduler == plain[2].lr_scheduler
+    for key in {*method.unread} & {line.split(":")[0] for line in text.splitlines()}:
+        assert "BackdoorBench does not read" in request.ignored[key]
+    if name == "nad":  # in a file of the user's own they act
+        assert settled(text)[1][2].epochs == 100
+
+
 @pytest.mark.parametrize("flag", ["--C_lr_scheduler", "--lr_scheduler"])
 def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benchmark(flag, tmp_path, one_line):
     sections = (AttackRun, Training, InputAware)

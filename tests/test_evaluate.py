@@ -476,3 +476,9 @@ def test_there_is_no_verdict_on_a_backdoor_that_was_never_there():
     assert verdict(percents(90.0), percents(91.0)) == (
         "There was no backdoor to remove.\nIt cost no accuracy: ACC 90.00 -> 91.00 %."
     )
+
+
+def test_der_is_rounded_once():
+    """The drops are 1/3 and 2/3 points; of rounded percentages DER would be 49.84."""
+    before, after = Score(Share(300, 300), Share(200, 300)), Score(Share(298, 300), Share(199, 300))
+    assert der(before, after) == round((100 / 300 - 200 / 300 + 100) / 2, 2) == 49.83

@@ -218,7 +218,7 @@ def test_figures_are_those_of_a_count_by_hand(data):
     assert [share.hits for share in shares] == counts
     assert [share.total for share in shares] == [len(clean), len(bad), len(bad)]
     other = Score(replace(found.acc, hits=0), replace(found.asr, hits=0), found.racc)
-    expected = (found.asr.percent - found.acc.percent + 100) / 2
+    expected = (100 * found.asr.hits / len(bad) - 100 * found.acc.hits / len(clean) + 100) / 2
     assert der(found, other) == round(expected, 2)
 
 

@@ -19,6 +19,7 @@ from sau.settings.yamlfile import read_yaml, shipped
 
 # Asked for before the recipe and the data set are known.
 EARLY = {"dataset", "recipe", "device", "record_root", "result_file", "model_file"}
+THEIRS = {"num_workers", "pin_memory", "non_blocking", "prefetch"}  # keys that tell a file of BackdoorBench
 FAST = {"fast": "paper"}  # a short recipe, and the one that it shortens
 
 
@@ -35,7 +36,7 @@ class Request:
     files: ClassVar[tuple[str, ...]] = ("yaml_path", "bd_yaml_path")  # in rising precedence
 
     def __init__(self, command: str, method: type[Method], sections: Sequence[type], argv: Sequence[str]) -> None:
-        self.method, self.sections = method, sections
+        self.method, self.sections, self.unread = method, sections, set[str]()
         self.known: dict[str, Option] = {}
         for section in (method, *sections):  # its own defaults and texts beat those of general sections
             for name, option in config.options(section, method.aliases).items():
@@ -50,6 +51,7 @@ class Request:
         self.wanted_help = self.given.pop("help", None)
         self.asked = {*self._files(), *self.given}  # what the user gave, by flag or file
         self.ignored = {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
+        self.ignored |= dict.fromkeys(sorted(self.unread), "BackdoorBench does not read this key of its file either")
 
     def _files(self, recipe: str | None = None, dataset: str | None = None) -> dict[str, Setting]:
         found: dict[str, Setting] = {}
@@ -57,6 +59,9 @@ class Request:
             if flag in self.given and flag in self.known:
                 path = Path(self.given[flag].value)
                 said = read_yaml(path, self.known, recipe=recipe, dataset=dataset, ignored=self.reasons)
+                if said.keys() & THEIRS:
+                    self.unread |= said.keys() & {*self.method.unread}
+                    said = {name: setting for name, setting in said.items() if name not in self.unread}
                 for name in {*self.files} & self.known.keys() & said.keys():
                     raise ConfigError(f"{said[name].origin} names a further file; give it as --{name}")
                 found.update(said)

@@ -102,6 +102,7 @@ class IBAU(Tuning):
     """
 
     name: ClassVar[str] = "i-bau"
+    unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
     searches: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs"}
 

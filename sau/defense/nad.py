@@ -54,6 +54,7 @@ class NAD(FT):
     """
 
     name: ClassVar[str] = "nad"
+    unread: ClassVar[tuple[str, ...]] = ("epochs",)
     compiles: ClassVar[bool] = False  # compiled code would not call the hooks that watch the layers
     ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
 

@@ -82,6 +82,7 @@ class SAU(Searching):
     name: ClassVar[str] = "sau"
     adapting: ClassVar[tuple[str, ...]] = (*Searching.adapting, "weight_distill")
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
+    unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
     aliases: ClassVar[dict[str, str]] = {  # as released: the numbers are not those of the paper's lambdas
         "lmd_1": "weight_clean", "lmd_2": "weight_adv", "lmd_3": "weight_shared", "beta_1": "inner_adv",
         "beta_2": "inner_shared",

@@ -84,7 +84,7 @@ class Record:
 
     def _admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None) -> bool:
         if self.path.exists() and not self.path.is_dir():
-            raise RecordError(f"{self.path} is a file; choose another name")
+            raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         if self._holds_only("defense"):
             return False
         old = self._ours()
@@ -99,14 +99,16 @@ class Record:
             if same and run and all(before.get(k, v) == v for k, v in as_json(run).items() if k not in HOW):
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
-            raise RecordError(f"{self.path} is finished; choose another name, or --overwrite to discard it")
+            raise RecordError(
+                f"{self.path} is finished; choose another name with --save_folder_name, or --overwrite to discard it"
+            )
         if not same:
             if self._holds_only(CONFIG, LOG):  # refused at once, or stopped before its first checkpoint
                 return False
             other = difference(old["identity"], as_json(identity))
             raise RecordError(
                 f"{self.path} holds an unfinished run with other settings ({other}); "
-                "repeat its flags to resume it, choose another name, or --overwrite to discard it"
+                "repeat its flags to resume it, choose another --save_folder_name, or --overwrite to discard it"
             )
         return True
 

@@ -90,7 +90,9 @@ def configuration(place: Path, light: bool = False) -> Config:
         config = None
     known = isinstance(config, dict) and {"schema", "digest", "identity"} <= config.keys()
     if not known or not isinstance(config["identity"], dict) or not all(isinstance(key, str) for key in config):
-        raise RecordError(f"{place.parent} is not a result folder of sau (no valid {place.name}); choose another name")
+        raise RecordError(
+            f"{place.parent} is no result folder of sau (no valid {place.name}); choose another --save_folder_name"
+        )
     return opened(config, place, sealed=not light)
 
 

@@ -14,8 +14,9 @@ from sau.settings.config import IGNORED, REMOVED, Option, Setting, nearest, once
 from sau.settings.run import RecipeName
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set
-# BackdoorBench's files of SAU and i-BAU hold both, and its code reads the second.
-SUPERSEDED = {"epochs": "n_rounds"}
+# BackdoorBench's files of SAU, i-BAU (epochs) and NAD (weight_decay) hold both, and its code reads the second.
+SUPERSEDED = {"epochs": "n_rounds", "weight_decay": "wd"}
+EMPTY = "tag:yaml.org,2002:null"  # a key without a value sets nothing
 RECIPES = get_args(RecipeName)
 
 
@@ -104,7 +105,7 @@ def _settings(
     canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
     found: dict[str, Setting] = {}
     for key, node in nodes.items():
-        if SUPERSEDED.get(key) in nodes:
+        if SUPERSEDED.get(key) in nodes or (node.tag == EMPTY and key in canonical):
             continue
         origin = f"{path}:{node.start_mark.line + 1}: {key}"
         name = canonical.get(key, key if key in ignored else None)
