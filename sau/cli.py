@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from sau import __version__
-from sau.errors import ConfigError, told
+from sau.errors import ConfigError, run_command
 
 USAGE = """\
 usage: sau COMMAND ...
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     0 is success, also where the run was finished before; 2 a mistake of the user; 1 another expected error (disk,
     memory, a folder in use); 130 a run that was stopped by Ctrl-C or SIGTERM and can be resumed.
     """
-    return told(lambda: _main(list(argv)))
+    return run_command(lambda: _main(list(argv)))
 
 
 def _main(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, nam
 NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-def quoted(value: object) -> str:
+def short_repr(value: object) -> str:
     """The beginning of a text from a file, for an error; of anything else, which may be long to write, its type."""
     return ascii(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
 
@@ -27,7 +27,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def in_a_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text that may quote a stranger's file, on one line, with nothing in it but what can be printed."""
     return printable(" ".join(text.splitlines()))
 
@@ -43,7 +43,7 @@ class SauError(ValueError):
     status = 2  # exit status of a command that ends with this error
 
     def __init__(self, text: str) -> None:
-        super().__init__(in_a_line(text))
+        super().__init__(one_line(text))
 
 
 class ConfigError(SauError):
@@ -80,7 +80,7 @@ class FaultError(RecordError):
     status = 1
 
 
-def unable(error: OSError, text: str) -> RecordError:
+def os_error(error: OSError, text: str) -> RecordError:
     """What to raise, with `text`, for what the system refused."""
     return (FaultError if error.errno in _FAULTS else RecordError)(text)
 
@@ -95,7 +95,7 @@ class OutOfMemory(TrainingError):
     status = 1
 
 
-def told(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None]) -> int:
     """What `main` returns, an exit status (None is 0); an expected error is one line on stderr.
 
     2 is a mistake of the user, 1 any other expected error (disk, memory, a folder in use), 130 a stop by Ctrl-C or
@@ -122,7 +122,7 @@ def told(main: Callable[[], int | None]) -> int:
         print("\nstopped; repeat the command to go on", file=sys.stderr)
         return 130
     except (OSError, RuntimeError, MemoryError) as error:
-        return of_machine(error)
+        return os_exit_status(error)
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -131,7 +131,7 @@ def lacks_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def of_machine(error: OSError | RuntimeError | MemoryError) -> int:
+def os_exit_status(error: OSError | RuntimeError | MemoryError) -> int:
     """Say what the machine refused, and return the exit status; an error of another kind is raised again."""
     if isinstance(error, BrokenPipeError):  # the reader left, as `head` does; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

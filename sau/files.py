@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sau.errors import DataError, FaultError, RecordError, unable
+from sau.errors import DataError, FaultError, RecordError, os_error
 
 MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
 SMALL = 16 << 20  # bytes of a text of a record; 100,000 places of clean pictures take one
@@ -19,7 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HALF = re.compile(r"\..+\.(yaml|jsonl|json|bin|safetensors|pt)\.[a-z0-9_]{8}")  # as `write` calls them
 
 
-def folder(root: str | Path, *names: str) -> Path:
+def safe_join(root: str | Path, *names: str) -> Path:
     """`root/name/...`; RecordError if a name could lead out of what it lies in, or is no plain folder name."""
     path = Path(root)
     for name in names:
@@ -34,7 +34,7 @@ def folder(root: str | Path, *names: str) -> Path:
     return path
 
 
-def descriptor(path: Path, flags: int) -> int:
+def open_regular(path: Path, flags: int) -> int:
     """The descriptor of a plain file, opened with `flags`; OSError for a FIFO or a device, which could take for ever.
 
     Who writes to a file that may have come from others asks for O_NOFOLLOW: a link would lead to any file of the user.
@@ -48,7 +48,7 @@ def descriptor(path: Path, flags: int) -> int:
 
 def read(path: Path, most: int = SMALL) -> bytes:
     """The content of a file that may have come from others; OSError if it is no plain one or has over `most` bytes."""
-    with os.fdopen(descriptor(path, os.O_RDONLY), "rb") as file:
+    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most else file.read(size + 1)
     if max(size, len(content)) > most:
@@ -67,12 +67,12 @@ def mistaken(content: bytes) -> str:
     return ""
 
 
-def number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is an int or a float that a figure of ours can be: finite, and of no more than thirteen digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
-def parsed(content: str | bytes) -> Any:
+def parse_json(content: str | bytes) -> Any:
     """What JSON that may have come from others says; ValueError if it is none, or none that can be read."""
     try:
         return json.loads(content)
@@ -80,9 +80,9 @@ def parsed(content: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def loaded(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object that a small JSON file holds; OSError or ValueError if it cannot be read, or holds something else."""
-    content = parsed(read(path))
+    content = parse_json(read(path))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, allowed is an object")
     return content
@@ -90,11 +90,11 @@ def loaded(path: Path) -> dict[str, Any]:
 
 def append(path: Path, text: str) -> None:
     """Add to the end of a text, which is made if need be; OSError if it is a link or no plain file."""
-    with os.fdopen(descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a") as file:
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a") as file:
         file.write(text)
 
 
-def leftovers(place: Path) -> list[Path]:
+def temp_files(place: Path) -> list[Path]:
     """What writes that were killed left in a folder."""
     there = place.iterdir() if place.is_dir() else ()
     return [file for file in there if _HALF.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
@@ -116,7 +116,7 @@ def existing(root: str | Path, target: str) -> Path:
         return Path(target)
     if os.sep in name:
         raise RecordError(f"there is no folder {target}; allowed is a name below {root}, or the path of a folder")
-    return folder(root, name)
+    return safe_join(root, name)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -137,7 +137,7 @@ def write(path: Path, content: bytes) -> None:
             raise FaultError(
                 f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
             ) from None
-        raise unable(error, f"cannot write {path}: {error}") from None
+        raise os_error(error, f"cannot write {path}: {error}") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sau.errors import TrainingError
+from sau.formatting import duration, short
 from sau.models import sound
-from sau.seeds import Drawn, drawn, set_drawn
+from sau.seeds import RngState, get_rng_state, set_rng_state
 from sau.session import Session, bytes_of
 from sau.types import Batched
-from sau.wording import duration, short
 
 LARGE = 2**24  # bytes of a checkpoint that is not written at the end of every epoch: that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
@@ -114,25 +114,25 @@ class _Run:
             ended = self.end_epoch(losses)
             done = self.place.epoch + 1
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
-            begin = now = drawn()  # whoever looks on may draw
+            begin = now = get_rng_state()  # whoever looks on may draw
             figures = {**losses, **self.session.on_epoch(done, row, self.state)}
             text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
             self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
             self.place = _Place(self.epochs if ended else done)
             self._save(begin, now, None if self._due() or self.place.epoch == self.epochs else LARGE)
-        set_drawn(now)  # a run that was resumed at its end drew nothing
+        set_rng_state(now)  # a run that was resumed at its end drew nothing
 
-    def _one_epoch(self, begin: Drawn, now: Drawn) -> bool:
+    def _one_epoch(self, begin: RngState, now: RngState) -> bool:
         """From `place` to the end of its epoch, or (False) to the session's limit; the generators are `begin` at its
         first batch and `now` at `place`.
         """
-        set_drawn(begin)
+        set_rng_state(begin)
         skipped, length = self.place.batch, len(self.batches)
         walk = iter(self.batches)
         for _ in range(skipped):
             next(walk)
         if skipped:
-            set_drawn(now)
+            set_rng_state(now)
         title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
         hidden = None if self.session.bar else True  # None: shown in terminals and notebooks alone
         for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=hidden):
@@ -140,16 +140,16 @@ class _Run:
                 return False
             self.place.add(self.step(x, y), len(y))
             if self.session.limit is not None:
-                now = drawn()  # before the next batch is drawn, for a checkpoint that is written after it was
+                now = get_rng_state()  # before the next batch is drawn, for a checkpoint that is written after it was
             self._forecast()
             if self._due() and self.place.batch < length:  # the end of the epoch looks by itself
-                self._save(begin, drawn())
+                self._save(begin, get_rng_state())
         return True
 
     def _due(self) -> bool:
         return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
 
-    def _over(self, begin: Drawn, now: Drawn, length: int) -> bool:
+    def _over(self, begin: RngState, now: RngState, length: int) -> bool:
         """Whether the session's limit ends the run before this batch; one that raises leaves a checkpoint of it."""
         where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
         try:
@@ -176,7 +176,7 @@ class _Run:
             if seconds > 3600 and self.session.hint:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 
-    def _save(self, begin: Drawn, now: Drawn, below: int | None = None) -> None:
+    def _save(self, begin: RngState, now: RngState, below: int | None = None) -> None:
         """Refuse a broken loss or weight; write a checkpoint of fewer bytes than `below`."""
         self._refuse_broken()
         if self.session.checkpoint is None:
@@ -199,12 +199,12 @@ class _Run:
             broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
             raise TrainingError(f"{broken}; try a smaller --{self.rate}")
 
-    def _resume(self) -> tuple[Drawn, Drawn]:
+    def _resume(self) -> tuple[RngState, RngState]:
         kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
         if kept is not None and kept["stage"] > self.session.stage:
             self.place.epoch = self.epochs
         if kept is None or kept["stage"] != self.session.stage:
-            return drawn(), drawn()
+            return get_rng_state(), get_rng_state()
         for name, content in kept["objects"].items():
             if name in self.state:  # checkpoints of older versions hold more
                 self.state[name].load_state_dict(content)

@@ -9,7 +9,7 @@ import torch
 
 from sau.errors import require
 
-Drawn = dict[str, Any]  # where torch's global generators stand
+RngState = dict[str, Any]  # where torch's global generators stand
 
 
 def generator(seed: int) -> torch.Generator:
@@ -36,13 +36,13 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def drawn() -> Drawn:
+def get_rng_state() -> RngState:
     """Where torch's global generators stand."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_drawn(place: Drawn) -> None:
+def set_rng_state(place: RngState) -> None:
     """Let them go on from there; a run may go on where more or fewer devices are seen."""
     torch.set_rng_state(place["cpu"])
     for device, state in zip(range(torch.cuda.device_count()), place["cuda"], strict=False):

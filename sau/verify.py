@@ -11,7 +11,7 @@ import torch
 from sau.data.images import Images
 from sau.errors import DataError, RecordError, SauError
 from sau.evaluate import Score, Share, der, score
-from sau.record import schema, victim
+from sau.record import attack_result, schema
 from sau.record.folder import Record
 
 SLACK = 0.001  # share of the images whose prediction may differ here: processors round differently
@@ -50,7 +50,7 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
     if kind == schema.OWN:
         return [*checks, Check("figures", "not checked", "the code and images of your own network are not here")]
     try:
-        attack = victim.load(path)
+        attack = attack_result.load(path)
     except (SauError, *MALFORMED) as error:
         return [*checks, _failed("attack", error)]
     try:
@@ -90,14 +90,14 @@ def _files(record: Record) -> str:
     return f"{len(record.sealed)} files have the sums of the manifest"
 
 
-def _figures(attack: victim.Victim, record: Record, test: Images | None, device: torch.device) -> str:
+def _figures(attack: attack_result.AttackResult, record: Record, test: Images | None, device: torch.device) -> str:
     """Score the stored networks and compare with the summary; RecordError names the figure that differs."""
     summary, amp = record.summary(), bool(record.config.get("amp"))
     parts = {"before": attack.path, "after": record.path} if "before" in summary else {"": record.path}
     texts, scores = list[str](), dict[str, Score]()
     for part, path in parts.items():
         model = attack.blank()
-        victim.load_weights(model, path / "model.safetensors")
+        attack_result.load_weights(model, path / "model.safetensors")
         model.amp = amp
         clean = test if test is not None else attack.triggered
         assert clean is not None

@@ -20,9 +20,9 @@ import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
 from sau.audit.relearn import most_shots
 from sau.command.arguments import Parser, add_device, use_device
-from sau.errors import told
+from sau.errors import run_command
 from sau.figures import audit, save
-from sau.files import existing, folder
+from sau.files import existing, safe_join
 from sau.settings.config import Setting, options, values
 
 say = partial(print, flush=True)
@@ -79,7 +79,7 @@ def run(given: argparse.Namespace) -> None:
         if few != asked.shots:
             say(f"note: the attacker has {most} poisoned pictures at most, so --shots is {','.join(map(str, few))}")
             asked = replace(asked, shots=few)
-    out = given.out or folder(attacked, "audit", "pieces").parent  # which are no links in a record of others
+    out = given.out or safe_join(attacked, "audit", "pieces").parent  # which are no links in a record of others
     found = carry_out(Plan(case, asked), out, say)
     say("\n" + tables([found]) + "\n")
     say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

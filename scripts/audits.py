@@ -18,7 +18,7 @@ import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import carry, tables
 from sau.audit.carry import RESULT
 from sau.command.arguments import Parser
-from sau.errors import RecordError, told
+from sau.errors import RecordError, run_command
 from sau.figures import audit, save
 from sau.files import write
 from sau.record.schema import difference
@@ -75,4 +75,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

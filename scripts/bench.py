@@ -25,7 +25,7 @@ import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
 
 from sau.command.arguments import Parser, add_device, use_device
-from sau.errors import ConfigError, told
+from sau.errors import ConfigError, run_command
 from sau.files import write
 from sau.machine.cores import busy, crowded, usable
 from sau.machine.device import processor
@@ -90,4 +90,4 @@ def _plain(value: object) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from sau.command.arguments import Parser
-from sau.errors import told
+from sau.errors import run_command
 from sau.report.published import Row, mean, published
 from sau.report.read import NONE, Run, read
 from sau.report.spread import spread
@@ -225,4 +225,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.command.arguments import Parser, add_device, use_device
 from sau.command.own_clues import reverse
-from sau.errors import ConfigError, told
-from sau.files import loaded, write
-from sau.record import victim
+from sau.errors import ConfigError, run_command
+from sau.files import read_json, write
+from sau.record import attack_result
 
 HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
 
@@ -24,7 +24,7 @@ HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
 def kept(file: Path) -> dict[str, Any]:
     """What the file has already; ConfigError if it is no such file."""
     try:
-        content = loaded(file)
+        content = read_json(file)
         if not isinstance(content["passes"], int) or not all(network["digest"] for network in content["networks"]):
             raise ValueError("passes is no number, or a network has no digest")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -48,7 +48,7 @@ def main() -> int:
             f"{asked.out} was made with {content['passes']} passes; ask for as many or name another --out"
         )
     for path in asked.records:
-        clean = victim.load(path)
+        clean = attack_result.load(path)
         if clean.triggered is not None:
             raise ConfigError(f"{path} has a trigger; wanted are records of attack/prototype.py")
         if clean.digest in {network["digest"] for network in content["networks"]}:
@@ -66,4 +66,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from sau.command.arguments import Parser
+from sau.compat.export import pictures, save_png, whole, write
 from sau.data.images import Images
-from sau.errors import ConfigError, told
+from sau.errors import ConfigError, run_command
 from sau.files import existing
-from sau.record.export import pictures, save_png, whole, write
 from sau.record.folder import Record
 
 COLUMNS = ("labels", "true_labels", "role", "index")
@@ -73,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -28,7 +28,7 @@ from sau.command.arguments import Parser
 from sau.command.drawing import plt
 from sau.data.images import Images, some
 from sau.data.sources import fingerprint, load
-from sau.errors import SauError, told
+from sau.errors import SauError, run_command
 from sau.files import write
 from sau.models import build
 from sau.optim import Training
@@ -202,4 +202,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

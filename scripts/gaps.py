@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.command.arguments import Parser
-from sau.errors import RecordError, told
+from sau.errors import RecordError, run_command
+from sau.formatting import markdown, marked
 from sau.record.folder import METRICS, Record
 from sau.report import parse
-from sau.wording import markdown, marked
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
 
@@ -67,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

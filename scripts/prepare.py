@@ -16,8 +16,8 @@ from sau.command.arguments import Parser
 from sau.data.images import Images
 from sau.data.official import subset_note
 from sau.data.sources import SOURCES, fingerprint, load
-from sau.errors import ConfigError, told
-from sau.wording import markdown
+from sau.errors import ConfigError, run_command
+from sau.formatting import markdown
 
 
 def row(part: str, images: Images) -> list[str]:
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.command.arguments import Parser, add_device, use_device
-from sau.errors import require, told
-from sau.files import existing, folder
-from sau.record import victim
+from sau.errors import require, run_command
+from sau.files import existing, safe_join
+from sau.record import attack_result
 from sau.risk import gauge
 from sau.witness import Search
 
@@ -41,11 +41,11 @@ def main() -> int:
     where = use_device(asked)
     require("--samples", asked.samples, asked.samples >= 1, "1 and more")
     searches = [Search(eps=eps, steps=asked.steps, restarts=1) for eps in asked.radii]
-    attacked = victim.load(existing(asked.record_root, asked.record))
+    attacked = attack_result.load(existing(asked.record_root, asked.record))
     networks = {"attacked": attacked.model()}
     for name in asked.defenses:
         networks[name] = attacked.model()
-        victim.load_weights(networks[name], folder(attacked.path, "defense", name))
+        attack_result.load_weights(networks[name], safe_join(attacked.path, "defense", name))
     _, test, _ = attacked.pictures(asked.dataset_path)
     test, triggered = test.to(where), attacked.triggered and attacked.triggered.to(where)
     reference = attacked.model().to(where)
@@ -59,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.command.arguments import Parser
 from sau.command.drawing import plt
-from sau.errors import RecordError, printable, told
+from sau.errors import RecordError, printable, run_command
 from sau.figures import save
-from sau.files import loaded
+from sau.files import read_json
+from sau.formatting import markdown
 from sau.grid.names import attack_named
 from sau.record.summaries import load
 from sau.report.parse import within
-from sau.wording import markdown
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 Found = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> ratio -> (ACC, ASR) of each seed
@@ -53,7 +53,7 @@ def summaries(root: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for file in root.glob("*_r*_s*/summary.json"):
         try:
-            found[file.parent] = loaded(file)
+            found[file.parent] = read_json(file)
         except (OSError, ValueError) as error:
             raise RecordError(f"{file} is damaged ({error}); delete its folder and run it again") from None
     return found
@@ -118,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

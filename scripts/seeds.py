@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.command.arguments import Parser
-from sau.errors import told
+from sau.errors import run_command
+from sau.formatting import markdown
 from sau.report.parse import PERCENT
 from sau.report.read import NONE, read
 from sau.report.spread import spread
 from sau.report.table import Cell, sections
-from sau.wording import markdown
 
 FIGURES = (*PERCENT, "lost", "seconds")
 
@@ -51,4 +51,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

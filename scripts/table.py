@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau import files
 from sau.command.arguments import Parser
 from sau.data.sources import SOURCES
-from sau.errors import ConfigError, told
+from sau.errors import ConfigError, run_command
+from sau.formatting import markdown
 from sau.report.paired import duels
 from sau.report.parse import PERCENT
 from sau.report.published import Row, alike, compare, mean, published
 from sau.report.read import NONE, read
 from sau.report.spread import Spread
 from sau.report.table import Cell, Section, sections
-from sau.wording import markdown
 
 MARK, END = "<!-- table -->\n", "<!-- /table -->\n"
 
@@ -161,4 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(run_command(main))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.collect_env import run
 
-from sau.foreign.compat import KEYS
+from sau.compat.backdoorbench import KEYS
 
 HERE = "CANARY"
 
@@ -147,7 +147,7 @@ def watched(calls: str, places: list[Path]) -> str:
     return f"""
 import sys
 from pathlib import Path
-from sau.foreign import compat, inspection, torchfile, weights
+from sau.compat import backdoorbench, inspect, torch_file, weights
 from sau.errors import RecordError
 from sau.models.zoo import torchvision_names
 torchvision_names()

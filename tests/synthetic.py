@@ -22,7 +22,7 @@ def attack(root: Path, name: str = "badnet", seed: int = 0, *, acc: float = 90.0
     record = Record(root / (folder or f"{name}_s{seed}"))
     config = {"run": {"dataset_path": "./nowhere", "img_size": None}, "command": f"attack/{name}.py", "notes": []}
     record.begin(config, {**method, **data, **NETWORK, "random_seed": seed}, False)
-    record.note(method=method, data=data, model=NETWORK)
+    record.update_config(method=method, data=data, model=NETWORK)
     figures = {"acc": acc, "asr": asr, "racc": 1.5}
     _rows(
         record,
@@ -43,7 +43,9 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     record = Record(attacked / "defense" / name)
     config = {"run": {"ratio": ratio, "index": index}, "command": f"defense/{name}.py --result_file {attacked.name}"}
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
-    record.note(method=method, data={"dataset": dataset}, model=NETWORK, attacked=digest, clean_index=list(range(100)))
+    record.update_config(
+        method=method, data={"dataset": dataset}, model=NETWORK, attacked=digest, clean_index=list(range(100))
+    )
     tracked = {"r_cl": 12.0, "r_bd": 60.0, "r_share": 70.0, "r_adv": 90.0, "type1": 50.0, "type2": 20.0, "type3": 10.0}
     found = []
     for epoch in range(1, rows + 1):
@@ -63,7 +65,7 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
 def _rows(record: Record, rows: list[dict[str, Any]]) -> None:
     """All at once: a real run writes the file anew, and to the disk, with every row."""
     record.rows = rows[:-1]
-    record.row(**rows[-1])
+    record.log_metrics(**rows[-1])
 
 
 def grid(root: Path, attacks: int, defenses: int, seeds: int, rows: int = 2, risks: bool = False) -> int:

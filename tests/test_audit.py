@@ -53,7 +53,7 @@ from sau.evaluate import led, score
 from sau.figures import audit
 from sau.models import Normalized
 from sau.models.polarizer import insert
-from sau.record import victim as stored
+from sau.record import attack_result as stored
 from sau.record.folder import Record
 from sau.record.lock import in_use
 from sau.record.schema import as_json, manifest, signed
@@ -482,7 +482,7 @@ def test_a_defense_of_another_attack_is_refused(victim, here, one_line):
     assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
     record = Record(victim / "defense" / "ft")
     record.check()
-    record.note(attacked="0" * 64)
+    record.update_config(attacked="0" * 64)
     kept = [file for file in record._files() if file.name != "manifest.json"]
     (record.path / "manifest.json").write_bytes(manifest(kept))
     with pytest.raises(RecordError) as refusal:

@@ -758,7 +758,7 @@ def test_a_stopped_run_says_how_it_is_gone_on_with(kind, run, said, tmp_path, mo
 
     def stop(name: str, argv: list[str]) -> None:
         record = Record(tmp_path / "mine")
-        record.admits({"a": 1}, True)
+        record.can_start({"a": 1}, True)
         if run is not None:
             record.begin({"run": run}, {"a": 1}, True)
         lock.acquire(tmp_path / "ssba-0123456789")
@@ -775,7 +775,7 @@ def test_a_run_that_is_stopped_before_it_overwrites_says_so(finished, tmp_path, 
     shutil.copytree(finished / "record" / "victim", tmp_path / "victim")
 
     def stop(name: str, argv: list[str]) -> None:
-        Record(tmp_path / "victim").admits({"a": 1}, True)
+        Record(tmp_path / "victim").can_start({"a": 1}, True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sau.command.attack_and_defend.attack", stop)

@@ -26,16 +26,16 @@ from PIL import Image
 from torch import nn
 from toys import REPOSITORY, TinyNet, environment, tiny_net, toy_images
 
+from sau.compat import backdoorbench, backdoorbench_images, export, torch_file
+from sau.compat.backdoorbench import KEYS, RESULT
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
 from sau.data.official import OFFICIAL, Official
 from sau.data.sources import fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
-from sau.foreign import compat, compat_pictures, torchfile
-from sau.foreign.compat import KEYS, RESULT
 from sau.models import MODELS, build
-from sau.record import export, victim
+from sau.record import attack_result
 from sau.record.folder import Record
 from sau.record.pictures import load_images
 
@@ -70,7 +70,7 @@ def cifar10(real_data: Path) -> tuple[Images, Images]:
     return load("cifar10", real_data)
 
 
-def network(found: compat.Foreign) -> nn.Module:
+def network(found: backdoorbench.Foreign) -> nn.Module:
     origin = source(found.dataset)
     model = build(found.model_name, found.num_classes, mean=origin.mean, std=origin.std)
     model.net.load_state_dict(found.weights)
@@ -88,8 +88,8 @@ def swap(folder: Path, other: str, place: Path) -> Path:
 
 
 @pytest.fixture(params=(RESULT, "attack_result_numpy1.pt"))
-def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> compat.Foreign:
-    return compat.read(swap(original, request.param, tmp_path / "theirs"))
+def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> backdoorbench.Foreign:
+    return backdoorbench.read(swap(original, request.param, tmp_path / "theirs"))
 
 
 def test_lists_of_a_real_folder(theirs, original, cifar10):
@@ -115,7 +115,7 @@ def test_lists_of_a_real_folder(theirs, original, cifar10):
 
 @torch.no_grad()
 def test_logits_and_scores_of_a_real_folder(original, cifar10):
-    found, expected = compat.read(original), json.loads((original / "expected.json").read_text())
+    found, expected = backdoorbench.read(original), json.loads((original / "expected.json").read_text())
     model, test = network(found), cifar10[1][torch.arange(200)]
     sets = {"clean": (test.pixels, test.labels)}
     sets["bd"] = (found.triggered.pixels, found.triggered.labels)
@@ -200,7 +200,7 @@ def same(one: Images, other: Images) -> bool:
 
 
 def test_a_plain_file_is_read(tiny, tmp_path):
-    found = compat.read(save(toy_content(tmp_path / "a"), tmp_path / "a"))
+    found = backdoorbench.read(save(toy_content(tmp_path / "a"), tmp_path / "a"))
     poisoned, triggered = toy_parts()
     assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
     assert (found.train_length, found.test_length) == (40, 20)
@@ -216,13 +216,13 @@ def test_numpy_1_and_numpy_2_names_are_read(tiny, tmp_path):
         changed = pickled(raw, lambda content, old=old, new=new: content.replace(old, new))
         assert (old + b".multiarray") not in changed and changed.count(new + b".multiarray") == 2
         (folder / RESULT).write_bytes(changed)
-        assert same(compat.read(folder).poisoned, toy_parts()[0])
+        assert same(backdoorbench.read(folder).poisoned, toy_parts()[0])
 
 
 def test_an_attack_without_a_poisoned_training_set(tiny, tmp_path):
     content = toy_content(tmp_path / "a")
     content["bd_train"] = None
-    found = compat.read(save(content, tmp_path / "a"))
+    found = backdoorbench.read(save(content, tmp_path / "a"))
     assert found.poisoned is None and found.train_length is None and len(found.triggered) == 18
 
 
@@ -235,7 +235,7 @@ def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
         table = content[name]["bd_data_container"]["data_dict"]
         table = {int(index): {**entry, "path": entry["path"].replace("/", "\\")} for index, entry in table.items()}
         content[name]["bd_data_container"]["data_dict"] = table
-    found = compat.read(save(content, tmp_path / "a"))
+    found = backdoorbench.read(save(content, tmp_path / "a"))
     assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
 
 
@@ -250,7 +250,7 @@ def test_pictures_kept_in_the_file(tiny, tmp_path):
                 images.index.tolist(), images.pixels, images.labels.tolist(), images.true_labels.tolist(), strict=True
             )
         }
-    found = compat.read(save(content, tmp_path / "a"))
+    found = backdoorbench.read(save(content, tmp_path / "a"))
     assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
 
 
@@ -262,7 +262,7 @@ def test_pictures_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, t
         entry["path"] = entry["path"].replace("bd_", "cross_")
     for entry in content["bd_test"]["bd_data_container"]["data_dict"].values():
         entry["path"] = entry["path"].replace("bd_test_dataset", "bd_other")
-    found = compat.read(save(content, tmp_path / "a"))
+    found = backdoorbench.read(save(content, tmp_path / "a"))
     assert (found.poisoned.role == COVER).all() and same(found.triggered, toy_parts()[1])
 
 
@@ -273,7 +273,7 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
     random.Random(0).shuffle(names)
     weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in content["model"].items()}
     content["model"] = OrderedDict((f"module.{name}", weights[name]) for name in names)
-    found = compat.read(save(content, tmp_path / "a"))
+    found = backdoorbench.read(save(content, tmp_path / "a"))
     assert list(found.weights) == list(weights)  # the order of the network
     assert all(torch.equal(found.weights[name], weights[name].to(found.weights[name].dtype)) for name in weights)
     assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32, torch.int64}
@@ -281,14 +281,14 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
 
 def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
-    first = compat.read(folder)
-    monkeypatch.setattr(compat_pictures, "read_picture", lambda path: pytest.fail(f"{path} is decoded again"))
-    assert same(compat.read(folder).poisoned, first.poisoned)
+    first = backdoorbench.read(folder)
+    monkeypatch.setattr(backdoorbench_images, "read_picture", lambda path: pytest.fail(f"{path} is decoded again"))
+    assert same(backdoorbench.read(folder).poisoned, first.poisoned)
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
     Image.new("RGB", (32, 32), "red").save(folder / "bd_train_dataset" / "3" / "3.png")
-    assert compat.read(folder).poisoned.pixels[1, 0].eq(255).all()
+    assert backdoorbench.read(folder).poisoned.pixels[1, 0].eq(255).all()
 
 
 @pytest.mark.parametrize("what", ["time", "size", "file"])
@@ -304,7 +304,7 @@ def test_the_cache_knows_other_pictures_of_the_same_name(tiny, tmp_path, what):
             picture.write_bytes(picture.read_bytes() + bytes(len(colour)))
         for file in (tmp_path / folder).rglob("*.png"):
             os.utime(file, (9, 9) if what != "time" or file != picture else (9, len(colour)))
-        found.append((compat.read(save(content, tmp_path / folder)), picture.stat()))
+        found.append((backdoorbench.read(save(content, tmp_path / folder)), picture.stat()))
     (first, before), (second, after) = found
     assert (before.st_size == after.st_size) == (what != "size")
     assert (before.st_mtime_ns == after.st_mtime_ns) == (what != "time")
@@ -320,7 +320,7 @@ def test_hundred_permutations_of_names_are_refused(tmp_path):
         renamed = {f"{name[::-1]}": value for name, value in own.items()}
         names = random.Random(seed).sample(sorted(renamed), len(renamed))
         with pytest.raises(RecordError, match="names are not those"):
-            compat._weights({name: own[name[::-1]] for name in names}, own, "n")
+            backdoorbench._weights({name: own[name[::-1]] for name in names}, own, "n")
 
 
 # Refusals
@@ -336,7 +336,7 @@ def refused(tmp_path, one_line):
         raw = content if isinstance(content, bytes) else saved(content)
         (folder / RESULT).write_bytes(raw)
         with pytest.raises(RecordError) as refusal:
-            compat.read(folder)
+            backdoorbench.read(folder)
         line = one_line(refusal.value)
         assert str(folder / RESULT) in line and word in line and len(line) < 500 and line.isprintable(), line
 
@@ -374,7 +374,7 @@ def test_broken_archives(refused, tmp_path):
     refused(out.getvalue(), "not of torch.save")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="No such file"):
-        compat.read(tmp_path / "empty")
+        backdoorbench.read(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("name", ["archive/code/x.py", "archive/constants.pkl"])
@@ -393,7 +393,7 @@ def test_a_picture_in_the_file_that_has_other_colours_is_refused(refused):
 @pytest.mark.parametrize("kind", ["f8", "i8", "i4", "f2"])
 def test_an_array_has_the_length_that_it_claims(refused, tmp_path, kind):
     raw = saved({"x": np.array([-1, 0, 1], dtype=kind)})
-    assert torchfile.load(tmp_path, raw=raw)[0]["x"].values.tolist() == [-1, 0, 1]
+    assert torch_file.load(tmp_path, raw=raw)[0]["x"].values.tolist() == [-1, 0, 1]
     longer = pickled(raw, lambda content: content.replace(b"K\x01K\x03\x85", b"K\x01K\x04\x85"))
     refused(longer, "cannot reshape array of size 3 into shape (4,)")
 
@@ -409,7 +409,7 @@ def test_claims_of_size_cost_nothing(refused, tiny, tmp_path):
 
 def test_flipped_bits_are_refused_or_harmless(tiny, tmp_path, one_line):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
-    raw, before = bytearray((folder / RESULT).read_bytes()), compat.read(folder)
+    raw, before = bytearray((folder / RESULT).read_bytes()), backdoorbench.read(folder)
     with zipfile.ZipFile(folder / RESULT) as archive:
         begin = archive.getinfo(f"{Path(RESULT).stem}/data.pkl").header_offset
     draw, refusals = random.Random(0), 0
@@ -419,7 +419,7 @@ def test_flipped_bits_are_refused_or_harmless(tiny, tmp_path, one_line):
         changed[place] ^= 1 << draw.randrange(8)
         (folder / RESULT).write_bytes(changed)
         try:
-            found = compat.read(folder)
+            found = backdoorbench.read(folder)
         except RecordError as error:
             one_line(error)
             refusals += 1
@@ -521,7 +521,7 @@ def test_wrong_lists(refused, tiny, tmp_path, change, word):
 def test_a_training_split_may_be_as_long_as_the_data_set(refused, tiny, tmp_path):
     content = toy_content(tmp_path / "a")
     content["bd_train"]["poison_indicator"] = np.zeros(50_000)
-    found = compat.read(save(content, tmp_path / "a"))
+    found = backdoorbench.read(save(content, tmp_path / "a"))
     assert (found.train_length, found.poisoned) == (50_000, None)
     content["bd_train"]["poison_indicator"] = np.zeros(50_001)
     refused(content, "bd_train has 50,001 flags, but the data set has 50,000 pictures", tmp_path / "a")
@@ -647,9 +647,9 @@ def make(tmp_path, monkeypatch):
         if poison:
             role = torch.tensor([BACKDOOR, COVER, BACKDOOR], dtype=torch.uint8)
             labels = torch.where(role == COVER, poisoned.true_labels, poisoned.labels)
-            victim.save(made, model, replace(poisoned, role=role, labels=labels), triggered)
+            attack_result.save(made, model, replace(poisoned, role=role, labels=labels), triggered)
         else:
-            victim.save(made, model, train[torch.arange(0)], triggered[torch.arange(0)])
+            attack_result.save(made, model, train[torch.arange(0)], triggered[torch.arange(0)])
         made.finish({})
         made.check()
         return made
@@ -663,13 +663,13 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     export.write(Record(record.path), root / "record" / "new", "new")
     names = sorted(str(file.relative_to(root)) for file in (root / "record").glob("*"))
     assert names == ["record/new"]  # nothing temporary is left
-    found = compat.read(root / "record" / "new")
+    found = backdoorbench.read(root / "record" / "new")
     poisoned, triggered = (load_images(record, part) for part in ("poisoned", "triggered"))
     assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
     assert found.poisoned.role.tolist() == [BACKDOOR, COVER, BACKDOOR]
     assert (found.dataset, found.model_name, found.num_classes) == ("cifar10", NET, 10)
     assert (found.train_length, found.test_length) == (40, 20)
-    ours = victim.load(record.path).model()
+    ours = attack_result.load(record.path).model()
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in ours.net.state_dict().items())
     x = to_float(triggered.pixels[:4])
     assert torch.allclose(network(found)(x), ours(x), rtol=0, atol=1e-6)
@@ -796,7 +796,7 @@ def export_columns(images: Images) -> list[list[int]]:
 def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
     status, out, _ = script("export.py", *flags(tmp_path, "backdoorbench", "bench/record/victim"))
     assert status == 0 and out.strip() == str(tmp_path / "bench" / "record" / "victim")
-    found = compat.read(tmp_path / "bench" / "record" / "victim")
+    found = backdoorbench.read(tmp_path / "bench" / "record" / "victim")
     assert same(found.triggered, wanted["test_triggered"])
     content = torch.load(tmp_path / "bench" / "record" / "victim" / RESULT, weights_only=False)
     assert content["bd_test"]["save_folder_path"] == "./record/victim/bd_test_dataset"

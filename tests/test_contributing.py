@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from toys import REPOSITORY
 
+from sau.compat import weights
+from sau.compat.guess import guess
 from sau.data.sources import SOURCES, load
 from sau.evaluate import score
-from sau.foreign import weights
-from sau.foreign.guess import guess
 from sau.models import MODELS, build
 from sau.optim import Training
 from sau.session import Session

@@ -25,7 +25,7 @@ from sau.data.images import Batches, Images, quantise, some, to_float
 from sau.data.pictures import fit, read_picture
 from sau.data.sources import SOURCES, clean_subset, fingerprint, index_note, load, source
 from sau.errors import ConfigError, DataError, RecordError
-from sau.record.victim import Victim
+from sau.record.attack_result import AttackResult
 
 # Images and quantise
 
@@ -501,7 +501,7 @@ def test_a_download_goes_into_a_folder_that_is_there_or_the_default_one(monkeypa
 
 
 NETWORK = {"name": "preactresnet18", "classes": 4, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
-VICTIM = Victim(
+VICTIM = AttackResult(
     path=Path("a"), dataset="digits", dataset_path="./data", network=NETWORK, weights={}, triggered=None, poisoned=None,
     recipe=None, digest="", fingerprints=None, lengths=(None, None),
 )  # fmt: skip

@@ -15,8 +15,8 @@ from sau.errors import (
     LockedError,
     OutOfMemory,
     RecordError,
-    told,
-    unable,
+    os_error,
+    run_command,
 )
 
 
@@ -31,7 +31,7 @@ def test_want_of_memory_in_any_words_is_one_line(capsys):
     def greedy() -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    assert told(greedy) == 1
+    assert run_command(greedy) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory (Unable to allocate 9 GiB)") and err.count("\n") == 1
 
@@ -54,7 +54,7 @@ def test_every_kind_of_mistake_has_its_status_and_one_line(error, status, said, 
     def fails() -> None:
         raise error
 
-    assert told(fails) == status
+    assert run_command(fails) == status
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == 1 and err.strip().isprintable()
 
@@ -63,12 +63,12 @@ def test_what_is_done_already_is_no_mistake(capsys):
     def done() -> None:
         raise Finished("it is there")
 
-    assert told(done) == 0 and capsys.readouterr() == ("it is there\n", "")
-    assert told(lambda: None) == 0 and told(lambda: 3) == 3
+    assert run_command(done) == 0 and capsys.readouterr() == ("it is there\n", "")
+    assert run_command(lambda: None) == 0 and run_command(lambda: 3) == 3
 
 
 def test_a_fault_of_the_system_is_worth_another_try():
     for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOSPC):
-        assert type(unable(OSError(number, os.strerror(number)), "x")) is FaultError
+        assert type(os_error(OSError(number, os.strerror(number)), "x")) is FaultError
     for number in (errno.ENOENT, errno.EACCES):
-        assert type(unable(OSError(number, os.strerror(number)), "x")) is RecordError
+        assert type(os_error(OSError(number, os.strerror(number)), "x")) is RecordError

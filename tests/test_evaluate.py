@@ -14,7 +14,7 @@ from sau.attack import Blended
 from sau.data.images import to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import Score, Share, _fitting, accuracy, der, led, predict, score, table, verdict
-from sau.wording import markdown
+from sau.formatting import markdown
 
 # Shares
 

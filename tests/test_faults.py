@@ -168,7 +168,7 @@ def contend(folder: Path, tag: float) -> int:
         record.begin({"tag": tag}, {"a": 0}, overwrite=False)
     except RecordError:
         return 1
-    record.row(epoch=1, tag=tag)
+    record.log_metrics(epoch=1, tag=tag)
     time.sleep(0.05)
     record.save_tensors("model", {"tag": torch.full((3,), tag)})
     record.finish({"tag": tag})
@@ -201,8 +201,8 @@ def spoiled(content: bytes, kind: str, draw: random.Random) -> bytes | None:
 def test_spoiled_files_are_refused_or_harmless(number, tmp_path):
     record = Record(tmp_path / "a")
     record.begin({"amp": False}, {"lr": 0.1}, overwrite=False)
-    record.row(epoch=1, acc=91.5)
-    record.say("a line")
+    record.log_metrics(epoch=1, acc=91.5)
+    record.log("a line")
     record.save_tensors("model", {"w": torch.arange(50.0)})
     record.finish({"acc": 91.5})
 

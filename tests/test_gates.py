@@ -9,7 +9,7 @@ from toys import QUICK, REPOSITORY
 from sau.attack import ATTACKS, BadNet
 from sau.errors import RecordError
 from sau.evaluate import Share
-from sau.record import schema, victim
+from sau.record import attack_result, schema
 from sau.record.folder import Record
 
 ATTACK = ("attack", "badnet", "--dataset", "digits", "--width", "2", "--epochs", "0", "--save_folder_name", "a", *QUICK)
@@ -34,7 +34,7 @@ def test_an_attack_below_its_gate_says_so_and_a_defense_repeats_it(here, tmp_pat
     asr = f"ASR {found['asr']:.1f}, gate 85"
     assert line == f"warning: this attack did not take: {asr}; try more --epochs or a larger --pratio"
     assert line in (tmp_path / "record/a/log.txt").read_text()
-    assert victim.load(tmp_path / "record/a").gate == found["gate"]
+    assert attack_result.load(tmp_path / "record/a").gate == found["gate"]
 
     status, out, err = here(*DEFENSE)
     assert status == 0, err
@@ -63,7 +63,7 @@ def test_without_a_gate_nothing_is_said(here, tmp_path, few_digits, flags):
 def test_clean_training_has_no_gate(here, tmp_path, few_digits):
     _, out, _ = here("attack", "prototype", *ATTACK[2:])
     assert not warnings(out) and "gate" not in summary(tmp_path / "record/a")
-    assert victim.load(tmp_path / "record/a").gate is None
+    assert attack_result.load(tmp_path / "record/a").gate is None
 
 
 def test_a_record_without_a_gate_is_judged_by_nothing(here, tmp_path, few_digits):
@@ -74,7 +74,7 @@ def test_a_record_without_a_gate_is_judged_by_nothing(here, tmp_path, few_digits
     del found["gate"]
     (record.path / "manifest.json").unlink()
     record.finish(found)
-    assert victim.load(record.path).gate is None
+    assert attack_result.load(record.path).gate is None
     status, out, err = here(*DEFENSE)
     assert status == 0 and not warnings(out), err
     assert "gate" not in summary(record.path / "defense/ft")

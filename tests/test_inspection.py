@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from toys import REPOSITORY, environment, the_error
 
+from sau.compat import inspect, torch_file, weights
+from sau.compat.guess import guess
+from sau.compat.inspect import HARMLESS, SUSPICIOUS, UNREADABLE, look
+from sau.compat.weights import ONNX, SAFE
 from sau.data.pictures import read_picture
 from sau.errors import RecordError, SauError
-from sau.foreign import inspection, torchfile, weights
-from sau.foreign.guess import guess
-from sau.foreign.inspection import HARMLESS, SUSPICIOUS, UNREADABLE, look
-from sau.foreign.weights import ONNX, SAFE
 from sau.models import build
 
 NET = "preactresnet18"
@@ -93,7 +93,7 @@ def test_six_honest_layouts_load_or_say_which_key_is_missing(layout, tmp_path, o
     own = small()
     found = weights.read(path := stored(tmp_path, LAYOUTS[layout](own)))
     assert found.kind == (OLD if layout == "BackdoorBox" else ZIP)
-    assert "torch._utils._rebuild_tensor_v2" in torchfile.imports(path.read_bytes())
+    assert "torch._utils._rebuild_tensor_v2" in torch_file.imports(path.read_bytes())
     assert all(torch.equal(value, own[name]) for name, value in found.of(own).items()) and list(found.of(own)) == [*own]
     assert guess(found).name == NET
     lost = {name: value for name, value in own.items() if name != "layer2.0.bn1.bias"}
@@ -168,7 +168,7 @@ def test_the_report_of_a_harmless_file(tmp_path):
     assert report["normalisation"] == {"mean": [0.0] * 3, "std": [1.0] * 3, "from": "clean_data, gtsrb"}
     assert "torch._utils._rebuild_tensor_v2" in report["imports"]
     assert "1 of them hold NaN" in report["verdict"] and "\n" not in report["verdict"]
-    lines = inspection.text(report).splitlines()
+    lines = inspect.text(report).splitlines()
     assert lines[-1] == report["verdict"] and "tensor    net.linear.bias  [7]  float32  1 NaN" in lines
 
 
@@ -192,7 +192,7 @@ NONE_OF_IT = {
 
 @pytest.mark.parametrize("what", NONE_OF_IT)
 def test_what_is_no_normalisation_is_not_taken_for_one(what, tmp_path):
-    assert inspection.normalisation(weights.Weights(tmp_path, ZIP, "", *NONE_OF_IT[what])) is None
+    assert inspect.normalisation(weights.Weights(tmp_path, ZIP, "", *NONE_OF_IT[what])) is None
 
 
 def test_an_onnx_file_is_read(tmp_path):
@@ -241,7 +241,7 @@ def test_hostile_files_are_suspicious_and_what_they_ask_for_is_named(places):
         assert found is None and report["status"] != HARMLESS and not (path.parent / HERE).exists(), name
         assert report["status"] == (UNREADABLE if name in unreadable else SUSPICIOUS), (name, report["verdict"])
         assert word in report["verdict"], (name, report["verdict"])
-        assert inspection.text(report).splitlines()[-1] == report["verdict"]
+        assert inspect.text(report).splitlines()[-1] == report["verdict"]
         said[name] = report["format"]
     assert said.pop("legacy") == OLD and said.pop("tar") is None and set(said.values()) == {ZIP}
 
@@ -249,7 +249,7 @@ def test_hostile_files_are_suspicious_and_what_they_ask_for_is_named(places):
 def test_nothing_runs_by_the_audit_hook_and_the_canary(places):
     """No program, no socket, no file written, by any of three ways to open 15 hostile files."""
     paths = [path for path, _ in places.values()]
-    calls = "torchfile.load(path)", "weights.read(path)", "inspection.look(path)"
+    calls = "torch_file.load(path)", "weights.read(path)", "inspect.look(path)"
     code = watched(calls[0], paths) + "".join(
         f"\nfor path in map(Path, {[str(path) for path in paths]!r}):\n    try:\n        {call}\n"
         "    except RecordError as error:\n        print('refused', error)\n"
@@ -322,15 +322,15 @@ def test_values_of_stand_ins_are_those_of_the_file(tmp_path):
     arrays = [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.arange(3, dtype=">i4")]
     scalars = [np.float32(0.5), np.int64(-3), np.bool_(True), np.float16(2)]
     content = {"arrays": arrays, "scalars": scalars, "args": argparse.Namespace(lr=0.1), "dir": Path("/x/y")}
-    found, _ = torchfile.load(stored(tmp_path, {**content, "objects": np.array([1, None], dtype=object)}))
+    found, _ = torch_file.load(stored(tmp_path, {**content, "objects": np.array([1, None], dtype=object)}))
     assert [array.values.tolist() for array in found["arrays"]] == [array.tolist() for array in arrays]
     assert found["scalars"] == [0.5, -3, True, 2.0] and found["args"] == {"lr": 0.1} and found["dir"] == "/x/y"
     assert found["objects"].values.tolist() is None
 
 
 def test_all_that_a_file_may_call_beside_torchs_own_list_is_a_stand_in_of_ours():
-    assert {thing.__module__ for thing, _ in torchfile.ALLOWED} == {torchfile.__name__}
-    assert len({name for _, name in torchfile.ALLOWED}) == len(torchfile.ALLOWED)
+    assert {thing.__module__ for thing, _ in torch_file.ALLOWED} == {torch_file.__name__}
+    assert len({name for _, name in torch_file.ALLOWED}) == len(torch_file.ALLOWED)
 
 
 class Config(dict[str, Any]):
@@ -344,7 +344,7 @@ def test_a_class_that_is_not_known_gets_the_line_that_saves_the_weights_alone(ke
     net = torch.nn.Linear(2, 3)
     content = net if whole else {**net.state_dict(), **({} if key else {"cfg": Config(a=1)})}
     path = stored(tmp_path, {key: content, "cfg": Config(a=1)} if key else content)
-    with pytest.raises(torchfile.ProgramError) as refusal:
+    with pytest.raises(torch_file.ProgramError) as refusal:
         weights.read(path)
     line = one_line(refusal.value)
     assert "nothing of it was run" in line and "Only if you trust" in line and "harmful" not in line
@@ -359,7 +359,7 @@ def test_a_class_that_is_not_known_gets_the_line_that_saves_the_weights_alone(ke
 
 @pytest.mark.parametrize("call", [Call(os.system, "true"), Call(eval, "1"), Call(subprocess.check_call, ["true"])])
 def test_of_a_file_that_would_run_a_program_no_line_is_given_to_load_it(call, tmp_path, one_line):
-    with pytest.raises(torchfile.ProgramError) as refusal:
+    with pytest.raises(torch_file.ProgramError) as refusal:
         weights.read(stored(tmp_path, {"state_dict": small(), "x": call}))
     assert "it may be harmful" in one_line(refusal.value) and "weights_only" not in str(refusal.value)
 
@@ -398,7 +398,7 @@ def test_class_names_and_the_size_of_images_are_found(tmp_path):
     for size, wanted in ((64, 64), ((3, 224, 224), 224), ([32, 32, 3], 32), ("64", None), ([], None), (None, None)):
         assert weights.read(stored(tmp_path, {"args": argparse.Namespace(img_size=size)})).input_size == wanted
     report, _, _ = look(stored(tmp_path, {"net": small(), "classes": [*names, "\x1b[2J\n", "x", "y"], "img_size": 24}))
-    lines = inspection.text(report).splitlines()
+    lines = inspect.text(report).splitlines()
     assert "classes   0 = cat, 1 = dog, 2 = emu, ..., 5 = y" in lines and "size      24" in lines
 
 
@@ -406,7 +406,7 @@ def test_class_names_and_the_size_of_images_are_found(tmp_path):
 def test_statistics_that_a_file_states_are_found(kind, tmp_path):
     found = weights.read(stored(tmp_path, {"cfg": {"mean": kind([0.5, 0.25, 0.125]), "std": kind([0.5, 0.5, 1.0])}}))
     wanted = {"mean": [0.5, 0.25, 0.125], "std": [0.5, 0.5, 1.0], "from": "cfg.mean"}
-    assert inspection.normalisation(found) == wanted
+    assert inspect.normalisation(found) == wanted
 
 
 def test_a_second_pickle_in_an_archive_is_refused(tmp_path, one_line):
@@ -416,7 +416,7 @@ def test_a_second_pickle_in_an_archive_is_refused(tmp_path, one_line):
     report, found, _ = look(path := stored(tmp_path, raw.getvalue()))
     assert found is None and report["status"] == SUSPICIOUS and "os.system" in report["imports"]
     with pytest.raises(RecordError) as refusal:
-        inspection.inspect(path, tmp_path / "x.safetensors") and weights.read(path)
+        inspect.inspect(path, tmp_path / "x.safetensors") and weights.read(path)
     assert "holds 2 pickles" in one_line(refusal.value) and not (tmp_path / "x.safetensors").exists()
 
 
@@ -444,9 +444,9 @@ def test_a_file_that_holds_itself_comes_to_an_end(times, tmp_path, monkeypatch, 
 def test_names_are_read_from_every_kind_of_pickle():
     call = {"x": Call(os.system, "true")}
     for raw in (saved(call), saved(call, _use_new_zipfile_serialization=False), pickle.dumps(call, 2)):
-        assert "posix.system" in torchfile.imports(raw)
-    assert torchfile.imports(pickle.dumps(call, 4)) == ["posix.system"]
-    assert torchfile.imports(b"PK\x03\x04junk") == torchfile.imports(b"") == torchfile.imports(b"text") == []
+        assert "posix.system" in torch_file.imports(raw)
+    assert torch_file.imports(pickle.dumps(call, 4)) == ["posix.system"]
+    assert torch_file.imports(b"PK\x03\x04junk") == torch_file.imports(b"") == torch_file.imports(b"text") == []
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -460,13 +460,13 @@ def test_many_weights_are_read(old, tmp_path):
 
 @pytest.mark.parametrize("name", ["conv1.weight", "linear.bias"])
 def test_a_first_or_last_weight_without_a_dimension_is_no_network_of_ours(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("sau.foreign.guess.torchvision_names", tuple)
+    monkeypatch.setattr("sau.compat.guess.torchvision_names", tuple)
     found = weights.read(stored(tmp_path, {**small(), name: torch.tensor(1.0)}))
     assert guess(found) is None
 
 
 def test_a_network_wider_than_any_of_ours_is_not_built(tmp_path, monkeypatch):
-    monkeypatch.setattr("sau.foreign.guess.torchvision_names", tuple)
+    monkeypatch.setattr("sau.compat.guess.torchvision_names", tuple)
     for width in (1024, 1025):
         with torch.device("meta"):
             own = build(NET, 2, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
@@ -514,7 +514,7 @@ def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path, one_line):
     assert one_line(refusal.value).isprintable()
     for content in (own, shown):
         report, _, _ = look(stored(tmp_path, content))
-        lines = inspection.text(report).split("\n")
+        lines = inspect.text(report).split("\n")
         assert all(line.isprintable() and len(line) < 250 for line in lines) and lines[-1] == report["verdict"]
         assert len(lines) == len(content) + len(report["imports"]) + 9
 
@@ -526,11 +526,11 @@ def test_a_network_that_is_there_twice_is_said_to_be(tmp_path, one_line):
     report, found, known = look(path)
     assert (report["status"], report["network"], known) == (HARMLESS, None, None)
     assert report["verdict"].endswith("a known network more than once: under 'ema.', 'model.'")
-    assert "network   more than once, under 'ema.', 'model.'" in inspection.text(report).split("\n")
+    assert "network   more than once, under 'ema.', 'model.'" in inspect.text(report).split("\n")
     with pytest.raises(weights.SeveralError) as refusal:
         guess(found)
     assert f"{path} holds the network 2 times" in one_line(refusal.value) and "--model_prefix" in str(refusal.value)
-    inspection.inspect(path, tmp_path / "both.safetensors")
+    inspect.inspect(path, tmp_path / "both.safetensors")
     assert len(load_file(tmp_path / "both.safetensors")) == 2 * len(own)
 
 
@@ -538,7 +538,7 @@ def test_prefixes_from_a_file_move_no_cursor_and_forge_no_line(tmp_path, one_lin
     own = small()
     report, found, _ = look(stored(tmp_path, {f"{EVIL}{i}.{name}": own[name] for i in range(9) for name in own}))
     assert report["verdict"].isprintable() and report["verdict"].isascii() and len(report["verdict"]) < 1000
-    assert all(line.isprintable() for line in inspection.text(report).split("\n"))
+    assert all(line.isprintable() for line in inspect.text(report).split("\n"))
     with pytest.raises(weights.SeveralError) as refusal:
         guess(found)
     assert one_line(refusal.value).isprintable() and "9 times" in str(refusal.value)

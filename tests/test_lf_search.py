@@ -19,7 +19,7 @@ from sau.errors import ConfigError, DataError, RecordError, TrainingError
 from sau.evaluate import predict
 from sau.models import build
 from sau.optim import Training
-from sau.record import victim
+from sau.record import attack_result
 from sau.record.folder import Record
 from sau.seeds import generator
 from sau.session import Session
@@ -264,7 +264,7 @@ def write_record(path: Path, images: Images, triggered: Images | None = None) ->
     run = {"dataset_path": ".", "recipe": "cpu"}
     record.begin({"model": {"name": "preactresnet18", **about}, "data": data, "run": run}, {}, overwrite=False)
     none = images[images.labels[:0]]
-    victim.save(record, model, none, none if triggered is None else triggered)
+    attack_result.save(record, model, none, none if triggered is None else triggered)
     record.finish({})
     return path
 

@@ -18,7 +18,7 @@ from sau.data.images import to_float
 from sau.defense import SAU
 from sau.errors import TrainingError
 from sau.optim import Training
-from sau.seeds import set_drawn
+from sau.seeds import set_rng_state
 from sau.session import Deadline, Limit, Session
 
 EPOCHS, SIZE = 3, 8
@@ -487,7 +487,7 @@ def test_a_run_that_saw_two_devices_goes_on_where_one_is_seen(monkeypatch):
     found = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.update({device: state}))
-    set_drawn({"cpu": torch.get_rng_state(), "cuda": [torch.zeros(1), torch.ones(1)]})
+    set_rng_state({"cpu": torch.get_rng_state(), "cuda": [torch.zeros(1), torch.ones(1)]})
     assert found == {0: torch.zeros(1)}
 
 

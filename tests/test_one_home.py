@@ -48,9 +48,9 @@ def below(*folders: str) -> set[str]:
 HOMES: dict[str, tuple[set[str], set[str]]] = {
     "flags": (importing("argparse") | calling("add_argument"), {"settings/config.py"} | below("command")),
     "YAML": (importing("yaml"), {"errors.py", "settings/yamlfile.py", "record/schema.py"}),
-    "reading torch's files": (calling("torch.load"), {"record/folder.py", "foreign/torchfile.py"}),
-    "writing torch's files": (calling("torch.save"), {"record/folder.py", "record/export.py"}),
-    "pickles": (importing("pickle"), {"data/cifar.py", "foreign/torchfile.py"}),
+    "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
+    "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
+    "pickles": (importing("pickle"), {"data/cifar.py", "compat/torch_file.py"}),
     "gradients of weights": (calling("backward"), {"optim/descent.py"}),
     "optimisers": (
         importing("torch.optim") | calling("SGD", "Adam", "AdamW"),
@@ -65,7 +65,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
             "loop.py",  # of a place that is too large to be written at the end of every epoch
         },
     ),
-    "progress bars": (importing("tqdm"), {"loop.py", "foreign/compat_pictures.py"} | below("data")),
+    "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench_images.py"} | below("data")),
     "the screen": (
         calling("print"),
         {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("command", "data"),
@@ -127,7 +127,7 @@ def test_nothing_is_executed_that_was_read():
 def test_the_path_of_modules_is_changed_in_the_scripts_alone():
     """And for a module of the user's own, while it is imported."""
     found = files_with(lambda node: isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path")
-    assert found == {"foreign/network.py"}
+    assert found == {"compat/network.py"}
 
 
 def test_the_statistics_of_a_data_set_stand_in_one_file():

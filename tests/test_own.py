@@ -18,13 +18,13 @@ from toys import QUICK, command, environment, same_weights, stop_after, tiny_net
 
 from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
 from sau.command.own_network import _check_classes, _unapplied, by_name, split
+from sau.compat import weights
+from sau.compat.network import network
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import Score, Share
-from sau.foreign import weights
-from sau.foreign.network import network
 from sau.models.preact_resnet import PreActResNet18
-from sau.record.victim import load_weights
+from sau.record.attack_result import load_weights
 from sau.risk import Found, measure
 from sau.settings.run import OwnRun
 from sau.witness import Search

@@ -17,14 +17,14 @@ import torch
 from toys import REPOSITORY, environment, toy_images
 
 from sau.command.watch import Watch
+from sau.compat.backdoorbench import RESULT
 from sau.errors import Finished, LockedError, RecordError
-from sau.files import checksum, folder, read, write
-from sau.foreign.compat import RESULT
+from sau.files import checksum, read, safe_join, write
 from sau.record import folder as module
 from sau.record import schema
+from sau.record.attack_result import load, load_weights
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.record.lock import acquire, in_use, release
-from sau.record.victim import load, load_weights
 from sau.settings.run import AttackRun
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
@@ -39,8 +39,8 @@ def begun(path: Path, identity=IDENTITY, overwrite: bool = False, **config) -> R
 def made(path: Path) -> Record:
     """A finished folder with every kind of file."""
     record = begun(path)
-    record.say("a line")
-    record.row(epoch=1, loss=0.5)
+    record.log("a line")
+    record.log_metrics(epoch=1, loss=0.5)
     record.save_tensors("model", {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7)})
     record.finish({"acc": 91.3})
     return record
@@ -131,7 +131,7 @@ def test_a_place_that_cannot_hold_files_is_said_in_one_line(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("a file").write_text("in the way")
     with pytest.raises(RecordError) as refusal:
-        begun(folder(root, "name"))
+        begun(safe_join(root, "name"))
     assert root in one_line(refusal.value)
 
 
@@ -140,8 +140,8 @@ def test_a_place_that_cannot_hold_files_is_said_in_one_line(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["a", "A1", "badnet_0.1", "2024-01-01", "x" * 100, "0", "a..b"])
 def test_names_that_are_allowed(tmp_path, name):
-    assert folder(tmp_path, name) == tmp_path / name
-    assert folder(str(tmp_path), name).name == name
+    assert safe_join(tmp_path, name) == tmp_path / name
+    assert safe_join(str(tmp_path), name).name == name
 
 
 ESCAPES = [
@@ -153,7 +153,7 @@ ESCAPES = [
 @pytest.mark.parametrize("name", ESCAPES, ids=lambda name: repr(name)[:20])
 def test_names_that_could_lead_elsewhere_are_refused(tmp_path, name, one_line):
     with pytest.raises(RecordError) as refusal:
-        folder(tmp_path, name)
+        safe_join(tmp_path, name)
     assert len(one_line(refusal.value)) < 400 and listing(tmp_path) == []
 
 
@@ -167,14 +167,14 @@ def test_a_link_that_leads_elsewhere_is_refused(tmp_path, one_line):
     (tmp_path / "root" / "a" / "inside").symlink_to(tmp_path / "root")
     for names in (("link",), ("near",), ("a", "inside", "x")):
         with pytest.raises(RecordError) as refusal:
-            folder(tmp_path / "root", *names)
+            safe_join(tmp_path / "root", *names)
         assert "is a link that leads out" in one_line(refusal.value)
 
 
 def test_the_root_itself_may_be_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "record").symlink_to(tmp_path / "disk")
-    assert folder(tmp_path / "record", "a") == tmp_path / "record" / "a"
+    assert safe_join(tmp_path / "record", "a") == tmp_path / "record" / "a"
 
 
 def test_a_link_below_the_root_is_refused(tmp_path, one_line):
@@ -184,12 +184,12 @@ def test_a_link_below_the_root_is_refused(tmp_path, one_line):
     (tmp_path / "record" / "a" / "defense").symlink_to(tmp_path / "outside")
     (tmp_path / "record" / "a" / "audit").symlink_to("audit")
     with pytest.raises(RecordError) as refusal:
-        folder(tmp_path / "record" / "a", "defense", "sau")
+        safe_join(tmp_path / "record" / "a", "defense", "sau")
     assert "link" in one_line(refusal.value)
     with pytest.raises(RecordError):
-        write(folder(tmp_path / "record" / "a", "audit", "pieces") / "x", b"")  # a link to itself
+        write(safe_join(tmp_path / "record" / "a", "audit", "pieces") / "x", b"")  # a link to itself
     (tmp_path / "linked").symlink_to(tmp_path / "record")
-    assert folder(tmp_path / "linked" / "a", "figures", "b").name == "b"
+    assert safe_join(tmp_path / "linked" / "a", "figures", "b").name == "b"
 
 
 # Beginning
@@ -197,7 +197,7 @@ def test_a_link_below_the_root_is_refused(tmp_path, one_line):
 
 def test_facts_come_back(tmp_path):
     record = begun(tmp_path / "a", dataset="digits", values=(1, 2))
-    record.note(amp=False, mean=(0.5, 0.5))
+    record.update_config(amp=False, mean=(0.5, 0.5))
     assert record.config["values"] == [1, 2] and record.config["mean"] == [0.5, 0.5]
     again = begun(tmp_path / "a")  # the same run goes on
     assert again.config == record.config and again.config["amp"] is False
@@ -220,8 +220,8 @@ def test_the_identity_decides_not_the_rest(tmp_path):
 )
 def test_an_unfinished_run_with_other_settings_is_refused_with_the_difference(tmp_path, other, words, one_line):
     record = begun(tmp_path / "a")
-    record.say("kept")
-    record.row(epoch=1, loss=0.5)
+    record.log("kept")
+    record.log_metrics(epoch=1, loss=0.5)
     before = listing(tmp_path)
     with pytest.raises(RecordError) as refusal:
         begun(tmp_path / "a", other)
@@ -248,7 +248,7 @@ def test_the_same_run_is_finished_and_a_run_that_was_asked_otherwise_is_refused(
     record = Record(tmp_path / "a")
     record.begin(asked, identity, False)
     if early:
-        record.note(
+        record.update_config(
             identity={**identity, "ended_early": "epoch 2"},
             digest=schema.digest({**identity, "ended_early": "epoch 2"}),
         )
@@ -266,7 +266,7 @@ def test_going_on_keeps_what_is_asked_now_and_both_commands(tmp_path):
     asked = {"run": {"trigger_radius": 0.2}, "command": "first"}
     first = Record(tmp_path / "a")
     first.begin(asked, {"a": 1}, False)
-    first.note(amp=True)
+    first.update_config(amp=True)
     first.save({"stage": 0, "place": {"epoch": 1}})
     for number in (2, 3):
         Record(tmp_path / "a").begin({"run": {"trigger_radius": 0.9}, "command": f"go on {number}"}, {"a": 1}, False)
@@ -280,7 +280,7 @@ def test_a_run_that_was_killed_while_its_early_end_was_written_goes_on(tmp_path)
     early = {**identity, "ended_early": "epoch 2"}
     first = begun(tmp_path / "a", identity)
     first.save({"stage": 0, "place": {"epoch": 1}})
-    first.note(identity=early, digest=schema.digest(early), notes=["ended early, epoch 2"])
+    first.update_config(identity=early, digest=schema.digest(early), notes=["ended early, epoch 2"])
     begun(tmp_path / "a", identity)
     found = schema.configuration(tmp_path / "a" / CONFIG)
     assert found["identity"] == identity and found["digest"] == schema.digest(identity)
@@ -292,7 +292,7 @@ def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
     """Those up to the last checkpoint: what came after it is made again."""
     monkeypatch.setattr(time, "monotonic", lambda: 5.0)
     first = begun(tmp_path / "a")
-    first.row(epoch=1, seconds=10.0)
+    first.log_metrics(epoch=1, seconds=10.0)
     first.clock = lambda: 25.0
     first.save({"stage": 0, "place": {"epoch": 1}})
     second = begun(tmp_path / "a")
@@ -685,8 +685,8 @@ def test_a_malicious_checkpoint_with_a_right_sum_is_refused_and_not_executed(tmp
 
 def test_rows_are_a_line_each(tmp_path):
     record = begun(tmp_path / "a")
-    record.row(epoch=1, loss=0.5, asr=None)
-    record.row(epoch=2, loss=0.25)
+    record.log_metrics(epoch=1, loss=0.5, asr=None)
+    record.log_metrics(epoch=2, loss=0.25)
     lines = (tmp_path / "a" / METRICS).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.5, "asr": None}, {"epoch": 2, "loss": 0.25}]
 
@@ -705,7 +705,7 @@ def test_the_files_of_a_folder_have_the_names_that_others_rely_on():
 
 def test_a_light_check_compares_the_sizes_of_weights_alone_and_spares_the_long_list(tmp_path):
     record = begun(tmp_path / "a")
-    record.note(clean_index=[3, 1, 4], notes=["a note"])
+    record.update_config(clean_index=[3, 1, 4], notes=["a note"])
     record.save_tensors("model", {"weight": torch.arange(6.0)})
     record.finish({"acc": 91.3})
     full, light = Record(record.path).check(), Record(record.path).check(light=True)
@@ -726,12 +726,12 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     """A cut between the row and the checkpoint of an epoch would otherwise leave the epoch twice."""
     first = begun(tmp_path / "a")
     for epoch in (1, 2, 3):
-        first.row(epoch=epoch, loss=float(epoch))
+        first.log_metrics(epoch=epoch, loss=float(epoch))
     first.save({"stage": 0, "place": {"epoch": kept}})
     second = begun(tmp_path / "a")
     second.load()
     assert [row["epoch"] for row in second.rows] == list(range(1, kept + 1))
-    second.row(epoch=kept + 1, loss=9.0)
+    second.log_metrics(epoch=kept + 1, loss=9.0)
     rows = [json.loads(line) for line in (tmp_path / "a" / METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, kept + 2)) and rows[-1]["loss"] == 9.0
 
@@ -739,7 +739,7 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
 def test_rows_of_an_earlier_stage_stay_on_resuming(tmp_path):
     first = begun(tmp_path / "a")
     for row in ({"epoch": 1}, {"epoch": 2}, {"stage": 1.0, "epoch": 1}, {"stage": 1.0, "epoch": 2}):
-        first.row(**row, loss=1.0)
+        first.log_metrics(**row, loss=1.0)
     first.save({"stage": 1, "place": {"epoch": 1}})
     second = begun(tmp_path / "a")
     second.load()
@@ -758,8 +758,8 @@ def test_a_checkpoint_without_its_rows_is_refused(tmp_path, one_line):
 
 def test_what_is_said_is_printed_and_kept(tmp_path, capsys):
     record = begun(tmp_path / "a")
-    record.say("one")
-    record.say("two\nthree")
+    record.log("one")
+    record.log("two\nthree")
     assert capsys.readouterr().out == "one\ntwo\nthree\n" == (tmp_path / "a" / LOG).read_text()
 
 
@@ -767,7 +767,7 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, one_line):
     record = begun(tmp_path / "a")
     (tmp_path / "a" / LOG).mkdir()
     with pytest.raises(RecordError) as refusal:
-        record.say("one")
+        record.log("one")
     assert LOG in one_line(refusal.value)
 
 
@@ -777,7 +777,7 @@ def test_a_log_that_is_a_link_is_not_followed(tmp_path, one_line):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "a" / LOG).symlink_to(tmp_path / "precious")
     with pytest.raises(RecordError) as refusal:
-        record.say("one")
+        record.log("one")
     assert LOG in one_line(refusal.value) and (tmp_path / "precious").read_text() == "mine"
 
 
@@ -823,7 +823,7 @@ def test_an_attack_is_not_made_again_while_a_defense_in_it_is_at_work(tmp_path, 
 def test_bytes_of_a_path_that_are_no_text_do_not_spoil_the_folder(tmp_path):
     """`$'caf\\xe9'` on a command line becomes a surrogate, which YAML can write and not read."""
     record = begun(tmp_path / "a", {"patch": "caf\udce9"}, command="attack.py --dataset_path caf\udce9")
-    record.say("from caf\udce9")
+    record.log("from caf\udce9")
     record.finish({"acc": 1.0})
     config = Record(tmp_path / "a").check()
     assert config["command"] == "attack.py --dataset_path caf?"
@@ -852,11 +852,11 @@ def test_a_full_disk_is_one_line_where_not_even_a_folder_can_be_made(tmp_path, m
 def test_a_run_that_was_refused_at_once_does_not_stand_in_the_way(tmp_path):
     """Its folder has nothing but settings and a log; one with a row or a checkpoint is kept from other settings."""
     refused = begun(tmp_path / "a", {"layers": "wrong"})
-    refused.say("error")
+    refused.log("error")
     release(tmp_path / "a")
     mended = begun(tmp_path / "a", {"layers": "right"})
     assert mended.config["identity"] == {"layers": "right"} and not (tmp_path / "a" / LOG).exists()
-    mended.row(epoch=1, loss=0.5)
+    mended.log_metrics(epoch=1, loss=0.5)
     with pytest.raises(RecordError, match="unfinished run with other settings"):
         begun(tmp_path / "a", {"layers": "others"})
 
@@ -982,7 +982,7 @@ def test_a_folder_that_was_refused_is_free_for_others_and_one_that_is_had_stays(
     with pytest.raises(RecordError):
         begun(tmp_path / "a", {"lr": 3})
     assert not in_use(tmp_path / "a")
-    begun(tmp_path / "b").row(epoch=1, loss=0.5)
+    begun(tmp_path / "b").log_metrics(epoch=1, loss=0.5)
     with pytest.raises(RecordError):
         begun(tmp_path / "b", {"lr": 3})
     assert in_use(tmp_path / "b")

@@ -15,12 +15,12 @@ import torch
 from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, the_error
 
-from sau import wording
+from sau import formatting
 from sau.errors import RecordError, printable
 from sau.evaluate import Score, Share, der
 from sau.record import schema
+from sau.record.attack_result import load
 from sau.record.folder import Record
-from sau.record.victim import load
 from sau.report import parse, scatter
 from sau.report import read as reading
 from sau.report.exports import as_csv, as_json, as_latex
@@ -166,7 +166,7 @@ def noted(path: Path, **facts: object) -> None:
     record.check()
     summary = record.summary()
     (path / "manifest.json").unlink()
-    record.note(**facts)
+    record.update_config(**facts)
     record.finish(summary)
 
 
@@ -705,13 +705,17 @@ def test_numbers_are_written_short_and_bounds_never_too_high():
         6_000.0: "1 h 40 min",
         12_000.0: "3 h 20 min",
     }
-    assert {value: wording.duration(value) for value in seconds} == seconds
+    assert {value: formatting.duration(value) for value in seconds} == seconds
     numbers = {3.0: "3", -120.0: "-120", 0.0: "0", 1.5: "1.5", 0.12344: "0.1234", 123456.0: "123456"}
-    assert {value: wording.short(value) for value in numbers} == numbers
+    assert {value: formatting.short(value) for value in numbers} == numbers
     for bound in (0.0123456, 0.99996, 1.00004, 9.9999, 12.345, 72.0, 1234.56):
-        written = float(wording.at_most(bound))
+        written = float(formatting.at_most(bound))
         assert bound * (1 - 1e-3) < written <= bound, bound
-    assert wording.at_most(12.345) == "12.34" and wording.at_most(12.348) == "12.34" and wording.at_most(72.0) == "72"
+    assert (
+        formatting.at_most(12.345) == "12.34"
+        and formatting.at_most(12.348) == "12.34"
+        and formatting.at_most(72.0) == "72"
+    )
 
 
 def test_the_page_says_what_a_row_cannot(tmp_path):

@@ -83,7 +83,7 @@ def test_networks_compute_where_they_are_told_to(name, flags, what, victim, here
         assert here("attack", "prototype", "--save_folder_name", "clean", *clean, "--device", "cpu")[0] == 0
     for home in ("arguments", "figures"):  # scripts import it anew
         monkeypatch.setattr(f"sau.command.{home}.use_device", lambda asked: torch.device("meta"))
-    monkeypatch.setattr("sau.record.victim.load_weights", lambda model, path: None)
+    monkeypatch.setattr("sau.record.attack_result.load_weights", lambda model, path: None)
     monkeypatch.setattr("sau.command.figures.features", lambda *given: None)
     monkeypatch.setattr("sau.command.figures.save", lambda figure, path: [])
     monkeypatch.setattr(what, stop)
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_said_before_anything_is_done(name, flags, words, scri
 
 
 def test_whoever_closes_stdout_is_served_all_the_same():
-    code = "import sys; from sau.errors import told; sys.exit(told(lambda: print(1)))"
+    code = "import sys; from sau.errors import run_command; sys.exit(run_command(lambda: print(1)))"
     closed = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} >&-"
     done = subprocess.run(["sh", "-c", closed], env=environment(), capture_output=True, text=True, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "")
@@ -173,8 +173,8 @@ def test_a_subset_of_a_data_set_is_noted(script, tmp_path, few, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_script_with_one_line(number):
-    code = "import os, signal, sys, time; from sau.errors import told\n"
+    code = "import os, signal, sys, time; from sau.errors import run_command\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background ignores it
-    code += f"sys.exit(told(lambda: os.kill(os.getpid(), {int(number)}) or time.sleep(60) or 0))"
+    code += f"sys.exit(run_command(lambda: os.kill(os.getpid(), {int(number)}) or time.sleep(60) or 0))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (130, "\nstopped; repeat the command to go on\n")

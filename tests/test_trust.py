@@ -23,7 +23,7 @@ from sau.data.scrutiny import remarks, scrutinise
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError, RecordError
 from sau.evaluate import Score, der, score
-from sau.files import existing, folder
+from sau.files import existing
 from sau.record.folder import CONFIG, METRICS, Record
 from sau.record.schema import SCHEMA, UPGRADES, signed
 from sau.session import Session
@@ -35,7 +35,7 @@ def test_an_unfinished_folder_notices_what_was_spoiled(tmp_path, one_line):
     """Settings carry a seal and rows lie in the checkpoint, so that no wrong figure gets into a resumed run."""
     record = Record(tmp_path / "a")
     record.begin({"amp": False}, {"lr": 0.1}, overwrite=False)
-    record.row(epoch=1, acc=91.5)
+    record.log_metrics(epoch=1, acc=91.5)
     record.save({"stage": 0, "place": {"epoch": 1}})
     (record.path / METRICS).write_text(json.dumps({"epoch": 1, "acc": 99.5}) + "\n")
     again = Record(tmp_path / "a")
@@ -53,7 +53,7 @@ def test_an_unfinished_folder_notices_what_was_spoiled(tmp_path, one_line):
 
 
 def check_name(root: Path, name: str) -> None:
-    for find in (folder, existing):
+    for find in (safe_join, existing):
         try:
             path = find(str(root), name)
         except RecordError:

@@ -117,7 +117,7 @@ def refuse(*args, **how):
 
 
 def test_a_disk_that_fills_up_costs_a_line(monkeypatch):
-    monkeypatch.setattr(workshop.Record, "row", refuse)
+    monkeypatch.setattr(workshop.Record, "log_metrics", refuse)
     lines: list[str] = []
     assert (make(Counted(), lines)["t"] == 1).all()
     assert len([line for line in lines if "not be kept" in line]) == 1

@@ -15,7 +15,7 @@ from sau.data.sources import fingerprint
 from sau.errors import RecordError
 from sau.evaluate import answering
 from sau.models import Normalized, full_precision
-from sau.record import victim
+from sau.record import attack_result
 from sau.session import Session
 
 
@@ -49,7 +49,7 @@ def _answers(network: nn.Module, images: Images) -> list[str]:
 
 def recorded(path: Path, images: Images) -> Normalized:
     """The network of a finished record, in eval mode; RecordError unless it is clean and saw pictures like these."""
-    found = victim.load(path)
+    found = attack_result.load(path)
     if found.triggered is not None or found.poisoned is not None:
         raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
     here = (images.num_classes, list(images.pixels.shape[1:]))

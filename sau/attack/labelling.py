@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError
+from sau.formatting import at_most
 from sau.method import Method
 from sau.types import Labels
-from sau.wording import at_most
 
 
 @dataclass(frozen=True, kw_only=True)

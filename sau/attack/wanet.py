@@ -19,10 +19,10 @@ from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
+from sau.formatting import at_most
 from sau.models import Normalized
 from sau.seeds import generator, seeded
 from sau.types import Labels, Pixels
-from sau.wording import at_most
 
 
 class Field(nn.Module):

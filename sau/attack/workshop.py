@@ -80,7 +80,7 @@ def same_trigger(record: Record, trigger: nn.Module | None) -> None:
     if record.config.get("trigger_digest", mark) != mark:
         what = f"{record.path} began with another trigger, which was trained with other threads or on another machine"
         raise RecordError(f"{what}; repeat it as it was, choose another name, or --overwrite")
-    record.note(trigger_digest=mark)
+    record.update_config(trigger_digest=mark)
 
 
 def _whole(record: Record) -> Made | None:
@@ -128,7 +128,7 @@ class _Shelf:
     def tell(self, text: str) -> None:
         """Print a line, and keep it while the record is kept."""
         if self.open:
-            self._try(lambda: self.record.say(text))
+            self._try(lambda: self.record.log(text))
         else:
             self.say(text)
 
@@ -139,7 +139,7 @@ class _Shelf:
         self._try(lambda: self.record.save(place))
 
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
-        self._try(lambda: self.record.row(epoch=epoch, **losses))
+        self._try(lambda: self.record.log_metrics(epoch=epoch, **losses))
         return {}
 
     def close(self, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:

@@ -11,7 +11,7 @@ from sau.audit.case import CONTROL, NONE
 from sau.audit.coefficient import existence, stretched
 from sau.audit.measure import Row
 from sau.audit.plan import Piece, Plan
-from sau.files import loaded, parsed, write
+from sau.files import parse_json, read_json, write
 from sau.files import read as read_bytes
 from sau.record.lock import acquire, release
 from sau.record.schema import SEAL, as_json, digest, signed
@@ -62,13 +62,13 @@ def _keep(place: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 def read(place: Path) -> dict[str, Any]:
     """What a file of an audit holds; ValueError if it is no such file or damaged, OSError if it cannot be read."""
-    return _unsealed(loaded(place))
+    return _unsealed(read_json(place))
 
 
 def read_line(file: Path, name: str) -> dict[str, Any]:
     """The audit that a line of a file holds, a JSON object whose `name` is this; ValueError if no line does."""
     for line in read_bytes(file).decode().splitlines():
-        content = parsed(line)
+        content = parse_json(line)
         if isinstance(content, dict) and content.pop("name", None) == name:
             return _unsealed(content)
     raise ValueError(f"no line has the name {name}")

@@ -16,13 +16,13 @@ from sau.data.images import BACKDOOR, Images
 from sau.data.pairs import sample
 from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
-from sau.files import folder
+from sau.files import safe_join
+from sau.formatting import marked
 from sau.grid.names import defense_named
 from sau.models import Normalized
-from sau.record import schema, victim
+from sau.record import attack_result, schema
 from sau.record.folder import Record
 from sau.seeds import generator
-from sau.wording import marked
 
 NONE, CONTROL = "none", "control"  # the attacked network itself; the one that was trained without a backdoor
 STAMPED = 5000  # training pictures that are stamped anew where a record's own poisons carry their true labels
@@ -119,7 +119,7 @@ def open_case(
 
     Raises RecordError for a clean network, an attacked control or one of other pictures, and for want of poisons.
     """
-    attacked, there = victim.load(place), torch.device(where)
+    attacked, there = attack_result.load(place), torch.device(where)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, notes = attacked.pictures(dataset_path)
@@ -146,13 +146,17 @@ def open_case(
     )
 
 
-def _about(attacked: victim.Victim) -> dict[str, Any]:
+def _about(attacked: attack_result.AttackResult) -> dict[str, Any]:
     network = {f"network_{key}": attacked.network[key] for key in ("name", "classes", "width")}
     return {"dataset": attacked.dataset, **network, **(attacked.settings or {})}
 
 
 def _models(
-    attacked: victim.Victim, train: Images, defenses: Sequence[str], control: Path | None, more: Sequence[str]
+    attacked: attack_result.AttackResult,
+    train: Images,
+    defenses: Sequence[str],
+    control: Path | None,
+    more: Sequence[str],
 ) -> dict[str, Normalized]:
     """The networks to compare, by name; `more` are defenses of the control."""
     models = {NONE: attacked.model()}
@@ -171,7 +175,7 @@ def _models(
 def _purified(model: Normalized, attack: Path, digest: str, name: str, before: str = "") -> dict[str, Normalized]:
     """`model` with the weights that a defense left, under its name; where test data chose, that says so."""
     place = _place(attack, name)
-    victim.load_weights(model, place)
+    attack_result.load_weights(model, place)
     record = Record(place)
     if schema.of_another(record.check(light=True), digest):
         raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
@@ -180,7 +184,7 @@ def _purified(model: Normalized, attack: Path, digest: str, name: str, before: s
 
 def _place(attack: Path, name: str) -> Path:
     """The folder of a defense: the one called so, or the only one of a grid that is of the defense called so."""
-    place = folder(attack / "defense", name)
+    place = safe_join(attack / "defense", name)
     if place.is_dir():
         return place
     found = sorted(other.name for other in place.parent.glob("*") if defense_named(other.name)[0] == name)
@@ -189,7 +193,7 @@ def _place(attack: Path, name: str) -> Path:
     return place.with_name(found[0]) if found else place
 
 
-def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:
+def _clean(place: Path, attacked: attack_result.AttackResult, train: Images) -> Normalized:
     """A control, of the attacked network's architecture."""
     model = recorded(place, train)
     wanted = {name: tensor.shape for name, tensor in attacked.weights.items()}
@@ -198,7 +202,7 @@ def _clean(place: Path, attacked: victim.Victim, train: Images) -> Normalized:
     return model
 
 
-def _poisons(attacked: victim.Victim, train: Images, attack: Attack | None) -> Images:
+def _poisons(attacked: attack_result.AttackResult, train: Images, attack: Attack | None) -> Images:
     """Triggered training pictures that pull towards the attacker's label: the stored ones, or some stamped anew."""
     stored = attacked.poisoned
     if stored is not None:

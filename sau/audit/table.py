@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
-from sau.errors import in_a_line
+from sau.errors import one_line
+from sau.formatting import markdown
 from sau.report.spread import Spread, spread
-from sau.wording import markdown
 
 Audit = Mapping[str, Any]  # what `audit.json` holds
 Key = tuple[str, str]  # part and curve
@@ -99,4 +99,4 @@ def _text(value: Spread | None, digits: int = 1) -> str:
 
 
 def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    return f"{in_a_line(title)}\n\n{markdown(heads, body)}".rstrip()
+    return f"{one_line(title)}\n\n{markdown(heads, body)}".rstrip()

@@ -25,13 +25,13 @@ from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError, RecordError
 from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
-from sau.files import existing, folder
+from sau.files import existing, safe_join
 from sau.machine import device as machine
 from sau.machine.tuning import tune
 from sau.method import Method
 from sau.models import build, has_width
 from sau.optim import Training
-from sau.record import lock, schema, victim
+from sau.record import attack_result, lock, schema
 from sau.record.folder import CONFIG, Record
 from sau.risk import gauge
 from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
@@ -74,7 +74,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     run, training, method = request.settle(recipe, dataset)
     _check_name(run.attack or name, name)
     where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
-    record = Record(folder(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
+    record = Record(safe_join(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
     train, test = load(dataset, run.dataset_path, run.img_size)
     notes = [note] if (note := subset_note(dataset, train, test)) else []
     data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
@@ -86,7 +86,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
 
     identity = {"attack": name, **method.identity(), **training.params(), **data, **network}
     identity["random_seed"] = run.random_seed
-    record.admits(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
+    record.can_start(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     method = method.forge(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
@@ -95,14 +95,14 @@ def attack(name: str, argv: Sequence[str]) -> None:
     begin(record, run, identity, threads)
     same_trigger(record, None if method.trains_trigger else method.trigger)
     settings = {"attack": name, **method.params(), **training.params()}
-    record.note(method=settings, data=data, model=network, notes=notes)
+    record.update_config(method=settings, data=data, model=network, notes=notes)
     size = f", width {width}" if width else ""
-    record.say(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
+    record.log(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
     epochs = method.classifier_epochs(training)
     tune(record, run, model, method, where)
     plan = method.plan(poisoned, training.batch_size)
-    record.say(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
+    record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
@@ -110,8 +110,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     method.fit(model, poisoned, recipe=training, session=watch.session(), **how)
     triggered = again()
     final = watch.final(model, triggered)
-    victim.save(record, model, method.examples(poisoned), triggered, method.trigger)
-    record.say(table({"attacked": final}))
+    attack_result.save(record, model, method.examples(poisoned), triggered, method.trigger)
+    record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
     if gate := method.gate(dataset, final.asr):
         found["gate"] = gate
@@ -128,7 +128,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
         request.help(request.recipe()[0], own or request.said("dataset") or Run.dataset)
     if request.said("model_file") is not None and request.said("result_file") is None:
         return own_network.purify(name, request)
-    attacked = victim.load(existing(request.said("record_root") or Run.record_root, _target(request)))
+    attacked = attack_result.load(existing(request.said("record_root") or Run.record_root, _target(request)))
     recipe, why = request.recipe(attacked.recipe)
     request.help(recipe, attacked.dataset, _says(attacked))
     run, _, method = request.settle(recipe, attacked.dataset, _says(attacked))
@@ -141,13 +141,15 @@ def defend(name: str, argv: Sequence[str]) -> None:
     model = attacked.model().to(where)
     method = request.adapted(method, model, len(given))
 
-    record = Record(folder(attacked.path, "defense", run.save_folder_name or name))
+    record = Record(safe_join(attacked.path, "defense", run.save_folder_name or name))
     identity = {"defense": name, **method.identity(), "clean": fingerprint(given), "attacked": attacked.digest}
     begin(record, run, {**identity, "random_seed": run.random_seed}, threads)
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
-    record.note(method={"defense": name, **method.params()}, **facts, notes=notes, clean_index=given.index.tolist())
+    record.update_config(
+        method={"defense": name, **method.params()}, **facts, notes=notes, clean_index=given.index.tolist()
+    )
     pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
-    record.say(f"recipe {recipe} ({why}): {pictures}; {record.path}")
+    record.log(f"recipe {recipe} ({why}): {pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, where)
@@ -168,8 +170,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     after = watch.final(fixed, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
-    record.say(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
-    record.say(verdict(before, after, not attacked.gate or attacked.gate["passed"], method.looks))
+    record.log(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
+    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], method.looks))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
     scores |= {"gate": attacked.gate} if attacked.gate else {}
@@ -179,7 +181,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
 
 
 def _given(
-    attacked: victim.Victim, run: DefenseRun, method: Defense, offered: str, place: str | None
+    attacked: attack_result.AttackResult, run: DefenseRun, method: Defense, offered: str, place: str | None
 ) -> tuple[Images, Images, list[str]]:
     """What the method is given of the `offered` kind, the clean test set, and what there is to say about them; `place`
     is the folder of the data sets, if the user has named one."""
@@ -195,7 +197,7 @@ def _judge(record: Record, gate: dict[str, Any] | None, found: Score, which: str
     """Warn of an attack that is below its gate; see `Attack.gate`."""
     if gate and not gate["passed"] and found.asr:
         asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}"
-        record.say(f"warning: {which} did not take: {asr}; {advice}")
+        record.log(f"warning: {which} did not take: {asr}; {advice}")
 
 
 def _trigger(
@@ -205,18 +207,18 @@ def _trigger(
     nothing; for the summary, and in lines."""
     hidden, crossed = quality.of_attack(test, triggered, radius), method.crossed(test)
     if hidden is not None:
-        record.say(quality.describe(hidden))
+        record.log(quality.describe(hidden))
         if method.figures:
             hidden["made"] = dict(method.figures)
-            record.say(f"as it was made: {in_words(method.figures)}")
+            record.log(f"as it was made: {in_words(method.figures)}")
     if crossed is None:
         return {"trigger": hidden}
     share = accuracy(model, crossed.pixels, crossed.labels)
-    record.say(f"cross ACC {share.percent:.2f} %, on test pictures with triggers that must do nothing")
+    record.log(f"cross ACC {share.percent:.2f} %, on test pictures with triggers that must do nothing")
     return {"trigger": hidden, **figures({"cross_acc": share})}
 
 
-def _says(attacked: victim.Victim) -> dict[str, Any]:
+def _says(attacked: attack_result.AttackResult) -> dict[str, Any]:
     """What the record says of settings: where pictures are looked for unless a flag says so, all else for good."""
     net = attacked.network
     network = {"model": net["name"], "width": net["width"], "num_classes": net["classes"]}

@@ -20,8 +20,8 @@ from sau.command.arguments import Parser, add_device, use_device
 from sau.data.pairs import sample
 from sau.errors import ConfigError, RecordError
 from sau.figures import curves, examples, features, pictures, risks, save, types
-from sau.files import existing, folder
-from sau.record import victim
+from sau.files import existing, safe_join
+from sau.record import attack_result
 from sau.record.folder import Record
 from sau.witness import Search
 
@@ -60,13 +60,13 @@ def draw(asked: argparse.Namespace) -> None:
         if asked.defense is None and getattr(asked, name) is not None:
             raise ConfigError(f"--{name} is of the figures that --defense asks for; name a defense, or leave it out")
     search = Search() if asked.eps is None else Search(eps=asked.eps)
-    attacked = victim.load(existing(asked.record_root, asked.name))
-    out, record = folder(attacked.path, "figures"), Record(attacked.path)
+    attacked = attack_result.load(existing(asked.record_root, asked.name))
+    out, record = safe_join(attacked.path, "figures"), Record(attacked.path)
     if asked.defense is not None:  # before anything is drawn
         if attacked.triggered is None:
             raise RecordError(f"{attacked.path} is a clean network; examples and features need triggered pictures")
         after = attacked.model()
-        victim.load_weights(after, folder(attacked.path, "defense", asked.defense))
+        attack_result.load_weights(after, safe_join(attacked.path, "defense", asked.defense))
     _, test, _ = attacked.pictures(asked.dataset_path)
     if attacked.triggered is not None:
         _tell(save(pictures(test, attacked.triggered), out / "pictures"))

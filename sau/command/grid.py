@@ -16,6 +16,7 @@ from pathlib import Path
 from sau.command.arguments import Parser
 from sau.data.sources import source
 from sau.errors import ConfigError, RecordError
+from sau.formatting import duration
 from sau.grid.engines import Engine, Local, RayEngine
 from sau.grid.plan import Cell, cells, select
 from sau.grid.publish import of_others, publish
@@ -23,7 +24,6 @@ from sau.grid.runner import Runner, needed
 from sau.grid.spec import Grid, read
 from sau.grid.status import status
 from sau.grid.store import Store
-from sau.wording import duration
 
 
 def say(text: str) -> None:

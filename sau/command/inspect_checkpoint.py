@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sau.command.arguments import Parser
-from sau.foreign.inspection import HARMLESS, inspect, text
+from sau.compat.inspect import HARMLESS, inspect, text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,6 +17,10 @@ from torch import nn
 from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, warn
+from sau.compat import weights
+from sau.compat.inspect import mapping, normalisation
+from sau.compat.network import network
+from sau.compat.weights import SAFE
 from sau.data.folders import labelled, resized
 from sau.data.images import Images, to_float
 from sau.data.listing import class_folders
@@ -24,13 +28,9 @@ from sau.data.scrutiny import scrutinise
 from sau.data.sources import fingerprint, last_of_each
 from sau.defense.base import Defense
 from sau.defense.clean_accuracy import misuse
-from sau.errors import ConfigError, DataError, in_a_line
+from sau.errors import ConfigError, DataError, one_line
 from sau.evaluate import AT_ONCE_ON_CPU, Score, predict, score, table
-from sau.files import folder
-from sau.foreign import weights
-from sau.foreign.inspection import mapping, normalisation
-from sau.foreign.network import network
-from sau.foreign.weights import SAFE
+from sau.files import safe_join
 from sau.machine import device as machine
 from sau.machine.tuning import tune
 from sau.models import Normalized, asking, check_logits, quick
@@ -72,16 +72,18 @@ def purify(name: str, request: Request) -> None:
     notes = _misused(model, given) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
     notes += scrutinise(given, test, method.batch_size) if method.looks else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
-    record = Record(folder(run.record_root, run.save_folder_name or f"{stem}_{name}"))
+    record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
     begin(record, run, {**identity, "attacked": file.digest, "random_seed": run.random_seed}, threads)
     settings = {"defense": name, **method.params()}
-    record.note(method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes)
-    record.say(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
-    record.say(f"classes: {mapping(names or folders)} ({'names in the file' if names else 'folders in order'})")
+    record.update_config(
+        method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes
+    )
+    record.log(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
+    record.log(f"classes: {mapping(names or folders)} ({'names in the file' if names else 'folders in order'})")
     if sizes := resized(clean, own.input_size):
-        record.say(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
-    record.say(f"recipe {recipe}, {why}; choose another with --recipe")
+        record.log(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
+    record.log(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
     tune(record, run, model, method, where)
@@ -97,7 +99,7 @@ def purify(name: str, request: Request) -> None:
     how: Any = {"seed": run.random_seed, "settings": "as_given"}
     fixed = method.purify(model, given, session=watch.session(), **how)
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
-    record.say(table({"before": before, "after": after}))
+    record.log(table({"before": before, "after": after}))
     alike = {"classes": images.num_classes, "passes": own.reversal_passes, "pictures": len(test)}
     report = {
         "before": _report(record, "before", before, threat, patches, alike),
@@ -106,7 +108,7 @@ def purify(name: str, request: Request) -> None:
     _keep(record, fixed, net, "safetensors" if file.kind == SAFE else "pt")
     if before.acc.percent - after.acc.percent > DEAR:
         lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
-        record.say(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")
+        record.log(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean pictures")
     watch.finish(report)
 
 
@@ -129,7 +131,7 @@ def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
     mean, std = (",".join(f"{value:.4g}" for value in found[name]) for name in ("mean", "std"))
     which = "another is" if own.mean else "none is"
     return [
-        in_a_line(
+        one_line(
             f"by {file.path.name} ({found['from'][:100]}) pictures are normalised with mean {mean} and std {std}, but "
             f"{which} applied here; unless the network does it itself, give --mean and --std"
         )
@@ -150,9 +152,9 @@ def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None
     record.save_tensors("model", state)
     if ending == "pt":
         record.save_tensors("model", state, pickled=True)
-    record.say(f"purified weights: {record.path / f'model.{ending}'}")
+    record.log(f"purified weights: {record.path / f'model.{ending}'}")
     if state.keys() != net.state_dict().keys():
-        record.say("note: layers were added; sau.record.victim.load_weights makes room for them in your network")
+        record.log("note: layers were added; sau.record.attack_result.load_weights makes room for them in your network")
 
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
@@ -213,10 +215,10 @@ def _report(
     if flips["count"]:
         text += f"; {flips['share']:.1f} % of {flips['count']} adversarial examples lead to class {flips['class']}"
         text += f" (evenly: {flips['even']:.1f} %)"
-    record.say(text)
+    record.log(text)
     report = {**accuracy.summary(), "risk": found.summary(), "flips": flips}
     if patches is not None:
         clean = clean_indices(**alike)
         report["reversal"] = patches.summary(clean)
-        record.say(f"{when:8}{patches.text(clean)}")
+        record.log(f"{when:8}{patches.text(clean)}")
     return report

@@ -67,8 +67,8 @@ class Watch:
         return Session(
             checkpoint=self.record,
             on_epoch=self.on_epoch,
-            say=self.record.say,
-            note=self.record.note,
+            say=self.record.log,
+            note=self.record.update_config,
             other_seconds=evaluations * self.evaluation_seconds,
             hint=SHORTER,
             limit=self.limit,
@@ -104,9 +104,9 @@ class Watch:
             figures.update(risks.row() if risks else {})
             if epoch == self.epochs:
                 self.last = fingerprint(model), found, risks
-        self.record.row(epoch=epoch, **losses, **figures, seconds=self.seconds)
+        self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if self.record.config.get("compile") and not getattr(model, "compiled", True):
-            self.record.note(compile=False)  # the compiler gave up, which the network has said
+            self.record.update_config(compile=False)  # the compiler gave up, which the network has said
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
             self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())
@@ -119,7 +119,7 @@ class Watch:
         if ended:
             known = self.record.config
             identity, note = {**known["identity"], EARLY: ended}, f"ended early, {ended}"
-            self.record.note(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
+            self.record.update_config(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
             summary = {**summary, EARLY: ended}
         found = {"findings": self.findings} if self.findings else {}
         self.record.finish({**summary, **found, "seconds": self.seconds})
@@ -132,7 +132,7 @@ class Watch:
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
         if "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
-            self.record.row(**place, **found.row(), seconds=self.seconds)
+            self.record.log_metrics(**place, **found.row(), seconds=self.seconds)
         return found.summary()
 
 
@@ -153,7 +153,7 @@ def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> N
         "versions": {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     record.begin(facts, versioned(identity), run.overwrite)
-    record.note(threads=set_threads(run.threads, record.config.get("threads", threads)))
+    record.update_config(threads=set_threads(run.threads, record.config.get("threads", threads)))
 
 
 def _commit() -> str | None:
@@ -172,8 +172,8 @@ def versioned(identity: dict[str, Any]) -> dict[str, Any]:
 def warn(record: Record, request: Request, notes: Sequence[str]) -> None:
     """Say the notes, and which of the flags have no effect."""
     for note in notes:
-        record.say(f"note: {note}")
+        record.log(f"note: {note}")
     if request.ignored:
         said = {name: setting.origin for name, setting in request.given.items() if setting.origin.startswith("--")}
         reasons = "; ".join(f"{said.get(name, f'--{name}')}: {reason}" for name, reason in request.ignored.items())
-        record.say(f"warning: flags without effect here: {reasons}")
+        record.log(f"warning: flags without effect here: {reasons}")

@@ -14,7 +14,7 @@ import torch
 from sau import files
 from sau.data.images import Images
 from sau.data.official import OFFICIAL
-from sau.errors import DataError, quoted
+from sau.errors import DataError, short_repr
 
 # name: (folder, test file, key of the labels); these are downloaded where they are missing
 _FILES = {
@@ -77,7 +77,7 @@ class _Type:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if code not in ("u1", "i8", "i4"):
-            raise ValueError(f"an array of {quoted(code)}, allowed is u1, and for labels i8 and i4")
+            raise ValueError(f"an array of {short_repr(code)}, allowed is u1, and for labels i8 and i4")
         self.code: str = code
 
     def __setstate__(self, state: Any) -> None:

@@ -27,7 +27,7 @@ from sau.defense.layers import full_name, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.optim import Schedule
-from sau.record import victim
+from sau.record import attack_result
 from sau.session import Session
 from sau.settings.config import nearest
 from sau.types import Batched, Labels, Logits, Pixels
@@ -92,7 +92,7 @@ class NAD(FT):
     def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
         teacher = copy.deepcopy(model)
         if self.teacher_model_loc is not None:
-            victim.load_weights(teacher, Path(self.teacher_model_loc))
+            attack_result.load_weights(teacher, Path(self.teacher_model_loc))
             return teacher
         plan = replace(self, epochs=self.te_epochs)
         state = plan.prepare(teacher, len(batches))

@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from sau.errors import RecordError
+from sau.formatting import marked
 from sau.record.folder import METRICS, Record
 from sau.report import parse
-from sau.wording import marked
 
 Style = tuple[str, str, str]  # name, colour, line
 

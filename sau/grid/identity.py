@@ -13,11 +13,11 @@ from sau.data.images import Images
 from sau.data.official import OFFICIAL
 from sau.errors import ConfigError
 from sau.files import checksum
+from sau.formatting import at_most
 from sau.grid.spec import Block
 from sau.method import Method
 from sau.models import check_name, has_width
 from sau.settings.run import AttackRun, DefenseRun
-from sau.wording import at_most
 
 Asked = AttackRun | DefenseRun
 _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sau.errors import RecordError
+from sau.formatting import duration
 from sau.grid.cells import Outcome
 from sau.grid.engines import Engine
 from sau.grid.plan import Cell
 from sau.grid.publish import differs
 from sau.grid.store import Store
-from sau.wording import duration
 
 POLL = 0.1  # seconds between two looks at what runs
 ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import sau
-from sau.errors import RecordError, in_a_line
-from sau.files import parsed, read, write
+from sau.errors import RecordError, one_line
+from sau.files import parse_json, read, write
 from sau.grid.cells import Job
 from sau.grid.plan import Cell
 from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
@@ -23,7 +23,7 @@ VERSION = "sau"  # key of the library's version, in a root's version.json and in
 
 def version(said: Mapping[str, Any]) -> str:
     """The version of the library that a file names, in a line; this one where it names none, as older ones do."""
-    return in_a_line(str(said.get(VERSION, sau.__version__)))[:40]
+    return one_line(str(said.get(VERSION, sau.__version__)))[:40]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Store:
 
     def reason(self, cell: Cell) -> str:
         """Why the cell failed for good."""
-        return in_a_line(str(self._read(self.own / "failed" / _key(cell)).get("reason", "unknown")))
+        return one_line(str(self._read(self.own / "failed" / _key(cell)).get("reason", "unknown")))
 
     def forgive(self, cell: Cell) -> None:
         """Forget that a cell failed."""
@@ -205,7 +205,7 @@ class Store:
 
     def _read(self, file: Path, advice: str = "remove it") -> dict[str, Any]:
         try:
-            found = parsed(read(file))
+            found = parse_json(read(file))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

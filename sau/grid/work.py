@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from sau.cli import main
-from sau.errors import LockedError, told
+from sau.errors import LockedError, run_command
 from sau.grid.cells import LOCKED
 from sau.machine.parent import outlive
 from sau.record.folder import Record
@@ -46,4 +46,4 @@ if __name__ == "__main__":
     started_by, where, *words = sys.argv[1:]
     threading.Thread(target=_follow, args=(int(started_by),), daemon=True).start()
     sys.argv = ["sau", *words]  # the record keeps this as its command
-    sys.exit(told(partial(work, Path(where), words)))
+    sys.exit(run_command(partial(work, Path(where), words)))

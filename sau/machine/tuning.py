@@ -28,23 +28,23 @@ def tune(record: Record, run: Run, model: Normalized, method: Method, where: tor
         raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
     chosen = machine.has_bf16(where) if run.amp is None else run.amp
     model.amp = chosen if before is None else before
-    record.note(amp=model.amp, device=where.type)
+    record.update_config(amp=model.amp, device=where.type)
     threads = torch.get_num_threads()
-    record.say(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} threads")
+    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} threads")
     busy = cores.crowded(threads) if where.type == "cpu" else None
     if busy:
-        record.say(f"warning: {busy}")
+        record.log(f"warning: {busy}")
     model.compiled = _compiled(record, run, method)
 
 
 def _compiled(record: Record, run: Run, method: Method) -> bool:
     if run.compile and not method.compiles:
-        record.say(f"note: the networks of {method.name} cannot be compiled, so --compile has no effect")
+        record.log(f"note: the networks of {method.name} cannot be compiled, so --compile has no effect")
     chosen = run.compile and method.compiles
     compiled = bool(record.config.get("compile", chosen))
     if compiled != chosen:
-        record.say(f"note: this run goes on as it began, {'' if compiled else 'not '}compiled; --compile has no effect")
+        record.log(f"note: this run goes on as it began, {'' if compiled else 'not '}compiled; --compile has no effect")
     if compiled:
-        record.say("compiling the network (torch.compile), which takes up to a minute")
-    record.note(compile=compiled)
+        record.log("compiling the network (torch.compile), which takes up to a minute")
+    record.update_config(compile=compiled)
     return compiled

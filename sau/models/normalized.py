@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.errors import ConfigError, DataError, SauError, first_line, in_a_line, lacks_memory
+from sau.errors import ConfigError, DataError, SauError, first_line, lacks_memory, one_line
 
 GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
 
@@ -103,7 +103,7 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
         try:
             found.append([float(value) for value in values])
         except (TypeError, ValueError):
-            got = in_a_line(str(values))
+            got = one_line(str(values))
             raise ConfigError(f"{name} is {got}, allowed are numbers, one for each channel") from None
     if not all(0 <= value <= 1 for value in found[0]):
         raise ConfigError(f"mean is {tuple(found[0])}, allowed is 0 to 1, as of pixels in [0, 1]; divide by 255")

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sau.errors import Finished, LockedError, RecordError, first_line, unable
-from sau.files import append, clear, leftovers, loaded, write
+from sau.errors import Finished, LockedError, RecordError, first_line, os_error
+from sau.files import append, clear, read_json, temp_files, write
 from sau.record import schema
 from sau.record.lock import acquire, in_use, release
 from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
@@ -51,9 +51,9 @@ class Record:
             identity: what of it determines the result; once there is a checkpoint, only the same run goes on here.
             overwrite: discard what is there.
         """
-        goes_on = self.admits(identity, overwrite, config.get("run"))
+        goes_on = self.can_start(identity, overwrite, config.get("run"))
         if goes_on or self._holds_only("defense"):  # defenses outlive the weights of an attack that are made again
-            for half in leftovers(self.path):
+            for half in temp_files(self.path):
                 half.unlink()
         else:
             clear(self.path, first=MANIFEST, last=CONFIG)
@@ -64,9 +64,9 @@ class Record:
                 config = {**config, "earlier_commands": earlier}
         else:
             self.config = {}
-        self.note(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
+        self.update_config(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
 
-    def admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None = None) -> bool:
+    def can_start(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None = None) -> bool:
         """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`.
 
         `run` is what else it is asked; Finished if a run of the same identity, asked the same, has ended here.
@@ -76,13 +76,13 @@ class Record:
         """
         new = acquire(self.path)
         try:
-            return self._admits(identity, overwrite, run)
+            return self._can_start(identity, overwrite, run)
         except RecordError:
             if new:
                 release(self.path)
             raise
 
-    def _admits(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None) -> bool:
+    def _can_start(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         if self._holds_only("defense"):
@@ -115,23 +115,23 @@ class Record:
     def _holds_only(self, *names: str) -> bool:
         """Whether nothing else is there, but for what a killed first write left."""
         there = {*self.path.iterdir()} if self.path.exists() else set()
-        return there <= {*(self.path / name for name in names), *leftovers(self.path)}
+        return there <= {*(self.path / name for name in names), *temp_files(self.path)}
 
-    def note(self, **facts: Any) -> None:
+    def update_config(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
         self.config.update(as_json(facts))
         write(self.path / CONFIG, schema.written(self.config))
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line and keep it in the log."""
         text = text.encode(errors="backslashreplace").decode()  # a path need not be text
         print(text, flush=True)
         try:
             append(self.path / LOG, text + "\n")
         except OSError as error:
-            raise unable(error, f"cannot write {self.path / LOG}: {error.strerror}") from None
+            raise os_error(error, f"cannot write {self.path / LOG}: {error.strerror}") from None
 
-    def row(self, **figures: Any) -> None:
+    def log_metrics(self, **figures: Any) -> None:
         """Add a line to `metrics.jsonl`."""
         self.rows.append(figures)
         write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
@@ -212,7 +212,7 @@ class Record:
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished folder; call `check` first."""
         try:
-            return loaded(self.path / SUMMARY)
+            return read_json(self.path / SUMMARY)
         except (OSError, ValueError) as error:
             raise RecordError(f"cannot read {self.path / SUMMARY}: {error}") from None
 

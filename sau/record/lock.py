@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sau.errors import LockedError, unable
-from sau.files import descriptor
+from sau.errors import LockedError, os_error
+from sau.files import open_regular
 
 WAIT = 0.5  # seconds that `acquire` waits, longer than `in_use` takes
 _locks: dict[Path, FileLock] = {}  # the folders that this process uses
@@ -34,7 +34,7 @@ def acquire(folder: Path) -> bool:
     except Timeout:
         raise LockedError(f"{folder} is in use by another process; wait for it or stop it") from None
     except OSError as error:
-        raise unable(error, f"cannot lock {folder}: {error.strerror}") from None
+        raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
     _locks[place] = lock
     return True
 
@@ -54,11 +54,11 @@ def release_all() -> None:
 def in_use(folder: Path) -> bool:
     """Whether a process, this one included, uses `folder`; RecordError if that cannot be found out."""
     try:
-        file = descriptor(_file(folder), os.O_RDONLY | os.O_NOFOLLOW)
+        file = open_regular(_file(folder), os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise unable(error, f"cannot read the lock of {folder}: {error.strerror}") from None
+        raise os_error(error, f"cannot read the lock of {folder}: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -16,7 +16,7 @@ import yaml
 
 from sau.data import SIDE
 from sau.errors import NO_YAML, RecordError
-from sau.files import checksum, loaded, read
+from sau.files import checksum, read, read_json
 
 SCHEMA = 2
 EARLY = "ended_early"  # where --max_minutes ended a run; in the identity of such runs alone
@@ -201,7 +201,7 @@ def unbroken(place: Path, needed: set[str], light: bool = False) -> list[str]:
     It must vouch for all that are `needed`. `light` compares of `*.safetensors` the sizes alone.
     """
     try:
-        content = loaded(place)
+        content = read_json(place)
         version, files = content["schema"], dict(**content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{place} is damaged: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from sau.errors import RecordError
 from sau.evaluate import Share
-from sau.files import parsed, read, write
+from sau.files import parse_json, read, write
 
 _COUNT, _INTERVAL = "_count", "_interval"
 
@@ -25,7 +25,7 @@ def load(file: Path) -> dict[str, dict[str, Any]]:
         raise RecordError(f"cannot read {file}: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
-            content = parsed(line)
+            content = parse_json(line)
             cell = content.pop("cell")
             if not isinstance(cell, str) or cell in found:
                 raise ValueError(f"cell is {str(cell)[:80]!r}, allowed is the name of a folder, once")

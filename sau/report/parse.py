@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sau.errors import RecordError
-from sau.files import MOST, loaded, number, parsed, read
+from sau.files import MOST, is_number, parse_json, read, read_json
 from sau.record.folder import SUMMARY
 
 PERCENT = ("acc", "asr", "racc", "der")
@@ -31,7 +31,7 @@ def figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
 
 def within(value: Any, most: int) -> TypeGuard[float]:
     """Whether it is a number from 0 to `most`."""
-    return number(value) and 0 <= value <= most
+    return is_number(value) and 0 <= value <= most
 
 
 def clean_set(config: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def clean_set(config: dict[str, Any]) -> dict[str, Any]:
 def json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; RecordError if it is missing or holds something else."""
     try:
-        return loaded(file)
+        return read_json(file)
     except FileNotFoundError:
         raise RecordError(f"{file.name} is missing; make the folder again") from None
     except ValueError as error:
@@ -55,7 +55,7 @@ def rows(file: Path) -> list[dict[str, float]]:
     rows = []
     try:
         for line in read(file).decode().splitlines():
-            figures = {str(key): float(value) for key, value in parsed(line).items() if number(value)}
+            figures = {str(key): float(value) for key, value in parse_json(line).items() if is_number(value)}
             if "epoch" not in figures:
                 break
             rows.append(figures)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from sau.errors import in_a_line
-from sau.files import number
+from sau.errors import one_line
+from sau.files import is_number
+from sau.formatting import marked
 from sau.report import parse
 from sau.report.read import DAMAGED, DUPLICATE, NONE, UNFINISHED, UNVERIFIED, VERIFIED, Run
 from sau.report.spread import Spread, spread
 from sau.report.variants import text_of, variants
-from sau.wording import marked
 
 MEASURED, PARTLY = "measured", "partly"
 NETWORK = ("name", "width", "classes", "shape")
@@ -66,7 +66,7 @@ class Cell:
         names = {"psnr": "PSNR dB", "ssim": "SSIM", "linf": "L-infinity", "in_ball": "% in the ball of SAU"}
         hidden = [parse.mapping(run.summary.get("trigger")) for run in self.good]
         found: dict[str, Any] = next(filter(None, hidden), {})
-        return [(text, found[name]) for name, text in names.items() if number(found.get(name))]
+        return [(text, found[name]) for name, text in names.items() if is_number(found.get(name))]
 
     @property
     def bounds(self) -> list[tuple[float, float]]:
@@ -74,7 +74,7 @@ class Cell:
         after = [parse.mapping(parse.mapping(run.summary.get("risk")).get("after")) for run in self.good]
         found = [parse.mapping(risk.get("bound")) for risk in after]
         pairs = [(bound.get("r_bd"), bound.get("at_most")) for bound in found]
-        return [(a, b) for a, b in pairs if number(a) and number(b)]
+        return [(a, b) for a, b in pairs if is_number(a) and is_number(b)]
 
     @property
     def good(self) -> list[Run]:
@@ -132,7 +132,7 @@ class Section:
     def title(self) -> str:
         """Data set and network in words."""
         name, width = self.network.get("name", "network not recorded"), self.network.get("width")
-        return in_a_line(f"{self.dataset or 'data set not recorded'}, {name}" + (f" of width {width}" if width else ""))
+        return one_line(f"{self.dataset or 'data set not recorded'}, {name}" + (f" of width {width}" if width else ""))
 
 
 def sections(runs: Sequence[Run], dataset: str | None = None) -> list[Section]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sau import files
-from sau.errors import in_a_line
+from sau.errors import one_line
 from sau.record.folder import LOG, METRICS
 from sau.report import parse
 
@@ -17,7 +17,7 @@ def progress(folder: Path) -> str:
     except OSError:
         last = []
     far = f"; it reached epoch {rows[-1]['epoch']:g}" if rows else "; no epoch is done"
-    return far + "".join(f"; last in its log: {in_a_line(line)[:200]}" for line in last)
+    return far + "".join(f"; last in its log: {one_line(line)[:200]}" for line in last)
 
 
 def given_up(root: Path) -> dict[str, str]:
@@ -25,9 +25,9 @@ def given_up(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in sorted((root / ".grid" / "failed").glob("*")):
         try:
-            said = parse.mapping(files.parsed(files.read(file)))
+            said = parse.mapping(files.parse_json(files.read(file)))
         except (OSError, ValueError):
             continue  # half a file of a grid that was killed; the folder, if there is one, says how far it came
-        reason, tries = in_a_line(str(said.get("reason")))[:300], in_a_line(str(said.get("tries")))[:20]
+        reason, tries = one_line(str(said.get("reason")))[:300], one_line(str(said.get("tries")))[:20]
         found[file.name.replace("__", "/")] = f"the grid gave it up after {tries} tries: {reason}"
     return found

@@ -13,7 +13,7 @@ from bench_parts import setting
 
 from sau.data.pairs import sample
 from sau.models import Normalized
-from sau.record import victim
+from sau.record import attack_result
 from sau.risk import Found, measure
 from sau.witness import Search
 
@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure `repeats` times; prints the risks, returns the rows."""
-    attacked = victim.load(args.record)
+    attacked = attack_result.load(args.record)
     _, test, _ = attacked.pictures(args.dataset_path)
     clean, triggered = sample(
         test.to(args.device), attacked.triggered and attacked.triggered.to(args.device), args.samples
     )
     model, reference = (_network(attacked, args) for _ in range(2))
-    victim.load_weights(model, args.record / "defense" / args.defense)
+    attack_result.load_weights(model, args.record / "defense" / args.defense)
     search = Search(eps=args.eps, steps=args.steps, restarts=args.restarts)
     seconds, found = [], None
     for _ in range(args.repeats):
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _network(attacked: victim.Victim, args: argparse.Namespace) -> Normalized:
+def _network(attacked: attack_result.AttackResult, args: argparse.Namespace) -> Normalized:
     model = attacked.model().to(args.device)
     model.amp = setting.amp(args)
     return model

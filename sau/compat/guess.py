@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import nn
 
+from sau.compat.weights import SeveralError, Weights
 from sau.errors import RecordError
-from sau.foreign.weights import SeveralError, Weights
 from sau.models import MODELS, has_width, layout
 from sau.models.zoo import torchvision_names, torchvision_plain
 

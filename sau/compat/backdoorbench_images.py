@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sau.compat.torch_file import Array, Picture
 from sau.data.cache import cached
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.pictures import read_picture
 from sau.errors import RecordError
-from sau.foreign.torchfile import Array, Picture
 
 _PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
 Place = os.DirEntry[str] | Picture

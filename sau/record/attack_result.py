@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sau.compat import backdoorbench
 from sau.data import cifar, sources
 from sau.data.images import Images
 from sau.data.official import subset_note
 from sau.errors import DataError, RecordError
-from sau.foreign import compat
 from sau.models import Normalized, build, layout
 from sau.models.polarizer import make_room
 from sau.record import schema
@@ -23,7 +23,7 @@ from sau.settings.run import Run
 
 
 @dataclass(frozen=True, eq=False)
-class Victim:
+class AttackResult:
     """What an attack left, read from our record or from BackdoorBench's folder.
 
     Args:
@@ -136,9 +136,9 @@ def save(
         record.save_tensors("trigger", trigger.state_dict())
 
 
-def load(path: Path) -> Victim:
+def load(path: Path) -> AttackResult:
     """Read a finished attack of ours, after checking it, or a folder with BackdoorBench's `attack_result.pt`."""
-    if (path / compat.RESULT).is_file() and not (path / "config.yaml").is_file():
+    if (path / backdoorbench.RESULT).is_file() and not (path / "config.yaml").is_file():
         return _foreign(path)
     record = Record(path)
     try:
@@ -147,11 +147,11 @@ def load(path: Path) -> Victim:
         raise RecordError(f"{path / 'config.yaml'} lacks {error}; make the folder again") from None
 
 
-def _ours(record: Record, made: dict[str, Any]) -> Victim:
+def _ours(record: Record, made: dict[str, Any]) -> AttackResult:
     if (kind := schema.kind(made)) != schema.ATTACK:
         raise RecordError(f"{record.path} is the folder of {kind}; name that of an attack")
     schema.typed(made, record.path)
-    return Victim(
+    return AttackResult(
         path=record.path,
         network={key: made["model"][key] for key in ("name", "classes", "width", "shape", "mean", "std")},
         weights=record.load_tensors("model"),
@@ -199,11 +199,11 @@ def _compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Pat
             raise RecordError(f"{path}: {name} has {got}, but {whose} needs {wanted}")
 
 
-def _foreign(path: Path) -> Victim:
-    found = compat.read(path)
+def _foreign(path: Path) -> AttackResult:
+    found = backdoorbench.read(path)
     origin = sources.source(found.dataset)
     shape = {"name": found.model_name, "classes": found.num_classes, "width": None, "shape": list(found.shape)}
-    return Victim(
+    return AttackResult(
         path=path,
         network={**shape, "mean": list(origin.mean), "std": list(origin.std)},
         weights=found.weights,

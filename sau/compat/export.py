@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from sau import files
+from sau.compat.backdoorbench import RESULT, blank
 from sau.data.images import COVER, Images
 from sau.data.official import OFFICIAL
 from sau.data.sources import source
 from sau.errors import RecordError
-from sau.foreign.compat import RESULT, blank
-from sau.record import victim
+from sau.record import attack_result
 from sau.record.folder import Record
 
 NETWORKS = ("preactresnet18", "vgg19", "vgg19_bn")  # built in BackdoorBench as they are here
@@ -41,7 +41,7 @@ def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, I
     Raises:
         RecordError: the record is of a clean network, or its data set is not what it was.
     """
-    attacked = victim.load(record.path)
+    attacked = attack_result.load(record.path)
     if attacked.triggered is None:
         raise RecordError(f"{record.path} holds a clean network, so there are no pictures to export; name an attack")
     train, test, _ = attacked.pictures(data)
@@ -93,7 +93,7 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
         RecordError: BackdoorBench has no such data set or network, or `pictures` or `whole` refuse.
     """
     made = record.check()
-    files.folder(target.parent, name)  # refuses what is no plain name
+    files.safe_join(target.parent, name)  # refuses what is no plain name
     dataset, network = made["data"]["dataset"], made["model"]
     _expressible(dataset, network)
     train, poisoned, triggered, n_test = pictures(record, data)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.serialization import safe_globals
 
-from sau.errors import RecordError, quoted
+from sau.errors import RecordError, short_repr
 from sau.files import mistaken, read
 
 LARGEST = 8 << 30  # bytes of a file; it is read into memory whole
@@ -63,7 +63,7 @@ class Picture:
     def __setstate__(self, state: Any) -> None:
         _, mode, (width, height), _, content = state
         if mode != "RGB":
-            raise ValueError(f"an image has mode {quoted(mode)}, allowed is RGB")
+            raise ValueError(f"an image has mode {short_repr(mode)}, allowed is RGB")
         self.pixels = np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
+from sau.compat import weights
+from sau.compat.guess import guess, unwrapped
 from sau.errors import ConfigError, RecordError
-from sau.foreign import weights
-from sau.foreign.guess import guess, unwrapped
 from sau.models import has_width, layout
 from sau.settings.run import OwnRun
 

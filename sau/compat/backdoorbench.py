@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from sau.compat import torch_file
+from sau.compat.backdoorbench_images import Part, fields, show
+from sau.compat.weights import dense, fit
 from sau.data.images import Images
 from sau.data.official import OFFICIAL
 from sau.data.sources import source
 from sau.errors import RecordError, SauError
-from sau.foreign import torchfile
-from sau.foreign.compat_pictures import Part, fields, show
-from sau.foreign.weights import dense, fit
 from sau.models import build, layout
 
 RESULT = "attack_result.pt"
@@ -53,7 +53,7 @@ class Foreign:
 def read(folder: Path) -> Foreign:
     """Read `attack_result.pt` of a folder and the pictures that it lists; clean pictures are not among them.
 
-    Nothing in the file is run (`torchfile`), weights are matched by name, never by position, and pictures are opened
+    Nothing in the file is run (`torch_file`), weights are matched by name, never by position, and pictures are opened
     only in the folders `bd_...` and `cross_...` beside the file, wherever the attack had stored them. A file carries
     no checksum of its own beside the archive's CRC-32, so who changes it on purpose is not noticed.
 
@@ -61,7 +61,7 @@ def read(folder: Path) -> Foreign:
         RecordError: one line that names the file and what is wrong.
     """
     path = folder / RESULT
-    content, digest = torchfile.load(path)
+    content, digest = torch_file.load(path)
     try:
         return _checked(content, folder, digest)
     except SauError as error:

@@ -1,5 +1,5 @@
 """What is in a network file that somebody else made. Nothing in the file is run, and no object is made of it but
-tensors, plain values and the stand-ins of `torchfile`."""
+tensors, plain values and the stand-ins of `torch_file`."""
 
 import hashlib
 from dataclasses import asdict
@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sau.compat import torch_file, weights
+from sau.compat.guess import Guess, guess
 from sau.data.sources import SOURCES
-from sau.errors import RecordError, in_a_line, printable
+from sau.errors import RecordError, one_line, printable
 from sau.files import write
-from sau.foreign import torchfile, weights
-from sau.foreign.guess import Guess, guess
 
 HARMLESS, SUSPICIOUS, UNREADABLE = 0, 1, 2  # exit status of `scripts/inspect_checkpoint.py`
 Report = dict[str, Any]
@@ -52,11 +52,11 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
     report: Report = {"path": str(path), "bytes": path.stat().st_size, "sha256": None, "format": None, "imports": []}
     report |= {"tensors": [], "network": None, "classes": None, "input_size": None, "normalisation": None}
     try:
-        raw = torchfile.content(path)
+        raw = torch_file.content(path)
         report |= {"sha256": hashlib.sha256(raw).hexdigest(), "format": weights.file_format(path, raw) or None}
-        report["imports"] = [] if report["format"] in (weights.SAFE, weights.ONNX) else torchfile.imports(raw)
+        report["imports"] = [] if report["format"] in (weights.SAFE, weights.ONNX) else torch_file.imports(raw)
         found = weights.read(path, raw)
-    except torchfile.ProgramError as error:
+    except torch_file.ProgramError as error:
         return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}, None, None
     except RecordError as error:
         return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}, None, None
@@ -119,7 +119,7 @@ def _short(name: str) -> str:
 def mapping(names: list[str]) -> str:
     """`0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck`, on one printable line."""
     pairs = [f"{number} = {name[:40]}" for number, name in enumerate(names)]
-    return in_a_line(", ".join(pairs if len(pairs) <= 5 else [*pairs[:3], "...", pairs[-1]]))
+    return one_line(", ".join(pairs if len(pairs) <= 5 else [*pairs[:3], "...", pairs[-1]]))
 
 
 def text(report: Report) -> str:

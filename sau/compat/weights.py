@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sau.compat import torch_file
 from sau.errors import RecordError
-from sau.foreign import torchfile
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*NARROW, torch.float64)
@@ -153,9 +153,9 @@ def file_format(path: Path, raw: bytes) -> str:
         return SAFE
     if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
         return ONNX
-    if raw.startswith(torchfile.LEGACY):
+    if raw.startswith(torch_file.LEGACY):
         return "torch before 1.6"
-    if raw.startswith(torchfile.ZIP):
+    if raw.startswith(torch_file.ZIP):
         return "torch zip archive" if b"/data.pkl" in raw else "zip archive"
     return "pickle" if raw[:1] == b"\x80" else ""
 
@@ -166,13 +166,13 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     Nothing in it is run. `raw` is the file's content where it has been read. RecordError, in one line, for anything
     that cannot be read so.
     """
-    raw = torchfile.content(path) if raw is None else raw
+    raw = torch_file.content(path) if raw is None else raw
     kind = file_format(path, raw)
     if kind == SAFE:
         return _safetensors(path, raw)
     if kind == ONNX:
         return _onnx(path, raw)
-    content, digest = torchfile.load(path, raw)
+    content, digest = torch_file.load(path, raw)
     walk = _Walk(path, VALUES)
     walk.over(content, "", 0)
     return Weights(path, kind, digest, walk.tensors, walk.facts)
@@ -200,7 +200,7 @@ class _Walk:
         if self.left < 0 or depth > DEEPEST:
             raise RecordError(f"{self.path} holds too much, or parts of it hold themselves; save a state dict alone")
         if _key(place) in _FACTS:
-            self.facts[place] = value.values.tolist() if isinstance(value, torchfile.Array) else value
+            self.facts[place] = value.values.tolist() if isinstance(value, torch_file.Array) else value
         if isinstance(value, Tensor):
             self.tensors[place or "tensor"] = _plain(value, place, self.path)
         elif isinstance(value, dict | list | tuple):
