@@ -23,7 +23,7 @@ from sau.data.scrutiny import remarks, scrutinise
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError, RecordError
 from sau.evaluate import Score, der, score
-from sau.files import existing
+from sau.files import existing, safe_join
 from sau.record.folder import CONFIG, METRICS, Record
 from sau.record.schema import SCHEMA, UPGRADES, signed
 from sau.session import Session

@@ -172,7 +172,7 @@ def report(every: list[Cell], store: Store) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run or look; exit status 1 if a cell failed, or as `told` says."""
+    """Run or look; exit status 1 if a cell failed, or as `run_command` says."""
     look = argv[:1] == ["status"]
     asked = parser().parse_args(argv[look:])
     return run(asked, look)
