@@ -636,7 +636,7 @@ def make(tmp_path, monkeypatch):
         data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
         about = {"name": NET, "classes": 10, "width": 64, "shape": [3, 32, 32]}
         about |= {"mean": list(origin.mean), "std": list(origin.std), **network}
-        made.note(data=data, model=about)
+        made.update_config(data=data, model=about)
         torch.manual_seed(1)
         model = build(NET, 10, mean=origin.mean, std=origin.std)
         with torch.no_grad():

@@ -307,7 +307,7 @@ def test_an_unfinished_folder_of_the_first_schema_goes_on(tmp_path):
     (record.path / CONFIG).write_text(yaml.safe_dump({**record.config, "schema": 1}))
     again = Record(tmp_path / "a")
     again.begin({}, {"lr": 0.1}, overwrite=False)
-    again.note(more=1)
+    again.update_config(more=1)
     config = yaml.safe_load((record.path / CONFIG).read_text())
     assert config["schema"] == SCHEMA and config == signed({**record.config, "more": 1})
 
