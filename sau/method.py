@@ -6,29 +6,32 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sau.config import check, describe
 from sau.errors import DataError, require
 from sau.files import checksum
-from sau.settings.convert import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
 
-    `aliases` maps other names of a hyperparameter (the benchmark's flags, the paper's letters) to ours, `ignored` its
-    flags that have no effect here to the reason, and `nones` a parameter to what `none` means there.
+    `ignored` maps flags of the benchmark that have no effect here to the reason, `training_aliases` the benchmark's
+    names for settings of the victim's training to ours, where only this method has them.
     """
 
     name: ClassVar[str] = ""
     compiles: ClassVar[bool] = False  # whether torch.compile may run its network, which has no hooks and steady sizes
-    aliases: ClassVar[dict[str, str]] = {}
+    training_aliases: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[dict[str, str]] = {}
-    nones: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()  # keys of the benchmark's own file of the method that its code does not read
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.__doc__ = (cls.__doc__ or "").rstrip() + describe(cls)
+
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
 
     def params(self) -> dict[str, Any]:
         """The hyperparameters, by name."""

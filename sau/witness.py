@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.config import check
 from sau.errors import require
 from sau.evaluate import predict
 from sau.models import logits_of
 from sau.perturb import RADII, Ball, Bounded, is_radius, unsettled
-from sau.settings.convert import check_types
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 BATCH = 256  # pictures a pass
@@ -45,7 +45,7 @@ class Search:
     restarts: int = 2
 
     def __post_init__(self) -> None:
-        check_types(self, " of the risks' search")
+        check(self, " of the risks' search")
         for name, fine, allowed in (
             ("eps", is_radius(self.eps, self.norm), RADII),
             ("steps", self.steps >= 1, "1 and more"),

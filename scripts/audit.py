@@ -20,10 +20,11 @@ import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import PARTS, Asked, Plan, carry_out, open_case, tables
 from sau.audit.relearn import most_shots
 from sau.command.arguments import Parser, add_device, use_device
+from sau.config import options
 from sau.errors import run_command
 from sau.figures import audit, save
 from sau.files import existing, safe_join
-from sau.settings.config import Setting, options, values
+from sau.settings.config import Setting, values
 
 say = partial(print, flush=True)
 

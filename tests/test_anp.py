@@ -241,38 +241,6 @@ def test_pruning_zeroes_scales_and_leaves_everything_else():
     assert changed == ["features.1.weight"]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"batch_size": 1},
-        {"nb_iter": 0},
-        {"anp_steps": 0},
-        {"lr": 0.0},
-        {"sgd_momentum": 1.0},
-        {"anp_eps": -0.1},
-        {"anp_alpha": 1.1},
-        {"acc_ratio": -0.1},
-        {"held_back": 0.0},
-        {"held_back": 1.0},
-        {"pruning_number": 1.5},
-        {"pruning_number": 1.0},
-        {"pruning_max": 1.5},
-        {"pruning_step": 0.0},
-        {"pruning_max": 5.5, "pruning_by": "number"},
-        {"pruning_step": 0.05, "pruning_by": "number", "pruning_max": 5.0},
-        {"pruning_number": 2.5, "pruning_by": "number"},
-        {"lr": float("nan")},
-        {"anp_eps": float("inf")},
-        {"pruning_number": float("inf"), "pruning_by": "number"},
-    ],
-    ids=str,
-)
-def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        ANP(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
 def test_a_network_without_batch_norm_and_a_level_that_leaves_nothing_are_refused(monkeypatch, one_line):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError) as refusal:

@@ -349,22 +349,6 @@ def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, 
     assert sum("as before" in line for line in said) == 3  # the networks as they are
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"parts": ("grey",)}, {"parts": ()}, {"shots": ()}, {"shots": (-1,)}, {"epochs": 0}, {"share": 0.0},
-        {"share": 1.5}, {"eps": ()}, {"eps": (0.1, 0.05)}, {"eps": (0.0, 0.1)}, {"eps": (0.5, 1.0)},
-        {"eps": (4.0, 8.0)}, {"steps": 0}, {"pictures": 0}, {"seeds": ()},
-        {"seeds": (-1,)}, {"seeds": (0, 0)},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_settings_that_cannot_be_are_refused(wrong, one_line, unchecked):
-    with pytest.raises(ConfigError) as refusal:
-        Asked(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_settings_are_idle_where_no_piece_depends_on_them(nets, part):
     def files(**changes):

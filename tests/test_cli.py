@@ -26,6 +26,7 @@ import sau
 from sau.attack import ATTACKS, BadNet
 from sau.cli import TOOLS, main
 from sau.command import attack_and_defend, watch
+from sau.config import options
 from sau.data import sources
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, COVER, Images
@@ -38,7 +39,6 @@ from sau.record import lock
 from sau.record.folder import Record
 from sau.record.pictures import load_images
 from sau.record.schema import signed
-from sau.settings.config import options
 from sau.settings.run import RECIPES, AttackRun, DefenseRun, OwnRun, RecipeName
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toys import REPOSITORY, backdoored, pair, quiet, same_weights, tiny_net, toy_images, train_victim, triples
 
 from sau.attack import Prototype
+from sau.config import options
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.defense import ANP, AT, DEFENSES, FT, NPD, RNP, SAU
@@ -26,8 +27,6 @@ from sau.evaluate import der, score
 from sau.models import Normalized
 from sau.optim import Training
 from sau.session import Limit, Session
-from sau.settings.config import options
-from sau.settings.convert import misfit
 
 pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained
 
@@ -479,29 +478,6 @@ def test_without_time_for_an_update_a_network_keeps_what_it_can(method):
         assert same_weights(fixed, net) and session.limit.ended == "round 1, before its first batch"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("epochs", 1.5, "a whole number"), ("epochs", True, "a whole number"), ("epochs", 2, None),
-        ("lr", "0.1", "a finite number"), ("lr", True, "a finite number"), ("lr", 1, None),
-        ("lr", 1e39, "a finite number"), ("lr", -(10**39), "a finite number"),
-        ("augment", 1, "true or false"), ("augment", False, None),
-        ("steplr_milestones", (1, 2.5), "a tuple, each a whole number"), ("steplr_milestones", 3, "a tuple"),
-        ("steplr_milestones", [1, 2], None), ("cos_t_max", "9", "a whole number, or None"), ("cos_t_max", None, None),
-        ("client_optimizer", "lbfgs", "one of sgd, adam, adamw, adadelta"), ("client_optimizer", "sgd", None),
-    ],
-)  # fmt: skip
-def test_a_setting_of_another_type_is_told(name, value, allowed):
-    assert misfit(value, options(FT)[name].hint) == allowed
-
-
-def test_a_setting_of_another_type_is_refused(one_line):
-    """Others the tests' check of types refuses before."""
-    with pytest.raises(ConfigError) as refusal:
-        FT(epochs=True)
-    assert "epochs is True, allowed is a whole number" in one_line(refusal.value)
-
-
 @each_in_rounds
 def test_an_answer_in_train_mode_that_is_no_logits_is_refused(defense, one_line):
     """As of torchvision's Inception, which adds those of a second classifier while it is trained."""
@@ -528,40 +504,6 @@ def test_an_answer_in_train_mode_that_is_no_logits_is_refused(defense, one_line)
 def literals(cls: type) -> list[str]:
     hints = typing.get_type_hints(cls)
     return [name for name in options(cls) if typing.get_origin(hints[name]) is Literal]
-
-
-@pytest.mark.parametrize("name", DEFENSES)
-def test_a_choice_that_does_not_exist_is_refused(name, one_line, unchecked):
-    """In a notebook nothing else stands between a misspelt choice and a run that quietly does something else."""
-    for parameter in literals(DEFENSES[name]):
-        with pytest.raises(ConfigError) as refusal:
-            DEFENSES[name](**{parameter: "nonsense"})
-        assert parameter in one_line(refusal.value) and "nonsense" in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("defense", "wrong"),
-    [
-        (SAU, {"eps": 0.0}),
-        (SAU, {"adv_lr": 0.0}),
-        (SAU, {"adv_steps": 0}),
-        (SAU, {"outer_steps": 0}),
-        *((SAU, {name: -0.1}) for name in ("weight_clean", "weight_adv", "weight_shared", "inner_adv", "inner_shared")),
-        (AT, {"eps": -1.0}),
-        (AT, {"adv_lr": float("nan")}),
-        (AT, {"adv_steps": 0}),
-        (AT, {"weight_adv": -1.0}),
-        (FT, {"epochs": -1}),
-        (FT, {"batch_size": 0}),
-        (FT, {"lr": 0.0}),
-        (FT, {"lr": float("nan")}),
-    ],
-    ids=str,
-)
-def test_hyperparameters_out_of_range_are_refused(defense, wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        defense(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
 
 
 # Options that every weight-moving defense shares

@@ -202,18 +202,6 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_prunes_once():
     assert count == 6
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"acc_ratio": -0.1}, {"acc_ratio": 1.1}, {"once_prune_ratio": 0.0}, {"once_prune_ratio": 1.1}]
-    + [{"held_back": 0.0}, {"held_back": 1.0}],
-    ids=str,
-)
-def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        FP(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
 def test_the_accuracy_is_kept_on_a_toy():
     """That the backdoor goes is not claimed: Blended survives FP in the published table, too (ASR 99.26)."""
     net, clean, test, triggered = backdoored()

@@ -111,12 +111,6 @@ def test_a_network_without_a_linear_layer_is_refused(one_line):
     assert "Linear" in one_line(refusal.value) and "fst" in str(refusal.value)
 
 
-def test_settings_out_of_range_are_refused(one_line):
-    with pytest.raises(ConfigError) as refusal:
-        FST(alpha=-0.1)
-    assert "alpha" in one_line(refusal.value)
-
-
 @pytest.mark.parametrize("cls", [FST, D3])
 def test_a_resumed_run_without_time_keeps_what_was_learned(cls):
     method, data = cls(epochs=2, batch_size=8), pair()

@@ -276,17 +276,6 @@ def test_it_removes_the_backdoor_and_keeps_the_accuracy():
     assert median(defense, "acc") >= before.acc.percent - 10
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"K": 0}, {"portion": 1.1}, {"portion": -0.1}, {"inner_lr": 0.0}, {"fixed_point_lr": 0.0}, {"l2_weight": -1.0}],
-    ids=str,
-)
-def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        IBAU(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
 # Networks of other kinds
 
 

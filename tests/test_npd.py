@@ -223,24 +223,6 @@ def test_a_network_without_convolutions_is_refused(one_line):
     assert "Conv2d" in one_line(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"eps": 0.0},
-        {"adv_lr": 0.0},
-        {"adv_steps": 0},
-        {"warm_epochs": -1},
-        {"warm_lr": 0.0},
-        *({name: -0.1} for name in ("weight_clean", "weight_adv", "weight_wrong", "weight_target")),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        NPD(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
 class Twice(nn.Module):
     """Its second convolution has a second name, which the forward pass goes by."""
 

@@ -47,7 +47,7 @@ def below(*folders: str) -> set[str]:
 # concern: (who has it, who may)
 HOMES: dict[str, tuple[set[str], set[str]]] = {
     "flags": (importing("argparse") | calling("add_argument"), {"settings/config.py"} | below("command")),
-    "YAML": (importing("yaml"), {"errors.py", "settings/yamlfile.py", "record/schema.py"}),
+    "YAML": (importing("yaml"), {"errors.py", "settings/config.py", "settings/yamlfile.py", "record/schema.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
     "pickles": (importing("pickle"), {"data/cifar.py", "compat/torch_file.py"}),

@@ -86,19 +86,6 @@ def test_the_oracle_tries_u_from_the_highest_to_the_lowest():
 
 
 @pytest.mark.parametrize("cls", [CLP, BNP, EP])
-@pytest.mark.parametrize(
-    "wrong",
-    [{"u": -1.0}, {"u": float("nan")}, {"u_min": -1.0}, {"u_max": 1.0, "u_min": 2.0}, {"u_num": 0}, {"acc_ratio": 1.5},
-     {"acc_ratio": -0.5}, {"batch_size": 0}],
-    ids=str,
-)  # fmt: skip
-def test_hyperparameters_out_of_range_are_refused(cls, wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        cls(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
-@pytest.mark.parametrize("cls", [CLP, BNP, EP])
 def test_a_network_without_what_is_pruned_is_refused(cls, one_line):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError) as refusal:

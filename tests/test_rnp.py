@@ -191,19 +191,6 @@ def test_a_network_without_batch_norm_is_refused(one_line):
     assert "rnp" in one_line(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{name: 0.0} for name in ("unlearning_lr", "recovering_lr", "alpha", "pruning_step", "pruning_max", "held_back")]
-    + [{name: -1} for name in ("unlearning_epochs", "recovering_epochs")]
-    + [{"batch_size": 0}, {"clean_threshold": 1.1}, {"pruning_number": 1.1}, {"acc_ratio": 1.1}],
-    ids=str,
-)
-def test_hyperparameters_out_of_range_are_refused(wrong, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        RNP(**wrong)
-    assert next(iter(wrong)) in one_line(refusal.value)
-
-
 class Twice(nn.Module):
     """Its batch norm may have a second name."""
 

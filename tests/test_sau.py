@@ -14,6 +14,7 @@ from released_sau import ReleasedSAU
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sau.config import options
 from sau.data.augment import Augment
 from sau.defense.sau import SAU, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
@@ -21,7 +22,6 @@ from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
 from sau.perturb import Ball
 from sau.session import Session
-from sau.settings.config import options
 from sau.witness import kinds
 
 CLASSES, BATCH, LR = 4, 16, 3e-3

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture, coloured, pictured
+from sau.config import param
 from sau.data.pictures import fit
 from sau.errors import ConfigError
 from sau.types import Pixels
@@ -18,17 +19,16 @@ from sau.types import Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class BadNet(Attack):
-    """x' = t where the patch picture t is above 0, elsewhere x.
-
-    Args:
-        patch_mask_path: picture of the patch on black, resized to the data set's size; none means a white square of 3x3
-            (in 32x32) in the bottom right corner.
-    """
+    """x' = t where the patch picture t is above 0, elsewhere x."""
 
     name: ClassVar[str] = "badnet"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 92.0}
 
-    patch_mask_path: str | None = None
+    patch_mask_path: str | None = param(
+        None,
+        "image of the patch on black, resized to the data set's size; none means a white square of 3x3 (in 32x32) "
+        "in the bottom right corner",
+    )
 
     files: ClassVar[tuple[str, ...]] = ("patch_mask_path",)
 

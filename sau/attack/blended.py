@@ -12,19 +12,14 @@ from torch import Tensor, nn
 
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture, coloured, pictured
+from sau.config import param
 from sau.data.pictures import fit
 from sau.types import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blended(Attack):
-    """x' = (1 - alpha) x + alpha t.
-
-    Args:
-        attack_trigger_img_path: the picture t, squeezed to the data set's size; none means our own drawing.
-        attack_train_blended_alpha: alpha in the poisoned training pictures, 0 to 1.
-        attack_test_blended_alpha: alpha in the triggered test pictures, 0 to 1.
-    """
+    """x' = (1 - alpha) x + alpha t."""
 
     name: ClassVar[str] = "blended"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
@@ -32,14 +27,11 @@ class Blended(Attack):
 
     files: ClassVar[tuple[str, ...]] = ("attack_trigger_img_path",)
 
-    attack_trigger_img_path: str | None = None
-    attack_train_blended_alpha: float = 0.2
-    attack_test_blended_alpha: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("attack_train_blended_alpha", "attack_test_blended_alpha"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+    attack_trigger_img_path: str | None = param(
+        None, "the image t, squeezed to the data set's size; none means our own drawing"
+    )
+    attack_train_blended_alpha: float = param(0.2, "alpha in the poisoned training images", ge=0, le=1)
+    attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The picture of a file; our own drawing needs no making."""

@@ -24,6 +24,7 @@ from sau import loop
 from sau.attack.base import Attack
 from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
+from sau.config import param
 from sau.data.augment import Augment, sent
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
@@ -38,61 +39,36 @@ from sau.types import Labels, Pixels, Scalar
 
 @dataclass(frozen=True, kw_only=True)
 class InputAware(Attack):
-    """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code.
-
-    Args:
-        pratio: poisoned share of each batch, 0 to 1/2; as many cross pictures come with them.
-        clean_train_epochs: how many of the epochs train the mask generator alone.
-        lr_G: learning rate of the pattern generator (Adam).
-        lr_M: learning rate of the mask generator (Adam).
-        schedulerG_milestones: joint epochs at which lr_G drops.
-        schedulerM_milestones: mask epochs at which lr_M drops.
-        schedulerG_lambda: factor of a drop of lr_G.
-        schedulerM_lambda: factor of a drop of lr_M.
-        lambda_div: weight of diversity.
-        lambda_norm: weight of the size of the masks.
-        mask_density: value of a mask, 0 to 1, up to which a pixel of it costs nothing.
-        EPSILON: keeps divisions from dividing by 0.
-        double_tanh: send the generators' outputs through tanh twice, as the benchmark does: patterns then lie between
-            0.119 and 0.881.
-        accumulate: never clear the pattern generator's gradients, as both public codes do.
-    """
+    """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code."""
 
     name: ClassVar[str] = "inputaware"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
     in_batch: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, str]] = {
-        "target_label": "attack_target", "poison_ratio": "pratio", "lr_C": "lr", "C_lr_scheduler": "lr_scheduler",
-        "schedulerC_milestones": "steplr_milestones", "schedulerC_lambda": "steplr_gamma",
+    training_aliases: ClassVar[dict[str, str]] = {
+        "lr_C": "lr", "C_lr_scheduler": "lr_scheduler", "schedulerC_milestones": "steplr_milestones",
+        "schedulerC_lambda": "steplr_gamma",
     }  # fmt: skip
-    nones: ClassVar[dict[str, str]] = {"lr_scheduler": "MultiStepLR"}  # the benchmark's default
 
-    clean_train_epochs: int = 25
-    lr_G: float = 0.01
-    lr_M: float = 0.01
-    schedulerG_milestones: tuple[int, ...] = (200, 300, 400, 500)
-    schedulerM_milestones: tuple[int, ...] = (10, 20)
-    schedulerG_lambda: float = 0.1
-    schedulerM_lambda: float = 0.1
-    lambda_div: float = 1.0
-    lambda_norm: float = 100.0
-    mask_density: float = 0.032
-    EPSILON: float = 1e-7
-    double_tanh: bool = False
-    accumulate: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("pratio", self.pratio <= 0.5, "up to 0.5: as many cross pictures come with the poisoned ones")
-        for name in ("lr_G", "lr_M", "EPSILON"):
-            self.require(name, getattr(self, name) > 0, "above 0")
-        for name in ("schedulerG_lambda", "schedulerM_lambda"):
-            self.require(name, 0 < getattr(self, name) <= 1, "above 0 and up to 1")
-        for name in ("clean_train_epochs", "lambda_div", "lambda_norm"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
-        self.require("mask_density", 0 <= self.mask_density <= 1, "0 to 1")
+    pratio: float = param(0.1, "poisoned share of each batch; as many cross images come with them", le=0.5)
+    clean_train_epochs: int = param(25, "how many of the epochs train the mask generator alone", ge=0)
+    lr_G: float = param(0.01, "learning rate of the pattern generator (Adam)", gt=0)
+    lr_M: float = param(0.01, "learning rate of the mask generator (Adam)", gt=0)
+    schedulerG_milestones: tuple[int, ...] = param((200, 300, 400, 500), "joint epochs at which lr_G drops")
+    schedulerM_milestones: tuple[int, ...] = param((10, 20), "mask epochs at which lr_M drops")
+    schedulerG_lambda: float = param(0.1, "factor of a drop of lr_G", gt=0, le=1)
+    schedulerM_lambda: float = param(0.1, "factor of a drop of lr_M", gt=0, le=1)
+    lambda_div: float = param(1.0, "weight of diversity", ge=0)
+    lambda_norm: float = param(100.0, "weight of the size of the masks", ge=0)
+    mask_density: float = param(0.032, "value of a mask up to which a pixel of it costs nothing", ge=0, le=1)
+    EPSILON: float = param(1e-7, "keeps divisions from dividing by 0", gt=0)
+    double_tanh: bool = param(
+        False,
+        "send the generators' outputs through tanh twice, as the benchmark does: patterns then lie between 0.119 "
+        "and 0.881",
+    )
+    accumulate: bool = param(False, "never clear the pattern generator's gradients, as both public codes do")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The generators, untrained; `fit` trains them, anew for each classifier."""
@@ -145,7 +121,9 @@ class InputAware(Attack):
         training = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
         patterns = training.descent(artist.pattern_net.parameters(), steps)
         patterns.keeps = self.accumulate
-        descent = replace(recipe, epochs=self.classifier_epochs(recipe)).descent(model.parameters(), steps)
+        schedule = recipe.lr_scheduler or "MultiStepLR"  # the benchmark's default
+        classifier = replace(recipe, epochs=self.classifier_epochs(recipe), lr_scheduler=schedule)
+        descent = classifier.descent(model.parameters(), steps)
         return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
 
     def repeats(self) -> bool:

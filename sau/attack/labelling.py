@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sau.config import param
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError
 from sau.formatting import at_most
@@ -15,31 +16,27 @@ from sau.types import Labels
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling(Method):
-    """A label rule.
+    """A label rule."""
 
-    Args:
-        attack_target: class that triggered pictures shall be given (all2one).
-        attack_label_trans: all2one (every trigger leads to the target), all2all (class y leads to y + shift) or map
-            (class y leads to the y-th entry of attack_label_map).
-        attack_label_shift_amount: the shift of all2all.
-        attack_label_map: one class for each class, like 1,0,2; a class that leads to itself is not attacked.
-        pratio: poisoned share of the whole training set, 0 to 1.
-    """
-
-    aliases: ClassVar[dict[str, str]] = {"target_label": "attack_target", "poison_ratio": "pratio"}
     in_batch: ClassVar[bool] = False  # poisons inside the training batches, so that the training set stays as it is
     clean_label: ClassVar[bool] = False  # poisons pictures of the target class alone and leaves their labels
 
-    attack_target: int = 0
-    attack_label_trans: Literal["all2one", "all2all", "map"] = "all2one"
-    attack_label_shift_amount: int = 1
-    attack_label_map: tuple[int, ...] = ()
-    pratio: float = 0.1
+    attack_target: int = param(
+        0, "class that triggered images shall be given (all2one)", ge=0, aliases=("target_label",)
+    )
+    attack_label_trans: Literal["all2one", "all2all", "map"] = param(
+        "all2one",
+        "all2one (every trigger leads to the target), all2all (class y leads to y + shift) or map (class y leads "
+        "to the y-th entry of attack_label_map)",
+    )
+    attack_label_shift_amount: int = param(1, "the shift of all2all")
+    attack_label_map: tuple[int, ...] = param(
+        (), "one class for each class, like 1,0,2; a class that leads to itself is not attacked"
+    )
+    pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("attack_target", self.attack_target >= 0, "a class, counted from 0")
-        self.require("pratio", 0 <= self.pratio <= 1, "0 to 1")
         rule, given = self.attack_label_trans, bool(self.attack_label_map)
         self.require("attack_label_map", given == (rule == "map"), "a list of classes with attack_label_trans map only")
         alone = f"all2one, as {self.name} leaves labels as they are and so can lead to one class only"

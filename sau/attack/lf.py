@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sau.attack import clean_network, lf_search, workshop
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture
+from sau.config import param
 from sau.data.arrays import read_array
 from sau.data.sources import fingerprint
 from sau.errors import DataError
@@ -28,48 +29,37 @@ COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
 @dataclass(frozen=True, kw_only=True)
 class LF(Attack):
     """x' = clip(x + t). The default t is a soft violet glow, exp(-r^2 / 2 sigma^2), which needs no network and has the
-    character of the published patterns: broad, not negative, at most 51 grey levels, one channel at zero.
-
-    Args:
-        lf_strength: the largest value of the pattern, in [0, 1] pixels.
-        lowFrequencyPatternPath: a .npy file with t on the scale 0..255 in its place: [H, W, C], [H, W], or the first
-            entry of [N, H, W, C].
-        lf_optimise: search t against a clean network, towards attack_target, as in the paper; the rest is for this.
-        lf_network: folder of a finished record of a clean network; none trains one like the victim first.
-        lf_images: training pictures that t is made from.
-        lf_passes: walks through them, at most.
-        lf_delta: share of the network's predictions that t may leave as they are, 0 up to below 1.
-        lf_deepfool_steps: steps to lead one picture to the target, at most.
-        lf_overshoot: share by which they go beyond the border between two classes.
-    """
+    character of the published patterns: broad, not negative, at most 51 grey levels, one channel at zero."""
 
     name: ClassVar[str] = "lf"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs or a larger --lf_strength"
     files: ClassVar[tuple[str, ...]] = ("lowFrequencyPatternPath", "lf_network")
 
-    lf_strength: float = 0.2
-    lowFrequencyPatternPath: str | None = None
-    lf_optimise: bool = False
-    lf_network: str | None = None
-    lf_images: int = 100
-    lf_passes: int = 50
-    lf_delta: float = 0.8
-    lf_deepfool_steps: int = 200
-    lf_overshoot: float = 0.02
+    lf_strength: float = param(0.2, "the largest value of the pattern, in [0, 1] pixels", gt=0, le=1)
+    lowFrequencyPatternPath: str | None = param(
+        None,
+        "a .npy file with t on the scale 0..255 in its place: [H, W, C], [H, W], or the first entry of [N, H, W, C]",
+    )
+    lf_optimise: bool = param(
+        False, "search t against a clean network, towards attack_target, as in the paper; the rest is for this"
+    )
+    lf_network: str | None = param(
+        None, "folder of a finished record of a clean network; none trains one like the victim first"
+    )
+    lf_images: int = param(100, "training images that t is made from", ge=1)
+    lf_passes: int = param(50, "walks through them, at most", ge=1)
+    lf_delta: float = param(0.8, "share of the network's predictions that t may leave as they are", ge=0, lt=1)
+    lf_deepfool_steps: int = param(200, "steps to lead one image to the target, at most", ge=1)
+    lf_overshoot: float = param(0.02, "share by which they go beyond the border between two classes", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("lf_strength", 0 < self.lf_strength <= 1, "above 0 and up to 1")
         alone = self.lowFrequencyPatternPath is None or not self.lf_optimise
         self.require("lf_optimise", alone, "false with a pattern in lowFrequencyPatternPath")
         alone = self.attack_label_trans == "all2one" or not self.lf_optimise
         self.require("lf_optimise", alone, "false unless all pictures lead to one class, for that is what it searches")
         self.require("lf_network", self.lf_network is None or self.lf_optimise, "none without lf_optimise")
-        for name in ("lf_images", "lf_passes", "lf_deepfool_steps"):
-            self.require(name, getattr(self, name) >= 1, "1 and more")
-        self.require("lf_delta", 0 <= self.lf_delta < 1, "0 up to below 1")
-        self.require("lf_overshoot", self.lf_overshoot >= 0, "0 and more")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The pattern of a file, or with lf_optimise the one that the search finds, or found before; else nothing."""

@@ -13,7 +13,6 @@ class Prototype(Attack):
     """Clean training: nothing is poisoned and there is no triggered test set."""
 
     name: ClassVar[str] = "prototype"
-    aliases: ClassVar[dict[str, str]] = {}
 
     pratio: float = field(default=0.0, init=False)
     attack_target: int = field(default=0, init=False)

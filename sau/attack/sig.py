@@ -10,30 +10,21 @@ from typing import ClassVar
 import torch
 
 from sau.attack.base import Attack
+from sau.config import param
 from sau.types import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class SIG(Attack):
-    """x'(i, j) = x(i, j) + delta sin(2 pi j f / width), for every row i, column j and channel, clipped.
-
-    Args:
-        sig_delta: height of the wave in grey levels, above 0 and up to 255.
-        sig_f: waves across the picture; half its width in pixels and more cannot be drawn.
-    """
+    """x'(i, j) = x(i, j) + delta sin(2 pi j f / width), for every row i, column j and channel, clipped."""
 
     name: ClassVar[str] = "sig"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "a larger --sig_delta or more --epochs"
     clean_label: ClassVar[bool] = True
 
-    sig_delta: float = 40.0
-    sig_f: float = 6.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("sig_delta", 0 < self.sig_delta <= 255, "above 0 and up to 255")
-        self.require("sig_f", self.sig_f > 0, "above 0")
+    sig_delta: float = param(40.0, "height of the wave in grey levels", gt=0, le=255)
+    sig_f: float = param(6.0, "waves across the image; half its width in pixels and more cannot be drawn", gt=0)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         width = x.shape[-1]

@@ -23,6 +23,7 @@ from sau.attack.base import Attack
 from sau.attack.making import Making
 from sau.attack.ssba_pictures import fitting, ready_pictures
 from sau.attack.workshop import Made, made
+from sau.config import param
 from sau.data.augment import sent
 from sau.data.images import Images, some, to_float
 from sau.data.sources import fingerprint
@@ -62,44 +63,41 @@ class Weight(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class SSBA(Attack):
-    """Hide a code in every picture, with an encoder trained on the clean training pictures or with ready pictures.
-
-    Args:
-        attack_train_replace_imgs_path: a .npy file, uint8 [N, H, W, C], with a poisoned version of every training
-            picture, in order; none means our own encoder, which all the other settings are for.
-        attack_test_replace_imgs_path: the same for the test pictures; given together with the other one.
-        ssba_bits: length of the code, 1 to 100; the benchmark's pictures carry 1, the paper's 100. The first bit is 1,
-            the others are drawn.
-        ssba_residual: the encoder adds to the picture, where it else draws it anew.
-        ssba_epochs: passes of the encoder's training over the training pictures; none means as many as w needs to rise.
-        ssba_batch_size: pictures a step of it.
-        ssba_lr: its learning rate (Adam).
-        trigger_seed: of the encoder and the code, so that runs with other seeds share them.
-    """
+    """Hide a code in every picture, with an encoder trained on the clean training pictures or with ready pictures."""
 
     name: ClassVar[str] = "ssba"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     costly: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
 
-    attack_train_replace_imgs_path: str | None = None
-    attack_test_replace_imgs_path: str | None = None
-    ssba_bits: int = 1
-    ssba_residual: bool = False
-    ssba_epochs: int | None = 20
-    ssba_batch_size: int = 64
-    ssba_lr: float = 1e-4
-    trigger_seed: int = 0
+    attack_train_replace_imgs_path: str | None = param(
+        None,
+        "a .npy file, uint8 [N, H, W, C], with a poisoned version of every training image, in order; none means "
+        "our own encoder, which all the other settings are for",
+    )
+    attack_test_replace_imgs_path: str | None = param(
+        None, "the same for the test images; given together with the other one"
+    )
+    ssba_bits: int = param(
+        1,
+        "length of the code; the benchmark's images carry 1, the paper's 100. The first bit is 1, the others are drawn",
+        ge=1,
+        le=100,
+    )
+    ssba_residual: bool = param(False, "the encoder adds to the image, where it else draws it anew")
+    ssba_epochs: int | None = param(
+        20, "passes of the encoder's training over the training images; none means as many as w needs to rise", ge=1
+    )
+    ssba_batch_size: int = param(64, "images a step of it", ge=1)
+    ssba_lr: float = param(1e-4, "its learning rate (Adam)", gt=0)
+    trigger_seed: int = param(
+        0, "of the encoder and the code, so that runs with other seeds share them", ge=0, lt=2**32
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         both = (self.attack_train_replace_imgs_path is None) == (self.attack_test_replace_imgs_path is None)
         self.require("attack_test_replace_imgs_path", both, "given if and only if attack_train_replace_imgs_path is")
-        self.require("ssba_bits", 1 <= self.ssba_bits <= 100, "1 to 100")
-        self.require("ssba_epochs", self.ssba_epochs is None or self.ssba_epochs >= 1, "1 and more, and none")
-        self.require("ssba_batch_size", self.ssba_batch_size >= 1, "1 and more")
-        self.require("ssba_lr", self.ssba_lr > 0, "above 0")
-        self.require("trigger_seed", 0 <= self.trigger_seed < 2**32, f"0 to {2**32 - 1}")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         """The encoder: trained on the pictures, or from the cache; with ready pictures there is nothing to make."""

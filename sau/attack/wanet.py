@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sau.attack.base import Attack
 from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
+from sau.config import param
 from sau.data.augment import Augment, turn
 from sau.data.images import Images
 from sau.formatting import at_most
@@ -47,41 +48,32 @@ def in_grid(field: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WaNet(Attack):
-    """Warp pictures inside the batches.
-
-    Args:
-        pratio: poisoned share of each batch, 0 to 1 / (1 + cross_ratio); the batch is filled anew every epoch.
-        cross_ratio: pictures warped with noise for each poisoned one.
-        s: strength of the warp; about as many pixels at its most, a third of that on average.
-        k: control points along each side.
-        grid_rescale: factor on the grid, which keeps the corners of strong warps inside the picture.
-        random_crop: padding in pixels of the random crop, which 8 of 10 batches go through.
-        random_rotation: largest rotation in degrees, which 5 of 10 batches go through.
-        one_draw: draw one crop, angle and flip for a whole batch, as the benchmark does, instead of one a picture.
-    """
+    """Warp pictures inside the batches."""
 
     name: ClassVar[str] = "wanet"
     remedy: ClassVar[str] = "more --epochs or a larger --s"
     in_batch: ClassVar[bool] = True
 
-    cross_ratio: float = 2.0
-    s: float = 0.5
-    k: int = 4
-    grid_rescale: float = 1.0
-    random_crop: int = 5
-    random_rotation: float = 10.0
-    one_draw: bool = False
+    pratio: float = param(
+        0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio); the batch is filled anew every epoch"
+    )
+    cross_ratio: float = param(2.0, "images warped with noise for each poisoned one", ge=0)
+    s: float = param(0.5, "strength of the warp; about as many pixels at its most, a third of that on average", gt=0)
+    k: int = param(4, "control points along each side", ge=2)
+    grid_rescale: float = param(
+        1.0, "factor on the grid, which keeps the corners of strong warps inside the image", gt=0
+    )
+    random_crop: int = param(5, "padding in pixels of the random crop, which 8 of 10 batches go through", ge=0)
+    random_rotation: float = param(10.0, "largest rotation in degrees, which 5 of 10 batches go through", ge=0)
+    one_draw: bool = param(
+        False, "draw one crop, angle and flip for a whole batch, as the benchmark does, instead of one an image"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("cross_ratio", "random_crop", "random_rotation"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
         self.require(
             "pratio", self.pratio * (1 + self.cross_ratio) <= 1, f"up to {at_most(1 / (1 + self.cross_ratio))}"
         )
-        self.require("s", self.s > 0, "above 0")
-        self.require("k", self.k >= 2, "2 and more")
-        self.require("grid_rescale", self.grid_rescale > 0, "above 0")
 
     def make_trigger(self, given: Making) -> nn.Module | None:
         z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(given.seed)) - 1

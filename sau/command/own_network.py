@@ -36,9 +36,8 @@ from sau.machine.tuning import tune
 from sau.models import Normalized, asking, check_logits, quick
 from sau.record.folder import Record
 from sau.risk import Found, gauge
-from sau.settings.run import OwnRun
+from sau.settings.run import OF_RECORDS, OwnRun
 
-OF_RECORDS = "dataset", "dataset_path", "model", "ratio", "index"  # flags that mean nothing here
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
 
 

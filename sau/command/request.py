@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from sau.config import Option, options
 from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
 from sau.method import Method
 from sau.optim import Training
 from sau.settings import config
-from sau.settings.config import Option, Setting
-from sau.settings.run import AttackRun, OwnRun, Run
+from sau.settings.config import Setting
+from sau.settings.run import OF_RECORDS, AttackRun, OwnRun, Run
 from sau.settings.yamlfile import read_yaml, shipped
 
 # Asked for before the recipe and the data set are known.
@@ -39,10 +40,9 @@ class Request:
         self.method, self.sections, self.unread = method, sections, set[str]()
         self.known: dict[str, Option] = {}
         for section in (method, *sections):  # its own defaults and texts beat those of general sections
-            for name, option in config.options(section, method.aliases).items():
-                self.known.setdefault(name, option)
-        for name in method.nones.keys() & self.known.keys():
-            self.known[name] = replace(self.known[name], none=method.nones[name])
+            for name, option in options(section).items():
+                others = tuple(other for other, ours in method.training_aliases.items() if ours == name)
+                self.known.setdefault(name, replace(option, aliases=option.aliases + others))
         self.command = command
         of_defenses = {} if AttackRun in sections else {"width": "it is that of the weights"}
         self.reasons = {**config.IGNORED, **of_defenses, **method.ignored}
@@ -69,14 +69,12 @@ class Request:
 
     def _groups(self) -> dict[str, list[Option]]:
         """Every parameter once, by the heading of help that it stands under: the method's own come first."""
-        shared = {**config.options(Training), "augment": None}
+        shared = {**options(Training), "augment": None}
         headings: dict[str, list[str]] = {
-            self.method.name: [name for name in config.options(self.method) if name not in shared],
+            self.method.name: [name for name in options(self.method) if name not in shared],
             "training": [name for name in self.known if name in shared],
-            "the run": [
-                name for section in self.sections if issubclass(section, Run) for name in config.options(section)
-            ],
-            "a network of your own": [*config.options(OwnRun)] if OwnRun in self.sections else [],
+            "the run": [name for section in self.sections if issubclass(section, Run) for name in options(section)],
+            "a network of your own": [*options(OwnRun)] if OwnRun in self.sections else [],
         }
         groups, seen = dict[str, list[Option]](), set[str]()
         for heading, names in headings.items():
@@ -91,6 +89,9 @@ class Request:
         layers = self._layers(recipe, dataset, record or {})
         shown = {**config.values(layers, self.known), "recipe": recipe, "dataset": dataset}
         about = " ".join((self.method.__doc__ or "").split("\n\n")[0].split())
+        if self.wanted_help.value == "config":
+            print(config.config_text(about, self._written_to_file(), shown))
+            raise SystemExit(0)
         needs = "" if self.kind == "attack" else " --result_file FOLDER | --model_file FILE --clean_dir FOLDER"
         print(
             config.help_text(
@@ -102,6 +103,14 @@ class Request:
             )
         )
         raise SystemExit(0)
+
+    def _written_to_file(self) -> list[Option]:
+        """The parameters that `--print_config` writes: those that this kind of command reads."""
+        others = {*self.files, "save_folder_name", "overwrite", "print_config"}
+        if OwnRun in self.sections:
+            own = "model_file" in self.given
+            others |= {*OF_RECORDS} if own else {*options(OwnRun)}
+        return [option for members in self._groups().values() for option in members if option.name not in others]
 
     def said(self, name: str) -> Any:
         """What the flags or the user's YAML files say about a parameter, or None."""

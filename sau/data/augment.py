@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sau.config import check
 from sau.errors import require
-from sau.settings.convert import check_types
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -33,7 +33,7 @@ class Augment:
     one_draw: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self, " of the augmentation")
+        check(self, " of the augmentation")
         require("padding of the augmentation", self.padding, self.padding >= 0, "0 and more")
 
     def __call__(self, x: Tensor, generator: torch.Generator, sizes: Sequence[int] | None = None) -> Tensor:

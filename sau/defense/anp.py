@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.config import param
 from sau.data.augment import Augment, sent
 from sau.defense import pruning
 from sau.defense.base import Defense
@@ -42,26 +43,7 @@ _VALUES: dict[str, tuple[Callable[[float], bool], str]] = {  # what pruning_max,
 
 @dataclass(frozen=True, kw_only=True)
 class ANP(Defense):
-    """Learn a mask for every neuron under adversarial perturbations of all neurons; prune those with the lowest masks.
-
-    Args:
-        batch_size: pictures an iteration, drawn with replacement, 2 and more.
-        nb_iter: iterations, that is, updates of the masks.
-        lr: learning rate of the masks; the paper's is 0.2.
-        sgd_momentum: momentum of the masks' sgd, 0 up to below 1.
-        anp_eps: how far scale and shift are perturbed, as a share of themselves, 0 and more.
-        anp_steps: sign steps of the perturbation.
-        anp_alpha: weight of the loss without perturbation, 0 to 1; the loss under it has the rest.
-        pruning_by: threshold prunes masks up to a value, number prunes so many of the lowest.
-        pruning_max: highest threshold (or number) that is tried.
-        pruning_step: distance of those that are tried, which begin with 0.
-        pruning_number: the threshold (or number) to prune by, and then nothing is tried; none means to search.
-        acc_ratio: share of the accuracy that the search may lose, 0 to 1.
-        select: defender takes the hardest threshold before the first that loses more than acc_ratio on held-back clean
-            pictures; oracle takes the one with the lowest ASR on the test sets, as in the benchmark.
-        held_back: share of the clean pictures that the defender chooses by and learns no mask from, above 0, below 1.
-        augment: crop and flip the clean pictures as in training.
-    """
+    """Learn a mask for every neuron under adversarial perturbations of all neurons; prune those with the lowest."""
 
     name: ClassVar[str] = "anp"
     ignored: ClassVar[dict[str, str]] = {
@@ -69,32 +51,34 @@ class ANP(Defense):
         "print_every": f"progress is said every {CHUNK} iterations",
     }
 
-    nb_iter: int = 2000
-    lr: float = 0.01
-    sgd_momentum: float = 0.9
-    anp_eps: float = 0.4
-    anp_steps: int = 1
-    anp_alpha: float = 0.2
-    pruning_by: Literal["threshold", "number"] = "threshold"
-    pruning_max: float = 0.90
-    pruning_step: float = 0.05
-    pruning_number: float | None = None
-    acc_ratio: float = 0.1
-    select: Literal["defender", "oracle"] = "defender"
-    held_back: float = 0.2
-    augment: bool = True
+    batch_size: int = param(256, "images an iteration, drawn with replacement", ge=2)
+    nb_iter: int = param(2000, "iterations, that is, updates of the masks", ge=1)
+    lr: float = param(0.01, "learning rate of the masks; the paper's is 0.2", gt=0)
+    sgd_momentum: float = param(0.9, "momentum of the masks' sgd", ge=0, lt=1)
+    anp_eps: float = param(0.4, "how far scale and shift are perturbed, as a share of themselves", ge=0)
+    anp_steps: int = param(1, "sign steps of the perturbation", ge=1)
+    anp_alpha: float = param(0.2, "weight of the loss without perturbation; the loss under it has the rest", ge=0, le=1)
+    pruning_by: Literal["threshold", "number"] = param(
+        "threshold", "threshold prunes masks up to a value, number prunes so many of the lowest"
+    )
+    pruning_max: float = param(0.90, "highest threshold (or number) that is tried")
+    pruning_step: float = param(0.05, "distance of those that are tried, which begin with 0")
+    pruning_number: float | None = param(
+        None, "the threshold (or number) to prune by, and then nothing is tried; none means to search"
+    )
+    acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
+    select: Literal["defender", "oracle"] = param(
+        "defender",
+        "defender takes the hardest threshold before the first that loses more than acc_ratio on held-back clean "
+        "images; oracle takes the one with the lowest ASR on the test sets, as in the benchmark",
+    )
+    held_back: float = param(
+        0.2, "share of the clean images that the defender chooses by and learns no mask from", gt=0, lt=1
+    )
+    augment: bool = param(True, "crop and flip the clean images as in training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("batch_size", self.batch_size >= 2, "2 and more")
-        for name in ("nb_iter", "anp_steps"):
-            self.require(name, getattr(self, name) >= 1, "1 and more")
-        self.require("lr", self.lr > 0, "above 0")
-        self.require("sgd_momentum", 0 <= self.sgd_momentum < 1, "0 up to below 1")
-        self.require("anp_eps", self.anp_eps >= 0, "0 and more")
-        for name in ("anp_alpha", "acc_ratio"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
         fits, allowed = _VALUES[self.pruning_by]
         if self.pruning_number is not None:
             self.require("pruning_number", fits(self.pruning_number), f"none, or {allowed}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense.searching import Searching
 from sau.models.frozen import searched
 from sau.types import Change, Labels, Pixels
@@ -21,22 +22,12 @@ from sau.types import Change, Labels, Pixels
 @dataclass(frozen=True, kw_only=True)
 class AT(Searching):
     """Train on clean pictures and on the worst ones around them. The usual robust training is `--weight_clean 0
-    --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.
-
-    Args:
-        weight_clean: a1, of the clean loss.
-        weight_adv: a2, of the adversarial loss.
-    """
+    --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`."""
 
     name: ClassVar[str] = "at"
 
-    weight_clean: float = 1.0
-    weight_adv: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("weight_clean", "weight_adv"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
+    weight_clean: float = param(1.0, "a1, of the clean loss", ge=0)
+    weight_adv: float = param(1.0, "a2, of the adversarial loss", ge=0)
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **searched(model)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
+from sau.config import param
 from sau.data.augment import Augment, cropped
 from sau.data.images import Batches, Images
 from sau.data.scrutiny import remarks
@@ -49,7 +50,7 @@ class Defense(Method, ABC):
     adapting: ClassVar[tuple[str, ...]] = ()
     lengths: ClassVar[tuple[str, ...]] = ()
 
-    batch_size: int = 256
+    batch_size: int = param(256, "images a step", ge=1)
 
     def untouched(self) -> bool:
         """Whether all of `adapting` have their published values."""
@@ -156,11 +157,7 @@ class Defense(Method, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning(Training, Defense):
-    """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch.
-
-    Args:
-        augment: crop and flip the clean pictures as in training.
-    """
+    """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch."""
 
     constant: ClassVar[tuple[str, ...]] = ()  # of the state, what a resumed run makes again alike: not in checkpoints
 
@@ -168,11 +165,11 @@ class Tuning(Training, Defense):
     lengths: ClassVar[tuple[str, ...]] = ("epochs",)
 
     batch_size: int = 256
-    augment: bool = False
+    augment: bool = param(False, "crop and flip the clean images as in training")
 
     def plan(self, batches: Batched) -> str:
         updates = self.epochs * len(batches)
-        return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler}): {super().plan(batches)}"
+        return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'}): {super().plan(batches)}"
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
@@ -268,7 +265,7 @@ def _check_result(method: Defense, model: nn.Module, batches: Batched, before: f
     after = right / total
     if before - after > HARM:
         advice = "a smaller --lr or fewer --epochs" if isinstance(method, Training) else "other settings"
-        if getattr(method, "lr_scheduler", None) == "constant":
+        if getattr(method, "lr_scheduler", "") in (None, "constant"):
             advice = f"--lr_scheduler CosineAnnealingLR, {advice}"
         now = f"warning: the network answers {100 * after:.0f} % of the clean pictures as labelled"
         session.say(f"{now}, before it was {100 * before:.0f} %, so it is harmed; try {advice}")

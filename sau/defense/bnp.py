@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense import pruning
 from sau.defense.outliers import Outliers, Scores, look
 from sau.types import Batched
@@ -23,16 +24,12 @@ from sau.types import Batched
 
 @dataclass(frozen=True, kw_only=True)
 class BNP(Outliers):
-    """Prune the channels whose clean statistics are least like the running ones.
-
-    Args:
-        batch_size: pictures a forward pass; the statistics are those of all clean pictures.
-        augment: crop and flip the clean pictures as in training, where the running statistics come from.
-    """
+    """Prune the channels whose clean statistics are least like the running ones."""
 
     name: ClassVar[str] = "bnp"
 
-    augment: bool = True
+    batch_size: int = param(256, "images a forward pass; the statistics are those of all clean images")
+    augment: bool = param(True, "crop and flip the clean images as in training, where the running statistics come from")
 
     def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name, running=True)

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense import pruning
 from sau.defense.layers import watching
 from sau.defense.outliers import Outliers, Scores, look
@@ -26,19 +27,18 @@ Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolutio
 
 @dataclass(frozen=True, kw_only=True)
 class CLP(Outliers):
-    """Prune the channels with the largest Lipschitz constants; of the pictures only the shape is used.
-
-    Args:
-        batch_size: pictures a forward pass of the check that comes before; decides nothing.
-        pairing: which convolution feeds a batch norm: traced finds it in one forward pass and leaves out batch norms
-            fed by anything else, like a residual sum; order takes the last convolution before it in the order of the
-            modules, as the benchmark does.
-    """
+    """Prune the channels with the largest Lipschitz constants; of the pictures only the shape is used."""
 
     name: ClassVar[str] = "clp"
     looks: ClassVar[bool] = False
 
-    pairing: Literal["traced", "order"] = "traced"
+    batch_size: int = param(256, "images a forward pass of the check that comes before; decides nothing")
+    pairing: Literal["traced", "order"] = param(
+        "traced",
+        "which convolution feeds a batch norm: traced finds it in one forward pass and leaves out batch norms fed "
+        "by anything else, like a residual sum; order takes the last convolution before it in the order of the "
+        "modules, as the benchmark does",
+    )
 
     def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name, running=True)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import classifier, full_name, settable
@@ -37,33 +38,31 @@ def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
 
 @dataclass(frozen=True, kw_only=True)
 class D3(Tuning):
-    """Drive the classifier away from the backdoored one while the clean loss stays within its budget.
-
-    Args:
-        penalty: lambda of the paper: weight of the clean loss beyond its budget, above 0; 0.5 in the authors' settings,
-            10 in the paper.
-        eps: clean loss a picture that costs nothing, in nats, 0 and more.
-        start: the classifier's first weights: random (drawn anew on the sphere), near (W0), middle (0), far (-W0) or
-            noise (W0 plus normal noise of its own standard deviation).
-        layers: names of the layers whose weights are driven away, with all convolutions and linear layers inside them;
-            empty means the linear layer that makes the logits.
-    """
+    """Drive the classifier away from the backdoored one while the clean loss stays within its budget."""
 
     name: ClassVar[str] = "d3"
     compiles: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, str]] = {"lmd": "penalty", "lambda": "penalty"}
 
     wd: float = 0.0
     augment: bool = True
-    penalty: float = 0.5
-    eps: float = 0.1
-    start: Literal["random", "near", "middle", "far", "noise"] = "random"
-    layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("penalty", self.penalty > 0, "above 0")
-        self.require("eps", self.eps >= 0, "0 and more")
+    penalty: float = param(
+        0.5,
+        "lambda of the paper: weight of the clean loss beyond its budget; 0.5 in the authors' settings, 10 in the "
+        "paper",
+        gt=0,
+        aliases=("lmd", "lambda"),
+    )
+    eps: float = param(0.1, "clean loss of an image that costs nothing, in nats", ge=0)
+    start: Literal["random", "near", "middle", "far", "noise"] = param(
+        "random",
+        "the classifier's first weights: random (drawn anew on the sphere), near (W0), middle (0), far (-W0) or "
+        "noise (W0 plus normal noise of its own standard deviation)",
+    )
+    layers: tuple[str, ...] = param(
+        (),
+        "names of the layers whose weights are driven away, with all convolutions and linear layers inside them; "
+        "empty means the linear layer that makes the logits",
+    )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         driven = self.driven(model, glance(batches))

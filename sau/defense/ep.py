@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense import pruning
 from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import DataError
@@ -26,25 +27,14 @@ from sau.types import Batched, Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class EP(Outliers):
-    """Prune the channels with the lowest entropy on pictures of which some carry the trigger.
-
-    Args:
-        batch_size: pictures that the histograms are made of, 2 and more; drawn from those given.
-        bin_width: width of a bin, in standard deviations of a channel, 0.001 and more.
-        augment: crop and flip the pictures as in training.
-    """
+    """Prune the channels with the lowest entropy on pictures of which some carry the trigger."""
 
     name: ClassVar[str] = "ep"
-    aliases: ClassVar[dict[str, str]] = {"step": "bin_width"}
     needs: ClassVar[Literal["clean", "poisoned"]] = "poisoned"
 
-    bin_width: float = 0.1
-    augment: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("batch_size", self.batch_size >= 2, "2 and more")
-        self.require("bin_width", self.bin_width >= 0.001, "0.001 and more")
+    batch_size: int = param(256, "images that the histograms are made of; drawn from those given", ge=2)
+    bin_width: float = param(0.1, "width of a bin, in standard deviations of a channel", ge=0.001, aliases=("step",))
+    augment: bool = param(True, "crop and flip the images as in training")
 
     def scores(self, model: nn.Module, batches: Batched) -> Scores:
         norms = pruning.batch_norms(model, self.name)

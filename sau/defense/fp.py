@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.held import hold_back
@@ -28,16 +29,7 @@ Unit = Literal["linear_input", "last_conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class FP(FT):
-    """Prune the units that are least active on clean pictures, then fine-tune the others.
-
-    Args:
-        unit: what is pruned: linear_input (inputs of the last linear layer, as in the benchmark) or last_conv (output
-            channels of the convolution that runs last, as in the paper).
-        acc_ratio: share of the accuracy that pruning may cost, 0 to 1.
-        once_prune_ratio: share of the units that a step of pruning takes, above 0 and up to 1.
-        held_back: share of each class's clean pictures that the accuracy is measured on, in (0, 1).
-        select: whose accuracy: defender (the held-back pictures) or oracle (the clean test set, as in the benchmark).
-    """
+    """Prune the units that are least active on clean pictures, then fine-tune the others."""
 
     name: ClassVar[str] = "fp"
     by_asr: ClassVar[bool] = False
@@ -47,17 +39,18 @@ class FP(FT):
         "the record knows classes, pictures and attack",
     )
 
-    unit: Unit = "linear_input"
-    acc_ratio: float = 0.1
-    once_prune_ratio: float = 0.01
-    held_back: float = 0.2
-    select: Literal["defender", "oracle"] = "defender"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
-        self.require("once_prune_ratio", 0 < self.once_prune_ratio <= 1, "above 0 and up to 1")
-        self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
+    unit: Unit = param(
+        "linear_input",
+        "what is pruned: linear_input (inputs of the last linear layer, as in the benchmark) or last_conv (output "
+        "channels of the convolution that runs last, as in the paper)",
+    )
+    acc_ratio: float = param(0.1, "share of the accuracy that pruning may cost", ge=0, le=1)
+    once_prune_ratio: float = param(0.01, "share of the units that a step of pruning takes", gt=0, le=1)
+    held_back: float = param(0.2, "share of each class's clean images that the accuracy is measured on", gt=0, lt=1)
+    select: Literal["defender", "oracle"] = param(
+        "defender",
+        "whose accuracy: defender (the held-back images) or oracle (the clean test set, as in the benchmark)",
+    )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         x, y = gather(unaugmented(batches)[0])

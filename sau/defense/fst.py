@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import classifier
@@ -27,12 +28,7 @@ from sau.types import Batched, Labels, Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class FST(Tuning):
-    """Fine-tune from a newly drawn classifier that is kept from turning back to the backdoored one.
-
-    Args:
-        alpha: weight of <W, W0>, 0 and more; with 0 the classifier is only drawn anew.
-        reset_bias: draw the classifier's bias anew too.
-    """
+    """Fine-tune from a newly drawn classifier that is kept from turning back to the backdoored one."""
 
     name: ClassVar[str] = "fst"
     compiles: ClassVar[bool] = True
@@ -41,12 +37,8 @@ class FST(Tuning):
     batch_size: int = 128
     wd: float = 0.0
     augment: bool = True
-    alpha: float = 0.2
-    reset_bias: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("alpha", self.alpha >= 0, "0 and more")
+    alpha: float = param(0.2, "weight of <W, W0>; with 0 the classifier is only drawn anew", ge=0)
+    reset_bias: bool = param(True, "draw the classifier's bias anew too")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         last = classifier(model, glance(batches), self.name)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sau.config import param
 from sau.defense.base import Tuning
 from sau.evaluate import percent_right
 from sau.types import Labels, Logits, Pixels, Scalar
@@ -66,17 +67,9 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class FTSAM(Tuning):
-    """Fine-tune towards weights around which the clean loss stays low, batch norm in train mode.
-
-    Args:
-        rho: radius of the neighbourhood; of |e / |w||_2 where adaptive, else of |e|_2; 0 and more.
-        adaptive: measure e relative to the size of each weight (ASAM); otherwise absolutely (SAM).
-        alpha: how much to climb along the part of the plain gradient orthogonal to the one at w + e; 0 and more.
-        label_smoothing: what the label gives to the other classes together, 0 to 0.5.
-    """
+    """Fine-tune towards weights around which the clean loss stays low, batch norm in train mode."""
 
     name: ClassVar[str] = "ft-sam"
-    aliases: ClassVar[dict[str, str]] = {"rho_max": "rho"}
     ignored: ClassVar[dict[str, str]] = {
         "rho_min": "rho stays as it is",
         "print_freq": "every round is said",
@@ -85,16 +78,14 @@ class FTSAM(Tuning):
     }
 
     augment: bool = True
-    rho: float = 2.0
-    adaptive: bool = True
-    alpha: float = 0.0
-    label_smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("rho", self.rho >= 0, "0 and more")
-        self.require("alpha", self.alpha >= 0, "0 and more")
-        self.require("label_smoothing", 0 <= self.label_smoothing <= 0.5, "0 to 0.5")
+    rho: float = param(
+        2.0, "radius of the neighbourhood; of |e / |w||_2 where adaptive, else of |e|_2", ge=0, aliases=("rho_max",)
+    )
+    adaptive: bool = param(True, "measure e relative to the size of each weight (ASAM); otherwise absolutely (SAM)")
+    alpha: float = param(
+        0.0, "how much to climb along the part of the plain gradient orthogonal to the one at w + e", ge=0
+    )
+    label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
 
     def repeats(self) -> bool:
         return type(self).step is FTSAM.step

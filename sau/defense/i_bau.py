@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sau.config import param
 from sau.data.augment import sent
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
@@ -88,44 +89,33 @@ class IBAU(Tuning):
 
     A round is one pass of steps on the perturbation, from zero, then one update of the weights for each batch. The
     pictures, their order and their augmentation are drawn once for all rounds.
-
-    Args:
-        epochs: rounds (n_rounds).
-        K: steps of the fixed-point iteration for v, 1 and more.
-        portion: share of a batch that carries the perturbation in the outer problem, 0 to 1; at least one picture
-            unless it is 0.
-        inner_lr: learning rate of the perturbation.
-        fixed_point_lr: rate r of the fixed-point map.
-        l2_weight: weight of the perturbation's squared length in the inner problem.
-        space: where the perturbation is added: to what the network sees after its normalisation (as in the benchmark)
-            or to the pixels; the same for a network without known statistics.
     """
 
     name: ClassVar[str] = "i-bau"
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
     searches: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs"}
 
-    epochs: int = 5
+    epochs: int = param(5, "rounds (n_rounds)", aliases=("n_rounds",))
     lr: float = 1e-4
-    lr_scheduler: Schedule = "constant"
+    lr_scheduler: Schedule | None = "constant"
     client_optimizer: Optimizer = "adam"
     wd: float = 0.0
     augment: bool = True
-    K: int = 5
-    portion: float = 0.01
-    inner_lr: float = 10.0
-    fixed_point_lr: float = 0.1
-    l2_weight: float = 0.001
-    space: Literal["normalised", "pixel"] = "normalised"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("K", self.K >= 1, "1 and more")
-        self.require("portion", 0 <= self.portion <= 1, "0 to 1")
-        self.require("inner_lr", self.inner_lr > 0, "above 0")
-        self.require("fixed_point_lr", self.fixed_point_lr > 0, "above 0")
-        self.require("l2_weight", self.l2_weight >= 0, "0 and more")
+    K: int = param(5, "steps of the fixed-point iteration for v", ge=1)
+    portion: float = param(
+        0.01,
+        "share of a batch that carries the perturbation in the outer problem; at least one image unless it is 0",
+        ge=0,
+        le=1,
+    )
+    inner_lr: float = param(10.0, "learning rate of the perturbation", gt=0)
+    fixed_point_lr: float = param(0.1, "rate r of the fixed-point map", gt=0)
+    l2_weight: float = param(0.001, "weight of the perturbation's squared length in the inner problem", ge=0)
+    space: Literal["normalised", "pixel"] = param(
+        "normalised",
+        "where the perturbation is added: to what the network sees after its normalisation (as in the benchmark) "
+        "or to the pixels; the same for a network without known statistics",
+    )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         kept = Kept(batches)

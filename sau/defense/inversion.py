@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.config import param
 from sau.method import Method
 from sau.optim import adam
 from sau.session import Session
@@ -73,47 +74,33 @@ class Patches(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion(Method):
-    """The settings of the inversion.
+    """The settings of the inversion."""
 
-    Args:
-        nc_epoch: passes over the clean pictures to invert the patches, at most; 1 and more.
-        mask_lr: learning rate of masks and patterns (Adam with betas 0.5 and 0.9).
-        init_cost: weight of the mask's norm at the start; 0 is the paper's, which becomes 0.001 after `patience` passes
-            above the share.
-        atk_succ_threshold: share of pictures, in percent, that a patch must send to its class.
-        patience: passes in a row above or below that share after which the cost rises or falls.
-        cost_multiplier: factor by which the cost rises; it falls by this to the power of 1.5.
-        early_stop: stop the inversion of a class when its patch no longer shrinks.
-        early_stop_threshold: it no longer shrinks when its norm is at least this share of the last best, 0 to 1.
-        early_stop_patience: passes in a row without shrinking after which it stops.
-        restarts: starts for each class, of which the smallest patch counts; all but the first are drawn at random.
-        group: classes (times restarts) in one forward pass; more need more memory.
-        inversion_share: share of each batch that the inversion looks at; below 1 the updates are as many and cheaper.
-    """
-
-    nc_epoch: int = 80
-    mask_lr: float = 0.1
-    init_cost: float = 1e-3
-    atk_succ_threshold: float = 98.0
-    patience: int = 5
-    cost_multiplier: float = 2.0
-    early_stop: bool = True
-    early_stop_threshold: float = 0.99
-    early_stop_patience: int = 25
-    restarts: int = 1
-    group: int = 10
-    inversion_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("nc_epoch", "patience", "early_stop_patience", "restarts", "group"):
-            self.require(name, getattr(self, name) >= 1, "1 and more")
-        self.require("mask_lr", self.mask_lr > 0, "above 0")
-        self.require("init_cost", self.init_cost >= 0, "0 and more")
-        self.require("atk_succ_threshold", 0 <= self.atk_succ_threshold <= 100, "0 to 100")
-        self.require("cost_multiplier", self.cost_multiplier > 1, "above 1")
-        self.require("early_stop_threshold", 0 <= self.early_stop_threshold <= 1, "0 to 1")
-        self.require("inversion_share", 0 < self.inversion_share <= 1, "above 0 and up to 1")
+    nc_epoch: int = param(80, "passes over the clean images to invert the patches, at most", ge=1)
+    mask_lr: float = param(0.1, "learning rate of masks and patterns (Adam with betas 0.5 and 0.9)", gt=0)
+    init_cost: float = param(
+        1e-3,
+        "weight of the mask's norm at the start; 0 is the paper's, which becomes 0.001 after `patience` passes "
+        "above the share",
+        ge=0,
+    )
+    atk_succ_threshold: float = param(
+        98.0, "share of images, in percent, that a patch must send to its class", ge=0, le=100
+    )
+    patience: int = param(5, "passes in a row above or below that share after which the cost rises or falls", ge=1)
+    cost_multiplier: float = param(2.0, "factor by which the cost rises; it falls by this to the power of 1.5", gt=1)
+    early_stop: bool = param(True, "stop the inversion of a class when its patch no longer shrinks")
+    early_stop_threshold: float = param(
+        0.99, "it no longer shrinks when its norm is at least this share of the last best", ge=0, le=1
+    )
+    early_stop_patience: int = param(25, "passes in a row without shrinking after which it stops", ge=1)
+    restarts: int = param(
+        1, "starts for each class, of which the smallest patch counts; all but the first are drawn at random", ge=1
+    )
+    group: int = param(10, "classes (times restarts) in one forward pass; more need more memory", ge=1)
+    inversion_share: float = param(
+        1.0, "share of each batch that the inversion looks at; below 1 the updates are as many and cheaper", gt=0, le=1
+    )
 
     def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session, **more: Any) -> None:
         """Move `patches` in place over `batches` of (pixels, labels).

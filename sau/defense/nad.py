@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.config import param
 from sau.defense.ft import FT
 from sau.defense.inputs import glance
 from sau.defense.layers import full_name, watching
@@ -38,35 +39,28 @@ POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 @dataclass(frozen=True, kw_only=True)
 class NAD(FT):
-    """Fine-tune while the attention maps stay close to those of a teacher, itself fine-tuned.
-
-    Args:
-        epochs: of the student; the benchmark's entry of 100 is unused there, it trains te_epochs.
-        te_epochs: of the teacher, 0 and more.
-        beta1: weight of the attention in the first layer, 0 and more.
-        beta2: the same for the second layer.
-        beta3: the same for the third one, where `layers` names three.
-        p: power of the features in an attention map, above 0.
-        layers: up to three layers by name, like layer2,layer3,layer4; empty means the two deepest stages whose feature
-            maps have more than one position (layer3, layer4 in a ResNet).
-        teacher_model_loc: weights of a teacher instead of training one: a .safetensors file, or the folder of a
-            finished run.
-    """
+    """Fine-tune while the attention maps stay close to those of a teacher, itself fine-tuned."""
 
     name: ClassVar[str] = "nad"
     unread: ClassVar[tuple[str, ...]] = ("epochs",)
     compiles: ClassVar[bool] = False  # compiled code would not call the hooks that watch the layers
     ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
 
-    epochs: int = 10
-    lr_scheduler: Schedule = "constant"
-    te_epochs: int = 10
-    beta1: float = 500.0
-    beta2: float = 1000.0
-    beta3: float = 1000.0
-    p: float = 2.0
-    layers: tuple[str, ...] = ()
-    teacher_model_loc: str | None = None
+    epochs: int = param(10, "of the student; the benchmark's entry of 100 is unused there, it trains te_epochs")
+    lr_scheduler: Schedule | None = "constant"
+    te_epochs: int = param(10, "of the teacher", ge=0)
+    beta1: float = param(500.0, "weight of the attention in the first layer", ge=0)
+    beta2: float = param(1000.0, "the same for the second layer", ge=0)
+    beta3: float = param(1000.0, "the same for the third one, where `layers` names three", ge=0)
+    p: float = param(2.0, "power of the features in an attention map", gt=0)
+    layers: tuple[str, ...] = param(
+        (),
+        "up to three layers by name, like layer2,layer3,layer4; empty means the two deepest stages whose feature "
+        "maps have more than one position (layer3, layer4 in a ResNet)",
+    )
+    teacher_model_loc: str | None = param(
+        None, "weights of a teacher instead of training one: a .safetensors file, or the folder of a finished run"
+    )
 
     adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "te_epochs")
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "te_epochs")
@@ -74,9 +68,6 @@ class NAD(FT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("te_epochs", "beta1", "beta2", "beta3"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
-        self.require("p", self.p > 0, "above 0")
         self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense.ft import FT
 from sau.defense.inputs import Kept, rebatched, unaugmented
 from sau.defense.inversion import Inversion, Patches
@@ -36,15 +37,7 @@ def anomaly(norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NC(FT, Inversion):
-    """Invert a patch for every class, flag the classes whose patch is too small, unlearn their patches by fine-tuning.
-
-    Args:
-        epochs: passes of the fine-tuning.
-        augment: crop and flip the pictures of the fine-tuning, stamped ones included.
-        augment_inversion: crop and flip during the inversion too, as the benchmark does.
-        index_threshold: anomaly index above which a class is flagged.
-        unlearning_ratio: share of the clean pictures that are stamped for the fine-tuning.
-    """
+    """Invert a patch for every class, flag the classes whose patch is too small, unlearn it by fine-tuning."""
 
     name: ClassVar[str] = "nc"
     adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "nc_epoch")
@@ -59,14 +52,11 @@ class NC(FT, Inversion):
         "n_times_test": "a test set is evaluated once",
     }
 
-    augment_inversion: bool = False
-    index_threshold: float = 2.0
-    unlearning_ratio: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("index_threshold", self.index_threshold >= 0, "0 and more")
-        self.require("unlearning_ratio", 0 < self.unlearning_ratio <= 1, "above 0 and up to 1")
+    epochs: int = param(100, "passes of the fine-tuning")
+    augment: bool = param(True, "crop and flip the images of the fine-tuning, stamped ones included")
+    augment_inversion: bool = param(False, "crop and flip during the inversion too, as the benchmark does")
+    index_threshold: float = param(2.0, "anomaly index above which a class is flagged", ge=0)
+    unlearning_ratio: float = param(0.2, "share of the clean images that are stamped for the fine-tuning", gt=0, le=1)
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         plain, _ = unaugmented(batches)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.config import param
 from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import full_name
@@ -37,35 +38,12 @@ ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the se
 
 @dataclass(frozen=True, kw_only=True)
 class NPD(Tuning):
-    """Train a polarizer, one linear layer in the frozen network, to filter perturbations towards the runner-up class.
-
-    Args:
-        target_layer_name: the convolution before which the polarizer goes, by its name in the network.
-        warm_epochs: epochs before the others, on clean pictures alone, 0 and more.
-        warm_lr: learning rate of these, which stays, above 0.
-        weight_clean: weight of the clean loss, 0 and more.
-        weight_adv: weight of the perturbed pictures' loss against the answer on the clean ones, 0 and more.
-        weight_wrong: weight of the log that keeps their strongest other class down, 0 and more.
-        weight_target: weight of the log that keeps the attacked class down, 0 and more.
-        eps: radius of the ball of perturbations of [0, 1] pixels: above 0 and, in L_inf, below 1.
-        norm: norm of the ball; Reg means no ball.
-        adv_lr: step of the search, as `eps`; every norm uses sign steps.
-        adv_steps: steps of the search, 1 and more; it stops once more than 60 % of a batch are at the runner-up.
-    """
+    """Train a polarizer, a linear layer in the frozen network, to filter perturbations towards the runner-up class."""
 
     name: ClassVar[str] = "npd"
     adapting: ClassVar[tuple[str, ...]] = (*Tuning.adapting, "warm_epochs")
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "warm_epochs")
     searches: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, str]] = {
-        "lmd1": "weight_clean",
-        "lmd2": "weight_adv",
-        "lmd3": "weight_wrong",
-        "lmd4": "weight_target",
-        "trigger_norm": "eps",
-        "norm_type": "norm",
-        "inner_steps": "adv_steps",
-    }
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("target_lab", "target_class"), "the attacked class is not known; the runner-up stands in"),
         **dict.fromkeys(("model_name", "use_residual"), "the polarizer is a 1x1 convolution with a batch norm"),
@@ -75,26 +53,33 @@ class NPD(Tuning):
 
     epochs: int = 50
     batch_size: int = 128
-    target_layer_name: str = "layer4.1.conv1"
-    warm_epochs: int = 5
-    warm_lr: float = 1e-4
-    weight_clean: float = 1.0
-    weight_adv: float = 0.4
-    weight_wrong: float = 0.4
-    weight_target: float = 0.4
-    eps: float = 3.0
-    norm: Norm = "L2"
-    adv_lr: float = 0.1
-    adv_steps: int = 2
+    target_layer_name: str = param(
+        "layer4.1.conv1", "the convolution before which the polarizer goes, by its name in the network"
+    )
+    warm_epochs: int = param(5, "epochs before the others, on clean images alone", ge=0)
+    warm_lr: float = param(1e-4, "learning rate of these, which stays", gt=0)
+    weight_clean: float = param(1.0, "weight of the clean loss", ge=0, aliases=("lmd1",))
+    weight_adv: float = param(
+        0.4, "weight of the perturbed images' loss against the answer on the clean ones", ge=0, aliases=("lmd2",)
+    )
+    weight_wrong: float = param(
+        0.4, "weight of the log that keeps their strongest other class down", ge=0, aliases=("lmd3",)
+    )
+    weight_target: float = param(0.4, "weight of the log that keeps the attacked class down", ge=0, aliases=("lmd4",))
+    eps: float = param(3.0, "radius of the ball, in [0, 1] pixels; in L_inf below 1", gt=0, aliases=("trigger_norm",))
+    norm: Norm = param("L2", "norm of the ball; Reg means no ball", aliases=("norm_type",))
+    adv_lr: float = param(0.1, "step of the search, as `eps`; every norm uses sign steps", gt=0)
+    adv_steps: int = param(
+        2,
+        "steps of the search; it stops once more than 60 % of a batch are at the runner-up",
+        ge=1,
+        aliases=("inner_steps",),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
-        self.require("warm_lr", self.warm_lr > 0, "above 0")
-        for name in ("weight_clean", "weight_adv", "weight_wrong", "weight_target", "warm_epochs"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
-        self.require("adv_steps", self.adv_steps >= 1, "1 and more")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         frozen = list(model.eval().parameters())

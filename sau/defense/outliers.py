@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.inputs import first
@@ -30,38 +31,26 @@ Scores = dict[str, Tensor]  # for each batch norm, by its name, one number a cha
 
 @dataclass(frozen=True, kw_only=True)
 class Outliers(Defense):
-    """A defense that prunes outliers is its `scores`.
-
-    Args:
-        u: standard deviations above its layer's mean from which on a channel is pruned, 0 and more.
-        zero_shift: zero the shift of pruned channels as well as their scale.
-        select: defender prunes by u; oracle tries u_num values from u_max down to u_min instead and keeps the one with
-            the lowest ASR on the test sets.
-        u_min: lowest u that the oracle tries.
-        u_max: highest u that the oracle tries.
-        u_num: how many values of u the oracle tries.
-        acc_ratio: share of the test accuracy that the oracle may lose, 0 to 1.
-    """
+    """A defense that prunes outliers is its `scores`."""
 
     learns: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
-    u: float = 3.0
-    zero_shift: bool = True
-    select: Literal["defender", "oracle"] = "defender"
-    u_min: float = 0.0
-    u_max: float = 10.0
-    u_num: int = 21
-    acc_ratio: float = 0.1
+    u: float = param(3.0, "standard deviations above its layer's mean from which on a channel is pruned", ge=0)
+    zero_shift: bool = param(True, "zero the shift of pruned channels as well as their scale")
+    select: Literal["defender", "oracle"] = param(
+        "defender",
+        "defender prunes by u; oracle tries u_num values from u_max down to u_min instead and keeps the one with "
+        "the lowest ASR on the test sets",
+    )
+    u_min: float = param(0.0, "lowest u that the oracle tries", ge=0)
+    u_max: float = param(10.0, "highest u that the oracle tries")
+    u_num: int = param(21, "how many values of u the oracle tries", ge=1)
+    acc_ratio: float = param(0.1, "share of the test accuracy that the oracle may lose", ge=0, le=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("batch_size", self.batch_size >= 1, "1 and more")
-        self.require("u", self.u >= 0, "0 and more")
-        self.require("u_min", self.u_min >= 0, "0 and more")
         self.require("u_max", self.u_max >= self.u_min, f"u_min ({self.u_min}) and more")
-        self.require("u_num", self.u_num >= 1, "1 and more")
-        self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
 
     @abstractmethod
     def scores(self, model: nn.Module, batches: Batched) -> Scores:

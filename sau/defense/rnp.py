@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.config import param
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import Held, hold_back
@@ -35,26 +36,7 @@ CLIP = 20.0  # longest gradient of the ascent
 
 @dataclass(frozen=True, kw_only=True)
 class RNP(Defense):
-    """Unlearn the clean task, see which channels stand in the way of its recovery, and prune them.
-
-    Args:
-        batch_size: pictures a step.
-        augment: crop and flip the clean pictures as in training.
-        unlearning_epochs: at most so many epochs of gradient ascent.
-        unlearning_lr: learning rate of the ascent, above 0.
-        schedule: epochs at which that rate drops to a tenth, like 10,20.
-        clean_threshold: the ascent ends after an epoch with this training accuracy or less, 0 to 1.
-        recovering_epochs: epochs that the masks are trained.
-        recovering_lr: learning rate of the masks, above 0.
-        alpha: weight of the loss that trains the masks, above 0.
-        pruning_number: channels with masks up to this are pruned, 0 up to below 1; none looks for the threshold.
-        pruning_max: highest threshold of the search, above 0 and up to 1.
-        pruning_step: distance of two thresholds of the search, above 0.
-        acc_ratio: share of the accuracy that a threshold of the search may cost, 0 to 1.
-        held_back: share of each class's clean pictures that the search measures the accuracy on, in (0, 1).
-        select: who looks for the threshold: defender (held-back pictures, only where pruning_number is none), or oracle
-            (always, by ACC and ASR of the test sets).
-    """
+    """Unlearn the clean task, see which channels stand in the way of its recovery, and prune them."""
 
     name: ClassVar[str] = "rnp"
     adapting: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs", "batch_size")
@@ -65,36 +47,34 @@ class RNP(Defense):
         "mask_file": "the masks are not kept",
     }
 
-    augment: bool = True
-    unlearning_epochs: int = 20
-    unlearning_lr: float = 0.01
-    schedule: tuple[int, ...] = (10, 20)
-    clean_threshold: float = 0.20
-    recovering_epochs: int = 20
-    recovering_lr: float = 0.2
-    alpha: float = 0.2
-    pruning_number: float | None = 0.70
-    pruning_max: float = 0.90
-    pruning_step: float = 0.05
-    acc_ratio: float = 0.1
-    held_back: float = 0.2
-    select: Literal["defender", "oracle"] = "defender"
+    augment: bool = param(True, "crop and flip the clean images as in training")
+    unlearning_epochs: int = param(20, "at most so many epochs of gradient ascent", ge=0)
+    unlearning_lr: float = param(0.01, "learning rate of the ascent", gt=0)
+    schedule: tuple[int, ...] = param((10, 20), "epochs at which that rate drops to a tenth, like 10,20")
+    clean_threshold: float = param(
+        0.20, "the ascent ends after an epoch with this training accuracy or less", ge=0, le=1
+    )
+    recovering_epochs: int = param(20, "epochs that the masks are trained", ge=0)
+    recovering_lr: float = param(0.2, "learning rate of the masks", gt=0)
+    alpha: float = param(0.2, "weight of the loss that trains the masks", gt=0)
+    pruning_number: float | None = param(
+        0.70, "channels with masks up to this are pruned; none looks for the threshold", ge=0, lt=1
+    )
+    pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
+    pruning_step: float = param(0.05, "distance of two thresholds of the search", gt=0)
+    acc_ratio: float = param(0.1, "share of the accuracy that a threshold of the search may cost", ge=0, le=1)
+    held_back: float = param(
+        0.2, "share of each class's clean images that the search measures the accuracy on", gt=0, lt=1
+    )
+    select: Literal["defender", "oracle"] = param(
+        "defender",
+        "who looks for the threshold: defender (held-back images, only where pruning_number is none), or oracle "
+        "(always, by ACC and ASR of the test sets)",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("unlearning_lr", "recovering_lr", "alpha", "pruning_step"):
-            self.require(name, getattr(self, name) > 0, "above 0")
-        for name in ("unlearning_epochs", "recovering_epochs"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
-        self.require("batch_size", self.batch_size >= 1, "1 and more")
-        self.require("clean_threshold", 0 <= self.clean_threshold <= 1, "0 to 1")
-        self.require(
-            "pruning_number", 0 <= (self.pruning_number or 0) < 1, "none, or 0 up to below 1, the highest mask"
-        )
-        self.require("pruning_max", 0 < self.pruning_max <= 1, "above 0 and up to 1")
         self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
-        self.require("acc_ratio", 0 <= self.acc_ratio <= 1, "0 to 1")
-        self.require("held_back", 0 < self.held_back < 1, "above 0 and below 1")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         pruning.batch_norms(model, self.name)  # refuses a network without any

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense.base import ENOUGH
 from sau.defense.searching import Searching
 from sau.evaluate import AT_ONCE_ON_CPU
@@ -61,50 +62,45 @@ def distillation(z: Logits, z_ref: Logits, y: Labels) -> Scalar:
 
 @dataclass(frozen=True, kw_only=True)
 class SAU(Searching):
-    """Unlearn the adversarial examples that fool the backdoored and the purified network alike.
-
-    Args:
-        outer_steps: weight updates a batch, all from the same perturbations.
-        weight_clean: l1, lambda_1 of the paper: the clean loss.
-        weight_adv: adversarial training on the found examples; the paper has no such term (0).
-        weight_shared: l2, lambda_2 of the paper: the shared adversarial risk.
-        weight_distill: distillation on clean images, so that few of them suffice to keep the accuracy; the paper has no
-            such term (0).
-        inner_adv: l3, lambda_3 of the paper: how much the search wants both networks to err.
-        inner_shared: l4, lambda_4 of the paper: how much it wants them to err alike.
-        train_mode: use batch statistics, and update the running ones, in the outer step.
-        success: a network counts as fooled when its answer differs from its own on the clean picture (prediction, as
-            released) or from the label (label, as in the paper).
-        stop_fooled: drop a network's term once it is fooled, and a sample once it is shared (as released).
-        outer_mask: also require s to differ from h_b's answer on the clean picture (moved, as released) or not (wrong).
-    """
+    """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
     name: ClassVar[str] = "sau"
     adapting: ClassVar[tuple[str, ...]] = (*Searching.adapting, "weight_distill")
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
-    aliases: ClassVar[dict[str, str]] = {  # as released: the numbers are not those of the paper's lambdas
-        "lmd_1": "weight_clean", "lmd_2": "weight_adv", "lmd_3": "weight_shared", "beta_1": "inner_adv",
-        "beta_2": "inner_shared",
-    }  # fmt: skip
 
-    outer_steps: int = 1
-    weight_clean: float = 1.0
-    weight_adv: float = 0.0
-    weight_shared: float = 1.0
-    weight_distill: float = 0.0
-    inner_adv: float = 0.01
-    inner_shared: float = 1.0
-    train_mode: bool = False
-    success: Literal["prediction", "label"] = "prediction"
-    stop_fooled: bool = True
-    outer_mask: Literal["moved", "wrong"] = "moved"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("outer_steps", self.outer_steps >= 1, "1 and more")
-        for name in ("weight_clean", "weight_adv", "weight_shared", "weight_distill", "inner_adv", "inner_shared"):
-            self.require(name, getattr(self, name) >= 0, "0 and more")
+    outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
+    weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
+    weight_adv: float = param(
+        0.0, "adversarial training on the found examples; the paper has no such term (0)", ge=0, aliases=("lmd_2",)
+    )
+    weight_shared: float = param(
+        1.0, "l2, lambda_2 of the paper: the shared adversarial risk", ge=0, aliases=("lmd_3",)
+    )
+    weight_distill: float = param(
+        0.0,
+        "distillation on clean images, so that few of them suffice to keep the accuracy; the paper has no such "
+        "term (0)",
+        ge=0,
+    )
+    inner_adv: float = param(
+        0.01, "l3, lambda_3 of the paper: how much the search wants both networks to err", ge=0, aliases=("beta_1",)
+    )
+    inner_shared: float = param(
+        1.0, "l4, lambda_4 of the paper: how much it wants them to err alike", ge=0, aliases=("beta_2",)
+    )
+    train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
+    success: Literal["prediction", "label"] = param(
+        "prediction",
+        "a network counts as fooled when its answer differs from its own on the clean image (prediction, as "
+        "released) or from the label (label, as in the paper)",
+    )
+    stop_fooled: bool = param(
+        True, "drop a network's term once it is fooled, and a sample once it is shared (as released)"
+    )
+    outer_mask: Literal["moved", "wrong"] = param(
+        "moved", "also require s to differ from h_b's answer on the clean image (moved, as released) or not (wrong)"
+    )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "SAU":
         """As AT; few images hold the clean accuracy by what the attacked network predicts for them, too."""

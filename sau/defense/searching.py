@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.defense.base import ENOUGH, SMALLEST_BATCH, Tuning
 from sau.models.frozen import fixed_norms
 from sau.models.preact_resnet import PreActResNet18
@@ -20,39 +21,34 @@ UPDATES = 600  # where the published settings do not hold
 
 @dataclass(frozen=True, kw_only=True)
 class Searching(Tuning):
-    """A defense that updates weights on perturbed pictures x + e, e found by sign steps inside a ball S.
-
-    Args:
-        eps: radius of the ball S, in [0, 1] pixels: above 0 and, in L_inf, below 1.
-        norm: norm of the ball; Reg means no ball.
-        adv_lr: step of the search, as `eps`; every norm uses sign steps.
-        adv_steps: steps of the search.
-        pgd_init: where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max
-            (+eps everywhere) or min.
-        clip_pixels: keep x + e inside [0, 1] (the set of images in SAU's paper; its release does not).
-    """
+    """A defense that updates weights on perturbed pictures x + e, e found by sign steps inside a ball S."""
 
     adapting: ClassVar[tuple[str, ...]] = (*Tuning.adapting, "augment")
     searches: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, str]] = {"n_rounds": "epochs", "trigger_norm": "eps", "norm_type": "norm"}
 
+    epochs: int = param(100, aliases=("n_rounds",))
     lr: float = 1e-4
-    lr_scheduler: Schedule = "constant"
+    lr_scheduler: Schedule | None = "constant"
     client_optimizer: Optimizer = "adam"
     wd: float = 0.0
-    eps: float = 0.2
-    norm: Norm = "L_inf"
-    adv_lr: float = 0.2
-    adv_steps: int = 5
-    pgd_init: Init = "max"
-    clip_pixels: bool = False
+    eps: float = param(0.2, "radius of the ball S, in [0, 1] pixels; in L_inf below 1", gt=0, aliases=("trigger_norm",))
+    norm: Norm = param("L_inf", "norm of the ball; Reg means no ball", aliases=("norm_type",))
+    adv_lr: float = param(0.2, "step of the search, as `eps`; every norm uses sign steps", gt=0)
+    adv_steps: int = param(5, "steps of the search", ge=1)
+    pgd_init: Init = param(
+        "max",
+        "where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max (+eps "
+        "everywhere) or min",
+    )
+    clip_pixels: bool = param(
+        False, "keep x + e inside [0, 1] (the set of images in SAU's paper; its release does not)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
-        self.require("adv_steps", self.adv_steps >= 1, "1 and more")
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Searching":
         """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 600 updates

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sau.attack import ATTACKS
+from sau.config import options
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
@@ -108,7 +109,7 @@ class Grid(Block):
             raise ConfigError(f"cell_timeout is {self.cell_timeout:g}, allowed is above 0, and none")
 
 
-_GRID, _BLOCK = config.options(Grid), config.options(Block)
+_GRID, _BLOCK = options(Grid), options(Block)
 _PLAIN = ("overrides", "blocks")  # mappings, which have no type of a flag
 
 

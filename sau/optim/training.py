@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
+from sau.config import param
 from sau.method import Method
 from sau.optim.descent import Descent
 
@@ -25,58 +26,40 @@ DESCENT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Method):
-    """The settings of gradient descent, shared by the victim's training and by every defense that trains.
+    """The settings of gradient descent, shared by the victim's training and by every defense that trains."""
 
-    Args:
-        epochs: passes over the training pictures.
-        batch_size: pictures a step.
-        lr: learning rate at the start (OneCycleLR: at its highest).
-        lr_scheduler: constant, or a schedule of torch.optim by its name; stepped after each epoch, and OneCycleLR after
-            each update.
-        client_optimizer: sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta.
-        sgd_momentum: momentum of sgd.
-        wd: weight decay on every parameter, batch norm and biases included.
-        adam_betas: decay rates of adam's two moments.
-        steplr_stepsize: epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR).
-        steplr_gamma: factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau).
-        steplr_milestones: epochs at which the rate drops (MultiStepLR), like 60,90.
-        cos_t_max: epochs after which CosineAnnealingLR reaches min_lr; none means at the end of the run.
-        min_lr: lowest rate of CosineAnnealingLR and of CyclicLR, whose first epoch has it.
-    """
-
-    aliases: ClassVar[dict[str, str]] = {"optim": "client_optimizer", "weight_decay": "wd"}
-    nones: ClassVar[dict[str, str]] = {"lr_scheduler": "constant"}
-
-    epochs: int = 100
-    batch_size: int = 128
-    lr: float = 0.01
-    lr_scheduler: Schedule = "CosineAnnealingLR"
-    client_optimizer: Optimizer = "sgd"
-    sgd_momentum: float = 0.9
-    wd: float = 5e-4
-    adam_betas: tuple[float, ...] = (0.9, 0.999)
-    steplr_stepsize: int = 30
-    steplr_gamma: float = 0.1
-    steplr_milestones: tuple[int, ...] = (60, 90)
-    cos_t_max: int | None = None
-    min_lr: float = 0.0
+    epochs: int = param(100, "passes over the training images", ge=0)
+    batch_size: int = param(128, "images a step", ge=1)
+    lr: float = param(0.01, "learning rate at the start (OneCycleLR: at its highest)", gt=0)
+    lr_scheduler: Schedule | None = param(
+        "CosineAnnealingLR",
+        "constant (none is the same), or a schedule of torch.optim by its name; stepped after each epoch, "
+        "OneCycleLR after each update",
+    )
+    client_optimizer: Optimizer = param(
+        "sgd", "sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta", aliases=("optim",)
+    )
+    sgd_momentum: float = param(0.9, "momentum of sgd", ge=0, lt=1)
+    wd: float = param(
+        5e-4, "weight decay on every parameter, batch norm and biases included", ge=0, aliases=("weight_decay",)
+    )
+    adam_betas: tuple[float, ...] = param((0.9, 0.999), "decay rates of adam's two moments", ge=0, lt=1)
+    steplr_stepsize: int = param(
+        30, "epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR)", ge=1
+    )
+    steplr_gamma: float = param(0.1, "factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau)", gt=0, le=1)
+    steplr_milestones: tuple[int, ...] = param((60, 90), "epochs at which the rate drops (MultiStepLR), like 60,90")
+    cos_t_max: int | None = param(
+        None, "epochs after which CosineAnnealingLR reaches min_lr; none means at the end of the run", ge=1
+    )
+    min_lr: float = param(0.0, "lowest rate of CosineAnnealingLR and of CyclicLR, whose first epoch has it", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("epochs", self.epochs >= 0, "0 and more")
-        self.require("batch_size", self.batch_size >= 1, "1 and more")
-        self.require("lr", self.lr > 0, "above 0")
-        self.require("sgd_momentum", 0 <= self.sgd_momentum < 1, "0 up to below 1")
-        self.require("wd", self.wd >= 0, "0 and more")
-        self.require(
-            "adam_betas", len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)"
-        )
-        self.require("steplr_stepsize", self.steplr_stepsize >= 1, "1 and more")
-        self.require("steplr_gamma", 0 < self.steplr_gamma <= 1, "above 0 and up to 1")
+        self.require("adam_betas", len(self.adam_betas) == 2, "two numbers")
         falls = self.lr_scheduler != "ReduceLROnPlateau" or self.steplr_gamma < 1
         self.require("steplr_gamma", falls, "above 0 and below 1 for ReduceLROnPlateau")
-        self.require("cos_t_max", self.cos_t_max is None or self.cos_t_max >= 1, "none, or 1 and more")
-        self.require("min_lr", 0 <= self.min_lr <= self.lr, "0 up to lr")
+        self.require("min_lr", self.min_lr <= self.lr, "0 up to lr")
 
     def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> Descent:
         """An optimiser over `parameters` with its schedule; `steps` updates make an epoch."""

@@ -4,19 +4,20 @@ Precedence: explicit flag > YAML named by the user > what the record says > ship
 """
 
 import argparse
-import dataclasses
 import difflib
-import inspect
-import re
+import math
 import reprlib
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+import yaml
+
+from sau.config import Option, convert, options
 from sau.errors import ConfigError
-from sau.settings.convert import convert
 
 # Flags of the benchmark that cannot act here; accepted with one warning so that old command lines keep working.
 IGNORED = {
@@ -43,55 +44,11 @@ _SHORT = {"num_workers": "-n", "pin_memory": "-pm", "non_blocking": "-nb", "pref
 
 
 @dataclass(frozen=True)
-class Option:
-    """One parameter: its type, default, help text and other names, and what `none` means if that is another value."""
-
-    name: str
-    hint: Any
-    default: Any
-    help: str
-    aliases: tuple[str, ...]
-    none: str | None = None
-
-
-@dataclass(frozen=True)
 class Setting:
     """A value and where it was said, for error messages."""
 
     value: Any
     origin: str
-
-
-def options(cls: type, more: Mapping[str, str] = types.MappingProxyType({})) -> dict[str, Option]:
-    """The parameters of a dataclass, documented in the `Args:` of it and its bases; `more` aliases from elsewhere."""
-    hints, texts, aliases = typing.get_type_hints(cls), {}, {}
-    nones = getattr(cls, "nones", {})
-    for base in reversed(cls.__mro__):
-        texts.update(_args(base))
-        aliases.update(base.__dict__.get("aliases", {}))
-    if "aliases" in cls.__dict__ and not cls.__dict__["aliases"]:
-        aliases = {}  # empty ones take back those of the bases, whose parameters this class hides
-    aliases.update(more)
-    found = {}
-    for field in dataclasses.fields(cls):
-        if field.init:
-            others = tuple(other for other, ours in aliases.items() if ours == field.name)
-            text, none = texts.get(field.name, ""), nones.get(field.name)
-            found[field.name] = Option(field.name, hints[field.name], field.default, text, others, none)
-    return found
-
-
-def _args(cls: type) -> dict[str, str]:
-    doc = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-    block = re.search(r"^Args:\n((?:    .*\n?)+)", doc, re.M)
-    texts: dict[str, str] = {}
-    for line in block.group(1).splitlines() if block else ():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            name, texts[start[1]] = start[1], start[2]
-        else:
-            texts[name] += " " + line.strip()
-    return texts
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,7 +75,7 @@ def once(earlier: Setting | None, said: Setting) -> Setting:
 def flags(
     groups: Mapping[str, Sequence[Option]], argv: Sequence[str], ignored: Mapping[str, str] = IGNORED
 ) -> dict[str, Setting]:
-    """The explicit flags of a command line, not yet converted; `--help` and `--help_all` stand under `help`.
+    """The explicit flags of a command line, not yet converted; `--help` and its like stand under `help`.
 
     `groups` are parameters by heading, `ignored` the flags without effect, and why they have none.
     """
@@ -173,6 +130,10 @@ def _parser(
     group.add_argument(
         "-h", "--help", action="store_const", const=Setting("brief", "--help"), help="these flags and their values here"
     )
+    group.add_argument(
+        "--print_config", dest="help", action="store_const", const=Setting("config", "--print_config"),
+        help="print all settings as a YAML file for --yaml_path",
+    )  # fmt: skip
     about = "also other names of the flags, and flags of BackdoorBench without effect"
     group.add_argument("--help_all", dest="help", action="store_const", const=Setting("all", "--help_all"), help=about)
     if ignored is not None:
@@ -185,19 +146,20 @@ def _parser(
 
 
 def _add(group: Any, names: Sequence[str], option: Option, value: Any) -> None:
-    text = f"{option.help} [{_written(value, option.hint)}]".replace("%", "%%")  # `%` would be read as a placeholder
+    allowed = f"; {option.range}" if option.range else ""
+    text = f"{option.help}{allowed} [{written(value, option.hint)}]".replace("%", "%%")  # `%` would be a placeholder
     how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
     if typing.get_origin(option.hint) is tuple:
         how = {"nargs": "+"}  # a list may also be written with spaces
     group.add_argument(*names, dest=option.name, action=_Once, metavar=_kind(option.hint), help=text, **how)
 
 
-def _written(value: Any, hint: Any = None) -> str:
+def written(value: Any, hint: Any = None) -> str:
     """A value as a flag takes it."""
     if value is None:
         return "auto" if hint == bool | None else "none"
     if isinstance(value, tuple):
-        return ",".join(map(_written, value)) or "none"
+        return ",".join(map(written, value)) or "none"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -212,6 +174,25 @@ def _kind(hint: Any) -> str:
     return str(hint.__name__).upper()
 
 
+def config_text(about: str, members: Iterable[Option], shown: Mapping[str, Any]) -> str:
+    """A YAML file with these parameters, each below its help text.
+
+    Args:
+        about: comment at the top.
+        members: what to write.
+        shown: values in force, by parameter; of others the default is written.
+    """
+    lines = [f"# {about}"]
+    for option in members:
+        value = shown.get(option.name, option.default)
+        about = f"{option.help}; {option.range}" if option.range else option.help
+        lines += textwrap.wrap(about, 118, initial_indent="# ", subsequent_indent="# ")
+        plain = list(value) if isinstance(value, tuple) else written(value, option.hint) if value is None else value
+        text = yaml.safe_dump([plain], default_flow_style=True, width=math.inf)  # in a list nothing follows the value
+        lines.append(f"{option.name}: {text.strip()[1:-1]}")
+    return "\n".join(lines)
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """What to add to a refusal of `name`: the known name that it resembles, if one does."""
     near = difflib.get_close_matches(name, known, 1)
@@ -223,10 +204,10 @@ def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict
     found = {}
     for name, setting in settings.items():
         if name in known:
-            none = known[name].none
             try:
-                meant = none if none and str(setting.value).lower() == "none" else setting.value
-                found[name] = convert(meant, known[name].hint)
+                found[name] = convert(setting.value, known[name].hint)
+                if (allowed := known[name].misfit(found[name])) is not None:
+                    raise ConfigError(f"allowed is {allowed}")
             except ConfigError as error:
                 raise ConfigError(f"{setting.origin} is {_BRIEF.repr(setting.value)}; {error}") from None
     return found

@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 import yaml
 
+from sau.config import Option
 from sau.data.sources import SOURCES
 from sau.errors import NO_YAML, ConfigError
 from sau.files import read
-from sau.settings.config import IGNORED, REMOVED, Option, Setting, nearest, once
+from sau.settings.config import IGNORED, REMOVED, Setting, nearest, once
 from sau.settings.run import RecipeName
 
 OVERLAYS = ("recipes", "datasets")  # keys that hold settings for one recipe or one data set

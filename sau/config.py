@@ -1,0 +1,181 @@
+"""One line a parameter: flag, help text, allowed range, other names, type check and YAML key all come from `param`.
+
+A parameter is a field of a dataclass. Its annotation is its type: bool, int, float, str, a `Literal`, a tuple of one of
+these, or one of these `| None`.
+"""
+
+import inspect
+import os
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from sau.errors import ConfigError, require
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (Integral,), float: (Real,), str: (str, os.PathLike)}
+FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
+
+
+def param(
+    default: Any, help: str = "", *, ge: float | None = None, gt: float | None = None, le: float | None = None,
+    lt: float | None = None, aliases: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """A field of a dataclass that is a flag and a YAML key as well.
+
+    What a subclass leaves out (or all, with a plain default) it takes from the field of its base.
+
+    Args:
+        default: its default.
+        help: what it is, with units; the range and the default are added.
+        ge: least value; of a tuple that of each entry, as for all bounds.
+        gt: every value is above this.
+        le: largest value.
+        lt: every value is below this.
+        aliases: further names of the flag and of the key.
+    """
+    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "aliases": aliases}
+    return field(default=default, metadata={key: value for key, value in given.items() if value not in (None, "", ())})
+
+
+@dataclass(frozen=True)
+class Option:
+    """What `param` says of one parameter."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str = ""
+    aliases: tuple[str, ...] = ()
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    @property
+    def range(self) -> str:
+        """The allowed range in words; empty where every value of the type is allowed."""
+        if self.ge is not None and self.le is not None:
+            return f"{self.ge} to {self.le}"
+        low = f"above {self.gt}" if self.gt is not None else f"{self.ge}" if self.ge is not None else ""
+        high = f"up to {self.le}" if self.le is not None else f"below {self.lt}" if self.lt is not None else ""
+        if self.ge is not None:
+            return f"{low} up to {high}" if high else f"{low} and more"
+        return " and ".join(filter(None, (low, high)))
+
+    def misfit(self, value: Any) -> str | None:
+        """What is allowed instead of `value`; None where it is of the right type and inside the range."""
+        if (wrong := misfit(value, self.hint)) is not None:
+            return wrong
+        values = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        if all(self._inside(each) for each in values):
+            return None
+        return f"none, or {self.range}" if _optional(self.hint) else self.range
+
+    def _inside(self, value: Any) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+
+def options(cls: type) -> dict[str, Option]:
+    """The parameters of a dataclass, by name."""
+    hints, found = typing.get_type_hints(cls), {}
+    for each in fields(cls):
+        known: dict[str, Any] = {"aliases": ()}
+        for base in reversed(cls.__mro__):
+            if each.name in inspect.get_annotations(base):
+                more = base.__dict__["__dataclass_fields__"][each.name].metadata
+                known = {**known, **more, "aliases": known["aliases"] + more.get("aliases", ())}
+        if each.init:
+            default = None if each.default is MISSING else each.default
+            found[each.name] = Option(each.name, hints[each.name], default, **known)
+    return found
+
+
+def check(settings: Any, of: str = "") -> None:
+    """ConfigError if a field of a dataclass has the wrong type or is out of its range.
+
+    Args:
+        settings: an object of a dataclass.
+        of: what its fields belong to, for the message.
+    """
+    for name, option in options(type(settings)).items():
+        value = getattr(settings, name)
+        allowed = option.misfit(value)
+        require(name + of, value, allowed is None, str(allowed))
+
+
+def describe(cls: type) -> str:
+    """An `Args:` block of the parameters that a class itself declares, for its docstring; "" where it has none."""
+    own = {name: each.metadata for name, each in vars(cls).items() if hasattr(each, "metadata")}
+    lines = [f"    {name}: {more['help']}." for name, more in own.items() if "help" in more]
+    return "\n".join(["\n\nArgs:", *lines]) + "\n" if lines else ""
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if _optional(hint):
+        if value is None or _text(value).lower() in ("none", "auto", "null"):
+            return None
+        return convert(value, next(part for part in parts if part is not type(None)))
+    if origin is Literal:
+        for choice in parts:
+            if _text(value).lower() == str(choice).lower():
+                return choice
+        raise ConfigError(f"allowed is one of {', '.join(map(str, parts))}")
+    if origin is tuple:
+        if isinstance(value, dict):
+            raise ConfigError("allowed is a list")
+        items = value if isinstance(value, list | tuple) else str(value).strip("[]() ").replace(",", " ").split()
+        return tuple(convert(item, parts[0]) for item in items)
+    return _scalar(value, hint)
+
+
+def _optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _text(value: Any) -> str:
+    """The text of a plain value; of lists and mappings, which YAML can make of any length from a few bytes, none."""
+    return "" if isinstance(value, dict | list | tuple) else str(value).strip()
+
+
+def _scalar(value: Any, hint: Any) -> Any:
+    text = _text(value)
+    if hint is bool and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    if hint is str and value is not None and not isinstance(value, bool | dict | list):
+        return text
+    if hint in (int, float) and not isinstance(value, bool | dict | list):
+        try:
+            number = hint(text)
+            if hint is int or abs(number) < FLOAT32_END:  # NaN is not
+                return number
+        except ValueError:
+            pass  # refused below, together with every other wrong value
+    raise ConfigError(f"allowed is {WORDS[hint]}")
+
+
+def misfit(value: Any, hint: Any) -> str | None:
+    """What is allowed instead of `value`, where it is not of the annotated type."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if _optional(hint):
+        every = [misfit(value, part) for part in parts if part is not type(None)]
+        return None if value is None or None in every else f"{every[0]}, or None"
+    if origin is Literal:
+        return None if value in parts else f"one of {', '.join(map(str, parts))}"
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return "a tuple"
+        return next((f"a tuple, each {wrong}" for item in value if (wrong := misfit(item, parts[0]))), None)
+    if hint not in KINDS:  # of a method of somebody's own, which no flag sets
+        return None
+    fits = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)
+    return None if fits and (hint is not float or abs(value) < FLOAT32_END) else WORDS[hint]

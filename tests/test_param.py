@@ -1,0 +1,148 @@
+"""Parameters: every type, bound and choice of every command is tried, as `param` states them."""
+
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from toys import toy_images
+
+from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, WaNet
+from sau.audit.asked import Asked
+from sau.command.request import Request
+from sau.config import Option, options
+from sau.defense import ANP, AT, BNP, DEFENSES, NAD, NPD, RNP, SAU
+from sau.errors import ConfigError
+from sau.optim import Training
+from sau.quality import of_attack
+from sau.settings.run import AttackRun, DefenseRun, OwnRun
+from sau.witness import Search
+
+CLASSES = [AttackRun, DefenseRun, OwnRun, Asked, Training, *ATTACKS.values(), *DEFENSES.values()]
+each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+def scalar(option: Option) -> type:
+    """int or float: the type that the bounds of a parameter are of."""
+    parts = [part for part in typing.get_args(option.hint) if part not in (type(None), ...)]
+    return parts[0] if parts else option.hint
+
+
+def as_typed(option: Option, value: float) -> Any:
+    number = scalar(option)(value)
+    return (number,) * max(1, len(option.default)) if isinstance(option.default, tuple) else number
+
+
+def outside(option: Option) -> Iterator[Any]:
+    """Values next to the bounds that are not allowed."""
+    step = 1 if scalar(option) is int else 1e-6
+    for bound, by in ((option.ge, -step), (option.gt, 0), (option.le, step), (option.lt, 0)):
+        if bound is not None:
+            yield as_typed(option, bound + by)
+
+
+def inside(option: Option) -> Iterator[Any]:
+    """Values next to the bounds, or on them, that are allowed."""
+    step = 1 if scalar(option) is int else 1e-6
+    for bound, by in ((option.ge, 0), (option.gt, step), (option.le, 0), (option.lt, -step)):
+        if bound is not None:
+            yield as_typed(option, bound + by)
+
+
+@each_class
+def test_every_bound_holds(cls):
+    bounded = [option for option in options(cls).values() if option.range]
+    assert bounded or not options(cls) or cls.__name__ == "BadNet"
+    for option in bounded:
+        for value in outside(option):
+            with pytest.raises(ConfigError) as refusal:
+                cls(**{option.name: value})
+            assert all(part in str(refusal.value) for part in (option.name, repr(value), option.range))
+        assert [value for value in inside(option) if option.misfit(value) is not None] == []
+
+
+@each_class
+def test_every_type_and_choice_holds(cls, unchecked):
+    for option in options(cls).values():
+        wrong = [b"x", [b"x"]]
+        wrong += [math.nan, math.inf, True, "1"] if scalar(option) in (int, float) else []
+        wrong += ["nonsense"] if typing.get_origin(option.hint) is typing.Literal else []
+        for value in wrong:
+            with pytest.raises(ConfigError, match=option.name):
+                cls(**{option.name: value})
+
+
+# What no single parameter can tell.
+TOGETHER = [
+    (Training, {"min_lr": 0.5, "lr": 0.1}),
+    (Training, {"adam_betas": (0.9,)}),
+    (Training, {"steplr_gamma": 1.0, "lr_scheduler": "ReduceLROnPlateau"}),
+    (LF, {"lf_optimise": True, "lowFrequencyPatternPath": "pattern.npy"}),
+    (LF, {"lf_optimise": True, "attack_label_trans": "all2all"}),
+    (LF, {"lf_network": "record/clean"}),
+    (SSBA, {"attack_test_replace_imgs_path": "test.npy"}),
+    (BadNet, {"attack_label_map": (1, 0)}),
+    (SIG, {"attack_label_trans": "all2all"}),
+    (WaNet, {"pratio": 0.5}),
+    (ANP, {"pruning_number": 1.5}),
+    (ANP, {"pruning_number": 1.0}),
+    (ANP, {"pruning_max": 1.5}),
+    (ANP, {"pruning_step": 0.0}),
+    (ANP, {"pruning_max": 5.5, "pruning_by": "number"}),
+    (ANP, {"pruning_step": 0.05, "pruning_by": "number", "pruning_max": 5.0}),
+    (ANP, {"pruning_number": 2.5, "pruning_by": "number"}),
+    (RNP, {"pruning_step": 1e-9}),
+    (BNP, {"u_max": 1.0, "u_min": 2.0}),
+    (NAD, {"layers": ("a", "b", "c", "d")}),
+    (NAD, {"layers": ("a", "a")}),
+    (Asked, {"parts": ()}),
+    (Asked, {"shots": ()}),
+    (Asked, {"eps": (0.1, 0.05)}),
+    (Asked, {"seeds": (0, 0)}),
+    (OwnRun, {"clean_dir": "clean"}),
+    (OwnRun, {"std": (0.2, 0.2), "mean": (0.5, 0.5)}),
+    (OwnRun, {"std": (0.2,), "mean": (0.5,) * 3}),
+    (DefenseRun, {"ratio": 0.0}),
+    *((SAU, {name: value}) for name in ("eps", "adv_lr") for value in (1.0, 8.0)),
+    (AT, {"eps": 1.0}),
+    (NPD, {"eps": 8.0, "norm": "L_inf"}),
+    (Search, {"eps": 8.0}),
+    (Search, {"step_size": 8.0}),
+    (DefenseRun, {"risk_eps": 8.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "wrong"), TOGETHER, ids=str)
+def test_parameters_that_do_not_go_together_are_refused(cls, wrong):
+    """The first is named."""
+    with pytest.raises(ConfigError, match=next(iter(wrong)).removeprefix("risk_")):
+        cls(**wrong)
+
+
+def test_radii_of_l2_are_sums_over_pixels():
+    assert SAU(norm="L2", eps=8.0).eps == 8 and SAU(eps=8 / 255, adv_lr=1 / 255).eps == 8 / 255
+    attack, images = ATTACKS["blended"](), toy_images(8)
+    with pytest.raises(ConfigError, match="radius is 8.0"):
+        of_attack(images, attack.poison_test(images), 8.0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [("--sig_delta", "0", "above 0 and up to 255"), ("--sig_delta", "x", "a finite number"),
+     ("--epochs", "-1", "0 and more")],
+)  # fmt: skip
+def test_a_refusal_names_flag_value_and_range(flag, value, allowed):
+    with pytest.raises(ConfigError) as refusal:
+        Request("x", SIG, (AttackRun, Training, SIG), [flag, value]).settle("cpu", "digits")
+    assert str(refusal.value) == f"{flag} is '{value}'; allowed is {allowed}"
+
+
+def test_a_subclass_changes_a_default_and_keeps_the_rest():
+    lr, wider = options(SAU)["lr"], options(ATTACKS["inputaware"])["pratio"]
+    assert (lr.default, lr.gt, lr.help) == (1e-4, 0, options(Training)["lr"].help)
+    assert (wider.ge, wider.le, wider.aliases) == (0, 0.5, ("poison_ratio",))
+
+
+def test_docstrings_have_the_parameters():
+    assert "sig_delta: height of the wave in grey levels." in SIG.__doc__ and "Args:" in SIG.__doc__
