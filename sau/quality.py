@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sau.data.images import Images, some
+from sau.data.images import Images, evenly_spaced
 from sau.errors import require
 from sau.perturb import RADII, is_radius
 from sau.types import Bytes
@@ -42,7 +42,7 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         errors.append(change.square().mean(1))
     linf, mse = torch.cat(largest), torch.cat(errors)
     changed = mse > 0
-    seen = some(len(clean), SAMPLE)
+    seen = evenly_spaced(len(clean), SAMPLE)
     ssim = _ssim(clean[seen], triggered[seen])
     return {
         "psnr": round(float((-10 * mse[changed].log10()).mean()), 2) if changed.any() else None,

@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from sau.data.images import Images, to_float
-from sau.data.pairs import paired, sample
+from sau.data.images import Images, paired, sample, to_float
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures

@@ -108,7 +108,7 @@ class Session:
         findings: what a method found out beside the network, by name: numbers, texts, lists and dictionaries of them,
             which a command keeps in `summary.json`. A method fills it in; all stages share it.
         bar: whether a terminal or a notebook shows a progress bar.
-        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.scrutiny`), as commands
+        scrutinised: whether the caller has said what there is to say of the pictures (`sau.data.sources`), as commands
             have; otherwise `purify` does.
     """
 

@@ -66,7 +66,7 @@ def main() -> int:
         write(record, target, asked.name_there or target.name, asked.dataset_path)
     else:
         train, poisoned, triggered, _ = pictures(record, asked.dataset_path)
-        parts = {"train": train.updated(poisoned, poisoned.index), "test_triggered": triggered}
+        parts = {"train": train.replace_rows(poisoned, poisoned.index), "test_triggered": triggered}
         (export_png if asked.format == "png" else export_npz)(parts, target)
     print(target)
     return 0

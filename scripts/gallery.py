@@ -26,7 +26,7 @@ from sau import quality
 from sau.attack import ATTACKS, Attack
 from sau.command.arguments import Parser
 from sau.command.drawing import plt
-from sau.data.images import Images, some
+from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint, load
 from sau.errors import SauError, run_command
 from sau.files import write
@@ -96,7 +96,7 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
         note = "stamped with its default settings"
     before = test.pixels[triggered.index]
     found = quality.quality(before, triggered.pixels, asked.radius)
-    chosen = some(len(triggered), asked.columns)
+    chosen = evenly_spaced(len(triggered), asked.columns)
     return Line(attack, before[chosen], triggered.pixels[chosen], found, note)
 
 

@@ -2,7 +2,7 @@
 
     python scripts/prepare.py cifar10 [gtsrb ...] [--dataset_path ./data] [--img_size 48]
 
-Downloads and decodes what a run would, into the same cache, and prints for either part how many pictures and classes
+Downloads and decodes what a run would, into the same cache, and prints for either part how many images and classes
 there are, the fewest and the most of a class, and the fingerprint that records hold as `data.train` and `data.test` in
 config.yaml. Exit status: 0 all are there (a note says where one is a subset of the official set), 2 one cannot be had.
 """
@@ -14,14 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.command.arguments import Parser
 from sau.data.images import Images
-from sau.data.official import subset_note
-from sau.data.sources import SOURCES, fingerprint, load
+from sau.data.sources import SOURCES, fingerprint, load, subset_note
 from sau.errors import ConfigError, run_command
 from sau.formatting import markdown
 
 
 def row(part: str, images: Images) -> list[str]:
-    """What there is to say of the training or the test pictures."""
+    """What there is to say of the training or the test images."""
     counts = images.labels.bincount(minlength=images.num_classes)
     shape = "x".join(map(str, images.pixels.shape[1:]))
     few, most = int(counts.min()), int(counts.max())
@@ -34,14 +33,14 @@ def main() -> None:
     parser.add_argument("dataset", nargs="+", help=f"one or more of {', '.join(SOURCES)}")
     parser.add_argument("--dataset_path", default="./data", help="folder of the data sets [./data]")
     parser.add_argument(
-        "--img_size", type=int, help="height and width of the pictures, where they can be resized [their own]"
+        "--img_size", type=int, help="height and width of the images, where they can be resized [their own]"
     )
     asked = parser.parse_args()
     if unknown := sorted({*asked.dataset} - {*SOURCES}):
         raise ConfigError(f"unknown data set {unknown[0]!r}; choose of {', '.join(SOURCES)}")
     for name in asked.dataset:
         train, test = load(name, asked.dataset_path, asked.img_size)
-        heads = [name, "pictures", "shape", "classes", "a class has", "fingerprint (SHA-256)"]
+        heads = [name, "images", "shape", "classes", "a class has", "fingerprint (SHA-256)"]
         print(markdown(heads, [row("training", train), row("test", test)]), flush=True)
         if note := subset_note(name, train, test):
             print(f"note: {note}\n", flush=True)

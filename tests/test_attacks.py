@@ -859,10 +859,11 @@ def test_wanets_augmentation_draws_once_a_picture_or_once_a_batch(one_draw):
 
 def test_wanet_crops_8_of_10_batches_and_rotates_5_into_the_mean_colour(monkeypatch):
     attack = forged(WaNet(random_crop=3, random_rotation=7.0))
-    crops, turns, turn = [], [], wanet.turn
+    crops, turns, turn = [], [], wanet.random_rotate
     call = Augment.__call__
     monkeypatch.setattr(Augment, "__call__", lambda self, x, g: crops.append(self.padding) or call(self, x, g))
-    monkeypatch.setattr(wanet, "turn", lambda x, most, one_draw: turns.append(most) or turn(x, most, one_draw=one_draw))
+    spy = lambda x, most, one_draw: turns.append(most) or turn(x, most, one_draw=one_draw)  # noqa: E731
+    monkeypatch.setattr(wanet, "random_rotate", spy)
     net = build("preactresnet18", 4, width=4, mean=(0.25,) * 3, std=(0.25,) * 3)
     state = {"augment": Augment(4, flip=True), "model": net}
     torch.manual_seed(0)

@@ -30,8 +30,7 @@ from sau.compat import backdoorbench, backdoorbench_images, export, torch_file
 from sau.compat.backdoorbench import KEYS, RESULT
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
-from sau.data.official import OFFICIAL, Official
-from sau.data.sources import fingerprint, load, source
+from sau.data.sources import OFFICIAL, Official, fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
 from sau.models import MODELS, build
@@ -282,7 +281,7 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
 def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
     first = backdoorbench.read(folder)
-    monkeypatch.setattr(backdoorbench_images, "read_picture", lambda path: pytest.fail(f"{path} is decoded again"))
+    monkeypatch.setattr(backdoorbench_images, "read_image", lambda path: pytest.fail(f"{path} is decoded again"))
     assert same(backdoorbench.read(folder).poisoned, first.poisoned)
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
@@ -758,7 +757,7 @@ def wanted(make, tiny):
     """The record's poisoned training set and triggered test set."""
     record = make()
     train, poisoned, triggered, n_test = export.pictures(record)
-    whole = train.updated(poisoned, poisoned.index)
+    whole = train.replace_rows(poisoned, poisoned.index)
     assert n_test == 20 and len(whole) == 40 and (whole.role > 0).sum() == 3
     assert torch.equal(whole.pixels[poisoned.index], poisoned.pixels) and (whole.labels != whole.true_labels).any()
     return {"train": whole, "test_triggered": triggered}

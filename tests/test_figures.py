@@ -12,7 +12,7 @@ from toys import QUICK, the_error, tiny_net, toy_images
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import sau.data.pairs
+import sau.data.images
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
 from sau.figures import curves, examples, features, pictures, risks, save, types
@@ -36,7 +36,7 @@ def tracked(victim, here) -> Path:
 
 
 def test_the_script_draws_every_figure_as_png_and_svg(tracked, script, monkeypatch):
-    folder, really = tracked.parents[1], sau.data.pairs.sample
+    folder, really = tracked.parents[1], sau.data.images.sample
 
     def fewer(test, bad, most, seed=0):
         return really(test, bad, min(most, 80), seed)

@@ -9,8 +9,7 @@ from toys import same_weights, tiny_net, toy_images
 
 from sau.attack import BadNet, InputAware, Prototype, WaNet
 from sau.data.augment import Augment
-from sau.data.images import Images
-from sau.data.pairs import sample
+from sau.data.images import Images, sample
 from sau.errors import ConfigError, DataError
 from sau.optim import Training
 from sau.risk import measure
@@ -22,7 +21,7 @@ GIVEN: dict[str, tuple[Callable[[], Any], str]] = {
     "floats": (lambda: (PIXELS / 255, LABELS), "type torch.float32, allowed is uint8 [N, C, H, W] with C 1 or 3"),
     "channels last": (lambda: (PIXELS.permute(0, 2, 3, 1), LABELS), "shape (8, 16, 16, 3)"),
     "no channels": (lambda: (PIXELS[:, 0], LABELS), "shape (8, 16, 16)"),
-    "one-hot labels": (lambda: (PIXELS, torch.eye(4)[LABELS]), "8 pictures but labels [8, 4]"),
+    "one-hot labels": (lambda: (PIXELS, torch.eye(4)[LABELS]), "8 images but labels [8, 4]"),
     "a list of labels": (lambda: (PIXELS, LABELS.tolist()), "a Tensor and a list, allowed are two tensors"),
     "arrays": (lambda: (PIXELS.numpy(), LABELS.numpy()), "a ndarray and a ndarray, allowed are two tensors"),
     "complex labels": (lambda: (PIXELS, LABELS + 0j), "labels of type torch.complex64, allowed are whole numbers"),
@@ -110,7 +109,7 @@ def test_networks_that_cannot_be_compared_have_no_risks(one_line):
         assert words in one_line(refusal.value)
     with pytest.raises(ConfigError, match="samples is 0, allowed is 1 and more"):
         sample(images, None, 0)
-    with pytest.raises(DataError, match="no clean pictures to draw samples from"):
+    with pytest.raises(DataError, match="no clean images to draw samples from"):
         sample(images[torch.arange(0)], None, 5)
 
 

@@ -32,7 +32,7 @@ from sau.compat import inspect, torch_file, weights
 from sau.compat.guess import guess
 from sau.compat.inspect import HARMLESS, SUSPICIOUS, UNREADABLE, look
 from sau.compat.weights import ONNX, SAFE
-from sau.data.pictures import read_picture
+from sau.data.decode import read_image
 from sau.errors import RecordError, SauError
 from sau.models import build
 
@@ -377,7 +377,7 @@ INSTEAD = {
 def test_what_lies_there_instead_of_the_file_is_named(word, name, tmp_path, one_line):
     path = stored(tmp_path, INSTEAD[word], name)
     with pytest.raises(SauError) as refusal:
-        (read_picture if name == "x.png" else weights.read)(path)
+        (read_image if name == "x.png" else weights.read)(path)
     assert word in one_line(refusal.value) and str(path) in str(refusal.value)
 
 

@@ -50,7 +50,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "YAML": (importing("yaml"), {"errors.py", "settings/config.py", "settings/yamlfile.py", "record/schema.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
-    "pickles": (importing("pickle"), {"data/cifar.py", "compat/torch_file.py"}),
+    "pickles": (importing("pickle"), {"data/readers.py", "compat/torch_file.py"}),
     "gradients of weights": (calling("backward"), {"optim/descent.py"}),
     "optimisers": (
         importing("torch.optim") | calling("SGD", "Adam", "AdamW"),

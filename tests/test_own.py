@@ -290,7 +290,7 @@ def test_what_is_refused(net, pictures, tmp_path, refused):
     same = (pictures / "red" / "0.png").read_bytes()
     for i in range(1, 6):
         (pictures / "red" / f"{i}.png").write_bytes(same)
-    assert "test pictures" in refused(*flags(file, pictures))
+    assert "test images" in refused(*flags(file, pictures))
     assert not (tmp_path / "record").exists()
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from toys import QUICK, tiny_net, toy_images
 
-from sau.data.images import Images, to_float
-from sau.data.pairs import sample
+from sau.data.images import Images, sample, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.perturb import length
 from sau.risk import Found, measure

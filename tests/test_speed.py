@@ -22,7 +22,7 @@ from toys import QUICK, REPOSITORY, VICTIM, quiet, tiny_net, toy_images
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
 from sau.command.watch import Watch, trigger_session
-from sau.data.augment import Augment, sent
+from sau.data.augment import Augment, to_device_async
 from sau.data.images import to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import OutOfMemory, TrainingError
@@ -92,7 +92,7 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
 
 def test_small_tensors_reach_the_device_as_they_are():
     x = torch.rand(3)
-    assert torch.equal(sent(x, torch.device("cpu")), x)
+    assert torch.equal(to_device_async(x, torch.device("cpu")), x)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from torch import nn
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.data.images import to_float
-from sau.data.scrutiny import remarks, scrutinise
+from sau.data.sources import check_clean_set, check_counts
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError, RecordError
 from sau.evaluate import Score, der, score
@@ -103,12 +103,12 @@ def test_results_that_would_go_through_a_link_are_not_written(victim, tmp_path, 
 def test_a_clean_set_that_is_part_of_the_test_set_is_refused(one_line):
     test = toy_images(40)
     with pytest.raises(DataError) as refusal:
-        scrutinise(test[torch.arange(10)], test, 4)
-    assert "10 of 10 clean pictures are test pictures" in one_line(refusal.value)
+        check_clean_set(test[torch.arange(10)], test, 4)
+    assert "10 of 10 clean images are test images" in one_line(refusal.value)
     other = toy_images(300, seed=1)
     pixels = other.pixels.clone()
     pixels[7] = test.pixels[3]
-    assert scrutinise(replace(other, pixels=pixels), test, 4) == ["1 of 300 clean pictures are test pictures, too"]
+    assert check_clean_set(replace(other, pixels=pixels), test, 4) == ["1 of 300 clean images are test images, too"]
 
 
 def test_up_to_a_hundredth_of_a_clean_set_may_be_test_pictures():
@@ -118,29 +118,29 @@ def test_up_to_a_hundredth_of_a_clean_set_may_be_test_pictures():
         pixels[:shared] = test.pixels[:shared]
         mixed = replace(clean, pixels=pixels)
         if shared == 2:
-            assert scrutinise(mixed, test, 200) == ["2 of 200 clean pictures are test pictures, too"]
+            assert check_clean_set(mixed, test, 200) == ["2 of 200 clean images are test images, too"]
     with pytest.raises(DataError, match="3 of 200"):
-        scrutinise(mixed, test, 200)
-    assert scrutinise(clean, test, 201) == ["200 clean pictures are less than a batch of 201"]
+        check_clean_set(mixed, test, 200)
+    assert check_clean_set(clean, test, 201) == ["200 clean images are less than a batch of 201"]
 
 
 def test_of_the_classes_that_are_missing_ten_are_named():
     ten = ", ".join(map(str, range(10)))
     for missing, names in ((10, ten), (11, f"{ten}, ...")):
         counts = (torch.arange(12) >= missing).long()
-        assert remarks(counts, 0) == [f"the clean pictures have none of {missing} of 12 classes: {names}"]
+        assert check_counts(counts, 0) == [f"the clean images have none of {missing} of 12 classes: {names}"]
 
 
 def test_small_and_lopsided_clean_sets_are_said():
     test, clean = toy_images(8, seed=5), toy_images(40, seed=6)
-    assert scrutinise(clean, test, 8) == []
-    one = scrutinise(clean[torch.tensor([2])], test, 8)
+    assert check_clean_set(clean, test, 8) == []
+    one = check_clean_set(clean[torch.tensor([2])], test, 8)
     assert one == [
-        "the clean pictures have none of 3 of 4 classes: 0, 1, 3",
-        "1 clean pictures are less than a batch of 8",
+        "the clean images have none of 3 of 4 classes: 0, 1, 3",
+        "1 clean images are less than a batch of 8",
     ]
-    twice = scrutinise(clean[torch.tensor([0, 1, 2, 3, 3, 2])], test, 2)
-    assert twice == ["2 of 6 clean pictures are copies of others"]
+    twice = check_clean_set(clean[torch.tensor([0, 1, 2, 3, 3, 2])], test, 2)
+    assert twice == ["2 of 6 clean images are copies of others"]
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def test_small_and_lopsided_clean_sets_are_said():
         (
             FT(epochs=0, batch_size=8),
             "pair",
-            ["have none of 3 of 4 classes: 0, 1, 3", "1 clean pictures are less than a"],
+            ["have none of 3 of 4 classes: 0, 1, 3", "1 clean images are less than a"],
         ),
         (FT(epochs=0, batch_size=8), "loader", ["have none of 3 of 4 classes: 0, 1, 3"]),  # whose batches are its own
         (
             EP(batch_size=8),
             "two",
-            ["the poisoned pictures have none of 2", "2 poisoned pictures are less than a batch"],
+            ["the poisoned images have none of 2", "2 poisoned images are less than a batch"],
         ),
         (CLP(batch_size=8), "pair", []),  # looks at no pictures
     ],
@@ -178,7 +178,7 @@ def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here)
     (tmp_path / "one.txt").write_text("5\n")
     flags = ("--result_file", "victim", "--index", "one.txt", "--epochs", "1", *QUICK)
     status, out, err = here("defense", "ft", *flags)
-    assert status == 0 and out.count("note: 1 clean pictures are less than a batch") == 1, err
+    assert status == 0 and out.count("note: 1 clean images are less than a batch") == 1, err
     notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
     assert len(notes) == 2 and "9 of 10 classes" in notes[0]
 

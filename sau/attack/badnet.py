@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture, coloured, pictured
 from sau.config import param
-from sau.data.pictures import fit
+from sau.data.decode import image_to_tensor
 from sau.errors import ConfigError
 from sau.types import Pixels
 
@@ -64,4 +64,4 @@ def _white_corner(height: int, width: int) -> Tensor:
             f"the pictures are {height} x {width}, in which the patch (3 of 32 pixels) is narrower than a pixel; "
             "allowed are sides of 11 and more, or a patch of your own in patch_mask_path"
         )
-    return fit(picture, height, width) / 255
+    return image_to_tensor(picture, height, width) / 255

@@ -117,7 +117,7 @@ class Attack(Labelling, ABC):
         candidates = self.candidates(images)
         order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
         rows = candidates[torch.from_numpy(order[:count]).to(candidates.device)]
-        return images.updated(self.poisoned(images[rows]), rows)
+        return images.replace_rows(self.poisoned(images[rows]), rows)
 
     def poison_test(self, images: Images) -> Images:
         """The test set of ASR and R-ACC: triggered and relabelled, without pictures that have that label already."""

@@ -71,5 +71,5 @@ def examples(attack: Attack, images: Images, ratio: float, cover: Cover) -> Imag
     beside = ((place >= n) & (place < n + (n * ratio).long())).nonzero().flatten()
     beside = beside if len(beside) > 1 else beside[:0]  # one alone would be its own other, so it is left out
     covers = covered(images[beside], cover)
-    both = made.joined(covers)
+    both = made.concat(covers)
     return both[both.index.argsort()]

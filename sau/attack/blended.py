@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture, coloured, pictured
 from sau.config import param
-from sau.data.pictures import fit
+from sau.data.decode import image_to_tensor
 from sau.types import Pixels
 
 
@@ -48,7 +48,7 @@ class Blended(Attack):
 
 @cache
 def _own_picture(height: int, width: int) -> Tensor:
-    return fit(_sailing_boat(), height, width) / 255
+    return image_to_tensor(_sailing_boat(), height, width) / 255
 
 
 def _sailing_boat() -> Image.Image:

@@ -25,7 +25,7 @@ from sau.attack.base import Attack
 from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
 from sau.config import param
-from sau.data.augment import Augment, sent
+from sau.data.augment import Augment, to_device_async
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
@@ -188,7 +188,7 @@ class InputAware(Attack):
     def _others(self, state: dict[str, Any], size: int) -> Pixels:
         """As many other training pictures, augmented; in place of a second loader in another order."""
         images = state["images"]
-        pixels = images.pixels[sent(torch.randint(len(images), (size,)), images.pixels.device)]
+        pixels = images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]
         return to_float(state["augment"](pixels, torch.default_generator) if state["augment"] else pixels)
 
     def _diversity(self, inputs: Tensor, outputs: Tensor) -> Scalar:

@@ -16,7 +16,7 @@ from sau.attack import clean_network, lf_search, workshop
 from sau.attack.base import Attack
 from sau.attack.making import Making, Picture
 from sau.config import param
-from sau.data.arrays import read_array
+from sau.data.decode import read_array
 from sau.data.sources import fingerprint
 from sau.errors import DataError
 from sau.types import Pixels

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from sau.data.augment import Augment
+from sau.data.decode import image_to_tensor, read_image
 from sau.data.images import Images
-from sau.data.pictures import fit, read_picture
 from sau.errors import DataError
 from sau.optim import Training
 from sau.session import Session
@@ -75,8 +75,8 @@ def pictured(trigger: nn.Module | None, path: str | None, own: Callable[[int, in
         return cast(Picture, trigger).of((3, height, width))
     if path is None:
         return own(height, width)
-    picture = read_picture(path)
-    fitted, brightest = fit(picture, height, width) / 255, int(np.asarray(picture).max())
+    picture = read_image(path)
+    fitted, brightest = image_to_tensor(picture, height, width) / 255, int(np.asarray(picture).max())
     if 255 * float(fitted.max()) < brightest / 2:
         raise DataError(
             f"{path} is {picture.width}x{picture.height} pixels, and what it shows fades from {brightest} to "

@@ -24,8 +24,8 @@ from sau.attack.making import Making
 from sau.attack.ssba_pictures import fitting, ready_pictures
 from sau.attack.workshop import Made, made
 from sau.config import param
-from sau.data.augment import sent
-from sau.data.images import Images, some, to_float
+from sau.data.augment import to_device_async
+from sau.data.images import Images, evenly_spaced, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, TrainingError
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, measured, stored
@@ -178,7 +178,7 @@ class SSBA(Attack):
             label="encoder epoch",
             rate="ssba_lr",
         )
-        x = to_float(images.pixels[some(len(images), MEASURED)])
+        x = to_float(images.pixels[evenly_spaced(len(images), MEASURED)])
         found = {**measured(hidden.eval(), decoder.eval(), x), "w": float(weight())}
         right = found["percent_of_bits_right"]
         if right < 100 * READABLE:
@@ -189,7 +189,7 @@ class SSBA(Attack):
 
     def encode_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of encoder and decoder, with codes drawn for this batch."""
-        bits = sent(torch.randint(2, (len(x), self.ssba_bits)), x.device).to(x.dtype)
+        bits = to_device_async(torch.randint(2, (len(x), self.ssba_bits)), x.device).to(x.dtype)
         weight = state["weight"]()
         encoded = state["encoder"](bits, x)
         logits = state["decoder"](stored(encoded))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sau.data.arrays import read_array
+from sau.data.decode import read_array
 from sau.data.images import Images
 from sau.errors import DataError
 

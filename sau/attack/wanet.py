@@ -18,7 +18,7 @@ from sau.attack.base import Attack
 from sau.attack.batchwise import attacked_first, count, covered, examples, plan
 from sau.attack.making import Making
 from sau.config import param
-from sau.data.augment import Augment, turn
+from sau.data.augment import Augment, random_rotate
 from sau.data.images import Images
 from sau.formatting import at_most
 from sau.models import Normalized
@@ -115,7 +115,7 @@ class WaNet(Attack):
             x - centre, torch.default_generator
         )
         if rotate and self.random_rotation:
-            moved = turn(moved, self.random_rotation, one_draw=self.one_draw)
+            moved = random_rotate(moved, self.random_rotation, one_draw=self.one_draw)
         return (moved + centre).clamp(0, 1)
 
     def plan(self, trained_on: Images, batch_size: int) -> str:

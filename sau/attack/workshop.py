@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import sau
-from sau.data.cache import cache_folder
+from sau.data.decode import cache_folder
 from sau.errors import LockedError, RecordError
 from sau.record.folder import Record
 from sau.record.schema import digest

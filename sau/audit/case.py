@@ -12,8 +12,7 @@ from sau.attack.clean_network import recorded
 from sau.attack.recall import recall
 from sau.attack.workshop import fingerprint
 from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Images
-from sau.data.pairs import sample
+from sau.data.images import BACKDOOR, Images, sample
 from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import safe_join

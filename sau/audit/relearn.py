@@ -51,7 +51,7 @@ def mixture(
     chosen = poisons[torch.randperm(len(poisons), generator=draw)[:shots]]
     if augment is not None:
         clean = replace(clean, pixels=augment(clean.pixels, draw))
-    return chosen.joined(clean[torch.arange(shots, size)])
+    return chosen.concat(clean[torch.arange(shots, size)])
 
 
 def relearn(

@@ -18,9 +18,7 @@ from sau.command import own_network
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, trigger_session, versioned, warn
 from sau.data.images import Images
-from sau.data.official import subset_note
-from sau.data.scrutiny import scrutinise
-from sau.data.sources import Source, clean_subset, fingerprint, index_note, load, source
+from sau.data.sources import Source, check_clean_set, clean_subset, fingerprint, index_note, load, source, subset_note
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError, RecordError
@@ -190,7 +188,7 @@ def _given(
     given = clean_subset(pool, run.ratio, run.random_seed, run.index)
     notes += [note] if (note := index_note(run.index, len(pool))) else []
     schema.listable(len(given))
-    return given, test, notes + (scrutinise(given, test, method.batch_size, offered) if method.looks else [])
+    return given, test, notes + (check_clean_set(given, test, method.batch_size, offered) if method.looks else [])
 
 
 def _judge(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:

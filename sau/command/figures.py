@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.command.arguments import Parser, add_device, use_device
-from sau.data.pairs import sample
+from sau.data.images import sample
 from sau.errors import ConfigError, RecordError
 from sau.figures import curves, examples, features, pictures, risks, save, types
 from sau.files import existing, safe_join

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau.data.images import Images, to_float
-from sau.data.pairs import sample
+from sau.data.images import Images, sample, to_float
 from sau.defense.inversion import Inversion, Patches
 from sau.defense.nc import anomaly
 from sau.evaluate import Share

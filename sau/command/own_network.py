@@ -21,11 +21,9 @@ from sau.compat import weights
 from sau.compat.inspect import mapping, normalisation
 from sau.compat.network import network
 from sau.compat.weights import SAFE
-from sau.data.folders import labelled, resized
 from sau.data.images import Images, to_float
-from sau.data.listing import class_folders
-from sau.data.scrutiny import scrutinise
-from sau.data.sources import fingerprint, last_of_each
+from sau.data.readers import class_folders, image_folder, original_sizes
+from sau.data.sources import check_clean_set, fingerprint, last_of_each
 from sau.defense.base import Defense
 from sau.defense.clean_accuracy import misuse
 from sau.errors import ConfigError, DataError, one_line
@@ -63,13 +61,13 @@ def purify(name: str, request: Request) -> None:
     folders = class_folders(clean)
     names = by_name(folders, found.classes)
     net, file, arch = network(own, len(names or folders), found)
-    images = labelled(clean, own.input_size, names)
+    images = image_folder(clean, own.input_size, names)
     given, test = (part.to(where) for part in split(images, own.check_share))
     model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
     method = request.adapted(method, model, len(given))
     _check_classes(model, test, clean)
     notes = _misused(model, given) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
-    notes += scrutinise(given, test, method.batch_size) if method.looks else []
+    notes += check_clean_set(given, test, method.batch_size) if method.looks else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
@@ -80,7 +78,7 @@ def purify(name: str, request: Request) -> None:
     )
     record.log(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
     record.log(f"classes: {mapping(names or folders)} ({'names in the file' if names else 'folders in order'})")
-    if sizes := resized(clean, own.input_size):
+    if sizes := original_sizes(clean, own.input_size):
         record.log(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
     record.log(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)

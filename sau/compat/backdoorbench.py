@@ -10,8 +10,7 @@ from sau.compat import torch_file
 from sau.compat.backdoorbench_images import Part, fields, show
 from sau.compat.weights import dense, fit
 from sau.data.images import Images
-from sau.data.official import OFFICIAL
-from sau.data.sources import source
+from sau.data.sources import OFFICIAL, source
 from sau.errors import RecordError, SauError
 from sau.models import build, layout
 

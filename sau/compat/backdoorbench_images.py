@@ -12,9 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sau.compat.torch_file import Array, Picture
-from sau.data.cache import cached
+from sau.data.decode import cached, read_image
 from sau.data.images import BACKDOOR, COVER, Images
-from sau.data.pictures import read_picture
 from sau.errors import RecordError
 
 _PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
@@ -135,7 +134,7 @@ class Part:
             pixels = torch.empty(len(places), 3, self.size, self.size, dtype=torch.uint8)
             bar = tqdm(places, desc=self.name, unit="picture", disable=None, leave=False)
             for slot, place in zip(pixels, bar, strict=True):
-                picture = place.pixels if isinstance(place, Picture) else np.asarray(read_picture(place.path))
+                picture = place.pixels if isinstance(place, Picture) else np.asarray(read_image(place.path))
                 if picture.shape != (self.size, self.size, 3):
                     where = "a picture in the file" if isinstance(place, Picture) else place.path
                     raise RecordError(f"{where} has {picture.shape[1]}x{picture.shape[0]} pixels, not {self.size}")

@@ -18,8 +18,7 @@ from PIL import Image
 from sau import files
 from sau.compat.backdoorbench import RESULT, blank
 from sau.data.images import COVER, Images
-from sau.data.official import OFFICIAL
-from sau.data.sources import source
+from sau.data.sources import OFFICIAL, source
 from sau.errors import RecordError
 from sau.record import attack_result
 from sau.record.folder import Record

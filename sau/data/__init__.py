@@ -1,3 +1,1 @@
-"""Data sets: where they lie, how they become `Images`, and what is checked before."""
-
-SIDE = 1024  # pixels of the largest picture
+"""Data sets: `Images`, random augmentation, the readers of image files, and the data sets by name."""

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from sau.data.augment import Augment
-from sau.errors import ConfigError, DataError
-from sau.seeds import epoch_generator
+from sau.errors import ConfigError, DataError, require
+from sau.seeds import epoch_generator, generator
 from sau.types import Bytes, Labels, Pixels
 
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
-# Of the pictures that are made ready together, several batches at once: every launch by Python costs time on a card.
-VALUES_AT_ONCE = 2**22
+VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
 CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
 
 
@@ -51,26 +50,26 @@ def in_range(x: Tensor, normalised: bool = False) -> Tensor:
 
 
 def quantise(x: Pixels) -> Bytes:
-    """[0, 1] -> 0..255, clipped and truncated (not rounded), as 8-bit pictures are written in the benchmark.
+    """[0, 1] -> 0..255, clipped and truncated (not rounded), as BackdoorBench writes 8-bit images.
 
     The thousandth of a grey level keeps k/255*255 at k in float32, where it may fall just below.
     """
     return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
 
 
-def some(count: int, most: int) -> Tensor:
-    """Up to `most` positions, spread evenly over `count` of them; data sets may be sorted by class."""
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Up to `most` of `count` positions, evenly spaced, for data sets may be sorted by class."""
     return torch.linspace(0, count - 1, min(count, most)).long()
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled pictures.
+    """Labelled images.
 
     Args:
         pixels: uint8 [N, C, H, W].
         labels: int64 [N], what a network is trained or tested on.
-        true_labels: int64 [N], what the picture shows.
+        true_labels: int64 [N], what the image shows.
         role: uint8 [N], CLEAN, BACKDOOR or COVER.
         index: int64 [N], position in the original split.
         num_classes: classes of the data set.
@@ -85,14 +84,14 @@ class Images:
 
     @classmethod
     def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
-        """Unpoisoned pictures; refuses other shapes and types, and labels outside 0..num_classes-1."""
+        """Images without poison; DataError for other shapes and types, and labels outside 0..num_classes-1."""
         if not (isinstance(pixels, Tensor) and isinstance(labels, Tensor)):
             raise DataError(f"a {type(pixels).__name__} and a {type(labels).__name__}, allowed are two tensors")
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             given = f"pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}"
             raise DataError(f"{given}, allowed is uint8 [N, C, H, W] with C 1 or 3; floats in [0, 1] times 255")
         if labels.shape != pixels.shape[:1]:
-            raise DataError(f"{len(pixels)} pictures but labels {list(labels.shape)}; each picture needs one label")
+            raise DataError(f"{len(pixels)} images but labels {list(labels.shape)}; each image needs one label")
         if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
             raise DataError(f"labels of type {labels.dtype}, allowed are whole numbers")
         labels = labels.to(pixels.device, torch.int64)
@@ -105,13 +104,13 @@ class Images:
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], num_classes: int) -> "Images":
-        """Pictures from the tensors that `tensors` gave; DataError if names, types, lengths or labels are not such."""
+        """Images from stored `tensors`; DataError if names, types, lengths or labels are wrong."""
         wanted = {name: torch.uint8 if name in ("pixels", "role") else torch.int64 for name in _TENSORS}
         if {name: tensor.dtype for name, tensor in tensors.items()} != wanted or tensors["pixels"].ndim != 4:
-            raise DataError(f"stored pictures are {', '.join(sorted(tensors))}, wanted are {', '.join(_TENSORS)}")
+            raise DataError(f"stored images are {', '.join(sorted(tensors))}, wanted are {', '.join(_TENSORS)}")
         n = len(tensors["pixels"])
         if any(tensors[name].shape != (n,) for name in _TENSORS[1:]) or n == 0 or int(tensors["index"].min()) < 0:
-            raise DataError("stored pictures, labels and indices do not have the same number")
+            raise DataError("stored images, labels and indices do not have the same number")
         for name in ("labels", "true_labels"):
             if not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < num_classes:
                 raise DataError(f"stored {name} lie outside 0..{num_classes - 1}")
@@ -124,20 +123,20 @@ class Images:
         picked = {name: getattr(self, name)[index] for name in _TENSORS}
         return replace(self, **picked)
 
-    def joined(self, others: "Images") -> "Images":
-        """These pictures and, behind them, `others`."""
+    def concat(self, others: "Images") -> "Images":
+        """These images and, behind them, `others`."""
         both = {name: torch.cat([value, getattr(others, name)]) for name, value in self.tensors().items()}
         return replace(self, **both)  # type: ignore[arg-type]
 
-    def updated(self, others: "Images", rows: Tensor) -> "Images":
-        """These pictures with `others` in place of those at `rows`."""
+    def replace_rows(self, others: "Images", rows: Tensor) -> "Images":
+        """These images with `others` in place of those at `rows`."""
         tensors = {name: value.clone() for name, value in self.tensors().items()}
         for name, value in others.tensors().items():
             tensors[name][rows] = value
         return replace(self, **tensors)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "Images":
-        """The same pictures on another device."""
+        """The same images on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -162,7 +161,7 @@ _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
 class Batches:
     """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone.
 
-    A single picture that is left over joins the last batch, for batch norm in train mode cannot do with one.
+    A single image that is left over joins the last batch: batch norm in train mode cannot do with one.
     """
 
     def __init__(
@@ -204,5 +203,40 @@ class Batches:
             if self.augment is not None:
                 pixels = self.augment(pixels, generator, block)
             parts = (to_float(pixels), *(labels[index] for labels in self.labels))
-            # Not views: whoever changes a batch in place, under autograd, too, has nothing to do with the others.
+            # Not views: a caller may change a batch in place, also under autograd.
             yield from zip(*(part.unsafe_split_with_sizes(block) for part in parts), strict=True)
+
+
+def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -> tuple[Images, Images | None]:
+    """`count` of the clean images, drawn by `seed`, and those of the triggered ones that are made from them; `index`
+    of both is then the position in the sample. ConfigError for a count below 1, DataError where there are no images.
+    """
+    require("samples", count, count >= 1, "1 and more")
+    if len(clean) == 0:
+        raise DataError("there are no clean images to draw samples from; give at least one")
+    kept = torch.randperm(len(clean), generator=generator(seed))[:count].sort().values.to(clean.labels.device)
+    drawn = replace(clean[kept], index=torch.arange(len(kept), device=kept.device))
+    if triggered is None or len(triggered) == 0:
+        return drawn, None
+    place = _positions(clean[kept], triggered)
+    found = place >= 0
+    return drawn, replace(triggered[found], index=place[found]) if found.any() else None
+
+
+def paired(clean: Images, triggered: Images) -> Labels:
+    """The position in `clean` of the image that each triggered one is made from, by `index`; DataError unless each has
+    one, whose label is its true label."""
+    place = _positions(clean, triggered)
+    if not (place >= 0).all() or not torch.equal(clean.labels[place], triggered.true_labels):
+        raise DataError(
+            f"of {len(triggered)} triggered images some are made from others than the {len(clean)} clean ones, by "
+            "their `index` and true labels; give those that they were made from"
+        )
+    return place
+
+
+def _positions(clean: Images, triggered: Images) -> Labels:
+    """The same; -1 for an image that is not in `clean`."""
+    where = torch.full((1 + max(int(clean.index.max()), int(triggered.index.max())),), -1).to(clean.index)
+    where[clean.index] = torch.arange(len(clean), device=where.device)
+    return where[triggered.index]

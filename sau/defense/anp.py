@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.data.augment import Augment, sent
+from sau.data.augment import Augment, to_device_async
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.held import hold_back
@@ -129,7 +129,9 @@ class ANP(Defense):
     def iteration(self, network: Perturbable, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of the masks."""
         mask = state["masks"][0]
-        first = sent(torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype), mask.device)
+        first = to_device_async(
+            torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype), mask.device
+        )
         noise = self.ascend(lambda noise: F.cross_entropy(network(x, mask.detach(), noise), y), first)
         clean, perturbed = F.cross_entropy(network(x, mask), y), F.cross_entropy(network(x, mask, noise), y)
         loss = self.anp_alpha * clean + (1 - self.anp_alpha) * perturbed
@@ -174,6 +176,6 @@ class _Draws:
 
     def __iter__(self) -> Iterator[tuple[Pixels, Labels]]:
         for _ in range(self.length):
-            index = sent(torch.randint(len(self.x), (self.size,)), self.x.device)
+            index = to_device_async(torch.randint(len(self.x), (self.size,)), self.x.device)
             x = self.x[index]
             yield (self.augment(x, torch.default_generator) if self.augment else x), self.y[index]

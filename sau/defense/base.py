@@ -15,7 +15,7 @@ from sau import loop
 from sau.config import param
 from sau.data.augment import Augment, cropped
 from sau.data.images import Batches, Images
-from sau.data.scrutiny import remarks
+from sau.data.sources import check_counts
 from sau.defense.clean_accuracy import counted, misuse
 from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
 from sau.defense.inputs import clean_batches, first, image_count, unaugmented
@@ -232,7 +232,7 @@ def _check_fit(method: Defense, model: Normalized, batches: Batched, session: Se
         session.say(f"warning: {wrong}")
     if method.looks and not session.scrutinised:
         size = method.batch_size if isinstance(batches, Batches) else 0
-        for note in remarks(counts, size, method.needs):
+        for note in check_counts(counts, size, method.needs):
             session.say(f"note: {note}")
     return right / total
 

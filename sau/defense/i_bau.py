@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sau.config import param
-from sau.data.augment import sent
+from sau.data.augment import to_device_async
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
 from sau.errors import ConfigError, first_line
@@ -135,7 +135,7 @@ class IBAU(Tuning):
         turn, place = divmod(int(universal.done), len(kept))
         if place == 0:
             universal.delta.copy_(self.inner_pass(model, kept))
-        carriers = sent(self.carriers(len(x), turn), x.device)
+        carriers = to_device_async(self.carriers(len(x), turn), x.device)
         surrogate, outer, inner = self.losses(model, (x, y), next(iter(kept)), universal.delta, carriers)
         state["descent"](surrogate)
         universal.done += 1

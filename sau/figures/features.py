@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from sau.data.images import Images, some, to_float
+from sau.data.images import Images, evenly_spaced, to_float
 from sau.defense.layers import watching
 from sau.errors import ConfigError
 from sau.types import Pixels
@@ -46,8 +46,8 @@ def features(
     Clean pictures of the label that most triggered ones want are blue, the others grey with their class written at
     their centre; triggered ones are crosses.
     """
-    clean = test[some(len(test), count)]
-    bad = triggered[some(len(triggered), max(1, count // 4))]
+    clean = test[evenly_spaced(len(test), count)]
+    bad = triggered[evenly_spaced(len(triggered), max(1, count // 4))]
     x = to_float(torch.cat([clean.pixels, bad.pixels]))
     target = int(bad.labels.mode().values)
     figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")

@@ -6,13 +6,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sau.data.images import Images, some, to_float
+from sau.data.images import Images, evenly_spaced, to_float
 from sau.quality import magnified
 
 
 def pictures(test: Images, triggered: Images, columns: int = 6) -> Figure:
     """Rows clean, triggered, difference magnified so that the largest one is white; columns are test pictures."""
-    chosen = some(len(triggered), columns)
+    chosen = evenly_spaced(len(triggered), columns)
     after, before = to_float(triggered.pixels[chosen]), to_float(test.pixels[triggered.index[chosen]])
     title, difference = beside(after - before)
     truth, wanted = triggered.true_labels[chosen], triggered.labels[chosen]

@@ -10,7 +10,7 @@ import torch
 
 from sau.attack import Attack
 from sau.data.images import Images
-from sau.data.official import OFFICIAL
+from sau.data.sources import OFFICIAL
 from sau.errors import ConfigError
 from sau.files import checksum
 from sau.formatting import at_most

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sau.compat import backdoorbench
-from sau.data import cifar, sources
+from sau.data import readers, sources
 from sau.data.images import Images
-from sau.data.official import subset_note
+from sau.data.sources import subset_note
 from sau.errors import DataError, RecordError
 from sau.models import Normalized, build, layout
 from sau.models.polarizer import make_room
@@ -74,7 +74,7 @@ class AttackResult:
     def given(self, train: Images, kind: str) -> Images:
         """`train` as a defense of this `kind` is given it: for `poisoned` with what was poisoned in its place."""
         bad = self.poisoned
-        return train.updated(bad, bad.index) if kind == "poisoned" and bad is not None else train
+        return train.replace_rows(bad, bad.index) if kind == "poisoned" and bad is not None else train
 
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
@@ -99,7 +99,7 @@ class AttackResult:
         is downloaded there. Raises RecordError if there are other pictures than the attack saw.
         """
         place = dataset_path or self.dataset_path
-        if dataset_path is None and place != Run.dataset_path and not cifar.here(self.dataset, Path(place)):
+        if dataset_path is None and place != Run.dataset_path and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
         train, test = sources.load(self.dataset, place, self.network["shape"][1])
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from sau.data import SIDE
+from sau.data.sources import MAX_SIZE
 from sau.errors import NO_YAML, RecordError
 from sau.files import checksum, read, read_json
 
@@ -139,8 +139,8 @@ TYPES: dict[tuple[str, str], tuple[Callable[[Any], bool], str]] = {
     ("model", "classes"): (lambda it: _numbers([it], 1, 100_000, int), "1 to 100000"),
     ("model", "width"): (lambda it: it is None or _numbers([it], 1, 1024, int), "1 to 1024, or none"),
     ("model", "shape"): (
-        lambda it: _numbers(it, 1, SIDE, int) and len(it) == 3,
-        f"channels, height and width up to {SIDE}",
+        lambda it: _numbers(it, 1, MAX_SIZE, int) and len(it) == 3,
+        f"channels, height and width up to {MAX_SIZE}",
     ),
     ("model", "mean"): (lambda it: _numbers(it, -1e6, 1e6, int, float), "numbers"),
     ("model", "std"): (lambda it: _numbers(it, 1e-6, 1e6, int, float), "numbers above 0"),

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from sau.data import sources
-from sau.data.cifar import DOWNLOADED, test_split
-from sau.data.images import Images, some
+from sau.data.images import Images, evenly_spaced
+from sau.data.readers import needs_download
 from sau.errors import SauError
 from sau.quality import magnified
 from sau.record.folder import Record
@@ -73,7 +73,7 @@ class Pictures:
             clean = self._clean(str(run.dataset), where, size if parse.whole(size) else None)
         except (SauError, KeyError, TypeError) as error:
             return Strip("", note=f"no pictures: {error}")
-        chosen = some(len(triggered), COLUMNS)
+        chosen = evenly_spaced(len(triggered), COLUMNS)
         shown = triggered[chosen]
         columns = tuple(
             f"class {int(a)}, wanted {int(b)}" for a, b in zip(shown.true_labels, shown.labels, strict=True)
@@ -92,10 +92,9 @@ class Pictures:
 def _test_pictures(name: str, root: str, size: int | None) -> Images | str:
     """The clean test pictures, or why there are none; nothing is downloaded for a report."""
     try:
-        test = test_split(name, Path(root)) if name in DOWNLOADED else sources.load(name, root, size)[1]
+        return f"{root} holds no {name}" if needs_download(name, Path(root)) else sources.load(name, root, size)[1]
     except SauError as error:
         return str(error)
-    return f"{root} holds no {name}" if test is None else test
 
 
 def _png(*rows: Tensor) -> str:

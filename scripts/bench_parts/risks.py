@@ -11,7 +11,7 @@ from typing import Any
 
 from bench_parts import setting
 
-from sau.data.pairs import sample
+from sau.data.images import sample
 from sau.models import Normalized
 from sau.record import attack_result
 from sau.risk import Found, measure

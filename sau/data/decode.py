@@ -1,0 +1,164 @@
+"""Image files as tensors, decoded once and then read from a cache."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+import PIL
+import safetensors.torch
+import torch
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from sau.errors import DataError, SauError, first_line
+from sau.files import mistaken, write
+from sau.types import Bytes
+
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "PPM"
+_VERSION = 2  # of the cache and of the decoding; a change decodes everything anew
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An RGB image from a PNG, JPEG, WebP, BMP or PPM file, whatever its name ends in.
+
+    Gray, black-and-white and palette images are converted, and an opaque alpha channel is left out. As in torchvision,
+    the rotation that a camera notes in EXIF is not applied.
+
+    Raises:
+        DataError: the file is missing, damaged or no such image; has more pixels than Pillow allows, more than 8 bits
+            a channel, transparent pixels or CMYK colours.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF blocks
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            head = file.read(200)
+            if what := mistaken(head):
+                raise DataError(f"{path} {what}")
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                # Pillow cuts 16-bit RGB to 8 bits without a word; byte 24 of a PNG says how many bits a channel has.
+                deep = image.format == "PNG" and head[24] > 8
+                if deep or image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
+                    raise DataError(f"{path} has mode {image.mode}; allowed is an 8-bit image in colour or gray")
+                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                    if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                        raise DataError(f"{path} has transparent pixels; put it on a background of one colour first")
+                return image.convert("RGB")
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not a PNG, JPEG, WebP, BMP or PPM image, or its header is damaged") from None
+    except Exception as error:  # the decoders raise a dozen types on damaged files
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise DataError(f"cannot read the image {path}: {reason}") from None
+
+
+def image_to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
+    """The image squeezed to height x width (bilinear, antialiased) as float [3, H, W] on the scale 0..255."""
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(resized, dtype=np.float32).transpose(2, 0, 1).copy())
+
+
+def decode(paths: Sequence[str], size: int, title: str) -> Bytes:
+    """Every image squeezed to size x size, uint8 [N, 3, size, size], with a progress bar on a terminal."""
+    pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    for slot, path in zip(pixels, tqdm(paths, desc=title, unit="image", disable=None, leave=False), strict=True):
+        slot.copy_(image_to_tensor(read_image(path), size, size))  # whole numbers, so the conversion is exact
+    return pixels
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The numbers in a .npy file, memory-mapped; DataError if it holds anything but finite numbers."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or "it is none, is cut short, or holds Python objects"
+        raise DataError(f"cannot read {path} as a .npy file of numbers: {reason}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.size == 0:
+        raise DataError(f"{path} holds no array of real numbers; give one made with numpy.save")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{path} holds NaN or infinity; allowed are finite numbers")
+    return array
+
+
+def cache_folder() -> Path:
+    """`$SAU_CACHE`, else `$XDG_CACHE_HOME/sau`, else `~/.cache/sau`; RuntimeError if there is no home either."""
+    if os.environ.get("SAU_CACHE"):
+        return Path(os.environ["SAU_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sau"
+
+
+def cached(key_parts: Iterable[str], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
+
+    Of several processes that want the same tensors one makes them. The file's SHA-256 is checked at each reading. A
+    damaged file is made again, and a folder that cannot be written costs the cache, not the run: either prints a line.
+    The tensors are memory-mapped; writing into them changes neither the file nor what others see.
+
+    Args:
+        key_parts: texts that determine the result. For image files: paths, sizes in bytes and modification times.
+        make: computes the tensors, on the CPU; its errors pass through.
+    """
+    key = _key(key_parts)
+    with ExitStack() as stack:
+        try:
+            path = cache_folder() / f"{key}.safetensors"
+            if (tensors := _read(path, key)) is not None:
+                return tensors
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        except (OSError, RuntimeError) as error:
+            print(f"the decoded images are not kept ({first_line(error)}); SAU_CACHE names another folder", flush=True)
+            return make()
+        if (tensors := _read(path, key)) is not None:  # another process has made it meanwhile
+            return tensors
+        tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+        try:
+            write(path, safetensors.torch.save(tensors, {"sha256": _digest(key, tensors)}))
+            print(f"decoded images kept in {path} ({path.stat().st_size / 1e6:,.1f} MB)", flush=True)
+        except (OSError, SauError) as error:
+            print(f"the decoded images are not kept ({first_line(error)}); SAU_CACHE names another folder", flush=True)
+        return tensors
+
+
+def _key(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (str(_VERSION), PIL.__version__, *parts):
+        content = part.encode(errors="surrogateescape")  # file names need not be UTF-8
+        digest.update(b"%d:%b" % (len(content), content))  # the length keeps ("ab", "c") from being ("a", "bc")
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a file; None if there is none, or, after a line, if it is damaged or made for another key."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if (file.metadata() or {}).get("sha256") == _digest(key, tensors):
+                return tensors
+        reason = "SHA-256 differs"
+    except (SafetensorError, ValueError) as error:
+        reason = first_line(error)
+    print(f"{path} is damaged ({reason}); decoding again", flush=True)
+    with suppress(OSError):
+        path.unlink()
+    return None
+
+
+def _digest(key: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over key, names, types, shapes and bytes."""
+    digest = hashlib.sha256(key.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,675 @@
+"""The files of CIFAR, GTSRB, Tiny ImageNet and own folders, image files, and the cache of decoded images."""
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import urllib.error
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+
+from sau.data import decode, readers
+from sau.data.decode import image_to_tensor, read_image
+from sau.data.images import Images
+from sau.data.readers import cifar, class_folders, folder, gtsrb, image_folder, original_sizes, tiny
+from sau.data.sources import OFFICIAL, load, subset_note
+from sau.errors import DataError
+from sau.record.attack_result import AttackResult
+
+TINY, HEADER = "tiny-imagenet-200", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch, tmp_path_factory) -> Path:
+    """A cache folder of each test's own."""
+    place = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SAU_CACHE", str(place))
+    return place
+
+
+def noise(seed: int, width: int = 9, height: int = 7) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def draw(path: Path, seed: int, **size: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise(seed, **size).save(path, format={".JPEG": "JPEG", ".ppm": "PPM"}.get(path.suffix, "PNG"))
+    return path
+
+
+def make_gtsrb(root: Path) -> Path:
+    """torchvision's layout: 43 classes of two images; five test images, the first of class 40."""
+    base = root / "gtsrb"
+    for label in range(43):
+        place = base / "GTSRB" / "Training" / f"{label:05d}"
+        for i in range(2):
+            draw(place / f"0000{i}.ppm", 2 * label + i, width=5 + label)
+        (place / f"GT-{label:05d}.csv").write_text(HEADER)
+    names = [draw(base / "GTSRB" / "Final_Test" / "Images" / f"{i}.ppm", 100 + i).name for i in range(5)]
+    rows = [f"{name};9;7;1;1;8;6;{40 - i}\n" for i, name in enumerate(names)]
+    (base / "GT-final_test.csv").write_text(HEADER + "".join(rows), encoding="utf-8-sig")  # as Windows writes it
+    return root
+
+
+def make_tiny(root: Path) -> Path:
+    """Three classes of two training images; four test images, listed out of order."""
+    base, ids = root / TINY, ["n03", "n01", "n02"]
+    for i, one in enumerate(ids):
+        for j in (2, 10):
+            draw(base / "train" / one / "images" / f"{one}_{j}.JPEG", 10 * i + j, width=64, height=64)
+        (base / "train" / one / f"{one}_boxes.txt").write_text("")
+    rows = [(f"val_{i}.JPEG", ids[i % 3]) for i in (3, 1, 0, 2)]
+    for i, (name, _) in enumerate(rows):
+        draw(base / "val" / "images" / name, 50 + i, width=64, height=64)
+    (base / "val" / "val_annotations.txt").write_text("".join(f"{name}\t{one}\t0\t0\t63\t63\n" for name, one in rows))
+    return root
+
+
+def make_folder(root: Path) -> Path:
+    for half in ("train", "test"):
+        for i, name in enumerate(("cat", "dog")):
+            for j in range(2):
+                draw(root / half / name / f"{j}.png", 10 * i + j + len(half))
+    return root
+
+
+def make_cifar100(root: Path, n: int = 20, **other: object) -> Path:
+    """A folder of CIFAR-100 files with n images each."""
+    base = root / "cifar-100-python"
+    base.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3072), dtype=np.uint8)
+    for name in ("train", "test"):
+        batch = {"data": pixels, "fine_labels": [i % 100 for i in range(n)], **other}
+        (base / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return root
+
+
+def equal(one: tuple[Images, Images], other: tuple[Images, Images]) -> bool:
+    return all(
+        torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels) for a, b in zip(one, other, strict=True)
+    )
+
+
+def by_hand(paths: list[Path], size: int) -> torch.Tensor:
+    """torchvision's own reading and resizing, uint8 [N, 3, size, size]."""
+    images = [torchvision.datasets.folder.pil_loader(path).resize((size, size), 2) for path in paths]
+    return torch.stack([v2.functional.pil_to_tensor(image) for image in images])
+
+
+# The real files
+
+
+def test_cifar10_is_the_official_one(real_data, tmp_path):
+    """The sums are those of torchvision's decoded arrays, [N, 32, 32, 3]. One flipped bit is found."""
+    pair = load("cifar10", real_data)
+    assert subset_note("cifar10", *pair) is None
+    sums = "17e2cb5a4119d89a4a13e02b91701bff", "6d2714505047e13831cd876923568712"
+    for images, n, md5 in zip(pair, (50_000, 10_000), sums, strict=True):
+        channels_last = images.pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        assert len(images) == n and hashlib.md5(channels_last).hexdigest() == md5
+    shutil.copytree(real_data / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py", symlinks=True)
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    raw = bytearray(file.read_bytes())
+    raw[10_000_000] ^= 1
+    file.unlink()
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match="data_batch_2.*MD5"):
+        load("cifar10", tmp_path)
+
+
+def test_cifar100_is_what_torchvision_reads_in_every_layout(real_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "_check_integrity", lambda self: True)  # it refuses subsets
+    pair = cifar("cifar100", real_data)
+    for images, train, n in zip(pair, (True, False), (2000, 500), strict=True):
+        theirs = torchvision.datasets.CIFAR100(str(real_data), train=train)
+        assert len(images) == n and images.num_classes == 100 and images.labels.tolist() == theirs.targets
+        assert np.array_equal(images.pixels.permute(0, 2, 3, 1).numpy(), theirs.data)
+    assert "2,000 of 50,000" in str(subset_note("cifar100", *pair))
+    (tmp_path / "cifar100").mkdir()
+    (tmp_path / "cifar100" / "cifar-100-python").symlink_to(real_data / "cifar-100-python")
+    for place in (tmp_path, real_data / "cifar-100-python"):
+        assert equal(cifar("cifar100", place), pair)
+
+
+def test_gtsrb_is_what_torchvision_reads(real_data):
+    pair = gtsrb(real_data)
+    for images, split, n in zip(pair, ("train", "test"), (430, 129), strict=True):
+        theirs = torchvision.datasets.GTSRB(str(real_data), split=split)
+        assert len(images) == n == len(theirs) and images.num_classes == 43
+        assert images.labels.tolist() == [label for _, label in theirs]
+        squeezed = [v2.functional.pil_to_tensor(v2.functional.resize(one, [32, 32])) for one, _ in theirs]
+        assert torch.equal(images.pixels, torch.stack(squeezed))
+    note = "subset of gtsrb: 430 of 39,209 training and 129 of 12,630 test images; no figure from it speaks for gtsrb"
+    assert subset_note("gtsrb", *pair) == note
+    assert load("gtsrb", real_data, 48)[0].pixels.shape == (430, 3, 48, 48)
+
+
+def test_tiny_is_what_the_files_say(real_data):
+    base = real_data / TINY
+    train, test = tiny(real_data)
+    theirs = torchvision.datasets.ImageFolder(str(base / "train"))
+    assert len(train) == 400 and train.num_classes == 20 and train.labels.tolist() == theirs.targets
+    assert torch.equal(train.pixels, by_hand([Path(path) for path, _ in theirs.samples], 64))  # four of them are gray
+    listed = dict(line.split("\t")[:2] for line in (base / "val" / "val_annotations.txt").read_text().splitlines())
+    order = sorted(listed, key=lambda name: (listed[name], name))
+    assert len(test) == 100 and test.labels.tolist() == [theirs.class_to_idx[listed[name]] for name in order]
+    assert torch.equal(test.pixels, by_hand([base / "val" / "images" / name for name in order], 64))
+    assert "400 of 100,000" in str(subset_note("tiny", train, test))
+
+
+# Layouts and order
+
+
+def test_subset_note_is_silent_for_whole_sets_only():
+    def blank(n: int) -> Images:
+        return Images.clean(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), 2)
+
+    assert subset_note("digits", blank(5), blank(5)) is None
+    for name, whole in OFFICIAL.items():
+        for train in whole.train:
+            assert subset_note(name, blank(train), blank(whole.test)) is None
+            assert f"{train - 1:,} of " in str(subset_note(name, blank(train - 1), blank(whole.test)))
+
+
+def test_gtsrb_in_every_layout(tmp_path):
+    base = make_gtsrb(tmp_path) / "gtsrb"
+    pair = train, test = gtsrb(tmp_path)
+    assert train.labels.tolist() == [label for label in range(43) for _ in range(2)] and train.num_classes == 43
+    assert test.labels.tolist() == [40, 39, 38, 37, 36]
+    assert torch.equal(train.pixels[:2], by_hand([base / f"GTSRB/Training/00000/0000{i}.ppm" for i in (0, 1)], 32))
+    assert equal(gtsrb(base), pair)
+    shutil.copytree(base / "GTSRB/Training", tmp_path / "official/GTSRB/Final_Training/Images")
+    shutil.copytree(base / "GTSRB/Final_Test", tmp_path / "official/GTSRB/Final_Test")
+    shutil.copy(base / "GT-final_test.csv", tmp_path / "official/GTSRB/Final_Test/Images")
+    assert equal(gtsrb(tmp_path / "official"), pair)
+    shutil.copytree(base / "GTSRB/Training", tmp_path / "other/gtsrb/Train")
+    shutil.copytree(base / "GTSRB/Final_Test/Images", tmp_path / "other/gtsrb/Test")
+    shutil.copy(base / "GT-final_test.csv", tmp_path / "other/gtsrb/Test")
+    assert equal(gtsrb(tmp_path / "other"), pair)
+
+
+def test_tiny_in_every_layout(tmp_path):
+    base = make_tiny(tmp_path) / TINY
+    pair = train, test = tiny(tmp_path)
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2] and train.num_classes == 3
+    names = [f"{one}/images/{one}_{j}.JPEG" for one in ("n01", "n02", "n03") for j in (10, 2)]  # as strings sort
+    assert torch.equal(train.pixels, by_hand([base / "train" / name for name in names], 64))
+    assert test.labels.tolist() == [0, 1, 2, 2]
+    assert torch.equal(test.pixels, by_hand([base / f"val/images/val_{i}.JPEG" for i in (1, 2, 0, 3)], 64))
+    for name, one in {"val_0": "n03", "val_1": "n01", "val_2": "n02", "val_3": "n03"}.items():
+        (base / "val" / one).mkdir(exist_ok=True)
+        (base / f"val/images/{name}.JPEG").rename(base / "val" / one / f"{name}.JPEG")
+    shutil.rmtree(base / "val/images")
+    assert equal(tiny(base), pair)
+    (tmp_path / "tiny").mkdir()
+    base.rename(tmp_path / "tiny" / TINY)
+    assert equal(tiny(tmp_path), pair)
+
+
+def test_own_folders_of_mixed_images(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "train/README.txt").write_text("beside the class folders")
+    noise(70, 300, 200).save(tmp_path / "train/cat/A.JPG", format="JPEG")
+    noise(71).convert("P").save(tmp_path / "train/cat/b.Png", format="PNG")
+    noise(72).convert("L").save(tmp_path / "train/cat/c.bmp")
+    train, test = folder(tmp_path, 24)
+    assert train.labels.tolist() == [0] * 5 + [1] * 2 and test.labels.tolist() == [0, 0, 1, 1]
+    assert train.num_classes == 2 and train.pixels.shape == (7, 3, 24, 24) and train.pixels.dtype == torch.uint8
+    names = ["cat/0.png", "cat/1.png", "cat/A.JPG", "cat/b.Png", "cat/c.bmp", "dog/0.png", "dog/1.png"]
+    assert torch.equal(train.pixels, by_hand([tmp_path / "train" / name for name in names], 24))
+    named = image_folder(tmp_path / "train", 24, ["dog", "emu", "cat"])
+    assert named.labels.tolist() == [2] * 5 + [0] * 2 and named.num_classes == 3
+    assert torch.equal(named.pixels, train.pixels)
+
+
+def test_classes_that_are_all_numbers_go_by_number(tmp_path):
+    for i, name in enumerate(("0", "10", "2")):
+        draw(tmp_path / name / "0.png", i)
+    images = image_folder(tmp_path)
+    assert torch.equal(images.pixels, by_hand([tmp_path / f"{name}/0.png" for name in ("0", "2", "10")], 32))
+    assert images.labels.tolist() == [0, 1, 2]
+    draw(tmp_path / "b/0.png", 3)
+    assert class_folders(tmp_path) == ["0", "10", "2", "b"]  # not all are numbers
+
+
+def test_sizes_that_are_changed_are_named(tmp_path):
+    for name in ("a/0.png", "b/0.png"):
+        draw(tmp_path / name, 1, width=32, height=32)
+    assert original_sizes(tmp_path, 32) is None and original_sizes(tmp_path, 16) == "32x32"
+    draw(tmp_path / "b/1.png", 2, width=20, height=24)
+    draw(tmp_path / "b/2.png", 3, width=300, height=200)
+    assert original_sizes(tmp_path, 32) == "20x24 to 300x200"
+
+
+STRAY = """3/Thumbs.db 3/desktop.ini 3/.DS_Store Desktop.ini __MACOSX/3/._1.png 3/__MACOSX/._1.png 3/@eaDir/x @eaDir/x
+lost+found/#1 $RECYCLE.BIN/x.png .git/x""".split()
+
+
+@pytest.mark.parametrize("stray", [*STRAY, "System Volume Information/x"])
+def test_what_a_system_leaves_is_no_class_and_no_image(stray, tmp_path):
+    for name in ("3", "7"):
+        draw(tmp_path / name / "Screenshot 2026-05-12 at 4.42.48\u202fPM.png", int(name))  # as macOS names it
+    place = tmp_path / stray
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"x")
+    images = image_folder(tmp_path)
+    assert images.num_classes == 2 and images.labels.tolist() == [0, 1]
+
+
+# Bad input: a reader, what is done to a sound tree, and what the line must name
+
+
+def swap(old: str, new: str, file: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        text = (root / file).read_text("utf-8-sig")
+        assert old in text
+        (root / file).write_text(text.replace(old, new))
+
+    return change
+
+
+def remove(place: str) -> Callable[[Path], None]:
+    return lambda root: shutil.rmtree(root / place) if (root / place).is_dir() else (root / place).unlink()
+
+
+def empty(place: str) -> Callable[[Path], None]:
+    return lambda root: shutil.rmtree(root / place) or (root / place).mkdir()
+
+
+CLASS, FINAL, ANNOTATIONS = "gtsrb/GTSRB/Training/00003", "gtsrb/GT-final_test.csv", f"{TINY}/val/val_annotations.txt"
+BAD_TREES = [
+    (gtsrb, remove("gtsrb"), "torchvision.datasets.GTSRB"),
+    (gtsrb, remove(CLASS), "00003"),
+    (gtsrb, empty(CLASS), "00003"),
+    (gtsrb, remove(FINAL), "GT-final_test.csv"),
+    (gtsrb, lambda root: (root / FINAL).write_bytes(b"\xff\xfe\x00"), "GT-final_test.csv"),
+    (gtsrb, swap(";", ",", FINAL), "GT-final_test.csv"),
+    (gtsrb, swap(";40\n", ";stop\n", FINAL), "GT-final_test.csv"),
+    (gtsrb, swap(";40\n", ";43\n", FINAL), "0..42"),
+    (gtsrb, swap("0.ppm", "9.ppm", FINAL), "9.ppm"),
+    (gtsrb, lambda root: os.truncate(root / CLASS / "00001.ppm", 40), "00001.ppm"),
+    (tiny, remove(TINY), "tiny-imagenet-200.zip"),
+    (tiny, empty(f"{TINY}/train/n02/images"), "n02"),
+    (tiny, remove(ANNOTATIONS), "val_annotations.txt"),
+    (tiny, swap("n02", "n07", ANNOTATIONS), "n07"),
+    (tiny, swap("\t", " ", ANNOTATIONS), "val_annotations.txt"),
+    (tiny, remove(f"{TINY}/val/images/val_2.JPEG"), "val_2.JPEG"),
+    (tiny, remove(f"{TINY}/val"), "val"),
+    (tiny, lambda root: (root / TINY / "train/n02/images/n02_2.JPEG").write_text("text"), "n02_2.JPEG"),
+    (folder, remove("train"), "train"),
+    (folder, remove("test"), "test"),
+    (folder, lambda root: [remove(f"{half}/cat")(root) for half in ("train", "test")], "1 class folders"),
+    (folder, empty("train/dog"), "dog"),
+    (folder, remove("test/dog"), "dog"),
+    (folder, lambda root: (root / "test/cat").rename(root / "test/CAT"), "CAT"),
+    (folder, lambda root: (root / "train/dog/notes.txt").write_text("text"), "dog/notes.txt"),
+    (folder, lambda root: (root / "train/dog/link.png").symlink_to("nowhere"), "link.png"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD_TREES)))
+def test_a_bad_tree_is_refused_and_the_file_named(case, tmp_path, one_line, kept):
+    read, spoil, named = BAD_TREES[case]
+    {gtsrb: make_gtsrb, tiny: make_tiny, folder: make_folder}[read](tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError) as refusal:
+        read(tmp_path)
+    assert named in one_line(refusal.value)
+
+
+# CIFAR files
+
+
+class Canary:
+    """Unpickling it writes a file: what a malicious pickle would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+BAD_BATCHES = {
+    "floats": {"data": np.zeros((20, 3072), np.float32)},
+    "objects": {"data": np.zeros((20, 3072), object)},
+    "another width": {"data": np.zeros((20, 1024), np.uint8)},
+    "fewer images": {"data": np.zeros((19, 3072), np.uint8)},
+    "a class above": {"fine_labels": [100] * 20},
+    "a class below": {"fine_labels": [-1] * 20},
+    "texts for labels": {"fine_labels": ["a"] * 20},
+    "no labels": {"fine_labels": None},
+    "a function": {"filenames": np.random.rand},
+    "a class of Python": {"filenames": Path("x")},
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_a_bad_cifar_file_is_named(case, tmp_path, one_line):
+    make_cifar100(tmp_path, **BAD_BATCHES[case])
+    with pytest.raises(DataError) as refusal:
+        cifar("cifar100", tmp_path)
+    assert str(tmp_path / "cifar-100-python" / "train") in one_line(refusal.value)
+
+
+def test_a_malicious_cifar_file_is_not_run(tmp_path):
+    canary = tmp_path / "canary"
+    make_cifar100(tmp_path, filenames=Canary(canary))
+    with pytest.raises(DataError, match=r"asks for \w+\.system"):
+        cifar("cifar100", tmp_path)
+    assert not canary.exists()
+    pickle.loads((tmp_path / "cifar-100-python" / "train").read_bytes())  # noqa: S301
+    assert canary.exists()  # it would have run
+
+
+def test_missing_and_truncated_cifar_files_are_named(tmp_path):
+    file = make_cifar100(tmp_path) / "cifar-100-python" / "train"
+    raw = file.read_bytes()
+    for length in (0, 1, 100, len(raw) // 2, len(raw) - 1):
+        file.write_bytes(raw[:length])
+        with pytest.raises(DataError, match="cifar-100-python/train"):
+            cifar("cifar100", tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match="cifar-100-python/train"):
+        cifar("cifar100", tmp_path)
+
+
+def test_arrays_by_columns_by_python_2_and_labels_of_any_kind_are_read(tmp_path):
+    """Python 2 wrote the content as a string, which comes as a text in latin1."""
+    base = make_cifar100(tmp_path) / "cifar-100-python"
+    pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    labels = ([3, 7], (3, 7), np.array([3, 7]), np.array([3, 7], np.uint8))
+    raws = [pickle.dumps({"data": pixels, "fine_labels": y}, protocol=p) for y in labels for p in (0, 2, 4)]
+    raws.append(pickle.dumps({"data": np.asfortranarray(pixels), "fine_labels": [3, 7]}, protocol=2))
+    kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x02M\x00\x0ct" + kind
+    array += b"\x89T\x00\x18\0\0" + pixels.tobytes() + b"tb"
+    raws.append(b"\x80\x02}(U\x04data" + array + b"U\x0bfine_labels(K\x03K\x07lu.")
+    for raw in raws:
+        (base / "train").write_bytes(raw)
+        train, _ = cifar("cifar100", tmp_path)
+        assert train.labels.tolist() == [3, 7] and np.array_equal(train.pixels.reshape(2, 3072), pixels)
+
+
+def test_a_subset_of_cifar10_is_read_and_noted(tmp_path):
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        (base / name).write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [3, 9]}, protocol=2))
+    pair = cifar("cifar10", tmp_path)
+    assert [len(images) for images in pair] == [10, 2] and "10 of 50,000" in str(subset_note("cifar10", *pair))
+    assert not readers.needs_download("cifar10", tmp_path) and not readers.needs_download("digits", tmp_path)
+
+
+def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp_path, one_line):
+    """A failed or corrupt download is one line that says what to do."""
+    calls, errors = [], [urllib.error.URLError("no route to host"), RuntimeError("File not found or corrupted.")]
+
+    def fetch(url, root, filename, md5):
+        calls.append((url.rsplit("/")[-1], root, md5))
+        raise errors[len(calls) % 2]
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", fetch)
+    monkeypatch.chdir(tmp_path)
+    for name, root in (("cifar10", tmp_path), ("cifar100", tmp_path), ("cifar10", Path("data"))):
+        assert readers.needs_download(name, root)
+        with pytest.raises(DataError) as refusal:
+            load(name, root)
+        assert all(word in one_line(refusal.value) for word in ("--dataset_path", "--dataset digits", str(root)))
+    assert calls[0] == ("cifar-10-python.tar.gz", str(tmp_path / "cifar10"), "c58f30108f718f92721af3b95e74349a")
+    with pytest.raises(DataError, match="mistyped"):
+        load("cifar10", tmp_path / "mistyped")
+    assert len(calls) == 3
+
+
+def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_path):
+    """A stranger's record may name any folder; what the user names is another matter."""
+    monkeypatch.setattr(readers, "_download", lambda root, official: (_ for _ in ()).throw(DataError("downloading")))
+    network = {"name": "preactresnet18", "classes": 10, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
+    found = AttackResult(tmp_path, network, {}, None, None, "cifar10", str(tmp_path), None, None, (None, None), "")
+    with pytest.raises(DataError, match="give its --dataset_path"):
+        found.pictures()
+    with pytest.raises(DataError, match="downloading"):
+        replace(found).pictures(str(tmp_path))
+
+
+# Image files
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+GRAY, FRAMES = noise(0).convert("L"), {"save_all": True, "append_images": [noise(1)]}
+IMAGE_FILES: dict[str, tuple[bytes, Image.Image | None]] = {  # bytes, and what must come out; None is refused
+    "bomb.png": (png(60_000, 60_000, 8, 2, b"\0" * 999), None),
+    "above Pillow's warning.png": (png(9_500, 9_500, 8, 2, b"\0"), None),
+    "truncated.png": (saved(noise(0), "PNG")[:120], None),
+    "truncated.jpg": (saved(noise(0, 90, 90), "JPEG")[:2000], None),
+    "truncated.ppm": (saved(noise(0), "PPM")[:-1], None),
+    "cmyk.jpg": (saved(noise(0).convert("CMYK"), "JPEG"), None),
+    "deep.png": (png(2, 1, 16, 2, b"\0" + b"\1\2" * 6), None),  # Pillow reads it as 8-bit RGB
+    "deep gray.png": (png(2, 1, 16, 0, b"\0" + b"\1\2" * 2), None),
+    "deep and alpha.png": (png(2, 1, 16, 6, b"\0" + b"\1\2" * 8), None),
+    "transparent.png": (saved(Image.new("RGBA", (4, 4), (9, 9, 9, 254)), "PNG"), None),
+    "gray and transparent.png": (saved(Image.new("LA", (4, 4), (9, 0)), "PNG"), None),
+    "one colour transparent.png": (saved(Image.new("RGB", (4, 4)), "PNG", transparency=(0, 0, 0)), None),
+    "palette and alpha.png": (saved(Image.new("P", (4, 4), 0), "PNG", transparency=0), None),
+    "transparent.webp": (saved(Image.new("RGBA", (4, 4)), "WEBP"), None),
+    "animated.gif": (saved(noise(0), "GIF", **FRAMES), None),
+    "float.tiff": (saved(Image.new("F", (8, 8)), "TIFF"), None),
+    "empty.png": (b"", None),
+    "zeros.png": (b"\0" * 4096, None),
+    "signature only.png": (b"\x89PNG\r\n\x1a\n", None),
+    "a page.html": (b"<html>404 not found</html>", None),
+    "a PNG named.jpg": (saved(noise(0), "PNG"), noise(0)),
+    "opaque.png": (saved(noise(0).convert("RGBA"), "PNG"), noise(0)),
+    "opaque gray.png": (saved(GRAY.convert("LA"), "PNG"), GRAY),
+    "a transparent colour of no pixel.png": (saved(noise(0), "PNG", transparency=(0, 0, 0)), noise(0)),
+    "lossless.webp": (saved(noise(0), "WEBP", lossless=True), noise(0)),
+    "plain.ppm": (b"P3\n1 1\n255\n1 2 3\n", Image.new("RGB", (1, 1), (1, 2, 3))),
+    "gray.png": (saved(GRAY, "PNG"), GRAY),
+    "one bit.png": (saved(noise(0).convert("1"), "PNG"), noise(0).convert("1")),
+    "palette.png": (saved(noise(0).convert("P"), "PNG"), noise(0).convert("P")),
+    "bitmap.bmp": (saved(noise(0), "BMP"), noise(0)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_FILES)
+def test_an_image_file_is_read_as_8_bit_rgb_or_refused(name, tmp_path, one_line):
+    content, wanted = IMAGE_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    if wanted is not None:
+        image = read_image(tmp_path / name)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.asarray(wanted.convert("RGB")))
+        return
+    with pytest.raises(DataError) as refusal:
+        read_image(tmp_path / name)
+    assert str(tmp_path / name) in one_line(refusal.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.png", "a\0b.png"):
+        with pytest.raises(DataError):
+            read_image(path)
+
+
+def test_an_image_is_squeezed_without_keeping_the_aspect():
+    squeezed = image_to_tensor(Image.new("RGB", (10, 20), (200, 100, 50)), 4, 6)
+    assert squeezed.shape == (3, 4, 6) and squeezed.dtype == torch.float32
+    assert squeezed[:, 2, 2].tolist() == [200, 100, 50]
+    rows = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    assert torch.equal(image_to_tensor(rows, 2, 2), torch.arange(12.0).view(2, 2, 3).permute(2, 0, 1))
+    whole = image_to_tensor(noise(3, 50, 40), 32, 32)
+    assert torch.equal(whole, whole.round())  # so that nothing is lost as bytes
+
+
+# The cache
+
+
+@pytest.fixture
+def blind(monkeypatch) -> Callable[[], None]:
+    """After a call of it no image can be decoded."""
+
+    def fail(path):
+        raise AssertionError(f"{path} was decoded again")
+
+    return lambda: monkeypatch.setattr(decode, "read_image", fail)
+
+
+def test_the_second_start_decodes_nothing(tmp_path, blind, capsys, kept):
+    """Nor does one after the data set was moved; what is read back may be written to without harm."""
+    first = folder(make_folder(tmp_path / "a"))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 2 and str(kept) in out
+    blind()
+    assert equal(folder(tmp_path / "a"), first)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    again = folder(tmp_path / "b")
+    assert equal(again, first) and capsys.readouterr().out == ""
+    again[0].pixels.zero_()
+    assert equal(folder(tmp_path / "b"), first)
+    with pytest.raises(AssertionError):
+        folder(tmp_path / "b", 16)
+
+
+def another_at_the_same_time(root: Path) -> None:
+    file = root / "train/dog/0.png"
+    before = file.stat().st_mtime_ns
+    draw(file, 99, width=30)
+    os.utime(file, ns=(before, before))
+
+
+TOUCHES = {
+    "another image of the same time": another_at_the_same_time,
+    "time alone": lambda root: os.utime(root / "train/dog/0.png", ns=(1, 1)),
+    "an image more": lambda root: draw(root / "train/cat/9.png", 98),
+    "another name": lambda root: (root / "train/dog/0.png").rename(root / "train/dog/5.png"),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_a_changed_file_is_decoded_again(touch, tmp_path, blind):
+    folder(make_folder(tmp_path))
+    TOUCHES[touch](tmp_path)
+    fresh = folder(tmp_path)
+    for images, half in zip(fresh, ("train", "test"), strict=True):
+        assert torch.equal(images.pixels, by_hand(sorted((tmp_path / half).rglob("*.png")), 32))
+    blind()
+    assert equal(folder(tmp_path), fresh)
+    os.utime(tmp_path / "train/dog/1.png", ns=(2, 2))
+    with pytest.raises(AssertionError):
+        folder(tmp_path)
+
+
+DAMAGES = {
+    "a bit of the pixels": lambda raw: raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:],
+    "truncated": lambda raw: raw[: len(raw) // 2],
+    "empty": lambda raw: b"",
+    "no safetensors": lambda raw: b"I am a cache",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_noted_in_one_line_and_made_again(damage, tmp_path, blind, capsys, kept):
+    make_folder(tmp_path)
+    first = image_folder(tmp_path / "train")
+    (file,) = kept.glob("*.safetensors")
+    sound = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](sound))
+    capsys.readouterr()
+    assert torch.equal(image_folder(tmp_path / "train").pixels, first.pixels)
+    warned, made = capsys.readouterr().out.splitlines()
+    assert str(file) in warned and "decoding again" in warned and "kept" in made and file.read_bytes() == sound
+    blind()
+    assert torch.equal(image_folder(tmp_path / "train").pixels, first.pixels) and capsys.readouterr().out == ""
+
+
+def test_a_cache_of_other_images_is_not_taken(kept):
+    one, two = ({"x": torch.full((3,), value)} for value in (1, 2))
+    decode.cached(["one"], lambda: one)
+    (first,) = kept.glob("*.safetensors")
+    decode.cached(["two"], lambda: two)
+    (second,) = {*kept.glob("*.safetensors")} - {first}
+    shutil.copy(first, second)
+    assert torch.equal(decode.cached(["two"], lambda: two)["x"], two["x"])
+
+
+@pytest.mark.parametrize("place", ["a file", "full", "no home"])
+def test_a_cache_that_cannot_be_written_costs_the_cache_alone(place, tmp_path, monkeypatch, capsys, kept):
+    if place == "no home":
+        monkeypatch.delenv("SAU_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    elif place == "full":
+        monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("SAU_CACHE", str(tmp_path / "file"))
+    images = image_folder(make_folder(tmp_path / "data") / "train")
+    out = capsys.readouterr().out
+    assert len(images) == 4 and "not kept" in out and out.count("\n") == 1 and not list(kept.glob("*.safetensors"))
+
+
+def test_where_the_cache_lies(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAU_CACHE", "~/mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert decode.cache_folder() == tmp_path / "mine"
+    monkeypatch.setenv("SAU_CACHE", "")
+    assert decode.cache_folder() == tmp_path / "xdg" / "sau"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert decode.cache_folder() == tmp_path / ".cache" / "sau"
+
+
+def test_an_error_while_decoding_keeps_nothing(kept):
+    def broken():
+        raise DataError("one.png is damaged")
+
+    with pytest.raises(DataError, match="one.png"):
+        decode.cached(["x"], broken)
+    assert not list(kept.glob("*.safetensors"))
+
+
+RACE = """
+import sys, time, torch
+from sau.data.decode import cached
+def make():
+    time.sleep(0.2)
+    print("made")
+    return {"x": torch.arange(5)}
+for i in range(5):
+    assert cached([str(i)], make)["x"].tolist() == [0, 1, 2, 3, 4]
+"""
+
+
+def test_of_two_processes_one_decodes(kept):
+    racers = [subprocess.Popen([sys.executable, "-c", RACE], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [racer.communicate(timeout=280)[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], outputs
+    assert "".join(outputs).count("made") == 5 == len(list(kept.glob("*.safetensors")))
