@@ -1,10 +1,11 @@
 """Time: epochs, progress, forecasts, checkpoints and resuming. Knows no method and no loss."""
 
-import copy
 import math
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +16,107 @@ from sau.errors import TrainingError
 from sau.formatting import duration, short
 from sau.models import sound
 from sau.seeds import RngState, get_rng_state, set_rng_state
-from sau.session import Session, bytes_of
 from sau.types import Batched
 
-LARGE = 2**24  # bytes of a checkpoint that is not written at the end of every epoch: that takes 100 ms and more
+LARGE = 2**24  # bytes of a checkpoint that is not written after every epoch, for that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
+RECENT = 50  # updates of which the longest is expected to come again
+
+
+class Limit:
+    """Ends the updates of a run at `end`, a time by `time.monotonic`; `ended` says where the run stood then. `whole` is
+    for what is of no use unfinished, like a trigger: TrainingError then ends it."""
+
+    def __init__(self, end: float, whole: bool = False) -> None:
+        self.end, self.whole = end, whole
+        self.ended: str | None = None
+        self.last, self.spans, self.graphs = time.monotonic(), deque[float](maxlen=RECENT), _compiled_graphs()
+
+    def reached(self) -> bool:
+        """Whether the longest recent update, if repeated, would go beyond the end; one that compiles does not count."""
+        now, graphs = time.monotonic(), _compiled_graphs()
+        if graphs == self.graphs:
+            self.spans.append(now - self.last)
+        self.last, self.graphs = now, graphs
+        reached = now + max(self.spans, default=0.0) > self.end
+        if reached and self.whole:
+            raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
+        return reached
+
+
+def _compiled_graphs() -> int:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # imported when something is compiled
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+@dataclass
+class RunContext:
+    """What the caller of a long run wants to see of it, and where its checkpoints go.
+
+    Args:
+        checkpoint: has `load()`, the last checkpoint or None, and `save(place)`, which must copy or write it at once.
+        on_epoch: called with (epochs done, mean losses, state); returns further figures to print.
+        say: prints a line.
+        note: adds facts, by name, to the configuration of the run.
+        other_seconds: expected seconds outside the updates (evaluation), for the forecast.
+        hint: what would make the run shorter; printed if the forecast exceeds an hour.
+        save_every: seconds between two checkpoints; small ones are written after every epoch, too.
+        judge: scores a network on the test sets, for methods that choose by them (`select="oracle"`).
+        limit: ends a run in time, after its last update; None means never.
+        stage: number of the run among those that share the checkpoint; see `for_stage`.
+        findings: what a method found out beside the network, by name, for `summary.json`; all stages share it.
+        bar: whether a terminal or a notebook shows a progress bar.
+        scrutinised: whether the caller has checked the clean images (`sau.data.sources`); otherwise `purify` does.
+    """
+
+    checkpoint: Any = None
+    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = lambda *_: {}
+    say: Callable[[str], None] = print
+    note: Callable[..., None] = lambda **facts: None
+    other_seconds: float = 0.0
+    hint: str = ""
+    save_every: float = 60.0
+    judge: Callable[[Any], Any] | None = None
+    limit: Limit | None = None
+    stage: int = 0
+    findings: dict[str, Any] = field(default_factory=dict)
+    bar: bool = True
+    scrutinised: bool = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to resume, so that what precedes the first run is not repeated."""
+        return self.checkpoint is not None and self.checkpoint.load() is not None
+
+    def restore_later_stage(self, **objects: Any) -> bool:
+        """Whether the checkpoint is of a later stage; if so, the objects are loaded from it, by name."""
+        kept = self.checkpoint.load() if self.checkpoint is not None else None
+        if kept is None or kept["stage"] <= self.stage:
+            return False
+        for name, thing in objects.items():
+            thing.load_state_dict(kept["objects"][name])
+        return True
+
+    def time_is_up(self, where: str) -> bool:
+        """Whether the limit, if there is one, ends the run here; `where` is then logged and kept in it."""
+        if self.limit is None or not self.limit.reached():
+            return False
+        self.limit.ended = self.limit.ended or where
+        self.say(f"the time is over: ended in {where}")
+        return True
+
+    def quiet(self) -> "RunContext":
+        """The same without progress: no bar, and of the lines only warnings."""
+        say = self.say
+        return replace(self, say=lambda line: say(line) if line.startswith("warning: ") else None, bar=False)
+
+    def for_stage(self, stage: int) -> "RunContext":
+        """The context of a later run of the same method (1, 2, ...). When resuming in a later stage, `run` skips this
+        one without training, so a stage's `state` must hold all that it needs."""
+        return replace(self, stage=stage)
+
+
+Session = RunContext
 
 
 @dataclass
@@ -39,11 +136,9 @@ class _Place:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self, rate: str) -> dict[str, float]:
-        """Reads the device, so once an epoch and for checkpoints alone; refuses to go on from a broken loss."""
-        losses = {
-            name: float(value) / self.seen if value.is_floating_point() else float(value)
-            for name, value in self.sums.items()
-        }
+        """Mean losses, for which it waits for the device; TrainingError if one is not finite."""
+        sums = self.sums.items()
+        losses = {name: float(value) / (self.seen if value.is_floating_point() else 1) for name, value in sums}
         if not all(map(math.isfinite, losses.values())):
             raise TrainingError(f"the loss is not finite in epoch {self.epoch + 1}: {losses}; try a smaller --{rate}")
         return losses
@@ -56,24 +151,23 @@ def run(
     *,
     state: dict[str, Any],
     end_epoch: Callable[[dict[str, float]], bool | None],
-    session: Session,
+    session: RunContext,
     label: str = "epoch",
     rate: str = "lr",
 ) -> None:
     """Call `step` on every batch of every epoch.
 
     Args:
-        step: (x, y) -> what to report, on the device: floats are averaged over pictures, integers summed.
+        step: (x, y) -> what to report, on the device: floats are averaged over images, integers summed.
         batches: iterable of (x, y, ...) with a length; `set_epoch` is called where it exists.
-        epochs: how many times to walk through `batches`.
+        epochs: how many times to go through `batches`.
         state: objects that change; those with `state_dict` are kept in checkpoints.
         end_epoch: called with the mean losses before the checkpoint that closes an epoch; True ends the run with it.
         session: progress and checkpoints.
         label: what an epoch is called on the screen.
-        rate: the setting of the learning rate, which to lower where it was too high.
+        rate: the flag of the learning rate, which to lower where it was too high.
 
-    Raises TrainingError, leaving the last finite checkpoint, when a loss or a parameter is not finite, or a buffer of
-    `model` unsound.
+    Raises TrainingError when a loss, a parameter or a buffer of `model` is not finite; the last checkpoint is.
     """
     _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
 
@@ -85,109 +179,101 @@ class _Run:
     epochs: int
     state: dict[str, Any]
     end_epoch: Callable[[dict[str, float]], bool | None]
-    session: Session
+    session: RunContext
     label: str
     rate: str
     place: _Place = field(default_factory=_Place)
-    ticks: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
+    step_times: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
     saved: float = 0.0  # when the last checkpoint was written, or the run began
-    spare: dict[str, Any] | None = None  # the end of the last epoch, where it was too large to be written
+    epoch_rng: RngState = field(default_factory=get_rng_state)  # the generators before the first batch of this epoch
+    rng: RngState = field(default_factory=get_rng_state)  # and before the next batch
 
     def go(self) -> None:
-        try:
-            self._go()
-        except TrainingError:  # a broken loss: the last finite epoch is kept
-            if self.session.checkpoint is not None and self.spare is not None:
-                self.session.checkpoint.save(self.spare)
-            raise
-
-    def _go(self) -> None:
-        begin, now = self._resume()
+        self._resume()
         self.saved = time.monotonic()
         while self.place.epoch < self.epochs:
             started = time.monotonic()
             if hasattr(self.batches, "set_epoch"):
                 self.batches.set_epoch(self.place.epoch)
-            if not self._one_epoch(begin, now):
+            if not self._one_epoch():
                 return
             losses = self.place.means(self.rate)
             ended = self.end_epoch(losses)
             done = self.place.epoch + 1
             row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
-            begin = now = get_rng_state()  # whoever looks on may draw
+            self.epoch_rng = self.rng = get_rng_state()  # on_epoch may consume random numbers
             figures = {**losses, **self.session.on_epoch(done, row, self.state)}
             text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
             self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
             self.place = _Place(self.epochs if ended else done)
-            self._save(begin, now, None if self._due() or self.place.epoch == self.epochs else LARGE)
-        set_rng_state(now)  # a run that was resumed at its end drew nothing
+            self._save(None if self._due() or self.place.epoch == self.epochs else LARGE)
+        set_rng_state(self.rng)  # a run that was resumed at its end drew nothing
 
-    def _one_epoch(self, begin: RngState, now: RngState) -> bool:
-        """From `place` to the end of its epoch, or (False) to the session's limit; the generators are `begin` at its
-        first batch and `now` at `place`.
-        """
-        set_rng_state(begin)
+    def _one_epoch(self) -> bool:
+        """From `place` to the end of its epoch, or (False) to the limit."""
+        set_rng_state(self.epoch_rng)
         skipped, length = self.place.batch, len(self.batches)
         walk = iter(self.batches)
         for _ in range(skipped):
             next(walk)
         if skipped:
-            set_rng_state(now)
-        title = f"{self.label} {self.place.epoch + 1}/{self.epochs}"
-        hidden = None if self.session.bar else True  # None: shown in terminals and notebooks alone
+            set_rng_state(self.rng)
+        title, hidden = f"{self.label} {self.place.epoch + 1}/{self.epochs}", None if self.session.bar else True
         for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=hidden):
-            if self._over(begin, now, length):
+            if self._time_is_up(length):
                 return False
             self.place.add(self.step(x, y), len(y))
             if self.session.limit is not None:
-                now = get_rng_state()  # before the next batch is drawn, for a checkpoint that is written after it was
+                self.rng = get_rng_state()  # for a checkpoint that is written after the next batch is drawn
             self._forecast()
-            if self._due() and self.place.batch < length:  # the end of the epoch looks by itself
-                self._save(begin, get_rng_state())
+            if self._due() and self.place.batch < length:  # the end of the epoch has its own
+                self.rng = get_rng_state()
+                self._save()
         return True
 
     def _due(self) -> bool:
         return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
 
-    def _over(self, begin: RngState, now: RngState, length: int) -> bool:
-        """Whether the session's limit ends the run before this batch; one that raises leaves a checkpoint of it."""
+    def _time_is_up(self, length: int) -> bool:
+        """Whether the limit ends the run before this batch; one that raises leaves a checkpoint of it."""
         where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
         try:
-            over = self.session.over(where)
+            if not self.session.time_is_up(where):
+                return False
         except TrainingError:
-            self._save(begin, now)
+            self._save()
             raise
-        if over:
-            self._refuse_broken()
-            if not (self.session.stage or self.place.epoch or self.place.batch):
-                self.session.say("warning: no update was made, so the network is as it was; give more --max_minutes")
-        return over
+        self._refuse_broken()
+        if not (self.session.stage or self.place.epoch or self.place.batch):
+            self.session.say("warning: no update was made, so the network is as it was; give more --max_minutes")
+        return True
 
     def _forecast(self) -> None:
-        if len(self.ticks) > FORECAST_STEPS:
+        if len(self.step_times) > FORECAST_STEPS:
             return
-        if len(self.ticks) in (0, FORECAST_STEPS) and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # what was asked of CUDA is not done yet; elsewhere nothing waits for it
-        self.ticks.append(time.monotonic())
-        if len(self.ticks) > FORECAST_STEPS:
+        if len(self.step_times) in (0, FORECAST_STEPS) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.step_times.append(time.monotonic())
+        if len(self.step_times) > FORECAST_STEPS:
             left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch
-            seconds = left * (self.ticks[-1] - self.ticks[0]) / FORECAST_STEPS + self.session.other_seconds
+            seconds = left * (self.step_times[-1] - self.step_times[0]) / FORECAST_STEPS + self.session.other_seconds
             self.session.say(f"forecast: about {duration(seconds)} to the end of {self.label} {self.epochs}")
             if seconds > 3600 and self.session.hint:
                 self.session.say(f"to make it shorter: {self.session.hint}")
 
-    def _save(self, begin: RngState, now: RngState, below: int | None = None) -> None:
-        """Refuse a broken loss or weight; write a checkpoint of fewer bytes than `below`."""
+    def _save(self, below: int | None = None) -> None:
+        """Refuse a broken loss or weight; write a checkpoint, of networks of fewer bytes than `below`."""
         self._refuse_broken()
         if self.session.checkpoint is None:
             return
         objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
-        place = {"stage": self.session.stage, "place": vars(self.place), "begin": begin, "now": now, "objects": objects}
-        if below is None or bytes_of(objects) < below:
+        modules = [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
+        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+        if below is None or sum(tensor.numel() * tensor.element_size() for tensor in tensors) < below:
+            generators = {"begin": self.epoch_rng, "now": self.rng}
+            place = {"stage": self.session.stage, "place": vars(self.place), **generators, "objects": objects}
             self.session.checkpoint.save(place)
-            self.saved, self.spare = time.monotonic(), None
-        else:
-            self.spare = copy.deepcopy(place)
+            self.saved = time.monotonic()
 
     def _refuse_broken(self) -> None:
         """A finite loss says nothing of the update after it, for masks and other networks as for `model`."""
@@ -196,19 +282,18 @@ class _Run:
         numbers += self.state["model"].buffers() if "model" in self.state else ()
         finite = [sound(value) for value in numbers if value.is_floating_point()]
         if finite and not bool(torch.stack(finite).all()):
-            broken = f"a weight is not finite after {self.label} {self.place.epoch}, batch {self.place.batch}"
-            raise TrainingError(f"{broken}; try a smaller --{self.rate}")
+            where = f"{self.label} {self.place.epoch}, batch {self.place.batch}"
+            raise TrainingError(f"a weight is not finite after {where}; try a smaller --{self.rate}")
 
-    def _resume(self) -> tuple[RngState, RngState]:
+    def _resume(self) -> None:
         kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
         if kept is not None and kept["stage"] > self.session.stage:
             self.place.epoch = self.epochs
         if kept is None or kept["stage"] != self.session.stage:
-            return get_rng_state(), get_rng_state()
+            return
         for name, content in kept["objects"].items():
             if name in self.state:  # checkpoints of older versions hold more
                 self.state[name].load_state_dict(content)
-        self.place = _Place(**kept["place"])
+        self.place, self.epoch_rng, self.rng = _Place(**kept["place"]), kept["begin"], kept["now"]
         batch = f", batch {self.place.batch}" if self.place.batch else ""
         self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")
-        return kept["begin"], kept["now"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sau.defense import Defense
-from sau.session import Session
+from sau.loop import Session
 
 NEVER, ALWAYS = 1e9, -1.0  # seconds between two checkpoints inside an epoch
 

@@ -12,8 +12,8 @@ from sau.defense import AT, DEFENSES, FT, NAD, SAU
 from sau.defense import verdict as verdicts
 from sau.defense.inputs import clean_batches, image_count
 from sau.defense.verdict import PatchSearch, Verdict
+from sau.loop import Session
 from sau.models.preact_resnet import PreActResNet18
-from sau.session import Session
 
 
 def batches_of(loader: Any) -> Any:

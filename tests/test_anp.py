@@ -17,9 +17,9 @@ from sau.defense import ANP, anp, pruning
 from sau.defense.masks import Perturbable
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
+from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
-from sau.session import Session
 
 
 class Deep(nn.Sequential):

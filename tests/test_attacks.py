@@ -21,10 +21,10 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
+from sau.loop import Session
 from sau.models import Normalized, build
 from sau.optim import Training
 from sau.optim.descent import Descent
-from sau.session import Session
 
 
 def with_(attack: Attack, **changes) -> Attack:

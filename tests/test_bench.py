@@ -24,8 +24,8 @@ from sau.data.sources import SOURCES, Source
 from sau.defense import SAU
 from sau.errors import ConfigError
 from sau.evaluate import score
+from sau.loop import Session
 from sau.models import Normalized
-from sau.session import Session
 
 CPU = torch.device("cpu")
 ORIGIN = Source(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), Augment(2), lambda root, size: (toy_images(), toy_images()))

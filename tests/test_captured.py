@@ -13,22 +13,22 @@ from torch import nn
 from toys import tiny_net, toy_images
 
 from sau.attack import Attack, BadNet, InputAware, WaNet
+from sau.config import Method
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import Tuning
 from sau.defense.layers import classifier
 from sau.errors import OutOfMemory
+from sau.loop import Session
 from sau.machine import captured
 from sau.machine.parts import InParts
-from sau.method import Method
 from sau.models import Normalized
 from sau.models.frozen import FixedNorms, fixed_norms
 from sau.models.generator import Artist
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.optim.descent import Descent
-from sau.session import Session
 
 NOT = "note: updates are not captured and repeated by CUDA, so Python launches each: "
 BATCHES = 8, 8, 5, 8, 8, 5, 8, 8, 5  # pictures

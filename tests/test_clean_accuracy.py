@@ -12,10 +12,10 @@ from sau.data.augment import Augment
 from sau.defense import EP, FT, SAU
 from sau.defense.base import Defense
 from sau.errors import ConfigError
+from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
 from sau.risk import measure
-from sau.session import Session
 
 LEARNING = {name: row.defense for name, row in ROWS.items() if row.defense.learns}
 

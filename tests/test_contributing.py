@@ -12,9 +12,9 @@ from sau.compat import weights
 from sau.compat.guess import guess
 from sau.data.sources import SOURCES, load
 from sau.evaluate import score
+from sau.loop import Session
 from sau.models import MODELS, build
 from sau.optim import Training
-from sau.session import Session
 
 
 def blocks() -> dict[str, str]:

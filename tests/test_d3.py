@@ -14,8 +14,8 @@ from sau.defense.layers import classifier, full_name
 from sau.defense.sphere import uniform
 from sau.errors import ConfigError
 from sau.evaluate import der, score
+from sau.loop import Session
 from sau.models import Normalized
-from sau.session import Session
 
 
 @pytest.mark.parametrize("radius", [0.5, 3.0])

@@ -24,9 +24,9 @@ from sau.data.images import to_float
 from sau.defense import ANP, AT, DEFENSES, FT, NPD, RNP, SAU
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
+from sau.loop import Limit, Session
 from sau.models import Normalized
 from sau.optim import Training
-from sau.session import Limit, Session
 
 pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained
 

@@ -11,7 +11,7 @@ from toys import pair, planted, quiet, same_weights, tiny_net
 from sau.defense import EP, ep
 from sau.errors import DataError
 from sau.evaluate import score
-from sau.session import Session
+from sau.loop import Session
 
 
 def by_numpy(z: Tensor, width: float) -> list[float]:

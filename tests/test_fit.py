@@ -11,9 +11,9 @@ from sau.attack import BadNet, InputAware, Prototype, WaNet
 from sau.data.augment import Augment
 from sau.data.images import Images, sample
 from sau.errors import ConfigError, DataError
+from sau.loop import Session
 from sau.optim import Training
 from sau.risk import measure
-from sau.session import Session
 
 RECIPE, QUIET = Training(epochs=1, batch_size=8, lr=0.01), Session(say=lambda text: None)
 PIXELS, LABELS = toy_images(8).pixels, toy_images(8).labels

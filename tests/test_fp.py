@@ -10,9 +10,9 @@ from sau.defense import FP, fp
 from sau.defense.fp import activations, last_layers, silence
 from sau.errors import ConfigError
 from sau.evaluate import Score, Share, score
+from sau.loop import Session
 from sau.models import PreActResNet18
 from sau.models.zoo import torchvision_net
-from sau.session import Session
 
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from toys import at_angle, backdoored, pair, quiet, same_weights, tiny_net, toy_
 from sau.defense import D3, FST, FT
 from sau.errors import ConfigError
 from sau.evaluate import der, score
-from sau.session import Limit, Session
+from sau.loop import Limit, Session
 
 
 @pytest.mark.parametrize("degrees", [0, 10, 60, 90, 150, 180])

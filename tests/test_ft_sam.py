@@ -10,7 +10,7 @@ from toys import backdoored, pair, quiet, same_weights, tiny_net, toy_images
 from sau.defense import FT, FTSAM
 from sau.defense.ft_sam import shifted, smoothed_loss, statistics_kept
 from sau.evaluate import score
-from sau.session import Session
+from sau.loop import Session
 
 
 def doubles(*values: list[float]) -> list[torch.Tensor]:

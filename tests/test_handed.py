@@ -19,10 +19,10 @@ from sau.attack import BadNet
 from sau.defense import CLP, FT, Defense
 from sau.errors import ConfigError, DataError, SauError
 from sau.evaluate import answering
+from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
 from sau.risk import measure
-from sau.session import Session
 from sau.witness import Search
 
 pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained

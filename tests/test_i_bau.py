@@ -18,8 +18,8 @@ from sau.defense.i_bau import solve
 from sau.defense.inputs import Kept
 from sau.errors import ConfigError
 from sau.evaluate import score
+from sau.loop import Session
 from sau.models import Normalized, build, full_precision, quick
-from sau.session import Session
 
 Double = tuple[Tensor, Tensor]
 

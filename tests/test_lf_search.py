@@ -17,12 +17,12 @@ from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError
 from sau.evaluate import predict
+from sau.loop import Session
 from sau.models import build
 from sau.optim import Training
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.seeds import generator
-from sau.session import Session
 
 LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)
 

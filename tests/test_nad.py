@@ -16,10 +16,10 @@ from sau.defense import FT, NAD
 from sau.defense.nad import attention, deepest, named_layers, watched
 from sau.errors import ConfigError, RecordError
 from sau.evaluate import score
+from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
 from sau.models.zoo import torchvision_net
 from sau.record.folder import Record
-from sau.session import Session
 
 SMALL = {"batch_size": 8, "lr": 0.01, "augment": False}
 

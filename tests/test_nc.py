@@ -22,7 +22,7 @@ from sau.defense.inversion import Patches, unit
 from sau.defense.nc import anomaly
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
-from sau.session import Session
+from sau.loop import Session
 
 # The outlier rule
 

@@ -15,9 +15,9 @@ from sau.defense import NPD
 from sau.defense.npd import held_losses
 from sau.errors import ConfigError
 from sau.evaluate import der, score
+from sau.loop import Session
 from sau.models import Normalized, build
 from sau.models.polarizer import insert, restore
-from sau.session import Session
 
 SMALL = {"epochs": 2, "warm_epochs": 2, "batch_size": 8, "target_layer_name": "features.3"}
 

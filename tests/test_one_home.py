@@ -62,7 +62,6 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
             "attack/clean_network.py", "audit/path.py", "defense/handed.py", "defense/nad.py", "defense/rnp.py",
             "defense/sau.py", "models/frozen.py",
             "attack/checks.py",  # of one that is asked in train mode, where its statistics move
-            "loop.py",  # of a place that is too large to be written at the end of every epoch
         },
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench_images.py"} | below("data")),

@@ -16,7 +16,7 @@ from toys import pair, same_weights
 
 from sau.defense import FP, NPD, Defense
 from sau.errors import ConfigError
-from sau.session import Session
+from sau.loop import Session
 
 
 class Residual(nn.Module):

@@ -12,8 +12,8 @@ from sau.defense import BNP, CLP, EP, outliers, pruning
 from sau.defense.outliers import Outliers
 from sau.errors import ConfigError
 from sau.evaluate import Score, Share
+from sau.loop import Session
 from sau.models import Normalized
-from sau.session import Session
 
 
 def test_a_channel_goes_that_lies_u_deviations_above_its_layer():

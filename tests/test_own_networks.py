@@ -22,8 +22,8 @@ from sau.data.images import Images, to_float
 from sau.data.sources import clean_subset, load
 from sau.defense import SAU
 from sau.evaluate import score
+from sau.loop import Session
 from sau.optim import Training
-from sau.session import Session
 
 
 def cnn(norm: bool) -> nn.Module:

@@ -15,8 +15,8 @@ from sau import loop
 from sau.attack import BadNet
 from sau.data.images import to_float
 from sau.defense import FT
+from sau.loop import Session
 from sau.optim import Training
-from sau.session import Session
 
 DISTRIBUTION = "shared-adversarial-unlearning"
 

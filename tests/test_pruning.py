@@ -14,7 +14,7 @@ from sau.defense.held import Held, hold_back
 from sau.defense.inputs import gather, unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share
-from sau.session import Limit, Session
+from sau.loop import Limit, Session
 
 
 def test_held_back_pictures_are_the_last_of_each_class():

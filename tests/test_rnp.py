@@ -13,7 +13,7 @@ from toys import backdoored, pair, planted, quiet, same_weights, tiny_net
 from sau.defense import ANP, RNP, pruning
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, Share, score
-from sau.session import Session
+from sau.loop import Session
 
 SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augment": False}
 

@@ -18,10 +18,10 @@ from sau.config import options
 from sau.data.augment import Augment
 from sau.defense.sau import SAU, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
+from sau.loop import Session
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
 from sau.perturb import Ball
-from sau.session import Session
 from sau.witness import kinds
 
 CLASSES, BATCH, LR = 4, 16, 3e-3

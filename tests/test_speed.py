@@ -26,6 +26,7 @@ from sau.data.augment import Augment, to_device_async
 from sau.data.images import to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import OutOfMemory, TrainingError
+from sau.loop import Limit, Session
 from sau.machine import cores, device
 from sau.machine.parts import InParts
 from sau.models import Normalized, quick
@@ -33,7 +34,6 @@ from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.record import schema
 from sau.record.folder import Record
-from sau.session import Limit, Session
 from sau.settings.run import Run
 from sau.verify import verify
 

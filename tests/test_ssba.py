@@ -12,10 +12,10 @@ from toys import Enough, same_weights, stop_making, tiny_net, toy_images
 from sau.attack import SSBA, ssba
 from sau.data.images import BACKDOOR, Images, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
+from sau.loop import Session
 from sau.loop import run as loop_run
 from sau.models.steganography import Decoder, Encoder, Hidden, measured, psnr, stored
 from sau.optim import Training
-from sau.session import Session
 
 FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}
 

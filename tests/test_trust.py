@@ -24,9 +24,9 @@ from sau.defense import CLP, EP, FT
 from sau.errors import DataError, RecordError
 from sau.evaluate import Score, der, score
 from sau.files import existing, safe_join
+from sau.loop import Session
 from sau.record.folder import CONFIG, METRICS, Record
 from sau.record.schema import SCHEMA, UPGRADES, signed
-from sau.session import Session
 
 # R1: spoiled folders
 

@@ -9,10 +9,10 @@ from sau import loop
 from sau.attack import clean_network, workshop
 from sau.attack.making import Making
 from sau.errors import RecordError
+from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
 from sau.record.folder import Record
-from sau.session import Session
 
 
 @pytest.fixture(autouse=True)

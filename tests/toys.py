@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from sau.attack import Attack, Blended, workshop
 from sau.data.images import Images, to_float
 from sau.defense.sphere import Sphere
+from sau.loop import Session
 from sau.optim import Training
-from sau.session import Session
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")  # the probe for bf16 times, so its answer may vary

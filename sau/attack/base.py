@@ -20,11 +20,11 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.evaluate import Share, percent_right
+from sau.loop import Session
 from sau.machine.parts import InParts
 from sau.models import answered, enough_pictures, learning
 from sau.optim import Training
 from sau.seeds import check_seed, seeded
-from sau.session import Session
 from sau.types import Bytes, Labels, Pixels, of_floats
 
 GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets

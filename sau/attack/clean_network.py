@@ -14,9 +14,9 @@ from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import RecordError
 from sau.evaluate import answering
+from sau.loop import Session
 from sau.models import Normalized, full_precision
 from sau.record import attack_result
-from sau.session import Session
 
 
 def trained(given: Making) -> nn.Module:

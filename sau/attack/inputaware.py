@@ -29,11 +29,11 @@ from sau.data.augment import Augment, to_device_async
 from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
+from sau.loop import Session
 from sau.machine.parts import InParts
 from sau.models.generator import Artist
 from sau.optim import Training, adam
 from sau.seeds import seeded
-from sau.session import Session
 from sau.types import Labels, Pixels, Scalar
 
 
@@ -101,7 +101,7 @@ class InputAware(Attack):
         both = self.prepare(model, recipe, len(batches)) | seen
         loop.run(
             parts(self.step, both, compose=self.compose), batches, joint, state=both,
-            end_epoch=partial(self.end_epoch, both), session=session.at(1), rate="lr or --lr_G",
+            end_epoch=partial(self.end_epoch, both), session=session.for_stage(1), rate="lr or --lr_G",
         )  # fmt: skip
         self.made().eval()
 

@@ -6,11 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sau.config import param
+from sau.config import Method, param
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError
 from sau.formatting import at_most
-from sau.method import Method
 from sau.types import Labels
 
 

@@ -20,8 +20,8 @@ from sau.attack import workshop
 from sau.data.images import Images, to_float
 from sau.errors import TrainingError
 from sau.evaluate import AT_ONCE, predict
+from sau.loop import Session
 from sau.seeds import generator
-from sau.session import Session
 from sau.types import Labels, Pixels
 
 TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the picture, and as many as are left after it

@@ -11,8 +11,8 @@ from sau.data.augment import Augment
 from sau.data.decode import image_to_tensor, read_image
 from sau.data.images import Images
 from sau.errors import DataError
+from sau.loop import Session
 from sau.optim import Training
-from sau.session import Session
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,10 +28,10 @@ from sau.data.augment import to_device_async
 from sau.data.images import Images, evenly_spaced, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, TrainingError
+from sau.loop import Session
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, measured, stored
 from sau.optim import adam
 from sau.seeds import generator, seeded
-from sau.session import Session
 from sau.types import Bytes, Labels, Pixels, Scalar
 
 READABLE, WAIT, RAMP, MOST = 0.9, 1000, 3000, 10.0  # share of bits; updates; updates; the largest w

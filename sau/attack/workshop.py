@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import sau
 from sau.data.decode import cache_folder
 from sau.errors import LockedError, RecordError
+from sau.loop import Session
 from sau.record.folder import Record
 from sau.record.schema import digest
-from sau.session import Session
 
 Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them
 _TENSORS = "trigger"

@@ -17,6 +17,7 @@ from sau.attack.workshop import in_words, same_trigger
 from sau.command import own_network
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, trigger_session, versioned, warn
+from sau.config import Method
 from sau.data.images import Images
 from sau.data.sources import Source, check_clean_set, clean_subset, fingerprint, index_note, load, source, subset_note
 from sau.defense import DEFENSES
@@ -26,7 +27,6 @@ from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
 from sau.files import existing, safe_join
 from sau.machine import device as machine
 from sau.machine.tuning import tune
-from sau.method import Method
 from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import attack_result, lock, schema

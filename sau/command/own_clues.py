@@ -20,10 +20,10 @@ from sau.data.images import Images, sample, to_float
 from sau.defense.inversion import Inversion, Patches
 from sau.defense.nc import anomaly
 from sau.evaluate import Share
+from sau.loop import Session
 from sau.models.frozen import frozen
 from sau.risk import Found
 from sau.seeds import seeded
-from sau.session import Session
 
 PICTURES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 pictures in batches of 250
 

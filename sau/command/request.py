@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from sau.config import Option, options
+from sau.config import Method, Option, options
 from sau.defense.base import Defense
 from sau.errors import ConfigError
 from sau.machine.device import choose_device
-from sau.method import Method
 from sau.optim import Training
 from sau.settings import config
 from sau.settings.config import Setting

@@ -19,11 +19,11 @@ from sau.attack.workshop import fingerprint
 from sau.command.request import Request
 from sau.data.images import Images
 from sau.evaluate import Score, score
+from sau.loop import Limit, Session
 from sau.machine.device import set_threads
 from sau.record.folder import Record
 from sau.record.schema import EARLY, digest
 from sau.risk import Found
-from sau.session import Deadline, Limit, Session
 from sau.settings.run import Run
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"
@@ -138,7 +138,7 @@ class Watch:
 
 def trigger_session(run: Run, started: float) -> Session | None:
     """How a trigger is made: with the limit of the run, if it has one; a trigger needs no evaluation."""
-    return Session(limit=Deadline(started + 60 * run.max_minutes)) if run.max_minutes else None
+    return Session(limit=Limit(started + 60 * run.max_minutes, whole=True)) if run.max_minutes else None
 
 
 def begin(record: Record, run: Run, identity: dict[str, Any], threads: int) -> None:

@@ -30,8 +30,8 @@ from sau.defense.base import Defense
 from sau.defense.held import hold_back
 from sau.defense.inputs import gather, unaugmented
 from sau.defense.masks import Perturbable
+from sau.loop import Session
 from sau.optim import DESCENT, Training
-from sau.session import Session
 from sau.types import Batched, Labels, Pixels
 
 CHUNK = 500  # iterations between two lines of progress

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
-from sau.config import param
+from sau.config import Method, param
 from sau.data.augment import Augment, cropped
 from sau.data.images import Batches, Images
 from sau.data.sources import check_counts
@@ -21,12 +21,11 @@ from sau.defense.handed import check_own, check_weights, copied, handed_back, pl
 from sau.defense.inputs import clean_batches, first, image_count, unaugmented
 from sau.defense.verdict import PatchSearch, follows_images
 from sau.errors import ConfigError
+from sau.loop import Session
 from sau.machine.parts import InParts
-from sau.method import Method
 from sau.models import Normalized, check_labels, check_logits, enough_pictures, learning, logits_of, statistics
 from sau.optim import Training
 from sau.seeds import seeded
-from sau.session import Session
 from sau.types import Batched, Loader
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10

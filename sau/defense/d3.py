@@ -27,7 +27,7 @@ from sau.defense.layers import classifier, full_name, settable
 from sau.defense.sphere import Sphere, too_late, uniform
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
-from sau.session import Session
+from sau.loop import Session
 from sau.types import Batched, Labels, Logits, Pixels, Scalar
 
 

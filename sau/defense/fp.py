@@ -21,7 +21,7 @@ from sau.defense.inputs import gather, unaugmented
 from sau.defense.layers import classifier, settable, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
-from sau.session import Session
+from sau.loop import Session
 from sau.types import Batched, Labels, Pixels
 
 Unit = Literal["linear_input", "last_conv"]

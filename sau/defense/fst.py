@@ -22,7 +22,7 @@ from sau.defense.inputs import glance
 from sau.defense.layers import classifier
 from sau.defense.sphere import Sphere, too_late, uniform
 from sau.evaluate import percent_right
-from sau.session import Session
+from sau.loop import Session
 from sau.types import Batched, Labels, Pixels
 
 

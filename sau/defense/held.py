@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sau.data.sources import last_of_each
-from sau.session import Session
+from sau.loop import Session
 
 
 class Held(NamedTuple):

@@ -28,9 +28,9 @@ from sau.data.augment import to_device_async
 from sau.defense.base import Tuning
 from sau.defense.inputs import Kept
 from sau.errors import ConfigError, first_line
+from sau.loop import Session
 from sau.models import full_precision
 from sau.optim import Optimizer, Schedule
-from sau.session import Session
 from sau.types import Batched, Labels, Pixels, Scalar
 
 SETTLED = 1e-10  # v is taken for solved once a step changes it by less, in its 2-norm

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.config import param
-from sau.method import Method
+from sau.config import Method, param
+from sau.loop import Session
 from sau.optim import adam
-from sau.session import Session
 from sau.types import Batched, Labels, Pixels
 
 SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes

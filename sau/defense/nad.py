@@ -21,16 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.config import param
+from sau.config import nearest, param
 from sau.defense.ft import FT
 from sau.defense.inputs import glance
 from sau.defense.layers import full_name, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
+from sau.loop import Session
 from sau.optim import Schedule
 from sau.record import attack_result
-from sau.session import Session
-from sau.settings.config import nearest
 from sau.types import Batched, Labels, Logits, Pixels
 
 DEFAULT_LAYERS = 2
@@ -78,7 +77,7 @@ class NAD(FT):
         session.say(f"attention of {', '.join(terms)}")
         teacher = self._teacher(model, batches, session).eval().requires_grad_(False)
         state = self.prepare(model, len(batches))
-        self.rounds({**state, "teacher": teacher, "weights": weights}, batches, session.at(1))
+        self.rounds({**state, "teacher": teacher, "weights": weights}, batches, session.for_stage(1))
 
     def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
         teacher = copy.deepcopy(model)

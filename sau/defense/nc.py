@@ -22,7 +22,7 @@ from sau.defense.ft import FT
 from sau.defense.inputs import Kept, rebatched, unaugmented
 from sau.defense.inversion import Inversion, Patches
 from sau.errors import ConfigError
-from sau.session import Session
+from sau.loop import Session
 from sau.types import Batched, Labels, Pixels
 
 
@@ -66,7 +66,7 @@ class NC(FT, Inversion):
         if classes < 3:  # two norms lie equally far from their median, so neither stands out
             raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
         patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
-        if not session.recall(kept=kept, patches=patches):  # else the fine-tuning was under way
+        if not session.restore_later_stage(kept=kept, patches=patches):  # else the fine-tuning was under way
             self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
             if session.limit is not None and session.limit.ended:
                 session.say("no class is flagged, for the inversion was not finished")
@@ -76,7 +76,7 @@ class NC(FT, Inversion):
         if self.flagged(patches.found()[2]):
             stamped = rebatched(*self.stamped(kept, patches), self.batch_size, batches)
             state = {**self.prepare(model, len(stamped)), "patches": patches, "kept": kept}
-            self.rounds(state, stamped, session.at(1))
+            self.rounds(state, stamped, session.for_stage(1))
 
     def stamped(self, kept: Kept, patches: Patches) -> tuple[Pixels, Labels]:
         """The clean pictures, their last part stamped once for each flagged class, all under their true labels."""

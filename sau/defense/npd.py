@@ -26,11 +26,11 @@ from sau.defense.base import Tuning
 from sau.defense.inputs import glance
 from sau.defense.layers import full_name
 from sau.errors import ConfigError
+from sau.loop import Session
 from sau.models import logits_of
 from sau.models.polarizer import insert
 from sau.optim import Training
 from sau.perturb import RADII, Ball, Norm, is_radius
-from sau.session import Session
 from sau.types import Batched, Change, Labels, Logits, Pixels, Scalar
 
 ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
@@ -98,7 +98,7 @@ class NPD(Tuning):
             label="warm-up",
             rate="warm_lr",
         )
-        self.rounds(state, batches, session.at(1))
+        self.rounds(state, batches, session.for_stage(1))
         for parameter in frozen:
             parameter.requires_grad_(True)
 

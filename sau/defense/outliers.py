@@ -21,9 +21,9 @@ from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.inputs import first
 from sau.defense.layers import watching
+from sau.loop import Session
 from sau.models import full_precision
 from sau.optim import DESCENT
-from sau.session import Session
 from sau.types import Batched, Pixels
 
 Scores = dict[str, Tensor]  # for each batch norm, by its name, one number a channel [C]; more is more suspicious

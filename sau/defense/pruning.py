@@ -15,7 +15,7 @@ from sau.defense.held import Held, chance, guesses, named
 from sau.defense.layers import settable
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
-from sau.session import Session
+from sau.loop import Session
 
 Norms = dict[str, nn.BatchNorm2d | nn.SyncBatchNorm]
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -139,7 +139,7 @@ def choose(
     if held is not None and not oracle and guesses(held, first.acc.percent, least, session):
         return chosen
     for number, level in enumerate(tried, 1):
-        if oracle and session.over(f"the search, before level {number} of {len(tried)}"):
+        if oracle and session.time_is_up(f"the search, before level {number} of {len(tried)}"):
             break
         found = _tried(model, level, prune, judge)
         allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent and found.acc.percent > least

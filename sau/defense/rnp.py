@@ -27,8 +27,8 @@ from sau.defense.held import Held, hold_back
 from sau.defense.inputs import first, gather, rebatched, unaugmented
 from sau.defense.masks import Perturbable
 from sau.evaluate import percent_right
+from sau.loop import Session
 from sau.optim import DESCENT, Training
-from sau.session import Session
 from sau.types import Batched, Labels, Pixels
 
 CLIP = 20.0  # longest gradient of the ascent
@@ -85,7 +85,7 @@ class RNP(Defense):
             batches = rebatched(x, y, self.batch_size, batches)
         unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
-        masks = self._recover(unlearned.requires_grad_(False), batches, session.at(1))
+        masks = self._recover(unlearned.requires_grad_(False), batches, session.for_stage(1))
         self._prune(model, masks, held, batches, session)
 
     def _unlearn(self, unlearned: nn.Module, batches: Batched, session: Session) -> None:

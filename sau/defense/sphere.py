@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sau.session import Session
+from sau.loop import Session
 from sau.types import Scalar
 
 
@@ -39,7 +39,7 @@ class Sphere:
 
 def too_late(session: Session) -> bool:
     """Whether a run is over before its first update, so that the network has to keep the weights that it came with."""
-    return not session.begun and session.over("round 1, before its first batch")
+    return not session.begun and session.time_is_up("round 1, before its first batch")
 
 
 def uniform(like: Tensor, bound: float) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from sau.attack import Attack
+from sau.config import Method
 from sau.data.images import Images
 from sau.data.sources import OFFICIAL
 from sau.errors import ConfigError
 from sau.files import checksum
 from sau.formatting import at_most
 from sau.grid.spec import Block
-from sau.method import Method
 from sau.models import check_name, has_width
 from sau.settings.run import AttackRun, DefenseRun
 

@@ -6,12 +6,11 @@ from typing import Any
 
 from sau.attack import ATTACKS
 from sau.command.request import Request
+from sau.config import Method, nearest
 from sau.defense import DEFENSES
 from sau.errors import ConfigError
 from sau.grid.spec import Overrides
-from sau.method import Method
 from sau.optim import Training
-from sau.settings.config import nearest
 from sau.settings.run import AttackRun, DefenseRun
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}

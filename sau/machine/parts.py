@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sau.errors import OutOfMemory, lacks_memory
+from sau.loop import Session
 from sau.machine.captured import Captured, StatefulStep
 from sau.optim.descent import WHOLE, Part
-from sau.session import Session
 
 Compose = Callable[[dict[str, Any], Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -2,10 +2,10 @@
 
 import torch
 
+from sau.config import Method
 from sau.errors import ConfigError
 from sau.machine import cores
 from sau.machine import device as machine
-from sau.method import Method
 from sau.models import Normalized
 from sau.record.folder import Record
 from sau.settings.run import Run

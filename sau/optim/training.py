@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from sau.config import param
-from sau.method import Method
+from sau.config import Method, param
 from sau.optim.descent import Descent
 
 Schedule = Literal[

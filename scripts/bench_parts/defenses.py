@@ -17,9 +17,9 @@ from sau.command.request import Request
 from sau.data.images import Images
 from sau.data.sources import clean_subset, source
 from sau.defense import ANP, DEFENSES, IBAU, NAD
+from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
-from sau.session import Session
 from sau.settings.run import DefenseRun
 
 UPDATES = 40  # that plant the backdoor

@@ -24,9 +24,9 @@ from sau.data.images import Images
 from sau.data.sources import source
 from sau.defense import SAU
 from sau.evaluate import score
+from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
-from sau.session import Session
 
 EVERY = 10  # epochs between two evaluations of a command
 

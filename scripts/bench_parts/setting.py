@@ -12,9 +12,9 @@ from sau.attack import BadNet
 from sau.data.images import Images, to_float
 from sau.data.sources import load, source
 from sau.errors import ConfigError
+from sau.loop import Session
 from sau.models import Normalized, build
 from sau.optim import Training
-from sau.session import Session
 
 ATTACK = BadNet()
 QUIET = Session(say=lambda text: None)
