@@ -1,4 +1,4 @@
-"""Errors that a command prints as one line, and its exit status."""
+"""Errors of the library, and how a command ends with one: one line on stderr and an exit status."""
 
 import errno
 import io
@@ -10,35 +10,35 @@ from contextlib import suppress
 
 import yaml
 
-# What is no mistake of the user. Not every system has every name.
+# Failures of a disk, a network or the system. Not every system has every name.
 _NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO ENOSPC EDQUOT EFBIG"
 _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
-# What libyaml and its constructors raise on a file that is no YAML, or not the YAML that was meant.
+# What PyYAML raises on a file that is not YAML, or not the YAML that was meant.
 NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def short_repr(value: object) -> str:
-    """The beginning of a text from a file, for an error; of anything else, which may be long to write, its type."""
+    """The first 20 characters of a text from a file, in ASCII; of anything else its type."""
     return ascii(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def printable(text: str) -> str:
-    """A text that may quote a stranger's file, with an escape for whatever is no letter, sign or space to print."""
+    """A text that may quote an untrusted file, with unprintable characters escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """A text that may quote a stranger's file, on one line, with nothing in it but what can be printed."""
+    """A text that may quote an untrusted file as one printable line."""
     return printable(" ".join(text.splitlines()))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's code says first, or its kind where it says nothing."""
+    """The first line of another library's error; its type where it has no text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class SauError(ValueError):
-    """A mistake that the user can mend; the text, one line, says what was got, what is allowed and what to do."""
+    """A mistake that the user can mend; one line says what was got, what is allowed and what to do."""
 
     status = 2  # exit status of a command that ends with this error
 
@@ -47,25 +47,36 @@ class SauError(ValueError):
 
 
 class ConfigError(SauError):
-    """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range."""
+    """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range.
+
+    Args:
+        text: the message.
+        param: name of the parameter, where the error is about one.
+        got: its value.
+        allowed: the values that are allowed, in words.
+    """
+
+    def __init__(self, text: str, *, param: str | None = None, got: object = None, allowed: str | None = None) -> None:
+        super().__init__(text)
+        self.param, self.got, self.allowed = param, got, allowed
 
 
 def require(name: str, value: object, ok: bool, allowed: str) -> None:
-    """Refuse a setting: ConfigError with its name, its value and what is allowed."""
+    """ConfigError with the parameter, its value and the allowed values, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name} is {value!r}, allowed is {allowed}")
+        raise ConfigError(f"{name} is {value!r}, allowed is {allowed}", param=name, got=value, allowed=allowed)
 
 
 class DataError(SauError):
-    """Pixels, labels or files of a data set are missing or not what they should be."""
+    """Pixels, labels or files of a data set are missing or invalid."""
 
 
 class RecordError(SauError):
-    """A result folder is missing, finished, foreign, damaged or does not fit the request."""
+    """A result folder is missing, finished, damaged, not ours, or does not fit the request."""
 
 
 class Finished(RecordError):
-    """A result folder holds the very run that is asked for, whole: there is nothing left to do, which is no mistake."""
+    """A result folder holds the same run, finished: nothing is left to do, and the exit status is 0."""
 
 
 class LockedError(RecordError):
@@ -80,40 +91,44 @@ class FaultError(RecordError):
     status = 1
 
 
-def os_error(error: OSError, text: str) -> RecordError:
-    """What to raise, with `text`, for what the system refused."""
-    return (FaultError if error.errno in _FAULTS else RecordError)(text)
-
-
 class TrainingError(SauError):
-    """A run cannot go on, or what it has made is of no use."""
+    """A run cannot go on, or its result is useless."""
 
 
 class OutOfMemory(TrainingError):
-    """The memory of a device does not hold the smallest part of a batch."""
+    """The smallest part of a batch does not fit into the memory of the device."""
 
     status = 1
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """What `main` returns, an exit status (None is 0); an expected error is one line on stderr.
+def os_error(error: OSError, text: str) -> RecordError:
+    """The error to raise, with `text`, for one of the operating system."""
+    return (FaultError if error.errno in _FAULTS else RecordError)(text)
 
-    2 is a mistake of the user, 1 any other expected error (disk, memory, a folder in use), 130 a stop by Ctrl-C or
-    SIGTERM.
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out; of the CPU torch says so in the text alone."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run `main` and return its exit status (None is 0); an expected error is one line on stderr.
+
+    2: a mistake of the user. 1: any other expected error (disk, memory, a locked folder). 130: Ctrl-C or SIGTERM.
     """
-    if sys.stdout is None:  # whoever called has closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be text
     with suppress(ValueError):  # only the main thread may handle signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         try:
             status = main()
-        except Finished as done:
-            print(done)
+        except Finished as finished:
+            print(finished)
             status = 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where the caller closed it
+            sys.stdout.flush()
         return status or 0
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -125,21 +140,15 @@ def run_command(main: Callable[[], int | None]) -> int:
         return os_exit_status(error)
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Whether it is want of memory; torch says that of the CPU by a text alone."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
-
-
 def os_exit_status(error: OSError | RuntimeError | MemoryError) -> int:
-    """Say what the machine refused, and return the exit status; an error of another kind is raised again."""
-    if isinstance(error, BrokenPipeError):  # the reader left, as `head` does; what is still to be written goes nowhere
+    """Print an error of the system as one line and return the exit status; any other error is raised again."""
+    if isinstance(error, BrokenPipeError):  # the reader left, like `head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if isinstance(error, OSError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if error.errno in _FAULTS else 2
     if lacks_memory(error):
-        print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or pictures", file=sys.stderr)
+        print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or images", file=sys.stderr)
         return 1
     raise error

@@ -1,11 +1,10 @@
-"""Names of folders, reading, atomic writing, checksums: nothing lands outside its root, nothing is half-written."""
+"""Folder names that stay below their root, reading of untrusted files, atomic writing, SHA-256."""
 
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -14,50 +13,57 @@ from typing import Any, TypeGuard
 from sau.errors import DataError, FaultError, RecordError, os_error
 
 MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
-SMALL = 16 << 20  # bytes of a text of a record; 100,000 places of clean pictures take one
+SMALL = 16 << 20  # bytes of a text file of a record
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_HALF = re.compile(r"\..+\.(yaml|jsonl|json|bin|safetensors|pt)\.[a-z0-9_]{8}")  # as `write` calls them
+_TEMPORARY = re.compile(r"\..+\.(yaml|jsonl|json|bin|safetensors|pt)\.[a-z0-9_]{8}")  # names that `write` makes
 
 
 def safe_join(root: str | Path, *names: str) -> Path:
-    """`root/name/...`; RecordError if a name could lead out of what it lies in, or is no plain folder name."""
+    """`root/name/...`; RecordError for a name that is not a plain folder name, and for a link out of its folder."""
     path = Path(root)
     for name in names:
         if not _NAME.fullmatch(name) or name.endswith("."):
-            raise RecordError(
-                f"folder name {name[:120]!r}; allowed are up to 100 letters, digits, '.', '_' and '-' after the first, "
-                "and no '.' at the end"
-            )
+            allowed = "up to 100 letters, digits, '.', '_' and '-' after the first, and no '.' at the end"
+            raise RecordError(f"folder name {name[:120]!r}; allowed are {allowed}")
         base, path = path, path / name
         if os.path.dirname(os.path.realpath(path)) != os.path.realpath(base):
             raise RecordError(f"{path} is a link that leads out of {base}; name a real folder")
     return path
 
 
-def open_regular(path: Path, flags: int) -> int:
-    """The descriptor of a plain file, opened with `flags`; OSError for a FIFO or a device, which could take for ever.
+def existing(root: str | Path, target: str) -> Path:
+    """A folder name below `root`, or any folder given as a path; RecordError if it is neither."""
+    name = target.rstrip(os.sep)
+    if os.sep in target and Path(target).is_dir():
+        return Path(target)
+    if os.sep in name:
+        raise RecordError(f"there is no folder {target}; allowed is a name below {root}, or the path of a folder")
+    return safe_join(root, name)
 
-    Who writes to a file that may have come from others asks for O_NOFOLLOW: a link would lead to any file of the user.
+
+def open_regular(path: Path, flags: int) -> int:
+    """The descriptor of a regular file; OSError for a FIFO or a device, which could block for ever.
+
+    Add O_NOFOLLOW to write where an untrusted folder may hold a link to any file of the user.
     """
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(errno.EINVAL, "it is no plain file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return file
 
 
 def read(path: Path, most: int = SMALL) -> bytes:
-    """The content of a file that may have come from others; OSError if it is no plain one or has over `most` bytes."""
+    """The content of an untrusted file; OSError if it is not a regular file or has more than `most` bytes."""
     with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most else file.read(size + 1)
-    if max(size, len(content)) > most:
-        raise OSError(errno.EFBIG, f"it has {max(size, len(content)):,} bytes, allowed are {most:,}")
-    return content
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, allowed are {most:,}")
+        return file.read()
 
 
 def mistaken(content: bytes) -> str:
-    """What a file is that users often have in place of the one they wanted; "" if it is none of these."""
+    """What users often have in place of the file they wanted, by its first bytes; "" if it is none of these."""
     if not content:
         return "is empty (0 bytes); copy or download it again"
     if content.startswith(b"version https://git-lfs"):
@@ -68,12 +74,12 @@ def mistaken(content: bytes) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is an int or a float that a figure of ours can be: finite, and of no more than thirteen digits."""
+    """Whether a value from JSON is a finite number that a figure of ours can be."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def parse_json(content: str | bytes) -> Any:
-    """What JSON that may have come from others says; ValueError if it is none, or none that can be read."""
+    """The value of untrusted JSON; ValueError if it is not JSON or nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -81,7 +87,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a small JSON file holds; OSError or ValueError if it cannot be read, or holds something else."""
+    """The object in a small JSON file; OSError or ValueError if there is none."""
     content = parse_json(read(path))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, allowed is an object")
@@ -89,38 +95,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append(path: Path, text: str) -> None:
-    """Add to the end of a text, which is made if need be; OSError if it is a link or no plain file."""
-    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a") as file:
-        file.write(text)
+    """Add text to the end of a file, which is made if need be; RecordError if it is a link or cannot be written."""
+    try:
+        with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise os_error(error, f"cannot write {path}: {error.strerror}") from None
 
 
-def temp_files(place: Path) -> list[Path]:
-    """What writes that were killed left in a folder."""
-    there = place.iterdir() if place.is_dir() else ()
-    return [file for file in there if _HALF.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
-
-
-def clear(place: Path, first: str, last: str) -> None:
-    """Empty a folder, so that whoever finds it half empty knows by what goes `first` and `last` how it stands."""
-    for entry in sorted(place.iterdir(), key=lambda entry: (entry.name == last, entry.name != first)):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def existing(root: str | Path, target: str) -> Path:
-    """A folder name below `root`, or any folder written as a path; RecordError if it is neither."""
-    name = target.rstrip(os.sep)
-    if os.sep in target and Path(target).is_dir():
-        return Path(target)
-    if os.sep in name:
-        raise RecordError(f"there is no folder {target}; allowed is a name below {root}, or the path of a folder")
-    return safe_join(root, name)
+def temp_files(folder: Path) -> list[Path]:
+    """The temporary files that a killed `write` left in a folder."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [file for file in entries if _TEMPORARY.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
 
 
 def write(path: Path, content: bytes) -> None:
-    """All of `content` or nothing: temporary file, flush to disk, rename. RecordError if the disk is full."""
+    """Write all of `content` or nothing: temporary file, flush to disk, rename. RecordError if the disk is full."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +123,8 @@ def write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
-            raise FaultError(
-                f"no room for {path}: {len(content):,} bytes needed, {free:,} free; free some and start again to resume"
-            ) from None
+            need = f"{len(content):,} bytes needed; free some and start again to resume"
+            raise FaultError(f"no room for {path}: {need}") from None
         raise os_error(error, f"cannot write {path}: {error}") from None
     finally:
         if temporary is not None:

@@ -1,8 +1,7 @@
-"""Whether a result folder is whole, and whether its figures come out again when its stored weights are scored."""
+"""Whether a result folder is whole: every file has the sum in the manifest, and the figures come out again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +11,11 @@ from sau.data.images import Images
 from sau.errors import DataError, RecordError, SauError
 from sau.evaluate import Score, Share, der, score
 from sau.record import attack_result, schema
-from sau.record.folder import Record
+from sau.record.attack_result import AttackResult
+from sau.record.folder import CONFIG, Record
 
-SLACK = 0.001  # share of the images whose prediction may differ here: processors round differently
-MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)  # raised by a forged file
+TOLERANCE = 0.001  # share of the images whose prediction may differ: processors round differently
+MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)  # raised by wrong content
 
 
 @dataclass(frozen=True)
@@ -38,45 +38,36 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
     Raises:
         RecordError: there is no folder of an attack at `path`.
     """
-    if not (path / "config.yaml").is_file():
+    if not (path / CONFIG).is_file():
         raise RecordError(f"{path} is no result folder; name the folder of an attack")
-    checks: list[Check] = []
-    record = Record(path)
-    if not _check(checks, "files", partial(_files, record)):
-        return checks
-    kind = schema.kind(record.config)
+    kind = schema.kind(schema.read_config(path / CONFIG))
     if kind == schema.DEFENSE:
         raise RecordError(f"{path} is the folder of a defense; name that of its attack")
+    checks = [_check("files", _files, path)]
+    if checks[0].state != "ok":
+        return checks
     if kind == schema.OWN:
         return [*checks, Check("figures", "not checked", "the code and images of your own network are not here")]
     try:
         attack = attack_result.load(path)
+        test = attack.pictures(dataset_path)[1]
     except (SauError, *MALFORMED) as error:
-        return [*checks, _failed("attack", error)]
-    try:
-        test, text = attack.pictures(dataset_path)[1], f"{attack.dataset} as the attack saw it"
-        checks.append(Check("data", "ok", text))
-    except SauError as error:
-        test = None
-        checks.append(_failed("data", error))
-    if test is None and attack.triggered is None:
-        return checks
-    folders = sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir())
-    for folder in (path, *folders):
-        prefix = "" if folder == path else f"{folder.name}: "
-        found = Record(folder)
-        if folder == path or _check(checks, f"{prefix}files", partial(_files, found)):
-            _check(checks, f"{prefix}figures", partial(_figures, attack, found, test, device or torch.device("cpu")))
+        return [*checks, _failed("data", error)]
+    checks += [Check("data", "ok", f"{attack.dataset} as the attack saw it")]
+    checks += [_check("figures", _figures, attack, path, test, device)]
+    for folder in sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir()):
+        checks.append(_check(f"{folder.name}: files", _files, folder))
+        if checks[-1].state == "ok":
+            checks.append(_check(f"{folder.name}: figures", _figures, attack, folder, test, device))
     return checks
 
 
-def _check(checks: list[Check], name: str, work: Callable[[], str]) -> bool:
-    """Append the outcome of `work`, which returns a text or raises; whether it is ok."""
+def _check(name: str, work: Callable[..., str], *args: Any) -> Check:
+    """The outcome of `work(*args)`, which returns a text or raises."""
     try:
-        checks.append(Check(name, "ok", work()))
+        return Check(name, "ok", work(*args))
     except (SauError, *MALFORMED) as error:
-        checks.append(_failed(name, error))
-    return checks[-1].state == "ok"
+        return _failed(name, error)
 
 
 def _failed(name: str, error: Exception) -> Check:
@@ -85,52 +76,50 @@ def _failed(name: str, error: Exception) -> Check:
     return Check(name, "wrong", f"a file lacks something or has another type: {ascii(str(error))[:200]}")
 
 
-def _files(record: Record) -> str:
+def _files(folder: Path) -> str:
+    record = Record(folder)
     record.check()
-    return f"{len(record.sealed)} files have the sums of the manifest"
+    return f"{len(record.verify(light=True))} files have the sums of the manifest"
 
 
-def _figures(attack: attack_result.AttackResult, record: Record, test: Images | None, device: torch.device) -> str:
+def _figures(attack: AttackResult, folder: Path, test: Images, device: torch.device | None) -> str:
     """Score the stored networks and compare with the summary; RecordError names the figure that differs."""
-    summary, amp = record.summary(), bool(record.config.get("amp"))
-    parts = {"before": attack.path, "after": record.path} if "before" in summary else {"": record.path}
-    texts, scores = list[str](), dict[str, Score]()
-    for part, path in parts.items():
+    record = Record(folder)
+    summary, amp = record.summary(), bool(record.check(light=True).get("amp"))
+    parts = {"before": attack.path, "after": folder} if "before" in summary else {"": folder}
+    texts, recorded = list[str](), dict[str, Score]()
+    for part, place in parts.items():
+        figures = summary[part] if part else summary
+        shares = [
+            Share(*figures[key]) if (key := f"{name}_count") in figures else None for name in ("acc", "asr", "racc")
+        ]
+        recorded[part] = Score(*shares)  # type: ignore[arg-type]
         model = attack.blank()
-        attack_result.load_weights(model, path / "model.safetensors")
+        attack_result.load_weights(model, place / "model.safetensors")
         model.amp = amp
-        clean = test if test is not None else attack.triggered
-        assert clean is not None
-        bad = attack.triggered and attack.triggered.to(device)
-        scores[part] = score(model.to(device).eval(), clean.to(device), bad)
-        said = summary[part] if part else summary
-        for name, share in scores[part].shares().items():
-            if name != "acc" or test is not None:
-                texts += _compare(f"{part} {name}".strip(), said, name, share)
-    if "der" in summary and test is not None:
-        recorded = {part: _recorded(summary[part]) for part in parts}
-        if (rating := der(recorded["before"], recorded["after"])) != summary["der"]:
+        where = device or torch.device("cpu")
+        triggered = attack.triggered and attack.triggered.to(where)
+        measured = score(model.to(where).eval(), test.to(where), triggered)
+        for name, value in recorded[part].summary().items():
+            if figures.get(name) != value:
+                raise RecordError(f"{part} {name} is {figures.get(name)}, but the counts give {value}".strip())
+        for name, share in measured.shares().items():
+            compare(f"{part} {name}".strip(), recorded[part].shares()[name], share)
+        texts += [f"{part} {name} {share.percent} %".strip() for name, share in measured.shares().items() if share]
+    if "der" in summary:
+        rating = der(recorded["before"], recorded["after"])
+        if rating != summary["der"]:
             raise RecordError(f"der is {summary['der']}, but the figures give {rating}")
         texts.append(f"der {rating}")
     return ", ".join(texts)
 
 
-def _compare(what: str, said: dict[str, Any], name: str, share: Share | None) -> list[str]:
-    """RecordError unless the recorded counts give the recorded percentage, and the counts are those measured."""
-    if share is None or said.get(name) is None:
-        if share is not None or said.get(name) is not None:
-            raise RecordError(f"{what} is {said.get(name)} in the summary, measured is {share}")
-        return []
-    there = Share(*said[f"{name}_count"])
-    if (there.percent, list(there.interval)) != (said[name], said[f"{name}_interval"]):
-        raise RecordError(f"{what} is {said[name]} %, but its counts {there.hits} of {there.total} give {there}")
-    if there.total != share.total or abs(there.hits - share.hits) > max(1, SLACK * there.total):
-        raise RecordError(f"{what} is {there} in the summary, measured is {share}")
-    return [f"{what} {share.percent} %"]
-
-
-def _recorded(said: dict[str, Any]) -> Score:
-    """The figures of a summary."""
-    acc, asr, racc = (Share(*said[key]) if (key := f"{n}_count") in said else None for n in ("acc", "asr", "racc"))
-    assert acc is not None
-    return Score(acc, asr, racc)
+def compare(name: str, recorded: Share | None, measured: Share | None) -> None:
+    """RecordError if the counts differ by more than `TOLERANCE`, and by more than one image."""
+    if recorded is None or measured is None:
+        same = recorded is measured
+    else:
+        allowed = max(1, TOLERANCE * recorded.total)
+        same = recorded.total == measured.total and abs(recorded.hits - measured.hits) <= allowed
+    if not same:
+        raise RecordError(f"{name} is {recorded} in the summary, measured is {measured}")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from sau.command.arguments import Parser
-from sau.compat.export import pictures, save_png, whole, write
+from sau.compat.export import new_folder, pictures, save_png, write
 from sau.data.images import Images
 from sau.errors import ConfigError, run_command
 from sau.files import existing
@@ -30,7 +30,7 @@ COLUMNS = ("labels", "true_labels", "role", "index")
 
 def export_png(parts: dict[str, Images], target: Path) -> None:
     """Every picture as `<part>/<label>/<index>.png`, and `labels.csv`."""
-    with whole(target) as place, (place / "labels.csv").open("w", newline="") as file:
+    with new_folder(target) as place, (place / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("file", "label", "true_label", "role", "index"))
         for part, images in parts.items():
@@ -43,7 +43,7 @@ def export_png(parts: dict[str, Images], target: Path) -> None:
 
 def export_npz(parts: dict[str, Images], target: Path) -> None:
     """`<part>.npz`, not compressed; `numpy.load` opens it without pickle."""
-    with whole(target) as place:
+    with new_folder(target) as place:
         for part, images in parts.items():
             np.savez(place / f"{part}.npz", **{name: value.numpy() for name, value in images.tensors().items()})
 

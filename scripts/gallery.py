@@ -32,8 +32,8 @@ from sau.errors import SauError, run_command
 from sau.files import write
 from sau.models import build
 from sau.optim import Training
+from sau.record.attack_result import load_images
 from sau.record.folder import Record
-from sau.record.pictures import load_images
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #ddd}

@@ -36,8 +36,8 @@ from sau.evaluate import Score, Share
 from sau.machine import device
 from sau.optim import Training
 from sau.record import lock
+from sau.record.attack_result import load_images
 from sau.record.folder import Record
-from sau.record.pictures import load_images
 from sau.record.schema import signed
 from sau.settings.run import RECIPES, AttackRun, DefenseRun, OwnRun, RecipeName
 

@@ -35,8 +35,8 @@ from sau.errors import RecordError
 from sau.evaluate import score
 from sau.models import MODELS, build
 from sau.record import attack_result
+from sau.record.attack_result import load_images
 from sau.record.folder import Record
-from sau.record.pictures import load_images
 
 NET = "preactresnet18"
 

@@ -9,7 +9,7 @@ import torch
 from toys import REPOSITORY
 
 from sau.compat import weights
-from sau.compat.guess import guess
+from sau.compat.weights import guess
 from sau.data.sources import SOURCES, load
 from sau.evaluate import score
 from sau.loop import Session

@@ -29,9 +29,8 @@ from torch import Tensor
 from toys import REPOSITORY, environment, the_error
 
 from sau.compat import inspect, torch_file, weights
-from sau.compat.guess import guess
 from sau.compat.inspect import HARMLESS, SUSPICIOUS, UNREADABLE, look
-from sau.compat.weights import ONNX, SAFE
+from sau.compat.weights import ONNX, SAFE, guess
 from sau.data.decode import read_image
 from sau.errors import RecordError, SauError
 from sau.models import build
@@ -460,13 +459,13 @@ def test_many_weights_are_read(old, tmp_path):
 
 @pytest.mark.parametrize("name", ["conv1.weight", "linear.bias"])
 def test_a_first_or_last_weight_without_a_dimension_is_no_network_of_ours(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("sau.compat.guess.torchvision_names", tuple)
+    monkeypatch.setattr("sau.compat.weights.torchvision_names", tuple)
     found = weights.read(stored(tmp_path, {**small(), name: torch.tensor(1.0)}))
     assert guess(found) is None
 
 
 def test_a_network_wider_than_any_of_ours_is_not_built(tmp_path, monkeypatch):
-    monkeypatch.setattr("sau.compat.guess.torchvision_names", tuple)
+    monkeypatch.setattr("sau.compat.weights.torchvision_names", tuple)
     for width in (1024, 1025):
         with torch.device("meta"):
             own = build(NET, 2, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()

@@ -918,8 +918,8 @@ def test_a_digest_does_not_depend_on_the_order_of_what_it_is_of():
 
 def test_a_defense_is_of_another_attack_where_both_are_known():
     there = {"attacked": "x"}
-    assert schema.of_another(there, "y") and schema.of_another({"a": 1}, "x")
-    assert not any(schema.of_another(*known) for known in ((there, "x"), (there, None), ({}, "x")))
+    assert schema.belongs_to_other_attack(there, "y") and schema.of_another({"a": 1}, "x")
+    assert not any(schema.belongs_to_other_attack(*known) for known in ((there, "x"), (there, None), ({}, "x")))
 
 
 ATTACKED = {

@@ -14,8 +14,9 @@ from sau.audit.plan import Piece, Plan
 from sau.files import parse_json, read_json, write
 from sau.files import read as read_bytes
 from sau.record.lock import acquire, release
-from sau.record.schema import SEAL, as_json, digest, signed
+from sau.record.schema import as_json, digest
 
+SEAL = "seal"  # key of the digest of everything else in a file
 PIECES, RESULT = "pieces", "audit.json"
 
 
@@ -56,7 +57,7 @@ def _carried_out(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str,
 
 def _keep(place: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write with a seal, by which damage is noticed; returns the content."""
-    write(place, (json.dumps(signed(content), indent=1) + "\n").encode())
+    write(place, (json.dumps({**content, SEAL: digest(content)}, indent=1) + "\n").encode())
     return content
 
 

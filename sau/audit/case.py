@@ -176,7 +176,7 @@ def _purified(model: Normalized, attack: Path, digest: str, name: str, before: s
     place = _place(attack, name)
     attack_result.load_weights(model, place)
     record = Record(place)
-    if schema.of_another(record.check(light=True), digest):
+    if schema.belongs_to_other_attack(record.check(light=True), digest):
         raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
     return {before + marked(name, record.summary().get("selection")): model}
 

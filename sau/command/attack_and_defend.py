@@ -54,7 +54,7 @@ def _onward(attacks: bool) -> str:
     began, settings = lock.first(), dict[str, Any]()
     if began is not None and not Record(began).finished:  # else the one to overwrite was not touched yet
         with suppress(RecordError):
-            settings = schema.configuration(began / CONFIG, light=True).get("run", {})
+            settings = schema.read_config(began / CONFIG).get("run", {})
     if began is None or not settings:
         return "stopped; repeat the command to go on"
     named = f" with --save_folder_name {began.name}" if attacks and settings.get("save_folder_name") is None else ""
@@ -187,7 +187,6 @@ def _given(
     pool = attacked.given(train, offered)
     given = clean_subset(pool, run.ratio, run.random_seed, run.index)
     notes += [note] if (note := index_note(run.index, len(pool))) else []
-    schema.listable(len(given))
     return given, test, notes + (check_clean_set(given, test, method.batch_size, offered) if method.looks else [])
 
 

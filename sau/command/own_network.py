@@ -18,9 +18,9 @@ from sau.command.own_clues import Reversal, clean_indices, concentration, revers
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, warn
 from sau.compat import weights
-from sau.compat.inspect import mapping, normalisation
+from sau.compat.inspect import normalisation
 from sau.compat.network import network
-from sau.compat.weights import SAFE
+from sau.compat.weights import SAFE, short_names
 from sau.data.images import Images, to_float
 from sau.data.readers import class_folders, image_folder, original_sizes
 from sau.data.sources import check_clean_set, fingerprint, last_of_each
@@ -77,7 +77,7 @@ def purify(name: str, request: Request) -> None:
         method=settings, model={"name": arch, "classes": images.num_classes}, own=asdict(own), notes=notes
     )
     record.log(f"{arch} from {file.path}; {len(given)} clean pictures to purify with, {len(test)} to measure with")
-    record.log(f"classes: {mapping(names or folders)} ({'names in the file' if names else 'folders in order'})")
+    record.log(f"classes: {short_names(names or folders)} ({'names in the file' if names else 'folders in order'})")
     if sizes := original_sizes(clean, own.input_size):
         record.log(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
     record.log(f"recipe {recipe}, {why}; choose another with --recipe")
@@ -186,8 +186,8 @@ def _of_classes_and_sizes(file: weights.Weights, own: OwnRun, folders: list[str]
     notes = []
     if file.classes and not names:
         notes.append(
-            f"{file.path.name} names its classes {mapping(file.classes)}, which are not the names of the folders; the "
-            "folders are numbered in order"
+            f"{file.path.name} names its classes {short_names(file.classes)}, which are not the names of the folders; "
+            "the folders are numbered in order"
         )
     if file.input_size and file.input_size != own.input_size:
         notes.append(

@@ -1,70 +1,56 @@
-"""BackdoorBench's result folders: what they hold, and reading one as the victim of our defenses."""
+"""Reading BackdoorBench's result folders: `attack_result.pt` and the PNG files beside it.
 
-from dataclasses import dataclass
+Nothing in the file is run, weights are matched by name, and images are opened only in the folders `bd_...` and
+`cross_...` beside the file, wherever the attack had stored them.
+"""
+
+import re
+import reprlib
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from sau.compat import torch_file
-from sau.compat.backdoorbench_images import Part, fields, show
-from sau.compat.weights import dense, fit
-from sau.data.images import Images
+from sau.compat import torch_file, weights
+from sau.compat.torch_file import Array, Picture
+from sau.data.decode import cached, read_image
+from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import OFFICIAL, source
 from sau.errors import RecordError, SauError
 from sau.models import build, layout
+from sau.record.attack_result import BACKDOORBENCH, AttackResult
+from sau.settings.run import Run
 
-RESULT = "attack_result.pt"
-KEYS = ("model_name", "num_classes", "model", "img_size", "clean_data", "bd_train", "bd_test")
-
-
-@dataclass(frozen=True, eq=False)
-class Foreign:
-    """A BackdoorBench attack, every part of it checked.
-
-    Args:
-        dataset: name of the data set, one of `OFFICIAL`.
-        model_name: the network.
-        num_classes: its logits, those of the data set.
-        shape: channels, height and width of a picture.
-        weights: state dict on the CPU with the names and in the order of a network built here; float32 and int64.
-        triggered: the test set of ASR and R-ACC; labels are the wanted ones, index is the position in the test split.
-        poisoned: poisoned training pictures, or None if the attack stored none (Blind, LIRA). Those from a folder
-            `cross_...` have role COVER. WaNet and its like keep covers among the others, which then have role
-            BACKDOOR and labels equal to true_labels.
-        test_length: pictures of the test split that the attack saw.
-        train_length: the same of the training split, None without `poisoned`.
-        digest: SHA-256 of `attack_result.pt`.
-    """
-
-    dataset: str
-    model_name: str
-    num_classes: int
-    shape: tuple[int, int, int]
-    weights: dict[str, Tensor]
-    triggered: Images
-    poisoned: Images | None
-    test_length: int
-    train_length: int | None
-    digest: str
+_PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # what wrong content raises
+Place = Path | Picture  # of an image: a file, or in `attack_result.pt` itself
 
 
-def read(folder: Path) -> Foreign:
-    """Read `attack_result.pt` of a folder and the pictures that it lists; clean pictures are not among them.
+def read(folder: Path) -> AttackResult:
+    """Read `attack_result.pt` of a folder and the images that it lists; clean images are not among them.
 
-    Nothing in the file is run (`torch_file`), weights are matched by name, never by position, and pictures are opened
-    only in the folders `bd_...` and `cross_...` beside the file, wherever the attack had stored them. A file carries
-    no checksum of its own beside the archive's CRC-32, so who changes it on purpose is not noticed.
+    Images of a folder `cross_...` have role COVER. WaNet and its like store covers among the others, which then have
+    role BACKDOOR and labels equal to true_labels. Changes of the file on purpose are not noticed: its only checksum is
+    the archive's CRC-32.
 
     Raises:
         RecordError: one line that names the file and what is wrong.
     """
-    path = folder / RESULT
+    path = folder / BACKDOORBENCH
     content, digest = torch_file.load(path)
     try:
-        return _checked(content, folder, digest)
+        return _attack_result(content, folder, digest)
     except SauError as error:
         raise RecordError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise RecordError(f"{path} lacks {reprlib.repr(error.args[0])}") from None
+    except _MALFORMED as error:
+        raise RecordError(f"{path} is not as BackdoorBench writes it: {str(error)[:200]}") from None
 
 
 def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -72,53 +58,139 @@ def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Ten
     return layout(lambda: build(name, classes, shape=shape, mean=(0.0,) * 3, std=(1.0,) * 3).net)
 
 
-def _checked(content: Any, folder: Path, digest: str) -> Foreign:
-    top = fields(content, KEYS, "the file")
-    dataset, name = (_text(top[key], key) for key in ("clean_data", "model_name"))
-    if dataset not in OFFICIAL:
-        raise RecordError(f"clean_data is {dataset!r}; data sets of these folders are {', '.join(OFFICIAL)}")
-    whole, size = OFFICIAL[dataset], source(dataset).size
-    classes, train, test = whole.classes, whole.train[0], whole.test
-    if type(top["num_classes"]) is not int or top["num_classes"] != classes:
-        raise RecordError(f"num_classes is {show(top['num_classes'])}, but {dataset} has {classes}")
-    sides = top["img_size"]
-    if not isinstance(sides, list | tuple) or [show(side) for side in sides] != [str(size), str(size), "3"]:
-        raise RecordError(f"img_size is not ({size}, {size}, 3), as {dataset} has it")
-    shape = (3, size, size)
-    weights = _weights(top["model"], blank(name, classes, shape), name)
-    triggered, test_length = Part(folder, "bd_test", digest, classes, size, test).read(top["bd_test"])
+def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:
+    dataset, name = content["clean_data"], content["model_name"]
+    _require("clean_data", dataset, isinstance(dataset, str) and dataset in OFFICIAL, ", ".join(OFFICIAL))
+    _require("model_name", name, isinstance(name, str), "a text")
+    official, origin = OFFICIAL[dataset], source(dataset)
+    classes, size = official.classes, origin.size
+    _require("num_classes", content["num_classes"], content["num_classes"] == classes, f"{classes}, as {dataset} has")
+    _require("img_size", content["img_size"], list(content["img_size"]) == [size, size, 3], f"({size}, {size}, 3)")
+    tensors = weights.collect(folder / BACKDOORBENCH, content["model"]).of(blank(name, classes, (3, size, size)))
+    triggered, test_length = _Split(folder, "bd_test", classes, size, official.test, digest).read(content["bd_test"])
     poisoned, train_length = None, None
-    if top["bd_train"] is not None:
-        poisoned, train_length = Part(folder, "bd_train", digest, classes, size, train).read(top["bd_train"])
-        poisoned = poisoned if len(poisoned) else None  # the network of a poisoning ratio of 0
-    return Foreign(dataset, name, classes, shape, weights, triggered, poisoned, test_length, train_length, digest)
+    if content["bd_train"] is not None:  # None where the attack stored none (Blind, LIRA)
+        split = _Split(folder, "bd_train", classes, size, official.train[0], digest)
+        poisoned, train_length = split.read(content["bd_train"])
+    network = {"name": name, "classes": classes, "width": None, "shape": [3, size, size]}
+    return AttackResult(
+        path=folder,
+        network={**network, "mean": list(origin.mean), "std": list(origin.std)},
+        weights=tensors,
+        triggered=triggered,
+        poisoned=poisoned if poisoned is not None and len(poisoned) else None,
+        dataset=dataset,
+        dataset_path=Run.dataset_path,
+        recipe=None,
+        fingerprints=None,
+        lengths=(train_length, test_length),
+        digest=digest,
+    )
 
 
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or len(value) > 500 or not value.isprintable():
-        raise RecordError(f"{what} is {show(value)}; allowed is a text of up to 500 printable characters")
-    return value
+def _require(what: str, got: Any, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise RecordError(f"{what} is {reprlib.repr(got)}, allowed is {allowed}")
 
 
-def _weights(given: Any, own: dict[str, Tensor], network: str) -> dict[str, Tensor]:
-    """The tensors under the names of `own`, which must be theirs but for `module.` (training on several GPUs)."""
-    found: dict[str, Any] = {}
-    for key, value in fields(given, (), "model").items():
-        name = _text(key, "a name in model").removeprefix("module.")
-        if name in found:
-            raise RecordError(f"model has {name!r} twice, with and without 'module.'")
-        found[name] = value
-    for name in {**own, **found}:
-        if (name in own) != (name in found):
-            fault = "lacks" if name in own else "has an unknown"
-            raise RecordError(f"model {fault} {name!r}: its names are not those of {network}, {len(own)} tensors")
-    return {name: _tensor(found[name], wanted, name) for name, wanted in own.items()}
+@dataclass(frozen=True)
+class _Split:
+    """`bd_train` or `bd_test` of a file.
+
+    Args:
+        folder: where the file lies.
+        name: which of the two.
+        classes: of the data set.
+        size: height and width of an image in pixels.
+        length: images of the official split.
+        digest: SHA-256 of the file.
+        checked: folders of images that are known to lie in `folder`.
+    """
+
+    folder: Path
+    name: str
+    classes: int
+    size: int
+    length: int
+    digest: str
+    checked: set[Path] = field(default_factory=set)
+
+    def read(self, state: Any) -> tuple[Images, int]:
+        """The images with a trigger, in the order of the attack, and the number of images that the attack saw."""
+        table = state["bd_data_container"]["data_dict"]
+        flags, order = (self._integers(state, key) for key in ("poison_indicator", "original_index_array"))
+        n = len(flags)
+        _require(f"the length of {self.name}", n, n <= self.length, f"up to {self.length:,}")
+        if len(np.unique(order)) < len(order) or not ((order >= 0) & (order < n)).all():
+            raise RecordError(f"{self.name}'s indices are not different numbers from 0 to {n - 1}")
+        chosen = order[flags[order] != 0]
+        if self.name == "bd_test" and not len(chosen) == len(order) > 0:
+            raise RecordError(f"bd_test has {len(order)} pictures, {len(chosen)} of them triggered; all must be")
+        entries = [self._entry(table[index], index) for index in chosen.tolist()]
+        pixels = self._pixels([entry[0] for entry in entries])
+        stored, true, role = torch.tensor([entry[1:] for entry in entries], dtype=torch.int64).view(-1, 3).unbind(1)
+        return Images(pixels, stored, true, role.to(torch.uint8), torch.from_numpy(chosen), self.classes), n
+
+    def _integers(self, state: Any, key: str) -> np.ndarray:
+        """int64 from a numpy array or a list of whole numbers."""
+        given = state[key].values if isinstance(state[key], Array) else np.array(state[key])
+        whole = given.ndim == 1 and given.dtype.kind in "biuf" and bool((np.abs(given.astype(float)) < 1e9).all())
+        if not whole or (given != given.astype(np.int64)).any():
+            raise RecordError(f"{key} of {self.name} is not a vector of whole numbers")
+        return given.astype(np.int64)
+
+    def _entry(self, value: Any, index: int) -> tuple[Place, int, int, int]:
+        """Where an image is, its stored label, its true label and its role."""
+        what = f"{self.name}'s picture {index}"
+        place, *labels = value if isinstance(value, tuple) else (value["path"], *value["other_info"])
+        for label in labels:
+            valid = type(label) is int and 0 <= label < self.classes
+            _require(f"the label of {what}", label, valid, f"0 to {self.classes - 1}")
+        stored, true = labels
+        if isinstance(place, Picture):
+            return place, stored, true, BACKDOOR
+        found = _PATH.fullmatch(place)
+        if found is None or int(found[3]) != index:
+            allowed = f"bd_NAME/CLASS/{index}.png or cross_NAME/CLASS/{index}.png at the end of the path"
+            raise RecordError(f"{what} is at {reprlib.repr(place)}; allowed is {allowed}")
+        role = COVER if found[1].startswith("cross_") else BACKDOOR
+        usual = f"{self.name}_dataset/{true}/{index}.png"  # older versions store another path than they write to
+        return self._file(f"{found[1]}/{int(found[2])}/{index}.png", usual), stored, true, role
+
+    def _file(self, *below: str) -> Path:
+        """The first of these files that is there; RecordError if none is, or a link leads out of the folder."""
+        for file in (self.folder / path for path in below):
+            if file.parent not in self.checked and not file.parent.resolve().is_relative_to(self.folder.resolve()):
+                raise RecordError(f"{file.parent} is a link that leads out of the folder")
+            self.checked.add(file.parent)
+            if _regular(file):
+                return file
+        raise RecordError(f"{self.folder / below[0]} is missing or no ordinary file; copy the folder as a whole")
+
+    def _pixels(self, places: list[Place]) -> Tensor:
+        """uint8 [N, 3, size, size]; those from PNG files are kept in the cache of decoded images."""
+
+        def decode() -> dict[str, Tensor]:
+            pixels = torch.empty(len(places), 3, self.size, self.size, dtype=torch.uint8)
+            bar = tqdm(places, desc=self.name, unit="image", disable=None, leave=False)
+            for slot, place in zip(pixels, bar, strict=True):
+                image = place.pixels if isinstance(place, Picture) else np.asarray(read_image(place))
+                if image.shape != (self.size, self.size, 3):
+                    where = "a picture in the file" if isinstance(place, Picture) else place
+                    raise RecordError(f"{where} has {image.shape[1]}x{image.shape[0]} pixels, not {self.size}")
+                slot.copy_(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+            return {"pixels": pixels}
+
+        files = [place for place in places if isinstance(place, Path)]
+        if not files or len(files) < len(places):
+            return decode()["pixels"]
+        stats = ((file.relative_to(self.folder), file.lstat()) for file in files)
+        parts = (f"{path} {info.st_size} {info.st_mtime_ns}" for path, info in stats)
+        return cached([f"BackdoorBench {self.digest} {self.name} {self.size}", *parts], decode)["pixels"]
 
 
-def _tensor(given: Any, own: Tensor, name: str) -> Tensor:
-    """A tensor of the shape of `own`, finite; narrower floats become its type."""
-    if (value := dense(given)) is None:
-        raise RecordError(f"{name} is {show(given)}, allowed is a dense tensor on the CPU")
-    if value.shape != own.shape:
-        raise RecordError(f"{name} has shape {list(value.shape)[:8]}, but the network has {list(own.shape)}")
-    return fit(value, own, name)
+def _regular(file: Path) -> bool:
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except OSError:
+        return False

@@ -1,5 +1,4 @@
-"""What is in a network file that somebody else made. Nothing in the file is run, and no object is made of it but
-tensors, plain values and the stand-ins of `torch_file`."""
+"""The report on an untrusted network file. Nothing in it is run."""
 
 import hashlib
 from dataclasses import asdict
@@ -9,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from sau.compat import torch_file, weights
-from sau.compat.guess import Guess, guess
+from sau.compat.weights import guess, short_names
 from sau.data.sources import SOURCES
-from sau.errors import RecordError, one_line, printable
+from sau.errors import RecordError, printable
 from sau.files import write
 
-HARMLESS, SUSPICIOUS, UNREADABLE = 0, 1, 2  # exit status of `scripts/inspect_checkpoint.py`
+HARMLESS, SUSPICIOUS, UNREADABLE = 0, 1, 2  # exit status of `sau inspect`
 Report = dict[str, Any]
 
 
@@ -23,32 +22,21 @@ def inspect(path: Path, to: Path | None = None) -> Report:
 
     Args:
         path: the file.
-        to: where to write its tensors as safetensors: those of the network under their own names if one was
-            recognised, otherwise all of them; not written unless the verdict is harmless.
+        to: a new file for its tensors as safetensors, written if the verdict is harmless: those of the network under
+            their own names if one was recognised, else all.
 
-    Returns a dictionary that JSON can hold: path, bytes, sha256, format, imports (names that the file's pickles
-    import), tensors (name, shape, dtype, values, nan), network (see `Guess`, or None), several (under what, where it
-    holds a known network more than once), classes (names, or None), input_size, normalisation (mean, std and where
-    from, or None), status and verdict (one line).
-    Raises RecordError if there is no such file and if `to` exists or cannot be written.
+    Returns:
+        path, bytes, sha256, format, imports (names that its pickles import), tensors (name, shape, dtype, values,
+        nan), network (see `Guess`, or None), several (prefixes, if it holds a network more than once), classes (names,
+        or None), input_size, normalisation (mean, std and where from, or None), status and verdict (one line).
+
+    Raises:
+        RecordError: there is no such file; `to` exists or cannot be written.
     """
     if not path.is_file():
         raise RecordError(f"there is no file {path}")
     if to is not None and to.exists():
         raise RecordError(f"{to} exists; name a new file")
-    report, found, known = look(path)
-    if to is not None and found is not None and report["status"] == HARMLESS:
-        try:
-            content = found.packed(known.prefix if known else "")
-        except RecordError as error:
-            verdict = f"harmless to open, but not to be converted: {error}"
-            return {**report, "status": UNREADABLE, "verdict": verdict}
-        write(to, content)
-    return report
-
-
-def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
-    """The report of `inspect`; what could be read, and the network that it is."""
     report: Report = {"path": str(path), "bytes": path.stat().st_size, "sha256": None, "format": None, "imports": []}
     report |= {"tensors": [], "network": None, "classes": None, "input_size": None, "normalisation": None}
     try:
@@ -56,47 +44,53 @@ def look(path: Path) -> tuple[Report, weights.Weights | None, Guess | None]:
         report |= {"sha256": hashlib.sha256(raw).hexdigest(), "format": weights.file_format(path, raw) or None}
         report["imports"] = [] if report["format"] in (weights.SAFE, weights.ONNX) else torch_file.imports(raw)
         found = weights.read(path, raw)
+        _describe(report, found)
     except torch_file.ProgramError as error:
-        return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}, None, None
+        return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}
     except RecordError as error:
-        return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}, None, None
+        return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}
+    if to is not None:
+        try:
+            packed = found.packed(report["network"]["prefix"] if report["network"] else "")
+        except RecordError as error:
+            verdict = f"harmless to open, but not to be converted: {error}"
+            return {**report, "status": UNREADABLE, "verdict": verdict}
+        write(to, packed)
+    return report
+
+
+def _describe(report: Report, found: weights.Weights) -> None:
+    """Add the tensors, the network, the facts and the verdict; RecordError if there is no tensor."""
+    if not found.tensors:
+        raise RecordError("there is no tensor in it")
+    what = "of no network that is known here"
     try:
-        known = guess(found)
+        if known := guess(found):
+            report["network"], what = asdict(known), f"{known.name} with {known.classes} classes"
     except weights.SeveralError as error:
-        known, report["several"] = None, error.under
+        report["several"], what = error.under, f"a known network more than once: under {error.under}"
+    report["tensors"] = [_entry(*item) for item in found.tensors.items()]
     report |= {"classes": found.classes, "input_size": found.input_size, "normalisation": normalisation(found)}
-    report |= {"tensors": [_described(*item) for item in found.tensors.items()]}
-    report["network"] = asdict(known) if known else None
-    return {**report, **_verdict(report)}, found, known
+    broken = sum(tensor["nan"] > 0 for tensor in report["tensors"])
+    nan = f"; {broken} of them hold NaN" if broken else ""
+    verdict = f"harmless to open: {len(found.tensors)} tensors, {what}{nan}"
+    report |= {"status": HARMLESS, "verdict": verdict}
 
 
-def _described(name: str, value: Tensor) -> Report:
+def _entry(name: str, value: Tensor) -> Report:
     nan = int(value.isnan().sum()) if value.dtype.is_floating_point else 0
     dtype = str(value.dtype).removeprefix("torch.")
     return {"name": name, "shape": list(value.shape), "dtype": dtype, "values": value.numel(), "nan": nan}
 
 
-def _verdict(report: Report) -> Report:
-    if not report["tensors"]:
-        return {"status": UNREADABLE, "verdict": "unreadable: there is no tensor in it"}
-    network, broken = report["network"], sum(tensor["nan"] > 0 for tensor in report["tensors"])
-    what = f"{network['name']} with {network['classes']} classes" if network else "of no network that is known here"
-    if "several" in report:
-        what = f"a known network more than once: under {report['several']}"
-    nan = f"; {broken} of them hold NaN" if broken else ""
-    return {"status": HARMLESS, "verdict": f"harmless to open: {len(report['tensors'])} tensors, {what}{nan}"}
-
-
 def normalisation(found: weights.Weights) -> Report | None:
-    """Mean and standard deviation of 1 or 3 channels, from tensors or lists of these names, or from a data set that
-    the file names."""
+    """Mean and standard deviation of 1 or 3 channels, from values of these names or a data set that the file names."""
     held = {**found.facts, **found.tensors}
     for place, given in held.items():
-        if place.split(".")[-1] not in ("mean", "new_mean"):
-            continue
-        mean, std = _numbers(given), _numbers(held.get(f"{place.removesuffix('mean')}std"))
-        if mean and std and len(mean) == len(std):
-            return {"mean": mean, "std": std, "from": place}
+        if place.split(".")[-1] in ("mean", "new_mean"):
+            mean, std = _numbers(given), _numbers(held.get(f"{place.removesuffix('mean')}std"))
+            if mean and std and len(mean) == len(std):
+                return {"mean": mean, "std": std, "from": place}
     named = next((value for place, value in found.facts.items() if place.split(".")[-1] == "clean_data"), None)
     if not isinstance(named, str) or named not in SOURCES:
         return None
@@ -111,38 +105,31 @@ def _numbers(value: Any) -> list[float] | None:
     return [float(x) for x in value] if plain and len(value) in (1, 3) else None
 
 
-def _short(name: str) -> str:
-    """A name from the file, for the screen: whatever it is, it moves no cursor and forges no line."""
-    return ascii(name)[1:-1][:100]
-
-
-def mapping(names: list[str]) -> str:
-    """`0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck`, on one printable line."""
-    pairs = [f"{number} = {name[:40]}" for number, name in enumerate(names)]
-    return one_line(", ".join(pairs if len(pairs) <= 5 else [*pairs[:3], "...", pairs[-1]]))
-
-
 def text(report: Report) -> str:
     """The report for people; the verdict is its last line."""
-    network, norm = report["network"], report["normalisation"]
-    lines = [f"{printable(report['path'])}: {report['bytes']:,} bytes"]
-    lines.append(f"SHA-256   {report['sha256'] or 'not computed'}")
-    lines.append(f"format    {report['format'] or 'not recognised'}")
-    lines += [f"imports   {_short(name)}" for name in report["imports"]] or ["imports   nothing"]
-    for tensor in report["tensors"]:
-        nan = f"  {tensor['nan']} NaN" if tensor["nan"] else ""
-        lines.append(f"tensor    {_short(tensor['name'])}  {tensor['shape']}  {tensor['dtype']}{nan}")
-    total, nans = (sum(tensor[key] for tensor in report["tensors"]) for key in ("values", "nan"))
-    lines.append(f"tensors   {len(report['tensors'])}, {total:,} values, {nans} NaN")
+    network, norm, unknown = report["network"], report["normalisation"], "not in the file; whoever made it knows"
     which = f"more than once, under {report['several']}" if "several" in report else "none of those known here"
     if network:
         width = f", width {network['width']}" if network["width"] else ""
-        which = f"{network['name']}{width}, {network['classes']} classes, names under '{_short(network['prefix'])}'"
-    lines.append(f"network   {which}")
-    lines.append(f"classes   {mapping(report['classes']) if report['classes'] else 'not named in the file'}")
-    lines.append(f"size      {report['input_size'] or 'not in the file; whoever made it knows'}")
-    given = "not in the file; whoever made it knows"
-    if norm:
-        given = f"mean {norm['mean']}, std {norm['std']}, by {_short(norm['from'])}"
-    lines.append(f"normalise {given}")
-    return "\n".join([*lines, report["verdict"]])
+        which = f"{network['name']}{width}, {network['classes']} classes, names under '{network['prefix']}'"
+    given = f"mean {norm['mean']}, std {norm['std']}, by {norm['from']}" if norm else unknown
+    total, nans = (sum(tensor[key] for tensor in report["tensors"]) for key in ("values", "nan"))
+    lines = [
+        f"{report['path']}: {report['bytes']:,} bytes",
+        f"SHA-256   {report['sha256'] or 'not computed'}",
+        f"format    {report['format'] or 'not recognised'}",
+        *(f"imports   {name[:100]}" for name in report["imports"] or ["nothing"]),
+        *(_line(tensor) for tensor in report["tensors"]),
+        f"tensors   {len(report['tensors'])}, {total:,} values, {nans} NaN",
+        f"network   {which}",
+        f"classes   {short_names(report['classes']) if report['classes'] else 'not named in the file'}",
+        f"size      {report['input_size'] or unknown}",
+        f"normalise {given}",
+        report["verdict"],
+    ]
+    return "\n".join(map(printable, lines))
+
+
+def _line(tensor: Report) -> str:
+    nan = f"  {tensor['nan']} NaN" if tensor["nan"] else ""
+    return f"tensor    {tensor['name'][:100]}  {tensor['shape']}  {tensor['dtype']}{nan}"

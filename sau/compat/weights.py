@@ -1,8 +1,9 @@
-"""The tensors of anybody's file, whatever its format, and the network among them."""
+"""The tensors of anybody's file, whatever its format, and the network that they belong to."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from sau.compat import torch_file
-from sau.errors import RecordError
+from sau.errors import RecordError, printable
+from sau.models import MODELS, has_width, layout
+from sau.models.zoo import torchvision_names, torchvision_plain
 
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
-FLOATS = (*NARROW, torch.float64)
-VALUES, DEEPEST = 10_000_000, 50  # of a file, so that one that holds itself comes to an end
 SAFE, ONNX = "safetensors", "ONNX"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DEEPEST = 50  # levels of nested containers
 _CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class", "id2label", "label2id")
 _SIZES = ("img_size", "image_size", "input_size")
 _FACTS = {"clean_data", "mean", "std", *_CLASSES, *_SIZES}
+_FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
+_LEAST = 16  # tensors of the smallest known network, alexnet
 
 
 class SeveralError(RecordError):
     """A file holds a network more than once, under several prefixes."""
 
-    def __init__(self, path: Path, prefixes: Sequence[str]) -> None:
+    def __init__(self, path: Path, prefixes: list[str]) -> None:
         self.under = ", ".join(f"{prefix[:100]!a}" for prefix in prefixes[:5])
         times = f"{path} holds the network {len(prefixes)} times"
         super().__init__(f"{times}: under {self.under}; name one with --model_prefix")
@@ -33,14 +37,14 @@ class SeveralError(RecordError):
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What a file holds.
+    """The content of a file.
 
     Args:
-        path: of the file.
-        kind: its format, a torch file, safetensors or ONNX.
+        path: the file.
+        kind: its format: a torch file, safetensors or ONNX.
         digest: SHA-256 of the file.
         tensors: its tensors by their places in it, joined by dots: `state_dict.model.conv1.weight`.
-        facts: what else it says of its training, by place: values of `mean`, `class_to_idx`, `img_size` and the like.
+        facts: what else it holds about its training, by place: `mean`, `class_to_idx`, `img_size` and the like.
     """
 
     path: Path
@@ -51,62 +55,50 @@ class Weights:
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the network's classes in the order of its outputs, where the file holds them."""
+        """Names of the classes in the order of the logits, if the file holds them."""
         found = (_names(value) for place, value in self.facts.items() if _key(place) in _CLASSES)
         return next((names for names in found if names), None)
 
     @property
     def input_size(self) -> int | None:
-        """Height or width, the larger one, of the images that the network was trained with, where the file says so."""
+        """Height or width, the larger one, of the training images in pixels, if the file holds it."""
         for place, value in self.facts.items():
             sides = value if isinstance(value, list | tuple) else [value]
             if _key(place) in _SIZES and sides and all(type(side) is int for side in sides):
                 return max(sides)
         return None
 
-    def under(self, names: Iterable[str]) -> str:
-        """The prefix under which all of `names` lie, and nothing else does; RecordError says which name is missing.
+    def prefix(self, own: Mapping[str, Tensor]) -> str:
+        """The prefix under which the names and shapes of the state dict `own` lie, and nothing else.
 
-        What lies beside the prefix, like an optimiser's tensors, does not matter. Names decide, never positions.
+        What lies beside the prefix, like an optimiser's tensors, does not matter. RecordError says what differs,
+        SeveralError that there is more than one.
         """
-        names = list(names)
-        found = {place[: -len(names[0])] for place in self.tensors if f".{place}".endswith(f".{names[0]}")}
-        if not found:
-            raise RecordError(f"{self.path} has no {names[0]!r}, which the network begins with")
-        wanted, faults, fitting = {*names}, [], []
-        for prefix in sorted(found, key=len):
-            inside = {place.removeprefix(prefix) for place in self.tensors if place.startswith(prefix)}
-            lacks, more = wanted - inside, inside - wanted
-            if not lacks and not more:
-                fitting.append(prefix)
-            fault, name = ("lacks", min(lacks)) if lacks else ("has an unknown", min(more, default=""))
-            faults.append((len(lacks) + len(more), f"{self.path} {fault} {prefix + name!r}"))
+        first = next(iter(own))
+        candidates = {place[: -len(first)] for place in self.tensors if f".{place}".endswith(f".{first}")}
+        if not candidates:
+            raise RecordError(f"{self.path} has no {first!r}, which the network begins with")
+        faults = {prefix: list(self._faults(prefix, own)) for prefix in sorted(candidates, key=len)}
+        fitting = [prefix for prefix, found in faults.items() if not found]
         if len(fitting) > 1:
             raise SeveralError(self.path, fitting)
         if not fitting:
-            raise RecordError(f"{min(faults)[1]}: its names are not those of the network, {len(names)} tensors")
+            closest = min(faults.values(), key=len)
+            raise RecordError(f"{self.path} {closest[0]}: it is not the network, which has {len(own)} tensors")
         return fitting[0]
 
+    def _faults(self, prefix: str, own: Mapping[str, Tensor]) -> Iterator[str]:
+        inside = {place.removeprefix(prefix) for place in self.tensors if place.startswith(prefix)}
+        for name in sorted(inside ^ own.keys()):
+            yield f"{'lacks' if name in own else 'has an unknown'} {prefix + name!r}"
+        for name in sorted(inside & own.keys()):
+            if (got := list(self.tensors[prefix + name].shape)) != (wanted := list(own[name].shape)):
+                yield f"has {prefix + name!r} of shape {got}, but the network has {wanted}"
+
     def of(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the network whose state dict is `own`, in its order and types.
-
-        RecordError for another name, shape or kind of number, and for values that are not finite.
-        """
-        prefix = self.fitting(own)
-        try:
-            return {name: fit(self.tensors[prefix + name], tensor, name, FLOATS) for name, tensor in own.items()}
-        except RecordError as error:
-            raise RecordError(f"{self.path}: {error}") from None
-
-    def fitting(self, own: Mapping[str, Tensor]) -> str:
-        """The prefix of the network whose state dict is `own`, by names and shapes; RecordError says what differs."""
-        prefix = self.under(own)
-        for name, tensor in own.items():
-            if (got := self.tensors[prefix + name].shape) != tensor.shape:
-                raise RecordError(
-                    f"{self.path}: {prefix}{name} has shape {list(got)}, but the network has {list(tensor.shape)}"
-                )
-        return prefix
+        """The tensors for the state dict `own`, in its order and types; RecordError as in `prefix` and `_fit`."""
+        prefix = self.prefix(own)
+        return {name: _fit(self.tensors[prefix + name], tensor, f"{self.path}: {name}") for name, tensor in own.items()}
 
     def packed(self, prefix: str) -> bytes:
         """The tensors under `prefix` as safetensors, named without it; RecordError if safetensors cannot hold them."""
@@ -114,7 +106,7 @@ class Weights:
         try:
             return safetensors.torch.save({name: value.contiguous().clone() for name, value in chosen.items()})
         except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # a type or name it lacks
-            raise RecordError(f"safetensors cannot hold it ({ascii(str(error))[1:-1][:100]})") from None
+            raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
 
 
 def _key(place: str) -> str:
@@ -122,7 +114,7 @@ def _key(place: str) -> str:
 
 
 def _names(value: Any) -> list[str] | None:
-    """Class names in the order of their numbers, from a list, {name: number} or {number: name}; None for all else."""
+    """Class names in the order of their numbers, from a list, {name: number} or {number: name}, else None."""
     if isinstance(value, dict):
         pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
         if sorted(str(number) for number, _ in pairs) != sorted(map(str, range(len(pairs)))):
@@ -133,12 +125,9 @@ def _names(value: Any) -> list[str] | None:
     return list(value) if len({*value}) == len(value) else None
 
 
-def fit(value: Tensor, own: Tensor, name: str, floats: Iterable[torch.dtype] = NARROW) -> Tensor:
-    """`value`, dense and of the shape of `own`, in the type of `own`.
-
-    Any of `floats` stands for floats; for all else the types have to be equal. RecordError says what is wrong.
-    """
-    types = tuple(floats) if own.is_floating_point() else (own.dtype,)
+def _fit(value: Tensor, own: Tensor, name: str) -> Tensor:
+    """`value` in the type of `own`: any float for a float, else the same type; RecordError if it is not finite."""
+    types = _FLOATS if own.is_floating_point() else (own.dtype,)
     if value.dtype not in types:
         raise RecordError(f"{name} has type {value.dtype}, allowed is {' or '.join(map(str, types))}")
     value = value.to(own.dtype).contiguous()
@@ -148,7 +137,7 @@ def fit(value: Tensor, own: Tensor, name: str, floats: Iterable[torch.dtype] = N
 
 
 def file_format(path: Path, raw: bytes) -> str:
-    """The format of a file that may be harmful or damaged; "" for none that is known here."""
+    """The format of an untrusted file, by its content; "" for an unknown one."""
     if raw[8:9] == b"{":
         return SAFE
     if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
@@ -163,89 +152,125 @@ def file_format(path: Path, raw: bytes) -> str:
 def read(path: Path, raw: bytes | None = None) -> Weights:
     """Read a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.onnx` file; its content tells the format, not its name.
 
-    Nothing in it is run. `raw` is the file's content where it has been read. RecordError, in one line, for anything
-    that cannot be read so.
+    Nothing in it is run. `raw` is its content, if it has been read. RecordError if it cannot be read.
     """
     raw = torch_file.content(path) if raw is None else raw
     kind = file_format(path, raw)
-    if kind == SAFE:
-        return _safetensors(path, raw)
-    if kind == ONNX:
-        return _onnx(path, raw)
+    if kind in (SAFE, ONNX):
+        digest = hashlib.sha256(raw).hexdigest()
+        try:
+            tensors = safetensors.torch.load(raw) if kind == SAFE else _onnx(path, raw)
+        except RecordError:
+            raise
+        except Exception as error:  # safetensors, protobuf and numpy have their own
+            raise RecordError(f"{path} cannot be read: {printable(str(error))[:160]}") from None
+        return Weights(path, kind, digest, tensors)
     content, digest = torch_file.load(path, raw)
-    walk = _Walk(path, VALUES)
-    walk.over(content, "", 0)
-    return Weights(path, kind, digest, walk.tensors, walk.facts)
+    return collect(path, content, kind, digest)
 
 
-@dataclass
-class _Walk:
-    """Over everything in a file.
+def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weights:
+    """All tensors and facts in nested containers, each container once; RecordError for too many levels."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    seen: set[int] = set()  # a container may hold itself, or the same one many times
 
-    Args:
-        path: of the file.
-        left: values that may still come.
-        tensors: those found so far.
-        facts: as in `Weights`.
-    """
-
-    path: Path
-    left: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def over(self, value: Any, place: str, depth: int) -> None:
-        """Everything in `value`, which is found at `place`."""
-        self.left -= 1
-        if self.left < 0 or depth > DEEPEST:
-            raise RecordError(f"{self.path} holds too much, or parts of it hold themselves; save a state dict alone")
+    def visit(value: Any, place: str, depth: int) -> None:
+        if depth > _DEEPEST:
+            raise RecordError(f"{path} has more than {_DEEPEST} levels; save a state dict alone")
         if _key(place) in _FACTS:
-            self.facts[place] = value.values.tolist() if isinstance(value, torch_file.Array) else value
+            facts[place] = value.values.tolist() if isinstance(value, torch_file.Array) else value
         if isinstance(value, Tensor):
-            self.tensors[place or "tensor"] = _plain(value, place, self.path)
-        elif isinstance(value, dict | list | tuple):
+            tensors[place or "tensor"] = _dense(value, f"{path}: {place[:100]!a}")
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(key, str | int):
-                    self.over(inner, f"{place}.{key}" if place else str(key), depth + 1)
+                    visit(inner, f"{place}.{key}" if place else str(key), depth + 1)
+
+    visit(content, "", 0)
+    return Weights(path, kind, digest, tensors, facts)
 
 
-def dense(value: Any) -> Tensor | None:
-    """The tensor alone, for the file may have given the object attributes of its own; None unless dense, on the CPU."""
+def _dense(value: Tensor, what: str) -> Tensor:
+    """The tensor without attributes that the file gave it; RecordError unless it is dense, on the CPU and whole."""
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
-        return None
-    return Tensor.detach(value)
-
-
-def _plain(given: Tensor, place: str, path: Path) -> Tensor:
-    if (value := dense(given)) is None:
-        raise RecordError(f"{path}: {place[:100]!a} is no dense tensor on the CPU; save a state dict of such")
+        raise RecordError(f"{what} is no dense tensor on the CPU; save a state dict of such")
+    value = Tensor.detach(value)
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise RecordError(f"{path}: {place[:100]!a} claims shape {list(value.shape)[:8]}, but holds fewer values")
+        raise RecordError(f"{what} claims shape {list(value.shape)[:8]}, but holds fewer values")
     return value
 
 
-def _safetensors(path: Path, raw: bytes) -> Weights:
-    try:
-        tensors = safetensors.torch.load(raw)
-    except Exception as error:  # a header that is no UTF-8, an unknown type, an offset outside
-        raise RecordError(f"{path} cannot be read: {ascii(str(error))[1:-1][:160]}") from None
-    return Weights(path, SAFE, hashlib.sha256(raw).hexdigest(), tensors)
-
-
-def _onnx(path: Path, raw: bytes) -> Weights:
+def _onnx(path: Path, raw: bytes) -> dict[str, Tensor]:
     try:
         import onnx
     except ModuleNotFoundError:
         raise RecordError(f"{path} is an ONNX file; reading those needs: pip install -e '.[onnx]'") from None
     tensors = {}
-    try:
-        model = onnx.load_from_string(raw)
-        for tensor in model.graph.initializer:
-            if tensor.external_data:
-                raise RecordError(f"{path}: {tensor.name[:100]!a} lies in another file, which is not opened")
-            tensors[tensor.name] = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-    except RecordError:
-        raise
-    except Exception as error:  # protobuf and numpy have their own
-        raise RecordError(f"{path} cannot be read: {ascii(str(error))[1:-1][:160]}") from None
-    return Weights(path, ONNX, hashlib.sha256(raw).hexdigest(), tensors)
+    for tensor in onnx.load_from_string(raw).graph.initializer:
+        if tensor.external_data:
+            raise RecordError(f"{path}: {tensor.name[:100]!a} lies in another file, which is not opened")
+        tensors[tensor.name] = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+    return tensors
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A network that a file's tensors fit by every name and shape.
+
+    Args:
+        name: of the network, as `build` takes it.
+        width: of a network of `MODELS`, else None.
+        classes: its logits.
+        prefix: where its tensors lie in the file.
+    """
+
+    name: str
+    width: int | None
+    classes: int
+    prefix: str
+
+
+def guess(found: Weights) -> Guess | None:
+    """The network whose names and shapes are in `found`, or None; SeveralError if it is there more than once.
+
+    Candidates are preactresnet18 of any width and torchvision's classifiers, except regnet, whose state dict cannot be
+    had without memory for its weights.
+    """
+    names = [*MODELS, *sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))]
+    for name in names if len(found.tensors) >= _LEAST else ():
+        if not name.startswith("regnet") and (fitting := _try(found, name)):
+            return fitting
+    return None
+
+
+def _try(found: Weights, name: str) -> Guess | None:
+    """The guess `name` with the width and the classes of the file, if everything fits."""
+    own = layout(partial(unwrapped, name, 10, 64 if has_width(name) else None))
+    first, last = next(iter(own)), list(own)[-1]
+    for place, value in found.tensors.items():
+        prefix = place[: -len(first)]
+        end = found.tensors.get(prefix + last)
+        if not f".{place}".endswith(f".{first}") or end is None or 0 in (value.ndim, end.ndim):
+            continue
+        width = len(value) if has_width(name) else None
+        if width is None or 0 < width <= 1024:
+            try:
+                return Guess(name, width, len(end), found.prefix(layout(partial(unwrapped, name, len(end), width))))
+            except SeveralError:
+                raise
+            except RecordError:
+                continue
+    return None
+
+
+def unwrapped(name: str, classes: int, width: int | None) -> nn.Module:
+    """The network by its name, as its authors wrote it; ConfigError for an unknown name."""
+    return MODELS[name](classes, width) if has_width(name) else torchvision_plain(name, classes)
+
+
+def short_names(names: Iterable[str]) -> str:
+    """Class names on one printable line: `0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck`."""
+    pairs = [f"{number} = {name[:40]}" for number, name in enumerate(names)]
+    return printable(", ".join(pairs if len(pairs) <= 5 else [*pairs[:3], "...", pairs[-1]]))

@@ -1,1 +1,1 @@
-"""The result folder: every file that a run leaves, and how it is told that they are as they were left."""
+"""The result folder of a run: its files, their checks, and the lock on it."""

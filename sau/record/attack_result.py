@@ -1,4 +1,4 @@
-"""An attacked network and its pictures, to and from a result folder: all that a defense needs, without trigger code."""
+"""What an attack leaves: the network and its images, written to and read from a result folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sau.compat import backdoorbench
 from sau.data import readers, sources
 from sau.data.images import Images
 from sau.data.sources import subset_note
@@ -17,32 +16,33 @@ from sau.errors import DataError, RecordError
 from sau.models import Normalized, build, layout
 from sau.models.polarizer import make_room
 from sau.record import schema
-from sau.record.folder import Record
-from sau.record.pictures import load_images
+from sau.record.folder import CONFIG, Record
 from sau.settings.run import Run
+
+BACKDOORBENCH = "attack_result.pt"  # the file in which BackdoorBench stores an attack
+_NETWORK = ("name", "classes", "width", "shape", "mean", "std")
 
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
-    """What an attack left, read from our record or from BackdoorBench's folder.
+    """An attacked network and its images, read from our folder or from BackdoorBench's.
 
     Args:
         path: the folder.
         network: how to build the network: name, classes, width, shape, mean, std.
         weights: its state dict.
         triggered: the test set of ASR and R-ACC, or None for a clean network.
-        poisoned: the poisoned training pictures; None if there are none or the attack kept none.
+        poisoned: the poisoned training images; None if there are none or the attack kept none.
         dataset: the data set of the attack.
         dataset_path: where the attack found it.
         recipe: the recipe of the attack; None if the folder does not say.
-        fingerprints: of the clean training and test pictures; None if the folder does not say.
-        lengths: training and test pictures that the attack saw; None means all.
+        fingerprints: of the clean training and test images; None if the folder does not say.
+        lengths: training and test images that the attack saw; None means all.
         digest: tells attacks apart.
         settings: of the attack, by name, its own name as `attack`; None if the folder does not say.
-        trigger: the tensors of what stamps further pictures; None where a formula does, or where the attack kept none.
+        trigger: the tensors of what stamps further images; None where a formula does, or where the attack kept none.
         amp: whether the attack's network ran in bf16; None if the folder does not say.
-        gate: the ASR that the attack had to reach and whether it did, as in `summary.json`; None if there is no gate,
-            or the folder does not say.
+        gate: the ASR that the attack had to reach and whether it did, as in `summary.json`; None without a gate.
     """
 
     path: Path
@@ -62,9 +62,9 @@ class AttackResult:
     gate: dict[str, Any] | None = None
 
     def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
-        """What a defense that `needs` such pictures gets: nothing of a clean network's pictures is poisoned.
+        """The kind of images for a defense that `needs` such; those of a clean network are all clean.
 
-        RecordError if an attack did not keep what it poisoned.
+        RecordError if the attack did not keep its poisoned images.
         """
         poisons = self.settings is None or self.settings.get("pratio", 0) > 0
         if needs == "poisoned" and self.poisoned is None and poisons:
@@ -72,20 +72,21 @@ class AttackResult:
         return needs if self.poisoned is not None else "clean"
 
     def given(self, train: Images, kind: str) -> Images:
-        """`train` as a defense of this `kind` is given it: for `poisoned` with what was poisoned in its place."""
+        """`train` for a defense that gets this `kind`: for `poisoned` with the poisoned images in their places."""
         bad = self.poisoned
         return train.replace_rows(bad, bad.index) if kind == "poisoned" and bad is not None else train
 
     def model(self) -> Normalized:
-        """The attacked network, on the CPU, in eval mode; RecordError if the weights are not those of the named one."""
+        """The attacked network, on the CPU, in eval mode; RecordError if the weights are of another network."""
         model = self.blank()
         model.net.load_state_dict(self.weights)
         return model.eval()
 
     def blank(self) -> Normalized:
-        """A new network like the attacked one, which has to take its weights: a record may claim any size.
+        """A new network like the attacked one.
 
-        ConfigError if there is none of the kind, RecordError if the weights are another's.
+        ConfigError for an unknown network, RecordError if the weights have other names or shapes. They are compared
+        before any memory is allocated, because a record may claim any size.
         """
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
@@ -93,10 +94,14 @@ class AttackResult:
         return make()
 
     def pictures(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
-        """The clean pictures that the attack saw, train and test, and what there is to say about them.
+        """The clean training and test images that the attack saw, and notes about them.
 
-        They are below `dataset_path`; None is where the attack found them, but whatever folder a record names, nothing
-        is downloaded there. Raises RecordError if there are other pictures than the attack saw.
+        Args:
+            dataset_path: where they are; None is where the attack found them, and nothing is downloaded there.
+
+        Raises:
+            DataError: they are not there.
+            RecordError: they are not those that the attack saw.
         """
         place = dataset_path or self.dataset_path
         if dataset_path is None and place != Run.dataset_path and readers.needs_download(self.dataset, Path(place)):
@@ -115,19 +120,23 @@ class AttackResult:
                 images = images[torch.arange(length)]
             splits.append(images)
         train, test = splits
-        bad = self.triggered
+        self._check_indices(train, test, place)
+        return train, test, notes
+
+    def _check_indices(self, train: Images, test: Images, place: str) -> None:
+        """RecordError unless the triggered and poisoned images come from these splits."""
+        bad, poisoned = self.triggered, self.poisoned
         inside = bad is None or int(bad.index.max()) < len(test)
         if bad is not None and not (inside and torch.equal(test.labels[bad.index], bad.true_labels)):
             raise RecordError(f"{self.path}: its pictures are in another order than those under {place}")
-        if self.poisoned is not None and int(self.poisoned.index.max()) >= len(train):
+        if poisoned is not None and int(poisoned.index.max()) >= len(train):
             raise RecordError(f"{self.path}: its poisoned pictures are none of the {len(train)} under {place}")
-        return train, test, notes
 
 
 def save(
     record: Record, model: Normalized, poisoned: Images, triggered: Images, trigger: nn.Module | None = None
 ) -> None:
-    """Store the weights, the poisoned training pictures, the triggered test set and what stamps further pictures."""
+    """Write the weights, the poisoned training images, the triggered test set and the trigger's tensors."""
     record.save_tensors("model", model.net.state_dict())
     for part, images in (("poisoned", poisoned), ("triggered", triggered)):
         if len(images):
@@ -138,43 +147,57 @@ def save(
 
 def load(path: Path) -> AttackResult:
     """Read a finished attack of ours, after checking it, or a folder with BackdoorBench's `attack_result.pt`."""
-    if (path / backdoorbench.RESULT).is_file() and not (path / "config.yaml").is_file():
-        return _foreign(path)
+    if (path / BACKDOORBENCH).is_file() and not (path / CONFIG).is_file():
+        from sau.compat import backdoorbench  # which needs this module
+
+        return backdoorbench.read(path)
     record = Record(path)
+    config = record.check()
+    if (kind := schema.kind(config)) != schema.ATTACK:
+        raise RecordError(f"{path} is the folder of {kind}; name that of an attack")
     try:
-        return _ours(record, record.check())
-    except (KeyError, TypeError) as error:
-        raise RecordError(f"{path / 'config.yaml'} lacks {error}; make the folder again") from None
+        schema.check_network(config, path / CONFIG)
+        return AttackResult(
+            path=path,
+            network={key: config["model"][key] for key in _NETWORK},
+            weights=record.load_tensors("model"),
+            triggered=load_images(record, "triggered"),
+            poisoned=load_images(record, "poisoned"),
+            dataset=config["data"]["dataset"],
+            dataset_path=config["run"]["dataset_path"],
+            recipe=config["run"]["recipe"],
+            fingerprints={part: config["data"][part] for part in ("train", "test")},
+            lengths=(None, None),
+            digest=config["digest"],
+            settings=config.get("method"),
+            trigger=record.load_tensors("trigger") if (path / "trigger.safetensors").is_file() else None,
+            amp=bool(config["amp"]) if "amp" in config else None,
+            gate=schema.gate(record.summary(), path),
+        )
+    except RecordError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path / CONFIG} is not complete ({error}); make the folder again") from None
 
 
-def _ours(record: Record, made: dict[str, Any]) -> AttackResult:
-    if (kind := schema.kind(made)) != schema.ATTACK:
-        raise RecordError(f"{record.path} is the folder of {kind}; name that of an attack")
-    schema.typed(made, record.path)
-    return AttackResult(
-        path=record.path,
-        network={key: made["model"][key] for key in ("name", "classes", "width", "shape", "mean", "std")},
-        weights=record.load_tensors("model"),
-        triggered=load_images(record, "triggered"),
-        poisoned=load_images(record, "poisoned"),
-        dataset=made["data"]["dataset"],
-        dataset_path=made["run"]["dataset_path"],
-        recipe=made["run"]["recipe"],
-        fingerprints={part: made["data"][part] for part in ("train", "test")},
-        lengths=(None, None),
-        digest=made["digest"],
-        settings=made.get("method"),
-        trigger=record.load_tensors("trigger") if (record.path / "trigger.safetensors").is_file() else None,
-        amp=bool(made.get("amp")) if "amp" in made else None,
-        gate=schema.gate(record.summary(), record.path),
-    )
+def load_images(record: Record, part: str) -> Images | None:
+    """The `triggered` or `poisoned` images of a checked record; None for a clean network, which has none."""
+    if not (record.path / f"{part}.safetensors").is_file():
+        return None
+    try:
+        images = Images.restore(record.load_tensors(part), record.config["model"]["classes"])
+    except DataError as error:
+        raise RecordError(f"{record.path / part}.safetensors: {error}") from None
+    if (got := list(images.pixels.shape[1:])) != (wanted := record.config["model"]["shape"]):
+        raise RecordError(f"{record.path / part}.safetensors has pictures {got}, but the network takes {wanted}")
+    return images
 
 
 def load_weights(model: nn.Module, place: str | Path) -> None:
-    """Give `model` the weights of a .safetensors file or of the folder of a finished run, ours.
+    """Load the weights of a .safetensors file, or of the folder of a finished run of ours, into `model`.
 
-    The names may be those of `model` or of the `net` inside it; where NPD put a polarizer, `model` is given room for
-    it. Raises RecordError if the file is none, the folder damaged or unfinished, or the weights of another network.
+    The names may be those of `model` or of the `net` inside it; where NPD put a polarizer, one is added to `model`.
+    RecordError if it is no such file or folder, damaged, unfinished, or of another network.
     """
     place = Path(place)
     if place.is_dir():
@@ -197,22 +220,3 @@ def _compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Pat
         got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
         if got != wanted:
             raise RecordError(f"{path}: {name} has {got}, but {whose} needs {wanted}")
-
-
-def _foreign(path: Path) -> AttackResult:
-    found = backdoorbench.read(path)
-    origin = sources.source(found.dataset)
-    shape = {"name": found.model_name, "classes": found.num_classes, "width": None, "shape": list(found.shape)}
-    return AttackResult(
-        path=path,
-        network={**shape, "mean": list(origin.mean), "std": list(origin.std)},
-        weights=found.weights,
-        triggered=found.triggered,
-        poisoned=found.poisoned,
-        dataset=found.dataset,
-        dataset_path=Run.dataset_path,
-        recipe=None,
-        fingerprints=None,
-        lengths=(found.train_length, found.test_length),
-        digest=found.digest,
-    )

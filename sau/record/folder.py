@@ -1,8 +1,9 @@
-"""The result folder: every file that a run leaves, written atomically, hashed, and checked before it is used."""
+"""The result folder of a run: files are written atomically, hashed, and checked before they are read."""
 
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sau.errors import Finished, LockedError, RecordError, first_line, os_error
-from sau.files import append, clear, read_json, temp_files, write
+from sau.errors import Finished, LockedError, RecordError, first_line
+from sau.files import append, read_json, temp_files, write
 from sau.record import schema
 from sau.record.lock import acquire, in_use, release
 from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
@@ -34,45 +35,49 @@ class Record:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
-        self.sealed: list[str] = []
         self.clock: Callable[[], float] = lambda: 0.0  # seconds of the run so far, for checkpoints
-        self.seconds = 0.0  # those of before the checkpoint that was loaded
+        self.seconds = 0.0  # those before the checkpoint that was loaded
+        self._changed = False  # whether `config` differs from the file
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end; the manifest is written last."""
+        """Whether the run has ended; the manifest is written last."""
         return (self.path / MANIFEST).is_file()
 
     def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
-        """Start the folder or go on with it.
+        """Start the folder or resume it.
 
         Args:
-            config: what the run is asked and what was chosen for it, for `config.yaml`.
-            identity: what of it determines the result; once there is a checkpoint, only the same run goes on here.
+            config: flags and choices of the run, for `config.yaml`.
+            identity: what of it determines the result; once there is a checkpoint, only the same run resumes here.
             overwrite: discard what is there.
         """
-        goes_on = self.can_start(identity, overwrite, config.get("run"))
-        if goes_on or self._holds_only("defense"):  # defenses outlive the weights of an attack that are made again
-            for half in temp_files(self.path):
-                half.unlink()
+        resumes = self.can_start(identity, overwrite, config.get("run"))
+        if resumes or self._holds_only("defense"):  # defenses stay when the weights of their attack are made again
+            for file in temp_files(self.path):
+                file.unlink()
         else:
-            clear(self.path, first=MANIFEST, last=CONFIG)
-        if goes_on:  # with what is asked now; what was chosen for the run stays, as its precision
-            self.config = self._ours()
-            if "command" in self.config:
-                earlier = [*self.config.get("earlier_commands", []), self.config["command"]]
-                config = {**config, "earlier_commands": earlier}
-        else:
-            self.config = {}
+            self._clear()
+        self.config = self._read_config() if resumes else {}  # choices, like the precision, stay
+        if resumes and "command" in self.config:
+            config = {**config, "earlier_commands": [*self.config.get("earlier_commands", []), self.config["command"]]}
+        if not (self.path / CHECKPOINT).is_file():
+            (self.path / METRICS).unlink(missing_ok=True)
         self.update_config(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
+        self._write_config()
 
     def can_start(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None = None) -> bool:
-        """Whether a run would go on here (True) or start anew; RecordError if it may do neither. See `begin`.
+        """Whether a run would resume here (True) or start anew (False); the folder is locked from then on.
 
-        `run` is what else it is asked; Finished if a run of the same identity, asked the same, has ended here.
+        Args:
+            identity: see `begin`.
+            overwrite: see `begin`.
+            run: all flags of the run.
 
-        From then on the folder is this process's until the run is finished or the process ends; LockedError if
-        another process uses it.
+        Raises:
+            Finished: a run with the same identity and flags has ended here.
+            LockedError: another process uses the folder.
+            RecordError: the run may neither start nor resume here.
         """
         new = acquire(self.path)
         try:
@@ -87,64 +92,76 @@ class Record:
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         if self._holds_only("defense"):
             return False
-        old = self._ours()
+        old = self._read_config()
         if overwrite:
-            for lock in (self.path / "defense").glob(".*.lock"):
-                if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
-                    raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
+            self._refuse_running_defenses()
             return False
-        same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}  # an end may have been noted already
+        same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}  # an early end may be written already
         if self.finished:
-            before = old.get("run", {})  # of an older version with other keys, too
+            before = old.get("run", {})
             if same and run and all(before.get(k, v) == v for k, v in as_json(run).items() if k not in HOW):
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
             raise RecordError(
                 f"{self.path} is finished; choose another name with --save_folder_name, or --overwrite to discard it"
             )
-        if not same:
-            if self._holds_only(CONFIG, LOG):  # refused at once, or stopped before its first checkpoint
-                return False
+        if not same and not self._holds_only(CONFIG, LOG):  # it holds only these before its first epoch
             other = difference(old["identity"], as_json(identity))
             raise RecordError(
                 f"{self.path} holds an unfinished run with other settings ({other}); "
                 "repeat its flags to resume it, choose another --save_folder_name, or --overwrite to discard it"
             )
-        return True
+        return same
+
+    def _refuse_running_defenses(self) -> None:
+        for lock in (self.path / "defense").glob(".*.lock"):
+            if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
+                raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
 
     def _holds_only(self, *names: str) -> bool:
-        """Whether nothing else is there, but for what a killed first write left."""
-        there = {*self.path.iterdir()} if self.path.exists() else set()
-        return there <= {*(self.path / name for name in names), *temp_files(self.path)}
+        """Whether nothing else is there, except what a killed first write left."""
+        entries = {*self.path.iterdir()} if self.path.exists() else set()
+        return entries <= {*(self.path / name for name in names), *temp_files(self.path)}
+
+    def _clear(self) -> None:
+        """Delete the content: the manifest first and the config last, so that a killed deletion is recognised."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == CONFIG, entry.name != MANIFEST)):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     def update_config(self, **facts: Any) -> None:
-        """Add facts to `config.yaml`."""
+        """Add facts for `config.yaml`; the next checkpoint, or the end of the run, writes them."""
         self.config.update(as_json(facts))
-        write(self.path / CONFIG, schema.written(self.config))
+        self._changed = True
+
+    def _write_config(self) -> None:
+        if self._changed:
+            write(self.path / CONFIG, schema.dump_config(self.config))
+            self._changed = False
 
     def log(self, text: str) -> None:
-        """Print a line and keep it in the log."""
+        """Print a line and append it to `log.txt`."""
         text = text.encode(errors="backslashreplace").decode()  # a path need not be text
         print(text, flush=True)
-        try:
-            append(self.path / LOG, text + "\n")
-        except OSError as error:
-            raise os_error(error, f"cannot write {self.path / LOG}: {error.strerror}") from None
+        append(self.path / LOG, text + "\n")
 
     def log_metrics(self, **figures: Any) -> None:
-        """Add a line to `metrics.jsonl`."""
+        """Append a line to `metrics.jsonl`."""
         self.rows.append(figures)
-        write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        append(self.path / METRICS, json.dumps(figures) + "\n")
 
     def save(self, place: dict[str, Any]) -> None:
-        """Keep a checkpoint and the rows so far, their SHA-256 in front."""
+        """Write a checkpoint with the rows so far, its SHA-256 in front."""
+        self._write_config()
         buffer = io.BytesIO()
         torch.save({**place, "rows": self.rows, "seconds": self.clock()}, buffer)
         content = buffer.getvalue()
         write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None; rows of epochs after it are dropped, for they will come again."""
+        """The last checkpoint, or None; rows of later epochs are dropped, because these epochs run again."""
         file = self.path / CHECKPOINT
         if not file.is_file():
             return None
@@ -153,12 +170,13 @@ class Record:
             raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
         try:
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            self.seconds = place.pop("seconds", 0.0)  # older ones have none
+            self.seconds = place.pop("seconds")
             rows, done = place.pop("rows"), (place["stage"], place["place"]["epoch"])
             self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = first_line(error)[:100]
             raise RecordError(f"{file} is damaged ({reason}); start again with --overwrite") from None
+        write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         return place
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
@@ -178,36 +196,31 @@ class Record:
             raise RecordError(f"cannot read {file}: {error}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json` and the manifest, which closes the folder; drop the checkpoint and the lock."""
+        """Write `summary.json` and last the manifest, which closes the folder; drop the checkpoint and the lock."""
+        self._write_config()
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-        write(self.path / MANIFEST, schema.manifest([file for file in self._files() if file.name != CHECKPOINT]))
+        write(self.path / MANIFEST, schema.dump_manifest([file for file in self._files() if file.name != CHECKPOINT]))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         release(self.path)
 
     def check(self, *, light: bool = False) -> dict[str, Any]:
-        """Compare every file with the manifest; returns the configuration. RecordError names the first that differs.
+        """The configuration of a finished folder, after every file was compared with the manifest.
 
-        `light` is for readers of many folders: of `*.safetensors` the sizes alone are compared, and the configuration
-        comes without the long `clean_index`, which takes most of the time to read.
+        RecordError names the first file that differs. `light`, for readers of many folders, compares of
+        `*.safetensors` the sizes alone.
         """
         if not self.path.is_dir():
             raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
-        self.config = self._ours(light)
+        self.config = self._read_config()
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
         self.verify(light=light)
-        if not light:
-            self.config = self._ours()  # what was compared is what counts
         return self.config
 
-    def verify(self, *, light: bool = False) -> int:
-        """Compare every file of a finished folder with the manifest; returns their bytes. RecordError as in `check`."""
+    def verify(self, *, light: bool = False) -> list[str]:
+        """Compare every file of a finished folder with the manifest; returns their names. RecordError as in `check`."""
         used = {file.name for file in self._files() if file.suffix in (".safetensors", ".pt", ".jsonl")}
-        self.sealed = schema.unbroken(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
-        return sum((self.path / Path(name).name).stat().st_size for name in self.sealed)
-
-    def _files(self) -> list[Path]:
-        return sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
+        return schema.verify_manifest(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
 
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished folder; call `check` first."""
@@ -216,5 +229,8 @@ class Record:
         except (OSError, ValueError) as error:
             raise RecordError(f"cannot read {self.path / SUMMARY}: {error}") from None
 
-    def _ours(self, light: bool = False) -> dict[str, Any]:
-        return schema.configuration(self.path / CONFIG, light)
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
+
+    def _read_config(self) -> dict[str, Any]:
+        return schema.read_config(self.path / CONFIG)

@@ -14,7 +14,7 @@ from sau.errors import LockedError, os_error
 from sau.files import open_regular
 
 WAIT = 0.5  # seconds that `acquire` waits, longer than `in_use` takes
-_locks: dict[Path, FileLock] = {}  # the folders that this process uses
+_locks: dict[Path, FileLock] = {}  # of the folders that this process has locked
 
 
 def acquire(folder: Path) -> bool:
@@ -24,37 +24,37 @@ def acquire(folder: Path) -> bool:
         LockedError: another process uses it.
         RecordError: the lock file cannot be written, or is a link.
     """
-    place = _place(folder)
-    if place in _locks:
+    key = _resolve(folder)
+    if key in _locks:
         return False
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(_file(place), timeout=WAIT, thread_local=False)
+        key.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_lock_file(key), timeout=WAIT, thread_local=False)
         lock.acquire()
     except Timeout:
         raise LockedError(f"{folder} is in use by another process; wait for it or stop it") from None
     except OSError as error:
         raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
-    _locks[place] = lock
+    _locks[key] = lock
     return True
 
 
 def release(folder: Path) -> None:
-    """Let other processes use `folder`, if this process has it."""
-    if lock := _locks.pop(_place(folder), None):
+    """Unlock `folder`, if this process has it."""
+    if lock := _locks.pop(_resolve(folder), None):
         lock.release()
 
 
 def release_all() -> None:
-    """Release every folder that this process has."""
-    for place in list(_locks):
-        release(place)
+    """Unlock every folder that this process has."""
+    for folder in list(_locks):
+        release(folder)
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process, this one included, uses `folder`; RecordError if that cannot be found out."""
+    """Whether a process, this one included, uses `folder`; a folder that can only be read is probed, too."""
     try:
-        file = open_regular(_file(folder), os.O_RDONLY | os.O_NOFOLLOW)
+        file = open_regular(_lock_file(folder), os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -73,9 +73,9 @@ def first() -> Path | None:
     return next(iter(_locks), None)
 
 
-def _place(folder: Path) -> Path:
-    return Path(os.path.realpath(folder.parent)) / folder.name  # `resolve` raises where links go in a circle
+def _resolve(folder: Path) -> Path:
+    return Path(os.path.realpath(folder.parent)) / folder.name  # Path.resolve raises on circular links
 
 
-def _file(folder: Path) -> Path:
+def _lock_file(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.lock"

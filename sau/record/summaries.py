@@ -1,7 +1,7 @@
 """The summaries of many result folders in one file: a JSON object a line, sorted by folder.
 
 `cell` is the folder, like badnet_r0.1_fbb5bbdd0a_s0/defense/sau_c0.05_0a4c2f6d1e; the rest is its `summary.json`
-without the intervals, which the counts give.
+without the intervals, which follow from the counts.
 """
 
 import json
@@ -17,8 +17,8 @@ _COUNT, _INTERVAL = "_count", "_interval"
 
 
 def load(file: Path) -> dict[str, dict[str, Any]]:
-    """The summaries by folder; RecordError names the line that is none."""
-    found: dict[str, dict[str, Any]] = {}
+    """The summaries by folder; RecordError names the line that is not one."""
+    summaries: dict[str, dict[str, Any]] = {}
     try:
         lines = read(file).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -27,12 +27,12 @@ def load(file: Path) -> dict[str, dict[str, Any]]:
         try:
             content = parse_json(line)
             cell = content.pop("cell")
-            if not isinstance(cell, str) or cell in found:
+            if not isinstance(cell, str) or cell in summaries:
                 raise ValueError(f"cell is {str(cell)[:80]!r}, allowed is the name of a folder, once")
-            found[cell] = _with_intervals(content)
+            summaries[cell] = _with_intervals(content)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise RecordError(f"{file}, line {number} is no summary ({error}); delete the line") from None
-    return found
+    return summaries
 
 
 def save(file: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -50,9 +50,9 @@ def _without_intervals(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_intervals(part: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    whole = {}
     for name, value in part.items():
-        found[name] = _with_intervals(value) if name in ("before", "after") else value
+        whole[name] = _with_intervals(value) if name in ("before", "after") else value
         if name.endswith(_COUNT) and part.get(name.removesuffix(_COUNT)) is not None:
-            found[name.removesuffix(_COUNT) + _INTERVAL] = list(Share(*value).interval)
-    return found
+            whole[name.removesuffix(_COUNT) + _INTERVAL] = list(Share(*value).interval)
+    return whole

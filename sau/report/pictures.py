@@ -17,8 +17,8 @@ from sau.data.images import Images, evenly_spaced
 from sau.data.readers import needs_download
 from sau.errors import SauError
 from sau.quality import magnified
+from sau.record.attack_result import load_images
 from sau.record.folder import Record
-from sau.record.pictures import load_images
 from sau.report import parse
 from sau.report.read import VERIFIED, Run
 

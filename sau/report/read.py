@@ -183,7 +183,7 @@ def _below(folder: Path) -> Iterator[Run]:
     for below in sorted(path for path in folder.glob("defense/*") if path.is_dir()):
         if _is_result(below):
             run = _run(below, parent)
-            if run.usable and schema.of_another(run.config, parent.digest):
+            if run.usable and schema.belongs_to_other_attack(run.config, parent.digest):
                 run = replace(run, status=DAMAGED, reason="it purified another attack than the one that is here now")
             yield run
 
