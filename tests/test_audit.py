@@ -56,10 +56,14 @@ from sau.models.polarizer import insert
 from sau.record import attack_result as stored
 from sau.record.folder import Record
 from sau.record.lock import in_use
-from sau.record.schema import as_json, manifest, signed
+from sau.record.schema import as_json, digest, dump_manifest
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
+
+
+def sealed(content):
+    return {**content, "seal": digest(content)}
 
 
 def poisons(attack=None, images=TRAIN):
@@ -468,7 +472,7 @@ def test_a_defense_of_another_attack_is_refused(victim, here, one_line):
     record.check()
     record.update_config(attacked="0" * 64)
     kept = [file for file in record._files() if file.name != "manifest.json"]
-    (record.path / "manifest.json").write_bytes(manifest(kept))
+    (record.path / "manifest.json").write_bytes(dump_manifest(kept))
     with pytest.raises(RecordError) as refusal:
         open_case(victim, ["ft"], samples=30)
     assert "purified another attack than the one that is there now" in one_line(refusal.value)
@@ -580,14 +584,14 @@ def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, scrip
     longer = {"asked": {**again["asked"], "epochs": 99}}  # the attack has epochs, too
     broken = [({"networks": {"none": "other"}}, "only one has"), ({"about": {}}, "dataset"), (longer, "asked.epochs")]
     for change, words in (*broken, ({"rows": [{}]}, "no result of"), ({"asked": 1}, "no result of")):
-        (elsewhere / "audit.json").write_text(json.dumps(signed({**read(victim / "audit" / "audit.json"), **change})))
+        (elsewhere / "audit.json").write_text(json.dumps(sealed({**read(victim / "audit" / "audit.json"), **change})))
         assert words in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
     other = {**again, "networks": {**again["networks"], "none": "another seed's"}}
     other.pop("seal")
-    (elsewhere / "audit.json").write_text(json.dumps(signed(other)))
+    (elsewhere / "audit.json").write_text(json.dumps(sealed(other)))
     status, out, _ = script("audits.py", "record/victim", str(elsewhere), "--out", "both/badnet")
     assert status == 0 and "over 2 attacked networks" in out
-    (elsewhere / "audit.json").write_text(json.dumps(signed(other)).replace('"asr": ', '"asr": 1'))
+    (elsewhere / "audit.json").write_text(json.dumps(sealed(other)).replace('"asr": ', '"asr": 1'))
     assert "damaged" in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
     assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
     status, _, err = script("audits.py", "record/clean", "--out", "x")

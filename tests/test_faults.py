@@ -22,7 +22,7 @@ from toys import QUICK
 
 from sau.cli import main
 from sau.command.watch import Watch
-from sau.errors import RecordError, SauError
+from sau.errors import SauError
 from sau.record.folder import CONFIG, Record
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "2", "--eval_every", "1", *QUICK)
@@ -159,34 +159,6 @@ def test_a_run_that_is_killed_at_its_first_write_can_be_repeated(name, whole):
     assert len(left) == 1 and left[0].startswith(f".{CONFIG}.")
     status, errors = forked(run(name, root))
     assert status == 0 and tensors(result(name, root)) == wanted, errors
-
-
-def contend(folder: Path, tag: float) -> int:
-    """Write a whole record whose every file has the tag: 0, or 1 where another process has the folder."""
-    record = Record(folder)
-    try:
-        record.begin({"tag": tag}, {"a": 0}, overwrite=False)
-    except RecordError:
-        return 1
-    record.log_metrics(epoch=1, tag=tag)
-    time.sleep(0.05)
-    record.save_tensors("model", {"tag": torch.full((3,), tag)})
-    record.finish({"tag": tag})
-    return 0
-
-
-@pytest.mark.parametrize("number", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_of_two_processes_one_has_the_folder(number, tmp_path):
-    for i in range(number):
-        folder, children = tmp_path / str(i) / "run", []
-        for tag in (1.0, 2.0):
-            if (pid := os.fork()) == 0:
-                os._exit(contend(folder, tag))
-            children.append(pid)
-        assert sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children) == [0, 1]
-        record = Record(folder)
-        tag = record.check()["tag"]
-        assert record.summary()["tag"] == tag and (record.load_tensors("model")["tag"] == tag).all()
 
 
 def spoiled(content: bytes, kind: str, draw: random.Random) -> bytes | None:

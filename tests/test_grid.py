@@ -33,7 +33,7 @@ from sau.grid.store import State, Store
 from sau.grid.work import work
 from sau.record.folder import CHECKPOINT, Record
 from sau.record.lock import acquire, release, release_all
-from sau.record.schema import manifest
+from sau.record.schema import dump_manifest as manifest
 from sau.record.summaries import load
 
 LARGE = "dataset: cifar10\nattacks: [badnet]\n"

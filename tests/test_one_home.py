@@ -64,7 +64,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
             "attack/checks.py",  # of one that is asked in train mode, where its statistics move
         },
     ),
-    "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench_images.py"} | below("data")),
+    "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),
     "the screen": (
         calling("print"),
         {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("command", "data"),

@@ -207,7 +207,7 @@ def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path,
         assert len(file.tensors) == len(wanted)
     with pytest.raises(RecordError) as refusal:
         network(replace(own, model_prefix="state_dict."), CLASSES)
-    assert "no tensor under 'state_dict.'; scripts/inspect_checkpoint.py lists them" in one_line(refusal.value)
+    assert "no tensor under 'state_dict.'; sau inspect lists them" in one_line(refusal.value)
 
 
 def test_a_prefix_that_is_a_whole_name_is_not_the_beginning_of_another(net, pictures, tmp_path):

@@ -727,7 +727,7 @@ def test_the_page_says_what_a_row_cannot(tmp_path):
     edit(path, data="poisoned", risk={"after": {"bound": {"r_bd": 80.0, "at_most": 72.0}}})
     alone(path)
     files = [file for file in attacked.iterdir() if file.is_file() and file.name != "manifest.json"]
-    (attacked / "manifest.json").write_bytes(schema.manifest(files))
+    (attacked / "manifest.json").write_bytes(schema.dump_manifest(files))
     page, _ = build(tmp_path)
     for text in (
         "Trigger: PSNR dB 31.200, SSIM 0.900.", "poisoned data</span>", "sau (oracle)</th>",
