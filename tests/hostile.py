@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from torch.utils.collect_env import run
 
-from sau.compat.backdoorbench import KEYS
-
 HERE = "CANARY"
+KEYS = ("model_name", "num_classes", "model", "img_size", "clean_data", "bd_train", "bd_test")  # of BackdoorBench
 
 
 class Call:

@@ -8,8 +8,6 @@ import pickle
 import random
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -21,13 +19,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hostile import HERE, hostile, in_zip, pickled, saved, text
+from hostile import HERE, KEYS, hostile, in_zip, pickled, saved, text
 from PIL import Image
-from torch import nn
-from toys import REPOSITORY, TinyNet, environment, tiny_net, toy_images
+from toys import TinyNet, tiny_net, toy_images
 
-from sau.compat import backdoorbench, backdoorbench_images, export, torch_file
-from sau.compat.backdoorbench import KEYS, RESULT
+from sau.compat import backdoorbench, export, torch_file
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
 from sau.data.sources import OFFICIAL, Official, fingerprint, load, source
@@ -35,7 +31,8 @@ from sau.errors import RecordError
 from sau.evaluate import score
 from sau.models import MODELS, build
 from sau.record import attack_result
-from sau.record.attack_result import load_images
+from sau.record.attack_result import BACKDOORBENCH as RESULT
+from sau.record.attack_result import AttackResult, load_images
 from sau.record.folder import Record
 
 NET = "preactresnet18"
@@ -69,13 +66,6 @@ def cifar10(real_data: Path) -> tuple[Images, Images]:
     return load("cifar10", real_data)
 
 
-def network(found: backdoorbench.Foreign) -> nn.Module:
-    origin = source(found.dataset)
-    model = build(found.model_name, found.num_classes, mean=origin.mean, std=origin.std)
-    model.net.load_state_dict(found.weights)
-    return model.eval()
-
-
 def swap(folder: Path, other: str, place: Path) -> Path:
     """A copy of a folder in which `other` is the result file."""
     shutil.copytree(folder, place)
@@ -87,15 +77,14 @@ def swap(folder: Path, other: str, place: Path) -> Path:
 
 
 @pytest.fixture(params=(RESULT, "attack_result_numpy1.pt"))
-def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> backdoorbench.Foreign:
+def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> AttackResult:
     return backdoorbench.read(swap(original, request.param, tmp_path / "theirs"))
 
 
 def test_lists_of_a_real_folder(theirs, original, cifar10):
     expected = json.loads((original / "expected.json").read_text())
-    assert (theirs.dataset, theirs.model_name, theirs.num_classes) == ("cifar10", NET, 10)
-    assert theirs.shape == (3, 32, 32)
-    assert (theirs.train_length, theirs.test_length) == (600, 200)
+    wanted = {"name": NET, "classes": 10, "width": None, "shape": [3, 32, 32]}
+    assert wanted.items() <= theirs.network.items() and theirs.dataset == "cifar10" and theirs.lengths == (600, 200)
     for images, name, clean in zip(
         (theirs.poisoned, theirs.triggered), ("train_poisoned", "asr_test"), cifar10, strict=True
     ):
@@ -115,7 +104,7 @@ def test_lists_of_a_real_folder(theirs, original, cifar10):
 @torch.no_grad()
 def test_logits_and_scores_of_a_real_folder(original, cifar10):
     found, expected = backdoorbench.read(original), json.loads((original / "expected.json").read_text())
-    model, test = network(found), cifar10[1][torch.arange(200)]
+    model, test = found.model(), cifar10[1][torch.arange(200)]
     sets = {"clean": (test.pixels, test.labels)}
     sets["bd"] = (found.triggered.pixels, found.triggered.labels)
     sets["ra"] = (found.triggered.pixels, found.triggered.true_labels)
@@ -202,7 +191,7 @@ def test_a_plain_file_is_read(tiny, tmp_path):
     found = backdoorbench.read(save(toy_content(tmp_path / "a"), tmp_path / "a"))
     poisoned, triggered = toy_parts()
     assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
-    assert (found.train_length, found.test_length) == (40, 20)
+    assert found.lengths == (40, 20)
     for name, tensor in tiny_net(10).state_dict().items():
         assert torch.equal(found.weights[name], tensor)
     assert len(found.digest) == 64
@@ -222,7 +211,7 @@ def test_an_attack_without_a_poisoned_training_set(tiny, tmp_path):
     content = toy_content(tmp_path / "a")
     content["bd_train"] = None
     found = backdoorbench.read(save(content, tmp_path / "a"))
-    assert found.poisoned is None and found.train_length is None and len(found.triggered) == 18
+    assert found.poisoned is None and found.lengths == (None, 20) and len(found.triggered) == 18
 
 
 def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
@@ -281,45 +270,13 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
 def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
     first = backdoorbench.read(folder)
-    monkeypatch.setattr(backdoorbench_images, "read_image", lambda path: pytest.fail(f"{path} is decoded again"))
+    monkeypatch.setattr(backdoorbench, "read_image", lambda path: pytest.fail(f"{path} is decoded again"))
     assert same(backdoorbench.read(folder).poisoned, first.poisoned)
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
     Image.new("RGB", (32, 32), "red").save(folder / "bd_train_dataset" / "3" / "3.png")
     assert backdoorbench.read(folder).poisoned.pixels[1, 0].eq(255).all()
-
-
-@pytest.mark.parametrize("what", ["time", "size", "file"])
-def test_the_cache_knows_other_pictures_of_the_same_name(tiny, tmp_path, what):
-    """By the time of writing, by the size, and by the file that lists them, each where the others are equal."""
-    found = []
-    for folder, colour in (("a", "red"), ("b" if what == "file" else "a", "lime")):
-        content = toy_content(tmp_path / folder)
-        content["more"] = colour if what == "file" else ""
-        picture = tmp_path / folder / "bd_train_dataset" / "3" / "3.png"
-        Image.new("RGB", (32, 32), colour).save(picture, compress_level=0)
-        if what == "size":
-            picture.write_bytes(picture.read_bytes() + bytes(len(colour)))
-        for file in (tmp_path / folder).rglob("*.png"):
-            os.utime(file, (9, 9) if what != "time" or file != picture else (9, len(colour)))
-        found.append((backdoorbench.read(save(content, tmp_path / folder)), picture.stat()))
-    (first, before), (second, after) = found
-    assert (before.st_size == after.st_size) == (what != "size")
-    assert (before.st_mtime_ns == after.st_mtime_ns) == (what != "time")
-    assert (first.digest == second.digest) == (what != "file")
-    assert first.poisoned.pixels[1, :, 0, 0].tolist() == [255, 0, 0]
-    assert second.poisoned.pixels[1, :, 0, 0].tolist() == [0, 255, 0]
-
-
-def test_hundred_permutations_of_names_are_refused(tmp_path):
-    """Equal shapes under exchanged names look right to a reader that goes by position."""
-    own = {f"{a}.{b}": torch.full((4,), float(i)) for i, (a, b) in enumerate((a, b) for a in "xyz" for b in "abcd")}
-    for seed in range(100):
-        renamed = {f"{name[::-1]}": value for name, value in own.items()}
-        names = random.Random(seed).sample(sorted(renamed), len(renamed))
-        with pytest.raises(RecordError, match="names are not those"):
-            backdoorbench._weights({name: own[name[::-1]] for name in names}, own, "n")
 
 
 # Refusals
@@ -361,13 +318,10 @@ def test_broken_archives(refused, tmp_path):
     for length in (3, 100, 2000, len(raw) - 1):
         refused(raw[:length], "cannot be read")
     refused(b"", "is empty (0 bytes)")
-    refused(b"PK\x03\x04" + b"x" * 100, "cannot be read")
-    refused(pickled(raw, lambda content: content[:-20]), "hostile")
-    for name, word in (("archive/data.pkl", "2 pickles"), ("archive/data/0", "two members of one name")):
-        twice = io.BytesIO(raw)
-        with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as found:
-            found.writestr(name, b"\x80\x02N.")
-        refused(twice.getvalue(), word)
+    twice = io.BytesIO(raw)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as found:
+        found.writestr("archive/data/0", b"\x80\x02N.")
+    refused(twice.getvalue(), "two members of one name")
     with zipfile.ZipFile(out := io.BytesIO(), "w") as other:
         other.writestr("a.txt", b"hello")
     refused(out.getvalue(), "not of torch.save")
@@ -376,15 +330,7 @@ def test_broken_archives(refused, tmp_path):
         backdoorbench.read(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("name", ["archive/code/x.py", "archive/constants.pkl"])
-def test_one_sign_of_a_program_is_enough(refused, name):
-    raw = io.BytesIO(saved({"x": torch.zeros(2)}))
-    with zipfile.ZipFile(raw, "a") as found:
-        found.writestr(name, b"")
-    refused(raw.getvalue(), "is TorchScript, a program")
-
-
-def test_a_picture_in_the_file_that_has_other_colours_is_refused(refused):
+def test_an_image_in_the_file_that_is_not_rgb_is_refused(refused):
     """Three bytes a pixel, too: they would be taken for red, green and blue."""
     refused({"x": Image.new("HSV", (2, 2))}, "mode 'HSV', allowed is RGB")
 
@@ -400,7 +346,7 @@ def test_an_array_has_the_length_that_it_claims(refused, tmp_path, kind):
 def test_claims_of_size_cost_nothing(refused, tiny, tmp_path):
     content = toy_content(tmp_path / "hostile")
     content["model"]["linear.weight"] = torch.zeros(1).expand(1 << 40)
-    refused(content, "linear.weight has shape [1099511627776]")
+    refused(content, "linear.weight' claims shape [1099511627776]")
     claim = b"\x8a\x08" + (1 << 40).to_bytes(8, "little")
     storage = b"((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + claim + b"tQ"
     refused(in_zip(b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K\x00(K\x02t(K\x01t\x89)tR"), "record size")
@@ -439,111 +385,91 @@ def test_a_flipped_weight_is_noticed(tiny, tmp_path, refused):
 def test_missing_keys(refused, tiny, tmp_path):
     whole = toy_content(tmp_path / "hostile")
     for key in KEYS:
-        refused({name: value for name, value in whole.items() if name != key}, f"no {key!r}")
+        refused({name: value for name, value in whole.items() if name != key}, f"lacks {key!r}")
     for key in ("bd_data_container", "original_index_array", "poison_indicator"):
         lacking = {name: value for name, value in whole["bd_test"].items() if name != key}
-        refused({**whole, "bd_test": lacking}, f"bd_test has no {key!r}")
-    refused({**whole, "bd_test": None}, "bd_test is a NoneType")
-    refused([1], "the file is a list")
+        refused({**whole, "bd_test": lacking}, f"lacks {key!r}")
+    for content in ({**whole, "bd_test": None}, [1], 3):
+        refused(content, "not as BackdoorBench writes it")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("clean_data", "imagenet", "'imagenet'"),
-        ("clean_data", "gtsrb", "gtsrb has 43"),
-        ("clean_data", 3, "clean_data is 3"),
+        ("clean_data", "imagenet", "clean_data is 'imagenet'"),
+        ("clean_data", "gtsrb", "43, as gtsrb has"),
+        ("clean_data", [3], "clean_data is [3]"),
         ("model_name", "nothing", "nothing"),
-        ("model_name", "a\nb\x1b[2J", "printable"),
-        ("model_name", "x" * 501, "up to 500"),
+        ("model_name", "a\nb\x1b[2J", "unknown model"),
         ("num_classes", 11, "num_classes is 11"),
-        ("num_classes", True, "num_classes is True"),
-        ("num_classes", 10**500, "num_classes is a int"),
-        ("img_size", (64, 64, 3), "img_size"),
-        ("img_size", (3, 32, 32), "img_size"),
-        ("img_size", None, "img_size"),
-        ("model", None, "model is a NoneType"),
-        ("model", {3: torch.zeros(1)}, "a name in model is 3"),
-        ("model", {"x\n": torch.zeros(1)}, "a name in model"),
+        ("num_classes", "10", "num_classes is '10'"),
+        ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
+        ("img_size", None, "not as BackdoorBench"),
+        ("model", None, "has no 'features.0.weight'"),
+        ("model", {3: torch.zeros(1)}, "has no 'features.0.weight'"),
     ],
 )
 def test_wrong_values(refused, tiny, tmp_path, key, value, word):
     refused({**toy_content(tmp_path / "hostile"), key: value}, word)
 
 
-def test_wrong_weights(refused, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("more", torch.zeros(1), "unknown 'more'"),
+        ("linear.bias", torch.zeros(11), "'linear.bias' of shape [11]"),
+        ("linear.bias", torch.zeros(10, dtype=torch.int64), "torch.int64"),
+        ("linear.bias", torch.full((10,), float("nan")), "not finite"),
+        ("linear.bias", torch.zeros(10).to_sparse(), "dense"),
+        ("linear.bias", torch.zeros(10, device="meta"), "dense"),
+        ("linear.bias", [0.0] * 10, "lacks 'linear.bias'"),
+        ("features.1.running_var", torch.full((10,), -1.0), "negative variance"),
+    ],
+)
+def test_wrong_weights(refused, tiny, tmp_path, name, value, word):
     content = toy_content(tmp_path / "hostile")
-    weights = content["model"]
-
-    def changed(name: str, value: Any) -> dict[str, Any]:
-        return {**content, "model": OrderedDict({**weights, name: value})}
-
-    renamed = OrderedDict((name.replace("features.0", "features.3"), value) for name, value in weights.items())
-    refused({**content, "model": renamed}, "model lacks 'features.0.weight'")
-    refused({**content, "model": {**weights, "more": torch.zeros(1)}}, "unknown 'more'")
-    refused({**content, "model": {**weights, "module.linear.bias": torch.zeros(10)}}, "twice")
-    refused(changed("linear.bias", torch.zeros(11)), "linear.bias has shape [11]")
-    refused(changed("linear.bias", torch.zeros(10, dtype=torch.int64)), "torch.int64")
-    refused(changed("linear.bias", torch.zeros(10, dtype=torch.float64)), "torch.float64")
-    refused(changed("linear.bias", torch.full((10,), float("nan"))), "not finite")
-    refused(changed("linear.bias", torch.zeros(10).to_sparse()), "dense")
-    refused(changed("linear.bias", torch.zeros(10, device="meta")), "dense")
-    refused(changed("linear.bias", [0.0] * 10), "a list")
-    refused(changed("features.1.running_var", torch.full((10,), -1.0)), "negative variance")
-    refused(changed("features.1.num_batches_tracked", torch.tensor(1.0)), "torch.float32")
+    refused({**content, "model": OrderedDict({**content["model"], name: value})}, word)
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda part: part.update(poison_indicator=np.zeros((2, 2))), "not a vector of whole numbers"),
-        (lambda part: part.update(poison_indicator=np.full(20, np.nan)), "whole numbers"),
-        (lambda part: part.update(poison_indicator=np.full(20, 0.5)), "whole numbers"),
-        (lambda part: part.update(poison_indicator=np.zeros(10_001)), "10,001 flags"),
-        (lambda part: part.update(poison_indicator=["1"] * 20), "whole numbers"),
-        (lambda part: part.update(poison_indicator=torch.zeros(20)), "whole numbers"),
-        (lambda part: part.update(poison_indicator=np.zeros(20)), "0 of them triggered"),
-        (lambda part: part.update(original_index_array=np.array([1, 20])), "0 to 19"),
-        (lambda part: part.update(original_index_array=np.array([-1, 1])), "0 to 19"),
-        (lambda part: part.update(original_index_array=np.array([1, 1])), "different"),
-        (lambda part: part.update(original_index_array=[]), "0 pictures"),
-        (lambda part: part["bd_data_container"].pop("data_dict"), "data_dict"),
-        (lambda part: part["bd_data_container"].update(data_dict={}), "picture 1 is a NoneType"),
+        ({"poison_indicator": np.zeros((2, 2))}, "not a vector of whole numbers"),
+        ({"poison_indicator": np.full(20, np.nan)}, "whole numbers"),
+        ({"poison_indicator": np.full(20, 0.5)}, "whole numbers"),
+        ({"poison_indicator": ["1"] * 20}, "whole numbers"),
+        ({"poison_indicator": np.zeros(10_001)}, "the length of bd_test is 10001"),
+        ({"poison_indicator": np.zeros(20)}, "0 of them triggered"),
+        ({"original_index_array": np.array([1, 20])}, "0 to 19"),
+        ({"original_index_array": np.array([-1, 1])}, "0 to 19"),
+        ({"original_index_array": np.array([1, 1])}, "different"),
+        ({"original_index_array": []}, "0 pictures"),
+        ({"bd_data_container": {"data_dict": {}}}, "lacks 1"),
     ],
 )
 def test_wrong_lists(refused, tiny, tmp_path, change, word):
     content = toy_content(tmp_path / "hostile")
-    change(content["bd_test"])
+    content["bd_test"].update(change)
     refused(content, word)
-
-
-def test_a_training_split_may_be_as_long_as_the_data_set(refused, tiny, tmp_path):
-    content = toy_content(tmp_path / "a")
-    content["bd_train"]["poison_indicator"] = np.zeros(50_000)
-    found = backdoorbench.read(save(content, tmp_path / "a"))
-    assert (found.train_length, found.poisoned) == (50_000, None)
-    content["bd_train"]["poison_indicator"] = np.zeros(50_001)
-    refused(content, "bd_train has 50,001 flags, but the data set has 50,000 pictures", tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("entry", "word"),
     [
-        ({"other_info": [10, 1]}, "label 10"),
-        ({"other_info": [0, -1]}, "label -1"),
-        ({"other_info": [0.0, 1]}, "label 0.0"),
-        ({"other_info": [True, 1]}, "label True"),
-        ({"other_info": [0]}, "list of two"),
-        ({"other_info": 3}, "list of two"),
+        ({"other_info": [10, 1]}, "is 10, allowed is 0 to 9"),
+        ({"other_info": [0, -1]}, "is -1"),
+        ({"other_info": [0.0, 1]}, "is 0.0"),
+        ({"other_info": [True, 1]}, "is True"),
+        ({"other_info": [0]}, "not as BackdoorBench"),
+        ({"other_info": 3}, "not as BackdoorBench"),
         ({"path": "bd_test_dataset/1/2.png"}, "picture 1 is at"),
         ({"path": "/etc/passwd"}, "/etc/passwd"),
         ({"path": "../../bd_test_dataset/../1.png"}, "picture 1 is at"),
         ({"path": "defense/1/1.png"}, "picture 1 is at"),
         ({"path": "bd_test_dataset/..\\1/1.png"}, "picture 1 is at"),
-        ({"path": "bd_../1/1.png"}, "picture 1 is at"),
         ({"path": "bd_test_dataset/\u0661/1.png"}, "picture 1 is at"),
         ({"path": "bd_test_dataset/1/1.png\n"}, "picture 1 is at"),
-        ({"path": None}, "at a NoneType"),
+        ({"path": None}, "not as BackdoorBench"),
         ({"path": "bd_test_dataset/7/1.png", "other_info": [0, 8]}, "missing"),
     ],
 )
@@ -666,12 +592,11 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     poisoned, triggered = (load_images(record, part) for part in ("poisoned", "triggered"))
     assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
     assert found.poisoned.role.tolist() == [BACKDOOR, COVER, BACKDOOR]
-    assert (found.dataset, found.model_name, found.num_classes) == ("cifar10", NET, 10)
-    assert (found.train_length, found.test_length) == (40, 20)
+    assert (found.dataset, found.network["name"], found.lengths) == ("cifar10", NET, (40, 20))
     ours = attack_result.load(record.path).model()
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in ours.net.state_dict().items())
     x = to_float(triggered.pixels[:4])
-    assert torch.allclose(network(found)(x), ours(x), rtol=0, atol=1e-6)
+    assert torch.allclose(found.model()(x), ours(x), rtol=0, atol=1e-6)
 
     monkeypatch.chdir(root)
     theirs = bench_load(root, "new")
@@ -691,11 +616,11 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     ("changed", "word"),
     [
         ({"dataset": "digits"}, "no data set digits"),
-        ({"width": 16}, "not in width 16"),
-        ({"name": "resnet18"}, "no network resnet18"),
-        ({"shape": [3, 64, 64]}, "32x32 pixels only"),
-        ({"mean": [0.5, 0.5, 0.5]}, "normalises"),
-        ({"std": [0.5, 0.5, 0.5]}, "normalises"),
+        ({"width": 16}, "width of the network is 16"),
+        ({"name": "resnet18"}, "name of the network is resnet18"),
+        ({"shape": [3, 64, 64]}, "BackdoorBench has [3, 32, 32]"),
+        ({"mean": [0.5, 0.5, 0.5]}, "mean of the network"),
+        ({"std": [0.5, 0.5, 0.5]}, "std of the network"),
         ({"poison": False}, "clean network"),
     ],
 )
@@ -812,12 +737,3 @@ def test_mistakes_on_the_command_line(script, finished, tmp_path):
         status, _, err = script("export.py", *argv)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_script_runs_from_a_foreign_folder(finished, tmp_path):
-    argv = [sys.executable, str(REPOSITORY / "scripts" / "export.py"), "victim", "--format", "npz", "--out", "digits"]
-    argv += ["--record_root", str(finished / "record")]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "digits" / "train.npz") as arrays:
-        assert len(arrays["labels"]) == len(load("digits")[0]) and (arrays["role"] == BACKDOOR).any()
