@@ -18,7 +18,7 @@ from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import Tuning
-from sau.defense.layers import classifier
+from sau.defense.hooks import classifier
 from sau.errors import OutOfMemory
 from sau.loop import Session
 from sau.machine import captured

@@ -10,7 +10,7 @@ from toys import at_angle, backdoored, pair, quiet, same_weights, tiny_net, toy_
 
 from sau.defense import D3, FP, FST
 from sau.defense.d3 import hinge
-from sau.defense.layers import classifier, full_name
+from sau.defense.hooks import classifier, resolve_layer
 from sau.defense.sphere import uniform
 from sau.errors import ConfigError
 from sau.evaluate import der, score
@@ -142,9 +142,12 @@ def test_layers_are_found_by_the_names_in_the_users_network():
 
 def test_the_layer_nearest_to_the_top_is_meant():
     blocks = nn.ModuleDict({"conv": nn.Identity(), "a": nn.ModuleDict({"conv": nn.Identity()})})
-    assert full_name(nn.ModuleList([blocks]), "conv", "") == "0.conv" and full_name(blocks, "a.conv", "") == "a.conv"
+    assert (
+        resolve_layer(nn.ModuleList([blocks]), "conv", "") == "0.conv"
+        and resolve_layer(blocks, "a.conv", "") == "a.conv"
+    )
     with pytest.raises(ConfigError, match="several"):
-        full_name(nn.ModuleDict({"a": blocks["a"], "b": nn.ModuleDict({"conv": nn.Identity()})}), "conv", "")
+        resolve_layer(nn.ModuleDict({"a": blocks["a"], "b": nn.ModuleDict({"conv": nn.Identity()})}), "conv", "")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sau.data.images import Images, to_float
-from sau.defense.layers import watching
+from sau.defense.hooks import forward_hooks
 from sau.models import full_precision
 from sau.types import Labels
 
@@ -105,6 +105,6 @@ def _outputs(model: nn.Module, pictures: Images, names: Sequence[str]) -> list[t
     def keep(name: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         found.append((name, output.clone()))  # networks may change it in place
 
-    with full_precision(model), watching((model.get_submodule(name), partial(keep, name)) for name in names):
+    with full_precision(model), forward_hooks((model.get_submodule(name), partial(keep, name)) for name in names):
         model(to_float(pictures.pixels))
     return found

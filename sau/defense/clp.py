@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.layers import watching
+from sau.defense.hooks import forward_hooks
 from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import ConfigError
 from sau.types import Batched, Pixels
@@ -78,7 +78,7 @@ def traced(model: nn.Module, norms: pruning.Norms, x: Pixels) -> Pairs:
         feeders[name].add(found[-1] if found else None)
 
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    with watching((conv, leaves) for conv in convolutions):
+    with forward_hooks((conv, leaves) for conv in convolutions):
         look(model, norms, x, enters)
     alone = {name: next(iter(found)) for name, found in feeders.items() if len(found) == 1}
     return {name: conv for name, conv in alone.items() if conv is not None}

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.base import Tuning
+from sau.defense.hooks import classifier, require_plain_weight, resolve_layer
 from sau.defense.inputs import glance
-from sau.defense.layers import classifier, full_name, settable
 from sau.defense.sphere import Sphere, too_late, uniform
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
@@ -84,13 +84,12 @@ class D3(Tuning):
         if not self.layers:
             return [classifier(model, x, self.name).weight]
         advice = "name one of its layers with --layers, or leave it out for the one that makes the logits"
-        places = [model.get_submodule(full_name(model, name, advice)) for name in self.layers]
+        places = [model.get_submodule(resolve_layer(model, name, advice)) for name in self.layers]
         found = [m for place in places for m in place.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         if not found:
             raise ConfigError(f"layers is {','.join(self.layers)}, but no convolution or linear layer is inside")
-        return list(
-            {id(layer.weight): layer.weight for layer in (settable(layer, self.name) for layer in found)}.values()
-        )
+        weights = [require_plain_weight(layer, self.name).weight for layer in found]
+        return list({id(weight): weight for weight in weights}.values())
 
     def first(self, origin: Tensor) -> Tensor:
         """Where W starts."""

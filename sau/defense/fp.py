@@ -17,8 +17,8 @@ from sau.config import param
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.held import hold_back
+from sau.defense.hooks import classifier, forward_hooks, require_plain_weight
 from sau.defense.inputs import gather, unaugmented
-from sau.defense.layers import classifier, settable, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import Session
@@ -129,14 +129,14 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
         tail[:] = [(output, output._version)]
 
     kinds = (nn.Conv2d, *pruning.NORMS, nn.ReLU)
-    with watching((module, follow) for module in model.modules() if isinstance(module, kinds)):
+    with forward_hooks((module, follow) for module in model.modules() if isinstance(module, kinds)):
         predict(model, x)
     if not found:
         raise ConfigError("the network has no Conv2d, which unit last_conv of fp prunes; try --unit linear_input")
     if any(isinstance(layer, pruning.NORMS) and not layer.affine for layer in found):
         what = "its last convolution is followed by a batch norm without weights, which would undo the pruning"
         raise ConfigError(f"{what}; try --unit linear_input")
-    return [settable(layer, "fp") for layer in found]
+    return [require_plain_weight(layer, "fp") for layer in found]
 
 
 def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
@@ -147,7 +147,7 @@ def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
         f = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else output
         sums.append(f.float().flatten(2).mean(2).sum(0) if f.ndim > 2 else f.float().sum(0))
 
-    with watching([(layer, add)]):
+    with forward_hooks([(layer, add)]):
         predict(model, x)
     return torch.stack(sums).sum(0) / len(x)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.base import Tuning
+from sau.defense.hooks import classifier
 from sau.defense.inputs import glance
-from sau.defense.layers import classifier
 from sau.defense.sphere import Sphere, too_late, uniform
 from sau.evaluate import percent_right
 from sau.loop import Session

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from sau import loop
 from sau.config import nearest, param
 from sau.defense.ft import FT
+from sau.defense.hooks import forward_hooks, resolve_layer
 from sau.defense.inputs import glance
-from sau.defense.layers import full_name, watching
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import Session
@@ -124,7 +124,7 @@ def watched(model: nn.Module, layers: Sequence[str], x: Pixels, p: float) -> tup
         # A copy, for a ReLU that works in place may follow; in fp32, for sums over channels need more than bf16.
         maps[name] = attention(output.clone().float() if output.dtype != torch.float64 else output.clone(), p)
 
-    with watching((model.get_submodule(name), partial(keep, name)) for name in layers):
+    with forward_hooks((model.get_submodule(name), partial(keep, name)) for name in layers):
         return model(x), maps
 
 
@@ -152,7 +152,7 @@ def named_layers(model: nn.Module, x: Pixels, layers: Sequence[str]) -> list[str
     names = []
     for name in layers:
         advice = f"give --layers with feature maps [B, C, H, W]{nearest(name, short)}"
-        full = full_name(model, name, advice)
+        full = resolve_layer(model, name, advice)
         if full not in known:
             raise ConfigError(f"the layer {name!r} has no feature maps; {advice}")
         if full in names:
@@ -170,6 +170,6 @@ def _sizes(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
         if isinstance(output, Tensor) and output.ndim == 4 and not computed:
             sizes[name] = output.shape[2], output.shape[3]
 
-    with watching((module, partial(note, name)) for name, module in model.named_modules() if name):
+    with forward_hooks((module, partial(note, name)) for name, module in model.named_modules() if name):
         predict(model, x)
     return sizes

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from sau import loop
 from sau.config import param
 from sau.defense.base import Tuning
+from sau.defense.hooks import resolve_layer
 from sau.defense.inputs import glance
-from sau.defense.layers import full_name
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.models import logits_of
@@ -107,7 +107,7 @@ class NPD(Tuning):
         if not convolutions:
             raise ConfigError("the network has no convolution (Conv2d) to put a polarizer before; try ft or sau")
         advice = f"name a convolution with --target_layer_name, like {convolutions[-1]}, its last one"
-        name = full_name(model, self.target_layer_name, advice)
+        name = resolve_layer(model, self.target_layer_name, advice)
         inside = insert(model, name)
         trained = [*inside.get_submodule("polarizer").parameters(), *inside.get_submodule("norm").parameters()]
         warm = Training(lr=self.warm_lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=self.wd)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense import pruning
 from sau.defense.base import Defense
+from sau.defense.hooks import forward_hooks
 from sau.defense.inputs import first
-from sau.defense.layers import watching
 from sau.loop import Session
 from sau.models import full_precision
 from sau.optim import DESCENT
@@ -84,5 +84,7 @@ def level(scores: Scores, u: float) -> pruning.Level:
 
 def look(model: nn.Module, norms: pruning.Norms, x: Pixels, at: Callable[[str, Tensor], None]) -> None:
     """Send `x` through `model` and call `at` with the name and the input [B, C, ...] of each of `norms` on the way."""
-    with watching((norm, lambda _, inputs, output, name=name: at(name, inputs[0])) for name, norm in norms.items()):
+    with forward_hooks(
+        (norm, lambda _, inputs, output, name=name: at(name, inputs[0])) for name, norm in norms.items()
+    ):
         model(x)  # a batch norm does not change its input, so it may be looked at afterwards

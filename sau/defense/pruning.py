@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.defense.held import Held, chance, guesses, named
-from sau.defense.layers import settable
+from sau.defense.hooks import require_plain_weight
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Score, score
 from sau.loop import Session
@@ -62,7 +62,7 @@ def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norm
     if not found:
         kind = "BatchNorm2d with running statistics" if running else "BatchNorm2d"
         raise ConfigError(f"the network has no batch norm ({kind}), whose channels {method} prunes; try ft or sau")
-    scales = {id(settable(norm, method).weight) for norm in found.values()}
+    scales = {id(require_plain_weight(norm, method).weight) for norm in found.values()}
     if len(scales) < len(found):
         raise ConfigError(f"batch norms of the network share weights, but {method} prunes each of them; try ft or sau")
     return found

@@ -10,7 +10,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from sau.data.images import Images, evenly_spaced, to_float
-from sau.defense.layers import watching
+from sau.defense.hooks import forward_hooks
 from sau.errors import ConfigError
 from sau.types import Pixels
 
@@ -23,7 +23,7 @@ def last_features(model: nn.Module, x: Pixels, batch_size: int = 500) -> Tensor:
     given: list[Tensor] = []
     kept: list[Tensor] = []
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    with watching((layer, lambda layer, inputs, output: given.append(inputs[0])) for layer in linear):
+    with forward_hooks((layer, lambda layer, inputs, output: given.append(inputs[0])) for layer in linear):
         for block in x.split(batch_size):
             model(block)
             if not given:
