@@ -138,10 +138,15 @@ class Method:
     training_aliases: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[dict[str, str]] = {}
     unread: ClassVar[tuple[str, ...]] = ()  # keys of the benchmark's own file of the method that its code does not read
+    # Whether `step` has the device do the same each time, with one update of each `Descent` in its state: CUDA may then
+    # replay it as a graph, and its Python does not run again. A subclass with a step of its own has to say it anew.
+    graph_safe: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
+        if "graph_safe" not in vars(cls) and {"step", "update"} & vars(cls).keys():
+            cls.graph_safe = False
         cls.__doc__ = (cls.__doc__ or "").rstrip() + describe(cls)
 
     def __post_init__(self) -> None:
@@ -182,14 +187,9 @@ class Method:
         state["descent"].end_epoch(losses["loss"])
         return None
 
-    def splits(self) -> bool:
-        """Whether `step` makes one update, of `state["descent"]`, from a mean over the pictures of its batch; such a
-        batch may go through in parts when memory does not hold it."""
-        return False
-
-    def repeats(self) -> bool:
-        """Whether `step` has the device do the same each time, with one update of each `Descent` in its state; CUDA may
-        then repeat a captured step, whose Python does not run again."""
+    def supports_microbatch(self) -> bool:
+        """Whether `step` makes one update, of `state["descent"]`, from a mean over the images of its batch; the batch
+        may then go through in parts where memory does not hold it."""
         return False
 
     def require(self, name: str, ok: bool, allowed: str) -> None:

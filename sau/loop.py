@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sau.errors import TrainingError
 from sau.formatting import duration, short
-from sau.models import sound
+from sau.models import is_finite
 from sau.seeds import RngState, get_rng_state, set_rng_state
 from sau.types import Batched
 
@@ -280,7 +280,7 @@ class _Run:
         self.place.means(self.rate)
         numbers = [w for thing in self.state.values() if isinstance(thing, nn.Module) for w in thing.parameters()]
         numbers += self.state["model"].buffers() if "model" in self.state else ()
-        finite = [sound(value) for value in numbers if value.is_floating_point()]
+        finite = [is_finite(value) for value in numbers if value.is_floating_point()]
         if finite and not bool(torch.stack(finite).all()):
             where = f"{self.label} {self.place.epoch}, batch {self.place.batch}"
             raise TrainingError(f"a weight is not finite after {where}; try a smaller --{self.rate}")

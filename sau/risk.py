@@ -26,7 +26,7 @@ from sau.data.images import Images, paired, sample, to_float
 from sau.defense.sau import SAU
 from sau.errors import DataError
 from sau.evaluate import Share, answering, figures
-from sau.models import check_labels, check_logits, learning, logits_of
+from sau.models import check_labels, check_logits, grad_enabled, logits_of
 from sau.seeds import seeded
 from sau.types import Flags, Labels, Pixels
 from sau.witness import BATCH, Hunt, Search
@@ -135,7 +135,7 @@ def measure(
     place = every if triggered is None else paired(clean, triggered)
     chosen = clean[place]
     eager = partial(torch.compiler.set_stance, "force_eager")  # batches are of many sizes; it holds once it is made
-    with learning(clean.pixels.device), answering(model, reference), seeded(seed), eager():
+    with grad_enabled(clean.pixels.device), answering(model, reference), seeded(seed), eager():
         _check_networks((model, reference), chosen)
         hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
         return _found(hunt, clean, triggered, place)

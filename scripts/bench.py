@@ -14,6 +14,7 @@ minutes / seconds, and the least passes / those made. all: every part but stacke
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,14 +22,14 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference is the twin of the tests
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import joblib
 import torch
 from bench_parts import attacks, data, defenses, evaluation, everything, growth, risks, runs, sau_step, stacked, train
 
 from sau.command.arguments import Parser, add_device, use_device
 from sau.errors import ConfigError, run_command
 from sau.files import write
-from sau.machine.cores import busy, crowded, usable
-from sau.machine.device import processor
+from sau.runtime.device import processor
 
 PATHS = ("dataset_path", "json")  # where something lies on this machine says nothing about the figures
 PARTS: dict[str, ModuleType] = {
@@ -64,16 +65,16 @@ def main() -> int:
         if getattr(args, name, least) < least:
             raise ConfigError(f"--{name} is {getattr(args, name)}, allowed is {least} and more")
     args.device, args.threads = use_device(args), torch.get_num_threads()
-    others, warning = busy(), crowded(args.threads)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    others = round(os.getloadavg()[0], 2)
+    if others + args.threads > joblib.cpu_count() + 0.5:
+        print(f"warning: a load of {others} on {joblib.cpu_count()} cores; times will be too long", file=sys.stderr)
     rows = PARTS[args.part].run(args)
     print(f"\n{'':40}{'ratio':>8}{'min':>8}{'max':>8}{'ours':>12}{'reference':>12}")
     for row in rows:
         numbers = f"{row['ratio']:8.2f}{row['low']:8.2f}{row['high']:8.2f}{row['ours']:12.4g}{row['reference']:12.4g}"
         print(f"{row['name']:40}{numbers} {row['unit']}")
     if args.json:
-        machine = {"processor": processor(torch.device("cpu")), "cores": usable(), "busy_before": others}
+        machine = {"processor": processor(torch.device("cpu")), "cores": joblib.cpu_count(), "load_before": others}
         if args.device.type == "cuda":
             machine["card"] = processor(args.device)
         setting = {

@@ -9,7 +9,7 @@ import torch
 from toys import quiet, tiny_net, toy_images
 
 from sau.attack import LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
-from sau.models.steganography import Encoder, Hidden
+from sau.models.steganography import Encoder, FixedCodeEncoder
 from sau.optim import Training
 
 
@@ -38,7 +38,7 @@ ROWS = {
     "sig": Row(SIG(sig_f=4.0), {"sig_f": 15.0, "sig_delta": 120.0, "pratio": 0.25}, cost=20),  # its whole class
     "lf": Row(LF()),
     "ssba": Row(
-        SSBA().with_trigger(Hidden(Encoder(1, 3, True), torch.ones(1)).eval().requires_grad_(False)),
+        SSBA().with_trigger(FixedCodeEncoder(Encoder(1, 3, True), torch.ones(1)).eval().requires_grad_(False)),
         {"ssba_epochs": 60, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
         side=16,
         least=16,

@@ -88,7 +88,6 @@ def here(
 ) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """`here("attack", "badnet", *flags)` runs the command line in this process: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sau.machine.cores.busy", lambda: 0.0)  # what is said depends on it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv: str) -> tuple[int, str, str]:

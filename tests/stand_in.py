@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from sau.machine import captured
-from sau.models import frozen
+from sau.runtime import batchnorm, graphs
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FREE = (torch.device, torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type)  # they read, and make nothing
@@ -118,8 +117,8 @@ def stand_in() -> Iterator[None]:
     answers |= {"set_device": None, "reset_peak_memory_stats": None}
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    patch.setattr(captured, "capable", lambda where: False)
-    patch.setattr(frozen, "FixedNorms", nullcontext)
+    patch.setattr(graphs, "has_graphs", lambda where: False)
+    patch.setattr(batchnorm, "FixedNorms", nullcontext)
     patch.setattr(torch.random, "fork_rng", lambda devices: fork(devices=[]))
     for device in ("cuda", "accelerator"):  # what it is called up to torch 2.10, and later
         check = f"_{device}_graph_capture_health_check"

@@ -84,13 +84,13 @@ def test_one_update_descends_both_losses_by_their_weights(weights):
 def test_what_a_run_asks_of_it(one_line):
     """Passes a picture: five steps forward and back to the picture, and two networks' worth of forward and back."""
     defense = AT(adv_steps=5)
-    assert defense.name == "at" and defense.splits() and defense.repeats()
+    assert defense.name == "at" and defense.supports_microbatch() and defense.graph_safe
 
     class Mine(AT):
         def update(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
             return super().update(state, x, y)
 
-    assert Mine().splits() and not Mine().repeats()  # whose step may do something else each time
+    assert Mine().supports_microbatch() and not Mine.graph_safe  # whose step may do something else each time
     for name in ("weight_clean", "weight_adv", "eps"):  # the last one is of the ball
         with pytest.raises(ConfigError) as refusal:
             AT(**{name: -0.5})

@@ -23,8 +23,7 @@ from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
 from sau.loop import Session
 from sau.models import Normalized, build
-from sau.optim import Training
-from sau.optim.descent import Descent
+from sau.optim import Descent, Training
 
 
 def with_(attack: Attack, **changes) -> Attack:

@@ -48,11 +48,11 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images, to_float
 from sau.data.sources import clean_subset, fingerprint
 from sau.defense import FT
+from sau.defense.npd import insert_polarizer
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import led, score
 from sau.figures import audit
 from sau.models import Normalized
-from sau.models.polarizer import insert
 from sau.record import attack_result as stored
 from sau.record.folder import Record
 from sau.record.lock import in_use
@@ -282,7 +282,7 @@ def test_the_channels_that_change_with_the_trigger_are_chosen():
 def test_a_layer_with_a_polarizer_answers_under_its_old_name(nets):
     model = tiny_net()
     model.load_state_dict(nets["none"].state_dict())
-    insert(model.eval(), "features.3")
+    insert_polarizer(model.eval(), "features.3")
     chosen = busiest(nets["none"], TEST[BAD.index], BAD)
     assert similarity(nets["none"], model, BAD, chosen)["features.3"] == pytest.approx(1, abs=1e-6)
 
@@ -427,7 +427,7 @@ def test_settled_statistics_are_those_of_the_pictures():
 def test_no_path_leads_to_a_network_with_other_layers(nets):
     some = case(nets)
     other = tiny_net()
-    insert(other, "features.3")
+    insert_polarizer(other, "features.3")
     some.networks["npd"] = Network("npd", Normalized(other).eval(), "digest of npd")
     plan = Plan(some, Asked(**{**SMALL, "parts": ("path",)}))
     assert not connected(some.networks["none"].model, some.networks["npd"].model)

@@ -222,7 +222,6 @@ def test_the_setting_of_the_json_is_what_the_part_heeds(monkeypatch, script, tmp
     ],
 )
 def test_the_benchmark_says_mistakes_in_one_line(script, monkeypatch, flags, words):
-    monkeypatch.setattr("sau.machine.cores.busy", lambda: 0.0)
     status, _, err = script("bench.py", *flags, "--threads", "1")
     assert status == 2 and words in the_error(err)
 

@@ -33,11 +33,11 @@ from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.evaluate import Score, Share
-from sau.machine import device
 from sau.optim import Training
 from sau.record import lock
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
+from sau.runtime import device
 from sau.settings.run import RECIPES, AttackRun, DefenseRun, OwnRun, RecipeName
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
@@ -498,16 +498,14 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interru
     def stop(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sau.command.attack_and_defend.tune", stop)
+    monkeypatch.setattr("sau.command.attack_and_defend.choose_precision", stop)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert run() == 3 and run("--threads", "2") == 2
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("sau.machine.cores.usable", lambda: 7)
-    monkeypatch.setattr("sau.machine.cores._places", lambda: set(range(8)))
-    monkeypatch.setattr("sau.machine.cores.busy", lambda: 2.0)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 6)
     assert run("--overwrite") == 6
     (config.parent / "metrics.jsonl").write_text("")  # begun in earnest
-    monkeypatch.setattr("sau.machine.cores.busy", lambda: 7.9)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     assert run() == 6 and run("--overwrite") == 1
 
 

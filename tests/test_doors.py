@@ -11,7 +11,7 @@ from PIL import Image
 
 from sau.errors import ConfigError
 from sau.models import build, has_width
-from sau.models.zoo import Enlarge
+from sau.models.torchvision import Enlarge
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 

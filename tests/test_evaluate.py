@@ -274,7 +274,7 @@ def test_an_answer_that_is_no_logits_has_no_share(shape, one_line):
     ):
         with pytest.raises(DataError) as refusal:
             asked()
-        assert f"answers 6 pictures with {got}, allowed are logits [6, classes]" in one_line(refusal.value)
+        assert f"answers 6 images with {got}, allowed are logits [6, classes]" in one_line(refusal.value)
 
 
 def test_a_network_that_changes_its_input_leaves_the_pictures_as_they_are():

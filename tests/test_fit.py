@@ -132,7 +132,7 @@ def test_batch_norm_asks_for_more_than_one_picture(one_line):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4), torch.nn.BatchNorm1d(4))
     with pytest.raises(DataError) as refusal:
         Prototype().fit(net, toy_images(4), Training(epochs=1, batch_size=1), session=QUIET)
-    assert "a batch has one picture, but batch norm in train mode needs two" in one_line(refusal.value)
+    assert "a batch has one image, but batch norm in train mode needs two" in one_line(refusal.value)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -12,7 +12,7 @@ from sau.errors import ConfigError
 from sau.evaluate import Score, Share, score
 from sau.loop import Session
 from sau.models import PreActResNet18
-from sau.models.zoo import torchvision_net
+from sau.models.torchvision import torchvision_net
 
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

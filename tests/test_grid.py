@@ -834,18 +834,6 @@ def test_a_process_that_is_not_to_be_had_is_that_cells_failure(planned, monkeypa
     assert "temporarily unavailable" in outcome.reason and here.poll() == [] and here.room(cell)
 
 
-CROWD = "others keep 1.8 of 2 cores busy, and the cells are to use 2; --cores gives them fewer"
-
-
-@pytest.mark.parametrize(
-    ("others", "cores", "said"), [(1.8, 2, CROWD), (0.2, 2, None), (1.0, 1, None), (None, 2, None)]
-)
-def test_a_busy_machine_is_told(monkeypatch, others, cores, said):
-    monkeypatch.setattr("sau.machine.cores.busy", lambda: others)
-    monkeypatch.setattr("sau.machine.cores._places", lambda: {0, 1})
-    assert Local(cores=cores, memory_gb=1.0).crowded() == said
-
-
 @pytest.mark.parametrize("own", [None, "mine"])
 def test_triggers_that_are_trained_lie_where_every_engine_finds_them(planned, tmp_path, monkeypatch, own):
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from sau.defense.inputs import Kept
 from sau.errors import ConfigError
 from sau.evaluate import score
 from sau.loop import Session
-from sau.models import Normalized, build, full_precision, quick
+from sau.models import Normalized, build, full_precision, to_channels_last
 
 Double = tuple[Tensor, Tensor]
 
@@ -161,7 +161,7 @@ def test_a_round_searches_once_and_updates_once_a_batch():
     rows: list[dict[str, float]] = []
     session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
     fixed = defense.purify(net, data, session=session)
-    ours = quick(copy.deepcopy(net))
+    ours = to_channels_last(copy.deepcopy(net))
     optimiser = torch.optim.Adam(ours.parameters(), lr=0.01, amsgrad=True, fused=True)
     lengths = []
     for turn in range(2):

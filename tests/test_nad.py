@@ -18,7 +18,7 @@ from sau.errors import ConfigError, RecordError
 from sau.evaluate import score
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
-from sau.models.zoo import torchvision_net
+from sau.models.torchvision import torchvision_net
 from sau.record.folder import Record
 
 SMALL = {"batch_size": 8, "lr": 0.01, "augment": False}

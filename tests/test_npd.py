@@ -12,12 +12,11 @@ from torch import nn
 from toys import backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import NPD
-from sau.defense.npd import held_losses
+from sau.defense.npd import held_losses, insert_polarizer, restore_polarizer
 from sau.errors import ConfigError
 from sau.evaluate import der, score
 from sau.loop import Session
 from sau.models import Normalized, build
-from sau.models.polarizer import insert, restore
 
 SMALL = {"epochs": 2, "warm_epochs": 2, "batch_size": 8, "target_layer_name": "features.3"}
 
@@ -26,7 +25,7 @@ def test_a_new_polarizer_is_the_identity_but_for_its_batch_norm():
     """In eval mode the fresh norm divides by sqrt(1 + 1e-5); in train mode channels get the mean 0."""
     net, (x, _) = tiny_net(), pair()
     before, features = net(x), net.features[:3](x)
-    inside = insert(net, "features.3")
+    inside = insert_polarizer(net, "features.3")
     assert torch.equal(inside.get_submodule("polarizer")(features), features)
     assert torch.allclose(net(x), before, rtol=1e-4, atol=1e-4) and not net.training
     seen = inside.train()[:2](features)
@@ -164,10 +163,12 @@ def test_the_result_is_saved_and_loaded_again():
     x, y = pair()
     fixed = NPD(**SMALL).purify(Normalized(tiny_net(), (0.5,) * 3, (0.25,) * 3), (x, y), session=quiet())
     stored = load(save(fixed.get_submodule("net").state_dict()))
-    again = restore(tiny_net(seed=9), stored)
+    again = restore_polarizer(tiny_net(seed=9), stored)
     assert same_weights(again, fixed.get_submodule("net"))
     assert torch.equal(Normalized(again.eval(), (0.5,) * 3, (0.25,) * 3)(x), fixed(x))
-    assert same_weights(restore(tiny_net(seed=9), tiny_net().state_dict()), tiny_net())  # any other record, too
+    assert same_weights(
+        restore_polarizer(tiny_net(seed=9), tiny_net().state_dict()), tiny_net()
+    )  # any other record, too
 
 
 def test_the_result_consists_of_torchs_own_modules():
@@ -241,7 +242,7 @@ class Twice(nn.Module):
 def test_a_layer_may_have_two_names(name):
     fixed = NPD(epochs=1, batch_size=8, target_layer_name=name).purify(Twice(), pair(), session=quiet())
     assert fixed.two is fixed.parts[1] and not isinstance(fixed.two, nn.Conv2d)
-    again = restore(Twice(), fixed.state_dict())
+    again = restore_polarizer(Twice(), fixed.state_dict())
     assert torch.equal(again.eval()(pair()[0]), fixed(pair()[0]))
 
 

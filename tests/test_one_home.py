@@ -51,16 +51,16 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
     "pickles": (importing("pickle"), {"data/readers.py", "compat/torch_file.py"}),
-    "gradients of weights": (calling("backward"), {"optim/descent.py"}),
+    "gradients of weights": (calling("backward"), {"optim.py"}),
     "optimisers": (
         importing("torch.optim") | calling("SGD", "Adam", "AdamW"),
-        {"optim/training.py", "optim/descent.py"},
+        {"optim.py"},
     ),
     "copies of networks": (
         calling("deepcopy"),
         {
             "attack/clean_network.py", "audit/path.py", "defense/handed.py", "defense/nad.py", "defense/rnp.py",
-            "defense/sau.py", "models/frozen.py",
+            "defense/sau.py", "runtime/batchnorm.py",
             "attack/checks.py",  # of one that is asked in train mode, where its statistics move
         },
     ),
@@ -76,7 +76,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "signals": (importing("signal"), {"errors.py", "grid/cells.py", "grid/work.py"}),
     "the machine": (
         importing("resource") | calling("set_num_threads"),
-        {"machine/device.py"},
+        {"runtime/device.py"},
     ),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
 }  # fmt: skip

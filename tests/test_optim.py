@@ -14,9 +14,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 from sau.config import options
 from sau.defense import AT, FT, SAU
 from sau.errors import ConfigError
-from sau.optim import Training
-from sau.optim.descent import Descent
-from sau.optim.training import Schedule
+from sau.optim import Descent, Schedule, Training
 
 SCHEDULES = typing.get_args(Schedule)
 OPTIMIZERS = typing.get_args(options(Training)["client_optimizer"].hint)
@@ -93,10 +91,9 @@ def test_one_cycle_counts_updates(optimizer, epochs, steps):
     assert max(seen) == pytest.approx(0.1)
 
 
-def test_a_plateau_needs_a_drop(one_line):
-    with pytest.raises(ConfigError) as refusal:
+def test_a_plateau_needs_a_drop():
+    with pytest.raises(ConfigError, match="steplr_gamma is 1.0"):
         Training(lr_scheduler="ReduceLROnPlateau", steplr_gamma=1.0)
-    assert "steplr_gamma is 1.0, allowed is above 0 and below 1" in one_line(refusal.value)
     assert Training(lr_scheduler="StepLR", steplr_gamma=1.0).steplr_gamma == 1
 
 
@@ -251,44 +248,12 @@ def test_every_schedule_moves_every_defense(defense, schedule):
     assert not same_weights(fixed, net)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_epochs_have_every_schedule(schedule):
-    weights = parameter()
-    descent = Training(lr=0.1, lr_scheduler=schedule, epochs=0).descent([weights], 3)
-    assert rate(descent) <= 0.1 and torch.equal(weights, parameter())
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weights_without_a_gradient_stay(name):
     used, unused = parameter(), parameter()
     descent = Training(client_optimizer=name, lr_scheduler="constant", wd=0.1).descent([used, unused], 1)
     descent(used.square().sum())
     assert not torch.equal(used, parameter()) and torch.equal(unused, parameter())
-
-
-def test_a_schedule_changes_the_outcome():
-    fixed = [
-        FT(lr=0.01, lr_scheduler=schedule, epochs=3, batch_size=8, steplr_stepsize=1).purify(
-            tiny_net(), toy_images(16), session=quiet()
-        )
-        for schedule in ("constant", "StepLR", "CosineAnnealingLR", "OneCycleLR")
-    ]
-    assert not any(same_weights(one, other) for i, one in enumerate(fixed) for other in fixed[:i])
-
-
-# Defaults and refusals
-
-
-def test_the_published_settings_are_the_defaults():
-    """The benchmark's recipe for CIFAR-10."""
-    training = Training()
-    assert (training.epochs, training.batch_size, training.lr, training.lr_scheduler) == (
-        100,
-        128,
-        0.01,
-        "CosineAnnealingLR",
-    )
-    assert (training.client_optimizer, training.sgd_momentum, training.wd) == ("sgd", 0.9, 5e-4)
 
 
 def test_descents_share_a_loss_and_may_keep_their_gradients():

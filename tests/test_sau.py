@@ -765,7 +765,7 @@ def test_unknown_hyperparameter() -> None:
 
 def test_whether_an_update_may_be_split() -> None:
     """Several outer steps are several updates."""
-    assert SAU(outer_steps=1).splits() and not SAU(outer_steps=2).splits()
+    assert SAU(outer_steps=1).supports_microbatch() and not SAU(outer_steps=2).supports_microbatch()
 
 
 def test_the_weights_of_the_losses_have_the_names_of_the_paper() -> None:

@@ -49,7 +49,6 @@ def test_every_script_asks_alike():
 @pytest.mark.parametrize("name", COMPUTE)
 def test_cuda_that_is_not_there_is_refused(name, script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sau.machine.cores.busy", lambda: 0.0)
     status, _, err = script(name, *COMPUTE[name], "--device", "cuda", "--threads", "1")
     assert status == 2 and "device is 'cuda', but torch finds no CUDA device here" in the_error(err)
     for device, words in (("auto", "nobody"), ("tpu", "device is 'tpu'")):

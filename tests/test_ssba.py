@@ -14,7 +14,7 @@ from sau.data.images import BACKDOOR, Images, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import Session
 from sau.loop import run as loop_run
-from sau.models.steganography import Decoder, Encoder, Hidden, measured, psnr, stored
+from sau.models.steganography import Decoder, Encoder, FixedCodeEncoder, measured, psnr, stored
 from sau.optim import Training
 
 FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}
@@ -77,7 +77,7 @@ def test_an_encoder_that_adds_starts_at_the_picture():
     torch.nn.init.constant_(encoder.residual.bias, 0.25)
     code = torch.ones(1)
     assert torch.allclose(encoder(code.expand(2, 1), x), x + 0.25)
-    assert torch.allclose(Hidden(encoder, code)(x), (x + 0.25).clamp(0, 1))
+    assert torch.allclose(FixedCodeEncoder(encoder, code)(x), (x + 0.25).clamp(0, 1))
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -130,7 +130,7 @@ def test_the_networks_start_as_he_has_it(network):
 
 
 def test_codes_are_read_from_pictures_of_8_bits():
-    hidden, decoder, seen = Hidden(Encoder(1), torch.ones(1)), Decoder(1, 16), []
+    hidden, decoder, seen = FixedCodeEncoder(Encoder(1), torch.ones(1)), Decoder(1, 16), []
     decoder.register_forward_pre_hook(lambda _, given: seen.append(255 * given[0]))
     measured(hidden, decoder, to_float(toy_images(4).pixels))
     assert torch.allclose(seen[0], seen[0].round(), atol=1e-3)
@@ -250,7 +250,7 @@ def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache,
 
 
 def test_a_decoder_that_always_answers_the_same_reads_half_of_the_bits():
-    hidden, decoder = Hidden(Encoder(1), torch.ones(1)), Decoder(1, 32, 3)
+    hidden, decoder = FixedCodeEncoder(Encoder(1), torch.ones(1)), Decoder(1, 32, 3)
     torch.nn.init.zeros_(decoder.dense[-1].weight)
     torch.nn.init.ones_(decoder.dense[-1].bias)
     torch.manual_seed(0)

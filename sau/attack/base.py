@@ -21,9 +21,9 @@ from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError
 from sau.evaluate import Share, percent_right
 from sau.loop import Session
-from sau.machine.parts import InParts
-from sau.models import answered, enough_pictures, learning
+from sau.models import explain_batchnorm_error, grad_enabled, require_tensor
 from sau.optim import Training
+from sau.runtime.graphs import MicroBatchedStep
 from sau.seeds import check_seed, seeded
 from sau.types import Bytes, Labels, Pixels, of_floats
 
@@ -37,6 +37,7 @@ class Attack(Labelling, ABC):
     gates: ClassVar[Mapping[str, float]] = {}  # least ASR in percent, by data set; GATE where none stands
     remedy: ClassVar[str] = "more --epochs or a larger --pratio"  # what to try below the gate
     compiles: ClassVar[bool] = True
+    graph_safe: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
     costly: ClassVar[bool] = False  # its trigger takes minutes to make
     trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
@@ -171,7 +172,7 @@ class Attack(Labelling, ABC):
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """Plain supervised learning of whatever labels the pictures carry."""
-        logits = answered(state["model"], state["model"](x))
+        logits = require_tensor(state["model"], state["model"](x))
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
         return {"loss": loss, "train_acc": percent_right(logits, y)}
@@ -180,11 +181,8 @@ class Attack(Labelling, ABC):
         """How many epochs of the recipe train the classifier."""
         return recipe.epochs
 
-    def splits(self) -> bool:
+    def supports_microbatch(self) -> bool:
         return type(self).step is Attack.step
-
-    def repeats(self) -> bool:
-        return self.splits()
 
     @final
     def fit(
@@ -214,7 +212,7 @@ class Attack(Labelling, ABC):
         session = session if progress else session.quiet()
         first = self.augmentation(augment)
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
-        with learning(images.pixels.device), seeded(seed), enough_pictures():
+        with grad_enabled(images.pixels.device), seeded(seed), explain_batchnorm_error():
             self.train(model.train(), images, batches, recipe, augment, session)
         model.zero_grad()  # or the caller's first step would make the last one again
         return model.eval()
@@ -225,5 +223,8 @@ class Attack(Labelling, ABC):
     ) -> None:  # fmt: skip
         """The epochs of `fit`: `step` on every batch."""
         state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
-        step = InParts(self.step, state, self.splits(), session, repeats=self.repeats(), compose=self.compose)
+        step = MicroBatchedStep(
+            self.step, state, session, supports_microbatch=self.supports_microbatch(), graph_safe=self.graph_safe,
+            compose=self.compose,
+        )  # fmt: skip
         loop.run(step, batches, recipe.epochs, state=state, end_epoch=partial(self.end_epoch, state), session=session)

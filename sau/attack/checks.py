@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import answering
-from sau.models import check_labels, check_logits, initialised, logits_of
+from sau.models import check_initialised, check_labels, check_logits, logits_of
 from sau.seeds import seeded
 
 
@@ -20,7 +20,7 @@ def check_victim(model: nn.Module, images: Images) -> None:
         raise DataError(f"the pictures to train on are {what}, allowed are Images, at least one; see Images.clean")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the network is a {type(model).__name__}, allowed is a torch.nn.Module")
-    initialised(model)
+    check_initialised(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
     if any(parameter.is_inference() for parameter in model.parameters()):

@@ -30,9 +30,9 @@ from sau.data.images import Batches, Images, to_float
 from sau.errors import ConfigError
 from sau.evaluate import percent_right
 from sau.loop import Session
-from sau.machine.parts import InParts
-from sau.models.generator import Artist
+from sau.models.generator import TriggerGenerators
 from sau.optim import Training, adam
+from sau.runtime.graphs import MicroBatchedStep
 from sau.seeds import seeded
 from sau.types import Labels, Pixels, Scalar
 
@@ -42,6 +42,7 @@ class InputAware(Attack):
     """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code."""
 
     name: ClassVar[str] = "inputaware"
+    graph_safe: ClassVar[bool] = True
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
     in_batch: ClassVar[bool] = True
@@ -82,7 +83,7 @@ class InputAware(Attack):
                 "train the classifier; give more --epochs or fewer --clean_train_epochs"
             )
         with seeded(given.seed):
-            return Artist(channels, given.blank, 2 if self.double_tanh else 1, self.EPSILON).eval()
+            return TriggerGenerators(channels, given.blank, 2 if self.double_tanh else 1, self.EPSILON).eval()
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return self.made().eval()(x.float())[0].clamp(0, 1).to(x.dtype)
@@ -92,7 +93,7 @@ class InputAware(Attack):
         session: Session,
     ) -> None:  # fmt: skip
         joint, seen = self.classifier_epochs(recipe), {"images": images, "augment": augment}
-        parts = partial(InParts, splits=self.splits(), session=session, repeats=self.repeats())
+        parts = partial(MicroBatchedStep, session=session, supports_microbatch=False, graph_safe=self.graph_safe)
         masks = self.prepare_masks(model, len(batches)) | seen
         loop.run(
             parts(self.mask_step, masks, compose=self.compose_masks), batches, recipe.epochs - joint, state=masks,
@@ -110,14 +111,14 @@ class InputAware(Attack):
 
     def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """The state of the first stage."""
-        artist = cast(Artist, self.made()).restarted().requires_grad_(True)
-        artist.captured = getattr(model, "captured", True)
+        artist = cast(TriggerGenerators, self.made()).restarted().requires_grad_(True)
+        artist.graph_safe = getattr(model, "graph_safe", True)
         artist.pattern_net.amp = artist.mask_net.amp = getattr(model, "amp", False)
         masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)
         return {"artist": artist, "descent": masks.descent(artist.mask_net.parameters(), steps)}
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
-        artist = cast(Artist, self.made())
+        artist = cast(TriggerGenerators, self.made())
         training = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
         patterns = training.descent(artist.pattern_net.parameters(), steps)
         patterns.keeps = self.accumulate
@@ -125,9 +126,6 @@ class InputAware(Attack):
         classifier = replace(recipe, epochs=self.classifier_epochs(recipe), lr_scheduler=schedule)
         descent = classifier.descent(model.parameters(), steps)
         return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
-
-    def repeats(self) -> bool:
-        return (type(self).step, type(self).mask_step) == (InputAware.step, InputAware.mask_step)
 
     def compose_masks(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
         """The batch of `mask_step`: the pictures, and as many others behind them."""

@@ -29,7 +29,7 @@ from sau.data.images import Images, evenly_spaced, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, TrainingError
 from sau.loop import Session
-from sau.models.steganography import CODE_SIDE, Decoder, Encoder, Hidden, measured, stored
+from sau.models.steganography import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
 from sau.optim import adam
 from sau.seeds import generator, seeded
 from sau.types import Bytes, Labels, Pixels, Scalar
@@ -110,7 +110,7 @@ class SSBA(Attack):
         identity["read"] = "8 bits"  # encoders of older versions were trained on floats
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
-            hidden = Hidden(encoder, self._code()).to(where)
+            hidden = FixedCodeEncoder(encoder, self._code()).to(where)
             found, hidden.figures = made("ssba", identity, partial(self._train, hidden, images), given.session)
         encoder.load_state_dict(found)
         w, noise = hidden.figures["w"], hidden.figures["psnr_in_db"]
@@ -158,7 +158,7 @@ class SSBA(Attack):
         code[0] = 1
         return code
 
-    def _train(self, hidden: Hidden, images: Images, session: Session) -> Made:
+    def _train(self, hidden: FixedCodeEncoder, images: Images, session: Session) -> Made:
         """Train the encoder of `hidden`, in place, with a decoder that is thrown away."""
         encoder = hidden.encoder.train()
         decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)

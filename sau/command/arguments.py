@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from sau.machine.device import choose_device, prepare, set_threads
+from sau.runtime.device import choose_device, prepare, set_threads
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
-    threads = "CPU threads; 0 means OMP_NUM_THREADS where it is set, else the free cores [0]"
+    threads = "CPU threads; 0 means OMP_NUM_THREADS where it is set, else all cores [0]"
     parser.add_argument("--threads", type=int, default=0, help=threads)
 
 

@@ -25,13 +25,13 @@ from sau.defense.base import Defense
 from sau.errors import ConfigError, RecordError
 from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
 from sau.files import existing, safe_join
-from sau.machine import device as machine
-from sau.machine.tuning import tune
 from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import attack_result, lock, schema
 from sau.record.folder import CONFIG, Record
 from sau.risk import gauge
+from sau.runtime import device as machine
+from sau.runtime.device import choose_precision
 from sau.settings.run import AttackRun, DefenseRun, OwnRun, Run
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
@@ -98,7 +98,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     record.log(f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe")
     warn(record, request, notes)
     epochs = method.classifier_epochs(training)
-    tune(record, run, model, method, where)
+    choose_precision(record, run, model, method, where)
     plan = method.plan(poisoned, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)
@@ -150,7 +150,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.log(f"recipe {recipe} ({why}): {pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
-    tune(record, run, model, method, where)
+    choose_precision(record, run, model, method, where)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
     _judge(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")

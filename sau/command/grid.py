@@ -156,9 +156,6 @@ def drive(asked: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
     started = time.monotonic()
     local = asked.engine == "local"
     where: Engine = Local(asked.cores, asked.memory_gb) if local else RayEngine(asked.address, asked.cores)
-    crowd = where.crowded() if isinstance(where, Local) else None
-    if crowd:
-        say(f"warning: {crowd}")
     runner = Runner(todo, store, where, retries=grid.retries, timeout=grid.cell_timeout, say=say)
     runner.run()
     say(f"took {duration(time.monotonic() - started)}")

@@ -21,8 +21,8 @@ from sau.defense.inversion import Inversion, Patches
 from sau.defense.nc import anomaly
 from sau.evaluate import Share
 from sau.loop import Session
-from sau.models.frozen import frozen
 from sau.risk import Found
+from sau.runtime.batchnorm import shared_weight_twin
 from sau.seeds import seeded
 
 PICTURES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 pictures in batches of 250
@@ -80,7 +80,7 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     batches = some.batches(BATCH, seed=seed)
     patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), Inversion.init_cost)
     with seeded(seed), torch.compiler.set_stance("force_eager"):  # open classes become fewer, and batches with them
-        Inversion(nc_epoch=passes).invert(frozen(model), batches, patches, Session(say=lambda line: None))
+        Inversion(nc_epoch=passes).invert(shared_weight_twin(model), batches, patches, Session(say=lambda line: None))
     norms = patches.found()[2]
     label = int(norms.argmin())
     index = float(anomaly(norms)[label])

@@ -29,11 +29,11 @@ from sau.defense.clean_accuracy import misuse
 from sau.errors import ConfigError, DataError, one_line
 from sau.evaluate import AT_ONCE_ON_CPU, Score, predict, score, table
 from sau.files import safe_join
-from sau.machine import device as machine
-from sau.machine.tuning import tune
-from sau.models import Normalized, asking, check_logits, quick
+from sau.models import Normalized, check_logits, to_channels_last, translate_errors
 from sau.record.folder import Record
 from sau.risk import Found, gauge
+from sau.runtime import device as machine
+from sau.runtime.device import choose_precision
 from sau.settings.run import OF_RECORDS, OwnRun
 
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
@@ -63,7 +63,7 @@ def purify(name: str, request: Request) -> None:
     net, file, arch = network(own, len(names or folders), found)
     images = image_folder(clean, own.input_size, names)
     given, test = (part.to(where) for part in split(images, own.check_share))
-    model = Normalized(quick(net), own.mean or None, own.std or None).to(where).eval()
+    model = Normalized(to_channels_last(net), own.mean or None, own.std or None).to(where).eval()
     method = request.adapted(method, model, len(given))
     _check_classes(model, test, clean)
     notes = _misused(model, given) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
@@ -83,7 +83,7 @@ def purify(name: str, request: Request) -> None:
     record.log(f"recipe {recipe}, {why}; choose another with --recipe")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
-    tune(record, run, model, method, where)
+    choose_precision(record, run, model, method, where)
     begun = time.monotonic()
     before = score(model, test, None)
     evaluation = time.monotonic() - begun
@@ -157,7 +157,10 @@ def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     """ConfigError where the network does not answer with a finite logit for each class folder."""
     what = f"the network does not accept pictures of {'x'.join(map(str, images.pixels.shape[1:]))}"
-    with asking(lambda reason: ConfigError(f"{what}: {reason}; give its own size with --input_size")), torch.no_grad():
+    with (
+        translate_errors(lambda reason: ConfigError(f"{what}: {reason}; give its own size with --input_size")),
+        torch.no_grad(),
+    ):
         logits = model(to_float(images.pixels[:8]))
     if logits.shape[-1] != images.num_classes:
         raise ConfigError(

@@ -10,8 +10,8 @@ from torch import nn
 from sau.config import Method, Option, options
 from sau.defense.base import Defense
 from sau.errors import ConfigError
-from sau.machine.device import choose_device
 from sau.optim import Training
+from sau.runtime.device import choose_device
 from sau.settings import config
 from sau.settings.config import Setting
 from sau.settings.run import OF_RECORDS, AttackRun, OwnRun, Run

@@ -20,10 +20,10 @@ from sau.command.request import Request
 from sau.data.images import Images
 from sau.evaluate import Score, score
 from sau.loop import Limit, Session
-from sau.machine.device import set_threads
 from sau.record.folder import Record
 from sau.record.schema import EARLY, digest
 from sau.risk import Found
+from sau.runtime.device import set_threads
 from sau.settings.run import Run
 
 SHORTER = "fewer --epochs, --recipe cpu, or a CUDA device"

@@ -22,7 +22,7 @@ from sau.data.decode import cached, read_image
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import OFFICIAL, source
 from sau.errors import RecordError, SauError
-from sau.models import build, layout
+from sau.models import build, state_dict_spec
 from sau.record.attack_result import BACKDOORBENCH, AttackResult
 from sau.settings.run import Run
 
@@ -55,7 +55,7 @@ def read(folder: Path) -> AttackResult:
 
 def blank(name: str, classes: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """The state dict of the published network, without memory for its values; ConfigError if there is none."""
-    return layout(lambda: build(name, classes, shape=shape, mean=(0.0,) * 3, std=(1.0,) * 3).net)
+    return state_dict_spec(lambda: build(name, classes, shape=shape, mean=(0.0,) * 3, std=(1.0,) * 3).net)
 
 
 def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:

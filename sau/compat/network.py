@@ -13,7 +13,7 @@ from torch import nn
 from sau.compat import weights
 from sau.compat.weights import guess, unwrapped
 from sau.errors import ConfigError, RecordError
-from sau.models import has_width, layout
+from sau.models import has_width, state_dict_spec
 from sau.settings.run import OwnRun
 
 
@@ -33,7 +33,7 @@ def network(run: OwnRun, classes: int, found: weights.Weights | None = None) -> 
     if run.model_prefix is not None:
         found = _below(found, run.model_prefix)
     name, make = _architecture(run, classes, found)
-    own = make().state_dict() if ":" in name else layout(make)  # no memory yet: the file may claim any width
+    own = make().state_dict() if ":" in name else state_dict_spec(make)  # no memory yet: the file may claim any width
     try:
         state = found.of(own)
     except RecordError as error:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sau.compat import torch_file
 from sau.errors import RecordError, printable
-from sau.models import MODELS, has_width, layout
-from sau.models.zoo import torchvision_names, torchvision_plain
+from sau.models import MODELS, has_width, state_dict_spec
+from sau.models.torchvision import torchvision_names, torchvision_plain
 
 SAFE, ONNX = "safetensors", "ONNX"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -247,7 +247,7 @@ def guess(found: Weights) -> Guess | None:
 
 def _try(found: Weights, name: str) -> Guess | None:
     """The guess `name` with the width and the classes of the file, if everything fits."""
-    own = layout(partial(unwrapped, name, 10, 64 if has_width(name) else None))
+    own = state_dict_spec(partial(unwrapped, name, 10, 64 if has_width(name) else None))
     first, last = next(iter(own)), list(own)[-1]
     for place, value in found.tensors.items():
         prefix = place[: -len(first)]
@@ -257,7 +257,9 @@ def _try(found: Weights, name: str) -> Guess | None:
         width = len(value) if has_width(name) else None
         if width is None or 0 < width <= 1024:
             try:
-                return Guess(name, width, len(end), found.prefix(layout(partial(unwrapped, name, len(end), width))))
+                return Guess(
+                    name, width, len(end), found.prefix(state_dict_spec(partial(unwrapped, name, len(end), width)))
+                )
             except SeveralError:
                 raise
             except RecordError:

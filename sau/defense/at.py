@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.searching import Searching
-from sau.models.frozen import searched
+from sau.runtime.batchnorm import search_twin
 from sau.types import Change, Labels, Pixels
 
 
@@ -25,18 +25,16 @@ class AT(Searching):
     --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`."""
 
     name: ClassVar[str] = "at"
+    graph_safe: ClassVar[bool] = True
 
     weight_clean: float = param(1.0, "a1, of the clean loss", ge=0)
     weight_adv: float = param(1.0, "a2, of the adversarial loss", ge=0)
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **searched(model)}
+        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **search_twin(model)}
 
-    def splits(self) -> bool:
+    def supports_microbatch(self) -> bool:
         return True
-
-    def repeats(self) -> bool:
-        return (type(self).step, type(self).update) == (AT.step, AT.update)
 
     def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search, and the update on what it found."""

@@ -22,9 +22,17 @@ from sau.defense.inputs import clean_batches, first, image_count, unaugmented
 from sau.defense.verdict import PatchSearch, follows_images
 from sau.errors import ConfigError
 from sau.loop import Session
-from sau.machine.parts import InParts
-from sau.models import Normalized, check_labels, check_logits, enough_pictures, learning, logits_of, statistics
+from sau.models import (
+    Normalized,
+    check_labels,
+    check_logits,
+    explain_batchnorm_error,
+    grad_enabled,
+    logits_of,
+    statistics,
+)
 from sau.optim import Training
+from sau.runtime.graphs import MicroBatchedStep
 from sau.seeds import seeded
 from sau.types import Batched, Loader
 
@@ -131,7 +139,7 @@ class Defense(Method, ABC):
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
         model, (mean, std) = plain(model), statistics(mean, std)
         place = place_for(model, device)
-        with learning(place):
+        with grad_enabled(place):
             mine = copied(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # a network that only answers is often handed over frozen
@@ -146,7 +154,7 @@ class Defense(Method, ABC):
                 right = _check_fit(method, owned, batches, session)
             search = PatchSearch(attacked, x, y) if attacked and follows_images(attacked, x) else None
             session.say(method.plan(batches))
-            with seeded(seed), enough_pictures():
+            with seeded(seed), explain_batchnorm_error():
                 method.run(owned, batches, session)
                 _check_result(method, owned, batches, right, session)
             if search is not None:
@@ -174,10 +182,6 @@ class Tuning(Training, Defense):
         """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
         return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
 
-    def batch_statistics(self) -> bool:
-        """Whether `step` itself puts batch norm into train mode for a while."""
-        return False
-
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         state = self.prepare(model, len(batches))
         self.rounds(state, batches, session)
@@ -185,7 +189,9 @@ class Tuning(Training, Defense):
     def rounds(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
-            InParts(self.step, state, self.splits(), session, self.batch_statistics(), self.repeats()),
+            MicroBatchedStep(
+                self.step, state, session, supports_microbatch=self.supports_microbatch(), graph_safe=self.graph_safe
+            ),
             batches,
             self.epochs,
             state={name: thing for name, thing in state.items() if name not in self.constant},

@@ -41,6 +41,7 @@ class D3(Tuning):
     """Drive the classifier away from the backdoored one while the clean loss stays within its budget."""
 
     name: ClassVar[str] = "d3"
+    graph_safe: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
 
     wd: float = 0.0
@@ -108,9 +109,6 @@ class D3(Tuning):
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the excess: below 0, where the loss goes, it takes a rise for an improvement."""
         return super().end_epoch(state, {**losses, "loss": losses["excess"]})
-
-    def repeats(self) -> bool:
-        return type(self).step is D3.step
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         spheres = state["spheres"]

@@ -31,6 +31,7 @@ class FST(Tuning):
     """Fine-tune from a newly drawn classifier that is kept from turning back to the backdoored one."""
 
     name: ClassVar[str] = "fst"
+    graph_safe: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
 
     epochs: int = 10
@@ -63,9 +64,6 @@ class FST(Tuning):
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
         return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
-
-    def repeats(self) -> bool:
-        return type(self).step is FST.step
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         sphere = state["sphere"]

@@ -16,15 +16,13 @@ class FT(Tuning):
     """Minimise CE(h(x), y) over all weights, batch norm in train mode."""
 
     name: ClassVar[str] = "ft"
+    graph_safe: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
 
     augment: bool = True
 
-    def splits(self) -> bool:
+    def supports_microbatch(self) -> bool:
         return True
-
-    def repeats(self) -> bool:
-        return type(self).step is FT.step
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         logits = state["model"](x)

@@ -70,6 +70,7 @@ class FTSAM(Tuning):
     """Fine-tune towards weights around which the clean loss stays low, batch norm in train mode."""
 
     name: ClassVar[str] = "ft-sam"
+    graph_safe: ClassVar[bool] = True
     ignored: ClassVar[dict[str, str]] = {
         "rho_min": "rho stays as it is",
         "print_freq": "every round is said",
@@ -86,9 +87,6 @@ class FTSAM(Tuning):
         0.0, "how much to climb along the part of the plain gradient orthogonal to the one at w + e", ge=0
     )
     label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
-
-    def repeats(self) -> bool:
-        return type(self).step is FTSAM.step
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, descent = state["model"], state["descent"]

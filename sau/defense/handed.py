@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sau.errors import ConfigError, TrainingError, first_line, lacks_memory
-from sau.models import initialised, laid_as, quick, sound
+from sau.models import check_initialised, is_finite, match_memory_format, to_channels_last
 from sau.types import Pixels
 
 
@@ -19,7 +19,7 @@ def plain(model: Any) -> nn.Module:
         raise ConfigError(f"model is {type(model).__name__}, allowed is a network; load weights into one first")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("model is a ScriptModule, allowed is a network in Python; load its weights into one first")
-    initialised(model)
+    check_initialised(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the weights of the network lie on `meta` and have no values; load some into it first")
     kinds = [parameter.dtype for parameter in model.parameters()]
@@ -72,7 +72,7 @@ def copied(model: nn.Module, place: torch.device) -> nn.Module:
         for name, layer in list(module._modules.items()):  # by every name that it has
             if layer is not None and hasattr(layer, "_orig_mod"):
                 setattr(module, name, layer._orig_mod)
-    return quick(mine.eval())
+    return to_channels_last(mine.eval())
 
 
 def handed_back(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -> nn.Module:
@@ -80,14 +80,14 @@ def handed_back(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter
     for parameter in frozen:
         parameter.requires_grad_(False)
     mine.zero_grad()  # or the caller's first step would make the last one of the defense again, frozen or not
-    return laid_as(mine, model).to(home(model)).eval()
+    return match_memory_format(mine, model).to(home(model)).eval()
 
 
 def check_weights(model: nn.Module) -> None:
     """TrainingError if a weight is not finite, or a buffer unsound."""
     kept = model.state_dict()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in kept and not sound(tensor):
+        if name in kept and not is_finite(tensor):
             raise TrainingError(f"{name} of the network holds NaN or infinity")
 
 

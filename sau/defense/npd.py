@@ -9,9 +9,12 @@ for it. With f the network that holds the polarizer, p its softmax, c = argmax f
     outer   min  l1 * CE(f(x), y)  +  l2 * CE(f(x + d), c)
                  -  l3 * log(1.0001 - max_{k != c} p_k(x + d))  -  l4 * log(1.0001 - p_r(x + d))
 
-How it stands in the network, and how such a network is loaded again: `sau.models.polarizer`.
+The convolution L becomes Sequential(polarizer, norm, layer = L); `restore_polarizer` loads such a network again. The
+polarizer cannot be folded into L: L pads with zeros after the batch norm's shift, so a shift folded into its bias would
+be wrong along the border.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -28,12 +31,13 @@ from sau.defense.inputs import glance
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.models import logits_of
-from sau.models.polarizer import insert
 from sau.optim import Training
 from sau.perturb import RADII, Ball, Norm, is_radius
 from sau.types import Batched, Change, Labels, Logits, Pixels, Scalar
 
 ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
+
+MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a polarizer has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,7 @@ class NPD(Tuning):
             raise ConfigError("the network has no convolution (Conv2d) to put a polarizer before; try ft or sau")
         advice = f"name a convolution with --target_layer_name, like {convolutions[-1]}, its last one"
         name = resolve_layer(model, self.target_layer_name, advice)
-        inside = insert(model, name)
+        inside = insert_polarizer(model, name)
         trained = [*inside.get_submodule("polarizer").parameters(), *inside.get_submodule("norm").parameters()]
         warm = Training(lr=self.warm_lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=self.wd)
         descents = {"warm": warm.descent(trained, steps), "descent": self.descent(trained, steps)}
@@ -155,3 +159,41 @@ def held_losses(z: Logits, answer: Labels, target: Labels) -> tuple[Scalar, Scal
     p = z.softmax(1)
     other, attacked = p.scatter(1, answer[:, None], 0.0).amax(1), p.gather(1, target[:, None])[:, 0]
     return F.cross_entropy(z, answer), -(1.0001 - other).log().mean(), -(1.0001 - attacked).log().mean()
+
+
+def insert_polarizer(model: nn.Module, name: str) -> nn.Sequential:
+    """Put a new polarizer, the identity in front of a fresh batch norm, before the convolution `name` of `model`."""
+    layer, modules = model.get_submodule(name), list(model.modules())
+    if not isinstance(layer, nn.Conv2d):
+        raise ConfigError(f"{name} is a {type(layer).__name__}; a polarizer goes before a convolution (Conv2d)")
+    place, width = layer.weight, layer.in_channels
+    inside = nn.Sequential()
+    inside.add_module("polarizer", nn.Conv2d(width, width, 1, bias=False))
+    inside.add_module("norm", nn.BatchNorm2d(width))
+    nn.init.dirac_(inside.get_parameter("polarizer.weight"))
+    inside.to(place.device, place.dtype).add_module("layer", layer)
+    inside.train(layer.training)
+    for parent in modules:
+        for child, module in list(parent._modules.items()):  # a layer may have several names
+            if module is layer:
+                setattr(parent, child, inside)
+    return inside
+
+
+def insert_polarizers(net: nn.Module, names: Iterable[str]) -> None:
+    """Put polarizers into `net` where the state dict with these names has them and `net` a convolution."""
+    layers = dict(net.named_modules())
+    for name in names:
+        place = name.removesuffix(MARK)
+        if name.endswith(MARK) and isinstance(layers.get(place), nn.Conv2d):
+            insert_polarizer(net, place)
+
+
+def restore_polarizer(net: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Load the state dict of a network that NPD purified into `net`, of the attacked network's architecture.
+
+    A state dict without polarizers is loaded as it is. Returns `net`.
+    """
+    insert_polarizers(net, weights)
+    net.load_state_dict(weights)
+    return net

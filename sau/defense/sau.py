@@ -24,8 +24,8 @@ from sau.config import param
 from sau.defense.base import ENOUGH
 from sau.defense.searching import Searching
 from sau.evaluate import AT_ONCE_ON_CPU
-from sau.models.frozen import searched
 from sau.perturb import unsettled
+from sau.runtime.batchnorm import search_twin
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 from sau.witness import kinds
 
@@ -65,6 +65,7 @@ class SAU(Searching):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
     name: ClassVar[str] = "sau"
+    graph_safe: ClassVar[bool] = True
     adapting: ClassVar[tuple[str, ...]] = (*Searching.adapting, "weight_distill")
     constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
@@ -114,16 +115,10 @@ class SAU(Searching):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        return {"model": model.eval(), "reference": reference, "descent": descent, **searched(model)}
+        return {"model": model.eval(), "reference": reference, "descent": descent, **search_twin(model)}
 
-    def splits(self) -> bool:
+    def supports_microbatch(self) -> bool:
         return self.outer_steps == 1
-
-    def repeats(self) -> bool:
-        return self.splits() and (type(self).step, type(self).update) == (SAU.step, SAU.update)
-
-    def batch_statistics(self) -> bool:
-        return self.train_mode
 
     def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search of the inner problem, and the updates of the outer one."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.base import ENOUGH, SMALLEST_BATCH, Tuning
-from sau.models.frozen import fixed_norms
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Optimizer, Schedule
 from sau.perturb import RADII, Ball, Init, Norm, is_radius
+from sau.runtime.batchnorm import fixed_norms
 from sau.types import Labels, Pixels
 
 UPDATES = 600  # where the published settings do not hold

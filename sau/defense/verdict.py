@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.evaluate import answering
-from sau.optim.training import adam
+from sau.optim import adam
 from sau.seeds import seeded
 from sau.types import Labels, Pixels
 

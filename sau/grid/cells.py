@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sau.errors import RecordError
-from sau.machine.parent import python_path
+from sau.runtime.process import python_path
 
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
 LOCKED = 75  # exit status of `sau.grid.work` where another process runs the cell

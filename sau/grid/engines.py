@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from joblib import cpu_count
 
 from sau.errors import ConfigError, RecordError, first_line
 from sau.grid.cells import Child, Job, Outcome, run_cell
 from sau.grid.plan import Cell
-from sau.machine.cores import memory, taken, usable
-from sau.machine.parent import python_path
+from sau.runtime.process import available_memory, python_path
 
 Done = list[tuple[Cell, Outcome]]
 GIB = 2**30
@@ -40,8 +40,8 @@ class Engine(Protocol):
 
 def check_cores(cores: int) -> None:
     """Refuse, by a ConfigError, more cores of this machine than there are."""
-    if cores > usable():
-        raise ConfigError(f"cores is {cores}, but this process may use {usable()}")
+    if cores > cpu_count():
+        raise ConfigError(f"cores is {cores}, but this process may use {cpu_count()}")
 
 
 class Local:
@@ -53,16 +53,11 @@ class Local:
     """
 
     def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
-        self.cores = usable() if cores is None else cores
-        self.memory = 0.9 * memory() / GIB if memory_gb is None else memory_gb
+        self.cores = cpu_count() if cores is None else cores
+        self.memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
         self.gpus = [1.0] * torch.cuda.device_count()
         self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
         self.unborn: Done = []
-
-    def crowded(self) -> str | None:
-        """What to say where others keep busy what the cells are to run on; None where they do not."""
-        said = taken(self.cores)
-        return said and f"{said}, and the cells are to use {self.cores}; --cores gives them fewer"
 
     def check(self, cells: Sequence[Cell]) -> None:
         check_cores(self.cores)
@@ -127,7 +122,9 @@ class RayEngine:
         if address is None:
             check_cores(cores or 0)  # Ray would start with any number, and so many cells at once
         home = {"env_vars": {"PYTHONPATH": python_path()}}
-        started: dict[str, Any] = {"num_cpus": cores or usable(), "include_dashboard": False} if address is None else {}
+        started: dict[str, Any] = (
+            {"num_cpus": cores or cpu_count(), "include_dashboard": False} if address is None else {}
+        )
         quiet = {"log_to_driver": False, "logging_level": "error"}
         try:
             # "local": else a Ray that runs here already would be joined, and refuse the number of cores.
@@ -152,7 +149,7 @@ class RayEngine:
     def _try_worker(self) -> None:
         """ConfigError if no worker starts and finds this package: Ray would keep the cells in line for ever."""
         try:
-            self.ray.get(self.ray.remote(usable).options(num_cpus=0).remote(), timeout=START)
+            self.ray.get(self.ray.remote(cpu_count).options(num_cpus=0).remote(), timeout=START)
         except self.ray.exceptions.GetTimeoutError:
             where = "the logs in /tmp/ray/session_latest/logs of its first machine say why"
             raise ConfigError(f"no worker of Ray has started within {START:g} s; {where}") from None

@@ -16,9 +16,9 @@ from pathlib import Path
 from sau.cli import main
 from sau.errors import LockedError, run_command
 from sau.grid.cells import LOCKED
-from sau.machine.parent import outlive
 from sau.record.folder import Record
 from sau.record.lock import acquire, release
+from sau.runtime.process import outlive
 
 
 def work(folder: Path, argv: Sequence[str]) -> int:

@@ -8,25 +8,25 @@ from torch import Tensor, nn
 from sau.errors import ConfigError
 from sau.models.normalized import (
     Normalized,
-    answered,
-    asking,
+    check_initialised,
     check_labels,
     check_logits,
-    enough_pictures,
+    explain_batchnorm_error,
     full_precision,
-    initialised,
-    learning,
+    grad_enabled,
+    is_finite,
     logits_of,
-    sound,
+    require_tensor,
     statistics,
+    translate_errors,
 )
 from sau.models.preact_resnet import PreActResNet18
-from sau.models.zoo import torchvision_names, torchvision_net
+from sau.models.torchvision import torchvision_names, torchvision_net
 
 __all__ = [
-    "MODELS", "Normalized", "PreActResNet18", "answered", "asking", "build", "check_labels", "check_logits",
-    "check_name", "enough_pictures", "full_precision", "has_width", "initialised", "laid_as", "layout", "learning",
-    "logits_of", "quick", "sound", "statistics",
+    "MODELS", "Normalized", "PreActResNet18", "build", "check_initialised", "check_labels", "check_logits",
+    "check_name", "explain_batchnorm_error", "full_precision", "grad_enabled", "has_width", "is_finite", "logits_of",
+    "match_memory_format", "require_tensor", "state_dict_spec", "statistics", "to_channels_last", "translate_errors",
 ]  # fmt: skip
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
@@ -63,7 +63,7 @@ def build(
         name: one of `MODELS`, or a classifier of torchvision, like vgg19_bn.
         num_classes: how many logits it has.
         width: channels of the first stage for networks of `MODELS`; None means the published width.
-        shape: channels, height and width of the pictures.
+        shape: channels, height and width of the images.
         mean: see `Normalized`.
         std: see `Normalized`.
         amp: see `Normalized`.
@@ -75,11 +75,11 @@ def build(
         net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
     else:
         net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
-    return Normalized(quick(net), mean, std, amp)
+    return Normalized(to_channels_last(net), mean, std, amp)
 
 
-def layout(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """The state dict of the network that `make` makes, without memory for its values where that is possible.
+def state_dict_spec(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Names, shapes and types of the state dict of the network that `make` makes, without its values where possible.
 
     torchvision's RegNet reads values while it is built; it has no width, so that its name bounds its size.
     """
@@ -90,8 +90,8 @@ def layout(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
         return make().state_dict()
 
 
-def quick(net: nn.Module) -> nn.Module:
-    """`net`, its convolutions in the memory layout that they are fastest in, where torch can be trusted with it."""
+def to_channels_last(net: nn.Module) -> nn.Module:
+    """`net`, its convolutions in channels_last, where they are fastest, unless torch's kernels are unsafe there."""
     if not _narrow(net):
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
@@ -99,8 +99,8 @@ def quick(net: nn.Module) -> nn.Module:
     return net
 
 
-def laid_as(net: nn.Module, other: nn.Module) -> nn.Module:
-    """`net`, its parameters in plain order in memory if those of `other` are: files of tensors want that."""
+def match_memory_format(net: nn.Module, other: nn.Module) -> nn.Module:
+    """`net`, its parameters contiguous in memory if those of `other` are: files of tensors want that."""
     if all(parameter.is_contiguous() for parameter in other.parameters()):
         for parameter in net.parameters():
             parameter.data = parameter.data.contiguous()

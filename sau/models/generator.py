@@ -1,4 +1,4 @@
-"""The networks that draw Input-Aware's triggers."""
+"""The networks that generate Input-Aware's triggers (Nguyen, Tran, "Input-Aware Dynamic Backdoor Attack", 2020)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,7 @@ def _block(inputs: int, outputs: int, relu: bool = True) -> list[nn.Module]:
 
 
 class Generator(nn.Module):
-    """Pictures in, a drawing of the same size out: an encoder of three stages, each halving the picture, and a decoder.
-
-    Args:
-        outputs: channels of the drawing.
-        inputs: channels of the pictures.
-    """
+    """An encoder of three stages, each halving the image, and a decoder: [B, inputs, H, W] -> [B, outputs, H, W]."""
 
     def __init__(self, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -46,20 +41,23 @@ class Generator(nn.Module):
         return x
 
 
-class Artist(nn.Module):
-    """Both generators, pixels in and out; they see pictures as the classifier does, normalised. `captured` is whether
-    CUDA may capture a step of their training and repeat it.
+class TriggerGenerators(nn.Module):
+    """The generators of patterns and of masks, pixels in and out; they see images normalised, as the classifier does.
 
     Args:
-        channels: of the pictures.
+        channels: of the images.
         like: the classifier, whose normalisation they share.
         tanh: how often the outputs go through it.
         epsilon: added to the 2 that tanh is divided by.
+
+    `graph_safe` is whether a step of their training may be replayed as a CUDA graph.
     """
+
+    graph_safe: bool
 
     def __init__(self, channels: int, like: nn.Module, tanh: int, epsilon: float) -> None:
         super().__init__()
-        self.tanh, self.epsilon, self.captured = tanh, epsilon, True
+        self.tanh, self.epsilon, self.graph_safe = tanh, epsilon, True
         mean = std = None
         if isinstance(like, Normalized) and like.mean is not None and like.std is not None:
             mean, std = like.mean.flatten().tolist(), like.std.flatten().tolist()
@@ -68,8 +66,8 @@ class Artist(nn.Module):
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
         self._first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
-    def restarted(self) -> "Artist":
-        """This artist with the weights that it was drawn with, from which each training begins."""
+    def restarted(self) -> "TriggerGenerators":
+        """The generators with their first weights, from which each training begins."""
         self.load_state_dict(self._first)
         self.zero_grad()  # `--accumulate` would add to those of the training before
         return self

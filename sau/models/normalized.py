@@ -1,4 +1,4 @@
-"""A network that takes pixels in [0, 1]: its normalisation, its precision, and what it answers."""
+"""A network that takes pixels in [0, 1]: its normalisation, its precision, and checks of its logits."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,22 +10,24 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError, DataError, SauError, first_line, lacks_memory, one_line
 
-GRAPHS = 64  # of one network: a size of batch is one, of each of its copies, and memory may halve them more than once
+MAX_COMPILED = 64  # versions of a network: one for each size of batch and copy of the network
 
 
 class Normalized(nn.Module):
     """A network that owns its normalisation and its precision: pixels in [0, 1] in, float logits out.
 
     Args:
-        net: takes normalised pictures [B, C, H, W], returns logits [B, K].
+        net: takes normalised images [B, C, H, W], returns logits [B, K].
         mean: per-channel mean of the pixels in [0, 1], or None for no normalisation.
         std: per-channel standard deviation, given together with `mean`.
         amp: run `net` under bf16 autocast (weights stay as they are).
 
-    `compiled` is whether passes that gradients are asked of go through torch.compile; a copy compiles anew. Other
-    passes, whose batches come in other sizes, are not worth it. What cannot be compiled runs as it stands, after a
-    warning. `captured` is whether CUDA may capture a step of its training and repeat it (`sau.machine.captured`).
+    `compiled` is whether passes with gradients go through torch.compile; a copy compiles anew, and passes without
+    gradients, whose batches have other sizes, are not worth it. A network that cannot be compiled runs eagerly, after a
+    warning. `graph_safe` is whether a step of its training may be replayed as a CUDA graph (`sau.runtime.graphs`).
     """
+
+    graph_safe: bool
 
     mean: Tensor | None
     std: Tensor | None
@@ -35,7 +37,7 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         mean, std = statistics(mean, std)
-        self.net, self.amp, self.compiled, self.captured = net, amp, False, True
+        self.net, self.amp, self.compiled, self.graph_safe = net, amp, False, True
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
@@ -48,7 +50,7 @@ class Normalized(nn.Module):
         if not self.compiled:
             return self._logits(x)
         if self.net._compiled_call_impl is None:  # copies of a module leave it behind
-            torch._dynamo.config.recompile_limit = GRAPHS
+            torch._dynamo.config.recompile_limit = MAX_COMPILED
             with torch._dynamo.config.patch(wrap_top_frame=True):  # or torch 2.10 passes over a Sequential
                 self.net.compile(dynamic=False)
         with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
@@ -62,30 +64,29 @@ class Normalized(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self.amp:
-            return widened(answered(self.net, self.net(x)))
+            return at_least_fp32(require_tensor(self.net, self.net(x)))
         # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             answer = self.net(x)
-        return answered(self.net, answer).float()
+        return require_tensor(self.net, answer).float()
 
 
-def answered(network: nn.Module, answer: Any) -> Tensor:
-    """What `network` has answered, in the mode it is in; DataError unless it is a tensor."""
+def require_tensor(network: nn.Module, answer: Any) -> Tensor:
+    """`answer`, the output of `network`; DataError unless it is a tensor."""
     if not isinstance(answer, Tensor):
         mode = "train" if network.training else "eval"
         raise DataError(f"in {mode} mode the network answers with {type(answer).__name__}, allowed are logits [B, K]")
     return answer
 
 
-def initialised(model: nn.Module) -> None:
+def check_initialised(model: nn.Module) -> None:
     """ConfigError for a lazy layer that has not run yet."""
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise ConfigError("a lazy layer of the network has no weights yet; run it once on some pictures first")
+        raise ConfigError("a lazy layer of the network has no weights yet; run it once on some images first")
 
 
-def sound(tensor: Tensor) -> Tensor:
-    """Whether all values of a tensor of a network are finite, on its device, or, of a buffer, -inf, as masks of
-    attention are made of."""
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether all values of a parameter or buffer are finite, as a tensor; buffers may hold -inf, as masks do."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     strict = isinstance(tensor, nn.Parameter) or tensor.is_complex()
@@ -115,20 +116,20 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """What `model` answers to `x`; DataError unless it is logits [B, K]."""
+    """The logits of `model` at `x`, in 32 bits at least; DataError unless they have the shape [B, K]."""
 
     def refused(reason: str) -> DataError:
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
-        advice = "pictures.float()" if kinds == {torch.float32} else "model.float()"
-        why = "".join(f"; weights are {kind}, pictures {x.dtype}, so give {advice}" for kind in kinds)
-        return DataError(f"the network does not accept pictures of shape {tuple(x.shape)}: {reason}{why}")
+        advice = "images.float()" if kinds == {torch.float32} else "model.float()"
+        why = "".join(f"; weights are {kind}, images {x.dtype}, so give {advice}" for kind in kinds)
+        return DataError(f"the network does not accept images of shape {tuple(x.shape)}: {reason}{why}")
 
-    with asking(refused):
+    with translate_errors(refused):
         logits: Tensor = model(x)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the network answers {len(x)} pictures with {got}, allowed are logits [{len(x)}, classes]")
-    return widened(logits)
+        raise DataError(f"the network answers {len(x)} images with {got}, allowed are logits [{len(x)}, classes]")
+    return at_least_fp32(logits)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -147,52 +148,51 @@ def check_logits(logits: Tensor) -> None:
         )
 
 
-def widened(logits: Tensor) -> Tensor:
+def at_least_fp32(logits: Tensor) -> Tensor:
     """`logits` in 32 bits at least; a network that turns autocast on by itself answers in fewer."""
     return logits.float() if logits.is_floating_point() and logits.itemsize < 4 else logits
 
 
 @contextmanager
-def asking(refused: Callable[[str], SauError]) -> Iterator[None]:
-    """Inside, what a network says of pictures that it does not take is raised as `refused` has it."""
+def translate_errors(refused: Callable[[str], SauError]) -> Iterator[None]:
+    """Inside, an error of a network that does not take the given images is raised as `refused(its first line)`."""
     try:
         yield
     except SauError:
         raise
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torchvision's transformers assert sizes
-        if lacks_memory(error) or "CUDA error" in str(error):  # not of the pictures
+        if lacks_memory(error) or "CUDA error" in str(error):  # not about the images
             raise
         raise refused(first_line(error)) from None
 
 
 @contextmanager
-def learning(place: torch.device) -> Iterator[None]:
-    """Inside, gradients are there and precision is the network's own, whatever the caller's contexts say."""
+def grad_enabled(place: torch.device) -> Iterator[None]:
+    """Inside, gradients are on and autocast is off, whatever the caller's contexts say."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
         yield
 
 
 @contextmanager
-def enough_pictures() -> Iterator[None]:
-    """A batch of one picture, whose maps are single pixels at last, is no batch for batch norm: DataError."""
+def explain_batchnorm_error() -> Iterator[None]:
+    """Inside, torch's error about a batch of one image in batch norm is a DataError that says what to do."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise DataError(
-            "a batch has one picture, but batch norm in train mode needs two; give more pictures or another batch_size"
+            "a batch has one image, but batch norm in train mode needs two; give more images or another batch_size"
         ) from None
 
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (by default they
-    keep ten). A `Normalized` would turn it on again inside any outer context."""
+    """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (TF32 is off)."""
     owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
     shortened = False
     if any(parameter.is_cuda for parameter in model.parameters()):
-        with suppress(RuntimeError):  # where torch was told by its newer flags, these stand
+        with suppress(RuntimeError):  # raised where the newer flags of torch were set; these stand
             shortened = torch.backends.cudnn.allow_tf32
     try:
         if shortened:

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet-18 for small pictures (He et al., "Identity Mappings in Deep Residual Networks", 2016)."""
+"""Pre-activation ResNet-18 for small images (He et al., "Identity Mappings in Deep Residual Networks", 2016)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """Stem, four stages of two blocks, mean over the picture, linear layer. No batch norm before the pooling.
+    """Stem, four stages of two blocks, mean over the image, linear layer. No batch norm before the pooling.
 
     Args:
         num_classes: outputs of the linear layer.

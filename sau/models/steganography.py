@@ -1,4 +1,4 @@
-"""The networks that hide a code in a picture and read it again, after StegaStamp (Tancik, Mildenhall, Ng, "StegaStamp:
+"""The networks that hide a code in an image and read it again, after StegaStamp (Tancik, Mildenhall, Ng, "StegaStamp:
 Invisible Hyperlinks in Physical Photographs", CVPR 2020), at the sizes of the benchmark's. The names of the weights are
 those of published encoders.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sau.data.images import quantise, to_float
 from sau.types import Pixels
 
-CODE_SIDE = 16  # the code is drawn as a picture of this size and enlarged; four halvings lead back to it
+CODE_SIDE = 16  # the code is drawn as an image of this size and enlarged; four halvings lead back to it
 DEPTHS = (32, 32, 64, 128, 256)  # channels of conv1 to conv5, each after the first at half the size
 READER = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # the decoder's (channels, stride)
 
@@ -28,12 +28,12 @@ def _start(network: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """A code and pictures in, pictures that carry it out: a U-Net that sees both side by side.
+    """A code and images in, images that carry it out: a U-Net that sees both side by side.
 
     Args:
         bits: length of the code.
-        channels: of the pictures.
-        adds: add the output to the picture, where it else is the picture, through a sigmoid.
+        channels: of the images.
+        adds: add the output to the image, where it else is the image, through a sigmoid.
     """
 
     def __init__(self, bits: int, channels: int = 3, adds: bool = False) -> None:
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Pictures [B, C, side, side] in, one logit for every bit of their code out."""
+    """Images [B, C, side, side] in, one logit for every bit of their code out."""
 
     def __init__(self, bits: int, side: int, channels: int = 3) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class Decoder(nn.Module):
         return self.dense(self.decoder(x))
 
 
-class Hidden(nn.Module):
-    """A trigger: an encoder and the code that it puts into every picture.
+class FixedCodeEncoder(nn.Module):
+    """A trigger: an encoder and the code that it puts into every image.
 
     Args:
         encoder: trained.
@@ -104,7 +104,7 @@ class Hidden(nn.Module):
         self.register_buffer("code", code)
 
     def forward(self, x: Pixels) -> Pixels:
-        """Pictures in [0, 1] to pictures in [0, 1]; in small blocks, for the encoder widens each 20 times."""
+        """Images in [0, 1] to images in [0, 1]; in small blocks, for the encoder widens each 20 times."""
         blocks = [self.encoder(self.code.expand(len(block), -1), block).clamp(0, 1) for block in x.split(250)]
         return torch.cat(blocks)
 
@@ -121,13 +121,13 @@ def stored(x: Pixels) -> Pixels:
 
 
 def psnr(x: Pixels, y: Pixels) -> Tensor:
-    """10 log10(1 / mean (x - y)^2) of every pair of pictures in [0, 1]: decibels [B], 99 at most."""
+    """10 log10(1 / mean (x - y)^2) of every pair of images in [0, 1]: decibels [B], 99 at most."""
     return -10 * (x - y).square().flatten(1).mean(1).clamp_min(10**-9.9).log10()
 
 
 @torch.no_grad()
-def measured(hidden: Hidden, decoder: Decoder, x: Pixels) -> dict[str, float]:
-    """How well drawn codes are read from 8-bit pictures, in percent, and the mean PSNR with the attack's code in dB.
+def measured(hidden: FixedCodeEncoder, decoder: Decoder, x: Pixels) -> dict[str, float]:
+    """How well drawn codes are read from 8-bit images, in percent, and the mean PSNR with the attack's code in dB.
 
     The attack's own code says nothing of the first: at one bit a decoder that always answers 1 would read it.
     """

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sau.data import readers, sources
 from sau.data.images import Images
 from sau.data.sources import subset_note
+from sau.defense.npd import insert_polarizers
 from sau.errors import DataError, RecordError
-from sau.models import Normalized, build, layout
-from sau.models.polarizer import make_room
+from sau.models import Normalized, build, state_dict_spec
 from sau.record import schema
 from sau.record.folder import CONFIG, Record
 from sau.settings.run import Run
@@ -90,7 +90,7 @@ class AttackResult:
         """
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
-        _compare(layout(lambda: make().net), self.weights, self.path, self.network["name"])
+        _compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
         return make()
 
     def pictures(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
@@ -207,7 +207,7 @@ def load_weights(model: nn.Module, place: str | Path) -> None:
         weights = Record(place.parent).load_tensors(place.stem)
     else:
         raise RecordError(f"{place} is no folder of a finished run and no .safetensors file; give one of the two")
-    make_room(model, [*weights, *(f"net.{name}" for name in weights)])
+    insert_polarizers(model, [*weights, *(f"net.{name}" for name in weights)])
     own = model.state_dict()
     named = {f"net.{name}" if f"net.{name}" in own else name: tensor for name, tensor in weights.items()}
     _compare(own, named, place, "the network")

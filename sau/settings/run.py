@@ -46,7 +46,7 @@ class Run:
     amp: bool | None = param(
         None, "true is bf16, false is fp32; auto is bf16 where the device has bf16 arithmetic, else fp32"
     )
-    threads: int = param(0, "CPU threads; 0 means OMP_NUM_THREADS where it is set, else the cores that are free")
+    threads: int = param(0, "CPU threads; 0 means OMP_NUM_THREADS where it is set, else all cores")
     compile: bool = param(
         False,
         "run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3). CUDA graphs need no flag: "

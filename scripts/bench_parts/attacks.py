@@ -17,7 +17,7 @@ from sau.attack import ATTACKS, Attack
 from sau.attack.inputaware import InputAware
 from sau.data.images import Images
 from sau.data.sources import source
-from sau.models.steganography import CODE_SIDE, Encoder, Hidden
+from sau.models.steganography import CODE_SIDE, Encoder, FixedCodeEncoder
 from sau.optim import Training
 
 STAMPED = 50_000  # pictures, the size of CIFAR-10's training set
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{name:20}{forwards[name] / seen:8.2f} passes/picture")
     fixed = [attack for attack in forged.values() if not attack.in_batch]
     if all(side % CODE_SIDE == 0 for side in images.pixels.shape[2:]):
-        encoder = Hidden(Encoder(1, images.pixels.shape[1], True), torch.ones(1)).to(args.device).eval()
+        encoder = FixedCodeEncoder(Encoder(1, images.pixels.shape[1], True), torch.ones(1)).to(args.device).eval()
         fixed.append(ATTACKS["ssba"]().with_trigger(encoder))  # not trained, which costs the same
     return rows + [_stamping(attack, args, images) for attack in fixed]
 

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sau.machine.cores import MMAP_MAX, TRIM_THRESHOLD, keep_memory
-from sau.machine.device import peak_memory_mb
+from sau.runtime.device import MMAP_MAX, TRIM_THRESHOLD, keep_memory, peak_memory_mb
 
 Work = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

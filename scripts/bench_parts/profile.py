@@ -9,7 +9,7 @@ from bench_parts.measure import Work
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from sau.machine.cores import keep_memory
+from sau.runtime.device import keep_memory
 
 # The first fit counts; whole names of torch's operations, or patterns.
 KINDS: dict[str, str] = {

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sau import perturb
 from sau.defense import SAU
-from sau.machine.parts import InParts
 from sau.models import Normalized
+from sau.runtime.graphs import MicroBatchedStep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,13 @@ def _ours(
     model, reference = (setting.copied(net, amp=amp, compiled=compiled, captured=captured) for net in (h, h_b))
     state = method.prepare(model, len(batches))
     state["reference"] = reference.eval().requires_grad_(False)
-    step = InParts(method.step, state, method.splits(), setting.QUIET, repeats=method.repeats())
+    step = MicroBatchedStep(
+        method.step,
+        state,
+        setting.QUIET,
+        supports_microbatch=method.supports_microbatch(),
+        graph_safe=method.graph_safe,
+    )
     if batches[0][0].is_cuda:
         step(*batches[0])  # so that it is captured
     return lambda: [step(x, y) for x, y in batches]

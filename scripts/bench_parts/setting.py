@@ -122,7 +122,7 @@ def endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tens
 def copied(model: Normalized, *, amp: bool, compiled: bool = False, captured: bool = True) -> Normalized:
     """A copy in a precision, perhaps `compiled`, whose updates CUDA repeats where they may be `captured`."""
     other = copy.deepcopy(model)
-    other.amp, other.compiled, other.captured = amp, compiled, captured
+    other.amp, other.compiled, other.graph_safe = amp, compiled, captured
     return other
 
 
@@ -131,5 +131,5 @@ def as_released(net: nn.Module) -> nn.Module:
     other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     for module in other.modules():
         if isinstance(module, Normalized):
-            module.amp, module.compiled, module.captured = False, False, False
+            module.amp, module.compiled, module.graph_safe = False, False, False
     return other

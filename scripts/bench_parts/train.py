@@ -17,9 +17,9 @@ from bench_parts.measure import Task, Work, compare, forward_flops
 
 from sau.data.images import Images, to_float
 from sau.data.sources import source
-from sau.machine.parts import InParts
 from sau.models import Normalized
 from sau.optim import Training
+from sau.runtime.graphs import MicroBatchedStep
 
 RECIPE = Training(lr_scheduler="constant")
 
@@ -61,7 +61,7 @@ def ours(
     """An epoch as `Attack.fit` makes it."""
     victim = setting.copied(model, amp=amp, compiled=compiled, captured=captured).train()
     state = setting.ATTACK.prepare(victim, RECIPE, args.steps)
-    step = InParts(setting.ATTACK.step, state, setting.ATTACK.splits(), setting.QUIET, repeats=True)
+    step = MicroBatchedStep(setting.ATTACK.step, state, setting.QUIET, supports_microbatch=True, graph_safe=True)
     batches = images.batches(args.batch_size, seed=0, augment=source(args.dataset).augment, drop_last=True)
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Networks of torchvision by their names, adapted to the class count and the picture size."""
+"""Networks of torchvision by their names, adapted to the class count and the image size."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ _AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, wh
 
 
 class Enlarge(nn.Module):
-    """Bilinear enlargement to 224x224, in front of networks that cannot take small pictures."""
+    """Bilinear enlargement to 224x224, in front of networks that cannot take small images."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, size=(ENLARGED, ENLARGED), mode="bilinear", align_corners=False)
@@ -23,9 +23,9 @@ def torchvision_names() -> list[str]:
 
 
 def torchvision_net(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """A new network, without pretrained weights, that maps pictures [B, *shape] to logits [B, num_classes].
+    """A new network, without pretrained weights, that maps images [B, *shape] to logits [B, num_classes].
 
-    It takes the pictures as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224
+    It takes the images as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224
     first, and its state-dict keys begin with `1.`.
     """
     net = torchvision_plain(name, num_classes)

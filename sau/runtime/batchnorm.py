@@ -1,4 +1,4 @@
-"""Networks whose statistics stand still, and one that is searched through but not trained."""
+"""Batch norm with fixed statistics, fast on CUDA, and a twin of a network to search through."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -56,24 +56,23 @@ def _norm(
 
 
 def fixed_norms(network: Any, x: Tensor) -> AbstractContextManager[Any]:
-    """The context of an update that asks networks like `network` for first derivatives at `x`: `FixedNorms` on CUDA,
-    unless they are compiled, which makes fast code of its own."""
+    """The context of an update that needs first derivatives of `network` at `x`: `FixedNorms` on CUDA, unless the
+    network is compiled, which makes fast code of its own."""
     return FixedNorms() if x.is_cuda and not getattr(network, "compiled", False) else nullcontext()
 
 
-def searched(model: Any) -> dict[str, Any]:
-    """What the state of a step needs to search through `model`, which it also trains: where it is compiled or on CUDA a
-    twin, else nothing."""
+def search_twin(model: Any) -> dict[str, Any]:
+    """State entry with a weight-sharing, gradient-free twin of `model` for the inner search (CUDA or compiled only)."""
     if not getattr(model, "compiled", False) and not next(model.parameters()).is_cuda:
         return {}
-    return {"frozen": frozen(model.eval()).forward}
+    return {"frozen": shared_weight_twin(model.eval()).forward}
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """`model` over again on the same weights and statistics in memory, without gradients of weights.
+def shared_weight_twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares its weights and statistics in memory and forms no gradients of weights.
 
-    Compiled code and `FixedNorms` form all gradients that there may be, asked for or not, and the former is compiled
-    anew when `requires_grad` changes; so a search through a network that is being trained goes through this.
+    Compiled code and `FixedNorms` form all gradients that there may be, used or not, and the former is compiled anew
+    when `requires_grad` changes; so a search through a network that is being trained goes through this.
     """
     twin = copy.deepcopy(model).requires_grad_(False)
     theirs = (*model.parameters(), *model.buffers())

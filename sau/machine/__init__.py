@@ -1,1 +1,0 @@
-"""What a run is given to run on: devices, threads, precision, memory, processes."""

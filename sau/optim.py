@@ -1,0 +1,228 @@
+"""Gradient descent: the settings of optimisers and learning-rate schedules, and the step down a loss."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedules
+
+from sau.config import Method, param
+
+Schedule = Literal[
+    "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
+]
+Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
+
+# The benchmark's flags and keys about gradient descent, which its scripts have whether they train or not.
+DESCENT = (
+    "epochs", "lr", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "steplr_stepsize", "steplr_gamma",
+    "steplr_milestones", "adam_betas", "cos_t_max",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """The place of a loss in an update that several losses make.
+
+    Args:
+        share: its weight; those of all parts sum up to 1.
+        first: whether the gradients of the update before are cleared.
+        last: whether the weights move.
+    """
+
+    share: float = 1.0
+    first: bool = True
+    last: bool = True
+
+
+WHOLE = Part()
+
+
+class Descent:
+    """An optimiser and its schedule as one checkpointable thing; `part` says which part of an update a loss is.
+
+    With `keeps` every gradient is added to those of all steps before, as by code that forgets to clear them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
+        self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
+        self.part, self.keeps = WHOLE, False
+        self.moves = 0  # updates that Python has made
+        self.rates: list[Tensor] = []  # of each group, where a CUDA graph reads them
+        self.still = False  # the schedule, while an update is captured
+
+    def __call__(self, loss: Tensor, *others: "Descent", clip: float | None = None) -> None:
+        """One step down the gradient of `loss`, together with `others` that share it.
+
+        The gradient of this one is shortened to the length `clip` where it is longer.
+        """
+        together, part = (self, *others), self.part
+        for one in together:
+            if part.first and not one.keeps:
+                one.optimizer.zero_grad(set_to_none=True)
+        (loss if part is WHOLE else part.share * loss).backward()
+        if not part.last:
+            return
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, clip)
+        for one in together:
+            one._move()
+
+    def follow(self, gradients: Sequence[Tensor]) -> None:
+        """One step down given gradients, one for each of `parameters`."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            # Fused optimisers walk memory, so a gradient must lie in it as its parameter does.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.detach())
+        self._move()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What moves, in the order it was given."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _move(self) -> None:
+        self.optimizer.step()
+        self.moves += 1
+        if not self.still:
+            self.advance()
+
+    def advance(self) -> None:
+        """Move a schedule that counts updates."""
+        if self.every_update:
+            self.scheduler.step()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimiser can read its rates from the device's memory."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Inside, an update is captured, not made: rates are read from memory that `refresh` fills before each time it
+        is repeated, and the schedule stands still, so that `advance` is to be called after each."""
+        groups = self.optimizer.param_groups
+        kept = [dict(group) for group in groups]
+        self.rates = self.rates or [torch.zeros((), device=self.parameters[0].device) for _ in groups]
+        self.still = True
+        for group, rate in zip(groups, self.rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        try:
+            yield
+        finally:
+            self.still = False
+            for group, before in zip(groups, kept, strict=True):
+                group.clear()
+                group.update(before)
+
+    def refresh(self) -> None:
+        """Put the rates of the schedule where a captured update reads them."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            rate.fill_(group["lr"])
+
+    def end_epoch(self, loss: float) -> None:
+        """Move a schedule that counts epochs; `loss` is the epoch's mean, which ReduceLROnPlateau watches."""
+        if self.scheduler is None or self.every_update:
+            return
+        if isinstance(self.scheduler, schedules.ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        else:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and schedule, for a checkpoint, and the gradients that the next step adds to."""
+        kept = {"gradients": [parameter.grad for parameter in self.parameters]} if self.keeps else {}
+        schedule = self.scheduler and self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule, **kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for parameter, gradient in zip(self.parameters, state.get("gradients", ()), strict=False):
+            parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Method):
+    """The settings of gradient descent, shared by the victim's training and by every defense that trains."""
+
+    epochs: int = param(100, "passes over the training images", ge=0)
+    batch_size: int = param(128, "images a step", ge=1)
+    lr: float = param(0.01, "learning rate at the start (OneCycleLR: at its highest)", gt=0)
+    lr_scheduler: Schedule | None = param(
+        "CosineAnnealingLR",
+        "constant (none is the same), or a schedule of torch.optim by its name; stepped after each epoch, "
+        "OneCycleLR after each update",
+    )
+    client_optimizer: Optimizer = param(
+        "sgd", "sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta", aliases=("optim",)
+    )
+    sgd_momentum: float = param(0.9, "momentum of sgd", ge=0, lt=1)
+    wd: float = param(
+        5e-4, "weight decay on every parameter, batch norm and biases included", ge=0, aliases=("weight_decay",)
+    )
+    adam_betas: tuple[float, ...] = param((0.9, 0.999), "decay rates of adam's two moments", ge=0, lt=1)
+    steplr_stepsize: int = param(
+        30, "epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR)", ge=1
+    )
+    steplr_gamma: float = param(0.1, "factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau)", gt=0, le=1)
+    steplr_milestones: tuple[int, ...] = param((60, 90), "epochs at which the rate drops (MultiStepLR), like 60,90")
+    cos_t_max: int | None = param(
+        None, "epochs after which CosineAnnealingLR reaches min_lr; none means at the end of the run", ge=1
+    )
+    min_lr: float = param(0.0, "lowest rate of CosineAnnealingLR and of CyclicLR, whose first epoch has it", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("adam_betas", len(self.adam_betas) == 2, "two numbers")
+        falls = self.lr_scheduler != "ReduceLROnPlateau" or self.steplr_gamma < 1
+        self.require("steplr_gamma", falls, "above 0 and below 1 for ReduceLROnPlateau")
+        self.require("min_lr", self.min_lr <= self.lr, "0 up to lr")
+
+    def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> Descent:
+        """An optimiser over `parameters` with its schedule; `steps` updates make an epoch."""
+        optimizer = self._optimizer(list(parameters))
+        return Descent(optimizer, self._scheduler(optimizer, steps), self.lr_scheduler == "OneCycleLR")
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.wd}
+        if self.client_optimizer == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.sgd_momentum, fused=True, **common)
+        if self.client_optimizer == "adadelta":
+            return torch.optim.Adadelta(parameters, **common)
+        betas = (self.adam_betas[0], self.adam_betas[1])
+        if self.client_optimizer == "adamw":
+            return torch.optim.AdamW(parameters, betas=betas, fused=True, **common)
+        return torch.optim.Adam(parameters, betas=betas, amsgrad=True, fused=True, **common)
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        match self.lr_scheduler:
+            case "CosineAnnealingLR":
+                return schedules.CosineAnnealingLR(optimizer, self.cos_t_max or max(1, self.epochs), self.min_lr)
+            case "OneCycleLR":
+                total = max(1, self.epochs * steps)
+                return schedules.OneCycleLR(optimizer, self.lr, total_steps=total, cycle_momentum=False)
+            case "StepLR":
+                return schedules.StepLR(optimizer, self.steplr_stepsize, self.steplr_gamma)
+            case "MultiStepLR":
+                return schedules.MultiStepLR(optimizer, list(self.steplr_milestones), self.steplr_gamma)
+            case "CyclicLR":
+                return schedules.CyclicLR(optimizer, self.min_lr, self.lr, self.steplr_stepsize, cycle_momentum=False)
+            case "ReduceLROnPlateau":
+                return schedules.ReduceLROnPlateau(optimizer, factor=self.steplr_gamma)
+        return None
+
+
+def adam(lr: float, schedule: Schedule = "constant", **settings: Any) -> Training:
+    """Adam as papers have it: without AMSGrad, which our `adam` has like the benchmark's, and without decay.
+
+    Args:
+        lr: learning rate.
+        schedule: of the rate.
+        settings: further fields of `Training`.
+    """
+    return Training(client_optimizer="adamw", wd=0.0, lr=lr, lr_scheduler=schedule, **settings)  # the two are the same

@@ -1,0 +1,142 @@
+"""The device and its threads, precision and memory."""
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import joblib
+import torch
+from torch import nn
+
+from sau.config import Method
+from sau.errors import ConfigError
+from sau.evaluate import predict
+from sau.models import Normalized
+from sau.record.folder import Record
+from sau.settings.run import Run
+
+CPU_INFO = Path("/proc/cpuinfo")
+MAX_THREADS = 1024
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # what glibc's malloc.h calls these settings
+
+
+def choose_device(wish: str) -> torch.device:
+    """The device that `wish` names; `auto` is CUDA where there is one. ConfigError if this machine does not have it."""
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {wish!r}, but torch finds no CUDA device here; allowed is auto or cpu")
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ConfigError(f"device is {wish!r}; this machine has cpu and {torch.cuda.device_count()} cuda devices")
+    return device
+
+
+def prepare(device: torch.device) -> torch.device:
+    """Make it the device of this process. CUDA then searches for its fastest convolutions: batches have few sizes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # else pinned memory would open the first device
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    return device
+
+
+def set_threads(wish: int, earlier: int | None = None) -> int:
+    """Use `wish` CPU threads; returns how many are used. For the process of a command: see `keep_memory`.
+
+    0 means OMP_NUM_THREADS, or `earlier`, the number that an interrupted run began with (other numbers round
+    differently), or all cores that this process may use, by affinity and control group.
+    """
+    if not 0 <= wish <= MAX_THREADS:
+        raise ConfigError(f"threads is {wish}, allowed is 0 (OMP_NUM_THREADS, or all cores) to {MAX_THREADS}")
+    variable = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested teams
+    environment = int(variable) if variable.isdecimal() else 0
+    torch.set_num_threads(wish or environment or earlier or joblib.cpu_count())
+    keep_memory()
+    return torch.get_num_threads()
+
+
+def keep_memory() -> bool:
+    """Have this process keep the memory that it frees, for its next update needs as much again.
+
+    By default glibc hands large pieces back to the system, which clears and maps each page again: a tenth of the time
+    of wide networks in fp32. False, and nothing is done, with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic: NVIDIA cards from Ampere on, and CPUs with AVX-512 BF16, AMX or Arm's
+    BF16 (read in /proc/cpuinfo, so on Linux alone)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with suppress(OSError):  # no such file on other systems
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(CPU_INFO.read_text().split())
+    return False
+
+
+def choose_precision(record: Record, run: Run, model: Normalized, method: Method, device: torch.device) -> None:
+    """Set the precision of `model` and whether it is compiled: as asked, or as an interrupted run began.
+
+    Args:
+        record: of the run; keeps both choices.
+        run: what was asked. Without `amp` the precision is bf16 where the device has bf16 arithmetic, else fp32.
+        model: the network.
+        method: whether its networks may be compiled.
+        device: where it runs.
+
+    Raises ConfigError if the run began in another precision than is asked now.
+    """
+    before: bool | None = record.config.get("amp")
+    if before is not None and run.amp not in (None, before):
+        raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
+    chosen = has_bf16(device) if run.amp is None else run.amp
+    model.amp = chosen if before is None else before
+    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {device}, {torch.get_num_threads()} threads")
+    if run.compile and not method.compiles:
+        record.log(f"note: the networks of {method.name} cannot be compiled, so --compile has no effect")
+    asked = run.compile and method.compiles
+    model.compiled = bool(record.config.get("compile", asked))
+    if model.compiled != asked:
+        began = "compiled" if model.compiled else "not compiled"
+        record.log(f"note: this run goes on as it began, {began}; --compile has no effect")
+    if model.compiled:
+        record.log("compiling the network (torch.compile), which takes up to a minute")
+    record.update_config(amp=model.amp, device=device.type, compile=model.compiled)
+
+
+def processor(device: torch.device) -> str:
+    """The name of the processor or card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds_per_image(model: nn.Module, shape: Sequence[int], device: torch.device) -> float:
+    """Seconds of a forward pass an image, to forecast evaluations."""
+    x = torch.rand(250, *shape, device=device)
+    predict(model, x)
+    started = time.monotonic()
+    predict(model, x)
+    return (time.monotonic() - started) / len(x)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory used so far: of the device's allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
