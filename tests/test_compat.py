@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hostile import HERE, KEYS, hostile, in_zip, pickled, saved, text
+from hostile import HERE, KEYS, hostile, pickled, saved
 from PIL import Image
 from toys import TinyNet, tiny_net, toy_images
 
-from sau.compat import backdoorbench, export, torch_file
+from sau.compat import backdoorbench, export
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
 from sau.data.sources import OFFICIAL, Official, fingerprint, load, source
@@ -227,21 +227,6 @@ def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
     assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
 
 
-def test_pictures_kept_in_the_file(tiny, tmp_path):
-    content = toy_content(tmp_path / "a")
-    shutil.rmtree(tmp_path / "a")
-    for name, images in zip(("bd_train", "bd_test"), toy_parts(), strict=True):
-        content[name]["bd_data_container"]["save_folder_path"] = None
-        content[name]["bd_data_container"]["data_dict"] = {
-            np.int64(i): (Image.fromarray(pixels.permute(1, 2, 0).numpy()), stored, true)
-            for i, pixels, stored, true in zip(
-                images.index.tolist(), images.pixels, images.labels.tolist(), images.true_labels.tolist(), strict=True
-            )
-        }
-    found = backdoorbench.read(save(content, tmp_path / "a"))
-    assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
-
-
 def test_pictures_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, tmp_path):
     content = toy_content(tmp_path / "a")
     (tmp_path / "a" / "bd_train_dataset").rename(tmp_path / "a" / "cross_train_dataset")
@@ -330,28 +315,6 @@ def test_broken_archives(refused, tmp_path):
         backdoorbench.read(tmp_path / "empty")
 
 
-def test_an_image_in_the_file_that_is_not_rgb_is_refused(refused):
-    """Three bytes a pixel, too: they would be taken for red, green and blue."""
-    refused({"x": Image.new("HSV", (2, 2))}, "mode 'HSV', allowed is RGB")
-
-
-@pytest.mark.parametrize("kind", ["f8", "i8", "i4", "f2"])
-def test_an_array_has_the_length_that_it_claims(refused, tmp_path, kind):
-    raw = saved({"x": np.array([-1, 0, 1], dtype=kind)})
-    assert torch_file.load(tmp_path, raw=raw)[0]["x"].values.tolist() == [-1, 0, 1]
-    longer = pickled(raw, lambda content: content.replace(b"K\x01K\x03\x85", b"K\x01K\x04\x85"))
-    refused(longer, "cannot reshape array of size 3 into shape (4,)")
-
-
-def test_claims_of_size_cost_nothing(refused, tiny, tmp_path):
-    content = toy_content(tmp_path / "hostile")
-    content["model"]["linear.weight"] = torch.zeros(1).expand(1 << 40)
-    refused(content, "linear.weight' claims shape [1099511627776]")
-    claim = b"\x8a\x08" + (1 << 40).to_bytes(8, "little")
-    storage = b"((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + claim + b"tQ"
-    refused(in_zip(b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K\x00(K\x02t(K\x01t\x89)tR"), "record size")
-
-
 def test_flipped_bits_are_refused_or_harmless(tiny, tmp_path, one_line):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
     raw, before = bytearray((folder / RESULT).read_bytes()), backdoorbench.read(folder)
@@ -386,96 +349,65 @@ def test_missing_keys(refused, tiny, tmp_path):
     whole = toy_content(tmp_path / "hostile")
     for key in KEYS:
         refused({name: value for name, value in whole.items() if name != key}, f"lacks {key!r}")
-    for key in ("bd_data_container", "original_index_array", "poison_indicator"):
-        lacking = {name: value for name, value in whole["bd_test"].items() if name != key}
-        refused({**whole, "bd_test": lacking}, f"lacks {key!r}")
     for content in ({**whole, "bd_test": None}, [1], 3):
         refused(content, "not as BackdoorBench writes it")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "word"),
-    [
-        ("clean_data", "imagenet", "clean_data is 'imagenet'"),
-        ("clean_data", "gtsrb", "43, as gtsrb has"),
-        ("clean_data", [3], "clean_data is [3]"),
-        ("model_name", "nothing", "nothing"),
-        ("model_name", "a\nb\x1b[2J", "unknown model"),
-        ("num_classes", 11, "num_classes is 11"),
-        ("num_classes", "10", "num_classes is '10'"),
-        ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
-        ("img_size", None, "not as BackdoorBench"),
-        ("model", None, "has no 'features.0.weight'"),
-        ("model", {3: torch.zeros(1)}, "has no 'features.0.weight'"),
-    ],
-)
-def test_wrong_values(refused, tiny, tmp_path, key, value, word):
-    refused({**toy_content(tmp_path / "hostile"), key: value}, word)
+ENTRY = "bd_test.bd_data_container.data_dict"
+WRONG = [
+    ("clean_data", "imagenet", "clean_data is 'imagenet'"),
+    ("clean_data", "gtsrb", "43, as gtsrb has"),
+    ("clean_data", [3], "clean_data is [3]"),
+    ("model_name", "a\nb\x1b[2J", "unknown model"),
+    ("num_classes", 11, "num_classes is 11"),
+    ("num_classes", "10", "num_classes is '10'"),
+    ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
+    ("img_size", None, "not as BackdoorBench"),
+    ("model", {3: torch.zeros(1)}, "has no 'features.0.weight'"),
+    ("model.more", torch.zeros(1), "unknown 'more'"),
+    ("model.linear:bias", torch.zeros(11), "'linear.bias' of shape [11]"),
+    ("model.linear:weight", torch.zeros(1).expand(1 << 40), "claims shape [1099511627776]"),
+    ("model.linear:bias", torch.zeros(10, dtype=torch.int64), "torch.int64"),
+    ("model.linear:bias", torch.full((10,), float("nan")), "not finite"),
+    ("model.linear:bias", torch.zeros(10).to_sparse(), "dense"),
+    ("model.linear:bias", [0.0] * 10, "lacks 'linear.bias'"),
+    ("model.features:1:running_var", torch.full((10,), -1.0), "negative variance"),
+    ("bd_test.poison_indicator", np.zeros((2, 2)), "not a vector of whole numbers"),
+    ("bd_test.poison_indicator", np.full(20, np.nan), "whole numbers"),
+    ("bd_test.poison_indicator", np.full(20, 0.5), "whole numbers"),
+    ("bd_test.poison_indicator", ["1"] * 20, "whole numbers"),
+    ("bd_test.poison_indicator", np.zeros(10_001), "the length of bd_test is 10001"),
+    ("bd_test.poison_indicator", np.zeros(20), "0 of them triggered"),
+    ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"),
+    ("bd_test.original_index_array", np.array([-1, 1]), "0 to 19"),
+    ("bd_test.original_index_array", np.array([1, 1]), "different"),
+    ("bd_test.original_index_array", [], "0 pictures"),
+    ("bd_test.bd_data_container", {}, "lacks 'data_dict'"),
+    (ENTRY, {}, "lacks 1"),
+    (f"{ENTRY}.1.other_info", [10, 1], "is 10, allowed is 0 to 9"),
+    (f"{ENTRY}.1.other_info", [0, -1], "is -1"),
+    (f"{ENTRY}.1.other_info", [True, 1], "is True"),
+    (f"{ENTRY}.1.other_info", [0], "not as BackdoorBench"),
+    (f"{ENTRY}.1.other_info", [0, 8], "missing"),
+    (f"{ENTRY}.1.path", "bd_test_dataset/1/2.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", "/etc/passwd", "/etc/passwd"),
+    (f"{ENTRY}.1.path", "../../bd_test_dataset/../1.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", "defense/1/1.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", "bd_test_dataset/..\\1/1.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", "bd_test_dataset/\u0661/1.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", None, "not as BackdoorBench"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "word"),
-    [
-        ("more", torch.zeros(1), "unknown 'more'"),
-        ("linear.bias", torch.zeros(11), "'linear.bias' of shape [11]"),
-        ("linear.bias", torch.zeros(10, dtype=torch.int64), "torch.int64"),
-        ("linear.bias", torch.full((10,), float("nan")), "not finite"),
-        ("linear.bias", torch.zeros(10).to_sparse(), "dense"),
-        ("linear.bias", torch.zeros(10, device="meta"), "dense"),
-        ("linear.bias", [0.0] * 10, "lacks 'linear.bias'"),
-        ("features.1.running_var", torch.full((10,), -1.0), "negative variance"),
-    ],
-)
-def test_wrong_weights(refused, tiny, tmp_path, name, value, word):
-    content = toy_content(tmp_path / "hostile")
-    refused({**content, "model": OrderedDict({**content["model"], name: value})}, word)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"poison_indicator": np.zeros((2, 2))}, "not a vector of whole numbers"),
-        ({"poison_indicator": np.full(20, np.nan)}, "whole numbers"),
-        ({"poison_indicator": np.full(20, 0.5)}, "whole numbers"),
-        ({"poison_indicator": ["1"] * 20}, "whole numbers"),
-        ({"poison_indicator": np.zeros(10_001)}, "the length of bd_test is 10001"),
-        ({"poison_indicator": np.zeros(20)}, "0 of them triggered"),
-        ({"original_index_array": np.array([1, 20])}, "0 to 19"),
-        ({"original_index_array": np.array([-1, 1])}, "0 to 19"),
-        ({"original_index_array": np.array([1, 1])}, "different"),
-        ({"original_index_array": []}, "0 pictures"),
-        ({"bd_data_container": {"data_dict": {}}}, "lacks 1"),
-    ],
-)
-def test_wrong_lists(refused, tiny, tmp_path, change, word):
-    content = toy_content(tmp_path / "hostile")
-    content["bd_test"].update(change)
-    refused(content, word)
-
-
-@pytest.mark.parametrize(
-    ("entry", "word"),
-    [
-        ({"other_info": [10, 1]}, "is 10, allowed is 0 to 9"),
-        ({"other_info": [0, -1]}, "is -1"),
-        ({"other_info": [0.0, 1]}, "is 0.0"),
-        ({"other_info": [True, 1]}, "is True"),
-        ({"other_info": [0]}, "not as BackdoorBench"),
-        ({"other_info": 3}, "not as BackdoorBench"),
-        ({"path": "bd_test_dataset/1/2.png"}, "picture 1 is at"),
-        ({"path": "/etc/passwd"}, "/etc/passwd"),
-        ({"path": "../../bd_test_dataset/../1.png"}, "picture 1 is at"),
-        ({"path": "defense/1/1.png"}, "picture 1 is at"),
-        ({"path": "bd_test_dataset/..\\1/1.png"}, "picture 1 is at"),
-        ({"path": "bd_test_dataset/\u0661/1.png"}, "picture 1 is at"),
-        ({"path": "bd_test_dataset/1/1.png\n"}, "picture 1 is at"),
-        ({"path": None}, "not as BackdoorBench"),
-        ({"path": "bd_test_dataset/7/1.png", "other_info": [0, 8]}, "missing"),
-    ],
-)
-def test_wrong_entries(refused, tiny, tmp_path, entry, word):
-    content = toy_content(tmp_path / "hostile")
-    content["bd_test"]["bd_data_container"]["data_dict"][np.int64(1)].update(entry)
+@pytest.mark.parametrize(("place", "value", "word"), WRONG)
+def test_wrong_values(refused, tiny, tmp_path, place, value, word):
+    content = inner = toy_content(tmp_path / "hostile")
+    *outer, last = place.split(".")
+    for key in outer:
+        inner = inner[np.int64(key) if key.isdigit() else key]
+    inner[last.replace(":", ".")] = value
+    if word == "missing":  # a class without a folder
+        inner["path"] = "bd_test_dataset/7/1.png"
     refused(content, word)
 
 

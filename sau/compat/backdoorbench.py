@@ -6,7 +6,6 @@ Nothing in the file is run, weights are matched by name, and images are opened o
 
 import re
 import reprlib
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sau.compat import torch_file, weights
-from sau.compat.torch_file import Array, Picture
+from sau.compat.torch_file import Array
 from sau.data.decode import cached, read_image
 from sau.data.images import BACKDOOR, COVER, Images
 from sau.data.sources import OFFICIAL, source
@@ -28,7 +27,6 @@ from sau.settings.run import Run
 
 _PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # what wrong content raises
-Place = Path | Picture  # of an image: a file, or in `attack_result.pt` itself
 
 
 def read(folder: Path) -> AttackResult:
@@ -95,16 +93,9 @@ def _require(what: str, got: Any, ok: bool, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class _Split:
-    """`bd_train` or `bd_test` of a file.
+    """`bd_train` or `bd_test` (`name`) of the file with this `digest` in `folder`.
 
-    Args:
-        folder: where the file lies.
-        name: which of the two.
-        classes: of the data set.
-        size: height and width of an image in pixels.
-        length: images of the official split.
-        digest: SHA-256 of the file.
-        checked: folders of images that are known to lie in `folder`.
+    Of the data set there are `classes`, `size` (height and width of an image) and `length` (images of the split).
     """
 
     folder: Path
@@ -113,7 +104,7 @@ class _Split:
     size: int
     length: int
     digest: str
-    checked: set[Path] = field(default_factory=set)
+    checked: set[Path] = field(default_factory=set)  # folders of images that are known to lie in `folder`
 
     def read(self, state: Any) -> tuple[Images, int]:
         """The images with a trigger, in the order of the attack, and the number of images that the attack saw."""
@@ -127,7 +118,7 @@ class _Split:
         if self.name == "bd_test" and not len(chosen) == len(order) > 0:
             raise RecordError(f"bd_test has {len(order)} pictures, {len(chosen)} of them triggered; all must be")
         entries = [self._entry(table[index], index) for index in chosen.tolist()]
-        pixels = self._pixels([entry[0] for entry in entries])
+        pixels = self._pixels([file for file, *_ in entries])
         stored, true, role = torch.tensor([entry[1:] for entry in entries], dtype=torch.int64).view(-1, 3).unbind(1)
         return Images(pixels, stored, true, role.to(torch.uint8), torch.from_numpy(chosen), self.classes), n
 
@@ -139,20 +130,16 @@ class _Split:
             raise RecordError(f"{key} of {self.name} is not a vector of whole numbers")
         return given.astype(np.int64)
 
-    def _entry(self, value: Any, index: int) -> tuple[Place, int, int, int]:
-        """Where an image is, its stored label, its true label and its role."""
-        what = f"{self.name}'s picture {index}"
-        place, *labels = value if isinstance(value, tuple) else (value["path"], *value["other_info"])
-        for label in labels:
+    def _entry(self, value: Any, index: int) -> tuple[Path, int, int, int]:
+        """The file of an image, its stored label, its true label and its role."""
+        what, path, (stored, true) = f"{self.name}'s picture {index}", value["path"], value["other_info"]
+        for label in (stored, true):
             valid = type(label) is int and 0 <= label < self.classes
             _require(f"the label of {what}", label, valid, f"0 to {self.classes - 1}")
-        stored, true = labels
-        if isinstance(place, Picture):
-            return place, stored, true, BACKDOOR
-        found = _PATH.fullmatch(place)
+        found = _PATH.fullmatch(path)
         if found is None or int(found[3]) != index:
             allowed = f"bd_NAME/CLASS/{index}.png or cross_NAME/CLASS/{index}.png at the end of the path"
-            raise RecordError(f"{what} is at {reprlib.repr(place)}; allowed is {allowed}")
+            raise RecordError(f"{what} is at {reprlib.repr(path)}; allowed is {allowed}")
         role = COVER if found[1].startswith("cross_") else BACKDOOR
         usual = f"{self.name}_dataset/{true}/{index}.png"  # older versions store another path than they write to
         return self._file(f"{found[1]}/{int(found[2])}/{index}.png", usual), stored, true, role
@@ -163,34 +150,25 @@ class _Split:
             if file.parent not in self.checked and not file.parent.resolve().is_relative_to(self.folder.resolve()):
                 raise RecordError(f"{file.parent} is a link that leads out of the folder")
             self.checked.add(file.parent)
-            if _regular(file):
+            if file.is_file() and not file.is_symlink():
                 return file
         raise RecordError(f"{self.folder / below[0]} is missing or no ordinary file; copy the folder as a whole")
 
-    def _pixels(self, places: list[Place]) -> Tensor:
-        """uint8 [N, 3, size, size]; those from PNG files are kept in the cache of decoded images."""
+    def _pixels(self, files: list[Path]) -> Tensor:
+        """uint8 [N, 3, size, size], kept in the cache of decoded images if there are any."""
 
         def decode() -> dict[str, Tensor]:
-            pixels = torch.empty(len(places), 3, self.size, self.size, dtype=torch.uint8)
-            bar = tqdm(places, desc=self.name, unit="image", disable=None, leave=False)
-            for slot, place in zip(pixels, bar, strict=True):
-                image = place.pixels if isinstance(place, Picture) else np.asarray(read_image(place))
+            pixels = torch.empty(len(files), 3, self.size, self.size, dtype=torch.uint8)
+            bar = tqdm(files, desc=self.name, unit="image", disable=None, leave=False)
+            for slot, file in zip(pixels, bar, strict=True):
+                image = np.asarray(read_image(file))
                 if image.shape != (self.size, self.size, 3):
-                    where = "a picture in the file" if isinstance(place, Picture) else place
-                    raise RecordError(f"{where} has {image.shape[1]}x{image.shape[0]} pixels, not {self.size}")
+                    raise RecordError(f"{file} has {image.shape[1]}x{image.shape[0]} pixels, not {self.size}")
                 slot.copy_(torch.from_numpy(image.transpose(2, 0, 1).copy()))
             return {"pixels": pixels}
 
-        files = [place for place in places if isinstance(place, Path)]
-        if not files or len(files) < len(places):
+        if not files:
             return decode()["pixels"]
-        stats = ((file.relative_to(self.folder), file.lstat()) for file in files)
+        stats = ((file.relative_to(self.folder), file.stat()) for file in files)
         parts = (f"{path} {info.st_size} {info.st_mtime_ns}" for path, info in stats)
         return cached([f"BackdoorBench {self.digest} {self.name} {self.size}", *parts], decode)["pixels"]
-
-
-def _regular(file: Path) -> bool:
-    try:
-        return stat.S_ISREG(file.lstat().st_mode)
-    except OSError:
-        return False

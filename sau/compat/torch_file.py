@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.serialization import safe_globals
 
-from sau.errors import RecordError, printable, short_repr
+from sau.errors import RecordError, printable
 from sau.files import mistaken, read
 
 LARGEST = 8 << 30  # bytes of a file, which is read into memory whole
@@ -47,18 +47,6 @@ class Namespace(dict[str, Any]):
 
     def __setstate__(self, state: Any) -> None:
         self.update(state)
-
-
-class Picture:
-    """Stands in for a Pillow image: `pixels` is uint8 [H, W, 3]; ValueError unless it is RGB and whole."""
-
-    pixels: np.ndarray = np.zeros((0, 0, 3), np.uint8)
-
-    def __setstate__(self, state: Any) -> None:
-        _, mode, (width, height), _, content = state
-        if mode != "RGB":
-            raise ValueError(f"an image has mode {short_repr(mode)}, allowed is RGB")
-        self.pixels = np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
 class _Type:
@@ -103,25 +91,20 @@ def _dict(*args: Any) -> dict[Any, Any]:
     return {}  # of a defaultdict; its items follow
 
 
-def _list(*args: Any) -> list[Any]:
-    return []  # of a deque; its items follow
-
-
 _INERT = """
-builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.tuple builtins.slice
+builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
 datetime.date datetime.datetime datetime.timedelta torch.torch_version.TorchVersion
 """.split()
+_PATHS = "pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib._local.PosixPath".split()
 ALLOWED: list[Any] = [
     *((Inert, name) for name in _INERT),
-    *((_path, f"pathlib{part}.{kind}Path") for part in ("", "._local") for kind in ("Posix", "PurePosix", "Windows")),
+    *((_path, name) for name in _PATHS),
     *((Namespace, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
     *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     (_dict, "collections.defaultdict"),
-    (_list, "collections.deque"),
     (Array, "numpy.ndarray"),
     (_Type, "numpy.dtype"),
-    (Picture, "PIL.Image.Image"),
 ]
 
 
@@ -139,13 +122,11 @@ def content(path: Path) -> bytes:
 def load(path: Path, raw: bytes | None = None) -> tuple[Any, str]:
     """The content of a file of `torch.save`, with stand-ins for what is no tensor or plain value, and its SHA-256.
 
-    Args:
-        path: the file.
-        raw: its bytes, if they have been read.
+    `raw` are its bytes, if they have been read. Files of torch before 1.6 have no checksums.
 
     Raises:
         ProgramError: the file imports what is not on the list, or is TorchScript; nothing of it has run.
-        RecordError: the file is damaged or of another format. Files of torch before 1.6 have no checksums.
+        RecordError: the file is damaged or of another format.
     """
     raw = content(path) if raw is None else raw
     try:
@@ -155,16 +136,18 @@ def load(path: Path, raw: bytes | None = None) -> tuple[Any, str]:
             raise ValueError("it is no file of torch.save; save the network's state_dict with torch.save")
         with safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sparse tensors and the like, which are refused later
-            found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except ProgramError as error:
-        raise ProgramError(f"{path} {error}") from None
+            loaded = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise a dozen types on damaged files
-        if name := re.search(r"GLOBAL (\S+)", str(error)):
-            advice = "if you made it yourself, save model.state_dict() alone with torch.save"
-            wanted = f"{path} wants to import {printable(name[1])[:100]}, which weights do not need"
-            raise ProgramError(f"{wanted}; nothing of it was run; {advice}") from None
-        raise RecordError(f"{path} cannot be read: {_reason(error)}") from None
-    return found, hashlib.sha256(raw).hexdigest()
+        text = str(error)
+        if name := re.search(r"GLOBAL (\S+)", text):
+            wanted = f"{path} wants to import {name[1][:100]}, which weights do not need; nothing of it was run"
+            raise ProgramError(f"{wanted}; if you made it, save model.state_dict() alone with torch.save") from None
+        if isinstance(error, ProgramError):
+            raise ProgramError(f"{path} {error}") from None
+        cause = re.search(r"WeightsUnpickler error: *(.*)", text)  # it follows advice to run the file
+        line = printable(cause[1] if cause else text.split("\n")[0])[:160]
+        raise RecordError(f"{path} cannot be read: {line or type(error).__name__}") from None
+    return loaded, hashlib.sha256(raw).hexdigest()
 
 
 def _check_archive(raw: bytes) -> None:
@@ -202,13 +185,3 @@ def imports(raw: bytes) -> list[str]:
                     elif isinstance(argument, str):
                         texts.append(argument)
     return list(names)
-
-
-def _reason(error: Exception) -> str:
-    """The part of torch's message that names the cause, on one printable line."""
-    text = str(error)
-    found = re.search(r"WeightsUnpickler error: *(.*)", text)  # it follows advice to run the file
-    line = printable(found[1] if found else text.split("\n")[0])[:160]
-    if type(error) in (ValueError, zipfile.BadZipFile):
-        return line
-    return f"its content is damaged or not from torch.save ({type(error).__name__}: {line})"
