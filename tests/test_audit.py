@@ -56,7 +56,7 @@ from sau.models import Normalized
 from sau.record import attack_result as stored
 from sau.record.folder import Record
 from sau.record.lock import in_use
-from sau.record.schema import as_json, digest, dump_manifest
+from sau.record.schema import as_json, digest, dump_config, dump_manifest
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
@@ -470,7 +470,7 @@ def test_a_defense_of_another_attack_is_refused(victim, here, one_line):
     assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
     record = Record(victim / "defense" / "ft")
     record.check()
-    record.update_config(attacked="0" * 64)
+    (record.path / "config.yaml").write_bytes(dump_config({**record.config, "attacked": "0" * 64}))
     kept = [file for file in record._files() if file.name != "manifest.json"]
     (record.path / "manifest.json").write_bytes(dump_manifest(kept))
     with pytest.raises(RecordError) as refusal:

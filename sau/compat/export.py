@@ -28,18 +28,10 @@ NETWORKS = ("preactresnet18", "vgg19", "vgg19_bn")  # that BackdoorBench builds 
 
 
 def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, Images, int]:
-    """The images of a finished attack, on the CPU.
+    """Clean training set, poisoned training images (maybe none), triggered test set, number of clean test images.
 
-    Args:
-        record: of an attack.
-        data: folder of the data sets; None means where the attack had them.
-
-    Returns:
-        The clean training set, the poisoned training images (maybe none), the triggered test set, and the number of
-        clean test images.
-
-    Raises:
-        RecordError: the record is of a clean network, or its data set has changed.
+    `data` is the folder of the data sets; None is where the attack had them. RecordError if the record is of a clean
+    network, or its data set has changed.
     """
     attacked = attack_result.load(record.path)
     if attacked.triggered is None:
@@ -53,8 +45,7 @@ def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, I
 def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder to fill; it becomes `target` at the end of the block, and is deleted on an error.
 
-    Raises:
-        RecordError: `target` exists or cannot be written.
+    RecordError if `target` exists or cannot be written.
     """
     if target.exists() or target.is_symlink():
         raise RecordError(f"{target} exists; choose another folder")
