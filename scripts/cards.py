@@ -1,163 +1,157 @@
-"""Put figures into the pages of the methods: published ones, and those of the runs that are kept in docs/results.
+"""The measured and the published figures in the pages of methods, for `python scripts/tables.py cards`.
 
-python scripts/cards.py            writes what stands behind `<!-- published -->` and `<!-- measured -->` in docs, up to
-                                   `<!-- /published -->` and, where there is one, `<!-- /measured -->`
-python scripts/cards.py --check    writes nothing; exit status 1 if a page does not say what the data say
+What stands behind `<!-- published -->` and `<!-- measured -->` in docs/attacks and docs/defenses, up to
+`<!-- /published -->` and, where there is one, `<!-- /measured -->`, comes from docs/results.
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import yaml
 
-from sau.command.arguments import Parser
-from sau.errors import run_command
-from sau.report.published import Row, mean, published
-from sau.report.read import NONE, Run, read
-from sau.report.spread import spread
-from sau.report.table import DEAD
+from sau.report.cells import DEAD
+from sau.report.results import NONE, Result, find_results
+from sau.report.stats import mean_std
+from sau.report.tables import Row, mean_row, published
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-CONFIGS = DOCS.parent / "configs"
 TABLE = "table1_cpu"  # of docs/results
 COSTS = "bench_defenses_cpu"  # of docs/results/bench.jsonl
-MARK, MARK_END = "<!-- measured -->\n", "<!-- /measured -->\n"
-PUBLISHED, END = "<!-- published -->\n", "<!-- /published -->\n"
+PUBLISHED = re.compile("(<!-- published -->\n).*?(<!-- /published -->\n)", re.S)
+MEASURED = re.compile("(<!-- measured -->\n).*?((<!-- /measured -->\n.*)?)\\Z", re.S)
 SOURCE = f"from [{TABLE}](../results/{TABLE}.md), bf16"
 
 
+def update(check: bool) -> int:
+    """Write the pages that are stale, or with `check` only name them and return 1 if there are any."""
+    stale, results = [], find_results(DOCS / "results" / f"{TABLE}.jsonl")[0]
+    for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
+        for file in sorted((DOCS / kind).glob("*.md")):
+            old = file.read_text()
+            if not MEASURED.search(old):
+                continue
+            measured = table(results, file.stem) or "Here: not measured yet.\n"
+            new = MEASURED.sub(
+                lambda found, text=measured: f"{found[1]}\n{text}{chr(10) * bool(found[2])}{found[2]}", old
+            )
+            if PUBLISHED.search(new):
+                text = published_table(file.stem)
+                new = PUBLISHED.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", new)
+            if new != old:
+                stale.append(file)
+                file.write_text(old if check else new)
+    for file in stale:
+        print(f"{'stale' if check else 'written'}: {file.relative_to(DOCS.parent)}")
+    return int(check and bool(stale))
+
+
 def text(values: list[Any], digits: int = 2) -> str:
-    """Mean and standard deviation; a value that some run lacks is a dash."""
-    found = spread(values)
+    """Mean and standard deviation; a dash if a value is missing."""
+    found = mean_std(values)
     return found.text(digits) if found else "-"
 
 
-def rule(columns: int) -> str:
-    """The line below the head of a Markdown table."""
-    return "| --- " * columns + "|\n"
+def columns(results: list[Result], *names: str, digits: int = 2) -> list[str]:
+    """Figures over seeds."""
+    return [text([result.figures[name] for result in results], digits) for name in names]
 
 
-def oracle(run: Run) -> bool:
-    """Whether the test sets chose something."""
-    return run.summary.get("selection") == "oracle"
-
-
-def by_attack(runs: list[Run], defense: str) -> dict[str, list[Run]]:
-    """Runs of a defense by attack, over seeds."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.defense == defense:
-            found.setdefault(run.attack, []).append(run)
-    return found
+def figures(row: Row) -> list[str]:
+    """Two decimals, or a dash."""
+    return ["-" if value is None else f"{value:.2f}" for value in row]
 
 
 def recipe(kind: str, name: str) -> str:
-    """What the recipe `cpu` changes of a method's settings, as a sentence."""
-    content = yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text())
+    """What the recipe `cpu` changes of a method's settings."""
+    file = DOCS.parent / "configs" / kind / f"{name}.yaml"
+    content = yaml.safe_load(file.read_text()) if file.is_file() else {}
     changed = (content.get("recipes") or {}).get("cpu") or {}
-    cells = ", ".join(f"`{key}` {','.join(map(str, as_list(value)))}" for key, value in changed.items())
-    return f"The recipe `cpu` sets {cells}.\n" if cells else "The recipe `cpu` changes none of its settings.\n"
+    lists = {key: value if isinstance(value, list) else [value] for key, value in changed.items()}
+    texts = ", ".join(f"`{key}` {','.join(map(str, value))}" for key, value in lists.items())
+    return f"The recipe `cpu` sets {texts}.\n" if texts else "The recipe `cpu` changes none of its settings.\n"
 
 
-def as_list(value: Any) -> list[Any]:
-    """A list as it is, anything else in one."""
-    return value if isinstance(value, list) else [value]
-
-
-def attack_table(runs: list[Run], name: str) -> str:
-    """One row: what the attack reaches, and how well it hides."""
-    own = by_attack(runs, NONE).get(name)
+def attack_table(results: list[Result], name: str) -> str:
+    """One row: what the attack reaches, and how well its trigger hides."""
+    own = [result for result in results if (result.attack, result.defense) == (name, NONE)]
     if not own:
         return ""
-    cells = [text([run.figures[key] for run in own]) for key in ("acc", "asr", "racc")]
-    hidden = [run.summary.get("trigger") or {} for run in own]
+    texts = columns(own, "acc", "asr", "racc")
+    triggers = [result.summary.get("trigger") or {} for result in own]
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
-    cells += [text([one.get(key) for one in hidden], n) for key, n in digits.items()]
-    crossed = [run.summary["cross_acc"] for run in own if "cross_acc" in run.summary]
+    texts += [text([trigger.get(key) for trigger in triggers], n) for key, n in digits.items()]
+    crossed = [result.summary["cross_acc"] for result in own if "cross_acc" in result.summary]
     few = f" ({len(crossed)})" if 0 < len(crossed) < len(own) else ""  # the first runs do not have it
-    cells += [text(crossed) + few, text([run.figures["seconds"] for run in own], 0)]
+    texts += [text(crossed) + few, *columns(own, "seconds", digits=0)]
     return (
         "Here, real CIFAR-10 on the CPU track (width 16), mean ± standard deviation over seeds,\n"
         f"{SOURCE}.\n{recipe('attack', name)}`seconds` are those of one thread beside other work.\n\n"
         "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity "
         "| in the ball of 0.2, % | cross ACC % | seconds |\n"
-        f"{rule(10)}"
-        f"| {len(own)} | {' | '.join(cells)} |\n"
+        f"{'| --- ' * 10}|\n| {len(own)} | {' | '.join(texts)} |\n"
     )
 
 
-def defense_table(runs: list[Run], name: str) -> str:
-    """A row an attack and who chose, in the order of the attacks: before, after, and what is published."""
-    rows = [defense_row(attack, found) for attack, found in by_choice(runs, name)]
+def defense_table(results: list[Result], name: str) -> str:
+    """A row an attack and who chose: before, after, and what is published."""
+    groups: dict[tuple[str, bool], list[Result]] = {}
+    for result in results:
+        if result.defense == name:
+            groups.setdefault((result.attack, result.oracle), []).append(result)
+    rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
     if not rows:
         return ""
-    found, table = by_attack(runs, name), published()["tables"].get(name)
+    table = published()["tables"].get(name)
     head = "| attack | chosen by | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost |"
     head += " seconds |" + (" published: ACC / ASR / DER |" if table else "")
-    mark = "† there the test sets chose.\n" if any("†" in row for row in rows) else ""
+    mark = "\n† there the test sets chose.\n" if any("†" in row for row in rows) else ""
     return (
         "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
         f"{SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n"
         + ("What is published, in full above, is of networks of width 64.\n" if table else "")
-        + f"\n{head}\n{rule(11 if table else 10)}" + "\n".join(rows) + "\n" + (f"\n{mark}" if mark else "")
-        + flagged(found) + cost(name)
+        + f"\n{head}\n{'| --- ' * (11 if table else 10)}|\n" + "\n".join(rows) + "\n" + mark
+        + flagged([result for result in results if result.defense == name]) + cost(name)
     )  # fmt: skip
 
 
-def by_choice(runs: list[Run], defense: str) -> list[tuple[str, list[Run]]]:
-    """(attack, runs over seeds) of a defense, by attack; those that the test sets chose come second."""
-    found: dict[tuple[str, bool], list[Run]] = {}
-    for run in runs:
-        if run.defense == defense:
-            found.setdefault((run.attack, oracle(run)), []).append(run)
-    return [(attack, own) for (attack, _), own in sorted(found.items())]
-
-
-def defense_row(attack: str, own: list[Run]) -> str:
-    """The row of one attack; of a defense that is published nowhere without the last cell."""
-    before, after = ([text([run.figures[key] for run in own]) for key in keys] for keys in (
-        ("before_acc", "before_asr"), ("acc", "asr", "racc", "der")
-    ))  # fmt: skip
-    rest = [text([run.lost for run in own]), text([run.figures["seconds"] for run in own], 0)]
-    who = "**oracle**" if oracle(own[0]) else "defender"
-    dead = f" {DEAD}" * any(run.gate is not None for run in own)
-    cells = [attack + dead, who, str(len(own)), " / ".join(before), *after, *rest]
+def defense_row(attack: str, own: list[Result]) -> str:
+    """The row of one attack; without the last cell for a defense that is published nowhere."""
+    who = "**oracle**" if own[0].oracle else "defender"
+    dead = f" {DEAD}" * any(result.missed_gate is not None for result in own)
+    before = " / ".join(columns(own, "before_acc", "before_asr"))
+    lost = text([result.acc_lost for result in own])
+    texts = [attack + dead, who, str(len(own)), before, *columns(own, "acc", "asr", "racc", "der"), lost]
+    texts += columns(own, "seconds", digits=0)
     table = published()["tables"].get(own[0].defense)
-    return f"| {' | '.join(cells + ([theirs(table, attack, oracle(own[0]))] if table else []))} |"
+    return f"| {' | '.join(texts + ([published_cell(table, attack, own[0].oracle)] if table else []))} |"
 
 
-def theirs(table: dict[str, Any], attack: str, chosen: bool) -> str:
-    """What is published for an attack; marked where the test sets chose there and not here, a dash where it is the
-    other way round or nothing is published."""
+def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:
+    """ACC / ASR / DER as published, marked if test sets chose only there; a dash if they chose only here."""
     row = table["rows"].get(attack)
-    if row is None or (chosen and table["selection"] != "oracle"):
+    if row is None or (oracle and table["selection"] != "oracle"):
         return "-"
-    mark = " †" if table["selection"] == "oracle" and not chosen else ""
-    return " / ".join(figures([row[0], row[1], row[3]])) + mark
+    return " / ".join(figures([row[0], row[1], row[3]])) + " †" * (table["selection"] == "oracle" and not oracle)
 
 
-def flagged(found: dict[str, list[Run]]) -> str:
-    """Lines on the classes that a defense flagged, by attack, where its summaries say so; empty where none does.
-
-    Args:
-        found: runs of a defense by attack, over seeds.
-    """
-    cells = []
-    for attack, runs in found.items():
-        said = [run.summary["findings"]["flagged"] for run in runs if "flagged" in run.summary.get("findings", {})]
-        each = " / ".join(", ".join(map(str, classes)) or "none" for classes in said)
-        cells += [f"{attack} {each}"] if said else []
+def flagged(results: list[Result]) -> str:
+    """The classes that a defense flagged, by attack, for defenses whose summaries say so."""
+    found: dict[str, list[list[int]]] = {}
+    for result in results:
+        if "flagged" in result.summary.get("findings", {}):
+            found.setdefault(result.attack, []).append(result.summary["findings"]["flagged"])
+    texts = [
+        f"{attack} {' / '.join(', '.join(map(str, classes)) or 'none' for classes in seeds)}"
+        for attack, seeds in found.items()
+    ]
     about = "Classes that were flagged, a `/` between seeds; one of `prototype` is a false alarm"
-    return f"\n{about}:\n{'; '.join(cells)}.\n" if cells else ""
+    return f"\n{about}:\n{'; '.join(texts)}.\n" if texts else ""
 
 
 def cost(name: str) -> str:
-    """What a whole run takes, and how long beside one of FT; empty where the benchmark has no row of the defense."""
+    """Seconds of a whole run, beside those of FT; empty if the benchmark has no row of the defense."""
     lines = (DOCS / "results" / "bench.jsonl").read_text().splitlines()
     found = next(part for part in map(json.loads, lines) if part["name"] == COSTS)
     row = next((row for row in found["rows"] if row["name"] == f"whole run: {name}"), None)
@@ -165,11 +159,10 @@ def cost(name: str) -> str:
         return ""
     setting = found["setting"]
     how = f"{setting['pictures']} pictures, recipe `{setting['recipe']}`, fp32, threads: {setting['threads']}"
-    seconds, passes = row["ours"], row["passes_per_image"]
-    beside = "" if name == "ft" else f", {seconds / row['reference']:,.2f} times as long as FT,"
+    beside = "" if name == "ft" else f", {row['ours'] / row['reference']:,.2f} times as long as FT,"
     return (
-        f"\nA whole run in the [benchmark](../performance.md#the-defenses) ({how}) takes {seconds:,.1f} s{beside} "
-        f"and {passes:,.1f} forward-equivalents a picture.\n"
+        f"\nA whole run in the [benchmark](../performance.md#the-defenses) ({how}) takes {row['ours']:,.1f} s{beside} "
+        f"and {row['passes_per_image']:,.1f} forward-equivalents a picture.\n"
     )
 
 
@@ -179,50 +172,8 @@ def published_table(name: str) -> str:
     own = tables[name]["rows"]
     before = tables[name].get("before", tables[NONE]["rows"])
     lines = {names[attack]: [*before[attack][:2], *row] for attack, row in own.items()}
-    lines["mean" if len(own) == len(names) else f"mean of {len(own)}"] = mean(list(lines.values()))
-    rows = [
-        f"| {title} | {' / '.join(figures(line[:2]))} | {' | '.join(figures(line[2:]))} |\n"
-        for title, line in lines.items()
-    ]
-    return f"\n| attack | before: ACC / ASR | ACC | ASR | R-ACC | DER |\n{rule(6)}{''.join(rows)}\n"
-
-
-def figures(row: Row) -> list[str]:
-    """Two decimals, or a dash."""
-    return ["-" if value is None else f"{value:.2f}" for value in row]
-
-
-def page(old: str, name: str, measured: str) -> str:
-    """The text of a page with its tables as the data are now."""
-    head, mark, rest = old.partition(MARK)
-    _, end, below = rest.partition(MARK_END)  # what somebody wrote about the figures
-    if PUBLISHED in head:
-        block = re.escape(PUBLISHED) + ".*?" + re.escape(END)
-        table = PUBLISHED + published_table(name) + END
-        head = re.sub(block, lambda found: table, head, flags=re.S)
-    return f"{head}{mark}\n{measured}" + (f"\n{end}{below}" if end else "")
-
-
-def main() -> int:
-    """Write or check; exit status 1 for a page that is stale, 2 for a user's mistake."""
-    parser = Parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing and name the pages that are stale")
-    check = parser.parse_args().check
-    stale, runs = [], [run for run in read(DOCS / "results" / f"{TABLE}.jsonl")[0] if run.usable]
-    for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
-        for file in sorted((DOCS / kind).glob("*.md")):
-            old = file.read_text()
-            if MARK not in old:
-                continue
-            new = page(old, file.stem, table(runs, file.stem) or "Here: not measured yet.\n")
-            if new != old:
-                stale.append(file)
-                if not check:
-                    file.write_text(new)
-    for file in stale:
-        print(f"{'stale' if check else 'written'}: {file.relative_to(DOCS.parent)}")
-    return int(check and bool(stale))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))
+    lines["mean" if len(own) == len(names) else f"mean of {len(own)}"] = mean_row(list(lines.values()))
+    rows = [f"| {title} | {' / '.join(figures(line[:2]))} | {' | '.join(figures(line[2:]))} |\n"
+            for title, line in lines.items()]  # fmt: skip
+    head = f"| attack | before: ACC / ASR | ACC | ASR | R-ACC | DER |\n{'| --- ' * 6}|\n"
+    return f"\n{head}{''.join(rows)}\n"

@@ -40,7 +40,7 @@ OLD = REPOSITORY / "tests" / "old_record.tar.xz"  # WaNet and SAU on 104 images,
 FROZEN = json.loads(CONTRACT.read_text())
 METHODS = {"attack": ATTACKS, "defense": DEFENSES}
 RUNS = [(kind, name) for kind in METHODS for name in FROZEN[kind]]
-SCRIPTS = ("export", "figures", "gallery", "grid", "inspect_checkpoint", "prepare", "report", "table", "verify")
+SCRIPTS = ("export", "figures", "gallery", "grid", "inspect_checkpoint", "prepare", "report", "verify")
 TRAINING = Training(
     epochs=6, batch_size=20, lr=0.05, lr_scheduler="constant", client_optimizer="sgd", sgd_momentum=0.9, wd=0.0005
 )
@@ -151,6 +151,7 @@ def commands() -> dict[str, list[str]]:
         common = set.intersection(*map(set, each.values()))
         found[kind] = sorted(common)
         found |= {f"{kind} {name}": sorted({*own} - common) for name, own in each.items()}
+    found["scripts/tables.py table"] = flags(script("tables", "table", "--help"))
     return found | {f"scripts/{name}.py": flags(script(name, "--help")) for name in SCRIPTS}
 
 

@@ -15,7 +15,7 @@ from toys import quiet, same_weights, tiny_net, toy_images
 from sau.attack import SSBA, Attack, BadNet
 from sau.evaluate import Score, score
 from sau.optim import Training
-from sau.report.parse import COST
+from sau.report.results import COST
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a card where there is none")
 DEVICES = {"cpu": contextlib.nullcontext, "cuda": stand_in}

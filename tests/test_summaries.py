@@ -9,7 +9,7 @@ from toys import REPOSITORY
 from sau.errors import RecordError
 from sau.evaluate import Score, Share
 from sau.record.summaries import load, save
-from sau.report.read import read
+from sau.report.results import find_results
 
 RESULTS = REPOSITORY / "docs" / "results"
 
@@ -38,9 +38,10 @@ def test_a_file_is_read_like_its_folders(tmp_path):
         (tmp_path / "x" / cell).mkdir(parents=True)
         (tmp_path / "x" / cell / "summary.json").write_text(json.dumps(content))
     save(tmp_path / "x.jsonl", SUMMARIES)
-    assert read(tmp_path / "x.jsonl") == read(tmp_path / "x")
-    (tmp_path / "x.jsonl").write_text('{"cell": "badnet_s0", "acc": 900}\n')
-    assert [run.status for run in read(tmp_path / "x.jsonl")[0]] == ["damaged"]
+    assert find_results(tmp_path / "x.jsonl") == find_results(tmp_path / "x")
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write('{"cell": "badnet_s9", "acc": 900}\n')
+    assert find_results(tmp_path / "x.jsonl")[1][0].startswith("badnet_s9: summary.json: acc is '900'")
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"acc": 1}', '{"cell": 3}', '{"cell": "a", "acc": 1, "acc_count": [1]}'])

@@ -10,4 +10,4 @@ for seed in 0 1 2; do
     --epochs 50 --lr 3e-4 --lr_scheduler constant --batch_size 256 \
     --record_root "$1" --threads "${THREADS:-0}"
 done
-python "$here/scripts/seeds.py" "$1"
+python "$here/scripts/tables.py" seeds "$1"

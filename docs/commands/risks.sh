@@ -13,4 +13,4 @@ for attack in badnet blended wanet; do
   done
   python scripts/figures.py "${attack}_s0" --record_root "$1" --defense sau_risk --eps 0.1
 done
-python scripts/gaps.py "$1/badnet_s0" "$1/blended_s0" "$1/wanet_s0"
+python scripts/tables.py gaps "$1/badnet_s0" "$1/blended_s0" "$1/wanet_s0"

@@ -7,7 +7,7 @@ from typing import Any
 from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
 from sau.errors import one_line
 from sau.formatting import markdown
-from sau.report.spread import Spread, spread
+from sau.report.stats import MeanStd, mean_std
 
 Audit = Mapping[str, Any]  # what `audit.json` holds
 Key = tuple[str, str]  # part and curve
@@ -25,7 +25,7 @@ TITLES: dict[Key, str] = {
 }
 
 
-def curves(audits: Sequence[Audit]) -> dict[Key, dict[str, dict[Any, Spread]]]:
+def curves(audits: Sequence[Audit]) -> dict[Key, dict[str, dict[Any, MeanStd]]]:
     """ASR by part and curve, network, and what the attacker spent: one value for each audit, or draw of a lone one."""
     found: dict[Key, dict[str, dict[Any, list[float]]]] = {}
     for audit in audits:
@@ -37,7 +37,7 @@ def curves(audits: Sequence[Audit]) -> dict[Key, dict[str, dict[Any, Spread]]]:
             line = found.setdefault(key, {}).setdefault(network, {})
             line.setdefault(x, []).extend(_independent(values, audits))
     return {
-        key: {network: {x: Spread(tuple(values)) for x, values in line.items()} for network, line in lines.items()}
+        key: {network: {x: MeanStd(tuple(values)) for x, values in line.items()} for network, line in lines.items()}
         for key, lines in found.items()
     }
 
@@ -47,14 +47,14 @@ def _independent(values: Sequence[float], audits: Sequence[Audit]) -> Sequence[f
     return values if len(audits) == 1 else [statistics.mean(values)]
 
 
-def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, Spread | None]]:
+def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, MeanStd | None]]:
     """`s`, `bec` and `stretched` by network; None where a value is not defined."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for row in _rows(audits):
         if row["part"] == "bec":
             for name, values in found.setdefault(row["network"], {"s": [], "bec": [], "stretched": []}).items():
                 values.append(row[name])
-    return {network: {name: spread(values) for name, values in some.items()} for network, some in found.items()}
+    return {network: {name: mean_std(values) for name, values in some.items()} for network, some in found.items()}
 
 
 def tables(audits: Sequence[Audit]) -> str:
@@ -81,12 +81,12 @@ def _rows(audits: Iterable[Audit]) -> Iterable[Row]:
     return (row for audit in audits for row in audit["rows"])
 
 
-def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> Spread | None:
+def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> MeanStd | None:
     values: list[float | None] = []
     for audit in audits:
         rows = (row for row in audit["rows"] if (row["part"], row["curve"]) == key)
         values += _independent([row["acc"] for row in rows if (row["network"], row["x"]) == (network, x)], audits)
-    return spread(values)
+    return mean_std(values)
 
 
 def _step(part: str, x: Any) -> str:
@@ -94,7 +94,7 @@ def _step(part: str, x: Any) -> str:
     return {"before": "ASR", "relearn": f"k = {x}"}.get(part, str(x))
 
 
-def _text(value: Spread | None, digits: int = 1) -> str:
+def _text(value: MeanStd | None, digits: int = 1) -> str:
     return "-" if value is None else value.text(digits)
 
 

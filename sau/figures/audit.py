@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sau.audit.case import CONTROL, NONE
 from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER
 from sau.audit.table import Audit, Key, coefficients, curves
-from sau.report.spread import Spread
+from sau.report.stats import MeanStd
 
 PANELS: dict[Key, tuple[str, str]] = {
     ("relearn", RELEASED): ("re-learning, augmented once", "poisoned pictures"),
@@ -74,18 +74,18 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _curves(panel: Axes, lines: Mapping[str, Mapping[Any, Spread]], styles: Mapping[str, dict[str, Any]]) -> None:
+def _curves(panel: Axes, lines: Mapping[str, Mapping[Any, MeanStd]], styles: Mapping[str, dict[str, Any]]) -> None:
     steps = list(dict.fromkeys(x for line in lines.values() for x in line))
     for name, line in lines.items():
         places, means = [steps.index(x) for x in line], [value.mean for value in line.values()]
-        spreads = [value.sd or 0.0 for value in line.values()]
+        spreads = [value.std or 0.0 for value in line.values()]
         panel.errorbar(places, means, spreads, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
     texts = [f"{x:,}" if isinstance(x, int) else str(x) for x in steps]
     panel.set_xticks(range(len(steps)), texts, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _bars(panel: Axes, left: Mapping[str, Mapping[str, Spread | None]], styles: Mapping[str, dict[str, Any]]) -> None:
+def _bars(panel: Axes, left: Mapping[str, Mapping[str, MeanStd | None]], styles: Mapping[str, dict[str, Any]]) -> None:
     """BEC of each network, where it is defined."""
     values = {name: some["bec"] for name, some in left.items()}
     known = {name: value for name, value in values.items() if value is not None}

@@ -1,19 +1,20 @@
-"""What a run measured, against its epochs or rounds."""
+"""Losses, scores and risks of a run against its epochs or rounds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sau.errors import RecordError
 from sau.formatting import marked
-from sau.record.folder import METRICS, Record
-from sau.report import parse
+from sau.record.folder import Record
+from sau.report.results import read_metrics
 
-Style = tuple[str, str, str]  # name, colour, line
+Style = tuple[str, str, str]  # label, colour, line style or hatch
 
-SHARES: dict[str, Style] = {
+SCORES: dict[str, Style] = {
     "acc": ("ACC", "#0072b2", "-"),
     "asr": ("ASR", "#d55e00", "--"),
     "racc": ("R-ACC", "#009e73", "-."),
@@ -30,20 +31,23 @@ TYPES: dict[str, Style] = {
     "type2": ("II: only the purified", "#56b4e9", "..."),
     "type3": ("III: both, differently", "#009e73", "\\\\\\"),
 }
-PERCENT = "test pictures (%)"
+NORMS = {"L_inf": r"$L_\infty$", "L2": "$L_2$", "L1": "$L_1$"}
+PERCENT = "test images (%)"
 
 
 def curves(record: Record) -> Figure:
-    """Left the losses, right ACC, ASR and R-ACC where they were measured."""
-    rows, summary = history(record)
+    """Losses on the left; ACC, ASR and R-ACC where they were measured on the right."""
+    rows, summary = read_metrics(record.path), record.summary()
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
     for name in dict.fromkeys(name for row in rows for name in row if name == "loss" or name.endswith("_loss")):
         points = [(row["epoch"], row[name]) for row in rows if name in row]
         left.plot(*zip(*points, strict=True), label=name.replace("_", " "))
-    _label(left, record, "mean loss (nats)")
-    before = {name: summary["before"][name] for name in SHARES} if "before" in summary else {}
-    _lines(right, rows, before, SHARES)
-    _label(right, record, PERCENT, ylim=(-3, 103))
+    _plot(right, rows, summary.get("before", {}), SCORES)
+    for panel, label in ((left, "mean loss (nats)"), (right, PERCENT)):
+        _label(panel, record, label)
+        if panel.get_lines():
+            panel.legend(frameon=False, fontsize=8)
+    right.set_ylim(-3, 103)
     return figure
 
 
@@ -51,78 +55,60 @@ def risks(records: Sequence[Record]) -> Figure:
     """R_adv, R_share, R_bd and ACC against rounds, a panel for each defense that ran with --track_risk."""
     figure, panels = _panels(records)
     for panel, record in zip(panels, records, strict=True):
-        rows, summary = _tracked(record)
-        before = {**summary["risk"]["before"], "acc": summary["before"]["acc"]}
-        _lines(panel, rows, before, RISKS)
-        search = summary["risk"]["search"]
-        _label(panel, record, PERCENT, ylim=(-3, 103), title=f"{_named(record, summary)} ({_ball(search)})")
-    _one_legend(figure, panels)
+        summary = _with_risk(record)
+        before, search = summary["risk"]["before"], summary["risk"]["search"]
+        _plot(panel, read_metrics(record.path), {**before, "acc": summary["before"]["acc"]}, RISKS)
+        ball = f"{NORMS[search['norm']]} radius {search['eps']:g}, {search['steps']} steps"
+        panel.set(ylim=(-3, 103), title=f"{marked(record.path.name, summary.get('selection'))} ({ball})")
+    _legend(figure, panels)
     return figure
 
 
 def types(records: Sequence[Record]) -> Figure:
-    """Shares of the three types among the adversarial examples of the purified network, stacked, against rounds."""
+    """Shares of the three types of adversarial examples of the purified network, stacked, against rounds."""
     figure, panels = _panels(records)
     for panel, record in zip(panels, records, strict=True):
-        rows, summary = _tracked(record)
-        rows = [{"epoch": 0, **summary["risk"]["before"]}, *(row for row in rows if "type1" in row)]
-        heights = [[row[name] for row in rows] for name in TYPES]
-        colours = [colour for _, colour, _ in TYPES.values()]
-        bands = panel.stackplot([row["epoch"] for row in rows], heights, colors=colours, alpha=0.75)
-        for band, (name, _, hatch) in zip(bands, TYPES.values(), strict=True):
-            band.set(hatch=hatch, edgecolor="white", label=name)
-        _label(panel, record, PERCENT, ylim=(0, 100), title=_named(record, summary))
-    _one_legend(figure, panels)
+        summary = _with_risk(record)
+        rows = [{"epoch": 0, **summary["risk"]["before"]}, *(r for r in read_metrics(record.path) if "type1" in r)]
+        bands = panel.stackplot([row["epoch"] for row in rows], [[row[name] for row in rows] for name in TYPES])
+        for band, (label, colour, hatch) in zip(bands, TYPES.values(), strict=True):
+            band.set(facecolor=colour, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
+        panel.set(ylim=(0, 100), title=marked(record.path.name, summary.get("selection")))
+    _legend(figure, panels)
     return figure
 
 
-def _named(record: Record, summary: Mapping[str, Any]) -> str:
-    return marked(record.path.name, summary.get("selection"))
-
-
-def history(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of `metrics.jsonl`, those of a method's last stage where it has several, and `summary.json`."""
-    return parse.last_stage(parse.rows(record.path / METRICS)), record.summary()
-
-
-def _tracked(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows, summary = history(record)
+def _with_risk(record: Record) -> dict[str, Any]:
+    summary = record.summary()
     if "risk" not in summary:
         raise RecordError(f"{record.path} has no risks; run the defense with --track_risk")
-    return rows, summary
+    return summary
 
 
-def _panels(records: Sequence[Record]) -> tuple[Figure, list[Any]]:
-    figure, panels = plt.subplots(
-        1, len(records), figsize=(0.6 + 3.0 * len(records), 2.9), sharey=True, squeeze=False, layout="constrained"
-    )
+def _panels(records: Sequence[Record]) -> tuple[Figure, list[Axes]]:
+    size = (0.6 + 3.0 * len(records), 2.9)
+    figure, panels = plt.subplots(1, len(records), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for panel, record in zip(panels[0], records, strict=True):
+        _label(panel, record, PERCENT if panel is panels[0][0] else "")
     return figure, list(panels[0])
 
 
-def _lines(panel: Any, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], styles: dict[str, Style]) -> None:
+def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], styles: dict[str, Style]) -> None:
+    """A line a figure; `before` is its value in epoch 0."""
     for name, (label, colour, line) in styles.items():
-        points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-        if before.get(name) is not None:
-            points.insert(0, (0, before[name]))
+        points = [(row["epoch"], row[name]) for row in ({"epoch": 0, **before}, *rows) if row.get(name) is not None]
         if points:
             panel.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour, label=label)
 
 
-def _label(panel: Any, record: Record, ylabel: str, **more: Any) -> None:
-    panel.set(xlabel="round" if record.path.parent.name == "defense" else "epoch", ylabel=ylabel, **more)
+def _label(panel: Any, record: Record, ylabel: str) -> None:
+    panel.set(xlabel="round" if record.path.parent.name == "defense" else "epoch", ylabel=ylabel)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.spines[["top", "right"]].set_visible(False)
-    if panel.get_lines() and "title" not in more:
-        panel.legend(frameon=False, fontsize=8)
 
 
-def _one_legend(figure: Figure, panels: Sequence[Any]) -> None:
-    for panel in panels[1:]:
-        panel.set_ylabel("")
-    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}  # noqa: B905
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend with the lines of every panel."""
+    found = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-
-
-def _ball(search: Mapping[str, Any]) -> str:
-    norm = {"L_inf": r"$L_\infty$", "L2": "$L_2$", "L1": "$L_1$"}[search["norm"]]
-    return f"{norm} radius {search['eps']:g}, {search['steps']} steps"

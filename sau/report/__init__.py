@@ -1,1 +1,1 @@
-"""Result folders as tables and as one HTML page: read, take means over seeds, compare with what is published, draw."""
+"""Reports: read result folders, average over seeds, compare defenses, write tables and an HTML page."""

@@ -1,147 +1,135 @@
-"""One self-contained HTML page from the result folders below a root."""
+"""One self-contained HTML page of all results below a folder."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import base64
+import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
-from sau.report import parse, scatter
-from sau.report.pictures import Pictures, Strip
-from sau.report.published import Pair, compare, published
-from sau.report.read import NONE, Run, read
-from sau.report.scatter import Scatter, scatters
-from sau.report.spread import Spread
-from sau.report.table import Cell, Section, sections
+from sau.data import sources
+from sau.data.images import Images, evenly_spaced
+from sau.data.readers import needs_download
+from sau.errors import DataError, SauError
+from sau.quality import magnified
+from sau.record.attack_result import load_images
+from sau.record.folder import Record
+from sau.report import scatter
+from sau.report.cells import Section, TableCell, sections
+from sau.report.results import NONE, PERCENT, Result, find_results
+from sau.report.stats import MeanStd
+from sau.report.tables import published, published_rows
 
-LINES = 200  # of settings that are shown; a stranger's file may hold any number
+LINES = 200  # of settings that are shown
 HIDDEN = {"identity", "clean_index", "command", "digest", "schema"}  # repeated, long, or shown elsewhere
-
-
-@dataclass(frozen=True)
-class View:
-    """A cell as it is shown.
-
-    Args:
-        id: of its row.
-        cell: the cell.
-        strip: number of the trigger images of its attack; None if there are none.
-        settings: the resolved configuration of its first run, a line each.
-        commands: what makes its runs.
-    """
-
-    id: str
-    cell: Cell
-    strip: int | None
-    settings: list[str]
-    commands: list[str]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section as it is shown.
-
-    Args:
-        section: the section.
-        views: its cells.
-        scatters: ACC against ASR.
-        defenses: columns of the overview.
-        grid: rows of the overview: an attack, and the cell under each column; None where nothing was run.
-        pairs: published cells beside ours.
-    """
-
-    section: Section
-    views: list[View]
-    scatters: list[Scatter]
-    defenses: list[str]
-    grid: list[tuple[str, list[View | None]]]
-    pairs: list[Pair]
+COLUMNS, SIZE = 4, 48  # images in a strip, and their side in pixels
 
 
 def build(root: Path, dataset: str | None = None, dataset_path: str | None = None) -> tuple[str, list[Section]]:
-    """The page, and the table in it.
+    """The page and the sections on it.
 
     Args:
-        root: folder of the result folders, at any depth.
-        dataset: data set of the folders that do not say theirs.
-        dataset_path: folder of the data sets, for the clean images; None means where the runs had them.
+        root: folder of the result folders, at any depth, or a JSONL file of summaries.
+        dataset: data set of the folders that do not name theirs.
+        dataset_path: folder of the data sets, for clean images; None means where the runs had them.
 
     Raises RecordError if there is nothing to show.
     """
-    runs, others = read(root)
-    found = sections(runs, dataset)
-    pictures = Pictures(dataset_path)
-    strips: list[Strip] = []
-    parts: list[Part] = []
+    results, left_out = find_results(root)
+    found = sections(results, dataset)
+    parts, count = [], 0
     for section in found:
-        first = 1 + sum(len(part.views) for part in parts)
-        parts.append(_part(section, list(_views(section, pictures, strips, first))))
-    states = [cell.status for section in found for cell in section.cells]
-    text = _environment().get_template("page.html").render(
-        root=root.resolve().name, parts=parts, strips=strips, others=others, runs=runs, published=published(),
-        counts={state: states.count(state) for state in sorted(set(states))}, box=scatter, undefended=NONE,
-        percent=parse.PERCENT,
-    )  # fmt: skip
-    return text, found
-
-
-def _environment() -> Environment:
-    made = Environment(
+        rows = [_row(cell, f"c{count + i}", dataset_path) for i, cell in enumerate(section.cells, 1)]
+        count += len(rows)
+        parts.append({"section": section, "rows": rows, "scatters": scatter.scatters(section),
+                      "pairs": published_rows(section), **_overview(rows)})  # fmt: skip
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["figure"] = _figure
-    return made
+    environment.filters["figure"] = _figure
+    page = environment.get_template("page.html").render(
+        root=root.resolve().name, parts=parts, left_out=left_out, results=results, published=published(), box=scatter,
+        undefended=NONE, percent=PERCENT,
+    )  # fmt: skip
+    return page, found
 
 
-def _figure(value: float | Spread | None, digits: int = 2, sign: bool = False) -> str:
-    mean = value.mean if isinstance(value, Spread) else value
-    if mean is None:
-        return "–"
-    return f"{mean:{'+' if sign else ''},.{digits}f}".replace("-", "−")
+def _figure(value: float | MeanStd | None, digits: int = 2, sign: bool = False) -> str:
+    mean = value.mean if isinstance(value, MeanStd) else value
+    return "–" if mean is None else f"{mean:{'+' if sign else ''},.{digits}f}".replace("-", "−")
 
 
-def _views(section: Section, pictures: Pictures, strips: list[Strip], first: int) -> Iterator[View]:
-    """Number the cells and draw what they have; an attack's images are drawn once, from its first good run."""
-    drawn: dict[tuple[str, str], int | None] = {}
-    sources = {(cell.attack, cell.attack_variant): cell.good for cell in section.cells if cell.defense == NONE}
-    for number, cell in enumerate(section.cells, first):
-        attack = (cell.attack, cell.attack_variant)
-        if attack not in drawn:
-            runs = sources.get(attack, [])
-            strip = pictures.strip(runs[0]) if runs else Strip("")
-            drawn[attack] = len(strips) if strip.data or strip.note else None
-            strips += [strip] if drawn[attack] is not None else []
-        settings = [line for run in cell.runs[:1] for line in _flat(_shown(run), "", LINES)]
-        commands = [f"python {run.config['command']}" for run in cell.runs if run.config.get("command")]
-        yield View(f"c{number}", cell, drawn[attack], settings, list(dict.fromkeys(commands)))
+def _row(cell: TableCell, identifier: str, dataset_path: str | None) -> dict[str, Any]:
+    """A cell with what its details show: trigger images, settings and commands."""
+    config = {key: value for key, value in cell.results[0].config.items() if key not in HIDDEN}
+    lines = json.dumps(config, indent=1, ensure_ascii=False).splitlines() if config else []
+    settings = [line[:300] for line in lines[:LINES]] + ["…"] * (len(lines) > LINES)
+    commands = [f"python {one.config['command']}" for one in cell.results if one.config.get("command")]
+    strip = trigger_strip(cell.results[0], dataset_path) if cell.defense == NONE else None
+    return {"id": identifier, "cell": cell, "settings": settings, "commands": commands, "strip": strip}
 
 
-def _shown(run: Run) -> dict[str, Any]:
-    return {str(key): value for key, value in run.config.items() if key not in HIDDEN}
+def _overview(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+    """The table of DER: columns are defenses, rows attacks with a cell or None in each column."""
+    shown = [row for row in rows if row["cell"].figures["asr"]]  # a clean network has no DER
+    defenses = sorted({row["cell"].name for row in shown}, key=lambda name: (name != NONE, name))
+    attacks: dict[str, dict[str, Any]] = {}
+    for row in shown:
+        attacks.setdefault(row["cell"].attack_name, {})[row["cell"].name] = row
+    return {
+        "defenses": defenses,
+        "grid": [(attack, [own.get(name) for name in defenses]) for attack, own in attacks.items()],
+    }
 
 
-def _flat(value: Any, name: str, left: int) -> list[str]:
-    """`a.b: value`, a line each, at most `left` of them."""
-    if not isinstance(value, dict) or not value:
-        return [f"{name}: {value if isinstance(value, list) and len(value) <= 16 else str(value)[:300]}"[:400]]
-    lines: list[str] = []
-    for key, inner in value.items():
-        if len(lines) >= left:
-            return [*lines[:left], "…"]
-        lines += _flat(inner, f"{name}.{key}" if name else str(key), left - len(lines))
-    return lines
+def trigger_strip(result: Result, dataset_path: str | None = None) -> dict[str, Any] | None:
+    """Some triggered test images of an attack, the clean ones above and the difference below, as a PNG.
+
+    Returns `data`, the PNG as a data URL, `rows`, their names from the top, and `note`, what is missing and why; None
+    for an attack without triggered images.
+    """
+    if not result.config or not (result.path / "triggered.safetensors").is_file():
+        return None
+    rows: dict[str, torch.Tensor] = {}
+    note = ""
+    try:
+        record = Record(result.path)
+        record.check()
+        triggered = load_images(record, "triggered")
+        assert triggered is not None
+        chosen = triggered[evenly_spaced(len(triggered), COLUMNS)]
+        rows = {"triggered": chosen.pixels}
+        before = _clean_images(result, dataset_path)[chosen.index].pixels
+        rows = {"clean": before, **rows, "difference": magnified(chosen.pixels.float() - before.float(), 255.0)[0]}
+    except (SauError, KeyError, TypeError, IndexError) as error:
+        note = f"no {'clean' if rows else 'triggered'} images: {error}"
+    return {"data": _png(list(rows.values())) if rows else "", "rows": list(rows), "note": note}
 
 
-def _part(section: Section, views: list[View]) -> Part:
-    shown = [view for view in views if view.cell.figures["asr"] or not view.cell.good]  # a clean network has no DER
-    defenses = sorted({view.cell.name for view in shown}, key=lambda name: (name != NONE, name))
-    attacks: dict[str, dict[str, View]] = {}
-    for view in shown:
-        attacks.setdefault(view.cell.attack_name, {})[view.cell.name] = view
-    grid = [(attack, [own.get(defense) for defense in defenses]) for attack, own in attacks.items()]
-    return Part(section, views, scatters(section), defenses, grid, compare(section))
+def _clean_images(result: Result, dataset_path: str | None) -> Images:
+    """The test set that the attack saw; DataError if it is not there, for a report downloads nothing."""
+    run, name = result.config["run"], str(result.dataset)
+    root = dataset_path or str(run["dataset_path"])
+    test = None if needs_download(name, Path(root)) else sources.load(name, root, run.get("img_size"))[1]
+    if test is None or sources.fingerprint(test) != result.config["data"].get("test"):
+        raise DataError(f"{root} does not hold the {name} test set that the attack saw; give --dataset_path")
+    return test
+
+
+def _png(rows: list[torch.Tensor]) -> str:
+    """Rows of images [N, C, H, W] in 0..255 as a data URL."""
+    images = torch.cat([row.float() for row in rows]) / 255
+    scale = min(1.0, SIZE / max(images.shape[-2:]))
+    images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="area") if scale < 1 else images
+    buffer = io.BytesIO()
+    to_pil_image(make_grid(images, nrow=len(rows[0]), pad_value=0.5).clamp(0, 1)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

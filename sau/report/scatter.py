@@ -1,15 +1,15 @@
-"""ACC against ASR as a picture: one point a defense, the attacked network beside them as the reference."""
+"""ACC against ASR as a scatter plot: one point a defense, and the attacked network as the reference."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from sau.report.read import NONE
-from sau.report.table import Cell, Section
+from sau.report.cells import Section, TableCell
+from sau.report.results import NONE
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 330, 40, 12, 12, 46  # in the units of the drawing
-LETTER, LINE = 6.4, 12.0  # about how wide a letter and how high a line of its text is
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 330, 40, 12, 12, 46  # in the units of the SVG
+LETTER, LINE = 6.4, 12.0  # width of a letter and height of a line of text
 ASR_TICKS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0)
 ACC_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -17,7 +17,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Point:
-    """A defense in the drawing.
+    """A defense.
 
     Args:
         name: the defense.
@@ -25,8 +25,8 @@ class Point:
         asr: percent.
         x: of its centre.
         y: of its centre.
-        kind: `before` for the attacked network, `oracle` where test data chose something, else `defense`.
-        text: (x, y) of the left end of its name; None where there is no room for it.
+        kind: `before` for the attacked network, `oracle` if test data chose something, else `defense`.
+        text: (x, y) of the left end of its name; None if there is no room for it.
     """
 
     name: str
@@ -40,90 +40,81 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A drawing.
+    """One plot.
 
     Args:
-        title: the attack, or over how many the points are means.
-        points: the defenses, and the attacked network first.
-        across: (x, ASR) of the horizontal ticks, on a square-root scale.
-        up: (y, ACC) of the vertical ticks.
+        title: the attack, or the number of attacks that the points are means over.
+        points: the attacked network first.
+        asr_ticks: (x, label), on a square-root scale.
+        acc_ticks: (y, label).
     """
 
     title: str
     points: list[Point]
-    across: list[tuple[float, str]]
-    up: list[tuple[float, str]]
+    asr_ticks: list[tuple[float, str]]
+    acc_ticks: list[tuple[float, str]]
 
 
 def scatters(section: Section) -> list[Scatter]:
-    """A drawing of each attack that took and has a defense; before them, of several, one of the means over all of them
-    of the defenses that ran on all of them."""
-    attacks: dict[str, list[Cell]] = {}
+    """A plot of each attack that took and has a defense; of several attacks first the mean of defenses run on all."""
+    attacks: dict[str, list[TableCell]] = {}
     for cell in section.cells:
         if cell.figures["asr"] and cell.figures["acc"] and not cell.dead:
             attacks.setdefault(cell.attack_name, []).append(cell)
     attacks = {name: cells for name, cells in attacks.items() if any(cell.defense != NONE for cell in cells)}
-    each = [_scatter(name, [[cell] for cell in cells]) for name, cells in attacks.items()]
-    if len(attacks) < 2:
-        return each
-    groups: dict[str, list[Cell]] = {}
-    for cells in attacks.values():
-        for cell in cells:
-            groups.setdefault(cell.name, []).append(cell)
+    plots = [_scatter(name, [[cell] for cell in cells]) for name, cells in attacks.items()]
+    groups: dict[str, list[TableCell]] = {}
+    for cell in (cell for cells in attacks.values() for cell in cells):
+        groups.setdefault(cell.name, []).append(cell)
     everywhere = [cells for cells in groups.values() if len(cells) == len(attacks)]
-    if all(cells[0].defense == NONE for cells in everywhere):
-        return each
-    return [_scatter(f"mean over {len(attacks)} attacks", everywhere), *each]
+    if len(attacks) > 1 and any(cells[0].defense != NONE for cells in everywhere):
+        plots.insert(0, _scatter(f"mean over {len(attacks)} attacks", everywhere))
+    return plots
 
 
-def _scatter(title: str, groups: Sequence[Sequence[Cell]]) -> Scatter:
-    means = {cells[0].name: (_mean(cells, "acc"), _mean(cells, "asr"), cells) for cells in groups}
-    accs = [acc for acc, _, _ in means.values()]
+def _scatter(title: str, groups: Sequence[Sequence[TableCell]]) -> Scatter:
+    groups = sorted(groups, key=lambda cells: cells[0].defense != NONE)
+    accs = [_mean(cells, "acc") for cells in groups]
     step = next(step for step in ACC_STEPS if (max(accs) - min(accs)) / step <= 5)
-    low, high = (float(math.floor(min(accs) / step) * step), float(math.ceil(max(accs) / step) * step))
-    high = high if high > low else low + step
-
-    def x_of(asr: float) -> float:
-        return LEFT + math.sqrt(asr / 100) * (WIDTH - LEFT - RIGHT)
+    low = float(math.floor(min(accs) / step) * step)
+    count = max(1, round(math.ceil(max(accs) / step) - low / step))
 
     def y_of(acc: float) -> float:
-        return HEIGHT - BOTTOM - (acc - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
+        return HEIGHT - BOTTOM - (acc - low) / (count * step) * (HEIGHT - BOTTOM - TOP)
 
-    taken: list[Box] = [_around(x_of(asr), y_of(acc)) for acc, asr, _ in means.values()]
+    taken = [_box(_x(_mean(cells, "asr")), y_of(acc), 4, 4) for cells, acc in zip(groups, accs, strict=True)]
     points = []
-    for name, (acc, asr, cells) in sorted(means.items(), key=lambda item: item[1][2][0].defense != NONE):
+    for cells, acc in zip(groups, accs, strict=True):
         kind = "before" if cells[0].defense == NONE else "oracle" if any(cell.oracle for cell in cells) else "defense"
-        shown = "before" if kind == "before" else name
-        x, y = x_of(asr), y_of(acc)
-        points.append(Point(shown, acc, asr, round(x, 1), round(y, 1), kind, _place(shown, x, y, taken)))
-    count = round((high - low) / step)
-    up = [(round(y_of(low + i * step), 1), f"{low + i * step:g}") for i in range(count + 1)]
-    return Scatter(title, points, [(round(x_of(tick), 1), f"{tick:g}") for tick in ASR_TICKS], up)
+        name, asr = "before" if kind == "before" else cells[0].name, _mean(cells, "asr")
+        x, y = round(_x(asr), 1), round(y_of(acc), 1)
+        points.append(Point(name, acc, asr, x, y, kind, _place(name, x, y, taken)))
+    acc_ticks = [(round(y_of(low + i * step), 1), f"{low + i * step:g}") for i in range(count + 1)]
+    return Scatter(title, points, [(round(_x(tick), 1), f"{tick:g}") for tick in ASR_TICKS], acc_ticks)
 
 
-def _mean(cells: Sequence[Cell], name: str) -> float:
-    return fmean(spread.mean for cell in cells if (spread := cell.figures[name]))
+def _x(asr: float) -> float:
+    return LEFT + math.sqrt(asr / 100) * (WIDTH - LEFT - RIGHT)
 
 
-def _around(x: float, y: float) -> Box:
-    return x - 4, y - 4, x + 4, y + 4
+def _mean(cells: Sequence[TableCell], name: str) -> float:
+    return fmean(figure.mean for cell in cells if (figure := cell.figures[name]))
 
 
-def _place(text: str, x: float, y: float, taken: list[Box]) -> tuple[float, float] | None:
-    """Where a name overlaps nothing, near its point; it is then taken."""
-    wide = LETTER * len(text)
-    sides = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1))
-    for far in (7, 13, 20):
-        for right, down in sides:
-            left, middle = (
-                x + right * far - (wide if right < 0 else wide / 2 if right == 0 else 0),
-                y + down * (far + 1),
-            )
-            box = left, middle - LINE / 2, left + wide, middle + LINE / 2
+def _box(x: float, y: float, half_width: float, half_height: float) -> Box:
+    return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def _place(name: str, x: float, y: float, taken: list[Box]) -> tuple[float, float] | None:
+    """Where a name fits near its point without overlapping; the place is then taken. None if it fits nowhere."""
+    half = LETTER * len(name) / 2
+    for distance in (7, 13, 20):
+        for right, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+            box = _box(x + right * (distance + half), y + down * (distance + 1), half, LINE / 2)
             inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                return round(left, 1), round(middle + 4, 1)
+                return round(box[0], 1), round(box[1] + LINE / 2 + 4, 1)
     return None
 
 

@@ -1,0 +1,327 @@
+"""Tables from result folders, in Markdown.
+
+    python scripts/tables.py table RECORDS [--against sau] [--dataset cifar10] [--into PAGE.md]
+    python scripts/tables.py seeds RECORDS
+    python scripts/tables.py ratios RECORDS [RECORDS ...] [--out ratios]
+    python scripts/tables.py gaps RECORD [RECORD ...]
+    python scripts/tables.py radii RECORD [DEFENSE ...] [--radii 0.001 0.004]
+    python scripts/tables.py cards [--check]
+
+RECORDS is a folder of result folders, or a JSONL file of summaries as a grid publishes them; RECORD is one attack.
+"""
+
+import argparse
+import math
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cards
+
+from sau import files
+from sau.command.arguments import Parser, add_device, use_device
+from sau.data.sources import SOURCES
+from sau.errors import ConfigError, RecordError, printable, require, run_command
+from sau.formatting import markdown, marked
+from sau.record import attack_result
+from sau.record.folder import Record
+from sau.report.cells import Section, TableCell, sections
+from sau.report.results import NONE, PERCENT, Result, find_results, read_metrics
+from sau.report.stats import mean_std
+from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
+from sau.risk import gauge
+from sau.witness import Search
+
+BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
+GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
+RISKS = {
+    "r_adv": "R_adv",
+    "r_share": "R_share",
+    "r_share_sau": "R_share, SAU's search",
+    "type1": "type I",
+    "r_bd": "R_bd",
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisoning ratio -> (ACC, ASR) of each seed
+
+
+def main() -> int:
+    """Run the subcommand."""
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add: dict[str, Parser] = {}
+    for name, (function, about) in COMMANDS.items():
+        add[name] = commands.add_parser(name, help=about, description=about)
+        add[name].set_defaults(function=function)
+    add["table"].add_argument("root", type=Path, help="folder of the result folders")
+    add["table"].add_argument("--against", help="the defense that is compared with each other one [sau]")
+    about = "data set of the folders that do not name theirs (summaries alone)"
+    add["table"].add_argument("--dataset", choices=SOURCES, metavar="NAME", help=about)
+    add["table"].add_argument("--into", type=Path, help="page whose part between <!-- table --> marks is replaced")
+    add["seeds"].add_argument("root", type=Path, help="folder of the result folders")
+    add["ratios"].add_argument("roots", type=Path, nargs="+", help="folders of results, or files of summaries")
+    add["ratios"].add_argument("--out", type=Path, default=Path("ratios"), help="path of the PNG and the SVG [ratios]")
+    add["gaps"].add_argument("records", nargs="+", type=Path, metavar="RECORD", help="result folder of an attack")
+    add["radii"].add_argument("record", help="result folder of an attack, a name below the record root or a path")
+    add["radii"].add_argument("defenses", nargs="*", help="defenses of the record")
+    add["radii"].add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
+    add["radii"].add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
+    radii = [0.001, 0.004, 0.016, 0.2]
+    add["radii"].add_argument("--radii", type=float, nargs="+", default=radii, help="L-infinity radii")
+    add["radii"].add_argument("--samples", type=int, default=250, help="test images [250]")
+    add["radii"].add_argument("--steps", type=int, default=10, help="gradient steps of each search, one restart [10]")
+    add_device(add["radii"])
+    add["cards"].add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is stale")
+    args = parser.parse_args()
+    return int(args.function(args) or 0)
+
+
+def _read(root: Path) -> list[Result]:
+    """The results below a folder; warns of folders that do not count."""
+    results, left_out = find_results(root)
+    for line in left_out:
+        print(f"warning: left out {line}", file=sys.stderr)
+    return results
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print attacks against defenses, and one defense against each rival; or write them into a page."""
+    found = sections(_read(args.root), args.dataset)
+    known = sorted({cell.defense for section in found for cell in section.cells} - {NONE})
+    if args.against is not None and args.against not in known:
+        raise ConfigError(
+            f"--against is {args.against!r}, allowed are the defenses there: {', '.join(known) or 'none'}"
+        )
+    text = "\n".join(_section(section, args.against or "sau", len(found) > 1) for section in found)
+    if args.into is None:
+        print(text)
+        return
+    try:
+        page = files.read(args.into).decode().replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--into {args.into} cannot be read ({error}); name a page of text") from None
+    if not BLOCK.search(page):
+        raise ConfigError(f"{args.into} has no <!-- table --> with a <!-- /table --> after it")
+    files.write(args.into, BLOCK.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", page, count=1).encode())
+
+
+def _section(section: Section, defense: str, titled: bool) -> str:
+    title = f"## {section.title}\n\n" if titled else ""
+    beside = (
+        ",\nours and the published ones over the same attacks. What is published stands beside rows that were chosen "
+        "alike\nalone: ANP and FP were published as the test sets chose them, as `(oracle)` rows are"
+    )
+    dead = f"{section.dead}\n\n" if section.dead else ""
+    return (
+        f"{title}ACC / ASR in percent (seeds, where more than one); means over the attacks with a trigger"
+        f"{beside if published_rows(section) else ''}:\n\n{dead}{_overview(section)}\n"
+        f"{defense} - rival, in points on the networks that both purified: the mean over the seeds of each attack,\n"
+        "then mean, 95 % interval and sign test over attacks. p is that of a row alone: of twenty rows between\n"
+        f"equals, one falls below 0.05.\n\n{_against(section, defense)}"
+    )
+
+
+def _overview(section: Section) -> str:
+    """ACC / ASR of every cell, means over the attacks that took, and the published means over the same attacks."""
+    rows: dict[str, dict[str, TableCell]] = {}
+    for cell in section.cells:
+        rows.setdefault(cell.name, {})[cell.attack_name] = cell
+    rows = dict(sorted(rows.items(), key=lambda row: (row[0] != NONE, -(_mean_of_known(row[1], "der") or 0))))
+    paper = {cell.attack_name: cell.attack for cell, _ in published_rows(section)}
+    attacks = list(dict.fromkeys(attack for cells in rows.values() for attack in cells))
+    took = [attack for attack in attacks if any(_counts(cells.get(attack)) for cells in rows.values())] or attacks
+    body = []
+    for name, cells in rows.items():
+        means = [_mean(cells, took, figure) for figure in PERCENT]
+        means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
+        body.append([name, *(_scores(cells.get(attack)) for attack in attacks), *map(_number, means)])
+    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]
+    return markdown([*head, "published: ACC", "ASR", "R-ACC", "DER"] if paper else head, body)
+
+
+def _counts(cell: TableCell | None) -> bool:
+    return cell is not None and cell.figures["asr"] is not None and not cell.dead
+
+
+def _mean(cells: dict[str, TableCell], attacks: list[str], name: str) -> float | None:
+    """Mean over these attacks; None if one lacks the figure."""
+    found = mean_std([figure.mean if (figure := cells[a].figures[name]) else None for a in attacks if a in cells])
+    return found.mean if found and len(found.values) == len(attacks) else None
+
+
+def _mean_of_known(cells: dict[str, TableCell], name: str) -> float | None:
+    known = [figure.mean for cell in cells.values() if not cell.dead and (figure := cell.figures[name])]
+    return sum(known) / len(known) if known else None
+
+
+def _published(cell: TableCell, attacks: list[str | None]) -> list[float | None]:
+    """The published mean over these attacks; nothing if one was not published or the rows were chosen otherwise."""
+    rows = published()["tables"][cell.defense]["rows"] if comparable(cell.defense, cell.oracle) else {}
+    return mean_row([rows[attack] for attack in attacks]) if attacks and {*attacks} <= {*rows} else [None] * 4
+
+
+def _scores(cell: TableCell | None) -> str:
+    if cell is None:
+        return ""
+    acc, asr = (_number(figure.mean if (figure := cell.figures[name]) else None, 1) for name in ("acc", "asr"))
+    return f"{acc} / {asr}" + (f" ({len(cell.results)})" if len(cell.results) > 1 else "")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _against(section: Section, defense: str) -> str:
+    """A row a rival."""
+    body = []
+    for rival, _, found in paired_comparisons(section, defense):
+        differences = [one.text(interval=True, sign="+") for one in (found.acc, found.asr, found.racc, found.der)]
+        counts = [str(len(found.der.values)), str(found.networks)]
+        body.append([rival, *counts, *differences, str(found.wins), f"{found.p:.3f}"])
+    head = ["rival", "attacks", "networks", "ACC", "ASR", "R-ACC", "DER", "DER higher on", "sign test p"]
+    return markdown(head, body) if body else f"{defense} and its rivals share no network here.\n"
+
+
+def seeds(args: argparse.Namespace) -> None:
+    """Print mean and standard deviation over seeds; a table for each data set and network."""
+    found = sections(_read(args.root))
+    heads = ("attack", "defense", "seeds", "ACC %", "ASR %", "R-ACC %", "DER %", "ACC lost", "seconds")
+    for section in found:
+        body = []
+        for cell in sorted(section.cells, key=lambda c: (c.attack, c.attack_label, c.defense != NONE, c.defense)):
+            lost = mean_std([result.acc_lost for result in cell.results])
+            texts = [one.text() if one else "-" for one in (*(cell.figures[name] for name in PERCENT), lost)]
+            seconds = cell.figures["seconds"]
+            texts.append(seconds.text(0) if seconds else "-")
+            body.append([cell.attack_name, cell.name, str(len(cell.results)), *texts])
+        print(f"\n{section.title}\n\n" * (len(found) > 1), markdown(heads, body), sep="", end="")
+        print(f"\n{section.dead}\n" * bool(section.dead), end="")
+
+
+def ratios(args: argparse.Namespace) -> None:
+    """Draw ASR against the poisoning ratio, a curve an attack, and print ACC / ASR, means over seeds."""
+    from sau.command.drawing import plt
+    from sau.figures import save
+
+    curves = _curves(args.roots)
+    every = sorted({ratio for curve in curves.values() for ratio in curve})
+    body = [[attack, *(_mean_scores(curve.get(ratio)) for ratio in every)] for attack, curve in sorted(curves.items())]
+    print(markdown(["attack", *(f"{ratio:g}" for ratio in every)], body), end="")
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    for colour, (attack, curve) in zip(cycle(COLOURS), sorted(curves.items()), strict=False):
+        asr = [[score[1] for score in curve.get(ratio, [(math.nan, math.nan)])] for ratio in every]  # nan: a gap
+        means = [statistics.mean(values) for values in asr]
+        low = [mean - min(values) for mean, values in zip(means, asr, strict=True)]
+        high = [max(values) - mean for mean, values in zip(means, asr, strict=True)]
+        axis.errorbar(every, means, yerr=[low, high], marker="o", label=printable(attack), color=colour, capsize=2)
+    axis.set_xscale("symlog", linthresh=1e-3)
+    axis.set(xlabel="poisoning ratio", ylabel="ASR %", ylim=(-3, 103))
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    stem = args.out.with_suffix("") if args.out.suffix in (".png", ".svg") else args.out
+    print(*save(figure, stem), sep="\n")
+
+
+def _curves(roots: list[Path]) -> Curves:
+    """Scores of the attacks by ratio; RecordError for two networks that differ in nothing that a curve shows."""
+    curves: Curves = defaultdict(lambda: defaultdict(list))
+    seen: dict[tuple[str, float, int | None], Path] = {}
+    for result in (result for root in roots for result in _read(root) if result.defense == NONE):
+        ratio = (result.attack_settings or {}).get("pratio")
+        acc, asr = result.figures["acc"], result.figures["asr"]
+        if ratio is None or acc is None or asr is None:
+            continue
+        first = seen.setdefault((result.attack, ratio, result.seed), result.path)
+        if first != result.path:
+            raise RecordError(f"{first} and {result.path} have one attack, ratio and seed; keep one of them there")
+        curves[result.attack][ratio].append((acc, asr))
+    if not curves:
+        raise RecordError(f"no attack with a poisoning ratio in {' or '.join(map(str, roots))}")
+    return curves
+
+
+def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
+    return " / ".join(f"{statistics.mean(column):.2f}" for column in zip(*scores, strict=True)) if scores else "-"
+
+
+def gaps(args: argparse.Namespace) -> None:
+    """Print how far R_adv and R_share lie above R_bd, for each defense of the records that ran with --track_risk.
+
+    Over the evaluated rounds the mean, least and most in brackets; of the purified network with Newcombe's 95 %
+    interval, which is wide, for the risks are of the same images.
+    """
+    body = []
+    for path in args.records:
+        if not path.is_dir():
+            raise RecordError(f"there is no folder {path}; give result folders of attacks")
+        for manifest in sorted(path.glob("defense/*/manifest.json")):
+            record = Record(manifest.parent)
+            record.check()
+            if "r_bd" in record.summary().get("risk", {}).get("after", {}):
+                body.append(_gaps(record))
+    if not body:
+        raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")
+    heads = [f"{gap}{part}" for gap in GAPS.values() for part in (", mean of rounds", ", purified")]
+    print(markdown(["attack", "defense", "rounds", "R_bd %", *heads], body), end="")
+
+
+def _gaps(record: Record) -> list[str]:
+    summary, rows = record.summary(), [row for row in read_metrics(record.path) if "r_bd" in row]
+    risk, name = summary["risk"]["after"], marked(record.path.name, summary.get("selection"))
+    texts = [record.path.parents[1].name, name, str(len(rows)), f"{risk['r_bd']:.1f}"]
+    for key in GAPS:
+        found = [row[key] - row["r_bd"] for row in rows]
+        after, low, high = _newcombe(risk, key)
+        texts.append(f"{statistics.mean(found):.1f} ({min(found):.1f}..{max(found):.1f})")
+        texts.append(f"{after:.1f} [{low:.1f}, {high:.1f}]")
+    return texts
+
+
+def _newcombe(risk: dict[str, Any], name: str) -> tuple[float, float, float]:
+    """risk[name] - R_bd in percent and its 95 % interval (Newcombe 1998, method 10)."""
+    (low, high), (bd_low, bd_high) = risk[f"{name}_interval"], risk["r_bd_interval"]
+    gap = risk[name] - risk["r_bd"]
+    below = math.hypot(risk[name] - low, bd_high - risk["r_bd"])
+    above = math.hypot(high - risk[name], risk["r_bd"] - bd_low)
+    return gap, gap - below, gap + above
+
+
+def radii(args: argparse.Namespace) -> None:
+    """Print the risks of the attacked and the purified networks against the radius, on the same test images."""
+    device = use_device(args)
+    require("--samples", args.samples, args.samples >= 1, "1 and more")
+    searches = [Search(eps=eps, steps=args.steps, restarts=1) for eps in args.radii]
+    attacked = attack_result.load(files.existing(args.record_root, args.record))
+    networks = {"attacked": attacked.model()}
+    for name in args.defenses:
+        networks[name] = attacked.model()
+        attack_result.load_weights(networks[name], files.safe_join(attacked.path, "defense", name))
+    _, test, _ = attacked.pictures(args.dataset_path)
+    test, triggered = test.to(device), attacked.triggered and attacked.triggered.to(device)
+    reference = attacked.model().to(device)
+    print(f"| network | radius | {' | '.join(RISKS.values())} |\n|---|---|{'---|' * len(RISKS)}")
+    for name, model in networks.items():
+        for search in searches:
+            row = gauge(reference, test, triggered, args.samples, search, 0)(model.to(device)).row()
+            texts = [f"{row[risk]:.1f}" if risk in row else "-" for risk in RISKS]
+            print(f"| {name} | {search.eps:g} | {' | '.join(texts)} |", flush=True)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
+    "table": (table, "attacks against defenses with means and published means, and one defense against each rival"),
+    "seeds": (seeds, "mean and standard deviation over seeds, a row a cell"),
+    "ratios": (ratios, "ASR against the poisoning ratio, as a table, PNG and SVG"),
+    "gaps": (gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
+    "radii": (radii, "risks of a record's networks against the radius of the ball"),
+    "cards": (lambda args: cards.update(args.check), "write the figures of docs/results into the pages of methods"),
+}
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
