@@ -171,7 +171,7 @@ BROKEN = {
     "no JSON object": lambda path: ((path / "summary.json").write_text("{"), summary_only(path)),
     "holds a list": lambda path: ((path / "summary.json").write_text("[]"), summary_only(path)),
     "differs from manifest.json": lambda path: (path / "metrics.jsonl").write_text("{}\n"),
-    "it is no result folder": lambda path: (path / "config.yaml").write_text("- 1\n"),
+    "not a result folder": lambda path: (path / "config.yaml").write_text("- 1\n"),
     "manifest.json is damaged": lambda path: (path / "manifest.json").write_text("[]"),
     "acc is 'NaN'": lambda path: edit(path, acc="NaN"),
     "acc is 'nan'": lambda path: edit(path, acc=float("nan")),
