@@ -1,14 +1,15 @@
-"""A small grid, and an engine that does as it is told."""
+"""A small grid, and an engine whose cells end as they are told."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
-from sau.grid.cells import Job, Outcome
-from sau.grid.plan import Cell
-from sau.grid.store import Store
+from sau.grid.engines import Job, Outcome
+from sau.grid.plan import cells
+from sau.grid.spec import read
+from sau.grid.store import Cell, Store
 from sau.record.folder import Record
-from sau.record.lock import acquire, release
 
 SMALL = """
 dataset: digits
@@ -22,6 +23,12 @@ overrides:
 """
 
 
+def plan(file: Path, text: str = SMALL) -> list[Cell]:
+    """The cells of a grid file with that text."""
+    file.write_text(text)
+    return cells(read(file).blocks)
+
+
 def finish(store: Store, cell: Cell, **summary: Any) -> None:
     """Leave a record as a finished cell does."""
     record = Record(store.folder(cell))
@@ -29,46 +36,35 @@ def finish(store: Store, cell: Cell, **summary: Any) -> None:
     record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0, **summary})
 
 
-@contextmanager
-def used(store: Store, *cells: Cell) -> Iterator[None]:
-    """Lock the folders of cells, as processes that run them do."""
-    for cell in cells:
-        acquire(store.folder(cell))
-    yield
-    for cell in cells:
-        release(store.folder(cell))
-
-
 class Scripted:
-    """An engine on which the tries of a cell, by its label, end as they are told; others finish."""
+    """An engine on which the tries of a cell, by its label, end as in `script`; others finish."""
 
-    def __init__(self, store: Store, script: dict[str, list[Outcome]] | None = None, room: int = 2) -> None:
-        self.store, self.script, self.slots = store, script or {}, room
-        self.running: list[Cell] = []
+    lost = (OSError,)
+
+    def __init__(self, store: Store, script: dict[str, list[Outcome | OSError]]) -> None:
+        self.store, self.script = store, script
         self.order: list[str] = []
         self.stopped = False
 
-    def check(self, cells: Sequence[Cell]) -> None:
+    def check(self, jobs: Sequence[Job]) -> None:
         pass
 
-    def room(self, cell: Cell) -> bool:
-        return len(self.running) < self.slots
+    def room(self, job: Job) -> bool:
+        return True
 
-    def submit(self, cell: Cell, job: Job) -> None:
-        assert not any(other.digest == cell.digest for other in self.running)
-        self.running.append(cell)
-        self.order.append(cell.label)
-
-    def poll(self) -> list[tuple[Cell, Outcome]]:
-        done = []
-        for cell in self.running:
-            told = self.script.get(cell.label)
-            outcome = told.pop(0) if told else Outcome("done")
-            if outcome.status == "done":
-                finish(self.store, cell)
-            done.append((cell, outcome))
-        self.running = []
-        return done
+    def submit(self, job: Job) -> Future[Outcome]:
+        self.order.append(job.label)
+        left = self.script.get(job.label)
+        outcome, future = left.pop(0) if left else Outcome("done"), Future[Outcome]()
+        if isinstance(outcome, OSError):
+            future.set_exception(outcome)
+            return future
+        if outcome.status == "done":
+            record = Record(Path(job.folder))
+            record.begin({}, {}, overwrite=False)
+            record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0})
+        future.set_result(outcome)
+        return future
 
     def stop(self) -> None:
         self.stopped = True

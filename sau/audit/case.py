@@ -17,7 +17,7 @@ from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.files import safe_join
 from sau.formatting import marked
-from sau.grid.names import defense_named
+from sau.grid.store import defense_named
 from sau.models import Normalized
 from sau.record import attack_result, schema
 from sau.record.folder import Record

@@ -1,110 +1,164 @@
-"""Where cells run: on the cores and GPUs of this machine, or on the machines of a Ray cluster."""
+"""Where cells run: each is a process, on this machine or on the machines of a Ray cluster.
+
+    python -m sau.grid.engines PARENT FOLDER KIND NAME flags...
+
+is such a process. It locks the result folder, does what `python -m sau KIND NAME flags...` does, and stops when the
+process that started it is gone. Ray's workers import this module, so it imports torch only where that is needed.
+"""
 
 import importlib
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
 from joblib import cpu_count
 
-from sau.errors import ConfigError, RecordError, first_line
-from sau.grid.cells import Child, Job, Outcome, run_cell
-from sau.grid.plan import Cell
-from sau.runtime.process import available_memory, python_path
+from sau.errors import ConfigError, LockedError, first_line
+from sau.record.lock import acquire
+from sau.runtime.process import available_memory, outlive, python_path
 
-Done = list[tuple[Cell, Outcome]]
+GRACE = 5.0  # seconds that a stopped cell has to write what it holds
+LOCKED = 75  # exit status of a cell whose folder another process uses
 GIB = 2**30
-START = 120.0  # seconds that the first worker of Ray may take to start; a few are usual
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Runs jobs side by side."""
+@dataclass(frozen=True)
+class Job:
+    """A cell as an engine gets it: plain values, the same on every machine that shares the storage."""
 
-    def check(self, cells: Sequence[Cell]) -> None:
-        """Refuse cells that could never run here, by a ConfigError that names the first."""
-
-    def room(self, cell: Cell) -> bool:
-        """Whether the cell can be submitted now."""
-
-    def submit(self, cell: Cell, job: Job) -> None:
-        """Start a job, or put it in line."""
-
-    def poll(self) -> Done:
-        """The jobs that ended since the last call."""
-
-    def stop(self) -> None:
-        """Stop what runs and give back what is held."""
+    label: str  # for messages
+    command: tuple[str, ...]  # kind, name and flags
+    folder: str  # its result folder
+    log: str  # where its output goes; `.out` and `.err` are added
+    cache: str  # folder of trained triggers and decoded images
+    threads: int
+    memory_gb: float
+    gpus: float  # or a share of one
+    timeout: float | None  # seconds
 
 
-def check_cores(cores: int) -> None:
-    """Refuse, by a ConfigError, more cores of this machine than there are."""
-    if cores > cpu_count():
-        raise ConfigError(f"cores is {cores}, but this process may use {cpu_count()}")
+@dataclass(frozen=True)
+class Outcome:
+    """How a try ended (`locked`: another process has the cell), why, and whether another try may help."""
+
+    status: Literal["done", "failed", "locked"]
+    reason: str = ""
+    again: bool = True
+
+
+def run_job(job: Job, gpus: str | None = None, stopping: threading.Event | None = None) -> Outcome:
+    """Run a job to its end in a process of its own; it is stopped after its timeout, or once `stopping` is set.
+
+    `gpus` are the devices that it may see, as CUDA_VISIBLE_DEVICES has them; None leaves what is set.
+    """
+    threads = {f"{library}_NUM_THREADS": str(job.threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    env = {**os.environ, **threads, "PYTHONPATH": python_path(), "SAU_CACHE": job.cache}
+    env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    argv = [sys.executable, "-P", "-m", "sau.grid.engines", str(os.getpid()), job.folder, *job.command]
+    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log + ".out", "ab") as out, open(job.log + ".err", "ab+") as err:
+        before, started = err.seek(0, os.SEEK_END), time.monotonic()
+        # A session of its own: Ctrl-C in the terminal reaches the grid alone, which then stops its cells.
+        process = subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not (stopping and stopping.is_set()):
+                if job.timeout is not None and time.monotonic() - started > job.timeout:
+                    return Outcome("failed", f"no end after {job.timeout:g} s (cell_timeout)")
+                time.sleep(0.1)
+        finally:
+            _stop(process)
+        err.seek(before)
+        lines = err.read().decode(errors="replace").strip().splitlines()
+        return _outcome(process.returncode, lines[-1].removeprefix("error: ") if lines else "")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process to leave, and kill it if it does not."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _outcome(status: int, last: str) -> Outcome:
+    """What an exit status, and the last line of stderr, say."""
+    if status < 0:
+        reason = f"killed by signal {-status} ({signal.strsignal(-status)})"
+        return Outcome("failed", reason + (", perhaps for want of memory" if status == -signal.SIGKILL else ""))
+    if status in (0, LOCKED):
+        return Outcome("done" if status == 0 else "locked", last)
+    return Outcome("failed", last or f"exit status {status}", again=status != 2)
 
 
 class Local:
-    """This machine: as many cells as its cores, its memory and its GPUs hold, never more threads than cores.
+    """This machine: as many cells as its cores, its memory and its GPUs hold.
 
     Args:
         cores: to use; None means all that this process may use.
         memory_gb: GiB to use; None means nine tenths of what there is.
     """
 
+    lost = (OSError,)  # what a future raises where a process cannot be had
+
     def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
-        self.cores = cpu_count() if cores is None else cores
+        import torch
+
+        self.cores = check_cores(cores)
         self.memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
-        self.gpus = [1.0] * torch.cuda.device_count()
-        self.running: dict[str, tuple[Cell, Child, dict[int, float]]] = {}
-        self.unborn: Done = []
+        self.gpus = torch.cuda.device_count()
+        self.running: dict[Future[Outcome], tuple[Job, dict[int, float]]] = {}  # with its shares of GPUs
+        self.threads, self.stopping = ThreadPoolExecutor(self.cores), threading.Event()
 
-    def check(self, cells: Sequence[Cell]) -> None:
-        check_cores(self.cores)
-        for cell in cells:
-            has = {"threads": self.cores, "memory_gb": self.memory, "gpus": len(self.gpus)}
-            for what, most in has.items():
-                if getattr(cell, what) > most:
-                    raise ConfigError(f"{cell.label}: {what} is {getattr(cell, what):g}, but this machine has {most:g}")
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuse jobs that could never run here, by a ConfigError that names the first."""
+        for job in jobs:
+            for what, most in (("threads", self.cores), ("memory_gb", self.memory), ("gpus", self.gpus)):
+                if getattr(job, what) > most:
+                    raise ConfigError(f"{job.label}: {what} is {getattr(job, what):g}, but this machine has {most:g}")
 
-    def room(self, cell: Cell) -> bool:
-        cells = [cell, *(other for other, _, _ in self.running.values())]
-        threads, needs = sum(other.threads for other in cells), sum(other.memory_gb for other in cells)
-        return threads <= self.cores and needs <= self.memory and self._devices(cell) is not None
+    def room(self, job: Job) -> bool:
+        """Whether the job can be submitted now."""
+        self.running = {future: entry for future, entry in self.running.items() if not future.done()}
+        jobs = [job, *(other for other, _ in self.running.values())]
+        threads, needs = sum(each.threads for each in jobs), sum(each.memory_gb for each in jobs)
+        return threads <= self.cores and needs <= self.memory and self._shares(job) is not None
 
-    def _devices(self, cell: Cell) -> dict[int, float] | None:
+    def _shares(self, job: Job) -> dict[int, float] | None:
         """Free shares of GPUs: of the fullest one that has room, or of as many whole ones; None if there are none."""
-        free = [1.0 - sum(used.get(n, 0.0) for _, _, used in self.running.values()) for n in range(len(self.gpus))]
-        if cell.gpus == 0:
+        share, count = (job.gpus, 1) if job.gpus < 1 else (1.0, int(job.gpus))
+        free = [1.0 - sum(used.get(gpu, 0.0) for _, used in self.running.values()) for gpu in range(self.gpus)]
+        fitting = sorted((left, gpu) for gpu, left in enumerate(free) if left > share - 1e-9)
+        if job.gpus == 0:
             return {}
-        share, count = (cell.gpus, 1) if cell.gpus < 1 else (1.0, int(cell.gpus))
-        fitting = sorted((left, number) for number, left in enumerate(free) if left > share - 1e-9)
-        return {number: share for _, number in fitting[:count]} if len(fitting) >= count else None
+        return {gpu: share for _, gpu in fitting[:count]} if len(fitting) >= count else None
 
-    def submit(self, cell: Cell, job: Job) -> None:
-        shares = self._devices(cell) or {}
+    def submit(self, job: Job) -> Future[Outcome]:
+        """Start a job that there is room for."""
+        shares = self._shares(job) or {}
         # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
-        seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        names = ",".join(seen[number] if seen else str(number) for number in shares)
-        try:
-            self.running[cell.digest] = cell, Child(job, names if shares else None), shares
-        except RecordError as error:  # no process or no file is to be had now; that is no fault of other cells
-            self.unborn.append((cell, Outcome("failed", str(error))))
-
-    def poll(self) -> Done:
-        polled = [(cell, child.poll()) for cell, child, _ in list(self.running.values())]
-        done = [(cell, outcome) for cell, outcome in polled if outcome is not None]
-        for cell, _ in done:
-            del self.running[cell.digest]
-        unborn, self.unborn = self.unborn, []
-        return done + unborn
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        names = ",".join(visible[gpu] if visible else str(gpu) for gpu in shares)
+        future = self.threads.submit(run_job, job, names if shares else None, self.stopping)
+        self.running[future] = job, shares
+        return future
 
     def stop(self) -> None:
-        for _, child, _ in self.running.values():
-            child.interrupt()
-        for _, child, _ in self.running.values():
-            child.stop()
-        self.running.clear()
+        """Stop what runs."""
+        self.stopping.set()
+        self.threads.shutdown()
 
 
 class RayEngine:
@@ -118,79 +172,79 @@ class RayEngine:
     def __init__(self, address: str | None = None, cores: int | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self.ray = _import_ray()
-        if address is None:
-            check_cores(cores or 0)  # Ray would start with any number, and so many cells at once
-        home = {"env_vars": {"PYTHONPATH": python_path()}}
-        started: dict[str, Any] = (
-            {"num_cpus": cores or cpu_count(), "include_dashboard": False} if address is None else {}
-        )
+        try:
+            self.ray = importlib.import_module("ray")
+        except ImportError:
+            raise ConfigError("the engine needs ray, which is not installed; pip install -e '.[ray]'") from None
+        here: dict[str, Any] = {} if address else {"num_cpus": check_cores(cores), "include_dashboard": False}
+        env = {"env_vars": {"PYTHONPATH": python_path()}}
         quiet = {"log_to_driver": False, "logging_level": "error"}
         try:
             # "local": else a Ray that runs here already would be joined, and refuse the number of cores.
-            self.ray.init(address=address or "local", runtime_env=home, **quiet, **started)
+            self.ray.init(address=address or "local", runtime_env=env, **quiet, **here)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"no Ray cluster at {address}" if address else "Ray does not start here"
-            raise ConfigError(f"{where}: {first_line(error)}") from None
-        self.task = self.ray.remote(run_cell)
-        self.running: dict[Any, Cell] = {}
+            raise ConfigError(f"address is {address}, but no Ray answers: {first_line(error)}") from None
+        self.lost = (self.ray.exceptions.RayError,)  # what a future raises where a worker or its machine dies
+        self.task, self.tasks = self.ray.remote(run_job), list[Any]()
 
-    def _nodes(self) -> list[dict[str, float]]:
-        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuse jobs that no machine of the cluster holds, by a ConfigError that names the first."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        for job in {(job.threads, job.memory_gb, job.gpus): job for job in jobs}.values():
+            needs = {"CPU": job.threads, "memory": job.memory_gb * GIB, "GPU": job.gpus}
+            if not any(all(node.get(what, 0) >= amount for what, amount in needs.items()) for node in nodes):
+                text = f"{job.threads} threads, {job.memory_gb:g} GiB and {job.gpus:g} GPUs"
+                raise ConfigError(f"{job.label} needs {text}, but none of the {len(nodes)} machines has them")
 
-    def check(self, cells: Sequence[Cell]) -> None:
-        nodes = self._nodes()
-        for need in {(cell.threads, cell.memory_gb, cell.gpus): cell for cell in cells}.values():
-            if not any(all(node.get(what, 0) >= amount for what, amount in _wants(need).items()) for node in nodes):
-                asked = f"{need.threads} threads, {need.memory_gb:g} GiB and {need.gpus:g} GPUs"
-                raise ConfigError(f"{need.label} needs {asked}, but none of the {len(nodes)} machines has them")
-        self._try_worker()
+    def room(self, job: Job) -> bool:
+        """Always: Ray keeps the line."""
+        return True
 
-    def _try_worker(self) -> None:
-        """ConfigError if no worker starts and finds this package: Ray would keep the cells in line for ever."""
-        try:
-            self.ray.get(self.ray.remote(cpu_count).options(num_cpus=0).remote(), timeout=START)
-        except self.ray.exceptions.GetTimeoutError:
-            where = "the logs in /tmp/ray/session_latest/logs of its first machine say why"
-            raise ConfigError(f"no worker of Ray has started within {START:g} s; {where}") from None
-        except self.ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]  # below the worker's own traceback
-            raise ConfigError(f"a worker of Ray cannot run cells: {reason}") from None
-
-    def room(self, cell: Cell) -> bool:
-        return len(self.running) < 1000  # Ray keeps the line; a longer one would only cost it memory
-
-    def submit(self, cell: Cell, job: Job) -> None:
-        needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": int(cell.memory_gb * GIB), "max_retries": 0}
-        self.running[self.task.options(**needs, name=cell.label).remote(job)] = cell
-
-    def poll(self) -> Done:
-        if not self.running:
-            return []
-        ready, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
-        done = []
-        for reference in ready:
-            try:
-                outcome = self.ray.get(reference)
-            except self.ray.exceptions.RayError as error:
-                outcome = Outcome("failed", f"worker lost: {first_line(error)}")
-            done.append((self.running.pop(reference), outcome))
-        return done
+    def submit(self, job: Job) -> Future[Outcome]:
+        """Put a job in Ray's line."""
+        needs = {"num_cpus": job.threads, "num_gpus": job.gpus, "memory": int(job.memory_gb * GIB), "max_retries": 0}
+        self.tasks.append(self.task.options(**needs, name=job.label).remote(job))
+        future: Future[Outcome] = self.tasks[-1].future()
+        return future
 
     def stop(self) -> None:
-        for reference in self.running:
-            self.ray.cancel(reference)
-        if self.running:
-            self.ray.wait(list(self.running), num_returns=len(self.running), timeout=10)
+        """Stop what runs, and leave the cluster."""
+        _, left = self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0) if self.tasks else ([], [])
+        for task in left:
+            self.ray.cancel(task)
+        if left:
+            self.ray.wait(left, num_returns=len(left), timeout=2 * GRACE)
         self.ray.shutdown()
 
 
-def _wants(cell: Cell) -> dict[str, float]:
-    return {"CPU": float(cell.threads), "memory": cell.memory_gb * GIB, "GPU": cell.gpus}
+def check_cores(cores: int | None) -> int:
+    """The cores to use, all that there are for None; ConfigError for more."""
+    if cores is not None and cores > cpu_count():
+        raise ConfigError(f"cores is {cores}, but this process may use {cpu_count()}")
+    return cores or cpu_count()
 
 
-def _import_ray() -> Any:
+def _stop_with(parent: int) -> None:
+    """Stop this process, as Ctrl-C would, once its parent is gone."""
+    outlive(parent)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+    os._exit(1)  # a long call into torch did not let Python raise; every file is written atomically
+
+
+def _main(parent: str, folder: str, *command: str) -> int:
+    """Run a cell in this process; the exit status is that of `sau.cli.main`, or LOCKED."""
+    from sau.cli import main
+
+    threading.Thread(target=_stop_with, args=(int(parent),), daemon=True).start()
     try:
-        return importlib.import_module("ray")
-    except ImportError:
-        raise ConfigError("the engine needs ray, which is not installed; pip install -e '.[ray]'") from None
+        acquire(Path(folder))
+    except LockedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOCKED
+    sys.argv = ["sau", *command]  # the record keeps this as its command
+    return main(command)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

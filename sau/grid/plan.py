@@ -1,73 +1,45 @@
 """From a grid's blocks to its cells: each has the digest of what determines its result, and a folder of its own."""
 
 import fnmatch
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from sau.attack import ATTACKS
+from sau.command.request import Request
+from sau.config import Method, nearest
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
-from sau.grid.identity import identity, refuse_unfit
-from sau.grid.names import without_digest
-from sau.grid.overrides import METHODS, canonical, overridden, refuse_unknown, request, text
+from sau.files import checksum
 from sau.grid.spec import Block
+from sau.grid.store import Cell
+from sau.optim import Training
 from sau.record.schema import digest
-from sau.settings.run import AttackRun
+from sau.settings.run import AttackRun, DefenseRun
 
-_LETTERS = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: an attack, or a defense on an attack.
-
-    Args:
-        kind: attack or defense.
-        name: the method.
-        digest: of all that determines the result, hexadecimal.
-        folder: below the record root, unique to the digest.
-        flags: of attack/NAME.py or defense/NAME.py, all but the record root.
-        attack: digest of the attack's cell; None for an attack.
-        threads: CPU threads.
-        memory_gb: GiB of memory.
-        gpus: GPUs, or a share of one.
-        data: the data set, and the folder of the data sets.
-        twin: whether another cell of the grid has the same label but for its digest.
-    """
-
-    kind: str
-    name: str
-    digest: str
-    folder: str
-    flags: tuple[str, ...]
-    attack: str | None
-    threads: int
-    memory_gb: float
-    gpus: float
-    data: tuple[str, str]
-    twin: bool = False
-
-    @property
-    def label(self) -> str:
-        """The folder without digests, for people; with its own where that would be another cell's, too."""
-        label = "/".join(without_digest(part) for part in self.folder.split("/"))
-        return f"{label}_{self.digest[:10]}" if self.twin else label
+METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
+_AXIS = {"attack": "pratio", "defense": "ratio"}
+_LETTER = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
+# The grid sets these for all cells, by keys of its own or by itself.
+_RESERVED = {
+    "dataset", "dataset_path", "recipe", "device", "amp", "threads", "random_seed", "record_root", "result_file",
+    "save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack", "max_minutes", "compile",
+}  # fmt: skip
+_FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
+_MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds, as risk_* do where risks are tracked
 
 
 def cells(blocks: Sequence[Block]) -> list[Cell]:
     """Every cell once, attacks before their defenses; ConfigError if a block cannot be."""
     found: dict[str, Cell] = {}
     for block in blocks:
-        refuse_unknown(block.overrides)
-        for cell in _Crossed(block).cells():
+        _check_overrides(block)
+        for cell in _crossed(block):
             found.setdefault(cell.digest, cell)
-    folders = {cell.folder: cell for cell in found.values()}
-    if len(folders) < len(found):
-        raise ConfigError("two cells have the same folder, by an accident of their digests; change a setting of one")
-    labels = Counter(cell.label for cell in found.values())
-    return [replace(cell, twin=True) if labels[cell.label] > 1 else cell for cell in found.values()]
+    return list(found.values())
 
 
 def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
@@ -86,74 +58,123 @@ def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 class _Settled:
     """A method with all of its settings, but for seed and attack."""
 
+    kind: str
+    name: str
     flags: tuple[str, ...]
     digest: str
     label: str
 
 
-class _Crossed:
-    """The cells of one block; a method is settled once for each value of its axis."""
+def _crossed(block: Block) -> Iterator[Cell]:
+    """Seed by seed, attack by attack, each followed by its defenses."""
+    settle = cache(partial(_settle, block))
+    for seed, name in product(block.seeds, block.attacks):
+        for ratio in (block.ratios or (None,)) if "pratio" in _canonical("attack", name) else (None,):
+            attack = _cell(block, settle("attack", name, ratio), seed, None)
+            yield attack
+            for defense in block.defenses:
+                shares = block.clean_shares or (None,)
+                for share in shares if DEFENSES[defense].looks else shares[:1]:
+                    yield _cell(block, settle("defense", defense, share), seed, attack)
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.memo: dict[tuple[str, str, float | None], _Settled] = {}
 
-    def cells(self) -> Iterator[Cell]:
-        """Seed by seed, attack by attack, each followed by its defenses."""
-        for seed in self.block.seeds:
-            AttackRun(random_seed=seed)  # refuses what is no seed
-            for name in self.block.attacks:
-                poisons = "pratio" in canonical("attack", name)
-                for ratio in self.block.ratios if poisons and self.block.ratios else (None,):
-                    attack = self._cell("attack", name, seed, ratio, None)
-                    yield attack
-                    for defense in self.block.defenses:
-                        shares = self.block.clean_shares or (None,)
-                        for share in shares if DEFENSES[defense].looks else shares[:1]:
-                            yield self._cell("defense", defense, seed, share, attack)
+def _cell(block: Block, method: _Settled, seed: int, attack: Cell | None) -> Cell:
+    on = attack.digest if attack else None
+    mark = digest({"settings": method.digest, "random_seed": seed, "attack": on})
+    own = f"{method.label}_{mark[:10]}" + ("" if attack else f"_s{seed}")
+    target = (f"--result_file={attack.folder}",) if attack else ()
+    flags = (*method.flags, f"--random_seed={seed}", f"--save_folder_name={own}", *target)
+    folder = f"{attack.folder}/defense/{own}" if attack else own
+    needs, data = (block.threads, block.memory_gb, block.gpus), (block.dataset, block.dataset_path)
+    return Cell(method.kind, method.name, mark, folder, flags, on, *needs, data)
 
-    def _cell(self, kind: str, name: str, seed: int, amount: float | None, attack: Cell | None) -> Cell:
-        key = (kind, name, amount)
-        if key not in self.memo:
-            self.memo[key] = self._settle(*key)
-        settled, block = self.memo[key], self.block
-        on = attack.digest if attack else None
-        mark = digest({"settings": settled.digest, "random_seed": seed, "attack": on})
-        own = f"{settled.label}_{mark[:10]}" + ("" if attack else f"_s{seed}")
-        target = (f"--result_file={attack.folder}",) if attack else ()
-        flags = (*settled.flags, f"--random_seed={seed}", f"--save_folder_name={own}", *target)
-        folder = f"{attack.folder}/defense/{own}" if attack else own
-        needs, data = (block.threads, block.memory_gb, block.gpus), (block.dataset, block.dataset_path)
-        return Cell(kind, name, mark, folder, flags, on, *needs, data)
 
-    def _settle(self, kind: str, name: str, amount: float | None) -> _Settled:
-        block, axis = self.block, {"attack": "pratio", "defense": "ratio"}[kind]
-        said: dict[str, Any] = {
-            "recipe": block.recipe,
-            "device": block.device,
-            "amp": block.amp,
-            "threads": block.threads,
-        }
-        said |= {"dataset_path": str(Path(block.dataset_path).absolute())}
-        said |= {"dataset": block.dataset} if kind == "attack" else {}
-        said |= {axis: amount} if amount is not None else {}
-        for group in (kind, name):
-            said |= overridden(block.overrides, kind, name, group, axis if amount is not None else "")
-        for key in (*METHODS[kind][name].files, "index"):  # a worker elsewhere starts in another folder
-            if said.get(key) not in (None, "none"):
-                if not isinstance(said[key], str):
-                    raise ConfigError(f"{key} of {name} is {said[key]!r}, allowed is the path of a file")
-                said[key] = str(Path(said[key]).absolute())
-        flags = tuple(f"--{key}={text(value)}" for key, value in said.items())
-        try:
-            asked = request(kind, name, flags)
-            run, *sections = asked.settle(asked.fitting(block.recipe), block.dataset)
-            method = sections[-1]
-            refuse_unfit(method, run, block, shares=kind == "defense" and amount is not None)
-            facts = identity(sections, run, block, said["dataset_path"])
-        except SauError as error:
-            raise ConfigError(f"{kind} {name}: {error}") from None
-        share = facts.get(axis)
-        label = f"{name}_{_LETTERS[kind]}{share:g}" if "pratio" in canonical(kind, name) or kind == "defense" else name
-        label += "_oracle" if facts.get("select") == "oracle" else ""
-        return _Settled(flags, digest({kind: name, **facts}), label)
+def _settle(block: Block, kind: str, name: str, amount: float | None) -> _Settled:
+    axis = _AXIS[kind]
+    settings: dict[str, Any] = {key: getattr(block, key) for key in ("recipe", "device", "amp", "threads")}
+    settings["dataset_path"] = str(Path(block.dataset_path).absolute())  # a worker elsewhere starts in another folder
+    settings |= {"dataset": block.dataset} if kind == "attack" else {}
+    settings |= {axis: amount} if amount is not None else {}
+    for group in (kind, name):
+        own = _overrides(block, kind, name, group)
+        if amount is not None and axis in own:
+            raise ConfigError(f"overrides.{group}.{axis} contradicts ratios or clean_shares; keep one of them")
+        settings |= own
+    if amount is not None and settings.get("index") is not None and kind == "defense":
+        raise ConfigError(f"index is {settings['index']}, which beats clean_shares; leave one of them out")
+    for key in (*METHODS[kind][name].files, "index"):
+        if settings.get(key) not in (None, "none"):
+            settings[key] = str(Path(str(settings[key])).absolute())
+    flags = tuple(f"--{key}={_text(value)}" for key, value in settings.items())
+    try:
+        request = _request(kind, name, flags)
+        run, *sections = request.settle(request.fitting(block.recipe), block.dataset)
+        facts = _identity(sections, run, block, settings["dataset_path"])
+    except SauError as error:
+        raise ConfigError(f"{kind} {name}: {error}") from None
+    has_axis = kind == "defense" or "pratio" in _canonical(kind, name)
+    label = f"{name}_{_LETTER[kind]}{facts[axis]:g}" if has_axis else name
+    label += "_oracle" if facts.get("select") == "oracle" else ""
+    return _Settled(kind, name, flags, digest({kind: name, **facts}), label)
+
+
+def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block, dataset_path: str) -> dict[str, Any]:
+    """All that determines a result but seed and attack. Published results are known by its digest: keep it.
+
+    Files, and what else is measured, stand in it only where they are given.
+    """
+    settings = {key: value for section in sections for key, value in section.identity().items()}
+    facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
+    where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
+    machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
+    if facts.get("index"):
+        facts["index_sha256"] = checksum(Path(facts.pop("index")))
+    tracked = getattr(run, "track_risk", False)
+    names = [field.name for field in fields(run) if field.name in _MEASURED or (tracked and field.name[:5] == "risk_")]
+    more = {name: getattr(run, name) for name in names if getattr(run, name) != getattr(type(run), name)}
+    return {**settings, **facts, **where, **machine, **more}
+
+
+def _check_overrides(block: Block) -> None:
+    """Refuse, by a ConfigError, a setting that its method, or every one of its kind, does not have."""
+    for group, settings in block.overrides.items():
+        kinds = [kind for kind in METHODS if group == kind or group in METHODS[kind]]
+        names = [(kind, name) for kind in kinds for name in METHODS[kind] if group in (kind, name)]
+        known = {key for kind, name in names for key in _canonical(kind, name)}
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"overrides.{group}.{key}: unknown setting{nearest(str(key), sorted(known))}")
+
+
+def _overrides(block: Block, kind: str, name: str, group: str) -> dict[str, Any]:
+    """What stands under `group`, its name or its kind, for a method, by its parameters' own names."""
+    known, found = _canonical(kind, name), dict[str, Any]()
+    for key, value in block.overrides.get(group, {}).items():
+        if key not in known:
+            continue  # a setting for all of them, which this one does not have
+        if known[key] in _RESERVED:
+            raise ConfigError(f"overrides.{group}.{key}: the grid sets {known[key]} itself; leave it out")
+        if known[key] in found:
+            raise ConfigError(f"overrides.{group}.{key}: {known[key]} is given twice, under two names; give it once")
+        found[known[key]] = value
+    return found
+
+
+def _request(kind: str, name: str, flags: Sequence[str]) -> Request:
+    """A method's command line on its way to objects."""
+    method, asked = METHODS[kind][name], (AttackRun, Training) if kind == "attack" else (DefenseRun,)
+    return Request(f"{kind}/{name}.py", method, (*asked, method), flags)
+
+
+@cache
+def _canonical(kind: str, name: str) -> dict[str, str]:
+    """Every name of a method's settings, to the parameter behind it."""
+    options = _request(kind, name, ()).known.values()
+    return {other: option.name for option in options for other in (option.name, *option.aliases)}
+
+
+def _text(value: Any) -> str:
+    """A value as on a command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,41 +1,55 @@
-"""The order of cells: attacks before their defenses, retries, other runners, and a line for each cell that ends."""
+"""The order of cells: attacks before their defenses, retries, other runners; and a line for each cell that ends."""
 
 import errno
-import heapq
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
-from sau.errors import RecordError
+from sau.errors import RecordError, first_line
 from sau.formatting import duration
-from sau.grid.cells import Outcome
-from sau.grid.engines import Engine
-from sau.grid.plan import Cell
-from sau.grid.publish import differs
-from sau.grid.store import Store
+from sau.grid.engines import Job, Local, Outcome, RayEngine
+from sau.grid.store import Cell, Store
+from sau.record.lock import in_use
 
 POLL = 0.1  # seconds between two looks at what runs
 ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again
 _FULL = ("no room for ", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # as `files.write` and the system say it
 
 
-def needed(cells: Sequence[Cell], store: Store, retry_failed: bool) -> list[Cell]:
+def needed(cells: Sequence[Cell], store: Store, retry_failed: bool = False) -> list[Cell]:
     """The cells to run: neither finished nor failed before, and the attacks whose weights their defenses need."""
     states = store.states(cells)
-    skipped = ("failed", "blocked") if not retry_failed else ()
-    todo = {cell.digest for cell in cells if not store.over(cell) and states[cell.digest].name not in skipped}
-    wanted = {cell.attack for cell in cells if cell.digest in todo and cell.attack}
-    todo |= {cell.digest for cell in cells if cell.digest in wanted and store.over(cell) != "finished"}
+    wanted = {"running", "waiting", *(("failed", "blocked") if retry_failed else ())}
+    todo = {cell.digest for cell in cells if states[cell.digest].name in wanted and cell.folder not in store.kept}
+    attacks = {cell.attack for cell in cells if cell.digest in todo}
+    todo |= {cell.digest for cell in cells if cell.digest in attacks and not store.finished(cell)}
     return [cell for cell in cells if cell.digest in todo]
+
+
+def status(cells: Sequence[Cell], store: Store) -> list[str]:
+    """Counts, what runs, what failed and why, and what is left to do, from the disk alone."""
+    states = store.states(cells)
+    names = ("finished", "published", "running", "waiting", "failed", "blocked")
+    counts = Counter(state.name for state in states.values())
+    lines = [f"{len(cells)} cells: " + ", ".join(f"{counts[name]} {name}" for name in names if counts[name])]
+    for cell in cells:
+        state = states[cell.digest]
+        if state.name == "running":
+            lines.append(f"running {cell.label}")
+        elif state.name == "failed":
+            lines.append(f"failed  {cell.label}: {state.reason}; see {store.log(cell)}.err")
+    left = len(needed(cells, store))
+    return [*lines, f"left: {left} cells"] if left else lines
 
 
 class Runner:
     """Runs cells on an engine until all are finished or failed for good.
 
     Args:
-        cells: to run, attacks before their defenses; see `needed`.
+        cells: to run, attacks before their defenses; see `needed`. Earlier failures of theirs are forgotten.
         store: where they lie.
         engine: what runs them.
         retries: tries after the first one.
@@ -44,113 +58,103 @@ class Runner:
     """
 
     def __init__(
-        self, cells: Sequence[Cell], store: Store, engine: Engine, *, retries: int, timeout: float | None,
+        self, cells: Sequence[Cell], store: Store, engine: Local | RayEngine, *, retries: int, timeout: float | None,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.cells, self.store, self.engine, self.say = cells, store, engine, say
         self.retries, self.timeout = retries, timeout
-        self.order = {cell.digest: number for number, cell in enumerate(cells)}
-        self.ready: list[tuple[float, int]] = []  # (not before, number of the cell)
-        self.behind: dict[str, list[Cell]] = defaultdict(list)  # attack -> its defenses
+        self.waiting = list(cells)
+        self.running: dict[Future[Outcome], Cell] = {}
+        self.ended: dict[str, bool] = {}  # by digest: whether the cell is finished
         self.tries: Counter[str] = Counter()
-        self.waits: set[str] = set()  # cells that had to wait, which is said once
-        self.progress: dict[str, int] = {}  # of a cell when its try began
-        self.running: dict[str, Cell] = {}
-        self.failed = {cell.digest: store.failed(cell) for cell in cells}  # before this runner, which tries them again
-        self.ended, self.failures = 0, list[tuple[Cell, str]]()
-        for cell in cells:
-            if cell.attack in self.order:
-                self.behind[cell.attack].append(cell)
-            else:
-                self._line_up(cell)
+        self.later: dict[str, float] = {}  # by digest: not to be looked at before
 
-    def run(self) -> list[tuple[Cell, str]]:
-        """Run everything; returns the cells that failed, each with its reason. The engine is stopped at the end.
+    def run(self) -> list[Cell]:
+        """Run everything; returns the cells that failed or were blocked. The engine is stopped at the end.
 
         RecordError if the disk is full: all cells would fail of it, and none of them is to blame.
         """
         try:
-            self.engine.check(self.cells)
-            while self.ready or self.running:
+            self.engine.check([self._job(cell) for cell in self.cells])
+            for cell in self.cells:
+                self.store.forgive(cell)
+            while self.waiting or self.running:
                 self._submit()
-                for cell, outcome in self.engine.poll():
-                    del self.running[cell.digest]
-                    self._ended(cell, outcome)
+                for future in [future for future in self.running if future.done()]:
+                    self._ended(self.running.pop(future), self._outcome(future))
                 time.sleep(POLL)
         finally:
             self.engine.stop()
-        return self.failures
-
-    def _line_up(self, cell: Cell, wait: float = 0.0) -> None:
-        heapq.heappush(self.ready, (time.monotonic() + wait if wait else 0.0, self.order[cell.digest]))
+        return [cell for cell in self.cells if not self.ended[cell.digest]]
 
     def _submit(self) -> None:
-        while self.ready and self.ready[0][0] <= time.monotonic():
-            cell = self.cells[self.ready[0][1]]
-            if self.store.over(cell) == "finished":  # by another runner
-                heapq.heappop(self.ready)
-                self._done(cell, "elsewhere: ")
-            elif self.store.failed(cell) not in (0, self.failed[cell.digest]):  # by another runner, after all its tries
-                heapq.heappop(self.ready)
-                self._failed(cell, f"elsewhere: {self.store.reason(cell)}")
-            elif self.store.running(cell):
-                heapq.heappop(self.ready)
-                self._line_up(cell, ELSEWHERE)
-            elif self.engine.room(cell):
-                heapq.heappop(self.ready)
-                self.running[cell.digest] = cell
-                self.progress[cell.digest] = self.store.progress(cell)
-                self.engine.submit(cell, self.store.job(cell, self.timeout))
+        """Start what can be started, and leave the rest waiting."""
+        todo = {cell.digest for cell in self.cells}
+        waiting, self.waiting = self.waiting, []
+        for number, cell in enumerate(waiting):
+            ready = cell.attack not in todo or self.ended.get(cell.attack)
+            if self.ended.get(cell.attack or "") is False:
+                self._end(cell, False, "blocked", "its attack failed")
+            elif not ready or self.later.get(cell.digest, 0.0) > time.monotonic():
+                self.waiting.append(cell)
+            elif self.store.finished(cell):  # by another runner
+                self._end(cell, True, "done", f"elsewhere: {scores(self.store.summary(cell))}")
+            elif reason := self.store.failure(cell):  # of another runner, after all its tries
+                self._end(cell, False, "failed", f"elsewhere: {reason}")
+            elif in_use(self.store.folder(cell)):
+                self._wait(cell, "another process runs it")
+            elif self.engine.room(job := self._job(cell)):
+                self.running[self.engine.submit(job)] = cell
             else:
+                self.waiting += waiting[number:]
                 return
 
+    def _job(self, cell: Cell) -> Job:
+        command = (cell.kind, cell.name, f"--record_root={self.store.root}", *cell.flags)
+        needs = (cell.threads, cell.memory_gb, cell.gpus, self.timeout)
+        folder, log = str(self.store.folder(cell)), str(self.store.log(cell))
+        return Job(cell.label, command, folder, log, self.store.cache, *needs)
+
+    def _wait(self, cell: Cell, reason: str) -> None:
+        if cell.digest not in self.later:
+            self.say(f"waits   {cell.label}: {reason}")
+        self.later[cell.digest] = time.monotonic() + ELSEWHERE
+        self.waiting.append(cell)
+
+    def _outcome(self, future: Future[Outcome]) -> Outcome:
+        try:
+            return future.result()
+        except self.engine.lost as error:
+            return Outcome("failed", f"worker lost: {first_line(error)}")
+
     def _ended(self, cell: Cell, outcome: Outcome) -> None:
-        if outcome.status == "later":
-            if outcome.reason and cell.digest not in self.waits:
-                self.waits.add(cell.digest)
-                self.say(f"waits   {cell.label}: {outcome.reason}")
-            self._line_up(cell, ELSEWHERE)
-        elif self.store.over(cell) == "finished":  # however its process ended after that
-            self._done(cell)
+        if self.store.finished(cell):  # however its process ended after that
+            return self._done(cell)
+        if outcome.status == "locked":
+            return self._wait(cell, outcome.reason)
+        reason = outcome.reason or "it ended without a result"
+        if any(words in reason for words in _FULL):
+            raise RecordError(f"the disk is full ({cell.label}: {reason}); free some space and repeat the command")
+        self.tries[cell.digest] += 1
+        if outcome.again and self.tries[cell.digest] <= self.retries:
+            self.say(f"again   {cell.label}: {reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
+            self.waiting.insert(0, cell)
         else:
-            reason = outcome.reason or "it ended without a result"
-            if any(words in reason for words in _FULL):
-                what = f"the disk is full ({cell.label}: {reason.split(';')[0]})"
-                raise RecordError(f"{what}; free some space and repeat the command to go on")
-            if outcome.again and self.store.progress(cell) > self.progress[cell.digest]:
-                self.say(f"again   {cell.label}: {reason}; it goes on")  # like a job whose time ended: no try is spent
-                return self._line_up(cell)
-            self.tries[cell.digest] += 1
-            if outcome.again and self.tries[cell.digest] <= self.retries:
-                self.say(f"again   {cell.label}: {reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
-                self._line_up(cell)
-            else:
-                self.store.fail(cell, reason, self.tries[cell.digest])
-                self._failed(cell, reason)
+            self.store.fail(cell, reason)
+            self._end(cell, False, "failed", f"{reason}; see {self.store.log(cell)}.err")
 
-    def _done(self, cell: Cell, where: str = "") -> None:
-        self.store.forgive(cell)
-        summary = self.store.summary(cell)
-        self._line("done", cell, f"{where}{scores(summary)}; {duration(summary.get('seconds', 0.0))}")
-        if cell.attack is None and differs(self.store, cell):
-            self.say(f"warning: {cell.label} differs from its published summary; this machine computes other bits")
-        for defense in self.behind.pop(cell.digest, []):
-            self._line_up(defense)
+    def _done(self, cell: Cell) -> None:
+        summary, kept = self.store.summary(cell), self.store.kept.get(cell.folder, {})
+        self._end(cell, True, "done", f"{scores(summary)}; {duration(summary.get('seconds', 0.0))}")
+        if kept and any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc", "after")):
+            self.say(f"warning: {cell.label} differs from its published result; this machine computes other bits")
 
-    def _failed(self, cell: Cell, reason: str) -> None:
-        self.failures.append((cell, reason))
-        self._line("failed", cell, f"{reason}; see {self.store.errors(cell)}")
-        for defense in self.behind.pop(cell.digest, []):
-            self.failures.append((defense, "its attack failed"))
-            self._line("blocked", defense, "its attack failed")
-
-    def _line(self, word: str, cell: Cell, text: str) -> None:
-        self.ended += 1
-        self.say(f"[{self.ended}/{len(self.cells)}] {word:7} {cell.label}: {text}")
+    def _end(self, cell: Cell, finished: bool, word: str, text: str) -> None:
+        self.ended[cell.digest] = finished
+        self.say(f"[{len(self.ended)}/{len(self.cells)}] {word:7} {cell.label}: {text}")
 
 
 def scores(summary: Mapping[str, Any]) -> str:
     """ACC and ASR of a summary, those after the defense if it is one."""
     found = summary.get("after", summary)
-    parts = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
-    return ", ".join(parts)
+    return ", ".join(f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None)

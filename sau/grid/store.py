@@ -1,223 +1,212 @@
-"""What is known of cells from the disk alone: which are finished, running or failed, and what is published of them."""
+"""What is on disk of a grid's cells: their folders, their failures, and the results that are kept of them."""
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sau
 from sau.errors import RecordError, one_line
 from sau.files import parse_json, read, write
-from sau.grid.cells import Job
-from sau.grid.plan import Cell
-from sau.record.folder import CHECKPOINT, MANIFEST, SUMMARY, Record
+from sau.record.folder import MANIFEST, SUMMARY, Record
 from sau.record.lock import in_use
-from sau.record.summaries import load
+from sau.record.summaries import load, save
 
-VERSION = "sau"  # key of the library's version, in a root's version.json and in published summaries
-
-
-def version(said: Mapping[str, Any]) -> str:
-    """The version of the library that a file names, in a line; this one where it names none, as older ones do."""
-    return one_line(str(said.get(VERSION, sau.__version__)))[:40]
+_FOLDER = re.compile(r"(?P<label>.+)_(?P<mark>[0-9a-f]{10})(?P<seed>_s\d+)?")
+_DECIMAL = r"\d+(?:\.\d*)?(?:e-\d+)?"
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a cell stands.
+class Cell:
+    """One run: an attack, or a defense on an attack."""
 
-    Args:
-        name: finished, published (its summary is kept, its weights are not), running, failed, blocked (its attack
-            failed) or waiting.
-        reason: of a failure, also of a published attack whose weights are needed.
+    kind: str  # attack or defense
+    name: str  # the method
+    digest: str  # of all that determines the result, hexadecimal
+    folder: str  # below the record root, unique to the digest
+    flags: tuple[str, ...]  # of attack/NAME.py or defense/NAME.py, all but the record root
+    attack: str | None  # digest of the attack's cell; None for an attack
+    threads: int
+    memory_gb: float
+    gpus: float  # or a share of one
+    data: tuple[str, str]  # the data set, and the folder of the data sets
+
+    @property
+    def label(self) -> str:
+        """The folder without digests, for people."""
+        return "/".join(without_digest(part) for part in self.folder.split("/"))
+
+
+def without_digest(folder: str) -> str:
+    """The name of a cell's folder without its digest, like badnet_r0.1_s0; other names stay as they are."""
+    found = _FOLDER.fullmatch(folder)
+    return found["label"] + (found["seed"] or "") if found else folder
+
+
+def mark(folder: str) -> str:
+    """The digits of the digest in the name of a cell's folder; empty for other names."""
+    found = _FOLDER.fullmatch(folder)
+    return found["mark"] if found else ""
+
+
+def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
+    """Attack, seed and settings of `<attack>_s<seed>` or, as a grid has it, `<attack>_r<ratio>_<digest>_s<seed>`."""
+    parts = re.fullmatch(rf"(.+?)(?:_r({_DECIMAL}))?_s(\d{{1,10}})", without_digest(folder))
+    if parts is None:
+        return folder, None, None
+    return parts[1], int(parts[3]), {"pratio": float(parts[2])} if parts[2] else None
+
+
+def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
+    """Defense and settings of a grid's `<defense>_c<share>_<digest>`; `_oracle` before the digest: test data chose."""
+    parts = re.fullmatch(rf"(.+?)_c({_DECIMAL})(_oracle)?", without_digest(folder))
+    if parts is None:
+        return without_digest(folder), None
+    return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}
+
+
+class State(NamedTuple):
+    """Where a cell stands: finished, published (its result is kept, its weights are not), running, failed, blocked
+    (its attack failed) or waiting; and the reason of a failure.
     """
 
     name: str
     reason: str = ""
 
-    @property
-    def over(self) -> bool:
-        """Whether the result is there."""
-        return self.name in ("finished", "published")
 
-
-@dataclass
 class Store:
-    """The record root of a grid and its files of published summaries.
+    """The record root of a grid and its files of kept results.
 
     Args:
-        root: folder of the cells; `.grid` in it holds logs and failures.
-        published: files of summaries, by the names of the cells' folders; the first one that has a cell counts.
+        root: folder of the cells; `.grid` in it holds logs, failures and the cache.
+        published: files of results, by the names of the cells' folders; the first one that has a cell counts.
     """
 
-    root: Path
-    published: tuple[Path, ...] = ()
-    own: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.root = self.root.absolute()
+    def __init__(self, root: Path, published: Sequence[Path] = ()) -> None:
+        self.root = root.absolute()
         self.own = self.root / ".grid"
-        there = next(place for place in (self.root, *self.root.parents) if place.exists())
-        if not there.is_dir():
-            raise RecordError(f"{there} is a file, not a folder; choose another --record_root")
-
-    @cached_property
-    def kept(self) -> dict[str, dict[str, Any]]:
-        """The published summaries by folder; a file that is not there yet has none."""
-        found = [load(file) for file in self.published if file.exists()]
-        return {cell: summary for summaries in reversed(found) for cell, summary in summaries.items()}
+        found = [load(file) for file in published if file.exists()]
+        self.kept = {cell: summary for summaries in reversed(found) for cell, summary in summaries.items()}
+        existing = next(place for place in (self.root, *self.root.parents) if place.exists())
+        if not existing.is_dir():
+            raise RecordError(f"{existing} is a file, not a folder; choose another --record_root")
 
     def folder(self, cell: Cell) -> Path:
-        """Where the cell's record lies."""
+        """The result folder of a cell."""
         return self.root / cell.folder
 
-    def job(self, cell: Cell, timeout: float | None) -> Job:
-        """The cell as an engine gets it."""
-        flags = (f"--record_root={self.root}", *cell.flags)
-        folder, log = self.folder(cell), self.own / "logs" / _key(cell)
-        return Job(cell.kind, cell.name, flags, str(folder), str(log), cell.threads, timeout, self.cache)
+    def log(self, cell: Cell) -> Path:
+        """Where the output of a cell goes; `.out` and `.err` are added."""
+        return self.own / "logs" / cell.folder.replace("/", "__")
 
     @property
     def cache(self) -> str:
-        """Folder of what takes minutes to train: it is for all cells, and they may run on other machines."""
+        """Folder of trained triggers and decoded images, which all cells share, also those on other machines."""
         return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.own / "cache"))
 
     def prepare(self, cells: Sequence[Cell]) -> list[str]:
-        """Make the folder ready; returns what there is to say.
+        """Compare finished cells with their manifests and empty the damaged ones; returns a note for each.
 
-        Finished cells are compared with their manifests; a damaged one is made anew, unless its summary is published.
-        RecordError if another version made cells here, if a published summary is none, or if nothing can be written.
+        RecordError if another version of the library made cells here, or if nothing can be written.
         """
-        if other := self.other_version():
-            raise RecordError(other)
-        write(self.own / "version.json", json.dumps({VERSION: sau.__version__}).encode())
+        version = self._read(self.own / "version.json").get("sau", sau.__version__)
+        if version != sau.__version__:
+            advice = f"this is {sau.__version__}; use that version, or choose another --record_root"
+            raise RecordError(f"{self.root} was made by sau {version}, {advice}")
+        write(self.own / "version.json", json.dumps({"sau": version}).encode())
         notes = []
         for cell in cells:
-            over = self.over(cell)
-            if over == "published" and not {"acc", "after"} & self.summary(cell).keys():
-                raise RecordError(f"the published summary of {cell.folder} holds no scores; remove it")
-            damage = self.damage(cell) if over == "finished" else ""
-            if damage and not self.running(cell):
-                self._open(Record(self.folder(cell)))
-                kept = self.over(cell) == "published"
-                notes.append(f"note: {damage}; {'its published summary counts' if kept else 'it is made again'}")
+            damage = self.damage(cell)
+            if damage and not in_use(self.folder(cell)):
+                for file in self.folder(cell).iterdir():
+                    if file.is_file():  # defenses in it are cells of their own
+                        file.unlink(missing_ok=True)
+                then = "its published result counts" if cell.folder in self.kept else "it is run again"
+                notes.append(f"note: {damage}; {then}")
         return notes
-
-    @property
-    def version(self) -> str:
-        """The version of the library that makes the cells here; this one where none is made yet."""
-        return version(self._read(self.own / "version.json", "choose another --record_root"))
-
-    def other_version(self) -> str:
-        """What to say where another version made the cells; empty where it did not."""
-        advice = f"this is {sau.__version__}; go on with that version, or choose another --record_root"
-        return f"{self.root} was made by sau {self.version}, {advice}" if self.version != sau.__version__ else ""
 
     def damage(self, cell: Cell) -> str:
         """How the record of a finished cell differs from its manifest; empty if it does not."""
         try:
-            Record(self.folder(cell)).verify()
+            if self.finished(cell):
+                Record(self.folder(cell)).verify()
         except RecordError as error:
             return str(error)
         return ""
 
-    def _open(self, record: Record) -> None:
-        """Let a damaged record be made anew: unfinished it is, and where it does not say whose it is, it is emptied."""
-        with suppress(RecordError):
-            record.check()
-        for file in [record.path / MANIFEST] if record.config else record.path.iterdir():
-            if file.is_file():  # what lies below stays, for defenses are cells of their own
-                file.unlink(missing_ok=True)
-
-    def over(self, cell: Cell) -> str:
-        """finished, published, or nothing."""
-        if os.path.isfile(f"{self.root}/{cell.folder}/{MANIFEST}"):
-            return "finished"
-        return "published" if cell.folder in self.kept else ""
+    def finished(self, cell: Cell) -> bool:
+        """Whether the cell's record lies here."""
+        return os.path.isfile(f"{self.root}/{cell.folder}/{MANIFEST}")
 
     def states(self, cells: Sequence[Cell]) -> dict[str, State]:
         """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
-        failed = self._names("failed")
-        found, dead = dict[str, State](), dict[str, str]()  # dead: attacks that failed, a published one included
+        found = dict[str, State]()
         for cell in cells:
-            over, key, reason = self.over(cell), _key(cell), ""
-            running = self.running(cell)
-            if not running and over != "finished" and key in failed:
-                reason = dead[cell.digest] = self.reason(cell)
-            if running:
-                found[cell.digest] = State("running")
-            elif over:
-                found[cell.digest] = State(over, "" if cell.attack else reason)
-            elif reason:
-                found[cell.digest] = State("failed", reason)
-            elif cell.attack in dead:
-                found[cell.digest] = State("blocked", f"its attack failed: {dead[cell.attack]}")
+            published, failure = cell.folder in self.kept, self.failure(cell)
+            attack = found.get(cell.attack or "", State(""))
+            if in_use(self.folder(cell)):
+                state = State("running")
+            elif self.finished(cell):
+                state = State("finished")
+            elif failure and not (published and cell.attack):  # weights of a published attack may still be needed
+                state = State("failed", failure)
+            elif published:
+                state = State("published")
+            elif attack.name == "failed":
+                state = State("blocked", attack.reason)
             else:
-                found[cell.digest] = State("waiting")
+                state = State("waiting")
+            found[cell.digest] = state
         return found
 
-    def fail(self, cell: Cell, reason: str, tries: int) -> None:
-        """Remember that a cell failed for good."""
-        write(self.own / "failed" / _key(cell), json.dumps({"reason": reason, "tries": tries}).encode())
+    def _failed(self, cell: Cell) -> Path:
+        return self.own / "failed" / cell.folder.replace("/", "__")
 
-    def failed(self, cell: Cell) -> int:
-        """When the cell failed for good, as a number that only differs or does not; 0 if it did not."""
-        return _touched(self.own / "failed" / _key(cell))
+    def fail(self, cell: Cell, reason: str) -> None:
+        """Remember that a cell failed for good, for all runners on this folder."""
+        write(self._failed(cell), json.dumps({"reason": reason}).encode())
 
-    def reason(self, cell: Cell) -> str:
-        """Why the cell failed for good."""
-        return one_line(str(self._read(self.own / "failed" / _key(cell)).get("reason", "unknown")))
+    def failure(self, cell: Cell) -> str:
+        """Why the cell failed for good; empty if it did not."""
+        found = self._read(self._failed(cell))
+        return one_line(str(found.get("reason", "unknown"))) if found else ""
 
     def forgive(self, cell: Cell) -> None:
         """Forget that a cell failed."""
-        (self.own / "failed" / _key(cell)).unlink(missing_ok=True)
+        self._failed(cell).unlink(missing_ok=True)
 
     def summary(self, cell: Cell) -> dict[str, Any]:
-        """The cell's summary, from its record or from the published ones; empty if there is none."""
-        finished = self.over(cell) == "finished"  # the figures of an unfinished one are none
-        own = self._read(self.root / cell.folder / SUMMARY) if finished else {}
-        return own or self.summary_published(cell)
+        """The cell's summary, from its record or else from the kept results; empty if there is none."""
+        own = self._read(self.folder(cell) / SUMMARY) if self.finished(cell) else {}
+        return own or self.kept.get(cell.folder, {})
 
-    def summary_published(self, cell: Cell) -> dict[str, Any]:
-        """The cell's published summary; empty if there is none."""
-        return self.kept.get(cell.folder, {})
-
-    def errors(self, cell: Cell) -> Path:
-        """What the cell's tries printed as errors."""
-        return self.own / "logs" / f"{_key(cell)}.err"
-
-    def progress(self, cell: Cell) -> int:
-        """Grows whenever the cell's checkpoint, or before it that of a trigger like its own, moves on; else 0."""
-        triggers = Path(self.cache, "triggers").glob(f"{cell.name}-*/{CHECKPOINT}")
-        return _touched(self.folder(cell) / CHECKPOINT) or max(map(_touched, triggers), default=0)
-
-    def running(self, cell: Cell) -> bool:
-        """Whether a process runs the cell now."""
-        return in_use(self.folder(cell))
-
-    def _names(self, part: str) -> set[str]:
-        folder = self.own / part
-        return set(os.listdir(folder)) if folder.is_dir() else set()
-
-    def _read(self, file: Path, advice: str = "remove it") -> dict[str, Any]:
+    def _read(self, file: Path) -> dict[str, Any]:
         try:
             found = parse_json(read(file))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise RecordError(f"{file} is damaged ({error}); {advice}") from None
+            raise RecordError(f"{file} is damaged ({error}); remove it, or choose another --record_root") from None
         return found if isinstance(found, dict) else {}
 
 
-def _key(cell: Cell) -> str:
-    return cell.folder.replace("/", "__")
+def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, list[str]]:
+    """Add the summaries of finished cells to the file `target`; returns how many cells have one, and notes.
 
-
-def _touched(file: Path) -> int:
-    with suppress(OSError):
-        return file.stat().st_mtime_ns
-    return 0
+    Each names the version of the library, which the digest of a cell does not. A damaged cell is not published.
+    """
+    earlier = load(target) if target.exists() else {}
+    found: dict[str, Mapping[str, Any]] = {cell.folder: store.kept[cell.folder] for cell in cells
+                                           if cell.folder in store.kept}  # fmt: skip
+    notes = []
+    for cell in cells:
+        if damage := store.damage(cell):
+            notes.append(f"note: {damage}; not published")
+        elif store.finished(cell):
+            found[cell.folder] = {**store.summary(cell), "sau": sau.__version__}
+    if found:
+        save(target, {**earlier, **found})
+    return len(found), notes

@@ -6,7 +6,7 @@ from typing import Any
 
 from sau.errors import RecordError
 from sau.files import MOST, is_number, parse_json, read, read_json
-from sau.grid.names import attack_named, defense_named
+from sau.grid.store import attack_named, defense_named
 from sau.record import schema
 from sau.record.folder import CONFIG, MANIFEST, METRICS, SUMMARY, Record
 from sau.record.summaries import load
