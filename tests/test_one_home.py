@@ -67,13 +67,13 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),
     "the screen": (
         calling("print"),
-        {"cli.py", "errors.py", "record/folder.py", "grid/work.py"} | below("command", "data"),
+        {"cli.py", "errors.py", "record/folder.py", "grid/engines.py"} | below("command", "data"),
     ),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
         {"command/attack_and_defend.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
-    "signals": (importing("signal"), {"errors.py", "grid/cells.py", "grid/work.py"}),
+    "signals": (importing("signal"), {"errors.py", "grid/engines.py"}),
     "the machine": (
         importing("resource") | calling("set_num_threads"),
         {"runtime/device.py"},
