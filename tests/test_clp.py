@@ -1,15 +1,14 @@
-"""CLP: Lipschitz constants against numpy, which convolution feeds a batch norm by hand lists, its claim on a toy."""
+"""CLP: Lipschitz constants against numpy, which convolution feeds a batch norm by hand lists."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import pair, planted, quiet, same_weights, tiny_net
+from toys import pair, quiet, same_weights, tiny_net
 
 from sau.defense import CLP, clp, pruning
 from sau.errors import ConfigError
-from sau.evaluate import score
 from sau.models import build
 
 PLAIN = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -103,11 +102,10 @@ def test_the_order_of_modules_leaves_out_other_numbers_of_channels():
 
 
 @pytest.mark.parametrize("pairing", ["traced", "order"])
-def test_a_network_where_nothing_is_paired_is_refused(pairing, one_line):
+def test_a_network_where_nothing_is_paired_is_refused(pairing):
     first = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten())
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError, match="convolution"):
         CLP(pairing=pairing).purify(first, pair(), session=quiet())
-    assert "convolution" in one_line(refusal.value)
 
 
 def test_pairing_is_a_switch():
@@ -118,7 +116,7 @@ def test_pairing_is_a_switch():
         assert bool((fixed.get_parameter("net.layer1.1.bn1.weight") == 0).any()) is changed
 
 
-def test_the_pictures_decide_nothing():
+def test_the_images_decide_nothing():
     one, other = (CLP(u=1.0).purify(tiny_net(), pair(8, seed=seed), session=quiet()) for seed in (1, 2))
     assert same_weights(one, other) and not same_weights(one, tiny_net())
 
@@ -132,15 +130,3 @@ def test_a_channel_that_is_made_steep_is_the_one_that_goes():
         filters[3] *= 100
     fixed = CLP(u=2.8).purify(net, pair(), session=quiet())
     assert (fixed.features[1].weight == 0).nonzero().flatten().tolist() == [3]
-
-
-def test_pruning_removes_the_backdoor_and_keeps_the_accuracy():
-    """A channel that answers to the trigger alone has a small variance, hence a large Lipschitz constant."""
-    net, _, clean, triggered = planted()
-    before = score(net, clean, triggered)
-    fixed = CLP().purify(net, clean, session=quiet())
-    after = score(fixed, clean, triggered)
-    assert before.asr.percent > 95 and before.acc.percent > 95
-    assert after.asr.percent < 5 and after.acc.percent > 95
-    assert after.racc.percent > before.racc.percent + 50
-    assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]

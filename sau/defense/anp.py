@@ -9,36 +9,30 @@ and the masks m keep the clean loss L low even under a perturbation that makes i
     xi, zeta  ~  U(-eps, eps);     xi, zeta  +=  eps / steps * sign(grad L(m, xi, zeta)),    steps times
     m  -=  SGD on  alpha * L(m, 0, 0) + (1 - alpha) * L(m, xi, zeta),    then clamped to [0, 1]
 
-A small change of a backdoor neuron makes clean pictures fall into the target class, so its mask ends low. Neurons with
-the lowest masks are pruned: their scale is set to 0, their shift stays.
+A small change of a backdoor neuron sends clean images to the target class, so its mask ends low. Neurons with the
+lowest masks are pruned: their scale is set to 0, their shift stays.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau import loop
 from sau.config import param
 from sau.data.augment import Augment, to_device_async
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.defense.held import hold_back
 from sau.defense.inputs import gather, unaugmented
-from sau.defense.masks import Perturbable
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
 
 CHUNK = 500  # iterations between two lines of progress
-_VALUES: dict[str, tuple[Callable[[float], bool], str]] = {  # what pruning_max, _step and _number may be
-    "threshold": (lambda value: 0 <= value <= 1, "0 to 1"),
-    "number": (lambda value: value >= 0 and float(value).is_integer(), "a whole number"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +42,7 @@ class ANP(Defense):
     name: ClassVar[str] = "anp"
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "the masks are trained by sgd for nb_iter updates at a constant lr"),
-        "print_every": f"progress is said every {CHUNK} iterations",
+        "print_every": f"progress is printed every {CHUNK} iterations",
     }
 
     batch_size: int = param(256, "images an iteration, drawn with replacement", ge=2)
@@ -61,10 +55,10 @@ class ANP(Defense):
     pruning_by: Literal["threshold", "number"] = param(
         "threshold", "threshold prunes masks up to a value, number prunes so many of the lowest"
     )
-    pruning_max: float = param(0.90, "highest threshold (or number) that is tried")
-    pruning_step: float = param(0.05, "distance of those that are tried, which begin with 0")
+    pruning_max: float = param(0.90, "highest threshold (or number) that is tried", gt=0)
+    pruning_step: float = param(0.05, "distance of those that are tried, which begin with 0", ge=0.001)
     pruning_number: float | None = param(
-        None, "the threshold (or number) to prune by, and then nothing is tried; none means to search"
+        None, "the threshold (or number) to prune by, and then nothing is tried; none means to search", ge=0
     )
     acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
     select: Literal["defender", "oracle"] = param(
@@ -79,97 +73,80 @@ class ANP(Defense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits, allowed = _VALUES[self.pruning_by]
-        if self.pruning_number is not None:
-            self.require("pruning_number", fits(self.pruning_number), f"none, or {allowed}")
-            every = self.pruning_by == "threshold" and self.pruning_number >= 1
-            self.require("pruning_number", not every, "below 1, for no mask is above 1 and every neuron would go")
-            self.require("select", self.select == "defender", "defender where pruning_number leaves nothing to choose")
+        fixed = self.pruning_number
+        self.require("select", fixed is None or self.select == "defender", "defender where pruning_number is given")
+        if self.pruning_by == "threshold":
+            below = fixed is None or fixed < 1  # no mask is above 1
+            self.require("pruning_number", below, "none, or 0 up to below 1, for every neuron would go")
+            self.require("pruning_max", self.pruning_max <= 1, "above 0 up to 1 where masks are pruned by threshold")
             return
-        for name in ("pruning_max", "pruning_step"):
-            value = getattr(self, name)
-            self.require(name, value > 0 and fits(value), f"{allowed}, and above 0, to search by {self.pruning_by}")
-        self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
+        for name in ("pruning_max", "pruning_step") if fixed is None else ("pruning_number",):
+            self.require(name, float(getattr(self, name)).is_integer(), "a whole number where pruning_by is number")
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         norms = pruning.batch_norms(model, self.name)
         total = sum(norm.num_features for norm in norms.values())
         if self.pruning_by == "number" and self.pruning_number is not None:
             self.require("pruning_number", self.pruning_number < total, f"below {total}, the neurons of the network")
-        plain, augment = unaugmented(batches)  # whoever chooses sees the pictures as they are
-        work, held = gather(plain), None
+        plain, augment = unaugmented(batches)  # the choice is by images that are not augmented
+        clean, held = gather(plain), None
         if self.select == "defender" and self.pruning_number is None:
-            work, held = hold_back(*work, self.held_back, session)
-        masks = self.learn(model, norms, _Draws(*work, self.batch_size, self.nb_iter, augment), session)
-        model.eval()
-        prune = partial(pruning.apply, model, shift=False)
+            clean, held = pruning.hold_out(*clean, self.held_back, session)
+        masks = self.learn(model, norms, RandomBatches(*clean, self.batch_size, self.nb_iter, augment), session)
+        prune = partial(pruning.apply, model.eval(), shift=False)
         if self.pruning_number is not None:
-            pruning.prune_checked(model, self.level(masks, self.pruning_number), prune, work, session)
+            pruning.prune_fixed(model, self.level(masks, self.pruning_number), prune, clean, session)
             return
         levels = [self.level(masks, value) for value in pruning.sweep(self.pruning_max, self.pruning_step)]
-        pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=self.select == "oracle")
+        pruning.choose(model, levels, prune, held, self.acc_ratio, session)
 
-    def learn(self, model: nn.Module, norms: pruning.Norms, draws: "_Draws", session: Session) -> dict[str, Tensor]:
+    def learn(
+        self, model: nn.Module, norms: pruning.Norms, batches: "RandomBatches", session: RunContext
+    ) -> dict[str, Tensor]:
         """The masks [C] of each of `norms`, after `nb_iter` iterations with batch statistics."""
-        network = Perturbable(model.train(), norms)
-        masks = nn.ParameterList([torch.ones_like(network.scale)])
-        sgd = Training(lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0)
-        state: dict[str, Any] = {"masks": masks, "descent": sgd.descent(masks.parameters(), len(draws))}
-        loop.run(
-            partial(self.iteration, network, state),
-            draws,
-            len(draws.chunks),
-            state=state,
-            end_epoch=partial(self.end_epoch, state),
-            session=session,
-            label="chunk",
+        network = pruning.MaskedNorms(model.train(), norms)
+        sgd = Training(
+            epochs=batches.chunks, lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0
         )
-        return network.split(masks[0].detach())
+        return network.learn(partial(self.losses, network), batches, sgd, session, {}, label="chunk")
 
-    def iteration(self, network: Perturbable, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """One update of the masks."""
-        mask = state["masks"][0]
-        first = to_device_async(
-            torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype), mask.device
-        )
-        noise = self.ascend(lambda noise: F.cross_entropy(network(x, mask.detach(), noise), y), first)
+    def losses(self, network: pruning.MaskedNorms, mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """What an iteration minimises, over the mask [C] of all neurons."""
+        start = torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype)
+        start = to_device_async(start, mask.device)
+        noise = self.ascend(lambda noise: F.cross_entropy(network(x, mask.detach(), noise), y), start)
         clean, perturbed = F.cross_entropy(network(x, mask), y), F.cross_entropy(network(x, mask, noise), y)
         loss = self.anp_alpha * clean + (1 - self.anp_alpha) * perturbed
-        state["descent"](loss)
-        with torch.no_grad():
-            mask.clamp_(0, 1)
-        return {"loss": loss, "clean_loss": clean, "perturbed_loss": perturbed, "mask": mask.mean()}
+        return {"loss": loss, "clean_loss": clean, "perturbed_loss": perturbed}
 
     def ascend(self, loss: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
-        """Sign steps up `loss` from `noise`, together as long as eps, and as in the original code not cut back to
-        [-eps, eps]: the result lies in [-2 eps, 2 eps]."""
+        """Sign steps up `loss` from `noise`, together as long as eps. As in the released code the result is not
+        projected onto [-eps, eps], so it lies in [-2 eps, 2 eps]."""
         for _ in range(self.anp_steps):
             noise = noise.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(noise), noise)
             noise = noise + self.anp_eps / self.anp_steps * gradient.sign()
         return noise.detach()
 
-    def level(self, masks: dict[str, Tensor], value: float) -> pruning.Level:
+    def level(self, masks: dict[str, Tensor], value: float) -> pruning.PruningLevel:
         """The masks up to the threshold `value`, or the `value` lowest ones of all layers together."""
         if self.pruning_by == "threshold":
-            return pruning.up_to(f"threshold {value:g}", masks, value)
-        every = torch.cat(list(masks.values()))
-        flags = torch.zeros_like(every, dtype=torch.bool)
-        flags[every.argsort(stable=True)[: int(value)]] = True
-        parts = flags.split([len(mask) for mask in masks.values()])
-        return pruning.Level(f"number {value:g}", dict(zip(masks, parts, strict=True)))
+            return pruning.PruningLevel(f"threshold {value:g}", {name: m <= value for name, m in masks.items()})
+        rank = torch.cat(list(masks.values())).argsort(stable=True).argsort()
+        parts = (rank < value).split([len(mask) for mask in masks.values()])
+        return pruning.PruningLevel(f"number {value:g}", dict(zip(masks, parts, strict=True)))
 
 
-class _Draws:
+class RandomBatches:
     """`total` batches drawn with replacement by torch's generator, in chunks of up to CHUNK."""
 
     def __init__(self, x: Pixels, y: Labels, size: int, total: int, augment: Augment | None) -> None:
-        self.x, self.y, self.size, self.augment = x, y, size, augment
-        self.chunks = [min(CHUNK, total - done) for done in range(0, total, CHUNK)]
-        self.length = self.chunks[0]
+        self.x, self.y, self.size, self.total, self.augment = x, y, size, total, augment
+        self.chunks = math.ceil(total / CHUNK)
+        self.set_epoch(0)
 
     def set_epoch(self, chunk: int) -> None:
-        self.length = self.chunks[chunk]
+        self.length = min(CHUNK, self.total - chunk * CHUNK)
 
     def __len__(self) -> int:
         return self.length

@@ -1,13 +1,13 @@
 """BNP, pruning by batch-norm statistics (Zheng, Tang, Li, Liu, "Pre-activation Distributions Expose Backdoor Neurons",
 NeurIPS 2022).
 
-The running statistics of a batch norm were collected on poisoned pictures. Where clean pictures give a channel another
+The running statistics of a batch norm were collected on poisoned images. Where clean images give a channel another
 distribution, the rest came from the trigger. Both taken as Gaussians, channel c scores
 
     KL(clean || running) = 1/2 ln(var_run / var) + (var + (mean - mean_run)^2) / (2 var_run) - 1/2
 
-with mean and var of the batch norm's input over clean pictures and places. Channels whose score stands out in their
-layer are pruned (`outliers.py`).
+with mean and var of the batch norm's input over clean images and positions. Channels whose score stands out in their
+layer are pruned.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.outliers import Outliers, Scores, look
 from sau.types import Batched
 
 
 @dataclass(frozen=True, kw_only=True)
-class BNP(Outliers):
+class BNP(pruning.ChannelOutlierPruning):
     """Prune the channels whose clean statistics are least like the running ones."""
 
     name: ClassVar[str] = "bnp"
@@ -31,26 +30,24 @@ class BNP(Outliers):
     batch_size: int = param(256, "images a forward pass; the statistics are those of all clean images")
     augment: bool = param(True, "crop and flip the clean images as in training, where the running statistics come from")
 
-    def scores(self, model: nn.Module, batches: Batched) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> pruning.Scores:
         norms = pruning.batch_norms(model, self.name, running=True)
         moments: dict[str, Tensor] = {}  # [3, C]: how many values, their sum, the sum of their squares
 
         def add(name: str, inputs: Tensor) -> None:
             values = inputs.double().transpose(0, 1).flatten(1)  # [C, B * H * W]
-            seen = torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)])
-            moments[name] = moments[name] + seen if name in moments else seen
+            batch = torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)])
+            moments[name] = moments.get(name, 0) + batch
 
         for x, *_ in batches:
-            look(model, norms, x, add)
-        return {name: _from_running(norms[name], *found) for name, found in moments.items()}
-
-
-def _from_running(norm: nn.BatchNorm2d | nn.SyncBatchNorm, count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    """The score [C] from the moments; eps, which the batch norm adds to a variance, keeps dead channels finite."""
-    assert norm.running_mean is not None and norm.running_var is not None  # by `pruning.batch_norms`
-    mean = total / count
-    var = (squares / count - mean.square()).clamp_min(0)
-    return kl(mean, var + norm.eps, norm.running_mean.double(), norm.running_var.double() + norm.eps)
+            pruning.collect_norm_inputs(model, norms, x, add)
+        scores = {}
+        for name, (count, total, squares) in moments.items():
+            norm, mean = norms[name], total / count
+            var = (squares / count - mean.square()).clamp_min(0) + norm.eps  # eps as in the batch norm: never 0
+            running_mean, running_var = (norm.get_buffer(f"running_{kind}").double() for kind in ("mean", "var"))
+            scores[name] = kl(mean, var, running_mean, running_var + norm.eps)
+        return scores
 
 
 def kl(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor) -> Tensor:

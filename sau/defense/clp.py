@@ -1,4 +1,4 @@
-"""CLP, Channel Lipschitzness Pruning (Zheng, Tang, Li, Liu, ECCV 2022). Needs no pictures.
+"""CLP, Channel Lipschitzness Pruning (Zheng, Tang, Li, Liu, ECCV 2022). Needs no images.
 
 A channel that a small trigger can switch on has a large Lipschitz constant. For channel c of a batch norm that is fed
 by a convolution with filter W_c, an upper bound of it is
@@ -6,7 +6,7 @@ by a convolution with filter W_c, an upper bound of it is
     sigma_c = ||W_c||_2 * |gamma_c| / sqrt(var_c + eps)
 
 where W_c is reshaped to (input channels) x (k * k), ||.||_2 is its largest singular value, gamma the batch norm's
-scale, var its running variance. Channels whose sigma stands out in their layer are pruned (`outliers.py`).
+scale, var its running variance. Channels whose sigma stands out in their layer are pruned.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense import pruning
 from sau.defense.hooks import forward_hooks
-from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import ConfigError
 from sau.types import Batched, Pixels
 
@@ -26,8 +25,8 @@ Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolutio
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLP(Outliers):
-    """Prune the channels with the largest Lipschitz constants; of the pictures only the shape is used."""
+class CLP(pruning.ChannelOutlierPruning):
+    """Prune the channels with the largest Lipschitz constants; of the images only the shape is used."""
 
     name: ClassVar[str] = "clp"
     looks: ClassVar[bool] = False
@@ -40,13 +39,12 @@ class CLP(Outliers):
         "modules, as the benchmark does",
     )
 
-    def scores(self, model: nn.Module, batches: Batched) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> pruning.Scores:
         norms = pruning.batch_norms(model, self.name, running=True)
         if self.pairing == "order":
             pairs = ordered(model, norms)
         else:
-            x = next(iter(batches))[0]
-            pairs = traced(model, norms, torch.zeros_like(x[:1]))
+            pairs = traced(model, norms, torch.zeros_like(next(iter(batches))[0][:1]))
         if not pairs:
             raise ConfigError("no batch norm of the network is fed by a convolution, as clp needs; try anp, ft or sau")
         return {name: lipschitz(conv, norms[name]) for name, conv in pairs.items()}
@@ -54,10 +52,9 @@ class CLP(Outliers):
 
 def lipschitz(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tensor:
     """sigma [C] of the convolution and the batch norm after it, in float64."""
-    assert norm.running_var is not None  # by `pruning.batch_norms`
     filters = conv.weight.detach().double().flatten(2)  # [C, inputs a group, k * k]
     spectral = torch.linalg.matrix_norm(filters, ord=2)
-    return spectral * norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
+    return spectral * norm.weight.detach().double().abs() / (norm.get_buffer("running_var").double() + norm.eps).sqrt()
 
 
 @torch.no_grad()
@@ -66,20 +63,18 @@ def traced(model: nn.Module, norms: pruning.Norms, x: Pixels) -> Pairs:
 
     The input must be the same tensor, and unchanged since (a ReLU or a sum in place would have raised its version).
     """
-    outputs: list[tuple[Tensor, int, nn.Conv2d]] = []  # keeps the tensors alive, so that no other takes their place
+    outputs: list[tuple[Tensor, int, nn.Conv2d]] = []
     feeders: dict[str, set[nn.Conv2d | None]] = {name: set() for name in norms}
 
-    def leaves(conv: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(conv, nn.Conv2d)
+    def leaves(conv: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
         outputs.append((output, output._version, conv))
 
     def enters(name: str, tensor: Tensor) -> None:
         found = [conv for output, version, conv in outputs if output is tensor and tensor._version == version]
         feeders[name].add(found[-1] if found else None)
 
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    with forward_hooks((conv, leaves) for conv in convolutions):
-        look(model, norms, x, enters)
+    with forward_hooks((module, leaves) for module in model.modules() if isinstance(module, nn.Conv2d)):
+        pruning.collect_norm_inputs(model, norms, x, enters)
     alone = {name: next(iter(found)) for name, found in feeders.items() if len(found) == 1}
     return {name: conv for name, conv in alone.items() if conv is not None}
 

@@ -1,15 +1,15 @@
 """EP, entropy-based pruning (Zheng, Tang, Li, Liu, "Pre-activation Distributions Expose Backdoor Neurons",
 NeurIPS 2022).
 
-Looks at the attacker's training pictures; their labels choose nothing. On a mixture of clean and poisoned ones a
+It takes the attacker's training images; their labels choose nothing. On a mixture of clean and poisoned images a
 backdoor channel has two narrow modes, so its histogram has a low entropy. For each batch norm, with one batch of n
-pictures:
+images:
 
-    t_ic = max over places of the input of channel c for picture i,     z_ic = (t_ic - mean_c) / std_c
+    t_ic = max over positions of the input of channel c for image i,     z_ic = (t_ic - mean_c) / std_c
     H_c = - sum_b p_cb ln p_cb,     p_cb = share of the z_ic in bin b
 
 with bins of width `bin_width` from the layer's lowest z on, common to all of its channels. Channels are pruned where
-H_c lies more than u standard deviations below the mean of the layer: -H stands out (`outliers.py`).
+H_c lies more than u standard deviations below the mean of the layer: -H stands out.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.outliers import Outliers, Scores, look
 from sau.errors import DataError
 from sau.types import Batched, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class EP(Outliers):
-    """Prune the channels with the lowest entropy on pictures of which some carry the trigger."""
+class EP(pruning.ChannelOutlierPruning):
+    """Prune the channels with the lowest entropy on images of which some carry the trigger."""
 
     name: ClassVar[str] = "ep"
     needs: ClassVar[Literal["clean", "poisoned"]] = "poisoned"
@@ -36,7 +35,7 @@ class EP(Outliers):
     bin_width: float = param(0.1, "width of a bin, in standard deviations of a channel", ge=0.001, aliases=("step",))
     augment: bool = param(True, "crop and flip the images as in training")
 
-    def scores(self, model: nn.Module, batches: Batched) -> Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> pruning.Scores:
         norms = pruning.batch_norms(model, self.name)
         maxima: dict[str, Tensor] = {}
 
@@ -44,11 +43,11 @@ class EP(Outliers):
             highest = inputs.unflatten(1, (-1, 1)).flatten(2).amax(2)  # [B, C], also of inputs [B, C]
             maxima[name] = torch.maximum(highest, maxima.get(name, highest))  # a layer may run more than once
 
-        look(model, norms, self._draw(batches), add)
+        pruning.collect_norm_inputs(model, norms, self._draw(batches), add)
         return {name: -entropy(standardised(t.double()), self.bin_width) for name, t in maxima.items()}
 
     def _draw(self, batches: Batched) -> Pixels:
-        """The first `batch_size` pictures, which the seed has shuffled; all of them if there are fewer."""
+        """The first `batch_size` images, which the seed has shuffled; all of them if there are fewer."""
         drawn: list[Tensor] = []
         for x, *_ in batches:
             drawn.append(x)
@@ -56,7 +55,7 @@ class EP(Outliers):
                 break
         x = torch.cat(drawn)[: self.batch_size]
         if len(x) < 2:
-            raise DataError(f"{len(x)} picture is given, but a histogram of ep needs 2 and more; give a larger ratio")
+            raise DataError("1 image is given, but a histogram of ep needs 2 and more; give a larger ratio")
         return x
 
 

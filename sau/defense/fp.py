@@ -1,4 +1,4 @@
-"""FP, Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): prune what clean pictures leave idle, then fine-tune.
+"""FP, Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018): prune the units that clean images activate least, then tune.
 
 Unit j has the mean activation a_j = mean over clean x of f_j(x), signed, the network being in eval mode. With the units
 in rising order of a, and ACC_n the accuracy without the first n of them, FP prunes the largest n = k, 2k, 3k, ...
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense import pruning
 from sau.defense.ft import FT
-from sau.defense.held import hold_back
 from sau.defense.hooks import classifier, forward_hooks, require_plain_weight
 from sau.defense.inputs import gather, unaugmented
 from sau.errors import ConfigError
 from sau.evaluate import predict
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.types import Batched, Labels, Pixels
 
 Unit = Literal["linear_input", "last_conv"]
@@ -29,14 +28,14 @@ Unit = Literal["linear_input", "last_conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class FP(FT):
-    """Prune the units that are least active on clean pictures, then fine-tune the others."""
+    """Prune the units that are least active on clean images, then fine-tune the others."""
 
     name: ClassVar[str] = "fp"
     by_asr: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(
         ("num_classes", "input_height", "input_width", "input_channel", "attack", "poison_rate", "target_type")
         + ("target_label", "trigger_type"),
-        "the record knows classes, pictures and attack",
+        "the record knows classes, images and attack",
     )
 
     unit: Unit = param(
@@ -52,60 +51,42 @@ class FP(FT):
         "whose accuracy: defender (the held-back images) or oracle (the clean test set, as in the benchmark)",
     )
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         x, y = gather(unaugmented(batches)[0])
         layers = last_layers(model, x[:1], self.unit)
-        mask = Mask(_width(layers[0])).to(x.device)
-        if not session.begun:  # otherwise the mask is in the checkpoint
-            self._prune(model, layers, mask, (x, y), session)
+        weight = layers[0].get_parameter("weight")
+        units = weight.shape[1] if self.unit == "linear_input" else weight.shape[0]
+        pruned = nn.Parameter(torch.zeros(units, dtype=torch.bool, device=x.device), requires_grad=False)
+        if not session.begun:  # otherwise `pruned` is in the checkpoint
+            self._prune(model, layers, pruned, (x, y), session)
         state = self.prepare(model, len(batches))
-        self.rounds({**state, "layers": layers, "mask": mask}, batches, session)
+        self.rounds({**state, "layers": layers, "pruned": nn.ParameterList([pruned])}, batches, session)
 
     def _prune(
-        self, model: nn.Module, layers: list[nn.Module], mask: "Mask", clean: tuple[Tensor, Tensor], session: Session
+        self, model: nn.Module, layers: list[nn.Module], pruned: Tensor, clean: pruning.Clean, session: RunContext
     ) -> None:
-        """Choose how many units go, zero their weights and note them in `mask`."""
+        """Choose how many units go, zero their weights, and mark them in `pruned` [units]."""
         held = None
-        if self.select == "defender":  # the oracle's accuracy is that of the test set, so all pictures may rank
-            clean, held = hold_back(*clean, self.held_back, session)
-        order = activations(model, layers[-1], clean[0]).argsort(stable=True)
-        total, levels = len(order), []
+        if self.select == "defender":  # the oracle measures on the test set, so that all clean images may rank
+            clean, held = pruning.hold_out(*clean, self.held_back, session)
+        rank, total = activations(model, layers[-1], clean[0]).argsort(stable=True).argsort(), len(pruned)
         step = max(1, math.ceil(total * self.once_prune_ratio - 1e-9))
-        if step >= total:
-            few = f"a step of {step} of {total} units leaves none; lower --once_prune_ratio"
-            session.say(f"warning: nothing is pruned: {few}")
-            return
-        for n in range(step, total, step):
-            flags = torch.zeros_like(mask.pruned)
-            flags[order[:n]] = True
-            levels.append(pruning.Level(f"{n} of {total}, {self.unit}", {self.unit: flags}))
-        chosen = pruning.choose(
-            model,
-            levels,
-            lambda level: silence(layers, level.pruned[self.unit]),
-            held,
-            self.acc_ratio,
-            session,
-            oracle=self.select == "oracle",
-            by_asr=self.by_asr,
-        )
+        levels = [
+            pruning.PruningLevel(f"{n} of {total}, {self.unit}", {self.unit: rank < n})
+            for n in range(step, total, step)
+        ]
+
+        def prune(level: pruning.PruningLevel) -> None:
+            zero_units(layers, level.pruned[self.unit])
+
+        chosen = pruning.choose(model, levels, prune, held, self.acc_ratio, session, by_asr=False)
         if chosen is not None:
-            mask.pruned |= chosen.pruned[self.unit]
+            pruned |= chosen.pruned[self.unit]
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         report = super().step(state, x, y)
-        silence(state["layers"], state["mask"].pruned)
+        zero_units(state["layers"], state["pruned"][0])
         return report
-
-
-class Mask(nn.Module):
-    """Which of the units are pruned: `pruned` is bool [units]; a module, so that checkpoints keep it."""
-
-    pruned: Tensor
-
-    def __init__(self, units: int) -> None:
-        super().__init__()
-        self.register_buffer("pruned", torch.zeros(units, dtype=torch.bool))
 
 
 def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
@@ -117,16 +98,16 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
     if unit == "linear_input":
         return [classifier(model, x, "fp", "--unit last_conv")]
     found: list[nn.Module] = []
-    tail: list[tuple[Tensor, int]] = []  # the last output, and how often it had been written in place
+    last: list[tuple[Tensor, int]] = []  # the last output, and how often it had been changed in place
 
     def follow(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
             found[:] = [module]
-        elif tail and inputs[0] is tail[0][0] and inputs[0]._version == tail[0][1] + getattr(module, "inplace", False):
-            found.append(module)  # nothing was added to it in between, as residual networks do
+        elif last and inputs[0] is last[0][0] and inputs[0]._version == last[0][1] + getattr(module, "inplace", False):
+            found.append(module)  # no shortcut was added in between
         else:
             return
-        tail[:] = [(output, output._version)]
+        last[:] = [(output, output._version)]
 
     kinds = (nn.Conv2d, *pruning.NORMS, nn.ReLU)
     with forward_hooks((module, follow) for module in model.modules() if isinstance(module, kinds)):
@@ -140,7 +121,7 @@ def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
 
 
 def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
-    """Mean activation [units] over pictures and positions: of the inputs of a linear layer, else of the outputs."""
+    """Mean activation [units] over images and positions: of the inputs of a linear layer, else of the outputs."""
     sums: list[Tensor] = []
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -153,15 +134,10 @@ def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
 
 
 @torch.no_grad()
-def silence(layers: list[nn.Module], pruned: Tensor) -> None:
+def zero_units(layers: list[nn.Module], pruned: Tensor) -> None:
     """Zero what the `pruned` units [units] add: columns of a linear layer, or channels with their biases."""
     for layer in layers:
         if isinstance(layer, nn.Linear):
             layer.weight[:, pruned] = 0
         elif not isinstance(layer, nn.ReLU):
-            pruning.silence(layer, pruned, shift=layer.bias is not None)
-
-
-def _width(layer: nn.Module) -> int:
-    shape = layer.get_parameter("weight").shape
-    return shape[1] if isinstance(layer, nn.Linear) else shape[0]
+            pruning.zero_channels(layer, pruned, shift=layer.bias is not None)

@@ -2,8 +2,8 @@
 
 Three stages, on clean pairs (x, y) alone, from the backdoored network h:
 
-    unlearn   max_w  CE(h_w(x), y)            until the accuracy of an epoch is at most clean_threshold: h' forgets what
-                                              clean pictures are, and is left with the backdoor
+    unlearn   max_w  CE(h_w(x), y)            until the accuracy of an epoch is at most clean_threshold: h' forgets the
+                                              clean task and is left with the backdoor
     recover   min_m  alpha * CE(h'_m(x), y)   m in [0, 1]: h'_m is h' with every scale of its batch norms times its m
     prune     scale of h = 0 where m <= pruning_number
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,11 +22,9 @@ from sau import loop
 from sau.config import param
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.defense.held import Held, hold_back
 from sau.defense.inputs import first, gather, rebatched, unaugmented
-from sau.defense.masks import Perturbable
 from sau.evaluate import percent_right
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
 
@@ -61,7 +58,7 @@ class RNP(Defense):
         0.70, "channels with masks up to this are pruned; none looks for the threshold", ge=0, lt=1
     )
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
-    pruning_step: float = param(0.05, "distance of two thresholds of the search", gt=0)
+    pruning_step: float = param(0.05, "distance of two thresholds of the search", ge=0.001)
     acc_ratio: float = param(0.1, "share of the accuracy that a threshold of the search may cost", ge=0, le=1)
     held_back: float = param(
         0.2, "share of each class's clean images that the search measures the accuracy on", gt=0, lt=1
@@ -72,31 +69,31 @@ class RNP(Defense):
         "(always, by ACC and ASR of the test sets)",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("pruning_step", *pruning.coarse(self.pruning_max, self.pruning_step))
-
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        pruning.batch_norms(model, self.name)  # refuses a network without any
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
+        pruning.batch_norms(model, self.name)  # refuses a network without any before it trains
         held = None
         if self.pruning_number is None and self.select == "defender":
-            clean = gather(unaugmented(batches)[0])
-            (x, y), held = hold_back(*clean, self.held_back, session)
+            (x, y), held = pruning.hold_out(*gather(unaugmented(batches)[0]), self.held_back, session)
             batches = rebatched(x, y, self.batch_size, batches)
         unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
         masks = self._recover(unlearned.requires_grad_(False), batches, session.for_stage(1))
-        self._prune(model, masks, held, batches, session)
+        prune = partial(pruning.apply, model, shift=False)
+        if self.pruning_number is not None and self.select == "defender":
+            pruning.prune_fixed(model, self.level(masks, self.pruning_number), prune, first(batches), session)
+            return
+        levels = [self.level(masks, value) for value in pruning.sweep(self.pruning_max, self.pruning_step)]
+        pruning.choose(model, levels, prune, held, self.acc_ratio, session)
 
-    def _unlearn(self, unlearned: nn.Module, batches: Batched, session: Session) -> None:
+    def _unlearn(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
-        plan = Training(
+        training = Training(
             epochs=self.unlearning_epochs,
             lr=self.unlearning_lr,
             lr_scheduler="MultiStepLR",
             steplr_milestones=self.schedule,
         )
-        descent = plan.descent(unlearned.parameters(), len(batches))
+        descent = training.descent(unlearned.parameters(), len(batches))
 
         def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
             logits = unlearned(x)
@@ -108,56 +105,22 @@ class RNP(Defense):
             descent.end_epoch(losses["loss"])
             return losses["clean_acc"] <= 100 * self.clean_threshold
 
-        state = {"unlearned": unlearned, "descent": descent}  # not as "model": nobody wants the scores of a ruin
-        loop.run(
-            step,
-            batches,
-            plan.epochs,
-            state=state,
-            end_epoch=end_epoch,
-            session=session,
-            label="unlearning",
-            rate="unlearning_lr",
-        )
+        state = {"unlearned": unlearned, "descent": descent}  # not "model", whose scores would be logged
+        how = {"label": "unlearning", "rate": "unlearning_lr"}
+        loop.run(step, batches, training.epochs, state=state, end_epoch=end_epoch, session=session, **how)
 
-    def _recover(self, unlearned: nn.Module, batches: Batched, session: Session) -> dict[str, Tensor]:
-        """The masks [C] of each batch norm: descent on them alone, and a cut to [0, 1] after every update."""
-        network = Perturbable(unlearned, pruning.batch_norms(unlearned, self.name))
-        masks = nn.ParameterList([torch.ones_like(network.scale)])
-        plan = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
-        descent = plan.descent(masks.parameters(), len(batches))
+    def _recover(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> dict[str, Tensor]:
+        """The masks [C] of each batch norm of the unlearned network."""
+        network = pruning.MaskedNorms(unlearned, pruning.batch_norms(unlearned, self.name))
+        sgd = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
 
-        def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
-            logits = network(x, masks[0])
-            loss = self.alpha * F.cross_entropy(logits, y)
-            descent(loss)
-            with torch.no_grad():
-                masks[0].clamp_(0, 1)
-            return {"loss": loss, "clean_acc": percent_right(logits, y)}
+        def losses(mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
+            logits = network(x, mask)
+            return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": percent_right(logits, y)}
 
-        state = {"unlearned": unlearned, "masks": masks, "descent": descent}
-        loop.run(
-            step,
-            batches,
-            plan.epochs,
-            state=state,
-            end_epoch=partial(self.end_epoch, state),
-            session=session,
-            label="recovering",
-            rate="recovering_lr",
-        )
-        return network.split(masks[0].detach())
+        state = {"unlearned": unlearned}
+        return network.learn(losses, batches, sgd, session, state, label="recovering", rate="recovering_lr")
 
-    def _prune(
-        self, model: nn.Module, masks: dict[str, Tensor], held: Held | None, batches: Batched, session: Session
-    ) -> None:
-        def level(threshold: float) -> pruning.Level:
-            return pruning.up_to(f"masks <= {threshold:g}", masks, threshold)
-
-        prune = partial(pruning.apply, model, shift=False)
-        if self.pruning_number is not None and self.select == "defender":
-            pruning.prune_checked(model, level(self.pruning_number), prune, first(batches), session)
-            return
-        levels = [level(threshold) for threshold in pruning.sweep(self.pruning_max, self.pruning_step)]
-        oracle = self.select == "oracle"
-        pruning.choose(model, levels, prune, held, self.acc_ratio, session, oracle=oracle)
+    def level(self, masks: dict[str, Tensor], threshold: float) -> pruning.PruningLevel:
+        """The channels whose masks are `threshold` or less."""
+        return pruning.PruningLevel(f"masks <= {threshold:g}", {name: m <= threshold for name, m in masks.items()})

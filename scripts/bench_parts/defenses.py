@@ -126,14 +126,12 @@ def _released_nad(h_b: Normalized, batches: list[released.Batch]) -> Work:
 
 def _ours_anp(h_b: Normalized, batches: list[released.Batch]) -> Work:
     from sau.defense import pruning
-    from sau.defense.masks import Perturbable
 
     method, model = ANP(batch_size=64), copy.deepcopy(h_b).train()
-    network = Perturbable(model, pruning.batch_norms(model, "anp"))
-    masks = torch.nn.ParameterList([torch.ones_like(network.scale)])
-    sgd = Training(lr=0.01, lr_scheduler="constant", wd=0.0)
-    state = {"masks": masks, "descent": sgd.descent(masks.parameters(), len(batches))}
-    return lambda: [method.iteration(network, state, x, y) for x, y in batches]
+    network = pruning.MaskedNorms(model, pruning.batch_norms(model, "anp"))
+    sgd = Training(epochs=1, lr=0.01, lr_scheduler="constant", wd=0.0)
+    quiet = Session(say=lambda line: None, bar=False)
+    return lambda: network.learn(partial(method.losses, network), batches, sgd, quiet, {}, label="chunk")
 
 
 def _released_anp(h_b: Normalized, batches: list[released.Batch]) -> Work:
