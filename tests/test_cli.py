@@ -495,10 +495,13 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interru
         assert (status, err.count("stopped")) == (130, 1)
         return yaml.safe_load(config.read_text())["threads"]
 
-    def stop(*given: object) -> None:
+    load = Record.load
+
+    def stop(record: Record) -> None:
+        load(record)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sau.command.attack_and_defend.choose_precision", stop)
+    monkeypatch.setattr(Record, "load", stop)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert run() == 3 and run("--threads", "2") == 2
     monkeypatch.delenv("OMP_NUM_THREADS")

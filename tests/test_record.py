@@ -146,13 +146,13 @@ def test_a_link_that_leads_out_is_refused_and_the_root_may_be_a_link(tmp_path):
 # Beginning
 
 
-def test_facts_come_back_once_a_checkpoint_was_written(tmp_path):
+def test_facts_come_back_once_training_began(tmp_path):
     """Until then a resumed run starts from nothing, so that its choices are made anew."""
     record = begun(tmp_path / "a", values=(1, 2), command="first")
     record.update_config(amp=True)
     before = (tmp_path / "a" / CONFIG).read_text()
     assert "values" in before and "amp" not in before
-    record.save(EPOCH_1)
+    assert record.load() is None
     for command in ("second", "third"):
         again = begun(tmp_path / "a", command=command, run={"trigger_radius": 0.9})
     assert again.config["amp"] is True and again.config["values"] == [1, 2]
@@ -167,6 +167,7 @@ def test_the_configuration_is_written_three_times(tmp_path, monkeypatch):
     record = begun(tmp_path / "a")
     for n in range(5):
         record.update_config(fact=n)
+    record.load()
     for _ in range(3):
         record.save(EPOCH_1)
     record.update_config(last=True)

@@ -132,7 +132,7 @@ class Record:
                 entry.unlink()
 
     def update_config(self, **facts: Any) -> None:
-        """Add facts for `config.yaml`; the next checkpoint, or the end of the run, writes them."""
+        """Add facts for `config.yaml`; they are written when training begins, with checkpoints, and at the end."""
         self.config.update(as_json(facts))
         self._changed = True
 
@@ -162,6 +162,7 @@ class Record:
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None; rows of later epochs are dropped, because these epochs run again."""
+        self._write_config()
         file = self.path / CHECKPOINT
         if not file.is_file():
             return None
