@@ -78,9 +78,8 @@ def _describe(report: Report, found: weights.Weights) -> None:
 
 
 def _entry(name: str, value: Tensor) -> Report:
-    nan = int(value.isnan().sum()) if value.dtype.is_floating_point else 0
-    dtype = str(value.dtype).removeprefix("torch.")
-    return {"name": name, "shape": list(value.shape), "dtype": dtype, "values": value.numel(), "nan": nan}
+    about = {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    return {**about, "values": value.numel(), "nan": int(value.isnan().sum()) if value.is_floating_point() else 0}
 
 
 def normalisation(found: weights.Weights) -> Report | None:

@@ -157,14 +157,11 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     raw = torch_file.content(path) if raw is None else raw
     kind = file_format(path, raw)
     if kind in (SAFE, ONNX):
-        digest = hashlib.sha256(raw).hexdigest()
         try:
-            tensors = safetensors.torch.load(raw) if kind == SAFE else _onnx(path, raw)
-        except RecordError:
-            raise
+            tensors = safetensors.torch.load(raw) if kind == SAFE else _onnx(raw)
         except Exception as error:  # safetensors, protobuf and numpy have their own
             raise RecordError(f"{path} cannot be read: {printable(str(error))[:160]}") from None
-        return Weights(path, kind, digest, tensors)
+        return Weights(path, kind, hashlib.sha256(raw).hexdigest(), tensors)
     content, digest = torch_file.load(path, raw)
     return collect(path, content, kind, digest)
 
@@ -202,17 +199,15 @@ def _dense(value: Tensor, what: str) -> Tensor:
     return value
 
 
-def _onnx(path: Path, raw: bytes) -> dict[str, Tensor]:
+def _onnx(raw: bytes) -> dict[str, Tensor]:
     try:
         import onnx
     except ModuleNotFoundError:
-        raise RecordError(f"{path} is an ONNX file; reading those needs: pip install -e '.[onnx]'") from None
-    tensors = {}
-    for tensor in onnx.load_from_string(raw).graph.initializer:
-        if tensor.external_data:
-            raise RecordError(f"{path}: {tensor.name[:100]!a} lies in another file, which is not opened")
-        tensors[tensor.name] = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-    return tensors
+        raise RecordError("it is an ONNX file, which needs: pip install -e '.[onnx]'") from None
+    found = onnx.load_from_string(raw).graph.initializer
+    if outside := [tensor.name for tensor in found if tensor.external_data]:
+        raise RecordError(f"{outside[0][:100]!a} lies in another file, which is not opened")
+    return {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in found}
 
 
 @dataclass(frozen=True)
