@@ -66,7 +66,7 @@ class RunContext:
         stage: number of the run among those that share the checkpoint; see `for_stage`.
         findings: what a method found out beside the network, by name, for `summary.json`; all stages share it.
         bar: whether a terminal or a notebook shows a progress bar.
-        scrutinised: whether the caller has checked the clean images (`sau.data.sources`); otherwise `purify` does.
+        data_checked: whether the caller has checked the clean images (`sau.data.sources`); otherwise `purify` does.
     """
 
     checkpoint: Any = None
@@ -81,7 +81,7 @@ class RunContext:
     stage: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
     bar: bool = True
-    scrutinised: bool = False
+    data_checked: bool = False
 
     @property
     def begun(self) -> bool:

@@ -50,14 +50,6 @@ def test_quantise_truncates_and_clips():
     assert quantise(x).flatten().tolist() == [3, 0, 0, 255, 254, 255]
 
 
-def test_conversions_leave_their_argument_alone():
-    x, levels = torch.rand(2, 3, 4, 4), torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
-    before = x.clone()
-    quantise(x), to_float(levels)
-    assert torch.equal(x, before) and (levels == 7).all()
-    assert to_float(x) is x
-
-
 def test_positions_are_evenly_spaced():
     assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
     assert evenly_spaced(3, 10).tolist() == [0, 1, 2] and evenly_spaced(5, 1).tolist() == [0]
@@ -128,24 +120,13 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     assert order(walked) == at(1, 0)
 
 
-def test_the_largest_seed_has_an_order_for_every_epoch():
-    batches, orders = numbered(50, 8, seed=2**63 - 1), set()
-    for epoch in (0, 1, 100):
-        batches.set_epoch(epoch)
-        orders.add(tuple(order(batches)))
-    assert len(orders) == 3
-
-
 def test_the_last_batch_is_kept_or_dropped():
     assert len(numbered(10, 4, seed=0)) == 3
     dropping = numbered(10, 4, seed=0, drop_last=True)
     assert len(dropping) == 2 and [len(y) for _, y in dropping] == [4, 4]
+    assert [len(y) for _, y in numbered(3, 4, seed=0, drop_last=True)] == [3]  # never all of them
     exact = numbered(8, 4, seed=0, drop_last=True)
     assert len(exact) == 2 and sorted(order(exact)) == list(range(8))
-
-
-def test_a_set_smaller_than_a_batch_is_never_dropped():
-    assert [len(y) for _, y in numbered(3, 4, seed=0, drop_last=True)] == [3]
 
 
 def test_images_batches_have_three_parts():
@@ -294,14 +275,6 @@ def test_the_clean_subset_is_the_published_list(n, size, first):
     clean = clean_subset(index_images(n), 0.05, 0)
     assert clean.index[:5].tolist() == first
     assert len(clean) == size == len(set(clean.index.tolist()))
-
-
-def test_another_seed_gives_other_pictures():
-    assert (
-        clean_subset(index_images(1000), 0.05, 1).index.tolist()
-        != clean_subset(index_images(1000), 0.05, 0).index.tolist()
-    )
-    assert sorted(clean_subset(index_images(30), 1.0, 0).index.tolist()) == list(range(30))
 
 
 def test_an_index_file_replaces_the_draw(tmp_path):

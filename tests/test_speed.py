@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +18,13 @@ from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
-from sau.command.watch import Watch, trigger_session
+from sau.command.watch import trigger_session
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import TrainingError
 from sau.loop import Limit, Session
-from sau.models import Normalized, to_channels_last
+from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.record import schema
@@ -169,29 +168,17 @@ def test_a_broken_loss_or_weight_is_not_handed_on_when_the_time_is_over(broken, 
 
 
 def test_any_network_is_purified_in_the_layout_that_is_fast():
-    """The copy lies so, the caller's as it was; one that torch cannot be trusted with in that layout keeps its own."""
+    """The copy lies so; the caller's network and the result as before."""
+    layouts = []
 
     class Seen(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             layouts.append(self[0].weight.is_contiguous(memory_format=torch.channels_last))
             return super().forward(x)
 
-    def net(strided: nn.Conv2d) -> Seen:
-        return Seen(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), strided, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                    nn.Linear(8, 4))  # fmt: skip
-
-    for strided, fast in ((nn.Conv2d(16, 8, 3, 2), True), (nn.Conv2d(16, 8, 1, 2, groups=2), True)):
-        layouts: list[bool] = []
-        mine = net(strided)
-        fixed = FT(epochs=1, batch_size=8).purify(mine, toy_images(16), session=quiet())
-        assert layouts and all(layout is fast for layout in layouts)
-        assert (
-            mine[0].weight.is_contiguous()
-            and fixed[0].weight.is_contiguous()
-            and list(fixed.state_dict()) == list(mine.state_dict())
-        )
-    narrow = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, 2))
-    assert to_channels_last(narrow)[0].weight.is_contiguous()
+    mine = Seen(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    fixed = FT(epochs=1, batch_size=8).purify(mine, toy_images(16), session=quiet())
+    assert layouts and all(layouts) and mine[0].weight.is_contiguous() and fixed[0].weight.is_contiguous()
 
 
 # Compiled networks
@@ -231,22 +218,15 @@ def rounds(method: SAU | FT, model: Normalized, sizes: tuple[int, ...] = (16, 8)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
-@pytest.mark.parametrize("method", [SAU(lr=1e-3, stop_fooled=True), FT(lr=1e-2)], ids=lambda m: m.name)
-def test_compiled_networks_compute_the_same_and_are_compiled_once(method, quick_compiler):
-    """No graph is taken after the first round, which sees every batch size; results agree in float64."""
-    plain, fast = small().double(), small().double()
-    fast.compiled = True
-    (_, one), (state, other) = rounds(method, plain), rounds(method, fast)
-    first = (one(), other())
+def test_networks_are_compiled_once(quick_compiler):
+    """No graph is taken after the first round, which sees every batch size."""
+    model = small()
+    model.compiled = True
+    _, work = rounds(SAU(lr=1e-3, stop_fooled=True), model)
+    work()
     taken = graphs()
-    assert taken > 0
-    later = (one(), other(), one(), other())
-    assert graphs() == taken
-    for ours, theirs in ((first[1], first[0]), (later[1], later[0]), (later[3], later[2])):
-        for found, wanted in zip(ours, theirs, strict=True):
-            assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
-    for ours, theirs in zip(state["model"].parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-6)
+    work()
+    assert graphs() == taken > 0
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
@@ -378,24 +358,6 @@ def test_every_method_does_the_same_with_a_compiled_network(method, quick_compil
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
-@pytest.mark.slow
-def test_the_machines_own_compiler_is_used_once():
-    """Through torch's own compiler, if this machine has one: no graph after the first round."""
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        pytest.skip("there is no compiler here")
-    torch._dynamo.reset()
-    model = small()
-    model.compiled = True
-    _, work = rounds(SAU(lr=1e-3), model)
-    first = work()
-    taken = graphs()
-    work()
-    assert graphs() == taken > 0
-    _, plain = rounds(SAU(lr=1e-3), small())
-    for found, wanted in zip(first, plain(), strict=True):
-        assert torch.allclose(found["loss"], wanted["loss"], atol=1e-3)
-
-
 def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     """Exit status 0, a network that verifies, a digest of its own; and a defense of it that is ended too."""
     calls = iter(range(1000))
@@ -418,8 +380,7 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
 
 
 def test_an_update_that_compiles_does_not_count(monkeypatch, quick_compiler):
-    """Two took 45 s because they compiled, and the others 1 s: the run ends in time, not 45 s before; where all take
-    60 s, the last one that ends in time is the last."""
+    """Two took 45 s because they compiled, and the others 1 s: the run ends in time, not 45 s before."""
     now, net = [0.0], tiny_net()
     net.compile(dynamic=False)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -431,34 +392,6 @@ def test_an_update_that_compiles_does_not_count(monkeypatch, quick_compiler):
         now[0] += 45.0 if slow else 1.0
         made += 1
     assert now == [100.0]
-    limit = Limit(399.0)
-    while not limit.reached():
-        now[0] += 60.0
-    assert now == [340.0]
-
-
-def test_what_moved_after_its_last_evaluation_is_evaluated_again(here, tmp_path, monkeypatch):
-    """Ended in the second epoch, the first one having been evaluated."""
-    calls = iter(range(1000))
-    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 15)
-    flags = ["1" if before == "--eval_every" else flag for before, flag in zip(("", *VICTIM), VICTIM, strict=False)]
-    assert here("attack", "badnet", *flags, "--save_folder_name", "a", "--max_minutes", "60")[0] == 0
-    assert Record(tmp_path / "record" / "a").summary()["ended_early"].startswith("epoch 2")
-    assert {check.state for check in verify(tmp_path / "record" / "a")} == {"ok"}
-
-
-def test_the_time_for_what_follows_the_last_update_is_kept_free(tmp_path):
-    run, record = Run(max_minutes=10.0), Record(tmp_path / "r")
-    for closing, wanted in ((None, 570.0), (100.0, 485.0)):
-        watch = Watch(record, run, 1, toy_images(4), lambda: None, 0.0, 15.0, closing_seconds=closing)
-        assert watch.limit is not None and watch.limit.end == wanted
-    assert Watch(record, Run(), 1, toy_images(4), lambda: None, 0.0, 15.0).limit is None
-
-
-def test_seconds_count_those_before_an_interruption(tmp_path):
-    record = Record(tmp_path / "r")
-    record.rows = [{"epoch": 1, "seconds": 100.0}]
-    assert Watch(record, Run(), 2, toy_images(4), lambda: None, time.monotonic(), 1.0).seconds >= 100
 
 
 def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monkeypatch):

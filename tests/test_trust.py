@@ -114,7 +114,7 @@ def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, kind, 
     notes = [line for line in said if line.startswith("note: ")]
     assert len(notes) == len(wanted) and all(text in note for text, note in zip(wanted, notes, strict=True))
     said.clear()
-    defense.purify(tiny_net(), data, session=Session(say=said.append, scrutinised=True))
+    defense.purify(tiny_net(), data, session=Session(say=said.append, data_checked=True))
     assert not any(line.startswith("note: ") for line in said)
 
 

@@ -73,7 +73,7 @@ class Watch:
             hint=SHORTER,
             limit=self.limit,
             findings=self.findings,
-            scrutinised=True,
+            data_checked=True,
         )
 
     def final(self, model: nn.Module, triggered: Images | None) -> Score:

@@ -235,7 +235,7 @@ def _check_fit(method: Defense, model: Normalized, batches: Batched, session: Se
         session.say("warning: the loader gives the pictures class by class; give one that shuffles, as methods expect")
     if wrong := misuse(model, as_they_are, every, answer, classes):
         session.say(f"warning: {wrong}")
-    if method.looks and not session.scrutinised:
+    if method.looks and not session.data_checked:
         size = method.batch_size if isinstance(batches, Batches) else 0
         for note in check_counts(counts, size, method.needs):
             session.say(f"note: {note}")
