@@ -23,33 +23,18 @@ DESCENT = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Part:
-    """The place of a loss in an update that several losses make.
-
-    Args:
-        share: its weight; those of all parts sum up to 1.
-        first: whether the gradients of the update before are cleared.
-        last: whether the weights move.
-    """
-
-    share: float = 1.0
-    first: bool = True
-    last: bool = True
-
-
-WHOLE = Part()
-
-
 class Descent:
-    """An optimiser and its schedule as one checkpointable thing; `part` says which part of an update a loss is.
+    """An optimiser and its schedule as one checkpointable object.
 
-    With `keeps` every gradient is added to those of all steps before, as by code that forgets to clear them.
+    A loss may be one of several micro-batches of an update: `share` is its weight, `first` clears the gradients of the
+    update before, `last` moves the weights. With `keeps` every gradient is added to those of all steps before, as by
+    code that forgets to clear them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
         self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
-        self.part, self.keeps = WHOLE, False
+        self.share, self.first, self.last = 1.0, True, True
+        self.keeps = False
         self.moves = 0  # updates that Python has made
         self.rates: list[Tensor] = []  # of each group, where a CUDA graph reads them
         self.still = False  # the schedule, while an update is captured
@@ -59,12 +44,12 @@ class Descent:
 
         The gradient of this one is shortened to the length `clip` where it is longer.
         """
-        together, part = (self, *others), self.part
+        together = (self, *others)
         for one in together:
-            if part.first and not one.keeps:
+            if self.first and not one.keeps:
                 one.optimizer.zero_grad(set_to_none=True)
-        (loss if part is WHOLE else part.share * loss).backward()
-        if not part.last:
+        (loss if self.share == 1 else self.share * loss).backward()
+        if not self.last:
             return
         if clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, clip)
@@ -124,12 +109,9 @@ class Descent:
 
     def end_epoch(self, loss: float) -> None:
         """Move a schedule that counts epochs; `loss` is the epoch's mean, which ReduceLROnPlateau watches."""
-        if self.scheduler is None or self.every_update:
-            return
-        if isinstance(self.scheduler, schedules.ReduceLROnPlateau):
-            self.scheduler.step(loss)
-        else:
-            self.scheduler.step()
+        if self.scheduler is not None and not self.every_update:
+            plateau = isinstance(self.scheduler, schedules.ReduceLROnPlateau)
+            self.scheduler.step(*([loss] if plateau else []))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and schedule, for a checkpoint, and the gradients that the next step adds to."""
@@ -190,14 +172,16 @@ class Training(Method):
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.wd}
-        if self.client_optimizer == "sgd":
-            return torch.optim.SGD(parameters, momentum=self.sgd_momentum, fused=True, **common)
-        if self.client_optimizer == "adadelta":
-            return torch.optim.Adadelta(parameters, **common)
         betas = (self.adam_betas[0], self.adam_betas[1])
-        if self.client_optimizer == "adamw":
-            return torch.optim.AdamW(parameters, betas=betas, fused=True, **common)
-        return torch.optim.Adam(parameters, betas=betas, amsgrad=True, fused=True, **common)
+        match self.client_optimizer:
+            case "sgd":
+                return torch.optim.SGD(parameters, momentum=self.sgd_momentum, fused=True, **common)
+            case "adadelta":
+                return torch.optim.Adadelta(parameters, **common)
+            case "adamw":
+                return torch.optim.AdamW(parameters, betas=betas, fused=True, **common)
+            case "adam":
+                return torch.optim.Adam(parameters, betas=betas, amsgrad=True, fused=True, **common)
 
     def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         match self.lr_scheduler:
@@ -218,11 +202,6 @@ class Training(Method):
 
 
 def adam(lr: float, schedule: Schedule = "constant", **settings: Any) -> Training:
-    """Adam as papers have it: without AMSGrad, which our `adam` has like the benchmark's, and without decay.
-
-    Args:
-        lr: learning rate.
-        schedule: of the rate.
-        settings: further fields of `Training`.
-    """
-    return Training(client_optimizer="adamw", wd=0.0, lr=lr, lr_scheduler=schedule, **settings)  # the two are the same
+    """Adam as papers have it: without AMSGrad, which `client_optimizer="adam"` has as in BackdoorBench, and without
+    weight decay, where AdamW is the same. `settings` are further fields of `Training`."""
+    return Training(client_optimizer="adamw", wd=0.0, lr=lr, lr_scheduler=schedule, **settings)

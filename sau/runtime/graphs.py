@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sau.errors import OutOfMemory, first_line, lacks_memory
 from sau.loop import RunContext
-from sau.optim import WHOLE, Descent, Part
+from sau.optim import Descent
 
 Step = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]  # (state, x, y) -> what to report
 Compose = Callable[[dict[str, Any], Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -73,13 +73,14 @@ class MicroBatchedStep:
         n = min(self.parts, len(y))
         pairs = [(x[i::n], y[i::n]) for i in range(n)]  # every n-th image: an attack's batch begins with triggered ones
         descent, reports = self.state["descent"], []
+        shares = [len(labels) / len(y) for _, labels in pairs]
         try:
             for i, (part, labels) in enumerate(pairs):
-                descent.part = Part(len(labels) / len(y), i == 0, i == n - 1)
+                descent.share, descent.first, descent.last = shares[i], i == 0, i == n - 1
                 reports.append(self.step(self.state, part, labels))
         finally:
-            descent.part = WHOLE
-        return _merged(reports, [len(labels) / len(y) for _, labels in pairs])
+            descent.share, descent.first, descent.last = 1.0, True, True
+        return _merged(reports, shares)
 
 
 def _merged(reports: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
