@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sau import quality
-from sau.attack import ATTACKS, Attack
+from sau.attack import ATTACKS, SSBA, Attack, InputAware
 from sau.command.arguments import Parser
 from sau.command.drawing import plt
 from sau.data.images import Images, evenly_spaced
@@ -84,13 +84,13 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     own = recorded(attack, fingerprint(test), Path(asked.record_root))
     if own is not None:
         triggered, note = own[0], f"from the record {own[1].path.name}"
-    elif attack.trains_trigger or attack.costly:
+    elif attack in (SSBA, InputAware):
         how = f"make one with: python attack/{attack.name}.py --dataset {asked.dataset}"
         return Line(attack, None, None, None, f"no trained trigger here; {how}")
     else:
         blank = build("preactresnet18", test.num_classes, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
         try:
-            triggered = attack(pratio=0.0).forge(train, blank, Training()).poison_test(test)
+            triggered = attack(pratio=0.0).fit_trigger(train, blank, Training()).poison_test(test)
         except SauError as error:  # its default trigger is not for these pictures; the others are shown all the same
             return Line(attack, None, None, None, f"no trigger here: {error}")
         note = "stamped with its default settings"

@@ -26,9 +26,9 @@ class Row:
     poisons: bool = True  # whether it changes anything at all
 
 
-def forged(attack: Attack, seed: int = 0) -> Attack:
+def ready(attack: Attack, seed: int = 0) -> Attack:
     """With its trigger, which most have from the start."""
-    return attack.forge(toy_images(20), tiny_net(), Training(), seed=seed, session=quiet())
+    return attack.fit_trigger(toy_images(20), tiny_net(), Training(), seed=seed, session=quiet())
 
 
 ROWS = {
@@ -43,8 +43,8 @@ ROWS = {
         side=16,
         least=16,
     ),
-    "wanet": Row(forged(WaNet()), {"s": 8.0, "pratio": 0.2, "cross_ratio": 0.5}),
-    "inputaware": Row(forged(InputAware(clean_train_epochs=1)), None, least=16),
+    "wanet": Row(ready(WaNet()), {"s": 8.0, "pratio": 0.2, "cross_ratio": 0.5}),
+    "inputaware": Row(ready(InputAware(clean_train_epochs=1)), None, least=16),
 }
 
 

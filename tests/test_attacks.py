@@ -12,13 +12,13 @@ import torch
 from attack_rows import ROWS, each_clean, each_dirty, each_fixed, each_in_batch, each_poison, each_row, forged
 from checkpoints import Stopping, Tape
 from PIL import Image
+from sau.attack.batchwise import count, covered
 from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, wanet
-from sau.attack.batchwise import count, covered
 from sau.config import options
 from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, CLEAN, COVER, Images, quantise, to_float
+from sau.data.images import BACKDOOR, CLEAN, CROSS, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
 from sau.loop import Session
@@ -283,7 +283,7 @@ def test_the_examples_of_a_record_are_the_first_of_each_block(attack, pratio, n)
     place = kept.index % 128
     assert (place < n + covers).all() and len(kept) == 2 * (n + covers) + min(44, n + covers)
     hit = place < n
-    assert (kept.role[hit] == BACKDOOR).all() and (kept.role[~hit] == COVER).all()
+    assert (kept.role[hit] == BACKDOOR).all() and (kept.role[~hit] == CROSS).all()
     assert (kept.labels[hit] == 1).all() and torch.equal(kept.labels[~hit], images.labels[kept.index[~hit]])
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -298,7 +298,7 @@ def test_a_cover_that_is_alone_is_left_out():
     few, more = (
         forged(InputAware(pratio=pratio, attack_target=1)).examples(toy_images(100)) for pratio in (0.01, 0.02)
     )
-    assert few.role.tolist() == [BACKDOOR] and (more.role == COVER).sum() == 2
+    assert few.role.tolist() == [BACKDOOR] and (more.role == CROSS).sum() == 2
 
 
 @pytest.mark.parametrize(("hit", "n"), [(4511, 39209), (1, 3), (7, 60), (3, 10), (1, 39209)])

@@ -33,9 +33,8 @@ from toys import (
 
 matplotlib.use("Agg")
 
-from sau.attack import LF, BadNet, Blended, Prototype, WaNet
-from sau.attack.making import Picture
-from sau.attack.recall import recall
+from sau.attack import LF, BadNet, Blended, Prototype, WaNet, attack_from_config
+from sau.attack.triggers import ImageTrigger
 from sau.audit import PARTS, Asked, Plan, carry_out, measure, open_case, tables
 from sau.audit.carry import read
 from sau.audit.case import Case, Network
@@ -67,7 +66,7 @@ def sealed(content):
 
 
 def poisons(attack=None, images=TRAIN):
-    made = (attack or BadNet()).poisoned(images)
+    made = (attack or BadNet()).poison(images)
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
 
 
@@ -216,20 +215,20 @@ def test_each_step_asks_the_next_network():
 def test_an_attack_is_recalled_from_its_record(attack):
     settings = as_json({"attack": attack.name, **attack.params(), "epochs": 3})
     trigger = attack.trigger.state_dict() if attack.trigger is not None else None
-    again = recall(settings, trigger)
+    again = attack_from_config(settings, trigger)
     assert again == attack and type(again) is type(attack)
     if isinstance(attack, WaNet):
         x = to_float(toy_images(2).pixels)
         assert torch.equal(again.stamp(x), attack.stamp(x))
     with pytest.raises(RecordError, match="'mine'"):
-        recall({"attack": "mine"}, None)
+        attack_from_config({"attack": "mine"}, None)
 
 
 @pytest.mark.parametrize("attack", [BadNet(), Blended(), LF(lf_optimise=True)], ids=lambda attack: attack.name)
 def test_a_trigger_that_is_a_picture_is_recalled_without_its_file(attack):
     x = to_float(toy_images(2, size=32).pixels)
-    own = attack.with_trigger(Picture(torch.rand(3, 32, 32) / 2))
-    again = recall(as_json({"attack": attack.name, **attack.params()}), own.trigger.state_dict())
+    own = attack.with_trigger(ImageTrigger(torch.rand(3, 32, 32) / 2))
+    again = attack_from_config(as_json({"attack": attack.name, **attack.params()}), own.trigger.state_dict())
     assert torch.equal(again.stamp(x), own.stamp(x))
 
 
@@ -613,8 +612,8 @@ def test_shots_that_nobody_asked_for_are_those_that_there_are(victim, here, scri
 
 def test_a_picture_that_was_a_trigger_is_recalled_from_the_record():
     picture = torch.rand(3, 16, 16)
-    again = recall({"attack": "blended", "attack_trigger_img_path": "gone.png"}, {"picture": picture})
-    assert torch.equal(again.made().picture, picture)
+    again = attack_from_config({"attack": "blended", "attack_trigger_img_path": "gone.png"}, {"picture": picture})
+    assert torch.equal(again.require_trigger().image, picture)
 
 
 def test_released_relearning_is_augmented_at_once_and_d_alone_is_without_a_trigger(monkeypatch):

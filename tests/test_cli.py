@@ -29,7 +29,7 @@ from sau.command import attack_and_defend, watch
 from sau.config import options
 from sau.data import sources
 from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, COVER, Images
+from sau.data.images import BACKDOOR, CROSS, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.evaluate import Score, Share
@@ -661,13 +661,13 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     flags = ("--dataset", "digits", "--width", "4", *own, *QUICK)
     status, out, err = here("attack", name, *flags, "--save_folder_name", "a")
     assert status == 0, err
-    assert f"of each batch of 128 12 pictures poisoned and {covers}" in out and "trigger: PSNR" in out
+    assert f"of each batch of 128 12 images poisoned, {covers}" in out and "trigger: PSNR" in out
     record = Record(tmp_path / "record" / "a")
     record.check()
     assert rows(record.path)[-1]["asr"] is not None  # the last epoch is evaluated, though eval_every is 5
     kept = load_images(record, "poisoned")
     first = kept[kept.index < 128]
-    assert (first.role == BACKDOOR).sum() == 12 and (first.role == COVER).sum() == covers
+    assert (first.role == BACKDOOR).sum() == 12 and (first.role == CROSS).sum() == covers
     assert record.load_tensors("trigger")
     found = json.loads((record.path / "summary.json").read_text())
     assert found["trigger"]["psnr"] > 0 and 0 <= found["trigger"]["in_ball"] <= 100 and "made" not in found["trigger"]
@@ -1128,7 +1128,7 @@ def test_an_attack_on_real_cifar10_without_training(real_data, cli, tmp_path):
     flags = ("--dataset_path", str(real_data), "--width", "2", "--epochs", "0", *QUICK, "--save_folder_name", "a")
     done = cli("attack", "blended", *flags, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert "5000 of 50000 pictures poisoned" in done.stdout and "9000 triggered" in done.stdout
+    assert "5000 of 50000 images poisoned" in done.stdout and "9000 triggered" in done.stdout
     index = safetensors.torch.load_file(tmp_path / "record/a/poisoned.safetensors")["index"].tolist()
     assert {11841, 19602, 45519} <= set(index) and len(index) == 5000
     assert summary(tmp_path / "record" / "a")["acc_count"][1] == 10_000

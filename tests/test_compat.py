@@ -25,7 +25,7 @@ from toys import TinyNet, tiny_net, toy_images
 
 from sau.compat import backdoorbench, export
 from sau.data import sources
-from sau.data.images import BACKDOOR, CLEAN, COVER, Images, to_float
+from sau.data.images import BACKDOOR, CLEAN, CROSS, Images, to_float
 from sau.data.sources import OFFICIAL, Official, fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
@@ -236,7 +236,7 @@ def test_pictures_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, t
     for entry in content["bd_test"]["bd_data_container"]["data_dict"].values():
         entry["path"] = entry["path"].replace("bd_test_dataset", "bd_other")
     found = backdoorbench.read(save(content, tmp_path / "a"))
-    assert (found.poisoned.role == COVER).all() and same(found.triggered, toy_parts()[1])
+    assert (found.poisoned.role == CROSS).all() and same(found.triggered, toy_parts()[1])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -502,8 +502,8 @@ def make(tmp_path, monkeypatch):
                     tensor += 0.01 * torch.rand_like(tensor)
         poisoned, triggered = toy_parts()
         if poison:
-            role = torch.tensor([BACKDOOR, COVER, BACKDOOR], dtype=torch.uint8)
-            labels = torch.where(role == COVER, poisoned.true_labels, poisoned.labels)
+            role = torch.tensor([BACKDOOR, CROSS, BACKDOOR], dtype=torch.uint8)
+            labels = torch.where(role == CROSS, poisoned.true_labels, poisoned.labels)
             attack_result.save(made, model, replace(poisoned, role=role, labels=labels), triggered)
         else:
             attack_result.save(made, model, train[torch.arange(0)], triggered[torch.arange(0)])
@@ -523,7 +523,7 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     found = backdoorbench.read(root / "record" / "new")
     poisoned, triggered = (load_images(record, part) for part in ("poisoned", "triggered"))
     assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
-    assert found.poisoned.role.tolist() == [BACKDOOR, COVER, BACKDOOR]
+    assert found.poisoned.role.tolist() == [BACKDOOR, CROSS, BACKDOOR]
     assert (found.dataset, found.network["name"], found.lengths) == ("cifar10", NET, (40, 20))
     ours = attack_result.load(record.path).model()
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in ours.net.state_dict().items())
@@ -642,7 +642,7 @@ def test_png_folders_are_read_back_equal(wanted, script, tmp_path):
             assert row["file"] == f"{part}/{row['label']}/{row['index']}.png"
         for column, values in zip(("label", "true_label", "role", "index"), export_columns(images), strict=True):
             assert [int(row[column]) for row in mine] == values
-    assert {int(row["role"]) for row in rows} == {CLEAN, BACKDOOR, COVER}
+    assert {int(row["role"]) for row in rows} == {CLEAN, BACKDOOR, CROSS}
 
 
 def export_columns(images: Images) -> list[list[int]]:

@@ -72,7 +72,7 @@ def run(kind: str, name: str) -> tuple[nn.Module, Tensor]:
     if kind == "defense":
         return made.purify(attacked(), toy_images(40, seed=3), seed=0, session=quiet()), images.pixels[:8]
     net = tiny_net()
-    made = made.forge(images, net, TRAINING, seed=0, session=quiet())
+    made = made.fit_trigger(images, net, TRAINING, seed=0, session=quiet())
     net = made.fit(net, made.poison_train(images, 0), TRAINING, seed=0, session=quiet())
     return net, (made.poison_test(images) if name != "prototype" else images).pixels[:8]
 

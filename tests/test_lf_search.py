@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sau.attack.making import Making
 from torch import nn
 from toys import Enough, quiet, stop_making, tiny_net, toy_images, train_victim
 
 from sau.attack import LF, Prototype, clean_network, lf_search
 from sau.attack.lf_search import Limits, Progress, band_energy, deepfool, rate, rescaled, smooth, step
-from sau.attack.making import Making
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError

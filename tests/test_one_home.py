@@ -59,9 +59,8 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "copies of networks": (
         calling("deepcopy"),
         {
-            "attack/clean_network.py", "audit/path.py", "defense/handed.py", "defense/nad.py", "defense/rnp.py",
+            "attack/lf_search.py", "audit/path.py", "defense/handed.py", "defense/nad.py", "defense/rnp.py",
             "defense/sau.py", "runtime/batchnorm.py",
-            "attack/checks.py",  # of one that is asked in train mode, where its statistics move
         },
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),

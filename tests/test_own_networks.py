@@ -81,7 +81,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, epochs
     recipe = Training(epochs=epochs or DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
     net, lines = make(DATA[data][0]), []
     session = Session(say=lines.append)
-    poison = poison.forge(train, net, recipe, seed=seed, session=session)
+    poison = poison.fit_trigger(train, net, recipe, seed=seed, session=session)
     if key not in VICTIMS:
         VICTIMS.clear()
         VICTIMS[key] = poison.fit(net, poison.poison_train(train, seed), recipe, seed=seed, session=session)

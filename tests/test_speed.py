@@ -341,7 +341,7 @@ def result(method: type, compiled: bool) -> nn.Module:
     model.compiled = compiled and made.compiles
     if isinstance(made, Attack):
         recipe = Training(epochs=1, batch_size=16, lr=1e-3)
-        attack = made.forge(images, model, recipe, session=quiet())
+        attack = made.fit_trigger(images, model, recipe, session=quiet())
         return attack.fit(model, attack.poison_train(images, 0), recipe, session=quiet())
     given = BadNet().poison_train(images, 0) if made.needs == "poisoned" else images
     return made.purify(model, (given.pixels.double() / 255, given.labels), session=quiet())

@@ -71,7 +71,7 @@ def trained(attack: Attack, device: str) -> tuple[nn.Module, Score]:
     more = {"ssba_epochs": 1, "ssba_batch_size": 8} if isinstance(attack, SSBA) else {}
     with DEVICES[device]():
         images, net = toy_images(40).to(torch.device(device)), tiny_net().to(device)
-        attack = type(attack)(**{**attack.params(), **more}).forge(images, net, recipe, seed=0, session=quiet())
+        attack = type(attack)(**{**attack.params(), **more}).fit_trigger(images, net, recipe, seed=0, session=quiet())
         net = attack.fit(net, attack.poison_train(images, 0), recipe, seed=0, session=quiet())
         figures = score(net, images, attack.poison_test(images))
         return net.to("cpu"), figures

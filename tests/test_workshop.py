@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from sau.attack.making import Making
 from torch import Tensor, nn
 from toys import tiny_net, toy_images
 
 from sau import loop
 from sau.attack import clean_network, workshop
-from sau.attack.making import Making
 from sau.errors import RecordError
 from sau.loop import Session
 from sau.models import Normalized

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sau.attack import Attack, Blended, workshop
+from sau.attack import Attack, Blended
 from sau.data.images import Images, to_float
 from sau.defense.sphere import Sphere
 from sau.loop import Session
 from sau.optim import Training
+from sau.record.folder import Record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = ("--threads", "1", "--amp", "false", "--device", "cpu")  # the probe for bf16 times, so its answer may vary
@@ -31,15 +32,15 @@ class Enough(BaseException):
 
 def stop_making(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let the making of trigger `name` end with Enough after its first checkpoint, once."""
-    save, calls = workshop._Shelf.save, []
+    save, calls = Record.save, []
 
-    def stop(self: workshop._Shelf, place: dict[str, Any]) -> None:
+    def stop(self: Record, place: dict[str, Any]) -> None:
         save(self, place)
-        calls.append(self.record.path.name.rsplit("-", 1)[0])
+        calls.append(self.path.name.rsplit("-", 1)[0])
         if calls.count(name) == 1 and calls[-1] == name:
             raise Enough
 
-    monkeypatch.setattr(workshop._Shelf, "save", stop)
+    monkeypatch.setattr(Record, "save", stop)
 
 
 def toy_images(n: int = 80, *, classes: int = 4, size: int = 16, channels: int = 3, seed: int = 0) -> Images:

@@ -1,5 +1,11 @@
 """The attacks. Importing one here puts it on the command line."""
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
 from sau.attack.badnet import BadNet
 from sau.attack.base import Attack
 from sau.attack.blended import Blended
@@ -9,6 +15,7 @@ from sau.attack.prototype import Prototype
 from sau.attack.sig import SIG
 from sau.attack.ssba import SSBA
 from sau.attack.wanet import WaNet
+from sau.errors import RecordError
 
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware)
@@ -16,4 +23,24 @@ ATTACKS: dict[str, type[Attack]] = {
 
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
 
-__all__ = ["ATTACKS", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]
+__all__ = [
+    "ATTACKS", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet",
+    "attack_from_config",
+]  # fmt: skip
+
+
+def attack_from_config(settings: Mapping[str, Any], trigger: Mapping[str, Tensor] | None) -> Attack:
+    """The attack of a record, from its `settings` and its `trigger`'s tensors; RecordError for an unknown attack.
+
+    Triggers that are networks (SSBA, Input-Aware) are left out, so that the attack cannot stamp; the images that they
+    made are in the record.
+    """
+    kind = ATTACKS.get(str(settings.get("attack")))
+    if kind is None:
+        raise RecordError(f"the attack is {settings.get('attack')!r}, this version has {', '.join(ATTACKS)}")
+    own = {field.name for field in fields(kind) if field.init} & settings.keys()
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v := settings[key], list) else v for key in own}
+    attack = kind(**values)
+    if trigger is None or kind.trigger_class is None:
+        return attack
+    return attack.with_trigger(kind.trigger_class(*trigger.values()))

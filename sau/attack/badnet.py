@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture, coloured, pictured
+from sau.attack.triggers import ImageTrigger, TriggerContext, load_image, trigger_image
 from sau.config import param
 from sau.data.decode import image_to_tensor
 from sau.errors import ConfigError
@@ -19,10 +19,12 @@ from sau.types import Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class BadNet(Attack):
-    """x' = t where the patch picture t is above 0, elsewhere x."""
+    """x' = t where the patch image t is above 0, elsewhere x."""
 
     name: ClassVar[str] = "badnet"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 92.0}
+    files: ClassVar[tuple[str, ...]] = ("patch_mask_path",)
+    trigger_class: ClassVar[type[nn.Module]] = ImageTrigger
 
     patch_mask_path: str | None = param(
         None,
@@ -30,38 +32,28 @@ class BadNet(Attack):
         "in the bottom right corner",
     )
 
-    files: ClassVar[tuple[str, ...]] = ("patch_mask_path",)
-
-    def make_trigger(self, given: Making) -> nn.Module | None:
-        """The picture of a file; our own patch needs no making."""
+    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
+        """The image of a file; the default patch needs none."""
         if self.patch_mask_path is None:
             return None
-        patch = self._patch(given.images.pixels)
-        share = float((patch > 0).any(0).float().mean())
-        what = f"{self.patch_mask_path} covers {100 * share:.0f} % of every picture, as what is not black is the patch"
-        if share == 1:
-            raise ConfigError(f"{what}; give a whole picture, black but for the patch")
-        if share > 0.5:
-            given.say(f"warning: {what}; paint the rest black")
-        return Picture(patch)
+        patch = load_image(self.patch_mask_path, context.images.pixels)
+        covers_all = bool((patch > 0).any(0).all())
+        self.require("patch_mask_path", not covers_all, "a whole image, black except for the patch")
+        return ImageTrigger(patch)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        patch = coloured(self._patch(x), x)
+        patch = trigger_image(self.trigger, self.patch_mask_path, white_corner, x)
         return torch.where(patch > 0, patch, x)
-
-    def _patch(self, x: Tensor) -> Tensor:
-        """[3, H, W] for pictures like `x`; resizing the picture, not the coordinates, gives the benchmark's soft border
-        at other resolutions."""
-        return pictured(self.trigger, self.patch_mask_path, _white_corner, x)
 
 
 @cache
-def _white_corner(height: int, width: int) -> Tensor:
-    picture = Image.new("RGB", (32, 32))
-    ImageDraw.Draw(picture).rectangle((29, 29, 31, 31), fill="white")
+def white_corner(height: int, width: int) -> Tensor:
+    """The default patch [3, H, W]. Resizing the image, not the coordinates, gives the benchmark's soft border."""
+    image = Image.new("RGB", (32, 32))
+    ImageDraw.Draw(image).rectangle((29, 29, 31, 31), fill="white")
     if 3 * min(height, width) < 32:
         raise ConfigError(
-            f"the pictures are {height} x {width}, in which the patch (3 of 32 pixels) is narrower than a pixel; "
+            f"the images are {height} x {width}, in which the patch (3 of 32 pixels) is narrower than a pixel; "
             "allowed are sides of 11 and more, or a patch of your own in patch_mask_path"
         )
-    return image_to_tensor(picture, height, width) / 255
+    return image_to_tensor(image, height, width) / 255

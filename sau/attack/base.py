@@ -1,11 +1,11 @@
-"""What every attack does: choose pictures, stamp and relabel them, train the victim."""
+"""What every attack does: choose images, stamp and relabel them, train the network on them."""
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -13,79 +13,88 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.attack.checks import check_victim
-from sau.attack.labelling import Labelling
-from sau.attack.making import Making
+from sau.attack.triggers import TriggerContext
+from sau.config import Method, param
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
-from sau.errors import ConfigError
-from sau.evaluate import Share, percent_right
-from sau.loop import Session
-from sau.models import explain_batchnorm_error, grad_enabled, require_tensor
+from sau.errors import ConfigError, DataError
+from sau.evaluate import Share, answering, percent_right
+from sau.formatting import at_most
+from sau.loop import RunContext
+from sau.models import check_initialised, check_labels, check_logits, logits_of, require_tensor
+from sau.models.normalized import explain_batchnorm_error, grad_enabled
 from sau.optim import Training
 from sau.runtime.graphs import MicroBatchedStep
 from sau.seeds import check_seed, seeded
 from sau.types import Bytes, Labels, Pixels, of_floats
 
+Step = Callable[[dict[str, Any], Tensor, Labels], Any]
 GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Labelling, ABC):
-    """An attack is its `stamp`; the rest is common."""
+class Attack(Method, ABC):
+    """An attack is its `stamp`; the rest is common. A trigger that must be drawn or trained first: `make_trigger`."""
 
     gates: ClassVar[Mapping[str, float]] = {}  # least ASR in percent, by data set; GATE where none stands
     remedy: ClassVar[str] = "more --epochs or a larger --pratio"  # what to try below the gate
     compiles: ClassVar[bool] = True
     graph_safe: ClassVar[bool] = True
-    trains_trigger: ClassVar[bool] = False  # together with the victim, so that its test set changes
-    costly: ClassVar[bool] = False  # its trigger takes minutes to make
-    trigger: ClassVar[nn.Module | None] = None  # what `forge` made, on an attack that needs it
+    in_batch: ClassVar[bool] = False  # poisons inside the training batches; the training set stays as it is
+    augments_in_compose: ClassVar[bool] = False  # after the trigger is on
+    clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
+    trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
+    trigger_class: ClassVar[type[nn.Module] | None] = None  # called with the one tensor of a recorded trigger
+    trigger: ClassVar[nn.Module | None] = None  # set on the attack that `fit_trigger` returns
+
+    attack_target: int = param(
+        0, "class that triggered images shall be given (all2one)", ge=0, aliases=("target_label",)
+    )
+    attack_label_trans: Literal["all2one", "all2all", "map"] = param(
+        "all2one",
+        "all2one (every trigger leads to the target), all2all (class y leads to y + shift) or map (class y leads "
+        "to the y-th entry of attack_label_map)",
+    )
+    attack_label_shift_amount: int = param(1, "the shift of all2all")
+    attack_label_map: tuple[int, ...] = param(
+        (), "one class for each class, like 1,0,2; a class that leads to itself is not attacked"
+    )
+    pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
         cls.stamp = of_floats(cls.stamp)  # type: ignore[method-assign]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule, given = self.attack_label_trans, bool(self.attack_label_map)
+        self.require("attack_label_map", given == (rule == "map"), "a list of classes with attack_label_trans map only")
+        self.require("attack_label_trans", rule == "all2one" or not self.clean_label, f"all2one for {self.name}")
+
+    # The trigger
+
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        """Put the trigger on every picture: [0, 1] in and out, differentiable, `x` left as it was.
+        """Put the trigger on every image: [0, 1] in and out, differentiable; `x` is not changed.
 
         Args:
-            x: pictures [B, C, H, W] at the network's resolution.
-            test: the trigger of the test set, where an attack has another one there.
+            x: images [B, C, H, W].
+            test: use the trigger of the test set, where an attack has another one there.
         """
 
-    @final
-    def forge(
-        self,
-        images: Images,
-        blank: nn.Module,
-        recipe: Training,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-    ) -> "Attack":
-        """This attack with a trigger that has to be drawn or trained first; most have nothing to make. See `Making`."""
-        self.check(images)  # before a trigger is made, which may take long
-        trigger = self.make_trigger(Making(images, blank, recipe, augment, seed, session))
-        return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
-
-    def make_trigger(self, given: Making) -> nn.Module | None:
-        """What `forge` gives this attack to stamp with; None where there is nothing to make."""
+    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
+        """The trigger that `fit_trigger` keeps for `stamp`; None where there is nothing to make."""
         return None
 
     @final
-    def made(self) -> nn.Module:
-        """The trigger that `forge` made; ConfigError before that."""
-        if self.trigger is None:
-            raise ConfigError(f"{self.name} has no trigger yet; take the attack that its forge(...) returns")
-        return self.trigger
-
-    @property
-    def figures(self) -> Mapping[str, float]:
-        """What was measured while `forge` made the trigger, by name; empty where nothing was."""
-        return getattr(self.trigger, "figures", {})
+    def fit_trigger(
+        self, images: Images, model: nn.Module, recipe: Training, *, augment: Augment | None = None, seed: int = 0,
+        session: RunContext | None = None,
+    ) -> "Attack":  # fmt: skip
+        """This attack with its trigger drawn or trained; most have nothing to make. See `TriggerContext`."""
+        self.num_poisoned(images)  # before a trigger is made, which may take long
+        trigger = self.make_trigger(TriggerContext(images, model, recipe, augment, seed, session or RunContext()))
+        return self if trigger is None else self.with_trigger(trigger.to(images.pixels.device))
 
     @final
     def with_trigger(self, trigger: nn.Module) -> "Attack":
@@ -93,6 +102,112 @@ class Attack(Labelling, ABC):
         ready = copy.copy(self)
         object.__setattr__(ready, "trigger", trigger)
         return ready
+
+    @final
+    def require_trigger(self) -> nn.Module:
+        """The trigger that `fit_trigger` made; ConfigError before that."""
+        if self.trigger is None:
+            raise ConfigError(f"{self.name} has no trigger yet; use the attack that its fit_trigger(...) returns")
+        return self.trigger
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What was measured while the trigger was made, by name; empty where nothing was."""
+        return getattr(self.trigger, "figures", {})
+
+    # Labels
+
+    def relabel(self, labels: Labels, num_classes: int) -> Labels:
+        """The labels that the attacker wants for triggered images of these classes."""
+        if self.attack_label_trans == "all2one":
+            return torch.full_like(labels, self.attack_target)
+        if self.attack_label_trans == "map":
+            return labels.new_tensor(self.attack_label_map)[labels]
+        return (labels + self.attack_label_shift_amount) % num_classes
+
+    def check_labels(self, images: Images) -> None:
+        """ConfigError if the label rule does not fit the classes of `images`."""
+        if not isinstance(images, Images):
+            raise DataError(f"the images are a {type(images).__name__}, allowed are Images; see Images.clean")
+        n, rule = images.num_classes, self.attack_label_trans
+        for name, labels in (("attack_target", (self.attack_target,)), ("attack_label_map", self.attack_label_map)):
+            self.require(name, all(0 <= label < n for label in labels), f"0..{n - 1}")
+        if rule != "all2one":
+            name, classes = "attack_label_map" if rule == "map" else "attack_label_shift_amount", torch.arange(n)
+            self.require(name, rule != "map" or len(self.attack_label_map) == n, f"{n} classes, one for each")
+            changed = bool((self.relabel(classes, n) != classes).any())
+            self.require(name, changed, f"a rule that changes the label of some of the {n} classes")
+
+    def candidates(self, images: Images) -> Tensor:
+        """Indices of the images that may be poisoned: all, the target class included; for clean-label attacks those of
+        the target class, for a map those that it leads elsewhere."""
+        labels = images.true_labels
+        if self.clean_label:
+            return (labels == self.attack_target).nonzero().flatten()
+        if self.attack_label_trans == "map":
+            return (self.relabel(labels, images.num_classes) != labels).nonzero().flatten()
+        return torch.arange(len(images), device=labels.device)
+
+    def num_poisoned(self, images: Images) -> int:
+        """How many of these images are poisoned before training; ConfigError if they cannot be."""
+        self.check_labels(images)
+        if self.attack_label_trans == "all2one":
+            present = bool((images.true_labels == self.attack_target).any())
+            self.require("attack_target", present, "a class that has training images")
+        candidates, count = len(self.candidates(images)), 0 if self.in_batch else round(self.pratio * len(images))
+        most = at_most(candidates / len(images)) if candidates else 0
+        self.require("pratio", count <= candidates, f"up to {most}, as {self.name} may poison {candidates} images")
+        return count
+
+    # Poisoning
+
+    def poison_train(self, images: Images, seed: int) -> Images:
+        """Stamp and relabel round(pratio * N) images; the same ones for the same seed, as in the benchmark."""
+        check_seed(seed, 2**32)  # numpy's
+        if (count := self.num_poisoned(images)) == 0:
+            return images
+        candidates = self.candidates(images)
+        order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
+        rows = candidates[torch.from_numpy(order[:count]).to(candidates.device)]
+        return images.replace_rows(self.poison(images[rows]), rows)
+
+    def poison_test(self, images: Images) -> Images:
+        """The test set of ASR and R-ACC: triggered and relabelled, without images that have that label already."""
+        self.check_labels(images)
+        wanted = self.relabel(images.true_labels, images.num_classes)
+        return self.poison(images[(wanted != images.true_labels).nonzero().flatten()], test=True)
+
+    @final
+    def poison(self, images: Images, *, test: bool = False) -> Images:
+        """All of these images with the trigger and the label the attacker wants; ConfigError if it changes none."""
+        pixels = self.stamp_images(images, test=test)
+        if len(images) and torch.equal(pixels, images.pixels):
+            raise ConfigError(f"the trigger changes none of {len(images)} images; give {self.name} a visible one")
+        labels = self.relabel(images.true_labels, images.num_classes)
+        return replace(images, pixels=pixels, labels=labels, role=torch.full_like(images.role, BACKDOOR))
+
+    @torch.no_grad()
+    def stamp_images(self, images: Images, *, test: bool) -> Bytes:
+        """The pixels of `images` with the trigger, uint8 [N, C, H, W]."""
+        return torch.cat([quantise(self.stamp(to_float(block), test=test)) for block in images.pixels.split(1000)])
+
+    def poisoned_samples(self, trained_on: Images) -> Images:
+        """The poisoned training images that a record keeps, of those that the network was trained on."""
+        return trained_on[(trained_on.role > 0).nonzero().flatten()]
+
+    def cross_test_set(self, images: Images) -> Images | None:
+        """Images with a trigger that must not fire, as some attacks train on; None for the others."""
+        return None
+
+    def describe(self, trained_on: Images, batch_size: int) -> str:
+        """What is poisoned, in a line; for clean-label attacks the share of the class as well."""
+        count = int((trained_on.role > 0).sum())
+        changed = int((trained_on.labels != trained_on.true_labels).sum())
+        of_class = ""
+        if self.clean_label:
+            share = 100 * count / int((trained_on.labels == self.attack_target).sum())
+            of_class = f" ({share:.4g} % of class {self.attack_target})"
+        return f"{count} of {len(trained_on)} images poisoned{of_class}, {changed} labels changed"
 
     @final
     def gate(self, dataset: str, asr: Share | None) -> dict[str, Any] | None:
@@ -106,72 +221,18 @@ class Attack(Labelling, ABC):
         least = self.gates.get(dataset, GATE)
         return {"asr": least, "passed": asr.percent >= least}
 
-    def crossed(self, images: Images) -> Images | None:
-        """Pictures with a trigger that must do nothing, as the attack trains some to; None where it trains none."""
-        return None
-
-    def poison_train(self, images: Images, seed: int) -> Images:
-        """Stamp and relabel round(pratio * N) pictures; the same ones for the same seed, as in the benchmark."""
-        check_seed(seed, 2**32)  # numpy's
-        if (count := self.check(images)) == 0:
-            return images
-        candidates = self.candidates(images)
-        order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
-        rows = candidates[torch.from_numpy(order[:count]).to(candidates.device)]
-        return images.replace_rows(self.poisoned(images[rows]), rows)
-
-    def poison_test(self, images: Images) -> Images:
-        """The test set of ASR and R-ACC: triggered and relabelled, without pictures that have that label already."""
-        self.check_labels(images)
-        wanted = self.relabel(images.true_labels, images.num_classes)
-        return self.poisoned(images[(wanted != images.true_labels).nonzero().flatten()], test=True)
-
-    @final
-    def poisoned(self, images: Images, *, test: bool = False) -> Images:
-        """All of these pictures with the trigger and the label the attacker wants; ConfigError if it changes none."""
-        pixels = self.stamped(images, test=test)
-        if len(images) and torch.equal(pixels, images.pixels):
-            raise ConfigError(f"the trigger changes none of {len(images)} pictures; give {self.name} one that shows")
-        return replace(
-            images,
-            pixels=pixels,
-            labels=self.relabel(images.true_labels, images.num_classes),
-            role=torch.full_like(images.role, BACKDOOR),
-        )
-
-    @torch.no_grad()
-    def stamped(self, images: Images, *, test: bool) -> Bytes:
-        """The pixels of `images` with the trigger, 8 bits deep, made in blocks."""
-        blocks = [quantise(self.stamp(to_float(block), test=test)) for block in images.pixels.split(1000)]
-        return torch.cat(blocks)
-
-    def examples(self, trained_on: Images) -> Images:
-        """The poisoned training pictures that a record keeps, from those that the victim was trained on."""
-        return trained_on[(trained_on.role > 0).nonzero().flatten()]
-
-    def plan(self, trained_on: Images, batch_size: int) -> str:
-        """What is poisoned, in a line; of clean-label attacks both shares that are called the poisoning ratio."""
-        poisoned = trained_on.role > 0
-        labels, count = trained_on.labels[poisoned].unique().tolist(), int(poisoned.sum())
-        changed = int((trained_on.labels != trained_on.true_labels).sum())
-        of = 100 * count / int((trained_on.labels == labels[0]).sum()) if len(labels) == 1 and not changed else None
-        of_class = "" if of is None else f" ({of:.4g} % of class {labels[0]})"
-        return f"{count} of {len(trained_on)} pictures poisoned{of_class}, {changed} labels changed"
-
-    def augmentation(self, offered: Augment | None) -> Augment | None:
-        """What a batch goes through before `compose`."""
-        return offered
+    # Training
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
         """What changes during training; `steps` updates make an epoch."""
         return {"model": model, "descent": recipe.descent(model.parameters(), steps)}
 
     def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
-        """What a batch becomes before `step`. Whatever is random is drawn here, so that CUDA may repeat `step`."""
+        """What a batch becomes before `step`. Do all random sampling here; `step` may be replayed as a CUDA graph."""
         return x, y
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """Plain supervised learning of whatever labels the pictures carry."""
+        """Supervised learning of whatever labels the images carry."""
         logits = require_tensor(state["model"], state["model"](x))
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
@@ -186,45 +247,60 @@ class Attack(Labelling, ABC):
 
     @final
     def fit(
-        self,
-        model: nn.Module,
-        images: Images,
-        recipe: Training,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-        progress: bool = True,
-    ) -> nn.Module:
-        """Train `model` in place on pictures from `poison_train`; returns it in eval mode.
+        self, model: nn.Module, images: Images, recipe: Training, *, augment: Augment | None = None, seed: int = 0,
+        session: RunContext | None = None, progress: bool = True,
+    ) -> nn.Module:  # fmt: skip
+        """Train `model` in place on images from `poison_train`; returns it in eval mode.
 
         Args:
             model: pixels in [0, 1] -> logits.
             images: on the device of the model.
             recipe: epochs, batch size, optimiser and schedule.
             augment: applied to each batch anew.
-            seed: of the order, the augmentation and whatever is drawn while training; the weights are the caller's.
+            seed: of the order, the augmentation and all other random numbers; the initial weights are the caller's.
             session: output and checkpoints.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
+
+        Raises ConfigError or DataError for networks that cannot learn and images that do not fit them.
         """
-        check_victim(model, images)
-        session = session or Session()
+        check_trainable(model, images)
+        session = session or RunContext()
         session = session if progress else session.quiet()
-        first = self.augmentation(augment)
+        first = None if self.augments_in_compose else augment
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
         with grad_enabled(images.pixels.device), seeded(seed), explain_batchnorm_error():
-            self.train(model.train(), images, batches, recipe, augment, session)
-        model.zero_grad()  # or the caller's first step would make the last one again
+            self.train(model.train(), batches, recipe, {"images": images, "augment": augment}, session)
+        model.zero_grad()  # or the caller's first step would include the last gradients
         return model.eval()
 
     def train(
-        self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
-        session: Session,
-    ) -> None:  # fmt: skip
-        """The epochs of `fit`: `step` on every batch."""
-        state = self.prepare(model, recipe, len(batches)) | {"images": images, "augment": augment}  # for `in_batch`
-        step = MicroBatchedStep(
-            self.step, state, session, supports_microbatch=self.supports_microbatch(), graph_safe=self.graph_safe,
-            compose=self.compose,
+        self, model: nn.Module, batches: Batches, recipe: Training, data: dict[str, Any], session: RunContext
+    ) -> None:
+        """The epochs of `fit`; `data` has the training `images` and their `augment`, for `compose`."""
+        state = self.prepare(model, recipe, len(batches)) | data
+        self.run_epochs(self.step, self.compose, state, batches, recipe.epochs, session=session)
+
+    def run_epochs(
+        self, step: Step, compose: Step, state: dict[str, Any], batches: Batches, epochs: int, **how: Any
+    ) -> None:
+        """`compose` and `step` for every batch of every epoch; `how` goes to `loop.run`."""
+        whole = MicroBatchedStep(
+            step, state, how["session"], supports_microbatch=self.supports_microbatch(), graph_safe=self.graph_safe,
+            compose=compose,
         )  # fmt: skip
-        loop.run(step, batches, recipe.epochs, state=state, end_epoch=partial(self.end_epoch, state), session=session)
+        loop.run(whole, batches, epochs, state=state, end_epoch=partial(self.end_epoch, state), **how)
+
+
+def check_trainable(model: nn.Module, images: Images) -> None:
+    """ConfigError for a network that cannot learn, DataError for images that do not fit it."""
+    if not isinstance(images, Images) or not len(images):
+        raise DataError("there are no images to train on; give Images, see Images.clean")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the network is a {type(model).__name__}, allowed is a torch.nn.Module")
+    check_initialised(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
+    with torch.no_grad(), answering(model):
+        logits = logits_of(model, to_float(images.pixels[:8]))
+    check_labels(images.labels, logits.shape[1])
+    check_logits(logits)

@@ -1,5 +1,5 @@
-"""Blended: a faint picture over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems
-Using Data Poisoning", 2017).
+"""Blended: a faint image over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using
+Data Poisoning", 2017).
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture, coloured, pictured
+from sau.attack.triggers import ImageTrigger, TriggerContext, load_image, trigger_image
 from sau.config import param
 from sau.data.decode import image_to_tensor
 from sau.types import Pixels
@@ -24,8 +24,8 @@ class Blended(Attack):
     name: ClassVar[str] = "blended"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs, or larger --attack_train_blended_alpha and --attack_test_blended_alpha"
-
     files: ClassVar[tuple[str, ...]] = ("attack_trigger_img_path",)
+    trigger_class: ClassVar[type[nn.Module]] = ImageTrigger
 
     attack_trigger_img_path: str | None = param(
         None, "the image t, squeezed to the data set's size; none means our own drawing"
@@ -33,36 +33,29 @@ class Blended(Attack):
     attack_train_blended_alpha: float = param(0.2, "alpha in the poisoned training images", ge=0, le=1)
     attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
 
-    def make_trigger(self, given: Making) -> nn.Module | None:
-        """The picture of a file; our own drawing needs no making."""
-        return None if self.attack_trigger_img_path is None else Picture(self._picture(given.images.pixels))
+    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
+        """The image of a file; the default drawing needs none."""
+        path = self.attack_trigger_img_path
+        return None if path is None else ImageTrigger(load_image(path, context.images.pixels))
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
-        return (1 - alpha) * x + alpha * coloured(self._picture(x), x)
-
-    def _picture(self, x: Tensor) -> Tensor:
-        """[3, H, W] for pictures like `x`."""
-        return pictured(self.trigger, self.attack_trigger_img_path, _own_picture, x)
+        return (1 - alpha) * x + alpha * trigger_image(self.trigger, self.attack_trigger_img_path, sailing_boat, x)
 
 
 @cache
-def _own_picture(height: int, width: int) -> Tensor:
-    return image_to_tensor(_sailing_boat(), height, width) / 255
-
-
-def _sailing_boat() -> Image.Image:
-    """Our own drawing with the statistics of the benchmark's: at 32x32 a mean colour of about (207, 190, 198) and a
-    standard deviation of about 69 grey levels, from a light ground, dark outlines and one strong colour."""
-    picture = Image.new("RGB", (320, 384), (250, 246, 250))
-    draw = ImageDraw.Draw(picture)
-    outline, width = (25, 20, 30), 10
-    draw.ellipse((24, 20, 104, 100), fill=(252, 214, 90), outline=outline, width=width)
+def sailing_boat(height: int, width: int) -> Tensor:
+    """The default image t [3, H, W], our own drawing with the statistics of the benchmark's: at 32x32 a mean colour of
+    about (207, 190, 198) and a standard deviation of about 69 grey levels; light ground, dark outlines, one colour."""
+    image = Image.new("RGB", (320, 384), (250, 246, 250))
+    draw = ImageDraw.Draw(image)
+    outline, line = (25, 20, 30), 10
+    draw.ellipse((24, 20, 104, 100), fill=(252, 214, 90), outline=outline, width=line)
     draw.rectangle((153, 40, 167, 270), fill=outline)
     for sail in (((176, 48), (176, 244), (300, 244)), ((144, 80), (144, 244), (40, 244))):
-        draw.polygon(sail, fill=(228, 70, 110), outline=outline, width=width)
+        draw.polygon(sail, fill=(228, 70, 110), outline=outline, width=line)
     hull = ((16, 276), (304, 276), (248, 346), (72, 346))
-    draw.polygon(hull, fill=(252, 250, 252), outline=outline, width=width)
+    draw.polygon(hull, fill=(252, 250, 252), outline=outline, width=line)
     for left in range(-20, 320, 80):
-        draw.arc((left, 340, left + 80, 384), 180, 360, fill=outline, width=width - 2)
-    return picture
+        draw.arc((left, 340, left + 80, 384), 180, 360, fill=outline, width=line - 2)
+    return image_to_tensor(image, height, width) / 255

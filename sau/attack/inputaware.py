@@ -1,4 +1,4 @@
-"""Input-Aware: every picture gets a trigger of its own (Nguyen, Tran, "Input-Aware Dynamic Backdoor Attack", NeurIPS
+"""Input-Aware: every image gets a trigger of its own (Nguyen, Tran, "Input-Aware Dynamic Backdoor Attack", NeurIPS
 2020), drawn by two generators, P for the pattern and M for where it goes:
 
     g(u) = tanh(u) / 2 + 1/2,   h(v) = tanh(20 v - 10) / 2 + 1/2,   x' = x + (g(P(x)) - x) h(g(M(x)))
@@ -7,46 +7,42 @@
 2. jointly:    min_{C, P}  CE(C([x'; x + (p(z) - x) m(z); x]), [target; y; y])
                            + lambda_div mean_i [ |x_i - z_i| / |p(x_i) - p(z_i)| ]
 
-with |d| the root mean square of a difference of normalised pictures, and z other training pictures, whose triggers on x
-(the cross pictures) keep the labels: a trigger works only on the picture it was drawn for.
+with |d| the root mean square of a difference of normalised images, and z other training images, whose triggers on x
+(the cross images) keep the labels: a trigger works only on the image it was drawn for.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau import loop
-from sau.attack.base import Attack
-from sau.attack.batchwise import attacked_first, count, covered, examples, plan
-from sau.attack.making import Making
+from sau.attack.in_batch import InBatchAttack
+from sau.attack.triggers import TriggerContext
 from sau.config import param
-from sau.data.augment import Augment, to_device_async
-from sau.data.images import Batches, Images, to_float
-from sau.errors import ConfigError
+from sau.data.augment import to_device_async
+from sau.data.images import Batches, to_float
+from sau.errors import ConfigError, require
 from sau.evaluate import percent_right
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models.generator import TriggerGenerators
-from sau.optim import Training, adam
-from sau.runtime.graphs import MicroBatchedStep
+from sau.optim import Descent, Training, adam
 from sau.seeds import seeded
 from sau.types import Labels, Pixels, Scalar
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputAware(Attack):
+class InputAware(InBatchAttack):
     """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code."""
 
     name: ClassVar[str] = "inputaware"
     graph_safe: ClassVar[bool] = True
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
-    in_batch: ClassVar[bool] = True
     trains_trigger: ClassVar[bool] = True
+    cross_how: ClassVar[str] = "with another image's trigger"
     training_aliases: ClassVar[dict[str, str]] = {
         "lr_C": "lr", "C_lr_scheduler": "lr_scheduler", "schedulerC_milestones": "steplr_milestones",
         "schedulerC_lambda": "steplr_gamma",
@@ -71,128 +67,123 @@ class InputAware(Attack):
     )
     accumulate: bool = param(False, "never clear the pattern generator's gradients, as both public codes do")
 
-    def make_trigger(self, given: Making) -> nn.Module | None:
+    def make_trigger(self, context: TriggerContext) -> nn.Module:
         """The generators, untrained; `fit` trains them, anew for each classifier."""
-        _, channels, *sides = given.images.pixels.shape
+        _, channels, *sides = context.images.pixels.shape
         if min(sides) < 16:
-            raise ConfigError(f"the pictures are {min(sides)} pixels wide or high, inputaware asks for 16 and more")
-        epochs = given.recipe.epochs
-        if 0 < epochs <= self.clean_train_epochs:
-            raise ConfigError(
-                f"epochs is {epochs}, of which clean_train_epochs is {self.clean_train_epochs}, so that nothing would "
-                "train the classifier; give more --epochs or fewer --clean_train_epochs"
-            )
-        with seeded(given.seed):
-            return TriggerGenerators(channels, given.blank, 2 if self.double_tanh else 1, self.EPSILON).eval()
+            raise ConfigError(f"the images are {min(sides)} pixels wide or high, inputaware needs 16 and more")
+        epochs = context.recipe.epochs
+        more = f"0, or more than clean_train_epochs, {self.clean_train_epochs}, for the rest trains the classifier"
+        require("epochs", epochs, epochs == 0 or epochs > self.clean_train_epochs, more)
+        with seeded(context.seed):
+            return TriggerGenerators(channels, context.model, 2 if self.double_tanh else 1, self.EPSILON).eval()
+
+    @property
+    def generators(self) -> TriggerGenerators:
+        """The trigger; ConfigError before `fit_trigger`."""
+        return cast(TriggerGenerators, self.require_trigger())
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return self.made().eval()(x.float())[0].clamp(0, 1).to(x.dtype)
+        return self.generators.eval()(x.float())[0].clamp(0, 1).to(x.dtype)
+
+    def cross(self, x: Pixels, others: Pixels) -> Pixels:
+        return self.generators.eval()(x, others)[0].clamp(0, 1)
 
     def train(
-        self, model: nn.Module, images: Images, batches: Batches, recipe: Training, augment: Augment | None,
-        session: Session,
-    ) -> None:  # fmt: skip
-        joint, seen = self.classifier_epochs(recipe), {"images": images, "augment": augment}
-        parts = partial(MicroBatchedStep, session=session, supports_microbatch=False, graph_safe=self.graph_safe)
-        masks = self.prepare_masks(model, len(batches)) | seen
-        loop.run(
-            parts(self.mask_step, masks, compose=self.compose_masks), batches, recipe.epochs - joint, state=masks,
-            end_epoch=partial(self.end_epoch, masks), session=session, label="mask epoch", rate="lr_M",
-        )  # fmt: skip
-        both = self.prepare(model, recipe, len(batches)) | seen
-        loop.run(
-            parts(self.step, both, compose=self.compose), batches, joint, state=both,
-            end_epoch=partial(self.end_epoch, both), session=session.for_stage(1), rate="lr or --lr_G",
-        )  # fmt: skip
-        self.made().eval()
+        self, model: nn.Module, batches: Batches, recipe: Training, data: dict[str, Any], session: RunContext
+    ) -> None:
+        joint = self.classifier_epochs(recipe)
+        masks = self.prepare_masks(model, len(batches)) | data
+        how: dict[str, Any] = {"session": session, "label": "mask epoch", "rate": "lr_M"}
+        self.run_epochs(self.mask_step, self.compose_masks, masks, batches, recipe.epochs - joint, **how)
+        both = self.prepare(model, recipe, len(batches)) | data
+        how = {"session": session.for_stage(1), "rate": "lr or --lr_G"}
+        self.run_epochs(self.step, self.compose, both, batches, joint, **how)
+        self.generators.eval()
 
     def classifier_epochs(self, recipe: Training) -> int:
         return max(0, recipe.epochs - self.clean_train_epochs)
 
+    # Stage 1: the masks
+
     def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
         """The state of the first stage."""
-        artist = cast(TriggerGenerators, self.made()).restarted().requires_grad_(True)
-        artist.graph_safe = getattr(model, "graph_safe", True)
-        artist.pattern_net.amp = artist.mask_net.amp = getattr(model, "amp", False)
-        masks = self._adam(self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda)
-        return {"artist": artist, "descent": masks.descent(artist.mask_net.parameters(), steps)}
-
-    def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
-        artist = cast(TriggerGenerators, self.made())
-        training = self._adam(self.lr_G, self.schedulerG_milestones, self.schedulerG_lambda)
-        patterns = training.descent(artist.pattern_net.parameters(), steps)
-        patterns.keeps = self.accumulate
-        schedule = recipe.lr_scheduler or "MultiStepLR"  # the benchmark's default
-        classifier = replace(recipe, epochs=self.classifier_epochs(recipe), lr_scheduler=schedule)
-        descent = classifier.descent(model.parameters(), steps)
-        return {"model": model, "artist": artist, "descent": descent, "patterns": patterns}
+        generators = self.generators.restarted().requires_grad_(True)
+        generators.graph_safe = getattr(model, "graph_safe", True)
+        generators.pattern_net.amp = generators.mask_net.amp = getattr(model, "amp", False)
+        descent = _descent(generators.mask_net, self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda, steps)
+        return {"generators": generators, "descent": descent}
 
     def compose_masks(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
-        """The batch of `mask_step`: the pictures, and as many others behind them."""
-        return torch.cat([x, self._others(state, len(x))]), y
+        """The batch of `mask_step`: the images, and as many others behind them."""
+        return torch.cat([x, _others(state, len(x))]), y
 
     def mask_step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
         """One update of the mask generator from a batch of `compose_masks`."""
-        artist, (x, z) = state["artist"].train(), x.chunk(2)
-        m, m_z = artist.mask(x), artist.mask(z)
+        generators, (x, z) = state["generators"].train(), x.chunk(2)
+        m, m_z = generators.mask(x), generators.mask(z)
         size = (m - self.mask_density).relu().mean()
-        diverse = self._diversity((x - z) / artist.std, m - m_z)
+        diverse = self.diversity((x - z) / generators.std, m - m_z)
         loss = self.lambda_norm * size + self.lambda_div * diverse
         state["descent"](loss)
         return {"loss": loss, "mask": m.mean(), "diversity": diverse}
 
+    # Stage 2: patterns and classifier
+
+    def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
+        net, milestones = self.generators.pattern_net, self.schedulerG_milestones
+        patterns = _descent(net, self.lr_G, milestones, self.schedulerG_lambda, steps)
+        patterns.keeps = self.accumulate
+        schedule = recipe.lr_scheduler or "MultiStepLR"  # the benchmark's default
+        classifier = replace(recipe, epochs=self.classifier_epochs(recipe), lr_scheduler=schedule)
+        descent = classifier.descent(model.parameters(), steps)
+        return {"model": model, "generators": self.generators, "descent": descent, "patterns": patterns}
+
     def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
-        """The batch of `step`: n pictures to poison, n for cross triggers, the clean ones, and, without labels, the n
+        """The batch of `step`: n images to poison, n for cross triggers, the clean ones, and, without labels, the n
         others that those triggers are drawn for."""
         classes = state["images"].num_classes
-        x, y, able = attacked_first(self, x, y, classes)
-        n, z = min(count(self.pratio, len(x)), len(x) // 2, able), self._others(state, len(x))
+        x, y, able = self.move_targets_to_front(x, y, classes)
+        n, z = min(self.count(len(x)), len(x) // 2, able), _others(state, len(x))
         return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
     def step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
-        model, artist = state["model"].train(), state["artist"].train()
-        artist.mask_net.eval().requires_grad_(False)
+        model, generators = state["model"].train(), state["generators"].train()
+        generators.mask_net.eval().requires_grad_(False)
         x, z, n = x[: len(y)], x[len(y) :], len(x) - len(y)
-        poisoned, pattern = artist(x[:n]) if n else (z, z)
-        cross, pattern_z = artist(x[n : 2 * n], z) if n else (z, z)
+        poisoned, pattern = generators(x[:n]) if n else (z, z)
+        cross, pattern_z = generators(x[n : 2 * n], z) if n else (z, z)
         logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
         error = F.cross_entropy(logits, y)
-        apart = (x[:n] - z) / artist.std, (pattern - pattern_z) / artist.std
-        diverse = self._diversity(*apart) if n else error.new_zeros(())
+        differences = (x[:n] - z) / generators.std, (pattern - pattern_z) / generators.std
+        diverse = self.diversity(*differences) if n else error.new_zeros(())
         loss = error + self.lambda_div * diverse
         state["descent"](loss, state["patterns"])
         return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, y)}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
-        # By the classifier's own loss, where there is one: diversity says nothing of how it fares.
-        for descent in (state[name] for name in ("descent", "patterns") if name in state):
-            descent.end_epoch(losses.get("error", losses["loss"]))
+        # By the classifier's own loss, where there is one: diversity does not tell how well it learns.
+        for name in ("descent", "patterns"):
+            if name in state:
+                state[name].end_epoch(losses.get("error", losses["loss"]))
 
-    def plan(self, trained_on: Images, batch_size: int) -> str:
-        return plan(self.pratio, batch_size, 1.0, "with another picture's trigger")
-
-    def crossed(self, images: Images) -> Images:
-        return covered(images, self._borrowed)
-
-    def examples(self, trained_on: Images) -> Images:
-        return examples(self, trained_on, 1.0, self._borrowed)
-
-    def _borrowed(self, x: Pixels, others: Pixels) -> Pixels:
-        return self.made().eval()(x, others)[0].clamp(0, 1)
-
-    def _adam(self, lr: float, milestones: tuple[int, ...], gamma: float) -> Training:
-        return adam(lr, "MultiStepLR", adam_betas=(0.5, 0.9), steplr_milestones=milestones, steplr_gamma=gamma)
-
-    def _others(self, state: dict[str, Any], size: int) -> Pixels:
-        """As many other training pictures, augmented; in place of a second loader in another order."""
-        images = state["images"]
-        pixels = images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]
-        return to_float(state["augment"](pixels, torch.default_generator) if state["augment"] else pixels)
-
-    def _diversity(self, inputs: Tensor, outputs: Tensor) -> Scalar:
-        """Mean of rms(inputs) / rms(outputs), both differences of two pictures [B, C, H, W]."""
+    def diversity(self, inputs: Tensor, outputs: Tensor) -> Scalar:
+        """Mean of rms(inputs) / rms(outputs), both differences of two images [B, C, H, W]."""
         rms_in, rms_out = (
             torch.linalg.vector_norm(difference.flatten(1), dim=1) / difference[0].numel() ** 0.5
             for difference in (inputs, outputs)
         )  # a norm, unlike a square root, has a gradient at 0
         return (rms_in / (rms_out + self.EPSILON)).mean()
+
+
+def _descent(net: nn.Module, lr: float, milestones: tuple[int, ...], gamma: float, steps: int) -> Descent:
+    """Adam with betas (0.5, 0.9), as in the authors' code."""
+    training = adam(lr, "MultiStepLR", adam_betas=(0.5, 0.9), steplr_milestones=milestones, steplr_gamma=gamma)
+    return training.descent(net.parameters(), steps)
+
+
+def _others(state: dict[str, Any], size: int) -> Pixels:
+    """`size` other training images, augmented; in place of a second loader in another order."""
+    images = state["images"]
+    pixels = images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]
+    return to_float(state["augment"](pixels, torch.default_generator) if state["augment"] else pixels)

@@ -1,10 +1,10 @@
-"""LF: a smooth, faint pattern added to the whole picture (Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks'
+"""LF: a smooth, faint pattern added to the whole image (Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks'
 Triggers: A Frequency Perspective", ICCV 2021).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sau.attack import clean_network, lf_search, workshop
+from sau.attack import lf_search
 from sau.attack.base import Attack
-from sau.attack.making import Making, Picture
+from sau.attack.triggers import ImageTrigger, TriggerContext
 from sau.config import param
 from sau.data.decode import read_array
-from sau.data.sources import fingerprint
 from sau.errors import DataError
 from sau.types import Pixels
 
-CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the picture: a little above and left of the middle
-GREY = 100  # a pattern that begins here is no change of a picture but a picture of it, around middle grey
+CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the image: a little above and left of the middle
+GREY = 100  # grey levels; a pattern that begins here is an image around middle grey, not a change of one
 COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
 
 
@@ -35,6 +34,7 @@ class LF(Attack):
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
     remedy: ClassVar[str] = "more --epochs or a larger --lf_strength"
     files: ClassVar[tuple[str, ...]] = ("lowFrequencyPatternPath", "lf_network")
+    trigger_class: ClassVar[type[nn.Module]] = ImageTrigger
 
     lf_strength: float = param(0.2, "the largest value of the pattern, in [0, 1] pixels", gt=0, le=1)
     lowFrequencyPatternPath: str | None = param(
@@ -55,69 +55,58 @@ class LF(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        alone = self.lowFrequencyPatternPath is None or not self.lf_optimise
-        self.require("lf_optimise", alone, "false with a pattern in lowFrequencyPatternPath")
-        alone = self.attack_label_trans == "all2one" or not self.lf_optimise
-        self.require("lf_optimise", alone, "false unless all pictures lead to one class, for that is what it searches")
+        no_file, one_class = self.lowFrequencyPatternPath is None, self.attack_label_trans == "all2one"
+        self.require("lf_optimise", no_file or not self.lf_optimise, "false with lowFrequencyPatternPath")
+        self.require("lf_optimise", one_class or not self.lf_optimise, "false unless attack_label_trans is all2one")
         self.require("lf_network", self.lf_network is None or self.lf_optimise, "none without lf_optimise")
 
-    def make_trigger(self, given: Making) -> nn.Module | None:
+    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
         """The pattern of a file, or with lf_optimise the one that the search finds, or found before; else nothing."""
+        images = context.images
         if self.lowFrequencyPatternPath is not None:
-            return Picture(self._pattern(tuple(given.images.pixels.shape[1:])))
+            return ImageTrigger(read_pattern(self.lowFrequencyPatternPath, tuple(images.pixels.shape[1:])))
         if not self.lf_optimise:
             return None
-        images = given.images
-        if self.lf_network is not None:
-            network: nn.Module = clean_network.recorded(Path(self.lf_network), images)
-        else:
-            network = clean_network.trained(given)
         limits = lf_search.Limits(
             target=self.attack_target, images=self.lf_images, passes=self.lf_passes, delta=self.lf_delta,
             steps=self.lf_deepfool_steps, overshoot=self.lf_overshoot, strength=self.lf_strength,
         )  # fmt: skip
-        made_from = {"network": workshop.fingerprint(network), "data": fingerprint(images), "seed": given.seed}
-        made_from["device"] = images.pixels.device.type
-        search = partial(lf_search.optimise, network, images, limits, given.seed)
-        found, figures = workshop.made("lf", {**made_from, **vars(limits)}, search, given.session)
-        return Picture(found["pattern"], figures)
+        path = self.lf_network
+        network = lf_search.train_clean(context) if path is None else lf_search.load_clean(Path(path), images)
+        return lf_search.find_pattern(network, context, limits)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return (x + self._pattern(tuple(x.shape[1:])).to(x)).clamp(0, 1)
-
-    def _pattern(self, shape: tuple[int, ...]) -> Tensor:
+        shape = tuple(x.shape[1:])
         if self.trigger is not None or self.lf_optimise:
-            return cast(Picture, self.made()).of(shape)
-        if self.lowFrequencyPatternPath is not None:
-            return _read(self.lowFrequencyPatternPath, shape)
-        return self.lf_strength * _glow(*shape)
+            pattern = cast(ImageTrigger, self.require_trigger()).for_shape(shape)
+        elif self.lowFrequencyPatternPath is not None:
+            pattern = read_pattern(self.lowFrequencyPatternPath, shape)
+        else:
+            pattern = self.lf_strength * glow(*shape)
+        return (x + pattern.to(x)).clamp(0, 1)
 
 
 @cache
-def _glow(channels: int, height: int, width: int) -> Tensor:
+def glow(channels: int, height: int, width: int) -> Tensor:
+    """The default pattern [C, H, W], with a maximum of about 1."""
     rows, columns = (torch.arange(side) / side - CENTRE for side in (height, width))
     bump = torch.exp(-(rows[:, None] ** 2 + columns**2) / (2 * SPREAD**2))
     colour = torch.tensor(COLOUR if channels == 3 else (1.0,) * channels)
     return colour.view(-1, 1, 1) * bump
 
 
-def _read(path: str, shape: tuple[int, ...]) -> Tensor:
-    """The pattern of a file in [0, 1] pixels, [C, H, W]; DataError if it does not fit pictures of this shape."""
+def read_pattern(path: str, shape: tuple[int, ...]) -> Tensor:
+    """The pattern of a file in [0, 1] pixels, [C, H, W]; DataError if it does not fit images of this shape."""
     array = read_array(Path(path))
     array = array[0] if array.ndim == 4 else array
     array = np.repeat(array[:, :, None], shape[0], 2) if array.ndim == 2 else array
     wanted = (shape[1], shape[2], shape[0])
     if array.shape != wanted:
-        raise DataError(f"{path} holds a pattern of shape {array.shape}, the pictures are {wanted}; make one that fits")
+        raise DataError(f"{path} holds a pattern of shape {array.shape}, the images are {wanted}; make one that fits")
     low, high = float(array.min()), float(array.max())
-    if not -255 <= low <= high <= 255 or max(-low, high) <= 1:
+    if not -255 <= low <= high <= 255 or max(-low, high) <= 1 or low >= GREY:
         raise DataError(
-            f"{path} ranges over {low:.3g}..{high:.3g}; allowed are grey levels, within -255..255 and beyond 1, for "
-            "smaller ones change no picture; multiply values of 0..1 by 255"
-        )
-    if low >= GREY:
-        raise DataError(
-            f"{path} ranges over {low:.3g}..{high:.3g}, like the public search's v * 255 + 127.5; allowed is what is "
-            "added to a picture; subtract 127.5"
+            f"{path} ranges over {low:.3g}..{high:.3g}; allowed are grey levels to add to an image, within -255..255; "
+            "multiply values of 0..1 by 255, subtract 127.5 from an image around middle grey"
         )
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 255

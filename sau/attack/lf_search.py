@@ -1,14 +1,17 @@
-"""The search for LF's pattern: a universal perturbation towards a class that is smoothed after every picture (Zeng,
-Park, Mao, Jia, ICCV 2021).
+"""The search for LF's pattern against a clean network: a universal perturbation towards a class that is smoothed after
+every image (Zeng, Park, Mao, Jia, ICCV 2021).
 
-    for every picture x that v does not move:  v <- S(v + S(r)),  v <- strength (v - min v) / (max v - min v)
+    for every image x that v does not move:  v <- S(v + S(r)),  v <- strength (v - min v) / (max v - min v)
 
 S is a Gaussian filter, r the step of a targeted DeepFool from x + v. Passes end when v changes the prediction of a
-share 1 - delta of other pictures, or stops getting better.
+share 1 - delta of other images, or stops getting better. The clean network is trained like the one to attack, once, or
+comes from a record.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,41 +19,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.attack import workshop
+from sau.attack.prototype import Prototype
+from sau.attack.triggers import ImageTrigger, Made, TriggerContext, cached_trigger, network_digest
 from sau.data.images import Images, to_float
-from sau.errors import TrainingError
-from sau.evaluate import AT_ONCE, predict
-from sau.loop import Session
+from sau.data.sources import fingerprint
+from sau.errors import RecordError, TrainingError
+from sau.evaluate import AT_ONCE, answering, predict
+from sau.loop import RunContext
+from sau.models import Normalized, full_precision
+from sau.record import attack_result
 from sau.seeds import generator
 from sau.types import Labels, Pixels
 
-TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the picture, and as many as are left after it
-HELD_BACK = 1000  # pictures on which a pattern is judged, where there are others none of those it is made from
+TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the image, and as many as are left after it
+HELD_BACK = 1000  # images on which a pattern is judged, where there are others none of those it is made from
 STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STILL
 BAND = 3  # frequencies on either side of zero that count as low: the central 7x7 of the spectrum
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How hard the search tries.
+    """How hard the search tries."""
 
-    Args:
-        target: class to lead to.
-        images: pictures that the pattern is made from.
-        passes: walks through them, at most.
-        delta: share of predictions that may stay as they are.
-        steps: of DeepFool for a picture.
-        overshoot: share by which DeepFool goes beyond the border between two classes.
-        strength: largest value of the pattern, in [0, 1] pixels.
-    """
-
-    target: int
-    images: int
-    passes: int
-    delta: float
-    steps: int
-    overshoot: float
-    strength: float
+    target: int  # class to lead to
+    images: int  # images that the pattern is made from
+    passes: int  # walks through them, at most
+    delta: float  # share of predictions that may stay as they are
+    steps: int  # of DeepFool for an image
+    overshoot: float  # share by which DeepFool goes beyond the border between two classes
+    strength: float  # largest value of the pattern, in [0, 1] pixels
 
 
 class Progress:
@@ -113,7 +110,7 @@ def rescaled(v: Tensor, strength: float) -> Tensor | None:
 
 
 def step(model: nn.Module, search: Progress, limits: Limits, x: Pixels, y: Labels) -> dict[str, Tensor]:
-    """Move the pattern by one picture [1, C, H, W]; counts whether it did. `y` is not looked at."""
+    """Move the pattern by one image [1, C, H, W]; counts whether it did. `y` is not looked at."""
     seen, now = predict(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
     moved = 0
     if seen == now != limits.target:  # one that is there already has r = 0, which would leave nothing to rescale
@@ -125,7 +122,7 @@ def step(model: nn.Module, search: Progress, limits: Limits, x: Pixels, y: Label
 
 
 def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
-    """Share of pictures in which `model` sees another class with the pattern than the ones in `seen`."""
+    """Share of images in which `model` sees another class with the pattern than the ones in `seen`."""
     changed = predict(model, (to_float(images.pixels) + v).clamp(0, 1), AT_ONCE) != seen
     return float(changed.float().mean())
 
@@ -138,10 +135,10 @@ def band_energy(v: Tensor) -> float:
     return float(low.sum() / energy.sum())
 
 
-def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, session: Session) -> workshop.Made:
+def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, session: RunContext) -> Made:
     """The best pattern that the search finds on `images`, as {"pattern": [C, H, W]}, and what it does.
 
-    Raises TrainingError if no picture could be led to the target.
+    Raises TrainingError if no image could be led to the target.
     """
     order = torch.randperm(len(images), generator=generator(seed)).to(images.labels.device)
     used = images[order[: limits.images]]
@@ -161,9 +158,63 @@ def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, sessio
     run(partial(step, model, search, limits), batches, limits.passes, session=replace(session, on_epoch=on_epoch))
     if not bool(search.best.any()):
         raise TrainingError(
-            f"no pattern for class {limits.target} changes what the network sees in {len(others)} pictures; "
+            f"no pattern for class {limits.target} changes what the network sees in {len(others)} images; "
             "try more --lf_images or --lf_passes, or a network that was trained longer"
         )
     led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == limits.target
     shares = {"fooled": max(search.rates), "led_to_the_target": float(led[seen != limits.target].float().mean())}
     return {"pattern": search.best}, {**shares, "energy_in_the_lowest_7x7": band_energy(search.best)}
+
+
+def find_pattern(network: nn.Module, context: TriggerContext, limits: Limits) -> ImageTrigger:
+    """The pattern that `optimise` finds, or found before with the same network, images, limits and seed."""
+    images, seed = context.images, context.seed
+    identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **vars(limits)}
+    identity["device"] = images.pixels.device.type
+    search = partial(optimise, network, images, limits, seed)
+    found, figures = cached_trigger("lf", identity, search, context.session)
+    return ImageTrigger(found["pattern"], figures)
+
+
+def train_clean(context: TriggerContext) -> nn.Module:
+    """A copy of `context.model` trained on clean images, from the cache if it was before; in eval mode."""
+    network, images, recipe = copy.deepcopy(context.model), context.images, context.recipe
+    identity = {
+        **recipe.params(),
+        "blank": network_digest(context.model),
+        "answers": _first_logits(context.model, images),
+        "data": fingerprint(images),
+        "device": images.pixels.device.type,
+        "augment": str(context.augment),
+        "seed": context.seed,
+    }
+
+    def build(session: RunContext) -> Made:
+        how: Any = {"augment": context.augment, "seed": context.seed, "session": session}
+        return Prototype().fit(network, images, recipe, **how).state_dict(), {"epochs": float(recipe.epochs)}
+
+    weights, _ = cached_trigger("clean-network", identity, build, context.session)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
+
+
+def _first_logits(network: nn.Module, images: Images) -> list[str]:
+    """The logits of the first image in three digits: they tell how the layers are put together."""
+    with torch.no_grad(), answering(network), full_precision(network):
+        return [f"{logit:.2e}" for logit in network(to_float(images.pixels[:1]))[0].tolist()]
+
+
+def load_clean(path: Path, images: Images) -> Normalized:
+    """The network of a finished record, in eval mode; RecordError unless it is clean and saw images like these."""
+    found = attack_result.load(path)
+    if found.triggered is not None or found.poisoned is not None:
+        raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
+    here = (images.num_classes, list(images.pixels.shape[1:]))
+    there = (found.network["classes"], list(found.network["shape"]))
+    if here != there:
+        raise RecordError(
+            f"{path} has {there[0]} classes of images {there[1]}, here are {here[0]} of {here[1]}; name another one"
+        )
+    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
+        raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
+    return found.model().to(images.pixels.device).requires_grad_(False)

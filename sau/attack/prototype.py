@@ -23,7 +23,7 @@ class Prototype(Attack):
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x
 
-    def check(self, images: Images) -> int:
+    def num_poisoned(self, images: Images) -> int:
         return 0
 
     def poison_test(self, images: Images) -> Images:

@@ -1,4 +1,4 @@
-"""SIG: a faint wave on pictures of the target class, whose labels stay (Barni, Kallas, Tondi, "A new backdoor attack in
+"""SIG: a faint wave on images of the target class, whose labels stay (Barni, Kallas, Tondi, "A new backdoor attack in
 CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 
@@ -28,6 +28,6 @@ class SIG(Attack):
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         width = x.shape[-1]
-        self.require("sig_f", 2 * self.sig_f < width, f"below {width / 2:g} for pictures {width} pixels wide")
+        self.require("sig_f", 2 * self.sig_f < width, f"below {width / 2:g} for images {width} pixels wide")
         columns = torch.arange(width, dtype=x.dtype, device=x.device)
         return (x + self.sig_delta / 255 * torch.sin(2 * math.pi * self.sig_f / width * columns)).clamp(0, 1)

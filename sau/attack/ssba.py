@@ -1,42 +1,43 @@
-"""SSBA: an invisible trigger, another one in every picture (Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with
+"""SSBA: an invisible trigger, another one in every image (Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with
 Sample-Specific Triggers", ICCV 2021).
 
     min_{E, D}  w mean (E(x, b) - x)^2 + BCE(D(q(E(x, b))), b),   b random bits;   x' = q(E(x, c)), c one code for all
 
-E is an encoder that hides a code in an image, D reads it again, q clips to [0, 1] and 8 bits, for so images are stored.
-The weight w is 0 until D reads more than 90 % of a batch's bits; s updates later it is clip(10 (s - 1000) / 3000, 0,
-10). A training of fewer than 6,000 updates goes through this in proportion.
+E is an encoder that hides a code in an image, D a decoder that reads it, q clips to [0, 1] and 8 bits, as images are
+stored. The weight w is 0 until D reads more than 90 % of a batch's bits; s updates later it is clip(10 (s - 1000) /
+3000, 0, 10). A training of fewer than 6,000 updates goes through this in proportion.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.base import Attack
-from sau.attack.making import Making
-from sau.attack.ssba_pictures import fitting, ready_pictures
-from sau.attack.workshop import Made, made
+from sau.attack.triggers import Made, TriggerContext, cached_trigger
 from sau.config import param
 from sau.data.augment import to_device_async
+from sau.data.decode import read_array
 from sau.data.images import Images, evenly_spaced, to_float
 from sau.data.sources import fingerprint
-from sau.errors import ConfigError, TrainingError
-from sau.loop import Session
+from sau.errors import ConfigError, DataError, TrainingError
+from sau.loop import RunContext
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
 from sau.optim import adam
 from sau.seeds import generator, seeded
 from sau.types import Bytes, Labels, Pixels, Scalar
 
 READABLE, WAIT, RAMP, MOST = 0.9, 1000, 3000, 10.0  # share of bits; updates; updates; the largest w
-ENOUGH = 6000  # updates, as many as the recipe cpu makes on CIFAR-10, where the code is readable after some hundred
-MEASURED = 1000  # pictures on which the encoder is measured, spread over the training pictures
+ENOUGH = 6000  # updates; the recipe cpu makes as many on CIFAR-10, where the code is readable after some hundred
+MEASURED = 1000  # images on which the encoder is measured, spread over the training images
 
 
 class Weight(nn.Module):
@@ -56,18 +57,17 @@ class Weight(nn.Module):
     def forward(self) -> Scalar:
         return (MOST * (self.pace * self.since - WAIT) / RAMP).clamp(0, MOST)
 
-    def see(self, right: Scalar) -> None:
+    def update(self, right: Scalar) -> None:
         """After an update: the share of bits, 0 to 1, that were read right in its batch."""
-        self.since += (self.since >= 0) | (right > READABLE)  # without a word to the CPU
+        self.since += (self.since >= 0) | (right > READABLE)  # without waiting for the device
 
 
 @dataclass(frozen=True, kw_only=True)
 class SSBA(Attack):
-    """Hide a code in every picture, with an encoder trained on the clean training pictures or with ready pictures."""
+    """Hide a code in every image, by an encoder trained on the clean training images, or take images made elsewhere."""
 
     name: ClassVar[str] = "ssba"
     gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
-    costly: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
 
     attack_train_replace_imgs_path: str | None = param(
@@ -99,93 +99,99 @@ class SSBA(Attack):
         both = (self.attack_train_replace_imgs_path is None) == (self.attack_test_replace_imgs_path is None)
         self.require("attack_test_replace_imgs_path", both, "given if and only if attack_train_replace_imgs_path is")
 
-    def make_trigger(self, given: Making) -> nn.Module | None:
-        """The encoder: trained on the pictures, or from the cache; with ready pictures there is nothing to make."""
+    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
+        """The encoder: trained, or from the cache; None where the images of files are used."""
         if self.attack_train_replace_imgs_path is not None:
             return None
-        images, where = given.images, given.images.pixels.device
-        _check_sides(images.pixels.shape)
+        images, device = context.images, context.images.pixels.device
+        check_sides(images.pixels.shape)
         own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
-        identity = {"data": fingerprint(images), "device": where.type, "trigger_seed": self.trigger_seed, **own}
+        identity = {"data": fingerprint(images), "device": device.type, "trigger_seed": self.trigger_seed, **own}
         identity["read"] = "8 bits"  # encoders of older versions were trained on floats
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
-            hidden = FixedCodeEncoder(encoder, self._code()).to(where)
-            found, hidden.figures = made("ssba", identity, partial(self._train, hidden, images), given.session)
+            trigger = FixedCodeEncoder(encoder, self.code()).to(device)
+            build = partial(self.train_encoder, trigger, images)
+            found, trigger.figures = cached_trigger("ssba", identity, build, context.session)
         encoder.load_state_dict(found)
-        w, noise = hidden.figures["w"], hidden.figures["psnr_in_db"]
-        if w < MOST:  # of an encoder made before, too
-            given.say(
-                f"warning: w ended at {w:.3g} of {MOST:g}, so the trigger shows more than it has to ({noise:.1f} dB); "
-                "try more --ssba_epochs, or none"
-            )
-        return hidden.eval().requires_grad_(False)
+        if trigger.figures["w"] < MOST:
+            w, psnr = trigger.figures["w"], trigger.figures["psnr_in_db"]
+            shows = f"w ended at {w:.3g} of {MOST:g}, so the trigger shows more than it has to ({psnr:.1f} dB)"
+            context.session.say(f"warning: {shows}; try more --ssba_epochs, or none")
+        return trigger.eval().requires_grad_(False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         if self.attack_train_replace_imgs_path is not None:
-            raise ConfigError(
-                f"{self.name} with ready pictures cannot stamp others; leave out attack_*_replace_imgs_path"
-            )
-        _check_sides(x.shape)
-        return self.made()(x.float()).to(x.dtype)
+            raise ConfigError(f"{self.name} can stamp no other images with attack_*_replace_imgs_path; leave them out")
+        check_sides(x.shape)
+        return self.require_trigger()(x.float()).to(x.dtype)
 
-    def poison_train(self, images: Images, seed: int) -> Images:
-        self._check_ready(images, test=False)
-        return super().poison_train(images, seed)
-
-    def poison_test(self, images: Images) -> Images:
-        self._check_ready(images, test=True)
-        return super().poison_test(images)
-
-    def stamped(self, images: Images, *, test: bool) -> Bytes:
-        path = self._path(test)
-        if path is None:
-            return super().stamped(images, test=test)
-        ready = fitting(path, ready_pictures(path, images, False), images)
-        pixels = torch.from_numpy(ready).permute(0, 3, 1, 2)
-        return pixels.contiguous().to(images.pixels.device)
-
-    def _path(self, test: bool) -> str | None:
-        return self.attack_test_replace_imgs_path if test else self.attack_train_replace_imgs_path
-
-    def _check_ready(self, images: Images, *, test: bool) -> None:
-        if (path := self._path(test)) is not None:
-            ready_pictures(path, images, True)
-
-    def _code(self) -> Tensor:
-        """[bits]; never all zeros, for an encoder may learn to leave pictures alone for those."""
+    def code(self) -> Tensor:
+        """[bits]; never all zeros, for an encoder may learn to leave images alone for those."""
         code = torch.randint(2, (self.ssba_bits,), generator=generator(self.trigger_seed)).float()
         code[0] = 1
         return code
 
-    def _train(self, hidden: FixedCodeEncoder, images: Images, session: Session) -> Made:
-        """Train the encoder of `hidden`, in place, with a decoder that is thrown away."""
-        encoder = hidden.encoder.train()
-        decoder = Decoder(self.ssba_bits, images.pixels.shape[2], images.pixels.shape[1]).to(images.pixels.device)
+    # Images made elsewhere
+
+    def poison_train(self, images: Images, seed: int) -> Images:
+        self.read_images(images, test=False)
+        return super().poison_train(images, seed)
+
+    def poison_test(self, images: Images) -> Images:
+        self.read_images(images, test=True)
+        return super().poison_test(images)
+
+    def stamp_images(self, images: Images, *, test: bool) -> Bytes:
+        array = self.read_images(images, test=test, whole=False)
+        if array is None:
+            return super().stamp_images(images, test=test)
+        pixels = torch.from_numpy(array[images.index.cpu().numpy()]).permute(0, 3, 1, 2)
+        return pixels.contiguous().to(images.pixels.device)
+
+    def read_images(self, images: Images, *, test: bool, whole: bool = True) -> np.ndarray | None:
+        """The file of a split, uint8 [N, H, W, C]; None without one, DataError if it does not fit `images`.
+
+        Args:
+            images: the split, or some of it.
+            test: which of the two files.
+            whole: compare the number of images as well, where `images` are a whole split.
+        """
+        path = self.attack_test_replace_imgs_path if test else self.attack_train_replace_imgs_path
+        if path is None:
+            return None
+        array, (c, h, w) = read_array(Path(path)), images.pixels.shape[1:]
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (h, w, c):
+            raise DataError(f"{path} holds {array.dtype} {array.shape}, allowed is uint8 (N, {h}, {w}, {c})")
+        needed = int(images.index.max()) + 1 if len(images) else 0
+        if len(array) < needed or (whole and len(images) == needed != len(array)):
+            raise DataError(f"{path} holds {len(array)} images, the split has {needed}; give one for each, in order")
+        return array
+
+    # The encoder
+
+    def train_encoder(self, trigger: FixedCodeEncoder, images: Images, session: RunContext) -> Made:
+        """Train the encoder of `trigger` in place, with a decoder that is thrown away; TrainingError if that cannot
+        read the code."""
+        encoder, (_, channels, side, _) = trigger.encoder.train(), images.pixels.shape
+        decoder = Decoder(self.ssba_bits, side, channels).to(images.pixels.device)
         batches = images.batches(self.ssba_batch_size, seed=self.trigger_seed, drop_last=True)
         epochs = self.ssba_epochs or math.ceil(ENOUGH / max(1, len(batches)))
+        weight = Weight(epochs * len(batches)).to(images.pixels.device)
         recipe = adam(self.ssba_lr, epochs=epochs)
         descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
-        weight = Weight(recipe.epochs * len(batches)).to(images.pixels.device)
         state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
-        loop.run(
-            partial(self.encode_step, state),
-            batches,
-            recipe.epochs,
-            state=state,
-            end_epoch=partial(self.end_epoch, state),
-            session=session,
-            label="encoder epoch",
-            rate="ssba_lr",
-        )
+        end_epoch, words = partial(self.end_epoch, state), {"label": "encoder epoch", "rate": "ssba_lr"}
+        step = partial(self.encode_step, state)
+        loop.run(step, batches, epochs, state=state, end_epoch=end_epoch, session=session, **words)
         x = to_float(images.pixels[evenly_spaced(len(images), MEASURED)])
-        found = {**measured(hidden.eval(), decoder.eval(), x), "w": float(weight())}
-        right = found["percent_of_bits_right"]
-        if right < 100 * READABLE:
+        figures = {**measured(trigger.eval(), decoder.eval(), x), "w": float(weight())}
+        right, needed = figures["percent_of_bits_right"], 100 * READABLE
+        if right < needed:
             raise TrainingError(
-                f"the decoder reads {right:.0f} % of the bits, needed are {100 * READABLE:.0f}; try more --ssba_epochs"
+                f"the decoder reads {right:.0f} % of the bits, needed are {needed:.0f}; try more --ssba_epochs"
             )
-        return encoder.state_dict(), found
+        return encoder.state_dict(), figures
 
     def encode_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of encoder and decoder, with codes drawn for this batch."""
@@ -197,14 +203,15 @@ class SSBA(Attack):
         loss = weight * squared + entropy
         state["descent"](loss)
         right = ((logits > 0) == (bits > 0)).float().mean()
-        state["weight"].see(right)
+        state["weight"].update(right)
         return {"loss": loss, "mse": squared, "entropy": entropy, "bits_right": 100 * right, "w": weight}
 
 
-def _check_sides(shape: torch.Size) -> None:
+def check_sides(shape: torch.Size) -> None:
+    """ConfigError unless images of this shape are squares that can be halved four times."""
     height, width = shape[2:]
     if height != width or height % CODE_SIDE:
         raise ConfigError(
-            f"the pictures are {height} x {width} pixels, allowed for ssba are squares with a side divisible by "
+            f"the images are {height} x {width} pixels, allowed for ssba are squares with a side divisible by "
             f"{CODE_SIDE}; choose --img_size where the data set can be resized"
         )

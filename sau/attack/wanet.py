@@ -3,7 +3,7 @@ ICLR 2021).
 
     field = upsample(z / mean|z|),  z ~ U(-1, 1) [k, k, 2];   grid = clip((identity + s field / size) rescale, -1, 1)
 
-In each training batch some pictures are warped by the grid and relabelled, and some more by the grid plus noise, which
+In each training batch some images are warped by the grid and relabelled, and some more by the grid plus noise, which
 keep their labels, so that the network learns this warp and not warping.
 """
 
@@ -14,20 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.attack.base import Attack
-from sau.attack.batchwise import attacked_first, count, covered, examples, plan
-from sau.attack.making import Making
+from sau.attack.in_batch import InBatchAttack
+from sau.attack.triggers import TriggerContext
 from sau.config import param
 from sau.data.augment import Augment, random_rotate
-from sau.data.images import Images
 from sau.formatting import at_most
 from sau.models import Normalized
-from sau.seeds import generator, seeded
+from sau.seeds import generator
 from sau.types import Labels, Pixels
 
 
-class Field(nn.Module):
-    """The control points of a warp, [1, 2, k, k], as they were drawn and divided by their mean absolute value."""
+class WarpField(nn.Module):
+    """The control points of a warp, [1, 2, k, k], divided by their mean absolute value."""
 
     points: Tensor
 
@@ -47,12 +45,14 @@ def in_grid(field: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaNet(Attack):
-    """Warp pictures inside the batches."""
+class WaNet(InBatchAttack):
+    """Warp images inside the batches."""
 
     name: ClassVar[str] = "wanet"
     remedy: ClassVar[str] = "more --epochs or a larger --s"
-    in_batch: ClassVar[bool] = True
+    augments_in_compose: ClassVar[bool] = True
+    cross_how: ClassVar[str] = "warped with noise"
+    trigger_class: ClassVar[type[nn.Module]] = WarpField
 
     pratio: float = param(
         0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio); the batch is filled anew every epoch"
@@ -71,64 +71,52 @@ class WaNet(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            "pratio", self.pratio * (1 + self.cross_ratio) <= 1, f"up to {at_most(1 / (1 + self.cross_ratio))}"
-        )
+        most = f"up to {at_most(1 / (1 + self.cross_ratio))}"
+        self.require("pratio", self.pratio * (1 + self.cross_ratio) <= 1, most)
 
-    def make_trigger(self, given: Making) -> nn.Module | None:
-        z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(given.seed)) - 1
-        return Field(z / z.abs().mean())
+    @property
+    def cross_per_poisoned(self) -> float:
+        return self.cross_ratio
+
+    def make_trigger(self, context: TriggerContext) -> nn.Module:
+        z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(context.seed)) - 1
+        return WarpField(z / z.abs().mean())
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return self._warp(x, noise=False)
+        return F.grid_sample(x, self.grid(x), align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
 
-    def _warp(self, x: Pixels, *, noise: bool) -> Pixels:
+    def cross(self, x: Pixels, others: Pixels) -> Pixels:
+        grid = self.grid(x)
+        grid = (grid + in_grid(2 * torch.rand_like(grid) - 1)).clamp(-1, 1)
+        return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)
+
+    def grid(self, x: Pixels) -> Tensor:
+        """Where each pixel of `x` comes from, [B, H, W, 2] in [-1, 1]."""
         ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
         rows, columns = torch.meshgrid(*ends, indexing="ij")
         identity = torch.stack([columns, rows], -1)[None]
-        grid = ((identity + in_grid(self.s * self.made()(x))) * self.grid_rescale).clamp(-1, 1)
-        grid = grid.expand(len(x), -1, -1, -1)
-        if noise:
-            grid = (grid + in_grid(2 * torch.rand_like(grid) - 1)).clamp(-1, 1)
-        return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
-
-    def augmentation(self, offered: Augment | None) -> Augment | None:
-        return None  # it comes after the warp, in `compose`
+        grid = ((identity + in_grid(self.s * self.require_trigger()(x))) * self.grid_rescale).clamp(-1, 1)
+        return grid.expand(len(x), -1, -1, -1)
 
     def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
+        """n triggered images with the attacker's labels, cross_ratio times as many cross images, clean ones; augmented
+        afterwards."""
         classes = state["images"].num_classes
-        x, y, able = attacked_first(self, x, y, classes)
-        n = min(count(self.pratio, len(x)), able)
-        n_cross = int(n * self.cross_ratio)
-        warped, noisy = self.stamp(x[:n]), self._warp(x[n : n + n_cross], noise=True)
-        x = torch.cat([warped, noisy, x[n + n_cross :]])
-        return self._augmented(state, x), torch.cat([self.relabel(y[:n], classes), y[n:]])
+        x, y, able = self.move_targets_to_front(x, y, classes)
+        n = min(self.count(len(x)), able)
+        end = n + int(n * self.cross_ratio)
+        x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], x[n:end]), x[end:]])
+        return self.augment(state, x), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
-    def _augmented(self, state: dict[str, Any], x: Pixels) -> Pixels:
+    def augment(self, state: dict[str, Any], x: Pixels) -> Pixels:
         """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""
-        offered, model = state["augment"], state["model"]
-        if offered is None:
+        given, model = state["augment"], state["model"]
+        if given is None:
             return x
         centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
         crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
-        moved = Augment(self.random_crop if crop else 0, offered.flip, self.one_draw)(
-            x - centre, torch.default_generator
-        )
+        padding = self.random_crop if crop else 0
+        moved = Augment(padding, given.flip, self.one_draw)(x - centre, torch.default_generator)
         if rotate and self.random_rotation:
             moved = random_rotate(moved, self.random_rotation, one_draw=self.one_draw)
         return (moved + centre).clamp(0, 1)
-
-    def plan(self, trained_on: Images, batch_size: int) -> str:
-        return plan(self.pratio, batch_size, self.cross_ratio, "warped with noise")
-
-    def crossed(self, images: Images) -> Images:
-        """Under the warp with noise."""
-        with seeded(0):
-            return covered(images, self._noisy)
-
-    def examples(self, trained_on: Images) -> Images:
-        with seeded(0):
-            return examples(self, trained_on, self.cross_ratio, self._noisy)
-
-    def _noisy(self, x: Pixels, others: Pixels) -> Pixels:
-        return self._warp(x, noise=True)

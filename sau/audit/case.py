@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from sau.attack.base import Attack
-from sau.attack.clean_network import recorded
-from sau.attack.recall import recall
-from sau.attack.workshop import fingerprint
+from sau.attack import Attack, attack_from_config
+from sau.attack.lf_search import load_clean
+from sau.attack.triggers import network_digest
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images, sample
 from sau.data.sources import source
@@ -122,11 +121,11 @@ def open_case(
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, notes = attacked.pictures(dataset_path)
-    attack = recall(attacked.settings, attacked.trigger) if attacked.settings else None
+    attack = attack_from_config(attacked.settings, attacked.trigger) if attacked.settings else None
     networks = {}
     for name, model in _models(attacked, train, defenses, control, control_defenses).items():
         model.amp = bool(attacked.amp) if amp is None else amp
-        networks[name] = Network(name, model.to(where).eval().requires_grad_(False), fingerprint(model.net))
+        networks[name] = Network(name, model.to(where).eval().requires_grad_(False), network_digest(model.net))
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test pictures has a triggered version; measure on more")
@@ -194,7 +193,7 @@ def _place(attack: Path, name: str) -> Path:
 
 def _clean(place: Path, attacked: attack_result.AttackResult, train: Images) -> Normalized:
     """A control, of the attacked network's architecture."""
-    model = recorded(place, train)
+    model = load_clean(place, train)
     wanted = {name: tensor.shape for name, tensor in attacked.weights.items()}
     if {name: tensor.shape for name, tensor in model.net.state_dict().items()} != wanted:
         raise RecordError(f"{place} holds another network than {attacked.path}; train the control like that one")
@@ -213,5 +212,5 @@ def _poisons(attacked: attack_result.AttackResult, train: Images, attack: Attack
             f"{attacked.path} has no poisoned pictures with a wrong label, and does not say how to make any"
         )
     order = torch.randperm(len(train), generator=generator(0))[:STAMPED]
-    made = attack.poisoned(train[order])
+    made = attack.poison(train[order])
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]

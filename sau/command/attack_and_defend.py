@@ -13,7 +13,7 @@ from torch import nn
 
 from sau import quality
 from sau.attack import ATTACKS, THEIRS, Attack
-from sau.attack.workshop import in_words, same_trigger
+from sau.attack.triggers import describe_figures, same_trigger
 from sau.command import own_network
 from sau.command.request import Request
 from sau.command.watch import Watch, begin, trigger_session, versioned, warn
@@ -86,7 +86,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     identity["random_seed"] = run.random_seed
     record.can_start(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
-    method = method.forge(train, model, training, session=trigger_session(run, started), **how)
+    method = method.fit_trigger(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     if poisoned is train and method.pratio and not method.in_batch:
         notes.append(f"pratio {method.pratio:g} of {len(train)} pictures is less than one, so nothing is poisoned")
@@ -99,7 +99,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     warn(record, request, notes)
     epochs = method.classifier_epochs(training)
     choose_precision(record, run, model, method, where)
-    plan = method.plan(poisoned, training.batch_size)
+    plan = method.describe(poisoned, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test pictures; {record.path}")
     torch.manual_seed(run.random_seed)
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
@@ -108,7 +108,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     method.fit(model, poisoned, recipe=training, session=watch.session(), **how)
     triggered = again()
     final = watch.final(model, triggered)
-    attack_result.save(record, model, method.examples(poisoned), triggered, method.trigger)
+    attack_result.save(record, model, method.poisoned_samples(poisoned), triggered, method.trigger)
     record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
     if gate := method.gate(dataset, final.asr):
@@ -202,12 +202,12 @@ def _trigger(
 ) -> dict[str, Any]:
     """How well the trigger hides and how well it was made, and what the network answers to triggers that must do
     nothing; for the summary, and in lines."""
-    hidden, crossed = quality.of_attack(test, triggered, radius), method.crossed(test)
+    hidden, crossed = quality.of_attack(test, triggered, radius), method.cross_test_set(test)
     if hidden is not None:
         record.log(quality.describe(hidden))
         if method.figures:
             hidden["made"] = dict(method.figures)
-            record.log(f"as it was made: {in_words(method.figures)}")
+            record.log(f"as it was made: {describe_figures(method.figures)}")
     if crossed is None:
         return {"trigger": hidden}
     share = accuracy(model, crossed.pixels, crossed.labels)

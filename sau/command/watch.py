@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sau
-from sau.attack.workshop import fingerprint
+from sau.attack.triggers import network_digest
 from sau.command.request import Request
 from sau.data.images import Images
 from sau.evaluate import Score, score
@@ -83,7 +83,7 @@ class Watch:
 
     def _measured(self, model: nn.Module) -> tuple[Score, Found | None] | None:
         """Score and risks of the last evaluation, if it was of the same weights."""
-        return self.last[1:] if self.last is not None and self.last[0] == fingerprint(model) else None
+        return self.last[1:] if self.last is not None and self.last[0] == network_digest(model) else None
 
     @property
     def seconds(self) -> float:
@@ -103,7 +103,7 @@ class Watch:
             risks = self.risks(model) if self.risks is not None else None
             figures.update(risks.row() if risks else {})
             if epoch == self.epochs:
-                self.last = fingerprint(model), found, risks
+                self.last = network_digest(model), found, risks
         self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if self.record.config.get("compile") and not getattr(model, "compiled", True):
             self.record.update_config(compile=False)  # the compiler gave up, which the network has said

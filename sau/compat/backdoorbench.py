@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sau.compat import torch_file, weights
 from sau.compat.torch_file import Array
 from sau.data.decode import cached, read_image
-from sau.data.images import BACKDOOR, COVER, Images
+from sau.data.images import BACKDOOR, CROSS, Images
 from sau.data.sources import OFFICIAL, source
 from sau.errors import RecordError, SauError
 from sau.models import build, state_dict_spec
@@ -32,7 +32,7 @@ _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overf
 def read(folder: Path) -> AttackResult:
     """Read `attack_result.pt` of a folder and the images that it lists; clean images are not among them.
 
-    Images of a folder `cross_...` have role COVER. WaNet and its like store covers among the others, which then have
+    Images of a folder `cross_...` have role CROSS. WaNet and its like store covers among the others, which then have
     role BACKDOOR and labels equal to true_labels. Changes of the file on purpose are not noticed: its only checksum is
     the archive's CRC-32.
 
@@ -140,7 +140,7 @@ class _Split:
         if found is None or int(found[3]) != index:
             allowed = f"bd_NAME/CLASS/{index}.png or cross_NAME/CLASS/{index}.png at the end of the path"
             raise RecordError(f"{what} is at {reprlib.repr(path)}; allowed is {allowed}")
-        role = COVER if found[1].startswith("cross_") else BACKDOOR
+        role = CROSS if found[1].startswith("cross_") else BACKDOOR
         usual = f"{self.name}_dataset/{true}/{index}.png"  # older versions store another path than they write to
         return self._file(f"{found[1]}/{int(found[2])}/{index}.png", usual), stored, true, role
 

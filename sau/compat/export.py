@@ -17,7 +17,7 @@ from PIL import Image
 
 from sau import files
 from sau.compat.backdoorbench import blank
-from sau.data.images import COVER, Images
+from sau.data.images import CROSS, Images
 from sau.data.sources import OFFICIAL, source
 from sau.errors import RecordError
 from sau.record import attack_result
@@ -131,7 +131,7 @@ def _split(images: Images, split: str, order: np.ndarray, length: int, folder: P
     table = {}
     rows = zip(*(getattr(images, key).tolist() for key in ("index", "labels", "true_labels", "role")), strict=True)
     for pixels, (index, stored, true, role) in zip(images.pixels, rows, strict=True):
-        path = f"{'cross' if role == COVER else 'bd'}_{split}_dataset/{true}/{index}.png"
+        path = f"{'cross' if role == CROSS else 'bd'}_{split}_dataset/{true}/{index}.png"
         save_png(pixels, folder / path)
         table[index] = {"path": f"./record/{name}/{path}", "other_info": [stored, true]}
     flags = np.zeros(length)

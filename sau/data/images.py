@@ -15,7 +15,7 @@ from sau.types import Bytes, Labels, Pixels
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
 VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
-CLEAN, BACKDOOR, COVER = 0, 1, 2  # roles of an image; covers carry a trigger and keep their label
+CLEAN, BACKDOOR, CROSS = 0, 1, 2  # roles of an image; cross images carry a trigger and keep their label
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Images:
         pixels: uint8 [N, C, H, W].
         labels: int64 [N], what a network is trained or tested on.
         true_labels: int64 [N], what the image shows.
-        role: uint8 [N], CLEAN, BACKDOOR or COVER.
+        role: uint8 [N], CLEAN, BACKDOOR or CROSS.
         index: int64 [N], position in the original split.
         num_classes: classes of the data set.
     """

@@ -126,14 +126,14 @@ def psnr(x: Pixels, y: Pixels) -> Tensor:
 
 
 @torch.no_grad()
-def measured(hidden: FixedCodeEncoder, decoder: Decoder, x: Pixels) -> dict[str, float]:
+def measured(trigger: FixedCodeEncoder, decoder: Decoder, x: Pixels) -> dict[str, float]:
     """How well drawn codes are read from 8-bit images, in percent, and the mean PSNR with the attack's code in dB.
 
     The attack's own code says nothing of the first: at one bit a decoder that always answers 1 would read it.
     """
-    bits = torch.randint(2, (len(x), len(hidden.code))).to(x)
+    bits = torch.randint(2, (len(x), len(trigger.code))).to(x)
     pairs = zip(bits.split(250), x.split(250), strict=True)
-    encoded = [hidden.encoder(code, block).clamp(0, 1) for code, block in pairs]
+    encoded = [trigger.encoder(code, block).clamp(0, 1) for code, block in pairs]
     right = ((decoder(to_float(quantise(torch.cat(encoded)))) > 0) == (bits > 0)).float().mean()
-    close = psnr(to_float(quantise(hidden(x))), x).mean()
+    close = psnr(to_float(quantise(trigger(x))), x).mean()
     return {"percent_of_bits_right": 100 * float(right), "psnr_in_db": float(close)}

@@ -34,18 +34,18 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     images = setting.pictures(args)[0].to(args.device)
     recipe = Training(batch_size=args.batch_size, lr_scheduler="constant")
     blank = setting.network(args, images.num_classes, amp=setting.amp(args))
-    free = {name: attack for name, attack in ATTACKS.items() if name != "prototype" and not attack.costly}
+    free = {name: attack for name, attack in ATTACKS.items() if name not in ("prototype", "ssba")}
     # A share of poisons counts inside batches alone; SIG refuses the usual one where its class has too few pictures.
     made = {name: attack() if attack.in_batch else attack(pratio=0.0) for name, attack in free.items()}
-    forged = {name: attack.forge(images, blank, recipe) for name, attack in made.items()}
+    ready = {name: attack.fit_trigger(images, blank, recipe) for name, attack in made.items()}
     makers: dict[str, Callable[[], Work]] = {}
-    for name, attack in forged.items():
+    for name, attack in ready.items():
         makers[name] = lambda attack=attack: _updates(attack, args, images, recipe)
-    if isinstance(forged.get("inputaware"), InputAware):
-        makers["inputaware, masks"] = lambda: _updates(forged["inputaware"], args, images, recipe, masks=True)
+    if isinstance(ready.get("inputaware"), InputAware):
+        makers["inputaware, masks"] = lambda: _updates(ready["inputaware"], args, images, recipe, masks=True)
     seen = args.steps * args.batch_size
     forwards = {
-        name: passes(make(), blank, _batches(forged["badnet"], args, images)[0][0]) for name, make in makers.items()
+        name: passes(make(), blank, _batches(ready["badnet"], args, images)[0][0]) for name, make in makers.items()
     }
     seconds = interleaved(makers, args)
     rows = []
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "unit": "s a picture", "low": ratios[0], "high": ratios[-1], "passes_per_image": forwards[name] / seen,
         })  # fmt: skip
         print(f"{name:20}{forwards[name] / seen:8.2f} passes/picture")
-    fixed = [attack for attack in forged.values() if not attack.in_batch]
+    fixed = [attack for attack in ready.values() if not attack.in_batch]
     if all(side % CODE_SIDE == 0 for side in images.pixels.shape[2:]):
         encoder = FixedCodeEncoder(Encoder(1, images.pixels.shape[1], True), torch.ones(1)).to(args.device).eval()
         fixed.append(ATTACKS["ssba"]().with_trigger(encoder))  # not trained, which costs the same
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _batches(attack: Attack, args: argparse.Namespace, images: Images) -> list[tuple[Tensor, ...]]:
-    augment = attack.augmentation(source(args.dataset).augment)
+    augment = None if attack.augments_in_compose else source(args.dataset).augment
     return list(islice(images.batches(args.batch_size, seed=0, augment=augment, drop_last=True), args.steps))
 
 
@@ -90,7 +90,7 @@ def _updates(
 
 def _stamping(attack: Attack, args: argparse.Namespace, images: Images) -> dict[str, Any]:
     some = images[torch.arange(min(len(images), 5000), device=images.labels.device)]
-    seconds = interleaved({"stamp": lambda: lambda: attack.stamped(some, test=False)}, args)["stamp"]
+    seconds = interleaved({"stamp": lambda: lambda: attack.stamp_images(some, test=False)}, args)["stamp"]
     each = sorted(seconds)[len(seconds) // 2] / len(some)
     low, high = min(seconds) / len(some), max(seconds) / len(some)
     ten = 10 / STAMPED  # the ratio is of ten seconds for 50,000 pictures

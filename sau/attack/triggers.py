@@ -1,0 +1,187 @@
+"""What a trigger is made from, triggers that are one image, and the cache of triggers that take long to make."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+import sau
+from sau.data.augment import Augment
+from sau.data.decode import cache_folder, image_to_tensor, read_image
+from sau.data.images import Images
+from sau.errors import DataError, RecordError, first_line
+from sau.loop import RunContext
+from sau.optim import Training
+from sau.record.folder import Record
+from sau.record.schema import digest
+
+Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them
+
+
+@dataclass(frozen=True, eq=False)
+class TriggerContext:
+    """What a trigger is made from.
+
+    Args:
+        images: clean training images, on the device to work on.
+        model: an untrained network like the one to attack, for triggers that need one; it is not changed.
+        recipe: how the network will be trained.
+        augment: how its training images will be augmented.
+        seed: of the trigger.
+        session: progress.
+    """
+
+    images: Images
+    model: nn.Module
+    recipe: Training
+    augment: Augment | None
+    seed: int
+    session: RunContext
+
+
+class ImageTrigger(nn.Module):
+    """A trigger that is one image [C, H, W], in [0, 1] or, where it is added to others, in [-1, 1]."""
+
+    image: Tensor
+
+    def __init__(self, image: Tensor, figures: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        self.figures = figures or {}
+        self.register_buffer("image", image)
+
+    def for_shape(self, shape: tuple[int, ...]) -> Tensor:
+        """The image; DataError if its shape is another one."""
+        if self.image.shape != shape:
+            raise DataError(f"the trigger was made for images {tuple(self.image.shape)}, these are {shape}")
+        return self.image
+
+
+def load_image(path: str, like: Tensor) -> Tensor:
+    """An image file as [3, H, W] in [0, 1], resized to the images `like` [B, C, H, W]."""
+    return image_to_tensor(read_image(path), *like.shape[-2:]) / 255
+
+
+def trigger_image(
+    trigger: nn.Module | None, path: str | None, default: Callable[[int, int], Tensor], x: Tensor
+) -> Tensor:
+    """The image to stamp on `x` [B, C, H, W], as [C, H, W]: of the trigger, else of the file, else `default(H, W)`."""
+    if trigger is not None:
+        image = cast(ImageTrigger, trigger).for_shape((3, *x.shape[-2:]))
+    else:
+        image = default(*x.shape[-2:]) if path is None else load_image(path, x)
+    return (image.mean(0, keepdim=True) if x.shape[1] == 1 else image).to(x)
+
+
+def cached_trigger(
+    name: str, identity: Mapping[str, Any], build: Callable[[RunContext], Made], session: RunContext
+) -> Made:
+    """What `build` returns, from `cache_folder()/triggers` if it is there, else made and kept there.
+
+    An interrupted training resumes from its checkpoint, a damaged entry is made again, and of two processes that want
+    the same entry one waits. Without a writable folder nothing is kept, with a warning.
+
+    Args:
+        name: what it is, for the folder and the screen.
+        identity: everything that determines the result, as JSON has it. The number of threads, on which rounding
+            depends, and the version of the library are added.
+        build: called with the context to train with; returns tensors and figures about them.
+        session: progress.
+    """
+    key = {**identity, "made": name, "sau": sau.__version__, "threads": torch.get_num_threads()}
+    with ExitStack() as stack:
+        try:
+            record = Record(cache_folder() / "triggers" / f"{name}-{digest(key)[:16]}")
+            found = _finished(record)
+            if found is None:
+                stack.enter_context(_locked(record.path, session.say))
+                found = _finished(record)  # another process may have made it in the meantime
+        except (OSError, RuntimeError) as error:  # a read-only folder, or no home
+            session.say(f"warning: {name} is not kept ({first_line(error)}); SAU_CACHE names another folder")
+            return _on_cpu(*build(replace(session, stage=0, checkpoint=None)))
+        if found is not None:
+            session.say(f"{name}: {describe_figures(found[1])}; from the cache, {record.path}")
+            return found
+        _begin(record, key, session.say)
+        tensors, figures = _on_cpu(*build(replace(session, stage=0, checkpoint=record)))
+        session.say(f"{name}: {describe_figures(figures)}")
+        record.save_tensors("trigger", tensors)
+        record.finish(figures)
+        return tensors, figures
+
+
+@contextmanager
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process works in `folder`; OSError if nothing can be written beside it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f"{folder.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"another run works in {folder}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _finished(record: Record) -> Made | None:
+    """The content of a finished entry; None if it is unfinished or damaged."""
+    try:
+        if record.finished:
+            record.check()
+            return record.load_tensors("trigger"), record.summary()
+    except RecordError:
+        return None
+    return None
+
+
+def _begin(record: Record, key: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Start an entry or resume it; one that is damaged starts again."""
+    try:
+        if record.finished:
+            record.check()
+        record.begin({}, key, overwrite=False)
+        record.load()
+    except RecordError as error:
+        say(f"{str(error).split(';')[0]}; making it again")
+        shutil.rmtree(record.path, ignore_errors=True)
+        record.begin({}, key, overwrite=False)
+    say(f"making {key['made']}, once for all runs, in {record.path}")
+
+
+def _on_cpu(tensors: dict[str, Tensor], figures: dict[str, float]) -> Made:
+    """The tensors as a file would give them back."""
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, figures
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 over a network's printed form, its tensors (those of its normalisation too) and its precision."""
+    amp = "amp" if getattr(network, "amp", False) else ""
+    total = hashlib.sha256(f"{network}{amp}".encode())
+    for key, tensor in {**network.state_dict(), **dict(network.named_buffers())}.items():
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def same_trigger(record: Record, trigger: nn.Module | None) -> None:
+    """Note a trigger's digest in a record. RecordError if the record was begun with another trigger, as when it was
+    trained again with other threads: the network has seen the first."""
+    found = None if trigger is None else network_digest(trigger)
+    if record.config.get("trigger_digest", found) != found:
+        what = f"{record.path} began with another trigger, which was trained with other threads or on another machine"
+        raise RecordError(f"{what}; repeat it as it was, choose another name, or --overwrite")
+    record.update_config(trigger_digest=found)
+
+
+def describe_figures(figures: Mapping[str, float]) -> str:
+    """Figures in a line."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
