@@ -15,18 +15,18 @@ from sau.optim import Training
 
 @dataclass(frozen=True)
 class Row:
-    """A method and what it promises."""
+    """An attack and what it promises."""
 
     attack: Attack
     toy: dict[str, Any] | None = field(default_factory=dict)  # how a tiny network learns it on a toy; None: not at all
-    asr: float = 80.0  # what it reaches there
-    cost: float = 5.0  # ACC that it may cost there
-    side: int = 32  # of the toy's pictures
-    least: int = 12  # smallest pictures it is tried on
+    asr: float = 80.0  # percent that it reaches there
+    cost: float = 5.0  # ACC in percent that it may cost there
+    side: int = 32  # of the toy's images
+    least: int = 12  # side of the smallest images it is tried on
     poisons: bool = True  # whether it changes anything at all
 
 
-def ready(attack: Attack, seed: int = 0) -> Attack:
+def ready(attack: Attack, seed: int = 0) -> Any:
     """With its trigger, which most have from the start."""
     return attack.fit_trigger(toy_images(20), tiny_net(), Training(), seed=seed, session=quiet())
 
@@ -58,4 +58,3 @@ each_poison = rows()
 each_fixed = rows(lambda attack: not attack.in_batch)  # poisons before training
 each_in_batch = rows(lambda attack: attack.in_batch)
 each_dirty = rows(lambda attack: not attack.clean_label)  # changes labels
-each_clean = rows(lambda attack: attack.clean_label)

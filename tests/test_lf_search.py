@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sau.attack.making import Making
 from torch import nn
-from toys import Enough, quiet, stop_making, tiny_net, toy_images, train_victim
+from toys import Enough, quiet, same_weights, stop_making, tiny_net, toy_images, train_victim
 
-from sau.attack import LF, Prototype, clean_network, lf_search
-from sau.attack.lf_search import Limits, Progress, band_energy, deepfool, rate, rescaled, smooth, step
+from sau.attack import LF, Prototype, lf_search
+from sau.attack.lf_search import Limits, Progress, band_energy, deepfool, load_clean, rate, rescaled, smooth, step
+from sau.attack.triggers import TriggerContext
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, RecordError, TrainingError
 from sau.evaluate import predict
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import build
 from sau.optim import Training
 from sau.record import attack_result
@@ -39,7 +39,7 @@ def clean() -> nn.Module:
 
 
 class Linear(nn.Module):
-    """Logits W x + b of a flattened picture."""
+    """Logits W x + b of a flattened image."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_deepfool_gives_up():
 
 
 def test_a_step_skips_what_needs_none():
-    """Pictures of the target class, whose r = 0 made NaN in the public script, and pictures that v moves already."""
+    """Pictures of the target class, whose r = 0 made NaN in the public script, and images that v moves already."""
     net = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
     search = Progress(torch.Size((3, 2, 2)), torch.device("cpu"))
     x, y = torch.rand(1, 3, 2, 2), torch.zeros(1, dtype=torch.long)
@@ -170,7 +170,7 @@ def test_the_place_of_a_search_is_kept():
 
 
 def test_the_rate_is_the_share_of_changed_predictions():
-    """Two of four pictures are beyond the border, 6.5 of 12, once 0.1 is added; only one was before."""
+    """Two of four images are beyond the border, 6.5 of 12, once 0.1 is added; only one was before."""
     net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
     grey = torch.tensor([51, 128, 153, 77], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     images = Images.clean(grey, torch.zeros(4, dtype=torch.long), 2)
@@ -178,11 +178,11 @@ def test_the_rate_is_the_share_of_changed_predictions():
     assert seen.tolist() == [0, 0, 1, 0] and rate(net, images, seen, torch.full((3, 2, 2), 0.1)) == 0.25
 
 
-def test_a_search_that_finds_nothing_is_an_error(one_line):
+def test_a_search_that_finds_nothing_is_an_error():
     net = Linear(torch.zeros(4, 768), torch.tensor([1.0, 0.0, 0.0, 0.0]))
     with pytest.raises(TrainingError) as refusal:
         lf_search.optimise(net, toy_images(40), LIMITS, 0, quiet())
-    assert "class 0" in one_line(refusal.value)
+    assert "class 0" in str(refusal.value)
 
 
 # All of it
@@ -196,17 +196,17 @@ def coloured(n: int) -> Images:
     return Images.clean((colour.view(n, 3, 1, 1) + noise).to(torch.uint8), labels, 4)
 
 
-def forge(attack, images, lines=None, epochs=3):
+def fit(attack, images, lines=None, epochs=3):
     recipe = Training(epochs=epochs, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
-    session = Session(say=(lambda text: None) if lines is None else lines.append)
-    return attack.forge(images, tiny_net(), recipe, session=session)
+    session = RunContext(say=(lambda text: None) if lines is None else lines.append)
+    return attack.fit_trigger(images, tiny_net(), recipe, session=session)
 
 
 def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     images, lines = coloured(200), []
     attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
-    found = forge(attack, images, lines, epochs=20)
-    pattern = found.made().picture
+    found = fit(attack, images, lines, epochs=20)
+    pattern = found.require_trigger().image
     assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.5)
     assert band_energy(pattern) > 0.95
     assert any(line.startswith("pass 1/2") and "fooled" in line for line in lines)
@@ -215,9 +215,9 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     x = to_float(images.pixels[:3])
     assert torch.allclose(found.stamp(x), (x + pattern).clamp(0, 1))
     lines.clear()
-    again = forge(attack, images, lines, epochs=20)
-    assert torch.equal(again.made().picture, pattern) and again.figures == found.figures
-    assert len(lines) == 2 and all("made before" in line for line in lines)
+    again = fit(attack, images, lines, epochs=20)
+    assert torch.equal(again.require_trigger().image, pattern) and again.figures == found.figures
+    assert len(lines) == 2 and all("from the cache" in line for line in lines)
     with pytest.raises(DataError):
         found.stamp(torch.rand(1, 3, 16, 16))
 
@@ -226,31 +226,51 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
 def test_an_interrupted_search_ends_with_the_same_bits(where, own_cache, monkeypatch):
     images = coloured(120)
     attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=8, lf_passes=3, lf_delta=0.0)
-    whole = forge(attack, images)
+    whole = fit(attack, images)
     monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
     stop_making(monkeypatch, where)
     with pytest.raises(Enough):
-        forge(attack, images)
+        fit(attack, images)
     lines: list[str] = []
-    again = forge(attack, images, lines)
+    again = fit(attack, images, lines)
     assert any("resuming after" in line for line in lines)
-    assert torch.equal(again.made().picture, whole.made().picture) and again.figures == whole.figures
+    assert torch.equal(again.require_trigger().image, whole.require_trigger().image) and again.figures == whole.figures
 
 
-def test_a_search_must_be_made_before_it_stamps(one_line):
-    with pytest.raises(ConfigError) as refusal:
+def test_a_search_must_be_made_before_it_stamps():
+    with pytest.raises(ConfigError, match="fit_trigger"):
         LF(lf_optimise=True).stamp(torch.rand(1, 3, 32, 32))
-    assert "forge" in one_line(refusal.value)
-    assert forge(LF(), toy_images(8)).trigger is None
+    assert fit(LF(), toy_images(8)).trigger is None
+
+
+def context(images, net, epochs=1, lines=None):
+    session = quiet() if lines is None else RunContext(say=lines.append)
+    return TriggerContext(images, net, Training(epochs=epochs, batch_size=20), None, 0, session)
 
 
 def test_the_network_is_trained_on_a_copy():
     blank = tiny_net()
-    before = {name: value.clone() for name, value in blank.state_dict().items()}
-    net = clean_network.trained(Making(toy_images(40), blank, Training(epochs=1, batch_size=20), session=quiet()))
-    assert all(torch.equal(value, before[name]) for name, value in blank.state_dict().items())
-    assert not torch.equal(net.linear.weight, blank.linear.weight) and not net.training
+    net = lf_search.train_clean(context(toy_images(40), blank))
+    assert same_weights(blank, tiny_net()) and not same_weights(net, blank) and not net.training
     assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_a_clean_network_that_is_put_together_otherwise_is_another_one():
+    """The printed form and the weights are the same."""
+
+    class Net(nn.Module):
+        def __init__(self, sign: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.sign, self.conv, self.linear = sign, nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear((self.sign * self.conv(x)).relu().amax((2, 3)))
+
+    lines: list[str] = []
+    for sign in (1.0, -1.0, 1.0):
+        lf_search.train_clean(context(toy_images(16), Net(sign), lines=lines))
+    assert ["from the cache" in line for line in lines if line.startswith("clean-network")] == [False, False, True]
 
 
 # A network from a record
@@ -271,7 +291,7 @@ def write_record(path: Path, images: Images, triggered: Images | None = None) ->
 
 def test_the_network_of_a_record_is_used(tmp_path):
     images = toy_images(8, size=32)
-    net = clean_network.recorded(write_record(tmp_path / "clean", images), images)
+    net = load_clean(write_record(tmp_path / "clean", images), images)
     assert not net.training and net(torch.rand(2, 3, 32, 32)).shape == (2, 4)
     assert not any(p.requires_grad for p in net.parameters())
 
@@ -282,28 +302,28 @@ def test_the_network_of_a_record_is_used(tmp_path):
         ("nothing there", "no folder"),
         ("damaged", "damaged"),
         ("attacked", "attacked"),
-        ("other pictures", "other digits pictures"),
+        ("other images", "other digits images"),
         ("another size", "[3, 16, 16]"),
         ("more classes", "7 of"),
     ],
 )
-def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, word, one_line):
+def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, word):
     images = toy_images(8, size=32)
     path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if wrong == "attacked" else None)
     given = {
-        "other pictures": toy_images(8, size=32, seed=1),
+        "other images": toy_images(8, size=32, seed=1),
         "another size": toy_images(8),
         "more classes": toy_images(8, size=32, classes=7),
     }.get(wrong, images)
     if wrong == "damaged":
         (path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(RecordError) as refusal:
-        forge(LF(lf_optimise=True, lf_network=str(path.parent / "no" if wrong == "nothing there" else path)), given)
-    assert word in one_line(refusal.value)
+        fit(LF(lf_optimise=True, lf_network=str(path.parent / "no" if wrong == "nothing there" else path)), given)
+    assert word in str(refusal.value)
 
 
-def test_a_pattern_is_judged_on_other_pictures_than_it_was_made_from(monkeypatch):
-    """Of 40 pictures 20 make it, the others judge it, and 1 - delta of them have to be fooled."""
+def test_a_pattern_is_judged_on_other_images_than_it_was_made_from(monkeypatch):
+    """Of 40 images 20 make it, the others judge it, and 1 - delta of them have to be fooled."""
     seen, judge = [], Progress.judge
     monkeypatch.setattr(Progress, "judge", lambda self, rate, enough: seen.append(enough) or judge(self, rate, enough))
     monkeypatch.setattr(lf_search, "rate", lambda model, images, *rest: seen.append(images.index.tolist()) or 0.9)
@@ -314,7 +334,7 @@ def test_a_pattern_is_judged_on_other_pictures_than_it_was_made_from(monkeypatch
     assert enough == pytest.approx(0.2) and not {*judged} & {*torch.randperm(40, generator=generator(0))[:20].tolist()}
 
 
-def test_the_pictures_and_their_order_follow_from_the_seed(monkeypatch):
+def test_the_images_and_their_order_follow_from_the_seed(monkeypatch):
     walked: list[torch.Tensor] = []
 
     def watched(model, search, limits, x, y):
@@ -342,7 +362,7 @@ def test_as_many_others_judge_as_there_are_up_to_a_thousand(n, judges, monkeypat
     assert seen == [judges]
 
 
-def test_the_figures_are_of_the_best_pattern_and_of_pictures_of_other_classes(monkeypatch):
+def test_the_figures_are_of_the_best_pattern_and_of_images_of_other_classes(monkeypatch):
     """It lifts the second of 51, 128 and 77 beyond the border, 6.5 of 12; 153, which is there already, counts not. The
     pattern of the last pass would lift all."""
     net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
@@ -377,17 +397,17 @@ def test_white_stays_white_under_the_pattern(monkeypatch):
 
 
 def asked_for(monkeypatch, attack, images, net, seed):
-    """What identifies the search of an attack, and the arguments of the search."""
+    """The identity of the search of an attack, and the arguments of the search."""
     found: list = []
 
-    def made(name, identity, build, session):
+    def cached(name, identity, build, session):
         found.append((identity, build.args))
         return {"pattern": torch.zeros(images.pixels.shape[1:])}, {}
 
     with monkeypatch.context() as patch:
-        patch.setattr(lf_search.workshop, "made", made)
-        patch.setattr(clean_network, "trained", lambda given: net)
-        attack.forge(images, tiny_net(), Training(), seed=seed, session=quiet())
+        patch.setattr(lf_search, "cached_trigger", cached)
+        patch.setattr(lf_search, "train_clean", lambda context: net)
+        attack.fit_trigger(images, tiny_net(), Training(), seed=seed, session=quiet())
     return found[0]
 
 

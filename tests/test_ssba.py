@@ -1,4 +1,4 @@
-"""SSBA: the encoder, its training, and pictures that were poisoned elsewhere."""
+"""SSBA: the encoder, its training, and images that were poisoned elsewhere."""
 
 import re
 from dataclasses import replace
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from toys import Enough, same_weights, stop_making, tiny_net, toy_images
 
 from sau.attack import SSBA, ssba
-from sau.data.images import BACKDOOR, Images, quantise, to_float
+from sau.data.images import BACKDOOR, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.loop import run as loop_run
 from sau.models.steganography import Decoder, Encoder, FixedCodeEncoder, measured, psnr, stored
 from sau.optim import Training
@@ -26,9 +26,9 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def forge(attack, images=None, lines=None):
-    session = Session(say=(lambda text: None) if lines is None else lines.append)
-    return attack.forge(toy_images(16) if images is None else images, tiny_net(), Training(), session=session)
+def fit(attack, images=None, lines=None):
+    session = RunContext(say=(lambda text: None) if lines is None else lines.append)
+    return attack.fit_trigger(toy_images(16) if images is None else images, tiny_net(), Training(), session=session)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def unread(monkeypatch):
 
 
 def test_the_weights_have_the_published_names_and_shapes():
-    """Those of the benchmark's, of a 1-bit code for 32x32 pictures."""
+    """Those of the benchmark's, of a 1-bit code for 32x32 images."""
     encoder = {name: tuple(value.shape) for name, value in Encoder(1).state_dict().items() if name.endswith("weight")}
     assert encoder == {
         "secret_dense.weight": (768, 1),
@@ -71,7 +71,7 @@ def test_the_networks_take_every_side_divisible_by_16(side, channels):
     assert Decoder(2, side, channels)(encoded).shape == (2, 2)
 
 
-def test_an_encoder_that_adds_starts_at_the_picture():
+def test_an_encoder_that_adds_starts_at_the_image():
     encoder, x = Encoder(1, adds=True).requires_grad_(False), torch.rand(2, 3, 16, 16)
     torch.nn.init.zeros_(encoder.residual.weight)
     torch.nn.init.constant_(encoder.residual.bias, 0.25)
@@ -129,13 +129,6 @@ def test_the_networks_start_as_he_has_it(network):
             assert float(layer.weight.detach().var() * layer.weight[0].numel()) == pytest.approx(2, rel=0.15)
 
 
-def test_codes_are_read_from_pictures_of_8_bits():
-    hidden, decoder, seen = FixedCodeEncoder(Encoder(1), torch.ones(1)), Decoder(1, 16), []
-    decoder.register_forward_pre_hook(lambda _, given: seen.append(255 * given[0]))
-    measured(hidden, decoder, to_float(toy_images(4).pixels))
-    assert torch.allclose(seen[0], seen[0].round(), atol=1e-3)
-
-
 def test_psnr_by_hand():
     """A difference of 0.1 everywhere is 20 dB, one of 0.01 is 40 dB."""
     x = torch.full((2, 3, 4, 4), 0.5)
@@ -150,14 +143,14 @@ def test_the_weight_waits_until_the_code_is_readable_and_rises():
     """0 up to 0.9 of the bits; s updates later clip(10 (s - 1000) / 3000, 0, 10): 0.01 at 1003, 5 at 2500."""
     weight = ssba.Weight()
     for right in (0.5, 0.9, 0.2):
-        weight.see(torch.tensor(right))
+        weight.update(torch.tensor(right))
         assert int(weight.since) == -1 and float(weight()) == 0
-    weight.see(torch.tensor(0.95))
+    weight.update(torch.tensor(0.95))
     found = {}
     for s in range(5001):
         found[s] = float(weight()) if s in (0, 1000, 1003, 2500, 3999, 4000, 5000) else None
         assert int(weight.since) == s
-        weight.see(torch.tensor(0.1))  # it does not go back
+        weight.update(torch.tensor(0.1))  # it does not go back
     seen = {s: w for s, w in found.items() if w is not None}
     assert seen == pytest.approx({0: 0, 1000: 0, 1003: 0.01, 2500: 5, 3999: 10 * 2999 / 3000, 4000: 10, 5000: 10})
 
@@ -204,15 +197,15 @@ def test_the_decoder_learns_from_images_of_8_bits_and_the_encoder_through_them()
 
 def test_the_code_survives_the_clip_and_8_bits():
     """On images with many values at 0 and 1; the encoder that learned from floats lost it there."""
-    attack = forge(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 80}), black_and_white(32))
+    attack = fit(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 80}), black_and_white(32))
     assert attack.figures["percent_of_bits_right"] > 95 and attack.figures["w"] == 10
 
 
-def test_training_makes_the_code_readable_and_the_picture_recognisable():
+def test_training_makes_the_code_readable_and_the_image_recognisable():
     lines: list[str] = []
     attack = SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 30})
     images = toy_images(32)
-    made = forge(attack, images, lines)
+    made = fit(attack, images, lines)
     first, last = (float(re.search(r"bits_right ([\d.]+)", line)[1]) for line in
                    (next(x for x in lines if "epoch 1/" in x), next(x for x in lines if "epoch 30/" in x)))  # fmt: skip
     assert first < 90 < last
@@ -222,30 +215,29 @@ def test_training_makes_the_code_readable_and_the_picture_recognisable():
     assert float(psnr(made.stamp(x), x).mean()) == pytest.approx(float(report[2]), abs=1)
     assert made.figures["psnr_in_db"] == pytest.approx(float(report[2]), rel=1e-3) and made.figures["w"] == 10
     assert not any("warning" in line for line in lines)
-    assert not made.made().training and not any(p.requires_grad for p in made.made().parameters())
+    assert not made.require_trigger().training and not any(p.requires_grad for p in made.require_trigger().parameters())
 
 
 def test_a_code_of_several_bits_is_learned_too():
     lines: list[str] = []
-    made = forge(
+    made = fit(
         SSBA(ssba_residual=True, ssba_bits=8, trigger_seed=2, **{**FAST, "ssba_epochs": 60}), toy_images(32), lines
     )
     assert made.figures["percent_of_bits_right"] > 90 and made.figures["w"] == 10
-    assert made.made().code.shape == (8,) and float(made.made().code[0]) == 1
+    assert made.require_trigger().code.shape == (8,) and float(made.require_trigger().code[0]) == 1
 
 
-@pytest.mark.parametrize(("pictures", "epochs"), [(16, 10), (32, 5), (40, 4)])
-def test_the_encoder_is_trained_for_as_long_as_the_weight_needs(pictures, epochs, monkeypatch, unread):
+@pytest.mark.parametrize(("images", "epochs"), [(16, 10), (32, 5), (40, 4)])
+def test_the_encoder_is_trained_for_as_long_as_the_weight_needs(images, epochs, monkeypatch, unread):
     monkeypatch.setattr(ssba, "ENOUGH", 20)
     lines: list[str] = []
-    forge(SSBA(**{**FAST, "ssba_epochs": None}), toy_images(pictures), lines)
+    fit(SSBA(**{**FAST, "ssba_epochs": None}), toy_images(images), lines)
     assert [line for line in lines if f"encoder epoch {epochs}/{epochs} " in line]
 
 
-def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache, one_line):
-    with pytest.raises(TrainingError) as refusal:
-        forge(SSBA(ssba_epochs=1, ssba_batch_size=16))
-    assert "--ssba_epochs" in one_line(refusal.value)
+def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache):
+    with pytest.raises(TrainingError, match="--ssba_epochs"):
+        fit(SSBA(ssba_epochs=1, ssba_batch_size=16))
     assert not list(own_cache.glob("triggers/*/manifest.json"))
 
 
@@ -257,15 +249,10 @@ def test_a_decoder_that_always_answers_the_same_reads_half_of_the_bits():
     assert 30 < measured(hidden, decoder, to_float(toy_images(100, size=32).pixels))["percent_of_bits_right"] < 70
 
 
-@pytest.mark.parametrize(("bits", "seed"), [(1, 0), (1, 5), (8, 0)])
-def test_a_code_begins_with_a_one_and_follows_from_its_seed(bits, seed):
-    attack = SSBA(ssba_bits=bits, trigger_seed=seed)
-    assert attack._code().shape == (bits,) and attack._code()[0] == 1
-    assert torch.equal(attack._code(), SSBA(ssba_bits=bits, trigger_seed=seed, pratio=0.5)._code())
-
-
-def test_codes_of_other_seeds_are_others():
-    assert len({tuple(SSBA(ssba_bits=32, trigger_seed=seed)._code().tolist()) for seed in range(5)}) == 5
+def test_a_code_begins_with_a_one_and_follows_from_its_seed():
+    codes = [SSBA(ssba_bits=32, trigger_seed=seed, pratio=p).code() for seed, p in ((0, 0.1), (0, 0.5), (1, 0.1))]
+    assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
+    assert all(code.shape == (32,) and code[0] == 1 for code in codes)
 
 
 def test_an_encoder_is_trained_as_asked(monkeypatch):
@@ -277,18 +264,12 @@ def test_an_encoder_is_trained_as_asked(monkeypatch):
 
     monkeypatch.setattr(ssba.loop, "run", watched)
     with pytest.raises(Enough):
-        forge(SSBA(ssba_epochs=7, ssba_batch_size=5, ssba_lr=0.03, ssba_bits=9, trigger_seed=4), toy_images(18))
+        fit(SSBA(ssba_epochs=7, ssba_batch_size=5, ssba_lr=0.03, ssba_bits=9, trigger_seed=4), toy_images(18))
     batches, rates = found["batches"], found["descent"].optimizer.param_groups[0]
     assert (found["epochs"], batches.size, batches.seed, len(batches)) == (7, 5, 4, 3)
     assert (rates["lr"], rates["weight_decay"], rates["amsgrad"]) == (0.03, 0, False)
     assert len(rates["params"]) == sum(len([*found[name].parameters()]) for name in ("encoder", "decoder"))
     assert found["encoder"].secret_dense.in_features == found["decoder"].dense[2].out_features == 9
-
-
-def test_pictures_of_one_channel_get_an_encoder_of_one(unread):
-    images = toy_images(16, channels=1)
-    attack = forge(SSBA(**{**FAST, "ssba_epochs": 1}), images)
-    assert attack.stamp(to_float(images.pixels)).shape == images.pixels.shape
 
 
 def test_whatever_changes_an_encoder_makes_it_another_one(monkeypatch):
@@ -299,55 +280,76 @@ def test_whatever_changes_an_encoder_makes_it_another_one(monkeypatch):
         keys.append(str(sorted(identity.items())))
         return build.args[0].encoder.state_dict(), {"w": ssba.MOST, "psnr_in_db": 30.0}
 
-    monkeypatch.setattr(ssba, "made", made)
+    monkeypatch.setattr(ssba, "cached_trigger", made)
     own = {"ssba_bits": 2, "ssba_residual": True, "ssba_epochs": 3, "ssba_batch_size": 4, "ssba_lr": 0.5}
     for changed in ({}, *({name: value} for name, value in {**own, "trigger_seed": 1}.items())):
-        forge(SSBA(**changed))
-    forge(SSBA(), toy_images(16, seed=1))
+        fit(SSBA(**changed))
+    fit(SSBA(), toy_images(16, seed=1))
     assert len({*keys}) == len(keys) == 8 and "('device', 'cpu')" in keys[0]
-    forge(SSBA(pratio=0.5, attack_target=2))
+    fit(SSBA(pratio=0.5, attack_target=2))
     assert keys[-1] == keys[0]
 
 
 def test_an_encoder_is_trained_once_for_all_seeds_and_ratios(monkeypatch, own_cache, unread):
     runs = []
     monkeypatch.setattr(ssba.loop, "run", lambda *args, **how: runs.append(1) or loop_run(*args, **how))
-    one = forge(SSBA(**{**FAST, "ssba_epochs": 1}))
+    one = fit(SSBA(**{**FAST, "ssba_epochs": 1}))
     before = torch.get_rng_state()
-    two = forge(SSBA(**{**FAST, "ssba_epochs": 1}, pratio=0.5, attack_target=2))
-    assert len(runs) == 1 and same_weights(one.made(), two.made())
+    two = fit(SSBA(**{**FAST, "ssba_epochs": 1}, pratio=0.5, attack_target=2))
+    assert len(runs) == 1 and same_weights(one.require_trigger(), two.require_trigger())
     assert torch.equal(torch.get_rng_state(), before)
-    other = forge(SSBA(**{**FAST, "ssba_epochs": 1}, trigger_seed=1))
-    forge(SSBA(**{**FAST, "ssba_epochs": 1}), toy_images(16, seed=1))
-    assert len(runs) == 3 and not same_weights(one.made(), other.made())
+    other = fit(SSBA(**{**FAST, "ssba_epochs": 1}, trigger_seed=1))
+    fit(SSBA(**{**FAST, "ssba_epochs": 1}), toy_images(16, seed=1))
+    assert len(runs) == 3 and not same_weights(one.require_trigger(), other.require_trigger())
     assert len(list((own_cache / "triggers").glob("ssba-*/manifest.json"))) == 3
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache, unread):
     attack = SSBA(**{**FAST, "ssba_epochs": 3})
-    whole = forge(attack)
+    whole = fit(attack)
     monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
     stop_making(monkeypatch, "ssba")
     with pytest.raises(Enough):
-        forge(attack)
+        fit(attack)
     lines: list[str] = []
-    again = forge(attack, lines=lines)
-    assert any("going on with ssba" in line for line in lines) and any("resuming after" in line for line in lines)
-    assert same_weights(whole.made(), again.made())
+    again = fit(attack, lines=lines)
+    assert any("resuming after" in line for line in lines)
+    assert same_weights(whole.require_trigger(), again.require_trigger())
 
 
-# Pictures that were poisoned elsewhere
+def test_an_encoder_that_shows_more_than_it_has_to_warns_from_the_cache_too(monkeypatch, unread):
+    monkeypatch.setattr(ssba, "WAIT", 10**6)
+    for _ in range(2):
+        lines: list[str] = []
+        fit(SSBA(**{**FAST, "ssba_epochs": 1}), lines=lines)
+        assert len([line for line in lines if "w ended at 0 of 10" in line]) == 1
+
+
+def test_stamped_images_are_the_encoders(unread):
+    attack, images = fit(SSBA(**{**FAST, "ssba_epochs": 1})), toy_images(16)
+    expected = quantise(attack.require_trigger().encoder(torch.ones(16, 1), to_float(images.pixels)).clamp(0, 1))
+    assert torch.equal(attack.stamp_images(images, test=True), expected)
+    with pytest.raises(ConfigError, match="fit_trigger"):
+        SSBA().stamp(torch.rand(1, 3, 16, 16))
+
+
+# Images made elsewhere
+
+
+def marked(images, first):
+    """[N, H, W, C]: the images, with `first` + k in the first pixel of image k."""
+    pixels = images.pixels.permute(0, 2, 3, 1).numpy().copy()
+    pixels[:, 0, 0] = first + np.arange(len(pixels), dtype=np.uint8)[:, None]
+    return pixels
 
 
 @pytest.fixture
-def arrays(tmp_path):
-    """Paths of the arrays of a training and a test set of toys: the first pixel of picture k is k, and k + 100."""
+def from_files(tmp_path):
+    """SSBA with the arrays of a training and a test set of toys, or others."""
 
-    def write(train=None, test=None):
-        ready = {"train": marked(toy_images(40), 0), "test": marked(toy_images(24), 100)}
-        ready.update({name: array for name, array in (("train", train), ("test", test)) if array is not None})
+    def write(**others):
         paths = {}
-        for name, array in ready.items():
+        for name, array in ({"train": marked(toy_images(40), 0), "test": marked(toy_images(24), 100)} | others).items():
             np.save(tmp_path / f"{name}.npy", array)
             paths[f"attack_{name}_replace_imgs_path"] = str(tmp_path / f"{name}.npy")
         return SSBA(pratio=0.3, attack_target=1, **paths)
@@ -355,136 +357,34 @@ def arrays(tmp_path):
     return write
 
 
-def marked(images, first):
-    """[N, H, W, C]: the pictures, but that the first pixel of picture k is `first` + k."""
-    pixels = images.pixels.permute(0, 2, 3, 1).numpy().copy()
-    pixels[:, 0, 0] = first + np.arange(len(pixels), dtype=np.uint8)[:, None]
-    return pixels
-
-
-def test_ready_pictures_replace_those_with_their_index(arrays, own_cache):
-    attack, train, test = arrays(), toy_images(40), toy_images(24)
-    assert forge(attack, train) is attack and not own_cache.exists()  # nothing is trained
+def test_images_of_files_replace_those_with_their_index(from_files, own_cache):
+    attack, train, test = from_files(), toy_images(40), toy_images(24)
+    assert fit(attack, train) is attack and not own_cache.exists()  # nothing is trained
     poisoned, triggered = attack.poison_train(train, 0), attack.poison_test(test)
     hit = poisoned.role == BACKDOOR
     assert int(hit.sum()) == 12 and torch.equal(poisoned.pixels[~hit], train.pixels[~hit])
     assert (poisoned.pixels[hit, :, 0, 0] == poisoned.index[hit].view(-1, 1)).all()
     assert (triggered.pixels[:, :, 0, 0] == 100 + triggered.index.view(-1, 1)).all() and len(triggered) == 18
-    some = attack.stamped(train[torch.tensor([7, 3])], test=False)
+    some = attack.stamp_images(train[torch.tensor([7, 3])], test=False)
     assert some.shape == (2, 3, 16, 16) and some[:, 0, 0, 0].tolist() == [7, 3]
-
-
-def test_ready_pictures_of_nothing_are_nothing(arrays):
-    """Of the target class alone no test picture is triggered."""
-    test = toy_images(24)
-    attack = arrays()
-    assert len(attack.poison_test(test[test.labels == attack.attack_target])) == 0
+    assert len(attack.poison_test(test[test.labels == 1])) == 0
+    with pytest.raises(ConfigError, match="replace_imgs_path"):
+        attack.stamp(torch.rand(1, 3, 16, 16))
 
 
 WRONG = {
     "floats": (np.zeros((40, 16, 16, 3), np.float32) + 9, "float32"),
-    "another size": (np.full((40, 8, 8, 3), 9, np.uint8), "(40, 8, 8, 3)"),
-    "channels first": (np.full((40, 3, 16, 16), 9, np.uint8), "(40, 3, 16, 16)"),
-    "too few": (np.full((39, 16, 16, 3), 9, np.uint8), "39 pictures"),
-    "too many": (np.full((41, 16, 16, 3), 9, np.uint8), "41 pictures"),
-    "zeros and ones": (np.arange(40 * 16 * 16 * 3).reshape(40, 16, 16, 3).astype(np.uint8) % 2, "0..1"),
-    "one picture": (np.full((16, 16, 3), 9, np.uint8), "(16, 16, 3)"),
+    "another size": (np.full((40, 8, 8, 3), 9, np.uint8), "40, 8, 8, 3"),
+    "channels first": (np.full((40, 3, 16, 16), 9, np.uint8), "40, 3, 16, 16"),
+    "too few": (np.full((39, 16, 16, 3), 9, np.uint8), "39 images"),
+    "too many": (np.full((41, 16, 16, 3), 9, np.uint8), "41 images"),
+    "unchanged": (toy_images(40).pixels.permute(0, 2, 3, 1).numpy(), "changes none"),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_ready_pictures_that_do_not_fit_are_refused(wrong, arrays, one_line):
-    array, word = WRONG[wrong]
-    with pytest.raises(DataError) as refusal:
-        arrays(train=array).poison_train(toy_images(40), 0)
-    assert word in one_line(refusal.value) and "train.npy" in str(refusal.value)
-    with pytest.raises(DataError) as refusal:
-        arrays(test=array).poison_test(toy_images(40))
-    assert word in one_line(refusal.value) and "test.npy" in str(refusal.value)
-
-
-def test_ready_pictures_with_rows_that_were_never_written_are_refused(arrays, one_line):
-    """Only rows that are needed count: the 12 poisoned ones of the training set, of the test set all but class 1."""
-    train, test = toy_images(40), toy_images(24)
-    ready = marked(train, 0)
-    needed = arrays().poison_train(train, 0).role == BACKDOOR
-    ready[~needed.numpy()] = 0
-    assert len(arrays(train=ready).poison_train(train, 0)) == 40
-    first = int(needed.nonzero()[0])
-    ready[first] = 0
-    with pytest.raises(DataError) as refusal:
-        arrays(train=ready).poison_train(train, 0)
-    assert f"picture {first} " in one_line(refusal.value) and "1 such" in str(refusal.value)
-    ready = marked(test, 100)
-    ready[8:] = 0
-    with pytest.raises(DataError) as refusal:
-        arrays(test=ready).poison_test(test)
-    assert "picture 8 " in one_line(refusal.value)
-
-
-def test_ready_pictures_with_rows_that_were_never_poisoned_are_refused(arrays, one_line):
-    test = toy_images(24)
-    ready = marked(test, 100)
-    ready[8:] = test.pixels[8:].permute(0, 2, 3, 1).numpy()
-    with pytest.raises(DataError) as refusal:
-        arrays(test=ready).poison_test(test)
-    assert "picture 8 as it was, and 12 of 18" in one_line(refusal.value)
-
-
-@pytest.mark.parametrize("wrong", ["another set", "another order"])
-def test_ready_pictures_of_others_are_refused(wrong, arrays, one_line):
-    others = toy_images(40, seed=1) if wrong == "another set" else toy_images(40)[torch.arange(40).roll(1)]
-    with pytest.raises(DataError) as refusal:
-        arrays(train=marked(others, 0)).poison_train(toy_images(40), 0)
-    assert "in its order" in one_line(refusal.value)
-
-
-def plain(*levels):
-    """Pictures of one grey level each."""
-    pixels = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
-    return Images.clean(pixels, torch.zeros(len(levels), dtype=torch.long), 4)
-
-
-@pytest.mark.parametrize(("levels", "change"), [((0, 100), 90), ((40,), 10)])
-def test_ready_pictures_of_plain_ones_may_be_plain(levels, change, arrays):
-    """And one alone is compared with no other."""
-    images = plain(*levels)
-    ready = images.pixels.permute(0, 2, 3, 1).numpy() + np.uint8(change)
-    assert torch.equal(arrays(test=ready).poison_test(images).pixels, images.pixels + change)
-
-
-def test_an_encoder_that_shows_is_said_to_show_from_the_cache_too(monkeypatch, unread):
-    monkeypatch.setattr(ssba, "WAIT", 10**6)
-    attack, said = SSBA(**{**FAST, "ssba_epochs": 1}), []
-    for _ in range(2):
-        lines: list[str] = []
-        forge(attack, lines=lines)
-        said.append([line for line in lines if "w ended at 0 of 10" in line])
-    assert len(said[0]) == len(said[1]) == 1
-
-
-def test_threads_round_otherwise_so_that_each_number_has_its_encoder(monkeypatch, own_cache, unread):
-    for threads in (1, 2, 1):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        forge(SSBA(**{**FAST, "ssba_epochs": 1}))
-    assert len(list((own_cache / "triggers").glob("ssba-*/manifest.json"))) == 2
-
-
-def test_an_index_beyond_the_ready_pictures_is_refused(arrays, one_line):
-    with pytest.raises(DataError) as refusal:
-        arrays().stamped(toy_images(50)[torch.tensor([3, 45])], test=False)
-    assert "40 pictures" in one_line(refusal.value)
-
-
-def test_ready_pictures_stamp_no_others(arrays, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        arrays().stamp(torch.rand(1, 3, 16, 16))
-    assert "replace_imgs_path" in one_line(refusal.value)
-
-
-def test_stamped_pictures_are_the_encoders(unread):
-    attack, images = forge(SSBA(**{**FAST, "ssba_epochs": 1})), toy_images(16)
-    expected = quantise(attack.made().encoder(torch.ones(16, 1), to_float(images.pixels)).clamp(0, 1))
-    assert torch.equal(attack.stamped(images, test=True), expected)
-    with pytest.raises(ConfigError):
-        SSBA().stamp(torch.rand(1, 3, 16, 16))
+@pytest.mark.parametrize(("array", "word"), WRONG.values(), ids=WRONG)
+def test_files_that_do_not_fit_are_refused(array, word, from_files):
+    with pytest.raises((ConfigError, DataError), match=word):
+        from_files(train=array).poison_train(toy_images(40), 0)
+    with pytest.raises((ConfigError, DataError), match=word):
+        from_files(test=array).poison_test(toy_images(40))

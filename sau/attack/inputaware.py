@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack
 from sau.attack.triggers import TriggerContext
 from sau.config import param
@@ -89,9 +90,7 @@ class InputAware(InBatchAttack):
     def cross(self, x: Pixels, others: Pixels) -> Pixels:
         return self.generators.eval()(x, others)[0].clamp(0, 1)
 
-    def train(
-        self, model: nn.Module, batches: Batches, recipe: Training, data: dict[str, Any], session: RunContext
-    ) -> None:
+    def train(self, model: nn.Module, batches: Batches, recipe: Training, data: State, session: RunContext) -> None:
         joint = self.classifier_epochs(recipe)
         masks = self.prepare_masks(model, len(batches)) | data
         how: dict[str, Any] = {"session": session, "label": "mask epoch", "rate": "lr_M"}
@@ -106,7 +105,7 @@ class InputAware(InBatchAttack):
 
     # Stage 1: the masks
 
-    def prepare_masks(self, model: nn.Module, steps: int) -> dict[str, Any]:
+    def prepare_masks(self, model: nn.Module, steps: int) -> State:
         """The state of the first stage."""
         generators = self.generators.restarted().requires_grad_(True)
         generators.graph_safe = getattr(model, "graph_safe", True)
@@ -114,11 +113,11 @@ class InputAware(InBatchAttack):
         descent = _descent(generators.mask_net, self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda, steps)
         return {"generators": generators, "descent": descent}
 
-    def compose_masks(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
+    def compose_masks(self, state: State, x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
         """The batch of `mask_step`: the images, and as many others behind them."""
         return torch.cat([x, _others(state, len(x))]), y
 
-    def mask_step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
+    def mask_step(self, state: State, x: Tensor, y: Labels) -> dict[str, Tensor]:
         """One update of the mask generator from a batch of `compose_masks`."""
         generators, (x, z) = state["generators"].train(), x.chunk(2)
         m, m_z = generators.mask(x), generators.mask(z)
@@ -130,7 +129,7 @@ class InputAware(InBatchAttack):
 
     # Stage 2: patterns and classifier
 
-    def prepare(self, model: nn.Module, recipe: Training, steps: int) -> dict[str, Any]:
+    def prepare(self, model: nn.Module, recipe: Training, steps: int) -> State:
         net, milestones = self.generators.pattern_net, self.schedulerG_milestones
         patterns = _descent(net, self.lr_G, milestones, self.schedulerG_lambda, steps)
         patterns.keeps = self.accumulate
@@ -139,7 +138,7 @@ class InputAware(InBatchAttack):
         descent = classifier.descent(model.parameters(), steps)
         return {"model": model, "generators": self.generators, "descent": descent, "patterns": patterns}
 
-    def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
+    def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
         """The batch of `step`: n images to poison, n for cross triggers, the clean ones, and, without labels, the n
         others that those triggers are drawn for."""
         classes = state["images"].num_classes
@@ -147,7 +146,7 @@ class InputAware(InBatchAttack):
         n, z = min(self.count(len(x)), len(x) // 2, able), _others(state, len(x))
         return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
-    def step(self, state: dict[str, Any], x: Tensor, y: Labels) -> dict[str, Tensor]:
+    def step(self, state: State, x: Tensor, y: Labels) -> dict[str, Tensor]:
         model, generators = state["model"].train(), state["generators"].train()
         generators.mask_net.eval().requires_grad_(False)
         x, z, n = x[: len(y)], x[len(y) :], len(x) - len(y)
@@ -161,7 +160,7 @@ class InputAware(InBatchAttack):
         state["descent"](loss, state["patterns"])
         return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, y)}
 
-    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> None:
+    def end_epoch(self, state: State, losses: dict[str, float]) -> None:
         # By the classifier's own loss, where there is one: diversity does not tell how well it learns.
         for name in ("descent", "patterns"):
             if name in state:
@@ -182,7 +181,7 @@ def _descent(net: nn.Module, lr: float, milestones: tuple[int, ...], gamma: floa
     return training.descent(net.parameters(), steps)
 
 
-def _others(state: dict[str, Any], size: int) -> Pixels:
+def _others(state: State, size: int) -> Pixels:
     """`size` other training images, augmented; in place of a second loader in another order."""
     images = state["images"]
     pixels = images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]

@@ -1,0 +1,121 @@
+"""The cache of triggers that take long to make: kept, found again, resumed, made again when damaged."""
+
+import pytest
+import torch
+from toys import tiny_net
+
+from sau import loop
+from sau.attack import triggers
+from sau.attack.triggers import cached_trigger, network_digest, same_trigger
+from sau.errors import RecordError
+from sau.loop import RunContext
+from sau.models import Normalized
+from sau.record.folder import Record
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Build:
+    """A trigger of two epochs that counts how often it is made."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls, self.error = 0, error
+
+    def __call__(self, session: RunContext) -> triggers.Made:
+        self.calls += 1
+        state = {"net": torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2))])}
+        batches = [(torch.ones(2), torch.zeros(2))]
+        how = {"state": state, "end_epoch": lambda losses: None, "session": session}
+        loop.run(lambda x, y: {"loss": x.mean()}, batches, 2, **how)
+        if self.error:
+            raise self.error
+        return {"t": torch.ones(2, 3).t()}, {"some_figure": 1.5}
+
+
+def make(build, **identity):
+    lines: list[str] = []
+    tensors, figures = cached_trigger("thing", identity, build, RunContext(say=lines.append))
+    assert figures == {"some_figure": 1.5} and torch.equal(tensors["t"], torch.ones(3, 2))
+    return lines
+
+
+def entry(cache):
+    (folder,) = (path for path in (cache / "triggers").iterdir() if path.is_dir())
+    return folder
+
+
+def test_a_trigger_is_made_once(cache):
+    build = Build()
+    assert make(build)[-1] == "thing: some figure 1.5"
+    (line,) = make(build)
+    assert build.calls == 1 and "from the cache" in line and str(entry(cache)) in line
+    assert (entry(cache) / "manifest.json").is_file() and not (entry(cache) / "checkpoint.bin").exists()
+
+
+def test_another_identity_version_or_number_of_threads_is_another_trigger(monkeypatch):
+    build = Build()
+    make(build, seed=0), make(build, seed=1)
+    monkeypatch.setattr(triggers.sau, "__version__", "another")
+    make(build, seed=0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    make(build, seed=0), make(build, seed=0)
+    assert build.calls == 4
+
+
+@pytest.mark.parametrize("file", ["trigger.safetensors", "summary.json", "config.yaml", "manifest.json"])
+def test_a_damaged_trigger_is_made_again(cache, file):
+    build = Build()
+    make(build)
+    (entry(cache) / file).write_text("{")
+    assert any("making it again" in line for line in make(build))
+    make(build)
+    assert build.calls == 2
+
+
+@pytest.mark.parametrize("file", ["checkpoint.bin", "config.yaml"])
+def test_a_damaged_checkpoint_is_started_again(cache, file):
+    with pytest.raises(KeyboardInterrupt):
+        make(Build(KeyboardInterrupt()))
+    assert any("resuming" in line for line in make(Build(), other=1)) is False
+    folder = next(path.parent for path in (cache / "triggers").glob("*/checkpoint.bin"))
+    (folder / file).write_text("x" * 100)
+    assert any("making it again" in line for line in make(Build()))
+
+
+@pytest.mark.parametrize("what", ["a file", "no home"])
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, what):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "file/below"))
+    if what == "no home":
+        monkeypatch.setattr(triggers, "cache_folder", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    build = Build()
+    warnings = [line for line in make(build) if line.startswith("warning:")]
+    assert len(warnings) == 1 and "SAU_CACHE" in warnings[0] and build.calls == 1
+
+
+def test_an_error_of_the_builder_passes_through():
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make(Build(RuntimeError("out of memory")))
+
+
+def test_network_digests_tell_weights_forms_and_precision_apart():
+    plain, other = (Normalized(tiny_net(), (mean,) * 3, (0.5,) * 3) for mean in (0.0, 0.5))
+    bf16 = Normalized(tiny_net(), (0.0,) * 3, (0.5,) * 3, amp=True)
+    nets = [tiny_net(), tiny_net(seed=1), tiny_net(classes=5), plain, other, bf16]
+    assert len({network_digest(net) for net in nets}) == len(nets)
+    assert network_digest(tiny_net()) == network_digest(tiny_net())
+
+
+def test_a_record_does_not_go_on_with_another_trigger(tmp_path):
+    """As after a trigger was trained again with other threads: the first epochs have seen the old one."""
+    for seed in (0, 0):
+        record = Record(tmp_path / "a")
+        record.begin({}, {"a": 1}, False)
+        same_trigger(record, tiny_net(seed=seed))
+        record.save({"stage": 0, "place": {"epoch": 0}})
+    with pytest.raises(RecordError, match="another trigger"):
+        same_trigger(record, tiny_net(seed=1))
