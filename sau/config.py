@@ -145,7 +145,7 @@ class Method:
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
-        if "graph_safe" not in vars(cls) and {"step", "update"} & vars(cls).keys():
+        if "graph_safe" not in vars(cls) and "step" in vars(cls):
             cls.graph_safe = False
         cls.__doc__ = (cls.__doc__ or "").rstrip() + describe(cls)
 

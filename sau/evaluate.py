@@ -13,20 +13,15 @@ from sau.data.images import Images, in_range, to_float
 from sau.errors import ConfigError, DataError, TrainingError, lacks_memory
 from sau.models import check_labels, logits_of
 
-# In percent, for the words of a verdict: at most this ASR is left of a backdoor that is gone, which costs no more ACC
+# In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
 # than this, and at least this R-ACC is right again.
 GONE, COST, RIGHT = 10.0, 5.0, 70.0
-AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # pictures; the caches of a CPU do not hold the activations of more
+AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # images; the caches of a CPU do not hold the activations of more
 
 
 @dataclass(frozen=True)
-class Share:
-    """`hits` of `total` pictures.
-
-    Args:
-        hits: pictures that count.
-        total: pictures looked at, at least 1.
-    """
+class Proportion:
+    """`hits` of `total` images, at least one."""
 
     hits: int
     total: int
@@ -60,16 +55,16 @@ class Score:
     """What a network does on the two test sets.
 
     Args:
-        acc: clean test pictures classified as their true label (ACC).
-        asr: triggered test pictures classified as the attack's label (ASR); None without triggered pictures.
-        racc: the same pictures classified as their true label (R-ACC); None without triggered pictures.
+        acc: clean test images classified as their true label (ACC).
+        asr: triggered test images classified as the attack's label (ASR); None without triggered images.
+        racc: the same images classified as their true label (R-ACC); None without triggered images.
     """
 
-    acc: Share
-    asr: Share | None = None
-    racc: Share | None = None
+    acc: Proportion
+    asr: Proportion | None = None
+    racc: Proportion | None = None
 
-    def shares(self) -> dict[str, Share | None]:
+    def shares(self) -> dict[str, Proportion | None]:
         """By the names that files have for them."""
         return {"acc": self.acc, "asr": self.asr, "racc": self.racc}
 
@@ -83,13 +78,13 @@ class Score:
         return figures(self.shares())
 
 
-def percent_right(logits: Tensor, y: Tensor) -> Tensor:
-    """Percent of a batch that is answered rightly, on its device; no figure of a table, but of progress."""
+def batch_accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Percent of a batch that is classified correctly, on its device; for progress, not for tables."""
     return 100 * (logits.argmax(1) == y).float().mean()
 
 
-def figures(shares: Mapping[str, Share | None]) -> dict[str, Any]:
-    """Shares by name as percentages, their Wilson intervals and counts."""
+def figures(shares: Mapping[str, Proportion | None]) -> dict[str, Any]:
+    """Proportions by name as percentages, their Wilson intervals and counts."""
     out: dict[str, Any] = {name: share.percent if share else None for name, share in shares.items()}
     for name, share in shares.items():
         if share:
@@ -99,7 +94,7 @@ def figures(shares: Mapping[str, Share | None]) -> dict[str, Any]:
 
 
 @contextmanager
-def answering(*networks: nn.Module) -> Iterator[None]:
+def eval_mode(*networks: nn.Module) -> Iterator[None]:
     """Inside, the networks are in eval mode; then each of their modules is in its own mode again."""
     modes = {module: module.training for network in networks for module in network.modules()}
     for network in networks:
@@ -114,22 +109,22 @@ def answering(*networks: nn.Module) -> Iterator[None]:
 def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
     """Classes [N] that `model`, in eval mode, gives to `pixels` [N, C, H, W] (uint8, or float in [0, 1]).
 
-    `batch_size` pictures go through it at once, or as many as suit the device, and fewer where memory does not hold
+    `batch_size` images go through it at once, or as many as suit the device, and fewer where memory does not hold
     them. Raises TrainingError if a logit is not finite: a broken network has no accuracy.
     """
-    return _answers(model, pixels, batch_size)[0]
+    return _predict(model, pixels, batch_size)[0]
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> tuple[Tensor, int]:
+def _predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> tuple[Tensor, int]:
     """What `predict` returns, and how many classes the network has."""
     device = next(model.parameters(), pixels).device
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, allowed is 1 and more, or none")
     size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
     answers, finite, at, classes = [], torch.ones((), dtype=torch.bool, device=device), 0, 0
-    with answering(model):
-        while at < max(1, len(pixels)):  # no pictures, too, have an answer: no classes
+    with eval_mode(model):
+        while at < max(1, len(pixels)):  # no images have an answer, too: no classes
             try:  # a copy, for some networks change their input in place
                 logits = logits_of(model, to_float(pixels[at : at + size].to(device, copy=True)))
             except RuntimeError as error:
@@ -141,7 +136,7 @@ def _answers(model: nn.Module, pixels: Tensor, batch_size: int | None = None) ->
             answers.append(logits.argmax(1))
             at, classes = at + size, logits.shape[1]
     if not finite:
-        raise TrainingError("the network answers with NaN or infinite logits; its weights are broken")
+        raise TrainingError("the logits of the network are NaN or infinite; its weights are broken")
     return torch.cat(answers).to(pixels.device), classes
 
 
@@ -158,50 +153,45 @@ def score(
     Pixels are as `predict` has them, labels whole numbers [N]. Raises DataError for labels of another shape or kind,
     TrainingError as `predict`.
     """
-    pixels, labels = (clean.pixels, clean.labels) if isinstance(clean, Images) else _fitting("clean", clean, 2)
-    acc = accuracy(model, pixels, labels)
+    if isinstance(clean, Images):
+        clean = (clean.pixels, clean.labels)
+    (acc,) = _proportions(model, "clean", clean, 2)
     if triggered is None or len(triggered) == 0:
         return Score(acc)
     if isinstance(triggered, Images):
-        return Score(acc, *led(model, triggered.pixels, triggered.labels, triggered.true_labels))
-    return Score(acc, *led(model, *_fitting("triggered", triggered, 3)))
+        triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
+    return Score(acc, *_proportions(model, "triggered", triggered, 3))
 
 
-def _fitting(what: str, given: Any, parts: int) -> tuple[Tensor, ...]:
-    """`given` as it is; DataError unless it is pixels and labels for each of them: other shapes would be broadcast."""
-    if not (isinstance(given, tuple | list) and len(given) == parts and all(isinstance(t, Tensor) for t in given)):
-        raise DataError(f"{what} is {type(given).__name__}, allowed is Images or {parts} tensors, pixels first")
-    pixels, *labels = given
-    for those in labels:
-        if those.shape != pixels.shape[:1] or those.dtype == torch.bool or those.is_floating_point() or not len(those):
-            raise DataError(
-                f"{what} has {len(pixels)} pictures and labels {list(those.shape)} of {those.dtype}, allowed is one "
-                "whole number for each of at least one picture"
-            )
-    if pixels.is_floating_point():
-        pixels = in_range(pixels.detach())
-    return pixels, *labels
+def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Proportion:
+    """The proportion of images, at least one, that are classified as their label."""
+    return _proportions(model, "clean", (pixels, labels), 2)[0]
 
 
-def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Share:
-    """The share of pictures, at least one, that are answered with their label."""
-    pixels, labels = _fitting("pictures", (pixels, labels), 2)
-    return _right(_answers(model, pixels), labels)[0]
-
-
-def led(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Share, Share]:
-    """Where pictures, at least one, lead: shares of those answered with `target` (ASR) and with `truth` (R-ACC)."""
-    pixels, target, truth = _fitting("triggered", (pixels, target, truth), 3)
-    asr, racc = _right(_answers(model, pixels), target, truth)
+def asr_and_racc(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Proportion, Proportion]:
+    """Of triggered images, at least one: how many are classified as `target` (ASR) and as `truth` (R-ACC)."""
+    asr, racc = _proportions(model, "triggered", (pixels, target, truth), 3)
     return asr, racc
 
 
-def _right(given: tuple[Tensor, int], *labels: Tensor) -> list[Share]:
-    """How many of the answers, given with the number of classes, are as each of `labels` [N] has them."""
-    answers, classes = given
-    for those in labels:
-        check_labels(those, classes)
-    return [Share(int((answers == those).sum()), len(those)) for those in labels]
+def _proportions(model: nn.Module, what: str, given: Any, parts: int) -> list[Proportion]:
+    """Of the images in given[0], how many are classified as each of the labels [N] behind them has it.
+
+    DataError unless there is a whole number, a class of the network, for each image: other shapes would be broadcast.
+    """
+    if not (isinstance(given, tuple | list) and len(given) == parts and all(isinstance(t, Tensor) for t in given)):
+        raise DataError(f"{what} is {type(given).__name__}, allowed is Images or {parts} tensors, pixels first")
+    pixels, *labels = given
+    for each in labels:
+        if each.shape != pixels.shape[:1] or each.dtype == torch.bool or each.is_floating_point() or not len(each):
+            raise DataError(
+                f"{what} has {len(pixels)} images and labels {list(each.shape)} of {each.dtype}, allowed is one whole "
+                "number for each of at least one image"
+            )
+    predictions, classes = _predict(model, in_range(pixels.detach()) if pixels.is_floating_point() else pixels)
+    for each in labels:
+        check_labels(each, classes)
+    return [Proportion(int((predictions == each).sum()), len(each)) for each in labels]
 
 
 def der(before: Score, after: Score) -> float | None:
@@ -222,10 +212,7 @@ def table(rows: dict[str, Score]) -> str:
     lines = [" " * width + "".join(f"{name + ' %':>24}" for name in ("ACC", "ASR", "R-ACC")) + f"{'DER %':>9}"]
     for name, row in rows.items():
         rating = der(first, row) if row is not first else None
-        cells = [
-            f"{share.percent:.2f} [{share.interval[0]:.2f}, {share.interval[1]:.2f}]" if share else "-"
-            for share in (row.acc, row.asr, row.racc)
-        ]
+        cells = [str(share).replace(" %", "") if share else "-" for share in row.shares().values()]
         last = "-" if rating is None else f"{rating:.2f}"
         lines.append(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{last:>9}")
     return "\n".join(lines)
@@ -237,36 +224,30 @@ def verdict(before: Score, after: Score, took: bool = True, images: bool = True)
     Args:
         before: of the attacked network.
         after: of the purified one.
-        took: whether the attack had its gate; if not, there is nothing to say about the backdoor.
+        took: whether the attack passed its gate; if not, there is nothing to say about the backdoor.
         images: whether the defense looks at images, so that more of them may help.
     """
     lost = round(before.acc.percent - after.acc.percent, 2)
     cost = f"It cost {lost:.2f} points of accuracy" if lost > 0 else "It cost no accuracy"
-    lines = [f"{cost}: {_change('ACC', before.acc, after.acc)}."]
+    cost = f"{cost}: ACC {before.acc.percent:.2f} -> {after.acc.percent:.2f} %."
     if before.asr is None or after.asr is None or before.racc is None or after.racc is None:
-        return "\n".join(["There was no backdoor to remove.", *lines])
-    asr, racc = _change("ASR", before.asr, after.asr), _change("R-ACC", before.racc, after.racc)
-    more = "more clean images (--ratio) or " if images else ""
+        return f"There was no backdoor to remove.\n{cost}"
+    asr = f"ASR {before.asr.percent:.2f} -> {after.asr.percent:.2f} %."
+    racc = f"R-ACC {before.racc.percent:.2f} -> {after.racc.percent:.2f} %."
     if not took or before.asr.percent <= GONE:
-        first = f"No verdict on the backdoor, for the attack did not take: {asr}."
-        return "\n".join([first, *lines, "Next: an attack that takes, then this defense again."])
-    gone, right = after.asr.percent <= GONE, after.racc.percent >= RIGHT
-    if gone:
-        lines.insert(0, f"The backdoor is gone: {asr}.")
-        again = "Triggered images get their true label again" if right else "The trigger still leads to wrong labels"
-        lines.append(f"{again}: {racc}.")
-    else:
-        weak = after.asr.percent <= before.asr.percent / 2
-        lines.insert(0, f"The backdoor is {'weaker, but not gone' if weak else 'still there'}: {asr}.")
-        lines.append(f"Triggered images with their true label: {racc}.")
-    if gone and right and lost <= COST:
-        lines.append("Next: other attacks and seeds; scripts/audit.py tries to bring the backdoor back.")
-    elif gone:
-        lines.append(f"Next: {more}milder settings, chosen on clean images and not by these figures.")
-    else:
-        lines.append(f"Next: {more}another defense; settings chosen by these figures would be chosen by the test set.")
-    return "\n".join(lines)
-
-
-def _change(name: str, before: Share, after: Share) -> str:
-    return f"{name} {before.percent:.2f} -> {after.percent:.2f} %"
+        first, last = (
+            "No verdict on the backdoor, for the attack did not take",
+            "an attack that takes, then this defense",
+        )
+        return f"{first}: {asr}\n{cost}\nNext: {last} again."
+    more = "more clean images (--ratio) or " if images else ""
+    if after.asr.percent > GONE:
+        what = "weaker, but not gone" if after.asr.percent <= before.asr.percent / 2 else "still there"
+        last = f"{more}another defense; settings chosen by these figures would be chosen by the test set"
+        return f"The backdoor is {what}: {asr}\n{cost}\nTriggered images with their true label: {racc}\nNext: {last}."
+    right = after.racc.percent >= RIGHT
+    again = "Triggered images get their true label again" if right else "The trigger still leads to wrong labels"
+    last = f"{more}milder settings, chosen on clean images and not by these figures"
+    if right and lost <= COST:
+        last = "other attacks and seeds; scripts/audit.py tries to bring the backdoor back"
+    return f"The backdoor is gone: {asr}\n{cost}\n{again}: {racc}\nNext: {last}."

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sau.data.images import Images, evenly_spaced
 from sau.errors import require
-from sau.perturb import RADII, is_radius
+from sau.pgd import RADII, is_radius
 from sau.types import Bytes
 
 RADIUS = 0.2  # of the L-infinity ball that SAU searches, in [0, 1] pixels

@@ -1,6 +1,6 @@
 """The risks of SAU's paper (Wei, Zhang, Zha, Wu, NeurIPS 2023, section 3), bounded from below by what a search finds.
 
-With h the network in question, h_b the backdoored one, g the trigger, t its label, D the clean pictures, D' those whose
+With h the network in question, h_b the backdoored one, g the trigger, t its label, D the clean images, D' those whose
 label is not t, and S = {e : |e| <= eps, x + e in [0, 1]}:
 
     R_cl(h)    = mean over D    1[h(x) != y]
@@ -10,7 +10,14 @@ label is not t, and S = {e : |e| <= eps, x + e in [0, 1]}:
 
 One e that makes an indicator 1, a witness, settles its maximum; where none is found it may still exist. A witness for
 R_share is one for R_adv, so R_share <= R_adv holds for what is found, too. Where g(x) - x lies in S (Assumption (a))
-and h_b answers t, a picture that h answers with t has a witness for R_share: R_bd <= R_share + 1 - R_bd(h_b).
+and h_b answers t, an image that h answers with t has a witness for R_share: R_bd <= R_share + 1 - R_bd(h_b).
+
+The search for R_adv climbs the cross-entropy CE(h(x+e), y), that for R_share the distance from the goal itself, with
+m_c(z) = z_c - max_{j != c} z_j the margin of class c,
+
+    max_{c != y}  min(0, m_c(h(x+e))) + min(0, m_c(h_b(x+e)))
+
+which is 0 exactly where h and h_b answer the same class other than y.
 """
 
 from collections.abc import Callable
@@ -19,22 +26,25 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sau.data.images import Images, paired, sample, to_float
-from sau.defense.sau import SAU
+from sau.defense.sau import SAU, example_types
 from sau.errors import DataError
-from sau.evaluate import Share, answering, figures
+from sau.evaluate import Proportion, eval_mode, figures, predict
 from sau.models import check_labels, check_logits, grad_enabled, logits_of
+from sau.pgd import Search, unsettled
 from sau.seeds import seeded
-from sau.types import Flags, Labels, Pixels
-from sau.witness import BATCH, Hunt, Search
+from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
+
+BATCH = 256  # images a pass
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What was found, picture by picture; N pictures in D, M in D'.
+    """What was found, image by image; N images in D, M in D'.
 
     Args:
         wrong: [N], h errs on x.
@@ -45,13 +55,12 @@ class Found:
         share: [M], one for R_share.
         blind: [M], one for R_share was found without starting from g(x) - x.
         by_sau: [M], SAU's inner search, as released but kept in S, ends at one for R_share.
-        kind: [M], type of the example that maximises h's cross-entropy: 0 none, 1 (I) h and h_b answer the same wrong
-            class, 2 (II) h alone errs, 3 (III) both err, differently.
+        kind: [M], type of the example that maximises h's cross-entropy, see `sau.defense.sau.example_types`.
         answer: [M], the class that h gives to that example.
         example: [M, C, H, W], its perturbation.
         witness: [M, C, H, W], the perturbation of a witness for R_share; 0 where there is none.
-        passes: forward passes of one network a picture of D' (a gradient counts as one more).
-        least: the same without the pictures that only fill batches.
+        passes: forward passes of one network an image of D' (a gradient counts as one more).
+        passes_unpadded: the same without the images that only fill batches.
     """
 
     wrong: Bool[Tensor, " all"]
@@ -67,19 +76,18 @@ class Found:
     example: Pixels
     witness: Pixels
     passes: float
-    least: float
+    passes_unpadded: float
 
-    def shares(self) -> dict[str, Share]:
+    def shares(self) -> dict[str, Proportion]:
         """The risks with their counts: r_cl, r_bd, r_adv, r_share, r_share_blind, r_share_sau, type1, type2, type3,
         in_ball, and r_bd_in_ball where a trigger lies in S; those of the trigger only where there is one."""
-        kinds = {f"type{i}": _share(self.kind == i) for i in (1, 2, 3)}
-        found = {"r_cl": _share(self.wrong), "r_adv": _share(self.adv), "r_share": _share(self.share)}
-        found |= {"r_share_blind": _share(self.blind), "r_share_sau": _share(self.by_sau), **kinds}
+        found = {"r_cl": self.wrong, "r_adv": self.adv, "r_share": self.share, "r_share_blind": self.blind}
+        found |= {"r_share_sau": self.by_sau, **{f"type{i}": self.kind == i for i in (1, 2, 3)}}
         if self.target is not None and self.inside is not None:
-            found |= {"r_bd": _share(self.target), "in_ball": _share(self.inside)}
+            found |= {"r_bd": self.target, "in_ball": self.inside}
             if self.inside.any():
-                found["r_bd_in_ball"] = _share(self.target[self.inside])
-        return found
+                found["r_bd_in_ball"] = self.target[self.inside]
+        return {name: _proportion(flags) for name, flags in found.items()}
 
     def row(self) -> dict[str, float]:
         """r_cl, r_bd, r_adv, r_share, r_share_sau, type1, type2 and type3 in percent, for `metrics.jsonl`."""
@@ -88,20 +96,20 @@ class Found:
         return {name: found[name].percent for name in names if name in found}
 
     def summary(self) -> dict[str, Any]:
-        """Every share in percent, its Wilson interval and counts, the bound, and the cost."""
+        """Every proportion in percent, its Wilson interval and counts, the bound, and the cost."""
         return {**figures(self.shares()), "bound": self.bound(), "passes": round(self.passes, 2)}
 
     def bound(self) -> dict[str, float] | None:
-        """R_bd and R_share + 1 - R_bd(h_b), in percent, of the pictures whose trigger lies in S; None if none does."""
+        """R_bd and R_share + 1 - R_bd(h_b), in percent, of the images whose trigger lies in S; None if none does."""
         if self.target is None or self.planted is None or self.inside is None or not self.inside.any():
             return None
-        target, planted, share = (_share(flags[self.inside]) for flags in (self.target, self.planted, self.share))
+        target, planted, share = (_proportion(flags[self.inside]) for flags in (self.target, self.planted, self.share))
         most = min(share.hits + planted.total - planted.hits, share.total)
-        return {"r_bd": target.percent, "at_most": Share(most, share.total).percent}  # rounded once, to stay a bound
+        return {"r_bd": target.percent, "at_most": Proportion(most, share.total).percent}  # rounded once: still a bound
 
 
-def _share(flags: Flags) -> Share:
-    return Share(int(flags.sum()), len(flags))
+def _proportion(flags: Tensor) -> Proportion:
+    return Proportion(int(flags.sum()), len(flags))
 
 
 def measure(
@@ -124,36 +132,21 @@ def measure(
         search: how; default is L_inf with radius 0.2.
         seed: of the random places that searches start from.
 
-    Raises DataError for other data, pictures that are no pairs or lie elsewhere than the networks, or none, and for
+    Raises DataError for other data, images that are no pairs or lie elsewhere than the networks, or none, and for
     networks of other classes; ConfigError for those that end in softmax; TrainingError for logits that are not finite.
     """
     if not isinstance(clean, Images) or not isinstance(triggered, Images | None):
         raise DataError("risks are measured on Images; Images.clean(pixels, labels, num_classes) makes them")
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
-        raise DataError("no pictures to measure risks on; give at least one")
+        raise DataError("no images to measure risks on; give at least one")
     every = torch.arange(len(clean), device=clean.labels.device)
     place = every if triggered is None else paired(clean, triggered)
     chosen = clean[place]
     eager = partial(torch.compiler.set_stance, "force_eager")  # batches are of many sizes; it holds once it is made
-    with grad_enabled(clean.pixels.device), answering(model, reference), seeded(seed), eager():
+    with grad_enabled(clean.pixels.device), eval_mode(model, reference), seeded(seed), eager():
         _check_networks((model, reference), chosen)
-        hunt = Hunt(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
+        hunt = AdversarialSearch(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
         return _found(hunt, clean, triggered, place)
-
-
-def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> None:
-    places = {chosen.pixels.device, *(weight.device for network in networks for weight in network.parameters())}
-    if len(places) > 1:
-        where = " and ".join(sorted(map(str, places)))
-        raise DataError(f"the networks and the pictures lie on {where}; bring them to one device with their .to(...)")
-    with torch.no_grad():
-        some = [logits_of(network, to_float(chosen.pixels[:8])) for network in networks]
-    for logits in some:
-        check_logits(logits)
-    classes, others = (logits.shape[1] for logits in some)
-    if classes != others or classes < 2:
-        raise DataError(f"the networks have {classes} and {others} classes; allowed is the same number, 2 and more")
-    check_labels(chosen.labels, classes)
 
 
 def gauge(
@@ -164,28 +157,31 @@ def gauge(
     return lambda model: measure(model, reference, some, bad, search, seed=seed)
 
 
-def _by_sau(hunt: Hunt, a: Labels, r: Labels) -> Flags:
-    """Where SAU's inner search leads to a shared example; a and r are the answers on x."""
-    search = SAU(norm=hunt.search.norm, eps=hunt.search.eps, adv_lr=hunt.search.eps, clip_pixels=True)
-    delta = torch.zeros_like(hunt.x)
-    for at in torch.arange(len(a), device=a.device).split(BATCH):
-        x, y = hunt.x[at], hunt.y[at]
-        delta[at], _ = search.shared_pgd(hunt.model, hunt.reference, x, y, a[at], r[at])
-    hunt.count(4 * search.adv_steps * len(a), 4 * search.adv_steps * len(a))
-    ends = (hunt.answers(network, hunt.x + delta) for network in (hunt.model, hunt.reference))
-    return hunt.note(delta, *ends) == 1
+def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> None:
+    places = {chosen.pixels.device, *(weight.device for network in networks for weight in network.parameters())}
+    if len(places) > 1:
+        where = " and ".join(sorted(map(str, places)))
+        raise DataError(f"the networks and the images lie on {where}; bring them to one device with their .to(...)")
+    with torch.no_grad():
+        some = [logits_of(network, to_float(chosen.pixels[:8])) for network in networks]
+    for logits in some:
+        check_logits(logits)
+    classes, others = (logits.shape[1] for logits in some)
+    if classes != others or classes < 2:
+        raise DataError(f"the networks have {classes} and {others} classes; allowed is the same number, 2 and more")
+    check_labels(chosen.labels, classes)
 
 
-def _found(hunt: Hunt, clean: Images, triggered: Images | None, place: Labels) -> Found:
-    x = hunt.x
-    answers = hunt.answers(hunt.model, to_float(clean.pixels))
-    a = answers[place]
-    r = hunt.answers(hunt.reference, x)
+def _found(hunt: "AdversarialSearch", clean: Images, triggered: Images | None, place: Labels) -> Found:
+    x, both = hunt.x, (hunt.model, hunt.reference)
+    predictions = hunt.predict(hunt.model, to_float(clean.pixels))
+    a, r = predictions[place], hunt.predict(hunt.reference, x)
     hunt.note(torch.zeros_like(x), a, r)  # e = 0 lies in S
-    by_sau = _by_sau(hunt, a, r)
+    delta = hunt.as_sau(a, r)
+    by_sau = hunt.note(delta, *(hunt.predict(network, x + delta) for network in both)) == 1
     example = hunt.strongest()
-    a, r = (hunt.answers(network, x + example) for network in (hunt.model, hunt.reference))
-    kind, answer = hunt.note(example, a, r), a
+    answer, r = (hunt.predict(network, x + example) for network in both)
+    kind = hunt.note(example, answer, r)
     for _ in range(hunt.search.restarts - 1):
         hunt.adversarial(hunt.random())
     for _ in range(hunt.search.restarts):
@@ -195,25 +191,141 @@ def _found(hunt: Hunt, clean: Images, triggered: Images | None, place: Labels) -
     if triggered is not None:
         g = to_float(triggered.pixels)
         inside = hunt.search.ball.contains(g - x)
-        a, r = hunt.answers(hunt.model, g), hunt.answers(hunt.reference, g)
+        a, r = (hunt.predict(network, g) for network in both)
         hunt.note(g - x, a, r, inside)
         begin = hunt.search.ball.into(x, g - x)
         hunt.shared(begin)
         hunt.adversarial(begin)
         target, planted = a == triggered.labels, r == triggered.labels
     return Found(
-        wrong=answers != clean.labels,
-        target=target,
-        planted=planted,
-        inside=inside,
-        adv=hunt.adv,
-        share=hunt.share,
-        blind=blind,
-        by_sau=by_sau,
-        kind=kind,
-        answer=answer,
-        example=example,
-        witness=hunt.witness,
-        passes=hunt.done / len(x),
-        least=hunt.least / len(x),
-    )
+        wrong=predictions != clean.labels, target=target, planted=planted, inside=inside, adv=hunt.adv,
+        share=hunt.share, blind=blind, by_sau=by_sau, kind=kind, answer=answer, example=example, witness=hunt.witness,
+        passes=hunt.passes / len(x), passes_unpadded=hunt.passes_unpadded / len(x),
+    )  # fmt: skip
+
+
+def margins(z: Logits) -> Tensor:
+    """[B, K]: by how much each class beats all others; above 0 only for the answer."""
+    first, second = z.topk(2, 1).values.unbind(1)
+    answer = F.one_hot(z.argmax(1), z.shape[1]).bool()
+    return z - torch.where(answer, second[:, None], first[:, None])
+
+
+def shared_margin(u: Logits, v: Logits, y: Labels) -> PerImage:
+    """The maximum over c != y of min(0, margin of c in u) + min(0, margin of c in v)."""
+    both = margins(u).clamp_max(0) + margins(v).clamp_max(0)
+    return both.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+class AdversarialSearch:
+    """Images x [M, C, H, W] in [0, 1] with labels y, and the witnesses found for them so far.
+
+    Attributes:
+        adv: [M], some e in S makes h err.
+        share: [M], some e in S makes h and h_b answer the same class other than y.
+        witness: [M, C, H, W], that e of `share`; 0 where there is none.
+        passes: forward passes of one network so far (a gradient counts as one more).
+        passes_unpadded: the same without the images that only fill buckets.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, search: Search) -> None:
+        self.model, self.reference, self.x, self.y, self.search = model, reference, x, y, search
+        self.adv, self.share = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
+        self.witness = torch.zeros_like(x)
+        self.passes = self.passes_unpadded = 0
+
+    def random(self) -> Change:
+        """A place in S for every image."""
+        return self.search.ball.start(self.x, "random")
+
+    def predict(self, model: nn.Module, x: Pixels) -> Labels:
+        """Classes that `model` gives to x."""
+        self._count(len(x), len(x))
+        return predict(model, x, BATCH)
+
+    def note(
+        self, delta: Change, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
+    ) -> Labels:
+        """Take h's answers `a` and h_b's answers `r` on x[index] + delta for witnesses, `where` delta lies in S.
+
+        Returns their types, see `example_types`.
+        """
+        index = torch.arange(len(self.y), device=self.y.device) if index is None else index
+        where = torch.ones_like(index, dtype=torch.bool) if where is None else where
+        types = example_types(a, r, self.y[index])
+        new = (types == 1) & where & ~self.share[index]
+        self.witness[index[new]] = delta[new]
+        self.adv[index] |= (types > 0) & where
+        self.share[index] |= (types == 1) & where
+        return types
+
+    def as_sau(self, a: Labels, r: Labels) -> Change:
+        """Where SAU's inner search leads; a and r are the answers of h and h_b on x."""
+        sau = SAU(norm=self.search.norm, eps=self.search.eps, adv_lr=self.search.eps, clip_pixels=True)
+        delta = torch.zeros_like(self.x)
+        for at in torch.arange(len(a), device=a.device).split(BATCH):
+            delta[at], _ = sau.shared_pgd(self.model, self.reference, self.x[at], self.y[at], a[at], r[at])
+        self._count(4 * sau.adv_steps * len(a), 4 * sau.adv_steps * len(a))
+        return delta
+
+    def strongest(self) -> Change:
+        """For every image the e with the largest cross-entropy of h on one full search, as training would use it."""
+        best, highest = torch.zeros_like(self.x), torch.full_like(self.x[:, 0, 0, 0], -torch.inf)
+
+        def keep(at: Labels, delta: Change, loss: PerImage) -> None:
+            better = loss > highest[at]
+            best[at[better]], highest[at[better]] = delta[better], loss[better]
+
+        self._climb(self._alone, self.random(), lambda: torch.ones_like(self.adv), keep)
+        return best
+
+    def adversarial(self, delta: Change) -> None:
+        """Search for witnesses of `adv` from `delta`, where there is none yet."""
+        self._climb(self._alone, delta, lambda: ~self.adv)
+
+    def shared(self, delta: Change) -> None:
+        """Search for witnesses of `share` from `delta`, where there is none yet."""
+        self._climb(self._together, delta, lambda: ~self.share, networks=2)
+
+    def _alone(self, at: Labels, delta: Change) -> PerImage:
+        z = logits_of(self.model, self.x[at] + delta)
+        self.adv[at] |= z.argmax(1) != self.y[at]
+        return F.cross_entropy(z, self.y[at], reduction="none")
+
+    def _together(self, at: Labels, delta: Change) -> PerImage:
+        u, v = (logits_of(network, self.x[at] + delta) for network in (self.model, self.reference))
+        self.note(delta.detach(), u.argmax(1), v.argmax(1), index=at)
+        return shared_margin(u, v, self.y[at])
+
+    def _climb(
+        self,
+        goal: Callable[[Labels, Change], PerImage],
+        delta: Change,
+        left: Callable[[], Flags],
+        keep: Callable[[Labels, Change, PerImage], None] = lambda *_: None,
+        networks: int = 1,
+    ) -> None:
+        """`steps` steps up `goal` for the images that are `left`, and a look at where the last one leads."""
+        delta = delta.clone()
+
+        def value(at: Labels, d: Change) -> PerImage:
+            height = goal(at, d)
+            keep(at, d.detach(), height.detach())
+            return height
+
+        for step in range(self.search.steps + 1):
+            settled, last = ~left(), step == self.search.steps
+            needed = int((~settled).sum())
+            active = unsettled(settled)  # padding images are updated too, but their result is already stored
+            passes = networks * (1 if last else 2)
+            self._count(passes * len(active), passes * needed)
+            for at in active.split(BATCH) if needed else ():
+                if last:
+                    with torch.no_grad():
+                        value(at, delta[at])
+                else:
+                    delta[at] = self.search.ascend(partial(value, at), self.x[at], delta[at])
+
+    def _count(self, passes: int, unpadded: int) -> None:
+        self.passes += passes
+        self.passes_unpadded += unpadded

@@ -9,7 +9,7 @@ import torch
 
 from sau.data.images import Images
 from sau.errors import DataError, RecordError, SauError
-from sau.evaluate import Score, Share, der, score
+from sau.evaluate import Proportion, Score, der, score
 from sau.record import attack_result, schema
 from sau.record.attack_result import AttackResult
 from sau.record.folder import CONFIG, Record
@@ -91,7 +91,8 @@ def _figures(attack: AttackResult, folder: Path, test: Images, device: torch.dev
     for part, place in parts.items():
         figures = summary[part] if part else summary
         shares = [
-            Share(*figures[key]) if (key := f"{name}_count") in figures else None for name in ("acc", "asr", "racc")
+            Proportion(*figures[key]) if (key := f"{name}_count") in figures else None
+            for name in ("acc", "asr", "racc")
         ]
         recorded[part] = Score(*shares)  # type: ignore[arg-type]
         model = attack.blank()
@@ -114,7 +115,7 @@ def _figures(attack: AttackResult, folder: Path, test: Images, device: torch.dev
     return ", ".join(texts)
 
 
-def compare(name: str, recorded: Share | None, measured: Share | None) -> None:
+def compare(name: str, recorded: Proportion | None, measured: Proportion | None) -> None:
     """RecordError if the counts differ by more than `TOLERANCE`, and by more than one image."""
     if recorded is None or measured is None:
         same = recorded is measured

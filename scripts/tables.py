@@ -37,7 +37,7 @@ from sau.report.results import NONE, PERCENT, Result, find_results, read_metrics
 from sau.report.stats import mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
 from sau.risk import gauge
-from sau.witness import Search
+from sau.pgd import Search
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}

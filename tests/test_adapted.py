@@ -10,14 +10,14 @@ from toys import planted, quiet, tiny_net, toy_images
 
 from sau.defense import AT, DEFENSES, FT, NAD, SAU
 from sau.defense import verdict as verdicts
-from sau.defense.inputs import clean_batches, image_count
+from sau.defense.inputs import Statistics, clean_batches, image_count
 from sau.defense.verdict import PatchSearch, Verdict
 from sau.loop import Session
 from sau.models.preact_resnet import PreActResNet18
 
 
 def batches_of(loader: Any) -> Any:
-    return clean_batches(loader, 256, torch.device("cpu"), mean=None, std=None, augment=None, seed=0)
+    return clean_batches(loader, 256, torch.device("cpu"), Statistics(None, None), 0)
 
 
 @pytest.mark.parametrize("defense", [SAU, AT])

@@ -54,7 +54,7 @@ def test_the_search_is_sign_ascent_from_every_start(init, norm, clip):
     defense = AT(eps=EPS, adv_lr=RATE, adv_steps=STEPS, norm=norm, pgd_init=init, clip_pixels=clip)
     first = begun(x, init)
     torch.manual_seed(7)
-    assert torch.allclose(defense.pgd(net, x, y), climbed(net, x, y, first, norm, clip), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(defense.search(net, x, y), climbed(net, x, y, first, norm, clip), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", [(0.3, 2.0), (0.0, 1.0), (1.0, 0.0)])
@@ -87,8 +87,8 @@ def test_what_a_run_asks_of_it(one_line):
     assert defense.name == "at" and defense.supports_microbatch() and defense.graph_safe
 
     class Mine(AT):
-        def update(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            return super().update(state, x, y)
+        def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return super().step(state, x, y)
 
     assert Mine().supports_microbatch() and not Mine.graph_safe  # whose step may do something else each time
     for name in ("weight_clean", "weight_adv", "eps"):  # the last one is of the ball
@@ -102,7 +102,7 @@ def test_the_search_asks_the_frozen_copy_where_there_is_one():
     net, (x, y), asked = smooth_net(), batch(6, 1), []
     defense = AT(adv_steps=STEPS, lr=0.1)
     state = defense.prepare(net, 1)
-    defense.update({**state, "frozen": lambda x: asked.append(len(x)) or net(x)}, x, y)
+    defense.step({**state, "frozen": lambda x: asked.append(len(x)) or net(x)}, x, y)
     assert asked == [6] * STEPS
 
 

@@ -49,7 +49,7 @@ from sau.data.sources import clean_subset, fingerprint
 from sau.defense import FT
 from sau.defense.npd import insert_polarizer
 from sau.errors import ConfigError, DataError, RecordError
-from sau.evaluate import led, score
+from sau.evaluate import asr_and_racc, score
 from sau.figures import audit
 from sau.models import Normalized
 from sau.record import attack_result as stored
@@ -630,7 +630,7 @@ def test_released_relearning_is_augmented_at_once_and_d_alone_is_without_a_trigg
         made.relearned(network, curve, 0, 2)
     assert seen == [Augment(2), None]
     shown = []
-    monkeypatch.setattr(measure, "led", lambda model, x, *labels: shown.append(x) or led(model, x, *labels))
+    monkeypatch.setattr(measure, "led", lambda model, x, *labels: shown.append(x) or asr_and_racc(model, x, *labels))
     made.white(network, measure.ALONE, 0)
     assert torch.equal(shown[0], TEST.pixels[BAD.index])
 

@@ -17,7 +17,7 @@ from sau.models import Normalized
 from sau.optim import Training
 from sau.risk import measure
 
-LEARNING = {name: row.defense for name, row in ROWS.items() if row.defense.learns}
+LEARNING = {name: row.defense for name, row in ROWS.items() if row.defense.gradients != "none"}
 
 
 class Shades(torch.nn.Sequential):

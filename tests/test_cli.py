@@ -32,7 +32,7 @@ from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, CROSS, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
-from sau.evaluate import Score, Share
+from sau.evaluate import Proportion, Score
 from sau.optim import Training
 from sau.record import lock
 from sau.record.attack_result import load_images
@@ -132,7 +132,7 @@ def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
     monkeypatch.setattr(SAU, "end_epoch", lambda self, state, losses: None)
     for module in ("watch", "attack_and_defend"):
-        monkeypatch.setattr(f"sau.command.{module}.score", lambda *given: Score(*[Share(1, 2)] * 3))
+        monkeypatch.setattr(f"sau.command.{module}.score", lambda *given: Score(*[Proportion(1, 2)] * 3))
     status, out, err = here("defense", "sau", "--result_file", "victim")
     assert (status, err) == (0, "")
     folder = victim / "defense" / "sau"

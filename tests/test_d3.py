@@ -40,10 +40,10 @@ def test_at_the_backdoored_weights_the_distance_has_no_gradient():
 def test_projecting_keeps_the_direction_and_restores_the_length():
     sphere, here, _ = at_angle(1.0)
     for factor in (1e-3, 0.7, 1e3):
-        sphere.put(factor * here)
+        sphere.weight.data.copy_(factor * here)
         sphere.project()
         assert torch.allclose(sphere.weight, 3.0 * here, rtol=1e-12)
-    sphere.put(torch.zeros_like(here))
+    sphere.weight.data.zero_()
     sphere.project()
     assert (sphere.weight == 0).all()
 

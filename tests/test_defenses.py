@@ -63,7 +63,7 @@ def test_every_defense_has_its_files_and_its_help(name):
     assert (REPOSITORY / "defense" / f"{name}.py").is_file()
     assert (REPOSITORY / "configs" / "defense" / f"{name}.yaml").is_file()
     assert defense.__doc__ and all(option.help for option in options(defense).values())
-    assert defense().selection == "defender" and defense.needs in ("clean", "poisoned")
+    assert defense().selection == "defender" and defense.data_use in ("none", "clean", "poisoned")
     names = [other for option in options(defense).values() for other in (option.name, *option.aliases)]
     assert len(names) == len(set(names))
 
@@ -555,7 +555,7 @@ def test_adversarial_training_makes_the_network_robust():
     defense = AT(lr=0.01, eps=0.1, adv_lr=0.1, epochs=5, batch_size=50)
     fixed = defense.purify(net, clean, session=quiet())
     x, y = to_float(test.pixels), test.labels
-    fooled = [int((model(x + defense.pgd(model, x, y)).argmax(1) != y).sum()) for model in (net, fixed)]
+    fooled = [int((model(x + defense.search(model, x, y)).argmax(1) != y).sum()) for model in (net, fixed)]
     assert fooled[1] < fooled[0] - 20
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toys import REPOSITORY
 
-from sau.evaluate import Score, Share, der, verdict
+from sau.evaluate import Proportion, Score, der, verdict
 
 SHOWN = (REPOSITORY / "README.md").read_text().partition("    $ bash scripts/demo.sh\n")[2].partition("\n\n")[0]
 LINES = [line[4:] for line in SHOWN.splitlines()]
@@ -65,7 +65,7 @@ def scores(name: str) -> Score:
     """A row of the README's table; its percentages as shares of ten thousand."""
     (row,) = (line for line in LINES if line.startswith(f"{name} "))
     shown = re.findall(r"([\d.]+) \[", row)
-    return Score(*(Share(round(100 * float(value)), 10_000) for value in shown))
+    return Score(*(Proportion(round(100 * float(value)), 10_000) for value in shown))
 
 
 def test_the_verdict_of_the_readme_follows_from_its_table():

@@ -14,7 +14,7 @@ from sau import formatting
 from sau.attack import Blended
 from sau.data.images import to_float
 from sau.errors import ConfigError, DataError, TrainingError
-from sau.evaluate import Score, Share, _fitting, accuracy, der, led, predict, score, table, verdict
+from sau.evaluate import Proportion, Score, accuracy, asr_and_racc, der, predict, score, table, verdict
 from sau.formatting import markdown
 
 # Shares
@@ -24,13 +24,13 @@ from sau.formatting import markdown
     ("hits", "total", "percent"), [(0, 7, 0.0), (7, 7, 100.0), (1, 3, 33.33), (2, 3, 66.67), (9131, 10_000, 91.31)]
 )
 def test_a_share_has_two_decimals(hits, total, percent):
-    assert Share(hits, total).percent == percent
+    assert Proportion(hits, total).percent == percent
 
 
 def test_shares_and_scores_print_themselves():
-    share = Share(81, 263)
+    share = Proportion(81, 263)
     assert str(share) == "30.80 % [25.53, 36.62]"
-    assert str(Score(share, Share(15, 148), Share(10, 10))) == (
+    assert str(Score(share, Proportion(15, 148), Proportion(10, 10))) == (
         "ACC 30.80 % [25.53, 36.62]  ASR 10.14 % [6.24, 16.05]  R-ACC 100.00 % [72.25, 100.00]"
     )
     assert str(Score(share)) == "ACC 30.80 % [25.53, 36.62]"
@@ -49,7 +49,7 @@ def test_shares_and_scores_print_themselves():
     ],
 )
 def test_wilsons_interval(hits, total, interval):
-    assert Share(hits, total).interval == interval
+    assert Proportion(hits, total).interval == interval
 
 
 def test_wilsons_interval_is_where_the_normal_test_stops_rejecting():
@@ -61,7 +61,7 @@ def test_wilsons_interval_is_where_the_normal_test_stops_rejecting():
         def excess(q: float, p: float = p, n: int = n) -> float:
             return abs(p - q) - z * math.sqrt(q * (1 - q) / n)
 
-        for end, (inside, outside) in zip(Share(hits, n).interval, ((p, 0.0), (p, 1.0)), strict=True):
+        for end, (inside, outside) in zip(Proportion(hits, n).interval, ((p, 0.0), (p, 1.0)), strict=True):
             for _ in range(60):
                 middle = (inside + outside) / 2
                 inside, outside = (middle, outside) if excess(middle) < 0 else (inside, middle)
@@ -101,8 +101,8 @@ def test_a_constant_answer():
     test = toy_images(40)
     triggered = Blended().poison_test(test)
     target, other = score(Constant(0), test, triggered), score(Constant(2), test, triggered)
-    assert (target.acc, target.asr, target.racc) == (Share(10, 40), Share(30, 30), Share(0, 30))
-    assert (other.acc, other.asr, other.racc) == (Share(10, 40), Share(0, 30), Share(10, 30))
+    assert (target.acc, target.asr, target.racc) == (Proportion(10, 40), Proportion(30, 30), Proportion(0, 30))
+    assert (other.acc, other.asr, other.racc) == (Proportion(10, 40), Proportion(0, 30), Proportion(10, 30))
 
 
 def test_counts_by_hand():
@@ -110,17 +110,17 @@ def test_counts_by_hand():
     clean = (saying([0, 1, 2, 0]), torch.tensor([0, 1, 2, 3]))
     triggered = (saying([0, 0, 1, 2, 3]), torch.zeros(5, dtype=torch.long), torch.tensor([1, 2, 1, 2, 2]))
     result = score(Answers(), clean, triggered)
-    assert (result.acc, result.asr, result.racc) == (Share(3, 4), Share(2, 5), Share(2, 5))
+    assert (result.acc, result.asr, result.racc) == (Proportion(3, 4), Proportion(2, 5), Proportion(2, 5))
     summary = result.summary()
     assert (summary["acc"], summary["asr"], summary["racc"]) == (75.0, 40.0, 40.0)
     assert summary["acc_count"] == [3, 4] and summary["racc_count"] == [2, 5]
-    assert summary["asr_interval"] == list(Share(2, 5).interval)
+    assert summary["asr_interval"] == list(Proportion(2, 5).interval)
 
 
 def test_all2all_has_another_target_for_every_picture():
     triggered = (saying([1, 2, 3, 0]), torch.tensor([1, 2, 3, 0]), torch.tensor([0, 1, 2, 3]))
     result = score(Answers(), triggered[:2], triggered)
-    assert result.asr == Share(4, 4) and result.racc == Share(0, 4)
+    assert result.asr == Proportion(4, 4) and result.racc == Proportion(0, 4)
 
 
 def test_images_and_tensors_are_the_same_to_it():
@@ -135,12 +135,12 @@ def test_without_triggers_there_is_no_asr():
     test = toy_images(8)
     for nothing in (None, test[test.labels[:0]]):
         result = score(Constant(0), test, nothing)
-        assert result.asr is None and result.racc is None and result.acc == Share(2, 8)
+        assert result.asr is None and result.racc is None and result.acc == Proportion(2, 8)
         assert result.summary() == {
             "acc": 25.0,
             "asr": None,
             "racc": None,
-            "acc_interval": list(Share(2, 8).interval),
+            "acc_interval": list(Proportion(2, 8).interval),
             "acc_count": [2, 8],
         }
 
@@ -228,12 +228,15 @@ def test_labels_that_would_be_broadcast_are_refused(labels, one_line):
         with pytest.raises(DataError) as refusal:
             score(tiny_net(), clean, triggered)
         assert "allowed is one" in one_line(refusal.value)
-    for shares in (lambda: accuracy(tiny_net(), images.pixels, labels), lambda: led(tiny_net(), *images_and(labels))):
+    for shares in (
+        lambda: accuracy(tiny_net(), images.pixels, labels),
+        lambda: asr_and_racc(tiny_net(), *images_and(labels)),
+    ):
         with pytest.raises(DataError) as refusal:
             shares()
         assert "allowed is one" in one_line(refusal.value)
     with pytest.raises(DataError, match="clean is list, allowed is Images or 2 tensors"):
-        _fitting("clean", [(images.pixels, images.labels)], 2)  # as a loader gives them
+        score(tiny_net(), [(images.pixels, images.labels)], None)  # as a loader gives them
 
 
 def images_and(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,7 +273,7 @@ def test_an_answer_that_is_no_logits_has_no_share(shape, one_line):
     for asked in (
         lambda: predict(net, images.pixels),
         lambda: accuracy(net, images.pixels, images.labels),
-        lambda: led(net, images.pixels, images.labels, images.labels),
+        lambda: asr_and_racc(net, images.pixels, images.labels, images.labels),
         lambda: score(net, images, None),
     ):
         with pytest.raises(DataError) as refusal:
@@ -304,8 +307,8 @@ def test_a_broken_network_has_no_accuracy(value, one_line):
 
 def scored(acc: float, asr: float | None) -> Score:
     """A score with these percentages, out of 10,000 pictures."""
-    triggered = None if asr is None else Share(round(100 * asr), 10_000)
-    return Score(Share(round(100 * acc), 10_000), triggered, triggered)
+    triggered = None if asr is None else Proportion(round(100 * asr), 10_000)
+    return Score(Proportion(round(100 * acc), 10_000), triggered, triggered)
 
 
 @pytest.mark.parametrize(
@@ -360,8 +363,8 @@ def test_der_of_nothing():
 
 
 def test_the_table_as_text():
-    before = Score(Share(9, 10), Share(10, 10), Share(0, 10))
-    after = Score(Share(8, 10), Share(1, 10), Share(7, 10))
+    before = Score(Proportion(9, 10), Proportion(10, 10), Proportion(0, 10))
+    after = Score(Proportion(8, 10), Proportion(1, 10), Proportion(7, 10))
     head, first, second = table({"before": before, "after": after}).splitlines()
     assert head.split() == ["ACC", "%", "ASR", "%", "R-ACC", "%", "DER", "%"]
     assert first.split()[0] == "before" and "90.00 [59.58, 98.21]" in first and "100.00" in first
@@ -384,7 +387,7 @@ def test_names_break_no_table_in_markdown():
 
 
 def test_the_table_of_a_clean_network():
-    head, only = table({"attacked": Score(Share(9, 10))}).splitlines()
+    head, only = table({"attacked": Score(Proportion(9, 10))}).splitlines()
     assert only.split()[-3:] == ["-", "-", "-"] and "90.00" in only
 
 
@@ -420,7 +423,7 @@ def test_logits_that_are_broken_in_one_block_are_found(one_line):
 
 
 def percents(acc: float, asr: float | None = None, racc: float | None = None) -> Score:
-    return Score(*(None if value is None else Share(round(100 * value), 10_000) for value in (acc, asr, racc)))
+    return Score(*(None if value is None else Proportion(round(100 * value), 10_000) for value in (acc, asr, racc)))
 
 
 def test_the_verdict_of_a_backdoor_that_is_gone():
@@ -481,7 +484,7 @@ def test_there_is_no_verdict_on_a_backdoor_that_was_never_there():
 
 def test_der_is_rounded_once():
     """The drops are 1/3 and 2/3 points; of rounded percentages DER would be 49.84."""
-    before, after = Score(Share(300, 300), Share(200, 300)), Score(Share(298, 300), Share(199, 300))
+    before, after = Score(Proportion(300, 300), Proportion(200, 300)), Score(Proportion(298, 300), Proportion(199, 300))
     assert der(before, after) == round((100 / 300 - 200 / 300 + 100) / 2, 2) == 49.83
 
 

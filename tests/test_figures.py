@@ -20,7 +20,7 @@ from sau.figures import curves, examples, features, images, risks, save, types
 from sau.figures.curves import NORMS, RISKS
 from sau.figures.images import last_features
 from sau.record.folder import Record
-from sau.witness import Search
+from sau.pgd import Search
 
 
 @pytest.fixture(autouse=True)

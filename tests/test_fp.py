@@ -9,7 +9,7 @@ from toys import backdoored, own_answers, pair, quiet, same_weights, tiny_net
 from sau.defense import FP, fp, pruning
 from sau.defense.fp import activations, last_layers, zero_units
 from sau.errors import ConfigError
-from sau.evaluate import Score, Share, score
+from sau.evaluate import Proportion, Score, score
 from sau.loop import Session
 from sau.models import PreActResNet18
 from sau.models.torchvision import torchvision_net
@@ -59,7 +59,7 @@ def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
 
     def judge(network: nn.Module) -> Score:
         n = len(gone(network.get_submodule("net")))
-        return Score(Share(90 if n <= 2 else 80, 100), Share(5 if n == 1 else 90, 100), Share(0, 100))
+        return Score(Proportion(90 if n <= 2 else 80, 100), Proportion(5 if n == 1 else 90, 100), Proportion(0, 100))
 
     session = Session(say=lambda text: None, judge=judge)
     fixed = FP(epochs=0, augment=False, select="oracle").purify(net, data, session=session)
@@ -72,7 +72,7 @@ def test_the_oracle_ranks_on_all_images(monkeypatch, select, count):
     ranked = []
     monkeypatch.setattr(fp, "activations", lambda model, layer, x: ranked.append(len(x)) or torch.arange(10.0))
     net, data = ten_units()
-    session = Session(say=lambda text: None, judge=lambda network: Score(Share(80, 100)))
+    session = Session(say=lambda text: None, judge=lambda network: Score(Proportion(80, 100)))
     FP(epochs=0, augment=False, select=select).purify(net, data, session=session)
     assert ranked == [count]
 

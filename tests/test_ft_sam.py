@@ -8,7 +8,7 @@ from torch import nn
 from toys import backdoored, pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.defense import FT, FTSAM
-from sau.defense.ft_sam import shifted, smoothed_loss, statistics_kept
+from sau.defense.ft_sam import perturbed, smoothed_loss
 from sau.evaluate import score
 from sau.loop import Session
 
@@ -63,7 +63,7 @@ def test_the_direction_loses_the_part_that_only_the_plain_gradient_has():
 def test_weights_are_undone_to_the_bit_whatever_happens():
     weights = [torch.randn(100) * 10.0**i for i in range(-3, 3)]
     before = [weight.clone() for weight in weights]
-    with pytest.raises(KeyError), shifted(weights, [torch.randn(100) for _ in weights]):
+    with pytest.raises(KeyError), perturbed(nn.Identity(), weights, [torch.randn(100) for _ in weights]):
         assert not any(torch.equal(now, then) for now, then in zip(weights, before, strict=True))
         raise KeyError
     assert all(torch.equal(now, then) for now, then in zip(weights, before, strict=True))
@@ -72,7 +72,7 @@ def test_weights_are_undone_to_the_bit_whatever_happens():
 def test_statistics_are_kept_and_those_of_the_batch_used():
     norm, x = nn.BatchNorm2d(3).train(), torch.randn(4, 3, 5, 5) + 2
     wanted, kept = nn.BatchNorm2d(3)(x), {name: value.clone() for name, value in norm.state_dict().items()}
-    with statistics_kept(norm):
+    with perturbed(norm, [], []):
         assert torch.equal(norm(x), wanted)
     assert all(torch.equal(value, kept[name]) for name, value in norm.state_dict().items())
     norm(x)

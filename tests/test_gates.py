@@ -8,7 +8,7 @@ from toys import QUICK, REPOSITORY
 
 from sau.attack import ATTACKS, BadNet
 from sau.errors import RecordError
-from sau.evaluate import Share
+from sau.evaluate import Proportion
 from sau.record import attack_result, schema
 
 ATTACK = ("--dataset", "digits", "--width", "2", "--epochs", "0", "--save_folder_name", "a", *QUICK)
@@ -59,13 +59,13 @@ def test_without_a_backdoor_or_with_other_label_rules_there_is_no_gate(here, tmp
 
 @pytest.mark.parametrize(("hits", "passed"), [(949, False), (950, True), (1000, True)])
 def test_the_gate_itself_passes(hits, passed):
-    assert ATTACKS["sig"]().gate("cifar10", Share(hits, 1000)) == {"asr": 95.0, "passed": passed}
+    assert ATTACKS["sig"]().gate("cifar10", Proportion(hits, 1000)) == {"asr": 95.0, "passed": passed}
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "prototype"])
 def test_the_pages_state_the_gates_of_the_program(name):
     """The table of docs/attacks/README.md, and the page of the attack."""
-    here, other = (ATTACKS[name]().gate(dataset, Share(1, 1)) for dataset in ("cifar10", "digits"))
+    here, other = (ATTACKS[name]().gate(dataset, Proportion(1, 1)) for dataset in ("cifar10", "digits"))
     pages = REPOSITORY / "docs" / "attacks"
     rows = re.findall(rf"^\| `{name}` \| (\d+) \| (\d+) \|$", (pages / "README.md").read_text(), re.M)
     assert rows == [(f"{here['asr']:g}", f"{other['asr']:g}")]

@@ -18,12 +18,12 @@ from toys import TinyNet, pair, quiet, same_weights, tiny_net, toy_images, tripl
 from sau.attack import BadNet
 from sau.defense import CLP, FT, Defense
 from sau.errors import ConfigError, DataError, SauError
-from sau.evaluate import answering
+from sau.evaluate import eval_mode
 from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
+from sau.pgd import Search
 from sau.risk import measure
-from sau.witness import Search
 
 pytestmark = pytest.mark.usefixtures("no_chance")  # most networks here are untrained
 
@@ -55,7 +55,7 @@ def test_in_bf16_what_is_learned_is_what_comes_back(name):
 
     def on_epoch(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
         if "model" in state:
-            with torch.no_grad(), answering(state["model"]):
+            with torch.no_grad(), eval_mode(state["model"]):
                 answers.append(state["model"](x))
         return {}
 
@@ -222,13 +222,16 @@ class Cut(TinyNet):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_network_without_gradients_is_refused_by_those_who_need_them(name, one_line):
     defense = ROWS[name].defense
-    assert defense.learns is (name not in ("clp", "bnp", "ep"))
-    assert defense.searches is (name in ("sau", "at", "i-bau", "nc", "npd"))
-    for kind, needed, what in ((Deaf, defense.learns, "weights"), (Cut, defense.searches, "pictures")):
+    asked = {"clp": "none", "bnp": "none", "ep": "none", **dict.fromkeys(("sau", "at", "i-bau", "nc", "npd"), "images")}
+    assert defense.gradients == asked.get(name, "weights")
+    for kind, needed, what in (
+        (Deaf, defense.gradients != "none", "weights"),
+        (Cut, defense.gradients == "images", "images"),
+    ):
         net = kind().eval()
         if needed:
             said = one_line(refusal_of("ConfigError", net, pair(), defense=defense))
-            assert f"has no gradient to its {what}, as {name} needs; take no_grad" in said
+            assert f"have no gradient to the {what}, as {name} needs; take no_grad" in said
         else:
             defense.purify(net, pair(), session=quiet())
 

@@ -15,7 +15,7 @@ from toys import backdoored, batch, pair, quiet, same_weights, smooth_net, tiny_
 
 from sau.defense import IBAU
 from sau.defense.i_bau import solve
-from sau.defense.inputs import Kept
+from sau.defense.inputs import CachedBatches
 from sau.errors import ConfigError
 from sau.evaluate import score
 from sau.loop import Session
@@ -249,10 +249,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(save_every):
 
 def test_the_pictures_are_drawn_once_for_all_rounds():
     x, y = pair()
-    kept = Kept([(x[:8], y[:8], "more"), (x[8:], y[8:], "more")])
+    kept = CachedBatches([(x[:8], y[:8], "more"), (x[8:], y[8:], "more")])
     assert [len(labels) for _, labels in kept] == [8, 12] and len(kept) == 2
     assert torch.equal(torch.cat([pixels for pixels, _ in kept]), x)
-    again = Kept([(x[:8] * 0, y[:8]), (x[8:] * 0, y[8:])])
+    again = CachedBatches([(x[:8] * 0, y[:8]), (x[8:] * 0, y[8:])])
     again.load_state_dict(kept.state_dict())
     assert torch.equal(torch.cat([pixels for pixels, _ in again]), x)
 

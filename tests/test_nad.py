@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import FT, NAD
-from sau.defense.nad import attention, deepest, named_layers, watched
+from sau.defense.nad import attention, attention_layers, watched
 from sau.errors import ConfigError, RecordError
 from sau.evaluate import score
 from sau.loop import Session
@@ -87,23 +87,27 @@ def test_features_are_taken_before_a_relu_in_place():
 
 def test_the_layers_of_networks():
     x = torch.rand(1, 3, 32, 32)
-    assert deepest(PreActResNet18(width=4), x) == ["layer3", "layer4"]
-    assert deepest(Normalized(PreActResNet18(width=4)), x) == ["net.layer3", "net.layer4"]
+    assert attention_layers(PreActResNet18(width=4), x) == ["layer3", "layer4"]
+    assert attention_layers(Normalized(PreActResNet18(width=4)), x) == ["net.layer3", "net.layer4"]
     resnet = torchvision_net("resnet18", 10, (3, 32, 32))
-    assert deepest(resnet, torch.rand(1, 3, 64, 64)) == ["layer3", "layer4"]
-    assert deepest(resnet, x) == ["layer2", "layer3"]  # layer4 has a single position left
+    assert attention_layers(resnet, torch.rand(1, 3, 64, 64)) == ["layer3", "layer4"]
+    assert attention_layers(resnet, x) == ["layer2", "layer3"]  # layer4 has a single position left
     # As in torchvision's VGG: what is pooled to 1x1 and then blown up to 7x7 does not count.
     vgg = nn.Sequential(tiny_net().features[:5], nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(7), nn.Flatten())
-    assert deepest(vgg, x) == ["0.2", "0"]
-    assert deepest(tiny_net(), x) == ["features.2", "features.4"]
-    assert deepest(nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten()), x) == ["0"]
+    assert attention_layers(vgg, x) == ["0.2", "0"]
+    assert attention_layers(tiny_net(), x) == ["features.2", "features.4"]
+    assert attention_layers(nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten()), x) == ["0"]
 
 
 def test_the_user_names_layers():
     model, x = Normalized(PreActResNet18(width=4)), torch.rand(1, 3, 32, 32)
-    assert named_layers(model, x, ("layer2", "net.layer4", "avgpool")) == ["net.layer2", "net.layer4", "net.avgpool"]
+    assert attention_layers(model, x, ("layer2", "net.layer4", "avgpool")) == [
+        "net.layer2",
+        "net.layer4",
+        "net.avgpool",
+    ]
     inside = nn.Sequential(nn.Identity(), PreActResNet18(width=4))  # as a wrapper of the user's has it
-    assert named_layers(inside, x, ("layer4",)) == ["1.layer4"]
+    assert attention_layers(inside, x, ("layer4",)) == ["1.layer4"]
     said: list[str] = []
     NAD(te_epochs=0, epochs=0, layers=("features.2", "features.4", "features.0")).purify(
         tiny_net(), pair(), session=Session(say=said.append)
@@ -114,8 +118,8 @@ def test_the_user_names_layers():
 def test_one_layer_by_two_names_is_refused(one_line):
     model, x = Normalized(PreActResNet18(width=4)), torch.rand(1, 3, 32, 32)
     with pytest.raises(ConfigError) as refusal:
-        named_layers(model, x, ("layer4", "net.layer4"))
-    assert "'net.layer4' is given twice" in one_line(refusal.value)
+        attention_layers(model, x, ("layer4", "net.layer4"))
+    assert "'net.layer4' has no feature maps or is named twice" in one_line(refusal.value)
 
 
 def test_layers_that_are_not_there_are_refused(one_line):
@@ -234,10 +238,10 @@ def test_the_accuracy_is_kept_on_a_toy():
 def test_poolings_and_computed_weights_are_no_stages():
     net = tiny_net()
     weight_norm(net.features[3])
-    assert deepest(net, pair()[0][:1]) == deepest(tiny_net(), pair()[0][:1])
+    assert attention_layers(net, pair()[0][:1]) == attention_layers(tiny_net(), pair()[0][:1])
     first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
     grown = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveMaxPool2d(12), nn.Flatten(), nn.Linear(576, 4))
-    assert deepest(grown, pair()[0][:1]) == ["1", "2"]
+    assert attention_layers(grown, pair()[0][:1]) == ["1", "2"]
 
 
 def test_compiled_layers_are_looked_into():

@@ -17,9 +17,8 @@ from toys import QUICK, pair, quiet, same_weights, tiny_net, toy_images, train_v
 from sau.attack import BadNet
 from sau.data.images import Batches, Images
 from sau.defense import NC
-from sau.defense.inputs import Kept, rebatched
-from sau.defense.inversion import Patches, unit
-from sau.defense.nc import anomaly
+from sau.defense.inputs import CachedBatches, rebatch
+from sau.defense.nc import Patches, anomaly, unit
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import Session
@@ -332,14 +331,14 @@ def test_the_pictures_of_the_fine_tuning_by_hand():
     patches.best_mask = sizes.view(8, 1, 1, 1) * torch.rand(8, 1, 16, 16, generator=generator)
     patches.best_pattern = torch.rand(8, 3, 16, 16, generator=generator)
     assert defense.flagged(patches.found()[2]) == [1, 5]
-    pixels, labels = defense.stamped(Kept([(x, y)]), patches)
+    pixels, labels = defense.stamped(CachedBatches([(x, y)]), patches)
     assert torch.equal(pixels[:8], x[:8]) and labels.tolist() == [*y.tolist(), *y[8:].tolist()]
     for place, c in ((8, 1), (10, 5)):
         m, p = patches.best_mask[c], patches.best_pattern[c]
         torch.testing.assert_close(pixels[place : place + 2], (1 - m) * x[8:] + m * p)
-    few = replace(defense, unlearning_ratio=0.01).stamped(Kept([(x, y)]), patches)[1]
+    few = replace(defense, unlearning_ratio=0.01).stamped(CachedBatches([(x, y)]), patches)[1]
     assert few.tolist() == [*y.tolist(), *y[9:].tolist()]  # one picture at least
-    again = rebatched(pixels, labels, 5, Batches(x, (y,), 4, 9))
+    again = rebatch(pixels, labels, 5, Batches(x, (y,), 4, 9))
     assert len(again) == 3 and again.seed == 9 and again.augment is None
 
 

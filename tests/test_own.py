@@ -22,12 +22,12 @@ from sau.compat import weights
 from sau.compat.network import network
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
-from sau.evaluate import Score, Share
+from sau.evaluate import Proportion, Score
 from sau.models.preact_resnet import PreActResNet18
+from sau.pgd import Search
 from sau.record.attack_result import load_weights
 from sau.risk import Found, measure
 from sau.settings.run import OwnRun
-from sau.witness import Search
 
 CLASSES, SIDE = 3, 16
 FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", "--reversal_passes", "1", *QUICK)
@@ -104,7 +104,7 @@ def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, 
     assert status == 0 and "--ratio: it is about the record" in out and "--track_risk: the risks before" in out
     assert "added" not in out and "the accuracy fell" not in out
     assert "layers were added" in here("defense", "npd", *flags(file, pictures)[2:])[1]
-    shares = iter([Share(9, 10), Share(5, 10)])
+    shares = iter([Proportion(9, 10), Proportion(5, 10)])
     monkeypatch.setattr("sau.command.own_network.score", lambda *given: Score(next(shares)))
     out = here(*flags(file, pictures, "--save_folder_name", "ruined"))[1]
     assert "the accuracy fell from 90.0 to 50.0 %" in out

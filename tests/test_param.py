@@ -15,9 +15,9 @@ from sau.config import Option, options
 from sau.defense import ANP, AT, BNP, DEFENSES, NAD, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.optim import Training
+from sau.pgd import Search
 from sau.quality import of_attack
 from sau.settings.run import AttackRun, DefenseRun, OwnRun
-from sau.witness import Search
 
 CLASSES = [AttackRun, DefenseRun, OwnRun, Asked, Training, *ATTACKS.values(), *DEFENSES.values()]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -12,9 +12,9 @@ from toys import pair, planted, quiet, same_weights, tiny_net, toy_images
 
 from sau.data.augment import Augment
 from sau.defense import BNP, CLP, EP, FP, RNP, Defense, pruning
-from sau.defense.inputs import gather, unaugmented
+from sau.defense.inputs import stack_batches, unaugmented
 from sau.errors import ConfigError, TrainingError
-from sau.evaluate import Score, Share, score
+from sau.evaluate import Score, Proportion, score
 from sau.loop import Limit, Session
 from sau.models import Normalized
 
@@ -40,9 +40,9 @@ def test_images_can_be_had_without_the_augmentation_of_their_batches():
     batches = toy_images(8).batches(4, seed=1, augment=Augment())
     plain, augment = unaugmented(batches)
     assert augment is batches.augment is not None
-    pixels, labels = gather(plain)
-    assert torch.equal(pixels, gather(toy_images(8).batches(4, seed=1))[0])
-    assert torch.equal(labels, gather(batches)[1]) and not torch.equal(pixels, gather(batches)[0])
+    pixels, labels = stack_batches(plain)
+    assert torch.equal(pixels, stack_batches(toy_images(8).batches(4, seed=1))[0])
+    assert torch.equal(labels, stack_batches(batches)[1]) and not torch.equal(pixels, stack_batches(batches)[0])
 
 
 # The choice of a level: the network scores (ACC, ASR) in percent with so many channels pruned
@@ -72,7 +72,7 @@ def outcome(scores: Scores, select: str, *, tolerance: float = 0.1, y: tuple[int
 
     def judge(network: nn.Module, **images: Any) -> Score:
         acc, asr = scores[gone(network)]
-        return Score(Share(acc, 100), None if images else Share(asr, 100))
+        return Score(Proportion(acc, 100), None if images else Proportion(asr, 100))
 
     held = (torch.zeros(len(y), 3, 16, 16), torch.tensor(y)) if select == "defender" else None
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +115,7 @@ def test_equal_levels_are_measured_once():
 
     def judge(network: nn.Module) -> Score:
         measured.append(gone(network))
-        return Score(Share(90, 100), Share(90 - measured[-1], 100), Share(0, 100))
+        return Score(Proportion(90, 100), Proportion(90 - measured[-1], 100), Proportion(0, 100))
 
     levels = [level(n) for n in (0, 2, 2, 3, 3)]
     pruning.choose(net, levels, partial(prune_tiny, net), None, 0.1, Session(judge=judge, say=lambda line: None))
@@ -130,7 +130,7 @@ def test_an_oracles_search_ends_with_the_time_of_the_run(monkeypatch, time_for):
     net = tiny_net()
 
     def judge(network: nn.Module) -> Score:
-        return Score(Share(90, 100), Share(90 - gone(network), 100), Share(0, 100))
+        return Score(Proportion(90, 100), Proportion(90 - gone(network), 100), Proportion(0, 100))
 
     session = Session(judge=judge, say=lambda line: None, limit=Limit(0.0))
     pruning.choose(net, [level(n) for n in range(1, 6)], partial(prune_tiny, net), None, 0.1, session)
@@ -299,7 +299,7 @@ def test_the_oracle_tries_u_from_the_highest_to_the_lowest():
     def judge(network: nn.Module) -> Score:
         measured.append(gone(network))
         acc, asr = {0: (90, 99), 2: (89, 1), 3: (85, 5), 5: (10, 0)}[measured[-1]]
-        return Score(Share(acc, 100), Share(asr, 100))
+        return Score(Proportion(acc, 100), Proportion(asr, 100))
 
     defense = First(select="oracle", u_min=0.0, u_max=1.5, u_num=4)
     fixed = defense.purify(tiny_net(), pair(), session=Session(judge=judge, say=lambda line: None))
@@ -334,9 +334,9 @@ def test_nothing_but_scales_and_shifts_of_pruned_channels_changes(cls):
     ids=lambda defense: defense.name,
 )
 def test_the_planted_channel_goes_and_no_other(defense: Defense):
-    net, poisoned, clean, triggered = planted(share=0.2 if defense.needs == "poisoned" else 0.05)
+    net, poisoned, clean, triggered = planted(share=0.2 if defense.data_use == "poisoned" else 0.05)
     before = score(net, clean, triggered)
-    given = (poisoned, net(poisoned).argmax(1)) if defense.needs == "poisoned" else clean
+    given = (poisoned, net(poisoned).argmax(1)) if defense.data_use == "poisoned" else clean
     fixed = defense.purify(net, given, session=quiet())
     after = score(fixed, clean, triggered)
     assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]

@@ -13,7 +13,7 @@ from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, the_error
 
 from sau.errors import RecordError, printable
-from sau.evaluate import Score, Share, der
+from sau.evaluate import Proportion, Score, der
 from sau.record import schema
 from sau.record.attack_result import load
 from sau.record.folder import Record
@@ -363,7 +363,7 @@ def test_published_figures_agree_with_themselves():
         assert set(table["rows"]) <= set(before) and table["source"]
         for name, (acc, asr, _, rating) in table["rows"].items():
             if rating is not None:
-                pairs = [[Share(round(100 * v), 10_000) for v in pair] for pair in (before[name][:2], (acc, asr))]
+                pairs = [[Proportion(round(100 * v), 10_000) for v in pair] for pair in (before[name][:2], (acc, asr))]
                 assert der(Score(*pairs[0]), Score(*pairs[1])) == pytest.approx(rating, abs=0.011), (table, name)
     for name, wanted in (("ft", (92.09, 38.86, 53.46, 78.77)), ("bnp", (91.83, 65.76, 30.63, 65.31))):
         assert mean_row(list(tables[name]["rows"].values())) == pytest.approx(wanted, abs=0.006)  # those of the sources

@@ -10,9 +10,8 @@ from toys import QUICK, tiny_net, toy_images
 
 from sau.data.images import Images, sample, to_float
 from sau.errors import ConfigError, DataError, TrainingError
-from sau.perturb import length
-from sau.risk import Found, measure
-from sau.witness import Search, margins, shared_margin
+from sau.pgd import Search, length
+from sau.risk import Found, margins, measure, shared_margin
 
 SIDE, N = 8, 96
 
@@ -186,7 +185,7 @@ def test_the_bound_stays_one_when_it_is_rounded():
     found = Found(
         wrong=no, target=yes, planted=yes, inside=torch.ones(3, dtype=torch.bool), adv=yes, share=no, blind=no,
         by_sau=no, kind=torch.zeros(3, dtype=torch.long), answer=torch.zeros(3, dtype=torch.long), example=empty,
-        witness=empty, passes=1.0, least=1.0,
+        witness=empty, passes=1.0, passes_unpadded=1.0,
     )  # fmt: skip
     assert found.bound() == {"r_bd": 66.67, "at_most": 66.67}
     assert replace(found, planted=~yes & yes, share=yes).bound() == {"r_bd": 66.67, "at_most": 100.0}
@@ -329,7 +328,7 @@ def test_the_shared_margin_is_zero_only_where_both_answer_the_same_wrong_class()
 def test_pictures_that_only_fill_batches_cost_little():
     data = pictures(0, 1500, 4)
     found = measure(tiny_net(), tiny_net(seed=1), data, search=Search(eps=0.02, steps=10))
-    assert found.least <= found.passes <= 1.15 * found.least
+    assert found.passes_unpadded <= found.passes <= 1.15 * found.passes_unpadded
 
 
 @pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"steps": 0}, {"step_size": 0.0}, {"restarts": 0}, {"norm": "Linf"}])
@@ -340,9 +339,9 @@ def test_a_search_that_cannot_be_is_refused(wrong, unchecked):
 
 def test_no_pictures_are_refused():
     model, reference, data, triggered = planted(0, 0.1)
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         measure(model, reference, data[torch.arange(0)])
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         measure(model, reference, data, triggered[torch.arange(0)])
 
 
@@ -360,7 +359,8 @@ def test_a_step_of_the_search_by_hand(values):
         "L1": flat.sign() * (flat.abs() >= least) / highest,
     }
     for norm, direction in wanted.items():
-        moved = Search(norm=norm, eps=0.2, step_size=0.01).move(x, zero, gradient)
+        search = Search(norm=norm, eps=0.2, step_size=0.01)
+        moved = search.ascend(lambda e: (gradient * e).flatten(1).sum(1), x, zero)
         torch.testing.assert_close(moved.flatten(1), 0.01 * direction, rtol=1e-4, atol=1e-7)
 
 
@@ -384,7 +384,7 @@ def test_passes_are_those_that_were_made(restarts):
     data = Images.clean(data.pixels, torch.zeros(8, dtype=torch.int64), 2)  # what both answer, whatever is added
     found = measure(h, h_b, data, search=Search(eps=0.01, steps=4, restarts=restarts))
     alone = 2 * 4 + 1
-    assert found.passes == found.least == 2 + 4 * 5 + 2 + 2 + alone * restarts + 2 * alone * restarts
+    assert found.passes == found.passes_unpadded == 2 + 4 * 5 + 2 + 2 + alone * restarts + 2 * alone * restarts
     assert h.count + h_b.count == 8 * found.passes + 8 + 16  # beside these: SAU's last look, the check of the logits
 
 
@@ -438,7 +438,7 @@ def test_networks_of_other_classes_have_no_risks(ones, highest, words, one_line)
 def test_networks_elsewhere_than_the_pictures_are_refused(one_line):
     with pytest.raises(DataError) as refusal:
         measure(tiny_net().to("meta"), tiny_net().to("meta"), toy_images(8))
-    assert "the networks and the pictures lie on cpu and meta; bring them to one device" in one_line(refusal.value)
+    assert "the networks and the images lie on cpu and meta; bring them to one device" in one_line(refusal.value)
 
 
 # The command line

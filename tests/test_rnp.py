@@ -12,7 +12,7 @@ from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import ANP, RNP, pruning
 from sau.errors import TrainingError
-from sau.evaluate import Score, Share, score
+from sau.evaluate import Score, Proportion, score
 from sau.loop import Session
 
 SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augment": False}
@@ -118,7 +118,7 @@ def test_a_search_for_the_threshold(monkeypatch, select, number):
     def judge(network: nn.Module, clean: Any = None, triggered: Any = None) -> Score:
         assert clean is None or len(clean[1]) == 8
         n = int((network.get_parameter("net.features.1.weight") == 0).sum())
-        return Score(Share(90 if n <= 4 else 10, 100), Share(100 - n, 100))
+        return Score(Proportion(90 if n <= 4 else 10, 100), Proportion(100 - n, 100))
 
     monkeypatch.setattr(pruning, "score", judge)
     settings = {**SMALL, "recovering_lr": 5.0, "pruning_max": 1.0, "pruning_step": 0.01, "pruning_number": number}

@@ -16,7 +16,7 @@ from sau.config import Method
 from sau.data.augment import Augment, to_device_async
 from sau.data.images import to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
-from sau.defense.base import Tuning
+from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier
 from sau.errors import OutOfMemory
 from sau.loop import Session
@@ -43,7 +43,7 @@ def prepared(method: Method, where: torch.device, amp: bool = False, safe: bool 
         if isinstance(method, Masks):
             return method.prepare_masks(model, 3) | drawn
         return method.prepare(model.train(), recipe, 3) | drawn
-    assert isinstance(method, Tuning)
+    assert isinstance(method, TrainingDefense)
     if isinstance(method, D3):
         return method.begin(model, method.driven(model, x), 3)
     return method.begin(model, classifier(model, x, "fst"), 3) if isinstance(method, FST) else method.prepare(model, 3)
@@ -320,7 +320,7 @@ class Full(nn.Module):
         return self.net(x)
 
 
-def in_memory_of(method: Tuning, most: int, count: int = 3) -> tuple[Full, list[dict[str, Tensor]], list[str]]:
+def in_memory_of(method: TrainingDefense, most: int, count: int = 3) -> tuple[Full, list[dict[str, Tensor]], list[str]]:
     """A network after `count` updates from 15 images, what they reported and printed."""
     torch.manual_seed(0)
     full, lines = Full(Normalized(PreActResNet18(4, width=4), (0.5,) * 3, (0.25,) * 3).double(), 1000), list[str]()

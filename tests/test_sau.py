@@ -16,13 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sau.config import options
 from sau.data.augment import Augment
-from sau.defense.sau import SAU, jensen_shannon, unsharing_loss
+from sau.defense.sau import SAU, example_types, jensen_shannon, unsharing_loss
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
-from sau.perturb import Ball
-from sau.witness import kinds
+from sau.pgd import Ball
 
 CLASSES, BATCH, LR = 4, 16, 3e-3
 OURS = {  # the release's options by our names
@@ -39,7 +38,7 @@ OURS = {  # the release's options by our names
 @pytest.fixture(autouse=True)
 def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared samples leave the small batches of these tests as they leave large ones elsewhere."""
-    monkeypatch.setattr("sau.perturb.BUCKET", 4)
+    monkeypatch.setattr("sau.pgd.BUCKET", 4)
 
 
 # Toy pictures, toy networks
@@ -101,13 +100,13 @@ def apart(method: SAU, kind: str = "conv", updates: int = 2) -> dict[str, Any]:
 
 
 def search(method: SAU, state: dict[str, Any], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    h, h_b = state["model"], state["reference"]
+    h, h_b = state["model"], state["_reference"]
     return method.shared_pgd(h, h_b, x, y, h(x).argmax(1), h_b(x).argmax(1))
 
 
 def flags(state: dict[str, Any], x: Tensor, delta: Tensor) -> Tensor:
     """Which samples are shared: both networks left their clean answers, for the same class."""
-    h, h_b = state["model"], state["reference"]
+    h, h_b = state["model"], state["_reference"]
     a, r = h(x + delta).argmax(1), h_b(x + delta).argmax(1)
     return (a != h(x).argmax(1)) & (r != h_b(x).argmax(1)) & (a == r)
 
@@ -137,7 +136,7 @@ class Line(nn.Module):
 
 def lines(method: SAU, edge: float, edge_ref: float, slope_ref: float = 10.0) -> dict[str, Any]:
     state = method.prepare(Line(edge), 1)
-    state["reference"] = Line(edge_ref, slope_ref).eval().requires_grad_(False)
+    state["_reference"] = Line(edge_ref, slope_ref).eval().requires_grad_(False)
     return state
 
 
@@ -286,7 +285,7 @@ def test_answers_belong_to_the_perturbations(options: dict[str, Any]) -> None:
         state = apart(method, kind)
         for x, y in batches(4):
             delta, s = search(method, state, x, y)
-            assert torch.equal(s, state["reference"](x + delta).argmax(1))
+            assert torch.equal(s, state["_reference"](x + delta).argmax(1))
 
 
 def test_all_shared_ends_the_search() -> None:
@@ -297,7 +296,7 @@ def test_all_shared_ends_the_search() -> None:
     method = SAU()
     state = lines(method, 0.5, 0.5)
     x, y = plain(0.4), torch.zeros(2, dtype=torch.long)
-    with seen(state["model"], state["reference"]) as sizes:
+    with seen(state["model"], state["_reference"]) as sizes:
         method.step(state, x, y)
     assert sizes == [[2, 2, 2], [2, 2]]
     delta, s = search(method, state, x, y)
@@ -311,11 +310,11 @@ def test_shared_pictures_leave_the_batch(bucket: int, left: int, monkeypatch: py
 
     Some shared ones stay where that makes the batch a multiple of the bucket.
     """
-    monkeypatch.setattr("sau.perturb.BUCKET", bucket)
+    monkeypatch.setattr("sau.pgd.BUCKET", bucket)
     method = SAU(adv_steps=3)
     state = lines(method, 0.5, 0.5)
     x = torch.cat([plain(value, 1) for value in (0.1, 0.4, 0.1, 0.4, 0.1)])
-    with seen(state["model"], state["reference"]) as sizes:
+    with seen(state["model"], state["_reference"]) as sizes:
         method.step(state, x, torch.zeros(5, dtype=torch.long))
     assert sizes == [[5, 5, left, left, 5], [5, 5, left, left, left]]
     _, s = search(method, state, x, torch.zeros(5, dtype=torch.long))
@@ -326,7 +325,7 @@ def test_bucket_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     state = apart(SAU(lr=LR), "resnet")
     found = []
     for bucket in (1, 8, 1000):
-        monkeypatch.setattr("sau.perturb.BUCKET", bucket)
+        monkeypatch.setattr("sau.pgd.BUCKET", bucket)
         found.append(search(SAU(), state, *pictures()))
     for delta, s in found[1:]:
         assert torch.equal(delta, found[0][0])
@@ -341,7 +340,7 @@ def test_first_batch_moves_by_cross_entropy_only() -> None:
     assert torch.equal(moved, without)
     assert not torch.equal(moved, torch.full_like(x, 0.2))
     d = torch.zeros_like(x).requires_grad_()
-    divergence = jensen_shannon(state["model"](x + d), state["reference"](x + d))
+    divergence = jensen_shannon(state["model"](x + d), state["_reference"](x + d))
     assert divergence.abs().max() < 1e-15
     assert torch.autograd.grad(divergence.sum(), d)[0].abs().max() < 1e-15
 
@@ -456,7 +455,7 @@ def test_unsharing_gradient_is_cut(p_s: float, moves: bool) -> None:
 def test_types_of_adversarial_examples() -> None:
     """y = 0 throughout: right, right though h_b errs, type I (twice), type II (three times), type III."""
     answer, s = torch.tensor([0, 0, 1, 2, 1, 2, 1, 2]), torch.tensor([0, 1, 1, 2, 0, 0, 0, 1])
-    assert kinds(answer, s, torch.zeros(8, dtype=torch.long)).tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
+    assert example_types(answer, s, torch.zeros(8, dtype=torch.long)).tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
 
 
 # The outer step
@@ -470,14 +469,14 @@ def test_report() -> None:
     delta, s = search(method, state, x, y)
     z = state["model"](x + delta).detach()
     clean = F.cross_entropy(state["model"](x), y)
-    mask = (s != y) & (s != state["reference"](x).argmax(1))
+    mask = (s != y) & (s != state["_reference"](x).argmax(1))
     shared = -(1 + 1e-6 - z.softmax(1)[torch.arange(len(y)), s].clamp_min(1e-3)).log()[mask].sum() / len(y)
     report = method.step(state, x, y)
     assert report["clean_loss"].item() == pytest.approx(clean.item())
     assert report["shared_loss"].item() == pytest.approx(shared.item())
     total = 0.7 * report["clean_loss"] + 0.3 * F.cross_entropy(z, y) + 1.4 * report["shared_loss"]
     assert report["loss"].item() == pytest.approx(total.item())
-    types = kinds(z.argmax(1), s, y)
+    types = example_types(z.argmax(1), s, y)
     assert [int(report[f"train_type{kind}"]) for kind in (1, 2, 3)] == types.bincount(minlength=4)[1:].tolist()
 
 
@@ -501,7 +500,7 @@ def test_batch_norm_statistics_move_only_in_train_mode(outer_steps: int) -> None
 def test_scale_and_shift_of_batch_norm_are_trained() -> None:
     state = SAU().prepare(backdoored(), 1)
     SAU().step(state, *pictures())
-    pairs = zip(state["model"].parameters(), state["reference"].parameters(), strict=True)
+    pairs = zip(state["model"].parameters(), state["_reference"].parameters(), strict=True)
     assert all(not torch.equal(ours, start) for ours, start in pairs)
 
 
@@ -511,9 +510,9 @@ def test_reference_is_left_alone(train_mode: bool) -> None:
     state = SAU(train_mode=train_mode).prepare(copy.deepcopy(start), 1)
     for x, y in batches(2):
         SAU(train_mode=train_mode).step(state, x, y)
-    assert not state["reference"].training
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in state["reference"].parameters())
-    for (name, value), other in zip(start.state_dict().items(), state["reference"].state_dict().values(), strict=True):
+    assert not state["_reference"].training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in state["_reference"].parameters())
+    for (name, value), other in zip(start.state_dict().items(), state["_reference"].state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 
 
@@ -558,7 +557,7 @@ def test_cost_without_leaving(steps: int) -> None:
     state = SAU().prepare(backdoored("resnet"), 1)
     twin = ReleasedSAU(backdoored("resnet"), backdoored("resnet"), **options)  # type: ignore[arg-type]
     ours = SAU(**{OURS.get(name, name): value for name, value in options.items()})
-    with seen(state["model"], state["reference"]) as sizes:
+    with seen(state["model"], state["_reference"]) as sizes:
         cost = work(lambda a, b: ours.step(state, a, b), x, y, backdoored("resnet"))
     assert sizes == [[BATCH] * (steps + 2)] * 2
     assert 4 * steps + 7.9 < cost <= 4 * steps + 8
@@ -569,7 +568,7 @@ def test_cost_with_leaving() -> None:
     """4 sum(a_k) + 7 + (1 - f), with a_k the share of pictures active in step k and f the share frozen at the end."""
     x, y = pictures()
     state = apart(SAU(lr=LR), "resnet")
-    with seen(state["model"], state["reference"]) as (sizes, sizes_ref):
+    with seen(state["model"], state["_reference"]) as (sizes, sizes_ref):
         cost = work(lambda a, b: SAU().step(state, a, b), x, y, backdoored("resnet"))
     active = sum(sizes[1:-1]) / 64
     assert sizes_ref[:-1] == sizes[:-1]
@@ -585,7 +584,7 @@ def test_further_outer_steps_reuse_the_search() -> None:
     counts = []
     for outer_steps in (1, 3):
         state = SAU().prepare(backdoored(), 1)
-        with seen(state["model"], state["reference"]) as sizes:
+        with seen(state["model"], state["_reference"]) as sizes:
             SAU(outer_steps=outer_steps).step(state, *pictures())
         counts.append([sum(part) for part in sizes])
     assert counts[1] == [counts[0][0] + 4 * 64, counts[0][1]]

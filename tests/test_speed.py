@@ -71,8 +71,8 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
     else:
         state = method.prepare(model, 10)
     if isinstance(method, SAU):
-        monkeypatch.setattr(state["reference"], "compiled", "default")
-        monkeypatch.setattr(state["reference"].net, "_compiled_call_impl", state["reference"].net._call_impl)
+        monkeypatch.setattr(state["_reference"], "compiled", "default")
+        monkeypatch.setattr(state["_reference"].net, "_compiled_call_impl", state["_reference"].net._call_impl)
     x, y = batch()
     place, pictures = loop._Place(), toy_images(20).batches(8, seed=0, augment=Augment(flip=True))
     method.step(state, x, y)  # optimisers make their state in the first one
@@ -237,7 +237,7 @@ def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compil
     state, work = rounds(SAU(lr=1e-2), model)
     twin = state["frozen"].__self__
     work()
-    assert {name for name, thing in state.items() if hasattr(thing, "state_dict")} == {"model", "reference", "descent"}
+    assert {name for name, thing in state.items() if hasattr(thing, "state_dict")} == {"model", "_reference", "descent"}
     for name, tensor in twin.state_dict().items():
         assert tensor.data_ptr() == state["model"].state_dict()[name].data_ptr()
     assert not any(parameter.requires_grad for parameter in twin.parameters())
@@ -311,7 +311,7 @@ def test_low_precision_agrees_with_the_released_order_of_work(amp):
     ours, theirs = copy.deepcopy(trained), copy.deepcopy(trained)
     state = SAU(lr=1e-3).prepare(ours, 3)
     twin = ReleasedSAU(theirs, copy.deepcopy(theirs), lr=1e-3)
-    ours.amp = state["reference"].amp = amp
+    ours.amp = state["_reference"].amp = amp
     x, y = batch(64)
     for part, labels in zip(x.split(32), y.split(32), strict=True):
         report, released = SAU(lr=1e-3).step(state, part, labels), twin.step(part, labels)
@@ -343,7 +343,7 @@ def result(method: type, compiled: bool) -> nn.Module:
         recipe = Training(epochs=1, batch_size=16, lr=1e-3)
         attack = made.fit_trigger(images, model, recipe, session=quiet())
         return attack.fit(model, attack.poison_train(images, 0), recipe, session=quiet())
-    given = BadNet().poison_train(images, 0) if made.needs == "poisoned" else images
+    given = BadNet().poison_train(images, 0) if made.data_use == "poisoned" else images
     return made.purify(model, (given.pixels.double() / 255, given.labels), session=quiet())
 
 

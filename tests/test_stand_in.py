@@ -49,7 +49,7 @@ def test_the_stand_in_refuses_what_cuda_refuses():
 @each
 def test_defenses_purify_on_the_device_of_the_network(defense):
     images, net = toy_images(40), tiny_net()
-    given = BadNet(pratio=0.2).poison_train(images, 0) if defense.needs == "poisoned" else images
+    given = BadNet(pratio=0.2).poison_train(images, 0) if defense.data_use == "poisoned" else images
     found = []
     for device, there in DEVICES.items():
         with there():

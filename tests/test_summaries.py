@@ -7,7 +7,7 @@ import pytest
 from toys import REPOSITORY
 
 from sau.errors import RecordError
-from sau.evaluate import Score, Share
+from sau.evaluate import Proportion, Score
 from sau.record.summaries import load, save
 from sau.report.results import find_results
 
@@ -15,14 +15,14 @@ RESULTS = REPOSITORY / "docs" / "results"
 
 
 def summary(hits: int) -> dict[str, object]:
-    return {**Score(Share(hits, 100), Share(3, 90), Share(80, 90)).summary(), "seconds": 1.5}
+    return {**Score(Proportion(hits, 100), Proportion(3, 90), Proportion(80, 90)).summary(), "seconds": 1.5}
 
 
 SUMMARIES = {
     "badnet_s0": summary(90),
     "badnet_s0/defense/ft": {"before": summary(90), "after": summary(80), "der": 50.0, "selection": "defender"},
     "badnet_s1/defense/ft": {"before": summary(90), "after": summary(70), "der": None, "selection": "defender"},
-    "prototype_s0": Score(Share(95, 100)).summary(),
+    "prototype_s0": Score(Proportion(95, 100)).summary(),
 }
 
 

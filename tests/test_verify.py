@@ -13,7 +13,7 @@ from toys import QUICK, VICTIM
 from sau.command.attack_and_defend import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
-from sau.evaluate import Share
+from sau.evaluate import Proportion
 from sau.record import schema
 from sau.record.folder import CONFIG, MANIFEST, SUMMARY
 from sau.verify import compare, verify
@@ -78,7 +78,7 @@ def test_a_right_record_is_verified(defended, script):
 
 
 def less(said: dict[str, Any]) -> None:
-    share = Share(said["acc_count"][0] - 5, said["acc_count"][1])
+    share = Proportion(said["acc_count"][0] - 5, said["acc_count"][1])
     said.update(acc=share.percent, acc_interval=list(share.interval), acc_count=[share.hits, share.total])
 
 
@@ -122,9 +122,9 @@ def test_without_the_data_set_nothing_is_scored(copied, monkeypatch):
 
 
 def test_one_prediction_in_a_thousand_may_differ():
-    there = Share(9000, 10_000)
-    compare("acc", there, Share(9010, 10_000))
-    for other in (Share(9011, 10_000), Share(8989, 10_000), Share(9000, 9500), None):
+    there = Proportion(9000, 10_000)
+    compare("acc", there, Proportion(9010, 10_000))
+    for other in (Proportion(9011, 10_000), Proportion(8989, 10_000), Proportion(9000, 9500), None):
         with pytest.raises(RecordError, match="measured is"):
             compare("acc", there, other)
 

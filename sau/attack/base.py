@@ -18,7 +18,7 @@ from sau.config import Method, param
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
-from sau.evaluate import Share, answering, percent_right
+from sau.evaluate import Proportion, eval_mode, batch_accuracy
 from sau.formatting import at_most
 from sau.loop import RunContext
 from sau.models import check_initialised, check_labels, check_logits, logits_of, require_tensor
@@ -209,7 +209,7 @@ class Attack(Method, ABC):
         return f"{count} of {len(trained_on)} images poisoned{of_class}, {changed} labels changed"
 
     @final
-    def gate(self, dataset: str, asr: Share | None) -> dict[str, Any] | None:
+    def gate(self, dataset: str, asr: Proportion | None) -> dict[str, Any] | None:
         """`{"asr": least ASR in percent, "passed": whether the attack has it}`, as `summary.json` stores it.
 
         None where no gate holds: without an ASR, without poisoned images, and for label rules other than all2one,
@@ -235,7 +235,7 @@ class Attack(Method, ABC):
         logits = require_tensor(state["model"], state["model"](x))
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
-        return {"loss": loss, "train_acc": percent_right(logits, y)}
+        return {"loss": loss, "train_acc": batch_accuracy(logits, y)}
 
     def classifier_epochs(self, recipe: Training) -> int:
         """How many epochs of the recipe train the classifier."""
@@ -293,7 +293,7 @@ def check_trainable(model: nn.Module, images: Images) -> None:
     check_initialised(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
-    with torch.no_grad(), answering(model):
+    with torch.no_grad(), eval_mode(model):
         logits = logits_of(model, to_float(images.pixels[:8]))
     check_labels(images.labels, logits.shape[1])
     check_logits(logits)

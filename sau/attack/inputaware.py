@@ -26,7 +26,7 @@ from sau.config import param
 from sau.data.augment import to_device_async
 from sau.data.images import Batches, to_float
 from sau.errors import ConfigError, require
-from sau.evaluate import percent_right
+from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.generator import TriggerGenerators
 from sau.optim import Descent, Training, adam
@@ -158,7 +158,7 @@ class InputAware(InBatchAttack):
         diverse = self.diversity(*differences) if n else error.new_zeros(())
         loss = error + self.lambda_div * diverse
         state["descent"](loss, state["patterns"])
-        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": percent_right(logits, y)}
+        return {"loss": loss, "error": error, "diversity": diverse, "train_acc": batch_accuracy(logits, y)}
 
     def end_epoch(self, state: State, losses: dict[str, float]) -> None:
         # By the classifier's own loss, where there is one: diversity does not tell how well it learns.

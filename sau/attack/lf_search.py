@@ -24,7 +24,7 @@ from sau.attack.triggers import ImageTrigger, Made, TriggerContext, cached_trigg
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import RecordError, TrainingError
-from sau.evaluate import AT_ONCE, answering, predict
+from sau.evaluate import AT_ONCE, eval_mode, predict
 from sau.loop import RunContext
 from sau.models import Normalized, full_precision
 from sau.record import attack_result
@@ -200,7 +200,7 @@ def train_clean(context: TriggerContext) -> nn.Module:
 
 def _first_logits(network: nn.Module, images: Images) -> list[str]:
     """The logits of the first image in three digits: they tell how the layers are put together."""
-    with torch.no_grad(), answering(network), full_precision(network):
+    with torch.no_grad(), eval_mode(network), full_precision(network):
         return [f"{logit:.2e}" for logit in network(to_float(images.pixels[:1]))[0].tolist()]
 
 

@@ -17,7 +17,7 @@ from sau.audit.path import STEPS, between, settled
 from sau.audit.reactivate import noise, shifted, universal
 from sau.audit.relearn import mixture, relearn
 from sau.data.images import Images
-from sau.evaluate import figures, led, score
+from sau.evaluate import asr_and_racc, figures, score
 from sau.seeds import generator
 from sau.types import Pixels
 
@@ -115,7 +115,9 @@ class Measure:
         pixels: Pixels | None = None,
     ) -> Row:  # fmt: skip
         """ASR and R-ACC on the pictures that are shown, or on these pixels in their place."""
-        asr, racc = led(network.model, shown.pixels if pixels is None else pixels, shown.labels, shown.true_labels)
+        asr, racc = asr_and_racc(
+            network.model, shown.pixels if pixels is None else pixels, shown.labels, shown.true_labels
+        )
         shares = figures({"asr": asr, "racc": racc})
         return {"part": part, "curve": curve, "network": network.name, "x": x, "seed": seed, **shares}
 

@@ -132,7 +132,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     run, _, method = request.settle(recipe, attacked.dataset, _says(attacked))
     request.ignore((field.name for field in fields(OwnRun)), "it is about a network of your own")
     where, threads = machine.prepare(machine.choose_device(run.device)), machine.set_threads(run.threads)
-    offered = attacked.offers(method.needs)
+    offered = attacked.offers("poisoned" if method.data_use == "poisoned" else "clean")
     place_of_data = run.dataset_path if "dataset_path" in request.asked else None
     given, test, notes = _given(attacked, run, method, offered, place_of_data)
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
@@ -146,7 +146,11 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.update_config(
         method={"defense": name, **method.params()}, **facts, notes=notes, clean_index=given.index.tolist()
     )
-    pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if method.looks else "it looks at no pictures"
+    pictures = (
+        f"{len(given):,} {offered} pictures of {attacked.dataset}"
+        if method.data_use != "none"
+        else "it looks at no pictures"
+    )
     record.log(f"recipe {recipe} ({why}): {pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
@@ -169,7 +173,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
     record.log(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
-    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], method.looks))
+    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], method.data_use != "none"))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
     scores |= {"gate": attacked.gate} if attacked.gate else {}
@@ -187,7 +191,11 @@ def _given(
     pool = attacked.given(train, offered)
     given = clean_subset(pool, run.ratio, run.random_seed, run.index)
     notes += [note] if (note := index_note(run.index, len(pool))) else []
-    return given, test, notes + (check_clean_set(given, test, method.batch_size, offered) if method.looks else [])
+    return (
+        given,
+        test,
+        notes + (check_clean_set(given, test, method.batch_size, offered) if method.data_use != "none" else []),
+    )
 
 
 def _judge(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:

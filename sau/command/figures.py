@@ -22,9 +22,9 @@ from sau.data.images import sample
 from sau.errors import ConfigError, RecordError
 from sau.figures import curves, examples, features, images, risks, save, types
 from sau.files import existing, safe_join
+from sau.pgd import Search
 from sau.record import attack_result
 from sau.record.folder import Record
-from sau.witness import Search
 
 EXAMPLE_IMAGES = 300  # test images that examples are searched for
 

@@ -1,7 +1,7 @@
 """What clean pictures alone can say about a backdoor: where adversarial examples lead, and how small a patch sends
 pictures to a class. Hints, not tests: each stands beside what a network without a backdoor would show.
 
-The patches are those of Neural Cleanse (see `sau.defense.inversion`). With n_1..n_K, the mask norms of the smallest
+The patches are those of Neural Cleanse (see `sau.defense.nc`). With n_1..n_K, the mask norms of the smallest
 ones, the index is the largest (med - n_c) / MAD (see `sau.defense.nc`). Neural Cleanse flags a class above 2, which
 clean networks pass, too. So the index is ranked among those of N clean ones: p = (1 + those that reach it) / (1 + N).
 """
@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from sau.data.images import Images, sample, to_float
-from sau.defense.inversion import Inversion, Patches
-from sau.defense.nc import anomaly
-from sau.evaluate import Share
+from sau.defense.nc import Inversion, Patches, anomaly
+from sau.evaluate import Proportion
 from sau.loop import Session
 from sau.risk import Found
 from sau.runtime.batchnorm import shared_weight_twin
@@ -106,12 +105,12 @@ def concentration(found: Found, classes: int) -> dict[str, Any]:
         return {"class": None, "share": 0.0, "interval": None, "even": 0.0, "count": 0, "by_class": []}
     counts = torch.bincount(flipped, minlength=classes).tolist()
     top = max(range(classes), key=counts.__getitem__)
-    most = Share(counts[top], len(flipped))
+    most = Proportion(counts[top], len(flipped))
     return {
         "class": top,
         "share": most.percent,
         "interval": list(most.interval),
         "even": round(100 / classes, 2),
         "count": len(flipped),
-        "by_class": [Share(count, len(flipped)).percent for count in counts],
+        "by_class": [Proportion(count, len(flipped)).percent for count in counts],
     }

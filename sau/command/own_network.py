@@ -25,7 +25,7 @@ from sau.data.images import Images, to_float
 from sau.data.readers import class_folders, image_folder, original_sizes
 from sau.data.sources import check_clean_set, fingerprint, last_of_each
 from sau.defense.base import Defense
-from sau.defense.clean_accuracy import misuse
+from sau.defense.checks import misuse
 from sau.errors import ConfigError, DataError, one_line
 from sau.evaluate import AT_ONCE_ON_CPU, Score, predict, score, table
 from sau.files import safe_join
@@ -67,7 +67,7 @@ def purify(name: str, request: Request) -> None:
     method = request.adapted(method, model, len(given))
     _check_classes(model, test, clean)
     notes = _misused(model, given) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
-    notes += check_clean_set(given, test, method.batch_size) if method.looks else []
+    notes += check_clean_set(given, test, method.batch_size) if method.data_use != "none" else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
@@ -139,7 +139,7 @@ def _need_nothing_of_an_attacker(method: Defense) -> None:
     """ConfigError for a method that cannot work without triggered pictures."""
     if method.selection == "oracle":
         raise ConfigError("select is oracle, allowed is defender: nobody has pictures with your network's trigger")
-    if method.needs == "poisoned":
+    if method.data_use == "poisoned":
         raise ConfigError(f"{method.name} needs the attacker's pictures, which your network does not come with")
 
 

@@ -27,7 +27,7 @@ from sau.config import param
 from sau.data.augment import Augment, to_device_async
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.defense.inputs import gather, unaugmented
+from sau.defense.inputs import stack_batches, unaugmented
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
@@ -89,7 +89,7 @@ class ANP(Defense):
         if self.pruning_by == "number" and self.pruning_number is not None:
             self.require("pruning_number", self.pruning_number < total, f"below {total}, the neurons of the network")
         plain, augment = unaugmented(batches)  # the choice is by images that are not augmented
-        clean, held = gather(plain), None
+        clean, held = stack_batches(plain), None
         if self.select == "defender" and self.pruning_number is None:
             clean, held = pruning.hold_out(*clean, self.held_back, session)
         masks = self.learn(model, norms, RandomBatches(*clean, self.batch_size, self.nb_iter, augment), session)

@@ -9,19 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.searching import Searching
-from sau.runtime.batchnorm import search_twin
-from sau.types import Change, Labels, Pixels
+from sau.defense.base import AdversarialDefense
+from sau.pgd import pgd
+from sau.runtime.batchnorm import fixed_norms, search_twin
+from sau.types import Change, Labels, PerImage, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class AT(Searching):
-    """Train on clean pictures and on the worst ones around them. The usual robust training is `--weight_clean 0
+class AT(AdversarialDefense):
+    """Train on clean images and on the worst ones around them. The usual robust training is `--weight_clean 0
     --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`."""
 
     name: ClassVar[str] = "at"
@@ -36,23 +36,22 @@ class AT(Searching):
     def supports_microbatch(self) -> bool:
         return True
 
-    def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """The search, and the update on what it found."""
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]  # in eval mode throughout: its running statistics stay those of the attack
-        delta = self.pgd(state.get("frozen", model), x, y)
-        clean, z_adv = F.cross_entropy(model(x), y), model(x + delta)
-        adversarial = F.cross_entropy(z_adv, y)
-        loss = self.weight_clean * clean + self.weight_adv * adversarial
-        state["descent"](loss)
+        with fixed_norms(model, x):
+            delta = self.search(state.get("frozen", model), x, y)
+            clean, z_adv = F.cross_entropy(model(x), y), model(x + delta)
+            adversarial = F.cross_entropy(z_adv, y)
+            loss = self.weight_clean * clean + self.weight_adv * adversarial
+            state["descent"](loss)
         fooled = (z_adv.argmax(1) != y).sum()
         return {"loss": loss, "clean_loss": clean, "adv_loss": adversarial, "fooled": fooled}
 
-    def pgd(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Change:
+    def search(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Change:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
-        ball = self.ball
-        delta = ball.start(x, self.pgd_init)
-        for _ in range(self.adv_steps):
-            d = delta.requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(model(x + d), y, reduction="sum"), d)
-            delta = ball.into(x, d.detach() + self.adv_lr * gradient.sign())
-        return delta
+
+        def loss(e: Change) -> PerImage:
+            return F.cross_entropy(model(x + e), y, reduction="none")
+
+        start = self.ball.start(x, self.pgd_init)
+        return pgd(loss, x, start, self.ball, steps=self.adv_steps, lr=self.adv_lr)

@@ -1,4 +1,4 @@
-"""What every defense does: check, copy, repair the copy, hand it back."""
+"""What every defense does: check, copy, repair the copy, give it back."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,29 +9,21 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
 from sau.config import Method, param
 from sau.data.augment import Augment, cropped
-from sau.data.images import Batches, Images
-from sau.data.sources import check_counts
-from sau.defense.clean_accuracy import counted, misuse
-from sau.defense.handed import check_own, check_weights, copied, handed_back, place_for, plain
-from sau.defense.inputs import clean_batches, first, image_count, unaugmented
+from sau.data.images import Images
+from sau.defense._model_io import compute_device, copy_to, restore, unwrap
+from sau.defense.checks import check_after, check_before
+from sau.defense.inputs import Statistics, clean_batches, first_batch, image_count
 from sau.defense.verdict import PatchSearch, follows_images
 from sau.errors import ConfigError
 from sau.loop import Session
-from sau.models import (
-    Normalized,
-    check_labels,
-    check_logits,
-    explain_batchnorm_error,
-    grad_enabled,
-    logits_of,
-    statistics,
-)
-from sau.optim import Training
+from sau.models import Normalized, explain_batchnorm_error, grad_enabled, statistics
+from sau.models.preact_resnet import PreActResNet18
+from sau.optim import Optimizer, Schedule, Training
+from sau.pgd import RADII, Ball, Init, Norm, is_radius
 from sau.runtime.graphs import MicroBatchedStep
 from sau.seeds import seeded
 from sau.types import Batched, Loader
@@ -39,18 +31,17 @@ from sau.types import Batched, Loader
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
 SMALLEST_BATCH = 32
-HARM = 0.1  # of the clean pictures
-SHUFFLED = 20  # pictures that chance does not sort by class
+UPDATES = 600  # of SAU and AT where the published settings do not hold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(Method, ABC):
     """A defense is its `run`; `purify` is the same for all."""
 
-    needs: ClassVar[Literal["clean", "poisoned"]] = "clean"  # what `data` holds: clean pictures, or the attacker's
-    looks: ClassVar[bool] = True  # whether the pictures decide anything
-    learns: ClassVar[bool] = True  # whether weights or masks follow gradients
-    searches: ClassVar[bool] = False  # whether pictures do
+    data_use: ClassVar[Literal["none", "clean", "poisoned"]] = (
+        "clean"  # which images decide: none, clean, the attacker's
+    )
+    gradients: ClassVar[Literal["none", "weights", "images"]] = "weights"  # images: also of the logits to the images
     by_asr: ClassVar[bool] = True  # whether its oracle, where it has one, looks at the ASR
 
     # What follows from the clean set and the network where nobody says otherwise, and what of it counts epochs.
@@ -88,7 +79,7 @@ class Defense(Method, ABC):
 
     @property
     def selection(self) -> Literal["defender", "oracle"]:
-        """Who chooses: the clean pictures, or, where a method's `select` says so, the test sets that nobody has."""
+        """Who chooses: the clean images, or, where a method's `select` says so, the test sets that nobody has."""
         return getattr(self, "select", "defender")
 
     def augmentation(self, offered: Augment) -> Augment | None:
@@ -119,54 +110,52 @@ class Defense(Method, ABC):
 
         Args:
             model: any network [B, C, H, W] -> logits [B, K], with C 1 or 3 and weights of 32 or 64 bits.
-            data: clean pictures with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
+            data: clean images with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
                 uint8 in a pair; normalised if and only if `mean` and `std` are given.
             mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted.
             std: per-channel standard deviation that the network expects to be divided by.
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop padded by an eighth of the size, no flip.
-            seed: of the clean pictures' order (a loader may have its own) and augmentation, and of what is drawn.
+            seed: of the clean images' order (a loader may have its own), augmentation and random numbers.
             session: output and checkpoints; default prints a line an epoch and keeps nothing. A method with
                 `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
             settings: auto adapts published settings, unless given, to clean set and network (`adapted`); or as_given.
 
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
-        DataError if pictures or labels are not as above, TrainingError if weights or losses are not finite.
+        DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
         """
         session = (session or Session()) if progress else (session or Session()).quiet()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
-        model, (mean, std) = plain(model), statistics(mean, std)
-        place = place_for(model, device)
+        model, (mean, std) = unwrap(model), statistics(mean, std)
+        place = compute_device(model, device)
         with grad_enabled(place):
-            mine = copied(model, place)
+            mine = copy_to(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
-            mine.requires_grad_(True)  # a network that only answers is often handed over frozen
+            mine.requires_grad_(True)  # networks for inference are often frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
-            attacked = copied(owned, place) if self.learns and self.needs == "clean" else None
-            batches: Any = clean_batches(data, self.batch_size, place, mean=mean, std=std, augment=None, seed=seed)
+            attacked = copy_to(owned, place) if self.gradients != "none" and self.data_use != "poisoned" else None
+            batches: Any = clean_batches(data, self.batch_size, place, Statistics(mean, std), seed)
             adapts = settings == "auto" and self.untouched()
             method = self.adapted(owned, *image_count(batches)) if adapts else self
-            with seeded(seed):  # the caller's draws stay theirs, also those of opening a loader
-                x, y = first(batches)
+            with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
+                x, y = first_batch(batches)
                 batches.size, batches.augment = method.batch_size, method.augmentation(augment or cropped(x))
-                right = _check_fit(method, owned, batches, session)
+                right = check_before(method, owned, batches, session)
             search = PatchSearch(attacked, x, y) if attacked and follows_images(attacked, x) else None
             session.say(method.plan(batches))
             with seeded(seed), explain_batchnorm_error():
                 method.run(owned, batches, session)
-                _check_result(method, owned, batches, right, session)
+                check_after(method, owned, batches, right, session)
             if search is not None:
                 session.findings["verdict"] = search.verdict(owned, session.say)
-            return handed_back(owned if owned is mine else owned.net, model, frozen)
+            return restore(owned if owned is mine else owned.net, model, frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(Training, Defense):
+class TrainingDefense(Training, Defense):
     """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch."""
-
-    constant: ClassVar[tuple[str, ...]] = ()  # of the state, what a resumed run makes again alike: not in checkpoints
 
     adapting: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "lr", "lr_scheduler", "client_optimizer")
     lengths: ClassVar[tuple[str, ...]] = ("epochs",)
@@ -179,14 +168,16 @@ class Tuning(Training, Defense):
         return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'}): {super().plan(batches)}"
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode."""
+        """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode.
+
+        A name that begins with `_` is of what a resumed run makes anew, so that checkpoints do not hold it.
+        """
         return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        state = self.prepare(model, len(batches))
-        self.rounds(state, batches, session)
+        self.train(self.prepare(model, len(batches)), batches, session)
 
-    def rounds(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
+    def train(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
         """`step` on every batch of every epoch."""
         loop.run(
             MicroBatchedStep(
@@ -194,83 +185,61 @@ class Tuning(Training, Defense):
             ),
             batches,
             self.epochs,
-            state={name: thing for name, thing in state.items() if name not in self.constant},
+            state={name: thing for name, thing in state.items() if not name.startswith("_")},
             end_epoch=partial(self.end_epoch, state),
             session=session,
             label="round",
         )
 
 
-@torch.no_grad()
-def _check_fit(method: Defense, model: Normalized, batches: Batched, session: Session) -> float:
-    """Before anything changes: finite weights, logits [B, K], labels below K; says and returns how many images are
-    classified correctly, not augmented.
+@dataclass(frozen=True, kw_only=True)
+class AdversarialDefense(TrainingDefense):
+    """A defense that updates weights on perturbed images x + e, e found by sign steps inside a ball S: SAU and AT."""
 
-    Warns if these are few, and says what stands out in the pictures unless the caller has.
-    """
-    check_weights(model)
-    as_they_are, _ = unaugmented(batches)
-    answers, labels = list[Tensor](), list[Tensor]()
-    for x, y, *_ in as_they_are:
-        logits = logits_of(model, x)
-        if not labels:
-            _check_hold(method, model, x[:8])
-        classes = logits.shape[1]
-        check_labels(y, classes)
-        answers.append(logits.argmax(1))
-        labels.append(y.clone())  # a loader may fill the same tensor again
-    every, answer = torch.cat(labels), torch.cat(answers)  # there is at least one
-    right = int((answer == every).sum())
-    session.say(f"the network classifies {counted(right, len(every), method.needs)}")
-    if method.learns and len(labels) < len(batches):
-        session.say(f"warning: the loader gives {len(labels)} batches, but says {len(batches)}, by which rates fall")
-    total, counts, runs = len(every), every.bincount(minlength=classes), 1 + int((every.diff() != 0).sum())
-    if mixed := sum(isinstance(layer, _BatchNorm) and layer.running_var is None for layer in model.modules()):
-        session.say(
-            f"warning: {mixed} batch norms keep no running statistics, so what the network answers to a picture hangs "
-            "on the others of its batch, and every figure on the size of the batches"
-        )
-    present = int(counts.count_nonzero())
-    if method.looks and present > 1 and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
-        session.say("warning: the loader gives the pictures class by class; give one that shuffles, as methods expect")
-    if wrong := misuse(model, as_they_are, every, answer, classes):
-        session.say(f"warning: {wrong}")
-    if method.looks and not session.data_checked:
-        size = method.batch_size if isinstance(batches, Batches) else 0
-        for note in check_counts(counts, size, method.needs):
-            session.say(f"note: {note}")
-    return right / total
+    adapting: ClassVar[tuple[str, ...]] = (*TrainingDefense.adapting, "augment")
+    gradients = "images"
+    compiles: ClassVar[bool] = True
 
+    epochs: int = param(100, aliases=("n_rounds",))
+    lr: float = 1e-4
+    lr_scheduler: Schedule | None = "constant"
+    client_optimizer: Optimizer = "adam"
+    wd: float = 0.0
+    eps: float = param(0.2, "radius of the ball S, in [0, 1] pixels; in L_inf below 1", gt=0, aliases=("trigger_norm",))
+    norm: Norm = param("L_inf", "norm of the ball; Reg means no ball", aliases=("norm_type",))
+    adv_lr: float = param(0.2, "step of the search, as `eps`; every norm uses sign steps", gt=0)
+    adv_steps: int = param(5, "steps of the search", ge=1)
+    pgd_init: Init = param(
+        "max",
+        "where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max (+eps "
+        "everywhere) or min",
+    )
+    clip_pixels: bool = param(
+        False, "keep x + e inside [0, 1] (the set of images in SAU's paper; its release does not)"
+    )
 
-def _check_hold(method: Defense, model: nn.Module, x: Tensor) -> None:
-    """ConfigError if the network's answers are not its own, or carry no gradients that are needed."""
-    check_own(model, x)
-    with torch.enable_grad():
-        z = model(x)
-        if method.learns:
-            check_logits(z)
-        what = "" if z.requires_grad or not method.learns else "its weights"
-        if method.searches and not what and not follows_images(model, x):
-            what = "its pictures"
-    if what:
-        advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
-        raise ConfigError(f"what the network answers has no gradient to {what}, as {method.name} needs; {advice}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("eps", "adv_lr"):
+            self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "AdversarialDefense":
+        """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 600 updates
+        at a rate that falls to 0 from 0.08 of the typical weight (root mean square, median over layers), 3e-3 at
+        most; augmented where images are few.
 
-@torch.no_grad()
-def _check_result(method: Defense, model: nn.Module, batches: Batched, before: float, session: Session) -> None:
-    """Afterwards: finite weights. Warns if many of the clean pictures that were answered rightly `before` no longer
-    are, as after a jump of the loss in the last rounds: the one harm that the defender sees."""
-    check_weights(model.eval())
-    if method.needs != "clean":  # a backdoor that is gone answers the attacker's pictures otherwise
-        return
-    right = total = 0
-    for x, y, *_ in unaugmented(batches)[0]:
-        right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
-    after = right / total
-    if before - after > HARM:
-        advice = "a smaller --lr or fewer --epochs" if isinstance(method, Training) else "other settings"
-        if getattr(method, "lr_scheduler", "") in (None, "constant"):
-            advice = f"--lr_scheduler CosineAnnealingLR, {advice}"
-        now = f"warning: the network answers {100 * after:.0f} % of the clean pictures as labelled"
-        session.say(f"{now}, before it was {100 * before:.0f} %, so it is harmed; try {advice}")
+        The published 1,000 updates at 1e-4 leave the backdoors of small networks, whose weights are larger, in place.
+        """
+        few = images < ENOUGH
+        if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
+            return self
+        size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
+        scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
+        rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}") if scales else self.lr
+        epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))
+        return replace(self, epochs=epochs, batch_size=size, lr=rate, lr_scheduler="CosineAnnealingLR", augment=few)
+
+    @property
+    def ball(self) -> Ball:
+        """S."""
+        return Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)

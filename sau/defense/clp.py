@@ -29,7 +29,7 @@ class CLP(pruning.ChannelOutlierPruning):
     """Prune the channels with the largest Lipschitz constants; of the images only the shape is used."""
 
     name: ClassVar[str] = "clp"
-    looks: ClassVar[bool] = False
+    data_use = "none"
 
     batch_size: int = param(256, "images a forward pass of the check that comes before; decides nothing")
     pairing: Literal["traced", "order"] = param(

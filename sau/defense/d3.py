@@ -21,23 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import Tuning
+from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier, require_plain_weight, resolve_layer
-from sau.defense.inputs import glance
-from sau.defense.sphere import Sphere, too_late, uniform
+from sau.defense.inputs import peek
+from sau.defense.sphere import FixedNormWeight, uniform
 from sau.errors import ConfigError
-from sau.evaluate import percent_right
+from sau.evaluate import batch_accuracy
 from sau.loop import Session
 from sau.types import Batched, Labels, Logits, Pixels, Scalar
 
 
 def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
-    """Mean of max(0, CE_i - eps): the gradient of a picture that is right enough is 0."""
+    """Mean of max(0, CE_i - eps): an image whose loss is below eps has no gradient."""
     return (F.cross_entropy(z, y, reduction="none") - eps).clamp_min(0).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
-class D3(Tuning):
+class D3(TrainingDefense):
     """Drive the classifier away from the backdoored one while the clean loss stays within its budget."""
 
     name: ClassVar[str] = "d3"
@@ -66,22 +66,24 @@ class D3(Tuning):
     )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        driven = self.driven(model, glance(batches))
-        if not (self.epochs and too_late(session)):
-            self.rounds(self.begin(model, driven, len(batches)), batches, session)
+        weights = self.driven(model, peek(batches))
+        # Without an update the network would be left with the weights of `first`.
+        if not self.epochs or (not session.begun and session.time_is_up("round 1, before its first batch")):
+            return
+        self.train(self.begin(model, weights, len(batches)), batches, session)
 
-    def begin(self, model: nn.Module, driven: Sequence[Tensor], steps: int) -> dict[str, Any]:
+    @torch.no_grad()
+    def begin(self, model: nn.Module, weights: Sequence[Tensor], steps: int) -> dict[str, Any]:
         """Put every W where it starts; `steps` updates make an epoch."""
-        spheres = [Sphere(weight) for weight in driven]  # W0 is the attacker's, also when resumed
-        if self.epochs:  # without a round to learn in, the network stays as it is
-            for sphere in spheres:
-                sphere.put(self.first(sphere.origin))
-                if self.start == "random":
-                    sphere.project()
+        spheres = [FixedNormWeight(weight) for weight in weights]  # W0 is the attacker's, also when resumed
+        for sphere in spheres:
+            sphere.weight.copy_(self.first(sphere.origin))
+            if self.start == "random":
+                sphere.project()
         return {**self.prepare(model, steps), "spheres": spheres}
 
     def driven(self, model: nn.Module, x: Pixels) -> list[Tensor]:
-        """The weights in S; `x` is a picture to see by which layers run."""
+        """The weights in S; `x` is an image to see by which layers run."""
         if not self.layers:
             return [classifier(model, x, self.name).weight]
         advice = "name one of its layers with --layers, or leave it out for the one that makes the logits"
@@ -94,17 +96,11 @@ class D3(Tuning):
 
     def first(self, origin: Tensor) -> Tensor:
         """Where W starts."""
-        match self.start:
-            case "random":
-                return uniform(origin, 0.5)
-            case "near":
-                return origin
-            case "middle":
-                return torch.zeros_like(origin)
-            case "far":
-                return -origin
-            case "noise":
-                return origin + origin.std() * torch.randn(origin.shape).to(origin)
+        if self.start == "random":
+            return uniform(origin, 0.5)
+        if self.start == "noise":
+            return origin + origin.std() * torch.randn(origin.shape).to(origin)
+        return {"near": 1, "middle": 0, "far": -1}[self.start] * origin
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the excess: below 0, where the loss goes, it takes a rise for an improvement."""
@@ -119,4 +115,4 @@ class D3(Tuning):
         state["descent"](loss / (self.penalty + 1) if self.penalty > 1 else loss)
         for sphere in spheres:
             sphere.project()
-        return {"loss": loss, "excess": excess, "distance": distance, "clean_acc": percent_right(logits, y)}
+        return {"loss": loss, "excess": excess, "distance": distance, "clean_acc": batch_accuracy(logits, y)}

@@ -13,7 +13,7 @@ H_c lies more than u standard deviations below the mean of the layer: -H stands 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class EP(pruning.ChannelOutlierPruning):
     """Prune the channels with the lowest entropy on images of which some carry the trigger."""
 
     name: ClassVar[str] = "ep"
-    needs: ClassVar[Literal["clean", "poisoned"]] = "poisoned"
+    data_use = "poisoned"
 
     batch_size: int = param(256, "images that the histograms are made of; drawn from those given", ge=2)
     bin_width: float = param(0.1, "width of a bin, in standard deviations of a channel", ge=0.001, aliases=("step",))

@@ -17,7 +17,7 @@ from sau.config import param
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.hooks import classifier, forward_hooks, require_plain_weight
-from sau.defense.inputs import gather, unaugmented
+from sau.defense.inputs import stack_batches, unaugmented
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import RunContext
@@ -52,7 +52,7 @@ class FP(FT):
     )
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
-        x, y = gather(unaugmented(batches)[0])
+        x, y = stack_batches(unaugmented(batches)[0])
         layers = last_layers(model, x[:1], self.unit)
         weight = layers[0].get_parameter("weight")
         units = weight.shape[1] if self.unit == "linear_input" else weight.shape[0]
@@ -60,7 +60,7 @@ class FP(FT):
         if not session.begun:  # otherwise `pruned` is in the checkpoint
             self._prune(model, layers, pruned, (x, y), session)
         state = self.prepare(model, len(batches))
-        self.rounds({**state, "layers": layers, "pruned": nn.ParameterList([pruned])}, batches, session)
+        self.train({**state, "layers": layers, "pruned": nn.ParameterList([pruned])}, batches, session)
 
     def _prune(
         self, model: nn.Module, layers: list[nn.Module], pruned: Tensor, clean: pruning.Clean, session: RunContext

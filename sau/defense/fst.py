@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import Tuning
+from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier
-from sau.defense.inputs import glance
-from sau.defense.sphere import Sphere, too_late, uniform
-from sau.evaluate import percent_right
+from sau.defense.inputs import peek
+from sau.defense.sphere import FixedNormWeight, uniform
+from sau.evaluate import batch_accuracy
 from sau.loop import Session
 from sau.types import Batched, Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class FST(Tuning):
+class FST(TrainingDefense):
     """Fine-tune from a newly drawn classifier that is kept from turning back to the backdoored one."""
 
     name: ClassVar[str] = "fst"
@@ -42,24 +42,22 @@ class FST(Tuning):
     reset_bias: bool = param(True, "draw the classifier's bias anew too")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        last = classifier(model, glance(batches), self.name)
-        if not (self.epochs and too_late(session)):
-            self.rounds(self.begin(model, last, len(batches)), batches, session)
-
-    def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:
-        """Draw the classifier anew; `steps` updates make an epoch."""
-        sphere = Sphere(last.weight)  # W0 is the attacker's, also when resumed
-        if self.epochs:  # without a round to learn in, the network stays as it is
-            self.redraw(last)
-        return {**self.prepare(model, steps), "sphere": sphere}
+        last = classifier(model, peek(batches), self.name)
+        # Without an update the network would be left with a random classifier.
+        if not self.epochs or (not session.begun and session.time_is_up("round 1, before its first batch")):
+            return
+        self.train(self.begin(model, last, len(batches)), batches, session)
 
     @torch.no_grad()
-    def redraw(self, last: nn.Linear) -> None:
-        """Weight and bias from +-1 / sqrt(inputs), as new linear layers have them; the first step puts |W| right."""
+    def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:
+        """Weight and bias from U(-1, 1) / sqrt(inputs), as new linear layers have them; the first step puts |W| right.
+        `steps` updates make an epoch."""
+        sphere = FixedNormWeight(last.weight)  # W0 is the attacker's, also when resumed
         bound = 1 / math.sqrt(last.in_features)
         last.weight.copy_(uniform(last.weight, bound))
         if self.reset_bias and last.bias is not None:
             last.bias.copy_(uniform(last.bias, bound))
+        return {**self.prepare(model, steps), "sphere": sphere}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
@@ -72,4 +70,4 @@ class FST(Tuning):
         loss = clean + self.alpha * overlap
         state["descent"](loss)
         sphere.project()
-        return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": percent_right(logits, y)}
+        return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": batch_accuracy(logits, y)}

@@ -1,4 +1,4 @@
-"""FT: plain fine-tuning on the clean pictures, the first control of every comparison."""
+"""FT: plain fine-tuning on the clean images, the first control of every comparison."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from sau.defense.base import Tuning
-from sau.evaluate import percent_right
+from sau.defense.base import TrainingDefense
+from sau.evaluate import batch_accuracy
 from sau.types import Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class FT(Tuning):
+class FT(TrainingDefense):
     """Minimise CE(h(x), y) over all weights, batch norm in train mode."""
 
     name: ClassVar[str] = "ft"
@@ -28,4 +28,4 @@ class FT(Tuning):
         logits = state["model"](x)
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
-        return {"loss": loss, "clean_acc": percent_right(logits, y)}
+        return {"loss": loss, "clean_acc": batch_accuracy(logits, y)}

@@ -2,7 +2,7 @@
 
     min_w  max_{e in N(w)}  L(w + e),      N(w) = { e : | e / |w| |_2 <= rho },
 
-where L is the cross-entropy with smoothed labels on the clean pictures. With g = grad L(w), the maximum of the
+where L is the cross-entropy with smoothed labels on the clean images. With g = grad L(w), the maximum of the
 linearised loss (Kwon et al., ASAM, 2021) is taken at
 
     e = rho * w^2 g / (| |w| g |_2 + 1e-12)        products entry by entry, one norm over all weights,
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.config import param
-from sau.defense.base import Tuning
-from sau.evaluate import percent_right
+from sau.defense.base import TrainingDefense
+from sau.evaluate import batch_accuracy
 from sau.types import Labels, Logits, Pixels, Scalar
 
 TINY = 1e-12  # keeps a norm of 0 from dividing
@@ -38,35 +38,28 @@ def smoothed_loss(z: Logits, y: Labels, share: float) -> Scalar:
 
 
 @contextmanager
-def shifted(weights: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the weights are w + e; afterwards they are the same bits as before."""
-    with torch.no_grad():
-        kept = [weight.clone() for weight in weights]
-        for weight, e in zip(weights, by, strict=True):
-            weight.add_(e)
+def perturbed(model: nn.Module, weights: Sequence[Tensor], e: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the weights are w + e, and batch norms in train mode leave their running statistics as they are;
+    afterwards the weights are the same bits as before."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    kept = [weight.detach().clone() for weight in weights]
     try:
+        with torch.no_grad():
+            for weight, change in zip(weights, e, strict=True):
+                weight.add_(change)
+        for norm in norms:
+            norm.track_running_stats = False
         yield
     finally:
+        for norm in norms:
+            norm.track_running_stats = True
         with torch.no_grad():
             for weight, before in zip(weights, kept, strict=True):
                 weight.copy_(before)  # subtracting e again would leave rounding behind
 
 
-@contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in train mode use the batch's statistics without entering them in the running ones."""
-    tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
-
-
 @dataclass(frozen=True, kw_only=True)
-class FTSAM(Tuning):
+class FTSAM(TrainingDefense):
     """Fine-tune towards weights around which the clean loss stays low, batch norm in train mode."""
 
     name: ClassVar[str] = "ft-sam"
@@ -93,11 +86,11 @@ class FTSAM(Tuning):
         weights, logits = descent.parameters, model(x)
         loss = smoothed_loss(logits, y, self.label_smoothing)
         here = torch.autograd.grad(loss, weights, materialize_grads=True)
-        with shifted(weights, self.perturbation(weights, here)), statistics_kept(model):
+        with perturbed(model, weights, self.perturbation(weights, here)):
             worst = smoothed_loss(model(x), y, self.label_smoothing)
             there = torch.autograd.grad(worst, weights, materialize_grads=True)
         descent.follow(self.direction(here, there) if self.alpha else there)
-        return {"loss": loss, "worst_loss": worst, "clean_acc": percent_right(logits, y)}
+        return {"loss": loss, "worst_loss": worst, "clean_acc": batch_accuracy(logits, y)}
 
     @torch.no_grad()
     def perturbation(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """i-BAU, Implicit Backdoor Adversarial Unlearning (Zeng et al., "Adversarial Unlearning of Backdoors via Implicit
 Hypergradient", ICLR 2022), as the benchmark runs it.
 
-One perturbation d for all pictures, and weights w that answer it:
+One perturbation d for all images, and weights w that answer it:
 
-    min_w  l_out(d*(w), w)                    l_out = CE(h(x + P d), y), P adds d to a few pictures of the batch
+    min_w  l_out(d*(w), w)                    l_out = CE(h(x + P d), y), P adds d to a few images of the batch
     d*(w) = argmin_d  l_in(d, w)              l_in  = -CE(h(x + d), y) + l2 * |d|^2
 
 d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), so by the implicit function theorem
@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sau.config import param
 from sau.data.augment import to_device_async
-from sau.defense.base import Tuning
-from sau.defense.inputs import Kept
+from sau.defense.base import TrainingDefense
+from sau.defense.inputs import CachedBatches
 from sau.errors import ConfigError, first_line
 from sau.loop import Session
 from sau.models import full_precision
@@ -69,8 +69,7 @@ def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> T
 
 @contextmanager
 def _second_derivatives() -> Iterator[None]:
-    """Inside, attention goes the one way whose gradient torch can differentiate again; ConfigError for a layer that has
-    no such way."""
+    """Inside, attention uses the one kernel that torch can differentiate twice; ConfigError for a layer without one."""
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
@@ -84,16 +83,16 @@ def _second_derivatives() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IBAU(Tuning):
-    """Unlearn one perturbation of all pictures, with the gradient of how it follows the weights.
+class IBAU(TrainingDefense):
+    """Unlearn one perturbation of all images, with the gradient of how it follows the weights.
 
     A round is one pass of steps on the perturbation, from zero, then one update of the weights for each batch. The
-    pictures, their order and their augmentation are drawn once for all rounds.
+    images, their order and their augmentation are drawn once for all rounds.
     """
 
     name: ClassVar[str] = "i-bau"
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
-    searches: ClassVar[bool] = True
+    gradients = "images"
 
     epochs: int = param(5, "rounds (n_rounds)", aliases=("n_rounds",))
     lr: float = 1e-4
@@ -118,31 +117,28 @@ class IBAU(Tuning):
     )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        kept = Kept(batches)
-        state = {**self.prepare(model, len(kept)), "kept": kept, "universal": Round(kept.x)}
-        self.rounds(state, kept, session)
+        cached = CachedBatches(batches)
+        state = {**self.prepare(model, len(cached)), "kept": cached, "universal": Round(cached.x)}
+        self.train(state, cached, session)
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        with full_precision(state["model"]), _second_derivatives():
-            return self.update(state, x, y)
-
-    def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update; at the beginning of a round the perturbation is found first."""
-        model, kept, universal = state["model"], state["kept"], state["universal"]
-        turn, place = divmod(int(universal.done), len(kept))
-        if place == 0:
-            universal.delta.copy_(self.inner_pass(model, kept))
-        carriers = to_device_async(self.carriers(len(x), turn), x.device)
-        surrogate, outer, inner = self.losses(model, (x, y), next(iter(kept)), universal.delta, carriers)
-        state["descent"](surrogate)
+        model, cached, universal = state["model"], state["kept"], state["universal"]
+        turn, place = divmod(int(universal.done), len(cached))
+        with full_precision(model), _second_derivatives():
+            if place == 0:
+                universal.delta.copy_(self.inner_pass(model, cached))
+            carriers = to_device_async(self.carriers(len(x), turn), x.device)
+            surrogate, outer, inner = self.losses(model, (x, y), next(iter(cached)), universal.delta, carriers)
+            state["descent"](surrogate)
         universal.done += 1
         return {"loss": outer, "inner_loss": inner, "delta": universal.delta.norm()}
 
     def carriers(self, size: int, turn: int) -> Tensor:
-        """Which pictures of a batch carry the perturbation in a round: they take turns, in the order of the batch."""
+        """Which images of a batch carry the perturbation in a round: they take turns, in the order of the batch."""
         count = max(1, int(self.portion * size)) if self.portion else 0
         return (turn * count + torch.arange(count)) % size
 
@@ -156,38 +152,37 @@ class IBAU(Tuning):
         return delta if std is None else delta * std
 
     def inner_pass(self, model: nn.Module, batches: Batched) -> Tensor:
-        """One pass of plain descent on l_in, from zero, with the network's own answers for labels."""
-        delta: Tensor | None = None
+        """One pass of plain descent on l_in, from zero, with the network's own predictions as labels."""
+        delta = torch.zeros_like(next(iter(batches))[0][:1])
         for x, _ in batches:
             with torch.no_grad():
-                answers = model(x).argmax(1)
-            d = (torch.zeros_like(x[:1]) if delta is None else delta).requires_grad_()
-            (slope,) = torch.autograd.grad(self.inner_loss(model, x, answers, d), d)  # no weight gradients
+                predictions = model(x).argmax(1)
+            d = delta.requires_grad_()
+            (slope,) = torch.autograd.grad(self.inner_loss(model, x, predictions, d), d)  # no weight gradients
             delta = d.detach() - self.inner_lr * slope
-        assert delta is not None
         return delta
 
     def losses(
         self,
         model: nn.Module,
         batch: tuple[Pixels, Labels],
-        first: tuple[Tensor, Tensor],  # another number of pictures, so not checked as Pixels and Labels
+        first: tuple[Tensor, Tensor],  # another number of images, so not checked as Pixels and Labels
         delta: Tensor,
         carriers: Tensor,
     ) -> tuple[Scalar, Scalar, Scalar]:
         """(surrogate, l_out, l_in); the hypergradient is the gradient of the surrogate with respect to the weights.
 
         Args:
-            model: in eval mode, so that what it answers to one picture does not depend on the others.
-            batch: pictures and labels of l_out.
-            first: pictures and labels of l_in.
+            model: in eval mode, so that its logits of an image do not depend on the others.
+            batch: images and labels of l_out.
+            first: images and labels of l_in.
             delta: the perturbation [1, C, H, W].
-            carriers: which pictures of `batch` carry it.
+            carriers: which images of `batch` carry it.
         """
         (x, y), d = batch, delta.detach().clone().requires_grad_()
         inner = self.inner_loss(model, *first, d)
         (slope,) = torch.autograd.grad(inner, d, create_graph=True)
-        # Only the carriers' terms depend on the perturbation: a picture or two, not the whole batch.
+        # Only the carriers' terms depend on the perturbation: an image or two, not the whole batch.
         carried = F.cross_entropy(model(x[carriers] + self.in_pixels(model, d)), y[carriers], reduction="sum")
         (g,) = torch.autograd.grad(carried / len(x), d)
         v = solve(slope, d, g, self.K, self.fixed_point_lr)

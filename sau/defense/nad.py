@@ -24,7 +24,7 @@ from sau import loop
 from sau.config import nearest, param
 from sau.defense.ft import FT
 from sau.defense.hooks import forward_hooks, resolve_layer
-from sau.defense.inputs import glance
+from sau.defense.inputs import peek
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import Session
@@ -70,14 +70,13 @@ class NAD(FT):
         self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        x = glance(batches)
-        layers = named_layers(model, x, self.layers) if self.layers else deepest(model, x)
+        layers = attention_layers(model, peek(batches), self.layers)
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
         session.say(f"attention of {', '.join(terms)}")
         teacher = self._teacher(model, batches, session).eval().requires_grad_(False)
-        state = self.prepare(model, len(batches))
-        self.rounds({**state, "teacher": teacher, "weights": weights}, batches, session.for_stage(1))
+        state = {**self.prepare(model, len(batches)), "teacher": teacher, "weights": weights}
+        self.train(state, batches, session.for_stage(1))
 
     def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
         teacher = copy.deepcopy(model)
@@ -86,16 +85,12 @@ class NAD(FT):
             return teacher
         plan = replace(self, epochs=self.te_epochs)
         state = plan.prepare(teacher, len(batches))
-        kept = {"teacher": teacher, "descent": state["descent"]}  # without "model": nobody wants the teacher's scores
         loop.run(
-            partial(FT.step, plan, state),
-            batches,
-            plan.epochs,
-            state=kept,
-            end_epoch=partial(plan.end_epoch, state),
-            session=session,
-            label="teacher",
-        )
+            partial(FT.step, plan, state), batches, plan.epochs,
+            # Without "model": nobody wants the teacher's scores.
+            state={"teacher": teacher, "descent": state["descent"]},
+            end_epoch=partial(plan.end_epoch, state), session=session, label="teacher",
+        )  # fmt: skip
         return teacher
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
@@ -128,40 +123,34 @@ def watched(model: nn.Module, layers: Sequence[str], x: Pixels, p: float) -> tup
         return model(x), maps
 
 
-def deepest(model: nn.Module, x: Pixels) -> list[str]:
-    """The names of the layers that end the two deepest stages, the deepest last.
+def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) -> list[str]:
+    """The full names of the layers whose attention counts: those that the user named, or the two deepest stages.
 
     A stage is what has feature maps of one size; it ends with the outermost layer that has it, and of these with the
     one that runs last. Maps of one position do not count, nor do adaptive poolings, which may blow them up again.
+    ConfigError for a layer without feature maps.
     """
+    sizes = _feature_maps(model, x)
+    names = list[str]()
+    for name in wanted:
+        known = [known.removeprefix("net.") for known in sizes]  # `net` is the user's network
+        advice = f"give --layers with feature maps [B, C, H, W], each once{nearest(name, known)}"
+        full = resolve_layer(model, name, advice)
+        if full not in sizes or full in names:
+            raise ConfigError(f"the layer {name!r} has no feature maps or is named twice; {advice}")
+        names.append(full)
     ends: dict[tuple[int, int], tuple[int, str]] = {}
-    for name, (h, w) in _sizes(model, x).items():
+    for name, (h, w) in sizes.items():
         depth, pooled = name.count("."), isinstance(model.get_submodule(name), POOLINGS)
         if h * w > 1 and not pooled and depth <= ends.get((h, w), (depth, ""))[0]:
             ends[h, w] = depth, name
-    if not ends:
+    if not ends and not names:
         raise ConfigError("the network has no layer with feature maps [B, C, H, W], which nad distils; try ft or sau")
     deep = sorted(ends, key=lambda size: size[0] * size[1])[:DEFAULT_LAYERS]
-    return [ends[size][1] for size in reversed(deep)]
+    return names or [ends[size][1] for size in reversed(deep)]
 
 
-def named_layers(model: nn.Module, x: Pixels, layers: Sequence[str]) -> list[str]:
-    """The full names of the layers that the user named; ConfigError for one without feature maps."""
-    known = _sizes(model, x)
-    short = [name.removeprefix("net.") for name in known]  # `net` is the user's network
-    names = []
-    for name in layers:
-        advice = f"give --layers with feature maps [B, C, H, W]{nearest(name, short)}"
-        full = resolve_layer(model, name, advice)
-        if full not in known:
-            raise ConfigError(f"the layer {name!r} has no feature maps; {advice}")
-        if full in names:
-            raise ConfigError(f"the layer {name!r} is given twice; {advice}")
-        names.append(full)
-    return names
-
-
-def _sizes(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
+def _feature_maps(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
     """Height and width of every layer's feature maps, by name, in the order in which the layers end."""
     sizes: dict[str, tuple[int, int]] = {}
 

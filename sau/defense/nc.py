@@ -1,29 +1,44 @@
 """NC, Neural Cleanse (Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao, "Neural Cleanse: Identifying and Mitigating Backdoor
 Attacks in Neural Networks", S&P 2019), as the benchmark runs it.
 
-For each class c a patch with the mask m_c is inverted (see `inversion`). A backdoor is a short way to its class, so its
-patch is small. With n_c = |m_c|_1, class c is flagged if
+For every class c the smallest patch that sends clean images to c is inverted,
+
+    min_{m, p}  CE(h((1 - m) x + m p), c)  +  cost_c * |m|_1,      m = tanh(u)/2 + 1/2 [H, W],  p likewise [C, H, W]
+
+The cost of a class rises while its patch works and falls while it does not. A backdoor is a short way to its class, so
+its patch is small. With n_c = |m_c|_1, class c is flagged if
 
     n_c <= med   and   (med - n_c) / MAD > 2,      med = median(n),  MAD = 1.4826 * median|n - med|
 
-Then the network is fine-tuned on clean pictures, of which some carry the patches of the flagged classes and keep their
+Then the network is fine-tuned on clean images, of which some carry the patches of the flagged classes and keep their
 true labels. Without a flagged class it stays as it is.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.config import param
+from sau import loop
+from sau.config import Method, param
 from sau.defense.ft import FT
-from sau.defense.inputs import Kept, rebatched, unaugmented
-from sau.defense.inversion import Inversion, Patches
+from sau.defense.inputs import CachedBatches, rebatch, unaugmented
 from sau.errors import ConfigError
 from sau.loop import Session
+from sau.optim import adam
 from sau.types import Batched, Labels, Pixels
+
+SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes
+COUNTERS = ("hits", "norms", "above", "below", "still", "raised", "lowered")
+
+
+def unit(logits: Tensor) -> Tensor:
+    """From any number to (0, 1), as masks and patterns are made; the benchmark's 1e-7 keeps it off the ends."""
+    return logits.tanh() / (2 + 1e-7) + 0.5
 
 
 def anomaly(norms: Tensor) -> Tensor:
@@ -35,6 +50,141 @@ def anomaly(norms: Tensor) -> Tensor:
     return torch.where(below == 0, 0.0, below / (1.4826 * below.abs().quantile(0.5)))
 
 
+class Patches(nn.Module):
+    """Patches being inverted, row by row; row i is for class i % classes.
+
+    Args:
+        classes: how many classes there are.
+        starts: rows for each class; the first starts with logits of 1, the others at random.
+        like: an image [1, C, H, W].
+        cost: weight of the norm at the start.
+    """
+
+    best_mask: Tensor  # [rows, 1, H, W] and
+    best_pattern: Tensor  # [rows, C, H, W] in (0, 1): the smallest that worked, else those of the first pass
+    best: Tensor  # [rows], norm at which it worked; infinite where nothing did
+    cost: Tensor  # [rows]
+    open: Tensor  # [rows], whether the inversion goes on
+    passes: Tensor
+
+    def __init__(self, classes: int, starts: int, like: Pixels, cost: float) -> None:
+        super().__init__()
+        rows, self.classes = classes * starts, classes
+        for name, depth in (("mask", 1), ("pattern", like.shape[1])):
+            logits = torch.randn(rows, depth, *like.shape[2:]).to(like)  # on the CPU: the same on every device
+            logits[:classes] = 1.0
+            self.register_parameter(name, nn.Parameter(logits))
+            self.register_buffer(f"best_{name}", unit(logits))
+        zeros = torch.zeros(rows, device=like.device)
+        for name, value in (("best", zeros + math.inf), ("cost", zeros + cost), ("open", zeros == 0)):
+            self.register_buffer(name, value)
+        for name in COUNTERS:
+            self.register_buffer(name, zeros.clone())
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each class masks [K, 1, H, W], patterns [K, C, H, W] and norms [K]: of its starts, the smallest patch."""
+        norms = self.best_mask.flatten(1).sum(1)
+        rank = torch.where(self.best.isfinite(), norms, norms + norms.max() + 1).view(-1, self.classes)
+        chosen = rank.argmin(0) * self.classes + torch.arange(self.classes, device=norms.device)
+        return self.best_mask[chosen], self.best_pattern[chosen], norms[chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion(Method):
+    """Inverts the patches of all classes at once, each by its own gradient, cost and counters."""
+
+    nc_epoch: int = param(80, "passes over the clean images to invert the patches, at most", ge=1)
+    mask_lr: float = param(0.1, "learning rate of masks and patterns (Adam with betas 0.5 and 0.9)", gt=0)
+    init_cost: float = param(
+        1e-3,
+        "weight of the mask's norm at the start; 0 is the paper's, which becomes 0.001 after `patience` passes "
+        "above the share",
+        ge=0,
+    )
+    atk_succ_threshold: float = param(
+        98.0, "share of images, in percent, that a patch must send to its class", ge=0, le=100
+    )
+    patience: int = param(5, "passes in a row above or below that share after which the cost rises or falls", ge=1)
+    cost_multiplier: float = param(2.0, "factor by which the cost rises; it falls by this to the power of 1.5", gt=1)
+    early_stop: bool = param(True, "stop the inversion of a class when its patch no longer shrinks")
+    early_stop_threshold: float = param(
+        0.99, "it no longer shrinks when its norm is at least this share of the last best", ge=0, le=1
+    )
+    early_stop_patience: int = param(25, "passes in a row without shrinking after which it stops", ge=1)
+    restarts: int = param(
+        1, "starts for each class, of which the smallest patch counts; all but the first are drawn at random", ge=1
+    )
+    group: int = param(10, "classes (times restarts) in one forward pass; more need more memory", ge=1)
+    inversion_share: float = param(
+        1.0, "share of each batch that the inversion looks at; below 1 the updates are as many and cheaper", gt=0, le=1
+    )
+
+    def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session, **more: Any) -> None:
+        """Move `patches` in place over `batches` of (pixels, labels).
+
+        Args:
+            model: [B, C, H, W] -> logits; its weights stay as they are. Afterwards it is in eval mode, and all of them
+                take gradients again.
+            batches: with a length.
+            patches: what moves.
+            session: progress and checkpoints.
+            more: what else a resumed run shall have from the checkpoint.
+        """
+        model.eval().requires_grad_(False)
+        steps = len(batches)
+        descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), steps)
+        state = {**more, "patches": patches, "descent": descent}
+        loop.run(
+            partial(self.invert_step, model, state), batches, self.nc_epoch, state=state,
+            end_epoch=partial(self.end_pass, patches, steps), session=session, label="inversion", rate="mask_lr",
+        )  # fmt: skip
+        model.requires_grad_(True)
+
+    def invert_step(self, model: nn.Module, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        """One update of the patches whose inversion goes on."""
+        patches, x = state["patches"], x[: math.ceil(self.inversion_share * len(x))]
+        rows = patches.open.nonzero().flatten()
+        parameters, total = (patches.mask, patches.pattern), [torch.zeros_like(p) for p in patches.parameters()]
+        loss, hits = x.new_zeros(()), x.new_zeros(())
+        for part in rows.split(self.group):
+            mask, pattern = unit(patches.mask[part])[:, None], unit(patches.pattern[part])[:, None]
+            logits = model((x + mask * (pattern - x)).flatten(0, 1))
+            wanted = (part % patches.classes).repeat_interleave(len(x))
+            entropy = F.cross_entropy(logits, wanted, reduction="none").view(len(part), -1).mean(1)
+            norm = mask.flatten(1).sum(1)
+            gradients = torch.autograd.grad((entropy + patches.cost[part] * norm).sum(), parameters)
+            total = [a + b for a, b in zip(total, gradients, strict=True)]
+            right = (logits.argmax(1) == wanted).view(len(part), -1).float().mean(1)
+            patches.hits[part] += right
+            patches.norms[part] += norm.detach()
+            loss, hits = loss + entropy.detach().sum(), hits + right.sum()
+        state["descent"].follow(total)  # zero for rows that have stopped
+        return {"loss": loss / len(rows), "success": 100 * hits / len(rows), "open": patches.open.float().sum()}
+
+    @torch.no_grad()
+    def end_pass(self, s: Any, steps: int, losses: dict[str, float]) -> bool:
+        """Keep better patches, stop those that no longer shrink, move the costs; True when all have stopped. `s` are
+        the patches; success and norm are means over the `steps` updates of the pass."""
+        works, norm = 100 * s.hits / steps >= self.atk_succ_threshold, s.norms / steps
+        better = s.open & works & (norm < s.best)
+        last, s.best = s.best, torch.where(better, norm, s.best)
+        keep = better if int(s.passes) else s.open  # the first pass's patch stands in until one works
+        s.best_mask[keep], s.best_pattern[keep] = unit(s.mask[keep]), unit(s.pattern[keep])
+        s.still = torch.where(s.best.isfinite() & (s.best >= self.early_stop_threshold * last), s.still + 1, 0)
+        if self.early_stop:
+            s.open &= ~((s.raised > 0) & (s.lowered > 0) & (s.still >= self.early_stop_patience))
+        s.above, s.below = torch.where(works, s.above + 1, 0), torch.where(works, 0, s.below + 1)
+        up, down = s.above >= self.patience, s.below >= self.patience
+        begins = up & (s.cost == 0)
+        s.cost = s.cost * torch.where(up, self.cost_multiplier, torch.where(down, self.cost_multiplier**-1.5, 1.0))
+        s.above[up], s.below[down] = 0, 0
+        s.cost[begins], s.above[begins] = SWITCHED_ON, 1  # as published, that pass counts for the next rise
+        s.raised, s.lowered = torch.where(begins, 0, s.raised + up), torch.where(begins, 0, s.lowered + down)
+        s.hits.zero_(), s.norms.zero_(), s.passes.add_(1)
+        return not bool(s.open.any())
+
+
 @dataclass(frozen=True, kw_only=True)
 class NC(FT, Inversion):
     """Invert a patch for every class, flag the classes whose patch is too small, unlearn it by fine-tuning."""
@@ -43,7 +193,7 @@ class NC(FT, Inversion):
     adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "nc_epoch")
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")
     compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
-    searches: ClassVar[bool] = True
+    gradients = "images"
     ignored: ClassVar[dict[str, str]] = {
         "cleaning_ratio": "--ratio says how many clean pictures there are",
         "EPSILON": "it is 1e-7, as in the benchmark",
@@ -60,28 +210,28 @@ class NC(FT, Inversion):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         plain, _ = unaugmented(batches)
-        kept = Kept(plain)
+        cached = CachedBatches(plain)
         with torch.no_grad():
-            classes = model(kept.x[:1]).shape[1]
+            classes = model(cached.x[:1]).shape[1]
         if classes < 3:  # two norms lie equally far from their median, so neither stands out
             raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
-        patches = Patches(classes, self.restarts, kept.x[:1], self.init_cost)
-        if not session.restore_later_stage(kept=kept, patches=patches):  # else the fine-tuning was under way
-            self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=kept)
+        patches = Patches(classes, self.restarts, cached.x[:1], self.init_cost)
+        if not session.restore_later_stage(kept=cached, patches=patches):  # else the fine-tuning was under way
+            self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=cached)
             if session.limit is not None and session.limit.ended:
                 session.say("no class is flagged, for the inversion was not finished")
                 return
             self.report(patches, session)
         session.findings.update(self.findings(patches))
         if self.flagged(patches.found()[2]):
-            stamped = rebatched(*self.stamped(kept, patches), self.batch_size, batches)
-            state = {**self.prepare(model, len(stamped)), "patches": patches, "kept": kept}
-            self.rounds(state, stamped, session.for_stage(1))
+            stamped = rebatch(*self.stamped(cached, patches), self.batch_size, batches)
+            state = {**self.prepare(model, len(stamped)), "patches": patches, "kept": cached}
+            self.train(state, stamped, session.for_stage(1))
 
-    def stamped(self, kept: Kept, patches: Patches) -> tuple[Pixels, Labels]:
-        """The clean pictures, their last part stamped once for each flagged class, all under their true labels."""
+    def stamped(self, clean: CachedBatches, patches: Patches) -> tuple[Pixels, Labels]:
+        """The clean images, their last part stamped once for each flagged class, all under their true labels."""
         masks, patterns, norms = patches.found()
-        x, y, flagged = kept.x, kept.y, self.flagged(norms)
+        x, y, flagged = clean.x, clean.y, self.flagged(norms)
         first = len(y) - max(1, round(self.unlearning_ratio * len(y)))
         stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
         return torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
@@ -95,11 +245,8 @@ class NC(FT, Inversion):
         MAD being 0) and the mask's norm in pixels."""
         norms = patches.found()[2]
         index = [round(value, 4) if math.isfinite(value) else None for value in anomaly(norms).tolist()]
-        return {
-            "flagged": self.flagged(norms),
-            "anomaly_index": index,
-            "mask_norm": [round(n, 4) for n in norms.tolist()],
-        }
+        norm = [round(n, 4) for n in norms.tolist()]
+        return {"flagged": self.flagged(norms), "anomaly_index": index, "mask_norm": norm}
 
     def report(self, patches: Patches, session: Session) -> None:
         """Say what was found."""

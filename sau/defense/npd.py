@@ -25,29 +25,28 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.defense.base import Tuning
+from sau.defense.base import TrainingDefense
 from sau.defense.hooks import resolve_layer
-from sau.defense.inputs import glance
+from sau.defense.inputs import peek
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.models import logits_of
 from sau.optim import Training
-from sau.perturb import RADII, Ball, Norm, is_radius
-from sau.types import Batched, Change, Labels, Logits, Pixels, Scalar
-
-ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
+from sau.pgd import RADII, Ball, Norm, is_radius, pgd
+from sau.types import Batched, Change, Labels, Logits, PerImage, Pixels, Scalar
 
 MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a polarizer has
+ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPD(Tuning):
+class NPD(TrainingDefense):
     """Train a polarizer, a linear layer in the frozen network, to filter perturbations towards the runner-up class."""
 
     name: ClassVar[str] = "npd"
-    adapting: ClassVar[tuple[str, ...]] = (*Tuning.adapting, "warm_epochs")
+    adapting: ClassVar[tuple[str, ...]] = (*TrainingDefense.adapting, "warm_epochs")
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "warm_epochs")
-    searches: ClassVar[bool] = True
+    gradients = "images"
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("target_lab", "target_class"), "the attacked class is not known; the runner-up stands in"),
         **dict.fromkeys(("model_name", "use_residual"), "the polarizer is a 1x1 convolution with a batch norm"),
@@ -87,22 +86,16 @@ class NPD(Tuning):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         frozen = list(model.eval().parameters())
-        if (classes := logits_of(model, glance(batches)).shape[1]) < 2:
+        if (classes := logits_of(model, peek(batches)).shape[1]) < 2:
             raise ConfigError(f"the network has {classes} class, but npd asks for two classes or more: a runner-up")
         state = self.prepare(model, len(batches))
         for parameter in frozen:
             parameter.requires_grad_(False)
         loop.run(
-            partial(self.warm_step, state),
-            batches,
-            self.warm_epochs,
-            state=state,
-            end_epoch=lambda losses: None,
-            session=session,
-            label="warm-up",
-            rate="warm_lr",
-        )
-        self.rounds(state, batches, session.for_stage(1))
+            partial(self.warm_step, state), batches, self.warm_epochs, state=state, end_epoch=lambda losses: None,
+            session=session, label="warm-up", rate="warm_lr",
+        )  # fmt: skip
+        self.train(state, batches, session.for_stage(1))
         for parameter in frozen:
             parameter.requires_grad_(True)
 
@@ -119,7 +112,7 @@ class NPD(Tuning):
         return {"model": model, "norm": f"{name}.norm", **descents}
 
     def warm_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """Clean pictures alone, mostly to fill the running statistics of the new batch norm."""
+        """Clean images alone, mostly to fill the running statistics of the new batch norm."""
         norm = state["model"].get_submodule(state["norm"]).train()
         loss = F.cross_entropy(state["model"](x), y)
         norm.eval()
@@ -142,20 +135,19 @@ class NPD(Tuning):
 
     def search(self, model: nn.Module, x: Pixels, target: Labels) -> Change:
         """Sign steps down CE(f(x + d), target), from 0, inside the ball and the pixels."""
-        ball = Ball(norm=self.norm, eps=self.eps, clip=True)
-        delta = ball.start(x, "zero")
-        for _ in range(self.adv_steps):
-            d = delta.requires_grad_()
+
+        def closeness(d: Change) -> PerImage | None:
             z = model(x + d)
             if bool((z.argmax(1) == target).float().mean() > ENOUGH):
-                break
-            (gradient,) = torch.autograd.grad(F.cross_entropy(z, target, reduction="sum"), d)
-            delta = ball.into(x, d.detach() - self.adv_lr * gradient.sign())
-        return delta.detach()
+                return None
+            return -F.cross_entropy(z, target, reduction="none")
+
+        ball = Ball(norm=self.norm, eps=self.eps, clip=True)
+        return pgd(closeness, x, ball.start(x, "zero"), ball, steps=self.adv_steps, lr=self.adv_lr)
 
 
 def held_losses(z: Logits, answer: Labels, target: Labels) -> tuple[Scalar, Scalar, Scalar]:
-    """Of perturbed pictures: CE(., c), -log(1.0001 - max_{k != c} p_k) and -log(1.0001 - p_r), means over the batch."""
+    """Of perturbed images: CE(., c), -log(1.0001 - max_{k != c} p_k) and -log(1.0001 - p_r), means over the batch."""
     p = z.softmax(1)
     other, attacked = p.scatter(1, answer[:, None], 0.0).amax(1), p.gather(1, target[:, None])[:, 0]
     return F.cross_entropy(z, answer), -(1.0001 - other).log().mean(), -(1.0001 - attacked).log().mean()

@@ -16,7 +16,7 @@ from sau.config import param
 from sau.data.sources import last_of_each
 from sau.defense.base import Defense
 from sau.defense.hooks import forward_hooks, require_plain_weight
-from sau.defense.inputs import first
+from sau.defense.inputs import first_batch
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import RunContext
@@ -249,7 +249,7 @@ class ChannelOutlierPruning(Defense):
     Pruning sets the batch norm's scale to 0, and with `zero_shift` its shift too.
     """
 
-    learns: ClassVar[bool] = False
+    gradients = "none"
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
     u: float = param(3.0, "standard deviations above its layer's mean from which on a channel is pruned", ge=0)
@@ -277,7 +277,7 @@ class ChannelOutlierPruning(Defense):
             scores = self.scores(model, batches)
         prune = partial(apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            prune_fixed(model, outliers(scores, self.u), prune, first(batches) if self.looks else None, session)
+            prune_fixed(model, outliers(scores, self.u), prune, first_batch(batches) if self.data_use != "none" else None, session)
             return
         values = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         choose(model, [outliers(scores, u) for u in values], prune, None, self.acc_ratio, session)

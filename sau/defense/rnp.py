@@ -22,8 +22,8 @@ from sau import loop
 from sau.config import param
 from sau.defense import pruning
 from sau.defense.base import Defense
-from sau.defense.inputs import first, gather, rebatched, unaugmented
-from sau.evaluate import percent_right
+from sau.defense.inputs import first_batch, rebatch, stack_batches, unaugmented
+from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
@@ -73,14 +73,14 @@ class RNP(Defense):
         pruning.batch_norms(model, self.name)  # refuses a network without any before it trains
         held = None
         if self.pruning_number is None and self.select == "defender":
-            (x, y), held = pruning.hold_out(*gather(unaugmented(batches)[0]), self.held_back, session)
-            batches = rebatched(x, y, self.batch_size, batches)
+            (x, y), held = pruning.hold_out(*stack_batches(unaugmented(batches)[0]), self.held_back, session)
+            batches = rebatch(x, y, self.batch_size, batches)
         unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
         masks = self._recover(unlearned.requires_grad_(False), batches, session.for_stage(1))
         prune = partial(pruning.apply, model, shift=False)
         if self.pruning_number is not None and self.select == "defender":
-            pruning.prune_fixed(model, self.level(masks, self.pruning_number), prune, first(batches), session)
+            pruning.prune_fixed(model, self.level(masks, self.pruning_number), prune, first_batch(batches), session)
             return
         levels = [self.level(masks, value) for value in pruning.sweep(self.pruning_max, self.pruning_step)]
         pruning.choose(model, levels, prune, held, self.acc_ratio, session)
@@ -99,7 +99,7 @@ class RNP(Defense):
             logits = unlearned(x)
             loss = F.cross_entropy(logits, y)
             descent(-loss, clip=CLIP)
-            return {"loss": loss, "clean_acc": percent_right(logits, y)}
+            return {"loss": loss, "clean_acc": batch_accuracy(logits, y)}
 
         def end_epoch(losses: dict[str, float]) -> bool:
             descent.end_epoch(losses["loss"])
@@ -116,7 +116,7 @@ class RNP(Defense):
 
         def losses(mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
             logits = network(x, mask)
-            return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": percent_right(logits, y)}
+            return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": batch_accuracy(logits, y)}
 
         state = {"unlearned": unlearned}
         return network.learn(losses, batches, sgd, session, state, label="recovering", rate="recovering_lr")

@@ -21,13 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import ENOUGH
-from sau.defense.searching import Searching
+from sau.defense.base import ENOUGH, AdversarialDefense
 from sau.evaluate import AT_ONCE_ON_CPU
-from sau.perturb import unsettled
-from sau.runtime.batchnorm import search_twin
+from sau.pgd import unsettled
+from sau.runtime.batchnorm import fixed_norms, search_twin
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
-from sau.witness import kinds
 
 TEMPERATURE = 4.0
 Network = Callable[[Tensor], Tensor]
@@ -52,6 +50,12 @@ def unsharing_loss(z: Logits, s: Labels, mask: Flags) -> Scalar:
     return -0.5 * (mask * twice).sum() / len(z)
 
 
+def example_types(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
+    """The types of examples x + e by the answers of h and h_b on them: 0 h is right; 1 (I, shared) both give the same
+    wrong class; 2 (II) h_b is right; 3 (III) both are wrong, but differently."""
+    return torch.where(answer == answer_ref, 1, torch.where(answer_ref == y, 2, 3)) * (answer != y)
+
+
 def distillation(z: Logits, z_ref: Logits, y: Labels) -> Scalar:
     """T^2 KL(q || p) at temperature T = 4, mean over the batch of clean images that h_b classifies correctly (Hinton,
     Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1 and section 2.1)."""
@@ -61,13 +65,12 @@ def distillation(z: Logits, z_ref: Logits, y: Labels) -> Scalar:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAU(Searching):
+class SAU(AdversarialDefense):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
     name: ClassVar[str] = "sau"
     graph_safe: ClassVar[bool] = True
-    adapting: ClassVar[tuple[str, ...]] = (*Searching.adapting, "weight_distill")
-    constant: ClassVar[tuple[str, ...]] = ("reference",)  # the network as it came, which a resumed run is given again
+    adapting: ClassVar[tuple[str, ...]] = (*AdversarialDefense.adapting, "weight_distill")
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
@@ -115,35 +118,36 @@ class SAU(Searching):
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), steps * self.outer_steps)
-        return {"model": model.eval(), "reference": reference, "descent": descent, **search_twin(model)}
+        return {"model": model.eval(), "_reference": reference, "descent": descent, **search_twin(model)}
 
     def supports_microbatch(self) -> bool:
         return self.outer_steps == 1
 
-    def update(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search of the inner problem, and the updates of the outer one."""
         # An attempt that ran out of memory may have left train mode on.
-        model, reference = state["model"].eval(), state["reference"]
-        with torch.set_grad_enabled(not self.train_mode):
-            z = model(x)  # its graph serves the outer loss, so the clean pass is made once
-        with torch.no_grad():
-            z_ref = reference(x)
-        clean_ref = z_ref.argmax(1)
-        delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
-        mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
-        report: dict[str, Tensor] = {}
-        for repeat in range(self.outer_steps):
-            z, z_adv = self._logits(model, x, x + delta, z if repeat == 0 else None)
-            clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
-            loss = self.weight_clean * clean + self.weight_shared * shared
-            if self.weight_distill:
-                loss = loss + self.weight_distill * distillation(z, z_ref, y)
-            if self.weight_adv:
-                loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
-            state["descent"](loss)
-            types = kinds(z_adv.argmax(1), s, y)
-            counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
-            report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **counts}
+        model, reference = state["model"].eval(), state["_reference"]
+        with fixed_norms(model, x):
+            with torch.set_grad_enabled(not self.train_mode):
+                z = model(x)  # its graph serves the outer loss, so the clean pass is made once
+            with torch.no_grad():
+                z_ref = reference(x)
+            clean_ref = z_ref.argmax(1)
+            delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
+            mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
+            report: dict[str, Tensor] = {}
+            for repeat in range(self.outer_steps):
+                z, z_adv = self._logits(model, x, x + delta, z if repeat == 0 else None)
+                clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
+                loss = self.weight_clean * clean + self.weight_shared * shared
+                if self.weight_distill:
+                    loss = loss + self.weight_distill * distillation(z, z_ref, y)
+                if self.weight_adv:
+                    loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
+                state["descent"](loss)
+                types = example_types(z_adv.argmax(1), s, y)
+                counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
+                report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **counts}
         return report
 
     def shared_pgd(
@@ -151,8 +155,8 @@ class SAU(Searching):
     ) -> tuple[Change, Labels]:
         """The inner problem, by sign steps: the perturbations e, and s, the answers of h_b on x + e.
 
-        `clean` and `clean_ref` are the answers of h and h_b on x. A shared picture has no gradient and stays where it
-        is. On the CPU the batch is searched in chunks and shared pictures leave theirs, as many as keep its size whole
+        `clean` and `clean_ref` are the answers of h and h_b on x. A shared image has no gradient and stays where it
+        is. On the CPU the batch is searched in chunks and shared images leave theirs, as many as keep its size whole
         buckets. Elsewhere counting them would make the device wait, and compiled networks know few sizes.
         """
         n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", False)
@@ -182,9 +186,9 @@ class SAU(Searching):
     def search_loss(
         self, z: Logits, z_ref: Logits, y: Labels, fooled: Flags, fooled_ref: Flags, shared: Flags
     ) -> Scalar:
-        """Minus the inner objective, summed over pictures: l4 * JS - l3 * 1/2 [CE + CE_b].
+        """Minus the inner objective, summed over images: l4 * JS - l3 * 1/2 [CE + CE_b].
 
-        With `stop_fooled` a network's cross-entropy counts until it is fooled, JS until the picture is shared.
+        With `stop_fooled` a network's cross-entropy counts until it is fooled, JS until the image is shared.
         """
         ce, ce_ref = (F.cross_entropy(logits, y, reduction="none") for logits in (z, z_ref))
         js = jensen_shannon(z, z_ref)
@@ -194,7 +198,7 @@ class SAU(Searching):
 
     def _logits(self, model: nn.Module, x: Pixels, adversarial: Pixels, z: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.train_mode:
-            # Statistics over clean and perturbed pictures together, as released.
+            # Statistics over clean and perturbed images together, as released.
             both = model.train()(torch.cat([x, adversarial]))
             model.eval()
             return both[: len(x)], both[len(x) :]

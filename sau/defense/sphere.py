@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from sau.loop import Session
 from sau.types import Scalar
 
 
-class Sphere:
-    """One weight tensor W, where it was (W0), and the sphere |W| = |W0| that it is put back on.
+class FixedNormWeight:
+    """One weight tensor W, where it was (W0), and the sphere |W| = |W0| that it is projected onto.
 
     Args:
         weight: W, still at W0.
@@ -27,21 +26,11 @@ class Sphere:
         return (self.weight * self.origin).sum()
 
     @torch.no_grad()
-    def put(self, values: Tensor) -> None:
-        """W <- values."""
-        self.weight.copy_(values)
-
-    @torch.no_grad()
     def project(self) -> None:
         """W <- W |W0| / |W|; a W of zeros stays."""
         self.weight.mul_(self.radius / torch.linalg.vector_norm(self.weight).clamp_min(1e-12))
 
 
-def too_late(session: Session) -> bool:
-    """Whether a run is over before its first update, so that the network has to keep the weights that it came with."""
-    return not session.begun and session.time_is_up("round 1, before its first batch")
-
-
 def uniform(like: Tensor, bound: float) -> Tensor:
-    """Values drawn evenly from [-bound, bound] in the shape of a tensor; the same ones whatever device it is on."""
+    """Values from U(-bound, bound) in the shape of a tensor; the same ones whatever device it is on."""
     return torch.empty(like.shape).uniform_(-bound, bound).to(like)

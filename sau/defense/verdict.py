@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.evaluate import answering
+from sau.evaluate import eval_mode
 from sau.optim import adam
 from sau.seeds import seeded
 from sau.types import Labels, Pixels
@@ -105,7 +105,7 @@ class PatchSearch:
 
     def __init__(self, attacked: nn.Module, x: Pixels, y: Labels) -> None:
         self.attacked, self.x, self.y = attacked.requires_grad_(False), x[:IMAGES], y[:IMAGES]
-        with seeded(1), answering(self.attacked):
+        with seeded(1), eval_mode(self.attacked):
             self.before = smallest_patches([self.attacked], self.x, self.y, self._classes())
 
     def verdict(self, purified: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class PatchSearch:
 
     def compare(self, purified: nn.Module) -> Verdict:
         """What the search finds now."""
-        with seeded(2), answering(purified, self.attacked):
+        with seeded(2), eval_mode(purified, self.attacked):
             after = smallest_patches([purified, self.attacked], self.x, self.y, self.before.classes)
             return Verdict(
                 before=float(self.before.sizes.min()),

@@ -17,7 +17,7 @@ from sau.evaluate import predict
 from sau.quality import magnified
 from sau.risk import measure
 from sau.types import Pixels
-from sau.witness import Search
+from sau.pgd import Search
 
 
 def images(test: Images, triggered: Images, columns: int = 6) -> Figure:

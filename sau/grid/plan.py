@@ -74,7 +74,7 @@ def _crossed(block: Block) -> Iterator[Cell]:
             yield attack
             for defense in block.defenses:
                 shares = block.clean_shares or (None,)
-                for share in shares if DEFENSES[defense].looks else shares[:1]:
+                for share in shares if DEFENSES[defense].data_use != "none" else shares[:1]:
                     yield _cell(block, settle("defense", defense, share), seed, attack)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sau.errors import RecordError
-from sau.evaluate import Share
+from sau.evaluate import Proportion
 from sau.files import parse_json, read, write
 
 _COUNT, _INTERVAL = "_count", "_interval"
@@ -54,5 +54,5 @@ def _with_intervals(part: dict[str, Any]) -> dict[str, Any]:
     for name, value in part.items():
         whole[name] = _with_intervals(value) if name in ("before", "after") else value
         if name.endswith(_COUNT) and part.get(name.removesuffix(_COUNT)) is not None:
-            whole[name.removesuffix(_COUNT) + _INTERVAL] = list(Share(*value).interval)
+            whole[name.removesuffix(_COUNT) + _INTERVAL] = list(Proportion(*value).interval)
     return whole

@@ -6,9 +6,8 @@ from typing import Literal
 from sau.config import check, param
 from sau.data.sources import check_share
 from sau.errors import require
-from sau.perturb import Bounded
+from sau.pgd import Bounded, Search
 from sau.quality import RADIUS
-from sau.witness import Search
 
 RecipeName = Literal["paper", "cpu", "fast"]
 RECIPES: dict[str, str] = {
