@@ -44,39 +44,22 @@ BATCH = 256  # images a pass
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What was found, image by image; N images in D, M in D'.
+    """What was found, image by image; N images in D, M in D'. What is about the trigger is None without one."""
 
-    Args:
-        wrong: [N], h errs on x.
-        target: [M], h answers g(x) with t; None without a trigger.
-        planted: [M], h_b does.
-        inside: [M], g(x) - x lies in S.
-        adv: [M], a witness for R_adv was found.
-        share: [M], one for R_share.
-        blind: [M], one for R_share was found without starting from g(x) - x.
-        by_sau: [M], SAU's inner search, as released but kept in S, ends at one for R_share.
-        kind: [M], type of the example that maximises h's cross-entropy, see `sau.defense.sau.example_types`.
-        answer: [M], the class that h gives to that example.
-        example: [M, C, H, W], its perturbation.
-        witness: [M, C, H, W], the perturbation of a witness for R_share; 0 where there is none.
-        passes: forward passes of one network an image of D' (a gradient counts as one more).
-        passes_unpadded: the same without the images that only fill batches.
-    """
-
-    wrong: Bool[Tensor, " all"]
-    target: Flags | None
-    planted: Flags | None
-    inside: Flags | None
-    adv: Flags
-    share: Flags
-    blind: Flags
-    by_sau: Flags
-    kind: Labels
-    answer: Labels
-    example: Pixels
-    witness: Pixels
-    passes: float
-    passes_unpadded: float
+    wrong: Bool[Tensor, " all"]  # [N], h errs on x
+    target: Flags | None  # [M], h answers g(x) with t
+    planted: Flags | None  # [M], h_b does
+    inside: Flags | None  # [M], g(x) - x lies in S
+    adv: Flags  # [M], a witness for R_adv was found
+    share: Flags  # [M], one for R_share
+    blind: Flags  # [M], one for R_share was found without starting from g(x) - x
+    by_sau: Flags  # [M], SAU's inner search, as released but kept in S, ends at one for R_share
+    kind: Labels  # [M], type of the example that maximises h's cross-entropy, see `sau.defense.sau.example_types`
+    answer: Labels  # [M], the class that h gives to that example
+    example: Pixels  # [M, C, H, W], its perturbation
+    witness: Pixels  # [M, C, H, W], the perturbation of a witness for R_share; 0 where there is none
+    passes: float  # forward passes of one network an image of D' (a gradient counts as one more)
+    passes_unpadded: float  # the same without the images that only fill batches
 
     def shares(self) -> dict[str, Proportion]:
         """The risks with their counts: r_cl, r_bd, r_adv, r_share, r_share_blind, r_share_sau, type1, type2, type3,
@@ -113,14 +96,9 @@ def _proportion(flags: Tensor) -> Proportion:
 
 
 def measure(
-    model: nn.Module,
-    reference: nn.Module,
-    clean: Images,
-    triggered: Images | None = None,
-    search: Search | None = None,
-    *,
-    seed: int = 0,
-) -> Found:
+    model: nn.Module, reference: nn.Module, clean: Images, triggered: Images | None = None,
+    search: Search | None = None, *, seed: int = 0,
+) -> Found:  # fmt: skip
     """Look for witnesses.
 
     Args:
@@ -183,9 +161,9 @@ def _found(hunt: "AdversarialSearch", clean: Images, triggered: Images | None, p
     answer, r = (hunt.predict(network, x + example) for network in both)
     kind = hunt.note(example, answer, r)
     for _ in range(hunt.search.restarts - 1):
-        hunt.adversarial(hunt.random())
+        hunt.adversarial(hunt.search.ball.start(x, "random"))
     for _ in range(hunt.search.restarts):
-        hunt.shared(hunt.random())
+        hunt.shared(hunt.search.ball.start(x, "random"))
     blind = hunt.share.clone()
     target = planted = inside = None
     if triggered is not None:
@@ -218,25 +196,14 @@ def shared_margin(u: Logits, v: Logits, y: Labels) -> PerImage:
 
 
 class AdversarialSearch:
-    """Images x [M, C, H, W] in [0, 1] with labels y, and the witnesses found for them so far.
-
-    Attributes:
-        adv: [M], some e in S makes h err.
-        share: [M], some e in S makes h and h_b answer the same class other than y.
-        witness: [M, C, H, W], that e of `share`; 0 where there is none.
-        passes: forward passes of one network so far (a gradient counts as one more).
-        passes_unpadded: the same without the images that only fill buckets.
-    """
+    """Images x [M, C, H, W] in [0, 1] with labels y, and the witnesses found for them so far: `adv`, `share`, `witness`
+    and, for all images together, `passes` and `passes_unpadded` are as in `Found`."""
 
     def __init__(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, search: Search) -> None:
         self.model, self.reference, self.x, self.y, self.search = model, reference, x, y, search
         self.adv, self.share = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
         self.witness = torch.zeros_like(x)
         self.passes = self.passes_unpadded = 0
-
-    def random(self) -> Change:
-        """A place in S for every image."""
-        return self.search.ball.start(self.x, "random")
 
     def predict(self, model: nn.Module, x: Pixels) -> Labels:
         """Classes that `model` gives to x."""
@@ -276,7 +243,8 @@ class AdversarialSearch:
             better = loss > highest[at]
             best[at[better]], highest[at[better]] = delta[better], loss[better]
 
-        self._climb(self._alone, self.random(), lambda: torch.ones_like(self.adv), keep)
+        start = self.search.ball.start(self.x, "random")
+        self._climb(self._alone, start, lambda: torch.ones_like(self.adv), keep)
         return best
 
     def adversarial(self, delta: Change) -> None:
@@ -306,13 +274,13 @@ class AdversarialSearch:
         networks: int = 1,
     ) -> None:
         """`steps` steps up `goal` for the images that are `left`, and a look at where the last one leads."""
-        delta = delta.clone()
 
         def value(at: Labels, d: Change) -> PerImage:
             height = goal(at, d)
             keep(at, d.detach(), height.detach())
             return height
 
+        delta = delta.clone()
         for step in range(self.search.steps + 1):
             settled, last = ~left(), step == self.search.steps
             needed = int((~settled).sum())
@@ -327,5 +295,4 @@ class AdversarialSearch:
                     delta[at] = self.search.ascend(partial(value, at), self.x[at], delta[at])
 
     def _count(self, passes: int, unpadded: int) -> None:
-        self.passes += passes
-        self.passes_unpadded += unpadded
+        self.passes, self.passes_unpadded = self.passes + passes, self.passes_unpadded + unpadded

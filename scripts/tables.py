@@ -30,6 +30,7 @@ from sau.command.arguments import Parser, add_device, use_device
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, require, run_command
 from sau.formatting import markdown, marked
+from sau.pgd import Search
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.report.cells import Section, TableCell, sections
@@ -37,7 +38,6 @@ from sau.report.results import NONE, PERCENT, Result, find_results, read_metrics
 from sau.report.stats import mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
 from sau.risk import gauge
-from sau.pgd import Search
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}

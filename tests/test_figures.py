@@ -19,8 +19,8 @@ from sau.errors import ConfigError, DataError, RecordError
 from sau.figures import curves, examples, features, images, risks, save, types
 from sau.figures.curves import NORMS, RISKS
 from sau.figures.images import last_features
-from sau.record.folder import Record
 from sau.pgd import Search
+from sau.record.folder import Record
 
 
 @pytest.fixture(autouse=True)

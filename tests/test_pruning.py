@@ -14,7 +14,7 @@ from sau.data.augment import Augment
 from sau.defense import BNP, CLP, EP, FP, RNP, Defense, pruning
 from sau.defense.inputs import stack_batches, unaugmented
 from sau.errors import ConfigError, TrainingError
-from sau.evaluate import Score, Proportion, score
+from sau.evaluate import Proportion, Score, score
 from sau.loop import Limit, Session
 from sau.models import Normalized
 

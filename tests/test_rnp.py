@@ -12,7 +12,7 @@ from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import ANP, RNP, pruning
 from sau.errors import TrainingError
-from sau.evaluate import Score, Proportion, score
+from sau.evaluate import Proportion, Score, score
 from sau.loop import Session
 
 SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augment": False}

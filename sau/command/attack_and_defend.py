@@ -146,11 +146,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.update_config(
         method={"defense": name, **method.params()}, **facts, notes=notes, clean_index=given.index.tolist()
     )
-    pictures = (
-        f"{len(given):,} {offered} pictures of {attacked.dataset}"
-        if method.data_use != "none"
-        else "it looks at no pictures"
-    )
+    looks = method.data_use != "none"
+    pictures = f"{len(given):,} {offered} pictures of {attacked.dataset}" if looks else "it looks at no pictures"
     record.log(f"recipe {recipe} ({why}): {pictures}; {record.path}")
     warn(record, request, notes)
     epochs = getattr(method, "epochs", 1)
@@ -173,7 +170,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
     rating = der(before, after)
     record.log(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
-    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], method.data_use != "none"))
+    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], looks))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": rating}
     scores |= {"selection": method.selection, "data": offered}
     scores |= {"gate": attacked.gate} if attacked.gate else {}

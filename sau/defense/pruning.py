@@ -277,7 +277,8 @@ class ChannelOutlierPruning(Defense):
             scores = self.scores(model, batches)
         prune = partial(apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            prune_fixed(model, outliers(scores, self.u), prune, first_batch(batches) if self.data_use != "none" else None, session)
+            first = first_batch(batches) if self.data_use != "none" else None
+            prune_fixed(model, outliers(scores, self.u), prune, first, session)
             return
         values = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         choose(model, [outliers(scores, u) for u in values], prune, None, self.acc_ratio, session)

@@ -14,10 +14,10 @@ from sau.data.images import Images, evenly_spaced, to_float
 from sau.defense.hooks import forward_hooks
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict
+from sau.pgd import Search
 from sau.quality import magnified
 from sau.risk import measure
 from sau.types import Pixels
-from sau.pgd import Search
 
 
 def images(test: Images, triggered: Images, columns: int = 6) -> Figure:
