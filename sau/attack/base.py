@@ -18,7 +18,7 @@ from sau.config import Method, param
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
-from sau.evaluate import Proportion, eval_mode, batch_accuracy
+from sau.evaluate import Proportion, batch_accuracy, eval_mode
 from sau.formatting import at_most
 from sau.loop import RunContext
 from sau.models import check_initialised, check_labels, check_logits, logits_of, require_tensor
