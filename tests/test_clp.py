@@ -62,16 +62,6 @@ def test_pairs_of_torchvisions_resnet18():
     assert names(build("resnet18", 10, **PLAIN)) == wanted
 
 
-def test_pairs_of_vgg():
-    """Convolution i, batch norm i + 1; vgg19_bn has the same layers as often as it has convolutions."""
-    from torchvision.models import vgg
-
-    features = vgg.make_layers([8 if size != "M" else "M" for size in vgg.cfgs["E"]], batch_norm=True)
-    found = names(nn.Sequential(features))
-    assert len(found) == 16
-    assert all(int(conv.split(".")[1]) == int(norm.split(".")[1]) - 1 for norm, conv in found.items())
-
-
 class Odd(nn.Module):
     """A batch norm behind a ReLU in place, one used behind two convolutions, one behind a sum in place, one that is
     never used, and one that is paired."""

@@ -1,22 +1,19 @@
-"""What the pruning defenses share: the hold-out, the choice of a level, batch norms, the outlier rule, their claims."""
+"""What the pruning defenses share: the hold-out, the choice of a level, batch norms, resuming."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from checkpoints import resumed
 from defense_rows import ROWS
 from torch import Tensor, nn
-from toys import pair, planted, quiet, same_weights, tiny_net, toy_images
+from toys import pair, quiet, same_weights, tiny_net
 
-from sau.data.augment import Augment
-from sau.defense import BNP, CLP, EP, FP, RNP, Defense, pruning
-from sau.defense.inputs import stack_batches, unaugmented
+from sau.defense import ANP, FP, RNP, anp, pruning
 from sau.errors import ConfigError, TrainingError
-from sau.evaluate import Proportion, Score, score
+from sau.evaluate import Proportion, Score
 from sau.loop import Limit, Session
-from sau.models import Normalized
 
 
 def test_the_last_images_of_each_class_are_held_back():
@@ -34,15 +31,6 @@ def test_where_no_class_has_a_second_image_all_choose_with_a_warning():
     (kept, _), (held, _) = pruning.hold_out(x, y, 0.2, Session(say=lines.append))
     assert kept.tolist() == held.tolist() == [0, 1, 2]
     assert len(lines) == 1 and lines[0].startswith("warning: ")
-
-
-def test_images_can_be_had_without_the_augmentation_of_their_batches():
-    batches = toy_images(8).batches(4, seed=1, augment=Augment())
-    plain, augment = unaugmented(batches)
-    assert augment is batches.augment is not None
-    pixels, labels = stack_batches(plain)
-    assert torch.equal(pixels, stack_batches(toy_images(8).batches(4, seed=1))[0])
-    assert torch.equal(labels, stack_batches(batches)[1]) and not torch.equal(pixels, stack_batches(batches)[0])
 
 
 # The choice of a level: the network scores (ACC, ASR) in percent with so many channels pruned
@@ -244,102 +232,50 @@ def test_a_network_without_batch_norm_is_refused(defense):
         defense.purify(plain, pair(), session=quiet())
 
 
-# Outliers
+class Twice(nn.Module):
+    """Its batch norm may have a second name."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.norms = nn.ModuleList([self.norm] if second else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(self.conv(x)).relu().amax((2, 3)))
 
 
+@pytest.mark.usefixtures("no_chance")
+@each_method
+def test_a_batch_norm_may_have_two_names(defense):
+    once, twice = (defense.purify(Twice(second).eval(), pair(), session=quiet()) for second in (False, True))
+    assert (once.norm.weight == 0).any() and torch.equal(once.norm.weight, twice.norm.weight)
+
+
+RECOVERING: dict[str, Any] = {
+    "batch_size": 8,
+    "unlearning_epochs": 2,  # of which the threshold leaves one
+    "clean_threshold": 1.0,
+    "recovering_epochs": 2,
+    "recovering_lr": 20.0,
+    "acc_ratio": 0.99,
+}
+
+
+@pytest.mark.usefixtures("no_chance")
 @pytest.mark.parametrize(
-    ("scores", "u", "expected"),
+    ("defense", "checkpoints"),
     [
-        ([0.0, 0, 0, 0, 5], 1.78, [4]),  # mean 1, deviation sqrt(20 / 4): the last lies 4 / 2.236 = 1.789 above
-        ([0.0, 0, 0, 0, 5], 1.79, []),
-        ([-5.0, 0, 0, 0, 0], 1.78, []),
-        ([-5.0, 0, 0, 0, 0], 0.0, [1, 2, 3, 4]),
-        # A layer keeps its lowest score, also where the mean of equal ones is rounded below them, or there is but one.
-        *(([0.1] * n, 0.0, []) for n in (3, 7)),
-        ([2.0], 0.0, []),
-        ([1e-9, 1.0], 0.0, [1]),
+        (ANP(nb_iter=6, batch_size=8, lr=0.5, pruning_by="number", pruning_number=4.0), 6),  # chunks of four and two
+        (RNP(**RECOVERING, pruning_number=0.9), 4 + 8),
+        (RNP(**RECOVERING, pruning_number=None), 3 + 6),  # a fifth of the images is held back
+        (FP(epochs=2, batch_size=8, lr=0.05, acc_ratio=0.9), 8),
     ],
+    ids=["anp", "rnp", "rnp-search", "fp"],
 )
-def test_channels_u_deviations_above_their_layer_are_outliers(scores, u, expected):
-    found = pruning.outliers({"a": torch.tensor(scores, dtype=torch.float64)}, u).pruned
-    assert [i for flags in found.values() for i in flags.nonzero().flatten().tolist()] == expected
-
-
-@dataclass(frozen=True, kw_only=True)
-class First(pruning.ChannelOutlierPruning):
-    """Channel i of the tiny network's batch norm scores -i: with u 1 the first two go, 4.5 / 3.03 and 3.5 / 3.03."""
-
-    name: ClassVar[str] = "first"
-
-    def scores(self, model, batches):
-        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
-        assert not any(getattr(module, "amp", False) for module in model.modules())
-        (name,) = pruning.batch_norms(model, "first")
-        return {name: -torch.arange(10.0)}
-
-
-def test_the_shift_goes_too_with_zero_shift():
-    net = tiny_net()
-    nn.init.ones_(net.features[1].bias)
-    for zero_shift in (True, False):
-        fixed = First(u=1.0, zero_shift=zero_shift).purify(net, pair(), session=quiet())
-        assert fixed.features[1].weight.tolist() == [0, 0] + [1] * 8
-        assert fixed.features[1].bias.tolist() == [float(not zero_shift)] * 2 + [1] * 8
-
-
-def test_the_precision_comes_back():
-    model = Normalized(tiny_net(), amp=True)
-    assert First().purify(model, pair(), session=quiet()).amp is True and model.amp is True
-
-
-def test_the_oracle_tries_u_from_the_highest_to_the_lowest():
-    """1.0 (two channels) has the lowest ASR among those that keep the accuracy; 0.0 costs too much."""
-    measured = []
-
-    def judge(network: nn.Module) -> Score:
-        measured.append(gone(network))
-        acc, asr = {0: (90, 99), 2: (89, 1), 3: (85, 5), 5: (10, 0)}[measured[-1]]
-        return Score(Proportion(acc, 100), Proportion(asr, 100))
-
-    defense = First(select="oracle", u_min=0.0, u_max=1.5, u_num=4)
-    fixed = defense.purify(tiny_net(), pair(), session=Session(judge=judge, say=lambda line: None))
-    assert measured == [0, 2, 3, 5] and gone(fixed) == 2
-
-
-@pytest.mark.parametrize("cls", [CLP, BNP, EP])
-def test_nothing_but_scales_and_shifts_of_pruned_channels_changes(cls):
-    """And no hook stays behind."""
-    net = tiny_net()
-    nn.init.ones_(net.features[1].bias)
-    fixed = cls(u=0.5, batch_size=10).purify(net, pair(), session=quiet())
-    zero = fixed.features[1].weight == 0
-    assert zero.any() and torch.equal(zero, fixed.features[1].bias == 0)
-    with torch.no_grad():
-        fixed.features[1].weight[zero], fixed.features[1].bias[zero] = 1, 1
-    assert same_weights(fixed, net)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in fixed.modules())
-
-
-# The claim: the one channel that answers to the trigger goes, and no other
-
-
-@pytest.mark.parametrize(
-    "defense",
-    [
-        CLP(),
-        BNP(augment=False),
-        EP(augment=False),
-        RNP(batch_size=200, unlearning_lr=0.005, recovering_lr=5.0, pruning_number=None, augment=False),
-    ],
-    ids=lambda defense: defense.name,
-)
-def test_the_planted_channel_goes_and_no_other(defense: Defense):
-    net, poisoned, clean, triggered = planted(share=0.2 if defense.data_use == "poisoned" else 0.05)
-    before = score(net, clean, triggered)
-    given = (poisoned, net(poisoned).argmax(1)) if defense.data_use == "poisoned" else clean
-    fixed = defense.purify(net, given, session=quiet())
-    after = score(fixed, clean, triggered)
-    assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]
-    assert before.asr.percent > 95 and before.acc.percent > 95
-    assert after.asr.percent < 5 and after.acc.percent > 95
-    assert after.racc.percent > before.racc.percent + 50
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(monkeypatch, defense, checkpoints):
+    monkeypatch.setattr(anp, "CHUNK", 4)
+    net, data = tiny_net(), pair(32)
+    whole = defense.purify(net, data, session=quiet())
+    assert not same_weights(whole, net)
+    assert [same_weights(fixed, whole) for fixed, _ in resumed(defense, net, data)] == [True] * checkpoints

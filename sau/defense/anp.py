@@ -108,7 +108,7 @@ class ANP(Defense):
         sgd = Training(
             epochs=batches.chunks, lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0
         )
-        return network.learn(partial(self.losses, network), batches, sgd, session, {}, label="chunk")
+        return network.learn("chunk", partial(self.losses, network), batches, sgd, session, "lr")
 
     def losses(self, network: pruning.MaskedNorms, mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
         """What an iteration minimises, over the mask [C] of all neurons."""

@@ -174,7 +174,7 @@ def prune_fixed(model: nn.Module, level: PruningLevel, prune: Prune, clean: Clea
     if level.emptied:
         raise TrainingError(f"{level.name} would prune every channel of {', '.join(level.emptied)}; prune less")
     if clean is not None:
-        x, y = clean[0][:CHECKED], clean[1][:CHECKED]
+        x, y = (part[:CHECKED] for part in clean)
         guess, before = int(y.bincount().max()), int((model(x).argmax(1) == y).sum())
         with restore_weights(model):
             prune(level)
@@ -221,14 +221,14 @@ class MaskedNorms:
         return dict(zip(self.norms, values.split(self.sizes), strict=True))
 
     def learn(
-        self, losses: Losses, batches: Batched, training: Training, session: RunContext, state: Any, **how: Any
+        self, label: str, losses: Losses, batches: Batched, sgd: Training, session: RunContext, rate: str, **kept: Any
     ) -> dict[str, Tensor]:
         """Masks [C] of each batch norm, from 1 down the `loss` of `losses`, clamped to [0, 1] after every update.
 
-        `training` has a constant rate, `state` goes into checkpoints too, `how` has the names of `loop.run`.
+        `label` and `rate` are those of `loop.run`; checkpoints hold what is `kept`, too.
         """
         mask = nn.Parameter(torch.ones_like(self._concat("weight")))
-        descent = training.descent([mask], len(batches))
+        descent = sgd.descent([mask], len(batches))
 
         def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
             report = losses(mask, x, y)
@@ -237,8 +237,11 @@ class MaskedNorms:
                 mask.clamp_(0, 1)
             return {**report, "mask": mask.mean()}
 
-        kept = {**state, "masks": nn.ParameterList([mask]), "descent": descent}
-        loop.run(step, batches, training.epochs, state=kept, end_epoch=lambda _: None, session=session, **how)
+        def end_epoch(losses: dict[str, float]) -> None:
+            descent.end_epoch(losses["loss"])
+
+        state = {**kept, "masks": nn.ParameterList([mask]), "descent": descent}
+        loop.run(step, batches, sgd.epochs, state=state, end_epoch=end_epoch, session=session, label=label, rate=rate)
         return self.split(mask.detach())
 
 
@@ -286,9 +289,8 @@ class ChannelOutlierPruning(Defense):
 
 def outliers(scores: Scores, u: float) -> PruningLevel:
     """The channels more than `u` standard deviations above the mean of their layer, but never its lowest score."""
-    several = {name: s for name, s in scores.items() if len(s) > 1}  # one score has no deviation
-    # The mean of equal scores may be rounded below them.
-    flags = {name: (s > s.mean() + u * s.std()) & (s > s.min()) for name, s in several.items()}
+    # One score has no deviation; the mean of equal scores may be rounded below them.
+    flags = {name: (s > s.mean() + u * s.std()) & (s > s.min()) for name, s in scores.items() if len(s) > 1}
     return PruningLevel(f"u {u:g}", flags)
 
 

@@ -118,8 +118,7 @@ class RNP(Defense):
             logits = network(x, mask)
             return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": batch_accuracy(logits, y)}
 
-        state = {"unlearned": unlearned}
-        return network.learn(losses, batches, sgd, session, state, label="recovering", rate="recovering_lr")
+        return network.learn("recovering", losses, batches, sgd, session, "recovering_lr", unlearned=unlearned)
 
     def level(self, masks: dict[str, Tensor], threshold: float) -> pruning.PruningLevel:
         """The channels whose masks are `threshold` or less."""
