@@ -397,8 +397,13 @@ def test_an_update_that_compiles_does_not_count(monkeypatch, quick_compiler):
 def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monkeypatch):
     """One line and status 2; the next command goes on from the checkpoint, and no victim has been begun."""
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    calls = iter(range(10_000))
-    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 15)
+    calls, reached = iter(range(10_000)), Limit.reached
+
+    def over_at_the_15th(self: Limit) -> bool:
+        self.end = self.end if next(calls) != 15 else 0.0
+        return reached(self)
+
+    monkeypatch.setattr(Limit, "reached", over_at_the_15th)
     little = ("--lf_optimise", "true", "--lf_images", "4", "--lf_passes", "1", "--lf_deepfool_steps", "2")
     flags = ("lf", *VICTIM, "--save_folder_name", "a", *little)
     status, _, err = here("attack", *flags, "--max_minutes", "60")
