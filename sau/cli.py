@@ -1,35 +1,41 @@
-"""The command `sau`: which part of it is meant, and how it ends."""
+"""The commands: which one is meant, the order of calls from its flags to a finished record, and how it ends."""
 
+import re
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib import import_module
+from typing import Any
 
-from sau import __version__
-from sau.errors import ConfigError, run_command
+import torch
+from torch import nn
 
-USAGE = """\
-usage: sau COMMAND ...
+from sau import own_network, quality
+from sau.attack import ATTACKS, THEIRS, Attack
+from sau.attack.triggers import describe_figures, same_trigger
+from sau.config import Method, nearest
+from sau.data import sources
+from sau.data.images import Images
+from sau.defense import DEFENSES
+from sau.defense.base import Defense
+from sau.errors import ConfigError, RecordError, run_command
+from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
+from sau.files import existing, safe_join
+from sau.flags import RECIPES
+from sau.models import build, has_width
+from sau.optim import Training
+from sau.record import attack_result, lock, schema
+from sau.record.folder import CONFIG, Record
+from sau.risk import gauge
+from sau.run import AttackRun, DefenseRun, Run, RunLogger, begin, trigger_session, versioned
+from sau.runtime import device as machine
+from sau.settings import OwnRun, Settings
 
-commands, each with --help:
-  attack NAME     poison a data set, train a network on it, measure it: record/FOLDER
-  defense NAME    purify that network, or one of your own, and measure it again
-  list            the attacks, defenses, data sets and recipes
-  report          every result below a folder as one HTML page
-  figures         what a record holds, drawn
-  grid            a whole comparison from one file
-  verify          measure the figures of a record again
-  inspect         what is in a network file, without running it
-  --version       the version
-
-examples:
-  sau attack badnet --dataset digits --save_folder_name demo
-  sau defense sau --result_file demo
-  sau report record --out report.html
-  sau defense sau --model_file downloaded.pth --clean_dir images/"""
-
+METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 TOOLS = {
-    "list": "sau.command.catalogue",
     "report": "sau.command.report",
     "figures": "sau.command.figures",
     "grid": "sau.command.grid",
@@ -48,36 +54,242 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if argv in (["--help"], ["-h"]) or not argv:
-        print(USAGE, file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if argv == ["--version"]:
-        print(f"sau {__version__}")
+    kind, name, *flags = [*argv, *[""] * (2 - len(argv))]
+    if kind in METHODS and name in METHODS[kind]:
+        return _run(kind, name, flags)
+    if kind == "list" and not name:
+        print(listing())
         return 0
-    if argv[0] in TOOLS:
-        return _tool(argv[0], argv[1:])
-    from sau.command.attack_and_defend import METHODS, run  # imports PyTorch
-
-    kind, *rest = argv
-    if kind in METHODS and rest and rest[0] in METHODS[kind]:
-        return run(kind, rest[0], rest[1:])
-    if kind in METHODS and rest in ([], ["--help"], ["-h"]):
+    if kind in TOOLS:
+        try:
+            tool = import_module(TOOLS[kind])
+        except ModuleNotFoundError as missing:
+            raise ConfigError(f"sau {kind} needs {missing.name}; pip install -e '.[report]'") from None
+        status: int = tool.main(argv[1:])
+        return status
+    if kind in METHODS and name in ("", "--help", "-h"):
         listed = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(METHODS[kind])}"
-        print(listed, file=sys.stdout if rest else sys.stderr)
-        return 0 if rest else 2
+        print(listed, file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    known = [f"{kind} {method}" for method in METHODS[kind]] if kind in METHODS else [*TOOLS, "list", *METHODS]
     asked = " ".join(argv[:2])
-    if kind in METHODS:
-        near = [f"{kind} {name}" for name in get_close_matches(rest[0], METHODS[kind], 1)]
-    else:
-        near = [" ".join([name, *rest[:1]]) for name in get_close_matches(kind, [*TOOLS, *METHODS], 1)]
-    meant = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{asked!r} is no command{meant}; see sau --help and sau list")
+    raise ConfigError(f"{asked!r} is no command{nearest(asked if kind in METHODS else kind, known)}; see sau list")
 
 
-def _tool(name: str, argv: list[str]) -> int:
+def listing() -> str:
+    """The attacks, defenses, data sets and recipes, one line each."""
+    groups = {
+        "attacks": {name: _sentence(sys.modules[method.__module__].__doc__) for name, method in ATTACKS.items()},
+        "defenses": {name: _sentence(method.__doc__) for name, method in DEFENSES.items()},
+        "data sets": {name: each.about for name, each in sources.SOURCES.items()},
+        "recipes": RECIPES,
+    }
+    return "\n".join(
+        line
+        for kind, lines in groups.items()
+        for line in (f"{kind}:", *(f"  {n:11} {text}" for n, text in lines.items()))
+    )
+
+
+def _sentence(doc: str | None) -> str:
+    """The first sentence of a docstring, without its citation."""
+    text = re.sub(r" \(.*?\)", "", " ".join((doc or "").split("\n\n")[0].split()))
+    return re.split(r"(?<=\w)\. ", text)[0].rstrip(".:")
+
+
+def _run(kind: str, name: str, flags: Sequence[str]) -> int:
+    """The exit status of `attack` or `defend`; one that is stopped says how to resume."""
     try:
-        tool = import_module(TOOLS[name])
-    except ModuleNotFoundError as missing:
-        raise ConfigError(f"sau {name} needs {missing.name}; pip install -e '.[report]'") from None
-    status: int = tool.main(argv)
-    return status
+        (attack if kind == "attack" else defend)(name, flags)
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{_how_to_resume(kind == 'attack')}", file=sys.stderr)
+        return 130
+    finally:
+        lock.release_all()
+
+
+def _how_to_resume(attacks: bool) -> str:
+    """How to resume the stopped command, by the folder that it began."""
+    began, settings = lock.first(), dict[str, Any]()
+    if began is not None and not Record(began).finished:  # else the one to overwrite was not touched yet
+        with suppress(RecordError):
+            settings = schema.read_config(began / CONFIG).get("run", {})
+    if began is None or not settings:
+        return "stopped; repeat the command to go on"
+    named = f" with --save_folder_name {began.name}" if attacks and settings.get("save_folder_name") is None else ""
+    afresh = " without overwrite" if settings.get("overwrite") else ""
+    return f"stopped; repeat the command{named}{afresh} to resume from the last checkpoint"
+
+
+def attack(name: str, argv: Sequence[str]) -> None:
+    """Poison, train, measure, record."""
+    started = time.monotonic()
+    asked = Settings(f"sau attack {name}", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
+    dataset = asked.get("dataset") or Run.dataset
+    origin, (recipe, why) = sources.source(dataset), asked.recipe()
+    asked.help(recipe, dataset)
+    run, training, method = asked.settle(recipe, dataset)
+    _check_name(run.attack or name, name)
+    where = machine.prepare(asked.device)
+    machine.set_threads(run.threads)
+    record = Record(safe_join(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
+    train, test = sources.load(dataset, run.dataset_path, run.img_size)
+    notes = [note] if (note := sources.subset_note(dataset, train, test)) else []
+    data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
+    train, test = train.to(where), test.to(where)
+    torch.manual_seed(run.random_seed)
+    network = _network(asked, run, train, origin)
+    shape, width = network["shape"], network["width"]
+    model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
+
+    identity = {"attack": name, **method.identity(), **training.params(), **data, **network}
+    identity["random_seed"] = run.random_seed
+    record.can_start(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
+    how = {"augment": origin.augment, "seed": run.random_seed}
+    method = method.fit_trigger(train, model, training, session=trigger_session(run, started), **how)
+    poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
+    if poisoned is train and method.pratio and not method.in_batch:
+        notes.append(f"pratio {method.pratio:g} of {len(train)} images is less than one, so nothing is poisoned")
+    settings = {"attack": name, **method.params(), **training.params()}
+    mark = same_trigger(record, None if method.trains_trigger else method.trigger)
+    facts = {"method": settings, "data": data, "model": network, "notes": notes, "trigger_digest": mark}
+    size = f", width {width}" if width else ""
+    line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
+    begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
+    plan = method.describe(poisoned, training.batch_size)
+    record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
+    torch.manual_seed(run.random_seed)
+    each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
+    again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
+    logger = RunLogger(record, run, method.classifier_epochs(training), test, again, started, each)
+    method.fit(model, poisoned, recipe=training, session=logger.session(), **how)
+    triggered = again()
+    final = logger.final(model, triggered)
+    attack_result.save(record, model, method.poisoned_samples(poisoned), triggered, method.trigger)
+    record.log(table({"attacked": final}))
+    found = _trigger(record, method, model, test, triggered, run.trigger_radius)
+    if gate := method.gate(dataset, final.asr):
+        found["gate"] = gate
+        _judge(record, gate, final, "this attack", f"try {method.remedy}")
+    logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
+
+
+def defend(name: str, argv: Sequence[str]) -> None:
+    """Load what an attack left, purify, measure before and after, record."""
+    started = time.monotonic()
+    asked = Settings(f"sau defense {name}", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
+    folder, own = asked.get("result_file"), asked.get("model_file") is not None
+    if folder is None:
+        asked.help(asked.recipe()[0], "folder" if own else asked.get("dataset") or Run.dataset)
+    if own == (folder is not None):
+        raise ConfigError("give one of --result_file, an attack's folder, and --model_file, a network of your own")
+    if own:
+        return own_network.purify(name, asked)
+    attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, folder))
+    recipe, why = asked.recipe(attacked.recipe)
+    asked.help(recipe, attacked.dataset, _recorded(attacked))
+    run, _, method = asked.settle(recipe, attacked.dataset, _recorded(attacked))
+    asked.ignore((field.name for field in fields(OwnRun)), "it is about a network of your own")
+    where = machine.prepare(asked.device)
+    machine.set_threads(run.threads)
+    offered = attacked.offers("poisoned" if method.data_use == "poisoned" else "clean")
+    given, test, notes = _given(attacked, run, method, offered, run.dataset_path if asked.has("dataset_path") else None)
+    given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
+    model = attacked.model().to(where)
+    method = asked.adapted(method, model, len(given))
+
+    record = Record(safe_join(attacked.path, "defense", run.save_folder_name or name))
+    identity = {"defense": name, **method.identity(), "clean": sources.fingerprint(given), "attacked": attacked.digest}
+    facts: dict[str, Any] = {"method": {"defense": name, **method.params()}, "data": {"dataset": attacked.dataset}}
+    facts |= {"model": attacked.network, "attacked": attacked.digest, "notes": notes}
+    facts["clean_index"] = given.index.tolist()
+    looks = method.data_use != "none"
+    images = f"{len(given):,} {offered} images of {attacked.dataset}" if looks else "it looks at no images"
+    line = f"recipe {recipe} ({why}): {images}; {record.path}"
+    identity["random_seed"] = run.random_seed
+    begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
+    torch.manual_seed(run.random_seed)
+    begun, before = time.monotonic(), score(model, test, triggered)
+    _judge(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")
+    risks = None
+    if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
+        risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
+    threat = risks(model).summary() if risks else None
+    seconds, epochs = time.monotonic() - begun, getattr(method, "epochs", 1)
+    logger = RunLogger(record, run, epochs, test, lambda: triggered, started, seconds, risks)
+    judge = partial(score, clean=test, triggered=triggered if method.by_asr else None)
+    session = replace(logger.session(), judge=judge if method.selection == "oracle" else None)
+    how: Any = {"augment": sources.source(attacked.dataset).augment, "seed": run.random_seed, "settings": "as_given"}
+    fixed = method.purify(model, given, session=session, **how)
+    after = logger.final(fixed, triggered)
+    record.save_tensors("model", fixed.get_submodule("net").state_dict())
+    record.log(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
+    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], looks))
+    scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": der(before, after)}
+    scores |= {"selection": method.selection, "data": offered}
+    scores |= {"gate": attacked.gate} if attacked.gate else {}
+    if risks:
+        scores["risk"] = {"before": threat, "after": logger.last_risks(fixed), "search": asdict(run.search())}
+    logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
+
+
+def _given(
+    attacked: attack_result.AttackResult, run: DefenseRun, method: Defense, offered: str, place: str | None
+) -> tuple[Images, Images, list[str]]:
+    """What the method is given of the `offered` kind, the clean test set, and notes about them; `place` is the folder
+    of the data sets, if the user has named one."""
+    train, test, notes = attacked.pictures(place)
+    pool = attacked.given(train, offered)
+    given = sources.clean_subset(pool, run.ratio, run.random_seed, run.index)
+    notes += [note] if (note := sources.index_note(run.index, len(pool))) else []
+    if method.data_use != "none":
+        notes += sources.check_clean_set(given, test, method.batch_size, offered)
+    return given, test, notes
+
+
+def _judge(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
+    """Warn of an attack that is below its gate; see `Attack.gate`."""
+    if gate and not gate["passed"] and found.asr:
+        asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}"
+        record.log(f"warning: {which} did not take: {asr}; {advice}")
+
+
+def _trigger(
+    record: Record, method: Attack, model: nn.Module, test: Images, triggered: Images, radius: float
+) -> dict[str, Any]:
+    """How well the trigger hides and how well it was made, and what the network answers to triggers that must do
+    nothing; for the summary, and in lines."""
+    hidden, crossed = quality.of_attack(test, triggered, radius), method.cross_test_set(test)
+    if hidden is not None:
+        record.log(quality.describe(hidden))
+        if method.figures:
+            hidden["made"] = dict(method.figures)
+            record.log(f"as it was made: {describe_figures(method.figures)}")
+    if crossed is None:
+        return {"trigger": hidden}
+    share = accuracy(model, crossed.pixels, crossed.labels)
+    record.log(f"cross ACC {share.percent:.2f} %, on test images with triggers that must do nothing")
+    return {"trigger": hidden, **figures({"cross_acc": share})}
+
+
+def _recorded(attacked: attack_result.AttackResult) -> dict[str, Any]:
+    """The settings that a record has; where the data sets lie may be given anew."""
+    net = attacked.network
+    network = {"model": net["name"], "width": net["width"], "num_classes": net["classes"]}
+    return {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, **network}
+
+
+def _check_name(given: str, name: str) -> None:
+    """ConfigError if `given`, what the user calls the attack, is not `name`, the one that runs."""
+    other = THEIRS.get(given.lower(), given.lower())
+    if other != name:
+        advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
+        raise ConfigError(f"--attack is {given!r}, but this is {name}; leave it out{advice}")
+
+
+def _network(asked: Settings, run: AttackRun, train: Images, origin: sources.Source) -> dict[str, Any]:
+    """What a defense must know to build the network again; a width is refused only where the user asked for it."""
+    width = run.width if has_width(run.model) or "width" in asked.given else None
+    shape = {"name": run.model, "classes": train.num_classes, "width": width, "shape": list(train.pixels.shape[1:])}
+    return {**shape, "mean": list(origin.mean), "std": list(origin.std)}

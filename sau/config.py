@@ -72,6 +72,11 @@ class Option:
             return f"{low} up to {high}" if high else f"{low} and more"
         return " and ".join(filter(None, (low, high)))
 
+    @property
+    def about(self) -> str:
+        """The help text and the range."""
+        return f"{self.help}; {self.range}" if self.range else self.help
+
     def misfit(self, value: Any) -> str | None:
         """What is allowed instead of `value`; None where it is of the right type and inside the range."""
         if (wrong := misfit(value, self.hint)) is not None:

@@ -24,7 +24,7 @@ from sau.config import options
 from sau.errors import run_command
 from sau.figures import audit, save
 from sau.files import existing, safe_join
-from sau.settings.config import Setting, values
+from sau.flags import Setting, values
 
 say = partial(print, flush=True)
 

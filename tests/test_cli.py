@@ -10,22 +10,20 @@ import subprocess
 import sys
 import time
 import typing
-import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-import torchvision.datasets.utils
 import yaml
-from PIL import Image
 from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, the_error
 
 import sau
+from sau import cli as commands
+from sau import run as runs
 from sau.attack import ATTACKS, BadNet
 from sau.cli import TOOLS, main
-from sau.command import attack_and_defend, watch
 from sau.config import options
 from sau.data import sources
 from sau.data.augment import Augment
@@ -33,12 +31,14 @@ from sau.data.images import BACKDOOR, CROSS, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.evaluate import Proportion, Score
+from sau.flags import RECIPES, RecipeName
 from sau.optim import Training
 from sau.record import lock
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
+from sau.run import AttackRun, DefenseRun
 from sau.runtime import device
-from sau.settings.run import RECIPES, AttackRun, DefenseRun, OwnRun, RecipeName
+from sau.settings import OwnRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -131,8 +131,8 @@ def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
     monkeypatch.setattr(device, "has_bf16", lambda where: False)
     monkeypatch.setattr(SAU, "step", lambda self, state, x, y: {"loss": x.mean()})  # the settings matter here
     monkeypatch.setattr(SAU, "end_epoch", lambda self, state, losses: None)
-    for module in ("watch", "attack_and_defend"):
-        monkeypatch.setattr(f"sau.command.{module}.score", lambda *given: Score(*[Proportion(1, 2)] * 3))
+    for module in ("run", "cli"):
+        monkeypatch.setattr(f"sau.{module}.score", lambda *given: Score(*[Proportion(1, 2)] * 3))
     status, out, err = here("defense", "sau", "--result_file", "victim")
     assert (status, err) == (0, "")
     folder = victim / "defense" / "sau"
@@ -252,18 +252,17 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
     for more in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *more], check=True)
-    inside = tmp_path / "site" / "watch.py"
+    inside = tmp_path / "site" / "run.py"
     inside.parent.mkdir()
     inside.write_text("")
-    monkeypatch.setattr(watch, "__file__", str(inside))
-    assert watch._commit() is None
+    monkeypatch.setattr(runs, "__file__", str(inside))
+    assert runs._commit() is None
     for more in (["add", "site"], ["commit", "-q", "-m", "ours"]):
         subprocess.run([*git, *more], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
-    assert watch._commit() == head.stdout.strip()
+    assert runs._commit() == head.stdout.strip()
 
 
-@pytest.mark.usefixtures("few_digits")
 # Ways to run
 
 
@@ -322,57 +321,17 @@ def test_help_begins_with_the_flags_of_the_method(kind, name, here, capsys, monk
     assert "--num_workers" not in out and "--poison_ratio" not in out and "--n_rounds" not in out
 
 
-def test_help_of_a_script_imports_little(cli, tmp_path):
-    """What takes long to import is not imported; torch is."""
-    code = "import runpy, sys\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "finally:\n    print(*sys.modules, file=sys.stderr)"
-    script = str(REPOSITORY / "defense" / "sau.py")
-    argv = [sys.executable, "-c", f"import sys; sys.argv = [{script!r}, '--help']\n{code}"]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and "--result_file" in done.stdout
-    slow = {"sklearn", "scipy", "matplotlib", "torchvision", "torch._dynamo", "sympy", "skimage", "ray"}
-    assert "torch" in done.stderr.split() and not slow & {*done.stderr.split()}
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_python_m_sau(tmp_path):
-    def run(*argv: str) -> subprocess.CompletedProcess[str]:
-        env = environment(PYTHONPATH=str(REPOSITORY))
-        argv = (sys.executable, "-m", "sau", *argv)
-        return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-
-    done = run("attack", "badnett")
-    assert done.returncode == 2 and "attack badnet" in the_error(done.stderr)
-
-
-def test_without_a_command_the_usage_is_shown(here):
-    status, out, err = here()
-    assert (status, out) == (2, "") and here("--help") == (0, err, "") == here("-h")
-    assert err.startswith("usage: sau COMMAND") and "sau attack badnet --dataset digits" in err
-    assert all(f"\n  {name} " in err for name in ("attack NAME", "defense NAME", *TOOLS))
-    assert len(err.splitlines()) < 24
-
-
-def test_the_version_and_the_usage_do_not_wait_for_torch(tmp_path):
-    code = "import sys; from sau.cli import main; status = main(sys.argv[1:]); print('torch' in sys.modules, status)"
-    for argv, said in ((["--version"], f"sau {sau.__version__}"), (["--help"], "usage: sau COMMAND ...")):
-        env = environment(PYTHONPATH=str(REPOSITORY))
+def test_python_m_sau_and_what_does_not_wait_for_torch(tmp_path):
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    code = "import sys, sau.__main__ as m\ntry: m.run()\nfinally: print('torch' in sys.modules)"
+    for argv, line in ((["--version"], f"sau {sau.__version__}"), (["--help"], "usage: sau COMMAND ...")):
         run = [sys.executable, "-c", code, *argv]
         done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
-        assert done.stdout.splitlines()[0] == said and done.stdout.splitlines()[-1] == "False 0", done.stderr
-
-
-@pytest.mark.parametrize("kind", ["attack", "defense"])
-def test_a_kind_alone_lists_its_methods(kind, here):
-    names = ", ".join(ATTACKS if kind == "attack" else DEFENSES)
-    listed = f"usage: sau {kind} NAME [flags]; NAME is one of: {names}\n"
-    assert here(kind) == (2, "", listed) and here(kind, "--help") == (0, listed, "")
-
-
-@pytest.mark.parametrize("argv", [("attack", "nothing"), ("badnet",), ("--verson",), ("--version", "x")])
-def test_an_unknown_command_is_one_line(here, argv):
-    status, out, err = here(*argv)
-    assert (status, out) == (2, "") and "is no command; see sau --help and sau list" in the_error(err)
+        assert done.stdout.splitlines()[0] == line and done.stdout.splitlines()[-1] == "False", done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in ("attack NAME", "defense NAME", "list", *TOOLS))
+    run = [sys.executable, "-m", "sau", "attack", "badnett"]
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "attack badnet" in the_error(done.stderr)
 
 
 def test_the_list_has_a_line_for_everything_there_is(here):
@@ -386,7 +345,7 @@ def test_the_list_has_a_line_for_everything_there_is(here):
     assert found["attacks"]["badnet"] == "BadNets: a small patch in a corner"
 
 
-@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "list"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_is_a_command_and_a_script(tool, here, script, capsys):
     """They show the same help and refuse the same flags."""
     name = f"{'inspect_checkpoint' if tool == 'inspect' else tool}.py"
@@ -395,14 +354,6 @@ def test_a_tool_is_a_command_and_a_script(tool, here, script, capsys):
             here(tool, *argv)
         shown = (left.value.code, *capsys.readouterr())
         assert script(name, *argv) == shown and shown[0] == status and f"sau {tool}" in shown[1] + shown[2]
-
-
-def test_a_tool_without_its_extra_says_how_to_install_it(here, monkeypatch):
-    for module in ("sau.command.report", "sau.report.page"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    status, _, err = here("report", "record")
-    assert status == 2 and "sau report needs jinja2; pip install -e '.[report]'" in the_error(err)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +371,7 @@ def test_a_command_that_resembles_another_is_told_that_one(here, argv, meant):
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_the_result_is_evaluated_again_only_where_it_moved_since(victim, here, monkeypatch, moved):
-    scored, really, told = [], watch.score, watch.Watch.on_epoch
+    scored, really, told = [], runs.score, runs.RunLogger.on_epoch
 
     def told_and_moved(self, epoch, losses, state):
         found = told(self, epoch, losses, state)
@@ -428,8 +379,8 @@ def test_the_result_is_evaluated_again_only_where_it_moved_since(victim, here, m
             next(state["model"].parameters()).data.mul_(0)
         return found
 
-    monkeypatch.setattr(watch.Watch, "on_epoch", told_and_moved)
-    monkeypatch.setattr("sau.command.watch.score", lambda *given: scored.append(really(*given)) or scored[-1])
+    monkeypatch.setattr(runs.RunLogger, "on_epoch", told_and_moved)
+    monkeypatch.setattr("sau.run.score", lambda *given: scored.append(really(*given)) or scored[-1])
     status, _, err = here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)
     assert (status, err, len(scored)) == (0, "", 1 + moved)
     after = json.loads((victim / "defense" / "ft" / "summary.json").read_text())["after"]
@@ -443,42 +394,6 @@ def test_loader_flags_cause_one_warning(here, tmp_path):
     warnings = [line for line in out.splitlines() if line.startswith("warning: flags")]
     assert len(warnings) == 1
     assert all(f"--{name}" in warnings[0] for name in ("num_workers", "pin_memory", "non_blocking", "prefetch"))
-
-
-def test_flags_without_effect_cause_one_warning_from_yaml_too(victim, here, tmp_path):
-    (tmp_path / "theirs.yaml").write_text(
-        "epochs: 100\nlr: 0.01\nlr_scheduler: CosineAnnealingLR\nclient_optimizer: 3\n"
-    )
-    flags = ("--result_file", "victim", "--yaml_path", "theirs.yaml", "--wd", "0.0005", *QUICK)
-    status, out, err = here("defense", "clp", *flags)
-    assert (status, err) == (0, "")
-    warnings = [line for line in out.splitlines() if line.startswith("warning: flags")]
-    assert len(warnings) == 1
-    assert all(f"--{name}:" in warnings[0] for name in ("epochs", "lr", "lr_scheduler", "client_optimizer", "wd"))
-
-
-def test_settings_are_not_read_from_a_pipe(here, tmp_path, one_line):
-    """They are looked at several times, and a pipe is empty at the second."""
-    os.mkfifo(tmp_path / "pipe")
-    status, _, err = here("attack", "badnet", *QUICK, "--yaml_path", "pipe")
-    assert status == 2 and "cannot read pipe" in err and "name a YAML file" in err
-
-
-@pytest.mark.parametrize("wish", ["cuda", "cuda:9"])
-def test_cuda_that_is_not_there_is_refused(here, refused, tmp_path, monkeypatch, wish):
-    """Not run on the CPU with other settings."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = [wish if flag == "cpu" else flag for flag in TINY]
-    line = refused("attack", "badnet", *flags, "--save_folder_name", "a")
-    assert f"device is '{wish}', but torch finds no CUDA device here; allowed is auto or cpu" in line
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    if wish == "cuda:9":
-        assert "this machine has cpu and 0 cuda devices" in refused("attack", "badnet", *flags)
-    assert not (tmp_path / "record").exists()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags[flags.index(wish)] = "auto"
-    assert here("attack", "badnet", *flags, "--save_folder_name", "a")[0] == 0
 
 
 def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interrupted_run(here, tmp_path, monkeypatch):
@@ -495,13 +410,10 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interru
         assert (status, err.count("stopped")) == (130, 1)
         return yaml.safe_load(config.read_text())["threads"]
 
-    load = Record.load
-
-    def stop(record: Record) -> None:
-        load(record)
+    def stop(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Record, "load", stop)
+    monkeypatch.setattr("sau.runtime.device.seconds_per_image", stop)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert run() == 3 and run("--threads", "2") == 2
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -510,19 +422,6 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interru
     (config.parent / "metrics.jsonl").write_text("")  # begun in earnest
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     assert run() == 6 and run("--overwrite") == 1
-
-
-def test_the_first_line_of_a_defense_says_what_it_does(victim, here):
-    for name, words in (
-        ("ft", ": 71 clean pictures of digits"),
-        ("ep", ": 71 poisoned pictures of digits"),
-        ("clp", ": it looks at no pictures"),
-    ):
-        status, out, _ = here("defense", name, *PURIFY, "--ratio", "0.05")
-        assert status == 0 and words in out.splitlines()[0]
-        notes = [line for line in out.splitlines() if line.startswith("note: 71")]
-        kinds = {"ft": ["clean"], "ep": ["poisoned"], "clp": []}[name]
-        assert notes == [f"note: 71 {kind} pictures are less than a batch of 256" for kind in kinds]
 
 
 def test_a_folder_is_named_below_the_root_or_by_its_path(victim, here, refused):
@@ -540,26 +439,12 @@ def test_the_benchmarks_names_of_the_attacks_are_known(here, refused, tmp_path):
     assert "lira.py" not in text and "inputaware" in text  # no script that does not exist; those that do
 
 
-def test_a_folder_is_no_picture(refused, tmp_path):
-    text = refused("attack", "blended", *TINY, "--attack_trigger_img_path", str(tmp_path), "--save_folder_name", "a")
-    assert f"attack_trigger_img_path: {tmp_path} is a folder without model.safetensors" in text
-
-
 @pytest.mark.parametrize(("amp", "word"), [("true", "bf16"), ("false", "fp32")])
 def test_the_precision_is_as_asked(here, tmp_path, amp, word):
     flags = [flag if flag != "false" else amp for flag in TINY]
     status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", "a")
     assert status == 0 and word in out
     assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["amp"] is (amp == "true")
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_the_precision_is_bf16_where_the_device_has_it(here, tmp_path, monkeypatch, able):
-    monkeypatch.setattr(device, "has_bf16", lambda where: able)
-    flags = [flag for flag in TINY if flag not in ("--amp", "false")]
-    status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", "a")
-    assert status == 0 and f"precision {'bf16' if able else 'fp32'} on cpu" in out
-    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["amp"] is able
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -571,14 +456,6 @@ def test_copies_of_the_weights_are_kept_when_asked(here, tmp_path):
     copy = safetensors.torch.load_file(folder / "model_epoch_2.safetensors")
     assert list(copy) == list(safetensors.torch.load_file(folder / "model.safetensors"))
     Record(folder).check()
-
-
-def test_records_go_where_they_are_asked_to(here, tmp_path):
-    assert here("attack", "badnet", *TINY, "--save_folder_name", "a", "--record_root", "elsewhere/deep")[0] == 0
-    assert (tmp_path / "elsewhere/deep/a/manifest.json").is_file() and not (tmp_path / "record").exists()
-    flags = ("--result_file", "a", "--record_root", "elsewhere/deep", "--epochs", "0", *QUICK)
-    assert here("defense", "ft", *flags)[0] == 0
-    assert (tmp_path / "elsewhere/deep/a/defense/ft/manifest.json").is_file()
 
 
 def test_without_a_name_the_time_and_the_attack_make_one(here, tmp_path):
@@ -610,14 +487,6 @@ def test_a_finished_run_is_not_made_again_and_another_one_is_refused_its_folder(
     assert "summary.json" in refused(*flags, "--random_seed", "1")
 
 
-def test_a_finished_defense_is_not_made_again_unless_asked(victim, here, refused):
-    flags = ("defense", "ft", "--result_file", "victim", "--epochs", "0", *QUICK)
-    assert here(*flags)[0] == 0
-    assert "defense/ft is finished, with these settings" in here(*flags)[1]
-    assert "--overwrite" in refused(*flags, "--random_seed", "1")
-    assert here(*flags, "--overwrite")[0] == 0 and (victim / "manifest.json").is_file()
-
-
 def test_commands_augment_as_their_data_set_says(here, few, monkeypatch):
     seen, call = set(), Augment.__call__
     monkeypatch.setitem(sources.SOURCES, "digits", replace(few, augment=Augment(2, flip=True)))
@@ -627,30 +496,6 @@ def test_commands_augment_as_their_data_set_says(here, few, monkeypatch):
         seen.clear()
         assert here(*argv, "--epochs", "1", *QUICK)[0] == 0
         assert seen == {Augment(2, flip=True)}, argv
-
-
-def test_without_git_the_record_says_so(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert here("attack", "badnet", *TINY, "--save_folder_name", "a")[0] == 0
-    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["git"] is None
-
-
-def test_blended_and_all2all_and_a_patch_of_ones_own(here, tmp_path):
-    patch = Image.new("RGB", (32, 32))
-    patch.paste((0, 90, 0), (8, 8, 24, 24))
-    patch.save(tmp_path / "patch.png")
-    for name, attack, *flags in (
-        ("a", "blended", "--attack_train_blended_alpha", "0.1"),
-        ("b", "badnet", "--attack_label_trans", "all2all"),
-        ("c", "badnet", "--patch_mask_path", "patch.png", "--target_label", "3", "--poison_ratio", "0.05"),
-    ):
-        status, out, err = here("attack", attack, *TINY, "--save_folder_name", name, *flags)
-        assert (status, err) == (0, "")
-    assert summary(tmp_path / "record" / "b")["asr_count"][1] == 360
-    triggered = safetensors.torch.load_file(tmp_path / "record/c/triggered.safetensors")
-    assert (triggered["labels"] == 3).all() and (triggered["true_labels"] != 3).all()
-    assert (triggered["pixels"][:, 1, 8:24, 8:24] == 90).all()
-    assert len(safetensors.torch.load_file(tmp_path / "record/c/poisoned.safetensors")["index"]) == 72
 
 
 @pytest.mark.parametrize(("name", "covers"), [("wanet", 24), ("inputaware", 12)])
@@ -673,31 +518,6 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     assert found["trigger"]["psnr"] > 0 and 0 <= found["trigger"]["in_ball"] <= 100 and "made" not in found["trigger"]
     assert f"cross ACC {found['cross_acc']:.2f} %" in out and found["cross_acc_count"][1] == found["acc_count"][1]
     assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
-
-
-def test_an_attack_that_kept_no_example_is_not_taken_for_a_clean_network(here, refused):
-    flags = ("--dataset", "digits", "--width", "2", "--epochs", "1", "--pratio", "0.0005", *QUICK)
-    assert here("attack", "wanet", *flags, "--save_folder_name", "a")[0] == 0
-    assert "holds no poisoned training pictures" in refused("defense", "ep", "--result_file", "a", *QUICK)
-
-
-def test_a_free_label_map_and_a_refused_one(here, refused, tmp_path):
-    flags = ("--dataset", "digits", "--width", "4", "--epochs", "0", *QUICK, "--attack_label_trans", "map")
-    status, _, err = here(
-        "attack", "badnet", *flags, "--attack_label_map", "1,0,2,3,4,5,6,7,8,9", "--save_folder_name", "a"
-    )
-    assert status == 0, err
-    record = Record(tmp_path / "record" / "a")
-    record.check()
-    triggered = load_images(record, "triggered")
-    assert set(zip(triggered.true_labels.tolist(), triggered.labels.tolist(), strict=True)) == {(0, 1), (1, 0)}
-    assert "10 classes" in refused("attack", "badnet", *flags, "--attack_label_map", "1,0", "--save_folder_name", "b")
-    assert not (tmp_path / "record" / "b").exists()
-
-
-def test_a_clean_label_ratio_above_the_class_is_refused_and_leaves_nothing(refused, tmp_path):
-    line = refused("attack", "sig", "--dataset", "digits", *QUICK, "--pratio", "0.5", "--save_folder_name", "a")
-    assert "718 of 1437" in line and not (tmp_path / "record" / "a").exists()
 
 
 def test_settings_from_a_yaml_file(here, tmp_path):
@@ -764,22 +584,9 @@ def test_a_stopped_run_says_how_it_is_gone_on_with(kind, run, said, tmp_path, mo
         lock.acquire(tmp_path / "ssba-0123456789")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "sau.command.attack_and_defend.attack" if kind == "attack" else "sau.command.attack_and_defend.defend", stop
-    )
+    monkeypatch.setattr("sau.cli.attack" if kind == "attack" else "sau.cli.defend", stop)
     assert main([kind, "badnet" if kind == "attack" else "sau"]) == 130
     assert said in capsys.readouterr().err.splitlines()[-1] and lock.first() is None
-
-
-def test_a_run_that_is_stopped_before_it_overwrites_says_so(finished, tmp_path, monkeypatch, capsys):
-    shutil.copytree(finished / "record" / "victim", tmp_path / "victim")
-
-    def stop(name: str, argv: list[str]) -> None:
-        Record(tmp_path / "victim").can_start({"a": 1}, True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sau.command.attack_and_defend.attack", stop)
-    assert main(["attack", "badnet"]) == 130 and FRESH in capsys.readouterr().err
 
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -799,20 +606,11 @@ def test_what_the_machine_refuses_is_no_traceback(error, status, said, monkeypat
     def refuse(name, argv):
         raise error
 
-    monkeypatch.setattr("sau.command.attack_and_defend.attack", refuse)
+    monkeypatch.setattr("sau.cli.attack", refuse)
     monkeypatch.setattr("os.dup2", lambda *_: None)
     assert main(["attack", "badnet"]) == status
     err = capfd.readouterr().err
     assert (err == "") if said is None else (said in err and len(err.splitlines()) == 1)
-
-
-def test_other_mistakes_of_the_program_are_not_hidden(monkeypatch):
-    def fail(name, argv):
-        raise RuntimeError("a fault of ours")
-
-    monkeypatch.setattr("sau.command.attack_and_defend.attack", fail)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        main(["attack", "badnet"])
 
 
 def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, here):
@@ -834,19 +632,19 @@ def test_a_defense_that_is_killed_goes_on_to_the_same_bits(victim, tmp_path, her
 def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, monkeypatch):
     flags = [flag if flag != "0" else "3" for flag in TINY]
     run = ("attack", "badnet", *flags, "--save_folder_name", "a")
-    really = attack_and_defend.Watch.on_epoch
+    really = commands.RunLogger.on_epoch
 
     def stop(self, epoch, losses, state):
         if epoch == 2:
             raise KeyboardInterrupt
         return really(self, epoch, losses, state)
 
-    monkeypatch.setattr(attack_and_defend.Watch, "on_epoch", stop)
+    monkeypatch.setattr(commands.RunLogger, "on_epoch", stop)
     try:
         here(*run)
     except KeyboardInterrupt:
         pass  # whatever the command line makes of one that no signal sent
-    monkeypatch.setattr(attack_and_defend.Watch, "on_epoch", really)
+    monkeypatch.setattr(commands.RunLogger, "on_epoch", really)
     text = refused(*run, "--lr", "0.5")
     assert "lr: 0.1 there, 0.5 here" in text and "--overwrite" in text
     assert "random_seed: 0 there, 1 here" in refused(*run, "--random_seed", "1")
@@ -855,27 +653,6 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
     status, out, _ = here(*run, "--compile", "true")
     assert status == 0 and "resuming after epoch 1" in out and "--compile has no effect" in out
     assert [row["epoch"] for row in rows(tmp_path / "record" / "a")] == [1, 2, 3]
-
-
-@pytest.mark.usefixtures("few_digits")
-def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on(here, tmp_path, monkeypatch):
-    flags = [flag if flag != "0" else "2" for flag in TINY]
-    run = ("attack", "badnet", *flags, "--save_folder_name", "a")
-    sync, writes = os.fsync, []
-
-    def full(number: int) -> None:
-        writes.append(number)
-        if len(writes) > 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(number)
-
-    monkeypatch.setattr(os, "fsync", full)
-    status, _, err = here(*run)
-    assert status == 1 and "no room" in the_error(err)
-    monkeypatch.setattr(os, "fsync", sync)
-    assert not any(file.name.startswith(".") for file in (tmp_path / "record" / "a").iterdir())
-    assert here(*run)[0] == 0
-    Record(tmp_path / "record" / "a").check()
 
 
 def test_a_fault_of_the_disk_is_one_line(here, tmp_path, monkeypatch):
@@ -890,13 +667,6 @@ def test_a_fault_of_the_disk_is_one_line(here, tmp_path, monkeypatch):
 
 
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.
-
-
-def test_a_refusal_in_a_process_of_its_own(cli, tmp_path):
-    """What the tests below see of `main` is what a shell sees of the scripts."""
-    done = cli("attack", "badnet", "--dataset", "cifar11", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert "cifar11" in the_error(done.stderr) and list(tmp_path.iterdir()) == []
 
 
 WRONG_ATTACKS = {
@@ -951,26 +721,6 @@ def test_attacks_that_are_refused(refused, tmp_path, wrong):
     assert left <= {"a file", ".a.lock"}  # nothing half-written
 
 
-def test_a_ratio_of_less_than_a_picture_is_noted(here):
-    code, out, _ = here("attack", "badnet", *TINY, "--save_folder_name", "a", "--pratio", "0.0001")
-    assert code == 0 and "so nothing is poisoned" in out
-    code, out, _ = here("attack", "badnet", *TINY, "--save_folder_name", "b", "--pratio", "0")
-    assert code == 0 and "so nothing is poisoned" not in out
-
-
-def test_clean_training_takes_no_poisoning_flags(refused):
-    assert "--pratio" in refused("attack", "prototype", *TINY, "--pratio", "0.1")
-
-
-def test_cifar10_offline_is_one_line(refused, monkeypatch):
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", offline)
-    text = refused("attack", "badnet", *QUICK)
-    assert "--dataset_path" in text and "--dataset digits" in text
-
-
 @pytest.mark.usefixtures("few_digits")
 def test_a_rate_that_breaks_the_network_is_one_line(refused, tmp_path):
     flags = [flag if flag != "0" else "2" for flag in TINY]
@@ -990,21 +740,6 @@ def test_a_defense_whose_loss_breaks_is_one_line_and_no_result(refused, victim, 
     """Exit status 2, and no manifest, so that nobody takes the folder for a result."""
     text = refused("defense", name, "--result_file", "victim", *flags, *QUICK)
     assert "not finite" in text and not (victim / "defense" / name / "manifest.json").exists()
-
-
-def test_the_last_finite_network_of_a_run_that_broke_becomes_a_record(refused, here, victim):
-    """The rate climbs to 1e30 in the second round; what docs/record.md says to do then gives the first's network."""
-    breaks = ("--lr_scheduler", "CyclicLR", "--steplr_stepsize", "1", "--min_lr", "0.01", "--lr", "1e30")
-    flags = ("--result_file", "victim", "--epochs", "3", "--batch_size", "16", *breaks, *QUICK)
-    assert "not finite" in refused("defense", "ft", *flags)
-    status, out, err = here("defense", "ft", *flags, "--max_minutes", "0.0001")
-    assert status == 0 and "resuming after round 1" in out, err
-    summary = json.loads((victim / "defense" / "ft" / "summary.json").read_text())
-    assert (
-        summary["ended_early"].startswith("round 2 of 3, before batch 1 of") and summary["after"] != summary["before"]
-    )
-    weights = Record(victim / "defense" / "ft").load_tensors("model")
-    assert all(weight.isfinite().all() for weight in weights.values() if weight.is_floating_point())
 
 
 WRONG_DEFENSES = {
@@ -1029,35 +764,6 @@ def test_defenses_that_are_refused(refused, victim, wrong):
     flags, word = WRONG_DEFENSES[wrong]
     assert word in refused("defense", "sau", *flags, *QUICK)
     assert not (victim / "defense").exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "model.safetensors", "triggered.safetensors", "summary.json", "log.txt"]
-)
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
-def test_a_damaged_record_is_refused(refused, victim, name, damage):
-    content = bytearray((victim / name).read_bytes())
-    content[len(content) // 2] ^= 4
-    (victim / name).write_bytes(content if damage == "flipped" else content[:-10])
-    if damage == "missing":
-        (victim / name).unlink()
-    text = refused("defense", "sau", *PURIFY)
-    assert "victim" in text and (name in text or name == "config.yaml")
-    assert not (victim / "defense").exists()
-
-
-def test_an_unfinished_record_is_refused(refused, victim):
-    (victim / "manifest.json").unlink()
-    assert "unfinished" in refused("defense", "sau", *PURIFY)
-
-
-def test_a_foreign_folder_is_refused(refused, tmp_path):
-    (tmp_path / "record" / "photos").mkdir(parents=True)
-    (tmp_path / "record" / "photos" / "one.jpg").write_text("precious")
-    assert "photos" in refused("defense", "sau", "--result_file", "photos", *QUICK)
-    for overwrite in ((), ("--overwrite",)):
-        assert "photos" in refused("attack", "badnet", *TINY, "--save_folder_name", "photos", *overwrite)
-    assert (tmp_path / "record" / "photos" / "one.jpg").read_text() == "precious"
 
 
 def sealed(folder: Path, name: str, change) -> None:
@@ -1093,16 +799,6 @@ def test_a_record_with_right_sums_and_wrong_content_is_refused(refused, victim, 
     assert word in refused("defense", "ft", *PURIFY)
 
 
-@pytest.mark.parametrize("key", ["data", "model", "run"])
-def test_a_record_whose_configuration_lacks_a_part_is_refused(refused, victim, key):
-    config = yaml.safe_load((victim / "config.yaml").read_text())
-    del config[key]
-    (victim / "config.yaml").write_text(yaml.safe_dump(config))
-    (victim / "manifest.json").unlink()
-    Record(victim).finish(summary(victim))
-    assert f"'{key}'" in refused("defense", "ft", *PURIFY)
-
-
 def test_other_pictures_than_the_attack_saw_are_refused(refused, victim, monkeypatch):
     from sau.data import sources
 
@@ -1121,17 +817,6 @@ def replaced(origin, pictures):
 
 
 # Real data
-
-
-def test_an_attack_on_real_cifar10_without_training(real_data, cli, tmp_path):
-    """Decoding, poisoning, evaluation and the record on 60,000 pictures."""
-    flags = ("--dataset_path", str(real_data), "--width", "2", "--epochs", "0", *QUICK, "--save_folder_name", "a")
-    done = cli("attack", "blended", *flags, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "5000 of 50000 images poisoned" in done.stdout and "9000 triggered" in done.stdout
-    index = safetensors.torch.load_file(tmp_path / "record/a/poisoned.safetensors")["index"].tolist()
-    assert {11841, 19602, 45519} <= set(index) and len(index) == 5000
-    assert summary(tmp_path / "record" / "a")["acc_count"][1] == 10_000
 
 
 @pytest.mark.slow
@@ -1160,13 +845,13 @@ def test_the_seed_reaches_poisons_training_and_defense(here, monkeypatch):
 
 def test_fps_oracle_is_shown_no_triggers(victim, here, monkeypatch):
     seen: list[bool] = []
-    own = attack_and_defend.score
+    own = commands.score
 
     def watched(model, clean, triggered):
         seen.append(triggered is None)
         return own(model, clean, triggered)
 
-    monkeypatch.setattr(attack_and_defend, "score", watched)
+    monkeypatch.setattr(commands, "score", watched)
     flags = ("--result_file", "victim", "--epochs", "0", "--once_prune_ratio", "0.4", *QUICK)
     assert here("defense", "fp", *flags, "--select", "oracle")[0] == 0
     assert seen[0] is False and len(seen) > 2 and all(seen[1:-1])

@@ -21,9 +21,9 @@ import torch
 from toys import QUICK
 
 from sau.cli import main
-from sau.command.watch import Watch
 from sau.errors import SauError
 from sau.record.folder import CONFIG, Record
+from sau.run import RunLogger
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "2", "--eval_every", "1", *QUICK)
 RUNS = {
@@ -67,8 +67,8 @@ def run(name: str, root: Path, prepare: Callable[[], None] = nothing) -> Callabl
     argv += ["--save_folder_name", name] if argv[0] == "attack" else []
 
     def work() -> int:
-        session = Watch.session
-        Watch.session = lambda self: replace(session(self), save_every=0.0)  # type: ignore[method-assign]
+        session = RunLogger.session
+        RunLogger.session = lambda self: replace(session(self), save_every=0.0)  # type: ignore[method-assign]
         prepare()
         sys.argv = ["sau", *argv]
         return main(argv)

@@ -66,7 +66,7 @@ def run(python: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]
 
 
 def test_the_package_is_that_of_the_wheel(python, tmp_path):
-    code = "import sau, sau.settings.yamlfile as y; print(sau.__file__, y.shipped('defense', 'sau'), sep='\\n')"
+    code = "import sau, sau.flags as y; print(sau.__file__, y.shipped('defense', 'sau'), sep='\\n')"
     done = run(python, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():

@@ -124,26 +124,6 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(kind):
             assert began == (first.updates > (1 if save_every == ALWAYS else PER_EPOCH)), where
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_stops_again_and_again(kind):
-    whole, tape = Experiment(kind).run(), Tape()
-    for _ in range(EPOCHS * PER_EPOCH):
-        stopped = Experiment(kind, tape, ALWAYS, ("before", 2))  # one update a start
-        try:
-            stopped.run()
-            break
-        except KeyboardInterrupt:
-            continue
-    assert same_weights(Experiment(kind, tape).run().net, whole.net)
-
-
-def test_a_run_that_is_done_does_nothing_more():
-    tape = Tape()
-    whole = Experiment("ours", tape).run()
-    again = Experiment("ours", tape).run()
-    assert again.updates == 0 and same_weights(again.net, whole.net) and again.rows == {}
-
-
 def test_checkpoints_hold_tensors_and_plain_numbers_only():
     tape = Tape()
     Experiment("ours", tape).run()
@@ -240,16 +220,6 @@ def test_the_network_that_sau_compares_with_is_in_no_checkpoint(saves):
     assert same_weights(purified(tape), whole)
 
 
-def test_an_older_checkpoint_that_holds_more_is_gone_on_from():
-    tape = Tape()
-    Experiment("ours", tape).run()
-    place = tape.load()
-    assert place is not None
-    place["objects"]["reference"] = {"weight": torch.zeros(1)}
-    tape.save(place)
-    assert Experiment("ours", tape).run().updates == 0
-
-
 # What is counted and reported
 
 
@@ -321,10 +291,6 @@ def test_a_line_an_epoch():
     assert not any("asr" in line for line in said)
 
 
-def test_no_epochs_no_steps():
-    assert run(lambda x, y: pytest.fail("a step"), Plain([2]), 0) == []
-
-
 # A loss that is not finite
 
 
@@ -382,11 +348,6 @@ def forecasts(said: list[str]) -> list[str]:
     return [line for line in said if "forecast" in line or "shorter" in line]
 
 
-def test_a_forecast_is_printed_once():
-    said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 4), 5, hint="fewer epochs")
-    assert len(forecasts(said)) == 1 and "forecast" in said[1]  # after the sixth update, so in the second epoch
-
-
 def test_the_forecast_counts_what_is_left():
     """Updates of one second: after 6 of 8 * 100 there are 794 left, and 600 seconds of evaluation: 23 minutes."""
     said, now = [], [0.0]
@@ -400,26 +361,6 @@ def test_the_forecast_counts_what_is_left():
         session = Session(say=said.append, other_seconds=600.0, hint="fewer epochs")
         loop.run(step, Plain([2] * 8), 100, state={}, end_epoch=lambda losses: None, session=session)
     assert forecasts(said) == ["forecast: about 23 min to the end of epoch 100"]
-
-
-def test_a_run_of_more_than_an_hour_says_how_to_make_it_short():
-    said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 8), 1, hint="fewer epochs", other_seconds=7200.0)
-    assert "2 h 0 min" in forecasts(said)[0] and "fewer epochs" in forecasts(said)[1]
-    said = run(lambda x, y: {"loss": torch.tensor(1.0)}, Plain([2] * 8), 1, hint="fewer epochs", other_seconds=3000.0)
-    assert len(forecasts(said)) == 1
-
-
-def test_nothing_is_printed_by_default_but_lines(capfd):
-    loop.run(
-        lambda x, y: {"loss": torch.tensor(1.0)},
-        Plain([2]),
-        1,
-        state={},
-        end_epoch=lambda losses: None,
-        session=Session(),
-    )
-    out, err = capfd.readouterr()
-    assert out.startswith("epoch 1/1") and len(out.splitlines()) == 1 and err == ""  # no bar without a terminal
 
 
 # Several runs that share a checkpoint

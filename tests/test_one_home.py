@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from toys import REPOSITORY, environment
@@ -46,8 +45,8 @@ def below(*folders: str) -> set[str]:
 
 # concern: (who has it, who may)
 HOMES: dict[str, tuple[set[str], set[str]]] = {
-    "flags": (importing("argparse") | calling("add_argument"), {"settings/config.py"} | below("command")),
-    "YAML": (importing("yaml"), {"errors.py", "settings/config.py", "settings/yamlfile.py", "record/schema.py"}),
+    "flags": (importing("argparse") | calling("add_argument"), {"flags.py"} | below("command")),
+    "YAML": (importing("yaml"), {"errors.py", "flags.py", "record/schema.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
     "pickles": (importing("pickle"), {"data/readers.py", "compat/torch_file.py"}),
@@ -66,11 +65,12 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),
     "the screen": (
         calling("print"),
-        {"cli.py", "errors.py", "record/folder.py", "grid/engines.py"} | below("command", "data"),
+        {"__main__.py", "cli.py", "settings.py", "errors.py", "record/folder.py", "grid/engines.py"}
+        | below("command", "data"),
     ),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"command/attack_and_defend.py", "attack/base.py", "seeds.py"} | below("data"),
+        {"cli.py", "attack/base.py", "seeds.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"errors.py", "grid/engines.py"}),
     "the machine": (
@@ -128,12 +128,6 @@ def test_the_path_of_modules_is_changed_in_the_scripts_alone():
     assert found == {"compat/network.py"}
 
 
-def test_the_statistics_of_a_data_set_stand_in_one_file():
-    for number in (0.4914, 0.247, 0.5071, 0.4802):
-        holders = files_with(lambda node, number=number: isinstance(node, ast.Constant) and node.value == number)
-        assert holders == {"data/sources.py"}
-
-
 @pytest.mark.parametrize("kind", ["attack", "defense"])
 def test_the_scripts_of_a_folder_are_the_same_bytes(kind):
     scripts = sorted((REPOSITORY / kind).iterdir())
@@ -175,18 +169,6 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.split() == ["sau"]
 
 
-def test_the_readme_shows_both_commands_early():
-    lines = (REPOSITORY / "README.md").read_text().splitlines()[:30]
-    assert any("bash scripts/demo.sh" in line for line in lines) and any(
-        "bash scripts/test.sh" in line for line in lines
-    )
-
-
-def test_folders_of_scripts_and_tests_are_no_packages():
-    for folder in ("attack", "defense", "tests", "scripts"):
-        assert not (REPOSITORY / folder / "__init__.py").exists()
-
-
 def test_requirements_cover_the_imports():
     """Every third-party module that the package imports is installed with it, or only where it is asked for."""
     required = (REPOSITORY / "requirements.txt").read_text() + (REPOSITORY / "setup.py").read_text()
@@ -199,9 +181,3 @@ def test_requirements_cover_the_imports():
             third |= {name.split(".")[0] for name in names} - {"sau", ""}
     third -= set(sys.stdlib_module_names)
     assert [name for name in sorted(third) if distribution.get(name, name) not in required] == []
-
-
-def test_nothing_but_the_package_is_installed():
-    text = (REPOSITORY / "setup.py").read_text()
-    assert 'include=["sau", "sau.*"]' in text
-    assert Path(REPOSITORY / "LICENSE").read_text().startswith("MIT")

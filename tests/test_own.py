@@ -11,23 +11,21 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torchvision
 import yaml
 from PIL import Image
-from toys import QUICK, command, environment, same_weights, stop_after, tiny_net, toy_images
+from toys import QUICK, command, environment, stop_after, tiny_net, toy_images
 
-from sau.command.own_clues import Reversal, clean_indices, concentration, reverse
-from sau.command.own_network import _check_classes, _unapplied, by_name, split
 from sau.compat import weights
 from sau.compat.network import network
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import Proportion, Score
 from sau.models.preact_resnet import PreActResNet18
+from sau.own_network import Reversal, _check_classes, _unapplied, by_name, clean_indices, concentration, reverse, split
 from sau.pgd import Search
 from sau.record.attack_result import load_weights
 from sau.risk import Found, measure
-from sau.settings.run import OwnRun
+from sau.settings import OwnRun
 
 CLASSES, SIDE = 3, 16
 FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", "--reversal_passes", "1", *QUICK)
@@ -105,7 +103,7 @@ def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, 
     assert "added" not in out and "the accuracy fell" not in out
     assert "layers were added" in here("defense", "npd", *flags(file, pictures)[2:])[1]
     shares = iter([Proportion(9, 10), Proportion(5, 10)])
-    monkeypatch.setattr("sau.command.own_network.score", lambda *given: Score(next(shares)))
+    monkeypatch.setattr("sau.own_network.score", lambda *given: Score(next(shares)))
     out = here(*flags(file, pictures, "--save_folder_name", "ruined"))[1]
     assert "the accuracy fell from 90.0 to 50.0 %" in out
 
@@ -142,13 +140,6 @@ def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean
     assert any("other" in note or "mean" in note for note in notes) is (said is not None)
 
 
-def test_a_folder_of_ones_own_network_is_no_attack_and_not_broken(net, pictures, tmp_path, here, refused, script):
-    assert here(*flags(layouts(net, tmp_path)[0], pictures))[0] == 0
-    assert "the folder of a network of your own" in refused("defense", "ft", "--result_file", "plain_ft", *QUICK)
-    status, out, err = script("verify.py", "plain_ft", "--record_root", str(tmp_path / "record"))
-    assert (status, err) == (1, "") and "ok          files" in out and "not checked figures" in out
-
-
 def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here, refused, monkeypatch):
     (tmp_path / "somebody.py").write_text(
         "from pathlib import Path\nfrom sau.models.preact_resnet import PreActResNet18\n"
@@ -162,13 +153,6 @@ def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here
     assert "no" in refused(*flags(file, pictures, "--arch", "somebody:broken", "--trust_code", "true"))
     assert here(*flags(file, pictures, "--arch", "somebody:made", "--trust_code", "true"))[0] == 0
     assert (tmp_path / "ran").exists()
-
-
-def test_a_network_that_cannot_be_laid_out_without_memory_is_read_too(tmp_path):
-    made = torchvision.models.get_model("regnet_y_400mf", num_classes=CLASSES)
-    torch.save(made.state_dict(), tmp_path / "regnet.pt")
-    own = OwnRun(model_file=str(tmp_path / "regnet.pt"), clean_dir="x", arch="regnet_y_400mf")
-    assert same_weights(network(own, CLASSES)[0], made)
 
 
 def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
@@ -210,23 +194,6 @@ def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path,
     assert "no tensor under 'state_dict.'; sau inspect lists them" in one_line(refusal.value)
 
 
-def test_a_prefix_that_is_a_whole_name_is_not_the_beginning_of_another(net, pictures, tmp_path):
-    averaged = {name: value / 2 if value.is_floating_point() else value for name, value in net.state_dict().items()}
-    torch.save({"state_dict": net.state_dict(), "state_dict_ema": averaged}, tmp_path / "two.pt")
-    own = OwnRun(model_file=str(tmp_path / "two.pt"), clean_dir=str(pictures))
-    for prefix, wanted in (("state_dict", net.state_dict()), ("state_dict_ema.", averaged)):
-        found, _, _ = network(replace(own, model_prefix=prefix), CLASSES)
-        assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
-
-
-def test_the_prefix_of_the_command_line_chooses(net, pictures, tmp_path, here, refused):
-    torch.save({"model": net.state_dict(), "ema": net.state_dict()}, tmp_path / "two.pt")
-    given = flags(tmp_path / "two.pt", pictures)
-    assert "name one with --model_prefix" in refused(*given)
-    assert "no tensor under 'mode1.'" in refused(*given, "--model_prefix", "mode1.")
-    assert here(*given, "--model_prefix", "ema.")[0] == 0
-
-
 def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, here, monkeypatch):
     """Also where there are folders for some of the classes only."""
     assert by_name(["blue", "red"], ["Red", "green", "BLUE"]) == ["red", "green", "blue"]
@@ -235,9 +202,7 @@ def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, her
     shutil.rmtree(pictures / "green")
     torch.save({"net": net.state_dict(), "classes": ["Red", "green", "blue"]}, tmp_path / "named.pt")
     seen = []
-    monkeypatch.setattr(
-        "sau.command.own_network.split", lambda images, share: seen.append(images) or split(images, share)
-    )
+    monkeypatch.setattr("sau.own_network.split", lambda images, share: seen.append(images) or split(images, share))
     for arch in ("auto", "preactresnet18"):
         status, out, err = here(*flags(tmp_path / "named.pt", pictures, "--arch", arch, "--save_folder_name", arch))
         assert status == 0, err
@@ -292,18 +257,6 @@ def test_what_is_refused(net, pictures, tmp_path, refused):
         (pictures / "red" / f"{i}.png").write_bytes(same)
     assert "test images" in refused(*flags(file, pictures))
     assert not (tmp_path / "record").exists()
-
-
-def test_a_module_of_the_current_folder_is_found(net, pictures, tmp_path):
-    """As a program of its own, for which no test has put the folder on the path."""
-    (tmp_path / "mynet.py").write_text(
-        "from sau.models.preact_resnet import PreActResNet18\nmake = lambda: PreActResNet18(3, 2)\n"
-    )
-    file = layouts(net, tmp_path)[0].name
-    given = ("--model_file", file, "--clean_dir", "clean", "--input_size", str(SIDE), "--arch", "mynet:make")
-    argv = command("defense", "ft", *given, "--trust_code", "true", *FAST)
-    ran = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert ran.returncode == 0 and "mynet:make from" in ran.stdout, ran.stderr
 
 
 def test_the_split_measures_with_some_of_each_class():

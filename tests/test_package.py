@@ -1,6 +1,5 @@
 """The package as a newcomer meets it: its names, its output in Python, and what it is called when it is installed."""
 
-import io
 import re
 import subprocess
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from toys import REPOSITORY, environment, tiny_net, toy_images
-from tqdm import auto
 
 import sau
 from sau import loop
 from sau.attack import BadNet
 from sau.data.images import to_float
 from sau.defense import FT
-from sau.loop import Session
 from sau.optim import Training
 
 DISTRIBUTION = "shared-adversarial-unlearning"
@@ -36,13 +33,6 @@ def test_the_names_at_the_top_are_those_of_their_modules():
     assert {*documented} == {*homes} == {*sau._MODULES} and {*homes} <= {*dir(sau)}
     declared = re.findall(r"^    from sau\.\S+ import \w+ as (\w+)$", Path(sau.__file__).read_text(), re.M)
     assert {*declared} == {*homes}
-
-
-def test_an_unknown_name_at_the_top_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'sau' has no attribute 'Sau'"):
-        sau.Sau  # noqa: B018
-    with pytest.raises(ImportError, match="cannot import name 'Sau'"):
-        from sau import Sau  # noqa: F401
 
 
 # Progress
@@ -91,30 +81,13 @@ def test_without_progress_a_defense_prints_only_warnings(hidden, capsys):
     assert all(other.startswith("warning: too little changed") for other in more)
 
 
-def test_without_progress_a_session_keeps_its_printer_for_warnings(hidden):
-    said = []
-    FT(epochs=1).purify(tiny_net(), wrongly_labelled(), session=Session(say=said.append), progress=False)
-    assert {line.split(":")[0] for line in said} == {"warning"}
-
-
 def test_without_progress_an_attack_prints_only_warnings(hidden, capsys):
     images = BadNet(pratio=0.2).poison_train(toy_images(40), 0)
     BadNet().fit(tiny_net(), images, Training(epochs=1, batch_size=20, lr_scheduler="constant"), progress=False)
     assert capsys.readouterr() == ("", "") and hidden == [True]
 
 
-def test_the_bar_is_that_of_terminals_and_notebooks_and_of_no_pipe():
-    assert loop.tqdm is auto.tqdm  # a widget in notebooks
-    assert auto.tqdm([1], disable=None, file=io.StringIO()).disable
-
-
 # The distribution
-
-
-def test_the_distribution_has_a_name_of_its_own():
-    """`sau` on PyPI is a package of others."""
-    assert re.search(rf'^    name="{DISTRIBUTION}",', (REPOSITORY / "setup.py").read_text(), re.M)
-    assert [name for name in ("README.md", "CITATION.cff") if DISTRIBUTION not in (REPOSITORY / name).read_text()] == []
 
 
 @pytest.mark.parametrize(

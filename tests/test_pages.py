@@ -13,8 +13,8 @@ from toys import REPOSITORY, the_error, toy_images
 
 from sau.attack import ATTACKS
 from sau.defense import DEFENSES
+from sau.flags import IGNORED
 from sau.report.results import Result
-from sau.settings.config import IGNORED
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
 

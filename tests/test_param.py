@@ -10,14 +10,14 @@ from toys import toy_images
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, WaNet
 from sau.audit.asked import Asked
-from sau.command.request import Request
 from sau.config import Option, options
 from sau.defense import ANP, AT, BNP, DEFENSES, NAD, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.optim import Training
 from sau.pgd import Search
 from sau.quality import of_attack
-from sau.settings.run import AttackRun, DefenseRun, OwnRun
+from sau.run import AttackRun, DefenseRun
+from sau.settings import OwnRun, Settings
 
 CLASSES = [AttackRun, DefenseRun, OwnRun, Asked, Training, *ATTACKS.values(), *DEFENSES.values()]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -134,7 +134,7 @@ def test_radii_of_l2_are_sums_over_pixels():
 )  # fmt: skip
 def test_a_refusal_names_flag_value_and_range(flag, value, allowed):
     with pytest.raises(ConfigError) as refusal:
-        Request("x", SIG, (AttackRun, Training, SIG), [flag, value]).settle("cpu", "digits")
+        Settings("x", SIG, (AttackRun, Training, SIG), [flag, value]).settle("cpu", "digits")
     assert str(refusal.value) == f"{flag} is '{value}'; allowed is {allowed}"
 
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import REPOSITORY, environment, toy_images
 
-from sau.command.watch import Watch
 from sau.errors import FaultError, Finished, LockedError, RecordError
 from sau.files import checksum, existing, read, safe_join, write
 from sau.record import folder as module
@@ -28,7 +27,7 @@ from sau.record import schema
 from sau.record.attack_result import BACKDOORBENCH, load, load_weights
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SUMMARY, Record
 from sau.record.lock import acquire, first, in_use, release
-from sau.settings.run import AttackRun
+from sau.run import AttackRun, RunLogger
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
 EPOCH_1 = {"stage": 0, "place": {"epoch": 1}}
@@ -497,7 +496,7 @@ def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
     record.clock = lambda: 25.0
     record.save(EPOCH_1)
     again = begun(tmp_path / "a")
-    watch = Watch(again, AttackRun(), 3, toy_images(4), lambda: None, 0.0, 0.0)
+    watch = RunLogger(again, AttackRun(), 3, toy_images(4), lambda: None, 0.0, 0.0)
     again.load()
     assert watch.seconds == 30.0
 

@@ -49,7 +49,7 @@ def test_a_device_that_is_not_there_is_refused(name, script, monkeypatch):
     ("name", "flags", "what"),
     [
         ("tables.py", ("radii", "record/victim"), "sau.risk.gauge"),
-        ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.command.own_clues.reverse"),
+        ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.own_network.reverse"),
         ("figures.py", ("victim", "--defense", "copy"), "sau.command.figures.examples"),
     ],
 )

@@ -18,7 +18,6 @@ from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
-from sau.command.watch import trigger_session
 from sau.data.augment import Augment
 from sau.data.images import to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
@@ -29,7 +28,7 @@ from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
 from sau.record import schema
 from sau.record.folder import Record
-from sau.settings.run import Run
+from sau.run import Run, trigger_session
 from sau.verify import verify
 
 
@@ -113,8 +112,8 @@ def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr("sau.command.attack_and_defend.score", full)
-    monkeypatch.setattr("sau.command.watch.score", full)
+    monkeypatch.setattr("sau.cli.score", full)
+    monkeypatch.setattr("sau.run.score", full)
     status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
     assert status == 1 and err.startswith("error: out of memory (CUDA out of memory.)")
     assert len(err.splitlines()) == 1

@@ -115,7 +115,7 @@ def test_a_record_does_not_go_on_with_another_trigger(tmp_path):
     for seed in (0, 0):
         record = Record(tmp_path / "a")
         record.begin({}, {"a": 1}, False)
-        same_trigger(record, tiny_net(seed=seed))
+        record.update_config(trigger_digest=same_trigger(record, tiny_net(seed=seed)))
         record.save({"stage": 0, "place": {"epoch": 0}})
     with pytest.raises(RecordError, match="another trigger"):
         same_trigger(record, tiny_net(seed=1))

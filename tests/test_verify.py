@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from toys import QUICK, VICTIM
 
-from sau.command.attack_and_defend import attack, defend
+from sau.cli import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Proportion

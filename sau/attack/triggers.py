@@ -172,14 +172,14 @@ def network_digest(network: nn.Module) -> str:
     return total.hexdigest()
 
 
-def same_trigger(record: Record, trigger: nn.Module | None) -> None:
-    """Note a trigger's digest in a record. RecordError if the record was begun with another trigger, as when it was
-    trained again with other threads: the network has seen the first."""
+def same_trigger(record: Record, trigger: nn.Module | None) -> str | None:
+    """A trigger's digest, for the configuration; None without one. RecordError if the record was begun with another
+    trigger, as when it was trained again with other threads: the network has seen the first."""
     found = None if trigger is None else network_digest(trigger)
     if record.config.get("trigger_digest", found) != found:
         what = f"{record.path} began with another trigger, which was trained with other threads or on another machine"
         raise RecordError(f"{what}; repeat it as it was, choose another name, or --overwrite")
-    record.update_config(trigger_digest=found)
+    return found
 
 
 def describe_figures(figures: Mapping[str, float]) -> str:

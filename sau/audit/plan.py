@@ -11,10 +11,10 @@ from sau.audit.case import CONTROL, NONE, Case, Network
 from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER, Measure, Row
 from sau.audit.path import STEPS, connected
 from sau.audit.relearn import mixture
-from sau.command.watch import versioned
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError
 from sau.record.schema import as_json, digest
+from sau.run import versioned
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,10 @@ from sau.compat import torch_file, weights
 from sau.compat.torch_file import Array
 from sau.data.decode import cached, read_image
 from sau.data.images import BACKDOOR, CROSS, Images
-from sau.data.sources import OFFICIAL, source
+from sau.data.sources import DATA_FOLDER, OFFICIAL, source
 from sau.errors import RecordError, SauError
 from sau.models import build, state_dict_spec
 from sau.record.attack_result import BACKDOORBENCH, AttackResult
-from sau.settings.run import Run
 
 _PATH = re.compile(r"(?:.*[/\\])?((?:bd|cross)_[a-z_]+)[/\\]([0-9]{1,9})[/\\]([0-9]{1,9})\.png")
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)  # what wrong content raises
@@ -78,7 +77,7 @@ def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:
         triggered=triggered,
         poisoned=poisoned if poisoned is not None and len(poisoned) else None,
         dataset=dataset,
-        dataset_path=Run.dataset_path,
+        dataset_path=DATA_FOLDER,
         recipe=None,
         fingerprints=None,
         lengths=(train_length, test_length),

@@ -14,7 +14,7 @@ from sau.compat import weights
 from sau.compat.weights import guess, unwrapped
 from sau.errors import ConfigError, RecordError
 from sau.models import has_width, state_dict_spec
-from sau.settings.run import OwnRun
+from sau.settings import OwnRun
 
 
 def network(run: OwnRun, classes: int, found: weights.Weights | None = None) -> tuple[nn.Module, weights.Weights, str]:

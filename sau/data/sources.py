@@ -21,6 +21,7 @@ from sau.types import Labels
 
 MAX_SIZE = 1024  # height and width in pixels of the largest images
 MAX_OVERLAP = 0.01  # share of the clean images that may be test images, too; official sets have a few twins
+DATA_FOLDER = "./data"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def load(name: str, root: str | Path = "./data", img_size: int | None = None) -> tuple[Images, Images]:
+def load(name: str, root: str | Path = DATA_FOLDER, img_size: int | None = None) -> tuple[Images, Images]:
     """Read train and test images of a data set, one of `SOURCES`, from under `root`.
 
     Args:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sau.attack import ATTACKS
-from sau.command.request import Request
 from sau.config import Method, nearest
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError
@@ -18,7 +17,8 @@ from sau.grid.spec import Block
 from sau.grid.store import Cell
 from sau.optim import Training
 from sau.record.schema import digest
-from sau.settings.run import AttackRun, DefenseRun
+from sau.run import AttackRun, DefenseRun
+from sau.settings import Settings
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 _AXIS = {"attack": "pratio", "defense": "ratio"}
@@ -160,10 +160,10 @@ def _overrides(block: Block, kind: str, name: str, group: str) -> dict[str, Any]
     return found
 
 
-def _request(kind: str, name: str, flags: Sequence[str]) -> Request:
+def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:
     """A method's command line on its way to objects."""
     method, asked = METHODS[kind][name], (AttackRun, Training) if kind == "attack" else (DefenseRun,)
-    return Request(f"{kind}/{name}.py", method, (*asked, method), flags)
+    return Settings(f"{kind}/{name}.py", method, (*asked, method), flags)
 
 
 @cache

@@ -11,10 +11,7 @@ from sau.config import check, nearest, options, param
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, require
-from sau.settings import config
-from sau.settings.config import Setting
-from sau.settings.run import RecipeName
-from sau.settings.yamlfile import read_flat
+from sau.flags import RecipeName, Setting, build, read_flat, values
 
 Overrides = dict[str, dict[str, Any]]
 AXES = ("attacks", "defenses", "seeds", "ratios", "clean_shares")
@@ -82,7 +79,7 @@ def read(path: Path) -> Grid:
         raise ConfigError(f"{path}: blocks; allowed is a list of mappings")
     try:
         blocks = tuple(_block(settings, part, f"blocks[{number}]") for number, part in enumerate(parts))
-        grid: Grid = config.build(Grid, {**_values(settings), "blocks": blocks})
+        grid: Grid = build(Grid, {**_values(settings), "blocks": blocks})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not any(block.attacks for block in blocks):
@@ -141,10 +138,10 @@ def _block(common: Mapping[str, Setting], own: Mapping[str, Any], origin: str) -
     settings = {name: setting for name, setting in common.items() if name in _BLOCK}
     settings = _merged(settings, {name: Setting(value, f"{origin}.{name}") for name, value in own.items()})
     overrides = settings["overrides"].value if "overrides" in settings else {}
-    block: Block = config.build(Block, {**_values(settings), "overrides": overrides})
+    block: Block = build(Block, {**_values(settings), "overrides": overrides})
     return block
 
 
 def _values(settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Every setting by the type of its field."""
-    return config.values({name: value for name, value in settings.items() if name not in _NESTED}, _GRID)
+    return values({name: value for name, value in settings.items() if name not in _NESTED}, _GRID)

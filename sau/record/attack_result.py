@@ -17,7 +17,6 @@ from sau.errors import DataError, RecordError
 from sau.models import Normalized, build, state_dict_spec
 from sau.record import schema
 from sau.record.folder import CONFIG, Record
-from sau.settings.run import Run
 
 BACKDOORBENCH = "attack_result.pt"  # the file in which BackdoorBench stores an attack
 _NETWORK = ("name", "classes", "width", "shape", "mean", "std")
@@ -104,7 +103,7 @@ class AttackResult:
             RecordError: they are not those that the attack saw.
         """
         place = dataset_path or self.dataset_path
-        if dataset_path is None and place != Run.dataset_path and readers.needs_download(self.dataset, Path(place)):
+        if dataset_path is None and place != sources.DATA_FOLDER and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
         train, test = sources.load(self.dataset, place, self.network["shape"][1])
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None

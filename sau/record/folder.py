@@ -38,6 +38,7 @@ class Record:
         self.clock: Callable[[], float] = lambda: 0.0  # seconds of the run so far, for checkpoints
         self.seconds = 0.0  # those before the checkpoint that was loaded
         self._changed = False  # whether `config` differs from the file
+        self.resumes: bool | None = None  # what `can_start` has found, for `begin`
 
     @property
     def finished(self) -> bool:
@@ -52,13 +53,13 @@ class Record:
             identity: what of it determines the result; once there is a checkpoint, only the same run resumes here.
             overwrite: discard what is there.
         """
-        resumes = self.can_start(identity, overwrite, config.get("run"))
+        resumes = self.can_start(identity, overwrite, config.get("run")) if self.resumes is None else self.resumes
+        self.resumes = None
         if resumes or self._holds_only("defense"):  # defenses stay when the weights of their attack are made again
             for file in temp_files(self.path):
                 file.unlink()
         else:
             self._clear()
-        self.config = self._read_config() if resumes else {}  # choices, like the precision, stay
         if resumes and "command" in self.config:
             config = {**config, "earlier_commands": [*self.config.get("earlier_commands", []), self.config["command"]]}
         if not (self.path / CHECKPOINT).is_file():
@@ -81,7 +82,9 @@ class Record:
         """
         new = acquire(self.path)
         try:
-            return self._can_start(identity, overwrite, run)
+            self.resumes = self._can_start(identity, overwrite, run)
+            self.config = self._read_config() if self.resumes else {}  # choices, like the precision, stay
+            return self.resumes
         except RecordError:
             if new:
                 release(self.path)

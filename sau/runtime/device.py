@@ -14,12 +14,8 @@ import joblib
 import torch
 from torch import nn
 
-from sau.config import Method
 from sau.errors import ConfigError
 from sau.evaluate import predict
-from sau.models import Normalized
-from sau.record.folder import Record
-from sau.settings.run import Run
 
 CPU_INFO = Path("/proc/cpuinfo")
 MAX_THREADS = 1024
@@ -82,36 +78,6 @@ def has_bf16(device: torch.device) -> bool:
     with suppress(OSError):  # no such file on other systems
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(CPU_INFO.read_text().split())
     return False
-
-
-def choose_precision(record: Record, run: Run, model: Normalized, method: Method, device: torch.device) -> None:
-    """Set the precision of `model` and whether it is compiled: as asked, or as an interrupted run began.
-
-    Args:
-        record: of the run; keeps both choices.
-        run: what was asked. Without `amp` the precision is bf16 where the device has bf16 arithmetic, else fp32.
-        model: the network.
-        method: whether its networks may be compiled.
-        device: where it runs.
-
-    Raises ConfigError if the run began in another precision than is asked now.
-    """
-    before: bool | None = record.config.get("amp")
-    if before is not None and run.amp not in (None, before):
-        raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
-    chosen = has_bf16(device) if run.amp is None else run.amp
-    model.amp = chosen if before is None else before
-    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {device}, {torch.get_num_threads()} threads")
-    if run.compile and not method.compiles:
-        record.log(f"note: the networks of {method.name} cannot be compiled, so --compile has no effect")
-    asked = run.compile and method.compiles
-    model.compiled = bool(record.config.get("compile", asked))
-    if model.compiled != asked:
-        began = "compiled" if model.compiled else "not compiled"
-        record.log(f"note: this run goes on as it began, {began}; --compile has no effect")
-    if model.compiled:
-        record.log("compiling the network (torch.compile), which takes up to a minute")
-    record.update_config(amp=model.amp, device=device.type, compile=model.compiled)
 
 
 def processor(device: torch.device) -> str:

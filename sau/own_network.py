@@ -1,0 +1,299 @@
+"""A network of somebody's own: weights from a file that is never run, clean images, no trigger.
+
+Nobody knows its trigger, so no ASR is claimed. The report says what clean images alone can say: the accuracy, the
+adversarial risks (`sau.risk`), where adversarial examples lead (a backdoor draws them to its class), and how small a
+patch sends images to a class. These are hints, not tests: each stands beside what a clean network would show.
+
+The patches are those of Neural Cleanse (see `sau.defense.nc`). With n_1..n_K, the mask norms of the smallest
+ones, the index is the largest (med - n_c) / MAD (see `sau.defense.nc`). Neural Cleanse flags a class above 2, which
+clean networks pass, too. So the index is ranked among those of N clean ones: p = (1 + those that reach it) / (1 + N).
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sau.compat import weights
+from sau.compat.inspect import normalisation
+from sau.compat.network import network
+from sau.compat.weights import SAFE, short_names
+from sau.data.images import Images, sample, to_float
+from sau.data.readers import class_folders, image_folder, original_sizes
+from sau.data.sources import check_clean_set, fingerprint, last_of_each
+from sau.defense.base import Defense
+from sau.defense.checks import misuse
+from sau.defense.nc import Inversion, Patches, anomaly
+from sau.errors import ConfigError, DataError, one_line
+from sau.evaluate import AT_ONCE_ON_CPU, Proportion, Score, predict, score, table
+from sau.files import safe_join
+from sau.loop import RunContext
+from sau.models import Normalized, check_logits, to_channels_last, translate_errors
+from sau.record.folder import Record
+from sau.risk import Found, gauge
+from sau.run import RunLogger, begin
+from sau.runtime import device as machine
+from sau.runtime.batchnorm import shared_weight_twin
+from sau.seeds import seeded
+from sau.settings import OF_RECORDS, OwnRun, Settings
+
+DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
+PICTURES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 pictures in batches of 250
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """What was found.
+
+    Args:
+        norms: |m_c|_1 of the smallest patch of each class, in pixels.
+        label: the class with the smallest patch.
+        index: its anomaly index; None where the norms do not allow one: with two classes, which lie equally far from
+            their median, and where half of the norms are the median.
+    """
+
+    norms: tuple[float, ...]
+    label: int
+    index: float | None
+
+    def summary(self, clean: Sequence[float]) -> dict[str, Any]:
+        """For a report; `clean` are the indices of clean networks that were searched alike."""
+        index = None if self.index is None else round(self.index, 2)
+        said = {"norms": [round(norm, 2) for norm in self.norms], "class": self.label, "index": index}
+        if self.index is None or not clean:
+            return {**said, "clean_networks": len(clean), "clean_above": None, "p": None}
+        reached = sum(other >= self.index for other in clean)
+        p = round((1 + reached) / (1 + len(clean)), 3)
+        return {**said, "clean_networks": len(clean), "clean_above": reached, "p": p}
+
+    def text(self, clean: Sequence[float]) -> str:
+        """The same as a line."""
+        said = self.summary(clean)
+        smallest = f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
+        if self.index is None:
+            return smallest
+        smallest += f", index {self.index:.1f}"
+        if not clean:
+            return f"{smallest}; no clean network with as many classes was searched for as long on as few pictures"
+        beside = f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that"
+        return f"{smallest}; {beside} (p {said['p']})"
+
+
+def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Reversal | None:
+    """Invert a patch for every class of `model`, which stays as it is; None without passes.
+
+    Args:
+        model: [B, C, H, W] in [0, 1] -> logits.
+        images: clean pictures with labels, on the model's device; at most 320 of them, drawn by `seed`, are used.
+        passes: passes over the images.
+        seed: of the choice and the order of the pictures.
+    """
+    if passes == 0:
+        return None
+    some = sample(images, None, PICTURES, seed)[0]
+    batches = some.batches(BATCH, seed=seed)
+    patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), Inversion.init_cost)
+    with seeded(seed), torch.compiler.set_stance("force_eager"):  # open classes become fewer, and batches with them
+        Inversion(nc_epoch=passes).invert(
+            shared_weight_twin(model), batches, patches, RunContext(say=lambda line: None)
+        )
+    norms = patches.found()[2]
+    label = int(norms.argmin())
+    index = float(anomaly(norms)[label])
+    return Reversal(tuple(norms.tolist()), label, index if len(norms) > 2 and math.isfinite(index) else None)
+
+
+def clean_indices(passes: int, classes: int, pictures: int) -> list[float]:
+    """Indices of clean networks with so many classes that `scripts/clean_indices.py` searched for as many updates."""
+    content = json.loads((resources.files("sau") / "clean_indices.json").read_text())
+    alike = content["passes"] == passes and pictures >= PICTURES
+    return [network["index"] for network in content["networks"] if alike and network["classes"] == classes]
+
+
+def concentration(found: Found, classes: int) -> dict[str, Any]:
+    """Where the adversarial examples of a network lead; a backdoor draws them to its class.
+
+    Returns `class`, what most of them are answered with; `share`, how many percent, with its Wilson `interval`; `even`,
+    what that would be if they spread evenly; `count`, the examples that change the answer; `by_class`, percent of each.
+    """
+    flipped = found.answer[found.kind > 0]
+    if len(flipped) == 0:
+        return {"class": None, "share": 0.0, "interval": None, "even": 0.0, "count": 0, "by_class": []}
+    counts = torch.bincount(flipped, minlength=classes).tolist()
+    top = max(range(classes), key=counts.__getitem__)
+    most = Proportion(counts[top], len(flipped))
+    return {
+        "class": top,
+        "share": most.percent,
+        "interval": list(most.interval),
+        "even": round(100 / classes, 2),
+        "count": len(flipped),
+        "by_class": [Proportion(count, len(flipped)).percent for count in counts],
+    }
+
+
+def split(images: Images, share: float) -> tuple[Images, Images]:
+    """(to purify with, to measure with): the last `share` of each class measures; each keeps a picture of either."""
+    for label, count in enumerate(images.labels.bincount(minlength=images.num_classes).tolist()):
+        if count == 1:
+            raise DataError(f"class {label} has {count} clean pictures; each class needs two, one to measure with")
+    held = last_of_each(images.labels, share)
+    return images[~held], images[held]
+
+
+def purify(name: str, asked: Settings) -> None:
+    """Purify, and report what clean pictures say before and after."""
+    started = time.monotonic()
+    recipe, why = asked.recipe()
+    run, own, method = asked.settle(recipe, "folder")
+    asked.ignore(OF_RECORDS, "it is about the record of an attack")
+    asked.ignore(["track_risk"], "the risks before and after are measured in any case")
+    where = machine.prepare(asked.device)
+    machine.set_threads(run.threads)
+    _need_nothing_of_an_attacker(method)
+    clean, found = Path(str(own.clean_dir)), weights.read(Path(str(own.model_file)))
+    folders = class_folders(clean)
+    names = by_name(folders, found.classes)
+    net, file, arch = network(own, len(names or folders), found)
+    images = image_folder(clean, own.input_size, names)
+    given, test = (part.to(where) for part in split(images, own.check_share))
+    model = Normalized(to_channels_last(net), own.mean or None, own.std or None).to(where).eval()
+    method = asked.adapted(method, model, len(given))
+    _check_classes(model, test, clean)
+    answers = predict(model, given.pixels)  # few that are right are said before hours are spent
+    misused = misuse(model, given.batches(AT_ONCE_ON_CPU), given.labels, answers, given.num_classes)
+    notes = ([misused] if misused else []) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
+    notes += check_clean_set(given, test, method.batch_size) if method.data_use != "none" else []
+    stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
+    record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
+    identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
+    identity |= {"attacked": file.digest, "random_seed": run.random_seed}
+    facts: dict[str, Any] = {"method": {"defense": name, **method.params()}, "own": asdict(own), "notes": notes}
+    facts["model"] = {"name": arch, "classes": images.num_classes}
+    line = f"recipe {recipe}, {why}; choose another with --recipe"
+    begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
+    record.log(f"{arch} from {file.path}; {len(given)} clean images to purify with, {len(test)} to measure with")
+    record.log(f"classes: {short_names(names or folders)} ({'names in the file' if names else 'folders in order'})")
+    if sizes := original_sizes(clean, own.input_size):
+        record.log(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
+    begun, before = time.monotonic(), score(model, test, None)
+    evaluation = time.monotonic() - begun
+    # `purify` leaves the network as it is, so that it is the reference throughout.
+    measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
+    inverted = partial(reverse, images=test, passes=own.reversal_passes, seed=run.random_seed)
+    threat, patches = measured(model), inverted(model)
+    closing = time.monotonic() - begun  # what is measured now is measured again in the end
+    epochs = getattr(method, "epochs", 1)
+    logger = RunLogger(record, run, epochs, test, lambda: None, started, evaluation, closing_seconds=closing)
+    fixed = method.purify(model, given, seed=run.random_seed, session=logger.session(), settings="as_given")
+    after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
+    record.log(table({"before": before, "after": after}))
+    alike = {"classes": images.num_classes, "passes": own.reversal_passes, "pictures": len(test)}
+    report = {"before": _report(record, "before", before, threat, patches, alike)}
+    report["after"] = _report(record, "after", after, left, smaller, alike)
+    _keep(record, fixed, net, "safetensors" if file.kind == SAFE else "pt")
+    if before.acc.percent - after.acc.percent > DEAR:
+        lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
+        record.log(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean images")
+    logger.finish(report)
+
+
+def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
+    """What to say where the file holds or names another normalisation than the one that was asked for."""
+    found = normalisation(file)
+    given = {"mean": own.mean, "std": own.std}  # one value is for all channels
+    if found is None:
+        return []
+    theirs, ours = ([torch.tensor(each[name]) for name in given] for each in (found, given))
+    if own.mean and all(torch.allclose(a, b, atol=0.01) for a, b in zip(theirs, ours, strict=True)):
+        return []
+    mean, std = (",".join(f"{value:.4g}" for value in found[name]) for name in given)
+    which = "another is" if own.mean else "none is"
+    where = f"by {file.path.name} ({found['from'][:100]}) images are normalised with mean {mean} and std {std}"
+    return [one_line(f"{where}, but {which} applied here; unless the network does it itself, give --mean and --std")]
+
+
+def _need_nothing_of_an_attacker(method: Defense) -> None:
+    """ConfigError for a method that cannot work without triggered pictures."""
+    if method.selection == "oracle":
+        raise ConfigError("select is oracle, allowed is defender: nobody has pictures with your network's trigger")
+    if method.data_use == "poisoned":
+        raise ConfigError(f"{method.name} needs the attacker's pictures, which your network does not come with")
+
+
+def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None:
+    """The purified weights, in the format in which those of `net` came, too."""
+    state = fixed.get_submodule("net").state_dict()
+    record.save_tensors("model", state)
+    if ending == "pt":
+        record.save_tensors("model", state, pickled=True)
+    record.log(f"purified weights: {record.path / f'model.{ending}'}")
+    if state.keys() != net.state_dict().keys():
+        record.log("note: layers were added; sau.record.attack_result.load_weights makes room for them in your network")
+
+
+def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
+    """ConfigError where the network does not answer with a finite logit for each class folder."""
+    what = f"the network does not accept pictures of {'x'.join(map(str, images.pixels.shape[1:]))}"
+    advice = "give its own size with --input_size"
+    with translate_errors(lambda reason: ConfigError(f"{what}: {reason}; {advice}")), torch.no_grad():
+        logits = model(to_float(images.pixels[:8]))
+    if logits.shape[-1] != images.num_classes:
+        raise ConfigError(
+            f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "
+            "give a folder for each, named by the number of its output (0, 1, 2, ...) or in the same order"
+        )
+    if not logits.isfinite().all():
+        raise ConfigError("the network answers a clean image with NaN or infinity; are mean and std its own?")
+    check_logits(logits)
+
+
+def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
+    """The file's `classes`, with the spelling of the folders, if every folder bears one of their names, else None."""
+    spelt = {name.casefold(): name for name in folders}
+    if classes is None or len({name.casefold() for name in classes}) < len(classes):
+        return None
+    known = spelt.keys() <= {*map(str.casefold, classes)}
+    return [spelt.get(name.casefold(), name) for name in classes] if known else None
+
+
+def _of_classes_and_sizes(file: weights.Weights, own: OwnRun, folders: list[str], names: list[str] | None) -> list[str]:
+    """What to say where the file names other classes or another size of images than are used."""
+    notes = []
+    if file.classes and not names:
+        theirs = f"{file.path.name} names its classes {short_names(file.classes)}"
+        notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
+    if file.input_size and file.input_size != own.input_size:
+        size = f"{file.input_size}x{file.input_size}"
+        notes.append(
+            f"by {file.path.name} the network was trained with images of {size}, but --input_size is {own.input_size}"
+        )
+    return notes
+
+
+def _report(
+    record: Record, when: str, accuracy: Score, found: Found, patches: Reversal | None, alike: dict[str, int]
+) -> dict[str, Any]:
+    """What is said of a network, for `summary.json`, and in a line for the screen; `alike` are the clean networks that
+    its patches are compared with."""
+    risks, flips = found.row(), concentration(found, alike["classes"])
+    text = f"{when:8}R_adv {risks['r_adv']:.1f} %, R_share {risks['r_share']:.1f} %"
+    if flips["count"]:
+        text += f"; {flips['share']:.1f} % of {flips['count']} adversarial examples lead to class {flips['class']}"
+        text += f" (evenly: {flips['even']:.1f} %)"
+    record.log(text)
+    report = {**accuracy.summary(), "risk": found.summary(), "flips": flips}
+    if patches is not None:
+        clean = clean_indices(**alike)
+        report["reversal"] = patches.summary(clean)
+        record.log(f"{when:8}{patches.text(clean)}")
+    return report

@@ -1,1 +1,0 @@
-"""What a user asks: flags, YAML files, and what every command is asked."""
