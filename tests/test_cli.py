@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +35,8 @@ from sau.optim import Training
 from sau.record import lock
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
-from sau.run import AttackRun, DefenseRun
+from sau.run import AttackRun
 from sau.runtime import device
-from sau.settings import OwnRun
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -88,14 +86,6 @@ def test_the_summary_of_an_attack(finished):
     assert found["seconds"] > 0 and found["peak_memory_mb"] > 50
 
 
-def test_the_figures_of_every_epoch(finished):
-    found = rows(finished / "record" / "victim")
-    assert [row["epoch"] for row in found] == [1, 2, 3, 4]
-    assert all({"loss", "train_acc", "seconds"} <= set(row) for row in found)
-    assert ["acc" in row for row in found] == [False, True, False, True]  # --eval_every 2
-    assert found[-1]["acc"] == summary(finished / "record" / "victim")["acc"]
-
-
 def test_the_configuration_is_resolved_and_complete(finished):
     found = yaml.safe_load((finished / "record" / "victim" / "config.yaml").read_text())
     assert found["run"]["recipe"] == "cpu" and found["run"]["width"] == 4 and found["run"]["random_seed"] == 0
@@ -106,21 +96,6 @@ def test_the_configuration_is_resolved_and_complete(finished):
     assert set(options(Training)) | set(options(BadNet)) <= set(found["method"])
     assert set(options(AttackRun)) == set(found["run"])
     assert found["method"]["epochs"] == 4 and found["method"]["attack"] == "badnet"
-
-
-def test_the_stored_pictures_need_no_trigger_code(finished):
-    folder = finished / "record" / "victim"
-    train, test = load("digits")
-    poisoned = safetensors.torch.load_file(folder / "poisoned.safetensors")
-    triggered = safetensors.torch.load_file(folder / "triggered.safetensors")
-    expected, attacked = BadNet().poison_train(train, 0), BadNet().poison_test(test)
-    hit = expected.role > 0
-    assert torch.equal(poisoned["index"], expected.index[hit]) and len(poisoned["index"]) == 144
-    assert torch.equal(poisoned["pixels"], expected.pixels[hit]) and torch.equal(
-        poisoned["labels"], expected.labels[hit]
-    )
-    for name, tensor in attacked.tensors().items():
-        assert torch.equal(triggered[name], tensor)
 
 
 # What a defense leaves
@@ -205,15 +180,6 @@ def test_the_purified_network_is_stored_under_the_same_names(purified):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_same_command_gives_the_same_bits(purified, victim, here):
-    """In another process and another folder, with one thread each."""
-    assert here("defense", "sau", *PURIFY)[0] == 0
-    one, other = (
-        folder / "defense" / "sau" / "model.safetensors" for folder in (victim, purified / "record" / "victim")
-    )
-    assert one.read_bytes() == other.read_bytes()
-
-
 def test_a_clean_network_is_defended_too(here, tmp_path):
     """Nothing is triggered, so there is no ASR and no DER; ACC is still told."""
     assert here("attack", "prototype", *TINY, "--save_folder_name", "victim")[0] == 0
@@ -264,20 +230,6 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path, monkeypatch):
 
 
 # Ways to run
-
-
-@pytest.mark.parametrize(("kind", "name"), METHODS)
-def test_help_lists_every_flag(kind, name, here, capsys):
-    with pytest.raises(SystemExit) as left:
-        here(kind, name, "--help_all")
-    out = capsys.readouterr().out
-    assert left.value.code == 0
-    sections = (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
-    for cls in sections:
-        for option in options(cls).values():
-            flags = (option.name, *option.aliases)
-            assert all(re.search(rf"--{re.escape(flag)}(?![\w-])", out) for flag in flags)
-    assert "--num_workers" in out and "without effect" in out
 
 
 def shown(out: str, flag: str) -> str:
@@ -458,12 +410,6 @@ def test_copies_of_the_weights_are_kept_when_asked(here, tmp_path):
     Record(folder).check()
 
 
-def test_without_a_name_the_time_and_the_attack_make_one(here, tmp_path):
-    assert here("attack", "badnet", *TINY)[0] == 0
-    (folder,) = (entry for entry in (tmp_path / "record").iterdir() if entry.is_dir())  # beside its lock
-    assert folder.name.endswith("_badnet") and folder.name[:8] == time.strftime("%Y%m%d")
-
-
 def test_a_finished_run_is_not_made_again_and_another_one_is_refused_its_folder(here, refused, tmp_path):
     """Status 0 and one line for the same command, however long ago; a refusal for other settings or another wish."""
     flags = ("attack", "badnet", *TINY, "--save_folder_name", "a")
@@ -518,15 +464,6 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     assert found["trigger"]["psnr"] > 0 and 0 <= found["trigger"]["in_ball"] <= 100 and "made" not in found["trigger"]
     assert f"cross ACC {found['cross_acc']:.2f} %" in out and found["cross_acc_count"][1] == found["acc_count"][1]
     assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
-
-
-def test_settings_from_a_yaml_file(here, tmp_path):
-    (tmp_path / "mine.yaml").write_text("dataset: digits\nwidth: 2\nepochs: 0\nlr: 1e-3\nsave_folder_name: mine\n")
-    (tmp_path / "attack.yaml").write_text("poison_ratio: 0.2\n")
-    flags = ("--yaml_path", "mine.yaml", "--bd_yaml_path", "attack.yaml", "--lr", "0.5", *QUICK)
-    assert here("attack", "badnet", *flags)[0] == 0
-    found = yaml.safe_load((tmp_path / "record/mine/config.yaml").read_text())
-    assert (found["method"]["lr"], found["method"]["pratio"], found["run"]["width"]) == (0.5, 0.2, 2)
 
 
 # Stopping and going on
@@ -673,38 +610,17 @@ WRONG_ATTACKS = {
     "data set": (["--dataset", "cifar11"], "cifar11"),
     "model": (["--model", "preactresnet19"], "preactresnet19"),
     "flag": (["--epoch", "3"], "--epochs"),
-    "flag twice": (["--lr", "1", "--lr", "1"], "twice"),
     "target too high": (["--attack_target", "10"], "0..9"),
-    "target below 0": (["--attack_target", "-1"], "-1"),
-    "ratio above 1": (["--pratio", "1.5"], "0 to 1"),
-    "ratio below 0": (["--pratio", "-0.1"], "-0.1"),
-    "ratio as text": (["--pratio", "ten"], "'ten'"),
     "another attack": (["--attack", "blended"], "blended"),
-    "rate not finite": (["--lr", "nan"], "nan"),
-    "rate of 0": (["--lr", "0"], "lr"),
-    "half an epoch": (["--epochs", "1.5"], "1.5"),
-    "epochs below 0": (["--epochs", "-1"], "epochs"),
-    "batches of 0": (["--batch_size", "0"], "batch_size"),
     "width of 0": (["--width", "0"], "width"),
-    "optimiser": (["--client_optimizer", "lion"], "lion"),
-    "schedule": (["--lr_scheduler", "Linear"], "Linear"),
-    "recipe": (["--recipe", "slow"], "slow"),
-    "precision": (["--amp", "half"], "half"),
     "device": (["--device", "tpu"], "tpu"),
-    "device of no kind": (["--device", "cudax"], "cudax"),
     "several devices as in the benchmark": (["--device", "cuda:0,1"], "cuda:0,1"),
     "sides": (["--sides", "0.5,1"], "--sides is gone: images keep their size"),
-    "several devices as before": (["--devices", "2"], "--devices is gone: a run uses one device"),
-    "threads": (["--threads", "-1"], "threads"),
-    "seed below 0": (["--random_seed", "-1"], "random_seed"),
-    "seed too high": (["--random_seed", "99999999999999999999"], "random_seed"),
-    "seed above 32 bits": (["--random_seed", "4294967296"], "random_seed"),
     "name that escapes": (["--save_folder_name", "../up"], "'../up'"),
     "absolute name": (["--save_folder_name", "/tmp/x"], "'/tmp/x'"),
     "missing yaml": (["--yaml_path", "missing.yaml"], "missing.yaml"),
     "missing picture": (["--patch_mask_path", "missing.png"], "missing.png"),
     "root that is a file": (["--record_root", "a file"], "a file"),
-    "value missing": (["--lr"], "--lr"),
 }
 
 
@@ -749,12 +665,8 @@ WRONG_DEFENSES = {
     "another data set": (["--result_file", "victim", "--dataset", "cifar10"], "'digits'"),
     "another model": (["--result_file", "victim", "--model", "vgg19"], "'preactresnet18'"),
     "another width": (["--result_file", "victim", "--width", "64"], "the record has 4"),
-    "ratio of 0": (["--result_file", "victim", "--ratio", "0"], "ratio"),
-    "ratio above 1": (["--result_file", "victim", "--ratio", "2"], "ratio"),
     "no clean picture": (["--result_file", "victim", "--ratio", "0.0001"], "empty"),
     "missing index": (["--result_file", "victim", "--index", "missing.txt"], "missing.txt"),
-    "radius of 0": (["--result_file", "victim", "--eps", "0"], "eps"),
-    "norm": (["--result_file", "victim", "--norm_type", "L3"], "L3"),
     "poisoning flag": (["--result_file", "victim", "--pratio", "0.1"], "--pratio"),
 }
 
@@ -824,7 +736,7 @@ def test_an_epoch_and_a_round_on_real_cifar10(real_data, cli, tmp_path):
     flags = ("--dataset_path", str(real_data), "--width", "4", "--epochs", "1", *QUICK)
     assert cli("attack", "badnet", *flags, "--save_folder_name", "a", cwd=tmp_path).returncode == 0
     done = cli("defense", "sau", "--result_file", "a", "--epochs", "1", *QUICK, cwd=tmp_path)
-    assert done.returncode == 0 and "1 rounds at 0.001, 2,500 clean pictures of cifar10" in done.stdout
+    assert done.returncode == 0 and "2,500 clean images of cifar10" in done.stdout
     index = yaml.safe_load((tmp_path / "record/a/defense/sau/config.yaml").read_text())["clean_index"]
     assert index[:5] == [25247, 49673, 27562, 2653, 16968]
 
