@@ -73,7 +73,8 @@ def _main(argv: list[str]) -> int:
         return 0 if name else 2
     known = [f"{kind} {method}" for method in METHODS[kind]] if kind in METHODS else [*TOOLS, "list", *METHODS]
     asked = " ".join(argv[:2])
-    raise ConfigError(f"{asked!r} is no command{nearest(asked if kind in METHODS else kind, known)}; see sau list")
+    near = nearest(asked, known) if kind in METHODS else nearest(kind, known).replace("?", f" {name}".rstrip() + "?")
+    raise ConfigError(f"{asked!r} is no command{near}; see sau list")
 
 
 def listing() -> str:

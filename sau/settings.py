@@ -218,7 +218,7 @@ class Settings:
     @property
     def without_effect(self) -> str:
         """The flags without effect that the user gave, and why; empty if there are none."""
-        origins = {name: each.origin for name, each in self.given.items()}
+        origins = {name: each.origin for name, each in self.given.items() if each.origin.startswith("--")}
         return "; ".join(f"{origins.get(name, f'--{name}')}: {why}" for name, why in self.ignored.items())
 
     def ignore(self, names: Iterable[str], reason: str) -> None:
