@@ -605,7 +605,7 @@ def test_a_damaged_cache_is_noted_in_one_line_and_made_again(damage, tmp_path, b
     capsys.readouterr()
     assert torch.equal(image_folder(tmp_path / "train").pixels, first.pixels)
     warned, made = capsys.readouterr().out.splitlines()
-    assert str(file) in warned and "decoding again" in warned and "kept" in made and file.read_bytes() == sound
+    assert str(file) in warned and "making it again" in warned and "kept" in made and file.read_bytes() == sound
     blind()
     assert torch.equal(image_folder(tmp_path / "train").pixels, first.pixels) and capsys.readouterr().out == ""
 

@@ -2,21 +2,18 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import sau
 from sau.data.augment import Augment
-from sau.data.decode import cache_folder, image_to_tensor, read_image
+from sau.data.decode import cache_folder, cached, image_to_tensor, read_image
 from sau.data.images import Images
-from sau.errors import DataError, RecordError, first_line
+from sau.errors import DataError, RecordError
 from sau.loop import RunContext
 from sau.optim import Training
 from sau.record.folder import Record
@@ -82,84 +79,51 @@ def trigger_image(
 def cached_trigger(
     name: str, identity: Mapping[str, Any], build: Callable[[RunContext], Made], session: RunContext
 ) -> Made:
-    """What `build` returns, from `cache_folder()/triggers` if it is there, else made and kept there.
-
-    An interrupted training resumes from its checkpoint, a damaged entry is made again, and of two processes that want
-    the same entry one waits. Without a writable folder nothing is kept, with a warning.
+    """What `build` returns, on the CPU; from the cache if it was made before. An interrupted training resumes.
 
     Args:
-        name: what it is, for the folder and the screen.
+        name: what it is, for the folder of its checkpoint and the screen.
         identity: everything that determines the result, as JSON has it. The number of threads, on which rounding
             depends, and the version of the library are added.
         build: called with the context to train with; returns tensors and figures about them.
         session: progress.
     """
-    key = {**identity, "made": name, "sau": sau.__version__, "threads": torch.get_num_threads()}
-    with ExitStack() as stack:
-        try:
-            record = Record(cache_folder() / "triggers" / f"{name}-{digest(key)[:16]}")
-            found = _finished(record)
-            if found is None:
-                stack.enter_context(_locked(record.path, session.say))
-                found = _finished(record)  # another process may have made it in the meantime
-        except (OSError, RuntimeError) as error:  # a read-only folder, or no home
-            session.say(f"warning: {name} is not kept ({first_line(error)}); SAU_CACHE names another folder")
-            return _on_cpu(*build(replace(session, stage=0, checkpoint=None)))
-        if found is not None:
-            session.say(f"{name}: {describe_figures(found[1])}; from the cache, {record.path}")
-            return found
-        _begin(record, key, session.say)
-        tensors, figures = _on_cpu(*build(replace(session, stage=0, checkpoint=record)))
-        session.say(f"{name}: {describe_figures(figures)}")
-        record.save_tensors("trigger", tensors)
-        record.finish(figures)
-        return tensors, figures
+    key = digest({**identity, "sau": sau.__version__, "threads": torch.get_num_threads()})
+    checkpoint: Record | None = None
+    origin = "; from the cache"
+
+    def make() -> dict[str, Tensor]:
+        nonlocal checkpoint, origin
+        session.say(f"making {name}, once for all runs with these settings")
+        origin = ""
+        checkpoint = _checkpoint(f"{name}-{key[:16]}", session.say)
+        tensors, figures = build(replace(session, stage=0, checkpoint=checkpoint))
+        numbers = {f"figures.{each}": torch.tensor(value, dtype=torch.float64) for each, value in figures.items()}
+        return {each: tensor.detach().cpu() for each, tensor in tensors.items()} | numbers
+
+    found = cached([name, key], make, name, session.say)
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint.path)
+    figures = {each: float(found.pop(each)) for each in list(found) if each.startswith("figures.")}
+    figures = {each.removeprefix("figures."): value for each, value in figures.items()}
+    session.say(f"{name}: {describe_figures(figures)}{origin}")
+    return found, figures
 
 
-@contextmanager
-def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other process works in `folder`; OSError if nothing can be written beside it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f"{folder.name}.lock")
+def _checkpoint(name: str, say: Callable[[str], None]) -> Record | None:
+    """The checkpoint of an unfinished trigger; None where nothing can be written."""
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        say(f"another run works in {folder}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _finished(record: Record) -> Made | None:
-    """The content of a finished entry; None if it is unfinished or damaged."""
-    try:
-        if record.finished:
-            record.check()
-            return record.load_tensors("trigger"), record.summary()
-    except RecordError:
+        record = Record(cache_folder() / "unfinished" / name)
+        record.path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # `cached` has warned
         return None
-    return None
-
-
-def _begin(record: Record, key: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Start an entry or resume it; one that is damaged starts again."""
     try:
-        if record.finished:
-            record.check()
-        record.begin({}, key, overwrite=False)
         record.load()
     except RecordError as error:
         say(f"{str(error).split(';')[0]}; making it again")
-        shutil.rmtree(record.path, ignore_errors=True)
-        record.begin({}, key, overwrite=False)
-    say(f"making {key['made']}, once for all runs, in {record.path}")
-
-
-def _on_cpu(tensors: dict[str, Tensor], figures: dict[str, float]) -> Made:
-    """The tensors as a file would give them back."""
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, figures
+        shutil.rmtree(record.path)
+        record.path.mkdir()
+    return record
 
 
 def network_digest(network: nn.Module) -> str:

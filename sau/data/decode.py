@@ -3,15 +3,15 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import PIL
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -96,7 +96,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sau"
 
 
-def cached(key_parts: Iterable[str], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def cached(
+    key_parts: Iterable[str],
+    make: Callable[[], dict[str, Tensor]],
+    what: str = "decoded images",
+    say: Callable[[str], None] = print,
+) -> dict[str, Tensor]:
     """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
 
     Of several processes that want the same tensors one makes them. The file's SHA-256 is checked at each reading. A
@@ -106,27 +111,44 @@ def cached(key_parts: Iterable[str], make: Callable[[], dict[str, Tensor]]) -> d
     Args:
         key_parts: texts that determine the result. For image files: paths, sizes in bytes and modification times.
         make: computes the tensors, on the CPU; its errors pass through.
+        what: what they are, for the lines.
+        say: prints a line.
     """
     key = _key(key_parts)
     with ExitStack() as stack:
         try:
             path = cache_folder() / f"{key}.safetensors"
-            if (tensors := _read(path, key)) is not None:
+            if (tensors := _read(path, key, say)) is not None:
                 return tensors
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
+            stack.enter_context(_locked(path, say))
         except (OSError, RuntimeError) as error:
-            print(f"the decoded images are not kept ({first_line(error)}); SAU_CACHE names another folder", flush=True)
+            say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
             return make()
-        if (tensors := _read(path, key)) is not None:  # another process has made it meanwhile
+        if (tensors := _read(path, key, say)) is not None:  # another process has made it meanwhile
             return tensors
         tensors = {name: tensor.contiguous() for name, tensor in make().items()}
         try:
             write(path, safetensors.torch.save(tensors, {"sha256": _digest(key, tensors)}))
-            print(f"decoded images kept in {path} ({path.stat().st_size / 1e6:,.1f} MB)", flush=True)
+            say(f"{what}: kept in {path} ({path.stat().st_size / 1e6:,.1f} MB)")
         except (OSError, SauError) as error:
-            print(f"the decoded images are not kept ({first_line(error)}); SAU_CACHE names another folder", flush=True)
+            say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
         return tensors
+
+
+@contextmanager
+def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process makes the file; OSError if nothing can be written beside it."""
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"another process makes {path}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _key(parts: Iterable[str]) -> str:
@@ -137,7 +159,7 @@ def _key(parts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+def _read(path: Path, key: str, say: Callable[[str], None]) -> dict[str, Tensor] | None:
     """The tensors of a file; None if there is none, or, after a line, if it is damaged or made for another key."""
     if not path.exists():
         return None
@@ -149,7 +171,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         reason = "SHA-256 differs"
     except (SafetensorError, ValueError) as error:
         reason = first_line(error)
-    print(f"{path} is damaged ({reason}); decoding again", flush=True)
+    say(f"{path} is damaged ({reason}); making it again")
     with suppress(OSError):
         path.unlink()
     return None
