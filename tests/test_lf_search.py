@@ -139,21 +139,18 @@ def test_a_step_moves_smooths_and_rescales(clean):
 # The rules of the search
 
 
-def test_the_search_stops_at_the_rate_it_wants_and_keeps_the_best():
-    search = Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
-    stops = []
-    for n, fooled in enumerate((0.1, 0.05, 0.2)):
+def progress() -> Progress:
+    return Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
+
+
+def test_the_search_stops_at_the_rate_it_wants_or_when_five_are_alike_and_keeps_the_best():
+    search = progress()
+    for n, (fooled, stop) in enumerate(((0.1, False), (0.05, False), (0.2, True))):
         search.v = torch.full((1, 2, 2), float(n))
-        stops.append(search.judge(fooled, 0.2))
-        assert float(search.best[0, 0, 0]) == (0, 0, 2)[n]
-    assert stops == [False, False, True]
-
-
-def test_the_search_stops_when_five_rates_are_alike():
-    search = Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
-    rates = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2]
+        assert search.judge(fooled, 0.2) == stop and float(search.best[0, 0, 0]) == (0, 0, 2)[n]
+    rates, search = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2], progress()
     assert [search.judge(fooled, 0.9) for fooled in rates] == [False] * 5 + [True, False]
-    search.rates.clear()
+    search = progress()
     assert not any(search.judge(fooled, 0.9) for fooled in (0.1, 0.1, 0.1, 0.1, 0.115, 0.115))
 
 
@@ -231,18 +228,6 @@ def test_a_search_must_be_made_before_it_stamps():
     assert fit(LF(), toy_images(8)).trigger is None
 
 
-def context(images, net, epochs=1, lines=None):
-    session = quiet() if lines is None else RunContext(say=lines.append)
-    return TriggerContext(images, net, Training(epochs=epochs, batch_size=20), None, 0, session)
-
-
-def test_the_network_is_trained_on_a_copy():
-    blank = tiny_net()
-    net = lf_search.train_clean(context(toy_images(40), blank))
-    assert same_weights(blank, tiny_net()) and not same_weights(net, blank) and not net.training
-    assert not any(p.requires_grad for p in net.parameters())
-
-
 def test_a_clean_network_that_is_put_together_otherwise_is_another_one():
     """The printed form and the weights are the same."""
 
@@ -257,8 +242,13 @@ def test_a_clean_network_that_is_put_together_otherwise_is_another_one():
 
     lines: list[str] = []
     for sign in (1.0, -1.0, 1.0):
-        lf_search.train_clean(context(toy_images(16), Net(sign), lines=lines))
-    assert ["from the cache" in line for line in lines if line.startswith("clean-network")] == [False, False, True]
+        blank = Net(sign)
+        how = (Training(epochs=1, batch_size=8), None, 0, RunContext(say=lines.append))
+        net = lf_search.train_clean(TriggerContext(toy_images(16), blank, *how))
+        assert same_weights(blank, Net(sign)) and not same_weights(net, blank)  # a copy is trained
+        assert not net.training and not any(p.requires_grad for p in net.parameters())
+    found = [line for line in lines if line.startswith("clean-network: epochs")]
+    assert ["from the cache" in line for line in found] == [False, False, True]
 
 
 # A network from a record

@@ -308,14 +308,6 @@ def test_an_encoder_that_shows_more_than_it_has_to_warns_from_the_cache_too(monk
         assert len([line for line in lines if "w ended at 0 of 10" in line]) == 1
 
 
-def test_stamped_images_are_the_encoders(unread):
-    attack, images = fit(SSBA(**{**FAST, "ssba_epochs": 1})), toy_images(16)
-    expected = quantise(attack.require_trigger().encoder(torch.ones(16, 1), to_float(images.pixels)).clamp(0, 1))
-    assert torch.equal(attack.stamp_images(images, test=True), expected)
-    with pytest.raises(ConfigError, match="fit_trigger"):
-        SSBA().stamp(torch.rand(1, 3, 16, 16))
-
-
 # Images made elsewhere
 
 
