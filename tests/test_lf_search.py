@@ -285,7 +285,7 @@ def test_the_network_of_a_record_is_used(tmp_path):
 )
 def test_a_record_that_does_not_fit_is_refused(tmp_path, attacked, given, word):
     images = toy_images(8, size=32)
-    path = write_record(tmp_path / "clean", images, images if attacked else None)
+    path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if attacked else None)
     with pytest.raises(RecordError, match=word):
         fit(LF(lf_optimise=True, lf_network=str(path)), given)
     (path / "model.safetensors").write_bytes(b"x")
