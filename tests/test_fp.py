@@ -124,35 +124,27 @@ def test_a_pruned_channel_is_zero_behind_its_batch_norm():
     assert (net(x)[:, pruned] == 0).all() and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
 
 
-class Gated(nn.Module):
-    """Squeeze-and-excitation with linear layers, and a convolution for a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        f = self.body(x)
-        return self.head(f * self.gate(f.mean((2, 3)))[:, :, None, None].sigmoid()).mean((2, 3))
+POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @pytest.mark.parametrize(
     ("unit", "other", "layers"),
     [
-        ("linear_input", "last_conv", [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]),
-        ("linear_input", "last_conv", [Gated()]),  # whose linear layers make no logits
-        ("last_conv", "linear_input", [nn.Flatten(), nn.Linear(3 * 16 * 16, 4)]),
-        # A batch norm without weights would undo the pruning.
+        ("linear_input", "last_conv", [nn.Conv2d(3, 4, 3)]),
+        # Its linear layer makes no logits.
         (
-            "last_conv",
             "linear_input",
-            [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+            "last_conv",
+            [nn.Flatten(), nn.Linear(768, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 4, 1)],
         ),
+        ("last_conv", "linear_input", [nn.Flatten(), nn.Linear(768, 4), nn.Unflatten(1, (4, 1, 1))]),
+        # A batch norm without weights would undo the pruning.
+        ("last_conv", "linear_input", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)]),
     ],
 )
 def test_networks_without_the_layer_are_refused(unit, other, layers):
     with pytest.raises(ConfigError, match=f"--unit {other}"):
-        FP(unit=unit).purify(nn.Sequential(*layers), pair(), session=quiet())
+        FP(unit=unit).purify(nn.Sequential(*layers, *POOLED), pair(), session=quiet())
 
 
 def test_the_step_is_a_whole_number_of_units_whatever_rounding_does(monkeypatch):

@@ -52,36 +52,32 @@ class FP(FT):
     )
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
-        x, y = stack_batches(unaugmented(batches)[0])
-        layers = last_layers(model, x[:1], self.unit)
-        weight = layers[0].get_parameter("weight")
-        units = weight.shape[1] if self.unit == "linear_input" else weight.shape[0]
-        pruned = nn.Parameter(torch.zeros(units, dtype=torch.bool, device=x.device), requires_grad=False)
+        clean = stack_batches(unaugmented(batches)[0])
+        layers = last_layers(model, clean[0][:1], self.unit)
+        units = layers[0].get_parameter("weight").shape[1 if self.unit == "linear_input" else 0]
+        pruned = nn.Parameter(torch.zeros(units, dtype=torch.bool, device=clean[0].device), requires_grad=False)
         if not session.begun:  # otherwise `pruned` is in the checkpoint
-            self._prune(model, layers, pruned, (x, y), session)
+            pruned.copy_(self.prune(model, layers, units, clean, session))
         state = self.prepare(model, len(batches))
         self.train({**state, "layers": layers, "pruned": nn.ParameterList([pruned])}, batches, session)
 
-    def _prune(
-        self, model: nn.Module, layers: list[nn.Module], pruned: Tensor, clean: pruning.Clean, session: RunContext
-    ) -> None:
-        """Choose how many units go, zero their weights, and mark them in `pruned` [units]."""
+    def prune(
+        self, model: nn.Module, layers: list[nn.Module], units: int, clean: pruning.Clean, session: RunContext
+    ) -> Tensor:
+        """Zero the weights of as many units as the accuracy allows; returns which [units]."""
         held = None
         if self.select == "defender":  # the oracle measures on the test set, so that all clean images may rank
             clean, held = pruning.hold_out(*clean, self.held_back, session)
-        rank, total = activations(model, layers[-1], clean[0]).argsort(stable=True).argsort(), len(pruned)
-        step = max(1, math.ceil(total * self.once_prune_ratio - 1e-9))
-        levels = [
-            pruning.PruningLevel(f"{n} of {total}, {self.unit}", {self.unit: rank < n})
-            for n in range(step, total, step)
-        ]
+        rank = activations(model, layers[-1], clean[0]).argsort(stable=True).argsort()
+        step = max(1, math.ceil(units * self.once_prune_ratio - 1e-9))
+        counts = range(step, units, step)
+        levels = [pruning.PruningLevel(f"{n} of {units}, {self.unit}", {self.unit: rank < n}) for n in counts]
 
-        def prune(level: pruning.PruningLevel) -> None:
+        def apply(level: pruning.PruningLevel) -> None:
             zero_units(layers, level.pruned[self.unit])
 
-        chosen = pruning.choose(model, levels, prune, held, self.acc_ratio, session, by_asr=False)
-        if chosen is not None:
-            pruned |= chosen.pruned[self.unit]
+        chosen = pruning.choose(model, levels, apply, held, self.acc_ratio, session, by_asr=False)
+        return chosen.pruned[self.unit] if chosen else rank < 0
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         report = super().step(state, x, y)
