@@ -15,49 +15,35 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sau.command.drawing  # noqa: F401  before sau.figures
-from sau.audit import carry, tables
-from sau.audit.carry import RESULT
+from sau.audit import read, tables
 from sau.command.arguments import Parser
 from sau.errors import RecordError, run_command
 from sau.figures import audit, save
 from sau.files import write
 from sau.record.schema import difference
 
-ROW = {"part", "curve", "network", "x"}  # what every row of a result has
 
-
-def read(place: Path) -> dict[str, Any]:
+def opened(place: Path) -> dict[str, Any]:
     """The result of one audit; RecordError if there is none."""
-    file = next((file for file in (place / RESULT, place / "audit" / RESULT) if file.is_file()), place / RESULT)
     try:
-        found = carry.read_line(place.parent, place.name) if place.parent.is_file() else carry.read(file)
+        return read(place)
     except (OSError, ValueError) as error:
-        raise RecordError(f"cannot read {file}: {error}; make it with scripts/audit.py") from None
-    rows = found.get("rows")
-    whole = all(isinstance(found.get(part), dict) for part in ("asked", "about", "networks"))
-    if not whole or not isinstance(rows, list) or not all(isinstance(row, dict) and ROW <= row.keys() for row in rows):
-        raise RecordError(f"{file} is no result of scripts/audit.py; make it with that")
-    return found
+        raise RecordError(f"cannot read {place}: {error}; make it with scripts/audit.py") from None
 
 
-def _known(audit: dict[str, Any]) -> dict[str, Any]:
-    """What must be alike: what the audit was asked, and what its attack was, which has epochs too."""
-    return {f"{part}.{name}": value for part in ("asked", "about") for name, value in audit[part].items()}
+def comparable(found: dict[str, Any]) -> dict[str, Any]:
+    """What must be alike: the settings of the audit, those of the attack, and the networks' names."""
+    known = {f"{part}.{name}": value for part in ("asked", "about") for name, value in found[part].items()}
+    return {**known, "networks": sorted(found["networks"])}
 
 
 def run(given: argparse.Namespace) -> None:
     """Read, compare, draw, print."""
-    audits = [read(place) for place in given.audit]
-    first = audits[0]
+    audits = [opened(place) for place in given.audit]
     for place, one in zip(given.audit, audits, strict=True):
-        unlike = difference(_known(first), _known(one))
-        if unlike:
+        if unlike := difference(comparable(audits[0]), comparable(one)):
             raise RecordError(f"{place} and {given.audit[0]} are not alike: {unlike}")
-        if one["networks"].keys() != first["networks"].keys():
-            both = ", ".join(sorted(one["networks"].keys() ^ first["networks"].keys()))
-            raise RecordError(f"of {place} and {given.audit[0]} only one has {both}; audit the same networks in both")
-    attacked = [one["networks"]["none"] for one in audits]
-    if len(set(attacked)) < len(attacked):
+    if len({one["networks"]["none"] for one in audits}) < len(audits):
         raise RecordError("two of the audits are of the same network; give each once")
     text = tables(audits)
     print(text)
@@ -65,13 +51,12 @@ def run(given: argparse.Namespace) -> None:
     print(*save(audit(audits), given.out), sep="\n")
 
 
-def main() -> int:
-    """Compare; exit status 2 for a user's mistake."""
+def main() -> None:
+    """Compare the audits that the command line names."""
     parser = Parser(__doc__)
     parser.add_argument("audit", nargs="+", type=Path, help="folders of audits")
     parser.add_argument("--out", type=Path, required=True, help="path of the results without an ending")
     run(parser.parse_args())
-    return 0
 
 
 if __name__ == "__main__":

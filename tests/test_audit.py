@@ -2,16 +2,11 @@
 
 import json
 import math
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -20,11 +15,8 @@ import torch
 from attack_rows import each_poison
 from toys import (
     QUICK,
-    REPOSITORY,
-    environment,
     quiet,
     same_weights,
-    stop_after,
     the_error,
     tiny_net,
     toy_images,
@@ -35,34 +27,41 @@ matplotlib.use("Agg")
 
 from sau.attack import LF, BadNet, Blended, Prototype, WaNet, attack_from_config
 from sau.attack.triggers import ImageTrigger
-from sau.audit import PARTS, Asked, Plan, carry_out, measure, open_case, tables
-from sau.audit.carry import read
-from sau.audit.case import Case, Network
-from sau.audit.coefficient import _outputs, busiest, cka, existence, layers, similarity, stretched
-from sau.audit.path import STEPS, between, connected, settled
-from sau.audit.reactivate import shifted, universal
-from sau.audit.relearn import mixture, most_shots, relearn
+from sau.audit import PARTS, AuditConfig, Case, Network, open_case, read, run_audit, runner, tables
+from sau.audit.measure import (
+    STEPS,
+    bec,
+    cka,
+    connected,
+    interpolate,
+    layers,
+    noise,
+    reestimate_statistics,
+    rescaled_bec,
+    shifted,
+    similarity,
+    top_tac_channels,
+    universal,
+)
+from sau.audit.relearn import mixture, relearn
+from sau.audit.runner import Audit
 from sau.audit.table import curves
 from sau.data.augment import Augment
 from sau.data.images import BACKDOOR, Images, to_float
-from sau.data.sources import clean_subset, fingerprint
+from sau.data.sources import clean_subset
 from sau.defense import FT
 from sau.defense.npd import insert_polarizer
 from sau.errors import ConfigError, DataError, RecordError
-from sau.evaluate import asr_and_racc, score
+from sau.evaluate import score
 from sau.figures import audit
 from sau.models import Normalized
 from sau.record import attack_result as stored
 from sau.record.folder import Record
 from sau.record.lock import in_use
-from sau.record.schema import as_json, digest, dump_config, dump_manifest
+from sau.record.schema import as_json, dump_config, dump_manifest
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
-
-
-def sealed(content):
-    return {**content, "seal": digest(content)}
 
 
 def poisons(attack=None, images=TRAIN):
@@ -113,6 +112,14 @@ def test_the_attackers_pictures_are_nested_and_drawn_apart_from_the_defenders():
     assert set(plain_draw.index.tolist()) != set(mixture(TRAIN, bad, 0, share=0.25, seed=4).index.tolist())
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "shots", "key"), [(40, 0.1, 41, "shots is 41"), (3, 0.25, 4, "0 to 3"), (40, 0.0002, 0, "share")]
+)
+def test_more_shots_than_images_are_refused(count, share, shots, key):
+    with pytest.raises(ConfigError, match=key):
+        mixture(TRAIN, poisons()[torch.arange(count)], shots, share=share, seed=0)
+
+
 def test_five_poisons_bring_back_a_backdoor_and_plant_none(nets):
     after = {
         (name, k): asr(relearn(nets[name], mixture(TRAIN, poisons(), k, share=0.25, seed=0), epochs=20))
@@ -141,18 +148,6 @@ def test_relearning_is_what_the_protocol_says(nets):
     for weight, got in zip(weights, again.parameters(), strict=True):
         torch.testing.assert_close(got, weight, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(again.features[1].running_mean, by_hand.features[1].running_mean)
-
-
-def test_a_share_of_no_pictures_is_refused(one_line):
-    with pytest.raises(ConfigError) as refusal:
-        mixture(TRAIN, poisons(), 0, share=0.1 / len(TRAIN), seed=0)
-    assert "which is none" in one_line(refusal.value)
-
-
-def test_more_shots_than_pictures_are_refused(one_line):
-    with pytest.raises(ConfigError) as refusal:
-        mixture(TRAIN, poisons(), 41, share=0.1, seed=0)
-    assert "shots is 41" in one_line(refusal.value) and "0 to 40" in one_line(refusal.value)
 
 
 # Universal perturbations
@@ -250,19 +245,19 @@ def test_cka_by_hand():
 
 
 def test_the_coefficient_is_1_for_the_attacked_network_and_0_for_the_clean_one(nets):
-    chosen = busiest(nets["none"], TEST[BAD.index], BAD)
+    chosen = top_tac_channels(nets["none"], TEST[BAD.index], BAD)
     assert layers(nets["none"]) == ["features.3"] and {n: len(c) for n, c in chosen.items()} == {"features.3": 1}
     alike = {}
     for name, model in nets.items():
         by_layer = similarity(nets["none"], model, BAD, chosen)
         alike[name] = sum(by_layer.values()) / len(by_layer)
-    left = existence(alike, "control")
+    left = bec(alike, "control")
     assert left["none"] == pytest.approx(1, abs=1e-9) and left["control"] == 0
     assert left["none"] > left["ft"]
-    scaled = stretched(alike, "none")
+    scaled = rescaled_bec(alike, "none")
     assert scaled["none"] == 1 and {scaled["ft"], scaled["control"]} == {0.0, 1.0}
-    assert existence({"none": 1.0, "control": 1.0}, "control")["none"] is None
-    assert stretched({"none": 1.0, "a": 0.5, "b": 0.5}, "none")["a"] is None
+    assert bec({"none": 1.0, "control": 1.0}, "control")["none"] is None
+    assert rescaled_bec({"none": 1.0, "a": 0.5, "b": 0.5}, "none")["a"] is None
 
 
 def test_the_channels_that_change_with_the_trigger_are_chosen():
@@ -273,7 +268,7 @@ def test_the_channels_that_change_with_the_trigger_are_chosen():
         second.weight.mul_(1e-3)
         second.weight[7] = 1.0
     net = torch.nn.Sequential(first, second, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    chosen = busiest(net, TEST[BAD.index], BAD)
+    chosen = top_tac_channels(net, TEST[BAD.index], BAD)
     assert list(chosen) == ["1"] and len(chosen["1"]) == 2 and 7 in chosen["1"].tolist()
     assert not net[1]._forward_hooks
 
@@ -282,7 +277,7 @@ def test_a_layer_with_a_polarizer_answers_under_its_old_name(nets):
     model = tiny_net()
     model.load_state_dict(nets["none"].state_dict())
     insert_polarizer(model.eval(), "features.3")
-    chosen = busiest(nets["none"], TEST[BAD.index], BAD)
+    chosen = top_tac_channels(nets["none"], TEST[BAD.index], BAD)
     assert similarity(nets["none"], model, BAD, chosen)["features.3"] == pytest.approx(1, abs=1e-6)
 
 
@@ -301,7 +296,7 @@ SMALL = {"shots": (2,), "epochs": 1, "share": 0.25, "eps": (0.05, 0.1), "steps":
 
 def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
     said = []
-    found = carry_out(Plan(case(nets), Asked(**SMALL)), tmp_path / "audit", said.append)
+    found = run_audit(case(nets), AuditConfig(**SMALL), tmp_path / "audit", said.append)
     lines = curves([found])
     names = {"none", "ft", "control"}
     steps = {
@@ -325,53 +320,11 @@ def test_an_audit_has_every_part_for_every_network(nets, tmp_path):
     assert [way[0.0].mean, way[1.0].mean] == [as_it_is["none"], as_it_is["ft"]]
     left = {row["network"]: row for row in found["rows"] if row["part"] == "bec"}
     assert left["none"]["bec"] == pytest.approx(1) and left["control"]["bec"] == 0 == left["control"]["stretched"]
-    assert read(tmp_path / "audit" / "audit.json") == json.loads(json.dumps(found))
-    assert said[0].startswith("1/") and set(found["seconds"]) == {"before", *Asked().parts}
+    assert read(tmp_path / "audit") == json.loads(json.dumps(found))
+    assert said[0].startswith("1/") and set(found["seconds"]) == {"before", *AuditConfig().parts}
     text = tables([found])
     for part in ("| ft | ", "k = 2", "| --- | --- |", "| network | s | BEC | BEC as released |"):
         assert part in text
-
-
-def test_what_is_finished_is_not_repeated_and_what_is_asked_more_is_added(nets, tmp_path):
-    out, said = tmp_path / "audit", []
-    first = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",)})), out, said.append)
-    assert not any("as before" in line for line in said)
-    said.clear()
-    more = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
-    assert len(said) == 3 + 3 * 2 * 3 and sum("as before" not in line for line in said) == 3 * 2
-    assert [row for row in more["rows"] if row["x"] != 5] == first["rows"]
-    cut, other, third = sorted((out / "pieces").glob("relearn_*"))[:3]
-    cut.write_text(cut.read_text()[:-40])
-    other.write_text(third.read_text())
-    third.write_text(re.sub(r'"asr": [0-9.]+', '"asr": 99.0', third.read_text(), count=1))
-    said.clear()
-    again = carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "shots": (2, 5)})), out, said.append)
-    assert again["rows"] == more["rows"] and sum("damaged" in line for line in said) == 3
-    said.clear()
-    carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("relearn",), "epochs": 2})), out, said.append)
-    assert sum("as before" in line for line in said) == 3  # the networks as they are
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_settings_are_idle_where_no_piece_depends_on_them(nets, part):
-    def files(**changes):
-        return [piece.file for piece in Plan(case(nets), replace(asked, **changes)).pieces()]
-
-    asked = Asked(**{**SMALL, "parts": (part,)})
-    other = {"shots": (3,), "epochs": 2, "share": 0.5, "eps": (0.05, 0.2), "steps": 3, "pictures": 7,
-             "seeds": (1,)}  # fmt: skip
-    assert {"parts", *other} == {field.name for field in fields(Asked)}
-    assert {name for name in other if files(**{name: other[name]}) == files()} == asked.idle().keys()
-
-
-def test_a_plan_that_cannot_be_is_refused(nets, one_line):
-    for networks, changes, words in (
-        (("none", "ft"), {}, "--control"),
-        (("none", "control"), {"shots": (101,)}, "shots is 101"),
-    ):
-        with pytest.raises(ConfigError) as refusal:
-            Plan(case(nets, networks), Asked(**{**SMALL, **changes}))
-        assert words in one_line(refusal.value)
 
 
 def test_surrogates_are_the_other_purified_networks(nets):
@@ -381,21 +334,9 @@ def test_surrogates_are_the_other_purified_networks(nets):
         (("none", "control"), {("none",): ["control"]}),
         (tuple(some), {("ft", "sau"): ["none", "control", "control/ft"], ("sau",): ["ft"], ("ft",): ["sau"]}),
     ):
-        pieces = Plan(case(some, names), Asked(parts=("transfer",))).pieces()
-        found = {tuple(p.identity["surrogates"]): p.identity["targets"] for p in pieces if p.part == "transfer"}
+        tasks = Audit(case(some, names), AuditConfig(parts=("transfer",))).tasks()
+        found = {tuple(p.identity["surrogates"]): p.identity["targets"] for p in tasks if p.part == "transfer"}
         assert found == wanted
-
-
-def test_the_figure_shows_what_was_found(nets, tmp_path):
-    found = carry_out(Plan(case(nets), Asked(**SMALL)), tmp_path / "audit", lambda line: None)
-    figure = audit([found, found])
-    panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
-    assert len(panels) == 8
-    line = panels["re-learning, augmented once"].containers[1].lines[0]
-    wanted = [curves([found])["relearn", "released"]["ft"][k].mean for k in (0, 2)]
-    assert line.get_ydata().tolist() == wanted
-    bars = panels["existence coefficient"].patches
-    assert bars[0].get_width() == pytest.approx(1)
 
 
 # The path
@@ -405,7 +346,7 @@ def test_the_path_leads_from_one_network_to_the_other(nets):
     start, end = Normalized(nets["none"]).eval(), Normalized(nets["ft"]).eval()
     kept = {name: tensor.clone() for name, tensor in end.state_dict().items()}
     for s in STEPS:
-        for name, tensor in between(start, end, s).state_dict().items():
+        for name, tensor in interpolate(start, end, s).state_dict().items():
             first, last = start.state_dict()[name], kept[name]
             wanted = (1 - s) * first + s * last if tensor.is_floating_point() else last
             torch.testing.assert_close(tensor, wanted)
@@ -416,7 +357,7 @@ def test_settled_statistics_are_those_of_the_pictures():
     torch.manual_seed(0)
     norm, dropped = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
     pictures = TRAIN[torch.arange(300)]
-    model = settled(torch.nn.Sequential(norm, dropped), pictures)
+    model = reestimate_statistics(torch.nn.Sequential(norm, dropped), pictures)
     batches = [x for x, *_ in pictures.batches(256, seed=0)]
     assert len(batches) == 2 and not model.training and not norm.training
     for found, wanted in ((norm.running_mean, torch.mean), (norm.running_var, torch.var)):
@@ -428,9 +369,9 @@ def test_no_path_leads_to_a_network_with_other_layers(nets):
     other = tiny_net()
     insert_polarizer(other, "features.3")
     some.networks["npd"] = Network("npd", Normalized(other).eval(), "digest of npd")
-    plan = Plan(some, Asked(**{**SMALL, "parts": ("path",)}))
+    plan = Audit(some, AuditConfig(**{**SMALL, "parts": ("path",)}))
     assert not connected(some.networks["none"].model, some.networks["npd"].model)
-    assert {piece.about for piece in plan.pieces() if piece.part == "path"} == {
+    assert {task.about for task in plan.tasks() if task.part == "path"} == {
         "ft, statistics between",
         "ft, statistics anew",
     }
@@ -438,19 +379,6 @@ def test_no_path_leads_to_a_network_with_other_layers(nets):
 
 
 # Records
-
-
-def test_networks_of_npd_are_loaded_like_any_other(victim, here):
-    flags = ("--result_file", "victim", "--epochs", "1", "--warm_epochs", "1", *QUICK)
-    assert here("defense", "npd", *flags)[0] == 0
-    attacked = stored.load(victim)
-    model = attacked.model()
-    stored.load_weights(model, victim / "defense" / "npd")
-    _, test, _ = attacked.pictures(attacked.dataset_path)
-    said = Record(victim / "defense" / "npd").summary()["after"]
-    found = score(model, test, attacked.triggered).summary()
-    assert {name: found[name] for name in ("acc", "asr")} == {name: said[name] for name in ("acc", "asr")}
-    assert "npd" in open_case(victim, ["npd"], samples=50).networks
 
 
 def test_a_grids_defense_is_found_by_its_name(victim, here, one_line):
@@ -484,34 +412,12 @@ def test_a_defense_that_test_data_chose_for_is_marked(victim, here):
     assert list(open_case(victim, ["ep"], samples=30).networks) == ["none", "ep (oracle)"]
 
 
-def test_poisons_come_from_the_record_or_are_stamped(victim):
-    opened = open_case(victim, samples=10**6)
-    kept = stored.load(victim)
-    assert len(opened.test) == 360 and len(opened.triggered) == len(kept.triggered)
-    assert opened.networks["none"].model.amp is False
-    assert bool((opened.poisons.labels != opened.poisons.true_labels).all())
-    assert set(opened.poisons.index.tolist()) <= set(kept.poisoned.index.tolist())
-    assert torch.equal(opened.untriggered.labels, opened.triggered.true_labels)
-
-
 @pytest.fixture
 def clean(victim, here):
     """A record of a clean network beside `victim`."""
     flags = ("--dataset", "digits", "--width", "4", "--epochs", "2", *QUICK)
     assert here("attack", "prototype", "--save_folder_name", "clean", *flags)[0] == 0
     return victim.parent / "clean"
-
-
-def test_a_folder_that_does_not_say_its_attack_has_none(victim, monkeypatch, one_line):
-    """As BackdoorBench's do not; and where it kept no poisons either, there is nothing to learn from."""
-    kept = stored.load(victim)
-    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, trigger=None, amp=None))
-    opened = open_case(victim, samples=30)
-    assert opened.attack is None
-    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, poisoned=None))
-    with pytest.raises(RecordError) as refusal:
-        open_case(victim, samples=30)
-    assert "no poisoned pictures" in one_line(refusal.value)
 
 
 def test_clean_label_poisons_are_stamped_anew(victim, here):
@@ -538,134 +444,102 @@ BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--sa
          "60", "--threads", "1", "--device", "cpu")  # fmt: skip
 
 
-class Stop:
-    """Ctrl-C when it is called so many times."""
+def test_what_is_finished_is_not_repeated_and_more_is_added(nets, tmp_path, monkeypatch):
+    """Nor is what an interrupt left; a damaged file is named."""
+    out, said, brief = tmp_path / "audit", [], runner._brief
+    config = AuditConfig(**{**SMALL, "parts": ("relearn",)})
 
-    def __init__(self, calls):
-        self.left = calls
-
-    def __call__(self, *given):
-        self.left -= 1
-        if not self.left:
+    def stop(kept: dict[str, Any]) -> str:
+        if len(list((out / "tasks").iterdir())) == 4:
             raise KeyboardInterrupt
-        return ""
+        assert in_use(out)
+        return brief(kept)
 
-
-@pytest.fixture(autouse=True)
-def handler():
-    """The script takes SIGTERM for itself."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_the_script_audits_is_interrupted_and_goes_on(victim, clean, here, script, monkeypatch):
-    assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
-    shutil.copytree(victim, victim.parent / "copy")
-    flags = ("--defense", "ft", "--control", "clean", *BRIEF)
-    status, out, err = script("audit.py", "--result_file", "copy", *flags)
-    assert (status, err) == (0, "") and "Backdoor existence coefficient" in out
-    assert "relearn " in out.splitlines()[-4] and out.splitlines()[-1].endswith("audit.json")
-    whole = json.loads((victim.parent / "copy" / "audit" / "audit.json").read_text())
-    with monkeypatch.context() as during:
-        during.setattr("sau.audit.carry._brief", Stop(6))
-        status, _, err = script("audit.py", "--result_file", "victim", *flags)
-    assert status == 130 and "repeat" in err and not (victim / "audit" / "audit.json").exists()
-    assert len(list((victim / "audit" / "pieces").iterdir())) == 6
-    status, out, _ = script("audit.py", "--result_file", "record/victim", *flags)
-    assert status == 0 and out.count("as before") == 6
-    again = json.loads((victim / "audit" / "audit.json").read_text())
-    assert again["rows"] == whole["rows"] and again["asked"] == whole["asked"]
-    assert {file.name for file in (victim / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg", "pieces"}
-    status, _, err = script("audits.py", "record/victim", "record/copy/audit", "--out", "both/badnet")
-    assert status == 2 and "same network" in the_error(err)
-    elsewhere = Path("record/copy/audit")
-    longer = {"asked": {**again["asked"], "epochs": 99}}  # the attack has epochs, too
-    broken = [({"networks": {"none": "other"}}, "only one has"), ({"about": {}}, "dataset"), (longer, "asked.epochs")]
-    for change, words in (*broken, ({"rows": [{}]}, "no result of"), ({"asked": 1}, "no result of")):
-        (elsewhere / "audit.json").write_text(json.dumps(sealed({**read(victim / "audit" / "audit.json"), **change})))
-        assert words in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
-    other = {**again, "networks": {**again["networks"], "none": "another seed's"}}
-    other.pop("seal")
-    (elsewhere / "audit.json").write_text(json.dumps(sealed(other)))
-    status, out, _ = script("audits.py", "record/victim", str(elsewhere), "--out", "both/badnet")
-    assert status == 0 and "over 2 attacked networks" in out
-    (elsewhere / "audit.json").write_text(json.dumps(sealed(other)).replace('"asr": ', '"asr": 1'))
-    assert "damaged" in the_error(script("audits.py", "record/victim", str(elsewhere), "--out", "x")[2])
-    assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
-    status, _, err = script("audits.py", "record/clean", "--out", "x")
-    assert status == 2 and "scripts/audit.py" in the_error(err)
-
-
-def test_shots_that_nobody_asked_for_are_those_that_there_are(victim, here, script):
-    """Of the few training pictures the attacker draws a fiftieth; as many as are asked for by hand are refused."""
-    flags = ("--result_file", "victim", "--parts", "relearn", "--epochs", "1", "--samples", "40", "--threads", "1")
-    status, out, err = script("audit.py", *flags, "--eps", "0.05", "--seeds", "0")
-    assert (status, err) == (0, "")
-    assert "note: --eps has no effect: it is for white, transfer of --parts\n" in out and "--seeds" not in out
-    found = json.loads((victim / "audit" / "audit.json").read_text())
-    assert "so --shots is 1,2,5,10\n" in out
-    assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 1, 2, 5, 10}
-    status, _, err = script("audit.py", *flags, "--shots", "50")
-    assert status == 2 and "shots is 50, allowed is 0 to " in the_error(err)
-
-
-def test_a_picture_that_was_a_trigger_is_recalled_from_the_record():
-    picture = torch.rand(3, 16, 16)
-    again = attack_from_config({"attack": "blended", "attack_trigger_img_path": "gone.png"}, {"picture": picture})
-    assert torch.equal(again.require_trigger().image, picture)
-
-
-def test_released_relearning_is_augmented_at_once_and_d_alone_is_without_a_trigger(monkeypatch):
-    nets = {name: tiny_net(seed=i) for i, name in enumerate(("none", "ft", "control"))}
-    made, seen, really = measure.Measure(case(nets), Asked(**SMALL)), [], measure.mixture
-
-    def mix(*given, augment, **how):
-        seen.append(augment)
-        return really(*given, augment=augment, **how)
-
-    monkeypatch.setattr(measure, "mixture", mix)
-    network = made.case.networks["none"]
-    for curve in (measure.RELEASED, measure.FRESH):
-        made.relearned(network, curve, 0, 2)
-    assert seen == [Augment(2), None]
-    shown = []
-    monkeypatch.setattr(measure, "led", lambda model, x, *labels: shown.append(x) or asr_and_racc(model, x, *labels))
-    made.white(network, measure.ALONE, 0)
-    assert torch.equal(shown[0], TEST.pixels[BAD.index])
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_finished_pieces(victim, clean):
-    folder = victim.parents[1]
-    argv = [sys.executable, str(REPOSITORY / "scripts" / "audit.py"), "--result_file", "victim", "--control", "clean"]
-    status, err = stop_after("4/", signal.SIGINT, [*argv, *BRIEF], folder)
-    assert status == 130 and "repeat" in err and len(list((victim / "audit" / "pieces").iterdir())) >= 4
-    done = subprocess.run([*argv, *BRIEF], cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("as before") >= 4
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(runner, "_brief", stop)
+        run_audit(case(nets), config, out, said.append)
+    assert not in_use(out) and not (out / "audit.json").exists()
+    said.clear()
+    first = run_audit(case(nets), config, out, said.append)
+    assert len(said) == 3 + 3 * 2 * 2 and sum("as before" in line for line in said) == 4
+    said.clear()
+    more = run_audit(case(nets), replace(config, shots=(2, 5)), out, said.append)
+    assert len(said) == 3 + 3 * 2 * 3 and sum("as before" not in line for line in said) == 3 * 2
+    assert [row for row in more["rows"] if row["x"] != 5] == first["rows"]
+    file = next((out / "tasks").glob("relearn_*"))
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(RecordError, match=file.name):
+        run_audit(case(nets), replace(config, shots=(2, 5)), out, said.append)
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--result_file", "nobody"), "nobody"),
-        (("--result_file", "victim", "--parts", "bec"), "--control"),
-        (("--result_file", "victim", "--parts", "bec,grey"), "grey"),
-        (("--result_file", "victim", "--eps", "0.1,0.05"), "eps"),
-    ],
-)
-def test_the_script_refuses_in_one_line(victim, script, monkeypatch, flags, words, unchecked):
-    monkeypatch.chdir(victim.parents[1])
-    status, _, err = script("audit.py", *flags)
-    assert status == 2 and words in the_error(err)
-    assert not (victim / "audit").exists()
+    ("wrong", "names"),
+    [({"parts": ()}, ()), ({"shots": ()}, ()), ({"eps": (0.1, 0.05)}, ()), ({"seeds": (0, 0)}, ()),
+     ({"shots": (101,)}, ("none", "control")), ({"parts": ("bec",)}, ("none", "ft"))],
+)  # fmt: skip
+def test_a_wrong_configuration_is_refused_by_its_key(nets, wrong, names):
+    with pytest.raises(ConfigError, match=str(*wrong) if "bec" not in str(wrong) else "bec"):
+        Audit(case(nets, names or ("none",)), AuditConfig(**{**SMALL, **wrong}))
 
 
-def test_without_a_control_it_says_so_and_leaves_bec_out(victim, script, monkeypatch):
-    monkeypatch.chdir(victim.parents[1])
-    status, out, _ = script("audit.py", "--result_file", "victim", "--out", "elsewhere", *BRIEF)
+def test_the_script_audits_a_grids_records_and_their_audits_are_compared(victim, clean, here, script):
+    """Two attacks of seeds 0 and 1 with their controls, named without ratio and digest."""
+    root = victim.parent
+    assert here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)[0] == 0
+    for seed in "01":
+        shutil.copytree(victim, root / f"badnet_r0.1_0123456789_s{seed}")
+        shutil.copytree(clean, root / f"prototype_0123456789_s{seed}")
+    names = ("--result_file", "badnet_s0", "badnet_s1", "--control", "prototype_s0", "prototype_s1")
+    status, out, err = script("audit.py", *names, "--defense", "ft", *BRIEF)
+    assert (status, err) == (0, "") and out.count("Backdoor existence coefficient") == 2
+    audits = [root / f"badnet_r0.1_0123456789_s{seed}" for seed in "01"]
+    files = {"audit.json", "audit.png", "audit.svg", "tasks"}
+    assert {file.name for file in (audits[0] / "audit").iterdir()} == files
+    found = [read(place) for place in audits]
+    assert found[0]["rows"] == found[1]["rows"]
+    both = ("audits.py", *map(str, audits), "--out", "both/badnet")
+    assert "same network" in the_error(script(*both)[2])
+    file = audits[1] / "audit" / "audit.json"
+    for change, key in (
+        ({"about": {**found[1]["about"], "epochs": 99}}, "about.epochs"),
+        ({"asked": {**found[1]["asked"], "epochs": 99}}, "asked.epochs"),
+        ({"networks": {"none": "other"}}, "networks"),
+        ({"rows": None}, ""),
+    ):
+        file.write_text(json.dumps({key: value for key, value in {**found[1], **change}.items() if value is not None}))
+        status, _, err = script(*both)
+        assert status == 2 and key in the_error(err)
+    file.write_text(json.dumps({**found[1], "networks": {**found[1]["networks"], "none": "another seed's"}}))
+    status, out, _ = script(*both)
+    assert status == 0 and "over 2 attacked networks" in out
+    assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
+
+
+def test_the_script_takes_the_shots_that_there_are_and_says_so_where_there_is_no_control(victim, script):
+    flags = ("--epochs", "1", "--samples", "40", "--threads", "1", "--steps", "1", "--eps", "0.05")
+    status, out, err = script("audit.py", "--result_file", "victim", "--parts", "relearn", *flags)
+    assert (status, err) == (0, "")
+    found = read(victim)
+    assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 1, 2, 5, 10}
+    status, out, _ = script("audit.py", "--result_file", "victim", "--shots", "1", "--out", "elsewhere", *flags)
     assert status == 0 and out.startswith("note: there is no --control") and "existence" not in out
-    assert "same D" not in out and Path("elsewhere/audit.png").stat().st_size > 0
+    assert Path("elsewhere/audit.png").stat().st_size > 0
+    for wrong, key in ((("--shots", "50"), "shots"), (("--parts", "bec"), "bec"), (("--control", "a", "b"), "control")):
+        status, _, err = script("audit.py", "--result_file", "victim", "--parts", "relearn", *flags, *wrong)
+        assert status == 2 and key in the_error(err)
+
+
+def test_an_attack_needs_poisons_or_settings_to_make_them_with(victim, monkeypatch):
+    kept, opened = stored.load(victim), open_case(victim, samples=10**6)
+    assert len(opened.test) == 360 and len(opened.triggered) == len(kept.triggered)
+    assert bool((opened.poisons.labels != opened.poisons.true_labels).all())
+    assert set(opened.poisons.index.tolist()) <= set(kept.poisoned.index.tolist())
+    monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, poisoned=None))
+    with pytest.raises(RecordError, match="poisoned"):
+        open_case(victim, samples=30)
+    monkeypatch.setattr("sau.audit.config.sample", lambda test, bad, count: (test, None))
+    with pytest.raises(DataError, match="30"):
+        open_case(victim, samples=30)
 
 
 def test_draws_of_an_attacker_are_one_network_among_several():
@@ -680,48 +554,6 @@ def test_draws_of_an_attacker_are_one_network_among_several():
     assert values(audit_of(10.0, 20.0), audit_of(40.0, 60.0)) == (15.0, 50.0)
 
 
-def test_s_is_the_mean_of_the_layers(nets, monkeypatch):
-    monkeypatch.setattr("sau.audit.coefficient.similarity", lambda *given: {"a": 0.2, "b": 0.6})
-    made = measure.Measure(case(nets), Asked(**SMALL))
-    assert made.alike(made.case.networks["ft"])[0]["s"] == pytest.approx(0.4)
-
-
-def test_the_control_of_the_white_search_is_noise_inside_the_ball(nets, monkeypatch):
-    """As far from the trigger as D may be, and not the trigger itself."""
-    made, drawn, row = measure.Measure(case(nets), Asked(**SMALL)), [], measure.Measure._row
-
-    def watched(self, part, curve, *given):
-        if curve == measure.NOISE:
-            drawn.append(given[-1])
-        return row(self, part, curve, *given)
-
-    monkeypatch.setattr(measure.Measure, "_row", watched)
-    made.white(made.case.networks["none"], measure.TRIGGER, 0)
-    own = to_float(made.case.triggered.pixels)
-    far = [(to_float(pixels) - own).abs().amax().item() for pixels in drawn]
-    assert all(0 < most <= eps + 1 / 255 for most, eps in zip(far, SMALL["eps"], strict=True))
-
-
-def test_the_folder_of_an_audit_is_held_meanwhile(nets, tmp_path):
-    said = []
-
-    def say(line: str) -> None:
-        said.append(in_use(tmp_path / "audit"))
-
-    carry_out(Plan(case(nets), Asked(**{**SMALL, "parts": ("path",)})), tmp_path / "audit", say)
-    assert said and all(said) and not in_use(tmp_path / "audit")
-
-
-def test_the_seconds_of_a_part_are_those_of_all_its_pieces(nets, tmp_path, monkeypatch):
-    ticks = iter(range(1000))
-    monkeypatch.setattr("sau.audit.carry.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    for _ in range(2):  # pieces that are there already took what they took
-        found = carry_out(
-            Plan(case(nets), Asked(**{**SMALL, "parts": ("path",)})), tmp_path / "audit", lambda line: None
-        )
-        assert found["seconds"] == {"before": 3.0, "path": 2.0}
-
-
 def test_networks_are_opened_frozen_and_as_precise_as_they_were_or_as_is_asked(victim, monkeypatch):
     kept = stored.load(victim)
     monkeypatch.setattr(stored, "load", lambda place: replace(kept, amp=True))
@@ -729,20 +561,6 @@ def test_networks_are_opened_frozen_and_as_precise_as_they_were_or_as_is_asked(v
         model = open_case(victim, samples=30, amp=asked).networks["none"].model
         assert model.amp is wanted and not any(layer.training for layer in model.modules())
         assert not any(weight.requires_grad for weight in model.parameters())
-
-
-def test_a_control_of_another_architecture_is_refused(victim, monkeypatch, one_line):
-    monkeypatch.setattr("sau.audit.case.recorded", lambda place, train: Normalized(tiny_net(10, 1)))
-    with pytest.raises(RecordError) as refusal:
-        open_case(victim, control=victim.parent / "other", samples=30)
-    assert "other holds another network than " in one_line(refusal.value)
-
-
-def test_pictures_without_a_trigger_are_refused(victim, monkeypatch, one_line):
-    monkeypatch.setattr("sau.audit.case.sample", lambda test, bad, count: (test, None))
-    with pytest.raises(DataError) as refusal:
-        open_case(victim, samples=30)
-    assert "none of 30 test pictures has a triggered version" in one_line(refusal.value)
 
 
 def test_a_defense_of_the_control_lies_in_the_control(victim, clean, here):
@@ -761,78 +579,47 @@ def test_convolutions_beside_the_main_path_and_the_first_one_do_not_count():
     assert layers(net) == ["main", "last"]
 
 
-def two_channels(red: float, blue: float, *more: torch.nn.Module) -> torch.nn.Module:
-    """Of the ten channels of its second layer 3 sees red and 7 blue."""
-    first, second = torch.nn.Conv2d(3, 3, 1, bias=False), torch.nn.Conv2d(3, 10, 1, bias=False)
-    with torch.no_grad():
-        first.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
-        second.weight.zero_()
-        second.weight[3, 0], second.weight[7, 2] = red, blue
-    return torch.nn.Sequential(first, second, *more, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-
-
-def test_every_picture_counts_for_the_channels_that_are_chosen():
-    clean = toy_images(300)
-    pixels = clean.pixels.clone()
-    pixels[:250, 0], pixels[250:, 2] = 255 - pixels[:250, 0], 255 - pixels[250:, 2]
-    assert busiest(two_channels(1.0, 1.0), clean, replace(clean, pixels=pixels))["1"].tolist() == [3]
-
-
-def test_a_layer_is_looked_at_before_the_next_one_changes_it():
-    """Its negative answers are gone then."""
-    clean = toy_images(20)
-    triggered = replace(clean, pixels=255 - clean.pixels)
-    assert busiest(two_channels(-1.0, 0.01, torch.nn.ReLU(inplace=True)), clean, triggered)["1"].tolist() == [3]
-
-
-def test_each_part_asks_for_what_it_is_named_after(monkeypatch):
-    """Re-learning augments every batch or none, the path settles on augmented pictures or not at all, transfer fits D
-    to the surrogates."""
+def test_each_part_does_what_it_is_named_after(monkeypatch):
+    """Re-learning augments once or every batch, statistics are those of augmented clean images, transfer fits D to the
+    surrogates, D alone to clean images; noise is as large as D."""
     nets = {name: tiny_net(seed=i) for i, name in enumerate(("none", "ft", "control"))}
-    made, seen = measure.Measure(case(nets), Asked(**SMALL)), {name: [] for name in ("relearn", "settled", "D")}
-    shots, really = [], measure.mixture
-    monkeypatch.setattr(measure, "mixture", lambda a, b, k, **how: shots.append(k) or really(a, b, k, **how))
-    monkeypatch.setattr(measure, "relearn", lambda model, x, augment, **how: seen["relearn"].append(augment) or model)
-    monkeypatch.setattr(measure, "settled", lambda model, x, augment=None: seen["settled"].append(augment) or model)
-    monkeypatch.setattr(measure, "universal", lambda models, *given, **how: seen["D"].append(models) or [])
+    made, seen = Audit(case(nets), AuditConfig(**SMALL)), {name: [] for name in ("mixture", "relearn", "norms", "D")}
+    really, noises, make = mixture, [], noise
+
+    def mix(train, bad, shots, *, augment=None, **how):
+        seen["mixture"].append((shots, augment))
+        return really(train, bad, shots, augment=augment, **how)
+
+    def search(models, images, radii, **how):
+        seen["D"].append((models, images))
+        return [(0.05, torch.zeros(1, 3, 16, 16))]
+
+    monkeypatch.setattr(runner, "mixture", mix)
+    monkeypatch.setattr(runner, "relearn", lambda model, x, augment, **how: seen["relearn"].append(augment) or model)
+    monkeypatch.setattr(
+        runner.measure, "reestimate_statistics", lambda model, x, augment: seen["norms"].append(augment) or model
+    )
+    monkeypatch.setattr(runner.measure, "universal", search)
+    monkeypatch.setattr(runner.measure, "noise", lambda *given: noises.append(make(*given)) or noises[-1])
     none, ft = made.case.networks["none"], made.case.networks["ft"]
-    for curve in (measure.RELEASED, measure.FRESH):
-        made.relearned(ft, curve, 0, 2)
-    for curve in (measure.BETWEEN, measure.ANEW):
-        made.walked(ft, curve)
-    made.transferred([ft], [none], 0)
-    assert seen == {"relearn": [None, Augment(2)], "settled": [Augment(2)] * 6, "D": [[ft.model]]}
-    assert shots == [2, 2, 0, 0]  # on the path the statistics are those of clean pictures
+    for curve in (runner.RELEASED, runner.FRESH):
+        made.measure_relearning(ft, curve, 0, 2)
+    for curve in (runner.BETWEEN, runner.ANEW):
+        made.measure_path(ft, curve)
+    made.measure_transfer([ft], [none], 0)
+    for curve in (runner.TRIGGER, runner.ALONE):
+        made.measure_white_box(ft, [], curve, 0)
+    assert seen["mixture"] == [(2, Augment(2)), (2, None), (0, None), (0, None)]
+    assert seen["relearn"] == [None, Augment(2)] and seen["norms"] == [Augment(2)] * len(STEPS)
+    assert [models for models, _ in seen["D"]] == [[ft.model]] * 3
+    for (_, images), plain in zip(seen["D"], (False, False, True), strict=True):
+        assert torch.equal(images.pixels, TRAIN.pixels[images.index]) is plain and not images.labels.any()
+    assert len(noises) == 1 and 0.04 < float(noises[0].abs().max()) <= 0.05
 
 
-def test_d_alone_is_fitted_to_clean_training_pictures(nets, monkeypatch):
-    made, fitted = measure.Measure(case(nets), Asked(**SMALL)), []
-    monkeypatch.setattr(measure, "universal", lambda models, pictures, *given, **how: fitted.append(pictures) or [])
-    for curve in (measure.ALONE, measure.TRIGGER):
-        made.white(made.case.networks["ft"], curve, 0)
-    for pictures, clean in zip(fitted, (True, False), strict=True):
-        assert torch.equal(pictures.pixels, TRAIN.pixels[pictures.index]) is clean and not pictures.labels.any()
-
-
-def test_layers_are_compared_in_full_precision(nets):
-    half = Normalized(nets["none"]).eval()
-    half.amp = True
-    assert {output.dtype for _, output in _outputs(half, BAD, layers(half))} == {torch.float32}
-
-
-def test_audits_are_compared_only_on_the_same_test_pictures(nets):
-    assert Plan(case(nets), Asked(**SMALL)).about["test"] == fingerprint(TEST)
-
-
-def test_the_poisons_of_a_draw_are_nested_and_those_of_another_draw_others(nets):
-    made = measure.Measure(case(nets), Asked(**SMALL))
-    few, more, other = (made._poisons(*draw).index.tolist() for draw in ((5, 0), (10, 0), (10, 1)))
-    assert few == more[:5] and set(more) != set(other)
-
-
-def test_a_piece_is_known_by_the_version_and_every_network_and_picture_that_it_looks_at(nets, monkeypatch):
+def test_a_task_is_known_by_the_version_and_every_network_and_picture_that_it_looks_at(nets, monkeypatch):
     def files(some: Case) -> dict[tuple[str, str], str]:
-        return {(piece.part, piece.about): piece.file for piece in Plan(some, Asked(**SMALL)).pieces()}
+        return {(task.part, task.about): task.file for task in Audit(some, AuditConfig(**SMALL)).tasks()}
 
     def changed(name: str, **more: Any) -> set[tuple[str, str]]:
         other = case(nets)
@@ -879,28 +666,3 @@ def test_the_figure_puts_each_value_over_its_step_with_one_standard_deviation():
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 50**0.5)
     assert (control.lines[0].get_linestyle(), ft.lines[0].get_linestyle()) == ("--", "-")
     assert none.lines[0].get_color() == "black"
-
-
-def test_networks_without_a_curve_have_a_bar():
-    """As the control of an audit that asks for path and bec alone."""
-    left = [{"part": "bec", "curve": "", "network": name, "x": 0, "seed": 0, "s": 0.5, "bec": bec, "stretched": 0.5}
-            for name, bec in (("none", 1.0), ("ft", 0.3), ("control", 0.0))]  # fmt: skip
-    panel = audit([{"rows": [row("path", "statistics between", "ft", 0.0, 9.0), *left]}]).axes[1]
-    assert [text.get_text() for text in panel.get_yticklabels()] == ["none", "ft", "control"]
-    assert [bar.get_width() for bar in panel.patches] == [1.0, 0.3, 0.0]
-
-
-def test_statistics_are_settled_anew_whatever_they_were():
-    norm, pictures = torch.nn.BatchNorm2d(3), TRAIN[torch.arange(100)]
-    norm.running_mean.fill_(9.0)
-    norm.num_batches_tracked.fill_(7)
-    settled(torch.nn.Sequential(norm), pictures)
-    torch.testing.assert_close(norm.running_mean, to_float(pictures.pixels).mean((0, 2, 3)))
-
-
-def test_there_are_no_more_shots_than_poisons(one_line):
-    few = poisons()[torch.arange(3)]
-    assert most_shots(TRAIN, few, 0.25) == 3 and most_shots(TRAIN, poisons(), 0.005) == 2
-    with pytest.raises(ConfigError) as refusal:
-        mixture(TRAIN, few, 4, share=0.25, seed=0)
-    assert "allowed is 0 to 3" in one_line(refusal.value)

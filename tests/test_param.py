@@ -9,7 +9,7 @@ import pytest
 from toys import toy_images
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, WaNet
-from sau.audit.asked import Asked
+from sau.audit import AuditConfig
 from sau.config import Option, options
 from sau.defense import ANP, AT, BNP, DEFENSES, NAD, NPD, RNP, SAU
 from sau.errors import ConfigError
@@ -19,7 +19,7 @@ from sau.quality import of_attack
 from sau.run import AttackRun, DefenseRun
 from sau.settings import OwnRun, Settings
 
-CLASSES = [AttackRun, DefenseRun, OwnRun, Asked, Training, *ATTACKS.values(), *DEFENSES.values()]
+CLASSES = [AttackRun, DefenseRun, OwnRun, AuditConfig, Training, *ATTACKS.values(), *DEFENSES.values()]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
@@ -96,10 +96,10 @@ TOGETHER = [
     (BNP, {"u_max": 1.0, "u_min": 2.0}),
     (NAD, {"layers": ("a", "b", "c", "d")}),
     (NAD, {"layers": ("a", "a")}),
-    (Asked, {"parts": ()}),
-    (Asked, {"shots": ()}),
-    (Asked, {"eps": (0.1, 0.05)}),
-    (Asked, {"seeds": (0, 0)}),
+    (AuditConfig, {"parts": ()}),
+    (AuditConfig, {"shots": ()}),
+    (AuditConfig, {"eps": (0.1, 0.05)}),
+    (AuditConfig, {"seeds": (0, 0)}),
     (OwnRun, {"clean_dir": "clean"}),
     (OwnRun, {"std": (0.2, 0.2), "mean": (0.5, 0.5)}),
     (OwnRun, {"std": (0.2,), "mean": (0.5,) * 3}),

@@ -1,127 +1,201 @@
-"""The figures of each part of an audit, as rows: `part`, `curve`, `network`, `x`, `seed`, and shares of pictures.
+"""Where the backdoor still is: the linear path, universal perturbations, and what is left in the features.
 
-`x` is what the attacker spent: poisoned pictures (relearn), the radius eps (white, transfer); or the share of the way
-from the attacked weights (path). `curve` tells apart what stands beside each other in a part.
+Path (Min, Qin, Zhang, Shen, Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor
+Defense", NeurIPS 2024), from the attacked weights W_b, s = 0, to the purified ones W_p, s = 1:
+
+    W(s) = (1 - s) W_b + s W_p
+
+Universal perturbation (Zhu, Liang, Wu, "Breaking the False Sense of Security in Backdoor Defense through
+Re-Activation Attack", NeurIPS 2024): one D for all triggered images x~,
+
+    min_D  mean CE(h(x~ + D), t)  -  mean log(1.0001 - max_{k != t} p_k(x~ + D)),     |D|_inf <= eps,  x~ + D in [0, 1]
+
+BEC, the backdoor existence coefficient (same paper):
+
+    TAC_c = mean |a_c(x~) - a_c(x)|_2                 how much channel c of a layer of h_b changes with the trigger
+    s(h)  = mean over layers of CKA(h_b, h)           of the tenth of the channels with the largest TAC, on triggered x~
+    BEC   = (s(h) - s(clean)) / (1 - s(clean))        1 for h_b itself, 0 for the clean network
+
+with linear CKA(X, Y) = <H XX' H, H YY' H> / (|H XX' H| |H YY' H|), H the centring matrix, images as rows.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.audit import coefficient
-from sau.audit.asked import Asked
-from sau.audit.case import NONE, Case, Network
-from sau.audit.path import STEPS, between, settled
-from sau.audit.reactivate import noise, shifted, universal
-from sau.audit.relearn import mixture, relearn
-from sau.data.images import Images
-from sau.evaluate import asr_and_racc, figures, score
+from sau.data.augment import Augment
+from sau.data.images import Images, to_float
+from sau.defense.hooks import forward_hooks
+from sau.defense.npd import held_losses
+from sau.models import full_precision
 from sau.seeds import generator
-from sau.types import Pixels
+from sau.types import Labels, Pixels, Universal
 
-RELEASED, FRESH = "released", "fresh"  # re-learning: augmented once, or every batch anew
-BETWEEN, ANEW = "statistics between", "statistics anew"  # the path: of batch norm
-TRIGGER, ALONE, NOISE = "trigger + D", "D alone", "trigger + noise"  # what a perturbation is added to
-Row = dict[str, Any]
+STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # on the path
+NORM_BATCH, FIT_BATCH, BLOCK = 256, 128, 250  # images at a time: statistics, D (as released), features
+KEPT = 0.1  # share of a layer's channels, rounded up
+TAC_IMAGES, CKA_IMAGES = 2200, 500
+ASIDE = ("shortcut", "downsample")  # in the names of convolutions beside the main path
+Channels = dict[str, Labels]  # by layer
 
 
-class Measure:
-    """Measures one thing on one network after the other.
+# The path
+
+
+def connected(attacked: nn.Module, purified: nn.Module) -> bool:
+    """Whether there is a path: the same weights by name and shape, which a network with added layers has not."""
+    ours, theirs = ({name: t.shape for name, t in net.state_dict().items()} for net in (attacked, purified))
+    return ours == theirs
+
+
+def interpolate(attacked: nn.Module, purified: nn.Module, s: float) -> nn.Module:
+    """A network in eval mode with weights and statistics of batch norm W(s); what are no fractions are `purified`'s."""
+    model, start = copy.deepcopy(purified), attacked.state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(start[name], tensor, s))
+    return model.eval()
+
+
+@torch.no_grad()
+def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | None = None) -> nn.Module:
+    """`model`, changed: the statistics of its batch norms are the means over the batches of `images`, augmented."""
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # all batches count alike
+        norm.train()
+    for x, *_ in images.batches(NORM_BATCH, seed=0, augment=augment):
+        model(x)
+    return model.eval()
+
+
+# Universal perturbations
+
+
+def universal(
+    models: Sequence[nn.Module], images: Images, radii: Sequence[float], *, steps: int, seed: int = 0
+) -> Iterator[tuple[float, Universal]]:
+    """(eps, D) for one radius after the other, D [1, C, H, W] with |D|_inf <= eps.
+
+    Plain gradient steps as long as eps times the gradient, at the published eps of 0.05 the published rate. Each
+    radius, no smaller than the one before, begins where the last one ended; the first begins anywhere in its ball.
 
     Args:
-        case: the networks and pictures.
-        asked: how much the attacker may spend.
+        models: frozen, in eval mode; each step uses the next one in turn.
+        images: what D is fitted to; their labels are where it shall lead.
+        radii: of the ball in [0, 1] pixels.
+        steps: gradient steps of each network for each radius, of 128 images.
+        seed: of the start and the order of images.
     """
-
-    def __init__(self, case: Case, asked: Asked) -> None:
-        self.case, self.asked = case, asked
-
-    def before(self, network: Network) -> list[Row]:
-        """ACC, ASR and R-ACC of a network as it is."""
-        found = score(network.model, self.case.test, self.case.triggered).summary()
-        return [{"part": "before", "curve": "", "network": network.name, "x": 0, "seed": 0, **found}]
-
-    def relearned(self, network: Network, curve: str, seed: int, shots: int) -> list[Row]:
-        """The same after RA with so many poisons."""
-        case, fresh = self.case, curve == FRESH
-        first, later = (None, case.augment) if fresh else (case.augment, None)
-        pictures = mixture(case.train, case.poisons, shots, share=self.asked.share, seed=seed, augment=first)
-        again = relearn(network.model, pictures, epochs=self.asked.epochs, seed=seed, augment=later)
-        found = score(again, case.test, case.triggered).summary()
-        return [{"part": "relearn", "curve": curve, "network": network.name, "x": shots, "seed": seed, **found}]
-
-    def walked(self, network: Network, curve: str) -> list[Row]:
-        """The same along the path from the attacked network to a purified one."""
-        case, found = self.case, []
-        pictures = mixture(case.train, case.poisons, 0, share=self.asked.share, seed=0)
-        for s in STEPS:
-            model = between(case.networks[NONE].model, network.model, s)
-            model = settled(model, pictures, case.augment) if curve == ANEW else model
-            shares = score(model, case.test, case.triggered).summary()
-            found.append({"part": "path", "curve": curve, "network": network.name, "x": s, "seed": 0, **shares})
-        return found
-
-    def white(self, network: Network, curve: str, seed: int) -> list[Row]:
-        """D fitted to the network itself, on triggered pictures or on clean ones alone.
-
-        With the trigger also: noise of the same size, and the same D on the controls.
-        """
-        fitted, shown = self._poisons(self.asked.pictures, seed), self.case.triggered
-        if curve == ALONE:
-            fitted, shown = _led(self.case.train[fitted.index], fitted), _led(self.case.untriggered, shown)
-        found = [self._row("white", curve, network, 0.0, seed, shown)]
-        for eps, delta in universal([network.model], fitted, self.asked.eps, steps=self.asked.steps, seed=seed):
-            pixels = shifted(shown, delta)
-            if curve == TRIGGER:
-                random = shifted(shown, noise(shown, eps, generator(seed)))
-                found.append(self._row("white", NOISE, network, eps, seed, shown, random))
-                for other in [] if network.control else self.case.controls:
-                    row = self._row("white", f"same D on {other.name}", other, eps, seed, shown, pixels)
-                    found.append({**row, "network": network.name})
-            found.append(self._row("white", curve, network, eps, seed, shown, pixels))
-        return found
-
-    def transferred(self, surrogates: Sequence[Network], targets: Sequence[Network], seed: int) -> list[Row]:
-        """D fitted to the surrogates, a step on each in turn, and measured on the targets, which it never asked."""
-        fitted, shown = self._poisons(self.asked.pictures, seed), self.case.triggered
-        models = [network.model for network in surrogates]
-        found = [self._row("transfer", TRIGGER, target, 0.0, seed, shown) for target in targets]
-        for eps, delta in universal(models, fitted, self.asked.eps, steps=self.asked.steps, seed=seed):
-            pixels = shifted(shown, delta)
-            found += [self._row("transfer", TRIGGER, target, eps, seed, shown, pixels) for target in targets]
-        return found
-
-    def alike(self, network: Network) -> list[Row]:
-        """How alike the network's reaction to the trigger is to the attacked one's: `s`, the mean of `layers`."""
-        by_layer = coefficient.similarity(
-            self.case.networks[NONE].model, network.model, self.case.triggered, self._busiest
-        )
-        mean = sum(by_layer.values()) / len(by_layer)
-        return [{"part": "bec", "curve": "", "network": network.name, "x": 0, "seed": 0, "s": mean, "layers": by_layer}]
-
-    @cached_property
-    def _busiest(self) -> coefficient.Chosen:
-        return coefficient.busiest(self.case.networks[NONE].model, self.case.untriggered, self.case.triggered)
-
-    def _poisons(self, count: int, seed: int) -> Images:
-        """Some triggered training pictures, the first of the same order whatever the count."""
-        order = torch.randperm(len(self.case.poisons), generator=generator(seed))
-        return self.case.poisons[order[:count]]
-
-    def _row(
-        self, part: str, curve: str, network: Network, x: int | float, seed: int, shown: Images,
-        pixels: Pixels | None = None,
-    ) -> Row:  # fmt: skip
-        """ASR and R-ACC on the pictures that are shown, or on these pixels in their place."""
-        asr, racc = asr_and_racc(
-            network.model, shown.pixels if pixels is None else pixels, shown.labels, shown.true_labels
-        )
-        shares = figures({"asr": asr, "racc": racc})
-        return {"part": part, "curve": curve, "network": network.name, "x": x, "seed": seed, **shares}
+    rng = generator(seed)
+    delta, batches = noise(images, radii[0], rng), _batches(len(images), rng)
+    for eps in radii:
+        for number in range(steps * len(models)):
+            batch, model = next(batches), models[number % len(models)]
+            x, target = to_float(images.pixels[batch]), images.labels[batch]
+            d = delta.clone().requires_grad_()
+            reached, others, _ = held_losses(model((x + d).clamp(0, 1)), target, target)
+            (gradient,) = torch.autograd.grad(reached + others, d)
+            delta = (delta - eps * gradient).clamp(-eps, eps)
+        yield eps, delta
 
 
-def _led(clean: Images, wanted: Images) -> Images:
-    """Clean pictures with the labels that the attacker wants for them."""
-    return Images(clean.pixels, wanted.labels, wanted.true_labels, clean.role, clean.index, clean.num_classes)
+def noise(images: Images, eps: float, rng: torch.Generator) -> Universal:
+    """A perturbation [1, C, H, W] drawn evenly from the ball: where the search begins, and a control by itself."""
+    shape = (1, *images.pixels.shape[1:])
+    return ((2 * torch.rand(shape, generator=rng) - 1) * eps).to(images.pixels.device)
+
+
+def shifted(images: Images, delta: Universal) -> Pixels:
+    """The images with D, cut to [0, 1]."""
+    return (to_float(images.pixels) + delta).clamp(0, 1)
+
+
+def _batches(count: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Whole batches of shuffled positions, without end."""
+    while True:
+        order = torch.randperm(count, generator=rng)
+        yield from order[: count - count % FIT_BATCH].split(FIT_BATCH) if count >= FIT_BATCH else (order,)
+
+
+# What is left in the features
+
+
+def layers(model: nn.Module) -> list[str]:
+    """The convolutions on the main path without the first one, by name."""
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return [name for name in every[1:] if not any(word in name for word in ASIDE)]
+
+
+def top_tac_channels(model: nn.Module, clean: Images, triggered: Images) -> Channels:
+    """The channels of each layer of the backdoored `model` that change most with the trigger.
+
+    Args:
+        model: h_b.
+        clean: x; the first 2,200 count.
+        triggered: the same images with the trigger, in that order.
+    """
+    sums: dict[str, Tensor] = {}
+    names = layers(model)
+    for at in torch.arange(min(TAC_IMAGES, len(clean))).split(BLOCK):
+        x, g = (_outputs(model, part[at], names) for part in (clean, triggered))
+        for name in names:
+            sums[name] = sums.get(name, 0) + torch.linalg.vector_norm((g[name] - x[name]).flatten(2), dim=2).sum(0)
+    return {name: tac.topk(math.ceil(KEPT * len(tac))).indices for name, tac in sums.items()}
+
+
+def similarity(reference: nn.Module, model: nn.Module, triggered: Images, channels: Channels) -> dict[str, float]:
+    """CKA of each layer between h_b and `model`, which has the same layers, on the first 500 triggered images."""
+    blocks = torch.arange(min(CKA_IMAGES, len(triggered))).split(BLOCK)
+    theirs, ours = (
+        [_outputs(network, triggered[at], list(channels)) for at in blocks] for network in (reference, model)
+    )
+    return {
+        name: cka(*(torch.cat([block[name][:, kept].flatten(1) for block in found]) for found in (theirs, ours)))
+        for name, kept in channels.items()
+    }
+
+
+def cka(x: Float[Tensor, "n f"], y: Float[Tensor, "n g"]) -> float:
+    """Linear centred kernel alignment of two sets of features of n images, 0 to 1; 0 where one does not vary."""
+    grams = [part.double() @ part.double().T for part in (x, y)]
+    first, second = (gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean() for gram in grams)
+    scale = float(first.norm() * second.norm())
+    return float((first * second).sum()) / scale if scale > 0 else 0.0
+
+
+def bec(similarities: Mapping[str, float], clean: str) -> dict[str, float | None]:
+    """BEC by network, from s(h): h_b has 1 and the network `clean` has 0; None if those two are alike."""
+    lowest = similarities[clean]
+    return {name: (s - lowest) / (1 - lowest) if lowest < 1 else None for name, s in similarities.items()}
+
+
+def rescaled_bec(similarities: Mapping[str, float], attacked: str) -> dict[str, float | None]:
+    """The scale of the released figure: 0 for the least of the networks compared, 1 for the most and for h_b.
+
+    It gives their order, not how much is left: whichever network is most alike has a 1. None if all are alike.
+    """
+    others = [s for name, s in similarities.items() if name != attacked]
+    low, high = min(others, default=0.0), max(others, default=0.0)
+    scaled = {name: (s - low) / (high - low) if high > low else None for name, s in similarities.items()}
+    return {**scaled, attacked: 1.0}
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
+    """The output of each layer. A layer that NPD put a polarizer before has its old name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        found[name] = output.clone()  # networks may change it in place
+
+    with full_precision(model), forward_hooks((model.get_submodule(name), partial(keep, name)) for name in names):
+        model(to_float(images.pixels))
+    return found

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
+from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
 from sau.errors import one_line
 from sau.formatting import markdown
 from sau.report.stats import MeanStd, mean_std

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sau.audit.case import CONTROL, NONE
-from sau.audit.measure import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER
+from sau.audit.config import CONTROL, NONE
+from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER
 from sau.audit.table import Audit, Key, coefficients, curves
 from sau.report.stats import MeanStd
 

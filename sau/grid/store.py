@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import sau
 from sau.errors import RecordError, one_line
-from sau.files import parse_json, read, write
+from sau.files import existing, parse_json, read, write
 from sau.record.folder import MANIFEST, SUMMARY, Record
 from sau.record.lock import in_use
 from sau.record.summaries import load, save
@@ -66,6 +66,20 @@ def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
     if parts is None:
         return without_digest(folder), None
     return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}
+
+
+def find(root: str, name: str) -> Path:
+    """A result folder: by its path, its name below `root`, or there as a grid's attack and seed, like badnet_s0.
+
+    RecordError if there is none, or if several fit.
+    """
+    attack, seed, _ = attack_named(name)
+    fitting = [path for path in sorted(Path(root).glob(f"{attack}_*_s{seed}")) if attack_named(path.name)[0] == attack]
+    if Path(root, name).is_dir() or Path(name).is_dir() or not fitting:
+        return existing(root, name)
+    if len(fitting) > 1:
+        raise RecordError(f"{root} has several {name}: {', '.join(path.name for path in fitting)}; name one of these")
+    return fitting[0]
 
 
 class State(NamedTuple):
