@@ -1,7 +1,5 @@
 """Every number in every table: shares, intervals, ACC, ASR, R-ACC and DER."""
 
-import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +13,8 @@ from sau.attack import Blended
 from sau.data.images import to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.evaluate import Proportion, Score, accuracy, asr_and_racc, der, predict, score, table, verdict
-from sau.formatting import markdown
 
-# Shares
+# Proportions
 
 
 @pytest.mark.parametrize(
@@ -50,22 +47,6 @@ def test_shares_and_scores_print_themselves():
 )
 def test_wilsons_interval(hits, total, interval):
     assert Proportion(hits, total).interval == interval
-
-
-def test_wilsons_interval_is_where_the_normal_test_stops_rejecting():
-    """Its ends solve |p - q| = z sqrt(q (1 - q) / n) for q: found here by bisection."""
-    z = 1.959963984540054
-    for hits, n in ((3, 40), (20, 40), (39, 40), (137, 9000)):
-        p = hits / n
-
-        def excess(q: float, p: float = p, n: int = n) -> float:
-            return abs(p - q) - z * math.sqrt(q * (1 - q) / n)
-
-        for end, (inside, outside) in zip(Proportion(hits, n).interval, ((p, 0.0), (p, 1.0)), strict=True):
-            for _ in range(60):
-                middle = (inside + outside) / 2
-                inside, outside = (middle, outside) if excess(middle) < 0 else (inside, middle)
-            assert end == pytest.approx(100 * inside, abs=0.006)
 
 
 # Scores
@@ -115,12 +96,6 @@ def test_counts_by_hand():
     assert (summary["acc"], summary["asr"], summary["racc"]) == (75.0, 40.0, 40.0)
     assert summary["acc_count"] == [3, 4] and summary["racc_count"] == [2, 5]
     assert summary["asr_interval"] == list(Proportion(2, 5).interval)
-
-
-def test_all2all_has_another_target_for_every_picture():
-    triggered = (saying([1, 2, 3, 0]), torch.tensor([1, 2, 3, 0]), torch.tensor([0, 1, 2, 3]))
-    result = score(Answers(), triggered[:2], triggered)
-    assert result.asr == Proportion(4, 4) and result.racc == Proportion(0, 4)
 
 
 def test_images_and_tensors_are_the_same_to_it():
@@ -192,70 +167,6 @@ def test_scoring_leaves_the_network_as_it_was():
     assert [module.training for module in net.modules()] == before
 
 
-@pytest.mark.parametrize(
-    ("factor", "shift", "advice"),
-    [(255, 0, "divide them by 255"), (4, -2, "look normalised"), (1.2, -0.1, "clamp them")],
-)
-def test_pictures_of_another_range_have_no_share(factor, shift, advice, one_line):
-    images = toy_images(6)
-    x = factor * to_float(images.pixels) + shift
-    for shares in (
-        lambda: score(tiny_net(), (x, images.labels), None),
-        lambda: score(tiny_net(), images, (x, images.labels, images.labels)),
-    ):
-        with pytest.raises(DataError) as refusal:
-            shares()
-        assert advice in one_line(refusal.value)
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_blocks_have_at_least_one_picture(size, one_line):
-    with pytest.raises(ConfigError) as refusal:
-        predict(tiny_net(), toy_images(6).pixels, size)
-    assert f"batch_size is {size}, allowed is 1 and more, or none" in one_line(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "labels", (torch.zeros(6, 1).long(), torch.zeros(5).long(), torch.zeros(6), torch.zeros(0).long())
-)
-def test_labels_that_would_be_broadcast_are_refused(labels, one_line):
-    """[6, 1] against six answers makes 36 comparisons, and shares above 100 %."""
-    images = toy_images(6)
-    for clean, triggered in (
-        ((images.pixels, labels), None),
-        (images, (images.pixels, images.labels, labels)),
-    ):
-        with pytest.raises(DataError) as refusal:
-            score(tiny_net(), clean, triggered)
-        assert "allowed is one" in one_line(refusal.value)
-    for shares in (
-        lambda: accuracy(tiny_net(), images.pixels, labels),
-        lambda: asr_and_racc(tiny_net(), *images_and(labels)),
-    ):
-        with pytest.raises(DataError) as refusal:
-            shares()
-        assert "allowed is one" in one_line(refusal.value)
-    with pytest.raises(DataError, match="clean is list, allowed is Images or 2 tensors"):
-        score(tiny_net(), [(images.pixels, images.labels)], None)  # as a loader gives them
-
-
-def images_and(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `led` is given, one of its two labels being these."""
-    images = toy_images(6)
-    return images.pixels, images.labels, labels
-
-
-class Shaped(nn.Module):
-    """A network whose answer is shaped by a function."""
-
-    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.net, self.shape = tiny_net(), shape
-
-    def forward(self, x: Tensor) -> Any:
-        return self.shape(self.net(x))
-
-
 SHAPES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "maps": (lambda logits: logits[..., None, None], "(6, 4, 1, 1)"),
     "a dictionary": (lambda logits: {"logits": logits}, "dict"),
@@ -263,33 +174,6 @@ SHAPES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a number each": (lambda logits: logits[:, 0], "(6,)"),
     "fewer": (lambda logits: logits[1:], "(5, 4)"),
 }
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_answer_that_is_no_logits_has_no_share(shape, one_line):
-    """[6, 4, 1, 1] against six labels would make 36 comparisons, of 4 x 1 x 1 answers each."""
-    answers, got = SHAPES[shape]
-    net, images = Shaped(answers), toy_images(6)
-    for asked in (
-        lambda: predict(net, images.pixels),
-        lambda: accuracy(net, images.pixels, images.labels),
-        lambda: asr_and_racc(net, images.pixels, images.labels, images.labels),
-        lambda: score(net, images, None),
-    ):
-        with pytest.raises(DataError) as refusal:
-            asked()
-        assert f"answers 6 images with {got}, allowed are logits [6, classes]" in one_line(refusal.value)
-
-
-def test_a_network_that_changes_its_input_leaves_the_pictures_as_they_are():
-    class Hasty(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mul_(0.5).flatten(1)
-
-    pixels = torch.rand(3, 3, 4, 4)
-    kept = pixels.clone()
-    predict(Hasty(), pixels)
-    assert torch.equal(pixels, kept)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -381,105 +265,8 @@ def test_every_row_of_the_table_is_rated_against_the_first():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_names_break_no_table_in_markdown():
-    head, rule, line = markdown(["<b>|", "A&lt;"], [["a|b\n", "1"]]).splitlines()
-    assert head == "| &lt;b>\\| | A&amp;lt; |" and rule == "| --- | --- |" and line == "| a\\|b\\n | 1 |"
-
-
-def test_the_table_of_a_clean_network():
-    head, only = table({"attacked": Score(Proportion(9, 10))}).splitlines()
-    assert only.split()[-3:] == ["-", "-", "-"] and "90.00" in only
-
-
-@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: you", "CUDA error: launch failure"])
-def test_what_the_machine_lacks_is_not_called_a_fault_of_the_pictures(text):
-    class Failing(torch.nn.Module):
-        def forward(self, x):
-            raise RuntimeError(text)
-
-    with pytest.raises(RuntimeError, match=re.escape(text)):  # which DataError is not
-        predict(Failing(), torch.rand(2, 3, 8, 8))
-
-
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_labels_of_no_class_have_no_share(shift, one_line):
-    net, images = tiny_net(), toy_images(8)
-    pixels, labels = to_float(images.pixels), images.labels + shift
-    with pytest.raises(DataError) as refusal:
-        score(net, (pixels, labels), None)
-    assert f"labels range over {shift}..{3 + shift}, but the network has 4 classes" in one_line(refusal.value)
-
-
-def test_logits_that_are_broken_in_one_block_are_found(one_line):
-    class Sometimes(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.where(x.mean((1, 2, 3))[:, None] > 0, x.mean((2, 3)), torch.nan)
-
-    pixels = torch.ones(3, 3, 4, 4)
-    pixels[0] = 0
-    with pytest.raises(TrainingError) as refusal:
-        predict(Sometimes(), pixels, batch_size=1)
-    assert "NaN" in one_line(refusal.value)
-
-
 def percents(acc: float, asr: float | None = None, racc: float | None = None) -> Score:
     return Score(*(None if value is None else Proportion(round(100 * value), 10_000) for value in (acc, asr, racc)))
-
-
-def test_the_verdict_of_a_backdoor_that_is_gone():
-    assert verdict(percents(98.33, 99.38, 0.62), percents(96.94, 0.62, 92.1)).splitlines() == [
-        "The backdoor is gone: ASR 99.38 -> 0.62 %.",
-        "It cost 1.39 points of accuracy: ACC 98.33 -> 96.94 %.",
-        "Triggered images get their true label again: R-ACC 0.62 -> 92.10 %.",
-        "Next: other attacks and seeds; scripts/audit.py tries to bring the backdoor back.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("after", "first", "others"),
-    [
-        (
-            (95.0, 10.0, 70.0),
-            "The backdoor is gone: ",
-            ("It cost 5.00 points", "get their true label again", "Next: other"),
-        ),
-        ((94.99, 10.0, 70.0), "The backdoor is gone: ", ("It cost 5.01 points", "(--ratio) or milder settings")),
-        (
-            (99.0, 10.0, 69.99),
-            "The backdoor is gone: ",
-            ("still leads to wrong labels: ", "(--ratio) or milder settings"),
-        ),
-        (
-            (100.0, 10.01, 70.0),
-            "The backdoor is weaker, but not gone: ",
-            ("It cost no accuracy: ", "or another defense;"),
-        ),
-        (
-            (100.0, 45.0, 70.0),
-            "The backdoor is weaker, but not gone: ",
-            ("Triggered images with their true label: R-ACC",),
-        ),
-        ((100.0, 45.01, 50.0), "The backdoor is still there: ", ("chosen by the test set",)),
-    ],
-)
-def test_the_verdict_at_its_bounds(after, first, others):
-    found = verdict(percents(100.0, 90.0, 5.0), percents(*after))
-    assert found.startswith(first) and len(found.splitlines()) == 4
-    assert all(text in found for text in others), found
-    assert "--ratio" not in verdict(percents(100.0, 90.0, 5.0), percents(*after), images=False)
-
-
-def test_there_is_no_verdict_on_a_backdoor_that_was_never_there():
-    """Below its gate, at an ASR that a clean network has, and without any trigger."""
-    for before, took in ((60.0, False), (10.0, True)):
-        found = verdict(percents(90.0, before, 5.0), percents(89.0, 0.0, 80.0), took)
-        assert found.startswith(
-            f"No verdict on the backdoor, for the attack did not take: ASR {before:.2f} -> 0.00 %.\n"
-        )
-        assert "gone" not in found and "It cost 1.00 points" in found
-    assert verdict(percents(90.0), percents(91.0)) == (
-        "There was no backdoor to remove.\nIt cost no accuracy: ACC 90.00 -> 91.00 %."
-    )
 
 
 def test_der_is_rounded_once():
@@ -495,3 +282,99 @@ def test_durations_and_bounds_are_written_short_and_bounds_never_too_high():
     assert {value: formatting.short(value) for value in numbers} == numbers
     for bound in (0.0123456, 0.99996, 1.00004, 9.9999, 12.345, 12.348, 72.0, 1234.56):
         assert bound * (1 - 1e-3) < float(formatting.at_most(bound)) <= bound
+
+
+# What is refused
+
+
+class Shaped(nn.Module):
+    """A network whose output is shaped by a function."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.shape = tiny_net(), shape
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "got"),
+    [
+        (lambda z: z[..., None, None], "(6, 4, 1, 1)"),  # against six labels that would be 36 comparisons
+        (lambda z: {"logits": z}, "dict"),
+        (lambda z: z[:, 0], "(6,)"),
+        (lambda z: z[1:], "(5, 4)"),
+    ],
+)
+def test_an_output_that_is_no_logits_has_no_accuracy(shape, got, one_line):
+    net, images = Shaped(shape), toy_images(6)
+    for measured in (lambda: predict(net, images.pixels), lambda: score(net, images, None)):
+        with pytest.raises(DataError) as refusal:
+            measured()
+        assert got in one_line(refusal.value)
+
+
+IMAGES = toy_images(6)
+FLOATS = to_float(IMAGES.pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "word"),
+    [
+        (255 * FLOATS, IMAGES.labels, "divide them by 255"),
+        (4 * FLOATS - 2, IMAGES.labels, "normalised"),
+        (FLOATS, torch.zeros(6, 1).long(), "[6, 1]"),  # against six predictions that would be 36 comparisons
+        (FLOATS, torch.zeros(5).long(), "[5]"),
+        (FLOATS, torch.zeros(6), "float32"),
+        (FLOATS, torch.zeros(0).long(), "[0]"),
+        (FLOATS, IMAGES.labels + 1, "4 classes"),
+        (FLOATS, IMAGES.labels - 1, "-1"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word, one_line):
+    net = tiny_net()
+    for measured in (
+        lambda: score(net, (pixels, labels), None),
+        lambda: score(net, IMAGES, (pixels, IMAGES.labels, labels)),
+        lambda: accuracy(net, pixels, labels),
+        lambda: asr_and_racc(net, pixels, labels, IMAGES.labels),
+    ):
+        with pytest.raises(DataError) as refusal:
+            measured()
+        assert word in one_line(refusal.value)
+
+
+def test_what_else_is_refused(one_line):
+    with pytest.raises(ConfigError) as refusal:
+        predict(tiny_net(), IMAGES.pixels, 0)
+    assert "batch_size is 0" in one_line(refusal.value)
+    with pytest.raises(DataError, match="allowed is Images or 2 tensors"):
+        score(tiny_net(), [(IMAGES.pixels, IMAGES.labels)], None)  # as a loader gives them
+    sometimes = Shaped(lambda z: torch.where(torch.arange(len(z))[:, None] == 3, torch.nan, z))
+    with pytest.raises(TrainingError):
+        predict(sometimes, toy_images(20).pixels, batch_size=5)
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ((95.0, 10.0, 70.0), ("The backdoor is gone: ", "It cost 5.00 points", "true label again", "Next: other")),
+        ((94.99, 10.0, 70.0), ("The backdoor is gone: ", "It cost 5.01 points", "(--ratio) or milder settings")),
+        ((99.0, 10.0, 69.99), ("The backdoor is gone: ", "still leads to wrong labels: ", "milder settings")),
+        ((100.0, 10.01, 70.0), ("weaker, but not gone: ", "It cost no accuracy: ", "or another defense;")),
+        ((100.0, 45.0, 70.0), ("weaker, but not gone: ", "R-ACC 5.00 -> 70.00 %")),
+        ((100.0, 45.01, 50.0), ("still there: ", "ASR 90.00 -> 45.01 %", "chosen by the test set")),
+    ],
+)
+def test_the_verdict_at_its_bounds(after, words):
+    scores = [Score(*(Proportion(round(100 * v), 10_000) for v in values)) for values in ((100.0, 90.0, 5.0), after)]
+    found = verdict(*scores)
+    assert len(found.splitlines()) == 4 and all(text in found for text in words), found
+    assert "--ratio" not in verdict(*scores, images=False)
+    assert verdict(*scores, took=False).startswith("No verdict on the backdoor")
+    assert verdict(scored(90, 10), scored(89, 0)).startswith("No verdict on the backdoor")
+    assert verdict(scored(90, None), scored(91, None)).startswith("There was no backdoor to remove.\nIt cost no")

@@ -79,21 +79,6 @@ def test_ssim_by_hand_of_flat_pictures(a, b):
     assert quality.quality(clean, other)["ssim"] == pytest.approx(expected, abs=1e-4)
 
 
-@needs_skimage
-@pytest.mark.parametrize("side, window", {2: None, 3: 3, 4: 3, 5: 5, 6: 5, 7: 7, 8: 7}.items())
-def test_the_window_is_the_largest_that_fits(side, window, monkeypatch):
-    seen = []
-
-    def similarity(x, g, win_size, **more):
-        seen.append(win_size)
-        return 1.0
-
-    monkeypatch.setattr("skimage.metrics.structural_similarity", similarity)
-    flat = torch.full((1, 3, side, side), 100, dtype=torch.uint8)
-    assert quality.quality(flat, flat)["ssim"] == (1.0 if window else None)
-    assert seen == ([window] if window else [])
-
-
 def test_without_scikit_image_there_is_no_ssim(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = quality.quality(*pictures(51))
