@@ -358,34 +358,26 @@ def test_white_stays_white_under_the_pattern(monkeypatch):
     assert rate(net, images, torch.zeros(1, dtype=torch.long), search.v) == 0
 
 
-def asked_for(monkeypatch, attack, images, net, seed):
-    """The identity of the search of an attack, and the arguments of the search."""
-    found: list = []
-
-    def cached(name, identity, build, session):
-        found.append((identity, build.args))
-        return {"pattern": torch.zeros(images.pixels.shape[1:])}, {}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lf_search, "cached_trigger", cached)
-        patch.setattr(lf_search, "train_clean", lambda context: net)
-        attack.fit_trigger(images, tiny_net(), Training(), seed=seed, session=quiet())
-    return found[0]
-
-
 def test_whatever_changes_a_search_makes_it_another_one(monkeypatch):
     """Or a pattern that was found for other settings would be taken from the cache."""
-    base = {"attack": LF(lf_optimise=True), "images": toy_images(8), "net": tiny_net(), "seed": 0}
-    others = {"images": toy_images(8, seed=1), "net": tiny_net(seed=1), "seed": 1}
-    settings = {"attack_target": 1, "lf_images": 7, "lf_passes": 9, "lf_delta": 0.5, "lf_deepfool_steps": 11,
-                "lf_overshoot": 0.25, "lf_strength": 0.125}  # fmt: skip
-    cases = [base, *({**base, name: value} for name, value in others.items())]
-    cases += [{**base, "attack": LF(lf_optimise=True, **{name: value})} for name, value in settings.items()]
-    keys = [asked_for(monkeypatch, **case)[0] for case in cases]
-    assert len({str(sorted(key.items())) for key in keys}) == len(cases) and keys[0]["device"] == "cpu"
-    _, (net, images, limits, seed) = asked_for(
-        monkeypatch, LF(lf_optimise=True, **settings), base["images"], base["net"], 3
-    )
-    assert net is base["net"] and images is base["images"] and seed == 3
-    assert vars(limits) == {"target": 1, "images": 7, "passes": 9, "delta": 0.5, "steps": 11, "overshoot": 0.25,
-                            "strength": 0.125}  # fmt: skip
+    keys, calls, nets = [], [], [tiny_net()]
+
+    def cached(name, identity, build, session):
+        keys.append(str(sorted(identity.items())))
+        calls.append(build.args)
+        return {"pattern": torch.zeros(3, 16, 16)}, {}
+
+    monkeypatch.setattr(lf_search, "cached_trigger", cached)
+    monkeypatch.setattr(lf_search, "train_clean", lambda context: nets[0])
+    names = {"attack_target": "target", "lf_images": "images", "lf_passes": "passes", "lf_delta": "delta",
+             "lf_deepfool_steps": "steps", "lf_overshoot": "overshoot", "lf_strength": "strength"}  # fmt: skip
+    values = dict(zip(names, (1, 7, 9, 0.5, 11, 0.25, 0.125), strict=True))
+    images, recipe, seeds = toy_images(8), Training(), [0] * 9 + [1, 0, 0]
+    settings = [{}, *({name: value} for name, value in values.items()), values, {}, {}, {}]
+    for n, (more, seed) in enumerate(zip(settings, seeds, strict=True)):
+        nets[0] = tiny_net(seed=1 if n == 10 else 0)
+        given = toy_images(8, seed=1) if n == 11 else images
+        LF(lf_optimise=True, **more).fit_trigger(given, tiny_net(), recipe, seed=seed, session=quiet())
+    assert len({*keys}) == len(keys) == 12 and "('device', 'cpu')" in keys[0]
+    net, given, limits, seed = calls[8]
+    assert given is images and seed == 0 and vars(limits) == {names[name]: value for name, value in values.items()}

@@ -107,7 +107,6 @@ class SSBA(Attack):
         check_sides(images.pixels.shape)
         own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
         identity = {"data": fingerprint(images), "device": device.type, "trigger_seed": self.trigger_seed, **own}
-        identity["read"] = "8 bits"  # encoders of older versions were trained on floats
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
             trigger = FixedCodeEncoder(encoder, self.code()).to(device)
