@@ -166,3 +166,12 @@ def test_methods_without_a_loss_take_probabilities(name):
         ROWS[name].defense.purify(net, pair(), session=quiet()) for net in (tiny_net(), Soft(torch.nn.Softmax(1)))
     )
     assert same_weights(plain, soft)
+
+
+def test_log_probabilities_are_logits():
+    """A cross-entropy of them is the same."""
+    plain, logged = (
+        ROWS["ft"].defense.purify(net, pair(), session=quiet()) for net in (tiny_net(), Soft(torch.nn.LogSoftmax(1)))
+    )
+    pairs = zip(plain.parameters(), logged.parameters(), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in pairs) and not same_weights(logged, tiny_net())

@@ -196,7 +196,7 @@ def test_a_damaged_list_of_clean_networks_is_one_line(text, script, tmp_path):
 # N1: without the extras
 
 
-@pytest.mark.parametrize("script", ["audit", "audits", "figures", "gallery", "ratios"])
+@pytest.mark.parametrize("script", ["audit", "audits", "figures", "gallery"])
 def test_a_missing_extra_is_one_line_with_its_installation(script):
     scripts = REPOSITORY / "scripts"
     code = f"import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(scripts)!r}); "
@@ -220,9 +220,3 @@ def test_every_flag_of_a_script_says_what_it_is(place):
     flags = [call for call in calls if re.match("'-", ast.unparse(call.args[0]))]  # "--flag", to whatever is called
     made = [call for call in flags if ast.unparse(call.func).split(".")[-1] in ("add", "add_argument")]
     assert [ast.unparse(call.args[0]) for call in made if "help" not in {word.arg for word in call.keywords}] == []
-
-
-def test_the_means_over_seeds_have_a_help(script):
-    status, out, err = script("seeds.py", "--help")
-    assert (status, err) == (0, "") and "records" in out
-    assert "<attack>_s<seed>" in out and "<attack>_r<ratio>_<digest>_s<seed>" in out  # both are read
