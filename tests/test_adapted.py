@@ -82,23 +82,21 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     monkeypatch.setattr(verdicts, "STEPS", 60)
     net, _, (x, y), _ = planted()
     kept = PatchSearch(planted()[0], x, y).compare(net)
-    assert kept.doubts and kept.kept > 0.8 and kept.text().startswith("warning: too little changed")
+    assert kept.doubts and kept.text().startswith("warning: too little changed")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
     gone = PatchSearch(planted()[0], x, y).compare(fixed)
-    assert gone.after > kept.after and gone.kept < kept.kept
+    assert gone.after > 1.5 * kept.after and not gone.doubts
     assert min(gone.before, kept.before) < 9.5  # the corner has 9 pixels
 
 
 def test_doubts() -> None:
-    fine: dict[str, float] = {"before": 2.0, "after": 20.0, "typical": 25.0, "kept": 0.1}
+    fine: dict[str, float] = {"before": 2.0, "after": 20.0, "typical": 25.0}
     assert not Verdict(**fine).doubts and "no proof" in Verdict(**fine).text()
-    assert Verdict(**{**fine, "kept": 0.6}).doubts
-    assert Verdict(**{**fine, "after": 5.0}).doubts
-    assert not Verdict(**{**fine, "after": 5.0, "typical": 8.0}).doubts
+    assert Verdict(**{**fine, "after": 12.0}).doubts
     nothing = Verdict(**{**fine, "after": float("inf")})
-    assert "none shared after" in nothing.text() and nothing.summary()["after"] is None
+    assert "none after" in nothing.text() and nothing.summary()["after"] is None
 
 
 def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:
@@ -106,7 +104,7 @@ def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:
     one = FT(epochs=1).purify(tiny_net(), images, session=session)
     torch.rand(3)
     other = FT(epochs=1).purify(tiny_net(), images, session=quiet())
-    assert {"before", "after", "typical", "kept", "doubts"} == session.findings["verdict"].keys()
+    assert {"before", "after", "typical", "doubts"} == session.findings["verdict"].keys()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
