@@ -54,7 +54,7 @@ def test_a_loader_s_own_batches_are_counted() -> None:
     some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
     assert image_count(batches_of(some)) == (40, 3)
     assert image_count(batches_of((x, y))) == (100, None)
-    assert SAU().adapted(tiny_net(), 40, 3).epochs == 200
+    assert SAU().adapted(tiny_net(), 40, 3).epochs == 84
     assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
 
 
@@ -71,8 +71,8 @@ def stop(*_: Any) -> dict[str, float]:
 
 
 def test_what_the_user_gives_stands() -> None:
-    assert first_line(SAU()).startswith("600 updates at 0.003 (CosineAnnealingLR): 40 images")
-    assert first_line(SAU(eps=0.1)).startswith("600 updates")
+    assert first_line(SAU()).startswith("250 updates at 0.003 (OneCycleLR): 40 images")
+    assert first_line(SAU(eps=0.1)).startswith("250 updates")
     assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
     assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
     assert first_line(FT()).startswith("1,000 updates at 0.01")

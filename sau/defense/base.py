@@ -31,7 +31,7 @@ from sau.types import Batched, Loader
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
 SMALLEST_BATCH = 32
-UPDATES = 600  # of SAU and AT where the published settings do not hold
+UPDATES = 250  # of SAU and AT where the published settings do not hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +224,9 @@ class AdversarialDefense(TrainingDefense):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "AdversarialDefense":
-        """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 600 updates
-        at a rate that falls to 0 from 0.08 of the typical weight (root mean square, median over layers), 3e-3 at
-        most; augmented where images are few.
+        """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 250 updates
+        at a rate that rises to 0.08 of the typical weight (root mean square, median over layers; 3e-3 at most) and
+        falls to 0 (OneCycleLR); augmented where images are few.
 
         The published 1,000 updates at 1e-4 leave the backdoors of small networks, whose weights are larger, in place.
         """
@@ -237,7 +237,7 @@ class AdversarialDefense(TrainingDefense):
         scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
         rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}") if scales else self.lr
         epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))
-        return replace(self, epochs=epochs, batch_size=size, lr=rate, lr_scheduler="CosineAnnealingLR", augment=few)
+        return replace(self, epochs=epochs, batch_size=size, lr=rate, lr_scheduler="OneCycleLR", augment=few)
 
     @property
     def ball(self) -> Ball:

@@ -13,7 +13,7 @@ and the clamps of `unsharing_loss` are where its released code departs from them
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import ENOUGH, AdversarialDefense
+from sau.defense.base import AdversarialDefense
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.pgd import unsettled
 from sau.runtime.batchnorm import fixed_norms, search_twin
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
-TEMPERATURE = 4.0
 Network = Callable[[Tensor], Tensor]
 
 
@@ -56,21 +55,12 @@ def example_types(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
     return torch.where(answer == answer_ref, 1, torch.where(answer_ref == y, 2, 3)) * (answer != y)
 
 
-def distillation(z: Logits, z_ref: Logits, y: Labels) -> Scalar:
-    """T^2 KL(q || p) at temperature T = 4, mean over the batch of clean images that h_b classifies correctly (Hinton,
-    Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1 and section 2.1)."""
-    p, q = (z / TEMPERATURE).log_softmax(1), (z_ref / TEMPERATURE).log_softmax(1)
-    kl = F.kl_div(p, q, reduction="none", log_target=True).sum(1)
-    return TEMPERATURE**2 * (kl * (z_ref.argmax(1) == y)).mean()
-
-
 @dataclass(frozen=True, kw_only=True)
 class SAU(AdversarialDefense):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
     name: ClassVar[str] = "sau"
     graph_safe: ClassVar[bool] = True
-    adapting: ClassVar[tuple[str, ...]] = (*AdversarialDefense.adapting, "weight_distill")
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
@@ -80,12 +70,6 @@ class SAU(AdversarialDefense):
     )
     weight_shared: float = param(
         1.0, "l2, lambda_2 of the paper: the shared adversarial risk", ge=0, aliases=("lmd_3",)
-    )
-    weight_distill: float = param(
-        0.0,
-        "distillation on clean images, so that few of them suffice to keep the accuracy; the paper has no such "
-        "term (0)",
-        ge=0,
     )
     inner_adv: float = param(
         0.01, "l3, lambda_3 of the paper: how much the search wants both networks to err", ge=0, aliases=("beta_1",)
@@ -105,15 +89,6 @@ class SAU(AdversarialDefense):
     outer_mask: Literal["moved", "wrong"] = param(
         "moved", "also require s to differ from h_b's answer on the clean image (moved, as released) or not (wrong)"
     )
-
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "SAU":
-        """As AT; few images hold the clean accuracy by what the attacked network predicts for them, too."""
-        fitting: Any = super().adapted(model, images, per_epoch)
-        return replace(fitting, weight_distill=1.0) if images < ENOUGH else fitting
-
-    def identity(self) -> dict[str, Any]:
-        """As of any method; `weight_distill`, which came later, only where it acts, so that digests stay."""
-        return {name: value for name, value in super().identity().items() if name != "weight_distill" or value}
 
     def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -140,8 +115,6 @@ class SAU(AdversarialDefense):
                 z, z_adv = self._logits(model, x, x + delta, z if repeat == 0 else None)
                 clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
                 loss = self.weight_clean * clean + self.weight_shared * shared
-                if self.weight_distill:
-                    loss = loss + self.weight_distill * distillation(z, z_ref, y)
                 if self.weight_adv:
                     loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
                 state["descent"](loss)
