@@ -270,6 +270,10 @@ def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, one_line, key):
         ("grid.yaml", "--cores", "4000"),
         ("far.yaml", "--dataset_path", "nowhere"),
         ("grid.yaml", "--record_root", "grid.yaml"),
+        ("status", "grid.yaml", "--cores", "1"),
+        ("status", "grid.yaml", "--engine", "local"),
+        ("status", "grid.yaml", "--publish", "kept"),
+        ("grid.yaml", "--publish", "kept", "--retry_failed"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):

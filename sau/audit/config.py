@@ -23,7 +23,7 @@ from sau.record import attack_result, schema
 from sau.record.folder import Record
 from sau.seeds import generator
 
-Part = Literal["relearn", "path", "white", "transfer", "bec"]
+Part = Literal["relearn", "path", "white", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
 NONE, CONTROL = "none", "control"  # the attacked network itself; the one that was trained without a backdoor
 STAMPED = 5000  # training images that are stamped anew where a record's own poisons carry their true labels
@@ -33,7 +33,7 @@ STAMPED = 5000  # training images that are stamped anew where a record's own poi
 class AuditConfig:
     """The parts of an audit, and what the attacker may spend in each."""
 
-    parts: tuple[Part, ...] = param(PARTS, "some of relearn, path, white, transfer, bec")
+    parts: tuple[Part, ...] = param(PARTS, "some of relearn, path, white, bec")
     shots: tuple[int, ...] = param(
         (1, 2, 5, 10, 50), "poisoned images that the attacker re-learns from; 0 is always among them", ge=0
     )

@@ -23,6 +23,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -80,7 +81,7 @@ def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | N
 
 
 def universal(
-    models: Sequence[nn.Module], images: Images, radii: Sequence[float], *, steps: int, seed: int = 0
+    model: nn.Module, images: Images, radii: Sequence[float], *, steps: int, seed: int = 0
 ) -> Iterator[tuple[float, Universal]]:
     """(eps, D) for one radius after the other, D [1, C, H, W] with |D|_inf <= eps.
 
@@ -88,17 +89,16 @@ def universal(
     radius, no smaller than the one before, begins where the last one ended; the first begins anywhere in its ball.
 
     Args:
-        models: frozen, in eval mode; each step uses the next one in turn.
+        model: frozen, in eval mode.
         images: what D is fitted to; their labels are where it shall lead.
         radii: of the ball in [0, 1] pixels.
-        steps: gradient steps of each network for each radius, of 128 images.
+        steps: gradient steps for each radius, of 128 images.
         seed: of the start and the order of images.
     """
     rng = generator(seed)
     delta, batches = noise(images, radii[0], rng), _batches(len(images), rng)
     for eps in radii:
-        for number in range(steps * len(models)):
-            batch, model = next(batches), models[number % len(models)]
+        for batch in islice(batches, steps):
             x, target = to_float(images.pixels[batch]), images.labels[batch]
             d = delta.clone().requires_grad_()
             reached, others, _ = held_losses(model((x + d).clamp(0, 1)), target, target)
@@ -175,17 +175,6 @@ def bec(similarities: Mapping[str, float], clean: str) -> dict[str, float | None
     """BEC by network, from s(h): h_b has 1 and the network `clean` has 0; None if those two are alike."""
     lowest = similarities[clean]
     return {name: (s - lowest) / (1 - lowest) if lowest < 1 else None for name, s in similarities.items()}
-
-
-def rescaled_bec(similarities: Mapping[str, float], attacked: str) -> dict[str, float | None]:
-    """The scale of the released figure: 0 for the least of the networks compared, 1 for the most and for h_b.
-
-    It gives their order, not how much is left: whichever network is most alike has a 1. None if all are alike.
-    """
-    others = [s for name, s in similarities.items() if name != attacked]
-    low, high = min(others, default=0.0), max(others, default=0.0)
-    scaled = {name: (s - low) / (high - low) if high > low else None for name, s in similarities.items()}
-    return {**scaled, attacked: 1.0}
 
 
 @torch.no_grad()

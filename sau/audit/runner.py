@@ -1,7 +1,7 @@
 """An audit as tasks whose rows are kept as they are finished, and put together in the end.
 
 A row has `part`, `curve`, `network`, `x`, `seed`, and shares of images. `x` is what the attacker spent: poisoned images
-(relearn), the radius eps (white, transfer); or the share of the way from the attacked weights (path).
+(relearn), the radius eps (white); or the share of the way from the attacked weights (path).
 """
 
 import json
@@ -109,30 +109,13 @@ class Audit:
             others = [] if network.control or curve == ALONE else controls
             work = partial(self.measure_white_box, network, others, curve, seed)
             about = f"{network.name}, {curve}, seed {seed}"
-            yield self._task("white", about, [network, *others], work, curve=curve, seed=seed, **self._search)
-
-    def _transfer(self) -> Iterator[Task]:
-        """D for each network is fitted to the other purified ones; where there are none, to the attacked network."""
-        groups: dict[tuple[str, ...], list[Network]] = {}
-        for network in self.case.networks.values():
-            others = tuple(other.name for other in self.case.purified if other is not network)
-            groups.setdefault(others or ((NONE,) if network is not self.attacked else ()), []).append(network)
-        groups.pop((), None)
-        for (names, targets), seed in product(groups.items(), self.config.seeds):
-            surrogates = [self.case.networks[name] for name in names]
-            who = {"surrogates": names, "targets": [target.name for target in targets]}
-            about = f"{', '.join(names)} to {', '.join(who['targets'])}, seed {seed}"
-            work = partial(self.measure_transfer, surrogates, targets, seed)
-            yield self._task("transfer", about, [*surrogates, *targets], work, seed=seed, **who, **self._search)
+            search = {name: getattr(self.config, name) for name in ("eps", "steps", "pictures")}
+            yield self._task("white", about, [network, *others], work, curve=curve, seed=seed, **search)
 
     def _bec(self) -> Iterator[Task]:
         for network in self.case.networks.values():
             work = partial(self.measure_similarity, network)
             yield self._task("bec", network.name, [self.attacked, network], work)
-
-    @property
-    def _search(self) -> dict[str, Any]:
-        return {name: getattr(self.config, name) for name in ("eps", "steps", "pictures")}
 
     def measure_before(self, network: Network) -> list[Row]:
         """ACC, ASR and R-ACC of a network as it is."""
@@ -169,7 +152,7 @@ class Audit:
             fitted = _relabel(self.case.train[fitted.index], fitted)
             shown = _relabel(self.case.untriggered, shown)
         rows = [self._row("white", curve, network, 0.0, seed, shown)]
-        for eps, delta in measure.universal([network.model], fitted, config.eps, steps=config.steps, seed=seed):
+        for eps, delta in measure.universal(network.model, fitted, config.eps, steps=config.steps, seed=seed):
             pixels = measure.shifted(shown, delta)
             if curve == TRIGGER:
                 random = measure.shifted(shown, measure.noise(shown, eps, generator(seed)))
@@ -178,15 +161,6 @@ class Audit:
                 row = self._row("white", f"same D on {other.name}", other, eps, seed, shown, pixels)
                 rows.append({**row, "network": network.name})
             rows.append(self._row("white", curve, network, eps, seed, shown, pixels))
-        return rows
-
-    def measure_transfer(self, surrogates: Sequence[Network], targets: Sequence[Network], seed: int) -> list[Row]:
-        """D fitted to the surrogates, a step on each in turn, and measured on the targets, which it never saw."""
-        config, shown, models = self.config, self.case.triggered, [network.model for network in surrogates]
-        rows = [self._row("transfer", TRIGGER, target, 0.0, seed, shown) for target in targets]
-        for eps, delta in measure.universal(models, self._poisons(seed), config.eps, steps=config.steps, seed=seed):
-            pixels = measure.shifted(shown, delta)
-            rows += [self._row("transfer", TRIGGER, target, eps, seed, shown, pixels) for target in targets]
         return rows
 
     def measure_similarity(self, network: Network) -> list[Row]:
@@ -264,9 +238,9 @@ def _add_bec(rows: list[Row]) -> None:
     """Add BEC to the rows that have similarities, which means something only among all of them."""
     similarities = {row["network"]: row["s"] for row in rows if row["part"] == "bec"}
     if similarities:
-        values, rescaled = measure.bec(similarities, CONTROL), measure.rescaled_bec(similarities, NONE)
+        values = measure.bec(similarities, CONTROL)
         for row in (row for row in rows if row["part"] == "bec"):
-            row |= {"bec": values[row["network"]], "stretched": rescaled[row["network"]]}
+            row["bec"] = values[row["network"]]
 
 
 def _write(file: Path, content: dict[str, Any]) -> dict[str, Any]:

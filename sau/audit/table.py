@@ -21,7 +21,6 @@ TITLES: dict[Key, str] = {
     ("white", TRIGGER): "White box: trigger and universal D, by radius",
     ("white", ALONE): "White box: D on pictures without a trigger (gUAA), by radius",
     ("white", NOISE): "Trigger and noise, by radius",
-    ("transfer", TRIGGER): "Transfer: trigger and D fitted to the other purified networks, by radius",
 }
 
 
@@ -48,11 +47,11 @@ def _independent(values: Sequence[float], audits: Sequence[Audit]) -> Sequence[f
 
 
 def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, MeanStd | None]]:
-    """`s`, `bec` and `stretched` by network; None where a value is not defined."""
+    """`s` and `bec` by network; None where a value is not defined."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for row in _rows(audits):
         if row["part"] == "bec":
-            for name, values in found.setdefault(row["network"], {"s": [], "bec": [], "stretched": []}).items():
+            for name, values in found.setdefault(row["network"], {"s": [], "bec": []}).items():
                 values.append(row[name])
     return {network: {name: mean_std(values) for name, values in some.items()} for network, some in found.items()}
 
@@ -73,7 +72,7 @@ def tables(audits: Sequence[Audit]) -> str:
     found = coefficients(audits)
     if found:
         body = [[name, *(_text(value, 3) for value in values.values())] for name, values in found.items()]
-        texts.append(_table("Backdoor existence coefficient", ["network", "s", "BEC", "BEC as released"], body))
+        texts.append(_table("Backdoor existence coefficient", ["network", "s", "BEC"], body))
     return "\n\n".join(texts)
 
 

@@ -25,6 +25,7 @@ from sau.grid.spec import Grid, read
 from sau.grid.store import Cell, Store, publish
 
 say = partial(print, flush=True)
+RUN_FLAGS = ("dry_run", "retry_failed", "retries", "cell_timeout", "engine", "cores", "memory_gb", "address")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--retries", type=int, help="tries after a crash or a timeout [that of the file, or 1]")
     add("--cell_timeout", type=float, metavar="SECONDS", help="most time of a try [no limit]")
     add("--publish", type=Path, metavar="FILE", help="add results of finished cells to a .jsonl file, run nothing")
-    add("--engine", choices=("local", "ray"), default="local", help="what runs the cells [local]")
+    add("--engine", choices=("local", "ray"), help="what runs the cells [local]")
     add("--cores", type=int, help="cores to use, also of a Ray that is started here [all]")
     add("--memory_gb", type=float, help="local: GiB to use [nine tenths of the machine's]")
     add("--address", help="ray: a running cluster, `auto` for the one of this machine [start one here]")
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace, look: bool) -> int:
     """Do what the flags ask; the exit status."""
-    check(given)
+    check(given, look)
     grid = read(given.file)
     keys = [key for key in ("record_root", "retries", "cell_timeout") if getattr(given, key) is not None]
     grid = replace(grid, **{key: getattr(given, key) for key in keys})
@@ -76,8 +77,13 @@ def run(given: argparse.Namespace, look: bool) -> int:
     return drive(given, grid, store, every)
 
 
-def check(given: argparse.Namespace) -> None:
-    """Refuse, by a ConfigError, values out of range, files that are not there, and flags of the other engine."""
+def check(given: argparse.Namespace, look: bool) -> None:
+    """Refuse, by a ConfigError, values out of range, files that are not there, and flags without effect."""
+    if look or given.publish:
+        for name in RUN_FLAGS + (("publish",) if look else ()):
+            if getattr(given, name) not in (None, False):
+                beside = "grid status" if look else "--publish"
+                raise ConfigError(f"--{name} has no effect beside {beside}, which runs nothing; leave it out")
     for name in ("cores", "memory_gb", "cell_timeout"):
         value = getattr(given, name)
         if value is not None and not 0 < value < math.inf:
@@ -99,7 +105,7 @@ def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
     todo = needed(every, store, given.retry_failed)
     say(f"{len(every)} cells, {len(todo)} to run; {store.root}")
     if todo:
-        local = given.engine == "local"
+        local = given.engine != "ray"
         for dataset, place in dict.fromkeys(cell.data for cell in todo) if local else ():
             source(dataset).find(Path(place))  # refuses missing data, and downloads once for all cells
         engine = Local(given.cores, given.memory_gb) if local else RayEngine(given.address, given.cores)

@@ -19,7 +19,6 @@ PANELS: dict[Key, tuple[str, str]] = {
     ("path", ANEW): ("path, batch norm estimated anew", "share of the way"),
     ("white", TRIGGER): ("white box, trigger + D", "radius of D"),
     ("white", ALONE): ("white box, D alone", "radius of D"),
-    ("transfer", TRIGGER): ("transfer, trigger + D", "radius of D"),
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#8c564b", "#6a3d9a")
 MARKS = "osv^DPX*h"
