@@ -19,35 +19,23 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cards
+import risks
 
 from sau import files
-from sau.command.arguments import Parser, add_device, use_device
+from sau.command.arguments import Parser, add_device
 from sau.data.sources import SOURCES
-from sau.errors import ConfigError, RecordError, printable, require, run_command
-from sau.formatting import markdown, marked
-from sau.pgd import Search
-from sau.record import attack_result
-from sau.record.folder import Record
+from sau.errors import ConfigError, RecordError, printable, run_command
+from sau.formatting import markdown
 from sau.report.cells import Section, TableCell, sections
-from sau.report.results import NONE, PERCENT, Result, find_results, read_metrics
+from sau.report.results import NONE, PERCENT, Result, find_results
 from sau.report.stats import mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
-from sau.risk import gauge
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
-GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
-RISKS = {
-    "r_adv": "R_adv",
-    "r_share": "R_share",
-    "r_share_sau": "R_share, SAU's search",
-    "type1": "type I",
-    "r_bd": "R_bd",
-}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisoning ratio -> (ACC, ASR) of each seed
 
@@ -251,75 +239,12 @@ def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
     return " / ".join(f"{statistics.mean(column):.2f}" for column in zip(*scores, strict=True)) if scores else "-"
 
 
-def gaps(args: argparse.Namespace) -> None:
-    """Print how far R_adv and R_share lie above R_bd, for each defense of the records that ran with --track_risk.
-
-    Over the evaluated rounds the mean, least and most in brackets; of the purified network with Newcombe's 95 %
-    interval, which is wide, for the risks are of the same images.
-    """
-    body = []
-    for path in args.records:
-        if not path.is_dir():
-            raise RecordError(f"there is no folder {path}; give result folders of attacks")
-        for manifest in sorted(path.glob("defense/*/manifest.json")):
-            record = Record(manifest.parent)
-            record.check()
-            if "r_bd" in record.summary().get("risk", {}).get("after", {}):
-                body.append(_gaps(record))
-    if not body:
-        raise RecordError("none of these folders has a defense with risks; run one with --track_risk true")
-    heads = [f"{gap}{part}" for gap in GAPS.values() for part in (", mean of rounds", ", purified")]
-    print(markdown(["attack", "defense", "rounds", "R_bd %", *heads], body), end="")
-
-
-def _gaps(record: Record) -> list[str]:
-    summary, rows = record.summary(), [row for row in read_metrics(record.path) if "r_bd" in row]
-    risk, name = summary["risk"]["after"], marked(record.path.name, summary.get("selection"))
-    texts = [record.path.parents[1].name, name, str(len(rows)), f"{risk['r_bd']:.1f}"]
-    for key in GAPS:
-        found = [row[key] - row["r_bd"] for row in rows]
-        after, low, high = _newcombe(risk, key)
-        texts.append(f"{statistics.mean(found):.1f} ({min(found):.1f}..{max(found):.1f})")
-        texts.append(f"{after:.1f} [{low:.1f}, {high:.1f}]")
-    return texts
-
-
-def _newcombe(risk: dict[str, Any], name: str) -> tuple[float, float, float]:
-    """risk[name] - R_bd in percent and its 95 % interval (Newcombe 1998, method 10)."""
-    (low, high), (bd_low, bd_high) = risk[f"{name}_interval"], risk["r_bd_interval"]
-    gap = risk[name] - risk["r_bd"]
-    below = math.hypot(risk[name] - low, bd_high - risk["r_bd"])
-    above = math.hypot(high - risk[name], risk["r_bd"] - bd_low)
-    return gap, gap - below, gap + above
-
-
-def radii(args: argparse.Namespace) -> None:
-    """Print the risks of the attacked and the purified networks against the radius, on the same test images."""
-    device = use_device(args)
-    require("--samples", args.samples, args.samples >= 1, "1 and more")
-    searches = [Search(eps=eps, steps=args.steps, restarts=1) for eps in args.radii]
-    attacked = attack_result.load(files.existing(args.record_root, args.record))
-    networks = {"attacked": attacked.model()}
-    for name in args.defenses:
-        networks[name] = attacked.model()
-        attack_result.load_weights(networks[name], files.safe_join(attacked.path, "defense", name))
-    _, test, _ = attacked.pictures(args.dataset_path)
-    test, triggered = test.to(device), attacked.triggered and attacked.triggered.to(device)
-    reference = attacked.model().to(device)
-    print(f"| network | radius | {' | '.join(RISKS.values())} |\n|---|---|{'---|' * len(RISKS)}")
-    for name, model in networks.items():
-        for search in searches:
-            row = gauge(reference, test, triggered, args.samples, search, 0)(model.to(device)).row()
-            texts = [f"{row[risk]:.1f}" if risk in row else "-" for risk in RISKS]
-            print(f"| {name} | {search.eps:g} | {' | '.join(texts)} |", flush=True)
-
-
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "table": (table, "attacks against defenses with means and published means, and one defense against each rival"),
     "seeds": (seeds, "mean and standard deviation over seeds, a row a cell"),
     "ratios": (ratios, "ASR against the poisoning ratio, as a table, PNG and SVG"),
-    "gaps": (gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
-    "radii": (radii, "risks of a record's networks against the radius of the ball"),
+    "gaps": (risks.gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
+    "radii": (risks.radii, "risks of a record's networks against the radius of the ball"),
     "cards": (lambda args: cards.update(args.check), "write the figures of docs/results into the pages of methods"),
 }
 

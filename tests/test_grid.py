@@ -134,14 +134,6 @@ def test_a_file_replaces_parts_of_those_that_it_includes(planned, tmp_path):
     assert grid.published == (str(tmp_path / "there"),)
 
 
-@pytest.mark.parametrize("key", ["defenses: [sau]", "seeds: [0]"])
-def test_what_every_included_block_sets_is_refused_outside_of_blocks(planned, key):
-    planned(SMALL + "blocks:\n  - {seeds: [1], defenses: [ft]}\n  - {seeds: [2], defenses: [clp]}\n", "base.yaml")
-    with pytest.raises(ConfigError, match=f"mine.yaml:2: {key.split(':')[0]}"):
-        planned(f"include: base.yaml\n{key}\n", "mine.yaml")
-    assert len(planned("include: base.yaml\nattacks: [lf]\n", "mine.yaml")) == 4
-
-
 def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):
     every = planned(SMALL + "seeds: [0, 1]\n")
     chosen = ["badnet_r0.1_s1", "badnet_r0.1_s1/defense/clp_c0.1"]

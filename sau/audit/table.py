@@ -1,10 +1,10 @@
 """Audits as tables: a row for each network, a column for each step of what the attacker spent, means over seeds."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER, Row
+from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER
 from sau.errors import one_line
 from sau.formatting import markdown
 from sau.report.stats import MeanStd, mean_std
@@ -49,8 +49,8 @@ def _independent(values: Sequence[float], audits: Sequence[Audit]) -> Sequence[f
 def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, MeanStd | None]]:
     """`s` and `bec` by network; None where a value is not defined."""
     found: dict[str, dict[str, list[float | None]]] = {}
-    for row in _rows(audits):
-        if row["part"] == "bec":
+    for audit in audits:
+        for row in (row for row in audit["rows"] if row["part"] == "bec"):
             for name, values in found.setdefault(row["network"], {"s": [], "bec": []}).items():
                 values.append(row[name])
     return {network: {name: mean_std(values) for name, values in some.items()} for network, some in found.items()}
@@ -74,10 +74,6 @@ def tables(audits: Sequence[Audit]) -> str:
         body = [[name, *(_text(value, 3) for value in values.values())] for name, values in found.items()]
         texts.append(_table("Backdoor existence coefficient", ["network", "s", "BEC"], body))
     return "\n\n".join(texts)
-
-
-def _rows(audits: Iterable[Audit]) -> Iterable[Row]:
-    return (row for audit in audits for row in audit["rows"])
 
 
 def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> MeanStd | None:

@@ -97,10 +97,6 @@ def _settings(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
     if "published" in own:
         places = [os.path.realpath(path.parent / place) for place in _names(own["published"])]
         own["published"] = Setting(places, own["published"].origin)
-    blocks = included["blocks"].value if "blocks" in included and "blocks" not in own else []
-    for name in _BLOCK.keys() & own.keys() - {"overrides"}:
-        if blocks and all(name in block for block in blocks):
-            raise ConfigError(f"{own[name].origin}: every included block sets it; set it in blocks of this file")
     return _merged(included, own)
 
 

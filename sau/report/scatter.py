@@ -9,10 +9,8 @@ from sau.report.cells import Section, TableCell
 from sau.report.results import NONE
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 330, 40, 12, 12, 46  # in the units of the SVG
-LETTER, LINE = 6.4, 12.0  # width of a letter and height of a line of text
 ASR_TICKS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0)
 ACC_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class Point:
         x: of its centre.
         y: of its centre.
         kind: `before` for the attacked network, `oracle` if test data chose something, else `defense`.
-        text: (x, y) of the left end of its name; None if there is no room for it.
     """
 
     name: str
@@ -35,7 +32,6 @@ class Point:
     x: float
     y: float
     kind: str
-    text: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,11 @@ def _scatter(title: str, groups: Sequence[Sequence[TableCell]]) -> Scatter:
     def y_of(acc: float) -> float:
         return HEIGHT - BOTTOM - (acc - low) / (count * step) * (HEIGHT - BOTTOM - TOP)
 
-    taken = [_box(_x(_mean(cells, "asr")), y_of(acc), 4, 4) for cells, acc in zip(groups, accs, strict=True)]
     points = []
     for cells, acc in zip(groups, accs, strict=True):
         kind = "before" if cells[0].defense == NONE else "oracle" if any(cell.oracle for cell in cells) else "defense"
         name, asr = "before" if kind == "before" else cells[0].name, _mean(cells, "asr")
-        x, y = round(_x(asr), 1), round(y_of(acc), 1)
-        points.append(Point(name, acc, asr, x, y, kind, _place(name, x, y, taken)))
+        points.append(Point(name, acc, asr, round(_x(asr), 1), round(y_of(acc), 1), kind))
     acc_ticks = [(round(y_of(low + i * step), 1), f"{low + i * step:g}") for i in range(count + 1)]
     return Scatter(title, points, [(round(_x(tick), 1), f"{tick:g}") for tick in ASR_TICKS], acc_ticks)
 
@@ -99,24 +93,3 @@ def _x(asr: float) -> float:
 
 def _mean(cells: Sequence[TableCell], name: str) -> float:
     return fmean(figure.mean for cell in cells if (figure := cell.figures[name]))
-
-
-def _box(x: float, y: float, half_width: float, half_height: float) -> Box:
-    return x - half_width, y - half_height, x + half_width, y + half_height
-
-
-def _place(name: str, x: float, y: float, taken: list[Box]) -> tuple[float, float] | None:
-    """Where a name fits near its point without overlapping; the place is then taken. None if it fits nowhere."""
-    half = LETTER * len(name) / 2
-    for distance in (7, 13, 20):
-        for right, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
-            box = _box(x + right * (distance + half), y + down * (distance + 1), half, LINE / 2)
-            inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                return round(box[0], 1), round(box[1] + LINE / 2 + 4, 1)
-    return None
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
