@@ -17,11 +17,6 @@ _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, nam
 NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-def short_repr(value: object) -> str:
-    """The first 20 characters of a text from a file, in ASCII; of anything else its type."""
-    return ascii(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
-
-
 def printable(text: str) -> str:
     """A text that may quote an untrusted file, with unprintable characters escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -137,18 +132,13 @@ def run_command(main: Callable[[], int | None]) -> int:
         print("\nstopped; repeat the command to go on", file=sys.stderr)
         return 130
     except (OSError, RuntimeError, MemoryError) as error:
-        return os_exit_status(error)
-
-
-def os_exit_status(error: OSError | RuntimeError | MemoryError) -> int:
-    """Print an error of the system as one line and return the exit status; any other error is raised again."""
-    if isinstance(error, BrokenPipeError):  # the reader left, like `head`: discard the rest of the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    if isinstance(error, OSError):
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1 if error.errno in _FAULTS else 2
-    if lacks_memory(error):
+        if isinstance(error, BrokenPipeError):  # the reader left, like `head`: discard the rest of the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if isinstance(error, OSError):
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            return 1 if error.errno in _FAULTS else 2
+        if not lacks_memory(error):
+            raise
         print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or images", file=sys.stderr)
         return 1
-    raise error

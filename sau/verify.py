@@ -53,7 +53,7 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
         test = attack.pictures(dataset_path)[1]
     except (SauError, *MALFORMED) as error:
         return [*checks, _failed("data", error)]
-    checks += [Check("data", "ok", f"{attack.dataset} as the attack saw it")]
+    checks.append(Check("data", "ok", f"{attack.dataset} as the attack saw it"))
     checks += [_check("figures", _figures, attack, path, test, device)]
     for folder in sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir()):
         checks.append(_check(f"{folder.name}: files", _files, folder))
@@ -90,10 +90,8 @@ def _figures(attack: AttackResult, folder: Path, test: Images, device: torch.dev
     texts, recorded = list[str](), dict[str, Score]()
     for part, place in parts.items():
         figures = summary[part] if part else summary
-        shares = [
-            Proportion(*figures[key]) if (key := f"{name}_count") in figures else None
-            for name in ("acc", "asr", "racc")
-        ]
+        counts = (figures.get(f"{name}_count") for name in ("acc", "asr", "racc"))
+        shares = [None if count is None else Proportion(*count) for count in counts]
         recorded[part] = Score(*shares)  # type: ignore[arg-type]
         model = attack.blank()
         attack_result.load_weights(model, place / "model.safetensors")

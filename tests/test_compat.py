@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import shutil
-import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -303,10 +302,6 @@ def test_broken_archives(refused, tmp_path):
     for length in (3, 100, 2000, len(raw) - 1):
         refused(raw[:length], "cannot be read")
     refused(b"", "is empty (0 bytes)")
-    twice = io.BytesIO(raw)
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as found:
-        found.writestr("archive/data/0", b"\x80\x02N.")
-    refused(twice.getvalue(), "two members of one name")
     with zipfile.ZipFile(out := io.BytesIO(), "w") as other:
         other.writestr("a.txt", b"hello")
     refused(out.getvalue(), "not of torch.save")
@@ -441,12 +436,7 @@ def bench_load(root: Path, name: str) -> dict[str, Any]:
     """
     path = root / "record" / name / RESULT
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            assert member.compress_type == zipfile.ZIP_STORED
-            with path.open("rb") as file:
-                file.seek(member.header_offset + 26)
-                lengths = struct.unpack("<HH", file.read(4))
-            assert (member.header_offset + 30 + sum(lengths)) % 64 == 0
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
         (content,) = (archive.read(member) for member in archive.namelist() if member.endswith("data.pkl"))
         assert b"numpy._core" not in content and b"numpy.core.multiarray" in content  # numpy 1.25 has no other
     result = torch.load(path, weights_only=False)

@@ -161,7 +161,7 @@ def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
     assert network(OwnRun(model_file=str(file), clean_dir="x", arch="preactresnet18"), CLASSES)[2] == "preactresnet18"
     with pytest.raises(RecordError, match="shape"):
         network(OwnRun(model_file=str(file), clean_dir="x", arch="preactresnet18"), CLASSES + 1)
-    with pytest.raises(RecordError, match="its tensors fit preactresnet18, width 2, which --arch auto finds"):
+    with pytest.raises(RecordError, match="its tensors fit preactresnet18, which --arch auto finds"):
         network(OwnRun(model_file=str(file), clean_dir="x", arch="resnet18"), CLASSES)
     with pytest.raises(RecordError, match="no 'features"):
         network(OwnRun(model_file=str(file), clean_dir="x", arch="vgg11"), CLASSES)

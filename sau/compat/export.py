@@ -1,7 +1,6 @@
 """Writing an attack for other code: as a folder that BackdoorBench's own loader reads, and its images as tensors."""
 
 import io
-import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -114,12 +113,8 @@ def _check_expressible(dataset: str, network: dict[str, Any]) -> None:
     if dataset not in OFFICIAL:
         raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
     origin = source(dataset)
-    wanted: dict[str, tuple[Any, ...]] = {
-        "name": NETWORKS,
-        "width": (None, 64),
-        "shape": ([3, origin.size, origin.size],),
-    }
-    wanted |= {"mean": (list(origin.mean),), "std": (list(origin.std),)}
+    wanted: dict[str, tuple[Any, ...]] = {"name": NETWORKS, "width": (None, 64)}
+    wanted |= {"shape": ([3, origin.size, origin.size],), "mean": (list(origin.mean),), "std": (list(origin.std),)}
     for key, allowed in wanted.items():
         if network[key] not in allowed:
             choices = " or ".join(map(str, allowed))
@@ -148,7 +143,7 @@ def _split(images: Images, split: str, order: np.ndarray, length: int, folder: P
 
 
 def _for_numpy_1(raw: bytes) -> bytes:
-    """The archive with numpy's modules under their names in numpy 1, which both read; members aligned to 64 bytes.
+    """The archive with numpy's modules under their names in numpy 1, which both versions read.
 
     `.format_version` is left out: it promises distances between members that only torch's own writer keeps.
     """
@@ -160,8 +155,5 @@ def _for_numpy_1(raw: bytes) -> bytes:
                 continue
             if member.filename.endswith("/data.pkl"):
                 content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-            entry = zipfile.ZipInfo(member.filename)
-            gap = -(out.tell() + 30 + len(entry.filename) + 4) % 64  # 30 bytes of header, then name, then this field
-            entry.extra = b"FB" + struct.pack("<H", gap) + bytes(gap)
-            new.writestr(entry, content)
+            new.writestr(member.filename, content)
     return out.getvalue()

@@ -118,7 +118,7 @@ def text(report: Report) -> str:
         f"SHA-256   {report['sha256'] or 'not computed'}",
         f"format    {report['format'] or 'not recognised'}",
         *(f"imports   {name[:100]}" for name in report["imports"] or ["nothing"]),
-        *(_line(tensor) for tensor in report["tensors"]),
+        *(f"tensor    {t['name'][:100]}  {t['shape']}  {t['dtype']}  {t['nan']} NaN" for t in report["tensors"]),
         f"tensors   {len(report['tensors'])}, {total:,} values, {nans} NaN",
         f"network   {which}",
         f"classes   {short_names(report['classes']) if report['classes'] else 'not named in the file'}",
@@ -127,8 +127,3 @@ def text(report: Report) -> str:
         report["verdict"],
     ]
     return "\n".join(map(printable, lines))
-
-
-def _line(tensor: Report) -> str:
-    nan = f"  {tensor['nan']} NaN" if tensor["nan"] else ""
-    return f"tensor    {tensor['name'][:100]}  {tensor['shape']}  {tensor['dtype']}{nan}"

@@ -37,7 +37,8 @@ def network(run: OwnRun, classes: int, found: weights.Weights | None = None) -> 
     try:
         state = found.of(own)
     except RecordError as error:
-        raise RecordError(f"{error}{_advice(found)}") from None
+        advice = f"; its tensors fit {known.name}, which --arch auto finds" if (known := guess(found)) else ""
+        raise RecordError(f"{error}{advice}") from None
     net = make()
     net.load_state_dict(state)
     return net.eval(), found, name
@@ -49,9 +50,8 @@ def _architecture(run: OwnRun, classes: int, found: weights.Weights) -> tuple[st
         net = _imported(run)
         return run.arch, lambda: net
     if run.arch != "auto":
-        width = next(
-            (len(value) for value in found.tensors.values() if value.ndim == 4), 64
-        )  # of the first convolution
+        # The width is that of the first convolution.
+        width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
         return run.arch, partial(unwrapped, run.arch, classes, width if has_width(run.arch) else None)
     known = guess(found)
     if known is None:
@@ -67,15 +67,6 @@ def _below(found: weights.Weights, prefix: str) -> weights.Weights:
     if not chosen:
         raise RecordError(f"{found.path} has no tensor under {prefix!r}; sau inspect lists them")
     return replace(found, tensors=chosen)
-
-
-def _advice(found: weights.Weights) -> str:
-    """For weights of another network than the one that was named."""
-    known = guess(found)
-    if known is None:
-        return ""
-    width = f", width {known.width}" if known.width else ""
-    return f"; its tensors fit {known.name}{width}, which --arch auto finds"
 
 
 def _imported(run: OwnRun) -> nn.Module:

@@ -158,8 +158,6 @@ def _check_archive(raw: bytes) -> None:
             raise ProgramError("is TorchScript, a program; save the network's state_dict with torch.save")
         if not any(name.endswith("data.pkl") for name in names):
             raise ValueError("it is a zip archive, but not of torch.save; unpack it first")
-        if len({*names}) < len(names):
-            raise ValueError("its archive has two members of one name")
         if sum(member.file_size for member in archive.infolist()) > len(raw):
             raise ValueError("its archive declares more bytes than the file has")
         if (bad := archive.testzip()) is not None:  # torch does not compare checksums

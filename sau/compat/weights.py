@@ -252,9 +252,8 @@ def _try(found: Weights, name: str) -> Guess | None:
         width = len(value) if has_width(name) else None
         if width is None or 0 < width <= 1024:
             try:
-                return Guess(
-                    name, width, len(end), found.prefix(state_dict_spec(partial(unwrapped, name, len(end), width)))
-                )
+                spec = state_dict_spec(partial(unwrapped, name, len(end), width))
+                return Guess(name, width, len(end), found.prefix(spec))
             except SeveralError:
                 raise
             except RecordError:

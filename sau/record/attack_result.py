@@ -119,17 +119,13 @@ class AttackResult:
                 images = images[torch.arange(length)]
             splits.append(images)
         train, test = splits
-        self._check_indices(train, test, place)
-        return train, test, notes
-
-    def _check_indices(self, train: Images, test: Images, place: str) -> None:
-        """RecordError unless the triggered and poisoned images come from these splits."""
         bad, poisoned = self.triggered, self.poisoned
         inside = bad is None or int(bad.index.max()) < len(test)
         if bad is not None and not (inside and torch.equal(test.labels[bad.index], bad.true_labels)):
             raise RecordError(f"{self.path}: its pictures are in another order than those under {place}")
         if poisoned is not None and int(poisoned.index.max()) >= len(train):
             raise RecordError(f"{self.path}: its poisoned pictures are none of the {len(train)} under {place}")
+        return train, test, notes
 
 
 def save(

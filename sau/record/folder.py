@@ -83,7 +83,8 @@ class Record:
         new = acquire(self.path)
         try:
             self.resumes = self._can_start(identity, overwrite, run)
-            self.config = self._read_config() if self.resumes else {}  # choices, like the precision, stay
+            # Choices, like the precision, stay.
+            self.config = schema.read_config(self.path / CONFIG) if self.resumes else {}
             return self.resumes
         except RecordError:
             if new:
@@ -95,7 +96,7 @@ class Record:
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         if self._holds_only("defense"):
             return False
-        old = self._read_config()
+        old = schema.read_config(self.path / CONFIG)
         if overwrite:
             self._refuse_running_defenses()
             return False
@@ -106,7 +107,7 @@ class Record:
                 self.verify(light=True)
                 raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
             raise RecordError(
-                f"{self.path} is finished; choose another name with --save_folder_name, or --overwrite to discard it"
+                f"{self.path} is finished; choose another --save_folder_name, or discard it by --overwrite"
             )
         if not same and not self._holds_only(CONFIG, LOG):  # it holds only these before its first epoch
             other = difference(old["identity"], as_json(identity))
@@ -215,7 +216,7 @@ class Record:
         """
         if not self.path.is_dir():
             raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
-        self.config = self._read_config()
+        self.config = schema.read_config(self.path / CONFIG)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
         self.verify(light=light)
@@ -235,6 +236,3 @@ class Record:
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
-
-    def _read_config(self) -> dict[str, Any]:
-        return schema.read_config(self.path / CONFIG)

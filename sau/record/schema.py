@@ -59,9 +59,8 @@ def read_config(file: Path) -> Config:
     except (OSError, *NO_YAML):
         valid = False
     if not valid:
-        raise RecordError(
-            f"{file.parent} is not a result folder of sau (no valid {file.name}); choose another --save_folder_name"
-        )
+        got = f"{file.parent} is not a result folder of sau (no valid {file.name})"
+        raise RecordError(f"{got}; choose another --save_folder_name")
     _check_version(config["schema"], file.parent)
     return {key: value for key, value in config.items() if key != "seal"}  # written by earlier code
 
@@ -95,9 +94,8 @@ def gate(summary: dict[str, Any], folder: Path) -> dict[str, Any] | None:
 
 def dump_manifest(files: list[Path]) -> bytes:
     """The content of `manifest.json` for these files."""
-    return (
-        json.dumps({"schema": SCHEMA, "files": {file.name: _entry(file) for file in files}}, indent=2) + "\n"
-    ).encode()
+    entries = {file.name: _entry(file) for file in files}
+    return (json.dumps({"schema": SCHEMA, "files": entries}, indent=2) + "\n").encode()
 
 
 def verify_manifest(file: Path, required: set[str], light: bool = False) -> list[str]:
