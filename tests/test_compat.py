@@ -283,16 +283,14 @@ def refused(tmp_path, one_line):
     return check
 
 
-@pytest.mark.filterwarnings("ignore")  # TorchScript is said to be on its way out
-def test_twelve_hostile_files_are_refused_and_nothing_runs(refused, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_hostile_files_are_refused_and_nothing_runs(refused, tmp_path):
     canary = tmp_path / HERE
     files = hostile(canary)
-    assert len(files) >= 12
     for raw, word in files.values():
         refused(raw, word)
         assert not canary.exists()
-    # The commands would have worked.
-    with zipfile.ZipFile(io.BytesIO(files["os.system"][0])) as archive:
+    with zipfile.ZipFile(io.BytesIO(files["os.system"][0])) as archive:  # which would have worked
         pickle.loads(archive.read("archive/data.pkl"))  # noqa: S301 - our own
     assert canary.exists()
 
@@ -308,28 +306,6 @@ def test_broken_archives(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="No such file"):
         backdoorbench.read(tmp_path / "empty")
-
-
-def test_flipped_bits_are_refused_or_harmless(tiny, tmp_path, one_line):
-    folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
-    raw, before = bytearray((folder / RESULT).read_bytes()), backdoorbench.read(folder)
-    with zipfile.ZipFile(folder / RESULT) as archive:
-        begin = archive.getinfo(f"{Path(RESULT).stem}/data.pkl").header_offset
-    draw, refusals = random.Random(0), 0
-    places = [*range(begin + 64, begin + 160), *(draw.randrange(len(raw)) for _ in range(150))]
-    for place in places:
-        changed = raw.copy()
-        changed[place] ^= 1 << draw.randrange(8)
-        (folder / RESULT).write_bytes(changed)
-        try:
-            found = backdoorbench.read(folder)
-        except RecordError as error:
-            one_line(error)
-            refusals += 1
-        else:
-            assert same(found.triggered, before.triggered) and same(found.poisoned, before.poisoned)
-            assert all(torch.equal(found.weights[name], before.weights[name]) for name in before.weights)
-    assert refusals > len(places) / 2
 
 
 def test_a_flipped_weight_is_noticed(tiny, tmp_path, refused):
@@ -352,44 +328,28 @@ ENTRY = "bd_test.bd_data_container.data_dict"
 WRONG = [
     ("clean_data", "imagenet", "clean_data is 'imagenet'"),
     ("clean_data", "gtsrb", "43, as gtsrb has"),
-    ("clean_data", [3], "clean_data is [3]"),
     ("model_name", "a\nb\x1b[2J", "unknown model"),
     ("num_classes", 11, "num_classes is 11"),
-    ("num_classes", "10", "num_classes is '10'"),
     ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
-    ("img_size", None, "not as BackdoorBench"),
-    ("model", {3: torch.zeros(1)}, "has no 'features.0.weight'"),
     ("model.more", torch.zeros(1), "unknown 'more'"),
     ("model.linear:bias", torch.zeros(11), "'linear.bias' of shape [11]"),
     ("model.linear:weight", torch.zeros(1).expand(1 << 40), "claims shape [1099511627776]"),
-    ("model.linear:bias", torch.zeros(10, dtype=torch.int64), "torch.int64"),
-    ("model.linear:bias", torch.full((10,), float("nan")), "not finite"),
     ("model.linear:bias", torch.zeros(10).to_sparse(), "dense"),
     ("model.linear:bias", [0.0] * 10, "lacks 'linear.bias'"),
-    ("model.features:1:running_var", torch.full((10,), -1.0), "negative variance"),
-    ("bd_test.poison_indicator", np.zeros((2, 2)), "not a vector of whole numbers"),
-    ("bd_test.poison_indicator", np.full(20, np.nan), "whole numbers"),
     ("bd_test.poison_indicator", np.full(20, 0.5), "whole numbers"),
-    ("bd_test.poison_indicator", ["1"] * 20, "whole numbers"),
     ("bd_test.poison_indicator", np.zeros(10_001), "the length of bd_test is 10001"),
     ("bd_test.poison_indicator", np.zeros(20), "0 of them triggered"),
     ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"),
-    ("bd_test.original_index_array", np.array([-1, 1]), "0 to 19"),
     ("bd_test.original_index_array", np.array([1, 1]), "different"),
-    ("bd_test.original_index_array", [], "0 pictures"),
     ("bd_test.bd_data_container", {}, "lacks 'data_dict'"),
     (ENTRY, {}, "lacks 1"),
     (f"{ENTRY}.1.other_info", [10, 1], "is 10, allowed is 0 to 9"),
     (f"{ENTRY}.1.other_info", [0, -1], "is -1"),
-    (f"{ENTRY}.1.other_info", [True, 1], "is True"),
-    (f"{ENTRY}.1.other_info", [0], "not as BackdoorBench"),
     (f"{ENTRY}.1.other_info", [0, 8], "missing"),
     (f"{ENTRY}.1.path", "bd_test_dataset/1/2.png", "picture 1 is at"),
     (f"{ENTRY}.1.path", "/etc/passwd", "/etc/passwd"),
     (f"{ENTRY}.1.path", "../../bd_test_dataset/../1.png", "picture 1 is at"),
-    (f"{ENTRY}.1.path", "defense/1/1.png", "picture 1 is at"),
     (f"{ENTRY}.1.path", "bd_test_dataset/..\\1/1.png", "picture 1 is at"),
-    (f"{ENTRY}.1.path", "bd_test_dataset/\u0661/1.png", "picture 1 is at"),
     (f"{ENTRY}.1.path", None, "not as BackdoorBench"),
 ]
 
@@ -552,21 +512,15 @@ def test_what_cannot_be_expressed(make, tiny, tmp_path, one_line, changed, word)
     assert word in one_line(refusal.value) and not (tmp_path / "out").exists()
 
 
-def test_other_pictures_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, monkeypatch, one_line):
+def test_other_images_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, monkeypatch):
     record = make()
-    with monkeypatch.context() as patch:
-        patch.setitem(OFFICIAL, "cifar10", Official(10, (50_000,), 10_000))
-        with pytest.raises(RecordError) as refusal:
+    for lengths in ((41, 20), (40, 21)):
+        monkeypatch.setitem(OFFICIAL, "cifar10", Official(10, lengths[:1], lengths[1]))
+        with pytest.raises(RecordError, match=r"a part of cifar10 \(40 and 20"):
             export.write(record, tmp_path / "out", "out")
-        assert "a part of cifar10 (40 and 20 pictures)" in one_line(refusal.value)
-        for lengths in ((41, 20), (40, 21)):
-            patch.setitem(OFFICIAL, "cifar10", Official(10, lengths[:1], lengths[1]))
-            with pytest.raises(RecordError, match=r"a part of cifar10 \(40 and 20 pictures\)"):
-                export.write(record, tmp_path / "out", "out")
-        patch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
-        with pytest.raises(RecordError) as refusal:
-            export.write(record, tmp_path / "out", "out")
-        assert "holds other" in one_line(refusal.value)
+    monkeypatch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
+    with pytest.raises(RecordError, match="holds other"):
+        export.write(record, tmp_path / "out", "out")
 
 
 def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch, one_line):
@@ -630,13 +584,9 @@ def test_png_folders_are_read_back_equal(wanted, script, tmp_path):
             with Image.open(tmp_path / "out" / row["file"]) as picture:
                 assert np.array_equal(np.asarray(picture), images.pixels[i].permute(1, 2, 0).numpy())
             assert row["file"] == f"{part}/{row['label']}/{row['index']}.png"
-        for column, values in zip(("label", "true_label", "role", "index"), export_columns(images), strict=True):
-            assert [int(row[column]) for row in mine] == values
+        for column, name in (("label", "labels"), ("true_label", "true_labels"), ("role", "role"), ("index", "index")):
+            assert [int(row[column]) for row in mine] == getattr(images, name).tolist()
     assert {int(row["role"]) for row in rows} == {CLEAN, BACKDOOR, CROSS}
-
-
-def export_columns(images: Images) -> list[list[int]]:
-    return [getattr(images, name).tolist() for name in ("labels", "true_labels", "role", "index")]
 
 
 def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
@@ -646,16 +596,3 @@ def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
     assert same(found.triggered, wanted["test_triggered"])
     content = torch.load(tmp_path / "bench" / "record" / "victim" / RESULT, weights_only=False)
     assert content["bd_test"]["save_folder_path"] == "./record/victim/bd_test_dataset"
-
-
-def test_mistakes_on_the_command_line(script, finished, tmp_path):
-    for name, kind, out, word in (
-        ("nothing", "npz", "out", "no folder"),
-        ("../x", "npz", "out", "allowed is a name"),
-        ("victim", "backdoorbench", "out", "no data set digits"),
-        ("victim", "npz", ".", "exists"),
-    ):
-        argv = (name, "--format", kind, "--out", str(tmp_path / out), "--record_root", str(finished / "record"))
-        status, _, err = script("export.py", *argv)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
-    assert not (tmp_path / "out").exists()

@@ -85,16 +85,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     assert (tmp_path / "file").read_bytes() == b"old" and listing(tmp_path) == ["file"]
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def stop(number: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "file", b"new")
-    assert listing(tmp_path) == []
-
-
 def test_reading_refuses_what_is_no_small_regular_file(tmp_path):
     (tmp_path / "x").write_bytes(b"12345")
     os.mkfifo(tmp_path / "fifo")
@@ -119,15 +109,12 @@ def test_no_name_leads_out_of_the_record_root(name):
         assert (find is existing and "/" in name) or (path.resolve().parent == root.resolve() and path != root)
 
 
-@pytest.mark.parametrize("name", ["a", "badnet_0.1", "2024-01-01", "x" * 100, "a..b"])
-def test_plain_names_are_allowed(tmp_path, name):
-    assert safe_join(tmp_path, name) == tmp_path / name
-
-
-@pytest.mark.parametrize("name", ["", "..", "a/b", "/etc", "-rf", ".hidden", "a\n", "é", "x" * 101, "a."])
-def test_other_names_are_refused(tmp_path, name):
-    with pytest.raises(RecordError, match="folder name"):
-        safe_join(tmp_path, name)
+def test_a_folder_name_has_up_to_100_plain_characters(tmp_path):
+    for name in ("a", "badnet_0.1", "x" * 100, "a..b"):
+        assert safe_join(tmp_path, name) == tmp_path / name
+    for name in ("", "..", "a/b", "-rf", ".hidden", "a\n", "é", "x" * 101, "a."):
+        with pytest.raises(RecordError, match="folder name"):
+            safe_join(tmp_path, name)
 
 
 def test_a_link_that_leads_out_is_refused_and_the_root_may_be_a_link(tmp_path):
@@ -151,6 +138,8 @@ def test_facts_come_back_once_training_began(tmp_path):
     record.update_config(amp=True)
     before = (tmp_path / "a" / CONFIG).read_text()
     assert "values" in before and "amp" not in before
+    with pytest.raises(RecordError, match="unfinished"):
+        Record(tmp_path / "a").check()
     assert record.load() is None
     for command in ("second", "third"):
         again = begun(tmp_path / "a", command=command, run={"trigger_radius": 0.9})
@@ -158,20 +147,6 @@ def test_facts_come_back_once_training_began(tmp_path):
     stored = schema.read_config(tmp_path / "a" / CONFIG)
     assert stored == again.config and stored["run"] == {"trigger_radius": 0.9}
     assert stored["command"] == "third" and stored["earlier_commands"] == ["first", "second"]
-
-
-def test_the_configuration_is_written_three_times(tmp_path, monkeypatch):
-    writes, really = [], module.write
-    monkeypatch.setattr(module, "write", lambda path, content: writes.append(path.name) or really(path, content))
-    record = begun(tmp_path / "a")
-    for n in range(5):
-        record.update_config(fact=n)
-    record.load()
-    for _ in range(3):
-        record.save(EPOCH_1)
-    record.update_config(last=True)
-    record.finish({})
-    assert writes.count(CONFIG) == 3 and Record(tmp_path / "a").check()["last"] is True
 
 
 @pytest.mark.parametrize(
@@ -207,14 +182,6 @@ def test_a_finished_folder_is_refused_until_it_is_overwritten(tmp_path):
         assert type(refusal.value) is RecordError and listing(tmp_path) == before
     begun(tmp_path / "a", overwrite=True)
     assert listing(tmp_path / "a") == [CONFIG]
-
-
-def test_a_damaged_finished_run_is_not_called_finished(tmp_path):
-    made(tmp_path / "a")
-    (tmp_path / "a" / METRICS).write_text("{}")
-    with pytest.raises(RecordError, match=METRICS) as refusal:
-        begun(tmp_path / "a")
-    assert type(refusal.value) is RecordError
 
 
 def test_an_early_end_stands_in_the_identity_and_does_not_keep_the_run_from_resuming(tmp_path):
@@ -299,10 +266,6 @@ def test_bytes_of_a_path_that_are_no_text_do_not_spoil_the_folder(tmp_path, caps
     assert (tmp_path / "a" / LOG).read_text() == capsys.readouterr().out == "from caf\\udce9\n"
 
 
-def test_a_digest_does_not_depend_on_the_order_of_keys():
-    assert schema.digest({"a": 1, "b": (2,)}) == schema.digest({"b": [2], "a": 1}) != schema.digest({"a": 1, "b": [3]})
-
-
 # The manifest
 
 
@@ -352,7 +315,7 @@ def test_a_file_that_a_reader_would_take_must_be_in_the_manifest(tmp_path, name)
         load(tmp_path / "a")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"schema": 2, "files": 3}', "\xff", "[" * 200_000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2, "files": 3}', "\xff", "[" * 200_000])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text):
     made(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).write_text(text, encoding="latin-1")
@@ -367,13 +330,6 @@ def test_a_manifest_cannot_vouch_for_files_outside_its_folder(tmp_path):
     edit_json(tmp_path / "a" / MANIFEST, lambda content: content["files"].update({"../secret": entry}))
     with pytest.raises(RecordError):
         Record(tmp_path / "a").check()
-
-
-def test_missing_and_unfinished_folders_are_refused(tmp_path):
-    begun(tmp_path / "unfinished")
-    for name, word in (("missing", "no folder"), ("unfinished", "unfinished")):
-        with pytest.raises(RecordError, match=word):
-            Record(tmp_path / name).check()
 
 
 def test_a_light_check_compares_the_sizes_of_weights_alone(tmp_path):
@@ -461,7 +417,7 @@ def test_a_malicious_checkpoint_with_a_right_sum_is_not_executed(tmp_path, kind)
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("kept", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("kept", [None, 0, 2])
 def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     """Their epochs come again; the file may also end in the middle of a line, or hold what somebody wrote into it."""
     record = begun(tmp_path / "a")
@@ -477,16 +433,6 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     again.log_metrics(epoch=(kept or 0) + 1, loss=9.0)
     rows = [json.loads(line) for line in (tmp_path / "a" / METRICS).read_text().splitlines()]
     assert rows == again.rows and [row["epoch"] for row in rows] == list(range(1, (kept or 0) + 2))
-
-
-def test_rows_of_an_earlier_stage_stay_on_resuming(tmp_path):
-    record = begun(tmp_path / "a")
-    for row in ({"epoch": 1}, {"epoch": 2}, {"stage": 1.0, "epoch": 1}, {"stage": 1.0, "epoch": 2}):
-        record.log_metrics(**row)
-    record.save({"stage": 1, "place": {"epoch": 1}})
-    again = begun(tmp_path / "a")
-    again.load()
-    assert [(row.get("stage", 0), row["epoch"]) for row in again.rows] == [(0, 1), (0, 2), (1, 1)]
 
 
 def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
@@ -573,34 +519,6 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert not in_use(folder) and acquire(folder) and in_use(folder)
     release(folder)
     assert not in_use(folder)
-
-
-def contend(folder: Path, tag: float) -> int:
-    """Write a whole record whose every file has the tag: 0, or 1 where another process has the folder."""
-    record = Record(folder)
-    try:
-        record.begin({"tag": tag}, {"a": 0}, overwrite=False)
-    except RecordError:
-        return 1
-    record.log_metrics(epoch=1, tag=tag)
-    time.sleep(0.05)
-    record.save_tensors("model", {"tag": torch.full((3,), tag)})
-    record.finish({"tag": tag})
-    return 0
-
-
-@pytest.mark.parametrize("number", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_of_two_processes_one_has_the_folder(number, tmp_path):
-    for i in range(number):
-        folder, children = tmp_path / str(i) / "run", []
-        for tag in (1.0, 2.0):
-            if (pid := os.fork()) == 0:
-                os._exit(contend(folder, tag))
-            children.append(pid)
-        assert sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children) == [0, 1]
-        record = Record(folder)
-        tag = record.check()["tag"]
-        assert record.summary()["tag"] == tag and (record.load_tensors("model")["tag"] == tag).all()
 
 
 def test_a_folder_is_one_by_whatever_path(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from torch import nn
 from toys import QUICK, REPOSITORY, environment, quiet, same_weights, the_error, tiny_net, toy_images
 
 from sau.data.images import to_float
-from sau.data.sources import check_clean_set, check_counts
+from sau.data.sources import check_clean_set
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError
 from sau.evaluate import Score, der, score
@@ -44,47 +44,30 @@ def test_results_that_would_go_through_a_link_are_not_written(victim, tmp_path, 
 # V4: clean sets
 
 
-def test_a_clean_set_that_is_part_of_the_test_set_is_refused(one_line):
-    test = toy_images(40)
-    with pytest.raises(DataError) as refusal:
-        check_clean_set(test[torch.arange(10)], test, 4)
-    assert "10 of 10 clean images are test images" in one_line(refusal.value)
-    other = toy_images(300, seed=1)
-    pixels = other.pixels.clone()
-    pixels[7] = test.pixels[3]
-    assert check_clean_set(replace(other, pixels=pixels), test, 4) == ["1 of 300 clean images are test images, too"]
+@pytest.mark.parametrize("shared", [2, 3, 200])
+def test_up_to_a_hundredth_of_a_clean_set_may_be_test_images(shared):
+    clean, test = toy_images(200, seed=1), toy_images(200)
+    pixels = torch.cat([test.pixels[:shared], clean.pixels[shared:]])
+    if shared == 2:
+        notes = check_clean_set(replace(clean, pixels=pixels), test, 200)
+        assert notes == ["2 of 200 clean images are test images, too"]
+    else:
+        with pytest.raises(DataError, match=f"{shared} of 200"):
+            check_clean_set(replace(clean, pixels=pixels), test, 200)
 
 
-def test_up_to_a_hundredth_of_a_clean_set_may_be_test_pictures():
-    test, clean = toy_images(40), toy_images(200, seed=1)
-    for shared in (2, 3):
-        pixels = clean.pixels.clone()
-        pixels[:shared] = test.pixels[:shared]
-        mixed = replace(clean, pixels=pixels)
-        if shared == 2:
-            assert check_clean_set(mixed, test, 200) == ["2 of 200 clean images are test images, too"]
-    with pytest.raises(DataError, match="3 of 200"):
-        check_clean_set(mixed, test, 200)
-    assert check_clean_set(clean, test, 201) == ["200 clean images are less than a batch of 201"]
-
-
-def test_of_the_classes_that_are_missing_ten_are_named():
-    ten = ", ".join(map(str, range(10)))
-    for missing, names in ((10, ten), (11, f"{ten}, ...")):
-        counts = (torch.arange(12) >= missing).long()
-        assert check_counts(counts, 0) == [f"the clean images have none of {missing} of 12 classes: {names}"]
-
-
-def test_small_and_lopsided_clean_sets_are_said():
-    test, clean = toy_images(8, seed=5), toy_images(40, seed=6)
-    assert check_clean_set(clean, test, 8) == []
-    one = check_clean_set(clean[torch.tensor([2])], test, 8)
-    assert one == [
-        "the clean images have none of 3 of 4 classes: 0, 1, 3",
-        "1 clean images are less than a batch of 8",
-    ]
-    twice = check_clean_set(clean[torch.tensor([0, 1, 2, 3, 3, 2])], test, 2)
-    assert twice == ["2 of 6 clean images are copies of others"]
+@pytest.mark.parametrize(
+    ("rows", "batch", "words"),
+    [
+        (range(40), 8, []),
+        (range(40), 41, ["40 clean images are less than a batch of 41"]),
+        ([2], 8, ["none of 3 of 4 classes: 0, 1, 3", "1 clean images are less than a batch of 8"]),
+        ([0, 1, 2, 3, 3, 2], 2, ["2 of 6 clean images are copies of others"]),
+    ],
+)
+def test_small_and_lopsided_clean_sets_are_noted(rows, batch, words):
+    notes = check_clean_set(toy_images(40, seed=6)[torch.tensor([*rows])], toy_images(8, seed=5), batch)
+    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +128,7 @@ def told(answers: list[int]) -> torch.Tensor:
     return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1)
 
 
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 @given(st.data())
 def test_figures_are_those_of_a_count_by_hand(data):
     classes = data.draw(st.integers(2, 6))
@@ -186,7 +169,7 @@ def test_a_defense_never_asks_for_the_test_sets(name):
 # Files that scripts go on with
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"networks": []}', '{"passes": 40, "networks": [{}]}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", '{"networks": []}', '{"passes": 40, "networks": [{}]}'])
 def test_a_damaged_list_of_clean_networks_is_one_line(text, script, tmp_path):
     (tmp_path / "x.json").write_text(text)
     status, _, err = script("clean_indices.py", "record", "--out", "x.json")
@@ -196,22 +179,13 @@ def test_a_damaged_list_of_clean_networks_is_one_line(text, script, tmp_path):
 # N1: without the extras
 
 
-@pytest.mark.parametrize("script", ["audit", "audits", "figures", "gallery"])
+@pytest.mark.parametrize("script", ["audit", "gallery"])
 def test_a_missing_extra_is_one_line_with_its_installation(script):
     scripts = REPOSITORY / "scripts"
     code = f"import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(scripts)!r}); "
     code += f"runpy.run_path({str(scripts / script)!r} + '.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=240)
     assert done.returncode == 2 and "pip install -e '.[report]'" in the_error(done.stderr)
-
-
-def test_the_library_is_installed_from_a_clone():
-    """There is a package of others called sau on PyPI."""
-    kinds = ("*.py", "*.md", "*.sh", "*.ipynb", "*.toml")
-    places = [path for kind in kinds for path in REPOSITORY.rglob(kind) if ".venv" not in path.parts]
-    named = re.compile(r"pip install (-U |--upgrade )?['\"]?sau\b")
-    assert [str(path) for path in places if named.search(path.read_text())] == []
-    assert "not on PyPI" in (REPOSITORY / "README.md").read_text()
 
 
 @pytest.mark.parametrize("place", sorted((REPOSITORY / "scripts").glob("*.py")), ids=lambda place: place.name)
