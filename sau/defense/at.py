@@ -21,8 +21,11 @@ from sau.types import Change, Labels, PerImage, Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class AT(AdversarialDefense):
-    """Train on clean images and on the worst ones around them. The usual robust training is `--weight_clean 0
-    --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`."""
+    """Train on clean images and on the worst ones around them.
+
+    The usual robust training is
+    `--weight_clean 0 --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.
+    """
 
     name: ClassVar[str] = "at"
     graph_safe: ClassVar[bool] = True

@@ -123,7 +123,7 @@ def sections(results: Sequence[Result], dataset: str | None = None) -> list[Sect
 
 
 def _section(results: list[Result]) -> Section:
-    notes = {str(note) for result in results for note in _list(result.config.get("notes"))}
+    notes = {str(note) for result in results for note in result.config.get("notes") or []}
     groups: dict[Key, list[Result]] = defaultdict(list)
     for result, (attack_label, label) in zip(results, _labels(results), strict=True):
         groups[result.attack, attack_label, result.defense, label].append(result)
@@ -169,9 +169,9 @@ def _order(cell: TableCell) -> tuple[Any, ...]:
 
 def _network(result: Result) -> dict[str, Any]:
     """Network of the attack; of an attack by BackdoorBench, that of its defense."""
-    settings, model = result.attack_settings or {}, result.config.get("model")
+    settings, model = result.attack_settings or {}, result.config.get("model") or {}
     found = {name: settings[name] for name in NETWORK if name in settings}
-    return found or {name: model[name] for name in NETWORK if isinstance(model, dict) and name in model}
+    return found or {name: model[name] for name in NETWORK if name in model}
 
 
 def _labels(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -241,7 +241,3 @@ def _short(value: Any) -> str:
 
 def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

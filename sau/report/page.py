@@ -25,7 +25,6 @@ from sau.report.results import NONE, PERCENT, Result, find_results
 from sau.report.stats import MeanStd
 from sau.report.tables import published, published_rows
 
-LINES = 200  # of settings that are shown
 HIDDEN = {"identity", "clean_index", "command", "digest", "schema"}  # repeated, long, or shown elsewhere
 COLUMNS, SIZE = 4, 48  # images in a strip, and their side in pixels
 
@@ -71,8 +70,7 @@ def _figure(value: float | MeanStd | None, digits: int = 2, sign: bool = False) 
 def _row(cell: TableCell, identifier: str, dataset_path: str | None) -> dict[str, Any]:
     """A cell with what its details show: trigger images, settings and commands."""
     config = {key: value for key, value in cell.results[0].config.items() if key not in HIDDEN}
-    lines = json.dumps(config, indent=1, ensure_ascii=False).splitlines() if config else []
-    settings = [line[:300] for line in lines[:LINES]] + ["…"] * (len(lines) > LINES)
+    settings = json.dumps(config, indent=1, ensure_ascii=False) if config else ""
     commands = [f"python {one.config['command']}" for one in cell.results if one.config.get("command")]
     strip = trigger_strip(cell.results[0], dataset_path) if cell.defense == NONE else None
     return {"id": identifier, "cell": cell, "settings": settings, "commands": commands, "strip": strip}

@@ -178,9 +178,9 @@ def _check_kind(config: dict[str, Any], parent: Result | None) -> None:
 
 def _who(config: dict[str, Any], folder: Path, parent: Result | None) -> dict[str, Any]:
     """Names, seed and settings: from the configuration if there is one, else from the names of the folders."""
-    identity, run = config.get("identity", {}), _mapping(config.get("run"))
+    identity, run = config.get("identity", {}), config.get("run") or {}
     settings = {str(key): value for key, value in identity.items() if key not in SEED_KEYS}
-    seed, dataset = identity.get("random_seed"), _mapping(config.get("data")).get("dataset")
+    seed, dataset = identity.get("random_seed"), (config.get("data") or {}).get("dataset")
     seed, dataset = seed if type(seed) is int else None, str(dataset) if dataset else None
     amp = {"amp": config["amp"]} if settings and config.get("amp") is not None else {}
     if parent is None:
@@ -242,7 +242,3 @@ def _without_copies(results: list[Result], left_out: list[str]) -> list[Result]:
         if original is not result:
             left_out.append(f"{result.name}: a copy of {original.name} (equal digest and figures)")
     return list(first.values())
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
