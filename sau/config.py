@@ -24,11 +24,12 @@ from sau.files import checksum
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (Integral,), float: (Real,), str: (str, os.PathLike)}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
+Bound = int | float
 
 
 def param(
-    default: Any, help: str = "", *, ge: float | None = None, gt: float | None = None, le: float | None = None,
-    lt: float | None = None, aliases: tuple[str, ...] = (),
+    default: Any, help: str = "", *, ge: Bound | None = None, gt: Bound | None = None, le: Bound | None = None,
+    lt: Bound | None = None, aliases: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
     """A field of a dataclass that is a flag and a YAML key as well.
 
@@ -56,10 +57,10 @@ class Option:
     default: Any
     help: str = ""
     aliases: tuple[str, ...] = ()
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    ge: Bound | None = None
+    gt: Bound | None = None
+    le: Bound | None = None
+    lt: Bound | None = None
 
     @property
     def range(self) -> str:
