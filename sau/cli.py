@@ -245,7 +245,7 @@ def _given(
     given = sources.clean_subset(pool, run.ratio, run.random_seed, run.index)
     notes += [note] if (note := sources.index_note(run.index, len(pool))) else []
     if method.data_use != "none":
-        notes += sources.check_clean_set(given, test, method.batch_size, offered)
+        notes += sources.check_clean_set(given, test, offered)
     return given, test, notes
 
 

@@ -172,7 +172,7 @@ def purify(name: str, asked: Settings) -> None:
     answers = predict(model, given.pixels)  # few that are right are said before hours are spent
     misused = misuse(model, given.batches(AT_ONCE_ON_CPU), given.labels, answers, given.num_classes)
     notes = ([misused] if misused else []) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
-    notes += check_clean_set(given, test, method.batch_size) if method.data_use != "none" else []
+    notes += check_clean_set(given, test) if method.data_use != "none" else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}

@@ -49,41 +49,32 @@ def test_up_to_a_hundredth_of_a_clean_set_may_be_test_images(shared):
     clean, test = toy_images(200, seed=1), toy_images(200)
     pixels = torch.cat([test.pixels[:shared], clean.pixels[shared:]])
     if shared == 2:
-        notes = check_clean_set(replace(clean, pixels=pixels), test, 200)
+        notes = check_clean_set(replace(clean, pixels=pixels), test)
         assert notes == ["2 of 200 clean images are test images, too"]
     else:
         with pytest.raises(DataError, match=f"{shared} of 200"):
-            check_clean_set(replace(clean, pixels=pixels), test, 200)
+            check_clean_set(replace(clean, pixels=pixels), test)
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch", "words"),
+    ("rows", "words"),
     [
-        (range(40), 8, []),
-        (range(40), 41, ["40 clean images are less than a batch of 41"]),
-        ([2], 8, ["none of 3 of 4 classes: 0, 1, 3", "1 clean images are less than a batch of 8"]),
-        ([0, 1, 2, 3, 3, 2], 2, ["2 of 6 clean images are copies of others"]),
+        (range(40), []),
+        ([2], ["none of 3 of 4 classes: 0, 1, 3"]),
+        ([0, 1, 2, 3, 3, 2], ["2 of 6 clean images are copies of others"]),
     ],
 )
-def test_small_and_lopsided_clean_sets_are_noted(rows, batch, words):
-    notes = check_clean_set(toy_images(40, seed=6)[torch.tensor([*rows])], toy_images(8, seed=5), batch)
+def test_small_and_lopsided_clean_sets_are_noted(rows, words):
+    notes = check_clean_set(toy_images(40, seed=6)[torch.tensor([*rows])], toy_images(8, seed=5))
     assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
 
 
 @pytest.mark.parametrize(
     ("defense", "kind", "wanted"),
     [
-        (
-            FT(epochs=0, batch_size=8),
-            "pair",
-            ["have none of 3 of 4 classes: 0, 1, 3", "1 clean images are less than a"],
-        ),
-        (FT(epochs=0, batch_size=8), "loader", ["have none of 3 of 4 classes: 0, 1, 3"]),  # whose batches are its own
-        (
-            EP(batch_size=8),
-            "two",
-            ["the poisoned images have none of 2", "2 poisoned images are less than a batch"],
-        ),
+        (FT(epochs=0, batch_size=8), "pair", ["have none of 3 of 4 classes: 0, 1, 3"]),
+        (FT(epochs=0, batch_size=8), "loader", ["have none of 3 of 4 classes: 0, 1, 3"]),
+        (EP(batch_size=8), "two", ["the poisoned images have none of 2"]),
         (CLP(batch_size=8), "pair", []),  # looks at no pictures
     ],
     ids=["pair", "loader", "poisoned", "blind"],
@@ -105,9 +96,9 @@ def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here)
     (tmp_path / "one.txt").write_text("5\n")
     flags = ("--result_file", "victim", "--index", "one.txt", "--epochs", "1", *QUICK)
     status, out, err = here("defense", "ft", *flags)
-    assert status == 0 and out.count("note: 1 clean images are less than a batch") == 1, err
+    assert status == 0 and out.count("note: the clean images have none of 9 of 10 classes") == 1, err
     notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
-    assert len(notes) == 2 and "9 of 10 classes" in notes[0]
+    assert len(notes) == 1 and "9 of 10 classes" in notes[0]
 
 
 # E1: the evaluator against brute force

@@ -221,7 +221,7 @@ def last_of_each(labels: Labels, share: float) -> Tensor:
     return last
 
 
-def check_clean_set(given: Images, test: Images, batch_size: int, kind: str = "clean") -> list[str]:
+def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[str]:
     """What to know about a defender's images, of which `kind` they are, before a result is believed, a line each.
 
     Raises DataError if more than `MAX_OVERLAP` of them are test images: no figure would mean anything.
@@ -236,24 +236,19 @@ def check_clean_set(given: Images, test: Images, batch_size: int, kind: str = "c
         notes.append(f"{shared} of {len(given)} {kind} images are test images, too")
     if twins := len(sums) - len({*sums}):
         notes.append(f"{twins} of {len(given)} {kind} images are copies of others")
-    return notes + check_counts(given.labels.bincount(minlength=given.num_classes), batch_size, kind)
+    return notes + check_counts(given.labels.bincount(minlength=given.num_classes), kind)
 
 
-def check_counts(counts: Tensor, batch_size: int, kind: str = "clean") -> list[str]:
+def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:
     """What to know of the numbers of a defender's images, a line each.
 
     Args:
         counts: images of each class [K].
-        batch_size: of the method; 0 where the caller makes the batches.
         kind: of the images.
     """
-    notes, total, missing = [], int(counts.sum()), (counts == 0).nonzero().flatten().tolist()
-    if missing:
-        names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        notes.append(f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}")
-    if total < batch_size:
-        notes.append(f"{total} {kind} images are less than a batch of {batch_size}")
-    return notes
+    missing = (counts == 0).nonzero().flatten().tolist()
+    names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    return [f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}"] if missing else []
 
 
 def _checksums(images: Images) -> list[bytes]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.data.images import Batches
 from sau.data.sources import check_counts
 from sau.defense.inputs import unaugmented
 from sau.defense.verdict import follows_images
@@ -63,8 +62,7 @@ def check_before(method: Any, model: Normalized, batches: Batched, session: Sess
     for text in warn:
         session.say(f"warning: {text}")
     if looks and not session.data_checked:
-        size = method.batch_size if isinstance(batches, Batches) else 0
-        for note in check_counts(counts, size, method.data_use):
+        for note in check_counts(counts, method.data_use):
             session.say(f"note: {note}")
     return right / total
 
