@@ -53,7 +53,7 @@ WORDS = (
 def test_every_line_of_the_readme_is_a_line_of_the_demo(here):
     """Two epochs and two rounds, the second of them evaluated."""
     printed: list[str] = []
-    for argv in commands("--epochs", "2", "--eval_every", "2"):
+    for argv in commands("--epochs", "2", "--eval_every", "2", "--lr_scheduler", "OneCycleLR"):
         status, out, err = here(*argv)
         assert (status, err) == (0, "")
         printed += out.splitlines()
