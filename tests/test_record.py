@@ -180,6 +180,10 @@ def test_a_finished_folder_is_refused_until_it_is_overwritten(tmp_path):
         with pytest.raises(RecordError, match="--overwrite") as refusal:
             begun(tmp_path / "a", identity, run=run and {"threads": 2})
         assert type(refusal.value) is RecordError and listing(tmp_path) == before
+    (tmp_path / "a" / METRICS).write_text("{}")  # damaged, so not finished
+    with pytest.raises(RecordError, match=METRICS) as refusal:
+        begun(tmp_path / "a")
+    assert type(refusal.value) is RecordError
     begun(tmp_path / "a", overwrite=True)
     assert listing(tmp_path / "a") == [CONFIG]
 
@@ -263,6 +267,7 @@ def test_bytes_of_a_path_that_are_no_text_do_not_spoil_the_folder(tmp_path, caps
     record.finish({"acc": 1.0})
     config = Record(tmp_path / "a").check()
     assert schema.digest(config["identity"]) == config["digest"]
+    assert schema.digest({"a": 1, "b": (2,)}) == schema.digest({"b": [2], "a": 1}) != schema.digest({"a": 1, "b": [3]})
     assert (tmp_path / "a" / LOG).read_text() == capsys.readouterr().out == "from caf\\udce9\n"
 
 
@@ -433,6 +438,16 @@ def test_rows_after_the_checkpoint_are_dropped_on_resuming(tmp_path, kept):
     again.log_metrics(epoch=(kept or 0) + 1, loss=9.0)
     rows = [json.loads(line) for line in (tmp_path / "a" / METRICS).read_text().splitlines()]
     assert rows == again.rows and [row["epoch"] for row in rows] == list(range(1, (kept or 0) + 2))
+
+
+def test_rows_of_an_earlier_stage_stay_on_resuming(tmp_path):
+    record = begun(tmp_path / "a")
+    for row in ({"epoch": 1}, {"epoch": 2}, {"stage": 1.0, "epoch": 1}, {"stage": 1.0, "epoch": 2}):
+        record.log_metrics(**row)
+    record.save({"stage": 1, "place": {"epoch": 1}})
+    again = begun(tmp_path / "a")
+    again.load()
+    assert [(row.get("stage", 0), row["epoch"]) for row in again.rows] == [(0, 1), (0, 2), (1, 1)]
 
 
 def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
