@@ -11,6 +11,8 @@ import random
 import subprocess
 import sys
 import types
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -369,3 +371,14 @@ def test_verdicts_and_conversion_on_the_command_line(script, places, tmp_path):
     for argv, word in (([str(tmp_path / "none")], "no file"), ([str(honest), "--to", str(honest)], "exists")):
         status, _, err = script("inspect_checkpoint.py", *argv)
         assert status == 2 and word in the_error(err)
+
+
+def test_an_archive_with_two_members_of_one_name_is_refused(tmp_path):
+    """torch and zipfile may read different ones, so the imports that are reported would not be those that count."""
+    path = tmp_path / "twice.pt"
+    torch.save({"a": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the name
+        archive.writestr(next(name for name in archive.namelist() if name.endswith("data.pkl")), b"")
+    with pytest.raises(RecordError, match="one name"):
+        torch_file.load(path)

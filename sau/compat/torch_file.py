@@ -154,6 +154,8 @@ def _check_archive(raw: bytes) -> None:
     """Refuse an archive by its table of contents: ProgramError, ValueError, or what zipfile raises."""
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         names = archive.namelist()
+        if len({*names}) < len(names):  # torch and zipfile may read different ones
+            raise ValueError("two members of its archive have one name")
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
             raise ProgramError("is TorchScript, a program; save the network's state_dict with torch.save")
         if not any(name.endswith("data.pkl") for name in names):
