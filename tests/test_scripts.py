@@ -65,7 +65,8 @@ def test_networks_compute_on_the_device(name, flags, what, victim, here, script,
     if name == "clean_indices.py":
         clean = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--threads", "1", "--amp", "false")
         assert here("attack", "prototype", "--save_folder_name", "clean", *clean, "--device", "cpu")[0] == 0
-    for home in ("arguments", "figures"):  # scripts import it anew
+    monkeypatch.delitem(sys.modules, "risks", raising=False)  # tables.py imports it anew, as scripts do
+    for home in ("arguments", "figures"):
         monkeypatch.setattr(f"sau.command.{home}.use_device", lambda args: torch.device("meta"))
     monkeypatch.setattr("sau.record.attack_result.load_weights", lambda model, path: None)
     monkeypatch.setattr("sau.command.figures.features", lambda *given: None)
