@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from sau.grid.engines import Job, Outcome
+from sau.grid.engines import Job, Local, Outcome
 from sau.grid.plan import cells
 from sau.grid.spec import read
 from sau.grid.store import Cell, Store
@@ -36,7 +36,7 @@ def finish(store: Store, cell: Cell, **summary: Any) -> None:
     record.finish({"acc": 90.0, "asr": 1.0, "seconds": 4.0, "peak_memory_mb": 100.0, **summary})
 
 
-class Scripted:
+class Scripted(Local):
     """An engine on which the tries of a cell, by its label, end as in `script`; others finish."""
 
     lost = (OSError,)

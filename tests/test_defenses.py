@@ -23,6 +23,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import make_layers
 from toys import (
     REPOSITORY,
+    Shaped,
     TinyNet,
     backdoored,
     pair,
@@ -308,17 +309,6 @@ def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense, count, one_lin
         assert count == 1 and "image" in one_line(refusal)
 
 
-class Answers(nn.Module):
-    """A network whose output is shaped by a function."""
-
-    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.net, self.shape = tiny_net(), shape
-
-    def forward(self, x: Tensor) -> Any:
-        return self.shape(self.net(x))
-
-
 class Endless(IterableDataset):
     def __iter__(self):
         yield from zip(*pair(), strict=True)
@@ -417,20 +407,20 @@ def broken(net: Any) -> None:
 
 NETWORKS: list[tuple[str, type[SauError], str, Callable[[], Any]]] = [
     ("half", ConfigError, "torch.float16", lambda: tiny_net().half()),
-    ("scripted", ConfigError, "Script", lambda: torch.jit.script(tiny_net())),
+    ("scripted", ConfigError, "Script", lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)))),
     ("a state dict", ConfigError, "OrderedDict", lambda: tiny_net().state_dict()),
     ("meta", ConfigError, "meta", lambda: tiny_net().to("meta")),
     ("lazy", ConfigError, "lazy", lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4))),
     ("no weights", ConfigError, "no weights", nn.Flatten),
     ("pruned", ConfigError, "prune.remove", lambda: changed(lambda n: prune.l1_unstructured(n.linear, "weight", 0.3))),
     ("NaN", TrainingError, "linear.weight", lambda: changed(broken)),
-    ("softmax", ConfigError, "probabilities", lambda: Answers(lambda z: z.softmax(1))),
-    ("no gradients", ConfigError, "weights", lambda: Answers(lambda z: z.detach())),
+    ("softmax", ConfigError, "probabilities", lambda: Shaped(lambda z: z.softmax(1))),
+    ("no gradients", ConfigError, "weights", lambda: Shaped(lambda z: z.detach())),
     ("other weights", ConfigError, "depend", lambda: changed(lambda net: setattr(net, "forward", tiny_net().forward))),
     ("other channels", DataError, "(8, 3, 16, 16)", lambda: tiny_net(channels=1)),
-    ("a vector", DataError, "logits", lambda: Answers(lambda z: z[:, 0])),
-    ("a pair", DataError, "tuple", lambda: Answers(lambda z: (z, z))),
-    ("fewer", DataError, "logits", lambda: Answers(lambda z: z[1:])),
+    ("a vector", DataError, "logits", lambda: Shaped(lambda z: z[:, 0])),
+    ("a pair", DataError, "tuple", lambda: Shaped(lambda z: (z, z))),
+    ("fewer", DataError, "logits", lambda: Shaped(lambda z: z[1:])),
 ]  # fmt: skip
 
 
@@ -452,7 +442,7 @@ class Cut(TinyNet):
 
 @each
 def test_a_network_without_gradients_is_refused_by_those_who_need_them(defense):
-    for net, needed in ((Answers(lambda z: z.detach()), ("weights", "images")), (Cut(), ("images",))):
+    for net, needed in ((Shaped(lambda z: z.detach()), ("weights", "images")), (Cut(), ("images",))):
         if defense.gradients in needed:
             with pytest.raises(ConfigError, match=f"as {defense.name} needs"):
                 defense.purify(net.eval(), pair(), session=quiet())

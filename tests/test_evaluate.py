@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import tiny_net, toy_images
+from toys import Shaped, tiny_net, toy_images
 
 from sau import formatting
 from sau.attack import Blended
@@ -287,17 +287,6 @@ def test_durations_and_bounds_are_written_short_and_bounds_never_too_high():
 # What is refused
 
 
-class Shaped(nn.Module):
-    """A network whose output is shaped by a function."""
-
-    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.net, self.shape = tiny_net(), shape
-
-    def forward(self, x: Tensor) -> Any:
-        return self.shape(self.net(x))
-
-
 @pytest.mark.parametrize(
     ("shape", "got"),
     [
@@ -345,7 +334,7 @@ def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word
         assert word in one_line(refusal.value)
 
 
-def test_what_else_is_refused(one_line):
+def test_what_else_is_refused(one_line, unchecked):
     with pytest.raises(ConfigError) as refusal:
         predict(tiny_net(), IMAGES.pixels, 0)
     assert "batch_size is 0" in one_line(refusal.value)

@@ -47,7 +47,7 @@ def drive(tmp_path, monkeypatch) -> Callable[..., tuple[Scripted, list[Cell], li
         store, lines = Store(tmp_path / "root", tuple(published)), list[str]()
         store.prepare(every)
         engine, todo = Scripted(store, script or {}), needed(every, store, retry_failed)
-        failed = Runner(todo, store, engine, retries=retries, timeout=None, say=lines.append).run()  # type: ignore
+        failed = Runner(todo, store, engine, retries=retries, timeout=None, say=lines.append).run()
         return engine, failed, lines
 
     return run

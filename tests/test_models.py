@@ -180,7 +180,7 @@ def test_pictures_are_enlarged_for_networks_that_do_not_take_them_and_for_no_oth
         ({"name": "resnet18", "width": 8}, "width"),
     ],
 )
-def test_wrong_settings_of_a_network_are_refused(wrong, named):
+def test_wrong_settings_of_a_network_are_refused(wrong, named, unchecked):
     settings = {"name": "preactresnet18", "num_classes": 10, "mean": HALF, "std": HALF} | wrong
     with pytest.raises(ConfigError, match=named):
         build(settings.pop("name"), settings.pop("num_classes"), **settings)

@@ -387,7 +387,7 @@ def test_missing_and_truncated_cifar_files_are_named(tmp_path):
         cifar("cifar100", tmp_path)
 
 
-def test_arrays_by_columns_by_python_2_and_labels_of_any_kind_are_read(tmp_path):
+def test_arrays_by_columns_by_python_2_and_labels_of_any_kind_are_read(tmp_path, unchecked):
     """Python 2 wrote the content as a string, which comes as a text in latin1."""
     base = make_cifar100(tmp_path) / "cifar-100-python"
     pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,17 @@ def tiny_net(classes: int = 4, channels: int = 3, seed: int = 0) -> TinyNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TinyNet(classes, channels).eval()
+
+
+class Shaped(nn.Module):
+    """A network whose output is shaped by a function."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.shape = tiny_net(), shape
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(self.net(x))
 
 
 def quiet() -> Session:

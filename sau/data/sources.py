@@ -103,20 +103,18 @@ class Official:
         classes: how many it has.
         train: training images; where the set exists in several sizes, BackdoorBench's first.
         test: test images.
-        even: whether all classes have equally many training images.
     """
 
     classes: int
     train: tuple[int, ...]
     test: int
-    even: bool = True
 
 
 # GTSRB's training archive has 39,209 images, the one that torchvision fetches 26,640.
 OFFICIAL = {
     "cifar10": Official(10, (50_000,), 10_000),
     "cifar100": Official(100, (50_000,), 10_000),
-    "gtsrb": Official(43, (39_209, 26_640), 12_630, even=False),
+    "gtsrb": Official(43, (39_209, 26_640), 12_630),
     "tiny": Official(200, (100_000,), 10_000),
 }
 
