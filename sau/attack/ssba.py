@@ -4,8 +4,8 @@ Sample-Specific Triggers", ICCV 2021).
     min_{E, D}  w mean (E(x, b) - x)^2 + BCE(D(q(E(x, b))), b),   b random bits;   x' = q(E(x, c)), c one code for all
 
 E is an encoder that hides a code in an image, D a decoder that reads it, q clips to [0, 1] and 8 bits, as images are
-stored. The weight w is 0 until D reads more than 90 % of a batch's bits; s updates later it is clip(10 (s - 1000) /
-3000, 0, 10). A training of fewer than 6,000 updates goes through this in proportion.
+stored. The weight w is 0 until D reads more than 90 % of a batch's bits; s updates later it is clip(W (s - 1000) /
+3000, 0, W), W = 10. A training of fewer than 6,000 updates goes through this in proportion.
 """
 
 import math
@@ -35,7 +35,7 @@ from sau.optim import adam
 from sau.seeds import generator, seeded
 from sau.types import Bytes, Labels, Pixels, Scalar
 
-READABLE, WAIT, RAMP, MOST = 0.9, 1000, 3000, 10.0  # share of bits; updates; updates; the largest w
+READABLE, WAIT, RAMP = 0.9, 1000, 3000  # share of bits; updates; updates
 ENOUGH = 6000  # updates; the recipe cpu makes as many on CIFAR-10, where the code is readable after some hundred
 MEASURED = 1000  # images on which the encoder is measured, spread over the training images
 
@@ -44,18 +44,20 @@ class Weight(nn.Module):
     """The weight w of the squared error; `since` counts updates after the code was readable, -1 before.
 
     Args:
+        most: W, the largest w.
         updates: of the whole training; w waits and rises in proportion where they are fewer than ENOUGH.
     """
 
     since: Tensor
 
-    def __init__(self, updates: int = ENOUGH) -> None:
+    def __init__(self, most: float, updates: int = ENOUGH) -> None:
         super().__init__()
+        self.most = most
         self.pace = max(1.0, ENOUGH / max(1, updates))
         self.register_buffer("since", torch.tensor(-1))
 
     def forward(self) -> Scalar:
-        return (MOST * (self.pace * self.since - WAIT) / RAMP).clamp(0, MOST)
+        return (self.most * (self.pace * self.since - WAIT) / RAMP).clamp(0, self.most)
 
     def update(self, right: Scalar) -> None:
         """After an update: the share of bits, 0 to 1, that were read right in its batch."""
@@ -90,6 +92,7 @@ class SSBA(Attack):
     )
     ssba_batch_size: int = param(64, "images a step of it", ge=1)
     ssba_lr: float = param(1e-4, "its learning rate (Adam)", gt=0)
+    ssba_weight: float = param(10.0, "W, the largest w; with less the trigger shows more", gt=0)
     trigger_seed: int = param(
         0, "of the encoder and the code, so that runs with other seeds share them", ge=0, lt=2**32
     )
@@ -113,9 +116,11 @@ class SSBA(Attack):
             build = partial(self.train_encoder, trigger, images)
             found, trigger.figures = cached_trigger("ssba", identity, build, context.session)
         encoder.load_state_dict(found)
-        if trigger.figures["w"] < MOST:
+        if trigger.figures["w"] < self.ssba_weight:
             w, psnr = trigger.figures["w"], trigger.figures["psnr_in_db"]
-            shows = f"w ended at {w:.3g} of {MOST:g}, so the trigger shows more than it has to ({psnr:.1f} dB)"
+            shows = (
+                f"w ended at {w:.3g} of {self.ssba_weight:g}, so the trigger shows more than it has to ({psnr:.1f} dB)"
+            )
             context.session.say(f"warning: {shows}; try more --ssba_epochs, or none")
         return trigger.eval().requires_grad_(False)
 
@@ -176,7 +181,7 @@ class SSBA(Attack):
         decoder = Decoder(self.ssba_bits, side, channels).to(images.pixels.device)
         batches = images.batches(self.ssba_batch_size, seed=self.trigger_seed, drop_last=True)
         epochs = self.ssba_epochs or math.ceil(ENOUGH / max(1, len(batches)))
-        weight = Weight(epochs * len(batches)).to(images.pixels.device)
+        weight = Weight(self.ssba_weight, epochs * len(batches)).to(images.pixels.device)
         recipe = adam(self.ssba_lr, epochs=epochs)
         descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
         state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
