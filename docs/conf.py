@@ -16,6 +16,7 @@ release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.apidoc"]
 exclude_patterns = ["build"]
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
 apidoc_modules = [
     {
         "path": "../sau",
