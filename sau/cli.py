@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sau import device as machine
+from sau import files as lock
 from sau import own_network, quality
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.triggers import describe_figures, same_trigger
@@ -27,11 +29,10 @@ from sau.files import existing, safe_join
 from sau.flags import RECIPES
 from sau.models import build, has_width
 from sau.optim import Training
-from sau.record import attack_result, lock, schema
+from sau.record import attack_result, schema
 from sau.record.folder import CONFIG, Record
 from sau.risk import gauge
 from sau.run import AttackRun, DefenseRun, Run, RunLogger, begin, trigger_session, versioned
-from sau.runtime import device as machine
 from sau.settings import OwnRun, Settings
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
@@ -243,7 +244,6 @@ def _given(
     train, test, notes = attacked.pictures(place)
     pool = attacked.given(train, offered)
     given = sources.clean_subset(pool, run.ratio, run.random_seed, run.index)
-    notes += [note] if (note := sources.index_note(run.index, len(pool))) else []
     if method.data_use != "none":
         notes += sources.check_clean_set(given, test, offered)
     return given, test, notes

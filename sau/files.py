@@ -1,4 +1,4 @@
-"""Folder names that stay below their root, reading of untrusted files, atomic writing, SHA-256."""
+"""Folder names that stay below their root, reading of untrusted files, atomic writing, SHA-256, locks on folders."""
 
 import errno
 import hashlib
@@ -10,7 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sau.errors import DataError, FaultError, RecordError, os_error
+from filelock import FileLock, Timeout
+
+from sau.errors import DataError, FaultError, LockedError, RecordError, os_error
 
 MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
 SMALL = 16 << 20  # bytes of a text file of a record
@@ -60,17 +62,6 @@ def read(path: Path, most: int = SMALL) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, allowed are {most:,}")
         return file.read()
-
-
-def mistaken(content: bytes) -> str:
-    """What users often have in place of the file they wanted, by its first bytes; "" if it is none of these."""
-    if not content:
-        return "is empty (0 bytes); copy or download it again"
-    if content.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; run: git lfs pull"
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html")):
-        return "is a saved web page (HTML), not the file itself; download the file that the page links to"
-    return ""
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -138,3 +129,71 @@ def checksum(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+# Locks. One process at a time uses a result folder: the lock is a file beside it, `.NAME.lock`, which the system
+# releases when the process dies, also on kill -9. The file stays: deleting it would let two processes lock two files.
+
+WAIT = 0.5  # seconds that `acquire` waits, longer than `in_use` takes
+_locks: dict[Path, FileLock] = {}  # of the folders that this process has locked
+
+
+def acquire(folder: Path) -> bool:
+    """Lock `folder` for this process; False if this process has it already.
+
+    Raises:
+        LockedError: another process uses it.
+        RecordError: the lock file cannot be written, or is a link.
+    """
+    key = _resolve(folder)
+    if key in _locks:
+        return False
+    try:
+        key.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_lock_file(key), timeout=WAIT, thread_local=False)
+        lock.acquire()
+    except Timeout:
+        raise LockedError(f"{folder} is in use by another process; wait for it or stop it") from None
+    except OSError as error:
+        raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
+    _locks[key] = lock
+    return True
+
+
+def release(folder: Path) -> None:
+    """Unlock `folder`, if this process has it."""
+    if lock := _locks.pop(_resolve(folder), None):
+        lock.release()
+
+
+def release_all() -> None:
+    """Unlock every folder that this process has."""
+    for folder in list(_locks):
+        release(folder)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process, this one included, uses `folder`."""
+    file = _lock_file(folder)
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError as error:
+        raise os_error(error, f"cannot read the lock of {folder}: {error.strerror}") from None
+
+
+def first() -> Path | None:
+    """The folder that this process locked first: that of the run, not of a trigger made for it."""
+    return next(iter(_locks), None)
+
+
+def _resolve(folder: Path) -> Path:
+    return Path(os.path.realpath(folder.parent)) / folder.name  # Path.resolve raises on circular links
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"

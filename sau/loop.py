@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sau.errors import TrainingError
-from sau.formatting import duration, short
 from sau.models import is_finite
-from sau.seeds import RngState, get_rng_state, set_rng_state
 from sau.types import Batched
+from sau.util import RngState, duration, get_rng_state, set_rng_state, short
 
 LARGE = 2**24  # bytes of a checkpoint that is not written after every epoch, for that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up

@@ -23,28 +23,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from sau import device as machine
 from sau.compat import weights
 from sau.compat.inspect import normalisation
 from sau.compat.network import network
 from sau.compat.weights import SAFE, short_names
-from sau.data.images import Images, sample, to_float
-from sau.data.readers import class_folders, image_folder, original_sizes
-from sau.data.sources import check_clean_set, fingerprint, last_of_each
+from sau.data.images import Images, last_of_each, sample, to_float
+from sau.data.readers import class_folders, image_folder
+from sau.data.sources import check_clean_set, fingerprint
 from sau.defense.base import Defense
 from sau.defense.checks import misuse
 from sau.defense.nc import Inversion, Patches, anomaly
 from sau.errors import ConfigError, DataError, one_line
 from sau.evaluate import AT_ONCE_ON_CPU, Proportion, Score, predict, score, table
 from sau.files import safe_join
+from sau.graphs import shared_weight_twin
 from sau.loop import RunContext
 from sau.models import Normalized, check_logits, to_channels_last, translate_errors
 from sau.record.folder import Record
 from sau.risk import Found, gauge
 from sau.run import RunLogger, begin
-from sau.runtime import device as machine
-from sau.runtime.batchnorm import shared_weight_twin
-from sau.seeds import seeded
 from sau.settings import OF_RECORDS, OwnRun, Settings
+from sau.util import seeded
 
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
 PICTURES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 pictures in batches of 250
@@ -183,8 +183,6 @@ def purify(name: str, asked: Settings) -> None:
     begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
     record.log(f"{arch} from {file.path}; {len(given)} clean images to purify with, {len(test)} to measure with")
     record.log(f"classes: {short_names(names or folders)} ({'names in the file' if names else 'folders in order'})")
-    if sizes := original_sizes(clean, own.input_size):
-        record.log(f"images are resized to {own.input_size}x{own.input_size} from {sizes}")
     begun, before = time.monotonic(), score(model, test, None)
     evaluation = time.monotonic() - begun
     # `purify` leaves the network as it is, so that it is the reference throughout.

@@ -36,8 +36,8 @@ from sau.errors import DataError
 from sau.evaluate import Proportion, eval_mode, figures, predict
 from sau.models import check_labels, check_logits, grad_enabled, logits_of
 from sau.pgd import Search, unsettled
-from sau.seeds import seeded
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
+from sau.util import seeded
 
 BATCH = 256  # images a pass
 

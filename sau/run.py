@@ -19,6 +19,7 @@ from sau.attack.triggers import network_digest
 from sau.config import Method, check, param
 from sau.data.images import Images
 from sau.data.sources import DATA_FOLDER, check_share
+from sau.device import has_bf16, set_threads
 from sau.errors import ConfigError
 from sau.evaluate import Score, score
 from sau.flags import RecipeName
@@ -29,7 +30,6 @@ from sau.quality import RADIUS
 from sau.record.folder import Record
 from sau.record.schema import EARLY, digest
 from sau.risk import Found
-from sau.runtime.device import has_bf16, set_threads
 
 
 @dataclass(frozen=True, kw_only=True)

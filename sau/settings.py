@@ -15,11 +15,11 @@ from torch import nn
 from sau import flags
 from sau.config import Method, Option, check, options, param
 from sau.defense.base import Defense
+from sau.device import choose_device
 from sau.errors import ConfigError, require
 from sau.flags import IGNORED, Setting, read_yaml, shipped
 from sau.optim import Training
 from sau.run import AttackRun, Run
-from sau.runtime.device import choose_device
 
 FILES = ("yaml_path", "bd_yaml_path")  # flags that name YAML files, in rising precedence
 THEIRS = {"num_workers", "pin_memory", "non_blocking", "prefetch"}  # keys that tell a file of BackdoorBench

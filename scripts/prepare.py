@@ -16,7 +16,7 @@ from sau.command.arguments import Parser
 from sau.data.images import Images
 from sau.data.sources import SOURCES, fingerprint, load, subset_note
 from sau.errors import ConfigError, run_command
-from sau.formatting import markdown
+from sau.util import markdown
 
 
 def row(part: str, images: Images) -> list[str]:

@@ -29,11 +29,11 @@ from sau import files
 from sau.command.arguments import Parser, add_device
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, run_command
-from sau.formatting import markdown
 from sau.report.cells import Section, TableCell, sections
 from sau.report.results import NONE, PERCENT, Result, find_results
 from sau.report.stats import mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
+from sau.util import markdown
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's

@@ -148,7 +148,7 @@ import sys
 from pathlib import Path
 from sau.compat import backdoorbench, inspect, torch_file, weights
 from sau.errors import RecordError
-from sau.models.torchvision import torchvision_names
+from sau.models import torchvision_names
 torchvision_names()
 def watch(event, arguments):
     wrote = event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wax+")

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from toys import pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.attack import Blended
-from sau.data.augment import Augment
-from sau.data.images import Images
+from sau.data.images import Augment, Images
 from sau.defense import ANP, anp, pruning
 from sau.errors import ConfigError
 from sau.evaluate import score

@@ -15,8 +15,7 @@ from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_vi
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, wanet
 from sau.config import options
-from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, CLEAN, CROSS, Images, quantise, to_float
+from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import score
 from sau.loop import RunContext

@@ -45,18 +45,17 @@ from sau.audit.measure import (
 from sau.audit.relearn import mixture, relearn
 from sau.audit.runner import Audit
 from sau.audit.table import curves
-from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Images, to_float
+from sau.data.images import BACKDOOR, Augment, Images, to_float
 from sau.data.sources import clean_subset
 from sau.defense import FT
 from sau.defense.npd import insert_polarizer
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import score
 from sau.figures import audit
+from sau.files import in_use
 from sau.models import Normalized
 from sau.record import attack_result as stored
 from sau.record.folder import Record
-from sau.record.lock import in_use
 from sau.record.schema import as_json, dump_config, dump_manifest
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import REPOSITORY, environment, the_error, tiny_net, toy_images
 
 from sau.attack import BadNet
-from sau.data.augment import Augment
-from sau.data.images import to_float
+from sau.data.images import Augment, to_float
 from sau.data.sources import Source
 from sau.defense import SAU
 from sau.errors import ConfigError

@@ -8,7 +8,7 @@ from defense_rows import ROWS
 from toys import pair, quiet, same_weights, tiny_net, toy_images
 
 from sau.attack import BadNet
-from sau.data.augment import Augment
+from sau.data.images import Augment
 from sau.defense import EP, FT
 from sau.defense.base import Defense
 from sau.loop import Session

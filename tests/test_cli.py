@@ -20,23 +20,22 @@ from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, th
 
 import sau
 from sau import cli as commands
+from sau import device
+from sau import files as lock
 from sau import run as runs
 from sau.attack import ATTACKS, BadNet
 from sau.cli import TOOLS, main
 from sau.config import options
 from sau.data import sources
-from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, CROSS, Images
+from sau.data.images import BACKDOOR, CROSS, Augment, Images
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, FT, SAU
 from sau.evaluate import Proportion, Score
 from sau.flags import RECIPES, RecipeName
 from sau.optim import Training
-from sau.record import lock
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
 from sau.run import AttackRun
-from sau.runtime import device
 
 TINY = ("--dataset", "digits", "--width", "2", "--epochs", "0", *QUICK)  # an attack without training
 PURIFY = ("--result_file", "victim", "--epochs", "2", *QUICK)
@@ -365,7 +364,7 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interru
     def stop(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sau.runtime.device.seconds_per_image", stop)
+    monkeypatch.setattr("sau.device.seconds_per_image", stop)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert run() == 3 and run("--threads", "2") == 2
     monkeypatch.delenv("OMP_NUM_THREADS")

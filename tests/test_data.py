@@ -1,6 +1,5 @@
 """Images, batches, augmentation, the clean subset, and the data sets by name."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,8 @@ from toys import toy_images
 
 from sau.attack import BadNet
 from sau.data import images as images_module
-from sau.data.augment import Augment, random_rotate
-from sau.data.images import Batches, Images, evenly_spaced, quantise, to_float
-from sau.data.sources import SOURCES, clean_subset, fingerprint, index_note, load, source
+from sau.data.images import Augment, Batches, Images, evenly_spaced, quantise, random_rotate, to_float
+from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.record.attack_result import AttackResult
 
@@ -292,18 +290,6 @@ def test_a_wrong_index_file_is_refused_and_named(tmp_path, content):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match="index.txt"):
         clean_subset(index_images(20), 0.5, 0, str(file))
-
-
-def test_an_index_file_of_a_smaller_data_set_is_noted(tmp_path):
-    """By its largest index: of 100 draws from 1,000 none notes anything, and each from 100 of 1,000 does."""
-    file = tmp_path / "index.txt"
-    for seed in range(100):
-        draw = random.Random(seed).sample
-        file.write_text("\n".join(map(str, draw(range(1000), 50))))
-        assert index_note(str(file), 1000) is None
-        file.write_text("\n".join(map(str, draw(range(100), 50))))
-        assert "but there are 1,000 images" in index_note(str(file), 1000)
-    assert index_note(None, 1000) is None
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])

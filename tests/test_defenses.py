@@ -37,8 +37,7 @@ from toys import (
 
 from sau.attack import BadNet, Prototype
 from sau.config import options
-from sau.data.augment import Augment
-from sau.data.images import to_float
+from sau.data.images import Augment, to_float
 from sau.defense import ANP, AT, D3, DEFENSES, FST, FT, FTSAM, NAD, NPD, RNP, SAU
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, eval_mode, score

@@ -10,8 +10,7 @@ import yaml
 from PIL import Image
 
 from sau.errors import ConfigError
-from sau.models import build, has_width
-from sau.models.torchvision import Enlarge
+from sau.models import Enlarge, build, has_width
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 

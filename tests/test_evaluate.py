@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from toys import Shaped, tiny_net, toy_images
 
-from sau import formatting
+from sau import util as formatting
 from sau.attack import Blended
 from sau.data.images import to_float
 from sau.errors import ConfigError, DataError, TrainingError

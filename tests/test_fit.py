@@ -5,8 +5,7 @@ import torch
 from toys import same_weights, tiny_net, toy_images
 
 from sau.attack import BadNet, Prototype, WaNet
-from sau.data.augment import Augment
-from sau.data.images import Images, sample
+from sau.data.images import Augment, Images, sample
 from sau.errors import ConfigError, DataError
 from sau.loop import RunContext
 from sau.optim import Training

@@ -11,8 +11,7 @@ from sau.defense.fp import activations, last_layers, zero_units
 from sau.errors import ConfigError
 from sau.evaluate import Proportion, Score, score
 from sau.loop import Session
-from sau.models import PreActResNet18
-from sau.models.torchvision import torchvision_net
+from sau.models import PreActResNet18, torchvision_net
 
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from grids import SMALL, Scripted, finish, plan
 from toys import QUICK, REPOSITORY, the_error
 
 from sau.errors import ConfigError, RecordError
+from sau.files import acquire, release
 from sau.grid import engines
 from sau.grid.engines import LOCKED, Job, Local, Outcome, RayEngine, run_job
 from sau.grid.plan import cells, select
@@ -24,7 +25,6 @@ from sau.grid.runner import Runner, needed, status
 from sau.grid.spec import read
 from sau.grid.store import Cell, Store, attack_named, defense_named, mark, publish, without_digest
 from sau.record.folder import Record
-from sau.record.lock import acquire, release
 from sau.record.summaries import load
 
 GRIDS = REPOSITORY / "configs" / "grid"

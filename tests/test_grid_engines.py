@@ -12,8 +12,8 @@ import pytest
 from grids import SMALL, plan
 from toys import REPOSITORY, environment, stop_after
 
+from sau.files import in_use
 from sau.grid.store import Cell, Store
-from sau.record.lock import in_use
 
 pytestmark = pytest.mark.slow
 SCRIPT = [sys.executable, str(REPOSITORY / "scripts" / "grid.py"), "grid.yaml"]

@@ -22,7 +22,7 @@ from sau.models import build
 from sau.optim import Training
 from sau.record import attack_result
 from sau.record.folder import Record
-from sau.seeds import generator
+from sau.util import generator
 
 LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)
 

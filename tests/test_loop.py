@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import TinyNet, same_weights, tiny_net, toy_images
 
 from sau import loop
-from sau.data.augment import Augment
-from sau.data.images import to_float
+from sau.data.images import Augment, to_float
 from sau.defense import SAU
 from sau.errors import TrainingError
 from sau.loop import Limit, Session
 from sau.optim import Training
-from sau.seeds import set_rng_state
+from sau.util import set_rng_state
 
 EPOCHS, SIZE = 3, 8
 

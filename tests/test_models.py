@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from toys import tiny_net
 
+from sau import models as zoo
 from sau.errors import ConfigError
 from sau.models import Normalized, build, match_memory_format, to_channels_last
-from sau.models import torchvision as zoo
 from sau.models.preact_resnet import PreActResNet18
 
 HALF = (0.5, 0.5, 0.5)

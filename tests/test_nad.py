@@ -14,8 +14,7 @@ from sau.defense import FT, NAD
 from sau.defense.nad import attention, attention_layers, watched
 from sau.errors import ConfigError, RecordError
 from sau.loop import Session
-from sau.models import Normalized, PreActResNet18
-from sau.models.torchvision import torchvision_net
+from sau.models import Normalized, PreActResNet18, torchvision_net
 from sau.record.folder import Record
 
 SMALL = {"batch_size": 8, "lr": 0.01, "augment": False}

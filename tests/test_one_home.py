@@ -59,7 +59,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
         calling("deepcopy"),
         {
             "attack/lf_search.py", "audit/measure.py", "defense/_model_io.py", "defense/nad.py", "defense/rnp.py",
-            "defense/sau.py", "runtime/batchnorm.py",
+            "defense/sau.py", "graphs.py",
         },
     ),
     "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),
@@ -70,12 +70,12 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),
-        {"cli.py", "attack/base.py", "seeds.py"} | below("data"),
+        {"cli.py", "attack/base.py", "util.py"} | below("data"),
     ),
     "signals": (importing("signal"), {"errors.py", "grid/engines.py"}),
     "the machine": (
         importing("resource") | calling("set_num_threads"),
-        {"runtime/device.py"},
+        {"device.py"},
     ),
     "moving files": (calling("fsync", "NamedTemporaryFile"), {"files.py"}),
 }  # fmt: skip

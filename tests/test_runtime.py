@@ -11,22 +11,20 @@ import torch
 from torch import Tensor, nn
 from toys import tiny_net, toy_images
 
+from sau import device, graphs
 from sau.attack import ATTACKS, Attack, BadNet, InputAware, WaNet
 from sau.config import Method
-from sau.data.augment import Augment, to_device_async
-from sau.data.images import to_float
+from sau.data.images import Augment, to_device_async, to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier
 from sau.errors import OutOfMemory
+from sau.graphs import FixedNorms, MicroBatchedStep, fixed_norms
 from sau.loop import Session
 from sau.models import Normalized
 from sau.models.generator import TriggerGenerators
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Descent, Training
-from sau.runtime import device, graphs
-from sau.runtime.batchnorm import FixedNorms, fixed_norms
-from sau.runtime.graphs import MicroBatchedStep
 
 NOT = "note: the training step is not replayed as a CUDA graph: "
 BATCHES = 8, 8, 5, 8, 8, 5, 8, 8, 5  # images

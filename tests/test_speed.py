@@ -18,8 +18,7 @@ from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
-from sau.data.augment import Augment
-from sau.data.images import to_float
+from sau.data.images import Augment, to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import TrainingError
 from sau.loop import Limit, Session
@@ -425,7 +424,7 @@ def test_a_trigger_has_the_minutes_of_its_command():
 FAULTS = """
 import platform, resource, sys
 import torch
-from sau.runtime.device import set_threads
+from sau.device import set_threads
 if sys.argv[1] == "command":
     set_threads(1)
 for piece in range(40):

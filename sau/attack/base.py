@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.triggers import TriggerContext
 from sau.config import Method, param
-from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Batches, Images, quantise, to_float
+from sau.data.images import BACKDOOR, Augment, Batches, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy, eval_mode
-from sau.formatting import at_most
+from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
 from sau.models import check_initialised, check_labels, check_logits, logits_of, require_tensor
 from sau.models.normalized import explain_batchnorm_error, grad_enabled
 from sau.optim import Training
-from sau.runtime.graphs import MicroBatchedStep
-from sau.seeds import check_seed, seeded
 from sau.types import Bytes, Labels, Pixels, of_floats
+from sau.util import at_most, check_seed, seeded
 
 State = dict[str, Any]
 Step = Callable[[State, Tensor, Labels], Any]

@@ -12,8 +12,8 @@ import torch
 
 from sau.attack.base import Attack
 from sau.data.images import CROSS, Images, quantise, to_float
-from sau.seeds import generator, seeded
 from sau.types import Labels, Pixels
+from sau.util import generator, seeded
 
 BLOCK = 128  # `poisoned_samples` takes images in blocks of this size, as the benchmark does
 

@@ -23,15 +23,14 @@ from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack
 from sau.attack.triggers import TriggerContext
 from sau.config import param
-from sau.data.augment import to_device_async
-from sau.data.images import Batches, to_float
+from sau.data.images import Batches, to_device_async, to_float
 from sau.errors import ConfigError, require
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.generator import TriggerGenerators
 from sau.optim import Descent, Training, adam
-from sau.seeds import seeded
 from sau.types import Labels, Pixels, Scalar
+from sau.util import seeded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ from sau.evaluate import AT_ONCE, eval_mode, predict
 from sau.loop import RunContext
 from sau.models import Normalized, full_precision
 from sau.record import attack_result
-from sau.seeds import generator
 from sau.types import Labels, Pixels
+from sau.util import generator
 
 TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the image, and as many as are left after it
 HELD_BACK = 1000  # images on which a pattern is judged, where there are others none of those it is made from

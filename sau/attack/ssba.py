@@ -24,16 +24,15 @@ from sau import loop
 from sau.attack.base import Attack
 from sau.attack.triggers import Made, TriggerContext, cached_trigger
 from sau.config import param
-from sau.data.augment import to_device_async
 from sau.data.decode import read_array
-from sau.data.images import Images, evenly_spaced, to_float
+from sau.data.images import Images, evenly_spaced, to_device_async, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import RunContext
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
 from sau.optim import adam
-from sau.seeds import generator, seeded
 from sau.types import Bytes, Labels, Pixels, Scalar
+from sau.util import generator, seeded
 
 READABLE, WAIT, RAMP = 0.9, 1000, 3000  # share of bits; updates; updates
 ENOUGH = 6000  # updates; the recipe cpu makes as many on CIFAR-10, where the code is readable after some hundred

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sau
-from sau.data.augment import Augment
 from sau.data.decode import cache_folder, cached, image_to_tensor, read_image
-from sau.data.images import Images
+from sau.data.images import Augment, Images
 from sau.errors import DataError, RecordError
 from sau.loop import RunContext
 from sau.optim import Training

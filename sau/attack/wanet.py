@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from sau.attack.in_batch import InBatchAttack
 from sau.attack.triggers import TriggerContext
 from sau.config import param
-from sau.data.augment import Augment, random_rotate
-from sau.formatting import at_most
+from sau.data.images import Augment, random_rotate
 from sau.models import Normalized
-from sau.seeds import generator
 from sau.types import Labels, Pixels
+from sau.util import at_most, generator
 
 
 class WarpField(nn.Module):

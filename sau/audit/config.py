@@ -11,17 +11,15 @@ from sau.attack import Attack, attack_from_config
 from sau.attack.lf_search import load_clean
 from sau.attack.triggers import network_digest
 from sau.config import check, param
-from sau.data.augment import Augment
-from sau.data.images import BACKDOOR, Images, sample
+from sau.data.images import BACKDOOR, Augment, Images, sample
 from sau.data.sources import source
 from sau.errors import ConfigError, DataError, RecordError, require
 from sau.files import safe_join
-from sau.formatting import marked
 from sau.grid.store import defense_named
 from sau.models import Normalized
 from sau.record import attack_result, schema
 from sau.record.folder import Record
-from sau.seeds import generator
+from sau.util import generator, marked
 
 Part = Literal["relearn", "path", "white", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -30,13 +30,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.data.augment import Augment
-from sau.data.images import Images, to_float
+from sau.data.images import Augment, Images, to_float
 from sau.defense.hooks import forward_hooks
 from sau.defense.npd import held_losses
 from sau.models import full_precision
-from sau.seeds import generator
 from sau.types import Labels, Pixels, Universal
+from sau.util import generator
 
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # on the path
 NORM_BATCH, FIT_BATCH, BLOCK = 256, 128, 250  # images at a time: statistics, D (as released), features

@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sau.data.augment import Augment
-from sau.data.images import Images
+from sau.data.images import Augment, Images
 from sau.defense.ft import FT
 from sau.errors import ConfigError
 from sau.loop import Session
-from sau.seeds import generator
+from sau.util import generator
 
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
 

@@ -23,12 +23,11 @@ from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, RecordError
 from sau.evaluate import asr_and_racc, figures, score
-from sau.files import parse_json, read_json, write
+from sau.files import acquire, parse_json, read_json, release, write
 from sau.files import read as read_bytes
-from sau.record.lock import acquire, release
 from sau.record.schema import as_json, digest
-from sau.seeds import generator
 from sau.types import Pixels
+from sau.util import generator
 
 RELEASED, FRESH = "released", "fresh"  # re-learning: augmented once, or every batch anew
 BETWEEN, ANEW = "statistics between", "statistics anew"  # the path: of batch norm

@@ -6,8 +6,8 @@ from typing import Any
 
 from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, NOISE, RELEASED, TRIGGER
 from sau.errors import one_line
-from sau.formatting import markdown
 from sau.report.stats import MeanStd, mean_std
+from sau.util import markdown
 
 Audit = Mapping[str, Any]  # what `audit.json` holds
 Key = tuple[str, str]  # part and curve

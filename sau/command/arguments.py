@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from sau.runtime.device import choose_device, prepare, set_threads
+from sau.device import choose_device, prepare, set_threads
 
 
 class Parser(argparse.ArgumentParser):

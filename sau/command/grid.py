@@ -17,12 +17,12 @@ from pathlib import Path
 from sau.command.arguments import Parser
 from sau.data.sources import source
 from sau.errors import ConfigError
-from sau.formatting import duration
 from sau.grid.engines import Local, RayEngine
 from sau.grid.plan import cells, select
 from sau.grid.runner import Runner, needed, status
 from sau.grid.spec import Grid, read
 from sau.grid.store import Cell, Store, publish
+from sau.util import duration
 
 say = partial(print, flush=True)
 RUN_FLAGS = ("dry_run", "retry_failed", "retries", "cell_timeout", "engine", "cores", "memory_gb", "address")

@@ -20,7 +20,7 @@ import torch
 from torch.serialization import safe_globals
 
 from sau.errors import RecordError, printable
-from sau.files import mistaken, read
+from sau.files import read
 
 LARGEST = 8 << 30  # bytes of a file, which is read into memory whole
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch before 1.6 pickles first
@@ -109,13 +109,11 @@ ALLOWED: list[Any] = [
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes; RecordError if it cannot be read, or is empty, a Git LFS pointer or a web page."""
+    """A file's bytes; RecordError if it cannot be read."""
     try:
         raw = read(path, LARGEST)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
-    if what := mistaken(raw[:200]):
-        raise RecordError(f"{path} {what}")
     return raw
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sau.compat import torch_file
 from sau.errors import RecordError, printable
-from sau.models import MODELS, has_width, state_dict_spec
-from sau.models.torchvision import torchvision_names, torchvision_plain
+from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, torchvision_plain
 
 SAFE, ONNX = "safetensors", "ONNX"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -1,16 +1,20 @@
-"""A data set as tensors: pixels stay uint8 on the device, batches become float one at a time."""
+"""A data set as tensors, and random augmentation of its batches.
+
+Pixels stay uint8 on the device; batches become float one at a time. Augmentation is drawn on the CPU.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sau.data.augment import Augment
-from sau.errors import ConfigError, DataError, require
-from sau.seeds import epoch_generator, generator
+from sau.config import check
+from sau.errors import DataError, require
 from sau.types import Bytes, Labels, Pixels
+from sau.util import epoch_generator, generator
 
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
@@ -23,30 +27,15 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
 
 
-def in_range(x: Tensor, normalised: bool = False) -> Tensor:
-    """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError.
-
-    `normalised` is whether a mean and a std were undone to get them.
-    """
+def in_range(x: Tensor) -> Tensor:
+    """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError."""
     low, high = float(x.min()), float(x.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise DataError("pixels hold NaN or infinity; allowed are floats in [0, 1]")
-    if low >= 0 and high <= 1:
-        return x
-    if low >= -SLACK and high <= 1 + SLACK:
-        return x.clamp(0, 1)
-    overshoot = low > -OVERSHOOT and high < 1 + OVERSHOOT
-    if normalised:
-        advice = "mean and std are not those of this data; leave them out if the pixels are already in [0, 1]"
-        if overshoot:
-            advice = "clamp them to [0, 1] before they are normalised; or are mean and std not those of this data?"
-    elif overshoot:
-        advice = "clamp them with x.clamp(0, 1)"
-    elif high > 20 or (low >= 0 and high > 2):  # normalised images reach about 3
-        advice = "divide them by 255, or give uint8"
-    else:
-        advice = "they look normalised; give purify mean=... and std=..., or undo it and wrap the network by Normalized"
-    raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
+    if not (low >= -SLACK and high <= 1 + SLACK):  # nor is NaN
+        raise DataError(
+            f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: divide bytes by 255, clamp what resizing "
+            "or noise left outside, and give purify the mean=... and std=... of normalised images"
+        )
+    return x if low >= 0 and high <= 1 else x.clamp(0, 1)
 
 
 def quantise(x: Pixels) -> Bytes:
@@ -60,6 +49,72 @@ def quantise(x: Pixels) -> Bytes:
 def evenly_spaced(count: int, most: int) -> Tensor:
     """Up to `most` of `count` positions, evenly spaced, for data sets may be sorted by class."""
     return torch.linspace(0, count - 1, min(count, most)).long()
+
+
+def to_device_async(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, drawn on the CPU, on `device`; CUDA copies it from pinned memory, so that nothing waits for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; windows of a padded copy, so
+    bytes stay bytes.
+
+    Args:
+        padding: pixels added on every side before the crop.
+        flip: whether images are mirrored.
+        one_draw: the same crop and flip for the whole batch.
+    """
+
+    padding: int = 4
+    flip: bool = False
+    one_draw: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, " of the augmentation")
+        require("padding of the augmentation", self.padding, self.padding >= 0, "0 and more")
+
+    def __call__(self, x: Tensor, generator: torch.Generator, sizes: Sequence[int] | None = None) -> Tensor:
+        """The batch `x`, or the batches of `sizes` one behind the other in it, each with draws of its own."""
+        h, w = x.shape[-2:]
+        draws = torch.cat([self._draw(size, generator) for size in sizes or [len(x)]], 1)
+        top, left, mirrored = to_device_async(draws, x.device)
+        windows = F.pad(x, (self.padding,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, places, places, H, W], a view
+        cropped = windows[torch.arange(len(x), device=x.device), :, top, left]
+        return torch.where(mirrored.bool().view(-1, 1, 1, 1), cropped.flip(3), cropped) if self.flip else cropped
+
+    def _draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """[3, size]: top, left and whether it is mirrored, of each image of a batch."""
+        draws = 1 if self.one_draw else size
+        corners = torch.randint(2 * self.padding + 1, (2, draws), generator=generator, device="cpu")
+        if self.flip:
+            mirrored = torch.rand(1, draws, generator=generator, device="cpu") < 0.5
+        else:
+            mirrored = torch.zeros(1, draws)
+        return torch.cat([corners, mirrored.long()]).expand(3, size)
+
+
+def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
+    """Rotate float images by angles from U(-degrees, degrees), bilinearly, zeros coming in at the corners.
+
+    Args:
+        x: float [B, C, H, W].
+        degrees: the largest angle.
+        one_draw: the same angle for the whole batch.
+    """
+    angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
+    angle = to_device_async(angle.to(x.dtype), x.device).expand(len(x))
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
+    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def cropped(x: Tensor) -> Augment:
+    """A crop that suits images [B, C, H, W] of any size, padded by an eighth; no flip."""
+    return Augment(padding=x.shape[-1] // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,20 +140,16 @@ class Images:
     @classmethod
     def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
         """Images without poison; DataError for other shapes and types, and labels outside 0..num_classes-1."""
-        if not (isinstance(pixels, Tensor) and isinstance(labels, Tensor)):
-            raise DataError(f"a {type(pixels).__name__} and a {type(labels).__name__}, allowed are two tensors")
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-            given = f"pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}"
-            raise DataError(f"{given}, allowed is uint8 [N, C, H, W] with C 1 or 3; floats in [0, 1] times 255")
-        if labels.shape != pixels.shape[:1]:
-            raise DataError(f"{len(pixels)} images but labels {list(labels.shape)}; each image needs one label")
-        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        shape, n = list(pixels.shape), list(labels.shape)
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or shape[1] not in (1, 3) or n != shape[:1]:
+            given = f"pixels {shape} of type {pixels.dtype} with labels {n}"
+            raise DataError(f"{given}, allowed is uint8 [N, C, H, W] with C 1 or 3, and labels [N]")
+        if labels.dtype == torch.bool or labels.is_floating_point():
             raise DataError(f"labels of type {labels.dtype}, allowed are whole numbers")
         labels = labels.to(pixels.device, torch.int64)
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-            raise DataError(
-                f"labels range over {int(labels.min())}..{int(labels.max())}, allowed is 0..{num_classes - 1}"
-            )
+            got = f"{int(labels.min())}..{int(labels.max())}"
+            raise DataError(f"labels range over {got}, allowed is 0..{num_classes - 1}")
         role = torch.full_like(labels, CLEAN, dtype=torch.uint8)
         return cls(pixels, labels, labels, role, torch.arange(len(labels), device=labels.device), num_classes)
 
@@ -108,12 +159,10 @@ class Images:
         wanted = {name: torch.uint8 if name in ("pixels", "role") else torch.int64 for name in _TENSORS}
         if {name: tensor.dtype for name, tensor in tensors.items()} != wanted or tensors["pixels"].ndim != 4:
             raise DataError(f"stored images are {', '.join(sorted(tensors))}, wanted are {', '.join(_TENSORS)}")
-        n = len(tensors["pixels"])
-        if any(tensors[name].shape != (n,) for name in _TENSORS[1:]) or n == 0 or int(tensors["index"].min()) < 0:
-            raise DataError("stored images, labels and indices do not have the same number")
-        for name in ("labels", "true_labels"):
-            if not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < num_classes:
-                raise DataError(f"stored {name} lie outside 0..{num_classes - 1}")
+        both = torch.cat([tensors["labels"], tensors["true_labels"]])
+        same = {len(tensor) for tensor in tensors.values()} == {len(both) // 2} and len(both) > 0
+        if not same or int(tensors["index"].min()) < 0 or not 0 <= int(both.min()) <= int(both.max()) < num_classes:
+            raise DataError(f"stored images need as many indices and labels as pixels, and labels 0..{num_classes - 1}")
         return cls(**tensors, num_classes=num_classes)
 
     def __len__(self) -> int:
@@ -144,12 +193,7 @@ class Images:
         return {name: getattr(self, name) for name in _TENSORS}
 
     def batches(
-        self,
-        size: int,
-        *,
-        seed: int | None = None,
-        augment: Augment | None = None,
-        drop_last: bool = False,
+        self, size: int, *, seed: int | None = None, augment: Augment | None = None, drop_last: bool = False
     ) -> "Batches":
         """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given."""
         return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last)
@@ -173,8 +217,6 @@ class Batches:
         augment: Augment | None = None,
         drop_last: bool = False,
     ) -> None:
-        if not isinstance(augment, Augment | None):
-            raise ConfigError(f"augment is a {type(augment).__name__}, allowed is an Augment, or none")
         self.pixels, self.labels, self.size, self.seed, self.augment = pixels, labels, size, seed, augment
         self.drop_last = drop_last and len(pixels) >= size
         self.epoch = 0
@@ -240,3 +282,19 @@ def _positions(clean: Images, triggered: Images) -> Labels:
     where = torch.full((1 + max(int(clean.index.max()), int(triggered.index.max())),), -1).to(clean.index)
     where[clean.index] = torch.arange(len(clean), device=where.device)
     return where[triggered.index]
+
+
+def last_of_each(labels: Labels, share: float) -> Tensor:
+    """[N] of bool: the last `share` of each class, at least one image and never all; none of a class that has one."""
+    last = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    for label in labels.unique():
+        mine = (labels == label).nonzero().flatten()
+        last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
+    return last
+
+
+def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:
+    """A line that names the first classes of which a defender has no image of this `kind`, by the `counts` [K]."""
+    missing = (counts == 0).nonzero().flatten().tolist()
+    names = ", ".join(map(str, missing[:10]))
+    return [f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}"] if missing else []

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sau.data.decode import FORMATS, cached, decode
+from sau.data.decode import cached, decode
 from sau.data.images import Images
 from sau.errors import DataError, first_line
 
@@ -227,16 +226,6 @@ def image_folder(root: Path, size: int = 32, names: Sequence[str] | None = None)
     names = folders if names is None else names
     samples = [(path, names.index(folders[label])) for path, label in _samples(root, folders)]
     return _images("images", root, samples, size, len(names))
-
-
-def original_sizes(root: Path, size: int) -> str | None:
-    """The sizes of the images in <class>/*, as `20x24 to 300x200`, or None if all are size x size."""
-    sizes = set()
-    for path, _ in _samples(root, class_folders(root)):
-        with Image.open(path, formats=FORMATS) as image:
-            sizes.add(image.size)
-    ends = [f"{width}x{height}" for width, height in sorted(sizes, key=lambda pair: pair[0] * pair[1])]
-    return None if sizes == {(size, size)} else " to ".join(dict.fromkeys((ends[0], ends[-1])))
 
 
 # What Windows, macOS, a NAS or a file system leaves between the files of a user; names beginning with "." go anyway.

@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from sau.data import readers
-from sau.data.augment import Augment
-from sau.data.images import Images, quantise
+from sau.data.images import Augment, Images, check_counts, quantise
 from sau.errors import ConfigError, DataError
-from sau.types import Labels
 
 MAX_SIZE = 1024  # height and width in pixels of the largest images
 MAX_OVERLAP = 0.01  # share of the clean images that may be test images, too; official sets have a few twins
@@ -198,27 +195,6 @@ def _read_indices(path: Path, n: int) -> list[int]:
     return picked
 
 
-def index_note(path: str | None, n: int) -> str | None:
-    """A warning if the largest index of a file is so small that its indices were hardly drawn from `n` images: by
-    chance, that happens once in a million draws."""
-    picked = _read_indices(Path(path), n) if path is not None else []
-    if not picked or ((max(picked) + 1) / n) ** len(picked) > 1e-6:
-        return None
-    return (
-        f"the largest of the {len(picked):,} indices in {path} is {max(picked):,}, but there are {n:,} images; were "
-        "they drawn from another data set?"
-    )
-
-
-def last_of_each(labels: Labels, share: float) -> Tensor:
-    """[N] of bool: the last `share` of each class, at least one image and never all; none of a class that has one."""
-    last = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    for label in labels.unique():
-        mine = (labels == label).nonzero().flatten()
-        last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
-    return last
-
-
 def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[str]:
     """What to know about a defender's images, of which `kind` they are, before a result is believed, a line each.
 
@@ -235,18 +211,6 @@ def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[st
     if twins := len(sums) - len({*sums}):
         notes.append(f"{twins} of {len(given)} {kind} images are copies of others")
     return notes + check_counts(given.labels.bincount(minlength=given.num_classes), kind)
-
-
-def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:
-    """What to know of the numbers of a defender's images, a line each.
-
-    Args:
-        counts: images of each class [K].
-        kind: of the images.
-    """
-    missing = (counts == 0).nonzero().flatten().tolist()
-    names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-    return [f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}"] if missing else []
 
 
 def _checksums(images: Images) -> list[bytes]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.data.augment import Augment, to_device_async
+from sau.data.images import Augment, to_device_async
 from sau.defense import pruning
 from sau.defense.base import Defense
 from sau.defense.inputs import stack_batches, unaugmented

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.base import AdversarialDefense
+from sau.graphs import fixed_norms, search_twin
 from sau.pgd import pgd
-from sau.runtime.batchnorm import fixed_norms, search_twin
 from sau.types import Change, Labels, PerImage, Pixels
 
 

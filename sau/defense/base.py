@@ -12,21 +12,20 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import Method, param
-from sau.data.augment import Augment, cropped
-from sau.data.images import Images
+from sau.data.images import Augment, Images, cropped
 from sau.defense._model_io import compute_device, copy_to, restore, unwrap
 from sau.defense.checks import check_after, check_before
 from sau.defense.inputs import Statistics, clean_batches, first_batch, image_count
 from sau.defense.verdict import PatchSearch, follows_images
 from sau.errors import ConfigError
+from sau.graphs import MicroBatchedStep
 from sau.loop import Session
 from sau.models import Normalized, explain_batchnorm_error, grad_enabled, statistics
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
-from sau.runtime.graphs import MicroBatchedStep
-from sau.seeds import seeded
 from sau.types import Batched, Loader
+from sau.util import seeded
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.data.sources import check_counts
+from sau.data.images import check_counts
 from sau.defense.inputs import unaugmented
 from sau.defense.verdict import follows_images
 from sau.errors import ConfigError, TrainingError
 from sau.loop import Session
 from sau.models import Normalized, check_labels, check_logits, is_finite, logits_of
 from sau.optim import Training
-from sau.seeds import generator
 from sau.types import Batched, Labels
+from sau.util import generator
 
 ENOUGH = 0.95  # of the clean images: no other way to use the network can be clearly better
 HARM = 0.1  # of the clean images

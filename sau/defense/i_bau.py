@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sau.config import param
-from sau.data.augment import to_device_async
+from sau.data.images import to_device_async
 from sau.defense.base import TrainingDefense
 from sau.defense.inputs import CachedBatches
 from sau.errors import ConfigError, first_line

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.data.augment import Augment
-from sau.data.images import OVERSHOOT, Batches, Images, in_range, to_float
+from sau.data.images import OVERSHOOT, Augment, Batches, Images, in_range, to_float
 from sau.errors import DataError
-from sau.seeds import epoch_generator, seeded
 from sau.types import Batched, Loader
+from sau.util import epoch_generator, seeded
 
 EMPTY = "the clean set is empty; give at least one labelled image"
 
@@ -54,7 +53,7 @@ class Statistics:
             raise DataError(
                 f"mean and std have {len(self.mean)} values, images {x.shape[1]} channels; give one for each"
             )
-        return in_range(x * x.new_tensor(self.std).view(1, -1, 1, 1) + x.new_tensor(self.mean).view(1, -1, 1, 1), True)
+        return in_range(x * x.new_tensor(self.std).view(1, -1, 1, 1) + x.new_tensor(self.mean).view(1, -1, 1, 1))
 
     def check(self, ranges: list[tuple[Tensor, Tensor]]) -> None:
         """DataError if no image can have been normalised, by the smallest and largest value of each channel.

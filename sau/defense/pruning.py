@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from sau import loop
 from sau.config import param
-from sau.data.sources import last_of_each
+from sau.data.images import last_of_each
 from sau.defense.base import Defense
 from sau.defense.hooks import forward_hooks, require_plain_weight
 from sau.defense.inputs import first_batch

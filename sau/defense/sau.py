@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense.base import AdversarialDefense
 from sau.evaluate import AT_ONCE_ON_CPU
+from sau.graphs import fixed_norms, search_twin
 from sau.pgd import unsettled
-from sau.runtime.batchnorm import fixed_norms, search_twin
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from sau.evaluate import eval_mode
 from sau.optim import adam
-from sau.seeds import seeded
 from sau.types import Labels, Pixels
+from sau.util import seeded
 
 FEW, MANY, STEPS, CLASSES = 20, 60, 60, 10  # images and steps of the searches before and after
 MOST, HALF = 0.9, 0.5  # share of images that a patch must send to its class before and after

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sau.errors import RecordError
-from sau.formatting import marked
 from sau.record.folder import Record
 from sau.report.results import read_metrics
+from sau.util import marked
 
 Style = tuple[str, str, str]  # label, colour, line style or hatch
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,26 @@ from typing import Any, Literal
 from joblib import cpu_count
 
 from sau.errors import ConfigError, LockedError, first_line
-from sau.record.lock import acquire
-from sau.runtime.process import available_memory, outlive, python_path
+from sau.files import acquire
 
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
 LOCKED = 75  # exit status of a cell whose folder another process uses
 GIB = 2**30
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may use: of the machine, or the limit of its control group (version 2)."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, ValueError):  # no control groups, or "max"
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        limits.append(int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text()))
+    return min(limits)
+
+
+def python_path() -> str:
+    """The PYTHONPATH of a process that is to import this library from where it is."""
+    home = str(Path(__file__).parents[2])
+    return os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,8 @@ def check_cores(cores: int | None) -> int:
 
 def _stop_with(parent: int) -> None:
     """Stop this process, as Ctrl-C would, once its parent is gone."""
-    outlive(parent)
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(10)
     os._exit(1)  # a long call into torch did not let Python raise; every file is written atomically

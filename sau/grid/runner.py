@@ -9,10 +9,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from sau.errors import RecordError, first_line
-from sau.formatting import duration
+from sau.files import in_use
 from sau.grid.engines import Job, Local, Outcome, RayEngine
 from sau.grid.store import Cell, Store
-from sau.record.lock import in_use
+from sau.util import duration
 
 POLL = 0.1  # seconds between two looks at what runs
 ELSEWHERE = 2.0  # seconds until a cell that another runner has is looked at again

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import sau
 from sau.errors import RecordError, one_line
-from sau.files import existing, parse_json, read, write
+from sau.files import existing, in_use, parse_json, read, write
 from sau.record.folder import MANIFEST, SUMMARY, Record
-from sau.record.lock import in_use
 from sau.record.summaries import load, save
 
 _FOLDER = re.compile(r"(?P<label>.+)_(?P<mark>[0-9a-f]{10})(?P<seed>_s\d+)?")

@@ -24,7 +24,7 @@ class Normalized(nn.Module):
 
     `compiled` is whether passes with gradients go through torch.compile; a copy compiles anew, and passes without
     gradients, whose batches have other sizes, are not worth it. A network that cannot be compiled runs eagerly, after a
-    warning. `graph_safe` is whether a step of its training may be replayed as a CUDA graph (`sau.runtime.graphs`).
+    warning. `graph_safe` is whether a step of its training may be replayed as a CUDA graph (`sau.graphs`).
     """
 
     graph_safe: bool

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from sau.errors import Finished, LockedError, RecordError, first_line
-from sau.files import append, read_json, temp_files, write
+from sau.files import acquire, append, in_use, read_json, release, temp_files, write
 from sau.record import schema
-from sau.record.lock import acquire, in_use, release
 from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from sau.errors import one_line
-from sau.formatting import marked
 from sau.grid.store import mark
 from sau.record.schema import EARLY
 from sau.report.results import COST, NONE, PERCENT, Result
 from sau.report.stats import MeanStd, mean_std
+from sau.util import marked
 
 NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*PERCENT, *COST)

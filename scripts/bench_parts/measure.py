@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sau.runtime.device import peak_memory_mb
+from sau.device import peak_memory_mb
 
 Work = Callable[[], object]
 Makers = dict[str, Callable[[], Work]]  # name -> makes the work anew, untimed

@@ -19,10 +19,10 @@ from sau.attack import BadNet
 from sau.data.images import Images, to_float
 from sau.defense import SAU
 from sau.evaluate import score
+from sau.graphs import MicroBatchedStep
 from sau.loop import Session
 from sau.models import Normalized
 from sau.optim import Training
-from sau.runtime.graphs import MicroBatchedStep
 
 ATTACK, QUIET = BadNet(), Session(say=lambda text: None)
 RECIPE = Training(lr_scheduler="constant")

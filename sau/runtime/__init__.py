@@ -1,1 +1,0 @@
-"""What a run computes on: device, threads, precision, CUDA graphs, micro-batches, fast batch norm."""
