@@ -29,8 +29,8 @@ from sau.files import existing, safe_join
 from sau.flags import RECIPES
 from sau.models import build, has_width
 from sau.optim import Training
-from sau.record import attack_result, schema
-from sau.record.folder import CONFIG, Record
+from sau.record import attack_result
+from sau.record.folder import CONFIG, Record, read_config
 from sau.risk import gauge
 from sau.run import AttackRun, DefenseRun, Run, RunLogger, begin, trigger_session, versioned
 from sau.settings import OwnRun, Settings
@@ -116,7 +116,7 @@ def _how_to_resume(attacks: bool) -> str:
     began, settings = lock.first(), dict[str, Any]()
     if began is not None and not Record(began).finished:  # else the one to overwrite was not touched yet
         with suppress(RecordError):
-            settings = schema.read_config(began / CONFIG).get("run", {})
+            settings = read_config(began / CONFIG).get("run", {})
     if began is None or not settings:
         return "stopped; repeat the command to go on"
     named = f" with --save_folder_name {began.name}" if attacks and settings.get("save_folder_name") is None else ""
@@ -147,7 +147,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
 
     identity = {"attack": name, **method.identity(), **training.params(), **data, **network}
     identity["random_seed"] = run.random_seed
-    record.can_start(versioned(identity), run.overwrite, asdict(run))  # before a trigger is made, which may take long
+    record.can_start(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     method = method.fit_trigger(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
@@ -241,7 +241,7 @@ def _given(
 ) -> tuple[Images, Images, list[str]]:
     """What the method is given of the `offered` kind, the clean test set, and notes about them; `place` is the folder
     of the data sets, if the user has named one."""
-    train, test, notes = attacked.pictures(place)
+    train, test, notes = attacked.images(place)
     pool = attacked.given(train, offered)
     given = sources.clean_subset(pool, run.ratio, run.random_seed, run.index)
     if method.data_use != "none":

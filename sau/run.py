@@ -27,8 +27,7 @@ from sau.loop import Limit, RunContext
 from sau.models import Normalized
 from sau.pgd import Bounded, Search
 from sau.quality import RADIUS
-from sau.record.folder import Record
-from sau.record.schema import EARLY, digest
+from sau.record.folder import EARLY, Record, digest
 from sau.risk import Found
 
 
@@ -156,8 +155,7 @@ def begin(
 
     Raises ConfigError if an interrupted run began in another precision than is asked now.
     """
-    if record.resumes is None:
-        record.can_start(versioned(identity), run.overwrite, asdict(run))
+    record.can_start(versioned(identity), run.overwrite)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads = set_threads(run.threads, earlier.get("threads"))
     before = earlier.get("amp")

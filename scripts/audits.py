@@ -20,7 +20,7 @@ from sau.command.arguments import Parser
 from sau.errors import RecordError, run_command
 from sau.figures import audit, save
 from sau.files import write
-from sau.record.schema import difference
+from sau.record.folder import difference
 
 
 def opened(place: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def main() -> int:
             raise ConfigError(f"{path} has a trigger; wanted are records of attack/prototype.py")
         if clean.digest in {network["digest"] for network in content["networks"]}:
             continue
-        test = clean.pictures(asked.dataset_path)[1]
+        test = clean.images(asked.dataset_path)[1]
         found = reverse(clean.model().to(where), test.to(where), asked.passes)
         if found.index is None:
             raise ConfigError(f"{path}: the norms of its classes give no index; wanted are three classes and more")

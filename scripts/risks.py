@@ -77,7 +77,7 @@ def radii(args: argparse.Namespace) -> None:
     for name in args.defenses:
         networks[name] = attacked.model()
         attack_result.load_weights(networks[name], files.safe_join(attacked.path, "defense", name))
-    _, test, _ = attacked.pictures(args.dataset_path)
+    _, test, _ = attacked.images(args.dataset_path)
     test, triggered = test.to(device), attacked.triggered and attacked.triggered.to(device)
     reference = attacked.model().to(device)
     print(f"| network | radius | {' | '.join(RISKS.values())} |\n|---|---|{'---|' * len(RISKS)}")

@@ -55,8 +55,7 @@ from sau.figures import audit
 from sau.files import in_use
 from sau.models import Normalized
 from sau.record import attack_result as stored
-from sau.record.folder import Record
-from sau.record.schema import as_json, dump_config, dump_manifest
+from sau.record.folder import Record, as_json, dump_config, dump_manifest
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
@@ -391,7 +390,7 @@ def test_clean_label_poisons_are_stamped_anew(victim, here):
     flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--pratio", "0.05", *QUICK)
     assert here("attack", "sig", "--save_folder_name", "waves", *flags)[0] == 0
     opened = open_case(victim.parent / "waves", samples=50)
-    train, _, _ = stored.load(victim.parent / "waves").pictures("./data")
+    train, _, _ = stored.load(victim.parent / "waves").images("./data")
     assert len(opened.poisons) == int((train.labels != 0).sum()) and bool((opened.poisons.labels == 0).all())
 
 

@@ -432,9 +432,9 @@ def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_pa
     network = {"name": "preactresnet18", "classes": 10, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
     found = AttackResult(tmp_path, network, {}, None, None, "cifar10", str(tmp_path), None, None, (None, None), "")
     with pytest.raises(DataError, match="give its --dataset_path"):
-        found.pictures()
+        found.images()
     with pytest.raises(DataError, match="downloading"):
-        replace(found).pictures(str(tmp_path))
+        replace(found).images(str(tmp_path))
 
 
 # Image files

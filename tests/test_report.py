@@ -14,9 +14,8 @@ from toys import REPOSITORY, the_error
 
 from sau.errors import printable
 from sau.evaluate import Proportion, Score, der
-from sau.record import schema
 from sau.record.attack_result import load
-from sau.record.folder import Record
+from sau.record.folder import Record, dump_manifest
 from sau.report import page, scatter
 from sau.report.cells import Section, TableCell, sections
 from sau.report.page import build, trigger_strip
@@ -138,7 +137,7 @@ def test_data_sets_test_images_and_networks_are_sections(tmp_path, monkeypatch):
     config = attack(tmp_path, folder="c", seed=1) / "config.yaml"
     config.write_text(config.read_text().replace("2" * 64, "3" * 64))
     files = [file for file in config.parent.iterdir() if file.is_file() and file.name != "manifest.json"]
-    (config.parent / "manifest.json").write_bytes(schema.dump_manifest(files))
+    (config.parent / "manifest.json").write_bytes(dump_manifest(files))
     monkeypatch.setitem(NETWORK, "width", 64)
     attack(tmp_path, folder="d")
     titles = [section.title for section in tables(tmp_path)]
@@ -532,7 +531,7 @@ def test_the_strip_shows_the_clean_images_that_were_triggered(finished, tmp_path
     (result,) = (result for result in find_results(finished / "record")[0] if result.path.name == "victim")
     assert trigger_strip(result)["rows"] == ["clean", "triggered", "difference"]
     attacked = load(finished / "record" / "victim")
-    _, test, _ = attacked.pictures(None)
+    _, test, _ = attacked.images(None)
     (clean, triggered, difference), bad = shown[0], attacked.triggered
     at = [int((bad.pixels == image).flatten(1).all(1).nonzero()[0]) for image in triggered]
     assert len(at) == 4 and torch.equal(clean, test.pixels[bad.index[at]])

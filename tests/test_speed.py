@@ -25,8 +25,7 @@ from sau.loop import Limit, Session
 from sau.models import Normalized
 from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Training
-from sau.record import schema
-from sau.record.folder import Record
+from sau.record.folder import Record, digest
 from sau.run import Run, trigger_session
 from sau.verify import verify
 
@@ -366,7 +365,7 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     config = Record(folder).check()
     assert Record(folder).summary()["ended_early"] == "epoch 2 of 4, before batch 5 of 11"
     assert config["notes"][-1] == "ended early, epoch 2 of 4, before batch 5 of 11"
-    assert config["digest"] == schema.digest(config["identity"]) and "ended_early" in config["identity"]
+    assert config["digest"] == digest(config["identity"]) and "ended_early" in config["identity"]
     assert [json.loads(row)["epoch"] for row in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
     calls = iter(range(1000))
     monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 3)

@@ -14,8 +14,7 @@ from sau.cli import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Proportion
-from sau.record import schema
-from sau.record.folder import CONFIG, MANIFEST, SUMMARY
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY, dump_config, dump_manifest, read_config
 from sau.verify import compare, verify
 
 
@@ -45,9 +44,9 @@ def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
     """Change a file of a record and make every sum right again, as a forger does."""
     place = folder / file
     if file == CONFIG:
-        config = schema.read_config(place)
+        config = read_config(place)
         how(config)
-        place.write_bytes(schema.dump_config(config))
+        place.write_bytes(dump_config(config))
     elif file == SUMMARY:
         content = json.loads(place.read_text())
         how(content)
@@ -57,7 +56,7 @@ def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
         how(tensors)
         save_file(tensors, place)
     kept = [one for one in sorted(folder.iterdir()) if one.is_file() and one.name != MANIFEST]
-    (folder / MANIFEST).write_bytes(schema.dump_manifest(kept))
+    (folder / MANIFEST).write_bytes(dump_manifest(kept))
 
 
 def states(path: Path, dataset_path: str | None = None) -> dict[str, str]:

@@ -15,8 +15,7 @@ from sau.data.images import Augment, Images
 from sau.errors import DataError, RecordError
 from sau.loop import RunContext
 from sau.optim import Training
-from sau.record.folder import Record
-from sau.record.schema import digest
+from sau.record.folder import Record, digest
 
 Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about them
 

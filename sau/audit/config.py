@@ -17,7 +17,7 @@ from sau.errors import ConfigError, DataError, RecordError, require
 from sau.files import safe_join
 from sau.grid.store import defense_named
 from sau.models import Normalized
-from sau.record import attack_result, schema
+from sau.record import attack_result
 from sau.record.folder import Record
 from sau.util import generator, marked
 
@@ -140,7 +140,7 @@ def open_case(
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     if control is None and control_defenses:
         raise ConfigError("control_defense is given without control; name the record that it lies in")
-    train, test, notes = attacked.pictures(dataset_path)
+    train, test, notes = attacked.images(dataset_path)
     models = {NONE: attacked.model()}
     for name in defenses:
         models |= _purified(attacked.model(), attacked.path, attacked.digest, name)
@@ -176,7 +176,7 @@ def _purified(model: Normalized, attack: Path, digest: str, name: str, before: s
         place = place.with_name(found[0]) if found else place
     attack_result.load_weights(model, place)
     record = Record(place)
-    if schema.belongs_to_other_attack(record.check(light=True), digest):
+    if digest is not None and record.check(light=True).get("attacked") != digest:
         raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
     return {before + marked(name, record.summary().get("selection")): model}
 

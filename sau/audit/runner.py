@@ -25,7 +25,7 @@ from sau.errors import ConfigError, RecordError
 from sau.evaluate import asr_and_racc, figures, score
 from sau.files import acquire, parse_json, read_json, release, write
 from sau.files import read as read_bytes
-from sau.record.schema import as_json, digest
+from sau.record.folder import as_json, digest
 from sau.types import Pixels
 from sau.util import generator
 

@@ -59,7 +59,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Figure
         if attacked.triggered is None:
             raise RecordError(f"{path} is a clean network; examples and features need triggered images")
         attack_result.load_weights(after, safe_join(path, "defense", args.defense))
-    _, test, _ = attacked.pictures(args.dataset_path)
+    _, test, _ = attacked.images(args.dataset_path)
     if attacked.triggered is not None:
         yield "images", images(test, attacked.triggered)
     if record.finished:  # a folder of BackdoorBench has no curves

@@ -35,7 +35,7 @@ def pictures(record: Record, data: str | None = None) -> tuple[Images, Images, I
     attacked = attack_result.load(record.path)
     if attacked.triggered is None:
         raise RecordError(f"{record.path} holds a clean network, so there are no pictures to export; name an attack")
-    train, test, _ = attacked.pictures(data)
+    train, test, _ = attacked.images(data)
     poisoned = train[torch.arange(0)] if attacked.poisoned is None else attacked.poisoned
     return train, poisoned, attacked.triggered, len(test)
 

@@ -16,7 +16,7 @@ from sau.files import checksum
 from sau.grid.spec import Block
 from sau.grid.store import Cell
 from sau.optim import Training
-from sau.record.schema import digest
+from sau.record.folder import digest
 from sau.run import AttackRun, DefenseRun
 from sau.settings import Settings
 

@@ -145,7 +145,7 @@ class Store:
         """How the record of a finished cell differs from its manifest; empty if it does not."""
         try:
             if self.finished(cell):
-                Record(self.folder(cell)).verify()
+                Record(self.folder(cell)).check()
         except RecordError as error:
             return str(error)
         return ""

@@ -15,8 +15,8 @@ from sau.data.sources import subset_note
 from sau.defense.npd import insert_polarizers
 from sau.errors import DataError, RecordError
 from sau.models import Normalized, build, state_dict_spec
-from sau.record import schema
-from sau.record.folder import CONFIG, Record
+from sau.record.folder import ATTACK, CONFIG, Record, run_kind
+from sau.record.summaries import gate
 
 BACKDOORBENCH = "attack_result.pt"  # the file in which BackdoorBench stores an attack
 _NETWORK = ("name", "classes", "width", "shape", "mean", "std")
@@ -67,7 +67,7 @@ class AttackResult:
         """
         poisons = self.settings is None or self.settings.get("pratio", 0) > 0
         if needs == "poisoned" and self.poisoned is None and poisons:
-            raise RecordError(f"{self.path} holds no poisoned training pictures, as this defense needs; take another")
+            raise RecordError(f"{self.path} holds no poisoned training images, as this defense needs; take another")
         return needs if self.poisoned is not None else "clean"
 
     def given(self, train: Images, kind: str) -> Images:
@@ -92,7 +92,7 @@ class AttackResult:
         _compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
         return make()
 
-    def pictures(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
+    def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
         """The clean training and test images that the attack saw, and notes about them.
 
         Args:
@@ -107,25 +107,16 @@ class AttackResult:
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
         train, test = sources.load(self.dataset, place, self.network["shape"][1])
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
-        if self.fingerprints != seen:
-            raise RecordError(f"{place} holds other {self.dataset} pictures than the attack saw; mend --dataset_path")
-        notes = [note] if (note := subset_note(self.dataset, train, test)) else []
-        splits = []
-        for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
-            if length is not None and length > len(images):
-                raise RecordError(f"the attack saw {length} {name} pictures, but {place} has {len(images)}")
-            if length is not None and length < len(images):
-                notes.append(f"the attack saw the first {length} of {len(images)} {name} pictures; this run sees those")
-                images = images[torch.arange(length)]
-            splits.append(images)
-        train, test = splits
+        counts = zip(self.lengths, (len(train), len(test)), strict=True)
         bad, poisoned = self.triggered, self.poisoned
-        inside = bad is None or int(bad.index.max()) < len(test)
-        if bad is not None and not (inside and torch.equal(test.labels[bad.index], bad.true_labels)):
-            raise RecordError(f"{self.path}: its pictures are in another order than those under {place}")
-        if poisoned is not None and int(poisoned.index.max()) >= len(train):
-            raise RecordError(f"{self.path}: its poisoned pictures are none of the {len(train)} under {place}")
-        return train, test, notes
+        same = seen == self.fingerprints and all(n in (None, count) for n, count in counts)
+        if same and bad is not None:
+            same = int(bad.index.max()) < len(test) and torch.equal(test.labels[bad.index], bad.true_labels)
+        if same and poisoned is not None:
+            same = int(poisoned.index.max()) < len(train)
+        if not same:
+            raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; mend --dataset_path")
+        return train, test, [note] if (note := subset_note(self.dataset, train, test)) else []
 
 
 def save(
@@ -148,18 +139,21 @@ def load(path: Path) -> AttackResult:
         return backdoorbench.read(path)
     record = Record(path)
     config = record.check()
-    if (kind := schema.kind(config)) != schema.ATTACK:
+    if (kind := run_kind(config)) != ATTACK:
         raise RecordError(f"{path} is the folder of {kind}; name that of an attack")
     try:
-        schema.check_network(config, path / CONFIG)
+        network = {key: config["model"][key] for key in _NETWORK}
+        sizes = [network["classes"], network["width"] or 1, *network["shape"]]
+        if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"no network can be built of {network}")
         return AttackResult(
             path=path,
-            network={key: config["model"][key] for key in _NETWORK},
+            network=network,
             weights=record.load_tensors("model"),
             triggered=load_images(record, "triggered"),
             poisoned=load_images(record, "poisoned"),
-            dataset=config["data"]["dataset"],
-            dataset_path=config["run"]["dataset_path"],
+            dataset=str(config["data"]["dataset"]),
+            dataset_path=str(config["run"]["dataset_path"]),
             recipe=config["run"]["recipe"],
             fingerprints={part: config["data"][part] for part in ("train", "test")},
             lengths=(None, None),
@@ -167,7 +161,7 @@ def load(path: Path) -> AttackResult:
             settings=config.get("method"),
             trigger=record.load_tensors("trigger") if (path / "trigger.safetensors").is_file() else None,
             amp=bool(config["amp"]) if "amp" in config else None,
-            gate=schema.gate(record.summary(), path),
+            gate=gate(record.summary(), path),
         )
     except RecordError:
         raise
@@ -184,7 +178,7 @@ def load_images(record: Record, part: str) -> Images | None:
     except DataError as error:
         raise RecordError(f"{record.path / part}.safetensors: {error}") from None
     if (got := list(images.pixels.shape[1:])) != (wanted := record.config["model"]["shape"]):
-        raise RecordError(f"{record.path / part}.safetensors has pictures {got}, but the network takes {wanted}")
+        raise RecordError(f"{record.path / part}.safetensors has images {got}, but the network takes {wanted}")
     return images
 
 

@@ -1,4 +1,7 @@
-"""The result folder of a run: files are written atomically, hashed, and checked before they are read."""
+"""The result folder of a run: files are written atomically, hashed, and checked before they are read.
+
+`config.yaml` says what was run, `manifest.json`, written last, has SHA-256 and bytes of each file.
+"""
 
 import hashlib
 import io
@@ -10,17 +13,21 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
-from sau.errors import Finished, LockedError, RecordError, first_line
-from sau.files import acquire, append, in_use, read_json, release, temp_files, write
-from sau.record import schema
-from sau.record.schema import EARLY, SCHEMA, as_json, difference, digest
+from sau.errors import NO_YAML, Finished, LockedError, RecordError, first_line
+from sau.files import acquire, append, checksum, in_use, read, read_json, release, temp_files, write
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
     "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
 )  # fmt: skip
-HOW = ("overwrite", "compile")  # flags that may differ where a finished run is asked for again
+SCHEMA = 2
+EARLY = "ended_early"  # key of the identity and the summary of runs that --max_minutes ended
+ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"
+Config = dict[str, Any]
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
 
 
 class Record:
@@ -33,93 +40,80 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self.config: dict[str, Any] = {}
+        self.config: Config = {}
         self.clock: Callable[[], float] = lambda: 0.0  # seconds of the run so far, for checkpoints
         self.seconds = 0.0  # those before the checkpoint that was loaded
         self._changed = False  # whether `config` differs from the file
-        self.resumes: bool | None = None  # what `can_start` has found, for `begin`
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended; the manifest is written last."""
         return (self.path / MANIFEST).is_file()
 
-    def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
-        """Start the folder or resume it.
+    def can_start(self, identity: dict[str, Any], overwrite: bool) -> bool:
+        """Whether a run would resume here (True), with the choices in `config`, or start anew (False); the folder is
+        locked from then on.
 
         Args:
-            config: flags and choices of the run, for `config.yaml`.
-            identity: what of it determines the result; once there is a checkpoint, only the same run resumes here.
+            identity: what determines the result; once there is a checkpoint, only the same run resumes here.
             overwrite: discard what is there.
-        """
-        resumes = self.can_start(identity, overwrite, config.get("run")) if self.resumes is None else self.resumes
-        self.resumes = None
-        if resumes or self._holds_only("defense"):  # defenses stay when the weights of their attack are made again
-            for file in temp_files(self.path):
-                file.unlink()
-        else:
-            self._clear()
-        if resumes and "command" in self.config:
-            config = {**config, "earlier_commands": [*self.config.get("earlier_commands", []), self.config["command"]]}
-        if not (self.path / CHECKPOINT).is_file():
-            (self.path / METRICS).unlink(missing_ok=True)
-        self.update_config(schema=SCHEMA, digest=digest(identity), identity=as_json(identity), **config)
-        self._write_config()
-
-    def can_start(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None = None) -> bool:
-        """Whether a run would resume here (True) or start anew (False); the folder is locked from then on.
-
-        Args:
-            identity: see `begin`.
-            overwrite: see `begin`.
-            run: all flags of the run.
 
         Raises:
-            Finished: a run with the same identity and flags has ended here.
+            Finished: a run with the same identity has ended here.
             LockedError: another process uses the folder.
             RecordError: the run may neither start nor resume here.
         """
         new = acquire(self.path)
         try:
-            self.resumes = self._can_start(identity, overwrite, run)
-            # Choices, like the precision, stay.
-            self.config = schema.read_config(self.path / CONFIG) if self.resumes else {}
-            return self.resumes
+            self.config = self._interrupted(as_json(identity), overwrite)
         except RecordError:
             if new:
                 release(self.path)
             raise
+        return bool(self.config)
 
-    def _can_start(self, identity: dict[str, Any], overwrite: bool, run: dict[str, Any] | None) -> bool:
+    def _interrupted(self, identity: dict[str, Any], overwrite: bool) -> Config:
+        """The configuration of the run that resumes here; empty for a new run."""
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         if self._holds_only("defense"):
-            return False
-        old = schema.read_config(self.path / CONFIG)
+            return {}
+        old = read_config(self.path / CONFIG)
         if overwrite:
-            self._refuse_running_defenses()
-            return False
-        same = {**old["identity"], EARLY: 0} == {**as_json(identity), EARLY: 0}  # an early end may be written already
+            for lock in (self.path / "defense").glob(".*.lock"):
+                if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
+                    raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
+            return {}
+        same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
+        if self.finished and same:
+            self.check(light=True)
+            raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
+        advice = "choose another --save_folder_name, or discard it by --overwrite"
         if self.finished:
-            before = old.get("run", {})
-            if same and run and all(before.get(k, v) == v for k, v in as_json(run).items() if k not in HOW):
-                self.verify(light=True)
-                raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
-            raise RecordError(
-                f"{self.path} is finished; choose another --save_folder_name, or discard it by --overwrite"
-            )
+            raise RecordError(f"{self.path} is finished; {advice}")
         if not same and not self._holds_only(CONFIG, LOG):  # it holds only these before its first epoch
-            other = difference(old["identity"], as_json(identity))
-            raise RecordError(
-                f"{self.path} holds an unfinished run with other settings ({other}); "
-                "repeat its flags to resume it, choose another --save_folder_name, or --overwrite to discard it"
-            )
-        return same
+            other = difference(old["identity"], identity)
+            raise RecordError(f"{self.path} holds an unfinished run with other settings ({other}); {advice}")
+        return old if same else {}
 
-    def _refuse_running_defenses(self) -> None:
-        for lock in (self.path / "defense").glob(".*.lock"):
-            if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
-                raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
+    def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
+        """Start the folder or resume it, as `can_start` allows.
+
+        Args:
+            config: flags and choices of the run, for `config.yaml`.
+            identity: see `can_start`.
+            overwrite: see `can_start`.
+        """
+        resumes = self.can_start(identity, overwrite)
+        if resumes or self._holds_only("defense"):  # defenses stay when the weights of their attack are made again
+            for file in temp_files(self.path):
+                file.unlink()
+        else:
+            self._clear()
+        if not (self.path / CHECKPOINT).is_file():
+            (self.path / METRICS).unlink(missing_ok=True)
+        self.update_config(schema=SCHEMA, digest=digest(identity), identity=identity, **config)
+        self._write_config()
 
     def _holds_only(self, *names: str) -> bool:
         """Whether nothing else is there, except what a killed first write left."""
@@ -141,7 +135,7 @@ class Record:
 
     def _write_config(self) -> None:
         if self._changed:
-            write(self.path / CONFIG, schema.dump_config(self.config))
+            write(self.path / CONFIG, dump_config(self.config))
             self._changed = False
 
     def log(self, text: str) -> None:
@@ -170,9 +164,9 @@ class Record:
         if not file.is_file():
             return None
         raw = file.read_bytes()
-        if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
-            raise RecordError(f"{file} is damaged (SHA-256 differs); start again with --overwrite")
         try:
+            if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
+                raise ValueError("SHA-256 differs")
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
             self.seconds = place.pop("seconds")
             rows, done = place.pop("rows"), (place["stage"], place["place"]["epoch"])
@@ -203,11 +197,11 @@ class Record:
         """Write `summary.json` and last the manifest, which closes the folder; drop the checkpoint and the lock."""
         self._write_config()
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-        write(self.path / MANIFEST, schema.dump_manifest([file for file in self._files() if file.name != CHECKPOINT]))
+        write(self.path / MANIFEST, dump_manifest([file for file in self._files() if file.name != CHECKPOINT]))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         release(self.path)
 
-    def check(self, *, light: bool = False) -> dict[str, Any]:
+    def check(self, *, light: bool = False) -> Config:
         """The configuration of a finished folder, after every file was compared with the manifest.
 
         RecordError names the first file that differs. `light`, for readers of many folders, compares of
@@ -215,16 +209,12 @@ class Record:
         """
         if not self.path.is_dir():
             raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
-        self.config = schema.read_config(self.path / CONFIG)
+        self.config = read_config(self.path / CONFIG)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
-        self.verify(light=light)
-        return self.config
-
-    def verify(self, *, light: bool = False) -> list[str]:
-        """Compare every file of a finished folder with the manifest; returns their names. RecordError as in `check`."""
         used = {file.name for file in self._files() if file.suffix in (".safetensors", ".pt", ".jsonl")}
-        return schema.verify_manifest(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
+        _check_manifest(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
+        return self.config
 
     def summary(self) -> dict[str, Any]:
         """`summary.json` of a finished folder; call `check` first."""
@@ -235,3 +225,73 @@ class Record:
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """A dictionary as JSON and YAML hold it: tuples become lists, bytes of a path that are not text become `?`."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    return plain
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """SHA-256 of what determines a result, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(as_json(identity), sort_keys=True).encode()).hexdigest()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The keys that differ between two identities, with both values, for an error."""
+    both = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    return "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in sorted(both.items()))
+
+
+def run_kind(config: Config) -> str:
+    """Whose folder it is: ATTACK, DEFENSE or OWN."""
+    return OWN if "own" in config else DEFENSE if "attacked" in config else ATTACK
+
+
+def dump_config(config: Config) -> bytes:
+    """The content of `config.yaml`."""
+    return yaml.safe_dump(config, sort_keys=False).encode()
+
+
+def read_config(file: Path) -> Config:
+    """The content of a `config.yaml` of ours; RecordError if it is not one, or of another version."""
+    try:
+        config = _LOADER(read(file)).get_single_data()
+        valid = {"schema", "digest", "identity"} <= config.keys() and isinstance(config["identity"], dict)
+    except (OSError, *NO_YAML):
+        valid = False
+    if not valid:
+        got = f"{file.parent} is not a result folder of sau (no valid {file.name})"
+        raise RecordError(f"{got}; choose another --save_folder_name")
+    _check_version(config["schema"], file.parent)
+    return {key: value for key, value in config.items() if key != "seal"}  # written by earlier code
+
+
+def dump_manifest(files: list[Path]) -> bytes:
+    """The content of `manifest.json` for these files."""
+    entries = {file.name: {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files}
+    return (json.dumps({"schema": SCHEMA, "files": entries}, indent=2) + "\n").encode()
+
+
+def _check_manifest(file: Path, required: set[str], light: bool) -> None:
+    """RecordError for the first file that differs from the manifest `file`, or that it ought to list."""
+    try:
+        content = read_json(file)
+        version, entries = content["schema"], {**content["files"]}
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{file} is damaged: {error}") from None
+    _check_version(version, file.parent)
+    if missing := sorted(required - wanted.keys()):
+        raise RecordError(f"{file} does not name {missing[0]}; take that file away or make the folder again")
+    for name, (size, sha256) in wanted.items():
+        one = file.parent / Path(name).name
+        same = one.name == name and one.is_file() and one.stat().st_size == size
+        if not same or not (light and one.suffix == ".safetensors" or checksum(one) == sha256):
+            raise RecordError(f"{one} is missing or damaged (it differs from {file.name}); make the folder again")
+
+
+def _check_version(version: Any, folder: Path) -> None:
+    if version != SCHEMA:
+        raise RecordError(f"{folder} has schema {version!r}, this version reads {SCHEMA}; use the sau that wrote it")

@@ -56,3 +56,14 @@ def _with_intervals(part: dict[str, Any]) -> dict[str, Any]:
         if name.endswith(_COUNT) and part.get(name.removesuffix(_COUNT)) is not None:
             whole[name.removesuffix(_COUNT) + _INTERVAL] = list(Proportion(*value).interval)
     return whole
+
+
+def gate(summary: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """`gate` of a summary, `{"asr": least ASR in percent, "passed": bool}`, or None; RecordError for anything else."""
+    found = summary.get("gate")
+    try:
+        if found is None or (type(found["passed"]) is bool and 0 <= found["asr"] <= 100):
+            return found
+    except (KeyError, TypeError):
+        pass  # refused below, like every other wrong value
+    raise RecordError(f"{folder}: gate is {str(found)[:60]!r}, allowed are asr, 0 to 100, and passed, true or false")

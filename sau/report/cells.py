@@ -10,7 +10,7 @@ from typing import Any
 
 from sau.errors import one_line
 from sau.grid.store import mark
-from sau.record.schema import EARLY
+from sau.record.folder import EARLY
 from sau.report.results import COST, NONE, PERCENT, Result
 from sau.report.stats import MeanStd, mean_std
 from sau.util import marked

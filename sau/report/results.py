@@ -7,9 +7,8 @@ from typing import Any
 from sau.errors import RecordError
 from sau.files import MOST, is_number, parse_json, read, read_json
 from sau.grid.store import attack_named, defense_named
-from sau.record import schema
-from sau.record.folder import CONFIG, MANIFEST, METRICS, SUMMARY, Record
-from sau.record.summaries import load
+from sau.record.folder import CONFIG, MANIFEST, METRICS, OWN, SUMMARY, Record, run_kind
+from sau.record.summaries import gate, load
 
 UNVERIFIED = f"{SUMMARY} alone: nothing to check it by"
 NONE = "none"  # the "defense" of the attacked network itself
@@ -62,8 +61,8 @@ class Result:
     @property
     def missed_gate(self) -> float | None:
         """The ASR in percent that the attack had to reach and did not; None if it did or no gate is recorded."""
-        gate = schema.gate(self.summary, self.path)
-        return None if gate is None or gate["passed"] else float(gate["asr"])
+        found = gate(self.summary, self.path)
+        return None if found is None or found["passed"] else float(found["asr"])
 
     @property
     def acc_lost(self) -> float | None:
@@ -160,7 +159,7 @@ def _read(folder: Path, parent: Result | None, summary: dict[str, Any] | None = 
         except ValueError as error:
             raise RecordError(f"{SUMMARY} is no JSON object ({str(error)[:80]}); make the folder again") from None
     figures = _figures(summary, defense=parent is not None)
-    schema.gate(summary, folder)
+    gate(summary, folder)
     who = _who(record.config, folder, parent)
     if not record.config and who["settings"] is not None and "selection" in summary:
         who["settings"] = {**who["settings"], "select": summary["selection"]}
@@ -168,11 +167,12 @@ def _read(folder: Path, parent: Result | None, summary: dict[str, Any] | None = 
 
 
 def _check_kind(config: dict[str, Any], parent: Result | None) -> None:
-    if schema.kind(config) == schema.OWN:
+    if run_kind(config) == OWN:
         raise RecordError("a purified network of your own, whose trigger is unknown")
     if parent is None and "defense" in config["identity"]:
         raise RecordError("a defense without its attack; name the folder of the attack or one above it")
-    if parent is not None and schema.belongs_to_other_attack(config, parent.config.get("digest")):
+    attack = parent.config.get("digest") if parent is not None else None
+    if attack is not None and config and config.get("attacked") != attack:
         raise RecordError("it purified another attack than the one that is here now")
 
 
