@@ -37,11 +37,11 @@ from sau.settings import OwnRun, Settings
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 TOOLS = {
-    "report": "sau.command.report",
-    "figures": "sau.command.figures",
-    "grid": "sau.command.grid",
-    "verify": "sau.command.verify",
-    "inspect": "sau.command.inspect_checkpoint",
+    "report": "sau.tools:report",
+    "figures": "sau.tools:figures",
+    "grid": "sau.grid.command:main",
+    "verify": "sau.tools:verify",
+    "inspect": "sau.tools:inspect",
 }
 
 
@@ -62,11 +62,11 @@ def _main(argv: list[str]) -> int:
         print(listing())
         return 0
     if kind in TOOLS:
+        module, _, function = TOOLS[kind].partition(":")
         try:
-            tool = import_module(TOOLS[kind])
+            status: int = getattr(import_module(module), function)(argv[1:])
         except ModuleNotFoundError as missing:
             raise ConfigError(f"sau {kind} needs {missing.name}; pip install -e '.[report]'") from None
-        status: int = tool.main(argv[1:])
         return status
     if kind in METHODS and name in ("", "--help", "-h"):
         listed = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(METHODS[kind])}"

@@ -20,16 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import PARTS, AuditConfig, open_case, run_audit, tables
 from sau.audit.relearn import most_shots
-from sau.command.arguments import Parser, add_device, use_device
 from sau.config import options
 from sau.errors import ConfigError, run_command
 from sau.figures import audit, save
 from sau.files import safe_join
 from sau.flags import Setting, values
 from sau.grid.store import find
+from sau.tools import Parser, add_device, use_device
 
 say = partial(print, flush=True)
 CONFIG = options(AuditConfig)

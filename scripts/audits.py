@@ -14,13 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sau.command.drawing  # noqa: F401  before sau.figures
 from sau.audit import read, tables
-from sau.command.arguments import Parser
 from sau.errors import RecordError, run_command
 from sau.figures import audit, save
 from sau.files import write
 from sau.record.folder import difference
+from sau.tools import Parser
 
 
 def opened(place: Path) -> dict[str, Any]:

@@ -23,10 +23,10 @@ import torch
 from bench_parts import parts
 from bench_parts.setting import Setting
 
-from sau.command.arguments import Parser, add_device, use_device
 from sau.device import processor
 from sau.errors import require, run_command
 from sau.files import write
+from sau.tools import Parser, add_device, use_device
 
 PARTS: dict[str, tuple[Callable[[Setting], parts.Rows], dict[str, int]]] = {  # with defaults other than Setting's
     "train": (parts.train, {}),

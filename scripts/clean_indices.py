@@ -12,11 +12,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.command.arguments import Parser, add_device, use_device
 from sau.errors import ConfigError, run_command
 from sau.files import read_json, write
 from sau.own_network import reverse
 from sau.record import attack_result
+from sau.tools import Parser, add_device, use_device
 
 HOME = Path(__file__).resolve().parents[1] / "sau" / "clean_indices.json"
 

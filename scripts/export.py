@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from sau.command.arguments import Parser
 from sau.compat.export import new_folder, pictures, save_png, write
 from sau.data.images import Images
 from sau.errors import ConfigError, run_command
 from sau.files import existing
 from sau.record.folder import Record
+from sau.tools import Parser
 
 COLUMNS = ("labels", "true_labels", "role", "index")
 

@@ -19,13 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from sau import quality
 from sau.attack import ATTACKS, SSBA, Attack, InputAware
-from sau.command.arguments import Parser
-from sau.command.drawing import plt
 from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint, load
 from sau.errors import SauError, run_command
@@ -34,6 +33,7 @@ from sau.models import build
 from sau.optim import Training
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
+from sau.tools import Parser
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #ddd}

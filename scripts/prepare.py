@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.command.arguments import Parser
 from sau.data.images import Images
 from sau.data.sources import SOURCES, fingerprint, load, subset_note
 from sau.errors import ConfigError, run_command
+from sau.tools import Parser
 from sau.util import markdown
 
 

@@ -6,13 +6,13 @@ import statistics
 from typing import Any
 
 from sau import files
-from sau.command.arguments import use_device
 from sau.errors import RecordError, require
 from sau.pgd import Search
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.report.results import read_metrics
 from sau.risk import gauge
+from sau.tools import use_device
 from sau.util import markdown, marked
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}

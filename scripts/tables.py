@@ -26,13 +26,13 @@ import cards
 import risks
 
 from sau import files
-from sau.command.arguments import Parser, add_device
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, run_command
 from sau.report.cells import Section, TableCell, sections
 from sau.report.results import NONE, PERCENT, Result, find_results
 from sau.report.stats import mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
+from sau.tools import Parser, add_device
 from sau.util import markdown
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
@@ -195,7 +195,8 @@ def seeds(args: argparse.Namespace) -> None:
 
 def ratios(args: argparse.Namespace) -> None:
     """Draw ASR against the poisoning ratio, a curve an attack, and print ACC / ASR, means over seeds."""
-    from sau.command.drawing import plt
+    import matplotlib.pyplot as plt
+
     from sau.figures import save
 
     curves = _curves(args.roots)

@@ -12,7 +12,6 @@ from toys import QUICK, the_error, tiny_net, toy_images
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sau.command.figures import OnDevice
 from sau.data import images as data
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
@@ -21,6 +20,7 @@ from sau.figures.curves import NORMS, RISKS
 from sau.figures.images import last_features
 from sau.pgd import Search
 from sau.record.folder import Record
+from sau.tools import OnDevice
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_the_command_draws_every_figure_as_png_and_svg(victim, here, script, mon
     assert here("defense", "sau", "--result_file", "victim", *flags, *QUICK)[0] == 0
     really = data.sample
     monkeypatch.setattr(data, "sample", lambda test, bad, most, seed=0: really(test, bad, min(most, 80), seed))
-    monkeypatch.setattr("sau.command.figures.sample", data.sample)  # the search takes its time
+    monkeypatch.setattr("sau.data.images.sample", data.sample)  # the search takes its time
     argv = ["victim", "--defense", "sau", "--map", "pca", "--eps", "0.05", "--threads", "1"]
     argv += ["--record_root", str(victim.parent)]
     status, out, err = script("figures.py", *argv)

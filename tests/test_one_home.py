@@ -45,8 +45,8 @@ def below(*folders: str) -> set[str]:
 
 # concern: (who has it, who may)
 HOMES: dict[str, tuple[set[str], set[str]]] = {
-    "flags": (importing("argparse") | calling("add_argument"), {"flags.py"} | below("command")),
-    "YAML": (importing("yaml"), {"errors.py", "flags.py", "record/schema.py"}),
+    "flags": (importing("argparse") | calling("add_argument"), {"flags.py", "tools.py", "grid/command.py"}),
+    "YAML": (importing("yaml"), {"errors.py", "flags.py", "record/folder.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
     "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
     "pickles": (importing("pickle"), {"data/readers.py", "compat/torch_file.py"}),
@@ -65,8 +65,9 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),
     "the screen": (
         calling("print"),
-        {"__main__.py", "cli.py", "settings.py", "errors.py", "record/folder.py", "grid/engines.py"}
-        | below("command", "data"),
+        {"__main__.py", "cli.py", "settings.py", "errors.py", "record/folder.py", "tools.py"}
+        | {"grid/command.py", "grid/engines.py"}
+        | below("data"),
     ),
     "seeds": (
         calling("manual_seed", "RandomState", "Random"),

@@ -1,6 +1,5 @@
 """What the scripts have in common: where they compute, and what they refuse."""
 
-import re
 import shlex
 import signal
 import subprocess
@@ -50,7 +49,7 @@ def test_a_device_that_is_not_there_is_refused(name, script, monkeypatch):
     [
         ("tables.py", ("radii", "record/victim"), "sau.risk.gauge"),
         ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.own_network.reverse"),
-        ("figures.py", ("victim", "--defense", "copy"), "sau.command.figures.examples"),
+        ("figures.py", ("victim", "--defense", "copy"), "sau.figures.examples"),
     ],
 )
 def test_networks_compute_on_the_device(name, flags, what, victim, here, script, monkeypatch):
@@ -66,26 +65,18 @@ def test_networks_compute_on_the_device(name, flags, what, victim, here, script,
         clean = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--threads", "1", "--amp", "false")
         assert here("attack", "prototype", "--save_folder_name", "clean", *clean, "--device", "cpu")[0] == 0
     monkeypatch.delitem(sys.modules, "risks", raising=False)  # tables.py imports it anew, as scripts do
-    for home in ("arguments", "figures"):
-        monkeypatch.setattr(f"sau.command.{home}.use_device", lambda args: torch.device("meta"))
+    monkeypatch.setattr("sau.tools.use_device", lambda args: torch.device("meta"))
     monkeypatch.setattr("sau.record.attack_result.load_weights", lambda model, path: None)
-    monkeypatch.setattr("sau.command.figures.features", lambda *given: None)
-    monkeypatch.setattr("sau.command.figures.save", lambda figure, path: [])
+    monkeypatch.setattr("sau.figures.features", lambda *given: None)
+    monkeypatch.setattr("sau.figures.save", lambda figure, path: [])
     monkeypatch.setattr(what, stop)
     status, _, err = script(name, *flags)
     assert status == 2 and the_error(err) == "error: stopped" and devices == {"meta"}
 
 
-def test_matplotlib_is_imported_after_its_backend_is_chosen():
-    files = [*sorted(SCRIPTS.rglob("*.py")), *sorted((REPOSITORY / "sau" / "command").glob("*.py"))]
-    pattern = re.compile(r"^ *import matplotlib$", re.M)
-    assert [file.name for file in files if pattern.search(file.read_text())] == ["drawing.py"]
-
-
 @pytest.mark.parametrize(
     ("name", "flags", "word"),
     [
-        ("report.py", ("nobody", "--out", "below/../r.html", "--csv", "r.html"), "r.html"),
         ("export.py", ("nobody", "--format", "png", "--out", "out", "--name_there", "mine"), "--name_there"),
         ("tables.py", ("gaps", "nobody"), "nobody"),
         ("tables.py", ("radii", "victim", "nobody"), "nobody"),

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sau.command.arguments import Parser
 from sau.data.sources import source
 from sau.errors import ConfigError
 from sau.grid.engines import Local, RayEngine
@@ -22,10 +21,10 @@ from sau.grid.plan import cells, select
 from sau.grid.runner import Runner, needed, status
 from sau.grid.spec import Grid, read
 from sau.grid.store import Cell, Store, publish
+from sau.tools import Parser
 from sau.util import duration
 
 say = partial(print, flush=True)
-RUN_FLAGS = ("dry_run", "retry_failed", "retries", "cell_timeout", "engine", "cores", "memory_gb", "address")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace, look: bool) -> int:
     """Do what the flags ask; the exit status."""
-    check(given, look)
+    check(given)
     grid = read(given.file)
     keys = [key for key in ("record_root", "retries", "cell_timeout") if getattr(given, key) is not None]
     grid = replace(grid, **{key: getattr(given, key) for key in keys})
@@ -77,13 +76,8 @@ def run(given: argparse.Namespace, look: bool) -> int:
     return drive(given, grid, store, every)
 
 
-def check(given: argparse.Namespace, look: bool) -> None:
-    """Refuse, by a ConfigError, values out of range, files that are not there, and flags without effect."""
-    if look or given.publish:
-        for name in RUN_FLAGS + (("publish",) if look else ()):
-            if getattr(given, name) not in (None, False):
-                beside = "grid status" if look else "--publish"
-                raise ConfigError(f"--{name} has no effect beside {beside}, which runs nothing; leave it out")
+def check(given: argparse.Namespace) -> None:
+    """Refuse, by a ConfigError, values out of range and files that are not there."""
     for name in ("cores", "memory_gb", "cell_timeout"):
         value = getattr(given, name)
         if value is not None and not 0 < value < math.inf:
@@ -91,10 +85,6 @@ def check(given: argparse.Namespace, look: bool) -> None:
     for name in given.published or ():
         if name != "none" and not Path(name).is_file():
             raise ConfigError(f"--published {name} is no file; name one that is there, or none")
-    ray = given.engine == "ray"
-    for name, acts in (("address", ray), ("memory_gb", not ray), ("cores", not (ray and given.address))):
-        if getattr(given, name) is not None and not acts:
-            raise ConfigError(f"--{name} has no effect on this engine; leave it out")
 
 
 def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]) -> int:
