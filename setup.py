@@ -7,7 +7,6 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
-onnx = ["onnx>=1.17"]
 docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 
 setup(
@@ -31,11 +30,9 @@ setup(
     extras_require={
         "report": report,
         "docs": docs,
-        "onnx": onnx,
         "ray": ["ray>=2.40"],
         "test": [
             *report,
-            *onnx,
             *docs,
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -25,16 +25,14 @@ from torch import nn
 
 from sau import device as machine
 from sau.compat import weights
-from sau.compat.inspect import normalisation
-from sau.compat.network import network
-from sau.compat.weights import SAFE, short_names
+from sau.compat.weights import SAFE, network, short_names
 from sau.data.images import Images, last_of_each, sample, to_float
 from sau.data.readers import class_folders, image_folder
 from sau.data.sources import check_clean_set, fingerprint
 from sau.defense.base import Defense
 from sau.defense.checks import misuse
 from sau.defense.nc import Inversion, Patches, anomaly
-from sau.errors import ConfigError, DataError, one_line
+from sau.errors import ConfigError, DataError
 from sau.evaluate import AT_ONCE_ON_CPU, Proportion, Score, predict, score, table
 from sau.files import safe_join
 from sau.graphs import shared_weight_twin
@@ -43,7 +41,7 @@ from sau.models import Normalized, check_logits, to_channels_last, translate_err
 from sau.record.folder import Record
 from sau.risk import Found, gauge
 from sau.run import RunLogger, begin
-from sau.settings import OF_RECORDS, OwnRun, Settings
+from sau.settings import OF_RECORDS, Settings
 from sau.util import seeded
 
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
@@ -171,7 +169,10 @@ def purify(name: str, asked: Settings) -> None:
     _check_classes(model, test, clean)
     answers = predict(model, given.pixels)  # few that are right are said before hours are spent
     misused = misuse(model, given.batches(AT_ONCE_ON_CPU), given.labels, answers, given.num_classes)
-    notes = ([misused] if misused else []) + _unapplied(file, own) + _of_classes_and_sizes(file, own, folders, names)
+    notes = [misused] if misused else []
+    if file.classes and not names:
+        theirs = f"{file.path.name} names its classes {short_names(file.classes)}"
+        notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
     notes += check_clean_set(given, test) if method.data_use != "none" else []
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
     record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
@@ -203,21 +204,6 @@ def purify(name: str, asked: Settings) -> None:
         lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
         record.log(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean images")
     logger.finish(report)
-
-
-def _unapplied(file: weights.Weights, own: OwnRun) -> list[str]:
-    """What to say where the file holds or names another normalisation than the one that was asked for."""
-    found = normalisation(file)
-    given = {"mean": own.mean, "std": own.std}  # one value is for all channels
-    if found is None:
-        return []
-    theirs, ours = ([torch.tensor(each[name]) for name in given] for each in (found, given))
-    if own.mean and all(torch.allclose(a, b, atol=0.01) for a, b in zip(theirs, ours, strict=True)):
-        return []
-    mean, std = (",".join(f"{value:.4g}" for value in found[name]) for name in given)
-    which = "another is" if own.mean else "none is"
-    where = f"by {file.path.name} ({found['from'][:100]}) images are normalised with mean {mean} and std {std}"
-    return [one_line(f"{where}, but {which} applied here; unless the network does it itself, give --mean and --std")]
 
 
 def _need_nothing_of_an_attacker(method: Defense) -> None:
@@ -262,20 +248,6 @@ def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
         return None
     known = spelt.keys() <= {*map(str.casefold, classes)}
     return [spelt.get(name.casefold(), name) for name in classes] if known else None
-
-
-def _of_classes_and_sizes(file: weights.Weights, own: OwnRun, folders: list[str], names: list[str] | None) -> list[str]:
-    """What to say where the file names other classes or another size of images than are used."""
-    notes = []
-    if file.classes and not names:
-        theirs = f"{file.path.name} names its classes {short_names(file.classes)}"
-        notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
-    if file.input_size and file.input_size != own.input_size:
-        size = f"{file.input_size}x{file.input_size}"
-        notes.append(
-            f"by {file.path.name} the network was trained with images of {size}, but --input_size is {own.input_size}"
-        )
-    return notes
 
 
 def _report(

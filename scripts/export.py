@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from sau.compat.export import new_folder, pictures, save_png, write
+from sau.compat.backdoorbench import exported_images, new_folder, save_png, write
 from sau.data.images import Images
 from sau.errors import ConfigError, run_command
 from sau.files import existing
@@ -29,7 +29,7 @@ COLUMNS = ("labels", "true_labels", "role", "index")
 
 
 def export_png(parts: dict[str, Images], target: Path) -> None:
-    """Every picture as `<part>/<label>/<index>.png`, and `labels.csv`."""
+    """Every image as `<part>/<label>/<index>.png`, and `labels.csv`."""
     with new_folder(target) as place, (place / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("file", "label", "true_label", "role", "index"))
@@ -65,7 +65,7 @@ def main() -> int:
     if asked.format == "backdoorbench":
         write(record, target, asked.name_there or target.name, asked.dataset_path)
     else:
-        train, poisoned, triggered, _ = pictures(record, asked.dataset_path)
+        train, poisoned, triggered, _ = exported_images(record, asked.dataset_path)
         parts = {"train": train.replace_rows(poisoned, poisoned.index), "test_triggered": triggered}
         (export_png if asked.format == "png" else export_npz)(parts, target)
     print(target)

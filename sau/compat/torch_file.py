@@ -71,6 +71,7 @@ class Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content  # bytes written by Python 2
         if kind.dtype is not None:
             self.values = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
@@ -151,13 +152,8 @@ def load(path: Path, raw: bytes | None = None) -> tuple[Any, str]:
 def _check_archive(raw: bytes) -> None:
     """Refuse an archive by its table of contents: ProgramError, ValueError, or what zipfile raises."""
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        names = archive.namelist()
-        if len({*names}) < len(names):  # torch and zipfile may read different ones
-            raise ValueError("two members of its archive have one name")
-        if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+        if any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist()):
             raise ProgramError("is TorchScript, a program; save the network's state_dict with torch.save")
-        if not any(name.endswith("data.pkl") for name in names):
-            raise ValueError("it is a zip archive, but not of torch.save; unpack it first")
         if sum(member.file_size for member in archive.infolist()) > len(raw):
             raise ValueError("its archive declares more bytes than the file has")
         if (bad := archive.testzip()) is not None:  # torch does not compare checksums

@@ -1,8 +1,12 @@
-"""The tensors of anybody's file, whatever its format, and the network that they belong to."""
+"""The tensors of anybody's file, whatever its format, and the network that they belong to: found by its weights, by a
+name, or made by code that the user trusts."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,26 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from sau.compat import torch_file
-from sau.errors import RecordError, printable
+from sau.errors import ConfigError, RecordError, printable
 from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, torchvision_plain
+from sau.settings import OwnRun
 
-SAFE, ONNX = "safetensors", "ONNX"
+SAFE = "safetensors"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DEEPEST = 50  # levels of nested containers
 _CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class", "id2label", "label2id")
-_SIZES = ("img_size", "image_size", "input_size")
-_FACTS = {"clean_data", "mean", "std", *_CLASSES, *_SIZES}
 _FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
-_LEAST = 16  # tensors of the smallest known network, alexnet
-
-
-class SeveralError(RecordError):
-    """A file holds a network more than once, under several prefixes."""
-
-    def __init__(self, path: Path, prefixes: list[str]) -> None:
-        self.under = ", ".join(f"{prefix[:100]!a}" for prefix in prefixes[:5])
-        times = f"{path} holds the network {len(prefixes)} times"
-        super().__init__(f"{times}: under {self.under}; name one with --model_prefix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,51 +33,42 @@ class Weights:
 
     Args:
         path: the file.
-        kind: its format: a torch file, safetensors or ONNX.
+        kind: its format: a torch file or safetensors.
         digest: SHA-256 of the file.
         tensors: its tensors by their places in it, joined by dots: `state_dict.model.conv1.weight`.
-        facts: what else it holds about its training, by place: `mean`, `class_to_idx`, `img_size` and the like.
+        classes: names of the classes in the order of the logits, if the file holds them.
     """
 
     path: Path
     kind: str
     digest: str
     tensors: dict[str, Tensor]
-    facts: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] | None = None
 
-    @property
-    def classes(self) -> list[str] | None:
-        """Names of the classes in the order of the logits, if the file holds them."""
-        found = (_names(value) for place, value in self.facts.items() if _key(place) in _CLASSES)
-        return next((names for names in found if names), None)
+    def prefixes(self, own: Mapping[str, Tensor]) -> list[str]:
+        """The prefixes under which the names and shapes of the state dict `own` lie, and nothing else.
 
-    @property
-    def input_size(self) -> int | None:
-        """Height or width, the larger one, of the training images in pixels, if the file holds it."""
-        for place, value in self.facts.items():
-            sides = value if isinstance(value, list | tuple) else [value]
-            if _key(place) in _SIZES and sides and all(type(side) is int for side in sides):
-                return max(sides)
-        return None
+        What lies beside a prefix, like an optimiser's tensors, does not matter.
+        """
+        return [prefix for prefix in self._candidates(own) if not any(self._faults(prefix, own))]
 
     def prefix(self, own: Mapping[str, Tensor]) -> str:
-        """The prefix under which the names and shapes of the state dict `own` lie, and nothing else.
-
-        What lies beside the prefix, like an optimiser's tensors, does not matter. RecordError says what differs,
-        SeveralError that there is more than one.
-        """
-        first = next(iter(own))
-        candidates = {place[: -len(first)] for place in self.tensors if f".{place}".endswith(f".{first}")}
-        if not candidates:
-            raise RecordError(f"{self.path} has no {first!r}, which the network begins with")
-        faults = {prefix: list(self._faults(prefix, own)) for prefix in sorted(candidates, key=len)}
-        fitting = [prefix for prefix, found in faults.items() if not found]
+        """The one of `prefixes`; RecordError says what differs, or that there are several."""
+        fitting = self.prefixes(own)
         if len(fitting) > 1:
-            raise SeveralError(self.path, fitting)
+            raise RecordError(f"{self.path} holds the network under {fitting[:5]!a}; name one with --model_prefix")
         if not fitting:
-            closest = min(faults.values(), key=len)
-            raise RecordError(f"{self.path} {closest[0]}: it is not the network, which has {len(own)} tensors")
+            faults = [list(self._faults(prefix, own)) for prefix in self._candidates(own)]
+            closest = (
+                min(faults, key=len)[0] if faults else f"has no {next(iter(own))!r}, which the network begins with"
+            )
+            raise RecordError(f"{self.path} {closest}: it is not the network, which has {len(own)} tensors")
         return fitting[0]
+
+    def _candidates(self, own: Mapping[str, Tensor]) -> list[str]:
+        first = next(iter(own))
+        found = {place[: -len(first)] for place in self.tensors if f".{place}".endswith(f".{first}")}
+        return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
     def _faults(self, prefix: str, own: Mapping[str, Tensor]) -> Iterator[str]:
         inside = {place.removeprefix(prefix) for place in self.tensors if place.startswith(prefix)}
@@ -108,10 +92,6 @@ class Weights:
             raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
 
 
-def _key(place: str) -> str:
-    return place.split(".")[-1].lower()
-
-
 def _names(value: Any) -> list[str] | None:
     """Class names in the order of their numbers, from a list, {name: number} or {number: name}, else None."""
     if isinstance(value, dict):
@@ -130,17 +110,15 @@ def _fit(value: Tensor, own: Tensor, name: str) -> Tensor:
     if value.dtype not in types:
         raise RecordError(f"{name} has type {value.dtype}, allowed is {' or '.join(map(str, types))}")
     value = value.to(own.dtype).contiguous()
-    if not bool(torch.isfinite(value).all()) or (name.endswith("running_var") and bool((value < 0).any())):
-        raise RecordError(f"{name} holds a value that is not finite (NaN or infinity), or a negative variance")
+    if not bool(torch.isfinite(value).all()):
+        raise RecordError(f"{name} holds a value that is not finite (NaN or infinity)")
     return value
 
 
-def file_format(path: Path, raw: bytes) -> str:
+def file_format(raw: bytes) -> str:
     """The format of an untrusted file, by its content; "" for an unknown one."""
     if raw[8:9] == b"{":
         return SAFE
-    if raw[:1] == b"\x08" and path.suffix == ".onnx":  # a protobuf has no mark of its own
-        return ONNX
     if raw.startswith(torch_file.LEGACY):
         return "torch before 1.6"
     if raw.startswith(torch_file.ZIP):
@@ -149,33 +127,32 @@ def file_format(path: Path, raw: bytes) -> str:
 
 
 def read(path: Path, raw: bytes | None = None) -> Weights:
-    """Read a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.onnx` file; its content tells the format, not its name.
+    """Read a `.pt`, `.pth`, `.ckpt` or `.safetensors` file; its content tells the format, not its name.
 
     Nothing in it is run. `raw` is its content, if it has been read. RecordError if it cannot be read.
     """
     raw = torch_file.content(path) if raw is None else raw
-    kind = file_format(path, raw)
-    if kind in (SAFE, ONNX):
-        try:
-            tensors = safetensors.torch.load(raw) if kind == SAFE else _onnx(raw)
-        except Exception as error:  # safetensors, protobuf and numpy have their own
-            raise RecordError(f"{path} cannot be read: {printable(str(error))[:160]}") from None
-        return Weights(path, kind, hashlib.sha256(raw).hexdigest(), tensors)
-    content, digest = torch_file.load(path, raw)
-    return collect(path, content, kind, digest)
+    kind = file_format(raw)
+    if kind != SAFE:
+        content, digest = torch_file.load(path, raw)
+        return collect(path, content, kind, digest)
+    try:
+        return Weights(path, kind, hashlib.sha256(raw).hexdigest(), safetensors.torch.load(raw))
+    except Exception as error:  # safetensors has its own
+        raise RecordError(f"{path} cannot be read: {printable(str(error))[:160]}") from None
 
 
 def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weights:
-    """All tensors and facts in nested containers, each container once; RecordError for too many levels."""
+    """All tensors in nested containers, each container once, and class names; RecordError for too many levels."""
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
+    classes: list[list[str]] = []
     seen: set[int] = set()  # a container may hold itself, or the same one many times
 
     def visit(value: Any, place: str, depth: int) -> None:
         if depth > _DEEPEST:
             raise RecordError(f"{path} has more than {_DEEPEST} levels; save a state dict alone")
-        if _key(place) in _FACTS:
-            facts[place] = value.values.tolist() if isinstance(value, torch_file.Array) else value
+        if place.split(".")[-1].lower() in _CLASSES and (names := _names(value)):
+            classes.append(names)
         if isinstance(value, Tensor):
             tensors[place or "tensor"] = _dense(value, f"{path}: {place[:100]!a}")
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
@@ -185,28 +162,17 @@ def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weigh
                     visit(inner, f"{place}.{key}" if place else str(key), depth + 1)
 
     visit(content, "", 0)
-    return Weights(path, kind, digest, tensors, facts)
+    return Weights(path, kind, digest, tensors, classes[0] if classes else None)
 
 
 def _dense(value: Tensor, what: str) -> Tensor:
-    """The tensor without attributes that the file gave it; RecordError unless it is dense, on the CPU and whole."""
+    """The tensor without attributes that the file gave it; RecordError unless it is dense and on the CPU."""
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
         raise RecordError(f"{what} is no dense tensor on the CPU; save a state dict of such")
     value = Tensor.detach(value)
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise RecordError(f"{what} claims shape {list(value.shape)[:8]}, but holds fewer values")
     return value
-
-
-def _onnx(raw: bytes) -> dict[str, Tensor]:
-    try:
-        import onnx
-    except ModuleNotFoundError:
-        raise RecordError("it is an ONNX file, which needs: pip install -e '.[onnx]'") from None
-    found = onnx.load_from_string(raw).graph.initializer
-    if outside := [tensor.name for tensor in found if tensor.external_data]:
-        raise RecordError(f"{outside[0][:100]!a} lies in another file, which is not opened")
-    return {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in found}
 
 
 @dataclass(frozen=True)
@@ -227,14 +193,14 @@ class Guess:
 
 
 def guess(found: Weights) -> Guess | None:
-    """The network whose names and shapes are in `found`, or None; SeveralError if it is there more than once.
+    """The network whose names and shapes are in `found`, or None; RecordError if it is there more than once.
 
     Candidates are preactresnet18 of any width and torchvision's classifiers, except regnet, whose state dict cannot be
     had without memory for its weights.
     """
-    names = [*MODELS, *sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))]
-    for name in names if len(found.tensors) >= _LEAST else ():
-        if not name.startswith("regnet") and (fitting := _try(found, name)):
+    names = sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))
+    for name in [*MODELS, *(name for name in names if not name.startswith("regnet"))]:
+        if fitting := _try(found, name):
             return fitting
     return None
 
@@ -244,20 +210,83 @@ def _try(found: Weights, name: str) -> Guess | None:
     own = state_dict_spec(partial(unwrapped, name, 10, 64 if has_width(name) else None))
     first, last = next(iter(own)), list(own)[-1]
     for place, value in found.tensors.items():
-        prefix = place[: -len(first)]
-        end = found.tensors.get(prefix + last)
+        end = found.tensors.get(place[: -len(first)] + last)
         if not f".{place}".endswith(f".{first}") or end is None or 0 in (value.ndim, end.ndim):
             continue
         width = len(value) if has_width(name) else None
         if width is None or 0 < width <= 1024:
-            try:
-                spec = state_dict_spec(partial(unwrapped, name, len(end), width))
+            spec = state_dict_spec(partial(unwrapped, name, len(end), width))
+            if found.prefixes(spec):
                 return Guess(name, width, len(end), found.prefix(spec))
-            except SeveralError:
-                raise
-            except RecordError:
-                continue
     return None
+
+
+def network(run: OwnRun, classes: int, found: Weights | None = None) -> tuple[nn.Module, Weights, str]:
+    """The network with its weights, the content of their file, and the network's name.
+
+    Args:
+        run: the file and the architecture.
+        classes: logits, where `arch` is a plain name.
+        found: the content of the file, if it has been read.
+
+    Raises:
+        ConfigError: the network cannot be found or trusted.
+        RecordError: the weights are of another network.
+    """
+    found = read(Path(str(run.model_file))) if found is None else found
+    if run.model_prefix is not None:
+        found = _below(found, run.model_prefix)
+    name, make = _architecture(run, classes, found)
+    own = make().state_dict() if ":" in name else state_dict_spec(make)  # no memory yet: the file may claim any width
+    try:
+        state = found.of(own)
+    except RecordError as error:
+        advice = f"; its tensors fit {known.name}, which --arch auto finds" if (known := guess(found)) else ""
+        raise RecordError(f"{error}{advice}") from None
+    net = make()
+    net.load_state_dict(state)
+    return net.eval(), found, name
+
+
+def _architecture(run: OwnRun, classes: int, found: Weights) -> tuple[str, Callable[[], nn.Module]]:
+    """The network's name and what makes it."""
+    if ":" in run.arch:
+        net = _imported(run)
+        return run.arch, lambda: net
+    if run.arch != "auto":
+        # The width is that of the first convolution.
+        width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
+        return run.arch, partial(unwrapped, run.arch, classes, width if has_width(run.arch) else None)
+    known = guess(found)
+    if known is None:
+        raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
+    return known.name, partial(unwrapped, known.name, known.classes, known.width)
+
+
+def _below(found: Weights, prefix: str) -> Weights:
+    """The tensors under `prefix` alone; RecordError if there are none."""
+    whole = f"{prefix.removesuffix('.')}."  # `state_dict` is not `state_dict_ema`
+    start = whole if any(place.startswith(whole) for place in found.tensors) else prefix
+    chosen = {place: value for place, value in found.tensors.items() if place.startswith(start)}
+    if not chosen:
+        raise RecordError(f"{found.path} has no tensor under {prefix!r}; sau inspect lists them")
+    return replace(found, tensors=chosen)
+
+
+def _imported(run: OwnRun) -> nn.Module:
+    module, _, function = run.arch.partition(":")
+    if not run.trust_code:
+        raise ConfigError(f"--arch {run.arch} would run code of {module}; say --trust_code true if you trust it")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        net = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever that code raises
+        raise ConfigError(f"--arch {run.arch} failed: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, wanted is a torch.nn.Module")
+    return net
 
 
 def unwrapped(name: str, classes: int, width: int | None) -> nn.Module:

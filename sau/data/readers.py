@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sau.compat.torch_file import ALLOWED
 from sau.data.decode import cached, decode
 from sau.data.images import Images
 from sau.errors import DataError, first_line
@@ -78,36 +78,16 @@ def _download(root: Path, official: Any) -> Path:
     return root / official.base_folder
 
 
-class _Dtype:
-    """Stands in for numpy's dtype, which believes what a file says of it."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.dtype = {"u1": np.uint8, "i4": np.int32, "i8": np.int64}[code]
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # byte order and padding, which these types do not have
-
-
-class _Array:
-    """Stands in for numpy's array; `values` is what the file holds of it."""
-
-    def __init__(self, *_: Any) -> None:
-        self.values = np.zeros(0)
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, kind, by_columns, content = state
-        content = content.encode("latin1") if isinstance(content, str) else content  # bytes written by Python 2
-        self.values = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if by_columns else "C")
+_STAND_INS = {name: thing for thing, name in ALLOWED} | {"_codecs.encode": lambda text, _: text.encode("latin1")}
 
 
 class _Unpickler(pickle.Unpickler):
     """Reads dictionaries of arrays, texts and numbers. Nothing is imported, so that a file cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {"ndarray": _Array, "_reconstruct": _Array, "dtype": _Dtype, "encode": lambda x, _: x.encode("latin1")}
-        if name not in known or module.split(".")[0] not in ("numpy", "_codecs"):
+        if f"{module}.{name}" not in _STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return known[name]
+        return _STAND_INS[f"{module}.{name}"]
 
 
 def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +132,7 @@ def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"GT-final_test.csv of {test} has a row without Filename or ClassId ({error})") from None
     signs = _samples(train, [f"{label:05d}" for label in range(43)], ".ppm")
-    return _images("gtsrb train", train, signs, size, 43), _images("gtsrb test", test, final, size, 43)
+    return read_images("gtsrb train", train, signs, size, 43), read_images("gtsrb test", test, final, size, 43)
 
 
 def find_gtsrb(root: Path) -> tuple[Path, Path]:
@@ -184,7 +164,7 @@ def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
     else:
         final = _samples(val, ids, ".jpeg")
     first = _samples(train, ids, ".jpeg")
-    return _images("tiny train", train, first, size, len(ids)), _images("tiny test", val, final, size, len(ids))
+    return read_images("tiny train", train, first, size, len(ids)), read_images("tiny test", val, final, size, len(ids))
 
 
 def find_tiny(root: Path) -> Path:
@@ -225,7 +205,7 @@ def image_folder(root: Path, size: int = 32, names: Sequence[str] | None = None)
         raise DataError(f"{root} has {len(folders)} class folders; needed are two or more, with images in them")
     names = folders if names is None else names
     samples = [(path, names.index(folders[label])) for path, label in _samples(root, folders)]
-    return _images("images", root, samples, size, len(names))
+    return read_images("images", root, samples, size, len(names))
 
 
 # What Windows, macOS, a NAS or a file system leaves between the files of a user; names beginning with "." go anyway.
@@ -262,7 +242,7 @@ def _samples(root: Path, classes: Sequence[str], suffix: str = "") -> Samples:
     return sorted(found, key=lambda sample: sample[1])  # torchvision goes by name
 
 
-def _images(title: str, root: Path, samples: Samples, size: int, classes: int) -> Images:
+def read_images(title: str, root: Path, samples: Samples, size: int, classes: int) -> Images:
     """The images of a split, from the cache or decoded with a progress bar."""
     key = [title, str(size)]
     for path, _ in samples:

@@ -107,16 +107,23 @@ class AttackResult:
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
         train, test = sources.load(self.dataset, place, self.network["shape"][1])
         seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
-        counts = zip(self.lengths, (len(train), len(test)), strict=True)
+        notes = [note] if (note := subset_note(self.dataset, train, test)) else []
+        same = seen == self.fingerprints
+        splits = []
+        for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
+            if length is not None and length < len(images):
+                notes.append(f"the attack saw the first {length} of {len(images)} {name} images; this run sees those")
+            same = same and (length or 0) <= len(images)
+            splits.append(images if length is None else images[torch.arange(min(length, len(images)))])
+        train, test = splits
         bad, poisoned = self.triggered, self.poisoned
-        same = seen == self.fingerprints and all(n in (None, count) for n, count in counts)
         if same and bad is not None:
             same = int(bad.index.max()) < len(test) and torch.equal(test.labels[bad.index], bad.true_labels)
         if same and poisoned is not None:
             same = int(poisoned.index.max()) < len(train)
         if not same:
             raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; mend --dataset_path")
-        return train, test, [note] if (note := subset_note(self.dataset, train, test)) else []
+        return train, test, notes
 
 
 def save(
