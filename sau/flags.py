@@ -184,7 +184,7 @@ def config_text(about: str, members: Iterable[Option], shown: Mapping[str, Any])
 
 
 class _Yaml(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key may stand once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -215,74 +215,63 @@ class YamlFile:
 
 
 def read_yaml(path: Path, known: Mapping[str, Option], ignored: Collection[str] = IGNORED) -> YamlFile:
-    """Read a YAML file once; ConfigError, with the line, for unknown keys and for cases that do not exist.
+    """Read a YAML file; ConfigError for unknown keys and for cases that do not exist.
 
     Args:
         path: the file.
         known: the parameters that it may set.
         ignored: keys without effect.
     """
-    nodes = _nodes(path)
-    file = YamlFile(_settings({key: node for key, node in nodes.items() if key not in CASES}, path, known, ignored))
-    for kind in CASES & nodes.keys():
-        for case, node in _mapping(nodes[kind], path).items():
-            datasets = [*SOURCES, *(f"{dataset}.{recipe}" for dataset in SOURCES for recipe in RECIPES)]
-            allowed = [*RECIPES] if kind == "recipes" else datasets
+    content = _load(path)
+    cases = {kind: _mapping(content.pop(kind, {}), f"{path}: {kind}") for kind in CASES}
+    file = YamlFile(_settings(content, path, known, ignored))
+    datasets = [*SOURCES, *(f"{dataset}.{recipe}" for dataset in SOURCES for recipe in RECIPES)]
+    for kind, allowed in (("recipes", [*RECIPES]), ("datasets", datasets)):
+        for case, each in cases[kind].items():
             if case not in allowed:
-                line = next(key.start_mark.line + 1 for key, _ in nodes[kind].value if key.value == case)
-                raise ConfigError(f"{path}:{line}: {kind} has no {case!r}{nearest(case, allowed)}")
-            found = file.cases[kind, case] = _settings(_mapping(node, path), path, known, ignored)
+                raise ConfigError(f"{path}: {kind} has no {case!r}{nearest(case, allowed)}")
+            found = _settings(_mapping(each, f"{path}: {kind}: {case}"), path, known, ignored)
             if early := [found[name].origin for name in EARLY if name in found]:
                 raise ConfigError(f"{early[0]} cannot depend on the recipe or the data set; set it for all")
+            file.cases[kind, case] = found
     return file
 
 
 def read_flat(path: Path, known: Mapping[str, Option]) -> dict[str, Setting]:
     """The settings of a YAML file without cases; values may be lists and mappings. Refuses unknown keys."""
-    return _settings(_nodes(path), path, known, IGNORED)
+    return _settings(_load(path), path, known, IGNORED)
 
 
-def _nodes(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.compose(read(path).decode(), Loader=_Yaml)
+        return _mapping(_Yaml(read(path).decode()).get_single_data() or {}, str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; name a YAML file") from None
+    except ConfigError:
+        raise
     except NO_YAML as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    return _mapping(tree, path) if tree is not None else {}
 
 
-def _mapping(node: Any, path: Path | str) -> dict[str, Any]:
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: allowed is a mapping of names to values")
-    found: dict[str, Any] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{path}:{key.start_mark.line + 1}: a key is no plain name")
-        if key.value in found:
-            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; give it once")
-        found[key.value] = value
-    return found
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{what}: allowed is a mapping of names to values")
+    return value
 
 
 def _settings(
-    nodes: Mapping[str, Any], path: Path, known: Mapping[str, Option], ignored: Collection[str]
+    content: Mapping[str, Any], path: Path, known: Mapping[str, Option], ignored: Collection[str]
 ) -> dict[str, Setting]:
     canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
     found: dict[str, Setting] = {}
-    for key, node in nodes.items():
-        if SUPERSEDED.get(key) in nodes or (node.tag == "tag:yaml.org,2002:null" and key in canonical):
+    for key, value in content.items():
+        if SUPERSEDED.get(key) in content or (value is None and key in canonical):
             continue  # a key without a value sets nothing
-        origin = f"{path}:{node.start_mark.line + 1}: {key}"
         name = canonical.get(key, key if key in ignored else None)
         if name is None:
             gone = f" is gone: {REMOVED[key]}" if key in REMOVED else f": unknown key{nearest(key, list(canonical))}"
-            raise ConfigError(f"{origin}{gone}")
-        try:  # the safe loader refuses tags that would build objects; a bad value of a known tag raises anything
-            value = _Yaml("").construct_object(node, deep=True)
-        except NO_YAML as error:
-            raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
-        found[name] = once(found.get(name), Setting(value, origin))
+            raise ConfigError(f"{path}: {key}{gone}")
+        found[name] = once(found.get(name), Setting(value, f"{path}: {key}"))
     return found
 
 

@@ -1,7 +1,6 @@
 """Time: epochs, progress, forecasts, checkpoints and resuming. Knows no method and no loss."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from sau.util import RngState, duration, get_rng_state, set_rng_state, short
 
 LARGE = 2**24  # bytes of a checkpoint that is not written after every epoch, for that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
-RECENT = 50  # updates of which the longest is expected to come again
+RECENT = 50  # updates of which a slow one is expected to come again
 
 
 class Limit:
@@ -29,23 +28,17 @@ class Limit:
     def __init__(self, end: float, whole: bool = False) -> None:
         self.end, self.whole = end, whole
         self.ended: str | None = None
-        self.last, self.spans, self.graphs = time.monotonic(), deque[float](maxlen=RECENT), _compiled_graphs()
+        self.last, self.spans = time.monotonic(), deque[float](maxlen=RECENT)
 
     def reached(self) -> bool:
-        """Whether the longest recent update, if repeated, would go beyond the end; one that compiles does not count."""
-        now, graphs = time.monotonic(), _compiled_graphs()
-        if graphs == self.graphs:
-            self.spans.append(now - self.last)
-        self.last, self.graphs = now, graphs
-        reached = now + max(self.spans, default=0.0) > self.end
+        """Whether a slow recent update, if repeated, would go beyond the end: the third slowest, as two may compile."""
+        now = time.monotonic()
+        self.spans.append(now - self.last)
+        self.last = now
+        reached = now + sorted([0.0, 0.0, *self.spans])[-3] > self.end
         if reached and self.whole:
             raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         return reached
-
-
-def _compiled_graphs() -> int:
-    dynamo = sys.modules.get("torch._dynamo.utils")  # imported when something is compiled
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 @dataclass
@@ -58,7 +51,6 @@ class RunContext:
         say: prints a line.
         note: adds facts, by name, to the configuration of the run.
         other_seconds: expected seconds outside the updates (evaluation), for the forecast.
-        hint: what would make the run shorter; printed if the forecast exceeds an hour.
         save_every: seconds between two checkpoints; small ones are written after every epoch, too.
         judge: scores a network on the test sets, for methods that choose by them (`select="oracle"`).
         limit: ends a run in time, after its last update; None means never.
@@ -73,7 +65,6 @@ class RunContext:
     say: Callable[[str], None] = print
     note: Callable[..., None] = lambda **facts: None
     other_seconds: float = 0.0
-    hint: str = ""
     save_every: float = 60.0
     judge: Callable[[Any], Any] | None = None
     limit: Limit | None = None
@@ -257,8 +248,6 @@ class _Run:
             left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch
             seconds = left * (self.step_times[-1] - self.step_times[0]) / FORECAST_STEPS + self.session.other_seconds
             self.session.say(f"forecast: about {duration(seconds)} to the end of {self.label} {self.epochs}")
-            if seconds > 3600 and self.session.hint:
-                self.session.say(f"to make it shorter: {self.session.hint}")
 
     def _save(self, below: int | None = None) -> None:
         """Refuse a broken loss or weight; write a checkpoint, of networks of fewer bytes than `below`."""

@@ -231,7 +231,7 @@ class RunLogger:
         return RunContext(
             checkpoint=self.record, on_epoch=self.on_epoch, say=self.record.log, note=self.record.update_config,
             other_seconds=evaluations * self.evaluation_seconds, limit=self.limit, findings=self.findings,
-            hint="fewer --epochs, --recipe cpu, or a CUDA device", data_checked=True,
+            data_checked=True,
         )  # fmt: skip
 
     def final(self, model: nn.Module, triggered: Images | None) -> Score:
@@ -262,8 +262,6 @@ class RunLogger:
             if epoch == self.epochs:
                 self.last = network_digest(model), found, risks
         self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.seconds)
-        if self.record.config.get("compile") and not getattr(model, "compiled", True):
-            self.record.update_config(compile=False)  # the compiler gave up, which the network has said
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
             self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())

@@ -1,6 +1,5 @@
 """A network that takes pixels in [0, 1]: its normalisation, its precision, and checks of its logits."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -9,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from sau.errors import ConfigError, DataError, SauError, first_line, lacks_memory, one_line
-
-MAX_COMPILED = 64  # versions of a network: one for each size of batch and copy of the network
 
 
 class Normalized(nn.Module):
@@ -23,8 +20,8 @@ class Normalized(nn.Module):
         amp: run `net` under bf16 autocast (weights stay as they are).
 
     `compiled` is whether passes with gradients go through torch.compile; a copy compiles anew, and passes without
-    gradients, whose batches have other sizes, are not worth it. A network that cannot be compiled runs eagerly, after a
-    warning. `graph_safe` is whether a step of its training may be replayed as a CUDA graph (`sau.graphs`).
+    gradients, whose batches have other sizes, are not worth it. `graph_safe` is whether a step of its training may be
+    replayed as a CUDA graph (`sau.graphs`).
     """
 
     graph_safe: bool
@@ -38,6 +35,7 @@ class Normalized(nn.Module):
         super().__init__()
         mean, std = statistics(mean, std)
         self.net, self.amp, self.compiled, self.graph_safe = net, amp, False, True
+        self._compiled_net = 0  # `id` of the network that was compiled; that of a copy is another one
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
@@ -49,18 +47,11 @@ class Normalized(nn.Module):
             x = x.clone()  # some networks change their input in place
         if not self.compiled:
             return self._logits(x)
-        if self.net._compiled_call_impl is None:  # copies of a module leave it behind
-            torch._dynamo.config.recompile_limit = MAX_COMPILED
-            with torch._dynamo.config.patch(wrap_top_frame=True):  # or torch 2.10 passes over a Sequential
-                self.net.compile(dynamic=False)
+        if self._compiled_net != id(self.net):
+            self.net.compile(dynamic=False)
+            self._compiled_net = id(self.net)
         with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
-            try:
-                return self._logits(x)
-            except torch._dynamo.exc.TorchDynamoException as error:  # the compiler's, not the network's
-                reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"the network cannot be compiled and runs as it stands: {reason}", stacklevel=2)
-        self.compiled, self.net._compiled_call_impl = False, None
-        return self._logits(x)
+            return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self.amp:
