@@ -4,7 +4,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib import import_module
@@ -14,23 +13,22 @@ import torch
 from torch import nn
 
 from sau import device as machine
-from sau import files as lock
 from sau import own_network, quality
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.triggers import describe_figures, same_trigger
-from sau.config import Method, nearest
+from sau.config import Method
 from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
-from sau.errors import ConfigError, RecordError, run_command
+from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
-from sau.files import existing, safe_join
+from sau.files import existing, release_all, safe_join
 from sau.flags import RECIPES
 from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import attack_result
-from sau.record.folder import CONFIG, Record, read_config
+from sau.record.folder import Record
 from sau.risk import gauge
 from sau.run import AttackRun, DefenseRun, Run, RunLogger, begin, trigger_session, versioned
 from sau.settings import OwnRun, Settings
@@ -72,10 +70,7 @@ def _main(argv: list[str]) -> int:
         listed = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(METHODS[kind])}"
         print(listed, file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
-    known = [f"{kind} {method}" for method in METHODS[kind]] if kind in METHODS else [*TOOLS, "list", *METHODS]
-    asked = " ".join(argv[:2])
-    near = nearest(asked, known) if kind in METHODS else nearest(kind, known).replace("?", f" {name}".rstrip() + "?")
-    raise ConfigError(f"{asked!r} is no command{near}; see sau list")
+    raise ConfigError(f"{' '.join(argv[:2])!r} is no command; see sau list")
 
 
 def listing() -> str:
@@ -100,28 +95,16 @@ def _sentence(doc: str | None) -> str:
 
 
 def _run(kind: str, name: str, flags: Sequence[str]) -> int:
-    """The exit status of `attack` or `defend`; one that is stopped says how to resume."""
+    """The exit status of `attack` or `defend`."""
     try:
         (attack if kind == "attack" else defend)(name, flags)
         return 0
     except KeyboardInterrupt:
-        print(f"\n{_how_to_resume(kind == 'attack')}", file=sys.stderr)
+        named = " with the --save_folder_name of its folder" if kind == "attack" else ""
+        print(f"\nstopped; repeat the command{named}, without --overwrite, to resume", file=sys.stderr)
         return 130
     finally:
-        lock.release_all()
-
-
-def _how_to_resume(attacks: bool) -> str:
-    """How to resume the stopped command, by the folder that it began."""
-    began, settings = lock.first(), dict[str, Any]()
-    if began is not None and not Record(began).finished:  # else the one to overwrite was not touched yet
-        with suppress(RecordError):
-            settings = read_config(began / CONFIG).get("run", {})
-    if began is None or not settings:
-        return "stopped; repeat the command to go on"
-    named = f" with --save_folder_name {began.name}" if attacks and settings.get("save_folder_name") is None else ""
-    afresh = " without overwrite" if settings.get("overwrite") else ""
-    return f"stopped; repeat the command{named}{afresh} to resume from the last checkpoint"
+        release_all()
 
 
 def attack(name: str, argv: Sequence[str]) -> None:

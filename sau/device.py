@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import platform
 import resource
 import sys
 import time
@@ -78,17 +77,6 @@ def has_bf16(device: torch.device) -> bool:
     with suppress(OSError):  # no such file on other systems
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(CPU_INFO.read_text().split())
     return False
-
-
-def processor(device: torch.device) -> str:
-    """The name of the processor or card."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in CPU_INFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def seconds_per_image(model: nn.Module, shape: Sequence[int], device: torch.device) -> float:

@@ -186,11 +186,6 @@ def in_use(folder: Path) -> bool:
         raise os_error(error, f"cannot read the lock of {folder}: {error.strerror}") from None
 
 
-def first() -> Path | None:
-    """The folder that this process locked first: that of the run, not of a trigger made for it."""
-    return next(iter(_locks), None)
-
-
 def _resolve(folder: Path) -> Path:
     return Path(os.path.realpath(folder.parent)) / folder.name  # Path.resolve raises on circular links
 

@@ -10,6 +10,7 @@ median over repetitions, with the least and the most.
 import argparse
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -23,7 +24,7 @@ import torch
 from bench_parts import parts
 from bench_parts.setting import Setting
 
-from sau.device import processor
+from sau.device import CPU_INFO
 from sau.errors import require, run_command
 from sau.files import write
 from sau.tools import Parser, add_device, use_device
@@ -39,6 +40,14 @@ USED = {
     "train": {"steps", "workers"}, "sau": {"steps", "train_updates", "purify_updates"}, "eval": {"images", "workers"},
     "data": {"steps", "workers"}, "runs": {"images", "epochs", "rounds", "workers"},
 }  # fmt: skip
+
+
+def processor(device: torch.device) -> str:
+    """The name of the processor or card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1].strip() for line in CPU_INFO.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def command_line() -> argparse.ArgumentParser:

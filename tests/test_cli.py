@@ -1,8 +1,6 @@
 """The command line: what it leaves, how it stops and goes on, and what it refuses with one line."""
 
-import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,14 +19,13 @@ from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, th
 import sau
 from sau import cli as commands
 from sau import device
-from sau import files as lock
 from sau import run as runs
 from sau.attack import ATTACKS, BadNet
 from sau.cli import TOOLS, main
 from sau.config import options
 from sau.data import sources
 from sau.data.images import BACKDOOR, CROSS, Augment, Images
-from sau.data.sources import clean_subset, load
+from sau.data.sources import load
 from sau.defense import DEFENSES, FT, SAU
 from sau.evaluate import Proportion, Score
 from sau.flags import RECIPES, RecipeName
@@ -172,13 +169,6 @@ def test_a_defense_prints_the_table_of_before_and_after_and_its_verdict(purified
     assert words[-1].startswith("Next: ") and words[-1] in (purified / "record/victim/defense/sau/log.txt").read_text()
 
 
-def test_the_purified_network_is_stored_under_the_same_names(purified):
-    before = safetensors.torch.load_file(purified / "record" / "victim" / "model.safetensors")
-    after = safetensors.torch.load_file(purified / "record" / "victim" / "defense" / "sau" / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-
-
 def test_a_clean_network_is_defended_too(here, tmp_path):
     """Nothing is triggered, so there is no ASR and no DER; ACC is still told."""
     assert here("attack", "prototype", *TINY, "--save_folder_name", "victim")[0] == 0
@@ -193,23 +183,6 @@ def test_a_clean_network_is_defended_too(here, tmp_path):
     *_, after, none, cost = out.splitlines()
     assert found["after"]["acc"] >= 0 and after.split()[-1] == "-"
     assert none == "There was no backdoor to remove." and cost.startswith("It cost ")
-
-
-def test_an_index_file_chooses_the_clean_pictures(victim, here, tmp_path):
-    (tmp_path / "index.txt").write_text("\n".join(map(str, range(100, 140))))
-    flags = ("--result_file", "victim", "--epochs", "1", "--index", "index.txt", "--ratio", "0.9", *QUICK)
-    assert here("defense", "ft", *flags)[0] == 0
-    found = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())
-    assert found["clean_index"] == list(range(100, 140))
-
-
-def test_the_seed_draws_the_clean_pictures(victim, here):
-    train, _ = load("digits")
-    for seed in (0, 1):
-        flags = ("--result_file", "victim", "--epochs", "0", "--random_seed", str(seed), "--overwrite", *QUICK)
-        assert here("defense", "ft", *flags)[0] == 0
-        found = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())
-        assert found["clean_index"] == clean_subset(train, 0.1, seed).index.tolist()
 
 
 def test_the_commit_is_that_of_this_code_or_none(tmp_path, monkeypatch):
@@ -307,19 +280,6 @@ def test_a_tool_is_a_command_and_a_script(tool, here, script, capsys):
         assert script(name, *argv) == shown and shown[0] == status and f"sau {tool}" in shown[1] + shown[2]
 
 
-@pytest.mark.parametrize(
-    ("argv", "meant"),
-    [
-        (("attack", "badnets"), "attack badnet"),
-        (("defence", "sau"), "defense sau"),
-        (("reprot", "record"), "report record"),
-    ],
-)
-def test_a_command_that_resembles_another_is_told_that_one(here, argv, meant):
-    status, _, err = here(*argv)
-    assert status == 2 and f"{' '.join(argv)!r} is no command; did you mean {meant}?" in err
-
-
 @pytest.mark.parametrize("moved", [False, True])
 def test_the_result_is_evaluated_again_only_where_it_moved_since(victim, here, monkeypatch, moved):
     scored, really, told = [], runs.score, runs.RunLogger.on_epoch
@@ -336,15 +296,6 @@ def test_the_result_is_evaluated_again_only_where_it_moved_since(victim, here, m
     assert (status, err, len(scored)) == (0, "", 1 + moved)
     after = json.loads((victim / "defense" / "ft" / "summary.json").read_text())["after"]
     assert after["acc_count"][0] == scored[-1].acc.hits and (scored[0] == scored[-1]) is not moved
-
-
-def test_loader_flags_cause_one_warning(here, tmp_path):
-    flags = ("--save_folder_name", "a", "-n", "4", "--pin_memory", "True", "-nb", "1", "-pf", "False")
-    status, out, err = here("attack", "badnet", *TINY, *flags)
-    assert (status, err) == (0, "")
-    warnings = [line for line in out.splitlines() if line.startswith("warning: flags")]
-    assert len(warnings) == 1
-    assert all(f"--{name}" in warnings[0] for name in ("num_workers", "pin_memory", "non_blocking", "prefetch"))
 
 
 def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interrupted_run(here, tmp_path, monkeypatch):
@@ -375,27 +326,12 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_of_the_interru
     assert run() == 6 and run("--overwrite") == 1
 
 
-def test_a_folder_is_named_below_the_root_or_by_its_path(victim, here, refused):
-    for name in ("victim/", "record/victim", "record/victim/"):
-        assert here("defense", "clp", "--result_file", name, "--overwrite", *QUICK)[0] == 0
-    text = refused("defense", "clp", "--result_file", "record/wictim", *QUICK)
-    assert text.endswith("there is no folder record/wictim; allowed is a name below ./record, or the path of a folder")
-
-
 def test_the_benchmarks_names_of_the_attacks_are_known(here, refused, tmp_path):
     (tmp_path / "theirs.yaml").write_text("attack: lowFrequency\n")
     assert here("attack", "lf", *TINY, "--bd_yaml_path", "theirs.yaml", "--save_folder_name", "a")[0] == 0
     assert "attack/lf.py" in refused("attack", "badnet", *TINY, "--attack", "lowFrequency")
     text = refused("attack", "badnet", *TINY, "--attack", "lira")
     assert "lira.py" not in text and "inputaware" in text  # no script that does not exist; those that do
-
-
-@pytest.mark.parametrize(("amp", "word"), [("true", "bf16"), ("false", "fp32")])
-def test_the_precision_is_as_asked(here, tmp_path, amp, word):
-    flags = [flag if flag != "false" else amp for flag in TINY]
-    status, out, _ = here("attack", "badnet", *flags, "--save_folder_name", "a")
-    assert status == 0 and word in out
-    assert yaml.safe_load((tmp_path / "record/a/config.yaml").read_text())["amp"] is (amp == "true")
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -419,9 +355,8 @@ def test_a_finished_run_is_not_made_again_and_another_one_is_refused_its_folder(
     assert (status, err) == (0, "") and out.splitlines()[-1].endswith(
         "record/a is finished, with these settings; --overwrite makes it again"
     )
-    for more in (("--random_seed", "1"), ("--frequency_save", "1")):
-        text = refused(*flags, *more)
-        assert "--overwrite" in text and "record/a" in text
+    text = refused(*flags, "--random_seed", "1")
+    assert "--overwrite" in text and "record/a" in text
     assert file.read_bytes() == before
     for switch in (("--overwrite",), ("--overwrite", "true")):
         assert here(*flags, *switch, "--random_seed", "1")[0] == 0
@@ -446,7 +381,7 @@ def test_commands_augment_as_their_data_set_says(here, few, monkeypatch):
 @pytest.mark.parametrize(("name", "covers"), [("wanet", 12), ("inputaware", 12)])
 @pytest.mark.usefixtures("few_digits")
 def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here, tmp_path, name, covers):
-    """It keeps examples of what it did, with their roles, and what stamps further pictures."""
+    """It keeps examples of what it did, with their roles, and what stamps further images."""
     own = ("--epochs", "2", "--clean_train_epochs", "1") if name == "inputaware" else ("--epochs", "1")
     flags = ("--dataset", "digits", "--width", "4", *own, *QUICK)
     status, out, err = here("attack", name, *flags, "--save_folder_name", "a")
@@ -491,38 +426,6 @@ def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished,
         f.name for f in undisturbed.iterdir()
     }
     Record(folder).check()
-
-
-FRESH = "stopped; repeat the command to go on"
-
-
-@pytest.mark.parametrize(
-    ("kind", "run", "said"),
-    [
-        (
-            "attack",
-            {"save_folder_name": None, "overwrite": False},
-            "command with --save_folder_name mine to resume",
-        ),
-        ("attack", {"save_folder_name": "mine", "overwrite": True}, "the command without overwrite to resume"),
-        ("defense", {"save_folder_name": None, "overwrite": False}, "repeat the command to resume"),
-        ("attack", None, FRESH),
-    ],
-)
-def test_a_stopped_run_says_how_it_is_gone_on_with(kind, run, said, tmp_path, monkeypatch, capsys):
-    """By the folder of the run, not of a trigger that is made for it; what was to be overwritten may be as it was."""
-
-    def stop(name: str, argv: list[str]) -> None:
-        record = Record(tmp_path / "mine")
-        record.can_start({"a": 1}, True)
-        if run is not None:
-            record.begin({"run": run}, {"a": 1}, True)
-        lock.acquire(tmp_path / "ssba-0123456789")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sau.cli.attack" if kind == "attack" else "sau.cli.defend", stop)
-    assert main([kind, "badnet" if kind == "attack" else "sau"]) == 130
-    assert said in capsys.readouterr().err.splitlines()[-1] and lock.first() is None
 
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -591,34 +494,15 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
     assert [row["epoch"] for row in rows(tmp_path / "record" / "a")] == [1, 2, 3]
 
 
-def test_a_fault_of_the_disk_is_one_line(here, tmp_path, monkeypatch):
-    """A grid tries again what ended so."""
-
-    def broken(number: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    status, _, err = here("attack", "badnet", *TINY, "--save_folder_name", "a")
-    assert status == 1 and "Input/output error" in the_error(err)
-
-
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.
 
 
 WRONG_ATTACKS = {
     "data set": (["--dataset", "cifar11"], "cifar11"),
-    "model": (["--model", "preactresnet19"], "preactresnet19"),
-    "flag": (["--epoch", "3"], "--epochs"),
-    "target too high": (["--attack_target", "10"], "0..9"),
-    "another attack": (["--attack", "blended"], "blended"),
-    "width of 0": (["--width", "0"], "width"),
     "device": (["--device", "tpu"], "tpu"),
-    "several devices as in the benchmark": (["--device", "cuda:0,1"], "cuda:0,1"),
     "sides": (["--sides", "0.5,1"], "--sides is gone: images keep their size"),
     "name that escapes": (["--save_folder_name", "../up"], "'../up'"),
-    "absolute name": (["--save_folder_name", "/tmp/x"], "'/tmp/x'"),
     "missing yaml": (["--yaml_path", "missing.yaml"], "missing.yaml"),
-    "missing picture": (["--patch_mask_path", "missing.png"], "missing.png"),
     "root that is a file": (["--record_root", "a file"], "a file"),
 }
 
@@ -659,14 +543,9 @@ def test_a_defense_whose_loss_breaks_is_one_line_and_no_result(refused, victim, 
 
 WRONG_DEFENSES = {
     "no record": ([], "--result_file"),
-    "missing record": (["--result_file", "nothing"], "nothing"),
     "record outside": (["--result_file", "../victim"], "../victim"),
     "another data set": (["--result_file", "victim", "--dataset", "cifar10"], "'digits'"),
-    "another model": (["--result_file", "victim", "--model", "vgg19"], "'preactresnet18'"),
-    "another width": (["--result_file", "victim", "--width", "64"], "the record has 4"),
     "no clean picture": (["--result_file", "victim", "--ratio", "0.0001"], "empty"),
-    "missing index": (["--result_file", "victim", "--index", "missing.txt"], "missing.txt"),
-    "poisoning flag": (["--result_file", "victim", "--pratio", "0.1"], "--pratio"),
 }
 
 
@@ -694,11 +573,7 @@ def spoil(tensors: dict[str, torch.Tensor]) -> None:
 FORGERIES = {
     "NaN weights": ("model", spoil, "NaN"),
     "a missing weight": ("model", lambda tensors: tensors.pop("linear.bias"), "linear.bias"),
-    "a weight of another shape": ("model", lambda t: t.update({"linear.bias": torch.zeros(3)}), "linear.bias"),
-    "a foreign weight": ("model", lambda t: t.update({"extra": torch.zeros(3)}), "extra"),
     "no labels": ("triggered", lambda tensors: tensors.pop("labels"), "triggered"),
-    "floats for bytes": ("triggered", lambda t: t.update({"pixels": t["pixels"].float()}), "triggered"),
-    "labels beyond the classes": ("triggered", lambda t: t.update({"labels": t["labels"] + 10}), "labels"),
     "fewer labels": ("triggered", lambda t: t.update({"labels": t["labels"][:-1].clone()}), "triggered"),
 }
 
@@ -710,7 +585,7 @@ def test_a_record_with_right_sums_and_wrong_content_is_refused(refused, victim, 
     assert word in refused("defense", "ft", *PURIFY)
 
 
-def test_other_pictures_than_the_attack_saw_are_refused(refused, victim, monkeypatch):
+def test_other_images_than_the_attack_saw_are_refused(refused, victim, monkeypatch):
     from sau.data import sources
 
     train, test = load("digits")
@@ -721,10 +596,10 @@ def test_other_pictures_than_the_attack_saw_are_refused(refused, victim, monkeyp
     assert "other" in refused("defense", "ft", *PURIFY) and not (victim / "defense").exists()
 
 
-def replaced(origin, pictures):
+def replaced(origin, images):
     from dataclasses import replace
 
-    return replace(origin, read=lambda *args: pictures)
+    return replace(origin, read=lambda *args: images)
 
 
 # Real data

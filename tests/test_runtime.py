@@ -450,7 +450,7 @@ def test_the_precision_is_that_of_the_processor(monkeypatch, tmp_path, flags, wa
     """By what the processor says of itself, so that the same machine always decides the same; else fp32."""
     (tmp_path / "cpuinfo").write_text(f"model name : one\nflags : {flags}\n")
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
-    assert device.has_bf16(CPU) is wanted and device.processor(CPU) == "one"
+    assert device.has_bf16(CPU) is wanted
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "absent")
     assert device.has_bf16(CPU) is False
 

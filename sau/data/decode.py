@@ -3,17 +3,17 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import PIL
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,13 +64,10 @@ def read_array(path: Path) -> np.ndarray:
     """The numbers in a .npy file, memory-mapped; DataError if it holds anything but finite numbers."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or "it is none, is cut short, or holds Python objects"
-        raise DataError(f"cannot read {path} as a .npy file of numbers: {reason}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.size == 0:
-        raise DataError(f"{path} holds no array of real numbers; give one made with numpy.save")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"{path} holds NaN or infinity; allowed are finite numbers")
+        if array.dtype.kind not in "uif" or array.size == 0 or not np.isfinite(array).all():
+            raise ValueError("allowed are finite numbers, as numpy.save writes them")
+    except (OSError, ValueError, EOFError, SyntaxError, AttributeError) as error:
+        raise DataError(f"cannot read {path} as a .npy file of numbers: {first_line(error)}") from None
     return array
 
 
@@ -89,9 +86,9 @@ def cached(
 ) -> dict[str, Tensor]:
     """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
 
-    Of several processes that want the same tensors one makes them. The file's SHA-256 is checked at each reading. A
-    damaged file is made again, and a folder that cannot be written costs the cache, not the run: either prints a line.
-    The tensors are memory-mapped; writing into them changes neither the file nor what others see.
+    Of several processes that want the same tensors one makes them. A damaged file is made again, and a folder that
+    cannot be written costs the cache, not the run: either prints a line. The tensors are memory-mapped; writing into
+    them changes neither the file nor what others see.
 
     Args:
         key_parts: texts that determine the result. For image files: paths, sizes in bytes and modification times.
@@ -99,41 +96,25 @@ def cached(
         what: what they are, for the lines.
         say: prints a line.
     """
-    key = _key(key_parts)
     with ExitStack() as stack:
         try:
-            path = cache_folder() / f"{key}.safetensors"
-            if (tensors := _read(path, key, say)) is not None:
+            path = cache_folder() / f"{_key(key_parts)}.safetensors"
+            if (tensors := _read(path, say)) is not None:
                 return tensors
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(path, say))
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
         except (OSError, RuntimeError) as error:
             say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
             return make()
-        if (tensors := _read(path, key, say)) is not None:  # another process has made it meanwhile
+        if (tensors := _read(path, say)) is not None:  # another process has made it meanwhile
             return tensors
         tensors = {name: tensor.contiguous() for name, tensor in make().items()}
         try:
-            write(path, safetensors.torch.save(tensors, {"sha256": _digest(key, tensors)}))
+            write(path, safetensors.torch.save(tensors))
             say(f"{what}: kept in {path} ({path.stat().st_size / 1e6:,.1f} MB)")
         except (OSError, SauError) as error:
             say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
         return tensors
-
-
-@contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other process makes the file; OSError if nothing can be written beside it."""
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        say(f"another process makes {path}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _key(parts: Iterable[str]) -> str:
@@ -144,28 +125,10 @@ def _key(parts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str, say: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """The tensors of a file; None if there is none, or, after a line, if it is damaged or made for another key."""
-    if not path.exists():
-        return None
+def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
+    """The tensors of a file; None if there is none, or, after a line, if it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if (file.metadata() or {}).get("sha256") == _digest(key, tensors):
-                return tensors
-        reason = "SHA-256 differs"
-    except (SafetensorError, ValueError) as error:
-        reason = first_line(error)
-    say(f"{path} is damaged ({reason}); making it again")
-    with suppress(OSError):
-        path.unlink()
-    return None
-
-
-def _digest(key: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over key, names, types, shapes and bytes."""
-    digest = hashlib.sha256(key.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+        return safetensors.torch.load_file(path) if path.exists() else None
+    except SafetensorError as error:
+        say(f"{path} is damaged ({first_line(error)}); making it again")
+        return None

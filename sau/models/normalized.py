@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.errors import ConfigError, DataError, SauError, first_line, lacks_memory, one_line
+from sau.errors import ConfigError, DataError, SauError, first_line, lacks_memory
 
 
 class Normalized(nn.Module):
@@ -86,24 +86,19 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[None, None]:
     """`mean` and `std` of the pixels in [0, 1] as a number for each channel; ConfigError if they cannot be."""
-    if (mean is None) != (std is None):
-        raise ConfigError("mean and std belong together; give both or neither")
-    if mean is None:
+    if mean is None and std is None:
         return None, None
-    found = []
-    for name, values in (("mean", mean), ("std", std)):
-        try:
-            found.append([float(value) for value in values])
-        except (TypeError, ValueError):
-            got = one_line(str(values))
-            raise ConfigError(f"{name} is {got}, allowed are numbers, one for each channel") from None
-    if not all(0 <= value <= 1 for value in found[0]):
-        raise ConfigError(f"mean is {tuple(found[0])}, allowed is 0 to 1, as of pixels in [0, 1]; divide by 255")
-    if not all(value > 0 for value in found[1]):
-        raise ConfigError(f"std is {tuple(found[1])}, allowed are values above 0, one for each channel")
-    if len(found[0]) != len(found[1]):
-        raise ConfigError(f"mean has {len(found[0])} values and std {len(found[1])}; give both for each channel")
-    return found[0], found[1]
+    try:
+        found = [float(value) for value in mean], [float(value) for value in std]
+        valid = len(found[0]) == len(found[1]) and all(0 <= m <= 1 for m in found[0]) and all(s > 0 for s in found[1])
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ConfigError(
+            f"mean is {mean} and std is {std}, allowed are both or neither, a number for each channel: mean 0 to 1, as "
+            "of pixels in [0, 1] (divide by 255), and std above 0"
+        )
+    return found
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
