@@ -29,7 +29,6 @@ from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import Session
 from sau.optim import Schedule
-from sau.record import attack_result
 from sau.types import Batched, Labels, Logits, Pixels
 
 DEFAULT_LAYERS = 2
@@ -81,7 +80,9 @@ class NAD(FT):
     def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
         teacher = copy.deepcopy(model)
         if self.teacher_model_loc is not None:
-            attack_result.load_weights(teacher, Path(self.teacher_model_loc))
+            from sau.record.attack_result import load_weights  # and all that reads records, where it is needed alone
+
+            load_weights(teacher, Path(self.teacher_model_loc))
             return teacher
         plan = replace(self, epochs=self.te_epochs)
         state = plan.prepare(teacher, len(batches))
