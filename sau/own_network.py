@@ -45,7 +45,7 @@ from sau.settings import OF_RECORDS, Settings
 from sau.util import seeded
 
 DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
-PICTURES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 pictures in batches of 250
+IMAGES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 images in batches of 250
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Reversal:
             return smallest
         smallest += f", index {self.index:.1f}"
         if not clean:
-            return f"{smallest}; no clean network with as many classes was searched for as long on as few pictures"
+            return f"{smallest}; no clean network with as many classes was searched for as long on as few images"
         beside = f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that"
         return f"{smallest}; {beside} (p {said['p']})"
 
@@ -91,13 +91,13 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
 
     Args:
         model: [B, C, H, W] in [0, 1] -> logits.
-        images: clean pictures with labels, on the model's device; at most 320 of them, drawn by `seed`, are used.
+        images: clean images with labels, on the model's device; at most 320 of them, drawn by `seed`, are used.
         passes: passes over the images.
-        seed: of the choice and the order of the pictures.
+        seed: of the choice and the order of the images.
     """
     if passes == 0:
         return None
-    some = sample(images, None, PICTURES, seed)[0]
+    some = sample(images, None, IMAGES, seed)[0]
     batches = some.batches(BATCH, seed=seed)
     patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), Inversion.init_cost)
     with seeded(seed), torch.compiler.set_stance("force_eager"):  # open classes become fewer, and batches with them
@@ -110,10 +110,10 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     return Reversal(tuple(norms.tolist()), label, index if len(norms) > 2 and math.isfinite(index) else None)
 
 
-def clean_indices(passes: int, classes: int, pictures: int) -> list[float]:
+def clean_indices(passes: int, classes: int, images: int) -> list[float]:
     """Indices of clean networks with so many classes that `scripts/clean_indices.py` searched for as many updates."""
     content = json.loads((resources.files("sau") / "clean_indices.json").read_text())
-    alike = content["passes"] == passes and pictures >= PICTURES
+    alike = content["passes"] == passes and images >= IMAGES
     return [network["index"] for network in content["networks"] if alike and network["classes"] == classes]
 
 
@@ -140,16 +140,16 @@ def concentration(found: Found, classes: int) -> dict[str, Any]:
 
 
 def split(images: Images, share: float) -> tuple[Images, Images]:
-    """(to purify with, to measure with): the last `share` of each class measures; each keeps a picture of either."""
+    """(to purify with, to measure with): the last `share` of each class measures; each keeps an image of either."""
     for label, count in enumerate(images.labels.bincount(minlength=images.num_classes).tolist()):
         if count == 1:
-            raise DataError(f"class {label} has {count} clean pictures; each class needs two, one to measure with")
+            raise DataError(f"class {label} has {count} clean images; each class needs two, one to measure with")
     held = last_of_each(images.labels, share)
     return images[~held], images[held]
 
 
 def purify(name: str, asked: Settings) -> None:
-    """Purify, and report what clean pictures say before and after."""
+    """Purify, and report what clean images say before and after."""
     started = time.monotonic()
     recipe, why = asked.recipe()
     run, own, method = asked.settle(recipe, "folder")
@@ -196,7 +196,7 @@ def purify(name: str, asked: Settings) -> None:
     fixed = method.purify(model, given, seed=run.random_seed, session=logger.session(), settings="as_given")
     after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
     record.log(table({"before": before, "after": after}))
-    alike = {"classes": images.num_classes, "passes": own.reversal_passes, "pictures": len(test)}
+    alike = {"classes": images.num_classes, "passes": own.reversal_passes, "images": len(test)}
     report = {"before": _report(record, "before", before, threat, patches, alike)}
     report["after"] = _report(record, "after", after, left, smaller, alike)
     _keep(record, fixed, net, "safetensors" if file.kind == SAFE else "pt")
@@ -207,11 +207,11 @@ def purify(name: str, asked: Settings) -> None:
 
 
 def _need_nothing_of_an_attacker(method: Defense) -> None:
-    """ConfigError for a method that cannot work without triggered pictures."""
+    """ConfigError for a method that cannot work without triggered images."""
     if method.selection == "oracle":
-        raise ConfigError("select is oracle, allowed is defender: nobody has pictures with your network's trigger")
+        raise ConfigError("select is oracle, allowed is defender: nobody has images with your network's trigger")
     if method.data_use == "poisoned":
-        raise ConfigError(f"{method.name} needs the attacker's pictures, which your network does not come with")
+        raise ConfigError(f"{method.name} needs the attacker's images, which your network does not come with")
 
 
 def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None:
@@ -227,7 +227,7 @@ def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     """ConfigError where the network does not answer with a finite logit for each class folder."""
-    what = f"the network does not accept pictures of {'x'.join(map(str, images.pixels.shape[1:]))}"
+    what = f"the network does not accept images of {'x'.join(map(str, images.pixels.shape[1:]))}"
     advice = "give its own size with --input_size"
     with translate_errors(lambda reason: ConfigError(f"{what}: {reason}; {advice}")), torch.no_grad():
         logits = model(to_float(images.pixels[:8]))

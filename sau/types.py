@@ -11,7 +11,7 @@ from sau.errors import DataError
 
 Pixels = Float[Tensor, "batch channel height width"]  # in [0, 1]
 Change = Float[Tensor, "batch channel height width"]  # added to pixels, in their units
-Universal = Float[Tensor, "1 channel height width"]  # a change of pixels for every picture
+Universal = Float[Tensor, "1 channel height width"]  # a change of pixels for every image
 Bytes = UInt8[Tensor, "batch channel height width"]  # in 0..255
 Labels = Int[Tensor, " batch"]
 Logits = Float[Tensor, "batch classes"]
@@ -31,7 +31,7 @@ class Batched(Protocol):
 
 
 def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of pictures that refuses bytes: of those it would make something else without a word."""
+    """A method of images that refuses bytes: of those it would make something else without a word."""
 
     @wraps(stamp)
     def guarded(self: Any, x: Tensor, **how: Any) -> Any:

@@ -545,7 +545,7 @@ WRONG_DEFENSES = {
     "no record": ([], "--result_file"),
     "record outside": (["--result_file", "../victim"], "../victim"),
     "another data set": (["--result_file", "victim", "--dataset", "cifar10"], "'digits'"),
-    "no clean picture": (["--result_file", "victim", "--ratio", "0.0001"], "empty"),
+    "no clean image": (["--result_file", "victim", "--ratio", "0.0001"], "empty"),
 }
 
 

@@ -368,17 +368,17 @@ def test_wrong_values(refused, tiny, tmp_path, place, value, word):
 
 def test_wrong_images(refused, tiny, tmp_path):
     content = toy_content(tmp_path / "hostile")
-    picture = tmp_path / "hostile" / "bd_test_dataset" / "1" / "1.png"
-    good = picture.read_bytes()
-    picture.write_bytes(good[:-30])
-    refused(content, str(picture))
-    picture.unlink()
+    image = tmp_path / "hostile" / "bd_test_dataset" / "1" / "1.png"
+    good = image.read_bytes()
+    image.write_bytes(good[:-30])
+    refused(content, str(image))
+    image.unlink()
     refused(content, "missing")
     (tmp_path / "secret.png").write_bytes(good)
-    picture.symlink_to(tmp_path / "secret.png")
+    image.symlink_to(tmp_path / "secret.png")
     refused(content, "no ordinary file")
-    shutil.move(picture.parent, tmp_path / "outside")
-    picture.parent.symlink_to(tmp_path / "outside")
+    shutil.move(image.parent, tmp_path / "outside")
+    image.parent.symlink_to(tmp_path / "outside")
     refused(content, "no ordinary file")
 
 
@@ -419,8 +419,8 @@ def bench_load(root: Path, name: str) -> dict[str, Any]:
             entry = container["data_dict"][index]
             stored, true = entry["other_info"]
             assert type(stored) is type(true) is int and entry["path"].startswith(f"./record/{name}/")
-            with Image.open(entry["path"]) as picture:  # as stored, relative to the working directory
-                samples[int(index)] = (np.asarray(picture.convert("RGB")), stored, true)
+            with Image.open(entry["path"]) as image:  # as stored, relative to the working directory
+                samples[int(index)] = (np.asarray(image.convert("RGB")), stored, true)
         out[part] = {"samples": samples, "order": order, "flags": flags}
     return out
 
@@ -577,8 +577,8 @@ def test_png_folders_are_read_back_equal(wanted, script, tmp_path):
     for part, images in wanted.items():
         mine = [row for row in rows if row["file"].startswith(f"{part}/")]
         for i, row in enumerate(mine):
-            with Image.open(tmp_path / "out" / row["file"]) as picture:
-                assert np.array_equal(np.asarray(picture), images.pixels[i].permute(1, 2, 0).numpy())
+            with Image.open(tmp_path / "out" / row["file"]) as image:
+                assert np.array_equal(np.asarray(image), images.pixels[i].permute(1, 2, 0).numpy())
             assert row["file"] == f"{part}/{row['label']}/{row['index']}.png"
         for column, name in (("label", "labels"), ("true_label", "true_labels"), ("role", "role"), ("index", "index")):
             assert [int(row[column]) for row in mine] == getattr(images, name).tolist()

@@ -8,9 +8,8 @@ import pytest
 import torch
 from toys import toy_images
 
-from sau.attack import BadNet
 from sau.data import images as images_module
-from sau.data.images import Augment, Batches, Images, evenly_spaced, quantise, random_rotate, to_float
+from sau.data.images import Augment, Batches, Images, quantise, random_rotate, to_float
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.record.attack_result import AttackResult
@@ -48,15 +47,10 @@ def test_quantise_truncates_and_clips():
     assert quantise(x).flatten().tolist() == [3, 0, 0, 255, 254, 255]
 
 
-def test_positions_are_evenly_spaced():
-    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
-    assert evenly_spaced(3, 10).tolist() == [0, 1, 2] and evenly_spaced(5, 1).tolist() == [0]
-
-
 WRONG_TENSORS = {
     "one is missing": lambda kept: kept.pop("role"),
     "floats": lambda kept: kept.update(pixels=kept["pixels"].float()),
-    "pictures in a row": lambda kept: kept.update(pixels=kept["pixels"].flatten(1)),
+    "images in a row": lambda kept: kept.update(pixels=kept["pixels"].flatten(1)),
     "fewer labels": lambda kept: kept.update(labels=kept["labels"][1:]),
     "none": lambda kept: kept.update({name: tensor[:0] for name, tensor in kept.items()}),
     "a place below 0": lambda kept: kept.update(index=kept["index"] - 1),
@@ -79,7 +73,7 @@ def test_stored_images_that_are_wrong_are_refused(wrong):
 
 
 def numbered(n: int, size: int, **how) -> Batches:
-    """Batches over n pictures whose pixel value and label are their number."""
+    """Batches over n images whose pixel value and label are their number."""
     numbers = torch.arange(n)
     pixels = numbers.to(torch.uint8).view(n, 1, 1, 1).expand(n, 3, 4, 4).contiguous()
     return Batches(pixels, (numbers,), size, **how)
@@ -89,7 +83,7 @@ def order(batches: Batches) -> list[int]:
     return [int(i) for _, labels in batches for i in labels]
 
 
-def test_without_a_seed_the_order_is_that_of_the_pictures():
+def test_without_a_seed_the_order_is_that_of_the_images():
     """Three of eight; of seven the last one, which batch norm could not be trained with, joins those before it."""
     for count, sizes in ((8, [3, 3, 2]), (7, [3, 4]), (6, [3, 3]), (1, [1])):
         batches = numbered(count, 3)
@@ -127,18 +121,11 @@ def test_the_last_batch_is_kept_or_dropped():
     assert len(exact) == 2 and sorted(order(exact)) == list(range(8))
 
 
-def test_images_batches_have_three_parts():
-    images = BadNet(pratio=0.5).poison_train(toy_images(20), 0)
-    for x, y, truth in images.batches(8, seed=0, augment=Augment(), drop_last=True):
-        assert x.shape == (8, 3, 16, 16) and 0 <= float(x.min()) and float(x.max()) <= 1
-        assert y.shape == truth.shape == (8,) and (y[y != truth] == 0).all()
-
-
 # Augmentation
 
 
 def by_hand(x: torch.Tensor, padding: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """One picture at a time, with the draws of `Augment` in their order: all tops, all lefts, all mirrors."""
+    """One image at a time, with the draws of `Augment` in their order: all tops, all lefts, all mirrors."""
     b, c, h, w = x.shape
     top, left = torch.randint(2 * padding + 1, (2, b, 1), generator=generator)
     mirrored = torch.rand(b, 1, generator=generator) < 0.5 if flip else torch.zeros(b, 1, dtype=torch.bool)
@@ -153,7 +140,7 @@ def by_hand(x: torch.Tensor, padding: int, flip: bool, generator: torch.Generato
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("padding", "shape"), [(4, (20, 3, 32, 32)), (2, (9, 1, 12, 7))])
-def test_augment_is_the_loop_over_pictures(flip, padding, shape):
+def test_augment_is_the_loop_over_images(flip, padding, shape):
     for x in (torch.randint(256, shape, dtype=torch.uint8), torch.rand(shape)):
         ours = Augment(padding, flip)(x, torch.Generator().manual_seed(5))
         assert ours.dtype == x.dtype
@@ -198,8 +185,8 @@ def test_a_batch_may_be_changed_in_place_and_the_others_do_not_notice():
     assert scale.grad is not None
 
 
-def test_every_picture_has_its_own_crop_and_mirror():
-    """200 copies of one picture: nearly all of the 81 crops appear, and about half of the pictures are mirrored."""
+def test_every_image_has_its_own_crop_and_mirror():
+    """200 copies of one image: nearly all of the 81 crops appear, and about half of the images are mirrored."""
     one = torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
     many = one.expand(200, -1, -1, -1).contiguous()
     crops = Augment()(many, torch.Generator().manual_seed(0))
@@ -231,12 +218,6 @@ def test_a_quarter_turn_by_hand(monkeypatch):
     torch.testing.assert_close(random_rotate(x, 90.0, one_draw=True), left, atol=1e-3, rtol=0)
 
 
-def test_the_augmentation_of_each_data_set():
-    """Crop with padding 4; flip for CIFAR-10, and not for digits, which are not symmetric."""
-    for name, origin in SOURCES.items():
-        assert origin.augment == Augment(padding=4, flip=name == "cifar10")
-
-
 def test_the_normalisation_of_each_data_set():
     """The benchmark's; own folders are normalised as CIFAR-10, and digits by their own mean and deviation."""
     train, _ = load("digits")
@@ -252,11 +233,11 @@ def test_the_normalisation_of_each_data_set():
     assert {name: (origin.mean, origin.std) for name, origin in SOURCES.items()} == wanted
 
 
-# The defender's pictures
+# The defender's images
 
 
 def index_images(n: int) -> Images:
-    """n pictures of one pixel."""
+    """n images of one pixel."""
     return Images.clean(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), 10)
 
 
@@ -304,7 +285,7 @@ def test_a_clean_share_outside_0_to_1_is_refused(ratio):
 
 
 def test_digits():
-    """1,797 real images, every fifth one a test picture, 32x32x3, all classes in both parts."""
+    """1,797 real images, every fifth one a test image, 32x32x3, all classes in both parts."""
     train, test = load("digits")
     assert (len(train), len(test)) == (1437, 360) and train.num_classes == 10
     for images in (train, test):
@@ -388,5 +369,5 @@ def test_a_defense_is_given_poisons_where_it_needs_them_and_there_are_any(tmp_pa
     for settings in ({"pratio": 0.1}, None):
         with pytest.raises(RecordError) as refusal:
             replace(clean, settings=settings).offers("poisoned")
-        assert "no poisoned training pictures" in one_line(refusal.value)
+        assert "no poisoned training images" in one_line(refusal.value)
         assert replace(clean, settings=settings).offers("clean") == "clean"

@@ -14,7 +14,7 @@ from sau.models import Enlarge, build, has_width
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
-# name, side of the pictures, classes, entries of the state dict and last of them, enlarged or not
+# name, side of the images, classes, entries of the state dict and last of them, enlarged or not
 NETWORKS = [
     ("resnet18", 32, 7, 122, "fc.bias", False),
     ("resnet18", 64, 3, 122, "fc.bias", False),
@@ -57,19 +57,19 @@ def test_a_resnet_is_attacked_and_defended(here):
     assert "width" in here("attack", "badnet", "--model", "resnet18", "--width", "8", "--dataset", "digits")[2]
 
 
-def own_pictures(root: Path) -> None:
+def own_images(root: Path) -> None:
     for split, count in (("train", 12), ("test", 4)):
         for number, colour in enumerate(("red", "green", "blue")):
             folder = root / split / colour
             folder.mkdir(parents=True)
             for i in range(count):
-                shade = 20 * i + (10 if split == "test" else 0)  # no test picture is a training picture
+                shade = 20 * i + (10 if split == "test" else 0)  # no test image is a training image
                 Image.new("RGB", (20 + i, 24), (90 * number, shade, 90)).save(folder / f"{i}.png")
 
 
-def test_own_pictures_of_any_size(here, tmp_path, monkeypatch):
+def test_own_images_of_any_size(here, tmp_path, monkeypatch):
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    own_pictures(tmp_path / "mine")
+    own_images(tmp_path / "mine")
     flags = ("--dataset", "folder", "--dataset_path", str(tmp_path / "mine"), "--img_size", "24", "--width", "4")
     status, out, err = here(
         "attack", "badnet", *flags, "--epochs", "1", "--threads", "1", "--save_folder_name", "a", "--amp", "false"

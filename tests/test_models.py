@@ -89,7 +89,7 @@ def test_the_network_owns_its_normalisation():
     assert torch.equal(Normalized(net)(x), net(x))
 
 
-def test_a_network_that_changes_its_input_in_place_changes_nobodys_pictures():
+def test_a_network_that_changes_its_input_in_place_changes_nobodys_images():
     class InPlace(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.mul_(2).flatten(1)
@@ -142,7 +142,7 @@ def test_bf16_computes_in_bf16_and_answers_in_float32():
 
 
 class Picky(nn.Module):
-    """Takes pictures of 224x224 alone, and says so as one of torchvision's does."""
+    """Takes images of 224x224 alone, and says so as one of torchvision's does."""
 
     def __init__(self, says: type[Exception]) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Picky(nn.Module):
 
 
 @pytest.mark.parametrize("says", [RuntimeError, AssertionError, ValueError])
-def test_pictures_are_enlarged_for_networks_that_do_not_take_them_and_for_no_others(says, monkeypatch):
+def test_images_are_enlarged_for_networks_that_do_not_take_them_and_for_no_others(says, monkeypatch):
     net = Picky(says)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     monkeypatch.setattr(zoo, "torchvision_plain", lambda name, num_classes: net)

@@ -302,11 +302,11 @@ def test_the_patch_of_a_shortcut_is_small_and_ranked_among_clean_networks():
     assert (said["clean_above"], said["p"]) == (2, 0.75)
 
 
-UNLIKE = {"passes": 39, "classes": 11, "pictures": 319}
+UNLIKE = {"passes": 39, "classes": 11, "images": 319}
 
 
 def test_without_clean_networks_that_were_searched_alike_nothing_is_ranked():
-    alike = {"passes": 40, "classes": 10, "pictures": 320}
+    alike = {"passes": 40, "classes": 10, "images": 320}
     assert clean_indices(**alike) and not any(clean_indices(**{**alike, name: n}) for name, n in UNLIKE.items())
     lone = Reversal((1.0, 9.0, 9.5), 0, 3.0)
     assert lone.summary([])["p"] is None and "no clean network" in lone.text([])

@@ -14,7 +14,7 @@ from toys import tiny_net, toy_images
 from sau import device, graphs
 from sau.attack import ATTACKS, Attack, BadNet, InputAware, WaNet
 from sau.config import Method
-from sau.data.images import Augment, to_device_async, to_float
+from sau.data.images import Augment, to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier
@@ -360,15 +360,6 @@ def test_what_cannot_be_divided_says_so(method, most):
         in_memory_of(method, most)
 
 
-def test_memory_that_runs_out_while_a_batch_is_composed():
-    def compose(state: dict[str, Any], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        raise torch.OutOfMemoryError("injected")
-
-    step = MicroBatchedStep(FT().step, prepared(FT(), CPU), Session(), supports_microbatch=False, compose=compose)
-    with pytest.raises(OutOfMemory, match="8 images"):
-        step(torch.rand(8, 3, 16, 16), torch.zeros(8, dtype=torch.long))
-
-
 # Batch norm with fixed statistics
 
 
@@ -466,8 +457,3 @@ def test_threads_are_of_the_environment_else_of_the_interrupted_run_else_all_cor
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert device.set_threads(0, earlier) == wanted and device.set_threads(1, earlier) == 1
-
-
-def test_small_tensors_reach_the_device_as_they_are():
-    x = torch.rand(3)
-    assert torch.equal(to_device_async(x, CPU), x)
