@@ -11,8 +11,9 @@ import os
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,6 @@ from sau.errors import ConfigError, DataError, require
 from sau.files import checksum
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
-KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (Integral,), float: (Real,), str: (str, os.PathLike)}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
 Bound = int | float
 
@@ -205,65 +205,56 @@ class Method:
 
 def convert(value: Any, hint: Any) -> Any:
     """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    text = "" if isinstance(value, dict | list | tuple) else str(value).strip()
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if _optional(hint):
-        if value is None or _text(value).lower() in ("none", "auto", "null"):
-            return None
-        return convert(value, next(part for part in parts if part is not type(None)))
-    if origin is Literal:
-        for choice in parts:
-            if _text(value).lower() == str(choice).lower():
-                return choice
-        raise ConfigError(f"allowed is one of {', '.join(map(str, parts))}")
-    if origin is tuple:
-        if isinstance(value, dict):
-            raise ConfigError("allowed is a list")
-        items = value if isinstance(value, list | tuple) else str(value).strip("[]() ").replace(",", " ").split()
+        return None if value is None or text.lower() in ("none", "auto", "null") else convert(value, _inner(hint))
+    if kind is tuple and not isinstance(value, dict):
+        items = value if isinstance(value, list | tuple) else text.strip("[]() ").replace(",", " ").split()
         return tuple(convert(item, parts[0]) for item in items)
-    return _scalar(value, hint)
+    if kind is Literal:
+        choices = {str(choice).lower(): choice for choice in parts}
+        if text.lower() in choices:
+            return choices[text.lower()]
+    if hint is bool and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    if hint is str and value is not None and not isinstance(value, bool | dict | list):
+        return str(value)
+    if hint in (int, float) and not isinstance(value, bool | dict | list):
+        with suppress(ValueError, OverflowError):  # refused below, like every other wrong value
+            number = float(value) if hint is float and isinstance(value, Real) else hint(text)
+            if hint is int or abs(number) < FLOAT32_END:  # NaN is not
+                return number
+    raise ConfigError(f"allowed is {_words(hint)}")
+
+
+def misfit(value: Any, hint: Any) -> str | None:
+    """What is allowed instead of `value`, where it is not of the annotated type."""
+    if typing.get_origin(hint) is None and hint not in WORDS:  # of a method of somebody's own, which no flag sets
+        return None
+    given = tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
+    with suppress(ConfigError):
+        if (found := convert(value, hint)) == given and isinstance(found, bool) == isinstance(value, bool):
+            return None
+    return _words(hint)
 
 
 def _optional(hint: Any) -> bool:
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
-def _text(value: Any) -> str:
-    """The text of a plain value; of lists and mappings, which YAML can make of any length from a few bytes, none."""
-    return "" if isinstance(value, dict | list | tuple) else str(value).strip()
+def _inner(hint: Any) -> Any:
+    return next(part for part in typing.get_args(hint) if part is not type(None))
 
 
-def _scalar(value: Any, hint: Any) -> Any:
-    text = _text(value)
-    if hint is bool and text.lower() in ("true", "1", "false", "0"):
-        return text.lower() in ("true", "1")
-    if hint is str and value is not None and not isinstance(value, bool | dict | list):
-        return text
-    if hint in (int, float) and not isinstance(value, bool | dict | list):
-        try:
-            number = hint(text)
-            if hint is int or abs(number) < FLOAT32_END:  # NaN is not
-                return number
-        except ValueError:
-            pass  # refused below, together with every other wrong value
-    raise ConfigError(f"allowed is {WORDS[hint]}")
-
-
-def misfit(value: Any, hint: Any) -> str | None:
-    """What is allowed instead of `value`, where it is not of the annotated type."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+def _words(hint: Any) -> str:
+    """What a type allows."""
     if _optional(hint):
-        every = [misfit(value, part) for part in parts if part is not type(None)]
-        return None if value is None or None in every else f"{every[0]}, or None"
-    if origin is Literal:
-        return None if value in parts else f"one of {', '.join(map(str, parts))}"
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return "a tuple"
-        return next((f"a tuple, each {wrong}" for item in value if (wrong := misfit(item, parts[0]))), None)
-    if hint not in KINDS:  # of a method of somebody's own, which no flag sets
-        return None
-    fits = isinstance(value, KINDS[hint]) and (hint is bool) == isinstance(value, bool)
-    return None if fits and (hint is not float or abs(value) < FLOAT32_END) else WORDS[hint]
+        return f"{_words(_inner(hint))}, or none"
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    return f"a list, each {_words(parts[0])}" if kind is tuple else WORDS[hint]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
