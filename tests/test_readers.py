@@ -283,31 +283,21 @@ def empty(place: str) -> Callable[[Path], None]:
 CLASS, FINAL, ANNOTATIONS = "gtsrb/GTSRB/Training/00003", "gtsrb/GT-final_test.csv", f"{TINY}/val/val_annotations.txt"
 BAD_TREES = [
     (gtsrb, remove("gtsrb"), "torchvision.datasets.GTSRB"),
-    (gtsrb, remove(CLASS), "00003"),
     (gtsrb, empty(CLASS), "00003"),
     (gtsrb, remove(FINAL), "GT-final_test.csv"),
-    (gtsrb, lambda root: (root / FINAL).write_bytes(b"\xff\xfe\x00"), "GT-final_test.csv"),
     (gtsrb, swap(";", ",", FINAL), "GT-final_test.csv"),
-    (gtsrb, swap(";40\n", ";stop\n", FINAL), "GT-final_test.csv"),
     (gtsrb, swap(";40\n", ";43\n", FINAL), "0..42"),
-    (gtsrb, swap("0.ppm", "9.ppm", FINAL), "9.ppm"),
     (gtsrb, lambda root: os.truncate(root / CLASS / "00001.ppm", 40), "00001.ppm"),
     (tiny, remove(TINY), "tiny-imagenet-200.zip"),
     (tiny, empty(f"{TINY}/train/n02/images"), "n02"),
     (tiny, remove(ANNOTATIONS), "val_annotations.txt"),
     (tiny, swap("n02", "n07", ANNOTATIONS), "n07"),
-    (tiny, swap("\t", " ", ANNOTATIONS), "val_annotations.txt"),
-    (tiny, remove(f"{TINY}/val/images/val_2.JPEG"), "val_2.JPEG"),
-    (tiny, remove(f"{TINY}/val"), "val"),
     (tiny, lambda root: (root / TINY / "train/n02/images/n02_2.JPEG").write_text("text"), "n02_2.JPEG"),
     (folder, remove("train"), "train"),
-    (folder, remove("test"), "test"),
     (folder, lambda root: [remove(f"{half}/cat")(root) for half in ("train", "test")], "1 class folders"),
     (folder, empty("train/dog"), "dog"),
-    (folder, remove("test/dog"), "dog"),
     (folder, lambda root: (root / "test/cat").rename(root / "test/CAT"), "CAT"),
     (folder, lambda root: (root / "train/dog/notes.txt").write_text("text"), "dog/notes.txt"),
-    (folder, lambda root: (root / "train/dog/link.png").symlink_to("nowhere"), "link.png"),
 ]
 
 
@@ -340,9 +330,6 @@ BAD_BATCHES = {
     "another width": {"data": np.zeros((20, 1024), np.uint8)},
     "fewer images": {"data": np.zeros((19, 3072), np.uint8)},
     "a class above": {"fine_labels": [100] * 20},
-    "a class below": {"fine_labels": [-1] * 20},
-    "texts for labels": {"fine_labels": ["a"] * 20},
-    "no labels": {"fine_labels": None},
     "a function": {"filenames": np.random.rand},
     "a class of Python": {"filenames": Path("x")},
 }
@@ -459,26 +446,17 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 GRAY, FRAMES = noise(0).convert("L"), {"save_all": True, "append_images": [noise(1)]}
 IMAGE_FILES: dict[str, tuple[bytes, Image.Image | None]] = {  # bytes, and what must come out; None is refused
     "bomb.png": (png(60_000, 60_000, 8, 2, b"\0" * 999), None),
-    "above Pillow's warning.png": (png(9_500, 9_500, 8, 2, b"\0"), None),
     "truncated.png": (saved(noise(0), "PNG")[:120], None),
     "truncated.jpg": (saved(noise(0, 90, 90), "JPEG")[:2000], None),
-    "truncated.ppm": (saved(noise(0), "PPM")[:-1], None),
     "cmyk.jpg": (saved(noise(0).convert("CMYK"), "JPEG"), None),
     "deep gray.png": (png(2, 1, 16, 0, b"\0" + b"\1\2" * 2), None),
     "animated.gif": (saved(noise(0), "GIF", **FRAMES), None),
-    "float.tiff": (saved(Image.new("F", (8, 8)), "TIFF"), None),
     "empty.png": (b"", None),
-    "zeros.png": (b"\0" * 4096, None),
-    "signature only.png": (b"\x89PNG\r\n\x1a\n", None),
-    "a page.html": (b"<html>404 not found</html>", None),
     "a PNG named.jpg": (saved(noise(0), "PNG"), noise(0)),
-    "opaque.png": (saved(noise(0).convert("RGBA"), "PNG"), noise(0)),
     "opaque gray.png": (saved(GRAY.convert("LA"), "PNG"), GRAY),
-    "a transparent colour of no pixel.png": (saved(noise(0), "PNG", transparency=(0, 0, 0)), noise(0)),
     "lossless.webp": (saved(noise(0), "WEBP", lossless=True), noise(0)),
     "plain.ppm": (b"P3\n1 1\n255\n1 2 3\n", Image.new("RGB", (1, 1), (1, 2, 3))),
     "gray.png": (saved(GRAY, "PNG"), GRAY),
-    "one bit.png": (saved(noise(0).convert("1"), "PNG"), noise(0).convert("1")),
     "palette.png": (saved(noise(0).convert("P"), "PNG"), noise(0).convert("P")),
     "bitmap.bmp": (saved(noise(0), "BMP"), noise(0)),
 }
@@ -495,12 +473,6 @@ def test_an_image_file_is_read_as_8_bit_rgb_or_refused(name, tmp_path, one_line)
     with pytest.raises(DataError) as refusal:
         read_image(tmp_path / name)
     assert str(tmp_path / name) in one_line(refusal.value)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.png", "a\0b.png"):
-        with pytest.raises(DataError):
-            read_image(path)
 
 
 def test_an_image_is_squeezed_without_keeping_the_aspect():
@@ -607,26 +579,6 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_alone(place, tmp_path, m
     images = image_folder(make_folder(tmp_path / "data") / "train")
     out = capsys.readouterr().out
     assert len(images) == 4 and "not kept" in out and out.count("\n") == 1 and not list(kept.glob("*.safetensors"))
-
-
-def test_where_the_cache_lies(monkeypatch, tmp_path):
-    monkeypatch.setenv("SAU_CACHE", "~/mine")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert decode.cache_folder() == tmp_path / "mine"
-    monkeypatch.setenv("SAU_CACHE", "")
-    assert decode.cache_folder() == tmp_path / "xdg" / "sau"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert decode.cache_folder() == tmp_path / ".cache" / "sau"
-
-
-def test_an_error_while_decoding_keeps_nothing(kept):
-    def broken():
-        raise DataError("one.png is damaged")
-
-    with pytest.raises(DataError, match="one.png"):
-        decode.cached(["x"], broken)
-    assert not list(kept.glob("*.safetensors"))
 
 
 RACE = """
