@@ -140,7 +140,7 @@ def test_the_summary_of_a_defense(purified):
     }
     gain = max(0.0, found["before"]["asr"] - found["after"]["asr"])
     cost = max(0.0, found["before"]["acc"] - found["after"]["acc"])
-    assert found["der"] == pytest.approx((gain - cost + 100) / 2, abs=0.006)
+    assert found["der"] == pytest.approx((gain - cost + 100) / 2, abs=0.011)  # of rounded figures
 
 
 def test_sau_reports_its_losses_and_the_three_types_every_round(purified):

@@ -48,7 +48,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "flags": (importing("argparse") | calling("add_argument"), {"flags.py", "tools.py", "grid/command.py"}),
     "YAML": (importing("yaml"), {"errors.py", "flags.py", "record/folder.py"}),
     "reading torch's files": (calling("torch.load"), {"record/folder.py", "compat/torch_file.py"}),
-    "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/export.py"}),
+    "writing torch's files": (calling("torch.save"), {"record/folder.py", "compat/backdoorbench.py"}),
     "pickles": (importing("pickle"), {"data/readers.py", "compat/torch_file.py"}),
     "gradients of weights": (calling("backward"), {"optim.py"}),
     "optimisers": (
@@ -62,7 +62,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
             "defense/sau.py", "graphs.py",
         },
     ),
-    "progress bars": (importing("tqdm"), {"loop.py", "compat/backdoorbench.py"} | below("data")),
+    "progress bars": (importing("tqdm"), {"loop.py"} | below("data")),
     "the screen": (
         calling("print"),
         {"__main__.py", "cli.py", "settings.py", "errors.py", "record/folder.py", "tools.py"}
