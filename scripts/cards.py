@@ -1,11 +1,13 @@
 """The measured and the published figures in the pages of methods, for `python scripts/tables.py cards`.
 
-What stands behind `<!-- published -->` and `<!-- measured -->` in docs/attacks and docs/defenses, up to
-`<!-- /published -->` and, where there is one, `<!-- /measured -->`, comes from docs/results.
+What stands between `<!-- measured -->` and `<!-- /measured -->` in docs/attacks and docs/defenses comes from
+docs/results.
 """
 
 import json
 import re
+import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from sau.report.tables import Row, mean_row, published
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = "table1_cpu"  # of docs/results
 COSTS = "bench_defenses_cpu"  # of docs/results/bench.jsonl
-PUBLISHED = re.compile("(<!-- published -->\n).*?(<!-- /published -->\n)", re.S)
 MEASURED = re.compile("(<!-- measured -->\n).*?((<!-- /measured -->\n.*)?)\\Z", re.S)
-SOURCE = f"from [{TABLE}](../results/{TABLE}.md), bf16"
+PAGE = f"../results/{TABLE}.md"
+CLEAN = "prototype"  # networks without a backdoor, which are in no mean
 
 
 def update(check: bool) -> int:
@@ -36,9 +38,6 @@ def update(check: bool) -> int:
             new = MEASURED.sub(
                 lambda found, text=measured: f"{found[1]}\n{text}{chr(10) * bool(found[2])}{found[2]}", old
             )
-            if PUBLISHED.search(new):
-                text = published_table(file.stem)
-                new = PUBLISHED.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", new)
             if new != old:
                 stale.append(file)
                 file.write_text(old if check else new)
@@ -48,9 +47,9 @@ def update(check: bool) -> int:
 
 
 def text(values: list[Any], digits: int = 2) -> str:
-    """Mean and standard deviation; a dash if a value is missing."""
+    """Mean and standard deviation, in one word that no table breaks; a dash if a value is missing."""
     found = mean_std(values)
-    return found.text(digits) if found else "-"
+    return found.text(digits).replace(" ± ", "±") if found else "-"
 
 
 def columns(results: list[Result], *names: str, digits: int = 2) -> list[str]:
@@ -70,7 +69,7 @@ def recipe(kind: str, name: str) -> str:
     changed = (content.get("recipes") or {}).get("cpu") or {}
     lists = {key: value if isinstance(value, list) else [value] for key, value in changed.items()}
     texts = ", ".join(f"`{key}` {','.join(map(str, value))}" for key, value in lists.items())
-    return f"The recipe `cpu` sets {texts}.\n" if texts else "The recipe `cpu` changes none of its settings.\n"
+    return f" ({texts})" if texts else ""
 
 
 def attack_table(results: list[Result], name: str) -> str:
@@ -82,50 +81,70 @@ def attack_table(results: list[Result], name: str) -> str:
     triggers = [result.summary.get("trigger") or {} for result in own]
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
     texts += [text([trigger.get(key) for trigger in triggers], n) for key, n in digits.items()]
+    texts += columns(own, "seconds", digits=0)
+    head = ["ACC %", "ASR %", "R-ACC %", "PSNR dB", "SSIM", "L-infinity", "in ball %", "seconds"]
     crossed = [result.summary["cross_acc"] for result in own if "cross_acc" in result.summary]
-    few = f" ({len(crossed)})" if 0 < len(crossed) < len(own) else ""  # the first runs do not have it
-    texts += [text(crossed) + few, *columns(own, "seconds", digits=0)]
-    return (
-        "Here, real CIFAR-10 on the CPU track (width 16), mean ± standard deviation over seeds,\n"
-        f"{SOURCE}.\n{recipe('attack', name)}`seconds` are those of one thread beside other work.\n\n"
-        "| seeds | ACC % | ASR % | R-ACC % | PSNR dB | SSIM | L-infinity "
-        "| in the ball of 0.2, % | cross ACC % | seconds |\n"
-        f"{'| --- ' * 10}|\n| {len(own)} | {' | '.join(texts)} |\n"
+    if crossed:
+        head.insert(3, "cross ACC %")
+        texts.insert(3, text(crossed) + f" ({len(crossed)} seeds)" * (len(crossed) < len(own)))
+    about = (
+        f"CIFAR-10, width 16, recipe `cpu`{recipe('attack', name)}, {len(own)} seeds; "
+        "[what the columns mean](README.md#tables)."
     )
+    return f"{wrapped(about)}\n| {' | '.join(head)} |\n{'|---' * len(head)}|\n| {' | '.join(texts)} |\n"
 
 
 def defense_table(results: list[Result], name: str) -> str:
-    """A row an attack and who chose: before, after, and what is published."""
+    """The mean over attacks and a row an attack: before, after, and what is published."""
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         if result.defense == name:
             groups.setdefault((result.attack, result.oracle), []).append(result)
-    rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
-    if not rows:
+    if not groups:
         return ""
     table = published()["tables"].get(name)
-    head = "| attack | chosen by | seeds | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % | ACC lost |"
-    head += " seconds |" + (" published: ACC / ASR / DER |" if table else "")
-    mark = "\n† there the test sets chose.\n" if any("†" in row for row in rows) else ""
+    rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
+    rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))
+    head = "| attack | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % |"
+    head += " published: ACC / ASR / DER |" if table else ""
+    about = f"CIFAR-10, width 16, recipe `cpu`{recipe('defense', name)}; [how to read it](README.md#tables). "
+    about += f"Published, width 64: {table['source']}." if table else "Nothing is published in this setting."
     return (
-        "Here, real CIFAR-10 on the CPU track (width 16, 2,500 clean pictures), mean ± standard deviation over seeds,\n"
-        f"{SOURCE}.\n{recipe('defense', name)}`prototype` is the network without a backdoor.\n"
-        + ("What is published, in full above, is of networks of width 64.\n" if table else "")
-        + f"\n{head}\n{'| --- ' * (11 if table else 10)}|\n" + "\n".join(rows) + "\n" + mark
-        + flagged([result for result in results if result.defense == name]) + cost(name)
+        wrapped(about)
+        + f"\n{head}\n{'|---' * (7 if table else 6)}|\n" + "\n".join(rows) + "\n"
+        + flagged([result for result in results if result.defense == name]) + cost(name, list(groups.values()))
     )  # fmt: skip
+
+
+def wrapped(paragraph: str) -> str:
+    """Lines of at most 120 characters."""
+    return "\n".join(textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False)) + "\n"
 
 
 def defense_row(attack: str, own: list[Result]) -> str:
     """The row of one attack; without the last cell for a defense that is published nowhere."""
-    who = "**oracle**" if own[0].oracle else "defender"
     dead = f" {DEAD}" * any(result.missed_gate is not None for result in own)
-    before = " / ".join(columns(own, "before_acc", "before_asr"))
-    lost = text([result.acc_lost for result in own])
-    texts = [attack + dead, who, str(len(own)), before, *columns(own, "acc", "asr", "racc", "der"), lost]
-    texts += columns(own, "seconds", digits=0)
+    who = ", **oracle**" * own[0].oracle
+    before = [mean_std([result.figures[key] for result in own]) for key in ("before_acc", "before_asr")]
+    texts = [attack + dead + who, " / ".join(figures([one.mean if one else None for one in before]))]
+    texts += columns(own, "acc", "asr", "racc", "der")
     table = published()["tables"].get(own[0].defense)
     return f"| {' | '.join(texts + ([published_cell(table, attack, own[0].oracle)] if table else []))} |"
+
+
+def defense_mean(groups: list[list[Result]]) -> str:
+    """The mean over attacks of the means over seeds; of what is published only where that is every attack."""
+    names = ("before_acc", "before_asr", "acc", "asr", "racc", "der")
+    means = figures(mean_row([[statistics.mean(one.figures[key] or 0.0 for one in own) for key in names]
+                              for own in groups]))  # fmt: skip
+    texts = [f"**mean of {len(groups)}**", " / ".join(means[:2]), *means[2:]]
+    table = published()["tables"].get(groups[0][0].defense)
+    if table:
+        rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
+        acc, asr, _, der = mean_row(rows) if len(rows) == len(groups) else [None] * 4
+        mark = " †" * (table["selection"] == "oracle")
+        texts.append("-" if acc is None else " / ".join(figures([acc, asr, der])) + mark)
+    return f"| {' | '.join(texts)} |"
 
 
 def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:
@@ -146,34 +165,20 @@ def flagged(results: list[Result]) -> str:
         f"{attack} {' / '.join(', '.join(map(str, classes)) or 'none' for classes in seeds)}"
         for attack, seeds in found.items()
     ]
-    about = "Classes that were flagged, a `/` between seeds; one of `prototype` is a false alarm"
+    about = "Flagged classes, a `/` between seeds; one of `prototype` is a false alarm"
     return f"\n{about}:\n{'; '.join(texts)}.\n" if texts else ""
 
 
-def cost(name: str) -> str:
-    """Seconds of a whole run, beside those of FT; empty if the benchmark has no row of the defense."""
+def cost(name: str, groups: list[list[Result]]) -> str:
+    """Seconds of the runs above and of the benchmark's, beside those of FT."""
+    chosen = [own for own in groups if not own[0].oracle]
+    seconds = sorted(statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in chosen)
+    runs = f"Time: {seconds[0]:.0f} to {seconds[-1]:.0f} s"
     lines = (DOCS / "results" / "bench.jsonl").read_text().splitlines()
     found = next(part for part in map(json.loads, lines) if part["name"] == COSTS)
     row = next((row for row in found["rows"] if row["name"] == f"whole run: {name}"), None)
     if row is None:
-        return ""
-    setting = found["setting"]
-    how = f"{setting['pictures']} pictures, recipe `{setting['recipe']}`, fp32, threads: {setting['threads']}"
-    beside = "" if name == "ft" else f", {row['ours'] / row['reference']:,.2f} times as long as FT,"
-    return (
-        f"\nA whole run in the [benchmark](../performance.md#the-defenses) ({how}) takes {row['ours']:,.1f} s{beside} "
-        f"and {row['passes_per_image']:,.1f} forward-equivalents a picture.\n"
-    )
-
-
-def published_table(name: str) -> str:
-    """A row an attack, as published, and their mean."""
-    tables, names = published()["tables"], published()["names"]
-    own = tables[name]["rows"]
-    before = tables[name].get("before", tables[NONE]["rows"])
-    lines = {names[attack]: [*before[attack][:2], *row] for attack, row in own.items()}
-    lines["mean" if len(own) == len(names) else f"mean of {len(own)}"] = mean_row(list(lines.values()))
-    rows = [f"| {title} | {' / '.join(figures(line[:2]))} | {' | '.join(figures(line[2:]))} |\n"
-            for title, line in lines.items()]  # fmt: skip
-    head = f"| attack | before: ACC / ASR | ACC | ASR | R-ACC | DER |\n{'| --- ' * 6}|\n"
-    return f"\n{head}{''.join(rows)}\n"
+        return f"\n{runs}.\n"
+    beside = "" if name == "ft" else f", {row['ours'] / row['reference']:,.2f} times FT"
+    there = f"[benchmark](../performance.md#the-defenses), {found['setting']['pictures']} images"
+    return f"\n{runs}; {there}: {row['ours']:,.1f} s{beside}.\n"
