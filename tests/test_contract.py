@@ -45,6 +45,8 @@ SCRIPTS = ("export", "figures", "gallery", "grid", "inspect_checkpoint", "prepar
 TRAINING = Training(
     epochs=6, batch_size=20, lr=0.05, lr_scheduler="constant", client_optimizer="sgd", sgd_momentum=0.9, wd=0.0005
 )
+# Adam's first steps are signs, so triggers that it trains turn where a gradient rounds to 0, and logits with them.
+DRIFTS = ("ssba", "inputaware")
 TINY = ("--dataset", "digits", "--width", "1", "--epochs", "1", "--batch_size", "256", *QUICK)
 
 each_run = pytest.mark.parametrize(("kind", "name"), RUNS, ids=[name for _, name in RUNS])
@@ -89,7 +91,8 @@ def outcome(kind: str, name: str) -> dict[str, list[float]]:
     with torch.no_grad():
         norms = torch.stack([tensor.float().norm() for tensor in net.state_dict().values()])
         x = pixels.float() / 255
-        return {"norms": rounded(norms), "images": rounded(x.mean((1, 2, 3))), "logits": rounded(net.eval()(x))}
+        found = {"norms": rounded(norms), "images": rounded(x.mean((1, 2, 3)))}
+        return found if name in DRIFTS else {**found, "logits": rounded(net.eval()(x))}
 
 
 def sha256(kind: str, name: str) -> str:
@@ -101,16 +104,11 @@ def sha256(kind: str, name: str) -> str:
     return total.hexdigest()
 
 
-def tolerance(name: str) -> dict[str, float]:
-    """Across processors. Adam's first steps are signs, so triggers that it trains turn where a gradient rounds to 0."""
-    return {"rtol": 0.2, "atol": 0.1} if name in ("ssba", "inputaware") else {"rtol": 0.02, "atol": 0.005}
-
-
 @each_run
 def test_a_toy_run_comes_out_as_it_did(kind, name):
     found, frozen = outcome(kind, name), FROZEN[kind][name]["outcome"]
     for key, values in frozen.items():
-        torch.testing.assert_close(found[key], values, **tolerance(name))
+        torch.testing.assert_close(found[key], values, rtol=0.1 if name in DRIFTS else 0.02, atol=0.005)
 
 
 def test_defenses_change_the_weights_that_they_are_given():
