@@ -230,8 +230,8 @@ def convert(value: Any, hint: Any) -> Any:
 
 def misfit(value: Any, hint: Any) -> str | None:
     """What is allowed instead of `value`, where it is not of the annotated type."""
-    if typing.get_origin(hint) is None and hint not in WORDS:  # of a method of somebody's own, which no flag sets
-        return None
+    if (typing.get_origin(hint) or hint) is dict or (typing.get_origin(hint) is None and hint not in WORDS):
+        return None  # not set by a flag
     given = tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
     with suppress(ConfigError):
         if (found := convert(value, hint)) == given and isinstance(found, bool) == isinstance(value, bool):
