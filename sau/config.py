@@ -230,13 +230,20 @@ def convert(value: Any, hint: Any) -> Any:
 
 def misfit(value: Any, hint: Any) -> str | None:
     """What is allowed instead of `value`, where it is not of the annotated type."""
-    if (typing.get_origin(hint) or hint) is dict or (typing.get_origin(hint) is None and hint not in WORDS):
-        return None  # not set by a flag
+    if not _settable(hint):
+        return None
     given = tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
     with suppress(ConfigError):
         if (found := convert(value, hint)) == given and isinstance(found, bool) == isinstance(value, bool):
             return None
     return _words(hint)
+
+
+def _settable(hint: Any) -> bool:
+    """Whether a flag can have this type; a method of somebody's own may have fields of others."""
+    if typing.get_origin(hint) is tuple or _optional(hint):
+        return _settable(_inner(hint))
+    return typing.get_origin(hint) is Literal or hint in WORDS
 
 
 def _optional(hint: Any) -> bool:
