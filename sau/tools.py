@@ -55,8 +55,7 @@ def report(argv: Sequence[str]) -> int:
             [--dataset cifar10] [--dataset_path ./data]
 
     reads RECORDS/<name> (attacks) and RECORDS/<name>/defense/<method>, at any depth. Folders that are unfinished or
-    damaged are listed with the reason. Of folders that hold summaries alone the names say the rest: <attack>_s<seed>,
-    or <attack>_r<ratio>_<digest>_s<seed>, as a grid publishes them.
+    damaged are listed with the reason. RECORDS may also be a .jsonl file, as a grid publishes results.
     """
     from sau.data.sources import SOURCES
     from sau.report.page import build

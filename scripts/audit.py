@@ -1,18 +1,17 @@
 """What it takes to bring the backdoor back into purified networks: curves of ASR against what the attacker spent.
 
-    python scripts/audit.py --result_file NAME --defense sau ft d3 --control CLEAN [--control_defense sau]
+    python scripts/audit.py --result_file NAME --defense sau ft d3 --control CLEAN
 
 audits the attacked network itself, those of the defenses, and the control, a network that was trained without a
 backdoor (a record of attack/prototype.py): without it the curves mean little. docs/audit.md says what each part does.
 Several records are audited one after the other, each with its own control: of a grid, with --record_root its folder,
 `--result_file badnet_s0 badnet_s1 --control prototype_s0 prototype_s1`.
-Results go to `audit/` in the record: audit.json, audit.png, audit.svg, and a file for each finished task, so that an
-interrupted audit goes on when its command is repeated, and one that is asked more does only what is new.
+Results go to `audit/` in the record: audit.json, audit.png, audit.svg.
 """
 
 import argparse
+import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from sau.audit import PARTS, AuditConfig, open_case, run_audit, tables
-from sau.audit.relearn import most_shots
+from sau.audit.runner import RESULT
 from sau.config import options
 from sau.errors import ConfigError, run_command
 from sau.figures import audit, save
-from sau.files import safe_join
+from sau.files import safe_join, write
 from sau.flags import Setting, values
 from sau.grid.store import find
 from sau.tools import Parser, add_device, use_device
@@ -41,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
     add("--result_file", required=True, nargs="+", help="attacks: folders or names below --record_root, like badnet_s0")
     add("--defense", action="extend", nargs="+", default=[], help="defenses in it, by name or by folder")
     add("--control", nargs="+", help="a network without a backdoor for each attack, on the same images [none]")
-    add("--control_defense", action="extend", nargs="+", default=[], help="defenses in the control's folder")
     for name, option in CONFIG.items():
         shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
         add(f"--{name}", help=f"{option.help} [{'all that there is material for' if name == 'parts' else shown}]")
@@ -74,20 +72,15 @@ def one(
 ) -> None:
     """Audit one attack, draw, and print the tables."""
     case = open_case(
-        attacked, given.defense, control, given.control_defense, dataset_path=given.dataset_path,
-        samples=given.samples, amp=None if given.amp is None else given.amp == "true", where=where,
+        attacked, given.defense, control, dataset_path=given.dataset_path, samples=given.samples,
+        amp=None if given.amp is None else given.amp == "true", where=where,
     )  # fmt: skip
-    if given.shots is None and "relearn" in config.parts:
-        most = most_shots(case.train, case.poisons, config.share)
-        few = tuple(shots for shots in config.shots if shots <= most) or (most,)
-        if few != config.shots:
-            say(f"note: the attacker has {most} poisoned images at most, so --shots is {','.join(map(str, few))}")
-            config = replace(config, shots=few)
-    out = given.out or safe_join(attacked, "audit", "tasks").parent  # which are no links in a record of others
-    found = run_audit(case, config, out, say)
+    out = given.out or safe_join(attacked, "audit")  # which is no link in a record of others
+    found = run_audit(case, config, say)
+    write(out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
     say("\n" + tables([found]) + "\n")
     say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
-    say(*save(audit([found]), out / "audit"), out / "audit.json", sep="\n")
+    say(*save(audit([found]), out / "audit"), out / RESULT, sep="\n")
 
 
 if __name__ == "__main__":

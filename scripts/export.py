@@ -4,7 +4,7 @@
 
 DIR is a new folder.
 backdoorbench: a result folder for BackdoorBench's loader; make it as `record/NAME` in BackdoorBench's own folder.
-png: `train/<label>/<index>.png`, the whole training set with the poisoned pictures in their places, and
+png: `train/<label>/<index>.png`, the whole training set with the poisoned images in their places, and
 `test_triggered/<label>/<index>.png`; `labels.csv` has a line for each file.
 npz: `train.npz` and `test_triggered.npz` with the arrays pixels (uint8 [N, C, H, W]), labels, true_labels,
 role (0 clean, 1 triggered, 2 cover: triggered with its true label) and index (position in the original split).

@@ -3,7 +3,7 @@
     python scripts/gallery.py --dataset cifar10 [--dataset_path ./data] [--img_size 32] [--record_root ./record]
         [--out gallery] [--columns 4] [--radius 0.2]
 
-An attack is shown by the triggered test pictures of its newest finished record on these test pictures. Without a record
+An attack is shown by the triggered test images of its newest finished record on these test images. Without a record
 its trigger is made from its default settings, or, where that means training, its row names the command that makes it.
 """
 
@@ -43,13 +43,13 @@ img{image-rendering:pixelated;width:72px;height:72px;margin:1px}td.n{font-varian
 
 @dataclass(frozen=True)
 class Line:
-    """One attack: its pictures, or why there are none.
+    """One attack: its images, or why there are none.
 
     Args:
         attack: the method.
-        before: clean pictures, uint8 [N, C, H, W].
+        before: clean images, uint8 [N, C, H, W].
         after: the same with the trigger.
-        found: what `quality` says of all triggered test pictures.
+        found: what `quality` says of all triggered test images.
         note: where they come from, or what to do.
     """
 
@@ -61,7 +61,7 @@ class Line:
 
 
 def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Record] | None:
-    """The triggered test pictures of the newest finished record of an attack on test pictures of this fingerprint."""
+    """The triggered test images of the newest finished record of an attack on test images of this fingerprint."""
     found = []
     for manifest in root.glob("*/manifest.json"):
         record = Record(manifest.parent)
@@ -73,9 +73,9 @@ def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Recor
         if method.get("attack") == attack.name and data.get("test") == test and method.get("pratio"):  # it was learned
             found.append((manifest.stat().st_mtime, record))
     for _, record in sorted(found, key=lambda pair: pair[0], reverse=True):
-        pictures = load_images(record, "triggered")
-        if pictures is not None:
-            return pictures, record
+        images = load_images(record, "triggered")
+        if images is not None:
+            return images, record
     return None
 
 
@@ -91,7 +91,7 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
         blank = build("preactresnet18", test.num_classes, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
         try:
             triggered = attack(pratio=0.0).fit_trigger(train, blank, Training()).poison_test(test)
-        except SauError as error:  # its default trigger is not for these pictures; the others are shown all the same
+        except SauError as error:  # its default trigger is not for these images; the others are shown all the same
             return Line(attack, None, None, None, f"no trigger here: {error}")
         note = "stamped with its default settings"
     before = test.pixels[triggered.index]
@@ -128,8 +128,8 @@ def draw(lines: list[Line], columns: int) -> bytes:
             say(0, shown.note, fontsize=8, wrap=True)
             continue
         change, gain = difference(shown.before, shown.after)
-        for block, pictures in enumerate((shown.before, shown.after, change)):
-            for axis, pixels in zip(row[block * columns :], pictures, strict=False):
+        for block, images in enumerate((shown.before, shown.after, change)):
+            for axis, pixels in zip(row[block * columns :], images, strict=False):
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
         say(1.1, f"{figures(shown.found)}\n(x{gain:.0f})", row[-1], fontsize=7)
     for block, title in enumerate(("clean", "triggered", "difference, magnified")):
@@ -141,8 +141,8 @@ def draw(lines: list[Line], columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def picture(pixels: Tensor) -> str:
-    """An <img> with the picture inside."""
+def image(pixels: Tensor) -> str:
+    """An <img> with the image inside."""
     buffer = io.BytesIO()
     plt.imsave(buffer, pixels.permute(1, 2, 0).numpy(), format="png")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
@@ -158,14 +158,14 @@ def page(lines: list[Line], dataset: str, radius: float) -> str:
             rows.append(f"<tr>{name}<td colspan=4>{html.escape(shown.note)}</td></tr>")
             continue
         blocks = (shown.before, shown.after, difference(shown.before, shown.after)[0])
-        cells = "".join(f"<td>{''.join(map(picture, block))}</td>" for block in blocks)
+        cells = "".join(f"<td>{''.join(map(image, block))}</td>" for block in blocks)
         text = html.escape(figures(shown.found)).replace("\n", "<br>")
         rows.append(f"<tr>{name}{cells}<td class=n>{text}</td></tr>")
         rows.append(f"<tr><td></td><td colspan=4><small>{about} ({html.escape(shown.note)})</small></td></tr>")
     head = "<tr><th></th><th>clean</th><th>triggered</th><th>difference, magnified</th><th></th></tr>"
     name = html.escape(dataset)
     note = (
-        "Measured on the stored, 8-bit test pictures. In ball: share of pictures whose change is at most "
+        "Measured on the stored, 8-bit test images. In ball: share of images whose change is at most "
         f"{radius:g} in every value, which is SAU's Assumption (a) for that radius."
     )
     return (
@@ -178,12 +178,12 @@ def main() -> int:
     """Write the gallery; exit status 2 for a user's mistake."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("--dataset", default="digits", help="data set whose pictures are shown [digits]")
+    add("--dataset", default="digits", help="data set whose images are shown [digits]")
     add("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
-    add("--img_size", type=int, help="height and width of the pictures in pixels [the data set's own]")
+    add("--img_size", type=int, help="height and width of the images in pixels [the data set's own]")
     add("--record_root", default="./record", help="folder of the result folders [./record]")
-    add("--out", default="gallery", help="folder of the page, the picture and the figures [gallery]")
-    add("--columns", type=int, default=4, help="pictures of each attack, 1 and more [4]")
+    add("--out", default="gallery", help="folder of the page, the image and the figures [gallery]")
+    add("--columns", type=int, default=4, help="images of each attack, 1 and more [4]")
     add("--radius", type=float, default=quality.RADIUS, help="of the ball that triggers are counted in [0.2]")
     asked = parser.parse_args()
     if asked.columns < 1 or not 0 < asked.radius <= 1:

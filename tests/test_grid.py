@@ -1,6 +1,5 @@
 """The plan of a grid, the order of its cells, and what is kept of them; most cells are stubs."""
 
-import errno
 import json
 import os
 import re
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from grids import SMALL, Scripted, finish, plan
 from toys import QUICK, REPOSITORY, the_error
 
 from sau.errors import ConfigError, RecordError
 from sau.files import acquire, release
 from sau.grid import engines
-from sau.grid.engines import LOCKED, Job, Local, Outcome, RayEngine, run_job
+from sau.grid.engines import Job, Local, Outcome, RayEngine, run_job
 from sau.grid.plan import cells, select
 from sau.grid.runner import Runner, needed, status
 from sau.grid.spec import read
@@ -38,17 +38,14 @@ def planned(tmp_path) -> Callable[..., list[Cell]]:
 
 
 @pytest.fixture
-def drive(tmp_path, monkeypatch) -> Callable[..., tuple[Scripted, list[Cell], list[str]]]:
+def drive(tmp_path) -> Callable[..., tuple[Scripted, list[Cell], list[str]]]:
     """`drive(cells, script)` runs a grid on a scripted engine: the engine, the cells that failed, and the lines."""
-    monkeypatch.setattr("sau.grid.runner.POLL", 0.0)
-    monkeypatch.setattr("sau.grid.runner.ELSEWHERE", 0.05)
 
-    def run(every, script=None, *, retries=1, retry_failed=False, published=()):
+    def run(every, script=None, *, published=()):
         store, lines = Store(tmp_path / "root", tuple(published)), list[str]()
-        store.prepare(every)
-        engine, todo = Scripted(store, script or {}), needed(every, store, retry_failed)
-        failed = Runner(todo, store, engine, retries=retries, timeout=None, say=lines.append).run()
-        return engine, failed, lines
+        todo = needed(every, store)
+        engine = Scripted(todo, store, script or {})
+        return engine, Runner(todo, store, engine, retries=1, timeout=None, say=lines.append).run(), lines
 
     return run
 
@@ -223,7 +220,7 @@ BAD = {
     "overrides.badnet.pratio": SMALL + "  badnet: {pratio: 0.2}\n",
     "overrides.defense.ratio": SMALL + "  defense: {ratio: 0.2}\n",
     "index": SMALL + "  clp: {index: mine.txt}\n",
-    "attack_target": SMALL + "  badnet: {attack_target: 0, target_label: 1}\n",
+    "target_label": SMALL + "  badnet: {target_label: 1}\n",
     "blocks[0] has 'published'": SMALL + "blocks:\n  - {published: x}\n",
     "blocks": SMALL + "blocks: 3\n",
     "overrides": "dataset: digits\nattacks: [badnet]\noverrides: [1]\n",
@@ -261,11 +258,10 @@ def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, one_line, key):
         ("grid.yaml", "--publish", "grid.yaml"),
         ("grid.yaml", "--cores", "4000"),
         ("far.yaml", "--dataset_path", "nowhere"),
-        ("grid.yaml", "--record_root", "grid.yaml"),
         ("status", "grid.yaml", "--cores", "1"),
         ("status", "grid.yaml", "--engine", "local"),
         ("status", "grid.yaml", "--publish", "kept"),
-        ("grid.yaml", "--publish", "kept", "--retry_failed"),
+        ("grid.yaml", "--publish", "kept", "--retries", "1"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):
@@ -281,9 +277,7 @@ def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):
 def test_attacks_come_before_their_defenses_and_finished_cells_are_not_run_again(planned, drive):
     every = planned()
     engine, failed, lines = drive(every)
-    assert not failed and sorted(engine.order) == sorted(cell.label for cell in every) and engine.stopped
-    for cell in every:
-        assert cell.attack is None or engine.order.index(cell.label) > engine.order.index(cell.label.split("/")[0])
+    assert not failed and engine.order == [cell.label for cell in every] and engine.stopped
     assert len(lines) == 6 and lines[0] == "[1/6] done    badnet_r0.1_s0: ACC 90.00, ASR 1.00; 4 s"
     again, failed, lines = drive(every)
     assert (again.order, failed, lines) == ([], [], [])
@@ -291,7 +285,7 @@ def test_attacks_come_before_their_defenses_and_finished_cells_are_not_run_again
 
 def test_a_crash_is_tried_again_and_a_mistake_is_not(planned, drive):
     every = planned()
-    crash, mistake = Outcome("failed", "killed by SIGKILL"), Outcome("failed", "no such file", again=False)
+    crash, mistake = Outcome("killed by SIGKILL"), Outcome("no such file", again=False)
     script = {every[1].label: [OSError("no process")], every[2].label: [mistake], every[4].label: [crash, crash]}
     engine, failed, lines = drive(every, script)
     assert failed == [every[2], every[4]]
@@ -299,56 +293,20 @@ def test_a_crash_is_tried_again_and_a_mistake_is_not(planned, drive):
     assert any(line.startswith(f"again   {every[1].label}: worker lost: no process; try 2 of 2") for line in lines)
 
 
-def test_a_failed_cell_blocks_its_defenses_and_runs_again_only_when_asked(planned, drive, tmp_path):
+def test_a_failed_cell_takes_its_defenses_along_and_the_next_call_tries_them_again(planned, drive, tmp_path):
     every, store = planned(), Store(tmp_path / "root")
-    _, failed, _ = drive(every, {every[0].label: [Outcome("failed", "why\x1b", again=False)]})
-    states = store.states(every)
-    assert failed == every[:3]
-    assert [states[cell.digest].name for cell in every] == ["failed", "blocked", "blocked"] + 3 * ["finished"]
-    assert status(every, store)[0] == "6 cells: 3 finished, 1 failed, 2 blocked"
-    assert f"failed  {every[0].label}: why\\x1b; see {store.log(every[0])}.err" in status(every, store)
-    assert drive(every)[0].order == []
-    assert drive(every, retry_failed=True)[0].order[0] == every[0].label
-    assert {state.name for state in store.states(every).values()} == {"finished"}
-
-
-@pytest.mark.parametrize("text", ["no room for it: 3 MB are missing", f"OSError: {os.strerror(errno.EDQUOT)}"])
-def test_a_full_disk_stops_the_grid_and_no_cell_is_to_blame(planned, drive, tmp_path, text):
-    every = planned()
-    with pytest.raises(RecordError, match=f"disk is full.*{every[0].label}"):
-        drive(every, {every[0].label: [Outcome("failed", text)]})
-    assert Store(tmp_path / "root").states(every)[every[0].digest].name == "waiting"
-
-
-def test_cells_of_another_runner_are_waited_for_or_taken_over(planned, drive, tmp_path):
-    """One is locked when it starts, one before; one is finished meanwhile, one fails there for good."""
-    every, store = planned(), Store(tmp_path / "root")
-    acquire(store.folder(every[3]))
-
-    class Elsewhere(dict[str, Any]):
-        def get(self, label: str, default: Any = None) -> Any:
-            if label == every[0].label and not store.finished(every[1]):
-                finish(store, every[1], acc=12.0)
-                store.fail(every[2], "no such file")
-            elif label == every[0].label:
-                release(store.folder(every[3]))
-            return super().get(label, default)
-
-    script = Elsewhere({every[0].label: [Outcome("locked", "it is in use")] * 2})
-    engine, failed, lines = drive(every, script)
-    assert failed == [every[2]] and engine.order.count(every[0].label) == 3
-    assert not {every[1].label, every[2].label} & set(engine.order)
-    assert sum(line.startswith(f"waits   {every[0].label}: it is in use") for line in lines) == 1
-    assert any(line.startswith(f"waits   {every[3].label}") for line in lines)
-    assert any("elsewhere: ACC 12.00" in line for line in lines) and any("elsewhere: no such" in line for line in lines)
+    _, failed, lines = drive(every, {every[0].label: [Outcome("why", again=False)]})
+    assert failed == every[:3] and f"[1/6] failed  {every[0].label}: why; see {store.log(every[0])}.err" in lines
+    assert status(every, store) == ["6 cells: 3 finished, 3 waiting", "left: 3 cells"]
+    assert drive(every)[0].order == [cell.label for cell in every[:3]] and not needed(every, store)
 
 
 def test_the_engine_is_stopped_whatever_ends_the_grid(planned, tmp_path, monkeypatch):
-    def interrupted(self: Scripted, job: Job) -> bool:
+    def interrupted(self: Scripted, job: Job) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Scripted, "room", interrupted)
-    engine: Any = Scripted(Store(tmp_path), {})
+    monkeypatch.setattr(Scripted, "submit", interrupted)
+    engine: Any = Scripted([], Store(tmp_path), {})
     with pytest.raises(KeyboardInterrupt):
         Runner(planned(), Store(tmp_path), engine, retries=0, timeout=None, say=lambda line: None).run()
     assert engine.stopped
@@ -360,26 +318,16 @@ def test_the_engine_is_stopped_whatever_ends_the_grid(planned, tmp_path, monkeyp
 def test_a_published_result_counts_and_its_attack_is_trained_again_only_for_work_that_is_left(planned, drive, tmp_path):
     every, kept = planned(), tmp_path / "kept"
     drive(every)
-    assert publish(Store(tmp_path / "root"), [*every[:2], *every[3:]], kept) == (5, [])
+    assert publish(Store(tmp_path / "root"), [*every[:2], *every[3:]], kept) == 5
     assert [json.loads(line)["cell"] for line in kept.read_text().splitlines()] == sorted(load(kept))
     (tmp_path / "root").rename(tmp_path / "gone")
     engine, _, lines = drive(every, published=[kept])
     assert engine.order == [every[0].label, every[2].label] and not any("differs" in line for line in lines)
-    states = Store(tmp_path / "root", (kept,)).states(every)
-    assert [states[cell.digest].name for cell in every] == ["finished", "published", "finished", *["published"] * 3]
-    assert drive(every, published=[kept])[0].order == []
-
-
-def test_a_published_attack_that_cannot_be_trained_again_blocks_its_defenses(planned, drive, tmp_path):
-    every, kept = planned(), tmp_path / "kept"
-    drive(every)
-    publish(Store(tmp_path / "root"), [every[0], *every[2:]], kept)
-    (tmp_path / "root").rename(tmp_path / "gone")
-    why = {every[0].label: [Outcome("failed", "why", again=False)]}
-    assert drive(every, why, published=[kept])[1] == every[:2]
     store = Store(tmp_path / "root", (kept,))
-    assert status(every, store)[0] == "6 cells: 4 published, 1 failed, 1 blocked" and not needed(every, store)
-    assert drive(every, published=[kept], retry_failed=True)[0].order == [every[0].label, every[1].label]
+    assert [store.state(cell) for cell in every] == ["finished", "published", "finished", *["published"] * 3]
+    acquire(store.folder(every[3]))
+    assert status(every, store)[1:] == [f"running {every[3].label}"]
+    release(store.folder(every[3]))
 
 
 def test_an_attack_that_comes_out_otherwise_than_published_is_told(planned, drive, tmp_path):
@@ -390,35 +338,18 @@ def test_an_attack_that_comes_out_otherwise_than_published_is_told(planned, driv
     assert any(line.startswith(f"warning: {every[0].label} differs") for line in lines)
 
 
-def test_a_damaged_cell_is_made_again_beside_its_defenses_or_its_published_result_counts(planned, drive, tmp_path):
-    every, kept = planned(), tmp_path / "kept"
+def test_a_damaged_cell_is_neither_skipped_nor_published(planned, drive, tmp_path):
+    every, store = planned(), Store(tmp_path / "root")
     drive(every)
-    publish(Store(tmp_path / "root"), every[1:], kept)
-    store = Store(tmp_path / "root", (kept,))
-    for cell in every[:2]:
-        summary = store.folder(cell) / "summary.json"
-        summary.write_text(summary.read_text().replace("90.0", "12.0"))
-    count, notes = publish(store, every, tmp_path / "new")
-    assert count == 5 and len(notes) == 2 and load(tmp_path / "new")[every[1].folder]["acc"] == 90
-    acquire(store.folder(every[0]))
-    assert len(store.prepare(every)) == 1  # what another process runs is left to it
-    release(store.folder(every[0]))
-    (note,) = store.prepare(every)
-    assert "run again" in note and os.listdir(store.folder(every[0])) == ["defense"]
-    assert needed(every, store) == every[:1] and needed(every, Store(tmp_path / "root")) == every[:2]
-    engine, _, _ = drive(every)
-    assert engine.order == [every[0].label, every[1].label]
+    store.verify(every)
+    summary = store.folder(every[1]) / "summary.json"
+    summary.write_text(summary.read_text().replace("90.0", "12.0"))
+    for look in (store.verify, lambda cells: publish(store, cells, tmp_path / "kept")):
+        with pytest.raises(RecordError, match=f"delete {store.folder(every[1])}"):
+            look(every)
 
 
-def test_a_root_of_another_version_is_refused(planned, tmp_path, monkeypatch):
-    Store(tmp_path).prepare(planned())
-    Store(tmp_path).prepare(planned())
-    monkeypatch.setattr("sau.__version__", "0.0.0")
-    with pytest.raises(RecordError, match=r"0\.0\.0"):
-        Store(tmp_path).prepare(planned())
-
-
-def test_the_script_plans_looks_and_publishes(planned, script, tmp_path):
+def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeypatch):
     every, store = planned(), Store(tmp_path / "record" / "grid")
     status, out, _ = script("grid.py", "grid.yaml", "--dry_run", "--only", "badnet*")
     assert status == 0 and "would run badnet_r0.1_s0\nwould run badnet_r0.1_s0/defense/ft_c0.1" in out
@@ -431,8 +362,9 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path):
     assert status == 0 and out.startswith("6 cells: 4 published, 2 waiting")
     status, out, _ = script("grid.py", "grid.yaml")
     assert status == 0 and "6 cells, 0 to run" in out
-    store.fail(every[0], "why")
     (store.folder(every[0]) / "manifest.json").unlink()
+    crash = Scripted([], store, {every[0].label: [Outcome("why", again=False)]})
+    monkeypatch.setattr("sau.command.grid.Local", lambda *given: crash)
     status, out, _ = script("grid.py", "grid.yaml")
     assert status == 1 and f"failed  {every[0].label}: why" in out
 
@@ -441,17 +373,16 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path):
 
 
 def job(tmp_path: Path, **changes: Any) -> Job:
-    made = Job("label", ("attack", "badnet"), str(tmp_path / "x"), str(tmp_path / "log"), "cache", 1, 1.0, 0.0, None)
-    return replace(made, **changes)
+    return replace(Job("label", ("attack", "badnet"), str(tmp_path / "log"), "cache", 1, 1.0, 0.0, None), **changes)
 
 
 @pytest.fixture
 def program(tmp_path, monkeypatch) -> Callable[[str], None]:
     """`program(code)` stands in the place of Python's."""
     file = tmp_path / "python"
+    real = sys.executable
     monkeypatch.setattr(engines.sys, "executable", str(file))
     monkeypatch.setattr(engines, "GRACE", 0.2)
-    real = sys.executable if sys.executable != str(file) else sys._base_executable
 
     def write(code: str) -> None:
         file.write_text(f"#!{real}\nimport os, signal, sys, time\n{code}\n")
@@ -463,12 +394,10 @@ def program(tmp_path, monkeypatch) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("code", "outcome"),
     [
-        ("raise SystemExit(0)", Outcome("done")),
-        ("raise SystemExit(3)", Outcome("failed", "exit status 3")),
-        ("raise ValueError('broken')", Outcome("failed", "ValueError: broken")),
-        ("print('error: no such file', file=sys.stderr); sys.exit(2)", Outcome("failed", "no such file", again=False)),
-        (f"print('error: in use', file=sys.stderr); sys.exit({LOCKED})", Outcome("locked", "in use")),
-        ("os.kill(os.getpid(), signal.SIGTERM)", Outcome("failed", "killed by signal 15 (Terminated)")),
+        ("raise SystemExit(3)", Outcome("exit status 3")),
+        ("raise ValueError('broken\\x1b')", Outcome("ValueError: broken\\x1b")),
+        ("print('error: no such file', file=sys.stderr); sys.exit(2)", Outcome("no such file", again=False)),
+        ("os.kill(os.getpid(), signal.SIGTERM)", Outcome("killed by signal 15 (Terminated)")),
     ],
 )
 def test_how_a_process_ends_is_told(program, tmp_path, code, outcome):
@@ -482,16 +411,16 @@ def test_a_process_gets_its_threads_and_devices_and_is_killed_after_its_time(pro
             "print(*(os.environ[n] for n in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'SAU_CACHE')), flush=True)\n"
             "print(*sys.argv[1:], flush=True); time.sleep(60)")  # fmt: skip
     outcome = run_job(job(tmp_path, threads=3, timeout=1.0), "4,7")
-    assert outcome.status == "failed" and "cell_timeout" in outcome.reason
+    assert "cell_timeout" in outcome.reason
     first, argv = (tmp_path / "log.out").read_text().splitlines()
     assert first == "3 4,7 cache" and argv.startswith("-P -m sau.grid.engines ") and argv.endswith("attack badnet")
 
 
 def test_all_cells_are_stopped_together(program, tmp_path):
     program("open(os.environ['SAU_CACHE'] + str(os.getpid()), 'w'); time.sleep(60)")
-    here = Local(cores=1, memory_gb=8.0)
-    future = here.submit(job(tmp_path, cache=str(tmp_path / "started")))
-    waited = threading.Event()
+    started = job(tmp_path, cache=str(tmp_path / "started"))
+    here = Local([started], cores=1, memory_gb=8.0)
+    future, waited = here.submit(started), threading.Event()
     while not list(tmp_path.glob("started*")):
         waited.wait(0.05)
     here.stop()
@@ -501,59 +430,45 @@ def test_all_cells_are_stopped_together(program, tmp_path):
         os.kill(pid, 0)
 
 
-def test_a_cell_in_use_ends_as_locked(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "x"
-    monkeypatch.setattr(engines, "acquire", lambda place: (_ for _ in ()).throw(engines.LockedError(f"{place} in use")))
-    assert engines._main(str(os.getppid()), str(folder), "attack", "badnet") == LOCKED
-    assert str(folder) in the_error(capsys.readouterr().err)
-
-
-@pytest.fixture
-def still(monkeypatch) -> list[str | None]:
-    """Jobs that never end; the devices that each was given."""
-    seen: list[str | None] = []
+@pytest.mark.parametrize(
+    ("needs", "places", "seen"),
+    [
+        ({"threads": 2}, 2, []),
+        ({"memory_gb": 3.0}, 3, []),
+        ({"gpus": 0.5}, 4, ["4", "4", "7", "7"]),
+        ({"gpus": 1.0}, 2, ["4", "7"]),
+        ({"gpus": 2.0}, 1, ["4,7"]),
+    ],
+)
+def test_cores_memory_and_gpus_are_never_oversubscribed(tmp_path, monkeypatch, needs, places, seen):
+    """Of GPUs, cells see the numbers that this process sees."""
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
-    monkeypatch.setattr(engines.ThreadPoolExecutor, "submit", lambda self, run, job, gpus, stop: seen.append(gpus)
-                        or engines.Future())  # fmt: skip
-    return seen
-
-
-def test_cores_and_memory_are_never_oversubscribed(tmp_path, still):
-    for change, most in ({"threads": 2}, 2), ({"memory_gb": 3.0}, 3):
-        here, each, count = Local(cores=5, memory_gb=10.0), job(tmp_path, **change), 0
-        while here.room(each):
-            here.submit(each)
-            count += 1
-        assert count == most
-
-
-def test_gpus_are_shared_out(tmp_path, still, monkeypatch):
-    """A share goes to the fullest one that has room, and fills it; the numbers are those that this process sees."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    here, fitted = Local(cores=8, memory_gb=64.0), []
-    here.gpus = 2
-    for share in (0.5, 0.9, 0.5, 0.1, 0.5, 1.0, 2.0):  # 1.0 - 0.9 is less than 0.1
-        fitted.append(here.room(job(tmp_path, gpus=share)))
-        if fitted[-1]:
-            here.submit(job(tmp_path, gpus=share))
-    assert fitted == [True, True, True, True, False, False, False] and still == ["4", "7", "4", "7"]
-    here.running.clear()
-    here.submit(job(tmp_path, gpus=2.0))
-    assert still[-1] == "4,7"
+    here = Local([job(tmp_path), job(tmp_path, **needs)], cores=5, memory_gb=10.0)
+    assert here.places == places and [here.slots.get() for _ in range(here.slots.qsize())] == seen
+
+
+def test_a_cell_on_a_gpu_has_it_alone_and_gives_it_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(engines, "run_job", lambda job, gpus, stopping: (gpus, here.slots.empty()))
+    mine = job(tmp_path, gpus=1.0)
+    here = Local([mine], cores=1, memory_gb=8.0)
+    assert [here.submit(mine).result() for _ in "12"] == [("7", True)] * 2
+    here.stop()
 
 
 @pytest.mark.parametrize(("name", "value"), [("memory_gb", 10.0), ("threads", 9), ("gpus", 1.0)])
 def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(tmp_path, monkeypatch, name, value):
-    here = Local(cores=1, memory_gb=4.0)
-    here.gpus = 0
-    with pytest.raises(ConfigError, match=name):
-        here.check([job(tmp_path), job(tmp_path, **{name: value})])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError) as refusal:
+        Local([job(tmp_path), job(tmp_path, **{name: value})], cores=1, memory_gb=4.0)
+    assert refusal.value.param == name
 
 
-def test_ray_that_is_not_installed_is_named(monkeypatch):
+def test_ray_that_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="ray"):
-        RayEngine()
+        RayEngine([job(tmp_path)])
 
 
 def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, planned):

@@ -1,4 +1,4 @@
-"""Grids that really run: under fire on every engine, two at once, and stopped by hand."""
+"""Grids that really run: cells are killed on every engine, and grids are stopped by hand."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def every(tmp_path) -> list[Cell]:
 
 def begun(store: Store, every: list[Cell]) -> list[int]:
     """How often each cell of a finished grid was begun."""
-    assert {state.name for state in store.states(every).values()} == {"finished"}
+    assert {store.state(cell) for cell in every} == {"finished"}
     logs = [(store.folder(cell) / "log.txt").read_text().splitlines() for cell in every]
     return [sum(line.startswith("recipe ") for line in lines) for lines in logs]
 
@@ -60,13 +60,14 @@ def test_a_grid_whose_cells_are_killed_finishes_with_the_same_bits(engine, every
         assert weights[0] == weights[1], cell.label
 
 
-def test_two_runners_on_one_folder_share_its_cells(every, tmp_path):
+def test_a_second_runner_on_one_folder_is_refused(every, tmp_path):
     argv = [*SCRIPT, "--record_root", "root", "--cores", "1"]
-    two = [subprocess.Popen(argv, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) for _ in "12"]
-    texts = [process.communicate(timeout=600)[0] for process in two]
-    assert [process.returncode for process in two] == [0, 0], texts
-    assert set(begun(Store(tmp_path / "root"), every)) == {1}
-    assert all("6 cells: 6 finished" in text for text in texts) and any("elsewhere" in text for text in texts)
+    first = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and "6 to run" in first.stdout.readline()
+    second = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=600)
+    assert second.returncode == 1 and "in use" in second.stderr
 
 
 def test_ctrl_c_stops_every_cell_and_the_next_call_goes_on(every, tmp_path):
@@ -74,7 +75,7 @@ def test_ctrl_c_stops_every_cell_and_the_next_call_goes_on(every, tmp_path):
     status, err = stop_after("[1/6]", signal.SIGINT, argv, tmp_path)
     assert status == 130 and "stopped; repeat the command to go on" in err
     store = Store(tmp_path / "root")
-    assert {state.name for state in store.states(every).values()} <= {"finished", "waiting"}
+    assert {store.state(cell) for cell in every} <= {"finished", "waiting"}
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "6 cells: 6 finished" in done.stdout
     assert max(begun(store, every)) <= 2
@@ -93,4 +94,4 @@ def test_the_cells_of_a_killed_runner_stop_by_themselves(every, tmp_path):
     deadline = time.monotonic() + 60
     while running() and time.monotonic() < deadline:
         time.sleep(0.1)  # a process that ends loses its name before its locks
-    assert not running() and {state.name for state in store.states(every).values()} <= {"waiting", "finished"}
+    assert not running() and {store.state(cell) for cell in every} <= {"waiting", "finished"}

@@ -81,7 +81,7 @@ def test_attack_and_defense_without_the_repository(python, tmp_path):
     assert "width 16" in done.stdout
     done = run(python, "-m", "sau", "defense", "sau", "--result_file", "a", "--epochs", "1", *QUICK, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "143 clean pictures" in done.stdout  # 10 %, from the YAML of the defense
+    assert "143 clean images" in done.stdout  # 10 %, from the YAML of the defense
     found = json.loads((tmp_path / "record/a/defense/sau/summary.json").read_text())
     assert found["before"]["acc"] >= 0 and found["selection"] == "defender"
     assert os.listdir(tmp_path) == ["record"]

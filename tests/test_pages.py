@@ -14,6 +14,7 @@ from toys import REPOSITORY, the_error, toy_images
 from sau.attack import ATTACKS
 from sau.defense import DEFENSES
 from sau.flags import IGNORED
+from sau.record.summaries import save
 from sau.report.results import Result
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
@@ -124,17 +125,12 @@ def test_a_trigger_that_does_not_fit_spoils_no_other_row_of_the_gallery():
     assert gallery.draw([patch, blended], 2) and patch.note in gallery.page([patch, blended], "digits", 0.2)
 
 
-def kept(path, **summary: object) -> None:
-    path.mkdir(parents=True)
-    (path / "summary.json").write_text(json.dumps(summary))
-
-
 def test_the_curve_over_ratios_is_of_folders_and_of_summaries(tmp_path, script):
-    kept(tmp_path / "badnet_r0_s0", acc=90.0, asr=1.0)
-    attack(tmp_path, acc=89.0, asr=95.0)  # its configuration says ratio 0.1
-    kept(tmp_path / "b" / "badnet_r0.1_s1", acc=88.0, asr=97.0)
-    kept(tmp_path / "badnet_r0.2_s0", asr=97.0)
-    status, out, err = script("tables.py", "ratios", str(tmp_path), "--out", str(tmp_path / "x.png"))
+    attack(tmp_path / "a", acc=89.0, asr=95.0)  # its configuration says ratio 0.1
+    kept = {"badnet_r0_s0": {"acc": 90.0, "asr": 1.0}, "badnet_r0.1_s1": {"acc": 88.0, "asr": 97.0}}
+    save(tmp_path / "b.jsonl", {**kept, "badnet_r0.2_s0": {"asr": 97.0}})
+    roots = (str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
+    status, out, err = script("tables.py", "ratios", *roots, "--out", str(tmp_path / "x.png"))
     assert status == 0 and "| badnet | 90.00 / 1.00 | 88.50 / 96.00 |" in out and "badnet_r0.2_s0" in err
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 500
@@ -142,7 +138,6 @@ def test_the_curve_over_ratios_is_of_folders_and_of_summaries(tmp_path, script):
 
 def test_two_results_of_a_seed_are_no_seeds_of_a_curve(script, tmp_path):
     """Names say attack, ratio and seed; what else two grids differ in stands in their digests alone."""
-    for mark in "ab":
-        kept(tmp_path / f"badnet_r0.1_{mark * 10}_s0", acc=90.0, asr=1.0)
-    status, _, err = script("tables.py", "ratios", str(tmp_path), "--out", str(tmp_path / "x"))
+    save(tmp_path / "a.jsonl", {f"badnet_r0.1_{mark * 10}_s0": {"acc": 90.0, "asr": 1.0} for mark in "ab"})
+    status, _, err = script("tables.py", "ratios", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "x"))
     assert status == 2 and "one attack, ratio and seed" in the_error(err) and not (tmp_path / "x.png").exists()

@@ -71,11 +71,11 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
         monkeypatch.setattr(state["_reference"], "compiled", "default")
         monkeypatch.setattr(state["_reference"], "_compiled_net", id(state["_reference"].net))
     x, y = batch()
-    place, pictures = loop._Place(), toy_images(20).batches(8, seed=0, augment=Augment(flip=True))
+    place, images = loop._Place(), toy_images(20).batches(8, seed=0, augment=Augment(flip=True))
     method.step(state, x, y)  # optimisers make their state in the first one
     with Reads() as reads:
         place.add(method.step(state, x, y), len(y))
-        list(pictures)
+        list(images)
     assert reads.found == []
     with Reads() as reads:
         place.means("lr")
@@ -87,7 +87,7 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", [FT(), FTSAM(), AT(), SAU(), BadNet()], ids=lambda m: m.name)
 def test_cuda_is_not_waited_for(method):
-    """CUDA itself reports whatever waits for it, the path of the pictures included."""
+    """CUDA itself reports whatever waits for it, the path of the images included."""
     where = torch.device("cuda")
     model, images = network(amp=True).to(where), toy_images(64).to(where)
     prepared = (
@@ -274,7 +274,7 @@ def test_what_is_compiled_is_recorded(here, tmp_path, monkeypatch, wish):
 @pytest.mark.parametrize("amp", [True, False])
 def test_low_precision_agrees_with_the_released_order_of_work(amp):
     """SAU in bf16 and in fp32 beside the twin in fp32, two updates of a trained network: the losses within 5 and 0.1
-    percent, and the answers on 64 pictures alike for 95 percent and all.
+    percent, and the answers on 64 images alike for 95 percent and all.
     """
     trained = FT(epochs=20, batch_size=16, lr=0.05).purify(
         network(), toy_images(64), augment=Augment(), session=quiet()

@@ -1,7 +1,11 @@
-"""Where the backdoor still is: the linear path, universal perturbations, and what is left in the features.
+"""What brings a backdoor back, and where it still is: re-learning, the linear path, universal perturbations, and what
+is left in the features.
 
-Path (Min, Qin, Zhang, Shen, Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor
-Defense", NeurIPS 2024), from the attacked weights W_b, s = 0, to the purified ones W_p, s = 1:
+Re-learning, RA (Min, Qin, Zhang, Shen, Cheng, "Uncovering, Explaining, and Mitigating the Superficial Safety of
+Backdoor Defense", NeurIPS 2024): a purified network is fine-tuned on few clean images, k of which are triggered
+training images with the attacker's label.
+
+Path (same paper), from the attacked weights W_b, s = 0, to the purified ones W_p, s = 1:
 
     W(s) = (1 - s) W_b + s W_p
 
@@ -10,7 +14,7 @@ Re-Activation Attack", NeurIPS 2024): one D for all triggered images x~,
 
     min_D  mean CE(h(x~ + D), t)  -  mean log(1.0001 - max_{k != t} p_k(x~ + D)),     |D|_inf <= eps,  x~ + D in [0, 1]
 
-BEC, the backdoor existence coefficient (same paper):
+BEC, the backdoor existence coefficient (same paper as D):
 
     TAC_c = mean |a_c(x~) - a_c(x)|_2                 how much channel c of a layer of h_b changes with the trigger
     s(h)  = mean over layers of CKA(h_b, h)           of the tenth of the channels with the largest TAC, on triggered x~
@@ -22,6 +26,7 @@ with linear CKA(X, Y) = <H XX' H, H YY' H> / (|H XX' H| |H YY' H|), H the centri
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -31,18 +36,67 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.images import Augment, Images, to_float
+from sau.defense.ft import FT
 from sau.defense.hooks import forward_hooks
 from sau.defense.npd import held_losses
+from sau.errors import require
+from sau.loop import Session
 from sau.models import full_precision
 from sau.types import Labels, Pixels, Universal
 from sau.util import generator
 
+DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # on the path
 NORM_BATCH, FIT_BATCH, BLOCK = 256, 128, 250  # images at a time: statistics, D (as released), features
 KEPT = 0.1  # share of a layer's channels, rounded up
 TAC_IMAGES, CKA_IMAGES = 2200, 500
 ASIDE = ("shortcut", "downsample")  # in the names of convolutions beside the main path
 Channels = dict[str, Labels]  # by layer
+
+
+# Re-learning
+
+
+def mixture(
+    train: Images, poisons: Images, shots: int, *, share: float, seed: int, augment: Augment | None = None
+) -> Images:
+    """The attacker's images: `shots` poisons, and clean ones up to the size of the attacker's draw.
+
+    The same seed draws the same clean images whatever `shots` is, and the poisons of fewer shots are among those of
+    more.
+
+    Args:
+        train: clean training images.
+        poisons: triggered ones with the attacker's labels.
+        shots: how many of these.
+        share: of the training images that the attacker draws.
+        seed: of the draws.
+        augment: put the clean images through this, once and for all; the poisons stay as they are.
+    """
+    draw, size = generator(DRAW + seed), round(share * len(train))
+    require("share", share, size > 0, f"above {0.5 / len(train):.3g}, which is one of {len(train)} images")
+    clean = train[torch.randperm(len(train), generator=draw)[:size]]
+    chosen = poisons[torch.randperm(len(poisons), generator=draw)[:shots]]
+    if augment is not None:
+        clean = replace(clean, pixels=augment(clean.pixels, draw))
+    return chosen.concat(clean[torch.arange(len(chosen), size)])
+
+
+def relearn(
+    model: nn.Module, images: Images, *, epochs: int = 5, seed: int = 0, augment: Augment | None = None
+) -> nn.Module:
+    """A copy of `model`, all weights fine-tuned as RA does: SGD 0.01 with momentum 0.9, batches of 128, batch norm in
+    train mode, cross-entropy, neither decay nor schedule.
+
+    Args:
+        model: pixels in [0, 1] -> logits; stays as it is.
+        images: the attacker's, from `mixture`.
+        epochs: passes over them.
+        seed: of their order and augmentation.
+        augment: put every batch through this, poisons included; None takes the images as they are.
+    """
+    method = FT(epochs=epochs, batch_size=128, lr=0.01, lr_scheduler="constant", wd=0.0, augment=augment is not None)
+    return method.purify(model, images, augment=augment, seed=seed, session=Session(say=lambda line: None))
 
 
 # The path

@@ -19,7 +19,7 @@ TITLES: dict[Key, str] = {
     ("path", BETWEEN): "On the path from the attacked weights (0) to the purified ones (1)",
     ("path", ANEW): "On the same path, statistics of batch norm estimated anew",
     ("white", TRIGGER): "White box: trigger and universal D, by radius",
-    ("white", ALONE): "White box: D on pictures without a trigger (gUAA), by radius",
+    ("white", ALONE): "White box: D on images without a trigger (gUAA), by radius",
     ("white", NOISE): "Trigger and noise, by radius",
 }
 

@@ -7,14 +7,14 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sau.audit.config import CONTROL, NONE
+from sau.audit.case import CONTROL, NONE
 from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER
 from sau.audit.table import Audit, Key, coefficients, curves
 from sau.report.stats import MeanStd
 
 PANELS: dict[Key, tuple[str, str]] = {
-    ("relearn", RELEASED): ("re-learning, augmented once", "poisoned pictures"),
-    ("relearn", FRESH): ("re-learning, augmented anew", "poisoned pictures"),
+    ("relearn", RELEASED): ("re-learning, augmented once", "poisoned images"),
+    ("relearn", FRESH): ("re-learning, augmented anew", "poisoned images"),
     ("path", BETWEEN): ("path from the attacked weights", "share of the way"),
     ("path", ANEW): ("path, batch norm estimated anew", "share of the way"),
     ("white", TRIGGER): ("white box, trigger + D", "radius of D"),

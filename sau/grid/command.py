@@ -3,7 +3,8 @@
     sau grid configs/grid/NAME.yaml [flags]           run what is not finished yet
     sau grid status configs/grid/NAME.yaml [flags]    where it stands, from any terminal
 
-Repeat the command after whatever stopped it: finished cells are verified and skipped, unfinished ones resumed.
+Repeat the command after whatever stopped it: finished cells are verified and skipped, unfinished ones resumed, those
+that failed tried again.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from sau.data.sources import source
 from sau.errors import ConfigError
+from sau.files import acquire
 from sau.grid.engines import Local, RayEngine
 from sau.grid.plan import cells, select
 from sau.grid.runner import Runner, needed, status
@@ -40,7 +42,6 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits")
     add("--dry_run", action="store_true", help="print the cells that would run, and run nothing")
-    add("--retry_failed", action="store_true", help="also run cells that failed in an earlier call")
     add("--retries", type=int, help="tries after a crash or a timeout [that of the file, or 1]")
     add("--cell_timeout", type=float, metavar="SECONDS", help="most time of a try [no limit]")
     add("--publish", type=Path, metavar="FILE", help="add results of finished cells to a .jsonl file, run nothing")
@@ -66,11 +67,10 @@ def run(given: argparse.Namespace, look: bool) -> int:
         say("\n".join(status(every, store)))
         return 0
     if given.publish:
-        count, notes = publish(store, every, given.publish)
-        say("\n".join([*notes, f"{count} results of {len(every)} cells are in {given.publish}"]))
+        say(f"{publish(store, every, given.publish)} results of {len(every)} cells are in {given.publish}")
         return 0
     if given.dry_run:
-        todo = needed(every, store, given.retry_failed)
+        todo = needed(every, store)
         say("\n".join([*(f"would run {cell.label}" for cell in todo), f"{len(todo)} cells"]))
         return 0
     return drive(given, grid, store, every)
@@ -90,19 +90,19 @@ def check(given: argparse.Namespace) -> None:
 def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]) -> int:
     """Run the cells that are left; 1 if a cell is not finished then. Ctrl-C goes through, after they were stopped."""
     started = time.monotonic()
-    for note in store.prepare(every):
-        say(note)
-    todo = needed(every, store, given.retry_failed)
+    acquire(store.root)
+    store.verify(every)
+    todo = needed(every, store)
     say(f"{len(every)} cells, {len(todo)} to run; {store.root}")
     if todo:
         local = given.engine != "ray"
         for dataset, place in dict.fromkeys(cell.data for cell in todo) if local else ():
             source(dataset).find(Path(place))  # refuses missing data, and downloads once for all cells
-        engine = Local(given.cores, given.memory_gb) if local else RayEngine(given.address, given.cores)
+        engine = Local(todo, given.cores, given.memory_gb) if local else RayEngine(todo, given.address, given.cores)
         Runner(todo, store, engine, retries=grid.retries, timeout=grid.cell_timeout, say=say).run()
         say(f"took {duration(time.monotonic() - started)}")
     say("\n".join(status(every, store)))
-    return int(any(state.name not in ("finished", "published") for state in store.states(every).values()))
+    return int(any(store.state(cell) == "waiting" for cell in every))
 
 
 def main(argv: Sequence[str]) -> int:

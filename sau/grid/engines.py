@@ -1,13 +1,15 @@
 """Where cells run: each is a process, on this machine or on the machines of a Ray cluster.
 
-    python -m sau.grid.engines PARENT FOLDER KIND NAME flags...
+    python -m sau.grid.engines PARENT KIND NAME flags...
 
-is such a process. It locks the result folder, does what `python -m sau KIND NAME flags...` does, and stops when the
-process that started it is gone. Ray's workers import this module, so it imports torch only where that is needed.
+is such a process. It does what `python -m sau KIND NAME flags...` does, and stops when the process that started it is
+gone. Ray's workers import this module, so it imports torch only where that is needed.
 """
 
 import importlib
+import math
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,15 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from joblib import cpu_count
 
-from sau.errors import ConfigError, LockedError, first_line
-from sau.files import acquire
+from sau.errors import ConfigError, first_line, one_line, require
 
 GRACE = 5.0  # seconds that a stopped cell has to write what it holds
-LOCKED = 75  # exit status of a cell whose folder another process uses
 GIB = 2**30
 
 
@@ -51,7 +51,6 @@ class Job:
 
     label: str  # for messages
     command: tuple[str, ...]  # kind, name and flags
-    folder: str  # its result folder
     log: str  # where its output goes; `.out` and `.err` are added
     cache: str  # folder of trained triggers and decoded images
     threads: int
@@ -62,10 +61,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a try ended (`locked`: another process has the cell), why, and whether another try may help."""
+    """Why a try ended without a result, and whether another try may help."""
 
-    status: Literal["done", "failed", "locked"]
-    reason: str = ""
+    reason: str
     again: bool = True
 
 
@@ -77,7 +75,7 @@ def run_job(job: Job, gpus: str | None = None, stopping: threading.Event | None 
     threads = {f"{library}_NUM_THREADS": str(job.threads) for library in ("OMP", "MKL", "OPENBLAS")}
     env = {**os.environ, **threads, "PYTHONPATH": python_path(), "SAU_CACHE": job.cache}
     env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    argv = [sys.executable, "-P", "-m", "sau.grid.engines", str(os.getpid()), job.folder, *job.command]
+    argv = [sys.executable, "-P", "-m", "sau.grid.engines", str(os.getpid()), *job.command]
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     with open(job.log + ".out", "ab") as out, open(job.log + ".err", "ab+") as err:
         before, started = err.seek(0, os.SEEK_END), time.monotonic()
@@ -88,13 +86,17 @@ def run_job(job: Job, gpus: str | None = None, stopping: threading.Event | None 
         try:
             while process.poll() is None and not (stopping and stopping.is_set()):
                 if job.timeout is not None and time.monotonic() - started > job.timeout:
-                    return Outcome("failed", f"no end after {job.timeout:g} s (cell_timeout)")
+                    return Outcome(f"no end after {job.timeout:g} s (cell_timeout)")
                 time.sleep(0.1)
         finally:
             _stop(process)
         err.seek(before)
         lines = err.read().decode(errors="replace").strip().splitlines()
-        return _outcome(process.returncode, lines[-1].removeprefix("error: ") if lines else "")
+    status, last = process.returncode, one_line(lines[-1].removeprefix("error: ")) if lines else ""
+    if status < 0:
+        memory = ", perhaps for want of memory" if status == -signal.SIGKILL else ""
+        return Outcome(f"killed by signal {-status} ({signal.strsignal(-status)}){memory}")
+    return Outcome(last or f"exit status {status}", again=status != 2)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -108,83 +110,79 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _outcome(status: int, last: str) -> Outcome:
-    """What an exit status, and the last line of stderr, say."""
-    if status < 0:
-        reason = f"killed by signal {-status} ({signal.strsignal(-status)})"
-        return Outcome("failed", reason + (", perhaps for want of memory" if status == -signal.SIGKILL else ""))
-    if status in (0, LOCKED):
-        return Outcome("done" if status == 0 else "locked", last)
-    return Outcome("failed", last or f"exit status {status}", again=status != 2)
-
-
 class Local:
-    """This machine: as many cells as its cores, its memory and its GPUs hold.
+    """This machine: as many cells at once as its cores, its memory and its GPUs hold of the largest one.
 
     Args:
+        cells: `Cell` or `Job`, of which the needs count.
         cores: to use; None means all that this process may use.
         memory_gb: GiB to use; None means nine tenths of what there is.
+
+    Raises ConfigError if a cell needs more than there is.
     """
 
     lost = (OSError,)  # what a future raises where a process cannot be had
 
-    def __init__(self, cores: int | None = None, memory_gb: float | None = None) -> None:
-        import torch
-
-        self.cores = check_cores(cores)
-        self.memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
-        self.gpus = torch.cuda.device_count()
-        self.running: dict[Future[Outcome], tuple[Job, dict[int, float]]] = {}  # with its shares of GPUs
-        self.threads, self.stopping = ThreadPoolExecutor(self.cores), threading.Event()
-
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse jobs that could never run here, by a ConfigError that names the first."""
-        for job in jobs:
-            for what, most in (("threads", self.cores), ("memory_gb", self.memory), ("gpus", self.gpus)):
-                if getattr(job, what) > most:
-                    raise ConfigError(f"{job.label}: {what} is {getattr(job, what):g}, but this machine has {most:g}")
-
-    def room(self, job: Job) -> bool:
-        """Whether the job can be submitted now."""
-        self.running = {future: entry for future, entry in self.running.items() if not future.done()}
-        jobs = [job, *(other for other, _ in self.running.values())]
-        threads, needs = sum(each.threads for each in jobs), sum(each.memory_gb for each in jobs)
-        return threads <= self.cores and needs <= self.memory and self._shares(job) is not None
-
-    def _shares(self, job: Job) -> dict[int, float] | None:
-        """Free shares of GPUs: of the fullest one that has room, or of as many whole ones; None if there are none."""
-        share, count = (job.gpus, 1) if job.gpus < 1 else (1.0, int(job.gpus))
-        free = [1.0 - sum(used.get(gpu, 0.0) for _, used in self.running.values()) for gpu in range(self.gpus)]
-        fitting = sorted((left, gpu) for gpu, left in enumerate(free) if left > share - 1e-9)
-        if job.gpus == 0:
-            return {}
-        return {gpu: share for _, gpu in fitting[:count]} if len(fitting) >= count else None
+    def __init__(self, cells: Sequence[Any], cores: int | None = None, memory_gb: float | None = None) -> None:
+        most = {name: max(getattr(cell, name) for cell in cells) for name in ("threads", "memory_gb", "gpus")}
+        memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
+        self.slots: queue.SimpleQueue[str] = queue.SimpleQueue()  # of cells on GPUs: the devices that one may see
+        for devices in _gpu_slots(most["gpus"]):
+            self.slots.put(devices)
+        fit = {"threads": check_cores(cores) // most["threads"], "memory_gb": int(memory / most["memory_gb"])}
+        fit |= {"gpus": self.slots.qsize()} if most["gpus"] else {}
+        for name, count in fit.items():
+            require(name, most[name], count > 0, "what this machine has")
+        self.places: float = min(fit.values())
+        self.pool, self.stopping = ThreadPoolExecutor(int(self.places)), threading.Event()
 
     def submit(self, job: Job) -> Future[Outcome]:
-        """Start a job that there is room for."""
-        shares = self._shares(job) or {}
-        # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        names = ",".join(visible[gpu] if visible else str(gpu) for gpu in shares)
-        future = self.threads.submit(run_job, job, names if shares else None, self.stopping)
-        self.running[future] = job, shares
-        return future
+        """Start a job, or put it behind those that run."""
+        return self.pool.submit(self._run, job)
+
+    def _run(self, job: Job) -> Outcome:
+        devices = self.slots.get() if job.gpus else None
+        try:
+            return run_job(job, devices, self.stopping)
+        finally:
+            if devices is not None:
+                self.slots.put(devices)
 
     def stop(self) -> None:
         """Stop what runs."""
         self.stopping.set()
-        self.threads.shutdown()
+        self.pool.shutdown(cancel_futures=True)
+
+
+def _gpu_slots(needs: float) -> list[str]:
+    """The GPUs of every cell that has room at once, each of which needs so many, or a share of one."""
+    if not needs:
+        return []
+    import torch
+
+    # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = names or [str(number) for number in range(torch.cuda.device_count())]
+    if needs <= 1:
+        return [name for name in names for _ in range(int(1 / needs))]
+    whole = int(needs)
+    return [",".join(names[at : at + whole]) for at in range(0, len(names) - whole + 1, whole)]
 
 
 class RayEngine:
     """Ray: one machine or a cluster. Retries are the grid's, so that they are counted alike everywhere.
 
     Args:
+        cells: `Cell` or `Job`, of which the needs count.
         address: of a running cluster (`auto` finds the one on this machine); None starts one here.
         cores: to use where one is started; None means all.
+
+    Raises ConfigError if no machine of the cluster has what a cell needs, or there is none.
     """
 
-    def __init__(self, address: str | None = None, cores: int | None = None) -> None:
+    places = math.inf  # Ray keeps the line
+
+    def __init__(self, cells: Sequence[Any], address: str | None = None, cores: int | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
@@ -201,19 +199,12 @@ class RayEngine:
             raise ConfigError(f"address is {address}, but no Ray answers: {first_line(error)}") from None
         self.lost = (self.ray.exceptions.RayError,)  # what a future raises where a worker or its machine dies
         self.task, self.tasks = self.ray.remote(run_job), list[Any]()
-
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse jobs that no machine of the cluster holds, by a ConfigError that names the first."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        for job in {(job.threads, job.memory_gb, job.gpus): job for job in jobs}.values():
-            needs = {"CPU": job.threads, "memory": job.memory_gb * GIB, "GPU": job.gpus}
+        for threads, memory, gpus in {(cell.threads, cell.memory_gb, cell.gpus) for cell in cells}:
+            needs = {"CPU": threads, "memory": memory * GIB, "GPU": gpus}
             if not any(all(node.get(what, 0) >= amount for what, amount in needs.items()) for node in nodes):
-                text = f"{job.threads} threads, {job.memory_gb:g} GiB and {job.gpus:g} GPUs"
-                raise ConfigError(f"{job.label} needs {text}, but none of the {len(nodes)} machines has them")
-
-    def room(self, job: Job) -> bool:
-        """Always: Ray keeps the line."""
-        return True
+                text = f"a cell needs {threads} threads, {memory:g} GiB and {gpus:g} GPUs"
+                raise ConfigError(f"{text}, but none of the {len(nodes)} machines has them")
 
     def submit(self, job: Job) -> Future[Outcome]:
         """Put a job in Ray's line."""
@@ -234,8 +225,7 @@ class RayEngine:
 
 def check_cores(cores: int | None) -> int:
     """The cores to use, all that there are for None; ConfigError for more."""
-    if cores is not None and cores > cpu_count():
-        raise ConfigError(f"cores is {cores}, but this process may use {cpu_count()}")
+    require("cores", cores, cores is None or cores <= cpu_count(), f"up to {cpu_count()}, which this process may use")
     return cores or cpu_count()
 
 
@@ -248,16 +238,11 @@ def _stop_with(parent: int) -> None:
     os._exit(1)  # a long call into torch did not let Python raise; every file is written atomically
 
 
-def _main(parent: str, folder: str, *command: str) -> int:
-    """Run a cell in this process; the exit status is that of `sau.cli.main`, or LOCKED."""
+def _main(parent: str, *command: str) -> int:
+    """Run a cell in this process; the exit status is that of `sau.cli.main`."""
     from sau.cli import main
 
     threading.Thread(target=_stop_with, args=(int(parent),), daemon=True).start()
-    try:
-        acquire(Path(folder))
-    except LockedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return LOCKED
     sys.argv = ["sau", *command]  # the record keeps this as its command
     return main(command)
 

@@ -28,6 +28,7 @@ _RESERVED = {
     "dataset", "dataset_path", "recipe", "device", "amp", "threads", "random_seed", "record_root", "result_file",
     "save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack", "max_minutes", "compile",
 }  # fmt: skip
+_LATER = {"ssba_weight": 10.0}  # settings that came after results were kept, whose digests stay with these values
 _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
 _MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds, as risk_* do where risks are tracked
 
@@ -69,7 +70,7 @@ def _crossed(block: Block) -> Iterator[Cell]:
     """Seed by seed, attack by attack, each followed by its defenses."""
     settle = cache(partial(_settle, block))
     for seed, name in product(block.seeds, block.attacks):
-        for ratio in (block.ratios or (None,)) if "pratio" in _canonical("attack", name) else (None,):
+        for ratio in (block.ratios or (None,)) if "pratio" in _names("attack", name) else (None,):
             attack = _cell(block, settle("attack", name, ratio), seed, None)
             yield attack
             for defense in block.defenses:
@@ -95,13 +96,13 @@ def _settle(block: Block, kind: str, name: str, amount: float | None) -> _Settle
     settings["dataset_path"] = str(Path(block.dataset_path).absolute())  # a worker elsewhere starts in another folder
     settings |= {"dataset": block.dataset} if kind == "attack" else {}
     settings |= {axis: amount} if amount is not None else {}
+    reserved = _RESERVED | ({axis, "index"} if amount is not None else set())
+    known = _names(kind, name)
     for group in (kind, name):
-        own = _overrides(block, kind, name, group)
-        if amount is not None and axis in own:
-            raise ConfigError(f"overrides.{group}.{axis} contradicts ratios or clean_shares; keep one of them")
-        settings |= own
-    if amount is not None and settings.get("index") is not None and kind == "defense":
-        raise ConfigError(f"index is {settings['index']}, which beats clean_shares; leave one of them out")
+        for key in (given := block.overrides.get(group, {})):
+            if key in reserved:
+                raise ConfigError(f"overrides.{group}.{key}: the grid sets it, by a key of its own; leave it out")
+        settings |= {key: value for key, value in given.items() if key in known}
     for key in (*METHODS[kind][name].files, "index"):
         if settings.get(key) not in (None, "none"):
             settings[key] = str(Path(str(settings[key])).absolute())
@@ -112,8 +113,7 @@ def _settle(block: Block, kind: str, name: str, amount: float | None) -> _Settle
         facts = _identity(sections, run, block, settings["dataset_path"])
     except SauError as error:
         raise ConfigError(f"{kind} {name}: {error}") from None
-    has_axis = kind == "defense" or "pratio" in _canonical(kind, name)
-    label = f"{name}_{_LETTER[kind]}{facts[axis]:g}" if has_axis else name
+    label = f"{name}_{_LETTER[kind]}{facts[axis]:g}" if axis in known else name
     label += "_oracle" if facts.get("select") == "oracle" else ""
     return _Settled(kind, name, flags, digest({kind: name, **facts}), label)
 
@@ -124,6 +124,7 @@ def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block
     Files, and what else is measured, stand in it only where they are given.
     """
     settings = {key: value for section in sections for key, value in section.identity().items()}
+    settings = {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
     facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
     where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
     machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
@@ -138,26 +139,11 @@ def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block
 def _check_overrides(block: Block) -> None:
     """Refuse, by a ConfigError, a setting that its method, or every one of its kind, does not have."""
     for group, settings in block.overrides.items():
-        kinds = [kind for kind in METHODS if group == kind or group in METHODS[kind]]
-        names = [(kind, name) for kind in kinds for name in METHODS[kind] if group in (kind, name)]
-        known = {key for kind, name in names for key in _canonical(kind, name)}
+        methods = [(kind, name) for kind in METHODS for name in METHODS[kind] if group in (kind, name)]
+        known = set[str]().union(*(_names(kind, name) for kind, name in methods))
         for key in settings:
             if key not in known:
                 raise ConfigError(f"overrides.{group}.{key}: unknown setting{nearest(str(key), sorted(known))}")
-
-
-def _overrides(block: Block, kind: str, name: str, group: str) -> dict[str, Any]:
-    """What stands under `group`, its name or its kind, for a method, by its parameters' own names."""
-    known, found = _canonical(kind, name), dict[str, Any]()
-    for key, value in block.overrides.get(group, {}).items():
-        if key not in known:
-            continue  # a setting for all of them, which this one does not have
-        if known[key] in _RESERVED:
-            raise ConfigError(f"overrides.{group}.{key}: the grid sets {known[key]} itself; leave it out")
-        if known[key] in found:
-            raise ConfigError(f"overrides.{group}.{key}: {known[key]} is given twice, under two names; give it once")
-        found[known[key]] = value
-    return found
 
 
 def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:
@@ -167,10 +153,9 @@ def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:
 
 
 @cache
-def _canonical(kind: str, name: str) -> dict[str, str]:
-    """Every name of a method's settings, to the parameter behind it."""
-    options = _request(kind, name, ()).known.values()
-    return {other: option.name for option in options for other in (option.name, *option.aliases)}
+def _names(kind: str, name: str) -> set[str]:
+    """The names of a method's settings."""
+    return {*_request(kind, name, ()).known}
 
 
 def _text(value: Any) -> str:

@@ -1,6 +1,5 @@
-"""The YAML file of a grid, with the files that it includes: axes to cross, in blocks."""
+"""The YAML file of a grid: axes to cross, in blocks, over those of the file that it includes."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +40,7 @@ class Block:
         source(self.dataset)
         for axis, known in (("attacks", ATTACKS), ("defenses", DEFENSES)):
             for name in getattr(self, axis):
-                if name not in known:
-                    raise ConfigError(f"{axis} has {name!r}{nearest(name, list(known))}; known: {', '.join(known)}")
+                require(axis, name, name in known, f"one of {', '.join(known)}")
         for axis in AXES:
             values = getattr(self, axis)
             require(axis, values, len(set(values)) == len(values), "each value once")
@@ -53,12 +51,12 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A whole file: its blocks, and what concerns all of them. Paths are relative to the file."""
+    """A whole file: its blocks, and what concerns all of them."""
 
-    include: tuple[str, ...] = ()  # grid files that this one replaces parts of
+    include: str | None = None  # grid file that this one replaces parts of, relative to this one
     blocks: tuple[Block, ...] = ()  # each replaces some of the file's settings; none: one block
     record_root: str = "./record/grid"  # folder of the cells, relative to where the command runs
-    published: tuple[str, ...] = ()  # files of results (.jsonl); a cell with a result in one counts as finished
+    published: tuple[str, ...] = ()  # files of results (.jsonl), relative to this one, whose cells count as finished
     retries: int = param(1, ge=0)  # tries after a crash or a timeout; a mistake of the user is not tried again
     cell_timeout: float | None = param(None, gt=0)  # seconds that one try may take
 
@@ -68,18 +66,24 @@ class Grid:
 
 _BLOCK = options(Block)
 _GRID = {**options(Grid), **_BLOCK}
-_NESTED = ("blocks", "overrides")
 
 
 def read(path: Path) -> Grid:
     """The grid of a file; ConfigError names the file and the key, and says what is allowed."""
-    settings = _settings(Path(os.path.realpath(path)), ())
-    parts = settings["blocks"].value if "blocks" in settings else [{}]
+    settings = _settings(path)
+    if (include := settings.pop("include", None)) is not None:
+        under = _settings(path.parent / str(include.value))
+        if "include" in under:
+            raise ConfigError(f"{under['include'].origin}: an included file cannot include another one")
+        settings = _merged(under, settings)
+    parts = settings.pop("blocks", Setting([{}], "")).value
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ConfigError(f"{path}: blocks; allowed is a list of mappings")
+    common = {name: setting for name, setting in settings.items() if name in _BLOCK}
     try:
-        blocks = tuple(_block(settings, part, f"blocks[{number}]") for number, part in enumerate(parts))
-        grid: Grid = build(Grid, {**_values(settings), "blocks": blocks})
+        blocks = tuple(_block(common, part, f"blocks[{number}]") for number, part in enumerate(parts))
+        own = {name: setting for name, setting in settings.items() if name not in _BLOCK}
+        grid: Grid = build(Grid, {**values(own, _GRID), "blocks": blocks})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not any(block.attacks for block in blocks):
@@ -87,32 +91,35 @@ def read(path: Path) -> Grid:
     return grid
 
 
-def _settings(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
-    """The settings of a file over those of the files that it includes."""
-    if path in chain:
-        raise ConfigError(f"{path}: include goes in a circle; break it")
-    own, included = read_flat(path, _GRID), dict[str, Setting]()
-    for other in _names(own.pop("include", None)):
-        included = _merged(included, _settings(Path(os.path.realpath(path.parent / other)), (*chain, path)))
-    if "published" in own:
-        places = [os.path.realpath(path.parent / place) for place in _names(own["published"])]
-        own["published"] = Setting(places, own["published"].origin)
-    return _merged(included, own)
+def _settings(path: Path) -> dict[str, Setting]:
+    """The settings of one file, with the paths of published results as seen from here."""
+    found = read_flat(path, _GRID)
+    if (published := found.get("published")) is not None:
+        names = published.value if isinstance(published.value, list) else [published.value]
+        places = [str((path.parent / str(name)).resolve()) for name in names]
+        found["published"] = Setting(places, published.origin)
+    return found
 
 
-def _names(setting: Setting | None) -> list[str]:
-    """One name, a list of names, or none."""
-    value = None if setting is None else setting.value
-    return [] if value is None else [*map(str, value)] if isinstance(value, list) else [str(value)]
+def _block(common: Mapping[str, Setting], part: Mapping[str, Any], origin: str) -> Block:
+    for name in part:
+        if name not in _BLOCK:
+            raise ConfigError(f"{origin} has {name!r}{nearest(str(name), list(_BLOCK))}")
+    settings = _merged(common, {name: Setting(value, f"{origin}.{name}") for name, value in part.items()})
+    overrides = settings.pop("overrides", Setting({}, "")).value
+    block: Block = build(Block, {**values(settings, _BLOCK), "overrides": overrides})
+    return block
 
 
 def _merged(under: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:
     """Settings that replace others; overrides are merged method by method."""
     found = {**under, **over}
-    if "overrides" in over:
-        methods = _overrides(under["overrides"]) if "overrides" in under else {}
-        merged = {name: {**methods.get(name, {}), **keys} for name, keys in _overrides(over["overrides"]).items()}
-        found["overrides"] = Setting({**methods, **merged}, over["overrides"].origin)
+    if "overrides" in found:
+        both: Overrides = {}
+        for setting in (one["overrides"] for one in (under, over) if "overrides" in one):
+            for name, keys in _overrides(setting).items():
+                both[name] = {**both.get(name, {}), **keys}
+        found["overrides"] = Setting(both, found["overrides"].origin)
     return found
 
 
@@ -125,19 +132,3 @@ def _overrides(setting: Setting) -> Overrides:
         if name not in names:
             raise ConfigError(f"{setting.origin} has {name!r}{nearest(str(name), names)}")
     return value
-
-
-def _block(common: Mapping[str, Setting], own: Mapping[str, Any], origin: str) -> Block:
-    for name in own:
-        if name not in _BLOCK:
-            raise ConfigError(f"{origin} has {name!r}{nearest(str(name), list(_BLOCK))}")
-    settings = {name: setting for name, setting in common.items() if name in _BLOCK}
-    settings = _merged(settings, {name: Setting(value, f"{origin}.{name}") for name, value in own.items()})
-    overrides = settings["overrides"].value if "overrides" in settings else {}
-    block: Block = build(Block, {**_values(settings), "overrides": overrides})
-    return block
-
-
-def _values(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Every setting by the type of its field."""
-    return values({name: value for name, value in settings.items() if name not in _NESTED}, _GRID)

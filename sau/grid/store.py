@@ -1,20 +1,19 @@
-"""What is on disk of a grid's cells: their folders, their failures, and the results that are kept of them."""
+"""What is on disk of a grid's cells: their folders, and the results that are kept of them."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sau
-from sau.errors import RecordError, one_line
-from sau.files import existing, in_use, parse_json, read, write
-from sau.record.folder import MANIFEST, SUMMARY, Record
+from sau.errors import RecordError
+from sau.files import existing, in_use
+from sau.record.folder import MANIFEST, Record
 from sau.record.summaries import load, save
 
-_FOLDER = re.compile(r"(?P<label>.+)_(?P<mark>[0-9a-f]{10})(?P<seed>_s\d+)?")
+_MARK = re.compile(r"(?<=.)_([0-9a-f]{10})(?=(?:_s\d+)?$)")
 _DECIMAL = r"\d+(?:\.\d*)?(?:e-\d+)?"
 
 
@@ -41,14 +40,13 @@ class Cell:
 
 def without_digest(folder: str) -> str:
     """The name of a cell's folder without its digest, like badnet_r0.1_s0; other names stay as they are."""
-    found = _FOLDER.fullmatch(folder)
-    return found["label"] + (found["seed"] or "") if found else folder
+    return _MARK.sub("", folder)
 
 
 def mark(folder: str) -> str:
     """The digits of the digest in the name of a cell's folder; empty for other names."""
-    found = _FOLDER.fullmatch(folder)
-    return found["mark"] if found else ""
+    found = _MARK.search(folder)
+    return found[1] if found else ""
 
 
 def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
@@ -81,31 +79,18 @@ def find(root: str, name: str) -> Path:
     return fitting[0]
 
 
-class State(NamedTuple):
-    """Where a cell stands: finished, published (its result is kept, its weights are not), running, failed, blocked
-    (its attack failed) or waiting; and the reason of a failure.
-    """
-
-    name: str
-    reason: str = ""
-
-
 class Store:
     """The record root of a grid and its files of kept results.
 
     Args:
-        root: folder of the cells; `.grid` in it holds logs, failures and the cache.
+        root: folder of the cells; `.grid` in it holds logs and the cache.
         published: files of results, by the names of the cells' folders; the first one that has a cell counts.
     """
 
     def __init__(self, root: Path, published: Sequence[Path] = ()) -> None:
         self.root = root.absolute()
-        self.own = self.root / ".grid"
         found = [load(file) for file in published if file.exists()]
         self.kept = {cell: summary for summaries in reversed(found) for cell, summary in summaries.items()}
-        existing = next(place for place in (self.root, *self.root.parents) if place.exists())
-        if not existing.is_dir():
-            raise RecordError(f"{existing} is a file, not a folder; choose another --record_root")
 
     def folder(self, cell: Cell) -> Path:
         """The result folder of a cell."""
@@ -113,113 +98,47 @@ class Store:
 
     def log(self, cell: Cell) -> Path:
         """Where the output of a cell goes; `.out` and `.err` are added."""
-        return self.own / "logs" / cell.folder.replace("/", "__")
+        return self.root / ".grid" / "logs" / cell.folder.replace("/", "__")
 
     @property
     def cache(self) -> str:
         """Folder of trained triggers and decoded images, which all cells share, also those on other machines."""
-        return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.own / "cache"))
-
-    def prepare(self, cells: Sequence[Cell]) -> list[str]:
-        """Compare finished cells with their manifests and empty the damaged ones; returns a note for each.
-
-        RecordError if another version of the library made cells here, or if nothing can be written.
-        """
-        version = self._read(self.own / "version.json").get("sau", sau.__version__)
-        if version != sau.__version__:
-            advice = f"this is {sau.__version__}; use that version, or choose another --record_root"
-            raise RecordError(f"{self.root} was made by sau {version}, {advice}")
-        write(self.own / "version.json", json.dumps({"sau": version}).encode())
-        notes = []
-        for cell in cells:
-            damage = self.damage(cell)
-            if damage and not in_use(self.folder(cell)):
-                for file in self.folder(cell).iterdir():
-                    if file.is_file():  # defenses in it are cells of their own
-                        file.unlink(missing_ok=True)
-                then = "its published result counts" if cell.folder in self.kept else "it is run again"
-                notes.append(f"note: {damage}; {then}")
-        return notes
-
-    def damage(self, cell: Cell) -> str:
-        """How the record of a finished cell differs from its manifest; empty if it does not."""
-        try:
-            if self.finished(cell):
-                Record(self.folder(cell)).check()
-        except RecordError as error:
-            return str(error)
-        return ""
+        return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.root / ".grid" / "cache"))
 
     def finished(self, cell: Cell) -> bool:
         """Whether the cell's record lies here."""
         return os.path.isfile(f"{self.root}/{cell.folder}/{MANIFEST}")
 
-    def states(self, cells: Sequence[Cell]) -> dict[str, State]:
-        """Where every cell stands, by digest; attacks come before their defenses in `cells`."""
-        found = dict[str, State]()
-        for cell in cells:
-            published, failure = cell.folder in self.kept, self.failure(cell)
-            attack = found.get(cell.attack or "", State(""))
-            if in_use(self.folder(cell)):
-                state = State("running")
-            elif self.finished(cell):
-                state = State("finished")
-            elif failure and not (published and cell.attack):  # weights of a published attack may still be needed
-                state = State("failed", failure)
-            elif published:
-                state = State("published")
-            elif attack.name == "failed":
-                state = State("blocked", attack.reason)
-            else:
-                state = State("waiting")
-            found[cell.digest] = state
-        return found
+    def state(self, cell: Cell) -> str:
+        """Where a cell stands: running, finished, published (its result is kept, its weights are not) or waiting."""
+        if in_use(self.folder(cell)):
+            return "running"
+        return "finished" if self.finished(cell) else "published" if cell.folder in self.kept else "waiting"
 
-    def _failed(self, cell: Cell) -> Path:
-        return self.own / "failed" / cell.folder.replace("/", "__")
+    def verify(self, cells: Sequence[Cell]) -> None:
+        """Compare every finished cell with its manifest; RecordError names the first that differs."""
+        for cell in filter(self.finished, cells):
+            try:
+                Record(self.folder(cell)).check()
+            except RecordError as error:
+                raise RecordError(f"{error}; delete {self.folder(cell)}, and the grid runs it again") from None
 
-    def fail(self, cell: Cell, reason: str) -> None:
-        """Remember that a cell failed for good, for all runners on this folder."""
-        write(self._failed(cell), json.dumps({"reason": reason}).encode())
-
-    def failure(self, cell: Cell) -> str:
-        """Why the cell failed for good; empty if it did not."""
-        found = self._read(self._failed(cell))
-        return one_line(str(found.get("reason", "unknown"))) if found else ""
-
-    def forgive(self, cell: Cell) -> None:
-        """Forget that a cell failed."""
-        self._failed(cell).unlink(missing_ok=True)
-
-    def summary(self, cell: Cell) -> dict[str, Any]:
-        """The cell's summary, from its record or else from the kept results; empty if there is none."""
-        own = self._read(self.folder(cell) / SUMMARY) if self.finished(cell) else {}
-        return own or self.kept.get(cell.folder, {})
-
-    def _read(self, file: Path) -> dict[str, Any]:
-        try:
-            found = parse_json(read(file))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise RecordError(f"{file} is damaged ({error}); remove it, or choose another --record_root") from None
-        return found if isinstance(found, dict) else {}
+    def summary(self, cell: Cell) -> Mapping[str, Any]:
+        """The summary of a finished cell."""
+        return Record(self.folder(cell)).summary()
 
 
-def publish(store: Store, cells: Sequence[Cell], target: Path) -> tuple[int, list[str]]:
-    """Add the summaries of finished cells to the file `target`; returns how many cells have one, and notes.
+def publish(store: Store, cells: Sequence[Cell], target: Path) -> int:
+    """Add the summaries of finished cells to the file `target`; returns how many cells have one.
 
-    Each names the version of the library, which the digest of a cell does not. A damaged cell is not published.
+    Each names the version of the library, which the digest of a cell does not. RecordError for a damaged cell.
     """
+    store.verify(cells)
     earlier = load(target) if target.exists() else {}
     found: dict[str, Mapping[str, Any]] = {cell.folder: store.kept[cell.folder] for cell in cells
                                            if cell.folder in store.kept}  # fmt: skip
-    notes = []
-    for cell in cells:
-        if damage := store.damage(cell):
-            notes.append(f"note: {damage}; not published")
-        elif store.finished(cell):
-            found[cell.folder] = {**store.summary(cell), "sau": sau.__version__}
+    for cell in filter(store.finished, cells):
+        found[cell.folder] = {**store.summary(cell), "sau": sau.__version__}
     if found:
         save(target, {**earlier, **found})
-    return len(found), notes
+    return len(found)

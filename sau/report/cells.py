@@ -181,10 +181,9 @@ def _labels(results: Sequence[Result]) -> list[tuple[str, str]]:
     """
     attacks = _differences([(result.attack, result.attack_settings) for result in results])
     defenses = _differences([(result.defense, result.settings) for result in results])
-    labels = dict(zip((result.path for result in results), attacks, strict=True))
-    own = [result for result in results if result.defense == NONE]
-    seeds = [(one.attack, labels[one.path], one.path if one.seed is None else one.seed) for one in own]
-    folders = {one.attack_path: text for one, text in zip(own, _folders(own, seeds), strict=True)}
+    own = [(one, text) for one, text in zip(results, attacks, strict=True) if one.defense == NONE]
+    seeds = [(one.attack, text, one.path if one.seed is None else one.seed) for one, text in own]
+    folders = dict(zip((one.path for one, _ in own), _folders([one for one, _ in own], seeds), strict=True))
     keys = [(one.attack_path, one.seed, one.defense, text) for one, text in zip(results, defenses, strict=True)]
     attacks = [_join(text, folders.get(one.attack_path, "")) for one, text in zip(results, attacks, strict=True)]
     return list(zip(attacks, map(_join, defenses, _folders(results, keys)), strict=True))
@@ -201,32 +200,19 @@ def _folders(results: Sequence[Result], keys: Sequence[Hashable]) -> list[str]:
 
 def _differences(named: Sequence[tuple[str, dict[str, Any] | None]]) -> list[str]:
     """For each (name, settings) how it differs from others of that name. An early end is always named."""
-    others: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    texts: dict[tuple[str, str], set[str]] = defaultdict(set)
+    keys = {(name, key) for name, settings in named for key in settings or ()}
     for name, settings in named:
-        others[name] += [settings] if settings else []
-    differing = {name: _differing(settings) for name, settings in others.items()}
-    return [_label(differing[name], settings) if settings else "" for name, settings in named]
-
-
-def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys whose values differ. A key that a configuration lacks was not set; one that a folder's name lacks is
-    unknown, so there only keys that all have are compared."""
-    whole = [one for one in settings if _is_whole(one)]
-    keys = {key for one in whole for key in one}
-    common = set.intersection(*map(set, settings)) if settings else set[str]()
-    values = {key: {_text(one.get(key)) for one in (settings if key in common else whole)} for key in keys | common}
-    return sorted(key for key, found in values.items() if len(found) > 1 and key != EARLY)
-
-
-def _is_whole(settings: dict[str, Any]) -> bool:
-    """Whether these are settings of a configuration, not those in a folder's name."""
-    return "attack" in settings or "defense" in settings
+        for key in (key for other, key in keys if other == name and settings):
+            texts[name, key].add(_text((settings or {}).get(key)))
+    differing = sorted(key for key, found in texts.items() if len(found) > 1 and key[1] != EARLY)
+    return [_label([key for other, key in differing if other == name], settings or {}) for name, settings in named]
 
 
 def _label(differing: Sequence[str], settings: dict[str, Any]) -> str:
-    known = [key for key in differing if key in settings or _is_whole(settings)]
-    texts = [f"no {key}" if settings.get(key) is None else f"{key} {_short(settings[key])}" for key in known]
-    return _join(*texts, f"ended in {str(settings[EARLY]).split(',')[0]}" if EARLY in settings else "")
+    texts = [f"no {key}" if settings.get(key) is None else f"{key} {_short(settings[key])}" for key in differing]
+    early = f"ended in {str(settings[EARLY]).split(',')[0]}" if EARLY in settings else ""
+    return _join(*(texts if settings else ()), early)
 
 
 def _join(*texts: str) -> str:

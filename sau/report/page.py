@@ -1,32 +1,26 @@
 """One self-contained HTML page of all results below a folder."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from sau.data import sources
-from sau.data.images import Images, evenly_spaced
+from sau.data.images import Images
 from sau.data.readers import needs_download
 from sau.errors import DataError, SauError
-from sau.quality import magnified
+from sau.figures import data_url, images, scatter
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
-from sau.report import scatter
 from sau.report.cells import Section, TableCell, sections
 from sau.report.results import NONE, PERCENT, Result, find_results
 from sau.report.stats import MeanStd
 from sau.report.tables import published, published_rows
 
 HIDDEN = {"identity", "clean_index", "command", "digest", "schema"}  # repeated, long, or shown elsewhere
-COLUMNS, SIZE = 4, 48  # images in a strip, and their side in pixels
+COLUMNS = 4  # images in a strip
 
 
 def build(root: Path, dataset: str | None = None, dataset_path: str | None = None) -> tuple[str, list[Section]]:
@@ -45,7 +39,8 @@ def build(root: Path, dataset: str | None = None, dataset_path: str | None = Non
     for section in found:
         rows = [_row(cell, f"c{count + i}", dataset_path) for i, cell in enumerate(section.cells, 1)]
         count += len(rows)
-        parts.append({"section": section, "rows": rows, "scatters": scatter.scatters(section),
+        plot, names = scatter(section) or (None, [])
+        parts.append({"section": section, "rows": rows, "scatter": plot and data_url(plot, "svg"), "names": names,
                       "pairs": published_rows(section), **_overview(rows)})  # fmt: skip
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -56,7 +51,7 @@ def build(root: Path, dataset: str | None = None, dataset_path: str | None = Non
     )
     environment.filters["figure"] = _figure
     page = environment.get_template("page.html").render(
-        root=root.resolve().name, parts=parts, left_out=left_out, results=results, published=published(), box=scatter,
+        root=root.resolve().name, parts=parts, left_out=left_out, results=results, published=published(),
         undefended=NONE, percent=PERCENT,
     )  # fmt: skip
     return page, found
@@ -72,7 +67,7 @@ def _row(cell: TableCell, identifier: str, dataset_path: str | None) -> dict[str
     config = {key: value for key, value in cell.results[0].config.items() if key not in HIDDEN}
     settings = json.dumps(config, indent=1, ensure_ascii=False) if config else ""
     commands = [f"python {one.config['command']}" for one in cell.results if one.config.get("command")]
-    strip = trigger_strip(cell.results[0], dataset_path) if cell.defense == NONE else None
+    strip = trigger_strip(cell.results[0], dataset_path) if cell.defense == NONE else ("", "")
     return {"id": identifier, "cell": cell, "settings": settings, "commands": commands, "strip": strip}
 
 
@@ -89,28 +84,20 @@ def _overview(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
     }
 
 
-def trigger_strip(result: Result, dataset_path: str | None = None) -> dict[str, Any] | None:
-    """Some triggered test images of an attack, the clean ones above and the difference below, as a PNG.
-
-    Returns `data`, the PNG as a data URL, `rows`, their names from the top, and `note`, what is missing and why; None
-    for an attack without triggered images.
+def trigger_strip(result: Result, dataset_path: str | None = None) -> tuple[str, str]:
+    """Some test images of an attack, clean and triggered, and the difference, as the URL of an image, and why there
+    are none; both are empty for an attack without triggered images.
     """
     if not result.config or not (result.path / "triggered.safetensors").is_file():
-        return None
-    rows: dict[str, torch.Tensor] = {}
-    note = ""
+        return "", ""
     try:
         record = Record(result.path)
         record.check()
         triggered = load_images(record, "triggered")
         assert triggered is not None
-        chosen = triggered[evenly_spaced(len(triggered), COLUMNS)]
-        rows = {"triggered": chosen.pixels}
-        before = _clean_images(result, dataset_path)[chosen.index].pixels
-        rows = {"clean": before, **rows, "difference": magnified(chosen.pixels.float() - before.float(), 255.0)[0]}
+        return data_url(images(_clean_images(result, dataset_path), triggered, COLUMNS), "png"), ""
     except (SauError, KeyError, TypeError, IndexError) as error:
-        note = f"no {'clean' if rows else 'triggered'} images: {error}"
-    return {"data": _png(list(rows.values())) if rows else "", "rows": list(rows), "note": note}
+        return "", f"no images: {error}"
 
 
 def _clean_images(result: Result, dataset_path: str | None) -> Images:
@@ -121,13 +108,3 @@ def _clean_images(result: Result, dataset_path: str | None) -> Images:
     if test is None or sources.fingerprint(test) != result.config["data"].get("test"):
         raise DataError(f"{root} does not hold the {name} test set that the attack saw; give --dataset_path")
     return test
-
-
-def _png(rows: list[torch.Tensor]) -> str:
-    """Rows of images [N, C, H, W] in 0..255 as a data URL."""
-    images = torch.cat([row.float() for row in rows]) / 255
-    scale = min(1.0, SIZE / max(images.shape[-2:]))
-    images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="area") if scale < 1 else images
-    buffer = io.BytesIO()
-    to_pil_image(make_grid(images, nrow=len(rows[0]), pad_value=0.5).clamp(0, 1)).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sau.errors import RecordError
-from sau.files import MOST, is_number, parse_json, read, read_json
+from sau.files import MOST, is_number, parse_json, read
 from sau.grid.store import attack_named, defense_named
 from sau.record.folder import CONFIG, MANIFEST, METRICS, OWN, SUMMARY, Record, run_kind
 from sau.record.summaries import gate, load
@@ -74,90 +74,50 @@ class Result:
 def find_results(root: Path) -> tuple[list[Result], list[str]]:
     """All results below a folder, at any depth, and the folders that do not count, each with the reason.
 
-    Hidden folders are skipped, and so are links below the first level. `root` may also be a JSONL file of summaries, as
-    a grid publishes them.
+    Hidden folders and links are skipped. `root` may also be a JSONL file of summaries, as a grid publishes them; the
+    paths are then those of folders beside it, which need not exist.
 
     Raises RecordError if `root` does not exist or holds no result.
     """
-    left_out: list[str] = []
     if root.is_file():
-        found = _summaries(root, left_out)
+        base = root.with_suffix("")
+        entries: dict[Path, dict[str, Any] | None] = {base / cell: summary for cell, summary in load(root).items()}
     elif root.is_dir():
-        base = root.absolute().parent if _is_result(root) else root
-        found = _search(base / root.name if base != root else root, base, left_out)
+        root = root.absolute()
+        entries = {file.parent: None for name in (CONFIG, MANIFEST) for file in root.rglob(name)}
+        base = root.parent if root in entries else root
     else:
         raise RecordError(f"there is no folder {root}; name the folder that holds the result folders, like ./record")
+    found, left_out = dict[Path, Result](), list[str]()
+    for folder in sorted(entries):  # attacks before their defenses
+        name = str(folder.relative_to(base))
+        attack = folder.parents[1] if folder.parent.name == "defense" else None
+        try:
+            if not any(part.startswith(".") for part in Path(name).parts):
+                parent = (found.get(attack) or _from_name(attack)) if attack else None
+                found[folder] = replace(_read(folder, parent, entries[folder]), name=name)
+        except RecordError as error:
+            reason = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
+            left_out.append(f"{name}: {reason}")
     if not found:
         why = f" ({'; '.join(left_out)[:300]})" if left_out else ""
         raise RecordError(f"{root} holds no finished results of attacks{why}; name another folder")
-    return _without_copies(found, left_out), left_out
-
-
-def _search(folder: Path, base: Path, left_out: list[str]) -> list[Result]:
-    """The results of one attack if the folder holds them, else those of the folders in it."""
-    try:
-        if _is_result(folder) or any(map(_is_result, folder.glob("defense/*"))):
-            return _attack_and_defenses(folder, base, left_out)
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    except OSError as error:
-        left_out.append(f"{folder.relative_to(base)}: cannot be read: {error.strerror}")
-        return []
-    inside = [path for path in inside if folder == base or not path.is_symlink()]
-    return [result for path in inside for result in _search(path, base, left_out)]
-
-
-def _attack_and_defenses(folder: Path, base: Path, left_out: list[str]) -> list[Result]:
-    attack = _try_read(folder, base, None, left_out) if _is_result(folder) else None
-    parent = attack or _from_name(folder)  # BackdoorBench's folder is none of ours, but our defenses of it are
-    paths = [path for path in sorted(folder.glob("defense/*")) if _is_result(path)]
-    found = [attack, *(_try_read(path, base, parent, left_out) for path in paths)]
-    return [result for result in found if result is not None]
-
-
-def _summaries(file: Path, left_out: list[str]) -> list[Result]:
-    """The results of a JSONL file; their paths are those of folders beside it, which need not exist."""
-    root, summaries, found = file.with_suffix(""), load(file), dict[str, Result]()
-    for cell in sorted(summaries, key=lambda cell: cell.split("/")):
-        attack, _, defense = cell.partition("/defense/")
-        parent = (found.get(attack) or _from_name(root / attack)) if defense else None
-        result = _try_read(root / cell, root, parent, left_out, summaries[cell])
-        found |= {cell: result} if result is not None else {}
-    return list(found.values())
-
-
-def _try_read(
-    folder: Path, base: Path, parent: Result | None, left_out: list[str], summary: dict[str, Any] | None = None
-) -> Result | None:
-    name = str(folder.relative_to(base))
-    try:
-        return replace(_read(folder, parent, summary), name=name)
-    except (RecordError, OSError) as error:
-        reason = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
-        left_out.append(f"{name}: {' '.join(reason.split())}")
-        return None
+    return list(found.values()), left_out
 
 
 def _from_name(folder: Path) -> Result:
-    """An attack of which only the folder's name is known."""
+    """An attack of which only the folder's name is known, as of one by BackdoorBench."""
     name, seed, settings = attack_named(folder.name)
     return Result(folder, name, NONE, seed, None, attack_settings=settings)
 
 
-def _is_result(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG, SUMMARY, MANIFEST))
-
-
-def _read(folder: Path, parent: Result | None, summary: dict[str, Any] | None = None) -> Result:
+def _read(folder: Path, parent: Result | None, summary: dict[str, Any] | None) -> Result:
     """One folder; `summary` is given where it is all that was kept. RecordError if the folder does not count."""
     record = Record(folder)
     if summary is None:
-        if (folder / CONFIG).is_file() or (folder / MANIFEST).is_file():
-            record.check(light=True)
-            _check_kind(record.config, parent)
-        try:
-            summary = read_json(folder / SUMMARY)
-        except ValueError as error:
-            raise RecordError(f"{SUMMARY} is no JSON object ({str(error)[:80]}); make the folder again") from None
+        record.check(light=True)
+        _check_kind(record.config, parent)
+        summary = record.summary()
     figures = _figures(summary, defense=parent is not None)
     gate(summary, folder)
     who = _who(record.config, folder, parent)
@@ -231,14 +191,3 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         rows.append(row)
     last = max((row.get("stage", 0.0) for row in rows), default=0.0)
     return [row for row in rows if row.get("stage", 0.0) == last]
-
-
-def _without_copies(results: list[Result], left_out: list[str]) -> list[Result]:
-    """Leave out results with the digest and the figures of another one, so that no copy counts as another seed."""
-    first: dict[str, Result] = {}
-    for result in results:
-        digest = result.config.get("digest", result.path)
-        original = first.setdefault(f"{digest} {result.figures}", result)
-        if original is not result:
-            left_out.append(f"{result.name}: a copy of {original.name} (equal digest and figures)")
-    return list(first.values())

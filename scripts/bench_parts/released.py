@@ -1,4 +1,4 @@
-"""The released path of the data and of training, in its order of work: a PIL picture at a time, poisoned ones from
+"""The released path of the data and of training, in its order of work: a PIL image at a time, poisoned ones from
 PNG files, fp32 and NCHW, a look at the loss in every step, three passes an evaluation. Our own code.
 """
 
@@ -24,7 +24,7 @@ class Files(Dataset[tuple[Tensor, int]]):
     Args:
         images: what they show; those with a trigger are written to PNG files, the others stay arrays.
         labels: what each is called.
-        transform: PIL picture -> tensor.
+        transform: PIL image -> tensor.
         folder: for the files.
     """
 
@@ -43,8 +43,8 @@ class Files(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        picture = Image.open(self.files[place]) if place in self.files else Image.fromarray(self.arrays[place])
-        return self.transform(picture), self.labels[place]
+        image = Image.open(self.files[place]) if place in self.files else Image.fromarray(self.arrays[place])
+        return self.transform(image), self.labels[place]
 
 
 def transform(origin: Source, train: bool, normalise: bool = True) -> Callable[[Image.Image], Tensor]:
@@ -58,7 +58,7 @@ def transform(origin: Source, train: bool, normalise: bool = True) -> Callable[[
 
 
 def loader(files: Files, batch_size: int, *, train: bool, workers: int, device: torch.device) -> Batches:
-    """The loader of such pictures; `workers` processes, none of them meaning this one."""
+    """The loader of such images; `workers` processes, none of them meaning this one."""
     pinned = device.type == "cuda"
     return DataLoader(
         files, batch_size, shuffle=train, drop_last=train, num_workers=workers, pin_memory=pinned,
@@ -70,8 +70,8 @@ def train_epoch(net: nn.Module, sgd: torch.optim.Optimizer, batches: Batches, de
     """An epoch of supervised learning; every step waits for its loss and its answers."""
     net.train()
     losses, answers = [], []
-    for pictures, labels in batches:
-        x, y = pictures.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    for images, labels in batches:
+        x, y = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         logits = net(x)
         loss = F.cross_entropy(logits, y)
         loss.backward()
@@ -90,8 +90,8 @@ def evaluate(net: nn.Module, sets: Iterable[Batches], device: torch.device) -> l
         right = seen = 0
         loss = 0.0
         with torch.no_grad():
-            for pictures, labels in batches:
-                x, y = pictures.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            for images, labels in batches:
+                x, y = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 logits = net(x)
                 loss += F.cross_entropy(logits, y).item()
                 right += int((logits.argmax(1) == y).sum().item())
@@ -104,7 +104,7 @@ def evaluations(
     test: Images, triggered: Images, origin: Source, folder: Path, batch_size: int, workers: int, device: torch.device,
     normalise: bool = True,
 ) -> list[Batches]:  # fmt: skip
-    """The three test sets of the released evaluation, the triggered pictures being read twice."""
+    """The three test sets of the released evaluation, the triggered images being read twice."""
     plain = transform(origin, False, normalise)
     sets = [(test, test.labels), (triggered, triggered.labels), (triggered, triggered.true_labels)]
     return [

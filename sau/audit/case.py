@@ -7,13 +7,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from sau.attack import Attack, attack_from_config
+from sau.attack import attack_from_config
 from sau.attack.lf_search import load_clean
-from sau.attack.triggers import network_digest
 from sau.config import check, param
 from sau.data.images import BACKDOOR, Augment, Images, sample
 from sau.data.sources import source
-from sau.errors import ConfigError, DataError, RecordError, require
+from sau.errors import DataError, RecordError, require
 from sau.files import safe_join
 from sau.grid.store import defense_named
 from sau.models import Normalized
@@ -57,34 +56,13 @@ class AuditConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
-    """One network under audit.
-
-    Args:
-        name: `none`, the name of a defense (marked where test data chose), `control`, or `control/` and such a name.
-        model: frozen, in eval mode.
-        digest: of its weights.
-    """
-
-    name: str
-    model: Normalized
-    digest: str
-
-    @property
-    def control(self) -> bool:
-        """Whether it never had a backdoor."""
-        return self.name.split("/")[0] == CONTROL
-
-
-@dataclass(frozen=True, eq=False)
 class Case:
     """A record with its networks, the attacker's training images, and the test images that figures come from.
 
     Args:
         name: of the record.
-        digest: of the record.
-        attack: what stamps images; None if the record does not say.
-        networks: by name: the attacked one, those of its defenses, the controls.
+        networks: frozen, in eval mode: `none`, the attacked one; those of its defenses by their names, marked where
+            test data chose; and `control`.
         train: all clean training images; the attacker draws from them.
         poisons: triggered training images whose target label is not their true one.
         test: clean test images.
@@ -95,9 +73,7 @@ class Case:
     """
 
     name: str
-    digest: str
-    attack: Attack | None
-    networks: dict[str, Network]
+    networks: dict[str, Normalized]
     train: Images
     poisons: Images
     test: Images
@@ -107,19 +83,14 @@ class Case:
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def purified(self) -> list[Network]:
-        """The networks of the record's defenses."""
-        return [network for network in self.networks.values() if network.name != NONE and not network.control]
-
-    @property
     def untriggered(self) -> Images:
         """The test images that `triggered` was made from, in its order."""
         return self.test[self.triggered.index]
 
 
 def open_case(
-    place: Path, defenses: Sequence[str] = (), control: Path | None = None, control_defenses: Sequence[str] = (), *,
-    dataset_path: str | None = None, samples: int = 2500, amp: bool | None = None, where: torch.device | str = "cpu",
+    place: Path, defenses: Sequence[str] = (), control: Path | None = None, *, dataset_path: str | None = None,
+    samples: int = 2500, amp: bool | None = None, where: torch.device | str = "cpu",
 ) -> Case:  # fmt: skip
     """Read a record and the networks to compare.
 
@@ -127,7 +98,6 @@ def open_case(
         place: folder of an attack, ours or BackdoorBench's.
         defenses: names of defenses in it; of a grid's folder, like sau_c0.05_0123456789, the first part is enough.
         control: folder of a `prototype` record, on the same images.
-        control_defenses: names of defenses in that one.
         dataset_path: folder of the data sets; None is where the attack found them.
         samples: test images to measure on, drawn once and for all; more than there are means all.
         amp: whether networks run in bf16; None is as the attack's did.
@@ -138,66 +108,50 @@ def open_case(
     attacked, there = attack_result.load(place), torch.device(where)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
-    if control is None and control_defenses:
-        raise ConfigError("control_defense is given without control; name the record that it lies in")
     train, test, notes = attacked.images(dataset_path)
-    models = {NONE: attacked.model()}
-    for name in defenses:
-        models |= _purified(attacked.model(), attacked.path, attacked.digest, name)
+    networks = {NONE: attacked.model(), **dict(_purified(attacked, name) for name in defenses)}
     if control is not None:
-        models[CONTROL] = _control(control, attacked, train)
-        for name in control_defenses:
-            digest = Record(control).check(light=True)["digest"]
-            models |= _purified(_control(control, attacked, train), control, digest, name, f"{CONTROL}/")
-    networks = {}
-    for name, model in models.items():
+        networks[CONTROL] = load_clean(control, train)
+        shapes = [{name: t.shape for name, t in networks[one].net.state_dict().items()} for one in (NONE, CONTROL)]
+        if shapes[0] != shapes[1]:
+            raise RecordError(f"{control} holds another network than {place}; train the control like that one")
+    for model in networks.values():
         model.amp = bool(attacked.amp) if amp is None else amp
-        networks[name] = Network(name, model.to(where).eval().requires_grad_(False), network_digest(model.net))
+        model.to(there).eval().requires_grad_(False)
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test images has a triggered version; measure on more")
-    attack = attack_from_config(attacked.settings, attacked.trigger) if attacked.settings else None
     network = {f"network_{key}": attacked.network[key] for key in ("name", "classes", "width")}
     return Case(
-        attacked.path.name, attacked.digest, attack, networks,
-        train.to(there), _poisons(attacked, train, attack).to(there), clean.to(there), triggered.to(there),
-        source(attacked.dataset).augment, tuple(notes),
+        attacked.path.name, networks, train.to(there), _poisons(attacked, train).to(there), clean.to(there),
+        triggered.to(there), source(attacked.dataset).augment, tuple(notes),
         {"dataset": attacked.dataset, **network, **(attacked.settings or {})},
     )  # fmt: skip
 
 
-def _purified(model: Normalized, attack: Path, digest: str, name: str, before: str = "") -> dict[str, Normalized]:
-    """`model` with the weights that a defense left, under its name; where test data chose, that says so."""
-    place = safe_join(attack / "defense", name)
+def _purified(attacked: attack_result.AttackResult, name: str) -> tuple[str, Normalized]:
+    """A defense, marked where test data chose, and the network that it left."""
+    place = safe_join(attacked.path / "defense", name)
     if not place.is_dir():
         found = sorted(other.name for other in place.parent.glob("*") if defense_named(other.name)[0] == name)
         if len(found) > 1:
-            raise RecordError(f"{attack} has several defenses {name}: {', '.join(found)}; name one of these folders")
+            raise RecordError(f"{attacked.path} has several defenses {name}: {', '.join(found)}; name one of these")
         place = place.with_name(found[0]) if found else place
+    model, record = attacked.model(), Record(place)
     attack_result.load_weights(model, place)
-    record = Record(place)
-    if digest is not None and record.check(light=True).get("attacked") != digest:
+    if attacked.digest is not None and record.check(light=True).get("attacked") != attacked.digest:
         raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
-    return {before + marked(name, record.summary().get("selection")): model}
+    return marked(name, record.summary().get("selection")), model
 
 
-def _control(place: Path, attacked: attack_result.AttackResult, train: Images) -> Normalized:
-    """A control, of the attacked network's architecture."""
-    model = load_clean(place, train)
-    expected = {name: tensor.shape for name, tensor in attacked.weights.items()}
-    if {name: tensor.shape for name, tensor in model.net.state_dict().items()} != expected:
-        raise RecordError(f"{place} holds another network than {attacked.path}; train the control like that one")
-    return model
-
-
-def _poisons(attacked: attack_result.AttackResult, train: Images, attack: Attack | None) -> Images:
+def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:
     """Triggered training images that pull towards the attacker's label: the stored ones, or some stamped anew."""
-    stored = attacked.poisoned
-    if stored is not None:
+    if (stored := attacked.poisoned) is not None:
         pulling = (stored.role == BACKDOOR) & (stored.labels != stored.true_labels)
         if pulling.any():
             return stored[pulling.nonzero()[:, 0]]
-    if attack is None:
+    if not attacked.settings:
         raise RecordError(f"{attacked.path} has no poisoned images with a wrong label, nor settings to make any with")
+    attack = attack_from_config(attacked.settings, attacked.trigger)
     made = attack.poison(train[torch.randperm(len(train), generator=generator(0))[:STAMPED]])
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
