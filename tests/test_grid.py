@@ -252,16 +252,10 @@ def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, one_line, key):
         ("grid.yaml", "--memory_gb", "0"),
         ("grid.yaml", "--retries", "-1"),
         ("grid.yaml", "--cell_timeout", "nan"),
-        ("grid.yaml", "--address", "auto"),
-        ("grid.yaml", "--engine", "ray", "--memory_gb", "2"),
         ("grid.yaml", "--published", "nowhere"),
         ("grid.yaml", "--publish", "grid.yaml"),
         ("grid.yaml", "--cores", "4000"),
         ("far.yaml", "--dataset_path", "nowhere"),
-        ("status", "grid.yaml", "--cores", "1"),
-        ("status", "grid.yaml", "--engine", "local"),
-        ("status", "grid.yaml", "--publish", "kept"),
-        ("grid.yaml", "--publish", "kept", "--retries", "1"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):

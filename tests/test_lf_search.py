@@ -11,7 +11,7 @@ from torch import nn
 from toys import Enough, quiet, same_weights, stop_making, tiny_net, toy_images, train_victim
 
 from sau.attack import LF, Prototype, lf_search
-from sau.attack.lf_search import Limits, Progress, band_energy, deepfool, load_clean, rate, rescaled, smooth, step
+from sau.attack.lf_search import SETTINGS, Progress, band_energy, deepfool, load_clean, rate, rescaled, smooth, step
 from sau.attack.triggers import TriggerContext
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
@@ -24,7 +24,7 @@ from sau.record import attack_result
 from sau.record.folder import Record
 from sau.util import generator
 
-LIMITS = Limits(target=0, images=20, passes=4, delta=0.8, steps=30, overshoot=0.02, strength=0.2)
+SMALL = LF(lf_optimise=True, lf_images=20, lf_passes=4, lf_deepfool_steps=30)
 
 
 @pytest.fixture(autouse=True)
@@ -117,20 +117,21 @@ def test_a_step_skips_what_needs_none():
     net = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
     search = Progress(torch.Size((3, 2, 2)), torch.device("cpu"))
     x, y = torch.rand(1, 3, 2, 2), torch.zeros(1, dtype=torch.long)
-    assert int(step(net, search, LIMITS, x, y)["moved"]) == 0 and not search.v.any()
+    assert int(step(net, search, SMALL, x, y)["moved"]) == 0 and not search.v.any()
     ramp = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
     grey = torch.full((1, 3, 2, 2), 0.5)  # 12 * 0.5 = 6 is less than 6.5, and 12 * 0.6 is more
     search.v = torch.full((3, 2, 2), 0.1)
     before = search.v.clone()
-    other = Limits(**{**vars(LIMITS), "target": 1})
-    assert int(step(ramp, search, other, grey, y)["moved"]) == 0 and torch.equal(search.v, before)
+    assert int(step(ramp, search, replace(SMALL, attack_target=1), grey, y)["moved"]) == 0 and torch.equal(
+        search.v, before
+    )
 
 
 def test_a_step_moves_smooths_and_rescales(clean):
     images = toy_images(20, size=32, seed=3)
     x = to_float(images.pixels[images.labels == 1][:1])
     search = Progress(torch.Size((3, 32, 32)), torch.device("cpu"))
-    assert int(step(clean, search, LIMITS, x, images.labels[:1])["moved"]) == 1
+    assert int(step(clean, search, SMALL, x, images.labels[:1])["moved"]) == 1
     r = deepfool(clean, x[0], 0, 30, 0.02)
     assert torch.allclose(search.v, rescaled(smooth(smooth(r)), 0.2))
     assert float(search.v.min()) == 0 and float(search.v.max()) == pytest.approx(0.2)
@@ -166,7 +167,7 @@ def test_the_rate_is_the_share_of_changed_predictions():
 def test_a_search_that_finds_nothing_is_an_error():
     net = Linear(torch.zeros(4, 768), torch.tensor([1.0, 0.0, 0.0, 0.0]))
     with pytest.raises(TrainingError) as refusal:
-        lf_search.optimise(net, toy_images(40), LIMITS, 0, quiet())
+        lf_search.optimise(net, toy_images(40), SMALL, 0, quiet())
     assert "class 0" in str(refusal.value)
 
 
@@ -301,7 +302,7 @@ def test_a_pattern_is_judged_on_other_images_than_it_was_made_from(n, judges, mo
     monkeypatch.setattr(lf_search, "rate", lambda model, images, *rest: seen.append(images.index.tolist()) or 0.9)
     monkeypatch.setattr(lf_search, "step", lambda *given: {"moved": torch.tensor(0)})
     with pytest.raises(TrainingError):
-        lf_search.optimise(tiny_net(), toy_images(n, size=4), LIMITS, 0, quiet())
+        lf_search.optimise(tiny_net(), toy_images(n, size=4), SMALL, 0, quiet())
     judged, enough = seen
     made_from = {*torch.randperm(n, generator=generator(0))[:20].tolist()}
     assert enough == pytest.approx(0.2) and len(judged) == judges and (n <= 20 or not {*judged} & made_from)
@@ -319,7 +320,7 @@ def test_the_images_and_their_order_follow_from_the_seed(monkeypatch):
     for seed in (0, 1):
         walked.clear()
         with pytest.raises(TrainingError):
-            lf_search.optimise(tiny_net(), images, LIMITS, seed, quiet())
+            lf_search.optimise(tiny_net(), images, SMALL, seed, quiet())
         used = images[torch.randperm(40, generator=generator(seed))[:20]]
         assert torch.equal(torch.cat(walked[:20]), torch.cat([x for x, _, _ in used.batches(1, seed=seed)]))
 
@@ -339,7 +340,7 @@ def test_the_figures_are_of_the_best_pattern_and_of_images_of_other_classes(monk
     rates = iter([0.5, 0.3])
     monkeypatch.setattr(lf_search, "step", moves)
     monkeypatch.setattr(lf_search, "rate", lambda *given: next(rates))
-    limits = replace(LIMITS, target=1, passes=2, delta=0.0)
+    limits = replace(SMALL, attack_target=1, lf_passes=2, lf_delta=0.0)
     found, figures = lf_search.optimise(net, images, limits, 0, quiet())
     assert torch.equal(found["pattern"], torch.full((3, 2, 2), 0.1))
     assert figures["fooled"] == 0.5 and figures["led_to_the_target"] == pytest.approx(1 / 3)
@@ -352,7 +353,7 @@ def test_white_stays_white_under_the_pattern(monkeypatch):
     monkeypatch.setattr(lf_search, "deepfool", lambda model, x, *rest: seen.append(x))
     search = Progress(torch.Size((3, 2, 2)), torch.device("cpu"))
     search.v = torch.full((3, 2, 2), 0.1)
-    step(net, search, replace(LIMITS, target=1), white, torch.zeros(1, dtype=torch.long))
+    step(net, search, replace(SMALL, attack_target=1), white, torch.zeros(1, dtype=torch.long))
     assert len(seen) == 1 and torch.equal(seen[0], white[0])
     images = Images.clean((255 * white).byte(), torch.zeros(1, dtype=torch.long), 2)
     assert rate(net, images, torch.zeros(1, dtype=torch.long), search.v) == 0
@@ -369,9 +370,7 @@ def test_whatever_changes_a_search_makes_it_another_one(monkeypatch):
 
     monkeypatch.setattr(lf_search, "cached_trigger", cached)
     monkeypatch.setattr(lf_search, "train_clean", lambda context: nets[0])
-    names = {"attack_target": "target", "lf_images": "images", "lf_passes": "passes", "lf_delta": "delta",
-             "lf_deepfool_steps": "steps", "lf_overshoot": "overshoot", "lf_strength": "strength"}  # fmt: skip
-    values = dict(zip(names, (1, 7, 9, 0.5, 11, 0.25, 0.125), strict=True))
+    values = dict(zip(("attack_target", *SETTINGS), (1, 7, 9, 0.5, 11, 0.25, 0.125), strict=True))
     images, recipe, seeds = toy_images(8), Training(), [0] * 9 + [1, 0, 0]
     settings = [{}, *({name: value} for name, value in values.items()), values, {}, {}, {}]
     for n, (more, seed) in enumerate(zip(settings, seeds, strict=True)):
@@ -379,5 +378,5 @@ def test_whatever_changes_a_search_makes_it_another_one(monkeypatch):
         given = toy_images(8, seed=1) if n == 11 else images
         LF(lf_optimise=True, **more).fit_trigger(given, tiny_net(), recipe, seed=seed, session=quiet())
     assert len({*keys}) == len(keys) == 12 and "('device', 'cpu')" in keys[0]
-    net, given, limits, seed = calls[8]
-    assert given is images and seed == 0 and vars(limits) == {names[name]: value for name, value in values.items()}
+    _, given, lf, seed = calls[8]
+    assert given is images and seed == 0 and {name: getattr(lf, name) for name in values} == values

@@ -62,18 +62,9 @@ class LF(Attack):
 
     def make_trigger(self, context: TriggerContext) -> nn.Module | None:
         """The pattern of a file, or with lf_optimise the one that the search finds, or found before; else nothing."""
-        images = context.images
-        if self.lowFrequencyPatternPath is not None:
-            return ImageTrigger(read_pattern(self.lowFrequencyPatternPath, tuple(images.pixels.shape[1:])))
-        if not self.lf_optimise:
-            return None
-        limits = lf_search.Limits(
-            target=self.attack_target, images=self.lf_images, passes=self.lf_passes, delta=self.lf_delta,
-            steps=self.lf_deepfool_steps, overshoot=self.lf_overshoot, strength=self.lf_strength,
-        )  # fmt: skip
-        path = self.lf_network
-        network = lf_search.train_clean(context) if path is None else lf_search.load_clean(Path(path), images)
-        return lf_search.find_pattern(network, context, limits)
+        if (path := self.lowFrequencyPatternPath) is not None:
+            return ImageTrigger(read_pattern(path, tuple(context.images.pixels.shape[1:])))
+        return lf_search.find_pattern(self, context) if self.lf_optimise else None
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         shape = tuple(x.shape[1:])

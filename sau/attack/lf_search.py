@@ -9,10 +9,10 @@ comes from a record.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,23 +31,14 @@ from sau.record import attack_result
 from sau.types import Labels, Pixels
 from sau.util import generator
 
+if TYPE_CHECKING:
+    from sau.attack.lf import LF
+
 TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the image, and as many as are left after it
 HELD_BACK = 1000  # images on which a pattern is judged, where there are others none of those it is made from
 STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STILL
+SETTINGS = ("lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot", "lf_strength")
 BAND = 3  # frequencies on either side of zero that count as low: the central 7x7 of the spectrum
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How hard the search tries."""
-
-    target: int  # class to lead to
-    images: int  # images that the pattern is made from
-    passes: int  # walks through them, at most
-    delta: float  # share of predictions that may stay as they are
-    steps: int  # of DeepFool for an image
-    overshoot: float  # share by which DeepFool goes beyond the border between two classes
-    strength: float  # largest value of the pattern, in [0, 1] pixels
 
 
 class Progress:
@@ -109,13 +100,14 @@ def rescaled(v: Tensor, strength: float) -> Tensor | None:
     return strength * (v - low) / (high - low) if bool(high > low) else None
 
 
-def step(model: nn.Module, search: Progress, limits: Limits, x: Pixels, y: Labels) -> dict[str, Tensor]:
+def step(model: nn.Module, search: Progress, lf: "LF", x: Pixels, y: Labels) -> dict[str, Tensor]:
     """Move the pattern by one image [1, C, H, W]; counts whether it did. `y` is not looked at."""
     seen, now = predict(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
     moved = 0
-    if seen == now != limits.target:  # one that is there already has r = 0, which would leave nothing to rescale
-        r = deepfool(model, (x[0] + search.v).clamp(0, 1), limits.target, limits.steps, limits.overshoot)
-        v = None if r is None else rescaled(smooth(search.v + smooth(r)), limits.strength)
+    if seen == now != lf.attack_target:  # one that is there already has r = 0, which would leave nothing to rescale
+        shown = (x[0] + search.v).clamp(0, 1)
+        r = deepfool(model, shown, lf.attack_target, lf.lf_deepfool_steps, lf.lf_overshoot)
+        v = None if r is None else rescaled(smooth(search.v + smooth(r)), lf.lf_strength)
         if v is not None:
             moved, search.v = 1, v
     return {"moved": torch.tensor(moved)}
@@ -135,19 +127,19 @@ def band_energy(v: Tensor) -> float:
     return float(low.sum() / energy.sum())
 
 
-def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, session: RunContext) -> Made:
+def optimise(model: nn.Module, images: Images, lf: "LF", seed: int, session: RunContext) -> Made:
     """The best pattern that the search finds on `images`, as {"pattern": [C, H, W]}, and what it does.
 
     Raises TrainingError if no image could be led to the target.
     """
     order = torch.randperm(len(images), generator=generator(seed)).to(images.labels.device)
-    used = images[order[: limits.images]]
-    others = images[order[limits.images :][:HELD_BACK]] if len(images) > limits.images else used
+    used = images[order[: lf.lf_images]]
+    others = images[order[lf.lf_images :][:HELD_BACK]] if len(images) > lf.lf_images else used
     seen = predict(model, to_float(others.pixels), AT_ONCE)
     search = Progress(images.pixels.shape[1:], images.pixels.device)
 
     def end_pass(losses: dict[str, float]) -> bool:
-        return search.judge(rate(model, others, seen, search.v), 1 - limits.delta)
+        return search.judge(rate(model, others, seen, search.v), 1 - lf.lf_delta)
 
     def on_epoch(done: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
         figures = {"fooled": search.rates[-1]}
@@ -155,24 +147,25 @@ def optimise(model: nn.Module, images: Images, limits: Limits, seed: int, sessio
 
     batches = used.batches(1, seed=seed)
     run = partial(loop.run, state={"search": search}, end_epoch=end_pass, label="pass")
-    run(partial(step, model, search, limits), batches, limits.passes, session=replace(session, on_epoch=on_epoch))
+    run(partial(step, model, search, lf), batches, lf.lf_passes, session=replace(session, on_epoch=on_epoch))
     if not bool(search.best.any()):
         raise TrainingError(
-            f"no pattern for class {limits.target} changes what the network sees in {len(others)} images; "
+            f"no pattern for class {lf.attack_target} changes what the network sees in {len(others)} images; "
             "try more --lf_images or --lf_passes, or a network that was trained longer"
         )
-    led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == limits.target
-    shares = {"fooled": max(search.rates), "led_to_the_target": float(led[seen != limits.target].float().mean())}
+    led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == lf.attack_target
+    shares = {"fooled": max(search.rates), "led_to_the_target": float(led[seen != lf.attack_target].float().mean())}
     return {"pattern": search.best}, {**shares, "energy_in_the_lowest_7x7": band_energy(search.best)}
 
 
-def find_pattern(network: nn.Module, context: TriggerContext, limits: Limits) -> ImageTrigger:
-    """The pattern that `optimise` finds, or found before with the same network, images, limits and seed."""
-    images, seed = context.images, context.seed
-    identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **vars(limits)}
+def find_pattern(lf: "LF", context: TriggerContext) -> ImageTrigger:
+    """The pattern that `optimise` finds, or found before with the same network, images, settings and seed."""
+    images, seed, path = context.images, context.seed, lf.lf_network
+    network = train_clean(context) if path is None else load_clean(Path(path), images)
+    settings = {name: getattr(lf, name) for name in ("attack_target", *SETTINGS)}
+    identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **settings}
     identity["device"] = images.pixels.device.type
-    search = partial(optimise, network, images, limits, seed)
-    found, figures = cached_trigger("lf", identity, search, context.session)
+    found, figures = cached_trigger("lf", identity, partial(optimise, network, images, lf, seed), context.session)
     return ImageTrigger(found["pattern"], figures)
 
 
