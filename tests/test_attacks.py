@@ -171,13 +171,10 @@ def test_label_rules_lead_each_class_where_they_say(attack, rule, wanted):
     ("attack", "wrong", "name"),
     [
         (BadNet(), {"attack_label_trans": "map"}, "attack_label_map"),
-        (BadNet(), {"attack_label_map": (1, 0, 2, 3)}, "attack_label_map"),
         (BadNet(), {"attack_label_trans": "map", "attack_label_map": (1, 0)}, "attack_label_map"),
         (BadNet(), {"attack_label_trans": "map", "attack_label_map": (1, 0, 2, 4)}, "attack_label_map"),
         (BadNet(), {"attack_label_trans": "map", "attack_label_map": (0, 1, 2, 3)}, "attack_label_map"),
         (BadNet(), {"attack_label_trans": "all2all", "attack_label_shift_amount": 4}, "attack_label_shift_amount"),
-        (SIG(), {"attack_label_trans": "all2all"}, "attack_label_trans"),
-        (SIG(), {"attack_label_trans": "map", "attack_label_map": (1, 0, 3, 2)}, "attack_label_trans"),
         (SIG(), {"pratio": 0.3}, "pratio"),
         (BadNet(), {"attack_target": 4}, "attack_target"),
         (ROWS["wanet"].attack, {"attack_target": 1000}, "attack_target"),

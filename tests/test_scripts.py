@@ -1,13 +1,12 @@
 """What the scripts have in common: where they compute, and what they refuse."""
 
-import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from toys import REPOSITORY, environment, the_error
+from toys import REPOSITORY, the_error
 
 from sau.data import sources
 from sau.data.sources import fingerprint, load
@@ -101,13 +100,6 @@ def test_prepare_describes_data_sets_and_notes_a_subset(script, tmp_path, few, m
     monkeypatch.setitem(sources.SOURCES, "cifar10", few)
     status, out, _ = script("prepare.py", "digits", "cifar10")
     assert status == 0 and "note: subset of cifar10" in out and "| training | 1,437 |" in out
-
-
-def test_a_closed_stdout_does_not_end_a_script():
-    code = "import sys; from sau.errors import run_command; sys.exit(run_command(lambda: print(1)))"
-    closed = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} >&-"
-    done = subprocess.run(["sh", "-c", closed], env=environment(), capture_output=True, text=True, cwd=REPOSITORY)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,7 @@
 """Attack success against what the attacker spent to bring a backdoor back, for every network side by side."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -59,18 +60,10 @@ def audit(audits: Sequence[Audit]) -> Figure:
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, line and mark of each network."""
-    styles: dict[str, dict[str, Any]] = {}
-    for name in names:
-        place = len([known for known in styles if known != NONE and not known.startswith(CONTROL)])
-        if name == NONE:
-            styles[name] = {"color": "black", "linestyle": "-", "marker": "."}
-        elif name.startswith(CONTROL):
-            styles[name] = {"color": "#888888", "linestyle": "--", "marker": "." if name == CONTROL else "x"}
-        else:
-            styles[name] = {
-                "color": COLOURS[place % len(COLOURS)], "linestyle": "-", "marker": MARKS[place % len(MARKS)],
-            }  # fmt: skip
-    return styles
+    others = [name for name in names if name not in (NONE, CONTROL)]
+    looks = dict(zip(others, zip(cycle(COLOURS), cycle("-"), cycle(MARKS), strict=False), strict=False))
+    looks |= {NONE: ("black", "-", "."), CONTROL: ("#888888", "--", ".")}
+    return {name: dict(zip(("color", "linestyle", "marker"), looks[name], strict=True)) for name in names}
 
 
 def _curves(panel: Axes, lines: Mapping[str, Mapping[Any, MeanStd]], styles: Mapping[str, dict[str, Any]]) -> None:
