@@ -538,7 +538,7 @@ WRONG_PATTERNS = {
     "in 0..1, so that nothing changes": (np.full((32, 32, 3), 0.2), "0.2"),
     "beyond grey levels": (np.full((32, 32, 3), 300.0), "300"),
     "around middle grey": (np.linspace(127, 178, 3072).reshape(32, 32, 3), "127..178"),
-    "NaN": (np.full((32, 32, 3), np.nan), "NaN"),
+    "NaN": (np.full((32, 32, 3), np.nan), "finite"),
     "objects": (np.array([{"a": 1}], dtype=object), "objects"),
 }
 

@@ -358,7 +358,7 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeyp
     assert status == 0 and "6 cells, 0 to run" in out
     (store.folder(every[0]) / "manifest.json").unlink()
     crash = Scripted([], store, {every[0].label: [Outcome("why", again=False)]})
-    monkeypatch.setattr("sau.command.grid.Local", lambda *given: crash)
+    monkeypatch.setattr("sau.grid.command.Local", lambda *given: crash)
     status, out, _ = script("grid.py", "grid.yaml")
     assert status == 1 and f"failed  {every[0].label}: why" in out
 
