@@ -28,7 +28,6 @@ _RESERVED = {
     "dataset", "dataset_path", "recipe", "device", "amp", "threads", "random_seed", "record_root", "result_file",
     "save_folder_name", "overwrite", "yaml_path", "bd_yaml_path", "attack", "max_minutes", "compile",
 }  # fmt: skip
-_LATER = {"ssba_weight": 10.0}  # settings that came after results were kept, whose digests stay with these values
 _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they determine a result
 _MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds, as risk_* do where risks are tracked
 
@@ -124,7 +123,6 @@ def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block
     Files, and what else is measured, stand in it only where they are given.
     """
     settings = {key: value for section in sections for key, value in section.identity().items()}
-    settings = {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
     facts = {key: getattr(run, key) for key in _FACTS if hasattr(run, key)}
     where = {"dataset": block.dataset, "dataset_path": dataset_path if block.dataset == "folder" else None}
     machine = {"threads": block.threads, "device": block.device, "amp": block.amp}
