@@ -30,12 +30,6 @@ IGNORED = {
     "random_crop": "the attack crops as its data set says",
     "random_rotation": "the attack rotates nothing",
 }
-# Flags of ours that are gone, and what to do instead.
-REMOVED = {
-    "devices": "a run uses one device; a grid runs a cell on each (docs/grid.md)",
-    "sides": "images keep their size; for a shorter run give fewer --epochs or a smaller --width",
-    "unaugmented": "images are augmented as their data set says",
-}
 RecipeName = Literal["paper", "cpu", "fast"]
 RECIPES: dict[str, str] = {
     "paper": "the published settings; the default on CUDA",
@@ -110,8 +104,6 @@ def parse_flags(
     flag = unknown[0].split("=")[0]
     if not flag.startswith("-"):
         raise ConfigError(f"{unknown[0]!r} belongs to no flag; allowed is one value a flag, and a list like 10,20")
-    if (name := flag.removeprefix("--")) in REMOVED:
-        raise ConfigError(f"--{name} is gone: {REMOVED[name]}")
     every = [f"--{name}" for members in groups.values() for each in members for name in (each.name, *each.aliases)]
     raise ConfigError(f"unknown flag {unknown[0]!r}{nearest(flag, every)}; see --help")
 
@@ -269,8 +261,7 @@ def _settings(
             continue  # a key without a value sets nothing
         name = canonical.get(key, key if key in ignored else None)
         if name is None:
-            gone = f" is gone: {REMOVED[key]}" if key in REMOVED else f": unknown key{nearest(key, list(canonical))}"
-            raise ConfigError(f"{path}: {key}{gone}")
+            raise ConfigError(f"{path}: {key}: unknown key{nearest(key, list(canonical))}")
         found[name] = once(found.get(name), Setting(value, f"{path}: {key}"))
     return found
 

@@ -500,7 +500,6 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
 WRONG_ATTACKS = {
     "data set": (["--dataset", "cifar11"], "cifar11"),
     "device": (["--device", "tpu"], "tpu"),
-    "sides": (["--sides", "0.5,1"], "--sides is gone: images keep their size"),
     "name that escapes": (["--save_folder_name", "../up"], "'../up'"),
     "missing yaml": (["--yaml_path", "missing.yaml"], "missing.yaml"),
     "root that is a file": (["--record_root", "a file"], "a file"),
