@@ -55,15 +55,14 @@ class Weights:
     def prefix(self, own: Mapping[str, Tensor]) -> str:
         """The one of `prefixes`; RecordError says what differs, or that there are several."""
         fitting = self.prefixes(own)
-        if len(fitting) > 1:
-            raise RecordError(f"{self.path} holds the network under {fitting[:5]!a}; name one with --model_prefix")
-        if not fitting:
-            faults = [list(self._faults(prefix, own)) for prefix in self._candidates(own)]
-            closest = (
-                min(faults, key=len)[0] if faults else f"has no {next(iter(own))!r}, which the network begins with"
-            )
-            raise RecordError(f"{self.path} {closest}: it is not the network, which has {len(own)} tensors")
-        return fitting[0]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            under = [prefix[:50] for prefix in fitting[:3]]
+            raise RecordError(f"{self.path} holds the network under {under!a}; name one with --model_prefix")
+        faults = [list(self._faults(prefix, own)) for prefix in self._candidates(own)]
+        closest = min(faults, key=len)[0] if faults else f"has no {next(iter(own))!r}"
+        raise RecordError(f"{self.path} {closest}: it is not the network, which has {len(own)} tensors")
 
     def _candidates(self, own: Mapping[str, Tensor]) -> list[str]:
         first = next(iter(own))

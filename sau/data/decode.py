@@ -131,4 +131,5 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
         return safetensors.torch.load_file(path) if path.exists() else None
     except SafetensorError as error:
         say(f"{path} is damaged ({first_line(error)}); making it again")
+        path.unlink(missing_ok=True)
         return None
