@@ -184,21 +184,17 @@ class Training(Method):
                 return torch.optim.Adam(parameters, betas=betas, amsgrad=True, fused=True, **common)
 
     def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-        match self.lr_scheduler:
-            case "CosineAnnealingLR":
-                return schedules.CosineAnnealingLR(optimizer, self.cos_t_max or max(1, self.epochs), self.min_lr)
-            case "OneCycleLR":
-                total = max(1, self.epochs * steps)
-                return schedules.OneCycleLR(optimizer, self.lr, total_steps=total, cycle_momentum=False)
-            case "StepLR":
-                return schedules.StepLR(optimizer, self.steplr_stepsize, self.steplr_gamma)
-            case "MultiStepLR":
-                return schedules.MultiStepLR(optimizer, list(self.steplr_milestones), self.steplr_gamma)
-            case "CyclicLR":
-                return schedules.CyclicLR(optimizer, self.min_lr, self.lr, self.steplr_stepsize, cycle_momentum=False)
-            case "ReduceLROnPlateau":
-                return schedules.ReduceLROnPlateau(optimizer, factor=self.steplr_gamma)
-        return None
+        settings: dict[str | None, dict[str, Any]] = {
+            "CosineAnnealingLR": {"T_max": self.cos_t_max or max(1, self.epochs), "eta_min": self.min_lr},
+            "OneCycleLR": {"max_lr": self.lr, "total_steps": max(1, self.epochs * steps), "cycle_momentum": False},
+            "StepLR": {"step_size": self.steplr_stepsize, "gamma": self.steplr_gamma},
+            "MultiStepLR": {"milestones": list(self.steplr_milestones), "gamma": self.steplr_gamma},
+            "CyclicLR": {"base_lr": self.min_lr, "max_lr": self.lr, "step_size_up": self.steplr_stepsize}
+            | {"cycle_momentum": False},
+            "ReduceLROnPlateau": {"factor": self.steplr_gamma},
+        }
+        given, name = settings.get(self.lr_scheduler), str(self.lr_scheduler)
+        return None if given is None else getattr(schedules, name)(optimizer, **given)
 
 
 def adam(lr: float, schedule: Schedule = "constant", **settings: Any) -> Training:

@@ -13,7 +13,7 @@ from sau.defense import verdict as verdicts
 from sau.defense.inputs import Statistics, clean_batches, image_count
 from sau.defense.verdict import PatchSearch, Verdict
 from sau.loop import Session
-from sau.models.preact_resnet import PreActResNet18
+from sau.models import PreActResNet18
 
 
 def batches_of(loader: Any) -> Any:

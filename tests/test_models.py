@@ -8,8 +8,7 @@ from toys import tiny_net
 
 from sau import models as zoo
 from sau.errors import ConfigError
-from sau.models import Normalized, build, match_memory_format, to_channels_last
-from sau.models.preact_resnet import PreActResNet18
+from sau.models import Normalized, PreActResNet18, build, match_memory_format, to_channels_last
 
 HALF = (0.5, 0.5, 0.5)
 

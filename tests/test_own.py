@@ -19,7 +19,7 @@ from sau.compat.weights import network
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.evaluate import Proportion, Score
-from sau.models.preact_resnet import PreActResNet18
+from sau.models import PreActResNet18
 from sau.own_network import Reversal, _check_classes, by_name, clean_indices, concentration, reverse, split
 from sau.pgd import Search
 from sau.record.attack_result import load_weights
@@ -141,7 +141,7 @@ def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean
 
 def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here, refused, monkeypatch):
     (tmp_path / "somebody.py").write_text(
-        "from pathlib import Path\nfrom sau.models.preact_resnet import PreActResNet18\n"
+        "from pathlib import Path\nfrom sau.models import PreActResNet18\n"
         f"def made():\n    Path({str(tmp_path / 'ran')!r}).touch()\n    return PreActResNet18({CLASSES}, 2)\n"
         "def broken():\n    raise RuntimeError('no')\n"
     )
@@ -173,7 +173,7 @@ def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
 def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path, monkeypatch, one_line):
     """As trainers write them that keep an average."""
     (tmp_path / "somebody.py").write_text(
-        f"from sau.models.preact_resnet import PreActResNet18\ndef made():\n    return PreActResNet18({CLASSES}, 2)\n"
+        f"from sau.models import PreActResNet18\ndef made():\n    return PreActResNet18({CLASSES}, 2)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     averaged = {name: value / 2 if value.is_floating_point() else value for name, value in net.state_dict().items()}

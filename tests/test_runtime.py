@@ -21,9 +21,8 @@ from sau.defense.hooks import classifier
 from sau.errors import OutOfMemory
 from sau.graphs import FixedNorms, MicroBatchedStep, fixed_norms
 from sau.loop import Session
-from sau.models import Normalized
+from sau.models import Normalized, PreActResNet18
 from sau.models.generator import TriggerGenerators
-from sau.models.preact_resnet import PreActResNet18
 from sau.optim import Descent, Training
 
 NOT = "note: the training step is not replayed as a CUDA graph: "

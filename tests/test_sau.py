@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sau.defense.sau import SAU, example_types, jensen_shannon, unsharing_loss
-from sau.models import Normalized
-from sau.models.preact_resnet import PreActResNet18
+from sau.models import Normalized, PreActResNet18
 from sau.pgd import Ball
 
 CLASSES, BATCH, LR = 4, 16, 3e-3

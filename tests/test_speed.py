@@ -22,8 +22,7 @@ from sau.data.images import Augment, to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.errors import TrainingError
 from sau.loop import Limit, Session
-from sau.models import Normalized
-from sau.models.preact_resnet import PreActResNet18
+from sau.models import Normalized, PreActResNet18
 from sau.optim import Training
 from sau.record.folder import Record, digest
 from sau.run import Run, trigger_session
