@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import random
 import shutil
 import tarfile
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hostile import HERE, KEYS, hostile, pickled, saved
+from hostile import KEYS, pickled, saved
 from PIL import Image
 from toys import TinyNet, tiny_net, toy_images
 
@@ -283,18 +282,6 @@ def refused(tmp_path, one_line):
     return check
 
 
-@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
-def test_hostile_files_are_refused_and_nothing_runs(refused, tmp_path):
-    canary = tmp_path / HERE
-    files = hostile(canary)
-    for raw, word in files.values():
-        refused(raw, word)
-        assert not canary.exists()
-    with zipfile.ZipFile(io.BytesIO(files["os.system"][0])) as archive:  # which would have worked
-        pickle.loads(archive.read("archive/data.pkl"))  # noqa: S301 - our own
-    assert canary.exists()
-
-
 def test_broken_archives(refused, tmp_path):
     raw = saved({"x": torch.zeros(1000)})
     for length in (3, 100, 2000, len(raw) - 1):
@@ -327,30 +314,22 @@ def test_missing_keys(refused, tiny, tmp_path):
 ENTRY = "bd_test.bd_data_container.data_dict"
 WRONG = [
     ("clean_data", "imagenet", "clean_data is 'imagenet'"),
-    ("clean_data", "gtsrb", "43, as gtsrb has"),
     ("model_name", "a\nb\x1b[2J", "unknown model"),
     ("num_classes", 11, "num_classes is 11"),
     ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
-    ("model.more", torch.zeros(1), "unknown 'more'"),
     ("model.linear:bias", torch.zeros(11), "'linear.bias' of shape [11]"),
     ("model.linear:weight", torch.zeros(1).expand(1 << 40), "claims shape [1099511627776]"),
     ("model.linear:bias", torch.zeros(10).to_sparse(), "dense"),
-    ("model.linear:bias", [0.0] * 10, "lacks 'linear.bias'"),
     ("bd_test.poison_indicator", np.full(20, 0.5), "whole numbers"),
     ("bd_test.poison_indicator", np.zeros(10_001), "the length of bd_test is 10001"),
     ("bd_test.poison_indicator", np.zeros(20), "0 of them triggered"),
     ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"),
-    ("bd_test.original_index_array", np.array([1, 1]), "different"),
-    ("bd_test.bd_data_container", {}, "lacks 'data_dict'"),
     (ENTRY, {}, "lacks 1"),
     (f"{ENTRY}.1.other_info", [10, 1], "is 10, allowed is 0 to 9"),
-    (f"{ENTRY}.1.other_info", [0, -1], "is -1"),
     (f"{ENTRY}.1.other_info", [0, 8], "missing"),
-    (f"{ENTRY}.1.path", "bd_test_dataset/1/2.png", "image 1 is at"),
     (f"{ENTRY}.1.path", "/etc/passwd", "/etc/passwd"),
     (f"{ENTRY}.1.path", "../../bd_test_dataset/../1.png", "image 1 is at"),
     (f"{ENTRY}.1.path", "bd_test_dataset/..\\1/1.png", "image 1 is at"),
-    (f"{ENTRY}.1.path", None, "not as BackdoorBench"),
 ]
 
 

@@ -34,14 +34,6 @@ def test_torchvisions_classifiers_fit_the_data(name, side, classes, entries, las
     assert isinstance(next(iter(model.net.children())), Enlarge) is enlarged and not has_width(name)
 
 
-@pytest.mark.slow
-def test_vgg19_bn():
-    """118 entries, 139.6 million parameters, head classifier.6 at 10 classes."""
-    model = build("vgg19_bn", 10, **PLAIN)
-    assert len(model.net.state_dict()) == 118 and model.net.classifier[6].out_features == 10
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 139.6
-
-
 def test_networks_that_do_not_exist_or_have_no_width(one_line):
     for wish, word in ((("resnet19", None), "resnet19"), (("resnet18", 16), "width is 16")):
         with pytest.raises(ConfigError) as refusal:
