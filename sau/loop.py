@@ -28,14 +28,16 @@ class Limit:
     def __init__(self, end: float, whole: bool = False) -> None:
         self.end, self.whole = end, whole
         self.ended: str | None = None
-        self.last, self.spans = time.monotonic(), deque[float](maxlen=RECENT)
+        self.last: float | None = None
+        self.spans = deque[float](maxlen=RECENT)
 
     def reached(self) -> bool:
         """Whether a slow recent update, if repeated, would go beyond the end: the third slowest, as two may compile."""
         now = time.monotonic()
-        self.spans.append(now - self.last)
+        if self.last is not None:
+            self.spans.append(now - self.last)
         self.last = now
-        reached = now + sorted([0.0, 0.0, *self.spans])[-3] > self.end
+        reached = now + min(sorted(self.spans)[-3:], default=0.0) > self.end
         if reached and self.whole:
             raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         return reached
