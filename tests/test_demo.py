@@ -1,9 +1,7 @@
-"""The README shows what the demo prints: its lines by a short run of the same commands, its words by its figures."""
+"""The README shows what the demo prints: its table by a short run of the same commands, its words by its figures."""
 
 import re
 import shlex
-from itertools import groupby
-from pathlib import Path
 
 import pytest
 from toys import REPOSITORY
@@ -26,39 +24,25 @@ def commands(*more: str) -> list[list[str]]:
     return found
 
 
-# Lines whose words follow from figures: of the machine's speed, and of a network that a short run hardly trains.
-FIGURES = ("warning: ", "forecast: ", "smallest patch ")
+WORDS = ("The backdoor ", "It cost ", "Triggered images ", "The trigger still ", "No verdict ")
 
 
-def shapes(lines: list[str]) -> list[str]:
-    """Lines without their numbers and widths, one for each kind of epoch or round; without warnings, for a short run
-    has more of them, and without the verdict, which follows from the figures."""
-    bare = [re.sub(r"-?\d[\d.,e+-]*", "#", line) for line in lines if line != "..." and not line.startswith(FIGURES)]
-    bare = [re.sub(r" +", " ", line).strip() for line in bare if not line.startswith(WORDS)]
-    epochs = sorted({line for line in bare if re.match(r"(epoch|round) ", line)})
-    return [key for key, _ in groupby(line for line in bare if line not in epochs)] + epochs
+def shape(line: str) -> str:
+    """A line without its numbers and widths."""
+    return re.sub(r" +", " ", re.sub(r"-?\d[\d.,e+-]*", "#", line)).strip()
 
 
-WORDS = (
-    "The backdoor ",
-    "It cost ",
-    "Triggered images ",
-    "The trigger still ",
-    "No verdict ",
-    "Next: ",
-    "The last features ",
-)
-
-
-def test_every_line_of_the_readme_is_a_line_of_the_demo(here):
-    """Two epochs and two rounds, the second of them evaluated."""
+def test_the_table_of_the_readme_is_that_of_the_demo(here):
+    """Two epochs and two rounds."""
     printed: list[str] = []
     for argv in commands("--epochs", "2", "--eval_every", "2", "--lr_scheduler", "OneCycleLR"):
         status, out, err = here(*argv)
         assert (status, err) == (0, "")
         printed += out.splitlines()
-    assert len(commands()) == 2 and len(LINES) > 15
-    assert shapes(LINES) == shapes(printed)
+    table = [shape(line) for line in LINES if line != "..." and not line.startswith(WORDS)]
+    shapes = [shape(line) for line in printed]
+    first = len(shapes) - 1 - shapes[::-1].index(table[0])
+    assert len(commands()) == 2 and len(table) == 3 and shapes[first : first + 3] == table
 
 
 def scores(name: str) -> Score:
@@ -70,15 +54,14 @@ def scores(name: str) -> Score:
 
 def test_the_verdict_of_the_readme_follows_from_its_table():
     before, after = scores("before"), scores("after")
-    said = [line for line in LINES if line.startswith(WORDS[:-1])]
+    said = [line for line in LINES if line.startswith(WORDS)]
     assert said == verdict(before, after).splitlines() and said[0].startswith("The backdoor is gone: ")
     (row,) = (line for line in LINES if line.startswith("after "))
     assert float(row.split()[-1]) == pytest.approx(der(before, after), abs=0.011)
-    assert scores("attacked") == before
 
 
 def test_the_demo_fixes_what_its_figures_hang_on():
     """The recipe, the device, the number of threads and the precision; the seed is the default."""
     for argv in commands():
         assert {"cpu", "1", "false"} == {argv[argv.index(flag) + 1] for flag in ("--device", "--threads", "--amp")}
-    assert "--recipe cpu" in DEMO and Path(LINES[-1].split()[-1]) == Path("record/demo/figures/features_sau.png")
+    assert "--recipe cpu" in DEMO
