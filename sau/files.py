@@ -173,7 +173,7 @@ def release_all() -> None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process, this one included, uses `folder`."""
+    """Whether a process, this one included, uses `folder`; of another user's lock it cannot be told, so False."""
     file = _lock_file(folder)
     if not file.exists():
         return False
@@ -182,6 +182,8 @@ def in_use(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except PermissionError:
+        return False
     except OSError as error:
         raise os_error(error, f"cannot read the lock of {folder}: {error.strerror}") from None
 
