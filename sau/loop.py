@@ -37,7 +37,7 @@ class Limit:
         if self.last is not None:
             self.spans.append(now - self.last)
         self.last = now
-        reached = now + min(sorted(self.spans)[-3:], default=0.0) > self.end
+        reached = self.ended is not None or now + min(sorted(self.spans)[-3:], default=0.0) > self.end
         if reached and self.whole:
             raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         return reached
