@@ -43,7 +43,7 @@ from sau.audit.measure import (
     top_tac_channels,
     universal,
 )
-from sau.audit.table import curves
+from sau.audit.runner import curves
 from sau.data.images import BACKDOOR, Augment, Images, to_float
 from sau.data.sources import clean_subset
 from sau.defense import FT

@@ -19,9 +19,9 @@ from toys import QUICK, REPOSITORY, the_error
 from sau.errors import ConfigError, RecordError
 from sau.files import acquire, release
 from sau.grid import engines
+from sau.grid.command import Runner, needed, status
 from sau.grid.engines import Job, Local, Outcome, RayEngine, run_job
 from sau.grid.plan import cells, select
-from sau.grid.runner import Runner, needed, status
 from sau.grid.spec import read
 from sau.grid.store import Cell, Store, attack_named, defense_named, mark, publish, without_digest
 from sau.record.folder import Record

@@ -11,9 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from sau.figures.audit import audit
-from sau.figures.curves import curves, risks, types
+from sau.figures.curves import curves, risks, scatter, types
 from sau.figures.images import examples, features, images
-from sau.figures.scatter import scatter
 from sau.files import write
 
 __all__ = ["audit", "curves", "data_url", "examples", "features", "images", "risks", "save", "scatter", "types"]

@@ -9,8 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sau.audit.case import CONTROL, NONE
-from sau.audit.runner import ALONE, ANEW, BETWEEN, FRESH, RELEASED, TRIGGER
-from sau.audit.table import Audit, Key, coefficients, curves
+from sau.audit.runner import (
+    ALONE,
+    ANEW,
+    BETWEEN,
+    FRESH,
+    RELEASED,
+    TRIGGER,
+    Audit,
+    Key,
+    coefficients,
+    curves,
+)
 from sau.report.stats import MeanStd
 
 PANELS: dict[Key, tuple[str, str]] = {
