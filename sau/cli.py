@@ -22,7 +22,7 @@ from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.defense.base import Defense
 from sau.errors import ConfigError, run_command
-from sau.evaluate import Score, accuracy, der, figures, score, table, verdict
+from sau.evaluate import Score, der, figures, proportions, score, table, verdict
 from sau.files import existing, release_all, safe_join
 from sau.flags import RECIPES
 from sau.models import build, has_width
@@ -203,7 +203,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     threat = risks(model).summary() if risks else None
     seconds, epochs = time.monotonic() - begun, getattr(method, "epochs", 1)
     logger = RunLogger(record, run, epochs, test, lambda: triggered, started, seconds, risks)
-    judge = partial(score, clean=test, triggered=triggered if method.by_asr else None)
+    judge = partial(score, clean=test, triggered=triggered)
     session = replace(logger.session(), judge=judge if method.selection == "oracle" else None)
     how: Any = {"augment": sources.source(attacked.dataset).augment, "seed": run.random_seed, "settings": "as_given"}
     fixed = method.purify(model, given, session=session, **how)
@@ -252,7 +252,7 @@ def _trigger(
             record.log(f"as it was made: {describe_figures(method.figures)}")
     if crossed is None:
         return {"trigger": hidden}
-    share = accuracy(model, crossed.pixels, crossed.labels)
+    (share,) = proportions(model, crossed.pixels, crossed.labels)
     record.log(f"cross ACC {share.percent:.2f} %, on test images with triggers that must do nothing")
     return {"trigger": hidden, **figures({"cross_acc": share})}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sau.data.images import Images, in_range, to_float
-from sau.errors import ConfigError, DataError, TrainingError, lacks_memory
+from sau.errors import DataError, TrainingError, lacks_memory
 from sau.models import check_labels, logits_of
 
 # In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
@@ -119,8 +119,6 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> 
 def _predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> tuple[Tensor, int]:
     """What `predict` returns, and how many classes the network has."""
     device = next(model.parameters(), pixels).device
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, allowed is 1 and more, or none")
     size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
     answers, finite, at, classes = [], torch.ones((), dtype=torch.bool, device=device), 0, 0
     with eval_mode(model):
@@ -155,38 +153,24 @@ def score(
     """
     if isinstance(clean, Images):
         clean = (clean.pixels, clean.labels)
-    (acc,) = _proportions(model, "clean", clean, 2)
+    (acc,) = proportions(model, *clean)
     if triggered is None or len(triggered) == 0:
         return Score(acc)
     if isinstance(triggered, Images):
         triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
-    return Score(acc, *_proportions(model, "triggered", triggered, 3))
+    return Score(acc, *proportions(model, *triggered))
 
 
-def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Proportion:
-    """The proportion of images, at least one, that are classified as their label."""
-    return _proportions(model, "clean", (pixels, labels), 2)[0]
-
-
-def asr_and_racc(model: nn.Module, pixels: Tensor, target: Tensor, truth: Tensor) -> tuple[Proportion, Proportion]:
-    """Of triggered images, at least one: how many are classified as `target` (ASR) and as `truth` (R-ACC)."""
-    asr, racc = _proportions(model, "triggered", (pixels, target, truth), 3)
-    return asr, racc
-
-
-def _proportions(model: nn.Module, what: str, given: Any, parts: int) -> list[Proportion]:
-    """Of the images in given[0], how many are classified as each of the labels [N] behind them has it.
+def proportions(model: nn.Module, pixels: Tensor, *labels: Tensor) -> list[Proportion]:
+    """How many of the images, at least one, are classified as each of the labels [N] has it.
 
     DataError unless there is a whole number, a class of the network, for each image: other shapes would be broadcast.
     """
-    if not (isinstance(given, tuple | list) and len(given) == parts and all(isinstance(t, Tensor) for t in given)):
-        raise DataError(f"{what} is {type(given).__name__}, allowed is Images or {parts} tensors, pixels first")
-    pixels, *labels = given
     for each in labels:
         if each.shape != pixels.shape[:1] or each.dtype == torch.bool or each.is_floating_point() or not len(each):
             raise DataError(
-                f"{what} has {len(pixels)} images and labels {list(each.shape)} of {each.dtype}, allowed is one whole "
-                "number for each of at least one image"
+                f"{len(pixels)} images have labels {list(each.shape)} of {each.dtype}, allowed is one whole number for "
+                "each of at least one image"
             )
     predictions, classes = _predict(model, in_range(pixels.detach()) if pixels.is_floating_point() else pixels)
     for each in labels:

@@ -31,9 +31,9 @@ from sau.data.readers import class_folders, image_folder
 from sau.data.sources import check_clean_set, fingerprint
 from sau.defense.base import Defense
 from sau.defense.checks import misuse
-from sau.defense.nc import Inversion, Patches, anomaly
+from sau.defense.nc import NC, Patches, anomaly
 from sau.errors import ConfigError, DataError
-from sau.evaluate import AT_ONCE_ON_CPU, Proportion, Score, predict, score, table
+from sau.evaluate import Proportion, Score, proportions, score, table
 from sau.files import safe_join
 from sau.graphs import shared_weight_twin
 from sau.loop import RunContext
@@ -44,7 +44,6 @@ from sau.run import RunLogger, begin
 from sau.settings import OF_RECORDS, Settings
 from sau.util import seeded
 
-DEAR = 10.0  # points of accuracy, above which their loss is worth a warning
 IMAGES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 images in batches of 250
 
 
@@ -65,25 +64,28 @@ class Reversal:
 
     def summary(self, clean: Sequence[float]) -> dict[str, Any]:
         """For a report; `clean` are the indices of clean networks that were searched alike."""
-        index = None if self.index is None else round(self.index, 2)
-        said = {"norms": [round(norm, 2) for norm in self.norms], "class": self.label, "index": index}
-        if self.index is None or not clean:
-            return {**said, "clean_networks": len(clean), "clean_above": None, "p": None}
-        reached = sum(other >= self.index for other in clean)
-        p = round((1 + reached) / (1 + len(clean)), 3)
-        return {**said, "clean_networks": len(clean), "clean_above": reached, "p": p}
+        index, above, p = self.index, None, None
+        if index is not None and clean:
+            above = sum(other >= index for other in clean)
+            p = round((1 + above) / (1 + len(clean)), 3)
+        said = {
+            "norms": [round(norm, 2) for norm in self.norms],
+            "class": self.label,
+            "index": index and round(index, 2),
+        }
+        return {**said, "clean_networks": len(clean), "clean_above": above, "p": p}
 
     def text(self, clean: Sequence[float]) -> str:
         """The same as a line."""
-        said = self.summary(clean)
-        smallest = f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
+        said, smallest = self.summary(clean), f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
         if self.index is None:
             return smallest
-        smallest += f", index {self.index:.1f}"
-        if not clean:
-            return f"{smallest}; no clean network with as many classes was searched for as long on as few images"
-        beside = f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that"
-        return f"{smallest}; {beside} (p {said['p']})"
+        rank = "no clean network with as many classes was searched for as long on as few images"
+        if clean:
+            rank = (
+                f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that (p {said['p']})"
+            )
+        return f"{smallest}, index {self.index:.1f}; {rank}"
 
 
 def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Reversal | None:
@@ -97,13 +99,11 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     """
     if passes == 0:
         return None
-    some = sample(images, None, IMAGES, seed)[0]
-    batches = some.batches(BATCH, seed=seed)
-    patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), Inversion.init_cost)
+    some, nc = sample(images, None, IMAGES, seed)[0], NC(nc_epoch=passes)
+    patches = Patches(images.num_classes, 1, to_float(some.pixels[:1]), nc.init_cost)
     with seeded(seed), torch.compiler.set_stance("force_eager"):  # open classes become fewer, and batches with them
-        Inversion(nc_epoch=passes).invert(
-            shared_weight_twin(model), batches, patches, RunContext(say=lambda line: None)
-        )
+        twin, batches = shared_weight_twin(model), some.batches(BATCH, seed=seed)
+        nc.invert(twin, batches, patches, RunContext(say=lambda line: None))
     norms = patches.found()[2]
     label = int(norms.argmin())
     index = float(anomaly(norms)[label])
@@ -141,9 +141,11 @@ def concentration(found: Found, classes: int) -> dict[str, Any]:
 
 def split(images: Images, share: float) -> tuple[Images, Images]:
     """(to purify with, to measure with): the last `share` of each class measures; each keeps an image of either."""
-    for label, count in enumerate(images.labels.bincount(minlength=images.num_classes).tolist()):
-        if count == 1:
-            raise DataError(f"class {label} has {count} clean images; each class needs two, one to measure with")
+    counts = images.labels.bincount(minlength=images.num_classes)
+    if (counts == 1).any():
+        raise DataError(
+            f"class {int((counts == 1).nonzero()[0])} has 1 clean image; each class needs two, one to measure with"
+        )
     held = last_of_each(images.labels, share)
     return images[~held], images[held]
 
@@ -167,8 +169,8 @@ def purify(name: str, asked: Settings) -> None:
     model = Normalized(to_channels_last(net), own.mean or None, own.std or None).to(where).eval()
     method = asked.adapted(method, model, len(given))
     _check_classes(model, test, clean)
-    answers = predict(model, given.pixels)  # few that are right are said before hours are spent
-    misused = misuse(model, given.batches(AT_ONCE_ON_CPU), given.labels, answers, given.num_classes)
+    (right,) = proportions(model, given.pixels, given.labels)
+    misused = misuse(right.hits, right.total, given.num_classes)  # said before hours are spent
     notes = [misused] if misused else []
     if file.classes and not names:
         theirs = f"{file.path.name} names its classes {short_names(file.classes)}"
@@ -200,9 +202,6 @@ def purify(name: str, asked: Settings) -> None:
     report = {"before": _report(record, "before", before, threat, patches, alike)}
     report["after"] = _report(record, "after", after, left, smaller, alike)
     _keep(record, fixed, net, "safetensors" if file.kind == SAFE else "pt")
-    if before.acc.percent - after.acc.percent > DEAR:
-        lost = f"{before.acc.percent:.1f} to {after.acc.percent:.1f} %"
-        record.log(f"warning: the accuracy fell from {lost}; try gentler settings of {name}, or more clean images")
     logger.finish(report)
 
 
@@ -251,7 +250,7 @@ def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
 
 
 def _report(
-    record: Record, when: str, accuracy: Score, found: Found, patches: Reversal | None, alike: dict[str, int]
+    record: Record, when: str, found_score: Score, found: Found, patches: Reversal | None, alike: dict[str, int]
 ) -> dict[str, Any]:
     """What is said of a network, for `summary.json`, and in a line for the screen; `alike` are the clean networks that
     its patches are compared with."""
@@ -261,7 +260,7 @@ def _report(
         text += f"; {flips['share']:.1f} % of {flips['count']} adversarial examples lead to class {flips['class']}"
         text += f" (evenly: {flips['even']:.1f} %)"
     record.log(text)
-    report = {**accuracy.summary(), "risk": found.summary(), "flips": flips}
+    report = {**found_score.summary(), "risk": found.summary(), "flips": flips}
     if patches is not None:
         clean = clean_indices(**alike)
         report["reversal"] = patches.summary(clean)

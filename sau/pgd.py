@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sau.config import check
+from sau.config import check, param
 from sau.errors import require
 from sau.types import Change, Flags, PerImage, Pixels
 
@@ -48,31 +48,19 @@ class Ball:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How the risks are searched for (`sau.risk`): steepest ascent in S, with x + e in [0, 1].
+    """How the risks are searched for (`sau.risk`): steepest ascent in S, with x + e in [0, 1]."""
 
-    Args:
-        norm: of the ball: L_inf, L2 or L1.
-        eps: its radius, in [0, 1] pixels: above 0 and, in L_inf, below 1.
-        steps: of each search.
-        step_size: length of a step in that norm; None means 2.5 eps / steps.
-        restarts: searches from random places, for each risk.
-    """
-
-    norm: Bounded = "L_inf"
-    eps: float = 0.2
-    steps: int = 20
-    step_size: float | None = None
-    restarts: int = 2
+    norm: Bounded = param("L_inf", "norm of the ball")
+    eps: float = param(0.2, "its radius, in [0, 1] pixels; in L_inf below 1")
+    steps: int = param(20, "steps of each search", ge=1)
+    step_size: float | None = param(None, "length of a step in that norm; None means 2.5 eps / steps")
+    restarts: int = param(2, "searches from random places, for each risk", ge=1)
 
     def __post_init__(self) -> None:
         check(self, " of the risks' search")
-        for name, fine, allowed in (
-            ("eps", is_radius(self.eps, self.norm), RADII),
-            ("steps", self.steps >= 1, "1 and more"),
-            ("step_size", self.step_size is None or is_radius(self.step_size, self.norm), f"none, or {RADII}"),
-            ("restarts", self.restarts >= 1, "1 and more"),
-        ):
-            require(f"{name} of the risks' search", getattr(self, name), fine, allowed)
+        for name in ("eps", "step_size"):
+            value = getattr(self, name)
+            require(f"{name} of the risks' search", value, value is None or is_radius(value, self.norm), RADII)
 
     @property
     def ball(self) -> Ball:

@@ -1,4 +1,4 @@
-"""How well a trigger hides, measured on the triggered test pictures as they are stored, 8 bits deep."""
+"""How well a trigger hides, measured on the triggered test images as they are stored, 8 bits deep."""
 
 import importlib.util
 from typing import Any
@@ -12,7 +12,7 @@ from sau.pgd import RADII, is_radius
 from sau.types import Bytes
 
 RADIUS = 0.2  # of the L-infinity ball that SAU searches, in [0, 1] pixels
-SAMPLE = 1000  # pictures that SSIM is averaged over; it takes about a millisecond each
+SAMPLE = 1000  # images that SSIM is averaged over; it takes about a millisecond each
 
 
 def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str, Any]:
@@ -20,18 +20,18 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
 
     Args:
         clean: uint8 [N, C, H, W].
-        triggered: the same pictures with the trigger.
+        triggered: the same images with the trigger.
         radius: of the ball in the L-infinity norm, in [0, 1] pixels. SAU's Assumption (a) is that the perturbations
             g(x) - x of the attack lie in the ball that it searches (Wei et al. 2023, section 3).
 
     Returns:
-        psnr: mean over the changed pictures of 10 log10(1 / MSE), in dB; None if nothing changed.
-        ssim: mean structural similarity of `ssim_count` pictures by scikit-image's default; None without skimage. Its
+        psnr: mean over the changed images of 10 log10(1 / MSE), in dB; None if nothing changed.
+        ssim: mean structural similarity of `ssim_count` images by scikit-image's default; None without skimage. Its
         windows of 7x7 weigh all pixels alike, where Wang et al. 2004 weigh them by a Gaussian.
-        ssim_count: of how many pictures that is, spread evenly.
-        linf, linf_max: mean and maximum over pictures of the largest change of a value, in [0, 1] pixels.
-        unchanged: percentage of pictures that the trigger does not change.
-        in_ball: percentage of pictures whose change is at most `radius`.
+        ssim_count: of how many images that is, spread evenly.
+        linf, linf_max: mean and maximum over images of the largest change of a value, in [0, 1] pixels.
+        unchanged: percentage of images that the trigger does not change.
+        in_ball: percentage of images whose change is at most `radius`.
         radius: as given.
     """
     require("radius", radius, is_radius(radius, "L_inf"), RADII)
@@ -67,7 +67,7 @@ def describe(found: dict[str, Any]) -> str:
     """A line for the screen."""
     ssim = "" if found["ssim"] is None else f", SSIM {found['ssim']:.3f}"
     psnr = "unchanged" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB"
-    none = f", {found['unchanged']:g} % of the pictures unchanged" if 0 < found["unchanged"] < 100 else ""
+    none = f", {found['unchanged']:g} % of the images unchanged" if 0 < found["unchanged"] < 100 else ""
     return (
         f"trigger: {psnr}{ssim}, L-infinity {found['linf']:.3f} (at most {found['linf_max']:.3f}), "
         f"{found['in_ball']:g} % within {found['radius']:g}{none}"
@@ -89,8 +89,8 @@ def magnified(difference: Tensor, white: float = 1.0) -> tuple[Tensor, float]:
     """|difference| times the factor that makes its largest value white, and the factor.
 
     Args:
-        difference: of pictures, any shape; where it is less than a grey level it is taken for one.
-        white: the value of white in the pictures, 1 or 255.
+        difference: of images, any shape; where it is less than a grey level it is taken for one.
+        white: the value of white in the images, 1 or 255.
     """
     gain = white / max(float(difference.abs().max()), white / 255)
     return difference.abs() * gain, gain

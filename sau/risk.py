@@ -59,7 +59,6 @@ class Found:
     example: Pixels  # [M, C, H, W], its perturbation
     witness: Pixels  # [M, C, H, W], the perturbation of a witness for R_share; 0 where there is none
     passes: float  # forward passes of one network an image of D' (a gradient counts as one more)
-    passes_unpadded: float  # the same without the images that only fill batches
 
     def shares(self) -> dict[str, Proportion]:
         """The risks with their counts: r_cl, r_bd, r_adv, r_share, r_share_blind, r_share_sau, type1, type2, type3,
@@ -110,11 +109,9 @@ def measure(
         search: how; default is L_inf with radius 0.2.
         seed: of the random places that searches start from.
 
-    Raises DataError for other data, images that are no pairs or lie elsewhere than the networks, or none, and for
-    networks of other classes; ConfigError for those that end in softmax; TrainingError for logits that are not finite.
+    Raises DataError for no images or images that are no pairs, and for networks of other classes; ConfigError for those
+    that end in softmax; TrainingError for logits that are not finite.
     """
-    if not isinstance(clean, Images) or not isinstance(triggered, Images | None):
-        raise DataError("risks are measured on Images; Images.clean(pixels, labels, num_classes) makes them")
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
         raise DataError("no images to measure risks on; give at least one")
     every = torch.arange(len(clean), device=clean.labels.device)
@@ -136,12 +133,7 @@ def gauge(
 
 
 def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> None:
-    places = {chosen.pixels.device, *(weight.device for network in networks for weight in network.parameters())}
-    if len(places) > 1:
-        where = " and ".join(sorted(map(str, places)))
-        raise DataError(f"the networks and the images lie on {where}; bring them to one device with their .to(...)")
-    with torch.no_grad():
-        some = [logits_of(network, to_float(chosen.pixels[:8])) for network in networks]
+    some = [logits_of(network, to_float(chosen.pixels[:8])) for network in networks]
     for logits in some:
         check_logits(logits)
     classes, others = (logits.shape[1] for logits in some)
@@ -178,7 +170,7 @@ def _found(hunt: "AdversarialSearch", clean: Images, triggered: Images | None, p
     return Found(
         wrong=predictions != clean.labels, target=target, planted=planted, inside=inside, adv=hunt.adv,
         share=hunt.share, blind=blind, by_sau=by_sau, kind=kind, answer=answer, example=example, witness=hunt.witness,
-        passes=hunt.passes / len(x), passes_unpadded=hunt.passes_unpadded / len(x),
+        passes=hunt.passes / len(x),
     )  # fmt: skip
 
 
@@ -197,17 +189,17 @@ def shared_margin(u: Logits, v: Logits, y: Labels) -> PerImage:
 
 class AdversarialSearch:
     """Images x [M, C, H, W] in [0, 1] with labels y, and the witnesses found for them so far: `adv`, `share`, `witness`
-    and, for all images together, `passes` and `passes_unpadded` are as in `Found`."""
+    and, for all images together, `passes` are as in `Found`."""
 
     def __init__(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels, search: Search) -> None:
         self.model, self.reference, self.x, self.y, self.search = model, reference, x, y, search
         self.adv, self.share = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
         self.witness = torch.zeros_like(x)
-        self.passes = self.passes_unpadded = 0
+        self.passes = 0
 
     def predict(self, model: nn.Module, x: Pixels) -> Labels:
         """Classes that `model` gives to x."""
-        self._count(len(x), len(x))
+        self.passes += len(x)
         return predict(model, x, BATCH)
 
     def note(
@@ -232,28 +224,29 @@ class AdversarialSearch:
         delta = torch.zeros_like(self.x)
         for at in torch.arange(len(a), device=a.device).split(BATCH):
             delta[at], _ = sau.shared_pgd(self.model, self.reference, self.x[at], self.y[at], a[at], r[at])
-        self._count(4 * sau.adv_steps * len(a), 4 * sau.adv_steps * len(a))
+        self.passes += 4 * sau.adv_steps * len(a)
         return delta
 
     def strongest(self) -> Change:
         """For every image the e with the largest cross-entropy of h on one full search, as training would use it."""
         best, highest = torch.zeros_like(self.x), torch.full_like(self.x[:, 0, 0, 0], -torch.inf)
 
-        def keep(at: Labels, delta: Change, loss: PerImage) -> None:
-            better = loss > highest[at]
-            best[at[better]], highest[at[better]] = delta[better], loss[better]
+        def goal(at: Labels, delta: Change) -> PerImage:
+            loss = self._alone(at, delta)
+            better = loss.detach() > highest[at]
+            best[at[better]], highest[at[better]] = delta.detach()[better], loss.detach()[better]
+            return loss
 
-        start = self.search.ball.start(self.x, "random")
-        self._climb(self._alone, start, lambda: torch.ones_like(self.adv), keep)
+        self._climb(goal, self.search.ball.start(self.x, "random"), torch.zeros_like(self.adv))
         return best
 
     def adversarial(self, delta: Change) -> None:
         """Search for witnesses of `adv` from `delta`, where there is none yet."""
-        self._climb(self._alone, delta, lambda: ~self.adv)
+        self._climb(self._alone, delta, self.adv)
 
     def shared(self, delta: Change) -> None:
         """Search for witnesses of `share` from `delta`, where there is none yet."""
-        self._climb(self._together, delta, lambda: ~self.share, networks=2)
+        self._climb(self._together, delta, self.share, networks=2)
 
     def _alone(self, at: Labels, delta: Change) -> PerImage:
         z = logits_of(self.model, self.x[at] + delta)
@@ -266,33 +259,17 @@ class AdversarialSearch:
         return shared_margin(u, v, self.y[at])
 
     def _climb(
-        self,
-        goal: Callable[[Labels, Change], PerImage],
-        delta: Change,
-        left: Callable[[], Flags],
-        keep: Callable[[Labels, Change, PerImage], None] = lambda *_: None,
-        networks: int = 1,
+        self, goal: Callable[[Labels, Change], PerImage], delta: Change, settled: Flags, networks: int = 1
     ) -> None:
-        """`steps` steps up `goal` for the images that are `left`, and a look at where the last one leads."""
-
-        def value(at: Labels, d: Change) -> PerImage:
-            height = goal(at, d)
-            keep(at, d.detach(), height.detach())
-            return height
-
+        """`steps` steps up `goal`, which may settle images, for those that are not, and a look at where the last one
+        leads."""
         delta = delta.clone()
         for step in range(self.search.steps + 1):
-            settled, last = ~left(), step == self.search.steps
-            needed = int((~settled).sum())
-            active = unsettled(settled)  # padding images are updated too, but their result is already stored
-            passes = networks * (1 if last else 2)
-            self._count(passes * len(active), passes * needed)
-            for at in active.split(BATCH) if needed else ():
+            last, active = step == self.search.steps, unsettled(settled)
+            self.passes += networks * (1 if last else 2) * len(active)
+            for at in active.split(BATCH) if len(active) else ():
                 if last:
                     with torch.no_grad():
-                        value(at, delta[at])
-                else:
-                    delta[at] = self.search.ascend(partial(value, at), self.x[at], delta[at])
-
-    def _count(self, passes: int, unpadded: int) -> None:
-        self.passes, self.passes_unpadded = self.passes + passes, self.passes_unpadded + unpadded
+                        goal(at, delta[at])
+                else:  # images that only fill batches move, too, but what was found for them is kept
+                    delta[at] = self.search.ascend(partial(goal, at), self.x[at], delta[at])

@@ -51,12 +51,6 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture
-def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those who prune by an accuracy would prune nothing of an untrained network, for it is chance."""
-    monkeypatch.setattr("sau.defense.pruning.chance", lambda held: -1.0)
-
-
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """`cli("attack", "badnet", *flags, cwd=folder)` runs a script of the repository from a foreign folder."""

@@ -1,4 +1,4 @@
-"""Every defense, with settings for networks and pictures of toys."""
+"""Every defense, with settings for networks and images of toys."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Row:
         defense: the method.
         rounds: whether it trains all weights, round by round, and in nothing but rounds.
         random: whether its result depends on the seed; not where it draws nothing.
-        pictures: whether its result depends on the pictures; not where the weights alone say what is pruned.
+        images: whether its result depends on the images; not where the weights alone say what is pruned.
     """
 
     defense: Defense

@@ -10,14 +10,9 @@ from toys import planted, quiet, tiny_net, toy_images
 
 from sau.defense import AT, DEFENSES, FT, NAD, SAU
 from sau.defense import verdict as verdicts
-from sau.defense.inputs import Statistics, clean_batches, image_count
 from sau.defense.verdict import PatchSearch, Verdict
 from sau.loop import Session
 from sau.models import PreActResNet18
-
-
-def batches_of(loader: Any) -> Any:
-    return clean_batches(loader, 256, torch.device("cpu"), Statistics(None, None), 0)
 
 
 @pytest.mark.parametrize("defense", [SAU, AT])
@@ -50,17 +45,16 @@ def test_the_rate_follows_from_the_weights() -> None:
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:
-    x, y = torch.rand(100, 3, 8, 8), torch.arange(100) % 4
-    some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
-    assert image_count(batches_of(some)) == (40, 3)
-    assert image_count(batches_of((x, y))) == (100, None)
     assert SAU().adapted(tiny_net(), 40, 3).epochs == 84
     assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
+    x, y = torch.rand(100, 3, 8, 8), torch.arange(100) % 4
+    some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
+    assert first_line(SAU(), some).startswith("252 updates at 0.003 (OneCycleLR): 40 images")
 
 
-def first_line(method: Any, **how: Any) -> str:
+def first_line(method: Any, images: Any = None, **how: Any) -> str:
     lines: list[str] = []
-    images = toy_images(40)
+    images = toy_images(40) if images is None else images
     with pytest.raises(KeyboardInterrupt):
         method.purify(tiny_net(), images, session=Session(say=lines.append, on_epoch=stop), **how)
     return next(line for line in lines if " updates at " in line)
@@ -114,4 +108,4 @@ def test_many_classes_are_searched_where_images_lead() -> None:
     with torch.no_grad():
         net[1].bias[7] = 0.5
     search = PatchSearch(net, torch.rand(12, 3, 4, 4), torch.zeros(12, dtype=torch.long))
-    assert len(search.before.classes) == verdicts.CLASSES and 7 in search.before.classes
+    assert len(search.classes) == verdicts.CLASSES and 7 in search.classes

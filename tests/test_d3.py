@@ -51,13 +51,14 @@ def test_the_hinge_by_hand():
 def test_a_step_within_the_budget_is_the_distances_alone(penalty, divisor):
     """W <- sphere(W + lr (W - W0) / |W - W0|), the rest of the network stays; above 1 lambda + 1 divides."""
     net, images = tiny_net().double(), toy_images(8)
+    x, y = images.pixels.double() / 255, images.labels
     method = D3(penalty=penalty, eps=100.0, lr=0.1, start="random", lr_scheduler="constant")
     origin = net.linear.weight.detach().clone()
-    state = method.begin(net, [net.linear.weight], 1)
+    state = method.prepare(net, [(x, y)])
     before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     away = (before["linear.weight"] - origin) / (before["linear.weight"] - origin).norm()
     moved = before["linear.weight"] + 0.1 / divisor * away
-    report = method.step(state, images.pixels.double() / 255, images.labels)
+    report = method.step(state, x, y)
     after = dict(net.named_parameters())
     assert torch.allclose(after["linear.weight"], moved * origin.norm() / moved.norm(), rtol=1e-12)
     assert all(torch.equal(after[name], before[name]) for name in before if name != "linear.weight")
@@ -72,7 +73,7 @@ def test_the_clean_loss_counts_as_often_as_its_penalty(penalty):
     other = tiny_net().double().train()
     (gradient,) = torch.autograd.grad(hinge(other(x), y, 0.1), [other.linear.bias])
     method = D3(penalty=penalty, lr=0.1, start="near", lr_scheduler="constant")
-    method.step(method.begin(net, [net.linear.weight], 1), x, y)
+    method.step(method.prepare(net, [(x, y)]), x, y)
     factor = penalty / (penalty + 1 if penalty > 1 else 1)
     assert torch.allclose(net.linear.bias, other.linear.bias - 0.1 * factor * gradient, rtol=1e-9)
 
@@ -82,7 +83,7 @@ def test_the_starts(start):
     net = tiny_net()
     origin, bias = net.linear.weight.detach().clone(), net.linear.bias.detach().clone()
     torch.manual_seed(0)
-    D3(start=start).begin(net, [net.linear.weight], 1)
+    D3(start=start).prepare(net, [pair()])
     found = net.linear.weight.detach()
     assert torch.equal(net.linear.bias, bias)
     match start:

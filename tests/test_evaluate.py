@@ -1,8 +1,5 @@
 """Every number in every table: shares, intervals, ACC, ASR, R-ACC and DER."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,8 +8,8 @@ from toys import Shaped, tiny_net, toy_images
 from sau import util as formatting
 from sau.attack import Blended
 from sau.data.images import to_float
-from sau.errors import ConfigError, DataError, TrainingError
-from sau.evaluate import Proportion, Score, accuracy, asr_and_racc, der, predict, score, table, verdict
+from sau.errors import DataError, TrainingError
+from sau.evaluate import Proportion, Score, der, predict, proportions, score, table, verdict
 
 # Proportions
 
@@ -73,12 +70,12 @@ class Constant(nn.Module):
 
 
 def saying(answers: list[int]) -> Tensor:
-    """Pictures to which `Answers` gives these classes."""
+    """Images to which `Answers` gives these classes."""
     return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
 
 
 def test_a_constant_answer():
-    """40 pictures of four classes: a quarter is right; the target's answer is always the attack's, never the truth."""
+    """40 images of four classes: a quarter is right; the target's answer is always the attack's, never the truth."""
     test = toy_images(40)
     triggered = Blended().poison_test(test)
     target, other = score(Constant(0), test, triggered), score(Constant(2), test, triggered)
@@ -87,7 +84,7 @@ def test_a_constant_answer():
 
 
 def test_counts_by_hand():
-    """Four clean pictures, three right. Five triggered ones: two go to the target 0, two to their class, one astray."""
+    """Four clean images, three right. Five triggered ones: two go to the target 0, two to their class, one astray."""
     clean = (saying([0, 1, 2, 0]), torch.tensor([0, 1, 2, 3]))
     triggered = (saying([0, 0, 1, 2, 3]), torch.zeros(5, dtype=torch.long), torch.tensor([1, 2, 1, 2, 2]))
     result = score(Answers(), clean, triggered)
@@ -135,7 +132,7 @@ NO_MEMORY = [
 
 @pytest.mark.parametrize("refusal", NO_MEMORY, ids=["CUDA", "CPU"])
 def test_blocks_that_memory_does_not_hold_are_halved(refusal):
-    """From there on, so that each picture is answered once; a single one that is too much is an error."""
+    """From there on, so that each image is answered once; a single one that is too much is an error."""
     net, pixels, sizes = tiny_net(), toy_images(23).pixels, []
 
     def most(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -165,15 +162,6 @@ def test_scoring_leaves_the_network_as_it_was():
     assert not any(seen) and seen
     assert torch.equal(net.features[1].running_mean, statistics)
     assert [module.training for module in net.modules()] == before
-
-
-SHAPES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "maps": (lambda logits: logits[..., None, None], "(6, 4, 1, 1)"),
-    "a dictionary": (lambda logits: {"logits": logits}, "dict"),
-    "a pair": (lambda logits: (logits, logits), "tuple"),
-    "a number each": (lambda logits: logits[:, 0], "(6,)"),
-    "fewer": (lambda logits: logits[1:], "(5, 4)"),
-}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -311,7 +299,7 @@ FLOATS = to_float(IMAGES.pixels)
 @pytest.mark.parametrize(
     ("pixels", "labels", "word"),
     [
-        (255 * FLOATS, IMAGES.labels, "divide them by 255"),
+        (255 * FLOATS, IMAGES.labels, "by 255"),
         (4 * FLOATS - 2, IMAGES.labels, "normalised"),
         (FLOATS, torch.zeros(6, 1).long(), "[6, 1]"),  # against six predictions that would be 36 comparisons
         (FLOATS, torch.zeros(5).long(), "[5]"),
@@ -326,20 +314,15 @@ def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word
     for measured in (
         lambda: score(net, (pixels, labels), None),
         lambda: score(net, IMAGES, (pixels, IMAGES.labels, labels)),
-        lambda: accuracy(net, pixels, labels),
-        lambda: asr_and_racc(net, pixels, labels, IMAGES.labels),
+        lambda: proportions(net, pixels, labels),
+        lambda: proportions(net, pixels, IMAGES.labels, labels),
     ):
         with pytest.raises(DataError) as refusal:
             measured()
         assert word in one_line(refusal.value)
 
 
-def test_what_else_is_refused(one_line, unchecked):
-    with pytest.raises(ConfigError) as refusal:
-        predict(tiny_net(), IMAGES.pixels, 0)
-    assert "batch_size is 0" in one_line(refusal.value)
-    with pytest.raises(DataError, match="allowed is Images or 2 tensors"):
-        score(tiny_net(), [(IMAGES.pixels, IMAGES.labels)], None)  # as a loader gives them
+def test_a_logit_that_is_not_finite_in_any_batch_is_refused():
     sometimes = Shaped(lambda z: torch.where(torch.arange(len(z))[:, None] == 3, torch.nan, z))
     with pytest.raises(TrainingError):
         predict(sometimes, toy_images(20).pixels, batch_size=5)

@@ -46,7 +46,6 @@ def test_the_last_step_within_the_tolerance_is_the_one_applied(step, expected):
     assert torch.equal(fixed[1].weight[:, kept], net[1].weight[:, kept]) and torch.equal(fixed[1].bias, net[1].bias)
 
 
-@pytest.mark.usefixtures("no_chance")  # what is left guesses
 def test_a_tolerance_that_allows_all_leaves_one_unit():
     net, data = ten_units()
     fixed = FP(epochs=0, acc_ratio=0.6, augment=False).purify(net, data, session=quiet())
@@ -157,7 +156,6 @@ def test_the_step_is_a_whole_number_of_units_whatever_rounding_does(monkeypatch)
 # Fine-tuning
 
 
-@pytest.mark.usefixtures("no_chance")  # the network is untrained
 @pytest.mark.parametrize("unit", ["linear_input", "last_conv"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer):

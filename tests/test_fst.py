@@ -31,7 +31,7 @@ def test_a_step_is_the_papers_in_double_precision(alpha):
     net, images = tiny_net().double(), toy_images(8)
     x, y = images.pixels.double() / 255, images.labels
     method, origin = FST(alpha=alpha, lr=0.1, lr_scheduler="constant"), net.linear.weight.detach().clone()
-    state = method.begin(net, net.linear, 1)
+    state = method.prepare(net, [(x, y)])
     weight, bias = net.linear.weight.detach().clone(), net.linear.bias.detach().clone()
     other = tiny_net().double().train()
     other.load_state_dict(net.state_dict())
@@ -49,7 +49,7 @@ def test_the_classifier_is_drawn_anew_from_the_interval_of_its_inputs(reset_bias
     net = nn.Sequential(nn.Flatten(), nn.Linear(512, 10))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     net[1].weight.data *= 3
-    sphere = FST(reset_bias=reset_bias).begin(net, net[1], 1)["sphere"]
+    sphere = FST(reset_bias=reset_bias).prepare(net, [(torch.rand(2, 512, 1, 1), torch.zeros(2).long())])["sphere"]
     weight, bias, bound = net[1].weight.detach(), net[1].bias.detach(), 1 / math.sqrt(512)
     assert weight.abs().max() <= bound and weight.abs().max() > 0.95 * bound
     assert weight.norm().item() == pytest.approx(1.826, rel=0.05)

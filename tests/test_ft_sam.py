@@ -94,7 +94,7 @@ def test_a_step_is_the_papers_in_double_precision(adaptive, alpha):
 
     once = tiny_net().double().train()
     once(x)
-    method.step(method.prepare(net, 1), x, y)
+    method.step(method.prepare(net, range(1)), x, y)
     found = torch.cat([weight.detach().flatten() for weight in net.parameters()])
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12) and not torch.allclose(found, w - 0.1 * g, atol=1e-4)
     assert all(torch.equal(value, dict(once.named_buffers())[name]) for name, value in net.named_buffers())

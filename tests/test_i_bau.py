@@ -13,7 +13,6 @@ from toys import backdoored, batch, pair, quiet, same_weights, smooth_net, tiny_
 
 from sau.defense import IBAU
 from sau.defense.i_bau import solve
-from sau.defense.inputs import CachedBatches
 from sau.evaluate import score
 from sau.loop import Session
 from sau.models import Normalized, full_precision, to_channels_last
@@ -195,19 +194,6 @@ def test_it_computes_in_single_precision():
     assert model.amp
 
 
-# Resuming
-
-
-def test_the_pictures_are_drawn_once_for_all_rounds():
-    x, y = pair()
-    kept = CachedBatches([(x[:8], y[:8], "more"), (x[8:], y[8:], "more")])
-    assert [len(labels) for _, labels in kept] == [8, 12] and len(kept) == 2
-    assert torch.equal(torch.cat([pixels for pixels, _ in kept]), x)
-    again = CachedBatches([(x[:8] * 0, y[:8]), (x[8:] * 0, y[8:])])
-    again.load_state_dict(kept.state_dict())
-    assert torch.equal(torch.cat([pixels for pixels, _ in again]), x)
-
-
 # The claim, on a toy
 
 
@@ -216,7 +202,7 @@ def test_it_removes_the_backdoor_and_keeps_the_accuracy():
     net, clean, test, triggered = backdoored()
     before = score(net, test, triggered)
     defense = IBAU(lr=0.01, inner_lr=1.0, portion=0.1, epochs=8, batch_size=25, augment=False)
-    tuned = replace(defense, portion=0.0)  # the same updates on clean pictures alone
+    tuned = replace(defense, portion=0.0)  # the same updates on clean images alone
 
     def median(method: IBAU, name: str) -> float:
         scores = (score(method.purify(net, clean, seed=seed, session=quiet()), test, triggered) for seed in range(3))
@@ -225,6 +211,3 @@ def test_it_removes_the_backdoor_and_keeps_the_accuracy():
     assert before.asr.percent > 90 and median(tuned, "asr") > 20
     assert median(defense, "asr") < 10 and median(defense, "racc") > 80
     assert median(defense, "acc") >= before.acc.percent - 10
-
-
-# Networks of other kinds

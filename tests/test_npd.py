@@ -34,9 +34,9 @@ def test_it_stands_before_the_second_convolution_of_the_last_block():
     """The default is the benchmark's; the keys of all other weights stay."""
     net = build("preactresnet18", 10, width=4, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     keys = set(net.net.state_dict())
-    state = NPD().prepare(net, 1)
+    state = NPD().prepare(net, range(1))
     new = set(net.net.state_dict()) - keys
-    assert state["norm"] == "net.layer4.1.conv1.norm" and net.net.layer4[1].conv1.layer.in_channels == 32
+    assert state["_norm"] is net.net.layer4[1].conv1.norm and net.net.layer4[1].conv1.layer.in_channels == 32
     assert keys - set(net.net.state_dict()) == {"layer4.1.conv1.weight"}
     names = ["polarizer.weight", "layer.weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
     assert new == {f"layer4.1.conv1.{name}" for name in [*names, "norm.num_batches_tracked"]}
@@ -74,7 +74,7 @@ def test_the_search_stays_in_the_ball_and_in_the_pixels():
 
 @pytest.mark.parametrize(("there", "steps"), [(3, 2), (4, 1)])
 def test_the_search_stops_once_more_than_sixty_percent_are_there(there, steps):
-    """Of 5 pictures, 3 are not enough and 4 are. `there` of them reach class 1 with the first step."""
+    """Of 5 images, 3 are not enough and 4 are. `there` of them reach class 1 with the first step."""
     net = linear_net([1.0, 0, 0, 0], [0, 1.0, 0, 0])
     x = torch.full((5, 1, 2, 2), 0.5)
     x[:there, 0, 0, 0] += 0.15  # a step of 0.1 up and down makes up for this
@@ -109,14 +109,14 @@ def test_a_step_weighs_the_losses():
     images = toy_images(8)
     x, y = images.pixels.double() / 255, images.labels
     net = tiny_net().double()
-    state = method.prepare(net, 1)
+    state = method.prepare(net, range(1))
     other = copy.deepcopy(net)
     report = method.step(state, x, y)
 
     answer, runner_up = other(x).topk(2).indices.T
     delta = method.search(other, x, runner_up)
     other.features[3].norm.train()
-    both = other(torch.cat([x, x + delta]))  # the batch norm sees clean and perturbed pictures together
+    both = other(torch.cat([x, x + delta]))  # the batch norm sees clean and perturbed images together
     z, z_adv = both[:8], both[8:]
     p = z_adv.softmax(1)
     rows = torch.arange(8)

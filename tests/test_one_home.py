@@ -58,7 +58,7 @@ HOMES: dict[str, tuple[set[str], set[str]]] = {
     "copies of networks": (
         calling("deepcopy"),
         {
-            "attack/lf_search.py", "audit/measure.py", "defense/_model_io.py", "defense/nad.py", "defense/rnp.py",
+            "attack/lf_search.py", "audit/measure.py", "defense/checks.py", "defense/nad.py", "defense/rnp.py",
             "defense/sau.py", "graphs.py",
         },
     ),

@@ -1,4 +1,4 @@
-"""A network of one's own: weights from a file, clean pictures from a folder, no trigger."""
+"""A network of one's own: weights from a file, clean images from a folder, no trigger."""
 
 import json
 import shutil
@@ -18,7 +18,6 @@ from toys import QUICK, command, environment, stop_after, tiny_net, toy_images
 from sau.compat.weights import network
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
-from sau.evaluate import Proportion, Score
 from sau.models import PreActResNet18
 from sau.own_network import Reversal, _check_classes, by_name, clean_indices, concentration, reverse, split
 from sau.pgd import Search
@@ -32,7 +31,7 @@ FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", "--reversal
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """Three classes of six pictures: red, green, blue."""
+    """Three classes of six images: red, green, blue."""
     for label, name in enumerate(("blue", "green", "red")):
         (tmp_path / "clean" / name).mkdir(parents=True)
         for i in range(6):
@@ -86,7 +85,7 @@ def test_the_report_claims_what_clean_pictures_can_say(net, pictures, tmp_path, 
     summary = json.loads((tmp_path / "record" / "plain_ft" / "summary.json").read_text())
     for when in ("before", "after"):
         said = summary[when]
-        assert said["asr"] is None and said["acc_count"][1] == 3  # one picture of each class measures
+        assert said["asr"] is None and said["acc_count"][1] == 3  # one image of each class measures
         assert said["risk"]["r_adv"] >= said["risk"]["r_share"] and "r_bd" not in said["risk"]
         assert len(said["flips"]["by_class"]) in (0, CLASSES)
         assert len(said["reversal"]["norms"]) == CLASSES and said["reversal"]["p"] is None
@@ -94,17 +93,13 @@ def test_the_report_claims_what_clean_pictures_can_say(net, pictures, tmp_path, 
     assert summary["before"]["risk"]["r_adv"] == summary["before"]["risk"]["r_share"]
 
 
-def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, here, monkeypatch):
-    """Flags that mean nothing here, layers that were added, and a ruined accuracy."""
+def test_what_a_user_has_to_know_of_the_result_is_said(net, pictures, tmp_path, here):
+    """Flags that mean nothing here, and layers that were added."""
     file = layouts(net, tmp_path)[0]
     status, out, _ = here(*flags(file, pictures, "--ratio", "0.5", "--track_risk", "true"))
     assert status == 0 and "--ratio: it is about the record" in out and "--track_risk: the risks before" in out
-    assert "added" not in out and "the accuracy fell" not in out
+    assert "added" not in out
     assert "layers were added" in here("defense", "npd", *flags(file, pictures)[2:])[1]
-    shares = iter([Proportion(9, 10), Proportion(5, 10)])
-    monkeypatch.setattr("sau.own_network.score", lambda *given: Score(next(shares)))
-    out = here(*flags(file, pictures, "--save_folder_name", "ruined"))[1]
-    assert "the accuracy fell from 90.0 to 50.0 %" in out
 
 
 COLOURS = """
@@ -117,7 +112,7 @@ def made():
 
 @pytest.mark.parametrize(("last", "mean", "said"), [
     ([], None, None),
-    ([], "0,0,0", "without mean and std the network classifies 15 of 15 clean images correctly"),
+    ([], "0,0,0", "the network classifies only 5 of 15 clean images correctly; usual causes are mean and std"),
     (["torch.nn.Softmax(1)"], None, "answers with probabilities, allowed are logits"),
 ])  # fmt: skip
 def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean, said, pictures, tmp_path, here):
@@ -136,7 +131,6 @@ def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean
         assert "the network classifies 15 of 15 clean images correctly (100.0 %)" in out and "usual causes" not in out
     else:
         assert any(said in note for note in notes) and out.index(said) < out.index("R_share")
-    assert any("other" in note or "mean" in note for note in notes) is (said is not None)
 
 
 def test_code_is_imported_only_where_it_is_trusted(net, pictures, tmp_path, here, refused, monkeypatch):
@@ -259,7 +253,7 @@ def test_the_split_measures_with_some_of_each_class():
     given, test = split(images, 0.2)
     assert given.labels.tolist() == [0] * 8 + [1] * 2 and test.index.tolist() == [8, 9, 12]
     given, test = split(images, 0.95)
-    assert given.index.tolist() == [0, 10] and len(test) == 11  # no class is measured with all its pictures
+    assert given.index.tolist() == [0, 10] and len(test) == 11  # no class is measured with all its images
     with pytest.raises(DataError, match="class 1 has 1"):
         split(images[torch.arange(11)], 0.2)
 

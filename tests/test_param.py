@@ -19,7 +19,7 @@ from sau.quality import of_attack
 from sau.run import AttackRun, DefenseRun
 from sau.settings import OwnRun, Settings
 
-CLASSES = [AttackRun, DefenseRun, OwnRun, AuditConfig, Training, *ATTACKS.values(), *DEFENSES.values()]
+CLASSES = [AttackRun, DefenseRun, OwnRun, AuditConfig, Training, Search, *ATTACKS.values(), *DEFENSES.values()]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 

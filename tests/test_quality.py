@@ -1,4 +1,4 @@
-"""How well triggers hide, by pictures whose figures can be worked out by hand."""
+"""How well triggers hide, by images whose figures can be worked out by hand."""
 
 import importlib.util
 import math
@@ -16,7 +16,7 @@ needs_skimage = pytest.mark.skipif(
 
 
 def pictures(*changes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture for each change: all of its 4x4x3 values are 100, and one of them is moved."""
+    """A image for each change: all of its 4x4x3 values are 100, and one of them is moved."""
     clean = torch.full((len(changes), 3, 4, 4), 100, dtype=torch.uint8)
     triggered = clean.clone()
     for picture, change in zip(triggered, changes, strict=True):
@@ -72,7 +72,7 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_the_trigger():
 @needs_skimage
 @pytest.mark.parametrize(("a", "b"), [(100, 150), (2, 5)])
 def test_ssim_by_hand_of_flat_pictures(a, b):
-    """Of two flat pictures only the luminance term is left: (2 a b + c) / (a^2 + b^2 + c) with c = (0.01 * 255)^2."""
+    """Of two flat images only the luminance term is left: (2 a b + c) / (a^2 + b^2 + c) with c = (0.01 * 255)^2."""
     clean, other = (torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (a, b))
     c = (0.01 * 255) ** 2
     expected = (2 * a * b + c) / (a**2 + b**2 + c)

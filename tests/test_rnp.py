@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import RNP, pruning
-from sau.evaluate import Proportion, Score, score
+from sau.evaluate import Proportion, Score
 from sau.loop import Session
 
 SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augment": False}
@@ -111,16 +111,3 @@ def test_a_search_for_the_threshold(monkeypatch, select, number):
     session = Session(say=lambda line: None, judge=judge if select == "oracle" else None)
     fixed = RNP(**settings, select=select).purify(tiny_net(), pair(40), session=session)
     assert 1 <= int(pruned(fixed).sum()) <= 4
-
-
-def test_pruning_removes_the_backdoor_and_keeps_the_accuracy():
-    """The claim, on a toy. Of 45 pairs of channels one alone takes the whole backdoor, and no accuracy, with it."""
-    net, clean, test, triggered = backdoored()
-    before = score(net, test, triggered)
-    defense = RNP(batch_size=100, recovering_lr=5.0, pruning_number=None, augment=False)
-    fixed = defense.purify(net, clean, session=quiet())
-    after = score(fixed, test, triggered)
-    assert before.asr.percent > 95 and before.acc.percent > 95
-    assert after.asr.percent < 5 and after.acc.percent > 95
-    assert after.racc.percent > before.racc.percent + 50
-    assert int(pruned(fixed).sum()) <= 3

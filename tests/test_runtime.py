@@ -17,7 +17,6 @@ from sau.config import Method
 from sau.data.images import Augment, to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import TrainingDefense
-from sau.defense.hooks import classifier
 from sau.errors import OutOfMemory
 from sau.graphs import FixedNorms, MicroBatchedStep, fixed_norms
 from sau.loop import Session
@@ -41,9 +40,7 @@ def prepared(method: Method, where: torch.device, amp: bool = False, safe: bool 
             return method.prepare_masks(model, 3) | drawn
         return method.prepare(model.train(), recipe, 3) | drawn
     assert isinstance(method, TrainingDefense)
-    if isinstance(method, D3):
-        return method.begin(model, method.driven(model, x), 3)
-    return method.begin(model, classifier(model, x, "fst"), 3) if isinstance(method, FST) else method.prepare(model, 3)
+    return method.prepare(model, 3 * [(x, x.new_zeros(1).long())])
 
 
 def microbatched(method: Method, state: dict[str, Any], lines: list[str], step: Any = None) -> MicroBatchedStep:
@@ -187,7 +184,7 @@ def test_what_cuda_refuses_leaves_stream_and_generator_as_they_were(draws):
         torch.manual_seed(0)
         model = Normalized(nn.Sequential(nn.Flatten(), Reads(), nn.Linear(3 * 16 * 16, 4))).to(where)
         model.graph_safe = safe
-        step = microbatched(FT(), FT().prepare(model, 10), lines)
+        step = microbatched(FT(), FT().prepare(model, range(10)), lines)
         images = toy_images(8).to(where)
         found.append([float(step(to_float(images.pixels), images.labels)["loss"].detach()) for _ in range(10)])
     assert found[0] == pytest.approx(found[1], rel=1e-4) and torch.cuda.current_stream() == stream
@@ -321,7 +318,7 @@ def in_memory_of(method: TrainingDefense, most: int, count: int = 3) -> tuple[Fu
     """A network after `count` updates from 15 images, what they reported and printed."""
     torch.manual_seed(0)
     full, lines = Full(Normalized(PreActResNet18(4, width=4), (0.5,) * 3, (0.25,) * 3).double(), 1000), list[str]()
-    step, images = microbatched(method, method.prepare(full, count), lines), toy_images(15)
+    step, images = microbatched(method, method.prepare(full, range(count)), lines), toy_images(15)
     full.most = most
     return full, [step(to_float(images.pixels).double(), images.labels) for _ in range(count)], lines
 

@@ -36,7 +36,7 @@ def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sau.pgd.BUCKET", 4)
 
 
-# Toy pictures, toy networks
+# Toy images, toy networks
 
 
 @cache
@@ -77,7 +77,7 @@ def _trained(kind: str) -> nn.Module:
 
 
 def backdoored(kind: str = "conv") -> nn.Module:
-    """A network trained for a moment on clean and on stamped pictures; a new copy for every caller."""
+    """A network trained for a moment on clean and on stamped images; a new copy for every caller."""
     return copy.deepcopy(_trained(kind)).requires_grad_(True)
 
 
@@ -88,7 +88,7 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Te
 
 def apart(method: SAU, kind: str = "conv", updates: int = 2) -> dict[str, Any]:
     """The state of a run in which h has already left h_b."""
-    state = method.prepare(backdoored(kind), 4)
+    state = method.prepare(backdoored(kind), range(4))
     for x, y in batches(updates):
         method.step(state, x, y)
     return state
@@ -111,7 +111,7 @@ def test_the_search_in_chunks_is_the_search_of_the_batch(stop_fooled, monkeypatc
 
 
 class Line(nn.Module):
-    """Two classes by the mean m of a picture alone: logits (-k, k) with k = slope * (m - edge)."""
+    """Two classes by the mean m of an image alone: logits (-k, k) with k = slope * (m - edge)."""
 
     def __init__(self, edge: float, slope: float = 10.0) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Line(nn.Module):
 
 
 def lines(method: SAU, edge: float, edge_ref: float, slope_ref: float = 10.0) -> dict[str, Any]:
-    state = method.prepare(Line(edge), 1)
+    state = method.prepare(Line(edge), range(1))
     state["_reference"] = Line(edge_ref, slope_ref).eval().requires_grad_(False)
     return state
 
@@ -134,7 +134,7 @@ def plain(value: float, n: int = 2) -> Tensor:
 
 @contextmanager
 def seen(*modules: nn.Module) -> Iterator[list[list[int]]]:
-    """How many pictures each forward pass of each module got."""
+    """How many images each forward pass of each module got."""
     sizes: list[list[int]] = [[] for _ in modules]
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, into=into: into.append(len(inputs[0])))
@@ -171,7 +171,7 @@ def pair(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float64)
     start = backdoored(kind).to(dtype)
     ours = SAU(lr=LR, **{OURS.get(name, name): value for name, value in options.items()})
     twin = ReleasedSAU(copy.deepcopy(start), copy.deepcopy(start), lr=LR, **options)
-    return ours, ours.prepare(start, 4), twin
+    return ours, ours.prepare(start, range(4)), twin
 
 
 def kept(monkeypatch: pytest.MonkeyPatch, cls: type, name: str) -> list[Any]:
@@ -222,7 +222,7 @@ def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest
     [{}, {"adv_steps": 1}, {"stop_fooled": False}, {"success": "label"}, {"clip_pixels": True}, {"norm": "L2"}],
 )
 def test_answers_belong_to_the_perturbations(options: dict[str, Any]) -> None:
-    """s is what the reference says on the very pictures that the outer step sees."""
+    """s is what the reference says on the very images that the outer step sees."""
     method = SAU(lr=LR, **options)
     for kind in ("conv", "resnet"):
         state = apart(method, kind)
@@ -373,7 +373,7 @@ def test_report() -> None:
 @pytest.mark.parametrize("train_mode", [False, True])
 def test_reference_is_left_alone(train_mode: bool) -> None:
     start = backdoored("resnet")
-    state = SAU(train_mode=train_mode).prepare(copy.deepcopy(start), 1)
+    state = SAU(train_mode=train_mode).prepare(copy.deepcopy(start), range(1))
     for x, y in batches(2):
         SAU(train_mode=train_mode).step(state, x, y)
     assert not state["_reference"].training
@@ -398,11 +398,11 @@ def work(function: Any, x: Tensor, y: Tensor, model: nn.Module) -> float:
 def test_cost_without_leaving(steps: int) -> None:
     """4T + 8 forward passes where nothing is shared: the specified 4T + 7 and h_b's answers on the clean batch.
 
-    The release takes 8T + 8. First layers need no gradient of a picture in the outer step, hence the small slack.
+    The release takes 8T + 8. First layers need no gradient of an image in the outer step, hence the small slack.
     """
     x, y = next(batches(1))
     options = {"adv_steps": steps, "lr": LR, "pgd_init": "zero", "adv_lr": 1e-9, "trigger_norm": 1e-9}
-    state = SAU().prepare(backdoored("resnet"), 1)
+    state = SAU().prepare(backdoored("resnet"), range(1))
     twin = ReleasedSAU(backdoored("resnet"), backdoored("resnet"), **options)  # type: ignore[arg-type]
     ours = SAU(**{OURS.get(name, name): value for name, value in options.items()})
     with seen(state["model"], state["_reference"]) as sizes:
@@ -413,7 +413,7 @@ def test_cost_without_leaving(steps: int) -> None:
 
 
 def test_cost_with_leaving() -> None:
-    """4 sum(a_k) + 7 + (1 - f), with a_k the share of pictures active in step k and f the share frozen at the end."""
+    """4 sum(a_k) + 7 + (1 - f), with a_k the share of images active in step k and f the share frozen at the end."""
     x, y = pictures()
     state = apart(SAU(lr=LR), "resnet")
     with seen(state["model"], state["_reference"]) as (sizes, sizes_ref):
@@ -428,10 +428,10 @@ def test_cost_with_leaving() -> None:
 
 
 def test_further_outer_steps_reuse_the_search() -> None:
-    """Each further update costs one more pass over clean and one over adversarial pictures, and none of h_b."""
+    """Each further update costs one more pass over clean and one over adversarial images, and none of h_b."""
     counts = []
     for outer_steps in (1, 3):
-        state = SAU().prepare(backdoored(), 1)
+        state = SAU().prepare(backdoored(), range(1))
         with seen(state["model"], state["_reference"]) as sizes:
             SAU(outer_steps=outer_steps).step(state, *pictures())
         counts.append([sum(part) for part in sizes])
@@ -454,7 +454,7 @@ def test_clip_pixels() -> None:
 
 @pytest.mark.parametrize("stop_fooled", [True, False])
 def test_clipped_answers_belong_to_the_perturbations(stop_fooled: bool) -> None:
-    """m = 0.9 + 0.2 lies beyond the edges at 1.05, but the picture that is left after clipping does not."""
+    """m = 0.9 + 0.2 lies beyond the edges at 1.05, but the image that is left after clipping does not."""
     method = SAU(clip_pixels=True, stop_fooled=stop_fooled)
     state = lines(method, 1.05, 1.05)
     delta, s = search(method, state, plain(0.9), torch.zeros(2, dtype=torch.long))
@@ -463,7 +463,7 @@ def test_clipped_answers_belong_to_the_perturbations(stop_fooled: bool) -> None:
 
 
 def test_success_by_prediction_or_label() -> None:
-    """Both networks wrongly answer 1 on the clean picture: a success by the label, but nothing has moved yet."""
+    """Both networks wrongly answer 1 on the clean image: a success by the label, but nothing has moved yet."""
     x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
     for success, moved in (("label", 0.0), ("prediction", 0.2)):
         method = SAU(success=success, pgd_init="zero")  # type: ignore[arg-type]

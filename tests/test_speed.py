@@ -65,7 +65,7 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
     if isinstance(method, BadNet):
         state = method.prepare(model.train(), Training(lr_scheduler="OneCycleLR"), 10)
     else:
-        state = method.prepare(model, 10)
+        state = method.prepare(model, range(10))
     if isinstance(method, SAU):
         monkeypatch.setattr(state["_reference"], "compiled", "default")
         monkeypatch.setattr(state["_reference"], "_compiled_net", id(state["_reference"].net))
@@ -90,7 +90,9 @@ def test_cuda_is_not_waited_for(method):
     where = torch.device("cuda")
     model, images = network(amp=True).to(where), toy_images(64).to(where)
     prepared = (
-        method.prepare(model.train(), Training(), 10) if isinstance(method, BadNet) else method.prepare(model, 10)
+        method.prepare(model.train(), Training(), 10)
+        if isinstance(method, BadNet)
+        else method.prepare(model, range(10))
     )
     place, batches = loop._Place(), images.batches(16, seed=0, augment=Augment(flip=True))
     walk = iter(batches)
@@ -206,7 +208,7 @@ def graphs() -> int:
 
 def rounds(method: SAU | FT, model: Normalized, sizes: tuple[int, ...] = (16, 8)) -> tuple[dict[str, Any], Any]:
     """The state and a function that makes one update for each size."""
-    state = method.prepare(model, 10)
+    state = method.prepare(model, range(10))
     x, y = batch(sum(sizes))
     x = x.to(next(model.parameters()).dtype)
     pairs = list(zip(x.split(sizes), y.split(sizes), strict=True))
@@ -279,7 +281,7 @@ def test_low_precision_agrees_with_the_released_order_of_work(amp):
         network(), toy_images(64), augment=Augment(), session=quiet()
     )
     ours, theirs = copy.deepcopy(trained), copy.deepcopy(trained)
-    state = SAU(lr=1e-3).prepare(ours, 3)
+    state = SAU(lr=1e-3).prepare(ours, range(3))
     twin = ReleasedSAU(theirs, copy.deepcopy(theirs), lr=1e-3)
     ours.amp = state["_reference"].amp = amp
     x, y = batch(64)
@@ -341,7 +343,7 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     assert config["digest"] == digest(config["identity"]) and "ended_early" in config["identity"]
     assert [json.loads(row)["epoch"] for row in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
     calls = iter(range(1000))
-    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 3)
+    monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 4)
     flags = ("--result_file", "a", *QUICK, "--ratio", "0.5", "--batch_size", "512", "--epochs", "7")
     assert here("defense", "ft", *flags, "--max_minutes", "60")[0] == 0
     summary = Record(folder / "defense" / "ft").summary()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sau.attack import Attack, Blended
 from sau.data.images import Images, to_float
-from sau.defense.sphere import FixedNormWeight
+from sau.defense.fst import FixedNormWeight
 from sau.loop import Session
 from sau.optim import Training
 from sau.record.folder import Record

@@ -22,7 +22,7 @@ from sau.audit.case import CONTROL, NONE, PARTS, AuditConfig, Case
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, one_line
-from sau.evaluate import asr_and_racc, figures, score
+from sau.evaluate import proportions, figures, score
 from sau.files import parse_json, read_json
 from sau.files import read as read_bytes
 from sau.record.folder import as_json
@@ -159,7 +159,7 @@ def _scored(case: Case, model: torch.nn.Module, **where: Any) -> Row:
 
 def _shown(model: torch.nn.Module, shown: Images, pixels: Pixels, **where: Any) -> Row:
     """ASR and R-ACC on these pixels, in place of those of the images that are shown."""
-    asr, racc = asr_and_racc(model, pixels, shown.labels, shown.true_labels)
+    asr, racc = proportions(model, pixels, shown.labels, shown.true_labels)
     return {**where, **figures({"asr": asr, "racc": racc})}
 
 

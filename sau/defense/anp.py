@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.data.images import Augment, to_device_async
 from sau.defense import pruning
-from sau.defense.base import Defense
-from sau.defense.inputs import stack_batches, unaugmented
+from sau.defense.masks import MaskedNorms, MaskPruning
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
@@ -36,7 +35,7 @@ CHUNK = 500  # iterations between two lines of progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class ANP(Defense):
+class ANP(MaskPruning):
     """Learn a mask for every neuron under adversarial perturbations of all neurons; prune those with the lowest."""
 
     name: ClassVar[str] = "anp"
@@ -55,21 +54,11 @@ class ANP(Defense):
     pruning_by: Literal["threshold", "number"] = param(
         "threshold", "threshold prunes masks up to a value, number prunes so many of the lowest"
     )
-    pruning_max: float = param(0.90, "highest threshold (or number) that is tried", gt=0)
-    pruning_step: float = param(0.05, "distance of those that are tried, which begin with 0", ge=0.001)
-    pruning_number: float | None = param(
-        None, "the threshold (or number) to prune by, and then nothing is tried; none means to search", ge=0
-    )
-    acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
     select: Literal["defender", "oracle"] = param(
         "defender",
         "defender takes the hardest threshold before the first that loses more than acc_ratio on held-back clean "
         "images; oracle takes the one with the lowest ASR on the test sets, as in the benchmark",
     )
-    held_back: float = param(
-        0.2, "share of the clean images that the defender chooses by and learns no mask from", gt=0, lt=1
-    )
-    augment: bool = param(True, "crop and flip the clean images as in training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,34 +72,14 @@ class ANP(Defense):
         for name in ("pruning_max", "pruning_step") if fixed is None else ("pruning_number",):
             self.require(name, float(getattr(self, name)).is_integer(), "a whole number where pruning_by is number")
 
-    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
-        norms = pruning.batch_norms(model, self.name)
-        total = sum(norm.num_features for norm in norms.values())
-        if self.pruning_by == "number" and self.pruning_number is not None:
-            self.require("pruning_number", self.pruning_number < total, f"below {total}, the neurons of the network")
-        plain, augment = unaugmented(batches)  # the choice is by images that are not augmented
-        clean, held = stack_batches(plain), None
-        if self.select == "defender" and self.pruning_number is None:
-            clean, held = pruning.hold_out(*clean, self.held_back, session)
-        masks = self.learn(model, norms, RandomBatches(*clean, self.batch_size, self.nb_iter, augment), session)
-        prune = partial(pruning.apply, model.eval(), shift=False)
-        if self.pruning_number is not None:
-            pruning.prune_fixed(model, self.level(masks, self.pruning_number), prune, clean, session)
-            return
-        levels = [self.level(masks, value) for value in pruning.sweep(self.pruning_max, self.pruning_step)]
-        pruning.choose(model, levels, prune, held, self.acc_ratio, session)
+    def learn(self, model: nn.Module, clean: pruning.Clean, batches: Batched, session: RunContext) -> dict[str, Tensor]:
+        """The masks after `nb_iter` iterations with batch statistics."""
+        drawn = RandomBatches(*clean, self.batch_size, self.nb_iter, cast(Any, batches).augment)
+        network = MaskedNorms(model.train(), pruning.batch_norms(model, self.name))
+        sgd = Training(epochs=drawn.chunks, lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0)
+        return network.learn("chunk", partial(self.losses, network), drawn, sgd, session, "lr")
 
-    def learn(
-        self, model: nn.Module, norms: pruning.Norms, batches: "RandomBatches", session: RunContext
-    ) -> dict[str, Tensor]:
-        """The masks [C] of each of `norms`, after `nb_iter` iterations with batch statistics."""
-        network = pruning.MaskedNorms(model.train(), norms)
-        sgd = Training(
-            epochs=batches.chunks, lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0
-        )
-        return network.learn("chunk", partial(self.losses, network), batches, sgd, session, "lr")
-
-    def losses(self, network: pruning.MaskedNorms, mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
+    def losses(self, network: MaskedNorms, mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
         """What an iteration minimises, over the mask [C] of all neurons."""
         start = torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype)
         start = to_device_async(start, mask.device)

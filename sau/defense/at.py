@@ -16,7 +16,7 @@ from sau.config import param
 from sau.defense.base import AdversarialDefense
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import pgd
-from sau.types import Change, Labels, PerImage, Pixels
+from sau.types import Batched, Change, Labels, PerImage, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class AT(AdversarialDefense):
     weight_clean: float = param(1.0, "a1, of the clean loss", ge=0)
     weight_adv: float = param(1.0, "a2, of the adversarial loss", ge=0)
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps), **search_twin(model)}
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        return {**super().prepare(model, batches), "model": model.eval(), **search_twin(model)}
 
     def supports_microbatch(self) -> bool:
         return True

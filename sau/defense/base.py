@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import Method, param
-from sau.data.images import Augment, Images, cropped
-from sau.defense._model_io import compute_device, copy_to, restore, unwrap
-from sau.defense.checks import check_after, check_before
-from sau.defense.inputs import Statistics, clean_batches, first_batch, image_count
-from sau.defense.verdict import PatchSearch, follows_images
+from sau.data.images import Augment, Batches, Images, cropped
+from sau.defense.checks import (
+    check_after,
+    check_before,
+    copy_to,
+    device_of,
+    follows_images,
+    restore,
+    unwrap,
+)
+from sau.defense.inputs import clean_batches, first_batch
+from sau.defense.verdict import PatchSearch
 from sau.errors import ConfigError
 from sau.graphs import MicroBatchedStep
 from sau.loop import Session
@@ -39,7 +46,6 @@ class Defense(Method, ABC):
     data_use: ClassVar[Literal["none", "clean", "poisoned"]] = "clean"  # which images decide; poisoned: the attacker's
     gradients: ClassVar[Literal["none", "weights", "images"]] = "weights"  # images: also of the logits to the images
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
-    by_asr: ClassVar[bool] = True  # whether its oracle, where it has one, looks at the ASR
 
     # What follows from the clean set and the network where nobody says otherwise, and what of it counts epochs.
     adapting: ClassVar[tuple[str, ...]] = ()
@@ -70,9 +76,8 @@ class Defense(Method, ABC):
         longer = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
         return replace(self, batch_size=size, **longer)
 
-    def plan(self, batches: Batched) -> str:
+    def plan(self, images: int, batches: Batched) -> str:
         """The first line: how many images there are, and how long and how fast it trains."""
-        images = image_count(batches)[0]
         few = images < ENOUGH and self.data_use == "clean" and not self.few_suffice
         why = f", which are few: the results of {self.name} are for {PUBLISHED:,}, and the backdoor may stay"
         return f"{images:,} images" + (why if few else "")
@@ -81,10 +86,6 @@ class Defense(Method, ABC):
     def selection(self) -> Literal["defender", "oracle"]:
         """Who chooses: the clean images, or, where a method's `select` says so, the test sets that nobody has."""
         return getattr(self, "select", "defender")
-
-    def augmentation(self, offered: Augment) -> Augment | None:
-        """What each batch goes through: `offered`, which suits the data set, or nothing; a method's `augment` says."""
-        return offered if getattr(self, "augment", False) else None
 
     @abstractmethod
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
@@ -105,8 +106,7 @@ class Defense(Method, ABC):
         progress: bool = True,
         settings: Literal["auto", "as_given"] = "auto",
     ) -> nn.Module:
-        """A purified copy of `model`, in eval mode on the CPU or device that `model` lies on; `model` stays as it is.
-        Of a network or a layer that torch.compile wrapped the one inside is purified, and comes back without wrapper.
+        """A purified copy of `model`, in eval mode, on its device, and without wrappers of torch.compile.
 
         Args:
             model: any network [B, C, H, W] -> logits [B, K], with C 1 or 3 and weights of 32 or 64 bits.
@@ -129,22 +129,23 @@ class Defense(Method, ABC):
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
         model, (mean, std) = unwrap(model), statistics(mean, std)
-        place = compute_device(model, device)
+        place = torch.device(device) if device is not None else device_of(model)
         with grad_enabled(place):
             mine = copy_to(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # networks for inference are often frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
             attacked = copy_to(owned, place) if self.gradients != "none" and self.data_use != "poisoned" else None
-            batches: Any = clean_batches(data, self.batch_size, place, Statistics(mean, std), seed)
-            adapts = settings == "auto" and self.untouched()
-            method = self.adapted(owned, *image_count(batches)) if adapts else self
+            batches: Any = clean_batches(data, self.batch_size, place, mean, std, seed)
+            x, y = first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
-                x, y = first_batch(batches)
-                batches.size, batches.augment = method.batch_size, method.augmentation(augment or cropped(x))
-                right = check_before(method, owned, batches, session)
+                right, images = check_before(self, owned, batches, session)
+            per_epoch = None if isinstance(batches, Batches) else len(batches)
+            method = self.adapted(owned, images, per_epoch) if settings == "auto" and self.untouched() else self
+            batches.size = method.batch_size
+            batches.augment = (augment or cropped(x)) if getattr(method, "augment", False) else None
             search = PatchSearch(attacked, x, y) if attacked and follows_images(attacked, x) else None
-            session.say(method.plan(batches))
+            session.say(method.plan(images, batches))
             with seeded(seed), explain_batchnorm_error():
                 method.run(owned, batches, session)
                 check_after(method, owned, batches, right, session)
@@ -163,19 +164,25 @@ class TrainingDefense(Training, Defense):
     batch_size: int = 256
     augment: bool = param(False, "crop and flip the clean images as in training")
 
-    def plan(self, batches: Batched) -> str:
+    def plan(self, images: int, batches: Batched) -> str:
         updates = self.epochs * len(batches)
-        return f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'}): {super().plan(batches)}"
+        return (
+            f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'}): {super().plan(images, batches)}"
+        )
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        """What changes while it runs; `steps` updates make an epoch. Here: all weights, batch norm in train mode.
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        """What changes while it runs; an epoch goes through `batches`. Here: all weights, batch norm in train mode.
 
         A name that begins with `_` is of what a resumed run makes anew, so that checkpoints do not hold it.
         """
-        return {"model": model.train(), "descent": self.descent(model.parameters(), steps)}
+        return {"model": model.train(), "descent": self.descent(model.parameters(), len(batches))}
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        self.train(self.prepare(model, len(batches)), batches, session)
+        # Without an update the network would be left with what `prepare` made of it, like a random classifier.
+        if not session.begun and session.time_is_up("round 1, before its first batch"):
+            session.say("warning: no update was made, so the network is as it was; give more --max_minutes")
+        elif self.epochs:
+            self.train(self.prepare(model, batches), batches, session)
 
     def train(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
         """`step` on every batch of every epoch."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense import pruning
 from sau.defense.hooks import forward_hooks
+from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.types import Batched, Pixels
 
@@ -44,7 +45,7 @@ class CLP(pruning.ChannelOutlierPruning):
         if self.pairing == "order":
             pairs = ordered(model, norms)
         else:
-            pairs = traced(model, norms, torch.zeros_like(next(iter(batches))[0][:1]))
+            pairs = traced(model, norms, torch.zeros_like(first_batch(batches)[0][:1]))
         if not pairs:
             raise ConfigError("no batch norm of the network is fed by a convolution, as clp needs; try anp, ft or sau")
         return {name: lipschitz(conv, norms[name]) for name, conv in pairs.items()}

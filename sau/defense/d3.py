@@ -1,8 +1,8 @@
 """D3, Distance-Driven Detoxification (Wei, Liu, Zha, ICCV 2025): as far from the backdoored weights as the clean loss
 allows.
 
-Near the backdoored weights W0 the loss of the backdoor grows with the square of the distance, that of clean pictures
-hardly. So the distance of a few weights is what is trained for, and the clean loss is a budget of eps a picture:
+Near the backdoored weights W0 the loss of the backdoor grows with the square of the distance, that of clean images
+hardly. So the distance of a few weights is what is trained for, and the clean loss is a budget of eps an image:
 
     min_W  lambda * mean_i max(0, CE_i - eps)  -  sum_{W in S} |W - W0|_2      subject to |W| = |W0| for W in S,
 
@@ -12,7 +12,6 @@ distance along the sphere is cos(a / 2): 0.71 at right angles, where W starts, a
 gain. For lambda above 1 the sum is divided by lambda + 1, so that the size of a step depends on it less.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,12 +21,11 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.base import TrainingDefense
+from sau.defense.fst import FixedNormWeight, uniform
 from sau.defense.hooks import classifier, require_plain_weight, resolve_layer
-from sau.defense.inputs import peek
-from sau.defense.sphere import FixedNormWeight, uniform
+from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.evaluate import batch_accuracy
-from sau.loop import Session
 from sau.types import Batched, Labels, Logits, Pixels, Scalar
 
 
@@ -65,22 +63,15 @@ class D3(TrainingDefense):
         "empty means the linear layer that makes the logits",
     )
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        weights = self.driven(model, peek(batches))
-        # Without an update the network would be left with the weights of `first`.
-        if not self.epochs or (not session.begun and session.time_is_up("round 1, before its first batch")):
-            return
-        self.train(self.begin(model, weights, len(batches)), batches, session)
-
     @torch.no_grad()
-    def begin(self, model: nn.Module, weights: Sequence[Tensor], steps: int) -> dict[str, Any]:
-        """Put every W where it starts; `steps` updates make an epoch."""
-        spheres = [FixedNormWeight(weight) for weight in weights]  # W0 is the attacker's, also when resumed
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        """Put every W where it starts."""
+        spheres = [FixedNormWeight(weight) for weight in self.driven(model, first_batch(batches)[0][:1])]
         for sphere in spheres:
             sphere.weight.copy_(self.first(sphere.origin))
             if self.start == "random":
                 sphere.project()
-        return {**self.prepare(model, steps), "spheres": spheres}
+        return {**super().prepare(model, batches), "spheres": spheres}
 
     def driven(self, model: nn.Module, x: Pixels) -> list[Tensor]:
         """The weights in S; `x` is an image to see by which layers run."""

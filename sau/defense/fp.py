@@ -17,7 +17,7 @@ from sau.config import param
 from sau.defense import pruning
 from sau.defense.ft import FT
 from sau.defense.hooks import classifier, forward_hooks, require_plain_weight
-from sau.defense.inputs import stack_batches, unaugmented
+from sau.defense.inputs import stack_batches
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import RunContext
@@ -31,7 +31,6 @@ class FP(FT):
     """Prune the units that are least active on clean images, then fine-tune the others."""
 
     name: ClassVar[str] = "fp"
-    by_asr: ClassVar[bool] = False
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(
         ("num_classes", "input_height", "input_width", "input_channel", "attack", "poison_rate", "target_type")
         + ("target_label", "trigger_type"),
@@ -52,13 +51,13 @@ class FP(FT):
     )
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
-        clean = stack_batches(unaugmented(batches)[0])
+        clean = stack_batches(batches)
         layers = last_layers(model, clean[0][:1], self.unit)
         units = layers[0].get_parameter("weight").shape[1 if self.unit == "linear_input" else 0]
         pruned = nn.Parameter(torch.zeros(units, dtype=torch.bool, device=clean[0].device), requires_grad=False)
         if not session.begun:  # otherwise `pruned` is in the checkpoint
             pruned.copy_(self.prune(model, layers, units, clean, session))
-        state = self.prepare(model, len(batches))
+        state = self.prepare(model, batches)
         self.train({**state, "layers": layers, "pruned": nn.ParameterList([pruned])}, batches, session)
 
     def prune(
@@ -67,7 +66,7 @@ class FP(FT):
         """Zero the weights of as many units as the accuracy allows; returns which [units]."""
         held = None
         if self.select == "defender":  # the oracle measures on the test set, so that all clean images may rank
-            clean, held = pruning.hold_out(*clean, self.held_back, session)
+            clean, held = pruning.hold_out(*clean, self.held_back)
         rank = activations(model, layers[-1], clean[0]).argsort(stable=True).argsort()
         step = max(1, math.ceil(units * self.once_prune_ratio - 1e-9))
         counts = range(step, units, step)

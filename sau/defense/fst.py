@@ -19,11 +19,35 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier
-from sau.defense.inputs import peek
-from sau.defense.sphere import FixedNormWeight, uniform
+from sau.defense.inputs import first_batch
 from sau.evaluate import batch_accuracy
-from sau.loop import Session
-from sau.types import Batched, Labels, Pixels
+from sau.types import Batched, Labels, Pixels, Scalar
+
+
+class FixedNormWeight:
+    """One weight tensor W, where it was (W0), and the sphere |W| = |W0| that it is projected onto."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.origin = weight, weight.detach().clone()  # W0 is the attacker's, also when resumed
+        self.radius = torch.linalg.vector_norm(self.origin)
+
+    def distance(self) -> Scalar:
+        """|W - W0|, with the gradient 0 at W0."""
+        return torch.linalg.vector_norm(self.weight - self.origin)
+
+    def overlap(self) -> Scalar:
+        """<W, W0>; on the sphere it is |W0|^2 - |W - W0|^2 / 2."""
+        return (self.weight * self.origin).sum()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """W <- W |W0| / |W|; a W of zeros stays."""
+        self.weight.mul_(self.radius / torch.linalg.vector_norm(self.weight).clamp_min(1e-12))
+
+
+def uniform(like: Tensor, bound: float) -> Tensor:
+    """Values from U(-bound, bound) in the shape of a tensor; the same ones whatever device it is on."""
+    return torch.empty(like.shape).uniform_(-bound, bound).to(like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +65,17 @@ class FST(TrainingDefense):
     alpha: float = param(0.2, "weight of <W, W0>; with 0 the classifier is only drawn anew", ge=0)
     reset_bias: bool = param(True, "draw the classifier's bias anew too")
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        last = classifier(model, peek(batches), self.name)
-        # Without an update the network would be left with a random classifier.
-        if not self.epochs or (not session.begun and session.time_is_up("round 1, before its first batch")):
-            return
-        self.train(self.begin(model, last, len(batches)), batches, session)
-
     @torch.no_grad()
-    def begin(self, model: nn.Module, last: nn.Linear, steps: int) -> dict[str, Any]:
-        """Weight and bias from U(-1, 1) / sqrt(inputs), as new linear layers have them; the first step puts |W| right.
-        `steps` updates make an epoch."""
-        sphere = FixedNormWeight(last.weight)  # W0 is the attacker's, also when resumed
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        """Weight and bias from U(-1, 1) / sqrt(inputs), as new linear layers have them; the first step puts |W|
+        right."""
+        last = classifier(model, first_batch(batches)[0][:1], self.name)
+        sphere = FixedNormWeight(last.weight)
         bound = 1 / math.sqrt(last.in_features)
         last.weight.copy_(uniform(last.weight, bound))
         if self.reset_bias and last.bias is not None:
             last.bias.copy_(uniform(last.bias, bound))
-        return {**self.prepare(model, steps), "sphere": sphere}
+        return {**super().prepare(model, batches), "sphere": sphere}
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""

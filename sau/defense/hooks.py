@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,11 +16,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 @contextmanager
 def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     """Inside, each layer calls its hook (layer, inputs, output) after its forward pass."""
-
-    def call(hook: Callable[..., None], layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-        hook(layer, inputs or tuple(named.values()), output)
-
-    handles = [layer.register_forward_hook(partial(call, hook), with_kwargs=True) for layer, hook in hooks]
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
     try:
         yield
     finally:

@@ -13,8 +13,6 @@ d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), s
 and K rounds of the equation for v, from v = 0, come close to its solution.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,8 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sau.config import param
 from sau.data.images import to_device_async
 from sau.defense.base import TrainingDefense
-from sau.defense.inputs import CachedBatches
-from sau.errors import ConfigError, first_line
 from sau.loop import Session
 from sau.models import full_precision
 from sau.optim import Optimizer, Schedule
@@ -67,21 +63,6 @@ def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> T
     return v
 
 
-@contextmanager
-def _second_derivatives() -> Iterator[None]:
-    """Inside, attention uses the one kernel that torch can differentiate twice; ConfigError for a layer without one."""
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    except RuntimeError as error:
-        if "is not implemented" not in str(error):
-            raise
-        raise ConfigError(
-            f"i-bau needs second derivatives, and torch lacks those of a layer of the network ({first_line(error)}); "
-            "write the layer with other functions, or try ft or sau"
-        ) from None
-
-
 @dataclass(frozen=True, kw_only=True)
 class IBAU(TrainingDefense):
     """Unlearn one perturbation of all images, with the gradient of how it follows the weights.
@@ -117,22 +98,26 @@ class IBAU(TrainingDefense):
     )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        cached = CachedBatches(batches)
-        state = {**self.prepare(model, len(cached)), "kept": cached, "universal": Round(cached.x)}
-        self.train(state, cached, session)
+        super().run(model, [(x, y) for x, y, *_ in batches], session)
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        return {"model": model.eval(), "descent": self.descent(model.parameters(), steps)}
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        first, _ = next(iter(batches))
+        return {
+            **super().prepare(model, batches),
+            "model": model.eval(),
+            "_batches": batches,
+            "universal": Round(first),
+        }
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update; at the beginning of a round the perturbation is found first."""
-        model, cached, universal = state["model"], state["kept"], state["universal"]
-        turn, place = divmod(int(universal.done), len(cached))
-        with full_precision(model), _second_derivatives():
+        model, batches, universal = state["model"], state["_batches"], state["universal"]
+        turn, place = divmod(int(universal.done), len(batches))
+        with full_precision(model), sdpa_kernel(SDPBackend.MATH):  # the attention that can be differentiated twice
             if place == 0:
-                universal.delta.copy_(self.inner_pass(model, cached))
+                universal.delta.copy_(self.inner_pass(model, batches))
             carriers = to_device_async(self.carriers(len(x), turn), x.device)
-            surrogate, outer, inner = self.losses(model, (x, y), next(iter(cached)), universal.delta, carriers)
+            surrogate, outer, inner = self.losses(model, (x, y), next(iter(batches)), universal.delta, carriers)
             state["descent"](surrogate)
         universal.done += 1
         return {"loss": outer, "inner_loss": inner, "delta": universal.delta.norm()}

@@ -6,7 +6,7 @@ h, which starts from the backdoored network again, is trained by
 
     min_h  CE(h(x), y)  +  sum over l of beta_l * mean (a(f_l(x)) - a(f_t,l(x)))^2
 
-where the mean goes over pictures and positions, and f_l, f_t,l are the features of layer l of student and teacher.
+where the mean goes over images and positions, and f_l, f_t,l are the features of layer l of student and teacher.
 """
 
 import copy
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.config import nearest, param
+from sau.config import param
 from sau.defense.ft import FT
 from sau.defense.hooks import forward_hooks, resolve_layer
-from sau.defense.inputs import peek
+from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import Session
@@ -69,12 +69,12 @@ class NAD(FT):
         self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        layers = attention_layers(model, peek(batches), self.layers)
+        layers = attention_layers(model, first_batch(batches)[0][:1], self.layers)
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
         session.say(f"attention of {', '.join(terms)}")
         teacher = self._teacher(model, batches, session).eval().requires_grad_(False)
-        state = {**self.prepare(model, len(batches)), "teacher": teacher, "weights": weights}
+        state = {**self.prepare(model, batches), "teacher": teacher, "weights": weights}
         self.train(state, batches, session.for_stage(1))
 
     def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
@@ -85,7 +85,7 @@ class NAD(FT):
             load_weights(teacher, Path(self.teacher_model_loc))
             return teacher
         plan = replace(self, epochs=self.te_epochs)
-        state = plan.prepare(teacher, len(batches))
+        state = plan.prepare(teacher, batches)
         loop.run(
             partial(FT.step, plan, state), batches, plan.epochs,
             # Without "model": nobody wants the teacher's scores.
@@ -132,14 +132,9 @@ def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) ->
     ConfigError for a layer without feature maps.
     """
     sizes = _feature_maps(model, x)
-    names = list[str]()
-    for name in wanted:
-        known = [known.removeprefix("net.") for known in sizes]  # `net` is the user's network
-        advice = f"give --layers with feature maps [B, C, H, W], each once{nearest(name, known)}"
-        full = resolve_layer(model, name, advice)
-        if full not in sizes or full in names:
-            raise ConfigError(f"the layer {name!r} has no feature maps or is named twice; {advice}")
-        names.append(full)
+    names = [resolve_layer(model, name, "give --layers with feature maps [B, C, H, W]") for name in wanted]
+    if without := [name for name in names if name not in sizes]:
+        raise ConfigError(f"the layer {without[0]} has no feature maps [B, C, H, W]; give other --layers")
     ends: dict[tuple[int, int], tuple[int, str]] = {}
     for name, (h, w) in sizes.items():
         depth, pooled = name.count("."), isinstance(model.get_submodule(name), POOLINGS)

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.config import Method, param
+from sau.config import param
 from sau.defense.ft import FT
-from sau.defense.inputs import CachedBatches, rebatch, unaugmented
+from sau.defense.inputs import rebatch, stack_batches, unaugmented
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.optim import adam
@@ -91,9 +91,27 @@ class Patches(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inversion(Method):
-    """Inverts the patches of all classes at once, each by its own gradient, cost and counters."""
+class NC(FT):
+    """Invert a patch for every class, flag the classes whose patch is too small, unlearn it by fine-tuning."""
 
+    name: ClassVar[str] = "nc"
+    adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "nc_epoch")
+    lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")
+    compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
+    gradients = "images"
+    ignored: ClassVar[dict[str, str]] = {
+        "cleaning_ratio": "--ratio says how many clean images there are",
+        "EPSILON": "it is 1e-7, as in the benchmark",
+        "use_norm": "the norm of a mask is its sum",
+        "to_file": "what is found stands in summary.json",
+        "n_times_test": "a test set is evaluated once",
+    }
+
+    epochs: int = param(100, "passes of the fine-tuning")
+    augment: bool = param(True, "crop and flip the images of the fine-tuning, stamped ones included")
+    augment_inversion: bool = param(False, "crop and flip during the inversion too, as the benchmark does")
+    index_threshold: float = param(2.0, "anomaly index above which a class is flagged", ge=0)
+    unlearning_ratio: float = param(0.2, "share of the clean images that are stamped for the fine-tuning", gt=0, le=1)
     nc_epoch: int = param(80, "passes over the clean images to invert the patches, at most", ge=1)
     mask_lr: float = param(0.1, "learning rate of masks and patterns (Adam with betas 0.5 and 0.9)", gt=0)
     init_cost: float = param(
@@ -120,7 +138,44 @@ class Inversion(Method):
         1.0, "share of each batch that the inversion looks at; below 1 the updates are as many and cheaper", gt=0, le=1
     )
 
-    def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session, **more: Any) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+        x, y = stack_batches(batches)
+        with torch.no_grad():
+            classes = model(x[:1]).shape[1]
+        if classes < 3:  # two norms lie equally far from their median, so neither stands out
+            raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
+        patches = Patches(classes, self.restarts, x[:1], self.init_cost)
+        if not session.restore_later_stage(patches=patches):  # else the fine-tuning was under way
+            self.invert(model, batches if self.augment_inversion else unaugmented(batches), patches, session)
+            if session.limit is not None and session.limit.ended:
+                session.say("no class is flagged, for the inversion was not finished")
+                return
+        norms = patches.found()[2]
+        flagged, index = self.flagged(norms), [round(value, 4) for value in anomaly(norms).tolist()]
+        session.findings["flagged"] = flagged
+        session.findings["anomaly_index"] = [
+            value if math.isfinite(value) else None for value in index
+        ]  # the MAD was 0
+        session.findings["mask_norm"] = [round(norm, 4) for norm in norms.tolist()]
+        text = f"largest anomaly index {max(index):.3g}, median mask norm {float(norms.quantile(0.5)):.4g}"
+        session.say(f"flagged classes: {', '.join(map(str, flagged)) or 'none, so the network stays as it is'}; {text}")
+        if flagged:
+            stamped = rebatch(*self.stamped(x, y, patches), self.batch_size, batches)
+            self.train({**self.prepare(model, stamped), "patches": patches}, stamped, session.for_stage(1))
+
+    def stamped(self, x: Pixels, y: Labels, patches: Patches) -> tuple[Tensor, Tensor]:
+        """The clean images, their last part stamped once for each flagged class, all under their true labels."""
+        masks, patterns, norms = patches.found()
+        flagged = self.flagged(norms)
+        first = len(y) - max(1, round(self.unlearning_ratio * len(y)))
+        stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
+        return torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
+
+    def flagged(self, norms: Tensor) -> list[int]:
+        """The classes whose mask is an outlier on the small side."""
+        return (anomaly(norms) > self.index_threshold).nonzero().flatten().tolist()
+
+    def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session) -> None:
         """Move `patches` in place over `batches` of (pixels, labels).
 
         Args:
@@ -129,12 +184,11 @@ class Inversion(Method):
             batches: with a length.
             patches: what moves.
             session: progress and checkpoints.
-            more: what else a resumed run shall have from the checkpoint.
         """
         model.eval().requires_grad_(False)
         steps = len(batches)
         descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), steps)
-        state = {**more, "patches": patches, "descent": descent}
+        state = {"patches": patches, "descent": descent}
         loop.run(
             partial(self.invert_step, model, state), batches, self.nc_epoch, state=state,
             end_epoch=partial(self.end_pass, patches, steps), session=session, label="inversion", rate="mask_lr",
@@ -183,76 +237,3 @@ class Inversion(Method):
         s.raised, s.lowered = torch.where(begins, 0, s.raised + up), torch.where(begins, 0, s.lowered + down)
         s.hits.zero_(), s.norms.zero_(), s.passes.add_(1)
         return not bool(s.open.any())
-
-
-@dataclass(frozen=True, kw_only=True)
-class NC(FT, Inversion):
-    """Invert a patch for every class, flag the classes whose patch is too small, unlearn it by fine-tuning."""
-
-    name: ClassVar[str] = "nc"
-    adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "nc_epoch")
-    lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")
-    compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
-    gradients = "images"
-    ignored: ClassVar[dict[str, str]] = {
-        "cleaning_ratio": "--ratio says how many clean pictures there are",
-        "EPSILON": "it is 1e-7, as in the benchmark",
-        "use_norm": "the norm of a mask is its sum",
-        "to_file": "what is found stands in summary.json",
-        "n_times_test": "a test set is evaluated once",
-    }
-
-    epochs: int = param(100, "passes of the fine-tuning")
-    augment: bool = param(True, "crop and flip the images of the fine-tuning, stamped ones included")
-    augment_inversion: bool = param(False, "crop and flip during the inversion too, as the benchmark does")
-    index_threshold: float = param(2.0, "anomaly index above which a class is flagged", ge=0)
-    unlearning_ratio: float = param(0.2, "share of the clean images that are stamped for the fine-tuning", gt=0, le=1)
-
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        plain, _ = unaugmented(batches)
-        cached = CachedBatches(plain)
-        with torch.no_grad():
-            classes = model(cached.x[:1]).shape[1]
-        if classes < 3:  # two norms lie equally far from their median, so neither stands out
-            raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
-        patches = Patches(classes, self.restarts, cached.x[:1], self.init_cost)
-        if not session.restore_later_stage(kept=cached, patches=patches):  # else the fine-tuning was under way
-            self.invert(model, batches if self.augment_inversion else plain, patches, session, kept=cached)
-            if session.limit is not None and session.limit.ended:
-                session.say("no class is flagged, for the inversion was not finished")
-                return
-            self.report(patches, session)
-        session.findings.update(self.findings(patches))
-        if self.flagged(patches.found()[2]):
-            stamped = rebatch(*self.stamped(cached, patches), self.batch_size, batches)
-            state = {**self.prepare(model, len(stamped)), "patches": patches, "kept": cached}
-            self.train(state, stamped, session.for_stage(1))
-
-    def stamped(self, clean: CachedBatches, patches: Patches) -> tuple[Pixels, Labels]:
-        """The clean images, their last part stamped once for each flagged class, all under their true labels."""
-        masks, patterns, norms = patches.found()
-        x, y, flagged = clean.x, clean.y, self.flagged(norms)
-        first = len(y) - max(1, round(self.unlearning_ratio * len(y)))
-        stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
-        return torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
-
-    def flagged(self, norms: Tensor) -> list[int]:
-        """The classes whose mask is an outlier on the small side."""
-        return (anomaly(norms) > self.index_threshold).nonzero().flatten().tolist()
-
-    def findings(self, patches: Patches) -> dict[str, Any]:
-        """For `summary.json`: the flagged classes, and of each class the anomaly index (None where it is infinite, the
-        MAD being 0) and the mask's norm in pixels."""
-        norms = patches.found()[2]
-        index = [round(value, 4) if math.isfinite(value) else None for value in anomaly(norms).tolist()]
-        norm = [round(n, 4) for n in norms.tolist()]
-        return {"flagged": self.flagged(norms), "anomaly_index": index, "mask_norm": norm}
-
-    def report(self, patches: Patches, session: Session) -> None:
-        """Say what was found."""
-        norms = patches.found()[2]
-        index, flagged = anomaly(norms), self.flagged(norms)
-        for c in flagged:
-            session.say(f"class {c} is flagged: mask norm {float(norms[c]):.4g}, anomaly index {float(index[c]):.3g}")
-        text = f"largest anomaly index {float(index.max()):.3g}, median mask norm {float(norms.quantile(0.5)):.4g}"
-        session.say(text if flagged else f"no class is flagged and the network stays as it is: {text}")

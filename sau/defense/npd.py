@@ -14,6 +14,7 @@ polarizer cannot be folded into L: L pads with zeros after the batch norm's shif
 be wrong along the border.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,16 +28,14 @@ from sau import loop
 from sau.config import param
 from sau.defense.base import TrainingDefense
 from sau.defense.hooks import resolve_layer
-from sau.defense.inputs import peek
 from sau.errors import ConfigError
 from sau.loop import Session
-from sau.models import logits_of
 from sau.optim import Training
 from sau.pgd import RADII, Ball, Norm, is_radius, pgd
 from sau.types import Batched, Change, Labels, Logits, PerImage, Pixels, Scalar
 
 MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a polarizer has
-ENOUGH = 0.6  # share of a batch that must have reached the runner-up for the search to stop
+FOOLED = 0.6  # share of a batch that must have reached the runner-up for the search to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +85,7 @@ class NPD(TrainingDefense):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         frozen = list(model.eval().parameters())
-        if (classes := logits_of(model, peek(batches)).shape[1]) < 2:
-            raise ConfigError(f"the network has {classes} class, but npd asks for two classes or more: a runner-up")
-        state = self.prepare(model, len(batches))
+        state = self.prepare(model, batches)
         for parameter in frozen:
             parameter.requires_grad_(False)
         loop.run(
@@ -99,28 +96,26 @@ class NPD(TrainingDefense):
         for parameter in frozen:
             parameter.requires_grad_(True)
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
-        convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-        if not convolutions:
-            raise ConfigError("the network has no convolution (Conv2d) to put a polarizer before; try ft or sau")
-        advice = f"name a convolution with --target_layer_name, like {convolutions[-1]}, its last one"
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        advice = f"name a convolution (Conv2d) with --target_layer_name, like {', '.join(names[-1:]) or 'none here'}"
         name = resolve_layer(model, self.target_layer_name, advice)
         inside = insert_polarizer(model, name)
         trained = [*inside.get_submodule("polarizer").parameters(), *inside.get_submodule("norm").parameters()]
         warm = Training(lr=self.warm_lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=self.wd)
-        descents = {"warm": warm.descent(trained, steps), "descent": self.descent(trained, steps)}
-        return {"model": model, "norm": f"{name}.norm", **descents}
+        descents = {"warm": warm.descent(trained, len(batches)), "descent": self.descent(trained, len(batches))}
+        return {"model": model, "_norm": inside.get_submodule("norm"), **descents}
 
     def warm_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """Clean images alone, mostly to fill the running statistics of the new batch norm."""
-        norm = state["model"].get_submodule(state["norm"]).train()
+        state["_norm"].train()
         loss = F.cross_entropy(state["model"](x), y)
-        norm.eval()
+        state["_norm"].eval()
         state["warm"](loss)
         return {"loss": loss}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, norm = state["model"], state["model"].get_submodule(state["norm"])
+        model, norm = state["model"], state["_norm"]
         with torch.no_grad():
             answer, runner_up = model(x).topk(2).indices.unbind(1)
         delta = self.search(model, x, runner_up)
@@ -138,7 +133,7 @@ class NPD(TrainingDefense):
 
         def closeness(d: Change) -> PerImage | None:
             z = model(x + d)
-            if bool((z.argmax(1) == target).float().mean() > ENOUGH):
+            if bool((z.argmax(1) == target).float().mean() > FOOLED):
                 return None
             return -F.cross_entropy(z, target, reduction="none")
 
@@ -159,12 +154,10 @@ def insert_polarizer(model: nn.Module, name: str) -> nn.Sequential:
     if not isinstance(layer, nn.Conv2d):
         raise ConfigError(f"{name} is a {type(layer).__name__}; a polarizer goes before a convolution (Conv2d)")
     place, width = layer.weight, layer.in_channels
-    inside = nn.Sequential()
-    inside.add_module("polarizer", nn.Conv2d(width, width, 1, bias=False))
-    inside.add_module("norm", nn.BatchNorm2d(width))
-    nn.init.dirac_(inside.get_parameter("polarizer.weight"))
-    inside.to(place.device, place.dtype).add_module("layer", layer)
-    inside.train(layer.training)
+    polarizer = nn.Conv2d(width, width, 1, bias=False)
+    nn.init.dirac_(polarizer.weight)
+    parts = OrderedDict[str, nn.Module](polarizer=polarizer, norm=nn.BatchNorm2d(width), layer=layer)
+    inside = nn.Sequential(parts).to(place.device, place.dtype).train(layer.training)
     for parent in modules:
         for child, module in list(parent._modules.items()):  # a layer may have several names
             if module is layer:

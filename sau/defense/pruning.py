@@ -1,34 +1,29 @@
-"""What the pruning defenses share: levels and the choice among them, the hold-out, masks on batch norms, outliers."""
+"""What the pruning defenses share: levels and the choice among them, the hold-out, batch norms, outliers."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from sau import loop
 from sau.config import param
 from sau.data.images import last_of_each
 from sau.defense.base import Defense
 from sau.defense.hooks import forward_hooks, require_plain_weight
-from sau.defense.inputs import first_batch
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import RunContext
 from sau.models import full_precision
-from sau.optim import DESCENT, Training
-from sau.types import Batched, Labels, Logits, Pixels
+from sau.optim import DESCENT
+from sau.types import Batched, Pixels
 
 Clean = tuple[Tensor, Tensor]  # images [N, C, H, W] in [0, 1] and their labels [N]
 Norms = dict[str, nn.BatchNorm2d | nn.SyncBatchNorm]  # by name
 Scores = dict[str, Tensor]  # of each batch norm, by name: a number a channel [C], the higher the more suspicious
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-CHECKED = 500  # images that show whether a network guesses
 
 
 @dataclass(frozen=True)
@@ -52,21 +47,13 @@ class PruningLevel:
 Prune = Callable[[PruningLevel], None]  # applies a level to a network in place
 
 
-def hold_out(x: Tensor, y: Tensor, share: float, session: RunContext) -> tuple[Clean, Clean]:
+def hold_out(x: Tensor, y: Tensor, share: float) -> tuple[Clean, Clean]:
     """Split clean images into those to learn from and the last `share` of each class, to choose a level by.
 
     Every class keeps an image to learn from. Where no class has a second one, both parts are all images.
     """
     held = last_of_each(y, share)
-    if not held.any():
-        session.say("warning: no class has a second image to hold back, so the choice is by the images it learns from")
-        return (x, y), (x, y)
-    return (x[~held], y[~held]), (x[held], y[held])
-
-
-def chance(held: Clean) -> float:
-    """The accuracy, in percent, of always predicting the commonest class."""
-    return 100 * int(held[1].bincount().max()) / len(held[1])
+    return ((x[~held], y[~held]), (x[held], y[held])) if held.any() else ((x, y), (x, y))
 
 
 def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norms:
@@ -96,23 +83,6 @@ def apply(model: nn.Module, level: PruningLevel, *, shift: bool) -> None:
         zero_channels(model.get_submodule(name), pruned, shift=shift)
 
 
-@contextmanager
-def restore_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, weights may be changed; then they are as before."""
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(old)
-
-
-def sweep(most: float, step: float) -> list[float]:
-    """0, `step`, 2 `step` and so on up to `most`, without the rounding of the multiplication."""
-    return [round(i * step, 10) for i in range(int(most / step + 1e-9) + 1)]
-
-
 def choose(
     model: nn.Module,
     levels: Sequence[PruningLevel],
@@ -126,19 +96,14 @@ def choose(
     """Prune `model`, in eval mode, by one of `levels` (from the mildest on) or by none; returns the level.
 
     A level is allowed while (ACC_0 - ACC) / ACC_0 <= `tolerance`, where ACC_0 is that of the unpruned network. The
-    defender measures ACC on `held` and takes the hardest level before the first that is not allowed; accuracies that
-    are no more than chance allow none. The oracle, without `held`, takes the lowest ASR of all allowed levels by the
-    session's `judge`, as in the benchmark, or without `by_asr` follows the defender's rule on the test ACC.
+    defender measures ACC on `held` and takes the hardest level before the first that is not allowed. The oracle,
+    without `held`, takes the lowest ASR of all allowed levels by the session's `judge`, as in the benchmark, or without
+    `by_asr` follows the defender's rule on the test ACC.
     """
     judge = session.judge if held is None else partial(score, clean=held, triggered=None)
     assert judge is not None  # `purify` refuses an oracle without one
-    label, least = ("test ACC", -1.0) if held is None else ("held-back ACC", chance(held))
-    search = held is None and by_asr
     first = best = judge(model)
-    if first.acc.percent <= least:
-        session.say(f"warning: nothing is pruned: {label} {first.acc.percent} % is no more than chance ({least:.4g} %)")
-        return None
-    chosen, count = None, 0
+    search, chosen, count = held is None and by_asr, None, 0
     for number, level in enumerate(levels, 1):
         place = f"the search, before level {number} of {len(levels)}"
         if level.emptied or (held is None and session.time_is_up(place)):
@@ -146,16 +111,18 @@ def choose(
         if level.count == count:  # no more than the one before
             continue
         count = level.count
-        with restore_weights(model):
-            prune(level)
-            found = judge(model)
-        allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent and found.acc.percent > least
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        prune(level)
+        found = judge(model)
+        model.load_state_dict(before)
+        allowed = first.acc.percent - found.acc.percent <= tolerance * first.acc.percent
         if not (allowed or search):
             break
         if allowed and (not search or (found.asr and best.asr and found.asr.percent < best.asr.percent)):
             chosen, best = level, found
+    label = "test ACC" if held is None else "held-back ACC"
     if chosen is None:
-        wanted = f"{'lowers the ASR and ' if search else ''}keeps the accuracy within {tolerance:g}"
+        wanted = f"{'lowers the ASR and ' if search else ''}keeps the {label} within {tolerance:g}"
         session.say(f"warning: nothing is pruned: no level that was tried {wanted} of {first.acc.percent} %")
         return None
     prune(chosen)
@@ -164,85 +131,12 @@ def choose(
     return chosen
 
 
-@torch.no_grad()
-def prune_fixed(model: nn.Module, level: PruningLevel, prune: Prune, clean: Clean | None, session: RunContext) -> None:
-    """Prune `model`, in eval mode, by the one level that a setting gives.
-
-    TrainingError, with the network as it was, if a layer would lose all channels, or if the network would guess on
-    `clean` images that it now classifies well (nearer to all correct than to chance); None is not checked.
-    """
+def prune_fixed(level: PruningLevel, prune: Prune, session: RunContext) -> None:
+    """Prune by the one level that a setting gives; TrainingError if a layer would lose all channels."""
     if level.emptied:
         raise TrainingError(f"{level.name} would prune every channel of {', '.join(level.emptied)}; prune less")
-    if clean is not None:
-        x, y = (part[:CHECKED] for part in clean)
-        guess, before = int(y.bincount().max()), int((model(x).argmax(1) == y).sum())
-        with restore_weights(model):
-            prune(level)
-            after = int((model(x).argmax(1) == y).sum())
-        if after <= guess and before - guess > len(y) - before:
-            what = f"leave a network that guesses ({before} -> {after} of {len(y)} images correct)"
-            raise TrainingError(f"{level.name} would prune {level.count} channels and {what}; prune less")
     prune(level)
     session.say(f"pruned {level.count} channels ({level.name})")
-
-
-Losses = Callable[[Tensor, Pixels, Labels], dict[str, Tensor]]  # (mask [C], x, y) -> what to report, with `loss`
-
-
-class MaskedNorms:
-    """`model` as a function of masks and perturbations of its batch norms, all of them side by side [C].
-
-    Its weights are fixed and its buffers are copies, so `model` stays as it is. Weights that are loaded into `model`
-    later count, as those of a checkpoint.
-    """
-
-    def __init__(self, model: nn.Module, norms: Norms) -> None:
-        self.model, self.norms = model, norms
-        self.fixed: dict[str, Tensor] = {}
-        for name, module in model.named_modules():  # each module once, also one with two names
-            prefix = f"{name}." if name else ""
-            self.fixed |= {prefix + key: weight.detach() for key, weight in module.named_parameters(recurse=False)}
-            self.fixed |= {prefix + key: buffer.clone() for key, buffer in module.named_buffers(recurse=False)}
-        self.sizes = [norm.num_features for norm in norms.values()]
-
-    def __call__(self, x: Pixels, mask: Tensor, noise: Tensor | None = None) -> Logits:
-        """Logits with scale w * (mask + xi) and shift b * (1 + zeta), where noise [2, C] is (xi, zeta), or no noise."""
-        xi, zeta = noise if noise is not None else (0.0, 0.0)
-        scale, shift = self._concat("weight") * (mask + xi), self._concat("bias") * (1 + zeta)
-        changed = {f"{name}.weight": part for name, part in self.split(scale).items()}
-        changed |= {f"{name}.bias": part for name, part in self.split(shift).items()}
-        return functional_call(self.model, {**self.fixed, **changed}, (x,), tie_weights=False)
-
-    def _concat(self, name: str) -> Tensor:
-        return torch.cat([norm.get_parameter(name).detach() for norm in self.norms.values()])
-
-    def split(self, values: Tensor) -> dict[str, Tensor]:
-        """[C] of all batch norms as [C] of each one, by name."""
-        return dict(zip(self.norms, values.split(self.sizes), strict=True))
-
-    def learn(
-        self, label: str, losses: Losses, batches: Batched, sgd: Training, session: RunContext, rate: str, **kept: Any
-    ) -> dict[str, Tensor]:
-        """Masks [C] of each batch norm, from 1 down the `loss` of `losses`, clamped to [0, 1] after every update.
-
-        `label` and `rate` are those of `loop.run`; checkpoints hold what is `kept`, too.
-        """
-        mask = nn.Parameter(torch.ones_like(self._concat("weight")))
-        descent = sgd.descent([mask], len(batches))
-
-        def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            report = losses(mask, x, y)
-            descent(report["loss"])
-            with torch.no_grad():
-                mask.clamp_(0, 1)
-            return {**report, "mask": mask.mean()}
-
-        def end_epoch(losses: dict[str, float]) -> None:
-            descent.end_epoch(losses["loss"])
-
-        state = {**kept, "masks": nn.ParameterList([mask]), "descent": descent}
-        loop.run(step, batches, sgd.epochs, state=state, end_epoch=end_epoch, session=session, label=label, rate=rate)
-        return self.split(mask.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +174,7 @@ class ChannelOutlierPruning(Defense):
             scores = self.scores(model, batches)
         prune = partial(apply, model, shift=self.zero_shift)
         if self.select == "defender":
-            first = first_batch(batches) if self.data_use != "none" else None
-            prune_fixed(model, outliers(scores, self.u), prune, first, session)
+            prune_fixed(outliers(scores, self.u), prune, session)
             return
         values = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
         choose(model, [outliers(scores, u) for u in values], prune, None, self.acc_ratio, session)

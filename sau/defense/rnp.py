@@ -12,7 +12,6 @@ The channels whose masks fall are those that keep h' from the clean task: they s
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.base import Defense
-from sau.defense.inputs import first_batch, rebatch, stack_batches, unaugmented
+from sau.defense.masks import MaskedNorms, MaskPruning
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
@@ -32,7 +30,7 @@ CLIP = 20.0  # longest gradient of the ascent
 
 
 @dataclass(frozen=True, kw_only=True)
-class RNP(Defense):
+class RNP(MaskPruning):
     """Unlearn the clean task, see which channels stand in the way of its recovery, and prune them."""
 
     name: ClassVar[str] = "rnp"
@@ -44,7 +42,6 @@ class RNP(Defense):
         "mask_file": "the masks are not kept",
     }
 
-    augment: bool = param(True, "crop and flip the clean images as in training")
     unlearning_epochs: int = param(20, "at most so many epochs of gradient ascent", ge=0)
     unlearning_lr: float = param(0.01, "learning rate of the ascent", gt=0)
     schedule: tuple[int, ...] = param((10, 20), "epochs at which that rate drops to a tenth, like 10,20")
@@ -58,32 +55,17 @@ class RNP(Defense):
         0.70, "channels with masks up to this are pruned; none looks for the threshold", ge=0, lt=1
     )
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
-    pruning_step: float = param(0.05, "distance of two thresholds of the search", ge=0.001)
-    acc_ratio: float = param(0.1, "share of the accuracy that a threshold of the search may cost", ge=0, le=1)
-    held_back: float = param(
-        0.2, "share of each class's clean images that the search measures the accuracy on", gt=0, lt=1
-    )
     select: Literal["defender", "oracle"] = param(
         "defender",
         "who looks for the threshold: defender (held-back images, only where pruning_number is none), or oracle "
         "(always, by ACC and ASR of the test sets)",
     )
 
-    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
-        pruning.batch_norms(model, self.name)  # refuses a network without any before it trains
-        held = None
-        if self.pruning_number is None and self.select == "defender":
-            (x, y), held = pruning.hold_out(*stack_batches(unaugmented(batches)[0]), self.held_back, session)
-            batches = rebatch(x, y, self.batch_size, batches)
+    def learn(self, model: nn.Module, clean: pruning.Clean, batches: Batched, session: RunContext) -> dict[str, Tensor]:
+        """The masks of an unlearned copy of the network."""
         unlearned = copy.deepcopy(model).train()
         self._unlearn(unlearned, batches, session)
-        masks = self._recover(unlearned.requires_grad_(False), batches, session.for_stage(1))
-        prune = partial(pruning.apply, model, shift=False)
-        if self.pruning_number is not None and self.select == "defender":
-            pruning.prune_fixed(model, self.level(masks, self.pruning_number), prune, first_batch(batches), session)
-            return
-        levels = [self.level(masks, value) for value in pruning.sweep(self.pruning_max, self.pruning_step)]
-        pruning.choose(model, levels, prune, held, self.acc_ratio, session)
+        return self._recover(unlearned.requires_grad_(False), batches, session.for_stage(1))
 
     def _unlearn(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
@@ -111,7 +93,7 @@ class RNP(Defense):
 
     def _recover(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> dict[str, Tensor]:
         """The masks [C] of each batch norm of the unlearned network."""
-        network = pruning.MaskedNorms(unlearned, pruning.batch_norms(unlearned, self.name))
+        network = MaskedNorms(unlearned, pruning.batch_norms(unlearned, self.name))
         sgd = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
 
         def losses(mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:

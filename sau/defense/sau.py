@@ -25,7 +25,7 @@ from sau.defense.base import AdversarialDefense
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import unsettled
-from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
+from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
 
@@ -91,9 +91,9 @@ class SAU(AdversarialDefense):
         "moved", "also require s to differ from h_b's answer on the clean image (moved, as released) or not (wrong)"
     )
 
-    def prepare(self, model: nn.Module, steps: int) -> dict[str, Any]:
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
-        descent = self.descent(model.parameters(), steps * self.outer_steps)
+        descent = self.descent(model.parameters(), len(batches) * self.outer_steps)
         return {"model": model.eval(), "_reference": reference, "descent": descent, **search_twin(model)}
 
     def supports_microbatch(self) -> bool:

@@ -28,46 +28,7 @@ from sau.util import seeded
 FEW, MANY, STEPS, CLASSES = 20, 60, 60, 10  # images and steps of the searches before and after
 MOST, HALF = 0.9, 0.5  # share of images that a patch must send to its class before and after
 SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
-
-
-def follows_images(model: nn.Module, x: Pixels) -> bool:
-    """Whether the logits of `model` have a gradient to its images `x`."""
-    with torch.enable_grad():
-        z = model(x := x[:8].detach().requires_grad_())
-        return z.requires_grad and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is not None
-
-
-@dataclass(frozen=True)
-class Patches:
-    """The smallest patch of each class.
-
-    Args:
-        classes: [K].
-        masks: [K, 1, H, W].
-        patterns: [K, C, H, W].
-        sizes: |m|_1 in pixels [K]; infinite where no patch worked.
-    """
-
-    classes: Tensor
-    masks: Tensor
-    patterns: Tensor
-    sizes: Tensor
-
-    @staticmethod
-    def random(classes: Tensor, x: Pixels) -> "Patches":
-        """Where a search starts: faint masks and grey patterns, for each of `classes` [K]."""
-        channels, height, width = x.shape[1:]
-        masks = (0.1 * torch.randn(len(classes), 1, height, width, device=x.device) - 1).sigmoid()
-        patterns = torch.randn(len(classes), channels, height, width, device=x.device).sigmoid()
-        return Patches(classes, masks, patterns, masks.flatten(1).sum(1))
-
-    def only(self, which: Tensor) -> "Patches":
-        """Those of the indices `which`."""
-        return Patches(self.classes[which], self.masks[which], self.patterns[which], self.sizes[which])
-
-    def stamp(self, x: Pixels) -> Tensor:
-        """Every patch on every image [N, C, H, W]: [K * N, C, H, W]."""
-        return (x + self.masks[:, None] * (self.patterns[:, None] - x)).flatten(0, 1)
+Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -116,9 +77,12 @@ class PatchSearch:
     def __init__(self, attacked: nn.Module, x: Pixels, y: Labels) -> None:
         self.attacked, self.x, self.y = attacked.requires_grad_(False), x[:MANY], y[:MANY]
         with seeded(1), eval_mode(self.attacked):
-            self.before = smallest_patches(
-                [self.attacked], self.x[:FEW], self.y[:FEW], Patches.random(self._classes(), x)
-            )
+            self.classes = self._classes()
+            shape = (len(self.classes), 1, *x.shape[2:]), (len(self.classes), *x.shape[1:])
+            masks = (0.1 * torch.randn(shape[0], device=x.device) - 1).sigmoid()  # faint, on grey patterns
+            start = masks, torch.randn(shape[1], device=x.device).sigmoid()
+            few = self.x[:FEW], self.y[:FEW]
+            self.patches, self.sizes = smallest_patches([self.attacked], *few, self.classes, start, MOST)
 
     def verdict(self, purified: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
         """Search again and say what there is to say; returns it for `summary.json`."""
@@ -129,11 +93,11 @@ class PatchSearch:
 
     def compare(self, purified: nn.Module) -> Verdict:
         """Grow the smallest patch until it works in `purified`, too."""
-        smallest = self.before.sizes.argmin().view(1)
-        with seeded(2), eval_mode(purified, self.attacked):
-            after = smallest_patches([purified, self.attacked], self.x, self.y, self.before.only(smallest), HALF)
-        sizes = self.before.sizes
-        return Verdict(before=float(sizes.min()), after=float(after.sizes.min()), typical=float(sizes.median()))
+        one = self.sizes.argmin().view(1)
+        start, networks = (self.patches[0][one], self.patches[1][one]), [purified, self.attacked]
+        with seeded(2), eval_mode(*networks):
+            _, after = smallest_patches(networks, self.x, self.y, self.classes[one], start, HALF)
+        return Verdict(before=float(self.sizes.min()), after=float(after), typical=float(self.sizes.median()))
 
     def _classes(self) -> Tensor:
         """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
@@ -148,32 +112,31 @@ class PatchSearch:
 
 
 def smallest_patches(
-    networks: Sequence[nn.Module], x: Pixels, y: Labels, start: Patches, success: float = MOST
-) -> Patches:
+    networks: Sequence[nn.Module], x: Pixels, y: Labels, classes: Tensor, start: Patches, success: float
+) -> tuple[Patches, Tensor]:
     """The smallest patches that lead a share `success` of the images of other classes to their class in all networks.
 
     Adam on masks and patterns from those of `start`; the cost of a mask rises by a factor 1.3 at each step where the
-    patch works, and falls by it where not.
+    patch works, and falls by it where not. Also returns |m|_1 in pixels [K]; infinite where no patch worked.
     """
-    k, classes = len(start.classes), start.classes
-    best = Patches(classes, start.masks.clone(), start.patterns.clone(), torch.full_like(start.sizes, torch.inf))
-    logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in (start.masks, start.patterns)]
+    k, (masks, patterns) = len(classes), (part.clone() for part in start)
+    sizes = torch.full((k,), torch.inf, device=x.device)
+    logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in start]
     descent = adam(0.3, adam_betas=(0.5, 0.9)).descent(logits, 1)
-    mask, pattern = descent.parameters
     cost = torch.full((k,), 0.02, device=x.device)
     target, others = classes.repeat_interleave(len(x)), (y != classes[:, None]).float()
     for _ in range(STEPS):
-        now = Patches(classes, mask.sigmoid(), pattern.sigmoid(), mask.sigmoid().flatten(1).sum(1))
-        stamped = now.stamp(x)
+        mask, pattern = (part.sigmoid() for part in descent.parameters)
+        size = descent.parameters[0].sigmoid().flatten(1).sum(1)
+        stamped = (x + mask[:, None] * (pattern[:, None] - x)).flatten(0, 1)
         every = [network(stamped).float() for network in networks]
         led = torch.stack([z.argmax(1).view(k, -1) == classes[:, None] for z in every]).all(0) * others
         works = led.sum(1) / others.sum(1).clamp_min(1) >= success
         with torch.no_grad():
-            better = works & (now.sizes < best.sizes)
-            best.masks[better], best.patterns[better] = now.masks[better], now.patterns[better]
-            best.sizes[better] = now.sizes[better]
+            better = works & (size < sizes)
+            masks[better], patterns[better], sizes[better] = mask[better], pattern[better], size[better]
             cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
         entropy = torch.stack([F.cross_entropy(z, target, reduction="none") for z in every]).sum(0)
-        loss = ((entropy.view(k, -1) * others).mean(1) + cost * now.sizes).sum()
+        loss = ((entropy.view(k, -1) * others).mean(1) + cost * size).sum()
         descent.follow(torch.autograd.grad(loss, descent.parameters))
-    return best
+    return (masks, patterns), sizes

@@ -112,7 +112,7 @@ def _sau_updates(
     copy_model: bool = True,
 ) -> Work:  # fmt: skip
     method = SAU(lr=lr)
-    state = method.prepare(copied(h, amp=amp) if copy_model else h, max(1, len(batches)))
+    state = method.prepare(copied(h, amp=amp) if copy_model else h, batches)
     state["reference"] = copied(h_b, amp=amp).eval().requires_grad_(False)
     step = MicroBatchedStep(
         method.step,
