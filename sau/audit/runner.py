@@ -22,7 +22,7 @@ from sau.audit.case import CONTROL, NONE, PARTS, AuditConfig, Case
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, one_line
-from sau.evaluate import proportions, figures, score
+from sau.evaluate import figures, proportions, score
 from sau.files import parse_json, read_json
 from sau.files import read as read_bytes
 from sau.record.folder import as_json
