@@ -55,7 +55,8 @@ def scores(name: str) -> Score:
 def test_the_verdict_of_the_readme_follows_from_its_table():
     before, after = scores("before"), scores("after")
     said = [line for line in LINES if line.startswith(WORDS)]
-    assert said == verdict(before, after).splitlines() and said[0].startswith("The backdoor is gone: ")
+    assert said == [line for line in verdict(before, after).splitlines() if line.startswith(WORDS)]
+    assert said[0].startswith("The backdoor is gone: ")
     (row,) = (line for line in LINES if line.startswith("after "))
     assert float(row.split()[-1]) == pytest.approx(der(before, after), abs=0.011)
 
