@@ -613,17 +613,3 @@ def test_the_seed_reaches_poisons_training_and_defense(here, monkeypatch):
     flags = ("--result_file", "a", "--epochs", "0", "--random_seed", "8", "--ratio", "0.5", *QUICK)
     assert here("defense", "ft", *flags)[0] == 0
     assert seen == [7, 7, 8]
-
-
-def test_fps_oracle_is_shown_no_triggers(victim, here, monkeypatch):
-    seen: list[bool] = []
-    own = commands.score
-
-    def watched(model, clean, triggered):
-        seen.append(triggered is None)
-        return own(model, clean, triggered)
-
-    monkeypatch.setattr(commands, "score", watched)
-    flags = ("--result_file", "victim", "--epochs", "0", "--once_prune_ratio", "0.4", *QUICK)
-    assert here("defense", "fp", *flags, "--select", "oracle")[0] == 0
-    assert seen[0] is False and len(seen) > 2 and all(seen[1:-1])

@@ -113,7 +113,7 @@ def test_seeds_are_whole_numbers(seed):
 @pytest.mark.usefixtures("unchecked")
 def test_networks_that_cannot_be_compared_have_no_risks():
     images = toy_images(8)
-    for other, word in ((tiny_net(3), "4 and 3 classes"), (tiny_net().to("meta"), "cpu and meta")):
+    for other, word in ((tiny_net(3), "4 and 3 classes"), (tiny_net().to("meta"), "device meta")):
         with pytest.raises(DataError, match=word):
             measure(tiny_net(), other, images)
     with pytest.raises(ConfigError, match="samples is 0"):

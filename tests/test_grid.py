@@ -442,6 +442,7 @@ def test_cores_memory_and_gpus_are_never_oversubscribed(tmp_path, monkeypatch, n
     assert here.places == places and [here.slots.get() for _ in range(here.slots.qsize())] == seen
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_cell_on_a_gpu_has_it_alone_and_gives_it_back(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setattr(engines, "run_job", lambda job, gpus, stopping: (gpus, here.slots.empty()))

@@ -244,6 +244,22 @@ def test_a_file_is_opened_once(name, tmp_path, monkeypatch):
     assert opened == [path] and report["status"] == HARMLESS and report["format"] in (ZIP, SAFE)
 
 
+INSTEAD = {
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "saved web page": b"\n<!DOCTYPE html><html>sign in</html>",
+    "empty (0 bytes)": b"",
+}
+
+
+@pytest.mark.parametrize("word", INSTEAD)
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_pointer_a_web_page_and_an_empty_file_are_named(word, name, tmp_path, one_line):
+    path = stored(tmp_path, INSTEAD[word], name)
+    with pytest.raises(RecordError) as refusal:
+        weights.read(path)
+    assert word in one_line(refusal.value) and str(path) in str(refusal.value)
+
+
 def test_pipes_devices_and_archives_that_declare_too_much_are_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):

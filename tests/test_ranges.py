@@ -24,14 +24,25 @@ def advice_for(x, **more):
     return str(refusal.value)
 
 
+@pytest.mark.parametrize("give", [lambda x, y: (x, y), triples], ids=["pair", "loader"])
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5,), (0.5,)), ((0.1307,), (0.3081,))])
+def test_mean_and_std_of_images_that_are_not_normalised_are_refused(give, mean, std, one_line):
+    x, y = pair()
+    with pytest.raises(DataError) as refusal:
+        QUICK.purify(tiny_net(), give(x, y), mean=mean, std=std, session=quiet())
+    assert "so they are not normalised; leave mean and std out" in one_line(refusal.value)
+
+
 def test_images_that_are_normalised_are_taken():
-    """Also a batch without dark pixels, bytes, which are never normalised, and never normalised."""
+    """Also a batch without dark pixels, bytes, which are never normalised, and statistics that change nothing."""
     x, y = pair()
     x[8:16] = x[8:16].clamp_min(0.5)  # the second batch of the loader
     QUICK.purify(tiny_net(), triples(normalised(x), y), mean=MEAN, std=STD, session=quiet())
     QUICK.purify(tiny_net(), (normalised(x), y), mean=MEAN, std=STD, session=quiet())
     bytes_of = (255 * x.clamp(0.5, 0.7)).to(torch.uint8)
     QUICK.purify(tiny_net(), triples(bytes_of, y), mean=MEAN, std=STD, session=quiet())
+    plain = QUICK.purify(tiny_net(), (x, y), session=quiet())
+    assert same_weights(plain, QUICK.purify(tiny_net(), (x, y), mean=(0.0,), std=(1.0,), session=quiet()))
 
 
 def test_rounding_is_clamped():

@@ -132,7 +132,7 @@ def test_psnr_by_hand():
 
 def test_the_weight_waits_until_the_code_is_readable_and_rises():
     """0 up to 0.9 of the bits; s updates later clip(10 (s - 1000) / 3000, 0, 10): 0.01 at 1003, 5 at 2500."""
-    weight = ssba.Weight(10)
+    weight = ssba.Weight(10.0)
     for right in (0.5, 0.9, 0.2):
         weight.update(torch.tensor(right))
         assert int(weight.since) == -1 and float(weight()) == 0
@@ -149,12 +149,12 @@ def test_the_weight_waits_until_the_code_is_readable_and_rises():
 @pytest.mark.parametrize("updates", [600, 3000])
 def test_a_short_training_goes_through_the_schedule_in_proportion(updates):
     """A tenth, or half, of 6,000: w rises after a tenth, or half, of the updates."""
-    short, whole = ssba.Weight(10, updates), ssba.Weight(10)
+    short, whole = ssba.Weight(10.0, updates), ssba.Weight(10.0)
     for share in (0.1, 0.2, 0.4, 0.6, 0.7):
         short.since.fill_(round(share * updates))
         whole.since.fill_(round(share * ssba.ENOUGH))
         assert float(short()) == pytest.approx(float(whole()), abs=1e-4)
-    assert ssba.Weight(10, 60_000).pace == whole.pace == 1
+    assert ssba.Weight(10.0, 60_000).pace == whole.pace == 1
 
 
 def test_stored_is_what_a_file_holds_and_has_the_gradient_of_the_clip():
@@ -179,7 +179,12 @@ def test_the_decoder_learns_from_images_of_8_bits_and_the_encoder_through_them()
     seen = []
     attack, encoder, decoder = SSBA(ssba_residual=True), Encoder(1, 3, True), Decoder(1, 16)
     decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
-    state = {"encoder": encoder, "decoder": decoder, "weight": ssba.Weight(10), "descent": lambda loss: loss.backward()}
+    state = {
+        "encoder": encoder,
+        "decoder": decoder,
+        "weight": ssba.Weight(10.0),
+        "descent": lambda loss: loss.backward(),
+    }
     attack.encode_step(state, to_float(black_and_white(8).pixels), torch.zeros(8).long())
     assert torch.allclose(255 * seen[0], (255 * seen[0]).round(), atol=1e-3)
     assert 0 <= float(seen[0].min()) and float(seen[0].max()) <= 1

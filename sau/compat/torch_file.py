@@ -110,11 +110,17 @@ ALLOWED: list[Any] = [
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes; RecordError if it cannot be read."""
+    """A file's bytes; RecordError if it cannot be read, or is what a failed download leaves in its place."""
     try:
         raw = read(path, LARGEST)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not raw:
+        raise RecordError(f"{path} is empty (0 bytes); copy or download it again")
+    if raw.startswith(b"version https://git-lfs"):
+        raise RecordError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+    if raw[:200].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise RecordError(f"{path} is a saved web page, not the file itself; download the file that it links to")
     return raw
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sau.data.images import Augment, Batches, Images, in_range, to_float
+from sau.data.images import OVERSHOOT, Augment, Batches, Images, in_range, to_float
 from sau.errors import DataError
 from sau.types import Batched, Loader
 from sau.util import epoch_generator, seeded
@@ -26,6 +26,7 @@ def clean_batches(
         data = (data.pixels, data.labels)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], mean, std)
+        check_normalised([pixels], mean, std)
         return Batches(pixels.to(device), (labels.to(device),), size, seed)
     try:
         length = -1 if isinstance(data, Tensor) or hasattr(data, "__next__") else len(data)  # type: ignore[arg-type]
@@ -61,6 +62,24 @@ def checked(x: Any, y: Any, mean: Statistics, std: Statistics) -> tuple[Tensor, 
     return in_range(x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1)), y.long()
 
 
+def check_normalised(batches: list[Tensor], mean: Statistics, std: Statistics) -> None:
+    """DataError if no image was normalised, by the pixels [B, C, H, W] after `mean` and `std` were undone.
+
+    Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
+    Where they do, although black would lie below, the images were in [0, 1], and undoing changed them.
+    """
+    if mean is None or std is None or batches[0].dtype == torch.uint8:
+        return
+    x = torch.cat(batches).transpose(0, 1).flatten(1).cpu()  # [C, N]
+    m, s = x.new_tensor(mean), x.new_tensor(std)
+    low, high = float(((x.amin(1) - m) / s).min()), float(((x.amax(1) - m) / s).max())
+    if -OVERSHOOT < low <= high < 1 + OVERSHOOT and bool((m > OVERSHOOT * s).all()):
+        raise DataError(
+            f"mean and std are given, but the pixels range over [{low:.3g}, {high:.3g}], so they are not normalised; "
+            "leave mean and std out, or, if the network expects normalised images, give Normalized(model, mean, std)"
+        )
+
+
 class _Loader:
     """A user's loader with every batch checked and moved; its own augmentation and order stay in force."""
 
@@ -76,14 +95,16 @@ class _Loader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator, batch = epoch_generator(self.seed, self.epoch), None
+        generator, ends = epoch_generator(self.seed, self.epoch), list[Tensor]()
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
             x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.mean, self.std))
+            ends.append(torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))])[..., None, None])
             yield to_float(self.augment(x, generator) if self.augment else x), y
-        if batch is None:
+        if not ends:
             raise DataError(EMPTY)
+        check_normalised(ends, self.mean, self.std)
 
 
 def unaugmented(batches: Batched) -> Batched:
