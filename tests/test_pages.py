@@ -1,10 +1,7 @@
 """The pages of the methods and the tools that draw them: figures are those of the kept results."""
 
 import argparse
-import json
-from dataclasses import replace
 
-import cards
 import gallery
 import pytest
 from PIL import Image
@@ -15,7 +12,6 @@ from sau.attack import ATTACKS
 from sau.defense import DEFENSES
 from sau.flags import IGNORED
 from sau.record.summaries import save
-from sau.report.results import Result
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
 
@@ -32,49 +28,6 @@ def test_the_figures_of_the_pages_are_those_of_the_kept_results(script):
     assert (status, out) == (0, "")
 
 
-RESULT = Result(REPOSITORY, "x", "nc", 0, None)
-FIGURES = ("before_acc", "before_asr", "acc", "asr", "racc", "der", "seconds")
-
-
-def test_the_page_of_nc_says_which_classes_were_flagged():
-    """Over seeds, of each attack; results of before say nothing."""
-    flags = [("badnet", [0]), ("badnet", [0, 3]), ("prototype", []), ("prototype", [5])]
-    found = [replace(RESULT, attack=name, summary={"findings": {"flagged": classes}}) for name, classes in flags]
-    found.append(replace(RESULT, attack="sig"))
-    assert "`prototype` is a false alarm:\nbadnet 0 / 0, 3; prototype none / 5.\n" in cards.flagged(found)
-    assert cards.flagged(found[-1:]) == ""
-
-
-@pytest.mark.parametrize(
-    ("defense", "selection", "attack", "published"),
-    [
-        ("fp", "oracle", "badnet", "91.31 / 57.13 / 68.95"),
-        ("fp", "defender", "badnet", "91.31 / 57.13 / 68.95 †"),
-        ("clp", "defender", "badnet", "90.07 / 77.56 / 58.11"),
-        ("clp", "oracle", "badnet", "-"),
-        ("clp", "defender", "prototype", "-"),
-        ("rnp", "defender", "badnet", None),
-    ],
-)
-def test_a_row_says_who_chose_and_what_is_published(defense, selection, attack, published):
-    """FP was published as the test sets chose, CLP as nobody did; RNP was not published."""
-    figures = dict.fromkeys(FIGURES, 50.0)
-    own = replace(RESULT, attack=attack, defense=defense, figures=figures, summary={"selection": selection})
-    row = cards.defense_row(attack, [own]).strip("| ").split(" | ")
-    assert row[0] == attack + ", **oracle**" * (selection == "oracle")
-    assert len(row) == 6 + (published is not None) and published in (None, row[-1])
-
-
-def test_the_first_row_is_the_mean_over_attacks():
-    """Of means over seeds; what is published is averaged only where every attack is."""
-    groups = [[replace(RESULT, attack=name, figures=dict.fromkeys(FIGURES, value)) for value in values]
-              for name, values in (("badnet", (10.0, 30.0)), ("sig", (40.0,)))]  # fmt: skip
-    row = "| **mean of 2** | 30.00 / 30.00 | 30.00 | 30.00 | 30.00 | 30.00 | 86.77 / 49.77 / 72.88 |"
-    assert cards.defense_mean(groups) == row
-    groups = [[replace(one, defense="bnp") for one in own] for own in groups]
-    assert cards.defense_mean(groups).endswith("| - |")
-
-
 def test_the_means_of_the_pages_are_those_of_the_results():
     """A page computes its own; that of all results has them, too."""
     table = (REPOSITORY / "docs" / "results" / "table1_cpu.md").read_text()
@@ -84,18 +37,6 @@ def test_the_means_of_the_pages_are_those_of_the_results():
         there = next(line for line in table.splitlines() if line.startswith(f"| {name} | ")).split(" | ")[9:13]
         acc, asr, der = (row.split(" | ")[column].rstrip(" |") for column in (2, 3, 5))
         assert [acc, asr, der] == [there[0], there[1], there[3]]
-
-
-def test_a_card_says_what_a_whole_run_costs(tmp_path, monkeypatch):
-    row = {"name": "whole run: nc", "ours": 1234.5, "reference": 10.0}
-    line = {"name": cards.COSTS, "setting": {"pictures": 128}, "rows": [row]}
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "bench.jsonl").write_text(f'{{"name": "other"}}\n{json.dumps(line)}\n')
-    monkeypatch.setattr(cards, "DOCS", tmp_path)
-    own = [[replace(RESULT, figures={"seconds": value}) for value in values] for values in ((10.0, 30.0), (50.0,))]
-    text = cards.cost("nc", own)
-    assert "Time: 20 to 50 s;" in text and text.endswith("128 images: 1,234.5 s, 123.45 times FT.\n")
-    assert "benchmark" not in cards.cost("fp", own)
 
 
 def test_flags_without_effect_stand_on_the_page_for_users_of_backdoorbench():
