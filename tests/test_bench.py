@@ -4,14 +4,12 @@ import gc
 import json
 import subprocess
 import sys
-import weakref
 
 import bench
 import pytest
 import torch
-from bench_parts import measure, parts, released, setting
+from bench_parts import measure, released, setting
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from toys import REPOSITORY, environment, tiny_net, toy_images
 
 from sau.attack import BadNet
@@ -49,15 +47,6 @@ def test_the_released_loader_gives_the_same_images(tmp_path):
     assert [len(y) for _, y in batches] == [8, 8] and batches[0][0].shape == (8, 3, 16, 16)
 
 
-def test_the_released_training_learns(tmp_path):
-    images, net = toy_images(40), tiny_net()
-    files = released.Files(images, images.labels, released.transform(ORIGIN, False), tmp_path)
-    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    batches = released.loader(files, 8, train=True, workers=0, device=CPU)
-    losses = [released.train_epoch(net, sgd, batches, CPU) for _ in range(8)]
-    assert losses[-1] < 0.7 * losses[0]
-
-
 def test_the_rival_computes_in_fp32_and_nchw_whatever_ours_does():
     """A copy of a network in bf16 would run under autocast itself, which makes the rival faster than it is."""
     ours = Normalized(tiny_net(), ORIGIN.mean, ORIGIN.std, amp=True).to(memory_format=torch.channels_last)
@@ -70,34 +59,6 @@ def test_the_rival_computes_in_fp32_and_nchw_whatever_ours_does():
         assert seen and set(seen) == {kind}
         seen.clear()
     assert all(module.weight.is_contiguous() for module in convolutions)
-
-
-def test_operations_are_counted_as_torch_counts_them_and_nothing_is_kept():
-    """Torch's own counter keeps what a backward hook holds, of every batch until the end."""
-    net, x = Normalized(tiny_net()), toy_images(6).pixels.float().div(255).requires_grad_()
-
-    class Marked(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, z):
-            ctx.held = torch.ones(1)
-            kept.append(weakref.ref(ctx.held))
-            return z.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient
-
-    def work() -> None:
-        for _ in range(3):
-            net(Marked.apply(x)).logsumexp(1).mean().backward()
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in kept))
-
-    kept, alive = [], []
-    with FlopCounterMode(display=False) as counter:
-        work()
-    kept.clear()
-    assert measure.flops(work) == counter.get_total_flops() > 0 and alive[1] == 0 < alive[0]
 
 
 def test_passes_are_counted_by_operations():
@@ -116,21 +77,6 @@ def test_passes_are_counted_by_operations():
 def test_a_row_is_of_medians_and_of_ratios_by_repetition():
     found = measure.row("x", [1.0, 2.0, 4.0], [4.0, 4.0, 4.0], "s", 2)
     assert (found["ratio"], found["low"], found["high"], found["ours"], found["reference"]) == (2, 1, 4, 1, 2)
-
-
-@pytest.mark.parametrize("part", bench.PARTS)
-def test_a_part_has_the_flags_that_it_uses(part):
-    every = {name for names in bench.USED.values() for name in names}
-    assert {*vars(bench.command_line().parse_args([part]))} & every == bench.USED[part]
-
-
-def test_the_json_holds_the_setting_and_the_rows(monkeypatch, script, tmp_path):
-    row = {"name": "a row", "ratio": 2.0, "low": 2.0, "high": 2.0, "ours": 1.0, "reference": 2.0, "unit": "s"}
-    monkeypatch.setattr(parts, "evaluation", lambda setting: [row])
-    assert script("bench.py", "eval", "--device", "cpu", "--threads", "1", "--json", str(tmp_path / "out.json"))[0] == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["rows"] == [row] and {"width", "workers", "images", "threads", "device"} <= {*found["setting"]}
-    assert {"steps", "dataset_path"}.isdisjoint(found["setting"])
 
 
 MINIATURE = {
