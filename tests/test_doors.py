@@ -9,7 +9,6 @@ import torch
 import yaml
 from PIL import Image
 
-from sau.errors import ConfigError
 from sau.models import Enlarge, build, has_width
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -32,13 +31,6 @@ def test_torchvisions_classifiers_fit_the_data(name, side, classes, entries, las
     assert (len(keys), keys[-1]) == (entries, last)
     assert model(torch.rand(2, 3, side, side)).shape == (2, classes)
     assert isinstance(next(iter(model.net.children())), Enlarge) is enlarged and not has_width(name)
-
-
-def test_networks_that_do_not_exist_or_have_no_width(one_line):
-    for wish, word in ((("resnet19", None), "resnet19"), (("resnet18", 16), "width is 16")):
-        with pytest.raises(ConfigError) as refusal:
-            build(wish[0], 10, width=wish[1], **PLAIN)
-        assert word in one_line(refusal.value)
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -73,11 +65,6 @@ def test_own_images_of_any_size(here, tmp_path, monkeypatch):
     assert summary["acc_count"][1] == 12 and summary["asr_count"][1] == 8
 
 
-@pytest.mark.parametrize("name", ["cifar10", "digits"])
-def test_a_size_that_a_data_set_does_not_have(refused, name):
-    assert "img_size is 48" in refused("attack", "badnet", "--dataset", name, "--img_size", "48")
-
-
 def test_subsets_are_said_and_recorded(here, real_data, tmp_path, monkeypatch):
     monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
     flags = ("--dataset_path", str(real_data), "--width", "4", "--epochs", "0", "--threads", "1", "--amp", "false")
@@ -107,12 +94,3 @@ def test_a_folder_of_backdoorbench_is_defended_like_ours(here, theirs, real_data
     assert status == 0 and "first 600 of 50000 training images" in out, err
     before = json.loads((theirs / "defense" / "ft" / "summary.json").read_text())["before"]
     assert [before[f"{figure}_count"] for figure in ("acc", "asr", "racc")] == [[45, 200], [77, 180], [30, 180]]
-
-
-def test_a_folder_of_backdoorbench_and_another_data_set(refused, theirs, real_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    line = refused("defense", "ft", "--result_file", theirs.name, "--dataset", "cifar100")
-    assert "cifar100" in line and "cifar10" in line
-    assert "there is no folder" in refused(
-        "defense", "ft", "--result_file", theirs.name, "--dataset_path", str(tmp_path / "none")
-    )
