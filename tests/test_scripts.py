@@ -10,7 +10,6 @@ from toys import REPOSITORY, the_error
 
 from sau.data import sources
 from sau.data.sources import fingerprint, load
-from sau.errors import RecordError
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -41,36 +40,6 @@ def test_a_device_that_is_not_there_is_refused(name, script, monkeypatch):
     if "nobody" in COMPUTE[name]:
         status, _, err = script(name, *COMPUTE[name], "--device", "auto", "--threads", "1")
         assert status == 2 and "nobody" in the_error(err)
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "what"),
-    [
-        ("tables.py", ("radii", "record/victim"), "sau.risk.gauge"),
-        ("clean_indices.py", ("record/clean", "--out", "new.json"), "sau.own_network.reverse"),
-        ("figures.py", ("victim", "--defense", "copy"), "sau.figures.examples"),
-    ],
-)
-def test_networks_compute_on_the_device(name, flags, what, victim, here, script, monkeypatch):
-    """`meta` stands for a card: nothing can be computed there, but tensors say that they lie there."""
-
-    def stop(*given: object, **more: object) -> None:
-        networks = [thing for thing in given if isinstance(thing, torch.nn.Module)]
-        devices.update(parameter.device.type for network in networks for parameter in network.parameters())
-        raise RecordError("stopped")
-
-    devices: set[str] = set()
-    if name == "clean_indices.py":
-        clean = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--threads", "1", "--amp", "false")
-        assert here("attack", "prototype", "--save_folder_name", "clean", *clean, "--device", "cpu")[0] == 0
-    monkeypatch.delitem(sys.modules, "risks", raising=False)  # tables.py imports it anew, as scripts do
-    monkeypatch.setattr("sau.tools.use_device", lambda args: torch.device("meta"))
-    monkeypatch.setattr("sau.record.attack_result.load_weights", lambda model, path: None)
-    monkeypatch.setattr("sau.figures.features", lambda *given: None)
-    monkeypatch.setattr("sau.figures.save", lambda figure, path: [])
-    monkeypatch.setattr(what, stop)
-    status, _, err = script(name, *flags)
-    assert status == 2 and the_error(err) == "error: stopped" and devices == {"meta"}
 
 
 @pytest.mark.parametrize(
