@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 import torch
 from synthetic import attack, defense
-from toys import QUICK, the_error, tiny_net, toy_images
+from toys import QUICK, tiny_net, toy_images
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from sau.data import images as data
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
 from sau.figures import curves, examples, features, images, risks, save, types
-from sau.figures.curves import NORMS, RISKS
+from sau.figures.curves import RISKS
 from sau.figures.images import last_features
 from sau.pgd import Search
 from sau.record.folder import Record
@@ -31,14 +31,6 @@ def closed():
 
 def write_rows(path: Path, *rows: dict[str, float]) -> Record:
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Record(path)
-
-
-def with_search(path: Path, norm: str) -> Record:
-    """The record with a search for examples in its summary."""
-    summary = json.loads((path / "summary.json").read_text())
-    summary["risk"]["search"] = {"norm": norm, "eps": 0.2, "steps": 5}
-    (path / "summary.json").write_text(json.dumps(summary))
     return Record(path)
 
 
@@ -74,34 +66,9 @@ def test_the_command_draws_every_figure_as_png_and_svg(victim, here, script, mon
     assert (asr[0], asr[-1]) == (summary["before"]["asr"], summary["after"]["asr"])
 
 
-@pytest.mark.parametrize(
-    "flags", [("nobody", "--eps", "0.1"), ("nobody", "--map", "pca"), ("nobody", "--defense", "x", "--eps", "nan")]
-)
-def test_bad_flags_are_refused_before_anything_is_drawn(flags, script, tmp_path):
-    status, _, err = script("figures.py", *flags)
-    assert status == 2 and the_error(err) and not [*tmp_path.iterdir()]
-
-
 def test_a_run_without_risks_is_refused(tmp_path):
     with pytest.raises(RecordError, match="--track_risk"):
         risks([Record(defense(attack(tmp_path)))])
-
-
-def test_risks_name_their_ball_and_types_are_stacked(tmp_path):
-    path = defense(attack(tmp_path), rows=2, risks=True)
-    for norm, name in NORMS.items():
-        assert risks([with_search(path, norm)]).axes[0].get_title() == f"sau ({name} radius 0.2, 5 steps)"
-    bands = types([Record(path)]).axes[0].collections
-    assert [band.get_label()[:3] for band in bands] == ["I: ", "II:", "III"]
-    assert [band.get_datalim(band.axes.transData).y1 for band in bands] == pytest.approx([50, 70, 80])
-
-
-def test_one_legend_has_the_lines_of_every_panel(tmp_path):
-    first, second = (defense(attack(tmp_path, name), rows=1, risks=True) for name in ("badnet", "lf"))
-    records = [with_search(path, "L2") for path in (first, second)]
-    write_rows(second, {"epoch": 1, "acc": 88, "r_adv": 9, "r_share_sau": 8})
-    (legend,) = risks(records).legends
-    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(label for label, _, _ in RISKS.values())
 
 
 def test_curves_are_of_the_last_stage_and_begin_where_a_loss_does(tmp_path):
