@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from typing import Any
@@ -79,43 +77,6 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
     with Reads() as reads:
         place.means("lr")
     assert reads.found != []
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", [FT(), FTSAM(), AT(), SAU(), BadNet()], ids=lambda m: m.name)
-def test_cuda_is_not_waited_for(method):
-    """CUDA itself reports whatever waits for it, the path of the images included."""
-    where = torch.device("cuda")
-    model, images = network(amp=True).to(where), toy_images(64).to(where)
-    prepared = (
-        method.prepare(model.train(), Training(), 10)
-        if isinstance(method, BadNet)
-        else method.prepare(model, range(10))
-    )
-    place, batches = loop._Place(), images.batches(16, seed=0, augment=Augment(flip=True))
-    walk = iter(batches)
-    x, y, *_ = next(walk)
-    method.step(prepared, x, y)
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        for x, y, *_ in walk:
-            place.add(method.step(prepared, x, y), len(y))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.usefixtures("few_digits")
-def test_memory_that_runs_out_elsewhere_is_one_line(here, monkeypatch):
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    monkeypatch.setattr("sau.cli.score", full)
-    monkeypatch.setattr("sau.run.score", full)
-    status, _, err = here("attack", "badnet", *VICTIM, "--save_folder_name", "a")
-    assert status == 1 and err.startswith("error: out of memory (CUDA out of memory.)")
-    assert len(err.splitlines()) == 1
 
 
 # Time
@@ -292,13 +253,6 @@ def test_low_precision_agrees_with_the_released_order_of_work(amp):
     assert float(alike) >= (0.95 if amp else 1.0)
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_methods_that_look_into_networks_do_not_compile_them(here):
-    assert here("attack", "badnet", *SHORT, "--save_folder_name", "a")[0] == 0
-    status, out, _ = here("defense", "clp", "--result_file", "a", "--compile", "true", *QUICK)
-    assert status == 0 and "note: the networks of clp cannot be compiled, so --compile has no effect" in out
-
-
 LITTLE = {
     "epochs": 1, "batch_size": 16, "nc_epoch": 3, "te_epochs": 1, "target_layer_name": "net.0", "clean_train_epochs": 0,
     "nb_iter": 20,
@@ -386,31 +340,3 @@ def test_a_trigger_has_the_minutes_of_its_command():
     session = trigger_session(Run(max_minutes=10.0), 5.0)
     assert session is not None and session.limit is not None and session.limit.end == 605.0
     assert trigger_session(Run(), 5.0) is None
-
-
-# Memory
-
-
-FAULTS = """
-import platform, resource, sys
-import torch
-from sau.device import set_threads
-if sys.argv[1] == "command":
-    set_threads(1)
-for piece in range(40):
-    if piece == 20:  # small objects may have taken the places of the first few
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MB
-print(platform.libc_ver()[0], resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def test_a_command_keeps_the_memory_that_it_frees():
-    def faults(who: str) -> int:
-        shown = subprocess.run([sys.executable, "-c", FAULTS, who], capture_output=True, text=True, check=True)
-        library, count = shown.stdout.split()
-        if library != "glibc":
-            pytest.skip("another C library than glibc")
-        return int(count)
-
-    assert faults("command") < faults("notebook") / 4
