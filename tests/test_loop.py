@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import ALWAYS, NEVER, Stopping, Tape
+from checkpoints import ALWAYS, NEVER, Tape
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
-from toys import TinyNet, same_weights, tiny_net, toy_images
+from toys import TinyNet, same_weights, toy_images
 
 from sau import loop
 from sau.data.images import Augment, to_float
-from sau.defense import SAU
 from sau.errors import TrainingError
 from sau.loop import Limit, Session
 from sau.optim import Training
@@ -191,25 +190,6 @@ def test_a_deadline_leaves_the_very_place(kind, reached, monkeypatch):
     assert same_weights(second.net, whole.net) and {**first.rows, **second.rows} == whole.rows
 
 
-@pytest.mark.parametrize("saves", [1, 3, 4, 8])
-def test_the_network_that_sau_compares_with_is_in_no_checkpoint(saves):
-    """It is the network as it came, so a resumed run has it again: the same bits after a stop in the first round, at
-    its end, inside the second and before the last one."""
-    images, tape = toy_images(24), Stopping(saves)
-
-    def purified(tape: Tape) -> nn.Module:
-        session = Session(checkpoint=tape, say=lambda text: None, save_every=ALWAYS)
-        return SAU(epochs=3, batch_size=8, lr=1e-2).purify(tiny_net(), images, session=session)
-
-    whole = purified(Tape())
-    assert not same_weights(whole, tiny_net())
-    with pytest.raises(KeyboardInterrupt):
-        purified(tape)
-    place = tape.load()
-    assert place is not None and set(place["objects"]) == {"model", "descent"}
-    assert same_weights(purified(tape), whole)
-
-
 # What is counted and reported
 
 
@@ -246,17 +226,6 @@ def test_floats_are_averaged_over_images_and_counts_summed():
     assert [epoch for epoch, _ in reports] == [1, 2]
     for _, report in reports:
         assert report["loss"] == pytest.approx(17 / 7) and report["count"] == 7
-
-
-def test_a_line_an_epoch():
-    said = run(
-        lambda x, y: {"loss": torch.tensor(0.25)},
-        Plain([2]),
-        2,
-        on_epoch=lambda epoch, losses, state: {"acc": 91.5, "asr": None},
-    )
-    assert [line.split("  ")[:3] for line in said] == [[f"epoch {e}/2", "loss 0.25", "acc 91.5"] for e in (1, 2)]
-    assert not any("asr" in line for line in said)
 
 
 # A loss that is not finite
@@ -328,47 +297,6 @@ def test_the_forecast_counts_what_is_left():
 
 
 # Several runs that share a checkpoint
-
-
-def two_stages(tape: Tape, *, stop: tuple[int, int] | None = None, said: list[str] | None = None) -> list[float]:
-    """Two runs, of 2 and 3 epochs, that move a number; `stop` is the (stage, update) before which it breaks off."""
-
-    class Number:
-        def __init__(self, value: float) -> None:
-            self.value, self.updates = torch.tensor(value, dtype=torch.float64), 0
-
-        def state_dict(self) -> dict:
-            return vars(self).copy()
-
-        def load_state_dict(self, state: dict) -> None:
-            vars(self).update(state)
-
-    session = Session(checkpoint=tape, say=(said if said is not None else []).append)
-    torch.manual_seed(5)
-    first, second = Number(1.0), Number(0.0)
-    for stage, epochs in ((0, 2), (1, 3)):
-        changing = {"first": first} if stage == 0 else {"first": first, "second": second}
-        number = first if stage == 0 else second
-
-        def step(x: torch.Tensor, y: torch.Tensor, stage=stage, number=number) -> dict[str, torch.Tensor]:
-            if (stage, number.updates) == stop:
-                raise KeyboardInterrupt
-            number.value = number.value + torch.rand((), dtype=torch.float64) * first.value
-            number.updates += 1
-            return {"loss": number.value}
-
-        batches = [(torch.zeros(1), torch.zeros(1))] * 2
-        loop.run(step, batches, epochs, state=changing, end_epoch=lambda losses: None, session=session.for_stage(stage))
-    return [float(first.value), float(second.value)]
-
-
-@pytest.mark.parametrize("stop", [(0, 0), (0, 3), (1, 0), (1, 1), (1, 2), (1, 5)])
-def test_a_method_of_several_stages_resumes_in_the_one_it_was_stopped_in(stop):
-    whole, tape, said = two_stages(Tape()), Tape(), []
-    with pytest.raises(KeyboardInterrupt):
-        two_stages(tape, stop=stop)
-    assert two_stages(tape, said=said) == whole
-    assert sum("epoch" in line and "/2" in line for line in said) == max(0, 2 - stop[0] * 2 - stop[1] // 2)
 
 
 def test_end_epoch_may_end_a_run_and_a_resumed_one_stays_ended():
