@@ -31,10 +31,6 @@ def with_(attack: Attack, **changes) -> Any:
 # The catalogue
 
 
-def test_every_attack_has_a_row_here():
-    assert set(ROWS) == set(ATTACKS)
-
-
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_has_its_files_and_its_help(name):
     attack = ATTACKS[name]
@@ -219,16 +215,6 @@ def test_clean_training_poisons_nothing():
     others = images[(images.labels > 0).nonzero().flatten()]
     assert Prototype().poison_train(others, 0) is others and len(Prototype().poison_test(images)) == 0
     assert Prototype().params() == {}
-
-
-def test_what_is_poisoned_is_described():
-    images = toy_images(40)
-    sig = SIG(pratio=5 / 40, attack_target=1)
-    assert sig.describe(sig.poison_train(images, 0), 8) == "5 of 40 images poisoned (50 % of class 1), 0 labels changed"
-    poisoned = BadNet(pratio=5 / 40).poison_train(images, 0)
-    changed = int((poisoned.labels != images.labels).sum())
-    assert BadNet().describe(poisoned, 8) == f"5 of 40 images poisoned, {changed} labels changed" and changed > 0
-    assert torch.equal(BadNet().poisoned_samples(poisoned).index, poisoned.index[poisoned.role == BACKDOOR])
 
 
 # Inside the batches
