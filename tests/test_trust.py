@@ -9,6 +9,7 @@ import yaml
 from defense_rows import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_evaluate import Answers, saying
 from torch import nn
 from toys import QUICK, quiet, same_weights, the_error, tiny_net, toy_images
 
@@ -100,21 +101,6 @@ def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here)
 # E1: the evaluator against brute force
 
 
-class Told(nn.Module):
-    """Answers image i with the class written in its first pixel."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.eye = nn.Parameter(torch.eye(classes))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.eye[(x[:, 0, 0, 0] * 255).round().long()]
-
-
-def told(answers: list[int]) -> torch.Tensor:
-    return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1)
-
-
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.data())
 def test_figures_are_those_of_a_count_by_hand(data):
@@ -122,15 +108,13 @@ def test_figures_are_those_of_a_count_by_hand(data):
     label = st.integers(0, classes - 1)
     clean = data.draw(st.lists(st.tuples(label, label), min_size=1, max_size=12))
     bad = data.draw(st.lists(st.tuples(label, label, label), min_size=1, max_size=12))
-    answers, truth = (list(part) for part in zip(*clean, strict=True))
-    guessed, wanted, really = (list(part) for part in zip(*bad, strict=True))
-    triggered = told(guessed), torch.tensor(wanted), torch.tensor(really)
-    found = score(Told(classes), (told(answers), torch.tensor(truth)), triggered)
+    (answers, truth), (guessed, wanted, really) = zip(*clean, strict=True), zip(*bad, strict=True)
+    triggered = saying(guessed), torch.tensor(wanted), torch.tensor(really)
+    found = score(Answers(classes), (saying(answers), torch.tensor(truth)), triggered)
     counts = [sum(a == b for a, b in zip(one, other, strict=True))
               for one, other in ((answers, truth), (guessed, wanted), (guessed, really))]  # fmt: skip
-    shares = [found.acc, found.asr, found.racc]
-    assert [share.hits for share in shares] == counts
-    assert [share.total for share in shares] == [len(clean), len(bad), len(bad)]
+    shares = [(share.hits, share.total) for share in (found.acc, found.asr, found.racc)]
+    assert shares == [*zip(counts, (len(clean), len(bad), len(bad)), strict=True)]
     other = Score(replace(found.acc, hits=0), replace(found.asr, hits=0), found.racc)
     expected = (100 * found.asr.hits / len(bad) - 100 * found.acc.hits / len(clean) + 100) / 2
     assert der(found, other) == round(expected, 2)
