@@ -225,15 +225,6 @@ def test_results_at_any_depth_count_and_links_are_not_followed(tmp_path):
     assert [result.name for result in find_results(tmp_path / "grid" / "first" / "badnet_s0")[0]] == names
 
 
-@pytest.mark.parametrize(
-    "make", [lambda root: None, lambda root: (root / "notes").mkdir(parents=True), lambda root: root.write_text("")]
-)
-def test_a_root_without_results_is_refused(make, tmp_path, script):
-    make(tmp_path / "root")
-    status, _, err = script("report.py", "root")
-    assert status == 2 and "root" in the_error(err) and not (tmp_path / "report.html").exists()
-
-
 def test_a_defense_of_a_folder_of_backdoorbench_counts(tmp_path):
     (tmp_path / "badnet_bb").mkdir()
     (tmp_path / "badnet_bb" / "attack_result.pt").write_bytes(b"x")
@@ -426,17 +417,6 @@ def test_tables_are_written_into_a_page_and_unknown_defenses_refused(rivals, tmp
     assert status == 2 and "--against" in the_error(err) and "anp, ft, sau" in err
 
 
-def test_the_table_over_seeds_warns_of_what_it_leaves_out(tmp_path, script):
-    for seed, asr in enumerate((1.0, 3.0)):
-        defense(attack(tmp_path, seed=seed), seed=seed, asr=asr)
-    (defense(tmp_path / "badnet_s0", "ft") / "manifest.json").unlink()
-    status, out, err = script("tables.py", "seeds", str(tmp_path))
-    row = "| badnet | sau | 2 | 88.00, 88.00 | 1.00, 3.00 | 80.00, 80.00 | 96.00, 96.00 | 2.00, 2.00 | 50, 50 |"
-    assert (
-        status == 0 and row in out.splitlines() and err.startswith("warning: left out badnet_s0/defense/ft: it is un")
-    )
-
-
 def test_the_kept_tables_are_those_of_the_kept_summaries(script):
     """Of every page that says which command writes its tables."""
     results = REPOSITORY / "docs" / "results"
@@ -479,15 +459,6 @@ def test_the_exports_hold_every_value_and_a_deviation_of_three(tmp_path):
     assert (sau["asr"], sau["asr_sd"]) == (3.0, 2.0) and r"3.00 $\pm$ 2.00" in as_latex(tables(tmp_path))
 
 
-def test_latex_explains_the_dagger_and_escapes_names(tmp_path):
-    attacked = attack(tmp_path, "=SUM(A1) & <b>100%", folder="odd_s0")
-    defense(attacked, "sau")
-    text = as_latex(tables(tmp_path))
-    assert r"=SUM(A1) \& \textless{}b\textgreater{}100\% & sau & 1" in text and r"\dagger" not in text
-    defense(attacked, "anp", selection="oracle")
-    assert as_latex(tables(tmp_path)).strip().endswith(r"$^\dagger$: chosen by test data.\par}")
-
-
 @pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1", "\r@x", "a\r=1+1", "a\n=1", "\tx"])
 def test_no_text_of_the_csv_is_a_formula_or_ends_its_line(tmp_path, text):
     attack(tmp_path, text, folder="x_s0")
@@ -505,21 +476,6 @@ def test_the_page_needs_nothing_else_and_names_stay_text(tmp_path):
     assert text.count("<script>") == 1 and not re.search(r"(src|href)=\"(?!#|data:)", text)
     assert not re.search(r"https?://|@import", text) and text.startswith("<!doctype html>")
     assert "a100&#34;: 100" in text
-
-
-def test_the_overview_has_a_column_for_each_defense_that_ran(tmp_path):
-    """The undefended network first; what was not run is blank."""
-    for seed, ratio in enumerate((0.05, 0.01)):
-        attacked = attack(tmp_path, seed=seed)
-        defense(attacked, "sau", seed, ratio=ratio, der=90.0 + seed)
-        defense(attacked, "anp", seed, der=80.0)
-    attack(tmp_path, "lf", asr=70.0)
-    ((head, body),) = re.findall(
-        r'<table class="heat">\n<thead>(.*?)</thead>\n<tbody>(.*?)</tbody>', build(tmp_path)[0], re.S
-    )
-    assert re.findall(r'<th scope="col">(.*?)</th>', head) == ["none", "anp", "sau ratio 0.01", "sau ratio 0.05"]
-    assert re.findall(r"<a [^>]*>(.*?)</a>", body) == ["98.0", "80.0", "91.0", "90.0", "70.0"]
-    assert body.count("<td></td>") == 3
 
 
 def test_the_strip_shows_the_clean_images_that_were_triggered(finished, tmp_path, monkeypatch):
