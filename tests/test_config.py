@@ -1,6 +1,5 @@
 """From signatures to flags and YAML and back: what is accepted, what beats what, what is refused in which words."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from sau.config import convert, options, param
 from sau.data.sources import SOURCES
 from sau.defense import DEFENSES, FT, IBAU, SAU
 from sau.errors import ConfigError
-from sau.flags import CASES, read_yaml, shipped
+from sau.flags import CASES, read_yaml
 from sau.optim import DESCENT, Training
 from sau.run import AttackRun, DefenseRun
 from sau.settings import OwnRun, Settings
@@ -247,19 +246,6 @@ def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benc
         assert Settings("x", method, sections, argv).get("lr_scheduler") is None
 
 
-def help_text(groups, shown, ignored=None) -> str:
-    return config.parser(groups, shown, ignored, "small [flags]", "About.").format_help()
-
-
-def test_help_writes_values_as_flags_take_them(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # one line a flag
-    known = {**options(Training), **options(AttackRun)}
-    out = help_text({"all": [*known.values()]}, {"lr": 1e-4, "overwrite": True, "wd": 0.0})
-    found = dict(re.findall(r"^  --(\w+) .*?\[([^][ ]*)\]\n", out, re.M | re.S))
-    expected = {"lr": "0.0001", "overwrite": "true", "wd": "0", "adam_betas": "0.9,0.999", "cos_t_max": "none"}
-    assert {name: found[name] for name in expected} == expected and found["amp"] == "auto" and found["epochs"] == "100"
-
-
 @pytest.mark.parametrize("argv", [("--help", "--nonsense", "1"), ("--nonsense", "1", "-h"), ("--help_all",)])
 def test_help_is_given_beside_mistakes(argv):
     assert flags(*argv)["help"] == ("all" if "--help_all" in argv else "brief")
@@ -461,14 +447,6 @@ def sections_of(file: Path) -> tuple[type, ...]:
     if kind == "recipe":
         return (AttackRun, Training)
     return (AttackRun, Training, ATTACKS[name]) if kind == "attack" else (DefenseRun, OwnRun, DEFENSES[name])
-
-
-def test_every_shipped_file_belongs_to_something_that_exists():
-    assert {file.stem for file in SHIPPED if file.parent.name == "recipe"} == set(SOURCES)
-    assert {file.stem for file in SHIPPED if file.parent.name == "attack"} <= set(ATTACKS)
-    assert {file.stem for file in SHIPPED if file.parent.name == "defense"} <= set(DEFENSES)
-    assert all(shipped(file.parent.name, file.stem) == file for file in SHIPPED)
-    assert shipped("attack", "nothing") is None
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
