@@ -533,15 +533,6 @@ def row(part: str, curve: str, network: str, x: Any, asr: float, **more: float) 
     return {"part": part, "curve": curve, "network": network, "x": x, "seed": 0, "asr": asr, **more}
 
 
-def test_a_table_has_the_accuracy_after_the_most_poisons():
-    rows = [row("relearn", "fresh", "ft", k, 10.0 * k, acc=90.0 - k) for k in (0, 2, 5)]
-    text = tables([{"rows": rows, "asked": {"seeds": [0]}}])
-    assert "| network | k = 0 | k = 2 | k = 5 | ACC at k = 5 |" in text and "| ft | 0.0 | 20.0 | 50.0 | 85.0 |" in text
-    assert "Mean" not in text
-    text = tables([{"rows": [*rows, *rows], "asked": {"seeds": [0, 1]}}])
-    assert text.startswith("Mean ± standard deviation over 2 draws of the attacker's.")
-
-
 def test_the_figure_puts_each_value_over_its_step_with_one_standard_deviation():
     audits = [
         {"rows": [row("relearn", "fresh", "control", k, asr) for k in (0, 2, 5)]
