@@ -19,7 +19,6 @@ from toys import REPOSITORY, VICTIM, command, environment, the_error
 
 from sau.cli import main
 from sau.data import sources
-from sau.errors import SauError
 
 _CACHE = tempfile.TemporaryDirectory(prefix="sau-cache-")  # of triggers and pictures that tests make
 atexit.register(_CACHE.cleanup)
@@ -124,18 +123,6 @@ def script(
         return left.value.code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture
-def one_line() -> Callable[[BaseException], str]:
-    """Asserts that an exception is a user's mistake said in one line, and returns the line."""
-
-    def check(error: BaseException) -> str:
-        text = str(error)
-        assert isinstance(error, SauError) and "\n" not in text and text
-        return text
-
-    return check
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def with_(attack: Attack, **changes) -> Any:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_has_its_files_and_its_help(name):
     attack = ATTACKS[name]
+    assert set(ROWS) == set(ATTACKS)
     assert attack.name == name and inspect.getmodule(attack).__name__ == f"sau.attack.{name}"
     assert (REPOSITORY / f"attack/{name}.py").is_file()
     assert attack.__doc__ and all(option.help for option in options(attack).values())

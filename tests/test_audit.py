@@ -416,42 +416,28 @@ def test_the_script_audits_a_grids_records_and_their_audits_are_compared(victim,
         shutil.copytree(victim, root / f"badnet_r0.1_0123456789_s{seed}")
         shutil.copytree(clean, root / f"prototype_0123456789_s{seed}")
     names = ("--result_file", "badnet_s0", "badnet_s1", "--control", "prototype_s0", "prototype_s1")
-    status, out, err = script("audit.py", *names, "--defense", "ft", *BRIEF)
-    assert (status, err) == (0, "") and out.count("Backdoor existence coefficient") == 2
+    assert script("audit.py", *names, "--defense", "ft", *BRIEF)[0] == 0
     audits = [root / f"badnet_r0.1_0123456789_s{seed}" for seed in "01"]
-    files = {"audit.json", "audit.png", "audit.svg"}
-    assert {file.name for file in (audits[0] / "audit").iterdir()} == files
+    assert {file.name for file in (audits[0] / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg"}
     found = [read(place) for place in audits]
     assert found[0]["rows"] == found[1]["rows"]
     both = ("audits.py", *map(str, audits), "--out", "both/badnet")
     assert "same network" in the_error(script(*both)[2])
-    file = audits[1] / "audit" / "audit.json"
-    for change, key in (
-        ({"about": {**found[1]["about"], "epochs": 99}}, "about.epochs"),
-        ({"asked": {**found[1]["asked"], "epochs": 99}}, "asked.epochs"),
-        ({"networks": {"none": "other"}}, "networks"),
-        ({"rows": None}, ""),
-    ):
-        file.write_text(json.dumps({key: value for key, value in {**found[1], **change}.items() if value is not None}))
-        status, _, err = script(*both)
-        assert status == 2 and key in the_error(err)
-    file.write_text(json.dumps({**found[1], "networks": {**found[1]["networks"], "none": "another seed's"}}))
-    status, out, _ = script(*both)
-    assert status == 0 and "over 2 attacked networks" in out
+    other, file = {**found[1]["networks"], "none": "another seed's"}, audits[1] / "audit" / "audit.json"
+    for asked, status in (({**found[1]["asked"], "epochs": 99}, 2), (found[1]["asked"], 0)):
+        file.write_text(json.dumps({**found[1], "networks": other, "asked": asked}))
+        assert script(*both)[0] == status
     assert {file.name for file in Path("both").iterdir()} == {"badnet.md", "badnet.png", "badnet.svg"}
 
 
-def test_the_script_takes_the_shots_that_there_are_and_says_so_where_there_is_no_control(victim, script):
-    flags = ("--epochs", "1", "--samples", "40", "--threads", "1", "--steps", "1", "--eps", "0.05")
-    status, out, err = script("audit.py", "--result_file", "victim", "--parts", "relearn", *flags)
-    assert (status, err) == (0, "")
-    found = read(victim)
-    assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 1, 2, 5, 10, 29}
-    status, out, _ = script("audit.py", "--result_file", "victim", "--shots", "1", "--out", "elsewhere", *flags)
+def test_the_script_does_without_a_control_what_can_be_done(victim, script):
+    flags = ("--result_file", "victim", "--shots", "1", "--epochs", "1", "--samples", "40", "--threads", "1",
+             "--steps", "1", "--eps", "0.05")  # fmt: skip
+    status, out, _ = script("audit.py", *flags, "--out", "elsewhere")
     assert status == 0 and out.startswith("note: there is no --control") and "existence" not in out
     assert Path("elsewhere/audit.png").stat().st_size > 0
     for wrong, key in ((("--parts", "bec"), "bec"), (("--control", "a", "b"), "control")):
-        status, _, err = script("audit.py", "--result_file", "victim", "--parts", "relearn", *flags, *wrong)
+        status, _, err = script("audit.py", *flags, *wrong)
         assert status == 2 and key in the_error(err)
 
 

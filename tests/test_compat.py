@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from hostile import KEYS, pickled, saved
 from PIL import Image
-from toys import TinyNet, tiny_net, toy_images
+from toys import TinyNet, refuses, tiny_net, toy_images
 
 from sau.compat import backdoorbench
 from sau.data import sources
@@ -266,8 +266,8 @@ def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refused(tmp_path, one_line):
-    """`refused(bytes or content, word)`: the file is refused in one line that names it and holds the word."""
+def refused(tmp_path):
+    """`refused(bytes or content, word)`: the file is refused by an error that names it and holds the word."""
 
     def check(content: Any, word: str, folder: Path | None = None) -> None:
         folder = folder or tmp_path / "hostile"
@@ -276,7 +276,7 @@ def refused(tmp_path, one_line):
         (folder / RESULT).write_bytes(raw)
         with pytest.raises(RecordError) as refusal:
             backdoorbench.read(folder)
-        line = one_line(refusal.value)
+        line = str(refusal.value)
         assert str(folder / RESULT) in line and word in line and len(line) < 500 and line.isprintable(), line
 
     return check
@@ -481,10 +481,10 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
         ({"poison": False}, "clean network"),
     ],
 )
-def test_what_cannot_be_expressed(make, tiny, tmp_path, one_line, changed, word):
-    with pytest.raises(RecordError) as refusal:
+def test_what_cannot_be_expressed(make, tiny, tmp_path, changed, word):
+    with refuses(RecordError, word):
         backdoorbench.write(make(**changed), tmp_path / "out", "out")
-    assert word in one_line(refusal.value) and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_images_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, monkeypatch):
@@ -498,7 +498,7 @@ def test_other_images_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, 
         backdoorbench.write(record, tmp_path / "out", "out")
 
 
-def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch, one_line):
+def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch):
     record, target = make(), tmp_path / "out" / "new"
     for name in ("../new", "a/b", "", ".x"):
         with pytest.raises(RecordError):
@@ -509,9 +509,8 @@ def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
 
         patch.setattr(Image.Image, "save", full)
-        with pytest.raises(RecordError) as refusal:
+        with refuses(RecordError, "No space left"):
             backdoorbench.write(record, target, "new")
-        assert "No space left" in one_line(refusal.value)
     assert not target.exists() and not list(target.parent.iterdir())
     backdoorbench.write(record, target, "new")
     assert target.stat().st_mode & 0o777 == 0o755

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from toys import QUICK, REPOSITORY
+from toys import QUICK, REPOSITORY, refuses
 
 from sau import flags as config
 from sau.attack import ATTACKS, SIG, BadNet, InputAware, WaNet
@@ -66,38 +66,30 @@ def test_the_published_settings_of_sau_are_its_defaults():
 
 
 @pytest.mark.parametrize(
-    ("value", "hint", "expected"),
+    ("hint", "expected", "values"),
     [
-        *((text, bool, True) for text in ("True", "true", "TRUE", "1", 1, True)),
-        *((text, bool, False) for text in ("False", "false", "0", 0, False)),
-        ("1e-4", float, 1e-4),
-        (1e-4, float, 1e-4),
-        ("3", float, 3.0),
-        (3, float, 3.0),
-        ("-.5", float, -0.5),
-        ("7", int, 7),
-        (" 7 ", int, 7),
-        ("-7", int, -7),
-        ("60,90", tuple[int, ...], (60, 90)),
-        ("60, 90", tuple[int, ...], (60, 90)),
-        ("[60, 90]", tuple[int, ...], (60, 90)),
-        ([60, 90], tuple[int, ...], (60, 90)),
-        ((0.9, 0.999), tuple[float, ...], (0.9, 0.999)),
-        ("", tuple[int, ...], ()),
-        *((text, int | None, None) for text in ("none", "None", "auto", "null", None)),
-        *((text, bool | None, None) for text in ("none", "auto", None)),
-        ("3", int | None, 3),
-        ("true", bool | None, True),
-        ("a b", str, "a b"),
-        (2024, str, "2024"),
-        ("x.png", str | None, "x.png"),
-        *((text, Literal["Adam", "sgd"], "Adam") for text in ("Adam", "adam", "ADAM")),
-        ("L_INF", Literal["L_inf", "L1"], "L_inf"),
+        (bool, True, ("True", "TRUE", "1", 1, True)),
+        (bool, False, ("False", "0", 0, False)),
+        (float, 1e-4, ("1e-4", 1e-4)),
+        (float, 3.0, ("3", 3)),
+        (float, -0.5, ("-.5",)),
+        (int, 7, ("7", " 7 ")),
+        (int, -7, ("-7",)),
+        (tuple[int, ...], (60, 90), ("60,90", "60, 90", "[60, 90]", [60, 90])),
+        (tuple[float, ...], (0.9, 0.999), ((0.9, 0.999),)),
+        (tuple[int, ...], (), ("",)),
+        (int | None, None, ("none", "None", "auto", "null", None)),
+        (bool | None, None, ("auto", None)),
+        (int | None, 3, ("3",)),
+        (bool | None, True, ("true",)),
+        (str, "2024", (2024,)),
+        (str | None, "x.png", ("x.png",)),
+        (Literal["Adam", "sgd"], "Adam", ("Adam", "adam", "ADAM")),
     ],
 )
-def test_values_that_are_accepted(value, hint, expected):
-    converted = convert(value, hint)
-    assert converted == expected and type(converted) is type(expected)
+def test_values_that_are_accepted(hint, expected, values):
+    converted = [convert(value, hint) for value in values]
+    assert converted == [expected] * len(values) and {type(value) for value in converted} == {type(expected)}
 
 
 @pytest.mark.parametrize(
@@ -144,23 +136,19 @@ def test_a_switch_needs_no_value():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--lrr", "1"], ["unknown", "--lrr", "--lr"]),
         (["--step", "1"], ["unknown", "--step", "--steps"]),  # no abbreviations
-        (["--learn", "1"], ["unknown", "--learn"]),
         (["--zzzzzz"], ["unknown", "--zzzzzz"]),
-        (["1"], ["'1'", "no flag", "10,20"]),
-        (["--lr", "1", "2"], ["'2'", "no flag", "10,20"]),
+        (["--lr", "1", "2"], ["'2'", "no flag"]),
         (["--lr=1", "--lr", "2"], ["--lr", "twice"]),
-        (["--lr", "1", "--learning_rate", "2"], ["--lr is '1'", "--learning_rate is '2'", "one setting"]),
+        (["--lr", "1", "--learning_rate", "2"], ["--lr is '1'", "--learning_rate is '2'"]),
         (["--strict", "--strict"], ["--strict", "twice"]),
         (["-n", "4", "--num_workers", "2"], ["-n is '4'", "--num_workers is '2'"]),
         (["--lr"], ["--lr", "expected one argument"]),
     ],
 )
-def test_flags_that_are_refused(argv, words, one_line):
-    with pytest.raises(ConfigError) as refusal:
+def test_flags_that_are_refused(argv, words):
+    with refuses(ConfigError, *words):
         flags(*argv)
-    assert all(word in one_line(refusal.value) for word in words)
 
 
 # What the benchmark's scripts of defenses take beside the flags that all of them have.
@@ -232,7 +220,7 @@ def test_the_benchmarks_own_files_do_here_what_they_do_there(name, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--C_lr_scheduler", "--lr_scheduler"])
-def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benchmark(flag, tmp_path, one_line):
+def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benchmark(flag, tmp_path):
     sections = (AttackRun, Training, InputAware)
     file = written(tmp_path, f"{flag[2:]}: None\n")
     for argv in ([flag, "None"], ["--yaml_path", str(file)]):
@@ -240,7 +228,7 @@ def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benc
         assert training.lr_scheduler is None
     with pytest.raises(ConfigError) as refusal:
         Settings("x", InputAware, sections, [flag, "Linear"]).get("lr_scheduler")
-    assert one_line(refusal.value).startswith(f"{flag} is 'Linear'")  # as it was typed
+    assert str(refusal.value).startswith(f"{flag} is 'Linear'")  # as it was typed
     argv = ["--lr_scheduler", "None"]
     for method, sections in ((BadNet, (AttackRun, Training, BadNet)), (FT, (DefenseRun, FT))):
         assert Settings("x", method, sections, argv).get("lr_scheduler") is None
@@ -311,31 +299,25 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
         ("lr", "lr: 1\nsteps: 2\nlr: 1\n"),
         ("learning_rate", "lr: 1\nlearning_rate: 2\n"),
         ("steps", "steps: 2.5\n"),
-        ("mode", "mode: quick\n"),
         ("lr", "lr: {a: 1}\n"),
         ("mapping", "- lr\n- steps\n"),
-        ("mapping", "just a text\n"),
         ("step", "recipes:\n  cpu:\n    step: 2\n"),
         ("cpuu", "recipes:\n  cpuu: {lr: 1}\n"),
-        ("cpuu", "datasets:\n  cpuu: {lr: 1}\n"),
         ("cpu", "recipes: {cpu: 1, cpu: 2}\n"),
-        ("cpu", "recipes:\n  cpu: 3\n"),
         ("datasets", "datasets: 3\n"),
         ("os.system", "lr: !!python/object/apply:os.system ['touch canary']\n"),
         ("abc", "steps: !!int abc\n"),
         ("month", "path: 2024-13-01\n"),  # looks like a date and is none
-        ("mapping", "1: 1\n"),
-        ("", "? [a, b]\n: 1\n"),
-        *(("", text) for text in ("lr: [1\n", "a: *b\n", "--- 1\n--- 2\n", "\t- x", "[" * 1200, "\xff\x00")),
+        *(("", text) for text in ("? [a, b]\n: 1\n", "lr: [1\n", "a: *b\n", "--- 1\n--- 2\n", "[" * 1200, "\xff")),
     ],
 )
-def test_yaml_that_is_refused(tmp_path, monkeypatch, key, text, one_line):
+def test_yaml_that_is_refused(tmp_path, monkeypatch, key, text):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "settings.yaml"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError) as refusal:
         read(file, "cpu")
-    assert str(file) in one_line(refusal.value) and key in str(refusal.value).replace(str(file), "")
+    assert str(file) in str(refusal.value) and key in str(refusal.value).replace(str(file), "")
     assert not (tmp_path / "canary").exists()
 
 
@@ -368,19 +350,17 @@ def test_flag_beats_yaml_beats_shipped_beats_signature(tmp_path):
     assert asked(["--yaml_path", str(file), "--lr", "4"], recipe="cpu")[1].lr == 4
 
 
-def test_a_file_names_no_further_file(tmp_path, one_line):
+def test_a_file_names_no_further_file(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text(f"lr: 3\nbd_yaml_path: {two}\n")
     two.write_text("pratio: 0.4\n")
-    with pytest.raises(ConfigError) as refusal:
+    with refuses(ConfigError, f"{one}: bd_yaml_path", "--bd_yaml_path"):
         Settings("x", BadNet, (AttackRun, Training, BadNet), ["--yaml_path", str(one)])
-    assert f"{one}: bd_yaml_path" in one_line(refusal.value) and "--bd_yaml_path" in str(refusal.value)
 
 
-def test_what_is_needed_before_the_recipe_is_known_does_not_depend_on_it(tmp_path, one_line):
-    with pytest.raises(ConfigError) as refusal:
+def test_what_is_needed_before_the_recipe_is_known_does_not_depend_on_it(tmp_path):
+    with refuses(ConfigError, "settings.yaml: record_root cannot depend on"):
         asked(["--yaml_path", str(written(tmp_path, "datasets:\n  digits: {record_root: elsewhere}\n"))])
-    assert "settings.yaml: record_root cannot depend on" in one_line(refusal.value)
     file = written(tmp_path, "lr: 3\ndatasets:\n  digits: {dataset_path: there}\n")
     record = {"dataset": "digits", "dataset_path": "here"}
     assert asked(["--yaml_path", str(file)], record, dataset="digits")[0].dataset_path == "there"
@@ -427,13 +407,12 @@ def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("dataset", "digits"), ("model", "preactresnet18")])
-def test_a_flag_that_contradicts_the_record_is_refused_with_both_values(tmp_path, name, theirs, one_line):
+def test_a_flag_that_contradicts_the_record_is_refused_with_both_values(tmp_path, name, theirs):
     record = {"dataset": "digits", "model": "preactresnet18", "dataset_path": "."}
     assert asked([f"--{name}", theirs], record)
     for argv in ([f"--{name}", "other"], ["--yaml_path", str(written(tmp_path, f"{name}: other\n"))]):
-        with pytest.raises(ConfigError) as refusal:
+        with refuses(ConfigError, "'other'", repr(theirs)):
             asked(argv, record)
-        assert "'other'" in one_line(refusal.value) and repr(theirs) in str(refusal.value)
 
 
 # Shipped files

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from toys import pair, quiet, same_weights, tiny_net
 
 from sau.defense import EP, ep
-from sau.errors import DataError
 
 
 def by_numpy(z: Tensor, width: float) -> list[float]:
@@ -80,8 +79,3 @@ def test_the_labels_are_not_used():
     x, y = pair()
     one, other = (EP(u=0.5, batch_size=10).purify(tiny_net(), (x, labels), session=quiet()) for labels in (y, 3 - y))
     assert same_weights(one, other) and not same_weights(one, tiny_net())
-
-
-def test_one_image_is_refused():
-    with pytest.raises(DataError, match="1 image"):
-        EP().purify(tiny_net(), pair(1), session=quiet())

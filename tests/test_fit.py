@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import same_weights, tiny_net, toy_images
+from toys import refuses, same_weights, tiny_net, toy_images
 
 from sau.attack import BadNet, Prototype, WaNet
 from sau.data.images import Augment, Images, sample
@@ -59,10 +59,9 @@ UNFIT = {
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("net", "kind"), UNFIT.values(), ids=UNFIT)
-def test_networks_that_no_attack_can_train_are_refused(net, kind, one_line):
-    with pytest.raises(kind) as refusal:
+def test_networks_that_no_attack_can_train_are_refused(net, kind):
+    with refuses(kind):
         BadNet().fit(net, toy_images(8), RECIPE, session=QUIET)
-    assert one_line(refusal.value)
 
 
 def test_a_batch_of_one_image_is_too_few_for_batch_norm():

@@ -8,7 +8,6 @@ from toys import backdoored, own_answers, pair, quiet, tiny_net
 
 from sau.defense import FP, fp, pruning
 from sau.defense.fp import activations, last_layers, zero_units
-from sau.errors import ConfigError
 from sau.evaluate import Proportion, Score, score
 from sau.loop import Session
 from sau.models import PreActResNet18, torchvision_net
@@ -120,29 +119,6 @@ def test_a_pruned_channel_is_zero_behind_its_batch_norm():
     before, pruned = net(x), torch.tensor([True, False, True, False])
     zero_units(last_layers(net, x, "last_conv"), pruned)
     assert (net(x)[:, pruned] == 0).all() and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
-
-
-POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-@pytest.mark.parametrize(
-    ("unit", "other", "layers"),
-    [
-        ("linear_input", "last_conv", [nn.Conv2d(3, 4, 3)]),
-        # Its linear layer makes no logits.
-        (
-            "linear_input",
-            "last_conv",
-            [nn.Flatten(), nn.Linear(768, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 4, 1)],
-        ),
-        ("last_conv", "linear_input", [nn.Flatten(), nn.Linear(768, 4), nn.Unflatten(1, (4, 1, 1))]),
-        # A batch norm without weights would undo the pruning.
-        ("last_conv", "linear_input", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)]),
-    ],
-)
-def test_networks_without_the_layer_are_refused(unit, other, layers):
-    with pytest.raises(ConfigError, match=f"--unit {other}"):
-        FP(unit=unit).purify(nn.Sequential(*layers, *POOLED), pair(), session=quiet())
 
 
 def test_the_step_is_a_whole_number_of_units_whatever_rounding_does(monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from grids import SMALL, Scripted, finish, plan
-from toys import QUICK, REPOSITORY, the_error
+from toys import QUICK, REPOSITORY, refuses, the_error
 
 from sau.errors import ConfigError, RecordError
 from sau.files import acquire, release
@@ -186,46 +186,31 @@ BAD = {
     "seedz": SMALL + "seedz: [0]\n",
     "badnets": SMALL.replace("badnet,", "badnets,"),
     "clip": SMALL.replace("clp", "clip"),
-    "digit": SMALL.replace("digits", "digit"),
     "attacks": "dataset: digits\n",
     "attacks is": SMALL.replace("[badnet,", "[badnet, badnet,"),
-    "ratios": SMALL.replace("ratios: [0.1]", "ratios: [0.1, 0.1]"),
     "'saw'": SMALL + "  saw: {lr: 1}\n",
     "overrides.ft.epochz": SMALL.replace("ft: {epochs", "ft: {epochz"),
-    "overrides.attack.widht": SMALL.replace("{width", "{widht"),
-    "overrides.sau.lrr": SMALL + "  sau: {lrr: 1}\n",
     "epochs": SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"),
     "threads": SMALL + "threads: 0\n",
-    "recipe": SMALL + "recipe: auto\n",
     "recipe is fast": SMALL + "recipe: fast\n",
-    "seeds": SMALL + "seeds: []\n",
     "seeds is": SMALL + "seeds: [-1]\n",
     "random_seed": SMALL.replace("ft: {epochs: 1", "ft: {random_seed: 1"),
     "overwrite": SMALL.replace("ft: {epochs: 1", "ft: {overwrite: true"),
     "overrides.badnet.pratio": SMALL + "  badnet: {pratio: 0.2}\n",
-    "overrides.defense.ratio": SMALL + "  defense: {ratio: 0.2}\n",
     "index": SMALL + "  clp: {index: mine.txt}\n",
-    "target_label": SMALL + "  badnet: {target_label: 1}\n",
     "blocks[0] has 'published'": SMALL + "blocks:\n  - {published: x}\n",
-    "blocks": SMALL + "blocks: 3\n",
-    "overrides": "dataset: digits\nattacks: [badnet]\noverrides: [1]\n",
     "gpus": SMALL + "gpus: 0.5\n",
-    "gpus is 1.5": SMALL + "device: cuda\ngpus: 1.5\n",
     "ratio": SMALL.replace("clean_shares: [0.1]", "clean_shares: [5]"),
     "patch_mask_path": SMALL + "  badnet: {patch_mask_path: nowhere.png}\n",
     "memory_gb": SMALL + "memory_gb: .nan\n",
-    "cell_timeout": SMALL + "cell_timeout: 0\n",
-    "retries": SMALL + "retries: -1\n",
     "include": "include: grid.yaml\n",
-    "cannot read": "include: nowhere.yaml\n",
 }
 
 
 @pytest.mark.parametrize("key", BAD)
-def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, one_line, key):
-    with pytest.raises(ConfigError) as caught:
+def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, key):
+    with refuses(ConfigError, key):
         planned(BAD[key])
-    assert key in one_line(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -234,17 +219,12 @@ def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, one_line, key):
         ("none.yaml",),
         ("grid.yaml", "--only", "x"),
         ("grid.yaml", "--memory_gb", "1"),
-        ("grid.yaml", "--memory_gb", "0"),
         ("grid.yaml", "--retries", "-1"),
-        ("grid.yaml", "--cell_timeout", "nan"),
         ("grid.yaml", "--published", "nowhere"),
-        ("grid.yaml", "--publish", "grid.yaml"),
         ("grid.yaml", "--cores", "4000"),
-        ("far.yaml", "--dataset_path", "nowhere"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):
-    planned(SMALL.replace("digits", "folder"), "far.yaml")
     planned()
     status, _, err = script("grid.py", *flags)
     assert status == 2 and flags[-1] in the_error(err) or flags[-2].lstrip("-") in the_error(err)

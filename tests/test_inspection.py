@@ -21,7 +21,7 @@ import torch
 from hostile import HERE, Call, deflated, hostile, in_zip, saved, text, watched
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toys import REPOSITORY, environment, the_error
+from toys import REPOSITORY, environment, refuses, the_error
 
 from sau.compat import inspect, torch_file, weights
 from sau.compat.inspect import HARMLESS, SUSPICIOUS, UNREADABLE
@@ -100,11 +100,10 @@ def test_names_decide_and_never_positions(tmp_path):
         (lambda own: {**own, "linear.bias": torch.zeros(1).expand(7)}, "holds fewer values"),
     ],
 )
-def test_weights_of_another_network_or_kind_are_refused(change, word, tmp_path, one_line):
+def test_weights_of_another_network_or_kind_are_refused(change, word, tmp_path):
     own = small()
-    with pytest.raises(RecordError) as refusal:
+    with refuses(RecordError, word):
         weights.read(stored(tmp_path, change(own))).of(own)
-    assert word in one_line(refusal.value)
 
 
 @pytest.mark.parametrize(("name", "width"), [(NET, 1), (NET, 64), (NET, 1024), ("resnet18", None), ("vgg19_bn", None)])
@@ -253,11 +252,10 @@ INSTEAD = {
 
 @pytest.mark.parametrize("word", INSTEAD)
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_a_pointer_a_web_page_and_an_empty_file_are_named(word, name, tmp_path, one_line):
+def test_a_pointer_a_web_page_and_an_empty_file_are_named(word, name, tmp_path):
     path = stored(tmp_path, INSTEAD[word], name)
-    with pytest.raises(RecordError) as refusal:
+    with refuses(RecordError, word, str(path)):
         weights.read(path)
-    assert word in one_line(refusal.value) and str(path) in str(refusal.value)
 
 
 def test_pipes_devices_and_archives_that_declare_too_much_are_refused(tmp_path):
@@ -290,13 +288,13 @@ def test_imports_are_read_from_every_kind_of_pickle():
     assert torch_file.imports(b"PK\x03\x04junk") == torch_file.imports(b"") == torch_file.imports(b"text") == []
 
 
-def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path, one_line):
+def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path):
     own = small()
     shown = {f"{EVIL}.{name}": value for name, value in own.items()}
     wrong = {**shown, f"{EVIL}.conv1.weight": torch.zeros(4, 3, 5, 5)}
     with pytest.raises(RecordError) as refusal:
         weights.read(stored(tmp_path, wrong)).of(own)
-    assert one_line(refusal.value).isprintable()
+    assert str(refusal.value).isprintable()
     twice = {f"{EVIL}{i}.{name}": own[name] for i in range(9) for name in own}
     for content in (shown, twice):
         report = inspect.inspect(stored(tmp_path, content))

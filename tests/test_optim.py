@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
 from sau.config import options
-from sau.defense import AT, FT, SAU
+from sau.defense import SAU
 from sau.optim import Descent, Schedule, Training
 
 SCHEDULES = typing.get_args(Schedule)
@@ -226,17 +226,6 @@ def test_descent_goes_on_from_its_state(schedule, optimizer):
 # Every schedule in every defense
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(
-    "defense", [SAU, FT, AT, pytest.param(lambda **how: SAU(outer_steps=2, **how), id="SAU with two outer steps")]
-)
-def test_every_schedule_moves_every_defense(defense, schedule):
-    """Epoch schedules step between the rounds, OneCycleLR after every update, however many a batch has."""
-    net = tiny_net()
-    fixed = defense(lr=0.01, lr_scheduler=schedule, epochs=2, batch_size=8).purify(net, toy_images(16), session=quiet())
-    assert not same_weights(fixed, net)
-
-
 def test_descents_share_a_loss_and_may_keep_their_gradients():
     """Two SGDs at rate 1 on 2 a + 3 b: each step moves a by 2; b, whose gradient is kept, by 3, then 6, then 9."""
     a, b = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
@@ -256,3 +245,9 @@ def test_descents_share_a_loss_and_may_keep_their_gradients():
     again.keeps = False
     one(2 * a + 3 * b, again)
     assert (a.item(), b.item()) == (-10, -33) and "gradients" not in again.state_dict()
+
+
+def test_one_cycle_goes_through_every_outer_step():
+    """Of SAU, which may update more than once a batch."""
+    how = {"lr": 0.01, "lr_scheduler": "OneCycleLR", "epochs": 2, "batch_size": 8}
+    assert not same_weights(SAU(outer_steps=2, **how).purify(tiny_net(), toy_images(16), session=quiet()), tiny_net())

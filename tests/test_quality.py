@@ -40,17 +40,6 @@ def test_the_share_in_the_ball_includes_its_border(radius, share):
     assert quality.quality(*pictures(51, 102, 0), radius=radius)["in_ball"] == pytest.approx(share)
 
 
-@needs_skimage
-def test_ssim_is_the_mean_over_some_of_many_pictures(monkeypatch):
-    """Spread evenly; everything else is of all of them, also beyond the first thousand."""
-    monkeypatch.setattr(quality, "SAMPLE", 4)
-    seen = iter([0.1, 0.2, 0.3, 0.6])
-    monkeypatch.setattr("skimage.metrics.structural_similarity", lambda x, g, **more: next(seen))
-    found = quality.quality(*pictures(*[51] * 1000, 102, 102))
-    assert (found["ssim"], found["ssim_count"], next(seen, None)) == (0.3, 4, None)
-    assert (found["linf_max"], found["in_ball"]) == (0.4, 99.8)
-
-
 def test_a_trigger_that_changes_nothing_has_no_psnr():
     found = quality.quality(*pictures(0, 0))
     assert found["psnr"] is None and found["unchanged"] == 100 and found["in_ball"] == 100

@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import urllib.error
 import zlib
 from collections.abc import Callable
@@ -20,6 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 from torchvision.transforms import v2
+from toys import refuses
 
 from sau.data import decode, readers
 from sau.data.decode import image_to_tensor, read_image
@@ -285,14 +284,11 @@ BAD_TREES = [
     (gtsrb, remove("gtsrb"), "torchvision.datasets.GTSRB"),
     (gtsrb, empty(CLASS), "00003"),
     (gtsrb, remove(FINAL), "GT-final_test.csv"),
-    (gtsrb, swap(";", ",", FINAL), "GT-final_test.csv"),
     (gtsrb, swap(";40\n", ";43\n", FINAL), "0..42"),
     (gtsrb, lambda root: os.truncate(root / CLASS / "00001.ppm", 40), "00001.ppm"),
     (tiny, remove(TINY), "tiny-imagenet-200.zip"),
-    (tiny, empty(f"{TINY}/train/n02/images"), "n02"),
     (tiny, remove(ANNOTATIONS), "val_annotations.txt"),
     (tiny, swap("n02", "n07", ANNOTATIONS), "n07"),
-    (tiny, lambda root: (root / TINY / "train/n02/images/n02_2.JPEG").write_text("text"), "n02_2.JPEG"),
     (folder, remove("train"), "train"),
     (folder, lambda root: [remove(f"{half}/cat")(root) for half in ("train", "test")], "1 class folders"),
     (folder, empty("train/dog"), "dog"),
@@ -301,14 +297,12 @@ BAD_TREES = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(BAD_TREES)))
-def test_a_bad_tree_is_refused_and_the_file_named(case, tmp_path, one_line, kept):
-    read, spoil, named = BAD_TREES[case]
+@pytest.mark.parametrize(("read", "spoil", "named"), BAD_TREES)
+def test_a_bad_tree_is_refused_and_the_file_named(read, spoil, named, tmp_path, kept):
     {gtsrb: make_gtsrb, tiny: make_tiny, folder: make_folder}[read](tmp_path)
     spoil(tmp_path)
-    with pytest.raises(DataError) as refusal:
+    with refuses(DataError, named):
         read(tmp_path)
-    assert named in one_line(refusal.value)
 
 
 # CIFAR files
@@ -336,11 +330,10 @@ BAD_BATCHES = {
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)
-def test_a_bad_cifar_file_is_named(case, tmp_path, one_line):
+def test_a_bad_cifar_file_is_named(case, tmp_path):
     make_cifar100(tmp_path, **BAD_BATCHES[case])
-    with pytest.raises(DataError) as refusal:
+    with refuses(DataError, str(tmp_path / "cifar-100-python" / "train")):
         cifar("cifar100", tmp_path)
-    assert str(tmp_path / "cifar-100-python" / "train") in one_line(refusal.value)
 
 
 def test_a_malicious_cifar_file_is_not_run(tmp_path):
@@ -392,7 +385,7 @@ def test_a_subset_of_cifar10_is_read_and_noted(tmp_path):
     assert not readers.needs_download("cifar10", tmp_path) and not readers.needs_download("digits", tmp_path)
 
 
-def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp_path, one_line):
+def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp_path):
     """A failed or corrupt download is one line that says what to do."""
     calls, errors = [], [urllib.error.URLError("no route to host"), RuntimeError("File not found or corrupted.")]
 
@@ -404,9 +397,8 @@ def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     for name, root in (("cifar10", tmp_path), ("cifar100", tmp_path), ("cifar10", Path("data"))):
         assert readers.needs_download(name, root)
-        with pytest.raises(DataError) as refusal:
+        with refuses(DataError, *("--dataset_path", "--dataset digits", str(root))):
             load(name, root)
-        assert all(word in one_line(refusal.value) for word in ("--dataset_path", "--dataset digits", str(root)))
     assert calls[0] == ("cifar-10-python.tar.gz", str(tmp_path / "cifar10"), "c58f30108f718f92721af3b95e74349a")
     with pytest.raises(DataError, match="mistyped"):
         load("cifar10", tmp_path / "mistyped")
@@ -463,16 +455,15 @@ IMAGE_FILES: dict[str, tuple[bytes, Image.Image | None]] = {  # bytes, and what 
 
 
 @pytest.mark.parametrize("name", IMAGE_FILES)
-def test_an_image_file_is_read_as_8_bit_rgb_or_refused(name, tmp_path, one_line):
+def test_an_image_file_is_read_as_8_bit_rgb_or_refused(name, tmp_path):
     content, wanted = IMAGE_FILES[name]
     (tmp_path / name).write_bytes(content)
     if wanted is not None:
         image = read_image(tmp_path / name)
         assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.asarray(wanted.convert("RGB")))
         return
-    with pytest.raises(DataError) as refusal:
+    with refuses(DataError, str(tmp_path / name)):
         read_image(tmp_path / name)
-    assert str(tmp_path / name) in one_line(refusal.value)
 
 
 def test_an_image_is_squeezed_without_keeping_the_aspect():
@@ -521,80 +512,17 @@ def another_at_the_same_time(root: Path) -> None:
     os.utime(file, ns=(before, before))
 
 
-TOUCHES = {
-    "another image of the same time": another_at_the_same_time,
-    "time alone": lambda root: os.utime(root / "train/dog/0.png", ns=(1, 1)),
-    "an image more": lambda root: draw(root / "train/cat/9.png", 98),
-    "another name": lambda root: (root / "train/dog/0.png").rename(root / "train/dog/5.png"),
-}
-
-
-@pytest.mark.parametrize("touch", TOUCHES)
-def test_a_changed_file_is_decoded_again(touch, tmp_path, blind):
+def test_a_changed_file_is_decoded_again(tmp_path, blind):
+    """Another image of the same size and time, another time alone, and one more."""
     folder(make_folder(tmp_path))
-    TOUCHES[touch](tmp_path)
-    fresh = folder(tmp_path)
-    for images, half in zip(fresh, ("train", "test"), strict=True):
-        assert torch.equal(images.pixels, by_hand(sorted((tmp_path / half).rglob("*.png")), 32))
+    for touch in (another_at_the_same_time, lambda root: os.utime(root / "train/dog/0.png", ns=(1, 1)),
+                  lambda root: draw(root / "train/cat/9.png", 98)):  # fmt: skip
+        touch(tmp_path)
+        fresh = folder(tmp_path)
+        for images, half in zip(fresh, ("train", "test"), strict=True):
+            assert torch.equal(images.pixels, by_hand(sorted((tmp_path / half).rglob("*.png")), 32))
     blind()
     assert equal(folder(tmp_path), fresh)
     os.utime(tmp_path / "train/dog/1.png", ns=(2, 2))
     with pytest.raises(AssertionError):
         folder(tmp_path)
-
-
-DAMAGES = {
-    "truncated": lambda raw: raw[: len(raw) // 2],
-    "empty": lambda raw: b"",
-    "no safetensors": lambda raw: b"I am a cache",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_noted_in_one_line_and_made_again(damage, tmp_path, blind, capsys, kept):
-    make_folder(tmp_path)
-    first = image_folder(tmp_path / "train")
-    (file,) = kept.glob("*.safetensors")
-    sound = file.read_bytes()
-    file.write_bytes(DAMAGES[damage](sound))
-    capsys.readouterr()
-    assert torch.equal(image_folder(tmp_path / "train").pixels, first.pixels)
-    warned, made = capsys.readouterr().out.splitlines()
-    assert str(file) in warned and "making it again" in warned and "kept" in made and file.read_bytes() == sound
-    blind()
-    assert torch.equal(image_folder(tmp_path / "train").pixels, first.pixels) and capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("place", ["a file", "full", "no home"])
-def test_a_cache_that_cannot_be_written_costs_the_cache_alone(place, tmp_path, monkeypatch, capsys, kept):
-    if place == "no home":
-        monkeypatch.delenv("SAU_CACHE")
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    elif place == "full":
-        monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    else:
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("SAU_CACHE", str(tmp_path / "file"))
-    images = image_folder(make_folder(tmp_path / "data") / "train")
-    out = capsys.readouterr().out
-    assert len(images) == 4 and "not kept" in out and out.count("\n") == 1 and not list(kept.glob("*.safetensors"))
-
-
-RACE = """
-import sys, time, torch
-from sau.data.decode import cached
-def make():
-    time.sleep(0.2)
-    print("made")
-    return {"x": torch.arange(5)}
-for i in range(5):
-    assert cached([str(i)], make)["x"].tolist() == [0, 1, 2, 3, 4]
-"""
-
-
-def test_of_two_processes_one_decodes(kept):
-    racers = [subprocess.Popen([sys.executable, "-c", RACE], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [racer.communicate(timeout=280)[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0], outputs
-    assert "".join(outputs).count("made") == 5 == len(list(kept.glob("*.safetensors")))

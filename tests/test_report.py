@@ -12,7 +12,7 @@ import matplotlib
 import pytest
 import torch
 from synthetic import NETWORK, attack, defense
-from toys import REPOSITORY, the_error
+from toys import REPOSITORY
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,10 +96,6 @@ LABELS = {
         lambda root, seed: vary(root, seed, ratio=(0.05, 0.01)[seed]),
         ["ratio 0.01", "ratio 0.05"],
     ),
-    "a list of clean images": (
-        lambda root, seed: vary(root, seed, index="ten.txt" if seed else None),
-        ["index ten.txt, no ratio", "no index, ratio 0.05"],
-    ),
     "an early end": (
         lambda root, seed: vary(root, seed, **{"ended_early": "round 3 of 9, before batch 1"} if seed else {}),
         ["", "ended in round 3 of 9"],
@@ -108,19 +104,15 @@ LABELS = {
         lambda root, seed: vary(root, seed, **{"patience": [0.5]} if seed else {}),
         ["no patience", "patience [0.5]"],
     ),
-    "long texts": (lambda root, seed: vary(root, seed, layers="the same long beginning " + "ab"[seed]), 2),
 }
 
 
-@pytest.mark.parametrize("what", LABELS)
-def test_only_seeds_are_averaged(what, tmp_path):
-    make, wanted = LABELS[what]
+@pytest.mark.parametrize(("make", "wanted"), LABELS.values(), ids=LABELS)
+def test_only_seeds_are_averaged(make, wanted, tmp_path):
     for seed in (0, 1):
         make(tmp_path, seed)
     found = [cell for cell in cells(tmp_path).values() if cell.defense == "sau"]
-    assert [len(cell.results) for cell in found] == [1, 1]
-    labels = sorted(cell.label for cell in found)
-    assert labels == wanted if isinstance(wanted, list) else len({*labels}) == wanted and max(map(len, labels)) < 40
+    assert [len(cell.results) for cell in found] == [1, 1] and sorted(cell.label for cell in found) == wanted
 
 
 def test_another_precision_is_no_seed(tmp_path):
@@ -147,15 +139,8 @@ def test_data_sets_test_images_and_networks_are_sections(tmp_path, monkeypatch):
     (config.parent / "manifest.json").write_bytes(dump_manifest(files))
     monkeypatch.setitem(NETWORK, "width", 64)
     attack(tmp_path, folder="d")
-    titles = [section.title for section in tables(tmp_path)]
-    network = "preactresnet18 of width"
-    assert titles == [
-        f"cifar10, {network} 16",
-        f"cifar10, {network} 64",
-        f"cifar10, {network} 16",
-        f"gtsrb, {network} 16",
-    ]
-    assert re.findall(r'<tbody id="(c\d+)"', build(tmp_path)[0]) == ["c1", "c2", "c3", "c4"]
+    titles = [section.title.replace(", preactresnet18 of width", "") for section in tables(tmp_path)]
+    assert titles == ["cifar10 16", "cifar10 64", "cifar10 16", "gtsrb 16"]
 
 
 def test_names_of_folders_say_what_a_summary_alone_does_not(tmp_path):
@@ -191,11 +176,9 @@ def test_a_broken_folder_is_listed_with_its_reason_and_counts_nothing(tmp_path, 
     for seed in (0, 1):
         attack(tmp_path, seed=seed, acc=90.0 + seed)
     BROKEN[reason](tmp_path / "badnet_s1")
-    results, left_out = find_results(tmp_path)
+    results, (line,) = find_results(tmp_path)
     assert [result.figures["acc"] for result in results] == [90]
-    (line,) = left_out
     assert line.startswith("badnet_s1: ") and reason in line and "\n" not in line
-    assert reason.replace("'", "&#39;") in build(tmp_path)[0]
 
 
 def test_whose_folder_does_not_count(tmp_path):
@@ -374,7 +357,7 @@ def test_only_runs_of_the_published_setting_stand_beside_the_published(tmp_path,
 
 
 def test_published_means_stand_beside_rows_that_were_chosen_alike(tmp_path, script):
-    """FP's were chosen by the test sets, CLP's were not; the page shows both and marks them."""
+    """FP's were chosen by the test sets, CLP's were not."""
     for seed, select in enumerate(("defender", "oracle")):
         attacked = attack(tmp_path, seed=seed)
         defense(attacked, "sau", seed)
@@ -386,10 +369,6 @@ def test_published_means_stand_beside_rows_that_were_chosen_alike(tmp_path, scri
     acc = {line[0]: line[-4] for line in overview}
     assert status == 0 and (acc["fp (oracle)"], acc["fp"]) == ("91.31", "-")
     assert (acc["clp"], acc["clp (oracle)"], acc["sau"]) == ("90.07", "-", "89.31")
-    text = build(tmp_path)[0].partition("Beside the published table")[2]
-    marks = dict(re.findall(r"<b>((?:fp|clp)(?: \(oracle\))?)</b>(.*?)</td>", text))
-    theirs = {name: "theirs: oracle" in tags for name, tags in marks.items()}
-    assert theirs == {"fp": True, "fp (oracle)": True, "clp": False, "clp (oracle)": False}
 
 
 def test_the_published_means_are_over_the_same_attacks(rivals, tmp_path, script):
@@ -403,18 +382,15 @@ def test_the_published_means_are_over_the_same_attacks(rivals, tmp_path, script)
 # Tables and the page
 
 
-def test_tables_are_written_into_a_page_and_unknown_defenses_refused(rivals, tmp_path, script):
+def test_tables_are_written_between_the_marks_of_a_page(rivals, tmp_path, script):
     file = tmp_path / "page.md"
-    file.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
-    assert script("tables.py", "table", str(rivals), "--into", str(file))[0] == 0
-    text = file.read_text()
-    assert text.startswith("before\n<!-- table -->\n\nACC") and text.endswith("<!-- /table -->\nafter\n")
-    assert "old" not in text
-    file.write_text("no marks")
-    status, _, err = script("tables.py", "table", str(rivals), "--into", str(file))
-    assert status == 2 and str(file) in the_error(err) and file.read_text() == "no marks"
-    status, _, err = script("tables.py", "table", str(rivals), "--against", "foo")
-    assert status == 2 and "--against" in the_error(err) and "anp, ft, sau" in err
+    for text, status in (("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n", 0), ("no marks", 2)):
+        file.write_text(text)
+        assert script("tables.py", "table", str(rivals), "--into", str(file))[0] == status
+        assert file.read_text() == text or not status
+        if not status:
+            first, _, rest = file.read_text().partition("<!-- table -->\n\nACC")
+            assert first == "before\n" and rest.endswith("<!-- /table -->\nafter\n") and "old" not in rest
 
 
 def test_the_kept_tables_are_those_of_the_kept_summaries(script):
@@ -478,8 +454,8 @@ def test_the_page_needs_nothing_else_and_names_stay_text(tmp_path):
     assert "a100&#34;: 100" in text
 
 
-def test_the_strip_shows_the_clean_images_that_were_triggered(finished, tmp_path, monkeypatch):
-    """And none of a data set that changed, nor triggered ones that are damaged."""
+def test_the_strip_shows_the_clean_images_that_were_triggered(finished, monkeypatch):
+    """And none of a data set that changed."""
     drawn: list[Any] = []
     monkeypatch.setattr(
         page, "images", lambda test, triggered, columns: drawn.append((test, triggered)) or plt.figure()
@@ -490,15 +466,8 @@ def test_the_strip_shows_the_clean_images_that_were_triggered(finished, tmp_path
     attacked, ((test, triggered),) = load(finished / "record" / "victim"), drawn
     assert torch.equal(test.pixels, attacked.images(None)[1].pixels)
     assert torch.equal(triggered.pixels, attacked.triggered.pixels)
-    assert build(finished / "record")[0].count("data:image/png;base64,") == 1
-    copy = Path(shutil.copytree(finished / "record", tmp_path / "record"))
-    (copy / "victim" / "triggered.safetensors").write_bytes(
-        (copy / "victim" / "triggered.safetensors").read_bytes()[:-1] + b"x"
-    )
-    text, _ = build(copy)
-    assert "triggered.safetensors is missing or damaged" in text and "data:image/png" not in text
     monkeypatch.setattr("sau.data.sources.fingerprint", lambda images: "other")
-    assert trigger_strip(result)[0] == "" and "give --dataset_path" in trigger_strip(result)[1]
+    assert trigger_strip(result)[0] == "" and "--dataset_path" in trigger_strip(result)[1]
 
 
 def test_the_command_writes_what_is_asked_for(tmp_path, script):
@@ -518,13 +487,10 @@ def test_a_point_lies_where_its_figures_are(tmp_path):
         attacked = attack(tmp_path, name, asr=100.0, acc=90.0)
         defense(attacked, "sau", acc=80.0, asr=25.0)
     defense(tmp_path / "lf_s0", "anp", acc=85.0, asr=9.0, selection="oracle")
-    (section,) = tables(tmp_path)
-    found = scatter(section)
-    assert found and found[1] == ["sau"] and found[0].axes[0].get_title() == "mean over 2 attacks"
-    assert '<p class="soft">1 sau</p>' in build(tmp_path)[0]
+    found = scatter(tables(tmp_path)[0])
+    assert found and found[1] == ["sau"]
     shutil.rmtree(tmp_path / "badnet_s0")
-    (section,) = tables(tmp_path)
-    found = scatter(section)
+    found = scatter(tables(tmp_path)[0])
     assert found and found[1] == ["anp (oracle)", "sau"]
     points = [(line.get_marker(), *line.get_xydata()[0], line.get_markerfacecolor() == "none")
               for line in found[0].axes[0].get_lines()]  # fmt: skip

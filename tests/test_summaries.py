@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from toys import REPOSITORY, the_error
+from toys import REPOSITORY, refuses, the_error
 
 from sau.errors import RecordError
 from sau.evaluate import Proportion, Score
@@ -43,11 +43,10 @@ def test_a_line_that_is_no_result_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"acc": 1}', '{"cell": 3}', '{"cell": "a", "acc": 1, "acc_count": [1]}'])
-def test_a_line_that_is_no_summary_is_named(tmp_path, line, one_line):
+def test_a_line_that_is_no_summary_is_named(tmp_path, line):
     (tmp_path / "x.jsonl").write_text('{"cell": "first"}\n' + line + "\n")
-    with pytest.raises(RecordError) as refusal:
+    with refuses(RecordError, "x.jsonl, line 2 is no summary"):
         load(tmp_path / "x.jsonl")
-    assert "x.jsonl, line 2 is no summary" in one_line(refusal.value)
 
 
 def test_the_results_of_the_documentation_are_few_files():

@@ -98,11 +98,6 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, w
     assert len(warnings) == 1 and "SAU_CACHE" in warnings[0] and build.calls == 1
 
 
-def test_an_error_of_the_builder_passes_through():
-    with pytest.raises(RuntimeError, match="out of memory"):
-        make(Build(RuntimeError("out of memory")))
-
-
 def test_network_digests_tell_weights_forms_and_precision_apart():
     plain, other = (Normalized(tiny_net(), (mean,) * 3, (0.5,) * 3) for mean in (0.0, 0.5))
     bf16 = Normalized(tiny_net(), (0.0,) * 3, (0.5,) * 3, amp=True)

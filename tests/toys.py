@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sau.attack import Attack, Blended
 from sau.data.images import Images, to_float
 from sau.defense.fst import FixedNormWeight
+from sau.errors import SauError
 from sau.loop import Session
 from sau.optim import Training
 from sau.record.folder import Record
@@ -149,6 +151,15 @@ def stop_after(words: str, number: signal.Signals, argv: list[str], cwd: Path) -
         _, err = process.communicate(timeout=240)
         assert seen and seen[-1].startswith(words), (seen, err)
         return process.returncode, err
+
+
+@contextmanager
+def refuses(kind: type[SauError], *words: str) -> Iterator[None]:
+    """The block raises this error, whose line (`SauError` makes it one) has these words."""
+    with pytest.raises(kind) as refusal:
+        yield
+    missing = [word for word in words if word not in str(refusal.value)]
+    assert not missing, f"{missing} not in {refusal.value}"
 
 
 def the_error(stderr: str) -> str:
