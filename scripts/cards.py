@@ -165,7 +165,7 @@ def flagged(results: list[Result]) -> str:
         f"{attack} {' / '.join(', '.join(map(str, classes)) or 'none' for classes in seeds)}"
         for attack, seeds in found.items()
     ]
-    about = "Flagged classes, a `/` between seeds; one of `prototype` is a false alarm"
+    about = "Flagged classes, with `/` between seeds; any class of `prototype` is a false alarm"
     return f"\n{about}:\n{'; '.join(texts)}.\n" if texts else ""
 
 

@@ -103,16 +103,16 @@ def table(args: argparse.Namespace) -> None:
 def _section(section: Section, defense: str, titled: bool) -> str:
     title = f"## {section.title}\n\n" if titled else ""
     beside = (
-        "; published\nmeans are over the same attacks. ANP and FP were published with test sets choosing, so theirs "
-        "are beside the\n`(oracle)` rows"
+        "; published\nmeans are over the same attacks. For ANP and FP test sets chose the published threshold, so "
+        "these figures are\nin the `(oracle)` rows"
     )
     dead = f"{section.dead}\n\n" if section.dead else ""
     return (
         f"{title}ACC / ASR in percent (seeds, if more than one). Means are over the attacks with a trigger"
         f"{beside if published_rows(section) else ''}:\n\n{dead}{_overview(section)}\n"
         f"{defense} - rival, in percentage points, on the networks that both purified. The seeds of an attack are\n"
-        "averaged first; mean, 95 % interval and sign test are over attacks. p is that of one row: of twenty rows\n"
-        f"between equals, one falls below 0.05.\n\n{_against(section, defense)}"
+        "averaged first; mean, 95 % interval and sign test are over attacks. p is not corrected for the number of\n"
+        f"rows.\n\n{_against(section, defense)}"
     )
 
 
