@@ -1,12 +1,9 @@
 """The pages of the methods and the tools that draw them: figures are those of the kept results."""
 
-import argparse
-
-import gallery
 import pytest
 from PIL import Image
 from synthetic import attack
-from toys import REPOSITORY, the_error, toy_images
+from toys import REPOSITORY, the_error
 
 from sau.attack import ATTACKS
 from sau.defense import DEFENSES
@@ -59,13 +56,6 @@ def test_the_gallery_shows_every_attack(tmp_path, finished, script):
     assert status == 2 and "nothing" in the_error(err) and not (tmp_path / "none").exists()
 
 
-def test_a_trigger_that_does_not_fit_spoils_no_other_row_of_the_gallery():
-    small, args = toy_images(24, size=8), argparse.Namespace(record_root="nowhere", columns=2, radius=0.2)
-    patch, blended = (gallery.line(ATTACKS[name], small, small, args) for name in ("badnet", "blended"))
-    assert patch.found is None and blended.found is not None and patch.note.startswith("no trigger here: ")
-    assert gallery.draw([patch, blended], 2) and patch.note in gallery.page([patch, blended], "digits", 0.2)
-
-
 def test_the_curve_over_ratios_is_of_folders_and_of_summaries(tmp_path, script):
     attack(tmp_path / "a", acc=89.0, asr=95.0)  # its configuration says ratio 0.1
     kept = {"badnet_r0_s0": {"acc": 90.0, "asr": 1.0}, "badnet_r0.1_s1": {"acc": 88.0, "asr": 97.0}}
@@ -75,10 +65,3 @@ def test_the_curve_over_ratios_is_of_folders_and_of_summaries(tmp_path, script):
     assert status == 0 and "| badnet | 90.00 / 1.00 | 88.50 / 96.00 |" in out and "badnet_r0.2_s0" in err
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 500
-
-
-def test_two_results_of_a_seed_are_no_seeds_of_a_curve(script, tmp_path):
-    """Names say attack, ratio and seed; what else two grids differ in stands in their digests alone."""
-    save(tmp_path / "a.jsonl", {f"badnet_r0.1_{mark * 10}_s0": {"acc": 90.0, "asr": 1.0} for mark in "ab"})
-    status, _, err = script("tables.py", "ratios", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "x"))
-    assert status == 2 and "one attack, ratio and seed" in the_error(err) and not (tmp_path / "x.png").exists()
