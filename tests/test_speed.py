@@ -123,23 +123,6 @@ def test_a_broken_loss_or_weight_is_not_handed_on_when_the_time_is_over(broken, 
     assert now == [20.0]
 
 
-# Networks of others
-
-
-def test_any_network_is_purified_in_the_layout_that_is_fast():
-    """The copy lies so; the caller's network and the result as before."""
-    layouts = []
-
-    class Seen(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            layouts.append(self[0].weight.is_contiguous(memory_format=torch.channels_last))
-            return super().forward(x)
-
-    mine = Seen(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
-    fixed = FT(epochs=1, batch_size=8).purify(mine, toy_images(16), session=quiet())
-    assert layouts and all(layouts) and mine[0].weight.is_contiguous() and fixed[0].weight.is_contiguous()
-
-
 # Compiled networks
 
 
@@ -165,59 +148,6 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def rounds(method: SAU | FT, model: Normalized, sizes: tuple[int, ...] = (16, 8)) -> tuple[dict[str, Any], Any]:
-    """The state and a function that makes one update for each size."""
-    state = method.prepare(model, range(10))
-    x, y = batch(sum(sizes))
-    x = x.to(next(model.parameters()).dtype)
-    pairs = list(zip(x.split(sizes), y.split(sizes), strict=True))
-    return state, lambda: [method.step(state, *pair) for pair in pairs]
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
-def test_networks_are_compiled_once(quick_compiler):
-    """No graph is taken after the first round, which sees every batch size."""
-    model = small()
-    model.compiled = True
-    _, work = rounds(SAU(lr=1e-3, stop_fooled=True), model)
-    work()
-    taken = graphs()
-    work()
-    assert graphs() == taken > 0
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at its own while it takes a graph
-def test_the_search_of_a_compiled_network_forms_no_weight_gradients(quick_compiler):
-    """It goes through the same weights, which cannot ask for any, and has no state that a checkpoint could keep."""
-    model = small()
-    model.compiled = True
-    state, work = rounds(SAU(lr=1e-2), model)
-    twin = state["frozen"].__self__
-    work()
-    assert {name for name, thing in state.items() if hasattr(thing, "state_dict")} == {"model", "_reference", "descent"}
-    for name, tensor in twin.state_dict().items():
-        assert tensor.data_ptr() == state["model"].state_dict()[name].data_ptr()
-    assert not any(parameter.requires_grad for parameter in twin.parameters())
-    assert all(parameter.requires_grad for parameter in state["model"].parameters())
-
-
-def test_a_copy_compiles_anew_and_passes_without_gradients_run_as_they_stand(quick_compiler):
-    model = small()
-    keys, (x, _) = list(model.state_dict()), batch(4)
-    model.compiled = True
-    with torch.no_grad():
-        model(x)
-    assert graphs() == 0
-    model(x)
-    assert graphs() == 1 and list(model.state_dict()) == keys
-    other = copy.deepcopy(model)
-    assert other.compiled is True
-    with torch.no_grad():
-        other.net[-1].weight.zero_()
-        other.net[-1].bias.fill_(3)
-    assert torch.all(other(x) == 3) and not torch.all(model(x) == 3)
 
 
 SHORT = tuple("1" if before == "--epochs" else flag for before, flag in zip(("", *VICTIM), VICTIM, strict=False))
