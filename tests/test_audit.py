@@ -48,9 +48,8 @@ from sau.data.images import BACKDOOR, Augment, Images, to_float
 from sau.data.sources import clean_subset
 from sau.defense import FT
 from sau.defense.npd import insert_polarizer
-from sau.errors import ConfigError, DataError, RecordError
+from sau.errors import ConfigError, RecordError
 from sau.evaluate import score
-from sau.figures import audit
 from sau.models import Normalized
 from sau.record import attack_result as stored
 from sau.record.folder import Record, as_json, dump_config, dump_manifest
@@ -449,9 +448,6 @@ def test_an_attack_needs_poisons_or_settings_to_make_them_with(victim, monkeypat
     monkeypatch.setattr(stored, "load", lambda place: replace(kept, settings=None, poisoned=None))
     with pytest.raises(RecordError, match="poisoned"):
         open_case(victim, samples=30)
-    monkeypatch.setattr("sau.audit.case.sample", lambda test, bad, count: (test, None))
-    with pytest.raises(DataError, match="30"):
-        open_case(victim, samples=30)
 
 
 def test_draws_of_an_attacker_are_one_network_among_several():
@@ -517,18 +513,3 @@ def test_each_part_does_what_it_is_named_after(monkeypatch):
 
 def row(part: str, curve: str, network: str, x: Any, asr: float, **more: float) -> dict[str, Any]:
     return {"part": part, "curve": curve, "network": network, "x": x, "seed": 0, "asr": asr, **more}
-
-
-def test_the_figure_puts_each_value_over_its_step_with_one_standard_deviation():
-    audits = [
-        {"rows": [row("relearn", "fresh", "control", k, asr) for k in (0, 2, 5)]
-                 + [row("relearn", "fresh", "ft", 5, asr), row("relearn", "fresh", "none", 5, asr)]}
-        for asr in (10.0, 20.0)
-    ]  # fmt: skip
-    (panel,) = audit(audits).axes
-    control, ft, none = panel.containers
-    assert ft.lines[0].get_xdata().tolist() == [2] and ft.lines[0].get_ydata().tolist() == [15.0]
-    (bar,) = ft.lines[2][0].get_segments()
-    assert bar[1][1] - bar[0][1] == pytest.approx(2 * 50**0.5)
-    assert (control.lines[0].get_linestyle(), ft.lines[0].get_linestyle()) == ("--", "-")
-    assert none.lines[0].get_color() == "black"

@@ -67,23 +67,21 @@ def test_small_and_lopsided_clean_sets_are_noted(rows, words):
 
 
 @pytest.mark.parametrize(
-    ("defense", "kind", "wanted"),
+    ("defense", "count", "wanted"),
     [
-        (FT(epochs=0, batch_size=8), "pair", ["have none of 3 of 4 classes: 0, 1, 3"]),
-        (FT(epochs=0, batch_size=8), "loader", ["have none of 3 of 4 classes: 0, 1, 3"]),
-        (EP(batch_size=8), "two", ["the poisoned images have none of 2"]),
-        (CLP(batch_size=8), "pair", []),  # looks at no images
+        (FT(epochs=0, batch_size=8), 1, ["have none of 3 of 4 classes: 0, 1, 3"]),
+        (EP(batch_size=8), 2, ["the poisoned images have none of 2"]),
+        (CLP(batch_size=8), 1, []),  # looks at no images
     ],
-    ids=["pair", "loader", "poisoned", "blind"],
+    ids=["clean", "poisoned", "blind"],
 )
-def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, kind, wanted):
-    clean, said = toy_images(40, seed=6), []
-    some = clean[torch.arange(2, 4 if kind == "two" else 3)]
-    x, y = some.pixels, some.labels
-    data = [(x, y)] if kind == "loader" else (x, y)
-    defense.purify(tiny_net(), data, session=Session(say=said.append))
-    notes = [line for line in said if line.startswith("note: ")]
-    assert len(notes) == len(wanted) and all(text in note for text, note in zip(wanted, notes, strict=True))
+def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, count, wanted):
+    some, said = toy_images(40, seed=6)[torch.arange(2, 2 + count)], list[str]()
+    for data in ((some.pixels, some.labels), [(some.pixels, some.labels)]):
+        said.clear()
+        defense.purify(tiny_net(), data, session=Session(say=said.append))
+        notes = [line for line in said if line.startswith("note: ")]
+        assert len(notes) == len(wanted) and all(text in note for text, note in zip(wanted, notes, strict=True))
     said.clear()
     defense.purify(tiny_net(), data, session=Session(say=said.append, data_checked=True))
     assert not any(line.startswith("note: ") for line in said)
