@@ -18,7 +18,6 @@ from toys import QUICK, REPOSITORY, VICTIM, command, environment, stop_after, th
 import sau
 from sau import cli as commands
 from sau import device
-from sau import run as runs
 from sau.attack import ATTACKS, BadNet
 from sau.cli import TOOLS
 from sau.config import options
@@ -60,10 +59,6 @@ def test_an_attack_from_a_foreign_folder(finished):
     assert "forecast" in out and [f"epoch {e}/4" in out for e in range(1, 5)] == [True] * 4
     assert (folder / "log.txt").read_text() == out
     Record(folder).check()
-    assert {file.name for file in folder.iterdir()} == {
-        "config.yaml", "log.txt", "manifest.json", "metrics.jsonl", "model.safetensors", "poisoned.safetensors",
-        "summary.json", "triggered.safetensors",
-    }  # fmt: skip
 
 
 def test_the_configuration_is_resolved_and_complete(finished):
@@ -202,24 +197,6 @@ def test_a_tool_is_a_command_and_a_script(tool, here, script, capsys):
             here(tool, *argv)
         shown = (left.value.code, *capsys.readouterr())
         assert script(name, *argv) == shown and shown[0] == status and f"sau {tool}" in shown[1] + shown[2]
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_result_is_evaluated_again_only_where_it_moved_since(victim, here, monkeypatch, moved):
-    scored, really, told = [], runs.score, runs.RunLogger.on_epoch
-
-    def told_and_moved(self, epoch, losses, state):
-        found = told(self, epoch, losses, state)
-        if moved:
-            next(state["model"].parameters()).data.mul_(0)
-        return found
-
-    monkeypatch.setattr(runs.RunLogger, "on_epoch", told_and_moved)
-    monkeypatch.setattr("sau.run.score", lambda *given: scored.append(really(*given)) or scored[-1])
-    status, _, err = here("defense", "ft", "--result_file", "victim", "--epochs", "1", *QUICK)
-    assert (status, err, len(scored)) == (0, "", 1 + moved)
-    after = json.loads((victim / "defense" / "ft" / "summary.json").read_text())["after"]
-    assert after["acc_count"][0] == scored[-1].acc.hits and (scored[0] == scored[-1]) is not moved
 
 
 def test_a_resumed_run_has_the_threads_of_the_interrupted_one(here, tmp_path, monkeypatch):

@@ -386,19 +386,6 @@ def test_the_record_beats_the_signature_and_is_beaten_by_yaml_and_flags(tmp_path
     assert asked(["--yaml_path", str(file), "--dataset_path", "from flag"], record)[0].dataset_path == "from flag"
 
 
-def test_recipe_and_data_set_choose_the_shipped_settings():
-    sections = (AttackRun, Training, BadNet)
-
-    def settled(recipe: str, dataset: str) -> tuple[int, int, float, str]:
-        run, training, _ = Settings("x", BadNet, sections, []).settle(recipe, dataset)
-        assert (run.recipe, run.dataset) == (recipe, dataset)
-        return run.width, training.epochs, training.lr, training.lr_scheduler
-
-    assert settled("paper", "cifar10") == (64, 100, 0.01, "CosineAnnealingLR")
-    assert settled("cpu", "cifar10")[0] == 16 and settled("cpu", "cifar10")[1] < 20
-    assert settled("paper", "digits")[0] == 64 and settled("cpu", "digits")[0] == 16
-
-
 def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
     """1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round; the rate is the one at the start."""
     cpu, paper = asked([], recipe="cpu")[1], asked([], recipe="paper")[1]
