@@ -20,7 +20,7 @@ from sau.errors import ConfigError, RecordError
 from sau.files import acquire, release
 from sau.grid import engines
 from sau.grid.command import Runner, needed, status
-from sau.grid.engines import Job, Local, Outcome, RayEngine, run_job
+from sau.grid.engines import Job, Local, Outcome, run_job
 from sau.grid.plan import cells, select
 from sau.grid.spec import read
 from sau.grid.store import Cell, Store, attack_named, defense_named, mark, publish, without_digest
@@ -407,28 +407,12 @@ def test_cores_memory_and_gpus_are_never_oversubscribed(tmp_path, monkeypatch, n
     assert here.places == places and [here.slots.get() for _ in range(here.slots.qsize())] == seen
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_a_cell_on_a_gpu_has_it_alone_and_gives_it_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    monkeypatch.setattr(engines, "run_job", lambda job, gpus, stopping: (gpus, here.slots.empty()))
-    mine = job(tmp_path, gpus=1.0)
-    here = Local([mine], cores=1, memory_gb=8.0)
-    assert [here.submit(mine).result() for _ in "12"] == [("7", True)] * 2
-    here.stop()
-
-
 @pytest.mark.parametrize(("name", "value"), [("memory_gb", 10.0), ("threads", 9), ("gpus", 1.0)])
 def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(tmp_path, monkeypatch, name, value):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError) as refusal:
         Local([job(tmp_path), job(tmp_path, **{name: value})], cores=1, memory_gb=4.0)
     assert refusal.value.param == name
-
-
-def test_ray_that_is_not_installed_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match="ray"):
-        RayEngine([job(tmp_path)])
 
 
 def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, planned):
