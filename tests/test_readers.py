@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hostile import Call, touch
 from PIL import Image
 from torchvision.transforms import v2
 from toys import refuses
@@ -24,7 +25,7 @@ from sau.data import decode, readers
 from sau.data.decode import image_to_tensor, read_image
 from sau.data.images import Images
 from sau.data.readers import cifar, class_folders, folder, gtsrb, image_folder, tiny
-from sau.data.sources import OFFICIAL, load, subset_note
+from sau.data.sources import load, subset_note
 from sau.errors import DataError
 from sau.record.attack_result import AttackResult
 
@@ -172,17 +173,6 @@ def test_tiny_is_what_the_files_say(real_data):
 # Layouts and order
 
 
-def test_subset_note_is_silent_for_whole_sets_only():
-    def blank(n: int) -> Images:
-        return Images.clean(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), 2)
-
-    assert subset_note("digits", blank(5), blank(5)) is None
-    for name, whole in OFFICIAL.items():
-        for train in whole.train:
-            assert subset_note(name, blank(train), blank(whole.test)) is None
-            assert f"{train - 1:,} of " in str(subset_note(name, blank(train - 1), blank(whole.test)))
-
-
 def test_gtsrb_in_every_layout(tmp_path):
     base = make_gtsrb(tmp_path) / "gtsrb"
     pair = train, test = gtsrb(tmp_path)
@@ -308,16 +298,6 @@ def test_a_bad_tree_is_refused_and_the_file_named(read, spoil, named, tmp_path, 
 # CIFAR files
 
 
-class Canary:
-    """Unpickling it writes a file: what a malicious pickle would do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.path}",))
-
-
 BAD_BATCHES = {
     "floats": {"data": np.zeros((20, 3072), np.float32)},
     "objects": {"data": np.zeros((20, 3072), object)},
@@ -338,7 +318,7 @@ def test_a_bad_cifar_file_is_named(case, tmp_path):
 
 def test_a_malicious_cifar_file_is_not_run(tmp_path):
     canary = tmp_path / "canary"
-    make_cifar100(tmp_path, filenames=Canary(canary))
+    make_cifar100(tmp_path, filenames=Call(os.system, touch(canary)))
     with pytest.raises(DataError, match=r"asks for \w+\.system"):
         cifar("cifar100", tmp_path)
     assert not canary.exists()
@@ -515,9 +495,9 @@ def another_at_the_same_time(root: Path) -> None:
 def test_a_changed_file_is_decoded_again(tmp_path, blind):
     """Another image of the same size and time, another time alone, and one more."""
     folder(make_folder(tmp_path))
-    for touch in (another_at_the_same_time, lambda root: os.utime(root / "train/dog/0.png", ns=(1, 1)),
+    for change in (another_at_the_same_time, lambda root: os.utime(root / "train/dog/0.png", ns=(1, 1)),
                   lambda root: draw(root / "train/cat/9.png", 98)):  # fmt: skip
-        touch(tmp_path)
+        change(tmp_path)
         fresh = folder(tmp_path)
         for images, half in zip(fresh, ("train", "test"), strict=True):
             assert torch.equal(images.pixels, by_hand(sorted((tmp_path / half).rglob("*.png")), 32))
