@@ -218,29 +218,6 @@ def test_triggers_outside_the_ball_give_no_bound():
     assert found.bound() is None and "r_bd_in_ball" not in found.shares() and found.summary()["in_ball"] == 0
 
 
-def test_the_search_starts_at_the_trigger():
-    """Networks that are fooled at one point of the ball only, which no gradient leads to."""
-    torch.manual_seed(0)
-    data = pictures(0, 20)
-    data = Images.clean(data.pixels, torch.zeros(20, dtype=torch.int64), 2)
-    g = data.pixels.clone()
-    g[:, 0, 0, 0] = data.pixels[:, 0, 0, 0] + 20
-
-    class Lock(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(1))
-
-        def forward(self, x):
-            opened = (x[:, None] - g.float()[None] / 255).abs().amax((2, 3, 4)).amin(1) < 1e-3
-            return torch.stack([2 - 4.0 * opened, self.w.expand(len(x))], 1) + 0 * x.sum((1, 2, 3))[:, None]
-
-    triggered = Images(g, torch.ones_like(data.labels), data.labels, data.role, data.index, 2)
-    found = measure(Lock(), Lock(), data, triggered, Search(eps=0.1, steps=3))
-    assert found.share.all() and not found.blind.any()
-    assert found.bound() == {"r_bd": 100.0, "at_most": 100.0}
-
-
 def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
     _, _, data, triggered = planted(0, 0.1)
     before = torch.get_rng_state()
@@ -303,45 +280,6 @@ def test_a_step_of_the_search_by_hand(values):
         search = Search(norm=norm, eps=0.2, step_size=0.01)
         moved = search.ascend(lambda e: (gradient * e).flatten(1).sum(1), x, zero)
         torch.testing.assert_close(moved.flatten(1), 0.01 * direction, rtol=1e-4, atol=1e-7)
-
-
-class Counting(nn.Module):
-    """Counts the images that `net` is shown, twice where a gradient follows."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.count = net, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.count += len(x) * (2 if x.requires_grad else 1)
-        return self.net(x)
-
-
-@pytest.mark.parametrize("restarts", [1, 3])
-def test_passes_are_those_that_were_made(restarts):
-    """Where nothing is found each restart of both risks takes all of its steps; SAU's own search takes five."""
-    data = pictures(n=8)
-    h, h_b = (Counting(Line(torch.zeros(3 * SIDE * SIDE))) for _ in range(2))
-    data = Images.clean(data.pixels, torch.zeros(8, dtype=torch.int64), 2)  # what both answer, whatever is added
-    found = measure(h, h_b, data, search=Search(eps=0.01, steps=4, restarts=restarts))
-    alone = 2 * 4 + 1
-    assert found.passes == 2 + 4 * 5 + 2 + 2 + alone * restarts + 2 * alone * restarts
-    assert h.count + h_b.count == 8 * found.passes + 8 + 16  # beside these: SAU's last look, the check of the logits
-
-
-@pytest.mark.parametrize(
-    ("ones", "highest", "words"),
-    [
-        ((1, 1), 0, "the networks have 1 and 1 classes; allowed is the same number, 2 and more"),
-        ((4, 3), 2, "the networks have 4 and 3 classes"),
-        ((3, 3), 3, "labels range over 0..3, but the network has 3 classes"),
-    ],
-)
-def test_networks_of_other_classes_have_no_risks(ones, highest, words):
-    nets = [nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, count)) for count in ones]
-    data = Images.clean(pictures(n=4).pixels, torch.tensor([0, 0, 0, highest]), 4)
-    with refuses(DataError, words):
-        measure(*nets, data)
 
 
 # The command line
