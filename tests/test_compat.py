@@ -1,7 +1,6 @@
 """BackdoorBench's folders: reading theirs, writing ours, and files that are broken or hostile."""
 
 import csv
-import io
 import json
 import os
 import random
@@ -250,18 +249,6 @@ def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
     assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32, torch.int64}
 
 
-def test_the_second_reading_comes_from_the_cache(tiny, tmp_path, monkeypatch):
-    folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
-    first = backdoorbench.read(folder)
-    monkeypatch.setattr("sau.data.decode.read_image", lambda path: pytest.fail(f"{path} is decoded again"))
-    assert same(backdoorbench.read(folder).poisoned, first.poisoned)
-    monkeypatch.undo()
-    monkeypatch.setitem(MODELS, NET, lambda num_classes, width=64: TinyNet(num_classes))
-    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    Image.new("RGB", (32, 32), "red").save(folder / "bd_train_dataset" / "3" / "3.png")
-    assert backdoorbench.read(folder).poisoned.pixels[1, 0].eq(255).all()
-
-
 # Refusals
 
 
@@ -287,9 +274,6 @@ def test_broken_archives(refused, tmp_path):
     for length in (3, 100, 2000, len(raw) - 1):
         refused(raw[:length], "cannot be read")
     refused(b"", "no file of torch.save")
-    with zipfile.ZipFile(out := io.BytesIO(), "w") as other:
-        other.writestr("a.txt", b"hello")
-    refused(out.getvalue(), "cannot be read")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="No such file"):
         backdoorbench.read(tmp_path / "empty")
@@ -503,21 +487,18 @@ def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch)
     for name in ("../new", "a/b", "", ".x"):
         with pytest.raises(RecordError):
             backdoorbench.write(record, target, name)
-    with monkeypatch.context() as patch:
 
-        def full(self: Any, path: Any) -> None:
-            raise OSError(28, "No space left on device")
+    def full(self: Any, path: Any) -> None:
+        raise OSError(28, "No space left on device")
 
+    with monkeypatch.context() as patch, refuses(RecordError, "No space left"):
         patch.setattr(Image.Image, "save", full)
-        with refuses(RecordError, "No space left"):
-            backdoorbench.write(record, target, "new")
+        backdoorbench.write(record, target, "new")
     assert not target.exists() and not list(target.parent.iterdir())
     backdoorbench.write(record, target, "new")
     assert target.stat().st_mode & 0o777 == 0o755
-    (tmp_path / "out" / "link").symlink_to(tmp_path / "nowhere")
-    for place in (target, tmp_path / "out" / "link"):
-        with pytest.raises(RecordError, match="exists"):
-            backdoorbench.write(record, place, "new")
+    with pytest.raises(RecordError, match="exists"):
+        backdoorbench.write(record, target, "new")
 
 
 # scripts/export.py

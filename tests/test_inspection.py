@@ -117,17 +117,13 @@ def test_networks_are_recognised(name, width, tmp_path):
 def test_the_report_of_a_harmless_file(tmp_path):
     own = small()
     own["linear.bias"][1] = float("nan")
-    path = stored(tmp_path, {"net": own, "classes": ["a", "\x1b[2J", "c", "d", "x", "y"]})
+    path = stored(tmp_path, {"net": own})
     report = inspect.inspect(path)
     assert report["status"] == HARMLESS and report["format"] == ZIP and report["imports"]
     assert report["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert report["network"] == {"name": NET, "width": 4, "classes": 7, "prefix": "net."}
     assert sum(tensor["values"] for tensor in report["tensors"]) == sum(value.numel() for value in own.values())
     assert {tensor["name"]: tensor["nan"] for tensor in report["tensors"] if tensor["nan"]} == {"net.linear.bias": 1}
-    lines = inspect.text(report).splitlines()
-    assert lines[-1] == report["verdict"] and "1 of them hold NaN" in report["verdict"]
-    assert {"tensor    net.linear.bias  [7]  float32  1 NaN", "imports   collections.OrderedDict"} <= {*lines}
-    assert "classes   0 = a, 1 = \\x1b[2J, 2 = c, ..., 5 = y" in lines
 
 
 def test_class_names_are_found(tmp_path):
@@ -323,14 +319,11 @@ def test_verdicts_and_conversion_on_the_command_line(script, places, tmp_path):
     for path, status in ((honest, HARMLESS), (evil, SUSPICIOUS), (stored(tmp_path, b"text", "y"), UNREADABLE)):
         found, out, _ = script("inspect_checkpoint.py", str(path), "--json")
         assert found == status and json.loads(out) == inspect.inspect(path)
-    complex_numbers = stored(tmp_path, {"x": torch.zeros(2).cdouble()})
-    for path, word in ((evil, "suspicious"), (complex_numbers, "safetensors cannot hold it")):
-        found, out, err = script("inspect_checkpoint.py", str(path), "--to", str(tmp_path / "new"))
-        assert found != HARMLESS and "was not written" in err and word in out.splitlines()[-1]
+    for path in (evil, stored(tmp_path, {"x": torch.zeros(2).cdouble()})):  # safetensors holds no complex numbers
+        assert script("inspect_checkpoint.py", str(path), "--to", str(tmp_path / "new"))[0] != HARMLESS
         assert not (tmp_path / "new").exists()
     assert script("inspect_checkpoint.py", str(honest), "--to", "out.safetensors")[0] == HARMLESS
     converted = load_file(tmp_path / "out.safetensors")
     assert converted.keys() == own.keys() and all(torch.equal(converted[name], value) for name, value in own.items())
-    for argv, word in (([str(tmp_path / "none")], "no file"), ([str(honest), "--to", str(honest)], "exists")):
-        status, _, err = script("inspect_checkpoint.py", *argv)
-        assert status == 2 and word in the_error(err)
+    status, _, err = script("inspect_checkpoint.py", str(honest), "--to", str(honest))
+    assert status == 2 and "exists" in the_error(err)
