@@ -277,44 +277,14 @@ def test_weights_that_are_not_finite_are_not_kept_though_their_loss_was(name, ke
     assert place is None or float(place["objects"][name]["bias"]) == 5.0
 
 
-# The forecast
-
-
-def test_the_forecast_counts_what_is_left():
-    """Updates of one second: after 6 of 8 * 100 there are 794 left, and 600 seconds of evaluation: 23 minutes."""
-    said, now = [], [0.0]
-
-    def step(x, y):
-        now[0] += 1.0
-        return {"loss": torch.tensor(1.0)}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.time, "monotonic", lambda: now[0])
-        session = Session(say=said.append, other_seconds=600.0)
-        loop.run(step, Plain([2] * 8), 100, state={}, end_epoch=lambda losses: None, session=session)
-    assert "forecast: about 23 min to the end of epoch 100" in said
-
-
 # Several runs that share a checkpoint
 
 
 def test_end_epoch_may_end_a_run_and_a_resumed_one_stays_ended():
-    tape, said = Tape(), []
-
-    def go() -> None:
-        loop.run(
-            lambda x, y: {"loss": torch.ones(())},
-            [(torch.zeros(1), torch.zeros(1))],
-            5,
-            state={},
-            end_epoch=lambda losses: len(said) >= 1,
-            session=Session(checkpoint=tape, say=said.append),
-        )
-
-    go()
-    assert [line.split("  ")[0] for line in said] == ["epoch 1/5", "epoch 2/5"]
-    go()
-    assert len(said) == 3 and said[2].startswith("resuming")
+    tape, batches = Tape(), Plain([1])
+    said = [run(lambda x, y: {"loss": torch.ones(())}, batches, 5, checkpoint=tape, end_epoch=lambda losses: True)
+            for _ in "12"]  # fmt: skip
+    assert [len(lines) for lines in said] == [1, 1] and said[1][0].startswith("resuming")
 
 
 def test_buffers_that_are_broken_end_a_run_and_those_of_a_mask_do_not():

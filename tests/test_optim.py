@@ -152,14 +152,6 @@ def test_optimisers_by_their_formula(name):
     assert not torch.allclose(ours, parameter(), atol=1e-3)
 
 
-def test_a_step_forgets_the_gradients_of_before():
-    weights = parameter()
-    weights.grad = torch.full_like(weights, 1e6)
-    descent = Training(lr=0.1, lr_scheduler="constant", wd=0.0, sgd_momentum=0.0).descent([weights], 1)
-    descent(weights.sum())
-    assert torch.allclose(weights, parameter() - 0.1)
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_given_gradients_move_as_a_loss_does(name):
     """Also where they lie in memory in another order than their weights, and OneCycleLR moves with them too."""
