@@ -4,11 +4,11 @@ import pytest
 import torch
 from checkpoints import resumed
 from torch import Tensor, nn
-from toys import backdoored, own_answers, pair, quiet, tiny_net
+from toys import own_answers, pair, quiet, tiny_net
 
 from sau.defense import FP, fp, pruning
 from sau.defense.fp import activations, last_layers, zero_units
-from sau.evaluate import Proportion, Score, score
+from sau.evaluate import Proportion, Score
 from sau.loop import Session
 from sau.models import PreActResNet18, torchvision_net
 
@@ -153,14 +153,3 @@ def test_a_resumed_run_does_not_prune_again():
     for _, said in resumed(defense, tiny_net(), pair()):
         lines += said
     assert lines and not any("pruned" in line for line in lines)
-
-
-def test_the_accuracy_is_kept_on_a_toy():
-    """That the backdoor goes is not claimed: Blended survives FP in the published table, too (ASR 99.26)."""
-    net, clean, test, triggered = backdoored()
-    before = score(net, test, triggered)
-    for unit in ("linear_input", "last_conv"):
-        fixed = FP(unit=unit, epochs=5, batch_size=50, augment=False).purify(net, clean, session=quiet())
-        after = score(fixed, test, triggered)
-
-        assert after.acc.percent >= before.acc.percent - 5

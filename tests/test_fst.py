@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import Stopping
 from torch import nn
-from toys import at_angle, backdoored, pair, quiet, same_weights, tiny_net, toy_images
+from toys import at_angle, pair, same_weights, tiny_net, toy_images
 
 from sau.defense import D3, FST
 from sau.loop import Limit, Session
@@ -56,17 +56,6 @@ def test_the_classifier_is_drawn_anew_from_the_interval_of_its_inputs(reset_bias
     assert abs((weight * sphere.origin).sum()) < 0.2 * weight.norm() * sphere.radius
     assert torch.equal(bias, before["1.bias"]) != reset_bias and bias.abs().max() <= bound
     assert sphere.radius.item() == pytest.approx(3 * before["1.weight"].norm().item())
-
-
-def test_alpha_turns_the_classifier_away():
-    """Every larger alpha ends at a larger angle from W0."""
-    net, clean, _, _ = backdoored()
-    ends = []
-    for alpha in (0.0, 0.2, 1.0):
-        fixed = FST(alpha=alpha, epochs=5, lr=0.05, batch_size=25).purify(net, clean, session=quiet())
-        now, then = fixed.linear.weight.detach().flatten(), net.linear.weight.detach().flatten()
-        ends.append(float(F.cosine_similarity(now, then, dim=0)))
-    assert ends == sorted(ends, reverse=True) and ends[2] < -0.3
 
 
 @pytest.mark.parametrize("cls", [FST, D3])
