@@ -50,6 +50,13 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, that does not exist yet."""
+    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """`cli("attack", "badnet", *flags, cwd=folder)` runs a script of the repository from a foreign folder."""

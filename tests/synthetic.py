@@ -66,13 +66,3 @@ def _rows(record: Record, rows: list[dict[str, Any]]) -> None:
     """All at once: a real run writes the file anew, and to the disk, with every row."""
     record.rows = rows[:-1]
     record.log_metrics(**rows[-1])
-
-
-def grid(root: Path, attacks: int, defenses: int, seeds: int, rows: int = 2, risks: bool = False) -> int:
-    """`attacks` x (none and `defenses`) cells over seeds; returns the number of cells."""
-    for seed in range(seeds):
-        for a in range(attacks):
-            attacked = attack(root, f"attack{a}", seed, rows=rows)
-            for d in range(defenses):
-                defense(attacked, f"defense{d}", seed, asr=1.0 + d, der=96.0 - d + 0.1 * seed, rows=rows, risks=risks)
-    return attacks * (1 + defenses)

@@ -15,12 +15,11 @@ import matplotlib.pyplot as plt
 from sau.data import images as data
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
-from sau.figures import curves, examples, features, images, risks, save, types
+from sau.figures import curves, examples, images, risks, save, types
 from sau.figures.curves import RISKS
 from sau.figures.images import last_features
 from sau.pgd import Search
 from sau.record.folder import Record
-from sau.tools import OnDevice
 
 
 @pytest.fixture(autouse=True)
@@ -159,22 +158,3 @@ def test_features_are_the_input_of_the_linear_layer_that_runs_last():
     assert not model.linear._forward_hooks
     with pytest.raises(ConfigError, match="no linear layer"):
         last_features(torch.nn.Conv2d(3, 2, 1), x)
-
-
-def test_the_map_shows_clean_and_triggered_images_and_leaves_batch_norm_alone():
-    test = toy_images(40)
-    net = tiny_net().train()
-    before = net.features[1].running_mean.clone()
-    left, right = features(net, tiny_net(seed=1), test, stamped(test, torch.arange(8, 40)), "pca", count=24).axes
-    assert (left.get_title(), right.get_title()) == ("backdoored", "purified")
-    names = [points.get_label() for points in left.collections]
-    assert names == ["clean, other classes", "clean, class 1 (target)", "triggered"]
-    assert [len(points.get_offsets()) for points in left.collections] == [18, 6, 6]
-    assert torch.equal(net.features[1].running_mean, before)
-
-
-def test_a_network_on_a_device_answers_on_the_cpu_with_gradients():
-    net, x = tiny_net().double(), torch.rand(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    placed = OnDevice(net, torch.device("cpu"))
-    (gradient,) = torch.autograd.grad(placed(x).sum(), x)
-    assert torch.equal(placed(x), net(x)) and gradient.abs().sum() > 0

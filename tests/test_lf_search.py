@@ -11,7 +11,7 @@ from torch import nn
 from toys import Enough, quiet, refuses, same_weights, stop_making, tiny_net, toy_images, train_victim
 
 from sau.attack import LF, Prototype, lf_search
-from sau.attack.lf_search import SETTINGS, Progress, band_energy, deepfool, load_clean, rate, rescaled, smooth, step
+from sau.attack.lf_search import Progress, band_energy, deepfool, load_clean, rate, rescaled, smooth, step
 from sau.attack.triggers import TriggerContext
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
@@ -27,10 +27,7 @@ from sau.util import generator
 SMALL = LF(lf_optimise=True, lf_images=20, lf_passes=4, lf_deepfool_steps=30)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -356,26 +353,3 @@ def test_white_stays_white_under_the_pattern(monkeypatch):
     assert len(seen) == 1 and torch.equal(seen[0], white[0])
     images = Images.clean((255 * white).byte(), torch.zeros(1, dtype=torch.long), 2)
     assert rate(net, images, torch.zeros(1, dtype=torch.long), search.v) == 0
-
-
-def test_whatever_changes_a_search_makes_it_another_one(monkeypatch):
-    """Or a pattern that was found for other settings would be taken from the cache."""
-    keys, calls, nets = [], [], [tiny_net()]
-
-    def cached(name, identity, build, session):
-        keys.append(str(sorted(identity.items())))
-        calls.append(build.args)
-        return {"pattern": torch.zeros(3, 16, 16)}, {}
-
-    monkeypatch.setattr(lf_search, "cached_trigger", cached)
-    monkeypatch.setattr(lf_search, "train_clean", lambda context: nets[0])
-    values = dict(zip(("attack_target", *SETTINGS), (1, 7, 9, 0.5, 11, 0.25, 0.125), strict=True))
-    images, recipe, seeds = toy_images(8), Training(), [0] * 9 + [1, 0, 0]
-    settings = [{}, *({name: value} for name, value in values.items()), values, {}, {}, {}]
-    for n, (more, seed) in enumerate(zip(settings, seeds, strict=True)):
-        nets[0] = tiny_net(seed=1 if n == 10 else 0)
-        given = toy_images(8, seed=1) if n == 11 else images
-        LF(lf_optimise=True, **more).fit_trigger(given, tiny_net(), recipe, seed=seed, session=quiet())
-    assert len({*keys}) == len(keys) == 12 and "('device', 'cpu')" in keys[0]
-    _, given, lf, seed = calls[8]
-    assert given is images and seed == 0 and {name: getattr(lf, name) for name in values} == values

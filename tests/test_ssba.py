@@ -19,10 +19,7 @@ from sau.optim import Training
 FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def fit(attack, images=None, lines=None):
@@ -244,31 +241,6 @@ def test_an_encoder_is_trained_as_asked(monkeypatch):
     assert (rates["lr"], rates["weight_decay"], rates["amsgrad"]) == (0.03, 0, False)
     assert len(rates["params"]) == sum(len([*found[name].parameters()]) for name in ("encoder", "decoder"))
     assert found["encoder"].secret_dense.in_features == found["decoder"].dense[2].out_features == 9
-
-
-def test_whatever_changes_an_encoder_makes_it_another_one(monkeypatch):
-    """Or one that was trained for other settings would be taken from the cache; what comes after it changes nothing."""
-    keys = []
-
-    def made(name, identity, build, session):
-        keys.append(str(sorted(identity.items())))
-        return build.args[0].encoder.state_dict(), {"w": 10.0, "psnr_in_db": 30.0}
-
-    monkeypatch.setattr(ssba, "cached_trigger", made)
-    own = {
-        "ssba_bits": 2,
-        "ssba_residual": True,
-        "ssba_epochs": 3,
-        "ssba_batch_size": 4,
-        "ssba_lr": 0.5,
-        "ssba_weight": 2.0,
-    }
-    for changed in ({}, *({name: value} for name, value in {**own, "trigger_seed": 1}.items())):
-        fit(SSBA(**changed))
-    fit(SSBA(), toy_images(16, seed=1))
-    assert len({*keys}) == len(keys) == 9 and "('device', 'cpu')" in keys[0]
-    fit(SSBA(pratio=0.5, attack_target=2))
-    assert keys[-1] == keys[0]
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, own_cache, unread):

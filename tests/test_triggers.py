@@ -2,22 +2,19 @@
 
 import pytest
 import torch
-from toys import tiny_net
+from toys import Enough, quiet, tiny_net, toy_images
 
 from sau import loop
-from sau.attack import triggers
+from sau.attack import LF, SSBA, lf_search, ssba, triggers
 from sau.attack.triggers import cached_trigger, network_digest, same_trigger
 from sau.data import decode
 from sau.errors import RecordError
 from sau.loop import RunContext
 from sau.models import Normalized
+from sau.optim import Training
 from sau.record.folder import Record
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Build:
@@ -44,16 +41,16 @@ def make(build, **identity):
     return lines
 
 
-def entry(cache):
-    (file,) = cache.glob("*.safetensors")
+def entry(own_cache):
+    (file,) = own_cache.glob("*.safetensors")
     return file
 
 
-def test_a_trigger_is_made_once(cache):
+def test_a_trigger_is_made_once(own_cache):
     build = Build()
     assert make(build)[-1] == "thing: some figure 1.5"
     assert make(build) == ["thing: some figure 1.5; from the cache"]
-    assert build.calls == 1 and entry(cache).is_file() and not list(cache.glob("unfinished/*"))
+    assert build.calls == 1 and entry(own_cache).is_file() and not list(own_cache.glob("unfinished/*"))
 
 
 def test_another_identity_version_or_number_of_threads_is_another_trigger(monkeypatch):
@@ -66,20 +63,20 @@ def test_another_identity_version_or_number_of_threads_is_another_trigger(monkey
     assert build.calls == 4
 
 
-def test_a_damaged_trigger_is_made_again(cache):
+def test_a_damaged_trigger_is_made_again(own_cache):
     build = Build()
     make(build)
-    entry(cache).write_text("{")
+    entry(own_cache).write_text("{")
     assert any("making it again" in line for line in make(build))
     make(build)
     assert build.calls == 2
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_an_interrupted_trigger_resumes_unless_its_checkpoint_is_damaged(cache, damaged):
+def test_an_interrupted_trigger_resumes_unless_its_checkpoint_is_damaged(own_cache, damaged):
     with pytest.raises(KeyboardInterrupt):
         make(Build(KeyboardInterrupt()))
-    (file,) = cache.glob("unfinished/thing-*/checkpoint.bin")
+    (file,) = own_cache.glob("unfinished/thing-*/checkpoint.bin")
     if damaged:
         file.write_text("x" * 100)
     lines = make(Build())
@@ -115,3 +112,42 @@ def test_a_record_does_not_go_on_with_another_trigger(tmp_path):
         record.save({"stage": 0, "place": {"epoch": 0}})
     with pytest.raises(RecordError, match="another trigger"):
         same_trigger(record, tiny_net(seed=1))
+
+
+LF_SETTINGS = dict(zip(("attack_target", *lf_search.SETTINGS), (1, 7, 9, 0.5, 11, 0.25, 0.125), strict=True))
+SSBA_SETTINGS = {
+    "ssba_bits": 2, "ssba_residual": True, "ssba_epochs": 3, "ssba_batch_size": 4, "ssba_lr": 0.5, "ssba_weight": 2.0,
+    "trigger_seed": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "attack", "settings"),
+    [(lf_search, LF(lf_optimise=True), LF_SETTINGS), (ssba, SSBA(), SSBA_SETTINGS)],
+    ids=["lf", "ssba"],
+)
+def test_whatever_changes_a_trigger_makes_it_another_one(module, attack, settings, monkeypatch):
+    """Or one that was made for other settings would be taken from the cache; what comes after it changes nothing."""
+    keys, clean = list[str](), [tiny_net()]
+
+    def found(name, identity, build, session):
+        keys.append(str(sorted(identity.items())))
+        raise Enough
+
+    monkeypatch.setattr(module, "cached_trigger", found)
+    monkeypatch.setattr(lf_search, "train_clean", lambda context: clean[0])
+
+    def key(images: int = 0, seed: int = 0, **changed: object) -> str:
+        made = type(attack)(**{**attack.params(), **changed})
+        with pytest.raises(Enough):
+            made.fit_trigger(toy_images(16, seed=images), tiny_net(), Training(), seed=seed, session=quiet())
+        return keys[-1]
+
+    wanted = key()
+    assert "('device', 'cpu')" in wanted and key(pratio=0.5) == wanted
+    others = [*(key(**{name: value}) for name, value in settings.items()), key(images=1)]
+    if module is lf_search:
+        others.append(key(seed=1))
+        clean[0] = tiny_net(seed=1)
+        others.append(key())
+    assert len({wanted, *others}) == 1 + len(others)
