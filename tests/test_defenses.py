@@ -100,7 +100,7 @@ def test_the_callers_network_and_images_stay_as_they_are(defense):
     for data in ((pixels, labels), [(pixels[:8], labels[:8]), (pixels[8:], labels[8:])]):
         fixed = defense.purify(net, data, session=quiet())
         assert fixed is not net and not same_weights(fixed, kept) and not any(m.training for m in fixed.modules())
-        assert all(parameter.grad is None for parameter in fixed.parameters())
+        assert all(parameter.grad is None and parameter.is_contiguous() for parameter in fixed.parameters())
         assert same_weights(net, kept) and modes(net) == before and (net.linear.weight.grad == 1).all()
         assert torch.equal(pixels, pair()[0]) and torch.equal(labels, pair()[1])
     assert defense.params() == settings and not pixels.requires_grad

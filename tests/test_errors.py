@@ -54,6 +54,12 @@ def test_other_endings(capsys):
         run_command(raising(RuntimeError("a bug")))
 
 
+def test_a_reader_that_left_is_no_error(monkeypatch, capfd):
+    """As `head` does."""
+    monkeypatch.setattr("os.dup2", lambda *given: None)
+    assert run_command(raising(BrokenPipeError())) == 1 and capfd.readouterr() == ("", "")
+
+
 def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed():
     require("lr", 0.1, True, "above 0")
     with pytest.raises(ConfigError, match=r"lr is -1, allowed is above 0") as refusal:
