@@ -113,7 +113,27 @@ def defense_table(results: list[Result], name: str) -> str:
         wrapped(about)
         + f"\n{head}\n{'|---' * (7 if table else 6)}|\n" + "\n".join(rows) + "\n"
         + flagged([result for result in results if result.defense == name]) + cost(name, list(groups.values()))
+        + few(name)
     )  # fmt: skip
+
+
+def few(name: str) -> str:
+    """What a tenth of digits as clean set leads to, and whether that removes the backdoors."""
+    found = find_results(DOCS / "results" / "digits.jsonl")[0]
+    groups = [[one for one in found if (one.attack, one.defense) == (attack, name)] for attack in ("badnet", "blended")]
+    if not all(groups):
+        return ""
+    removed = [
+        one.figures["asr"] <= 15 and one.figures["racc"] >= 70 and one.figures["before_acc"] - one.figures["acc"] <= 5
+        for own in groups
+        for one in own
+    ]
+    texts = [f"{own[0].attack} {' / '.join(columns(own, 'acc', 'asr', 'racc', digits=1))}" for own in groups]
+    verdict = "which is enough" if all(removed) else "which are too few for it"
+    about = (
+        f"On [digits](../results/digits.md) with 143 clean images, {verdict}, ACC / ASR / R-ACC: {', '.join(texts)}."
+    )
+    return f"\n{wrapped(about)}"
 
 
 def wrapped(paragraph: str) -> str:

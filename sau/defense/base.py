@@ -205,6 +205,7 @@ class AdversarialDefense(TrainingDefense):
 
     adapting: ClassVar[tuple[str, ...]] = (*TrainingDefense.adapting, "augment")
     gradients = "images"
+    few_suffice: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
 
     epochs: int = param(100, aliases=("n_rounds",))

@@ -61,7 +61,6 @@ class SAU(AdversarialDefense):
 
     name: ClassVar[str] = "sau"
     graph_safe: ClassVar[bool] = True
-    few_suffice: ClassVar[bool] = True
     unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
