@@ -129,10 +129,8 @@ def few(name: str) -> str:
         for one in own
     ]
     texts = [f"{own[0].attack} {' / '.join(columns(own, 'acc', 'asr', 'racc', digits=1))}" for own in groups]
-    verdict = "which is enough" if all(removed) else "which are too few for it"
-    about = (
-        f"On [digits](../results/digits.md) with 143 clean images, {verdict}, ACC / ASR / R-ACC: {', '.join(texts)}."
-    )
+    about = f"On [digits](../results/digits.md) with 143 clean images, ACC / ASR / R-ACC: {', '.join(texts)}. "
+    about += "That is enough." if all(removed) else "143 images are too few for this method."
     return f"\n{wrapped(about)}"
 
 

@@ -57,7 +57,9 @@ class Verdict:
         found += f" (other classes: {typical}); this is no proof"
         if not self.doubts:
             return found
-        return f"warning: too little changed to have removed a backdoor; try other settings or more clean images\n{found}"
+        return (
+            f"warning: too little changed to have removed a backdoor; try other settings or more clean images\n{found}"
+        )
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`; None where no patch worked."""
