@@ -1,4 +1,4 @@
-.PHONY: test lint demo docs
+.PHONY: test lint demo docs notebooks
 test:
 	bash scripts/test.sh
 lint:
@@ -7,3 +7,5 @@ demo:
 	bash scripts/demo.sh
 docs:
 	python -m sphinx -W --keep-going -b html docs build/docs
+notebooks:
+	python docs/run_notebooks.py

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 report = ["matplotlib>=3.8", "scikit-image>=0.24", "jinja2>=3.1", "scipy>=1.11"]
-docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
+docs = ["sphinx>=9", "myst-nb>=1.4", "furo>=2025.9.25", "sphinx-copybutton>=0.5"]
 
 setup(
     name="shared-adversarial-unlearning",  # `sau` on PyPI is a package of others; the import name is `sau`

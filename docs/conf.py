@@ -1,68 +1,37 @@
 """The documentation site: `make docs` writes it to build/docs."""
 
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from sau import __version__  # noqa: E402  (the path comes first)
+import reference  # noqa: E402  (the path comes first)
 
-project = "sau"
-release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.apidoc"]
+from sau import __version__  # noqa: E402
+
+project, copyright, release = "sau", "the sau authors", __version__
+extensions = ["myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["build"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
-apidoc_modules = [
-    {
-        "path": "../sau",
-        "destination": "api",
-        "separate_modules": True,
-        "module_first": True,
-        "automodule_options": {"members", "show-inheritance"},
-    }
-]
-autodoc_default_options = {"ignore-module-all": True}  # what a package hands on is described where it is written
-autodoc_typehints = "signature"
-autodoc_member_order = "bysource"
-napoleon_numpy_docstring = False
-default_role = "code"
+nb_execution_mode = "off"  # notebooks are kept with their outputs
+nb_merge_streams = True
+mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
+copybutton_selector = "div:not(.output) > div.highlight pre"
+copybutton_prompt_text = r"machine\d\$ |\$ "
+copybutton_prompt_is_regexp = True
 highlight_language = "none"  # indented blocks are commands and formulas; code says its language
 html_theme = "furo"
 html_title = "sau"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 
 def setup(app: Any) -> None:
-    """Read docstrings as what they are, plain text, before napoleon reads their sections."""
-    app.connect("autodoc-process-docstring", _plain, priority=400)
+    """Write the tables of the API into its page, and keep figures like `81.1 / 2.3 (3)` in tables on one line."""
+    app.connect("source-read", _prepare)
 
 
-def _plain(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = _as_written(lines)
-
-
-def _as_written(lines: list[str]) -> Iterator[str]:
-    """Formulas, which stand indented behind a blank line, are shown letter by letter; | and * mean themselves."""
-    inside, last, blank = -1, 0, False  # indentation of a formula, and of the text before it; a blank line came
-    for line in lines:
-        indent = len(line) - len(line.lstrip())
-        if not line.strip():
-            blank = True
-            yield line
-            continue
-        if inside >= 0 and indent < inside:
-            inside = -1
-            if not blank:
-                yield ""
-        if inside < 0 and blank and indent > last:
-            inside = indent
-            yield from (" " * last + "::", "")
-        if inside < 0:
-            last = indent
-            line = re.sub(r"([|*])", r"\\\1", line)
-        blank = False
-        yield line
+def _prepare(app: Any, page: str, source: list[str]) -> None:
+    source[0] = reference.unbroken(reference.filled(source[0]))

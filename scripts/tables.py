@@ -129,9 +129,10 @@ def _overview(section: Section) -> str:
     for name, cells in rows.items():
         means = [_mean(cells, took, figure) for figure in PERCENT]
         means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
-        body.append([name, *(_scores(cells.get(attack)) for attack in attacks), *map(_number, means)])
-    head = ["defense", *attacks, "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]
-    return markdown([*head, "published: ACC", "ASR", "R-ACC", "DER"] if paper else head, body)
+        body.append([name, *map(_number, means), *(_scores(cells.get(attack)) for attack in attacks)])
+    head = ["defense", "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]  # first, so that nobody has to scroll to them
+    head += ["published: ACC", "ASR", "R-ACC", "DER"] if paper else []
+    return markdown([*head, *attacks], body)
 
 
 def _counts(cell: TableCell | None) -> bool:

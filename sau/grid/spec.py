@@ -20,20 +20,26 @@ AXES = ("attacks", "defenses", "seeds", "ratios", "clean_shares")
 class Block:
     """Axes to cross, and what their cells have in common; `dataset` to `recipe` as in attack/NAME.py."""
 
-    dataset: str = "cifar10"
-    dataset_path: str = "./data"
-    recipe: RecipeName = "cpu"  # auto would depend on the machine; so would it below
-    device: Literal["cpu", "cuda"] = "cpu"
-    amp: bool = False  # true is bf16, false is fp32
-    threads: int = param(1, ge=1)  # CPU threads of a cell, which are part of its result
-    memory_gb: float = param(2.0, gt=0)  # GiB that a cell needs
-    gpus: float = param(0.0, ge=0)  # that a cell needs; below 1 is a share, so that several cells use one
-    attacks: tuple[str, ...] = ()  # `prototype` trains the clean network
-    defenses: tuple[str, ...] = ()  # none: the attacks alone
-    seeds: tuple[int, ...] = param((0,), ge=0, lt=2**32)  # of attack and defense alike
-    ratios: tuple[float, ...] = ()  # poisoning ratios; none: each attack's own
-    clean_shares: tuple[float, ...] = ()  # of the clean images that the defender has; none: each defense's own
-    overrides: Overrides = field(default_factory=dict)  # settings by method, or for every `attack` and `defense`
+    dataset: str = param("cifar10", "the data set")
+    dataset_path: str = param("./data", "folder of the data sets")
+    recipe: RecipeName = param("cpu", "shipped settings to start from")  # auto would depend on the machine
+    device: Literal["cpu", "cuda"] = param("cpu", "where every cell computes")
+    amp: bool = param(False, "true is bf16, false is fp32")
+    threads: int = param(1, "CPU threads of a cell, which are part of its result", ge=1)
+    memory_gb: float = param(2.0, "GiB that a cell needs", gt=0)
+    gpus: float = param(
+        0.0, "GPUs that a cell needs; below 1 is a share, so that several cells use one; above 1 whole numbers", ge=0
+    )
+    attacks: tuple[str, ...] = param((), "names of attacks; prototype trains the clean network")
+    defenses: tuple[str, ...] = param((), "names of defenses; none means the attacks alone")
+    seeds: tuple[int, ...] = param((0,), "random seeds, of attack and defense alike", ge=0, lt=2**32)
+    ratios: tuple[float, ...] = param((), "poisoning ratios; none means each attack's own")
+    clean_shares: tuple[float, ...] = param(
+        (), "shares of the clean training set that the defender has; none means each defense's own"
+    )
+    overrides: Overrides = field(
+        default_factory=dict, metadata={"help": "settings by method, or for every `attack` and `defense`"}
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -53,12 +59,14 @@ class Block:
 class Grid:
     """A whole file: its blocks, and what concerns all of them."""
 
-    include: str | None = None  # grid file that this one replaces parts of, relative to this one
-    blocks: tuple[Block, ...] = ()  # each replaces some of the file's settings; none: one block
-    record_root: str = "./record/grid"  # folder of the cells, relative to where the command runs
-    published: tuple[str, ...] = ()  # files of results (.jsonl), relative to this one, whose cells count as finished
-    retries: int = param(1, ge=0)  # tries after a crash or a timeout; a mistake of the user is not tried again
-    cell_timeout: float | None = param(None, gt=0)  # seconds that one try may take
+    include: str | None = param(None, "grid file that this one replaces parts of, relative to this one")
+    blocks: tuple[Block, ...] = param((), "each replaces some of the file's settings; none means one block")
+    record_root: str = param("./record/grid", "folder of the cells, relative to where the command runs")
+    published: tuple[str, ...] = param(
+        (), "files of results (.jsonl), relative to this one, whose cells count as finished"
+    )
+    retries: int = param(1, "tries after a crash or a timeout; a mistake of the user is not tried again", ge=0)
+    cell_timeout: float | None = param(None, "seconds that one try may take", gt=0)
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,0 +1,114 @@
+"""Tables of parameters from the code: `<!-- api: sau.score -->` on a page is replaced by one when the site is built."""
+
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any, Literal
+
+from sau.config import Option, options
+
+MARK = re.compile(r"^<!-- api: ([\w.]+) -->$", re.MULTILINE)
+HEAD = ("name", "default", "meaning")
+
+
+def filled(text: str) -> str:
+    """A page with its marks replaced."""
+    return MARK.sub(lambda mark: described(find(mark[1])), text)
+
+
+def unbroken(text: str) -> str:
+    """A page whose tables keep figures like `81.1 / 2.3 (3)` and `+1.2 ± 0.3` on one line."""
+    gap = re.compile(r"(?<=[\d-]) (?=[/±] [+\d-]|\(\d+\))|(?<=[\d-] [/±]) (?=[+\d-])")
+    return re.sub(r"^\|.*", lambda row: gap.sub("\u2060\u00a0", row[0]), text, flags=re.MULTILINE)
+
+
+def find(path: str) -> Any:
+    """What a dotted path names: a class, a function or a method."""
+    parent, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(parent), name)
+    except ModuleNotFoundError:
+        return getattr(find(parent), name)
+
+
+def described(thing: Any) -> str:
+    """Its docstring, with the arguments in a table; of a class of settings all parameters, inherited ones included."""
+    before, listed, after = sections(inspect.getdoc(thing) or "")
+    if is_settings(thing):
+        rows = [(f"`{each.name}`", f"`{each.default!r}`", meaning(each)) for each in ordered(thing)]
+        return f"{before}\n\n{table(HEAD, rows)}"
+    given = inspect.signature(thing).parameters
+    rows = [(f"`{name}`", default(given[name]) if name in given else "", text) for name, text in listed.items()]
+    return f"{before}\n\n{table(HEAD, rows) if rows else ''}\n\n{after}"
+
+
+def is_settings(thing: Any) -> bool:
+    """Whether its fields are parameters of `sau.config.param`."""
+    return is_dataclass(thing) and any(option.help for option in options(thing).values())  # type: ignore[arg-type]
+
+
+def ordered(cls: type) -> list[Option]:
+    """The parameters of a class: its own first, then those of its bases, the most general last."""
+    line = cls.__mro__
+
+    def introduced(name: str) -> int:
+        return max(at for at, each in enumerate(line) if name in inspect.get_annotations(each))
+
+    return sorted(options(cls).values(), key=lambda option: introduced(option.name))
+
+
+def values(hint: Any, limits: str = "") -> str:
+    """The type of a parameter and its range."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        named = [values(part, limits) for part in parts if part is not types.NoneType]
+        return " or ".join([*named, "None"])
+    if kind is Literal:
+        return ", ".join(f"`{part!r}`" for part in parts)
+    word = f"tuple of {parts[0].__name__}" if kind is tuple and parts else kind.__name__
+    return f"{word}, {limits}" if limits else word
+
+
+def meaning(option: Option) -> str:
+    """The help text, the allowed values and the other names of the flag."""
+    others = f"; also `{'`, `'.join(option.aliases)}`" if option.aliases else ""
+    return f"{plain(option.help)} ({values(option.hint, option.range)}{others})"
+
+
+def default(parameter: inspect.Parameter) -> str:
+    """The default of an argument as Python writes it; "" where it has none or no short one."""
+    text = repr(parameter.default)
+    return "" if parameter.default is parameter.empty else "`...`" if text.startswith("<") else f"`{text}`"
+
+
+def sections(doc: str) -> tuple[str, dict[str, str], str]:
+    """A docstring as the text before `Args:`, the arguments with their texts, and the text behind them."""
+    before, _, rest = doc.partition("\nArgs:\n")
+    block, _, after = rest.partition("\n\n")
+    listed: dict[str, str] = {}
+    for line in block.splitlines():
+        if start := re.match(r"    (\w+): (.*)", line):
+            listed[start[1]] = plain(start[2])
+        elif listed:
+            listed[[*listed][-1]] += " " + plain(line.strip())
+    return prose(before), listed, prose(after)
+
+
+def prose(text: str) -> str:
+    """A docstring's paragraphs as Markdown; indented ones stay as they are."""
+    return "\n".join(line if line.startswith("    ") else plain(line) for line in text.strip().splitlines())
+
+
+def plain(text: str) -> str:
+    """Text whose signs mean themselves in Markdown, but for `code`."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_<|$\[])", r"\\\1", part) for part in parts)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
