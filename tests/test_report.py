@@ -384,13 +384,13 @@ def test_the_published_means_are_over_the_same_attacks(rivals, tmp_path, script)
 
 def test_tables_are_written_between_the_marks_of_a_page(rivals, tmp_path, script):
     file = tmp_path / "page.md"
-    for text, status in (("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n", 0), ("no marks", 2)):
+    for text, status in (("before\n<!-- table -->\nformer\n<!-- /table -->\nafter\n", 0), ("no marks", 2)):
         file.write_text(text)
         assert script("tables.py", "table", str(rivals), "--into", str(file))[0] == status
         assert file.read_text() == text or not status
         if not status:
             first, _, rest = file.read_text().partition("<!-- table -->\n\nACC")
-            assert first == "before\n" and rest.endswith("<!-- /table -->\nafter\n") and "old" not in rest
+            assert first == "before\n" and rest.endswith("<!-- /table -->\nafter\n") and "former" not in rest
 
 
 def test_the_kept_tables_are_those_of_the_kept_summaries(script):
