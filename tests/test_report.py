@@ -263,7 +263,7 @@ def test_an_attack_that_did_not_take_is_marked_and_in_no_rank_or_mean(tmp_path, 
         assert f"means over attacks: sig ({why})." in output
         assert "sig (did not take)" in output and "badnet (did not take)" not in output
     table = outputs["table"]
-    assert "| sau | 88.0 / 2.0 (3) | 10.0 / 0.0 (2) | 88.00 | 2.00 | 80.00 | 95.00 |" in table
+    assert "| sau | 88.00 | 2.00 | 80.00 | 95.00 |" in table and "| 88.0 / 2.0 (3) | 10.0 / 0.0 (2) |" in table
     assert "| ft | 1 | 2 | -1.00 |" in table and table.index("| sau |") < table.index("| ft |")
     plot = scatter(tables(tmp_path)[0])
     assert plot and plot[0].axes[0].get_title() == "badnet" and plot[1] == ["sau", "ft"]
@@ -366,7 +366,7 @@ def test_published_means_stand_beside_rows_that_were_chosen_alike(tmp_path, scri
     assert [comparable(*row) for row in (("fp", True), ("clp", False), ("fp", False), ("rnp", True))] == [1, 1, 0, 0]
     status, out, _ = script("tables.py", "table", str(tmp_path))
     overview = [line.strip("| ").split(" | ") for line in out.partition("sau - rival")[0].splitlines() if "|" in line]
-    acc = {line[0]: line[-4] for line in overview}
+    acc = {line[0]: line[5] for line in overview if len(line) > 5}
     assert status == 0 and (acc["fp (oracle)"], acc["fp"]) == ("91.31", "-")
     assert (acc["clp"], acc["clp (oracle)"], acc["sau"]) == ("90.07", "-", "89.31")
 
@@ -376,7 +376,7 @@ def test_the_published_means_are_over_the_same_attacks(rivals, tmp_path, script)
     out = script("tables.py", "table", str(rivals))[1]
     assert "| 88.17 | 2.00 | 80.00 | 95.00 | 90.30 | 2.24 | 86.88 | 95.41 |" in out  # (89.31 + 90.32 + 91.26) / 3, ...
     defense(attack(tmp_path / "other", dataset="digits"), dataset="digits")
-    assert "mean DER |\n" in script("tables.py", "table", str(tmp_path / "other"))[1]
+    assert "mean DER | badnet |\n" in script("tables.py", "table", str(tmp_path / "other"))[1]
 
 
 # Tables and the page
@@ -410,11 +410,11 @@ def test_the_means_of_the_readme_are_those_of_the_kept_table():
         return [line for line in lines if len(line) == columns]
 
     text = (REPOSITORY / "docs" / "results" / "table1_cpu.md").read_text().partition("sau - rival")[0]
-    theirs = {row[0]: row[9:] for row in rows(text, 17)}
+    theirs = {row[0]: row[1:5] for row in rows(text, 17)}
     ours = {row[0]: row[1:5] for row in rows((REPOSITORY / "README.md").read_text().partition("## Results")[2], 6)}
     assert {"none", "sau", "fst"} <= set(ours)
     for name in set(ours) - {"defense", "---"}:
-        assert ours[name] == theirs[name][:4], name
+        assert ours[name] == theirs[name], name
 
 
 def test_the_exports_hold_every_value_and_a_deviation_of_three(tmp_path):
