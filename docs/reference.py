@@ -1,12 +1,12 @@
 """Tables of parameters from the code: `<!-- api: sau.score -->` on a page is replaced by one when the site is built."""
 
-import importlib
 import inspect
 import re
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from sau.config import Option, options
@@ -17,22 +17,13 @@ HEAD = ("name", "default", "meaning")
 
 def filled(text: str) -> str:
     """A page with its marks replaced."""
-    return MARK.sub(lambda mark: described(find(mark[1])), text)
+    return MARK.sub(lambda mark: described(resolve_name(mark[1])), text)
 
 
 def unbroken(text: str) -> str:
     """A page whose tables keep figures like `81.1 / 2.3 (3)` and `+1.2 ± 0.3` on one line."""
     gap = re.compile(r"(?<=[\d-]) (?=[/±] [+\d-]|\(\d+\))|(?<=[\d-] [/±]) (?=[+\d-])")
     return re.sub(r"^\|.*", lambda row: gap.sub("\u2060\u00a0", row[0]), text, flags=re.MULTILINE)
-
-
-def find(path: str) -> Any:
-    """What a dotted path names: a class, a function or a method."""
-    parent, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(parent), name)
-    except ModuleNotFoundError:
-        return getattr(find(parent), name)
 
 
 def described(thing: Any) -> str:

@@ -22,7 +22,6 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = "table1_cpu"  # of docs/results
 COSTS = "bench_defenses_cpu"  # of docs/results/bench.jsonl
 MEASURED = re.compile("(<!-- measured -->\n).*?((<!-- /measured -->\n.*)?)\\Z", re.S)
-PAGE = f"../results/{TABLE}.md"
 CLEAN = "prototype"  # networks without a backdoor, which are in no mean
 
 

@@ -63,16 +63,17 @@ def checked(x: Any, y: Any, mean: Statistics, std: Statistics) -> tuple[Tensor, 
 
 
 def check_normalised(batches: list[Tensor], mean: Statistics, std: Statistics) -> None:
-    """DataError if no image was normalised, by the pixels [B, C, H, W] after `mean` and `std` were undone.
+    """DataError if no image was normalised, by batches [B, C, H, W] after `mean` and `std` were undone; their smallest
+    and largest pixels are enough.
 
     Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
     Where they do, although black would lie below, the images were in [0, 1], and undoing changed them.
     """
     if mean is None or std is None or batches[0].dtype == torch.uint8:
         return
-    x = torch.cat(batches).transpose(0, 1).flatten(1).cpu()  # [C, N]
-    m, s = x.new_tensor(mean), x.new_tensor(std)
-    low, high = float(((x.amin(1) - m) / s).min()), float(((x.amax(1) - m) / s).max())
+    m, s = torch.tensor(mean), torch.tensor(std)
+    low = min(float(((x.amin((0, 2, 3)).cpu() - m) / s).min()) for x in batches)
+    high = max(float(((x.amax((0, 2, 3)).cpu() - m) / s).max()) for x in batches)
     if -OVERSHOOT < low <= high < 1 + OVERSHOOT and bool((m > OVERSHOOT * s).all()):
         raise DataError(
             f"mean and std are given, but the pixels range over [{low:.3g}, {high:.3g}], so they are not normalised; "
@@ -95,16 +96,18 @@ class _Loader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator, ends = epoch_generator(self.seed, self.epoch), list[Tensor]()
+        generator, batch, ends = epoch_generator(self.seed, self.epoch), None, list[Tensor]()
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
             x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.mean, self.std))
-            ends.append(torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))])[..., None, None])
+            if self.epoch == 0 and self.mean is not None:  # once is enough
+                ends.append(torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))])[..., None, None])
             yield to_float(self.augment(x, generator) if self.augment else x), y
-        if not ends:
+        if batch is None:
             raise DataError(EMPTY)
-        check_normalised(ends, self.mean, self.std)
+        if ends:
+            check_normalised(ends, self.mean, self.std)
 
 
 def unaugmented(batches: Batched) -> Batched:

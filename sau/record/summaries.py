@@ -11,7 +11,7 @@ from typing import Any
 
 from sau.errors import RecordError
 from sau.evaluate import Proportion
-from sau.files import parse_json, read, write
+from sau.files import is_number, parse_json, read, write
 
 _COUNT, _INTERVAL = "_count", "_interval"
 
@@ -61,9 +61,9 @@ def _with_intervals(part: dict[str, Any]) -> dict[str, Any]:
 def gate(summary: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """`gate` of a summary, `{"asr": least ASR in percent, "passed": bool}`, or None; RecordError for anything else."""
     found = summary.get("gate")
-    try:
-        if found is None or (type(found["passed"]) is bool and 0 <= found["asr"] <= 100):
+    if found is None:
+        return None
+    if isinstance(found, dict) and type(found.get("passed")) is bool:
+        if is_number(least := found.get("asr")) and 0 <= least <= 100:
             return found
-    except (KeyError, TypeError):
-        pass  # refused below, like every other wrong value
     raise RecordError(f"{folder}: gate is {str(found)[:60]!r}, allowed are asr, 0 to 100, and passed, true or false")
