@@ -1,5 +1,6 @@
 """The pages of the methods and the tools that draw them: figures are those of the kept results."""
 
+import cards
 import pytest
 from PIL import Image
 from synthetic import attack
@@ -18,6 +19,14 @@ def test_every_method_has_its_page(kind, name):
     text = (REPOSITORY / "docs" / kind / f"{name}.md").read_text()
     assert "<!-- measured -->" in text and f"python {kind.removesuffix('s')}/{name}.py" in text
     assert f"({name}.md)" in (REPOSITORY / "docs" / kind / "README.md").read_text()
+
+
+def test_the_first_line_of_a_defense_and_its_page_agree_on_few_images():
+    texts = {name: " ".join(cards.few(name).split()) for name in DEFENSES}
+    assert all(texts.values())
+    assert {name: "That is enough." in text for name, text in texts.items()} == {
+        name: defense.few_suffice for name, defense in DEFENSES.items()
+    }
 
 
 def test_the_figures_of_the_pages_are_those_of_the_kept_results(script):
