@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sau.errors import TrainingError
-from sau.models import is_finite
+from sau.models.normalized import is_finite
 from sau.types import Batched
 from sau.util import RngState, duration, get_rng_state, set_rng_state, short
 

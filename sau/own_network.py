@@ -37,7 +37,8 @@ from sau.evaluate import Proportion, Score, proportions, score, table
 from sau.files import safe_join
 from sau.graphs import shared_weight_twin
 from sau.loop import RunContext
-from sau.models import Normalized, check_logits, to_channels_last, translate_errors
+from sau.models import Normalized, to_channels_last
+from sau.models.normalized import check_logits, translate_errors
 from sau.record.folder import Record
 from sau.risk import Found, gauge
 from sau.run import RunLogger, begin

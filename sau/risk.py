@@ -34,7 +34,7 @@ from sau.data.images import Images, paired, sample, to_float
 from sau.defense.sau import SAU, example_types
 from sau.errors import DataError
 from sau.evaluate import Proportion, eval_mode, figures, predict
-from sau.models import check_labels, check_logits, grad_enabled, logits_of
+from sau.models.normalized import check_labels, check_logits, grad_enabled, logits_of
 from sau.pgd import Search, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 from sau.util import seeded

@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
-from sau.models import Enlarge, build, has_width
+from sau.models import build, has_width
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -30,7 +31,7 @@ def test_torchvisions_classifiers_fit_the_data(name, side, classes, entries, las
     keys = list(model.net.state_dict())
     assert (len(keys), keys[-1]) == (entries, last)
     assert model(torch.rand(2, 3, side, side)).shape == (2, classes)
-    assert isinstance(next(iter(model.net.children())), Enlarge) is enlarged and not has_width(name)
+    assert isinstance(next(iter(model.net.children())), nn.Upsample) is enlarged and not has_width(name)
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -10,7 +10,7 @@ from sau.defense import FP, fp, pruning
 from sau.defense.fp import activations, last_layers, zero_units
 from sau.evaluate import Proportion, Score
 from sau.loop import Session
-from sau.models import PreActResNet18, torchvision_net
+from sau.models import PreActResNet18, unwrapped
 
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -102,7 +102,7 @@ def names(net: nn.Module, unit: str, side: int = 32) -> list[str]:
 def test_the_last_layers_of_networks():
     small = PreActResNet18(width=4)
     assert names(small, "linear_input") == ["linear"] and names(small, "last_conv") == ["layer4.1.conv2"]
-    resnet = torchvision_net("resnet18", 10, (3, 32, 32))
+    resnet = unwrapped("resnet18", 10)
     assert names(resnet, "linear_input") == ["fc"] and names(resnet, "last_conv") == ["layer4.1.conv2", "layer4.1.bn2"]
     chain = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Flatten()

@@ -15,7 +15,8 @@ from sau.defense import IBAU
 from sau.defense.i_bau import solve
 from sau.evaluate import score
 from sau.loop import Session
-from sau.models import Normalized, full_precision, to_channels_last
+from sau.models import Normalized, to_channels_last
+from sau.models.normalized import full_precision
 
 Double = tuple[Tensor, Tensor]
 

@@ -36,23 +36,20 @@ def published(width: int, classes: int) -> list[tuple[str, tuple[int, ...]]]:
     return [*found, ("linear.weight", (classes, 8 * width)), ("linear.bias", (classes,))]
 
 
-@pytest.mark.parametrize(("width", "classes"), [(64, 10), (16, 10), (4, 43)])
+@pytest.mark.parametrize(("width", "classes"), [(None, 10), (16, 10), (4, 43)])
 def test_the_state_dict_has_the_published_names_shapes_and_order(width, classes):
-    state = PreActResNet18(num_classes=classes, width=width).state_dict()
-    assert [(name, tuple(tensor.shape)) for name, tensor in state.items()] == published(width, classes)
+    net = build("preactresnet18", classes, width=width, mean=HALF, std=HALF).net
+    state = net.state_dict()  # neither mean nor std are among the exchanged weights
+    assert [(name, tuple(tensor.shape)) for name, tensor in state.items()] == published(width or 64, classes)
     for name, tensor in state.items():
         assert tensor.dtype == (torch.int64 if name.endswith("tracked") else torch.float32)
+    if width is None:
+        assert sum(parameter.numel() for parameter in net.parameters()) == 11_171_146
 
 
-def test_the_published_network_is_the_default_and_has_its_size():
-    net = PreActResNet18()
-    assert len(net.state_dict()) == 102
-    assert sum(parameter.numel() for parameter in net.parameters()) == 11_171_146
-    assert net.linear.weight.shape == (10, 512)
-
-
-def test_one_block_by_hand():
-    """y = conv2(ReLU(bn2(conv1(a)))) + shortcut(a) with a = ReLU(bn1(x)), and + x where the shape stays."""
+def test_the_blocks_and_the_end_by_hand():
+    """y = conv2(ReLU(bn2(conv1(a)))) + shortcut(a) with a = ReLU(bn1(x)), and + x where the shape stays; the logits are
+    those of the mean of the last block's output, without a ReLU."""
     torch.manual_seed(0)
     net = PreActResNet18(num_classes=3, width=2)
     for block, inputs in ((net.layer1[0], 2), (net.layer2[0], 2)):
@@ -66,25 +63,19 @@ def test_one_block_by_hand():
         assert torch.equal(x, before)
     assert net.layer2[0].conv1.stride == (2, 2) and net.layer2[0].shortcut[0].stride == (2, 2)
     assert [stage[0].conv1.stride[0] for stage in (net.layer1, net.layer2, net.layer3, net.layer4)] == [1, 2, 2, 2]
-
-
-def test_between_the_last_block_and_the_linear_layer_there_is_only_a_mean():
-    torch.manual_seed(0)
-    net = PreActResNet18(num_classes=5, width=2).eval()
-    seen = []
-    net.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    ends: list[torch.Tensor] = []
+    net.layer4.register_forward_hook(lambda module, inputs, output: ends.append(output))
     with torch.no_grad():
-        logits = net(torch.rand(3, 3, 32, 32))
-    assert torch.allclose(logits, net.linear(seen[0].mean((2, 3))), atol=1e-6)
-    assert (seen[0] < 0).any()
+        logits = net.eval()(torch.rand(3, 3, 32, 32))
+    assert torch.allclose(logits, net.linear(ends[0].mean((2, 3))), atol=1e-6) and (ends[0] < 0).any()
 
 
 def test_the_network_owns_its_normalisation():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    net = tiny_net()
-    x = torch.rand(5, 3, 16, 16)
+    net, x = tiny_net(), torch.rand(5, 3, 16, 16)
     by_hand = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
-    assert torch.allclose(Normalized(net, mean, std)(x), net(by_hand), atol=1e-6)
+    model = Normalized(net, mean, std)
+    assert torch.allclose(model(x), net(by_hand), atol=1e-6) and not {"mean", "std"} & set(model.state_dict())
     assert torch.equal(Normalized(net)(x), net(x))
 
 
@@ -116,12 +107,6 @@ def test_networks_are_laid_out_for_speed_unless_they_have_narrow_strided_shortcu
     match_memory_format(fast, plain)
     assert all(parameter.is_contiguous() for parameter in fast.parameters())
     assert all(torch.equal(a, b) for a, b in zip(fast.parameters(), before, strict=True))
-
-
-def test_normalisation_is_no_part_of_the_exchanged_weights():
-    model = build("preactresnet18", 10, width=2, mean=HALF, std=HALF)
-    assert not {"mean", "std"} & set(model.state_dict())
-    assert list(model.net.state_dict()) == [name for name, _ in published(2, 10)]
 
 
 def test_bf16_computes_in_bf16_and_answers_in_float32():
@@ -157,9 +142,9 @@ class Picky(nn.Module):
 def test_images_are_enlarged_for_networks_that_do_not_take_them_and_for_no_others(says, monkeypatch):
     net = Picky(says)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    monkeypatch.setattr(zoo, "torchvision_plain", lambda name, num_classes: net)
-    assert zoo.torchvision_net("any", 4, (3, 224, 224)) is net and net.training
-    enlarged = zoo.torchvision_net("any", 4, (3, 32, 32))
+    monkeypatch.setattr(zoo, "unwrapped", lambda name, num_classes, width: net)
+    assert build("any", 4, shape=(3, 224, 224), mean=HALF, std=HALF).net is net and net.training
+    enlarged = build("any", 4, shape=(3, 32, 32), mean=HALF, std=HALF).net
     assert enlarged[1] is net and net.training and enlarged.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())  # the question moves none
     x = torch.rand(2, 3, 32, 32)

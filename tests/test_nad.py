@@ -14,7 +14,7 @@ from sau.defense import FT, NAD
 from sau.defense.nad import attention, attention_layers, watched
 from sau.errors import RecordError
 from sau.loop import Session
-from sau.models import Normalized, PreActResNet18, torchvision_net
+from sau.models import Normalized, PreActResNet18, unwrapped
 from sau.record.folder import Record
 
 SMALL = {"batch_size": 8, "lr": 0.01, "augment": False}
@@ -85,7 +85,7 @@ def test_the_layers_of_networks():
     x = torch.rand(1, 3, 32, 32)
     assert attention_layers(PreActResNet18(width=4), x) == ["layer3", "layer4"]
     assert attention_layers(Normalized(PreActResNet18(width=4)), x) == ["net.layer3", "net.layer4"]
-    resnet = torchvision_net("resnet18", 10, (3, 32, 32))
+    resnet = unwrapped("resnet18", 10)
     assert attention_layers(resnet, torch.rand(1, 3, 64, 64)) == ["layer3", "layer4"]
     assert attention_layers(resnet, x) == ["layer2", "layer3"]  # layer4 has a single position left
     # As in torchvision's VGG: what is pooled to 1x1 and then blown up to 7x7 does not count.

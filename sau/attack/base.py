@@ -20,8 +20,15 @@ from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy, eval_mode
 from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
-from sau.models import check_initialised, check_labels, check_logits, logits_of, require_tensor
-from sau.models.normalized import explain_batchnorm_error, grad_enabled
+from sau.models.normalized import (
+    check_initialised,
+    check_labels,
+    check_logits,
+    explain_batchnorm_error,
+    grad_enabled,
+    logits_of,
+    require_tensor,
+)
 from sau.optim import Training
 from sau.types import Bytes, Labels, Pixels, of_floats
 from sau.util import at_most, check_seed, seeded

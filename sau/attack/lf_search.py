@@ -26,7 +26,7 @@ from sau.data.sources import fingerprint
 from sau.errors import RecordError, TrainingError
 from sau.evaluate import AT_ONCE, eval_mode, predict
 from sau.loop import RunContext
-from sau.models import Normalized, full_precision
+from sau.models.normalized import Normalized, full_precision
 from sau.record import attack_result
 from sau.types import Labels, Pixels
 from sau.util import generator

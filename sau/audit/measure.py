@@ -41,7 +41,7 @@ from sau.defense.hooks import forward_hooks
 from sau.defense.npd import held_losses
 from sau.errors import require
 from sau.loop import Session
-from sau.models import full_precision
+from sau.models.normalized import full_precision
 from sau.types import Labels, Pixels, Universal
 from sau.util import generator
 

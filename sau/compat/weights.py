@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sau.compat import torch_file
 from sau.errors import ConfigError, RecordError, printable
-from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, torchvision_plain
+from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, unwrapped
 from sau.settings import OwnRun
 
 SAFE = "safetensors"
@@ -286,11 +286,6 @@ def _imported(run: OwnRun) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, wanted is a torch.nn.Module")
     return net
-
-
-def unwrapped(name: str, classes: int, width: int | None) -> nn.Module:
-    """The network by its name, as its authors wrote it; ConfigError for an unknown name."""
-    return MODELS[name](classes, width) if has_width(name) else torchvision_plain(name, classes)
 
 
 def short_names(names: Iterable[str]) -> str:

@@ -27,7 +27,8 @@ from sau.defense.verdict import PatchSearch
 from sau.errors import ConfigError
 from sau.graphs import MicroBatchedStep
 from sau.loop import Session
-from sau.models import Normalized, PreActResNet18, explain_batchnorm_error, grad_enabled, statistics
+from sau.models import Normalized, PreActResNet18
+from sau.models.normalized import explain_batchnorm_error, grad_enabled, statistics
 from sau.optim import Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Loader

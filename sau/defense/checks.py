@@ -11,16 +11,8 @@ from sau.data.images import check_counts
 from sau.defense.inputs import unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.loop import Session
-from sau.models import (
-    Normalized,
-    check_initialised,
-    check_labels,
-    check_logits,
-    is_finite,
-    logits_of,
-    match_memory_format,
-    to_channels_last,
-)
+from sau.models import Normalized, match_memory_format, to_channels_last
+from sau.models.normalized import check_initialised, check_labels, check_logits, is_finite, logits_of
 from sau.types import Batched, Pixels
 
 HARM = 0.1  # of the clean images

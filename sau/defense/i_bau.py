@@ -25,7 +25,7 @@ from sau.config import param
 from sau.data.images import to_device_async
 from sau.defense.base import TrainingDefense
 from sau.loop import Session
-from sau.models import full_precision
+from sau.models.normalized import full_precision
 from sau.optim import Optimizer, Schedule
 from sau.types import Batched, Labels, Pixels, Scalar
 

@@ -16,7 +16,7 @@ from sau.defense.hooks import forward_hooks, require_plain_weight
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import RunContext
-from sau.models import full_precision
+from sau.models.normalized import full_precision
 from sau.optim import DESCENT
 from sau.types import Batched, Pixels
 

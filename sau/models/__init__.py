@@ -7,27 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.errors import ConfigError
-from sau.models.normalized import (
-    Normalized,
-    check_initialised,
-    check_labels,
-    check_logits,
-    explain_batchnorm_error,
-    full_precision,
-    grad_enabled,
-    is_finite,
-    logits_of,
-    require_tensor,
-    statistics,
-    translate_errors,
-)
-
-__all__ = [
-    "MODELS", "Normalized", "PreActResNet18", "build", "check_initialised", "check_labels", "check_logits",
-    "check_name", "explain_batchnorm_error", "full_precision", "grad_enabled", "has_width", "is_finite", "logits_of",
-    "match_memory_format", "require_tensor", "state_dict_spec", "statistics", "to_channels_last", "torchvision_names",
-    "torchvision_plain", "translate_errors",
-]  # fmt: skip
+from sau.models.normalized import Normalized as Normalized
 
 ENLARGED = 224  # the side that torchvision's classifiers were designed for
 _AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, which no attack or defense here reads
@@ -89,14 +69,17 @@ def has_width(name: str) -> bool:
     return name in MODELS
 
 
-def check_name(name: str, width: int | None) -> None:
-    """Refuse a network that `build` would not build: ConfigError for an unknown name, and for a width as below."""
+def unwrapped(name: str, num_classes: int, width: int | None = None) -> nn.Module:
+    """A new network by name as its authors wrote it, without pretrained weights; ConfigError for an unknown name."""
     if not has_width(name) and name not in torchvision_names():
         raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
-    if width is not None and (width < 1 or not has_width(name)):
-        raise ConfigError(
-            f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, and none for other networks"
-        )
+    if has_width(name):
+        return MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
+    from torchvision import models
+
+    extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
+    net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    return net
 
 
 def build(
@@ -111,30 +94,21 @@ def build(
 ) -> Normalized:
     """A new network by name, in the memory layout that convolutions are fastest in.
 
-    Args:
-        name: one of `MODELS`, or a classifier of torchvision, like vgg19_bn.
-        num_classes: how many logits it has.
-        width: channels of the first stage for networks of `MODELS`; None means the published width.
-        shape: channels, height and width of the images.
-        mean: see `Normalized`.
-        std: see `Normalized`.
-        amp: see `Normalized`.
+    A network of torchvision that does not take images of this `shape` has them enlarged to 224x224 first, and its
+    state-dict keys begin with `1.`.
+
+    `name` is one of `MODELS`, whose first stage has `width` channels (None: as published), or a classifier of
+    torchvision, like vgg19_bn. `shape` are channels, height and width of the images; mean, std and amp as in
+    `Normalized`.
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """
-    check_name(name, width)
-    if has_width(name):
-        net = MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
-    else:
-        net = torchvision_net(name, num_classes, (shape[0], shape[1], shape[2]))
+    if width is not None and (width < 1 or not has_width(name)):
+        raise ConfigError(f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, none for other networks")
+    net = unwrapped(name, num_classes, width)
+    if not has_width(name) and not _accepts(net, shape):
+        net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
     return Normalized(to_channels_last(net), mean, std, amp)
-
-
-class Enlarge(nn.Module):
-    """Bilinear enlargement to 224x224, in front of networks that cannot take small images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, size=(ENLARGED, ENLARGED), mode="bilinear", align_corners=False)
 
 
 def torchvision_names() -> list[str]:
@@ -144,27 +118,8 @@ def torchvision_names() -> list[str]:
     return list(models.list_models(module=models))
 
 
-def torchvision_net(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """A new network, without pretrained weights, that maps images [B, *shape] to logits [B, num_classes].
-
-    It takes the images as they are where it can (as the benchmark does); otherwise they are enlarged to 224x224
-    first, and its state-dict keys begin with `1.`.
-    """
-    net = torchvision_plain(name, num_classes)
-    return net if _accepts(net, shape) else nn.Sequential(Enlarge(), net)
-
-
-def torchvision_plain(name: str, num_classes: int) -> nn.Module:
-    """The network itself, without anything in front."""
-    from torchvision import models
-
-    extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
-    net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
-    return net
-
-
 @torch.no_grad()
-def _accepts(net: nn.Module, shape: tuple[int, int, int]) -> bool:
+def _accepts(net: nn.Module, shape: Sequence[int]) -> bool:
     net.eval()
     try:
         net(torch.zeros(1, *shape))
@@ -188,11 +143,15 @@ def state_dict_spec(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def to_channels_last(net: nn.Module) -> nn.Module:
-    """`net`, its convolutions in channels_last, where they are fastest, unless torch's kernels are unsafe there."""
-    if not _narrow(net):
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
+    """`net`, its convolutions in channels_last, where they are fastest, unless torch's kernels are unsafe there.
+
+    Those of the CPU would write past their memory (seen with torch 2.15) in the weight gradient of a strided 1x1
+    convolution of 8 or fewer fp32 channels; up to 15 none is trusted.
+    """
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    if not any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions):
+        for convolution in convolutions:
+            convolution.to(memory_format=torch.channels_last)
     return net
 
 
@@ -202,12 +161,3 @@ def match_memory_format(net: nn.Module, other: nn.Module) -> nn.Module:
         for parameter in net.parameters():
             parameter.data = parameter.data.contiguous()
     return net
-
-
-def _narrow(net: nn.Module) -> bool:
-    """Whether torch's CPU kernels would write past their memory in channels_last (seen with torch 2.15).
-
-    It is the weight gradient of a strided 1x1 convolution of 8 or fewer fp32 channels; up to 15 none is trusted.
-    """
-    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    return any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions)

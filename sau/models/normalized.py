@@ -24,8 +24,6 @@ class Normalized(nn.Module):
     replayed as a CUDA graph (`sau.graphs`).
     """
 
-    graph_safe: bool
-
     mean: Tensor | None
     std: Tensor | None
 
@@ -34,32 +32,26 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         mean, std = statistics(mean, std)
-        self.net, self.amp, self.compiled, self.graph_safe = net, amp, False, True
+        self.net, self.amp, self.compiled = net, amp, False
+        self.graph_safe: bool = True
         self._compiled_net = 0  # `id` of the network that was compiled; that of a copy is another one
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mean is not None and self.std is not None:
-            x = (x - self.mean) / self.std
-        else:
-            x = x.clone()  # some networks change their input in place
-        if not self.compiled:
-            return self._logits(x)
-        if self._compiled_net != id(self.net):
+        # A clone, for some networks change their input in place.
+        x = x.clone() if self.mean is None or self.std is None else (x - self.mean) / self.std
+        if self.compiled and self._compiled_net != id(self.net):
             self.net.compile(dynamic=False)
             self._compiled_net = id(self.net)
-        with nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager"):
-            return self._logits(x)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        if not self.amp:
-            return at_least_fp32(require_tensor(self.net, self.net(x)))
+        eager = self.compiled and not torch.is_grad_enabled()
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         # No cache: inside an outer context, of a caller's, it would keep the weights of before an update.
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            answer = self.net(x)
-        return require_tensor(self.net, answer).float()
+        cast = torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.amp else nullcontext()
+        with stance, cast:
+            logits = self.net(x)
+        return at_least_fp32(require_tensor(self.net, logits))
 
 
 def require_tensor(network: nn.Module, answer: Any) -> Tensor:
@@ -78,10 +70,8 @@ def check_initialised(model: nn.Module) -> None:
 
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether all values of a parameter or buffer are finite, as a tensor; buffers may hold -inf, as masks do."""
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    strict = isinstance(tensor, nn.Parameter) or tensor.is_complex()
-    return (tensor.isfinite() if strict else tensor.isfinite() | tensor.isneginf()).all()
+    finite = tensor.isfinite()
+    return (finite if isinstance(tensor, nn.Parameter) else finite | (tensor == -torch.inf)).all()
 
 
 def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[None, None]:
@@ -90,15 +80,12 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
         return None, None
     try:
         found = [float(value) for value in mean], [float(value) for value in std]
-        valid = len(found[0]) == len(found[1]) and all(0 <= m <= 1 for m in found[0]) and all(s > 0 for s in found[1])
+        if len(found[0]) == len(found[1]) and all(0 <= m <= 1 for m in found[0]) and all(s > 0 for s in found[1]):
+            return found
     except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise ConfigError(
-            f"mean is {mean} and std is {std}, allowed are both or neither, a number for each channel: mean 0 to 1, as "
-            "of pixels in [0, 1] (divide by 255), and std above 0"
-        )
-    return found
+        pass
+    allowed = "both or neither, a number for each channel: mean 0 to 1, as of pixels in [0, 1] (divide by 255)"
+    raise ConfigError(f"mean is {mean} and std is {std}, allowed are {allowed}, and std above 0")
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -176,18 +163,14 @@ def explain_batchnorm_error() -> Iterator[None]:
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (TF32 is off)."""
     owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
-    shortened = False
-    if any(parameter.is_cuda for parameter in model.parameters()):
-        with suppress(RuntimeError):  # raised where the newer flags of torch were set; these stand
-            shortened = torch.backends.cudnn.allow_tf32
+    switches: list[tuple[Any, str]] = [(owner, "amp") for owner in owners]
+    with suppress(RuntimeError):  # raised where the newer flags of torch were set; these stand
+        if torch.backends.cudnn.allow_tf32:
+            switches.append((torch.backends.cudnn, "allow_tf32"))
     try:
-        if shortened:
-            torch.backends.cudnn.allow_tf32 = False
-        for module in owners:
-            module.amp = False
+        for owner, name in switches:
+            setattr(owner, name, False)
         yield
     finally:
-        if shortened:
-            torch.backends.cudnn.allow_tf32 = True
-        for module in owners:
-            module.amp = True
+        for owner, name in switches:
+            setattr(owner, name, True)
