@@ -20,15 +20,7 @@ from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy, eval_mode
 from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
-from sau.models.normalized import (
-    check_initialised,
-    check_labels,
-    check_logits,
-    explain_batchnorm_error,
-    grad_enabled,
-    logits_of,
-    require_tensor,
-)
+from sau.models.normalized import check_initialised, check_labels, check_logits, grad_enabled, logits_of, require_tensor
 from sau.optim import Training
 from sau.types import Bytes, Labels, Pixels, of_floats
 from sau.util import at_most, check_seed, seeded
@@ -272,7 +264,7 @@ class Attack(Method, ABC):
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
-        with grad_enabled(images.pixels.device), seeded(seed), explain_batchnorm_error():
+        with grad_enabled(images.pixels.device), seeded(seed):
             self.train(model.train(), batches, recipe, {"images": images, "augment": augment}, session)
         model.zero_grad()  # or the caller's first step would include the last gradients
         return model.eval()

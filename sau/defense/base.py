@@ -28,7 +28,7 @@ from sau.errors import ConfigError
 from sau.graphs import MicroBatchedStep
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
-from sau.models.normalized import explain_batchnorm_error, grad_enabled, statistics
+from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Loader
@@ -147,7 +147,7 @@ class Defense(Method, ABC):
             batches.augment = (augment or cropped(x)) if getattr(method, "augment", False) else None
             search = PatchSearch(attacked, x, y) if attacked and follows_images(attacked, x) else None
             session.say(method.plan(images, batches))
-            with seeded(seed), explain_batchnorm_error():
+            with seeded(seed):
                 method.run(owned, batches, session)
                 check_after(method, owned, batches, right, session)
             if search is not None:

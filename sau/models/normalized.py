@@ -141,22 +141,18 @@ def translate_errors(refused: Callable[[str], SauError]) -> Iterator[None]:
 
 @contextmanager
 def grad_enabled(place: torch.device) -> Iterator[None]:
-    """Inside, gradients are on and autocast is off, whatever the caller's contexts say."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
-        yield
+    """Inside, gradients are on and autocast is off, whatever the caller's contexts say.
 
-
-@contextmanager
-def explain_batchnorm_error() -> Iterator[None]:
-    """Inside, torch's error about a batch of one image in batch norm is a DataError that says what to do."""
+    torch's error about a batch of one image in batch norm is a DataError that says what to do.
+    """
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
+            yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise DataError(
-            "a batch has one image, but batch norm in train mode needs two; give more images or another batch_size"
-        ) from None
+        advice = "batch norm in train mode needs two; give more images or another batch_size"
+        raise DataError(f"a batch has one image, but {advice}") from None
 
 
 @contextmanager
