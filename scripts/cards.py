@@ -81,20 +81,17 @@ def attack_table(results: list[Result], name: str) -> str:
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
     texts += [text([trigger.get(key) for trigger in triggers], n) for key, n in digits.items()]
     texts += columns(own, "seconds", digits=0)
-    head = ["ACC %", "ASR %", "R-ACC %", "PSNR dB", "SSIM", "L-infinity", "in ball %", "seconds"]
+    head = ["ACC", "ASR", "R-ACC", "PSNR", "SSIM", "L-infinity", "in ball", "seconds"]
     crossed = [result.summary["cross_acc"] for result in own if "cross_acc" in result.summary]
     if crossed:
-        head.insert(3, "cross ACC %")
+        head.insert(3, "cross ACC")
         texts.insert(3, text(crossed) + f" ({len(crossed)} seeds)" * (len(crossed) < len(own)))
-    about = (
-        f"CIFAR-10, width 16, recipe `cpu`{recipe('attack', name)}, {len(own)} seeds; "
-        "[what the columns mean](README.md#tables)."
-    )
+    about = f"Recipe `cpu`{recipe('attack', name)}, {len(own)} seeds; [columns](README.md#tables)."
     return f"{wrapped(about)}\n| {' | '.join(head)} |\n{'|---' * len(head)}|\n| {' | '.join(texts)} |\n"
 
 
 def defense_table(results: list[Result], name: str) -> str:
-    """The mean over attacks and a row an attack: before, after, and what is published."""
+    """The mean over attacks and a row an attack: after the defense, and what is published."""
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         if result.defense == name:
@@ -103,14 +100,14 @@ def defense_table(results: list[Result], name: str) -> str:
         return ""
     table = published()["tables"].get(name)
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
-    rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))
-    head = "| attack | before: ACC / ASR | ACC % | ASR % | R-ACC % | DER % |"
-    head += " published: ACC / ASR / DER |" if table else ""
-    about = f"CIFAR-10, width 16, recipe `cpu`{recipe('defense', name)}; [how to read it](README.md#tables). "
-    about += f"Published, width 64: {table['source']}." if table else "Nothing is published in this setting."
+    before, mean = defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen])
+    rows.insert(0, mean)
+    head = "| attack | ACC | ASR | R-ACC | DER |" + " published: ACC / ASR / DER |" * bool(table)
+    about = f"Recipe `cpu`{recipe('defense', name)}; before, on average: {before} ([columns](README.md#tables)). "
+    about += f"Published: {table['source']}." if table else "Nothing is published in this setting."
     return (
         wrapped(about)
-        + f"\n{head}\n{'|---' * (7 if table else 6)}|\n" + "\n".join(rows) + "\n"
+        + f"\n{head}\n{'|---' * (6 if table else 5)}|\n" + "\n".join(rows) + "\n"
         + flagged([result for result in results if result.defense == name]) + cost(name, list(groups.values()))
         + few(name)
     )  # fmt: skip
@@ -127,9 +124,9 @@ def few(name: str) -> str:
         for own in groups
         for one in own
     ]
-    texts = [f"{own[0].attack} {' / '.join(columns(own, 'acc', 'asr', 'racc', digits=1))}" for own in groups]
-    about = f"On [digits](../results/digits.md) with 143 clean images, ACC / ASR / R-ACC: {', '.join(texts)}. "
-    about += "That is enough." if all(removed) else "143 images are too few for this method."
+    texts = [f"{own[0].attack} {' / '.join(columns(own, 'asr', 'racc', digits=1))}" for own in groups]
+    about = f"[143 images of digits](../results/digits.md), ASR / R-ACC: {', '.join(texts)}. "
+    about += "That is enough." if all(removed) else "That is too few images."
     return f"\n{wrapped(about)}"
 
 
@@ -142,26 +139,24 @@ def defense_row(attack: str, own: list[Result]) -> str:
     """The row of one attack; without the last cell for a defense that is published nowhere."""
     dead = f" {DEAD}" * any(result.missed_gate is not None for result in own)
     who = ", **oracle**" * own[0].oracle
-    before = [mean_std([result.figures[key] for result in own]) for key in ("before_acc", "before_asr")]
-    texts = [attack + dead + who, " / ".join(figures([one.mean if one else None for one in before]))]
-    texts += columns(own, "acc", "asr", "racc", "der")
+    texts = [attack + dead + who, *columns(own, "acc", "asr", "racc", "der")]
     table = published()["tables"].get(own[0].defense)
     return f"| {' | '.join(texts + ([published_cell(table, attack, own[0].oracle)] if table else []))} |"
 
 
-def defense_mean(groups: list[list[Result]]) -> str:
-    """The mean over attacks of the means over seeds; of what is published only where that is every attack."""
+def defense_mean(groups: list[list[Result]]) -> tuple[str, str]:
+    """The means before, and the row of means after, over attacks; what is published only where that is every attack."""
     names = ("before_acc", "before_asr", "acc", "asr", "racc", "der")
     means = figures(mean_row([[statistics.mean(one.figures[key] or 0.0 for one in own) for key in names]
                               for own in groups]))  # fmt: skip
-    texts = [f"**mean of {len(groups)}**", " / ".join(means[:2]), *means[2:]]
+    texts = [f"**mean of {len(groups)}**", *means[2:]]
     table = published()["tables"].get(groups[0][0].defense)
     if table:
         rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
         acc, asr, _, der = mean_row(rows) if len(rows) == len(groups) else [None] * 4
         mark = " †" * (table["selection"] == "oracle")
         texts.append("-" if acc is None else " / ".join(figures([acc, asr, der])) + mark)
-    return f"| {' | '.join(texts)} |"
+    return f"ACC {means[0]}, ASR {means[1]}", f"| {' | '.join(texts)} |"
 
 
 def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:
@@ -187,15 +182,14 @@ def flagged(results: list[Result]) -> str:
 
 
 def cost(name: str, groups: list[list[Result]]) -> str:
-    """Seconds of the runs above and of the benchmark's, beside those of FT."""
+    """Seconds of the runs above, and how many times as long as FT the benchmark takes."""
     chosen = [own for own in groups if not own[0].oracle]
     seconds = sorted(statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in chosen)
     runs = f"Time: {seconds[0]:.0f} to {seconds[-1]:.0f} s"
     lines = (DOCS / "results" / "bench.jsonl").read_text().splitlines()
     found = next(part for part in map(json.loads, lines) if part["name"] == COSTS)
     row = next((row for row in found["rows"] if row["name"] == f"whole run: {name}"), None)
-    if row is None:
+    if row is None or name == "ft":
         return f"\n{runs}.\n"
-    beside = "" if name == "ft" else f", {row['ours'] / row['reference']:,.2f} times FT"
-    there = f"[benchmark](../performance.md#the-defenses), {found['setting']['pictures']} images"
-    return f"\n{runs}; {there}: {row['ours']:,.1f} s{beside}.\n"
+    times = f"{row['ours'] / row['reference']:,.2f} times FT"
+    return f"\n{runs}; alone on a core [{times}](../performance.md#the-defenses).\n"

@@ -103,13 +103,13 @@ def table(args: argparse.Namespace) -> None:
 def _section(section: Section, defense: str, titled: bool) -> str:
     title = f"## {section.title}\n\n" if titled else ""
     beside = (
-        "; published\nmeans are over the same attacks. For ANP and FP test sets chose the published threshold, so "
-        "these figures are\nin the `(oracle)` rows"
+        "; published means are over the same attacks. For ANP and FP test sets\nchose the published threshold, so "
+        "these figures are in the `(oracle)` rows"
     )
     dead = f"{section.dead}\n\n" if section.dead else ""
     return (
-        f"{title}ACC / ASR in percent (seeds, if more than one). Means are over the attacks with a trigger"
-        f"{beside if published_rows(section) else ''}:\n\n{dead}{_overview(section)}\n"
+        f"{title}Means over the attacks with a trigger, then the ASR of each in percent (seeds, if more than one; of\n"
+        f"`prototype` the ACC){beside if published_rows(section) else ''}:\n\n{dead}{_overview(section)}\n"
         f"{defense} - rival, in percentage points, on the networks that both purified. The seeds of an attack are\n"
         "averaged first; mean, 95 % interval and sign test are over attacks. p is not corrected for the number of\n"
         f"rows.\n\n{_against(section, defense)}"
@@ -117,7 +117,7 @@ def _section(section: Section, defense: str, titled: bool) -> str:
 
 
 def _overview(section: Section) -> str:
-    """ACC / ASR of every cell, means over the attacks that took, and the published means over the same attacks."""
+    """Means over the attacks that took, the published means over the same attacks, and every cell's ASR."""
     rows: dict[str, dict[str, TableCell]] = {}
     for cell in section.cells:
         rows.setdefault(cell.name, {})[cell.attack_name] = cell
@@ -129,7 +129,7 @@ def _overview(section: Section) -> str:
     for name, cells in rows.items():
         means = [_mean(cells, took, figure) for figure in PERCENT]
         means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
-        body.append([name, *map(_number, means), *(_scores(cells.get(attack)) for attack in attacks)])
+        body.append([name, *map(_number, means), *(_asr(cells.get(attack)) for attack in attacks)])
     head = ["defense", "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]  # first, so that nobody has to scroll to them
     head += ["published: ACC", "ASR", "R-ACC", "DER"] if paper else []
     return markdown([*head, *attacks], body)
@@ -156,11 +156,12 @@ def _published(cell: TableCell, attacks: list[str | None]) -> list[float | None]
     return mean_row([rows[attack] for attack in attacks]) if attacks and {*attacks} <= {*rows} else [None] * 4
 
 
-def _scores(cell: TableCell | None) -> str:
+def _asr(cell: TableCell | None) -> str:
+    """The ASR, or without a trigger the ACC, and how many seeds have it."""
     if cell is None:
         return ""
-    acc, asr = (_number(figure.mean if (figure := cell.figures[name]) else None, 1) for name in ("acc", "asr"))
-    return f"{acc} / {asr}" + (f" ({len(cell.results)})" if len(cell.results) > 1 else "")
+    figure = cell.figures["asr"] or cell.figures["acc"]
+    return _number(figure.mean if figure else None, 1) + (f" ({len(cell.results)})" if len(cell.results) > 1 else "")
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -168,9 +169,11 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _against(section: Section, defense: str) -> str:
-    """A row a rival."""
+    """A row a rival; rivals that test data chose are in the report alone."""
     body = []
-    for rival, _, found in paired_comparisons(section, defense):
+    for rival, chosen, found in paired_comparisons(section, defense):
+        if chosen:
+            continue
         differences = [one.text(interval=True, sign="+") for one in (found.acc, found.asr, found.racc, found.der)]
         counts = [str(len(found.der.values)), str(found.networks)]
         body.append([rival, *counts, *differences, str(found.wins), f"{found.p:.3f}"])
