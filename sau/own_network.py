@@ -30,7 +30,7 @@ from sau.data.images import Images, last_of_each, sample, to_float
 from sau.data.readers import class_folders, image_folder
 from sau.data.sources import check_clean_set, fingerprint
 from sau.defense.base import Defense
-from sau.defense.checks import misuse
+from sau.defense.inputs import misuse
 from sau.defense.nc import NC, Patches, anomaly
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, Score, proportions, score, table

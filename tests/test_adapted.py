@@ -10,7 +10,7 @@ from toys import planted, quiet, tiny_net, toy_images
 
 from sau.defense import AT, DEFENSES, FT, NAD, SAU
 from sau.defense import verdict as verdicts
-from sau.defense.verdict import PatchSearch, Verdict
+from sau.defense.verdict import Verdict, compare, likely_classes
 from sau.loop import Session
 from sau.models import PreActResNet18
 
@@ -75,22 +75,22 @@ def test_what_the_user_gives_stands() -> None:
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "STEPS", 60)
     net, _, (x, y), _ = planted()
-    kept = PatchSearch(planted()[0], x, y).compare(net)
-    assert kept.doubts and kept.text().startswith("warning: too little changed")
+    kept = compare(planted()[0], net, x, y)
+    assert kept.doubts and kept.lines()[0].startswith("warning: too little changed")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
-    gone = PatchSearch(planted()[0], x, y).compare(fixed)
+    gone = compare(planted()[0], fixed, x, y)
     assert gone.after > 1.5 * kept.after and not gone.doubts
     assert min(gone.before, kept.before) < 9.5  # the corner has 9 pixels
 
 
 def test_doubts() -> None:
     fine: dict[str, float] = {"before": 2.0, "after": 20.0, "typical": 25.0}
-    assert not Verdict(**fine).doubts and "no proof" in Verdict(**fine).text()
+    assert not Verdict(**fine).doubts and "no proof" in Verdict(**fine).lines()[0]
     assert Verdict(**{**fine, "after": 12.0}).doubts
     nothing = Verdict(**{**fine, "after": float("inf")})
-    assert "none after" in nothing.text() and nothing.summary()["after"] is None
+    assert "none after" in nothing.lines()[0] and nothing.summary()["after"] is None
 
 
 def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:
@@ -107,5 +107,5 @@ def test_many_classes_are_searched_where_images_lead() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 30)).eval()
     with torch.no_grad():
         net[1].bias[7] = 0.5
-    search = PatchSearch(net, torch.rand(12, 3, 4, 4), torch.zeros(12, dtype=torch.long))
-    assert len(search.classes) == verdicts.CLASSES and 7 in search.classes
+    classes = likely_classes(net, torch.rand(12, 3, 4, 4), torch.zeros(12, dtype=torch.long))
+    assert len(classes) == verdicts.CLASSES and 7 in classes

@@ -24,11 +24,9 @@ def test_the_adaptive_perturbation_by_hand():
 
 
 def test_the_plain_perturbation_by_hand():
+    """(3, -4) has the norm 5; no gradient, no perturbation."""
     e = FTSAM(rho=10.0, adaptive=False).perturbation(doubles([7.0], [1.0]), doubles([3.0], [-4.0]))
     assert torch.cat(e).tolist() == pytest.approx([6.0, -8.0])
-
-
-def test_no_gradient_no_perturbation():
     assert FTSAM().perturbation(doubles([1.0]), doubles([0.0]))[0].item() == 0
 
 

@@ -86,15 +86,13 @@ def test_the_search_stops_once_more_than_sixty_percent_are_there(there, steps):
 
 
 def test_the_losses_by_hand():
-    """Probabilities (1/8, 5/8, 2/8) and (1/4, 1/4, 1/2), answers 0 and 2, runners-up 2 and 0."""
+    """Probabilities (1/8, 5/8, 2/8) and (1/4, 1/4, 1/2), answers 0 and 2, runners-up 2 and 0; all is finite where the
+    attack wins."""
     p = torch.tensor([[1 / 8, 5 / 8, 2 / 8], [1 / 4, 1 / 4, 1 / 2]], dtype=torch.float64)
     adv, wrong, target = held_losses(p.log() + 3.0, torch.tensor([0, 2]), torch.tensor([2, 0]))
     assert adv.item() == pytest.approx((math.log(8) + math.log(2)) / 2)
     assert wrong.item() == pytest.approx(-(math.log(1.0001 - 5 / 8) + math.log(1.0001 - 1 / 4)) / 2)
     assert target.item() == pytest.approx(-(math.log(1.0001 - 2 / 8) + math.log(1.0001 - 1 / 4)) / 2)
-
-
-def test_the_losses_stay_finite_where_the_attack_wins_all():
     z = torch.tensor([[0.0, 200.0, 0.0]], requires_grad=True)
     parts = held_losses(z, torch.tensor([0]), torch.tensor([1]))
     (gradient,) = torch.autograd.grad(sum(parts), z)

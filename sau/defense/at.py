@@ -7,20 +7,21 @@ with SAU's ball, steps and optimiser, so that the two differ in what they unlear
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import AdversarialDefense
+from sau.defense.base import AdversarialTraining, TrainingDefense
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import pgd
-from sau.types import Batched, Change, Labels, PerImage, Pixels
+from sau.types import Batched, Change, Labels, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class AT(AdversarialDefense):
+class AT(AdversarialTraining, TrainingDefense):
     """Train on clean images and on the worst ones around them.
 
     The usual robust training is
@@ -52,9 +53,6 @@ class AT(AdversarialDefense):
 
     def search(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Change:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
-
-        def loss(e: Change) -> PerImage:
-            return F.cross_entropy(model(x + e), y, reduction="none")
-
-        start = self.ball.start(x, self.pgd_init)
-        return pgd(loss, x, start, self.ball, steps=self.adv_steps, lr=self.adv_lr)
+        ball, steps = self.ball, self.adv_steps
+        loss = partial(F.cross_entropy, target=y, reduction="none")
+        return pgd(lambda e: loss(model(x + e)), x, ball.start(x, self.pgd_init), ball, steps=steps, lr=self.adv_lr)

@@ -8,36 +8,28 @@ from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
 from sau.config import Method, param
 from sau.data.images import Augment, Batches, Images, cropped
-from sau.defense.checks import (
-    check_after,
-    check_before,
-    copy_to,
-    device_of,
-    follows_images,
-    restore,
-    unwrap,
-)
-from sau.defense.inputs import clean_batches, first_batch
-from sau.defense.verdict import PatchSearch
+from sau.defense import inputs, verdict
 from sau.errors import ConfigError
+from sau.evaluate import batch_accuracy
 from sau.graphs import MicroBatchedStep
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
-from sau.types import Batched, Loader
+from sau.types import Batched, Labels, Loader, Pixels
 from sau.util import seeded
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
 SMALLEST_BATCH = 32
-UPDATES = 250  # of SAU and AT where the published settings do not hold
+Gradients = Literal["none", "weights", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,37 +37,51 @@ class Defense(Method, ABC):
     """A defense is its `run`; `purify` is the same for all."""
 
     data_use: ClassVar[Literal["none", "clean", "poisoned"]] = "clean"  # which images decide; poisoned: the attacker's
-    gradients: ClassVar[Literal["none", "weights", "images"]] = "weights"  # images: also of the logits to the images
+    gradients: ClassVar[Gradients] = "weights"  # images: also of the logits to the images
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
-
-    # What follows from the clean set and the network where nobody says otherwise, and what of it counts epochs.
-    adapting: ClassVar[tuple[str, ...]] = ()
-    lengths: ClassVar[tuple[str, ...]] = ()
+    lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
+    updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images a step", ge=1)
 
-    def untouched(self) -> bool:
-        """Whether all of `adapting` have their published values."""
-        published = {field.name: field.default for field in fields(self)}
-        return all(getattr(self, name) == published[name] for name in self.adapting)
+    @property
+    def adapting(self) -> dict[str, Any]:
+        """The settings that follow from clean set and network, with their published values; given ones stand."""
+        names = {*self.lengths, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
+        names |= {"augment"} if self.updates else set()
+        return {field.name: field.default for field in fields(self) if field.name in names}
 
+    @final
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
-        """These settings for a smaller clean set than the published 2,500 images: as many updates, at the same rate.
+        """These settings for another clean set than the published 2,500 images.
 
-        An epoch is cut into batches of at least 32 images, about as many as published, and the lengths grow by what is
-        missing. From 2,000 images on nothing changes.
+        Below 2,000 images an epoch is cut into batches of at least 32, about as many as published, and the lengths grow
+        by what is missing: as many updates at the same rate. Where these do not suffice, a method makes its `updates`,
+        unless it has so many images and the published network, PreAct-ResNet18. Their rate rises to 0.08 of the typical
+        weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images are
+        augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
             images: how many clean images there are.
             per_epoch: batches an epoch, where the caller makes them.
         """
-        if images >= ENOUGH or not self.lengths:
-            return self
-        size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
-        grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
-        longer = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
-        return replace(self, batch_size=size, **longer)
+        few, changed = images < ENOUGH, dict[str, Any]()
+        if self.updates is None:
+            if not few or not self.lengths:
+                return self
+            size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
+            grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
+            changed = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
+        else:
+            if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
+                return self
+            size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
+            scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
+            rate = min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median())))
+            changed = {"lr": float(f"{rate:.1e}"), "lr_scheduler": "OneCycleLR", "augment": few}
+            changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
+        return replace(self, batch_size=size, **changed)
 
     def plan(self, images: int, batches: Batched) -> str:
         """The first line: how many images there are, and how long and how fast it trains."""
@@ -129,47 +135,51 @@ class Defense(Method, ABC):
         session = (session or Session()) if progress else (session or Session()).quiet()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
-        model, (mean, std) = unwrap(model), statistics(mean, std)
-        place = torch.device(device) if device is not None else device_of(model)
+        model, (mean, std) = inputs.unwrap(model), statistics(mean, std)
+        place = torch.device(device) if device is not None else next(model.parameters()).device
         with grad_enabled(place):
-            mine = copy_to(model, place)
+            mine = inputs.copy_to(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # networks for inference are often frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
-            attacked = copy_to(owned, place) if self.gradients != "none" and self.data_use != "poisoned" else None
-            batches: Any = clean_batches(data, self.batch_size, place, mean, std, seed)
-            x, y = first_batch(batches)
+            attacked = (
+                inputs.copy_to(owned, place) if self.gradients != "none" and self.data_use != "poisoned" else None
+            )
+            batches: Any = inputs.clean_batches(data, self.batch_size, place, mean, std, seed)
+            x, y = inputs.first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
-                right, images = check_before(self, owned, batches, session)
+                right, images = inputs.check_before(self, owned, batches, x, session)
             per_epoch = None if isinstance(batches, Batches) else len(batches)
-            method = self.adapted(owned, images, per_epoch) if settings == "auto" and self.untouched() else self
+            published = settings == "auto" and self.adapting.items() <= self.params().items()
+            method = self.adapted(owned, images, per_epoch) if published else self
             batches.size = method.batch_size
             batches.augment = (augment or cropped(x)) if getattr(method, "augment", False) else None
-            search = PatchSearch(attacked, x, y) if attacked and follows_images(attacked, x) else None
             session.say(method.plan(images, batches))
             with seeded(seed):
                 method.run(owned, batches, session)
-                check_after(method, owned, batches, right, session)
-            if search is not None:
-                session.findings["verdict"] = search.verdict(owned, session.say)
-            return restore(owned if owned is mine else owned.net, model, frozen)
+                inputs.check_after(method, owned, batches, right, session)
+            if attacked is not None and inputs.follows_images(attacked, x):
+                found = verdict.compare(attacked, owned, x, y)
+                for line in found.lines():
+                    session.say(line)
+                session.findings["verdict"] = found.summary()
+            return inputs.restore(owned if owned is mine else owned.net, model, frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDefense(Training, Defense):
-    """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch."""
+    """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch. Here they
+    are plain fine-tuning."""
 
-    adapting: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "lr", "lr_scheduler", "client_optimizer")
     lengths: ClassVar[tuple[str, ...]] = ("epochs",)
+    graph_safe: ClassVar[bool] = True
 
     batch_size: int = 256
     augment: bool = param(False, "crop and flip the clean images as in training")
 
     def plan(self, images: int, batches: Batched) -> str:
-        updates = self.epochs * len(batches)
-        return (
-            f"{updates:,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'}): {super().plan(images, batches)}"
-        )
+        updates = f"{self.epochs * len(batches):,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'})"
+        return f"{updates}: {super().plan(images, batches)}"
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         """What changes while it runs; an epoch goes through `batches`. Here: all weights, batch norm in train mode.
@@ -177,6 +187,12 @@ class TrainingDefense(Training, Defense):
         A name that begins with `_` is of what a resumed run makes anew, so that checkpoints do not hold it.
         """
         return {"model": model.train(), "descent": self.descent(model.parameters(), len(batches))}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        logits = state["model"](x)
+        loss = F.cross_entropy(logits, y)
+        state["descent"](loss)
+        return {"loss": loss, "clean_acc": batch_accuracy(logits, y)}
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         # Without an update the network would be left with what `prepare` made of it, like a random classifier.
@@ -187,29 +203,24 @@ class TrainingDefense(Training, Defense):
 
     def train(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
         """`step` on every batch of every epoch."""
-        loop.run(
-            MicroBatchedStep(
-                self.step, state, session, supports_microbatch=self.supports_microbatch(), graph_safe=self.graph_safe
-            ),
-            batches,
-            self.epochs,
-            state={name: thing for name, thing in state.items() if not name.startswith("_")},
-            end_epoch=partial(self.end_epoch, state),
-            session=session,
-            label="round",
-        )
+        micro_batches, graphs = self.supports_microbatch(), self.graph_safe
+        step = MicroBatchedStep(self.step, state, session, supports_microbatch=micro_batches, graph_safe=graphs)
+        kept = {name: thing for name, thing in state.items() if not name.startswith("_")}
+        end_epoch = partial(self.end_epoch, state)
+        loop.run(step, batches, self.epochs, state=kept, end_epoch=end_epoch, session=session, label="round")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialDefense(TrainingDefense):
-    """A defense that updates weights on perturbed images x + e, e found by sign steps inside a ball S: SAU and AT."""
+class AdversarialTraining(Training):
+    """Settings of a defense that trains on perturbed images x + e, e found by sign steps in a ball S: SAU and AT."""
 
-    adapting: ClassVar[tuple[str, ...]] = (*TrainingDefense.adapting, "augment")
-    gradients = "images"
+    gradients: ClassVar[Gradients] = "images"
     few_suffice: ClassVar[bool] = True
+    updates: ClassVar[int | None] = 250
     compiles: ClassVar[bool] = True
 
     epochs: int = param(100, aliases=("n_rounds",))
+    batch_size: int = 256
     lr: float = 1e-4
     lr_scheduler: Schedule | None = "constant"
     client_optimizer: Optimizer = "adam"
@@ -219,34 +230,14 @@ class AdversarialDefense(TrainingDefense):
     adv_lr: float = param(0.2, "step of the search, as `eps`; every norm uses sign steps", gt=0)
     adv_steps: int = param(5, "steps of the search", ge=1)
     pgd_init: Init = param(
-        "max",
-        "where the search starts: zero, random (each pixel up to eps away, then brought into the ball), max (+eps "
-        "everywhere) or min",
+        "max", "first e: zero, max (+eps everywhere), min (-eps) or random (uniform, then projected)"
     )
-    clip_pixels: bool = param(
-        False, "keep x + e inside [0, 1] (the set of images in SAU's paper; its release does not)"
-    )
+    clip_pixels: bool = param(False, "keep x + e inside [0, 1], as SAU's paper has it; its release does not")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
-
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "AdversarialDefense":
-        """The published settings where they were published: PreAct-ResNet18, 2,500 clean images. Elsewhere 250 updates
-        at a rate that rises to 0.08 of the typical weight (root mean square, median over layers; 3e-3 at most) and
-        falls to 0 (OneCycleLR); augmented where images are few.
-
-        The published 1,000 updates at 1e-4 leave the backdoors of small networks, whose weights are larger, in place.
-        """
-        few = images < ENOUGH
-        if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
-            return self
-        size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
-        scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
-        rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}") if scales else self.lr
-        epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))
-        return replace(self, epochs=epochs, batch_size=size, lr=rate, lr_scheduler="OneCycleLR", augment=few)
 
     @property
     def ball(self) -> Ball:

@@ -45,22 +45,14 @@ class D3(TrainingDefense):
     wd: float = 0.0
     augment: bool = True
     penalty: float = param(
-        0.5,
-        "lambda of the paper: weight of the clean loss beyond its budget; 0.5 in the authors' settings, 10 in the "
-        "paper",
-        gt=0,
-        aliases=("lmd", "lambda"),
+        0.5, "lambda; 0.5 in the authors' settings, 10 in the paper", gt=0, aliases=("lmd", "lambda")
     )
     eps: float = param(0.1, "clean loss of an image that costs nothing, in nats", ge=0)
     start: Literal["random", "near", "middle", "far", "noise"] = param(
-        "random",
-        "the classifier's first weights: random (drawn anew on the sphere), near (W0), middle (0), far (-W0) or "
-        "noise (W0 plus normal noise of its own standard deviation)",
+        "random", "first W: random on the sphere, near (W0), middle (0), far (-W0) or noise (W0 + noise of its own std)"
     )
     layers: tuple[str, ...] = param(
-        (),
-        "names of the layers whose weights are driven away, with all convolutions and linear layers inside them; "
-        "empty means the linear layer that makes the logits",
+        (), "layers whose convolutions and linear layers make S; empty means the linear layer that makes the logits"
     )
 
     @torch.no_grad()
@@ -77,7 +69,7 @@ class D3(TrainingDefense):
         """The weights in S; `x` is an image to see by which layers run."""
         if not self.layers:
             return [classifier(model, x, self.name).weight]
-        advice = "name one of its layers with --layers, or leave it out for the one that makes the logits"
+        advice = "name one of its layers with --layers, or none for the one that makes the logits"
         places = [model.get_submodule(resolve_layer(model, name, advice)) for name in self.layers]
         found = [m for place in places for m in place.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         if not found:

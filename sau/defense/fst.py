@@ -25,7 +25,7 @@ from sau.types import Batched, Labels, Pixels, Scalar
 
 
 class FixedNormWeight:
-    """One weight tensor W, where it was (W0), and the sphere |W| = |W0| that it is projected onto."""
+    """A weight tensor W, where it was (W0), and the sphere |W| = |W0| that it is projected onto."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.origin = weight, weight.detach().clone()  # W0 is the attacker's, also when resumed
@@ -36,7 +36,7 @@ class FixedNormWeight:
         return torch.linalg.vector_norm(self.weight - self.origin)
 
     def overlap(self) -> Scalar:
-        """<W, W0>; on the sphere it is |W0|^2 - |W - W0|^2 / 2."""
+        """<W, W0>."""
         return (self.weight * self.origin).sum()
 
     @torch.no_grad()
@@ -67,25 +67,22 @@ class FST(TrainingDefense):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
-        """Weight and bias from U(-1, 1) / sqrt(inputs), as new linear layers have them; the first step puts |W|
-        right."""
+        """Weight and bias from U(-1, 1) / sqrt(inputs), as new linear layers have them; `step` puts |W| right."""
         last = classifier(model, first_batch(batches)[0][:1], self.name)
-        sphere = FixedNormWeight(last.weight)
-        bound = 1 / math.sqrt(last.in_features)
+        sphere, bound = FixedNormWeight(last.weight), 1 / math.sqrt(last.in_features)
         last.weight.copy_(uniform(last.weight, bound))
         if self.reset_bias and last.bias is not None:
             last.bias.copy_(uniform(last.bias, bound))
         return {**super().prepare(model, batches), "sphere": sphere}
 
-    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
-        """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
-        return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
-
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        sphere = state["sphere"]
-        logits = state["model"](x)
+        sphere, logits = state["sphere"], state["model"](x)
         clean, overlap = F.cross_entropy(logits, y), sphere.overlap()
         loss = clean + self.alpha * overlap
         state["descent"](loss)
         sphere.project()
         return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": batch_accuracy(logits, y)}
+
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
+        """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
+        return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})

@@ -44,18 +44,16 @@ def perturbed(model: nn.Module, weights: Sequence[Tensor], e: Sequence[Tensor]) 
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     kept = [weight.detach().clone() for weight in weights]
     try:
-        with torch.no_grad():
-            for weight, change in zip(weights, e, strict=True):
-                weight.add_(change)
+        for weight, change in zip(weights, e, strict=True):
+            weight.data.add_(change)
         for norm in norms:
             norm.track_running_stats = False
         yield
     finally:
         for norm in norms:
             norm.track_running_stats = True
-        with torch.no_grad():
-            for weight, before in zip(weights, kept, strict=True):
-                weight.copy_(before)  # subtracting e again would leave rounding behind
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)  # subtracting e again would leave rounding behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +70,9 @@ class FTSAM(TrainingDefense):
     }
 
     augment: bool = True
-    rho: float = param(
-        2.0, "radius of the neighbourhood; of |e / |w||_2 where adaptive, else of |e|_2", ge=0, aliases=("rho_max",)
-    )
+    rho: float = param(2.0, "radius of |e / |w||_2 where adaptive, else of |e|_2", ge=0, aliases=("rho_max",))
     adaptive: bool = param(True, "measure e relative to the size of each weight (ASAM); otherwise absolutely (SAM)")
-    alpha: float = param(
-        0.0, "how much to climb along the part of the plain gradient orthogonal to the one at w + e", ge=0
-    )
+    alpha: float = param(0.0, "how much to climb along the part of g that is orthogonal to g_e", ge=0)
     label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:

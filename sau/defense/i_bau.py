@@ -29,31 +29,13 @@ from sau.models.normalized import full_precision
 from sau.optim import Optimizer, Schedule
 from sau.types import Batched, Labels, Pixels, Scalar
 
+Labelled = tuple[Tensor, Tensor]  # images [B, C, H, W] and labels [B]
 SETTLED = 1e-10  # v is taken for solved once a step changes it by less, in its 2-norm
 
 
-class Round(nn.Module):
-    """The perturbation [1, C, H, W] of the current round, and how many batches of all rounds are done."""
-
-    delta: Tensor
-    done: Tensor
-
-    def __init__(self, like: Pixels) -> None:
-        super().__init__()
-        self.register_buffer("delta", torch.zeros_like(like[:1]))
-        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
-
-
 def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> Tensor:
-    """v after `steps` of v <- (dF/dd)^T v + g from v = 0, where F = delta - rate * slope.
-
-    Args:
-        slope: grad_d l_in, with the graph that leads to `delta`.
-        delta: the perturbation.
-        g: d l_out / d delta.
-        steps: at least 1; the first one gives g.
-        rate: r of the formula.
-    """
+    """v after `steps` (at least 1) of v <- (dF/dd)^T v + g from v = 0, where F = delta - rate * slope: `slope` is
+    grad_d l_in, with the graph that leads to `delta`, and `g` is d l_out / d delta."""
     v = g
     for _ in range(steps - 1):
         (curved,) = torch.autograd.grad(slope, delta, v, retain_graph=True)  # the Hessian of l_in times v
@@ -82,45 +64,36 @@ class IBAU(TrainingDefense):
     wd: float = 0.0
     augment: bool = True
     K: int = param(5, "steps of the fixed-point iteration for v", ge=1)
-    portion: float = param(
-        0.01,
-        "share of a batch that carries the perturbation in the outer problem; at least one image unless it is 0",
-        ge=0,
-        le=1,
-    )
+    portion: float = param(0.01, "share of a batch that P takes; at least one image unless it is 0", ge=0, le=1)
     inner_lr: float = param(10.0, "learning rate of the perturbation", gt=0)
     fixed_point_lr: float = param(0.1, "rate r of the fixed-point map", gt=0)
     l2_weight: float = param(0.001, "weight of the perturbation's squared length in the inner problem", ge=0)
     space: Literal["normalised", "pixel"] = param(
-        "normalised",
-        "where the perturbation is added: to what the network sees after its normalisation (as in the benchmark) "
-        "or to the pixels; the same for a network without known statistics",
+        "normalised", "what the perturbation is added to: the normalised images, as in the benchmark, or the pixels"
     )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         super().run(model, [(x, y) for x, y, *_ in batches], session)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
-        first, _ = next(iter(batches))
-        return {
-            **super().prepare(model, batches),
-            "model": model.eval(),
-            "_batches": batches,
-            "universal": Round(first),
-        }
+        """With `delta`, the perturbation [1, C, H, W] of the round, and `done`, how many batches of all rounds are."""
+        delta, done = torch.zeros_like(next(iter(batches))[0][:1]), torch.zeros((), dtype=torch.int64)
+        kept = nn.ParameterDict({name: nn.Parameter(t, False) for name, t in (("delta", delta), ("done", done))})
+        return {**super().prepare(model, batches), "model": model.eval(), "_batches": batches, "universal": kept}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update; at the beginning of a round the perturbation is found first."""
-        model, batches, universal = state["model"], state["_batches"], state["universal"]
-        turn, place = divmod(int(universal.done), len(batches))
+        model, batches = state["model"], state["_batches"]
+        delta, done = state["universal"]["delta"], state["universal"]["done"]
+        turn, place = divmod(int(done), len(batches))
         with full_precision(model), sdpa_kernel(SDPBackend.MATH):  # the attention that can be differentiated twice
             if place == 0:
-                universal.delta.copy_(self.inner_pass(model, batches))
+                delta.copy_(self.inner_pass(model, batches))
             carriers = to_device_async(self.carriers(len(x), turn), x.device)
-            surrogate, outer, inner = self.losses(model, (x, y), next(iter(batches)), universal.delta, carriers)
+            surrogate, outer, inner = self.losses(model, (x, y), batches[0], delta, carriers)
             state["descent"](surrogate)
-        universal.done += 1
-        return {"loss": outer, "inner_loss": inner, "delta": universal.delta.norm()}
+        done += 1
+        return {"loss": outer, "inner_loss": inner, "delta": delta.norm()}
 
     def carriers(self, size: int, turn: int) -> Tensor:
         """Which images of a batch carry the perturbation in a round: they take turns, in the order of the batch."""
@@ -148,21 +121,12 @@ class IBAU(TrainingDefense):
         return delta
 
     def losses(
-        self,
-        model: nn.Module,
-        batch: tuple[Pixels, Labels],
-        first: tuple[Tensor, Tensor],  # another number of images, so not checked as Pixels and Labels
-        delta: Tensor,
-        carriers: Tensor,
+        self, model: nn.Module, batch: Labelled, first: Labelled, delta: Tensor, carriers: Tensor
     ) -> tuple[Scalar, Scalar, Scalar]:
         """(surrogate, l_out, l_in); the hypergradient is the gradient of the surrogate with respect to the weights.
 
-        Args:
-            model: in eval mode, so that its logits of an image do not depend on the others.
-            batch: images and labels of l_out.
-            first: images and labels of l_in.
-            delta: the perturbation [1, C, H, W].
-            carriers: which images of `batch` carry it.
+        `batch` is that of l_out, of which the `carriers` carry `delta`, and `first` that of l_in. `model` is in eval
+        mode, so that its logits of an image do not depend on the others.
         """
         (x, y), d = batch, delta.detach().clone().requires_grad_()
         inner = self.inner_loss(model, *first, d)

@@ -1,19 +1,147 @@
-"""The clean images that a caller gives to a defense: checked, in [0, 1], on the device, batch by batch."""
+"""What a caller gives to a defense: the network, checked, copied and given back as it came, and the clean images,
+checked and brought to its device in [0, 1], batch by batch."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sau.data.images import OVERSHOOT, Augment, Batches, Images, in_range, to_float
-from sau.errors import DataError
-from sau.types import Batched, Loader
+from sau.data.images import OVERSHOOT, Augment, Batches, Images, check_counts, in_range, to_float
+from sau.errors import ConfigError, DataError, TrainingError
+from sau.loop import Session
+from sau.models import Normalized, match_memory_format, to_channels_last
+from sau.models.normalized import check_initialised, check_labels, check_logits, is_finite, logits_of
+from sau.types import Batched, Loader, Pixels
 from sau.util import epoch_generator, seeded
 
+HARM = 0.1  # of the clean images
+SHUFFLED = 20  # images that chance does not sort by class
 EMPTY = "the clean set is empty; give at least one labelled image"
 Statistics = Sequence[float] | None  # a number for each channel, or one for all; None: the images are in [0, 1]
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The network itself, where torch.compile wrapped it; ConfigError for what cannot be purified."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(f"model is {type(model).__name__}, allowed is an nn.Module; load its weights into one")
+    check_initialised(model)
+    if not (parameters := list(model.parameters())):
+        raise ConfigError("the network has no weights (parameters), so that there is nothing to purify")
+    if short := [p.dtype for p in parameters if p.is_floating_point() and p.itemsize < 4]:
+        raise ConfigError(f"weights are {short[0]}, which loses small updates; give model.float()")
+    return model
+
+
+def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of `model` on `device`, in eval mode, without gradients and compiled layers."""
+    mine = copy.deepcopy(model).to(device)
+    mine.zero_grad()
+    for module in list(mine.modules()):  # hooks, by which methods look into a network, do not run in compiled layers
+        for name, layer in list(module._modules.items()):  # a layer may have several names
+            if layer is not None and hasattr(layer, "_orig_mod"):
+                setattr(module, name, layer._orig_mod)
+    return to_channels_last(mine.eval())
+
+
+def restore(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -> nn.Module:
+    """`mine`, once a copy of `model`, with those weights frozen, and with that one's memory format and device."""
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    mine.zero_grad()  # or the caller's optimiser would repeat the last step of the defense
+    return match_memory_format(mine, model).to(next(model.parameters()).device).eval()
+
+
+def check_weights(model: nn.Module) -> None:
+    """TrainingError if a weight, or a buffer that is saved, is not finite."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and not is_finite(tensor):
+            raise TrainingError(f"{name} of the network holds NaN or infinity")
+
+
+def follows_images(model: nn.Module, x: Pixels) -> bool:
+    """Whether the logits of `model` have a gradient to its images `x`."""
+    with torch.enable_grad():
+        z = model(x := x[:8].detach().requires_grad_())
+        return z.requires_grad and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is not None
+
+
+def check_gradients(method: Any, model: nn.Module, x: Pixels) -> None:
+    """ConfigError if the logits are probabilities, or do not follow the weights or images that `method` moves."""
+    with torch.enable_grad():
+        check_logits(z := logits_of(model, x[:8]))
+    if not z.requires_grad or (method.gradients == "images" and not follows_images(model, x)):
+        advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
+        raise ConfigError(f"the logits have no gradient to the {method.gradients}, as {method.name} needs; {advice}")
+
+
+def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int]:
+    """Of the clean images as they are: predicted and given labels [N], and how many classes the network has."""
+    answers, labels, classes = list[Tensor](), list[Tensor](), 0
+    for x, y, *_ in unaugmented(batches):
+        logits = logits_of(model, x)
+        classes = logits.shape[1]
+        answers.append(logits.argmax(1))
+        labels.append(y.clone())  # a loader may fill the same tensor again
+    check_labels(torch.cat(labels), classes)
+    return torch.cat(answers), torch.cat(labels), classes
+
+
+@torch.no_grad()
+def check_before(method: Any, model: Normalized, batches: Batched, x: Pixels, session: Session) -> tuple[float, int]:
+    """Say the share of clean images that `model` classifies correctly, and warn of what stands out.
+
+    `x` are some of them. Returns that share and the number of images. Raises TrainingError for weights that are not
+    finite, DataError for labels of no class, ConfigError for logits that have no gradient where `method` needs one.
+    """
+    check_weights(model)
+    if method.gradients != "none":
+        check_gradients(method, model, x)
+    answers, labels, classes = predictions(model, batches)
+    right, total, kind = int((answers == labels).sum()), len(labels), method.data_use.replace("none", "clean")
+    session.say(f"the network classifies {right:,} of {total:,} {kind} images correctly ({100 * right / total:.1f} %)")
+    if wrong := misuse(right, total, classes):
+        session.say(f"warning: {wrong}")
+    if method.data_use == "none":
+        return right / total, total
+    counts, runs = labels.bincount(minlength=classes), 1 + int((labels.diff() != 0).sum())
+    present = int(counts.count_nonzero())
+    if 1 < present and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
+        session.say("warning: the loader gives the images class by class; give one that shuffles, as methods expect")
+    for note in check_counts(counts, method.data_use) if not session.data_checked else ():
+        session.say(f"note: {note}")
+    return right / total, total
+
+
+@torch.no_grad()
+def check_after(method: Any, model: nn.Module, batches: Batched, before: float, session: Session) -> None:
+    """TrainingError if a weight is not finite. Warns if many clean images that were classified correctly `before` no
+    longer are, as after a jump of the loss in the last rounds: the one harm that a defender sees."""
+    check_weights(model.eval())
+    if method.data_use == "poisoned":  # without its backdoor a network errs on the attacker's images
+        return
+    answers, labels, _ = predictions(model, batches)
+    after = float((answers == labels).double().mean())
+    if before - after > HARM:
+        now = f"warning: the network classifies {100 * after:.0f} % of the clean images correctly"
+        advice = "a smaller --lr, fewer --epochs or other settings"
+        session.say(f"{now}, before it was {100 * before:.0f} %, so it is harmed; try {advice}")
+
+
+def misuse(right: int, total: int, classes: int) -> str | None:
+    """What to warn of where `right` of `total` clean images are classified correctly; None where there is nothing.
+
+    An attacked network has nearly its full accuracy, so one with little is not used as it was trained.
+    """
+    if right >= total * (1 + 1 / classes) / 2:  # half way from chance to all; ImageNet has been at 60 % for long
+        return None
+    return (
+        f"the network classifies only {right:,} of {total:,} clean images correctly; usual causes are mean and std, "
+        "the order of the channels, the size of the images or the numbering of the classes other than in its training"
+    )
 
 
 def clean_batches(
@@ -26,16 +154,14 @@ def clean_batches(
         data = (data.pixels, data.labels)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], mean, std)
-        check_normalised([pixels], mean, std)
+        check_normalised(float(data[0].min()), float(data[0].max()), mean, std)
         return Batches(pixels.to(device), (labels.to(device),), size, seed)
     try:
-        length = -1 if isinstance(data, Tensor) or hasattr(data, "__next__") else len(data)  # type: ignore[arg-type]
-    except TypeError:  # a DataLoader over an endless stream has a `__len__` that raises
-        length = -1
-    if length < 0:
+        loader = not isinstance(data, Tensor | Iterator) and len(data) >= 0  # type: ignore[arg-type]
+    except TypeError:  # also from the `__len__` of a DataLoader over an endless stream
+        loader = False
+    if not loader:
         raise DataError(f"clean data of type {type(data).__name__}; give a DataLoader with a length, or two tensors")
-    if length == 0:
-        raise DataError(EMPTY)
     return _Loader(data, device, mean, std, seed)
 
 
@@ -62,19 +188,15 @@ def checked(x: Any, y: Any, mean: Statistics, std: Statistics) -> tuple[Tensor, 
     return in_range(x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1)), y.long()
 
 
-def check_normalised(batches: list[Tensor], mean: Statistics, std: Statistics) -> None:
-    """DataError if no image was normalised, by batches [B, C, H, W] after `mean` and `std` were undone; their smallest
-    and largest pixels are enough.
+def check_normalised(low: float, high: float, mean: Statistics, std: Statistics) -> None:
+    """DataError if images that are to be normalised, whose values range from `low` to `high`, are not.
 
     Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
     Where they do, although black would lie below, the images were in [0, 1], and undoing changed them.
     """
-    if mean is None or std is None or batches[0].dtype == torch.uint8:
+    if mean is None or std is None or not -OVERSHOOT < low <= high < 1 + OVERSHOOT:
         return
-    m, s = torch.tensor(mean), torch.tensor(std)
-    low = min(float(((x.amin((0, 2, 3)).cpu() - m) / s).min()) for x in batches)
-    high = max(float(((x.amax((0, 2, 3)).cpu() - m) / s).max()) for x in batches)
-    if -OVERSHOOT < low <= high < 1 + OVERSHOOT and bool((m > OVERSHOOT * s).all()):
+    if all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
         raise DataError(
             f"mean and std are given, but the pixels range over [{low:.3g}, {high:.3g}], so they are not normalised; "
             "leave mean and std out, or, if the network expects normalised images, give Normalized(model, mean, std)"
@@ -96,18 +218,17 @@ class _Loader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator, batch, ends = epoch_generator(self.seed, self.epoch), None, list[Tensor]()
+        generator, batch, low, high = epoch_generator(self.seed, self.epoch), None, math.inf, -math.inf
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
             x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.mean, self.std))
             if self.epoch == 0 and self.mean is not None:  # once is enough
-                ends.append(torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))])[..., None, None])
+                low, high = min(low, float(batch[0].min())), max(high, float(batch[0].max()))
             yield to_float(self.augment(x, generator) if self.augment else x), y
         if batch is None:
             raise DataError(EMPTY)
-        if ends:
-            check_normalised(ends, self.mean, self.std)
+        check_normalised(low, high, self.mean, self.std)
 
 
 def unaugmented(batches: Batched) -> Batched:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.defense.ft import FT
+from sau.defense.base import TrainingDefense
 from sau.defense.hooks import forward_hooks, resolve_layer
 from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
@@ -36,14 +36,16 @@ POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NAD(FT):
+class NAD(TrainingDefense):
     """Fine-tune while the attention maps stay close to those of a teacher, itself fine-tuned."""
 
     name: ClassVar[str] = "nad"
     unread: ClassVar[tuple[str, ...]] = ("epochs",)
-    compiles: ClassVar[bool] = False  # compiled code would not call the hooks that watch the layers
+    lengths: ClassVar[tuple[str, ...]] = ("epochs", "te_epochs")
+    files: ClassVar[tuple[str, ...]] = ("teacher_model_loc",)
     ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
 
+    augment: bool = True
     epochs: int = param(10, "of the student; the benchmark's entry of 100 is unused there, it trains te_epochs")
     lr_scheduler: Schedule | None = "constant"
     te_epochs: int = param(10, "of the teacher", ge=0)
@@ -52,17 +54,11 @@ class NAD(FT):
     beta3: float = param(1000.0, "the same for the third one, where `layers` names three", ge=0)
     p: float = param(2.0, "power of the features in an attention map", gt=0)
     layers: tuple[str, ...] = param(
-        (),
-        "up to three layers by name, like layer2,layer3,layer4; empty means the two deepest stages whose feature "
-        "maps have more than one position (layer3, layer4 in a ResNet)",
+        (), "up to three, like layer2,layer3,layer4; empty means the two deepest stages with more than one position"
     )
     teacher_model_loc: str | None = param(
-        None, "weights of a teacher instead of training one: a .safetensors file, or the folder of a finished run"
+        None, "a trained teacher: a .safetensors file, or the folder of a finished run"
     )
-
-    adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "te_epochs")
-    lengths: ClassVar[tuple[str, ...]] = ("epochs", "te_epochs")
-    files: ClassVar[tuple[str, ...]] = ("teacher_model_loc",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,12 +83,15 @@ class NAD(FT):
         plan = replace(self, epochs=self.te_epochs)
         state = plan.prepare(teacher, batches)
         loop.run(
-            partial(FT.step, plan, state), batches, plan.epochs,
+            partial(TrainingDefense.step, plan, state), batches, plan.epochs,
             # Without "model": nobody wants the teacher's scores.
             state={"teacher": teacher, "descent": state["descent"]},
             end_epoch=partial(plan.end_epoch, state), session=session, label="teacher",
         )  # fmt: skip
         return teacher
+
+    def supports_microbatch(self) -> bool:
+        return True
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         weights = state["weights"]
@@ -131,30 +130,25 @@ def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) ->
     one that runs last. Maps of one position do not count, nor do adaptive poolings, which may blow them up again.
     ConfigError for a layer without feature maps.
     """
-    sizes = _feature_maps(model, x)
+    sizes: dict[str, torch.Size] = {}  # of the feature maps, in the order in which the layers end
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            sizes[name] = output.shape[2:]
+
+    computed = "parametrizations."  # layers that make another one's weight, which may have four dimensions, too
+    layers = {name: module for name, module in model.named_modules() if name and computed not in name}
+    with forward_hooks((module, partial(note, name)) for name, module in layers.items()):
+        predict(model, x)
     names = [resolve_layer(model, name, "give --layers with feature maps [B, C, H, W]") for name in wanted]
     if without := [name for name in names if name not in sizes]:
         raise ConfigError(f"the layer {without[0]} has no feature maps [B, C, H, W]; give other --layers")
-    ends: dict[tuple[int, int], tuple[int, str]] = {}
-    for name, (h, w) in sizes.items():
-        depth, pooled = name.count("."), isinstance(model.get_submodule(name), POOLINGS)
-        if h * w > 1 and not pooled and depth <= ends.get((h, w), (depth, ""))[0]:
-            ends[h, w] = depth, name
+    ends: dict[torch.Size, str] = {}
+    for name, size in sizes.items():
+        outermost = name.count(".") <= ends.get(size, name).count(".")
+        if size.numel() > 1 and outermost and not isinstance(layers[name], POOLINGS):
+            ends[size] = name
     if not ends and not names:
         raise ConfigError("the network has no layer with feature maps [B, C, H, W], which nad distils; try ft or sau")
-    deep = sorted(ends, key=lambda size: size[0] * size[1])[:DEFAULT_LAYERS]
-    return names or [ends[size][1] for size in reversed(deep)]
-
-
-def _feature_maps(model: nn.Module, x: Pixels) -> dict[str, tuple[int, int]]:
-    """Height and width of every layer's feature maps, by name, in the order in which the layers end."""
-    sizes: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        computed = ".parametrizations." in f".{name}."  # the weight of a layer, which may have four dimensions, too
-        if isinstance(output, Tensor) and output.ndim == 4 and not computed:
-            sizes[name] = output.shape[2], output.shape[3]
-
-    with forward_hooks((module, partial(note, name)) for name, module in model.named_modules() if name):
-        predict(model, x)
-    return sizes
+    deep = sorted(ends, key=torch.Size.numel)[:DEFAULT_LAYERS]
+    return names or [ends[size] for size in reversed(deep)]

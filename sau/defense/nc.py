@@ -95,7 +95,6 @@ class NC(FT):
     """Invert a patch for every class, flag the classes whose patch is too small, unlearn it by fine-tuning."""
 
     name: ClassVar[str] = "nc"
-    adapting: ClassVar[tuple[str, ...]] = (*FT.adapting, "nc_epoch")
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")
     compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
     gradients = "images"

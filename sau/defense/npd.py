@@ -43,7 +43,6 @@ class NPD(TrainingDefense):
     """Train a polarizer, a linear layer in the frozen network, to filter perturbations towards the runner-up class."""
 
     name: ClassVar[str] = "npd"
-    adapting: ClassVar[tuple[str, ...]] = (*TrainingDefense.adapting, "warm_epochs")
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "warm_epochs")
     gradients = "images"
     ignored: ClassVar[dict[str, str]] = {
@@ -55,28 +54,19 @@ class NPD(TrainingDefense):
 
     epochs: int = 50
     batch_size: int = 128
-    target_layer_name: str = param(
-        "layer4.1.conv1", "the convolution before which the polarizer goes, by its name in the network"
-    )
+    target_layer_name: str = param("layer4.1.conv1", "the convolution before which the polarizer goes")
     warm_epochs: int = param(5, "epochs before the others, on clean images alone", ge=0)
     warm_lr: float = param(1e-4, "learning rate of these, which stays", gt=0)
-    weight_clean: float = param(1.0, "weight of the clean loss", ge=0, aliases=("lmd1",))
-    weight_adv: float = param(
-        0.4, "weight of the perturbed images' loss against the answer on the clean ones", ge=0, aliases=("lmd2",)
-    )
+    weight_clean: float = param(1.0, "l1, of the clean loss", ge=0, aliases=("lmd1",))
+    weight_adv: float = param(0.4, "l2, of the perturbed images' cross-entropy", ge=0, aliases=("lmd2",))
     weight_wrong: float = param(
-        0.4, "weight of the log that keeps their strongest other class down", ge=0, aliases=("lmd3",)
+        0.4, "l3, of the log that keeps the strongest other class down", ge=0, aliases=("lmd3",)
     )
-    weight_target: float = param(0.4, "weight of the log that keeps the attacked class down", ge=0, aliases=("lmd4",))
+    weight_target: float = param(0.4, "l4, of the log that keeps the runner-up down", ge=0, aliases=("lmd4",))
     eps: float = param(3.0, "radius of the ball, in [0, 1] pixels; in L_inf below 1", gt=0, aliases=("trigger_norm",))
     norm: Norm = param("L2", "norm of the ball; Reg means no ball", aliases=("norm_type",))
     adv_lr: float = param(0.1, "step of the search, as `eps`; every norm uses sign steps", gt=0)
-    adv_steps: int = param(
-        2,
-        "steps of the search; it stops once more than 60 % of a batch are at the runner-up",
-        ge=1,
-        aliases=("inner_steps",),
-    )
+    adv_steps: int = param(2, "steps, until 60 % of a batch are at the runner-up", ge=1, aliases=("inner_steps",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,27 +74,24 @@ class NPD(TrainingDefense):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
-        frozen = list(model.eval().parameters())
+        model.eval().requires_grad_(False)
         state = self.prepare(model, batches)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         loop.run(
             partial(self.warm_step, state), batches, self.warm_epochs, state=state, end_epoch=lambda losses: None,
             session=session, label="warm-up", rate="warm_lr",
         )  # fmt: skip
         self.train(state, batches, session.for_stage(1))
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        model.requires_grad_(True)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         advice = f"name a convolution (Conv2d) with --target_layer_name, like {', '.join(names[-1:]) or 'none here'}"
         name = resolve_layer(model, self.target_layer_name, advice)
-        inside = insert_polarizer(model, name)
-        trained = [*inside.get_submodule("polarizer").parameters(), *inside.get_submodule("norm").parameters()]
+        polarizer, norm, _ = insert_polarizer(model, name)
+        trained = [*polarizer.parameters(), *norm.parameters()]
         warm = Training(lr=self.warm_lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=self.wd)
         descents = {"warm": warm.descent(trained, len(batches)), "descent": self.descent(trained, len(batches))}
-        return {"model": model, "_norm": inside.get_submodule("norm"), **descents}
+        return {"model": model, "_norm": norm, **descents}
 
     def warm_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """Clean images alone, mostly to fill the running statistics of the new batch norm."""
@@ -168,17 +155,14 @@ def insert_polarizer(model: nn.Module, name: str) -> nn.Sequential:
 def insert_polarizers(net: nn.Module, names: Iterable[str]) -> None:
     """Put polarizers into `net` where the state dict with these names has them and `net` a convolution."""
     layers = dict(net.named_modules())
-    for name in names:
-        place = name.removesuffix(MARK)
-        if name.endswith(MARK) and isinstance(layers.get(place), nn.Conv2d):
+    for place in (name.removesuffix(MARK) for name in names if name.endswith(MARK)):
+        if isinstance(layers.get(place), nn.Conv2d):
             insert_polarizer(net, place)
 
 
 def restore_polarizer(net: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Load the state dict of a network that NPD purified into `net`, of the attacked network's architecture.
-
-    A state dict without polarizers is loaded as it is. Returns `net`.
-    """
+    """`net`, of the attacked network's architecture, with the state dict of one that NPD purified; one without
+    polarizers is loaded as it is."""
     insert_polarizers(net, weights)
     net.load_state_dict(weights)
     return net

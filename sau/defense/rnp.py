@@ -34,7 +34,6 @@ class RNP(MaskPruning):
     """Unlearn the clean task, see which channels stand in the way of its recovery, and prune them."""
 
     name: ClassVar[str] = "rnp"
-    adapting: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs", "batch_size")
     lengths: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs")
     ignored: ClassVar[dict[str, str]] = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import AdversarialDefense
+from sau.defense.base import AdversarialTraining, TrainingDefense
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import unsettled
@@ -56,7 +56,7 @@ def example_types(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAU(AdversarialDefense):
+class SAU(AdversarialTraining, TrainingDefense):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
     name: ClassVar[str] = "sau"
@@ -66,28 +66,19 @@ class SAU(AdversarialDefense):
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
     weight_adv: float = param(
-        0.0, "adversarial training on the found examples; the paper has no such term (0)", ge=0, aliases=("lmd_2",)
+        0.0, "adversarial training on x + e; the paper has no such term", ge=0, aliases=("lmd_2",)
     )
-    weight_shared: float = param(
-        1.0, "l2, lambda_2 of the paper: the shared adversarial risk", ge=0, aliases=("lmd_3",)
-    )
-    inner_adv: float = param(
-        0.01, "l3, lambda_3 of the paper: how much the search wants both networks to err", ge=0, aliases=("beta_1",)
-    )
-    inner_shared: float = param(
-        1.0, "l4, lambda_4 of the paper: how much it wants them to err alike", ge=0, aliases=("beta_2",)
-    )
+    weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
+    inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
+    inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
         "prediction",
-        "a network counts as fooled when its answer differs from its own on the clean image (prediction, as "
-        "released) or from the label (label, as in the paper)",
+        "fooled: another answer than to the clean image (prediction, as released) or than the label (paper)",
     )
-    stop_fooled: bool = param(
-        True, "drop a network's term once it is fooled, and a sample once it is shared (as released)"
-    )
+    stop_fooled: bool = param(True, "drop a network's term once it is fooled, an image once it is shared (as released)")
     outer_mask: Literal["moved", "wrong"] = param(
-        "moved", "also require s to differ from h_b's answer on the clean image (moved, as released) or not (wrong)"
+        "moved", "moved (as released): s must also differ from h_b's answer to the clean image; wrong: it need not"
     )
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
@@ -100,19 +91,21 @@ class SAU(AdversarialDefense):
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """The search of the inner problem, and the updates of the outer one."""
-        # An attempt that ran out of memory may have left train mode on.
-        model, reference = state["model"].eval(), state["_reference"]
+        model, reference = state["model"].eval(), state["_reference"]  # one that ran out of memory may be in train mode
         with fixed_norms(model, x):
             with torch.set_grad_enabled(not self.train_mode):
                 z = model(x)  # its graph serves the outer loss, so the clean pass is made once
             with torch.no_grad():
-                z_ref = reference(x)
-            clean_ref = z_ref.argmax(1)
+                clean_ref = reference(x).argmax(1)
             delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
             mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
             report: dict[str, Tensor] = {}
-            for repeat in range(self.outer_steps):
-                z, z_adv = self._logits(model, x, x + delta, z if repeat == 0 else None)
+            for _ in range(self.outer_steps):
+                if self.train_mode:  # statistics over clean and perturbed images together, as released
+                    z, z_adv = model.train()(torch.cat([x, x + delta])).chunk(2)
+                    model.eval()
+                else:
+                    z, z_adv = model(x) if report else z, model(x + delta)
                 clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 if self.weight_adv:
@@ -168,11 +161,3 @@ class SAU(AdversarialDefense):
         if self.stop_fooled:
             ce, ce_ref, js = ~fooled * ce, ~fooled_ref * ce_ref, ~shared * js
         return self.inner_shared * js.sum() - self.inner_adv * (ce.sum() + ce_ref.sum()) / 2
-
-    def _logits(self, model: nn.Module, x: Pixels, adversarial: Pixels, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.train_mode:
-            # Statistics over clean and perturbed images together, as released.
-            both = model.train()(torch.cat([x, adversarial]))
-            model.eval()
-            return both[: len(x)], both[len(x) :]
-        return model(x) if z is None else z, model(adversarial)

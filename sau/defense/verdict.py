@@ -3,16 +3,16 @@
 A backdoor is a small change that sends any image to one class. For a class c a patch is a mask m in [0, 1]^(H x W) and
 a pattern p, applied as x' = (1 - m) x + m p; of those that send 9 of 10 clean images of other classes to c the search
 keeps the one with the smallest |m|_1 (Neural Cleanse, Wang et al., S&P 2019). It looks at the attacked network h_b.
-After the purification the smallest of these patches is grown, from where it is, until it sends half of the images to
-its class in h_b and in the purified h alike: a shared adversarial example of SAU that is the same for all images. A
-backdoor that survives, if only on a part of the images, keeps its patch far smaller than those of the other classes.
+Then the smallest of these patches is grown, from where it is, until it sends half of the images to its class in h_b and
+in the purified h alike: a shared adversarial example of SAU that is the same for all images. A backdoor that survives,
+if only on a part of the images, keeps its patch far smaller than those of the other classes.
 
 Shared examples found for each image alone say less: in a ball of radius 0.2 a search finds one for nearly every image
 of any network, whatever became of its backdoor.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.evaluate import eval_mode
 from sau.optim import adam
 from sau.types import Labels, Pixels
 from sau.util import seeded
@@ -50,16 +49,12 @@ class Verdict:
         """Whether too little changed to have removed a backdoor."""
         return self.after < SMALL * self.typical
 
-    def text(self) -> str:
-        """One line, and a warning where there are doubts."""
+    def lines(self) -> list[str]:
+        """What was found, after a warning where there are doubts."""
         before, after, typical = ("none" if math.isinf(size) else f"{size:.1f} pixels" for size in vars(self).values())
         found = f"smallest patch that leads images to one class: {before} before, {after} after"
-        found += f" (other classes: {typical}); this is no proof"
-        if not self.doubts:
-            return found
-        return (
-            f"warning: too little changed to have removed a backdoor; try other settings or more clean images\n{found}"
-        )
+        doubts = "too little changed to have removed a backdoor; try other settings or more clean images"
+        return [f"warning: {doubts}"] * self.doubts + [f"{found} (other classes: {typical}); this is no proof"]
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`; None where no patch worked."""
@@ -67,50 +62,29 @@ class Verdict:
         return {**finite, "doubts": self.doubts}
 
 
-class PatchSearch:
-    """Searches the patches before and after a purification, on a few clean images.
+def compare(attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels) -> Verdict:
+    """Search two networks in eval mode on a few clean images; weights of `attacked` take no gradients from then on."""
+    x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
+    with seeded(1):
+        classes = likely_classes(attacked, x[:FEW], y[:FEW])
+        masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) - 1).sigmoid()  # faint, of grey
+        patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
+        (masks, patterns), sizes = smallest_patches([attacked], x[:FEW], y[:FEW], classes, (masks, patterns), MOST)
+        one = sizes.argmin().view(1)
+        _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
+    return Verdict(before=float(sizes.min()), after=float(after), typical=float(sizes.median()))
 
-    Args:
-        attacked: the network as it came; it must not change, and its weights no longer take gradients.
-        x: clean images [N, C, H, W] in [0, 1].
-        y: their labels [N].
-    """
 
-    def __init__(self, attacked: nn.Module, x: Pixels, y: Labels) -> None:
-        self.attacked, self.x, self.y = attacked.requires_grad_(False), x[:MANY], y[:MANY]
-        with seeded(1), eval_mode(self.attacked):
-            self.classes = self._classes()
-            shape = (len(self.classes), 1, *x.shape[2:]), (len(self.classes), *x.shape[1:])
-            masks = (0.1 * torch.randn(shape[0], device=x.device) - 1).sigmoid()  # faint, on grey patterns
-            start = masks, torch.randn(shape[1], device=x.device).sigmoid()
-            few = self.x[:FEW], self.y[:FEW]
-            self.patches, self.sizes = smallest_patches([self.attacked], *few, self.classes, start, MOST)
-
-    def verdict(self, purified: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
-        """Search again and say what there is to say; returns it for `summary.json`."""
-        verdict = self.compare(purified)
-        for line in verdict.text().splitlines():
-            say(line)
-        return verdict.summary()
-
-    def compare(self, purified: nn.Module) -> Verdict:
-        """Grow the smallest patch until it works in `purified`, too."""
-        one = self.sizes.argmin().view(1)
-        start, networks = (self.patches[0][one], self.patches[1][one]), [purified, self.attacked]
-        with seeded(2), eval_mode(*networks):
-            _, after = smallest_patches(networks, self.x, self.y, self.classes[one], start, HALF)
-        return Verdict(before=float(self.sizes.min()), after=float(after), typical=float(self.sizes.median()))
-
-    def _classes(self) -> Tensor:
-        """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
-        x, y = self.x[:FEW].detach().requires_grad_(), self.y[:FEW]
-        logits = self.attacked(x)
-        if logits.shape[1] <= CLASSES:
-            return torch.arange(logits.shape[1], device=x.device)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
-        with torch.no_grad():
-            led = self.attacked((x + 0.1 * gradient.sign()).clamp(0, 1)).softmax(1)
-        return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
+def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
+    """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    if logits.shape[1] <= CLASSES:
+        return torch.arange(logits.shape[1], device=x.device)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
+    with torch.no_grad():
+        led = model((x + 0.1 * gradient.sign()).clamp(0, 1)).softmax(1)
+    return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
 
 
 def smallest_patches(
@@ -128,8 +102,8 @@ def smallest_patches(
     cost = torch.full((k,), 0.02, device=x.device)
     target, others = classes.repeat_interleave(len(x)), (y != classes[:, None]).float()
     for _ in range(STEPS):
-        mask, pattern = (part.sigmoid() for part in descent.parameters)
-        size = descent.parameters[0].sigmoid().flatten(1).sum(1)
+        mask, pattern = (part.sigmoid() for part in logits)
+        size = logits[0].sigmoid().flatten(1).sum(1)
         stamped = (x + mask[:, None] * (pattern[:, None] - x)).flatten(0, 1)
         every = [network(stamped).float() for network in networks]
         led = torch.stack([z.argmax(1).view(k, -1) == classes[:, None] for z in every]).all(0) * others
@@ -140,5 +114,5 @@ def smallest_patches(
             cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
         entropy = torch.stack([F.cross_entropy(z, target, reduction="none") for z in every]).sum(0)
         loss = ((entropy.view(k, -1) * others).mean(1) + cost * size).sum()
-        descent.follow(torch.autograd.grad(loss, descent.parameters))
+        descent.follow(torch.autograd.grad(loss, logits))
     return (masks, patterns), sizes
