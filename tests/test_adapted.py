@@ -10,7 +10,7 @@ from toys import planted, quiet, tiny_net, toy_images
 
 from sau.defense import AT, DEFENSES, FT, NAD, SAU
 from sau.defense import verdict as verdicts
-from sau.defense.verdict import Verdict, compare, likely_classes
+from sau.defense.verdict import compare, likely_classes, lines
 from sau.loop import Session
 from sau.models import PreActResNet18
 
@@ -76,21 +76,18 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     monkeypatch.setattr(verdicts, "STEPS", 60)
     net, _, (x, y), _ = planted()
     kept = compare(planted()[0], net, x, y)
-    assert kept.doubts and kept.lines()[0].startswith("warning: too little changed")
+    assert kept["doubts"] and lines(kept)[0].startswith("warning: too little changed")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
     gone = compare(planted()[0], fixed, x, y)
-    assert gone.after > 1.5 * kept.after and not gone.doubts
-    assert min(gone.before, kept.before) < 9.5  # the corner has 9 pixels
+    assert gone["after"] > 1.5 * kept["after"] and not gone["doubts"]
+    assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
 
 
-def test_doubts() -> None:
-    fine: dict[str, float] = {"before": 2.0, "after": 20.0, "typical": 25.0}
-    assert not Verdict(**fine).doubts and "no proof" in Verdict(**fine).lines()[0]
-    assert Verdict(**{**fine, "after": 12.0}).doubts
-    nothing = Verdict(**{**fine, "after": float("inf")})
-    assert "none after" in nothing.lines()[0] and nothing.summary()["after"] is None
+def test_the_verdict_in_words() -> None:
+    (line,) = lines({"before": 2.0, "after": None, "typical": 25.0, "doubts": False})
+    assert "2.0 pixels before, none after" in line and "no proof" in line
 
 
 def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:

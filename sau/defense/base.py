@@ -142,13 +142,12 @@ class Defense(Method, ABC):
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # networks for inference are often frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
-            attacked = (
-                inputs.copy_to(owned, place) if self.gradients != "none" and self.data_use != "poisoned" else None
-            )
             batches: Any = inputs.clean_batches(data, self.batch_size, place, mean, std, seed)
             x, y = inputs.first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
-                right, images = inputs.check_before(self, owned, batches, x, session)
+                judged = self.gradients != "none" and inputs.check_gradients(self, owned, x)
+                right, images = inputs.check_before(self, owned, batches, session)
+            attacked = inputs.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
             published = settings == "auto" and self.adapting.items() <= self.params().items()
             method = self.adapted(owned, images, per_epoch) if published else self
@@ -158,11 +157,10 @@ class Defense(Method, ABC):
             with seeded(seed):
                 method.run(owned, batches, session)
                 inputs.check_after(method, owned, batches, right, session)
-            if attacked is not None and inputs.follows_images(attacked, x):
-                found = verdict.compare(attacked, owned, x, y)
-                for line in found.lines():
+            if attacked is not None:
+                session.findings["verdict"] = found = verdict.compare(attacked, owned, x, y)
+                for line in verdict.lines(found):
                     session.say(line)
-                session.findings["verdict"] = found.summary()
             return inputs.restore(owned if owned is mine else owned.net, model, frozen)
 
 

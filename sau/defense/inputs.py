@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sau.data.images import OVERSHOOT, Augment, Batches, Images, check_counts, in_range, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import Session
-from sau.models import Normalized, match_memory_format, to_channels_last
+from sau.models import match_memory_format, to_channels_last
 from sau.models.normalized import check_initialised, check_labels, check_logits, is_finite, logits_of
 from sau.types import Batched, Loader, Pixels
 from sau.util import epoch_generator, seeded
@@ -62,20 +62,18 @@ def check_weights(model: nn.Module) -> None:
             raise TrainingError(f"{name} of the network holds NaN or infinity")
 
 
-def follows_images(model: nn.Module, x: Pixels) -> bool:
-    """Whether the logits of `model` have a gradient to its images `x`."""
+def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
+    """Whether the logits of `model` have a gradient to its images `x`. ConfigError if they are probabilities, or have
+    none to the weights, or to the images where `method` needs that."""
     with torch.enable_grad():
-        z = model(x := x[:8].detach().requires_grad_())
-        return z.requires_grad and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is not None
-
-
-def check_gradients(method: Any, model: nn.Module, x: Pixels) -> None:
-    """ConfigError if the logits are probabilities, or do not follow the weights or images that `method` moves."""
-    with torch.enable_grad():
-        check_logits(z := logits_of(model, x[:8]))
-    if not z.requires_grad or (method.gradients == "images" and not follows_images(model, x)):
+        check_logits(z := logits_of(model, x := x[:8].detach().requires_grad_()))
+        into = (x, *model.parameters())
+        images, *weights = torch.autograd.grad(z.sum(), into, allow_unused=True) if z.requires_grad else (None,)
+    follows = {"images": images is not None, "weights": any(gradient is not None for gradient in weights)}
+    if missing := [name for name in ("weights", method.gradients) if not follows[name]]:
         advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
-        raise ConfigError(f"the logits have no gradient to the {method.gradients}, as {method.name} needs; {advice}")
+        raise ConfigError(f"the logits have no gradient to the {missing[0]}, as {method.name} needs; {advice}")
+    return follows["images"]
 
 
 def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int]:
@@ -91,15 +89,13 @@ def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int
 
 
 @torch.no_grad()
-def check_before(method: Any, model: Normalized, batches: Batched, x: Pixels, session: Session) -> tuple[float, int]:
+def check_before(method: Any, model: nn.Module, batches: Batched, session: Session) -> tuple[float, int]:
     """Say the share of clean images that `model` classifies correctly, and warn of what stands out.
 
-    `x` are some of them. Returns that share and the number of images. Raises TrainingError for weights that are not
-    finite, DataError for labels of no class, ConfigError for logits that have no gradient where `method` needs one.
+    Returns that share and the number of images. Raises TrainingError for weights that are not finite, DataError for
+    labels of no class.
     """
     check_weights(model)
-    if method.gradients != "none":
-        check_gradients(method, model, x)
     answers, labels, classes = predictions(model, batches)
     right, total, kind = int((answers == labels).sum()), len(labels), method.data_use.replace("none", "clean")
     session.say(f"the network classifies {right:,} of {total:,} {kind} images correctly ({100 * right / total:.1f} %)")

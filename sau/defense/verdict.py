@@ -12,8 +12,7 @@ of any network, whatever became of its backdoor.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,40 +29,14 @@ SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
 Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Sizes of patches in pixels; infinite where none was found.
+def compare(attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels) -> dict[str, Any]:
+    """Search two networks in eval mode on a few clean images; weights of `attacked` take no gradients from then on.
 
-    Args:
-        before: the smallest that sends 9 of 10 images to its class in the attacked network.
-        after: the same, grown until it sends half of the images there in the purified network, too.
-        typical: the median of the former over the classes.
+    Returns sizes of patches in pixels, None where there is none: `before`, the smallest that sends 9 of 10 images to
+    its class in the attacked network; `after`, the same, grown until it sends half of the images there in the purified
+    one, too; `typical`, the median of the former over the classes. And `doubts`: whether too little changed to have
+    removed a backdoor.
     """
-
-    before: float
-    after: float
-    typical: float
-
-    @property
-    def doubts(self) -> bool:
-        """Whether too little changed to have removed a backdoor."""
-        return self.after < SMALL * self.typical
-
-    def lines(self) -> list[str]:
-        """What was found, after a warning where there are doubts."""
-        before, after, typical = ("none" if math.isinf(size) else f"{size:.1f} pixels" for size in vars(self).values())
-        found = f"smallest patch that leads images to one class: {before} before, {after} after"
-        doubts = "too little changed to have removed a backdoor; try other settings or more clean images"
-        return [f"warning: {doubts}"] * self.doubts + [f"{found} (other classes: {typical}); this is no proof"]
-
-    def summary(self) -> dict[str, Any]:
-        """For `summary.json`; None where no patch worked."""
-        finite = {name: None if math.isinf(value) else round(value, 3) for name, value in vars(self).items()}
-        return {**finite, "doubts": self.doubts}
-
-
-def compare(attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels) -> Verdict:
-    """Search two networks in eval mode on a few clean images; weights of `attacked` take no gradients from then on."""
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     with seeded(1):
         classes = likely_classes(attacked, x[:FEW], y[:FEW])
@@ -72,7 +45,19 @@ def compare(attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels) -> V
         (masks, patterns), sizes = smallest_patches([attacked], x[:FEW], y[:FEW], classes, (masks, patterns), MOST)
         one = sizes.argmin().view(1)
         _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
-    return Verdict(before=float(sizes.min()), after=float(after), typical=float(sizes.median()))
+    found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
+    finite = {name: None if math.isinf(size) else round(size, 3) for name, size in found.items()}
+    return {**finite, "doubts": found["after"] < SMALL * found["typical"]}
+
+
+def lines(verdict: Mapping[str, Any]) -> list[str]:
+    """What `compare` found in words, after a warning where there are doubts."""
+    before, after, typical = (
+        "none" if verdict[name] is None else f"{verdict[name]:.1f} pixels" for name in ("before", "after", "typical")
+    )
+    found = f"smallest patch that leads images to one class: {before} before, {after} after (other classes: {typical})"
+    doubts = "too little changed to have removed a backdoor; try other settings or more clean images"
+    return [f"warning: {doubts}"] * verdict["doubts"] + [f"{found}; this is no proof"]
 
 
 def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
