@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import pair, quiet, refuses, same_weights, tiny_net
 
 from sau.defense import FT, NAD
-from sau.defense.nad import attention, attention_layers, watched
+from sau.defense.nad import attention, attention_layers, features
 from sau.errors import RecordError
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18, unwrapped
@@ -52,8 +52,8 @@ def test_the_loss_of_a_step_by_hand():
     state = {**defense.prepare(nets[0], range(1)), "teacher": nets[1].eval(), "weights": {"0": 7.0, "1": 11.0}}
     wanted = [0.0, 0.0]
     for picture in x:
-        for level, features in enumerate((lambda net: net[0], lambda net: net[:2])):
-            maps = [(features(net)(picture[None])[0].abs() ** 3).sum(0) for net in nets]
+        for level, part in enumerate((lambda net: net[0], lambda net: net[:2])):
+            maps = [(part(net)(picture[None])[0].abs() ** 3).sum(0) for net in nets]
             student, teacher = (m / (m.square().sum().sqrt() + 1e-6) for m in maps)
             wanted[level] += (student - teacher).square().mean().item() / 5
     clean = F.cross_entropy(nets[0](x), y).item()
@@ -72,9 +72,11 @@ def test_features_are_taken_before_a_relu_in_place():
             return self.linear(F.relu(self.conv(x), inplace=True).mean((2, 3)))
 
     net, x = Net(), torch.rand(2, 3, 6, 6)
-    logits, maps = watched(net, ["conv"], x, 2.0)
-    assert torch.equal(maps["conv"], attention(net.conv(x), 2.0))
-    torch.autograd.grad(logits.sum() + maps["conv"].square().sum(), net.conv.weight)  # nothing it needs was overwritten
+    logits, found = features(net, ["conv"], x)
+    assert torch.equal(found["conv"], net.conv(x))
+    torch.autograd.grad(
+        logits.sum() + found["conv"].square().sum(), net.conv.weight
+    )  # nothing it needs was overwritten
     assert not net.conv._forward_hooks
 
 

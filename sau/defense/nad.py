@@ -10,7 +10,7 @@ where the mean goes over images and positions, and f_l, f_t,l are the features o
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,9 @@ from sau.defense.base import TrainingDefense
 from sau.defense.hooks import forward_hooks, resolve_layer
 from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
-from sau.evaluate import predict
+from sau.evaluate import eval_mode
 from sau.loop import Session
+from sau.models.normalized import at_least_fp32
 from sau.optim import Schedule
 from sau.types import Batched, Labels, Logits, Pixels
 
@@ -96,10 +97,12 @@ class NAD(TrainingDefense):
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         weights = state["weights"]
         with torch.no_grad():
-            _, theirs = watched(state["teacher"], list(weights), x, self.p)
-        logits, ours = watched(state["model"], list(weights), x, self.p)
-        clean = F.cross_entropy(logits, y)
-        distilled = sum((beta * F.mse_loss(ours[name], theirs[name]) for name, beta in weights.items()), 0 * clean)
+            _, theirs = features(state["teacher"], weights, x)
+        logits, ours = features(state["model"], weights, x)
+        clean, distilled = F.cross_entropy(logits, y), logits.new_zeros(())
+        for name, beta in weights.items():
+            maps = attention(ours[name], self.p), attention(theirs[name], self.p)
+            distilled = distilled + beta * F.mse_loss(*maps)
         loss = clean + distilled
         state["descent"](loss)
         return {"loss": loss, "clean_loss": clean, "attention_loss": distilled}
@@ -107,20 +110,20 @@ class NAD(TrainingDefense):
 
 def attention(f: Tensor, p: float) -> Tensor:
     """Normalised attention maps [B, H, W] of features [B, C, H, W]; a map of one position is the constant 1."""
-    maps = f.abs().pow(p).sum(1)
+    maps = at_least_fp32(f).abs().pow(p).sum(1)  # sums over channels need more than bf16
     return maps / (torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True) + 1e-6)
 
 
-def watched(model: nn.Module, layers: Sequence[str], x: Pixels, p: float) -> tuple[Logits, dict[str, Tensor]]:
-    """Logits, and the attention map of every layer by its name, from one forward pass."""
-    maps: dict[str, Tensor] = {}
+def features(model: nn.Module, layers: Iterable[str], x: Pixels) -> tuple[Logits, dict[str, Tensor]]:
+    """Logits, and what the layers answer with, by name, in the order in which they end."""
+    found: dict[str, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        # A copy, for a ReLU that works in place may follow; in fp32, for sums over channels need more than bf16.
-        maps[name] = attention(output.clone().float() if output.dtype != torch.float64 else output.clone(), p)
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found[name] = output.clone()  # a ReLU that works in place may follow
 
     with forward_hooks((model.get_submodule(name), partial(keep, name)) for name in layers):
-        return model(x), maps
+        return model(x), found
 
 
 def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) -> list[str]:
@@ -130,16 +133,10 @@ def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) ->
     one that runs last. Maps of one position do not count, nor do adaptive poolings, which may blow them up again.
     ConfigError for a layer without feature maps.
     """
-    sizes: dict[str, torch.Size] = {}  # of the feature maps, in the order in which the layers end
-
-    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
-            sizes[name] = output.shape[2:]
-
     computed = "parametrizations."  # layers that make another one's weight, which may have four dimensions, too
     layers = {name: module for name, module in model.named_modules() if name and computed not in name}
-    with forward_hooks((module, partial(note, name)) for name, module in layers.items()):
-        predict(model, x)
+    with torch.no_grad(), eval_mode(model):
+        sizes = {name: f.shape[2:] for name, f in features(model, layers, x)[1].items() if f.ndim == 4}
     names = [resolve_layer(model, name, "give --layers with feature maps [B, C, H, W]") for name in wanted]
     if without := [name for name in names if name not in sizes]:
         raise ConfigError(f"the layer {without[0]} has no feature maps [B, C, H, W]; give other --layers")
