@@ -236,18 +236,18 @@ def test_the_same_images_in_another_form_change_no_bit(defense):
 
 @pytest.mark.usefixtures("unchecked")
 @each
-@pytest.mark.parametrize("give", [lambda x, y: (x, y), triples], ids=["pair", "loader"])
-def test_normalised_images_with_their_statistics_are_pixels(defense, give):
+def test_normalised_images_with_their_statistics_are_pixels(defense):
     """Grey levels in 256ths, a mean of 1/2 and a deviation of 1/4 make the way there and back exact."""
     images = toy_images(16)
     pixels, mean, std = images.pixels.float() / 256, (0.5,) * 3, (0.25,) * 3
     how: dict[str, Any] = {"session": quiet(), "augment": Augment()}
-    inside = defense.purify(Normalized(tiny_net(), mean, std), give(pixels, images.labels), **how)
-    normalised = give((pixels - 0.5) / 0.25, images.labels)
-    outside = defense.purify(tiny_net(), normalised, mean=np.array(mean), std=torch.tensor(std), **how)
-    assert same_weights(inside.get_submodule("net"), outside)
-    plain = defense.purify(tiny_net(), give(pixels, images.labels), **how)
-    assert same_weights(plain, outside) is not ROWS[defense.name].pictures
+    for give in (lambda x, y: (x, y), triples):
+        inside = defense.purify(Normalized(tiny_net(), mean, std), give(pixels, images.labels), **how)
+        normalised = give((pixels - 0.5) / 0.25, images.labels)
+        outside = defense.purify(tiny_net(), normalised, mean=np.array(mean), std=torch.tensor(std), **how)
+        assert same_weights(inside.get_submodule("net"), outside)
+        plain = defense.purify(tiny_net(), give(pixels, images.labels), **how)
+        assert same_weights(plain, outside) is not ROWS[defense.name].pictures
 
 
 @each
@@ -282,16 +282,15 @@ def test_a_last_batch_of_one_image(defense):
             method.purify(OnePixel(), [(x[None], y[None]) for x, y in zip(*pair(3), strict=True)], session=quiet())
 
 
-@pytest.mark.parametrize("count", [1, 15])
 @each
-def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense, count):
-    """One image, and images without one of the classes."""
+def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense):
+    """Images without one of the classes are used, one image may be refused."""
     x, y = pair()
-    kept = (y != 2) if count == 15 else torch.arange(20) == 3
+    assert defense.purify(tiny_net(), (x[y != 2], y[y != 2]), session=quiet())(x).isfinite().all()
     try:
-        assert defense.purify(tiny_net(), (x[kept], y[kept]), session=quiet())(x).isfinite().all()
+        assert defense.purify(tiny_net(), (x[3:4], y[3:4]), session=quiet())(x).isfinite().all()
     except SauError as refusal:
-        assert count == 1 and "image" in str(refusal)
+        assert "image" in str(refusal)
 
 
 class Endless(IterableDataset):
@@ -632,20 +631,15 @@ def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
         assert rounds[-1]["train_type1"] < rounds[0]["train_type1"]  # examples that fool both networks become rare
 
 
-@pytest.mark.parametrize(
-    ("defense", "name", "wanted"),
-    [
-        (
-            RNP(
-                batch_size=8, unlearning_epochs=3, recovering_epochs=0, schedule=(1, 2), unlearning_lr=1e-4,
-                clean_threshold=0.0, pruning_number=0.0,
-            ), "lr", [1e-5, 1e-6, 1e-6],
-        ),
-        (NPD(epochs=2, warm_epochs=0, batch_size=8, lr=0.2, target_layer_name="features.3"), "lr", [0.1, 0.0]),
-        (ANP(nb_iter=1, batch_size=4, sgd_momentum=0.3, pruning_by="number", pruning_number=2.0), "momentum", [0.3]),
-    ],
-    ids=["rnp", "npd", "anp"],
-)  # fmt: skip
+REACHED: list[tuple[Any, str, list[float]]] = [
+    (NPD(epochs=2, warm_epochs=0, batch_size=8, lr=0.2, target_layer_name="features.3"), "lr", [0.1, 0.0]),
+    (ANP(nb_iter=1, batch_size=4, sgd_momentum=0.3, pruning_by="number", pruning_number=2.0), "momentum", [0.3]),
+    (RNP(batch_size=8, unlearning_epochs=3, recovering_epochs=0, schedule=(1, 2), unlearning_lr=1e-4,
+         clean_threshold=0.0, pruning_number=0.0), "lr", [1e-5, 1e-6, 1e-6]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("defense", "name", "wanted"), REACHED)
 def test_schedules_and_momentum_reach_the_optimiser(defense, name, wanted):
     seen = []
 

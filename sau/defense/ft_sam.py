@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
 
 from sau.config import param
 from sau.defense.base import TrainingDefense
@@ -91,15 +92,11 @@ class FTSAM(TrainingDefense):
         """e, from the weights and the gradients at them, in the shapes of the weights."""
         sizes = [weight.abs() if self.adaptive else torch.ones_like(weight) for weight in weights]
         scaled = [size * gradient for size, gradient in zip(sizes, gradients, strict=True)]
-        factor = self.rho / (_norm(scaled) + TINY)
+        factor = self.rho / (get_total_norm(scaled) + TINY)
         return [size * part * factor for size, part in zip(sizes, scaled, strict=True)]
 
     @torch.no_grad()
     def direction(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> list[Tensor]:
         """g_e - alpha * (g - (<g, g_e> / |g_e|^2) g_e)."""
-        along = sum((g * ge).sum() for g, ge in zip(here, there, strict=True)) / (_norm(there) ** 2 + TINY)
+        along = sum((g * ge).sum() for g, ge in zip(here, there, strict=True)) / (get_total_norm(there) ** 2 + TINY)
         return [ge - self.alpha * (g - along * ge) for g, ge in zip(here, there, strict=True)]
-
-
-def _norm(parts: Sequence[Tensor]) -> Scalar:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
