@@ -75,12 +75,12 @@ def test_what_the_user_gives_stands() -> None:
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "STEPS", 60)
     net, _, (x, y), _ = planted()
-    kept = compare(planted()[0], net, x, y)
+    kept = compare(planted()[0], net, x, y, print)
     assert kept["doubts"] and lines(kept)[0].startswith("warning: too little changed")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
-    gone = compare(planted()[0], fixed, x, y)
+    gone = compare(planted()[0], fixed, x, y, print)
     assert gone["after"] > 1.5 * kept["after"] and not gone["doubts"]
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
 

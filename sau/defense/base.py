@@ -124,8 +124,7 @@ class Defense(Method, ABC):
             device: where to compute; default is where the network is.
             augment: crop and flip for methods that augment; default is a crop padded by an eighth of the size, no flip.
             seed: of the clean images' order (a loader may have its own), augmentation and random numbers.
-            session: output and checkpoints; default prints a line an epoch and keeps nothing. A method with
-                `select="oracle"` asks its `judge`.
+            session: output and checkpoints; default prints and keeps nothing. `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
             settings: auto adapts published settings, unless given, to clean set and network (`adapted`); or as_given.
 
@@ -158,9 +157,7 @@ class Defense(Method, ABC):
                 method.run(owned, batches, session)
                 inputs.check_after(method, owned, batches, right, session)
             if attacked is not None:
-                session.findings["verdict"] = found = verdict.compare(attacked, owned, x, y)
-                for line in verdict.lines(found):
-                    session.say(line)
+                session.findings["verdict"] = verdict.compare(attacked, owned, x, y, session.say)
             return inputs.restore(owned if owned is mine else owned.net, model, frozen)
 
 

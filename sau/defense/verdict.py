@@ -12,7 +12,7 @@ of any network, whatever became of its backdoor.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,11 @@ SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
 Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
 
 
-def compare(attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels) -> dict[str, Any]:
-    """Search two networks in eval mode on a few clean images; weights of `attacked` take no gradients from then on.
+def compare(
+    attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Search two networks in eval mode on a few clean images, and say what is found. Weights of `attacked` take no
+    gradients from then on.
 
     Returns sizes of patches in pixels, None where there is none: `before`, the smallest that sends 9 of 10 images to
     its class in the attacked network; `after`, the same, grown until it sends half of the images there in the purified
@@ -47,7 +50,10 @@ def compare(attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels) -> d
         _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
     finite = {name: None if math.isinf(size) else round(size, 3) for name, size in found.items()}
-    return {**finite, "doubts": found["after"] < SMALL * found["typical"]}
+    verdict = {**finite, "doubts": found["after"] < SMALL * found["typical"]}
+    for line in lines(verdict):
+        say(line)
+    return verdict
 
 
 def lines(verdict: Mapping[str, Any]) -> list[str]:
