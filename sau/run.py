@@ -18,7 +18,7 @@ import sau
 from sau.attack.triggers import network_digest
 from sau.config import Method, check, param
 from sau.data.images import Images
-from sau.data.sources import DATA_FOLDER, check_share
+from sau.data.sources import DATA_FOLDER
 from sau.device import has_bf16, set_threads
 from sau.errors import ConfigError
 from sau.evaluate import Score, score
@@ -109,7 +109,7 @@ class DefenseRun(Run):
     result_file: str | None = param(
         None, "result folder of the attack, ours or BackdoorBench's: a name below record_root, or a path"
     )
-    ratio: float = param(0.05, "share of the clean training set that the defender has")
+    ratio: float = param(0.05, "share of the clean training set that the defender has", gt=0, le=1)
     index: str | None = param(None, "file with the indices of the defender's images, one a line; beats ratio")
     track_risk: bool = param(
         False, "at every evaluation, before and after, also measure the risks R_cl, R_bd, R_adv and R_share"
@@ -122,8 +122,6 @@ class DefenseRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.index is None:
-            check_share(self.ratio)
         self.search()
 
     def search(self) -> Search:

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import shutil
 import tarfile
 import zipfile
@@ -16,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hostile import KEYS, pickled, saved
+from hostile import KEYS, saved
 from PIL import Image
 from toys import TinyNet, refuses, tiny_net, toy_images
 
 from sau.compat import backdoorbench
 from sau.data import sources
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Images, to_float
-from sau.data.sources import OFFICIAL, Official, fingerprint, load, source
+from sau.data.sources import OFFICIAL, fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
 from sau.models import MODELS, build
@@ -182,31 +181,14 @@ def same(one: Images, other: Images) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
-def test_a_plain_file_is_read(tiny, tmp_path):
-    found = backdoorbench.read(save(toy_content(tmp_path / "a"), tmp_path / "a"))
-    poisoned, triggered = toy_parts()
-    assert same(found.poisoned, poisoned) and same(found.triggered, triggered)
-    assert found.lengths == (40, 20)
-    for name, tensor in tiny_net(10).state_dict().items():
-        assert torch.equal(found.weights[name], tensor)
-    assert len(found.digest) == 64
-
-
-def test_numpy_1_and_numpy_2_names_are_read(tiny, tmp_path):
-    folder = save(toy_content(tmp_path / "a"), tmp_path / "a")
-    raw = (folder / RESULT).read_bytes()
-    for old, new in ((b"numpy._core", b"numpy.core"), (b"numpy.core", b"numpy._core")):
-        changed = pickled(raw, lambda content, old=old, new=new: content.replace(old, new))
-        assert (old + b".multiarray") not in changed and changed.count(new + b".multiarray") == 2
-        (folder / RESULT).write_bytes(changed)
-        assert same(backdoorbench.read(folder).poisoned, toy_parts()[0])
-
-
 def test_an_attack_without_a_poisoned_training_set(tiny, tmp_path):
     content = toy_content(tmp_path / "a")
     content["bd_train"] = None
     found = backdoorbench.read(save(content, tmp_path / "a"))
-    assert found.poisoned is None and found.lengths == (None, 20) and len(found.triggered) == 18
+    assert found.poisoned is None and found.lengths == (None, 20) and same(found.triggered, toy_parts()[1])
+    assert len(found.digest) == 64
+    for name, tensor in tiny_net(10).state_dict().items():
+        assert torch.equal(found.weights[name], tensor)
 
 
 def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
@@ -234,19 +216,6 @@ def test_images_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, tmp
     assert (found.poisoned.role == CROSS).all() and same(found.triggered, toy_parts()[1])
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_weights_may_be_prefixed_reordered_and_narrow(tiny, tmp_path, kind):
-    content = toy_content(tmp_path / "a")
-    names = list(content["model"])
-    random.Random(0).shuffle(names)
-    weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in content["model"].items()}
-    content["model"] = OrderedDict((f"module.{name}", weights[name]) for name in names)
-    found = backdoorbench.read(save(content, tmp_path / "a"))
-    assert list(found.weights) == list(weights)  # the order of the network
-    assert all(torch.equal(found.weights[name], weights[name].to(found.weights[name].dtype)) for name in weights)
-    assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32, torch.int64}
-
-
 # Refusals
 
 
@@ -269,9 +238,8 @@ def refused(tmp_path):
 
 def test_broken_archives(refused, tmp_path):
     raw = saved({"x": torch.zeros(1000)})
-    for length in (3, 100, 2000, len(raw) - 1):
+    for length in (3, 2000, len(raw) - 1):
         refused(raw[:length], "cannot be read")
-    refused(b"", "empty (0 bytes)")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="No such file"):
         backdoorbench.read(tmp_path / "empty")
@@ -299,7 +267,7 @@ WRONG = [
     ("model_name", "a\nb\x1b[2J", "unknown model"),
     ("num_classes", 11, "num_classes is 11"),
     ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
-    ("model.linear:bias", torch.zeros(11), "'linear.bias' of shape [11]"),
+    ("model.linear:bias", torch.zeros(11), "linear.bias has (11,)"),
     ("model.linear:weight", torch.zeros(1).expand(1 << 40), "claims shape [1099511627776]"),
     ("model.linear:bias", torch.zeros(10).to_sparse(), "dense"),
     ("bd_test.poison_indicator", np.full(20, 0.5), "whole numbers"),
@@ -309,9 +277,7 @@ WRONG = [
     (ENTRY, {}, "lacks 1"),
     (f"{ENTRY}.1.other_info", [10, 1], "is 10, allowed is 0 to 9"),
     (f"{ENTRY}.1.other_info", [0, 8], "missing"),
-    (f"{ENTRY}.1.path", "/etc/passwd", "/etc/passwd"),
-    (f"{ENTRY}.1.path", "../../bd_test_dataset/../1.png", "image 1 is at"),
-    (f"{ENTRY}.1.path", "bd_test_dataset/..\\1/1.png", "image 1 is at"),
+    (f"{ENTRY}.1.path", 3, "not as BackdoorBench writes it"),
 ]
 
 
@@ -328,15 +294,20 @@ def test_wrong_values(refused, tiny, tmp_path, place, value, word):
 
 
 def test_wrong_images(refused, tiny, tmp_path):
+    """Nothing outside the folder is opened: not by a path, a link, or a folder that is a link."""
     content = toy_content(tmp_path / "hostile")
     image = tmp_path / "hostile" / "bd_test_dataset" / "1" / "1.png"
     good = image.read_bytes()
     image.write_bytes(good[:-30])
     refused(content, str(image))
     image.unlink()
-    refused(content, "missing")
-    (tmp_path / "secret.png").write_bytes(good)
-    image.symlink_to(tmp_path / "secret.png")
+    secret = tmp_path / "x" / "secret.png"
+    secret.parent.mkdir()
+    secret.write_bytes(good)
+    for path in ("bd_test_dataset/1/1.png", "bd/../x/secret.png", str(secret), "..\\x\\secret.png"):
+        content["bd_test"]["bd_data_container"]["data_dict"][np.int64(1)]["path"] = path
+        refused(content, "missing")
+    image.symlink_to(secret)
     refused(content, "no ordinary file")
     shutil.move(image.parent, tmp_path / "outside")
     image.parent.symlink_to(tmp_path / "outside")
@@ -392,7 +363,7 @@ def make(tmp_path, monkeypatch):
     origin = source("cifar10")
     train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (train, test))
-    monkeypatch.setitem(OFFICIAL, "cifar10", Official(10, (40,), 20))
+    monkeypatch.setitem(OFFICIAL, "cifar10", (10, (40,), 20))
 
     def record(dataset: str = "cifar10", poison: bool = True, **network: Any) -> Record:
         made = Record(tmp_path / "record" / "ours")
@@ -472,7 +443,7 @@ def test_what_cannot_be_expressed(make, tiny, tmp_path, changed, word):
 def test_other_images_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, monkeypatch):
     record = make()
     for lengths in ((41, 20), (40, 21)):
-        monkeypatch.setitem(OFFICIAL, "cifar10", Official(10, lengths[:1], lengths[1]))
+        monkeypatch.setitem(OFFICIAL, "cifar10", (10, lengths[:1], lengths[1]))
         with pytest.raises(RecordError, match=r"a part of cifar10 \(40 and 20"):
             backdoorbench.write(record, tmp_path / "out", "out")
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
@@ -489,7 +460,7 @@ def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch)
     def full(self: Any, path: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, refuses(RecordError, "No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Image.Image, "save", full)
         backdoorbench.write(record, target, "new")
     assert not target.exists() and not list(target.parent.iterdir())

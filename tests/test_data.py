@@ -33,16 +33,12 @@ def test_picking_keeps_what_belongs_together():
     assert torch.equal(images.to(torch.device("cpu")).pixels, images.pixels)
 
 
-def test_every_grey_level_survives_the_way_to_float_and_back():
+def test_grey_levels_survive_the_way_to_float_and_back_and_others_are_truncated():
+    """3.99 grey levels are 3, not 4; 0.9 are 0; below 0 and above 255 are cut."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     x = to_float(levels)
     assert x.dtype == torch.float32 and float(x.max()) == 1 and float(x.min()) == 0
-    assert torch.equal(quantise(x), levels)
-    assert torch.equal(quantise(levels.float() / 255), levels) and torch.equal(quantise(levels.double() / 255), levels)
-
-
-def test_quantise_truncates_and_clips():
-    """3.99 grey levels are 3, not 4; 0.9 are 0; below 0 and above 255 are cut."""
+    assert torch.equal(quantise(x), levels) and torch.equal(quantise(levels.double() / 255), levels)
     x = torch.tensor([3.99, 0.9, -3.0, 300.0, 254.9, 255.0]).view(1, 1, 2, 3) / 255
     assert quantise(x).flatten().tolist() == [3, 0, 0, 255, 254, 255]
 
@@ -83,16 +79,23 @@ def order(batches: Batches) -> list[int]:
     return [int(i) for _, labels in batches for i in labels]
 
 
-def test_without_a_seed_the_order_is_that_of_the_images():
-    """Three of eight; of seven the last one, which batch norm could not be trained with, joins those before it."""
-    for count, sizes in ((8, [3, 3, 2]), (7, [3, 4]), (6, [3, 3]), (1, [1])):
-        batches = numbered(count, 3)
-        assert order(batches) == list(range(count)) and [len(y) for _, y in batches] == sizes
-        assert len(batches) == len(sizes)
-
-
-def test_pixels_and_labels_of_a_batch_belong_together():
-    for x, y in numbered(20, 6, seed=3):
+@pytest.mark.parametrize(
+    ("count", "size", "how", "sizes"),
+    [
+        (8, 3, {}, [3, 3, 2]),
+        (7, 3, {}, [3, 4]),  # the last one, which batch norm could not be trained with, joins those before it
+        (1, 3, {}, [1]),
+        (10, 4, {"seed": 0}, [4, 4, 2]),
+        (10, 4, {"seed": 0, "drop_last": True}, [4, 4]),
+        (3, 4, {"seed": 0, "drop_last": True}, [3]),  # never all of them
+        (8, 4, {"seed": 0, "drop_last": True}, [4, 4]),
+    ],
+)
+def test_sizes_of_batches_and_pixels_beside_their_labels(count, size, how, sizes):
+    batches = numbered(count, size, **how)
+    assert [len(y) for _, y in batches] == sizes and len(batches) == len(sizes)
+    assert how or order(batches) == list(range(count))
+    for x, y in batches:
         assert x.dtype == torch.float32 and torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
 
 
@@ -110,15 +113,6 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     for _ in range(3):
         order(walked)  # an earlier walk of the same object leaves no trace
     assert order(walked) == at(1, 0)
-
-
-def test_the_last_batch_is_kept_or_dropped():
-    assert len(numbered(10, 4, seed=0)) == 3
-    dropping = numbered(10, 4, seed=0, drop_last=True)
-    assert len(dropping) == 2 and [len(y) for _, y in dropping] == [4, 4]
-    assert [len(y) for _, y in numbered(3, 4, seed=0, drop_last=True)] == [3]  # never all of them
-    exact = numbered(8, 4, seed=0, drop_last=True)
-    assert len(exact) == 2 and sorted(order(exact)) == list(range(8))
 
 
 # Augmentation
@@ -236,18 +230,13 @@ def test_the_clean_subset_is_the_published_list(n, size, first):
     assert len(clean) == size == len(set(clean.index.tolist()))
 
 
-def test_an_index_file_replaces_the_draw(tmp_path):
-    file = tmp_path / "index.txt"
-    file.write_text("7\n3\n\n11\n")
-    assert clean_subset(index_images(20), 0.5, 0, str(file)).index.tolist() == [7, 3, 11]
-
-
 @pytest.mark.parametrize(
     "content", ["7\n20\n", "-1\n", "1.5\n", "two\n", "1" * 5000, "3\n7\n3\n", "\n", b"\xff\xfe\x00"]
 )
 def test_a_wrong_index_file_is_refused_and_named(tmp_path, content):
-    """5,000 digits are a number that Python does not read."""
     file = tmp_path / "index.txt"
+    file.write_text("7\n3\n\n11\n")
+    assert clean_subset(index_images(20), 0.5, 0, str(file)).index.tolist() == [7, 3, 11]
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match="index.txt"):
         clean_subset(index_images(20), 0.5, 0, str(file))
@@ -264,19 +253,6 @@ def test_a_clean_share_outside_0_to_1_is_refused(ratio):
 # Data sets
 
 
-def test_digits():
-    """1,797 real images, every fifth one a test image, 32x32x3, all classes in both parts."""
-    train, test = load("digits")
-    assert (len(train), len(test)) == (1437, 360) and train.num_classes == 10
-    for images in (train, test):
-        assert images.pixels.shape[1:] == (3, 32, 32) and images.pixels.dtype == torch.uint8
-        assert images.labels.unique().tolist() == list(range(10)) and (images.role == 0).all()
-        assert torch.equal(images.pixels[:, 0], images.pixels[:, 2])
-    assert int(train.pixels.max()) == 255 and int(train.pixels.min()) == 0
-    again, _ = load("digits")
-    assert fingerprint(again) == fingerprint(train) != fingerprint(test)
-
-
 def test_digits_are_scaled_by_16_and_truncated():
     """Every pixel of the enlargement is a mean of the 8x8 grey levels 0..16 with weights that are multiples of 1/64, so
     it is k/1024 of white; 255 k / 1024 is truncated (after the thousandth that `quantise` adds)."""
@@ -284,13 +260,14 @@ def test_digits_are_scaled_by_16_and_truncated():
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
-    train, _ = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    ours, _ = load("digits")
-    assert ours.labels.tolist() == labels[train].tolist()
-    small = torch.from_numpy(pixels[train][:20]).double().view(-1, 1, 8, 8) / 16
-    large = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
-    exact = (large * 255 + 1e-3).floor().long()
-    assert torch.equal(ours.pixels[:20, :1].long(), exact)
+    parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    for images, part in zip(load("digits"), parts, strict=True):
+        assert images.labels.tolist() == labels[part].tolist() and images.num_classes == 10
+        assert images.pixels.dtype == torch.uint8 and (images.role == 0).all()
+        small = torch.from_numpy(pixels[part][:20]).double().view(-1, 1, 8, 8) / 16
+        large = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+        exact = (large * 255 + 1e-3).floor().long()
+        assert torch.equal(images.pixels[:20].long(), exact.expand(-1, 3, -1, -1))
 
 
 def test_a_fingerprint_sees_pixels_labels_order_and_shape():

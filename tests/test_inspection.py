@@ -56,7 +56,7 @@ LAYOUTS = {
     "several GPUs": lambda own: saved(OrderedDict({f"module.{name}": value for name, value in own.items()})),
     "Lightning": lambda own: saved(lightning(own)),
     "BackdoorBox": lambda own: saved(OrderedDict(own), _use_new_zipfile_serialization=False),
-    "float64": lambda own: saved({k: v.double() if v.is_floating_point() else v for k, v in own.items()}),
+    "bfloat16": lambda own: saved({k: v.bfloat16() if v.is_floating_point() else v for k, v in own.items()}),
 }
 
 
@@ -65,7 +65,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_honest_layouts_load_or_the_missing_key_is_named(layout, tmp_path):
-    own = small()
+    own = {name: value.bfloat16().to(value.dtype) for name, value in small().items()}  # which every layout can hold
     found = weights.read(path := stored(tmp_path, LAYOUTS[layout](own)))
     assert found.kind == (OLD if layout == "BackdoorBox" else ZIP)
     assert "torch._utils._rebuild_tensor_v2" in torch_file.imports(path.read_bytes())
@@ -73,7 +73,7 @@ def test_honest_layouts_load_or_the_missing_key_is_named(layout, tmp_path):
     assert list(loaded) == [*own] and all(torch.equal(value, own[name]) for name, value in loaded.items())
     assert {value.dtype for value in loaded.values()} == {torch.float32, torch.int64} and guess(found).name == NET
     lost = {name: value for name, value in own.items() if name != "layer2.0.bn1.bias"}
-    with pytest.raises(RecordError, match=r"lacks '.*layer2\.0\.bn1\.bias'"):
+    with pytest.raises(RecordError, match=r"layer2\.0\.bn1\.bias has nothing"):
         weights.read(stored(tmp_path, LAYOUTS[layout](lost))).of(own)
 
 
@@ -83,17 +83,17 @@ def test_names_decide_and_never_positions(tmp_path):
         names = random.Random(seed).sample(sorted(own), len(own))
         with pytest.raises(RecordError):
             Weights(tmp_path, ZIP, "", {f"m.{name[::-1]}": own[name] for name in names}).of(own)
-    with pytest.raises(RecordError, match=r"has no 'x\.a'"):
+    with pytest.raises(RecordError, match=r"x\.a has nothing"):
         Weights(tmp_path, ZIP, "", {f"n{name}": value for name, value in own.items()}).of(own)
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda own: {**own, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "shape [4, 3, 5, 5]"),
-        (lambda own: {**own, "conv2.weight": torch.zeros(1)}, "unknown 'conv2.weight'"),
+        (lambda own: {**own, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "conv1.weight has (4, 3, 5, 5)"),
+        (lambda own: {**own, "conv2.weight": torch.zeros(1)}, "conv2.weight has (1,), but the network needs nothing"),
         (lambda own: {"a": dict(own), "b": dict(own)}, "--model_prefix"),
-        (lambda own: {"x": torch.zeros(3)}, "no 'conv1.weight'"),
+        (lambda own: {"x": torch.zeros(3)}, "conv1.weight has nothing"),
         (lambda own: {name: value.to(torch.int8) for name, value in own.items()}, "torch.int8"),
         (lambda own: {**own, "linear.bias": own["linear.bias"] + float("nan")}, "not finite"),
         (lambda own: {**own, "linear.bias": own["linear.bias"].double() + 1e300}, "not finite"),
@@ -106,12 +106,12 @@ def test_weights_of_another_network_or_kind_are_refused(change, word, tmp_path):
         weights.read(stored(tmp_path, change(own))).of(own)
 
 
-@pytest.mark.parametrize(("name", "width"), [(NET, 1), (NET, 64), (NET, 1024), ("resnet18", None), ("vgg19_bn", None)])
+@pytest.mark.parametrize(("name", "width"), [(NET, 1), (NET, 1024), ("resnet18", None), ("vgg19_bn", None)])
 def test_networks_are_recognised(name, width, tmp_path):
     with torch.device("meta"):
         own = build(name, 12, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
     found = guess(Weights(tmp_path, ZIP, "", {f"net.{key}": value for key, value in own.items()}))
-    assert (found.name, found.width, found.classes, found.prefix) == (name, width, 12, "net.")
+    assert found == (name, width, 12, "net.")
 
 
 def test_the_report_of_a_harmless_file(tmp_path):
@@ -172,10 +172,11 @@ def test_ordinary_things_beside_the_weights_are_read(what, old, tmp_path):
 def test_values_of_stand_ins_are_those_of_the_file(tmp_path):
     arrays = [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.arange(3, dtype=">i4")]
     scalars = [np.float32(0.5), np.int64(-3), np.bool_(True), np.float16(2)]
-    content = {"arrays": arrays, "scalars": scalars, "args": argparse.Namespace(lr=0.1), "dir": Path("/x/y")}
-    found, _ = torch_file.load(stored(tmp_path, {**content, "objects": np.array([1, None], dtype=object)}))
+    content = {"arrays": arrays, "scalars": scalars, "args": argparse.Namespace(lr=0.1)}
+    path = stored(tmp_path, {**content, "objects": np.array([1, None], dtype=object)})
+    found = torch_file.load(path, path.read_bytes())
     assert [array.values.tolist() for array in found["arrays"]] == [array.tolist() for array in arrays]
-    assert found["scalars"] == [0.5, -3, True, 2.0] and found["args"] == {"lr": 0.1} and found["dir"] == "/x/y"
+    assert found["scalars"] == [0.5, -3, True, 2.0] and found["args"] == {"lr": 0.1}
     assert found["objects"].values.tolist() is None
 
 
@@ -209,7 +210,7 @@ def test_hostile_files_are_not_harmless_and_what_they_import_is_named(places):
 def test_nothing_runs_by_the_audit_hook_and_the_canary(places):
     """No program, no socket, no file written, by any of three ways to open the hostile files."""
     paths = [path for path, _ in places.values()]
-    calls = "torch_file.load(path)", "weights.read(path)", "inspect.inspect(path)"
+    calls = "torch_file.load(path, torch_file.content(path))", "weights.read(path)", "inspect.inspect(path)"
     code = watched(calls[0], paths) + "".join(
         f"\nfor path in map(Path, {[str(path) for path in paths]!r}):\n    try:\n        {call}\n"
         "    except RecordError as error:\n        print('refused', error)\n"
@@ -270,10 +271,7 @@ def test_files_that_hold_themselves_come_to_an_end(tmp_path):
     for _ in range(40):
         value = [value, value]
     assert len(weights.read(stored(tmp_path, value)).tensors) == 1
-    for _ in range(20):
-        value = [value]
-    with pytest.raises(RecordError, match="50 levels"):
-        weights.read(stored(tmp_path, value))
+    assert weights.read(stored(tmp_path, in_zip(b"]" * 3000 + b"a" * 2999))).tensors == {}  # lists in lists
 
 
 def test_imports_are_read_from_every_kind_of_pickle():

@@ -1,10 +1,10 @@
 """The report on an untrusted network file. Nothing in it is run."""
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from sau.compat import torch_file, weights
@@ -19,17 +19,12 @@ Report = dict[str, Any]
 def inspect(path: Path, to: Path | None = None) -> Report:
     """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
 
-    Args:
-        path: the file.
-        to: a new file for its tensors as safetensors, written if the verdict is harmless: those of the network under
-            their own names if one was recognised, else all.
+    If the verdict is harmless, its tensors are written to the new file `to` as safetensors: those of the network under
+    their own names if one was recognised, else all. RecordError if there is no file `path`, or there is one `to`.
 
     Returns:
         path, bytes, sha256, format, imports (names that its pickles import), tensors (name, shape, dtype, values,
         nan), network (see `Guess`, or None), classes (names, or None), status and verdict (one line).
-
-    Raises:
-        RecordError: there is no such file; `to` exists or cannot be written.
     """
     if not path.is_file():
         raise RecordError(f"there is no file {path}")
@@ -43,13 +38,12 @@ def inspect(path: Path, to: Path | None = None) -> Report:
         report["imports"] = [] if report["format"] == weights.SAFE else torch_file.imports(raw)
         found = weights.read(path, raw)
         _describe(report, found)
-        packed = found.packed(report["network"]["prefix"] if report["network"] else "") if to is not None else b""
+        if to is not None:
+            _convert(found.below(report["network"]["prefix"] if report["network"] else ""), to)
     except torch_file.ProgramError as error:
         return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}
     except RecordError as error:
         return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}
-    if to is not None:
-        write(to, packed)
     return report
 
 
@@ -60,19 +54,26 @@ def _describe(report: Report, found: weights.Weights) -> None:
     what = "of no network that is known here"
     try:
         if known := guess(found):
-            report["network"], what = asdict(known), f"{known.name} with {known.classes} classes"
+            report["network"], what = known._asdict(), f"{known.name} with {known.classes} classes"
     except RecordError as error:  # it holds one several times
         what = str(error)
-    report["tensors"] = [_entry(*item) for item in found.tensors.items()]
-    broken = sum(tensor["nan"] > 0 for tensor in report["tensors"])
-    nan = f"; {broken} of them hold NaN" if broken else ""
-    verdict = f"harmless to open: {len(found.tensors)} tensors, {what}{nan}"
+    for name, value in found.tensors.items():
+        nan = int(value.isnan().sum()) if value.is_floating_point() else 0
+        about = {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        report["tensors"].append({**about, "values": value.numel(), "nan": nan})
+    verdict = f"harmless to open: {len(found.tensors)} tensors, {what}"
+    if broken := sum(tensor["nan"] > 0 for tensor in report["tensors"]):
+        verdict += f"; {broken} of them hold NaN"
     report |= {"classes": found.classes, "status": HARMLESS, "verdict": verdict}
 
 
-def _entry(name: str, value: Tensor) -> Report:
-    about = {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    return {**about, "values": value.numel(), "nan": int(value.isnan().sum()) if value.is_floating_point() else 0}
+def _convert(tensors: dict[str, Tensor], to: Path) -> None:
+    """Write tensors as safetensors; RecordError if safetensors cannot hold them."""
+    try:
+        packed = safetensors.torch.save({name: value.contiguous().clone() for name, value in tensors.items()})
+    except Exception as error:  # of a type or name that it lacks
+        raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
+    write(to, packed)
 
 
 def text(report: Report) -> str:

@@ -1,18 +1,17 @@
 """Reading untrusted files of `torch.save`: nothing in them is run.
 
-`torch.load(weights_only=True)` calls only functions on a list. Ordinary checkpoints also hold numpy arrays, paths, an
-argparse.Namespace and the like, so these names are added to the list (`ALLOWED`). They lead to stand-ins that copy
-values: numpy's own dtype can be put into states that numpy takes on trust (an int64 that claims to hold objects).
+`torch.load(weights_only=True)` calls only functions on a list. `ALLOWED` adds what ordinary checkpoints hold beside
+tensors: numpy arrays, paths, an argparse.Namespace and the like. The names lead to stand-ins that copy values: numpy's
+own dtype can be put into states that numpy takes on trust (an int64 that claims to hold objects).
 """
 
-import hashlib
 import io
 import pickletools
 import re
 import warnings
 import zipfile
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,21 +31,15 @@ class ProgramError(RecordError):
     """A file wants to import a function or class that weights do not need, or is a program (TorchScript)."""
 
 
-class Inert:
-    """Stands in for an object that weights do not need: takes any arguments and any state, and holds nothing."""
+class Inert(dict[str, Any]):
+    """Stands in for an object that weights do not need: takes any arguments, holds attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class Namespace(dict[str, Any]):
-    """Stands in for argparse.Namespace and types.SimpleNamespace."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.update(state)
+        if isinstance(state, dict):
+            self.update(state)
 
 
 class _Type:
@@ -69,6 +62,9 @@ class Array:
 
     values: np.ndarray = np.array(None)
 
+    def __init__(self, *args: Any) -> None:  # __setstate__ follows
+        pass
+
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
         content = content.encode("latin1") if isinstance(content, str) else content  # bytes written by Python 2
@@ -76,16 +72,8 @@ class Array:
             self.values = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _array(kind: Any, shape: Any, code: Any) -> Array:
-    return Array()  # __setstate__ follows
-
-
 def _scalar(kind: Any, content: Any) -> Any:
     return Inert() if kind.dtype is None else np.frombuffer(content, kind.dtype)[0].item()
-
-
-def _path(*parts: str) -> str:
-    return str(PurePosixPath(*parts))
 
 
 def _dict(*args: Any) -> dict[Any, Any]:
@@ -93,18 +81,18 @@ def _dict(*args: Any) -> dict[Any, Any]:
 
 
 _INERT = """
-builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
-datetime.date datetime.datetime datetime.timedelta torch.torch_version.TorchVersion
+argparse.Namespace builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
+datetime.date datetime.datetime datetime.timedelta pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
+pathlib._local.PosixPath torch.torch_version.TorchVersion types.SimpleNamespace
 """.split()
-_PATHS = "pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib._local.PosixPath".split()
 ALLOWED: list[Any] = [
     *((Inert, name) for name in _INERT),
-    *((_path, name) for name in _PATHS),
-    *((Namespace, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
-    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(
+        (Array, f"numpy.{name}")
+        for name in ("ndarray", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")
+    ),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     (_dict, "collections.defaultdict"),
-    (Array, "numpy.ndarray"),
     (_Type, "numpy.dtype"),
 ]
 
@@ -124,16 +112,13 @@ def content(path: Path) -> bytes:
     return raw
 
 
-def load(path: Path, raw: bytes | None = None) -> tuple[Any, str]:
-    """The content of a file of `torch.save`, with stand-ins for what is no tensor or plain value, and its SHA-256.
-
-    `raw` are its bytes, if they have been read. Files of torch before 1.6 have no checksums.
+def load(path: Path, raw: bytes) -> Any:
+    """What `raw`, the content of a file of `torch.save`, holds, with stand-ins for what is no tensor or plain value.
 
     Raises:
         ProgramError: the file imports what is not on the list, or is TorchScript; nothing of it has run.
-        RecordError: the file is damaged or of another format.
+        RecordError: the file is damaged (files of torch before 1.6 have no checksums) or of another format.
     """
-    raw = content(path) if raw is None else raw
     try:
         if raw.startswith(ZIP):
             _check_archive(raw)
@@ -141,18 +126,17 @@ def load(path: Path, raw: bytes | None = None) -> tuple[Any, str]:
             raise ValueError("it is no file of torch.save; save the network's state_dict with torch.save")
         with safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sparse tensors and the like, which are refused later
-            loaded = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except ProgramError as error:
+        raise ProgramError(f"{path} {error}") from None
     except Exception as error:  # torch and zipfile raise a dozen types on damaged files
         text = str(error)
         if name := re.search(r"GLOBAL (\S+)", text):
             wanted = f"{path} wants to import {name[1][:100]}, which weights do not need; nothing of it was run"
             raise ProgramError(f"{wanted}; if you made it, save model.state_dict() alone with torch.save") from None
-        if isinstance(error, ProgramError):
-            raise ProgramError(f"{path} {error}") from None
         cause = re.search(r"WeightsUnpickler error: *(.*)", text)  # it follows advice to run the file
         line = printable(cause[1] if cause else text.split("\n")[0])[:160]
         raise RecordError(f"{path} cannot be read: {line or type(error).__name__}") from None
-    return loaded, hashlib.sha256(raw).hexdigest()
 
 
 def _check_archive(raw: bytes) -> None:

@@ -2,102 +2,82 @@
 name, or made by code that the user trusts."""
 
 import hashlib
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sau.compat import torch_file
+from sau.compat.torch_file import LEGACY, ZIP
 from sau.errors import ConfigError, RecordError, printable
 from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, unwrapped
+from sau.record.attack_result import compare
 from sau.settings import OwnRun
 
 SAFE = "safetensors"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_DEEPEST = 50  # levels of nested containers
 _CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class", "id2label", "label2id")
+_WIDEST = 1024  # width of a network that is looked for
 _FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The content of a file.
-
-    Args:
-        path: the file.
-        kind: its format: a torch file or safetensors.
-        digest: SHA-256 of the file.
-        tensors: its tensors by their places in it, joined by dots: `state_dict.model.conv1.weight`.
-        classes: names of the classes in the order of the logits, if the file holds them.
-    """
+    """The content of a file."""
 
     path: Path
-    kind: str
-    digest: str
-    tensors: dict[str, Tensor]
-    classes: list[str] | None = None
+    kind: str  # its format: a torch file or safetensors
+    digest: str  # SHA-256 of the file
+    tensors: dict[str, Tensor]  # by their places in it, joined by dots: `state_dict.model.conv1.weight`
+    classes: list[str] | None = None  # their names in the order of the logits, if the file holds them
 
-    def prefixes(self, own: Mapping[str, Tensor]) -> list[str]:
-        """The prefixes under which the names and shapes of the state dict `own` lie, and nothing else.
+    def prefix(self, own: Mapping[str, Tensor]) -> str | None:
+        """The prefix under which the names and shapes of the state dict `own` lie, and nothing else; None without one.
 
-        What lies beside a prefix, like an optimiser's tensors, does not matter.
+        What lies beside it, like an optimiser's tensors, does not matter. RecordError if there are several.
         """
-        return [prefix for prefix in self._candidates(own) if not any(self._faults(prefix, own))]
-
-    def prefix(self, own: Mapping[str, Tensor]) -> str:
-        """The one of `prefixes`; RecordError says what differs, or that there are several."""
-        fitting = self.prefixes(own)
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
+        fitting = [start for start in self.starts(next(iter(own))) if _shapes(self.below(start)) == _shapes(own)]
+        if len(fitting) > 1:
             under = [prefix[:50] for prefix in fitting[:3]]
             raise RecordError(f"{self.path} holds the network under {under!a}; name one with --model_prefix")
-        faults = [list(self._faults(prefix, own)) for prefix in self._candidates(own)]
-        closest = min(faults, key=len)[0] if faults else f"has no {next(iter(own))!r}"
-        raise RecordError(f"{self.path} {closest}: it is not the network, which has {len(own)} tensors")
+        return fitting[0] if fitting else None
 
-    def _candidates(self, own: Mapping[str, Tensor]) -> list[str]:
-        first = next(iter(own))
-        found = {place[: -len(first)] for place in self.tensors if f".{place}".endswith(f".{first}")}
-        return sorted(found, key=lambda prefix: (len(prefix), prefix))
+    def starts(self, name: str) -> list[str]:
+        """The prefixes under which there is a tensor `name`, the shortest one first."""
+        found = (place.removesuffix(name) for place in self.tensors if f".{place}".endswith(f".{name}"))
+        return sorted(found, key=len)
 
-    def _faults(self, prefix: str, own: Mapping[str, Tensor]) -> Iterator[str]:
-        inside = {place.removeprefix(prefix) for place in self.tensors if place.startswith(prefix)}
-        for name in sorted(inside ^ own.keys()):
-            yield f"{'lacks' if name in own else 'has an unknown'} {prefix + name!r}"
-        for name in sorted(inside & own.keys()):
-            if (got := list(self.tensors[prefix + name].shape)) != (wanted := list(own[name].shape)):
-                yield f"has {prefix + name!r} of shape {got}, but the network has {wanted}"
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under `prefix`, named without it."""
+        return {place.removeprefix(prefix): value for place, value in self.tensors.items() if place.startswith(prefix)}
 
     def of(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors for the state dict `own`, in its order and types; RecordError as in `prefix` and `_fit`."""
+        """The tensors for the state dict `own`, in its order and types; RecordError says what differs."""
         prefix = self.prefix(own)
-        return {name: _fit(self.tensors[prefix + name], tensor, f"{self.path}: {name}") for name, tensor in own.items()}
+        if prefix is None:
+            starts = self.starts(next(iter(own)))
+            compare(own, self.below(starts[0]) if starts else {}, self.path, "the network")
+        inside = self.below(str(prefix))
+        return {name: _fit(inside[name], tensor, f"{self.path}: {name}") for name, tensor in own.items()}
 
-    def packed(self, prefix: str) -> bytes:
-        """The tensors under `prefix` as safetensors, named without it; RecordError if safetensors cannot hold them."""
-        chosen = {place.removeprefix(prefix): v for place, v in self.tensors.items() if place.startswith(prefix)}
-        try:
-            return safetensors.torch.save({name: value.contiguous().clone() for name, value in chosen.items()})
-        except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # a type or name it lacks
-            raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def _names(value: Any) -> list[str] | None:
     """Class names in the order of their numbers, from a list, {name: number} or {number: name}, else None."""
     if isinstance(value, dict):
         pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
-        if sorted(str(number) for number, _ in pairs) != sorted(map(str, range(len(pairs)))):
-            return None
-        value = [name for _, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+        numbered = {str(number): name for number, name in pairs}
+        value = [numbered.get(str(number)) for number in range(len(pairs))]
     if not isinstance(value, list | tuple) or len(value) < 2 or not all(isinstance(name, str) for name in value):
         return None
     return list(value) if len({*value}) == len(value) else None
@@ -105,9 +85,8 @@ def _names(value: Any) -> list[str] | None:
 
 def _fit(value: Tensor, own: Tensor, name: str) -> Tensor:
     """`value` in the type of `own`: any float for a float, else the same type; RecordError if it is not finite."""
-    types = _FLOATS if own.is_floating_point() else (own.dtype,)
-    if value.dtype not in types:
-        raise RecordError(f"{name} has type {value.dtype}, allowed is {' or '.join(map(str, types))}")
+    if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+        raise RecordError(f"{name} has type {value.dtype}, allowed is {own.dtype}")
     value = value.to(own.dtype).contiguous()
     if not bool(torch.isfinite(value).all()):
         raise RecordError(f"{name} holds a value that is not finite (NaN or infinity)")
@@ -118,11 +97,8 @@ def file_format(raw: bytes) -> str:
     """The format of an untrusted file, by its content; "" for an unknown one."""
     if raw[8:9] == b"{":
         return SAFE
-    if raw.startswith(torch_file.LEGACY):
-        return "torch before 1.6"
-    if raw.startswith(torch_file.ZIP):
-        return "torch zip archive" if b"/data.pkl" in raw else "zip archive"
-    return "pickle" if raw[:1] == b"\x80" else ""
+    starts = {LEGACY: "torch before 1.6", b"\x80": "pickle", ZIP: "torch zip archive" if b"/data.pkl" in raw else "zip"}
+    return next((kind for start, kind in starts.items() if raw.startswith(start)), "")
 
 
 def read(path: Path, raw: bytes | None = None) -> Weights:
@@ -131,37 +107,34 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     Nothing in it is run. `raw` is its content, if it has been read. RecordError if it cannot be read.
     """
     raw = torch_file.content(path) if raw is None else raw
-    kind = file_format(raw)
+    kind, digest = file_format(raw), hashlib.sha256(raw).hexdigest()
     if kind != SAFE:
-        content, digest = torch_file.load(path, raw)
-        return collect(path, content, kind, digest)
+        return collect(path, torch_file.load(path, raw), kind, digest)
     try:
-        return Weights(path, kind, hashlib.sha256(raw).hexdigest(), safetensors.torch.load(raw))
+        return Weights(path, kind, digest, safetensors.torch.load(raw))
     except Exception as error:  # safetensors has its own
         raise RecordError(f"{path} cannot be read: {printable(str(error))[:160]}") from None
 
 
 def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weights:
-    """All tensors in nested containers, each container once, and class names; RecordError for too many levels."""
+    """All tensors in nested containers, each container once, and class names."""
     tensors: dict[str, Tensor] = {}
-    classes: list[list[str]] = []
+    classes: list[str] | None = None
     seen: set[int] = set()  # a container may hold itself, or the same one many times
-
-    def visit(value: Any, place: str, depth: int) -> None:
-        if depth > _DEEPEST:
-            raise RecordError(f"{path} has more than {_DEEPEST} levels; save a state dict alone")
-        if place.split(".")[-1].lower() in _CLASSES and (names := _names(value)):
-            classes.append(names)
+    waiting = [("", content)]
+    while waiting:
+        place, value = waiting.pop()
+        if place.split(".")[-1].lower() in _CLASSES:
+            classes = classes or _names(value)
         if isinstance(value, Tensor):
             tensors[place or "tensor"] = _dense(value, f"{path}: {place[:100]!a}")
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
-            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
+            for key, inner in reversed(items):  # the first one is taken first
                 if isinstance(key, str | int):
-                    visit(inner, f"{place}.{key}" if place else str(key), depth + 1)
-
-    visit(content, "", 0)
-    return Weights(path, kind, digest, tensors, classes[0] if classes else None)
+                    waiting.append((f"{place}.{key}" if place else str(key), inner))
+    return Weights(path, kind, digest, tensors, classes)
 
 
 def _dense(value: Tensor, what: str) -> Tensor:
@@ -174,19 +147,11 @@ def _dense(value: Tensor, what: str) -> Tensor:
     return value
 
 
-@dataclass(frozen=True)
-class Guess:
-    """A network that a file's tensors fit by every name and shape.
+class Guess(NamedTuple):
+    """A network that a file's tensors under `prefix` fit by every name and shape."""
 
-    Args:
-        name: of the network, as `build` takes it.
-        width: of a network of `MODELS`, else None.
-        classes: its logits.
-        prefix: where its tensors lie in the file.
-    """
-
-    name: str
-    width: int | None
+    name: str  # as `build` takes it
+    width: int | None  # None for a network of torchvision
     classes: int
     prefix: str
 
@@ -199,46 +164,32 @@ def guess(found: Weights) -> Guess | None:
     """
     names = sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))
     for name in [*MODELS, *(name for name in names if not name.startswith("regnet"))]:
-        if fitting := _try(found, name):
-            return fitting
-    return None
-
-
-def _try(found: Weights, name: str) -> Guess | None:
-    """The guess `name` with the width and the classes of the file, if everything fits."""
-    own = state_dict_spec(partial(unwrapped, name, 10, 64 if has_width(name) else None))
-    first, last = next(iter(own)), list(own)[-1]
-    for place, value in found.tensors.items():
-        end = found.tensors.get(place[: -len(first)] + last)
-        if not f".{place}".endswith(f".{first}") or end is None or 0 in (value.ndim, end.ndim):
-            continue
-        width = len(value) if has_width(name) else None
-        if width is None or 0 < width <= 1024:
-            spec = state_dict_spec(partial(unwrapped, name, len(end), width))
-            if found.prefixes(spec):
-                return Guess(name, width, len(end), found.prefix(spec))
+        first, *_, last = state_dict_spec(partial(unwrapped, name, 10, 64))
+        for start in found.starts(first):
+            head, tail = found.tensors[start + first], found.tensors.get(start + last)
+            if tail is not None and 0 not in (head.ndim, tail.ndim) and 0 < len(head) <= _WIDEST:
+                spec = state_dict_spec(partial(unwrapped, name, len(tail), len(head)))
+                if (prefix := found.prefix(spec)) is not None:
+                    return Guess(name, len(head) if has_width(name) else None, len(tail), prefix)
     return None
 
 
 def network(run: OwnRun, classes: int, found: Weights | None = None) -> tuple[nn.Module, Weights, str]:
     """The network with its weights, the content of their file, and the network's name.
 
-    Args:
-        run: the file and the architecture.
-        classes: logits, where `arch` is a plain name.
-        found: the content of the file, if it has been read.
-
-    Raises:
-        ConfigError: the network cannot be found or trusted.
-        RecordError: the weights are of another network.
+    `classes` are its logits where `run.arch` is a plain name; `found` is the content of the file, if it has been read.
+    ConfigError if the network cannot be found or trusted, RecordError if the weights are of another one.
     """
     found = read(Path(str(run.model_file))) if found is None else found
     if run.model_prefix is not None:
-        found = _below(found, run.model_prefix)
+        # A whole name comes first: `state_dict` is not `state_dict_ema`.
+        chosen = found.below(f"{run.model_prefix.removesuffix('.')}.") or found.below(run.model_prefix)
+        if not chosen:
+            raise RecordError(f"{found.path} has no tensor under {run.model_prefix!r}; sau inspect lists them")
+        found = replace(found, tensors=chosen)
     name, make = _architecture(run, classes, found)
-    own = make().state_dict() if ":" in name else state_dict_spec(make)  # no memory yet: the file may claim any width
     try:
-        state = found.of(own)
+        state = found.of(state_dict_spec(make))  # no memory yet: the file may claim any width
     except RecordError as error:
         advice = f"; its tensors fit {known.name}, which --arch auto finds" if (known := guess(found)) else ""
         raise RecordError(f"{error}{advice}") from None
@@ -255,34 +206,20 @@ def _architecture(run: OwnRun, classes: int, found: Weights) -> tuple[str, Calla
     if run.arch != "auto":
         # The width is that of the first convolution.
         width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
-        return run.arch, partial(unwrapped, run.arch, classes, width if has_width(run.arch) else None)
-    known = guess(found)
-    if known is None:
-        raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
-    return known.name, partial(unwrapped, known.name, known.classes, known.width)
-
-
-def _below(found: Weights, prefix: str) -> Weights:
-    """The tensors under `prefix` alone; RecordError if there are none."""
-    whole = f"{prefix.removesuffix('.')}."  # `state_dict` is not `state_dict_ema`
-    start = whole if any(place.startswith(whole) for place in found.tensors) else prefix
-    chosen = {place: value for place, value in found.tensors.items() if place.startswith(start)}
-    if not chosen:
-        raise RecordError(f"{found.path} has no tensor under {prefix!r}; sau inspect lists them")
-    return replace(found, tensors=chosen)
+        return run.arch, partial(unwrapped, run.arch, classes, width)
+    if known := guess(found):
+        return known.name, partial(unwrapped, known.name, known.classes, known.width)
+    raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
 
 
 def _imported(run: OwnRun) -> nn.Module:
-    module, _, function = run.arch.partition(":")
     if not run.trust_code:
-        raise ConfigError(f"--arch {run.arch} would run code of {module}; say --trust_code true if you trust it")
+        raise ConfigError(f"--arch {run.arch} would run that code; say --trust_code true if you trust it")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        net = getattr(importlib.import_module(module), function)()
+        net = resolve_name(run.arch)()
     except Exception as error:  # whatever that code raises
         raise ConfigError(f"--arch {run.arch} failed: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(os.getcwd())
     if not isinstance(net, nn.Module):
         raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, wanted is a torch.nn.Module")
     return net

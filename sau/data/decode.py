@@ -1,8 +1,8 @@
 """Image files as tensors, decoded once and then read from a cache."""
 
 import hashlib
+import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,20 +27,12 @@ _VERSION = 2  # of the cache and of the decoding; a change decodes everything an
 
 def read_image(path: str | Path) -> Image.Image:
     """An RGB image from a PNG, JPEG, WebP, BMP or PPM file, whatever its name ends in, as torchvision reads it: the
-    rotation that a camera notes in EXIF is not applied.
-
-    Raises:
-        DataError: the file is missing or damaged, has more pixels than Pillow allows, or is no 8-bit image in colour or
-            gray.
-    """
+    rotation that a camera notes in EXIF is not applied. DataError unless it is an 8-bit image in colour or gray."""
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF blocks
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
-                    raise ValueError(f"its mode is {image.mode}; allowed is an 8-bit image in colour or gray")
-                return image.convert("RGB")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
+                raise ValueError(f"its mode is {image.mode}; allowed is an 8-bit image in colour or gray")
+            return image.convert("RGB")
     except Exception as error:  # the decoders raise a dozen types on damaged files
         reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise DataError(f"cannot read the image {path}: {reason}") from None
@@ -86,28 +78,25 @@ def cached(
 ) -> dict[str, Tensor]:
     """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
 
-    Of several processes that want the same tensors one makes them. A damaged file is made again, and a folder that
-    cannot be written costs the cache, not the run: either prints a line. The tensors are memory-mapped; writing into
-    them changes neither the file nor what others see.
-
-    Args:
-        key_parts: texts that determine the result. For image files: paths, sizes in bytes and modification times.
-        make: computes the tensors, on the CPU; its errors pass through.
-        what: what they are, for the lines.
-        say: prints a line.
+    `key_parts` are texts that determine the result; for image files: paths, sizes in bytes and modification times. Of
+    several processes that want the same tensors one makes them. A damaged file is made again, and a folder that cannot
+    be written costs the cache, not the run; `say` prints a line that names `what` it is. The tensors are memory-mapped;
+    writing into them changes neither the file nor what others see.
     """
     with ExitStack() as stack:
         try:
-            path = cache_folder() / f"{_key(key_parts)}.safetensors"
-            if (tensors := _read(path, say)) is not None:
-                return tensors
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
+            key = json.dumps([_VERSION, PIL.__version__, *key_parts])
+            path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(path.with_suffix(".lock")))
+            if path.exists():  # another process may have made it meanwhile
+                return safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            say(f"{path} is damaged ({first_line(error)}); making it again")
         except (OSError, RuntimeError) as error:
             say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
             return make()
-        if (tensors := _read(path, say)) is not None:  # another process has made it meanwhile
-            return tensors
         tensors = {name: tensor.contiguous() for name, tensor in make().items()}
         try:
             write(path, safetensors.torch.save(tensors))
@@ -115,21 +104,3 @@ def cached(
         except (OSError, SauError) as error:
             say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
         return tensors
-
-
-def _key(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in (str(_VERSION), PIL.__version__, *parts):
-        content = part.encode(errors="surrogateescape")  # file names need not be UTF-8
-        digest.update(b"%d:%b" % (len(content), content))  # the length keeps ("ab", "c") from being ("a", "bc")
-    return digest.hexdigest()
-
-
-def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """The tensors of a file; None if there is none, or, after a line, if it is damaged."""
-    try:
-        return safetensors.torch.load_file(path) if path.exists() else None
-    except SafetensorError as error:
-        say(f"{path} is damaged ({first_line(error)}); making it again")
-        path.unlink(missing_ok=True)
-        return None

@@ -4,14 +4,14 @@ Pixels stay uint8 on the device; batches become float one at a time. Augmentatio
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sau.config import check
+from sau.config import check, param
 from sau.errors import DataError, require
 from sau.types import Bytes, Labels, Pixels
 from sau.util import epoch_generator, generator
@@ -58,22 +58,14 @@ def to_device_async(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; windows of a padded copy, so
-    bytes stay bytes.
+    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2. Bytes stay bytes."""
 
-    Args:
-        padding: pixels added on every side before the crop.
-        flip: whether images are mirrored.
-        one_draw: the same crop and flip for the whole batch.
-    """
-
-    padding: int = 4
-    flip: bool = False
-    one_draw: bool = False
+    padding: int = param(4, "pixels added on every side before the crop", ge=0)
+    flip: bool = param(False, "whether images are mirrored")
+    one_draw: bool = param(False, "the same crop and flip for the whole batch")
 
     def __post_init__(self) -> None:
         check(self, " of the augmentation")
-        require("padding of the augmentation", self.padding, self.padding >= 0, "0 and more")
 
     def __call__(self, x: Tensor, generator: torch.Generator, sizes: Sequence[int] | None = None) -> Tensor:
         """The batch `x`, or the batches of `sizes` one behind the other in it, each with draws of its own."""
@@ -88,21 +80,13 @@ class Augment:
         """[3, size]: top, left and whether it is mirrored, of each image of a batch."""
         draws = 1 if self.one_draw else size
         corners = torch.randint(2 * self.padding + 1, (2, draws), generator=generator, device="cpu")
-        if self.flip:
-            mirrored = torch.rand(1, draws, generator=generator, device="cpu") < 0.5
-        else:
-            mirrored = torch.zeros(1, draws)
+        mirrored = torch.rand(1, draws, generator=generator, device="cpu") < 0.5 if self.flip else torch.zeros(1, draws)
         return torch.cat([corners, mirrored.long()]).expand(3, size)
 
 
 def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
-    """Rotate float images by angles from U(-degrees, degrees), bilinearly, zeros coming in at the corners.
-
-    Args:
-        x: float [B, C, H, W].
-        degrees: the largest angle.
-        one_draw: the same angle for the whole batch.
-    """
+    """Rotate float images [B, C, H, W] by angles from U(-degrees, degrees), bilinearly, zeros coming in at the corners;
+    with `one_draw` all by the same angle."""
     angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
     angle = to_device_async(angle.to(x.dtype), x.device).expand(len(x))
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
@@ -110,11 +94,6 @@ def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tenso
     matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
-
-
-def cropped(x: Tensor) -> Augment:
-    """A crop that suits images [B, C, H, W] of any size, padded by an eighth; no flip."""
-    return Augment(padding=x.shape[-1] // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,24 +148,22 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> "Images":
-        picked = {name: getattr(self, name)[index] for name in _TENSORS}
-        return replace(self, **picked)
-
-    def concat(self, others: "Images") -> "Images":
-        """These images and, behind them, `others`."""
-        both = {name: torch.cat([value, getattr(others, name)]) for name, value in self.tensors().items()}
-        return replace(self, **both)  # type: ignore[arg-type]
-
-    def replace_rows(self, others: "Images", rows: Tensor) -> "Images":
-        """These images with `others` in place of those at `rows`."""
-        tensors = {name: value.clone() for name, value in self.tensors().items()}
-        for name, value in others.tensors().items():
-            tensors[name][rows] = value
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        return self._each(lambda name, value: value[index])
 
     def to(self, device: torch.device) -> "Images":
         """The same images on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        return self._each(lambda name, value: value.to(device))
+
+    def concat(self, others: "Images") -> "Images":
+        """These images and, behind them, `others`."""
+        return self._each(lambda name, value: torch.cat([value, getattr(others, name)]))
+
+    def replace_rows(self, others: "Images", rows: Tensor) -> "Images":
+        """These images with `others` in place of those at `rows`."""
+        return self._each(lambda name, value: value.index_copy(0, rows, getattr(others, name)))
+
+    def _each(self, change: Callable[[str, Tensor], Tensor]) -> "Images":
+        return Images(num_classes=self.num_classes, **{name: change(name, t) for name, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, as a record stores them."""
@@ -202,24 +179,23 @@ class Images:
 _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
 
 
+@dataclass(eq=False)
 class Batches:
     """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone.
 
     A single image that is left over joins the last batch: batch norm in train mode cannot do with one.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor,
-        labels: tuple[Tensor, ...],
-        size: int,
-        seed: int | None = None,
-        augment: Augment | None = None,
-        drop_last: bool = False,
-    ) -> None:
-        self.pixels, self.labels, self.size, self.seed, self.augment = pixels, labels, size, seed, augment
-        self.drop_last = drop_last and len(pixels) >= size
-        self.epoch = 0
+    pixels: Tensor
+    labels: tuple[Tensor, ...]
+    size: int
+    seed: int | None = None
+    augment: Augment | None = None
+    drop_last: bool = False
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.drop_last = self.drop_last and len(self.pixels) >= self.size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration walks through."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 from sau.data import readers
 from sau.data.images import Augment, Images, check_counts, quantise
-from sau.errors import ConfigError, DataError
+from sau.errors import ConfigError, DataError, require
 
 MAX_SIZE = 1024  # height and width in pixels of the largest images
 MAX_OVERLAP = 0.01  # share of the clean images that may be test images, too; official sets have a few twins
@@ -23,36 +22,18 @@ DATA_FOLDER = "./data"
 
 @dataclass(frozen=True)
 class Source:
-    """One data set.
+    """One data set; `mean` and `std` are those of each channel, in [0, 1], that its networks subtract and divide by."""
 
-    Args:
-        size: height and width of its images in pixels.
-        mean: per-channel mean that its networks subtract, in [0, 1].
-        std: per-channel standard deviation that they divide by.
-        augment: crop and flip of the training images.
-        read: (folder, size) -> (train, test).
-        resizes: whether its images can be read at another size.
-        find: looks for its files below a folder, downloads what can be, and raises DataError if there is nothing.
-        about: what it holds, in a line.
-    """
-
-    size: int
+    size: int  # height and width of its images in pixels
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: Augment
-    read: Callable[[Path, int], tuple[Images, Images]]
-    resizes: bool = False
-    find: Callable[[Path], Any] = lambda root: None
-    about: str = ""
+    augment: Augment  # crop and flip of the training images
+    read: Callable[[Path, int], tuple[Images, Images]]  # (folder, size) -> (train, test)
+    resizes: bool = False  # whether its images can be read at another size
+    about: str = ""  # what it holds, in a line
 
 
-def _cifar(name: str, classes: int, mean: tuple[float, ...], std: tuple[float, ...], flip: bool) -> Source:
-    about = f"50,000 and 10,000 images, {classes} classes, 32x32; downloaded"
-    read, find = lambda root, size: readers.cifar(name, root), partial(readers.find_cifar, name)
-    return Source(32, mean, std, Augment(4, flip), read, find=find, about=about)
-
-
-def _digits() -> tuple[Images, Images]:
+def _digits(root: Path, size: int) -> tuple[Images, Images]:
     """scikit-learn's 1,797 scanned digits, 8x8 in 17 grey levels, enlarged to 32x32x3; a fifth is the test set,
     drawn class by class."""
     from sklearn.datasets import load_digits
@@ -73,46 +54,33 @@ _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _TINY = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
 SOURCES = {
-    "cifar10": _cifar("cifar10", 10, *_CIFAR10, flip=True),
-    "cifar100": _cifar("cifar100", 100, *_CIFAR100, flip=False),
-    "gtsrb": Source(
-        32, (0.0,) * 3, (1.0,) * 3, Augment(4), readers.gtsrb, True, readers.find_gtsrb, "traffic signs, 43 classes"
+    "cifar10": Source(
+        32, *_CIFAR10, Augment(4, flip=True), partial(readers.cifar, "cifar10"),
+        about="50,000 and 10,000 images, 10 classes, 32x32; downloaded",
     ),
-    "tiny": Source(
-        64, *_TINY, Augment(4), readers.tiny, True, readers.find_tiny, "Tiny ImageNet, 200 classes, 64x64"
+    "cifar100": Source(
+        32, *_CIFAR100, Augment(4), partial(readers.cifar, "cifar100"),
+        about="50,000 and 10,000 images, 100 classes, 32x32; downloaded",
     ),
+    "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), readers.gtsrb, True, "traffic signs, 43 classes"),
+    "tiny": Source(64, *_TINY, Augment(4), readers.tiny, True, "Tiny ImageNet, 200 classes, 64x64"),
     "folder": Source(
-        32, *_CIFAR10, Augment(4), readers.folder, True, lambda root: readers.class_folders(Path(root) / "train"),
-        "your own images, train/CLASS/ and test/CLASS/ of --dataset_path",
+        32, *_CIFAR10, Augment(4), readers.folder, True, "your own images: train/CLASS/, test/CLASS/ of --dataset_path"
     ),
     "digits": Source(
-        32, (0.304,) * 3, (0.323,) * 3, Augment(4), lambda root, size: _digits(),
+        32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits,
         about="1,437 and 360 images of scikit-learn, 10 classes; needs no files",
     ),
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Official:
-    """How large the whole official data set is.
-
-    Args:
-        classes: how many it has.
-        train: training images; where the set exists in several sizes, BackdoorBench's first.
-        test: test images.
-    """
-
-    classes: int
-    train: tuple[int, ...]
-    test: int
-
-
-# GTSRB's training archive has 39,209 images, the one that torchvision fetches 26,640.
-OFFICIAL = {
-    "cifar10": Official(10, (50_000,), 10_000),
-    "cifar100": Official(100, (50_000,), 10_000),
-    "gtsrb": Official(43, (39_209, 26_640), 12_630),
-    "tiny": Official(200, (100_000,), 10_000),
+# Classes, training and test images of the whole official data set. Of several training sets BackdoorBench's comes
+# first: GTSRB's archive has 39,209 images, the one that torchvision fetches 26,640.
+OFFICIAL: dict[str, tuple[int, tuple[int, ...], int]] = {
+    "cifar10": (10, (50_000,), 10_000),
+    "cifar100": (100, (50_000,), 10_000),
+    "gtsrb": (43, (39_209, 26_640), 12_630),
+    "tiny": (200, (100_000,), 10_000),
 }
 
 
@@ -142,11 +110,11 @@ def load(name: str, root: str | Path = DATA_FOLDER, img_size: int | None = None)
 def subset_note(name: str, train: Images, test: Images) -> str | None:
     """One line if a data set is not the whole official one; None if it is, or if there is no official one."""
     whole = OFFICIAL.get(name)
-    if whole is None or (len(train) in whole.train and len(test) == whole.test):
+    if whole is None or (len(train) in whole[1] and len(test) == whole[2]):
         return None
     return (
-        f"subset of {name}: {len(train):,} of {whole.train[0]:,} training and {len(test):,} of {whole.test:,} test "
-        f"images; no figure from it speaks for {name}"
+        f"subset of {name}: {len(train):,} of {whole[1][0]:,} training and {len(test):,} of {whole[2]:,} test images; "
+        f"no figure from it speaks for {name}"
     )
 
 
@@ -167,7 +135,7 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
     if index_file is not None:
         picked = _read_indices(Path(index_file), n)
     else:
-        check_share(ratio)
+        require("ratio (clean share)", ratio, 0 < ratio <= 1, "above 0 and up to 1")
         picked = random.Random(seed).sample(range(n), int(ratio * n))
     if not picked:
         reason = f"{index_file} names none" if index_file else f"{ratio} of {n} is less than one; use a larger --ratio"
@@ -175,21 +143,12 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
     return images[torch.tensor(picked, device=images.labels.device)]
 
 
-def check_share(ratio: float) -> None:
-    """ConfigError if a data set cannot have such a share of clean images."""
-    if not 0 < ratio <= 1:
-        raise ConfigError(f"ratio (clean share) is {ratio}, allowed is above 0 and up to 1")
-
-
 def _read_indices(path: Path, n: int) -> list[int]:
-    try:
-        lines = path.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the index file {path}: {error}") from None
-    bad = [line for line in lines if not line.isdecimal() or len(line) > 18 or int(line) >= n]
-    if bad:
+    lines = " ".join(readers.read_lines(path)).split()
+    allowed = {str(index): index for index in range(n)}
+    if bad := [line for line in lines if line not in allowed]:
         raise DataError(f"{path} holds {bad[0][:40]!r}; allowed are whole numbers 0..{n - 1}, one a line")
-    picked = [int(line) for line in lines]
+    picked = [allowed[line] for line in lines]
     if len({*picked}) < len(picked):
         raise DataError(f"{path} holds an index more than once; allowed is each index once")
     return picked
@@ -200,8 +159,10 @@ def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[st
 
     Raises DataError if more than `MAX_OVERLAP` of them are test images: no figure would mean anything.
     """
-    sums = _checksums(given)
-    known = {*_checksums(test)}
+    sums, others = (
+        [hashlib.sha256(each.tobytes()).digest() for each in images.pixels.cpu().numpy()] for images in (given, test)
+    )
+    known = {*others}
     shared = sum(one in known for one in sums)
     if shared > MAX_OVERLAP * len(given):
         raise DataError(f"{shared} of {len(given)} {kind} images are test images, too; give the defense others")
@@ -211,7 +172,3 @@ def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[st
     if twins := len(sums) - len({*sums}):
         notes.append(f"{twins} of {len(given)} {kind} images are copies of others")
     return notes + check_counts(given.labels.bincount(minlength=given.num_classes), kind)
-
-
-def _checksums(images: Images) -> list[bytes]:
-    return [hashlib.sha256(pixels.tobytes()).digest() for pixels in images.pixels.cpu().numpy()]

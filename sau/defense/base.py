@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import Method, param
-from sau.data.images import Augment, Batches, Images, cropped
+from sau.data.images import Augment, Batches, Images
 from sau.defense import inputs, verdict
 from sau.errors import ConfigError
 from sau.evaluate import batch_accuracy
@@ -151,7 +151,7 @@ class Defense(Method, ABC):
             published = settings == "auto" and self.adapting.items() <= self.params().items()
             method = self.adapted(owned, images, per_epoch) if published else self
             batches.size = method.batch_size
-            batches.augment = (augment or cropped(x)) if getattr(method, "augment", False) else None
+            batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches))
             with seeded(seed):
                 method.run(owned, batches, session)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sau.data.sources import source
+from sau.data.sources import load
 from sau.errors import ConfigError, first_line
 from sau.files import acquire
 from sau.grid.engines import Job, Local, Outcome, RayEngine
@@ -201,7 +201,7 @@ def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
     if todo:
         local = given.engine != "ray"
         for dataset, place in dict.fromkeys(cell.data for cell in todo) if local else ():
-            source(dataset).find(Path(place))  # refuses missing data, and downloads once for all cells
+            load(dataset, place)  # refuses missing data, downloads and decodes once for all cells
         engine = Local(todo, given.cores, given.memory_gb) if local else RayEngine(todo, given.address, given.cores)
         Runner(todo, store, engine, retries=grid.retries, timeout=grid.cell_timeout, say=say).run()
         say(f"took {duration(time.monotonic() - started)}")

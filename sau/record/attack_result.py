@@ -89,7 +89,7 @@ class AttackResult:
         """
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
-        _compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
+        compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
         return make()
 
     def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
@@ -206,11 +206,11 @@ def load_weights(model: nn.Module, place: str | Path) -> None:
     insert_polarizers(model, [*weights, *(f"net.{name}" for name in weights)])
     own = model.state_dict()
     named = {f"net.{name}" if f"net.{name}" in own else name: tensor for name, tensor in weights.items()}
-    _compare(own, named, place, "the network")
+    compare(own, named, place, "the network")
     model.load_state_dict(named)
 
 
-def _compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path, whose: str) -> None:
+def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path, whose: str) -> None:
     """RecordError unless names and shapes are the same."""
     for name in {**own, **weights}:
         got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
