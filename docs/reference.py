@@ -1,11 +1,15 @@
-"""Tables of parameters from the code: `<!-- api: sau.score -->` on a page is replaced by one when the site is built."""
+"""Tables of parameters from the code: `<!-- api: sau.score -->` on a page is replaced by one when the site is built.
+
+A mark of attacks or defenses, `<!-- api: sau.defense.DEFENSES -->`, becomes a section for each.
+"""
 
 import inspect
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
@@ -17,7 +21,24 @@ HEAD = ("name", "default", "meaning")
 
 def filled(text: str) -> str:
     """A page with its marks replaced."""
-    return MARK.sub(lambda mark: described(resolve_name(mark[1])), text)
+    return MARK.sub(lambda mark: "\n\n".join(heading(*one) + described(one[1]) for one in named(mark[1])), text)
+
+
+def named(path: str) -> list[tuple[str, Any]]:
+    """What a mark names: a thing without a page, or each method with the path of its page without the ending."""
+    thing = resolve_name(path)
+    if not isinstance(thing, Mapping):
+        return [("", thing)]
+    folder = path.split(".")[1] + "s"
+    return [(f"{folder}/{name}", method) for name, method in thing.items()]
+
+
+def heading(page: str, thing: Any) -> str:
+    """A method's name with a link to its page."""
+    if not page:
+        return ""
+    linked = page if (Path(__file__).parent / f"{page}.md").is_file() else f"{page.split('/')[0]}/README"
+    return f"### [{thing.__name__}]({linked}.md)\n\n"
 
 
 def unbroken(text: str) -> str:

@@ -4,7 +4,6 @@ What stands between `<!-- measured -->` and `<!-- /measured -->` in docs/attacks
 docs/results.
 """
 
-import json
 import re
 import statistics
 import textwrap
@@ -20,7 +19,6 @@ from sau.report.tables import Row, mean_row, published
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = "table1_cpu"  # of docs/results
-COSTS = "bench_defenses_cpu"  # of docs/results/bench.jsonl
 MEASURED = re.compile("(<!-- measured -->\n).*?((<!-- /measured -->\n.*)?)\\Z", re.S)
 CLEAN = "prototype"  # networks without a backdoor, which are in no mean
 
@@ -102,14 +100,18 @@ def defense_table(results: list[Result], name: str) -> str:
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
     before, mean = defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen])
     rows.insert(0, mean)
-    head = "| attack | ACC | ASR | R-ACC | DER |" + " published: ACC / ASR / DER |" * bool(table)
-    about = f"Recipe `cpu`{recipe('defense', name)}; before, on average: {before} ([columns](README.md#tables)). "
-    about += f"Published: {table['source']}." if table else "Nothing is published in this setting."
+    head = "| attack | ACC | ASR | R-ACC | DER |" + " published: ACC / ASR |" * bool(table)
+    about = f"Recipe `cpu`{recipe('defense', name)}; before, on average: {before}; {cost(list(groups.values()))} "
+    about += "([columns](README.md#tables)). "
+    about += (
+        f"Published: {re.split('; (?:DER|R-ACC)', table['source'])[0]}."
+        if table
+        else "Nothing is published in this setting."
+    )
     return (
         wrapped(about)
         + f"\n{head}\n{'|---' * (6 if table else 5)}|\n" + "\n".join(rows) + "\n"
-        + flagged([result for result in results if result.defense == name]) + cost(name, list(groups.values()))
-        + few(name)
+        + flagged([result for result in results if result.defense == name]) + few(name)
     )  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def few(name: str) -> str:
     ]
     texts = [f"{own[0].attack} {' / '.join(columns(own, 'asr', 'racc', digits=1))}" for own in groups]
     about = f"[143 images of digits](../results/digits.md), ASR / R-ACC: {', '.join(texts)}. "
-    about += "That is enough." if all(removed) else "That is too few images."
+    about += "That is enough." if all(removed) else "That is too few."
     return f"\n{wrapped(about)}"
 
 
@@ -153,18 +155,17 @@ def defense_mean(groups: list[list[Result]]) -> tuple[str, str]:
     table = published()["tables"].get(groups[0][0].defense)
     if table:
         rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
-        acc, asr, _, der = mean_row(rows) if len(rows) == len(groups) else [None] * 4
-        mark = " †" * (table["selection"] == "oracle")
-        texts.append("-" if acc is None else " / ".join(figures([acc, asr, der])) + mark)
+        mean = mean_row(rows)[:2] if len(rows) == len(groups) else []
+        texts.append(" / ".join(figures(mean)) + " †" * (table["selection"] == "oracle") if mean else "-")
     return f"ACC {means[0]}, ASR {means[1]}", f"| {' | '.join(texts)} |"
 
 
 def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:
-    """ACC / ASR / DER as published, marked if test sets chose only there; a dash if they chose only here."""
+    """ACC / ASR as published, marked if test sets chose only there; a dash if they chose only here."""
     row = table["rows"].get(attack)
     if row is None or (oracle and table["selection"] != "oracle"):
         return "-"
-    return " / ".join(figures([row[0], row[1], row[3]])) + " †" * (table["selection"] == "oracle" and not oracle)
+    return " / ".join(figures(row[:2])) + " †" * (table["selection"] == "oracle" and not oracle)
 
 
 def flagged(results: list[Result]) -> str:
@@ -181,15 +182,7 @@ def flagged(results: list[Result]) -> str:
     return f"\n{about}:\n{'; '.join(texts)}.\n" if texts else ""
 
 
-def cost(name: str, groups: list[list[Result]]) -> str:
-    """Seconds of the runs above, and how many times as long as FT the benchmark takes."""
-    chosen = [own for own in groups if not own[0].oracle]
-    seconds = sorted(statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in chosen)
-    runs = f"Time: {seconds[0]:.0f} to {seconds[-1]:.0f} s"
-    lines = (DOCS / "results" / "bench.jsonl").read_text().splitlines()
-    found = next(part for part in map(json.loads, lines) if part["name"] == COSTS)
-    row = next((row for row in found["rows"] if row["name"] == f"whole run: {name}"), None)
-    if row is None or name == "ft":
-        return f"\n{runs}.\n"
-    times = f"{row['ours'] / row['reference']:,.2f} times FT"
-    return f"\n{runs}; alone on a core [{times}](../performance.md#the-defenses).\n"
+def cost(groups: list[list[Result]]) -> str:
+    """Seconds of the quickest and of the slowest attack's runs."""
+    seconds = [statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in groups if not own[0].oracle]
+    return f"{min(seconds):.0f} to {max(seconds):.0f} s"

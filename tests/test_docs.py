@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pkgutil import resolve_name
 
 import pytest
 from toys import REPOSITORY, environment
@@ -34,11 +33,12 @@ def names(table: str) -> set[str]:
 
 
 def test_the_api_has_every_parameter(reference):
-    shown = {path: resolve_name(path) for path in reference.MARK.findall((DOCS / "api.md").read_text())}
+    paths = reference.MARK.findall((DOCS / "api.md").read_text())
+    shown = [(path, thing) for path in paths for _, thing in reference.named(path)]
     methods = {*DEFENSES.values(), *ATTACKS.values()} - {ATTACKS["prototype"]}  # which has none
-    assert methods | {Training, Grid, Block} <= {thing for thing in shown.values() if reference.is_settings(thing)}
-    assert {getattr(sau, name) for name in sau._MODULES} <= {*shown.values()}
-    for path, thing in shown.items():
+    assert methods | {Training, Grid, Block} <= {thing for _, thing in shown if reference.is_settings(thing)}
+    assert {getattr(sau, name) for name in sau._MODULES} <= {thing for _, thing in shown}
+    for path, thing in shown:
         found, known = names(reference.described(thing)), {*inspect.signature(thing).parameters} - {"self"}
         if reference.is_settings(thing):
             assert found == {*options(thing)} and all(each.help for each in options(thing).values()), path

@@ -36,13 +36,13 @@ class AuditConfig:
     )
     epochs: int = param(5, "epochs of re-learning", ge=1)
     share: float = param(
-        0.02, "share of the training images that the attacker draws for it and for the path's statistics", gt=0, le=1
+        0.02, "share of the training images, for re-learning and for the statistics of the path", gt=0, le=1
     )
     eps: tuple[float, ...] = param(
         (0.01, 0.02, 0.05), "L-infinity radii of universal perturbations in [0, 1] pixels, rising", gt=0, lt=1
     )
     steps: int = param(100, "gradient steps for each radius", ge=1)
-    pictures: int = param(1000, "triggered training images that a perturbation is fitted to", ge=1)
+    images: int = param(1000, "triggered training images that a perturbation is fitted to", ge=1)
     seeds: tuple[int, ...] = param(
         (0,), "seeds of the attacker's draws; everything that draws is repeated for each", ge=0, lt=2**63
     )

@@ -123,7 +123,7 @@ def _white(case: Case, config: AuditConfig) -> Iterator[Row]:
     """
     for (name, model), curve, seed in product(case.networks.items(), (TRIGGER, ALONE), config.seeds):
         order = torch.randperm(len(case.poisons), generator=generator(seed))
-        fitted, shown = case.poisons[order[: config.pictures]], case.triggered
+        fitted, shown = case.poisons[order[: config.images]], case.triggered
         if curve == ALONE:
             fitted, shown = _relabel(case.train[fitted.index], fitted), _relabel(case.untriggered, shown)
         yield _shown(model, shown, to_float(shown.pixels), network=name, curve=curve, x=0.0, seed=seed)
