@@ -42,8 +42,8 @@ def heading(page: str, thing: Any) -> str:
 
 
 def unbroken(text: str) -> str:
-    """A page whose tables keep figures like `81.1 / 2.3 (3)` and `+1.2 ± 0.3` on one line."""
-    gap = re.compile(r"(?<=[\d-]) (?=[/±] [+\d-]|\(\d+\))|(?<=[\d-] [/±]) (?=[+\d-])")
+    """A page whose tables keep figures like `81.1 / 2.3 (3)` on one line."""
+    gap = re.compile(r"(?<=[\d-]) (?=/ [+\d-]|\(\d+\))|(?<=[\d-] /) (?=[+\d-])")
     return re.sub(r"^\|.*", lambda row: gap.sub("\u2060\u00a0", row[0]), text, flags=re.MULTILINE)
 
 

@@ -44,9 +44,9 @@ def update(check: bool) -> int:
 
 
 def text(values: list[Any], digits: int = 2) -> str:
-    """Mean and standard deviation, in one word that no table breaks; a dash if a value is missing."""
+    """Mean and standard deviation; a dash if a value is missing."""
     found = mean_std(values)
-    return found.text(digits).replace(" ± ", "±") if found else "-"
+    return found.text(digits) if found else "-"
 
 
 def columns(results: list[Result], *names: str, digits: int = 2) -> list[str]:
@@ -98,16 +98,11 @@ def defense_table(results: list[Result], name: str) -> str:
         return ""
     table = published()["tables"].get(name)
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
-    before, mean = defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen])
-    rows.insert(0, mean)
+    rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))
     head = "| attack | ACC | ASR | R-ACC | DER |" + " published: ACC / ASR |" * bool(table)
-    about = f"Recipe `cpu`{recipe('defense', name)}; before, on average: {before}; {cost(list(groups.values()))} "
-    about += "([columns](README.md#tables)). "
-    about += (
-        f"Published: {re.split('; (?:DER|R-ACC)', table['source'])[0]}."
-        if table
-        else "Nothing is published in this setting."
-    )
+    source = re.split("; (?:DER|R-ACC)", table["source"])[0] if table else "nothing in this setting"
+    about = f"Recipe `cpu`{recipe('defense', name)}; {cost(list(groups.values()))} ([columns](README.md#tables)). "
+    about += f"Published: {source}."
     return (
         wrapped(about)
         + f"\n{head}\n{'|---' * (6 if table else 5)}|\n" + "\n".join(rows) + "\n"
@@ -146,18 +141,21 @@ def defense_row(attack: str, own: list[Result]) -> str:
     return f"| {' | '.join(texts + ([published_cell(table, attack, own[0].oracle)] if table else []))} |"
 
 
-def defense_mean(groups: list[list[Result]]) -> tuple[str, str]:
-    """The means before, and the row of means after, over attacks; what is published only where that is every attack."""
-    names = ("before_acc", "before_asr", "acc", "asr", "racc", "der")
-    means = figures(mean_row([[statistics.mean(one.figures[key] or 0.0 for one in own) for key in names]
-                              for own in groups]))  # fmt: skip
-    texts = [f"**mean of {len(groups)}**", *means[2:]]
+def means(groups: list[list[Result]], *names: str) -> list[str]:
+    """Means over attacks of the means over seeds."""
+    return figures(mean_row([[statistics.mean(one.figures[key] or 0.0 for one in own) for key in names]
+                             for own in groups]))  # fmt: skip
+
+
+def defense_mean(groups: list[list[Result]]) -> str:
+    """The row of means; of what is published only where that is every attack."""
+    texts = [f"**mean of {len(groups)}**", *means(groups, "acc", "asr", "racc", "der")]
     table = published()["tables"].get(groups[0][0].defense)
     if table:
         rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
         mean = mean_row(rows)[:2] if len(rows) == len(groups) else []
         texts.append(" / ".join(figures(mean)) + " †" * (table["selection"] == "oracle") if mean else "-")
-    return f"ACC {means[0]}, ASR {means[1]}", f"| {' | '.join(texts)} |"
+    return f"| {' | '.join(texts)} |"
 
 
 def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:

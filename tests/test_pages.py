@@ -1,5 +1,7 @@
 """The pages of the methods and the tools that draw them: figures are those of the kept results."""
 
+from collections import defaultdict
+
 import cards
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from sau.attack import ATTACKS
 from sau.defense import DEFENSES
 from sau.flags import IGNORED
 from sau.record.summaries import save
+from sau.report.results import find_results
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
 
@@ -43,6 +46,19 @@ def test_the_means_of_the_pages_are_those_of_the_results():
         there = next(line for line in table.splitlines() if line.startswith(f"| {name} | ")).split(" | ")[1:5]
         acc, asr, der = (row.split(" | ")[column].rstrip(" |") for column in (1, 2, 4))
         assert [acc, asr, der] == [there[0], there[1], there[3]]
+
+
+def test_the_means_before_are_those_of_the_results():
+    """The page of all defenses says them once, of three seeds and of the others."""
+    text = " ".join((REPOSITORY / "docs" / "defenses" / "README.md").read_text().split())
+    results = find_results(REPOSITORY / "docs" / "results" / "table1_cpu.jsonl")[0]
+    for name in DEFENSES:
+        groups = defaultdict(list)
+        for result in results:
+            if result.defense == name and result.attack != "prototype" and not result.oracle:
+                groups[result.attack].append(result)
+        acc, asr = cards.means(list(groups.values()), "before_acc", "before_asr")
+        assert f"ACC {acc}, ASR {asr}" in text, name
 
 
 def test_flags_without_effect_stand_on_the_page_for_users_of_backdoorbench():

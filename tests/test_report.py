@@ -70,7 +70,7 @@ def test_intervals_are_students_and_two_values_have_none():
     """t of 2 degrees of freedom at 97.5 % is 4.3027; the standard deviation of 1, 2, 3 is 1."""
     three, two = MeanStd((1.0, 2.0, 3.0)), MeanStd((1.0, 3.0))
     assert three.mean == 2 and three.half_interval == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
-    assert (three.text(1), three.text(interval=True)) == ("2.0 ± 1.0", "2.00 ± 2.48")
+    assert (three.text(1), three.text(interval=True)) == ("2.0±1.0", "2.00±2.48")
     assert (two.text(), two.half_interval, two.text(1, sign="+")) == ("1.00, 3.00", None, "+1.0, +3.0")
     assert MeanStd((5.0,)).text() == "5.00" and MeanStd((5.0,)).half_interval is None
 

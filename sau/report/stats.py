@@ -41,10 +41,10 @@ class MeanStd:
         return None if self.std is None or n < 3 else float(stdtrit(n - 1, 0.975)) * self.std / math.sqrt(n)
 
     def text(self, digits: int = 2, interval: bool = False, sign: str = "") -> str:
-        """`mean ± std` or `mean ± half_interval`; one or two values are listed, for their deviation says little."""
+        """`mean±std` or `mean±half_interval`, which no table breaks; one or two values are listed."""
         if len(self.values) < 3:
             return ", ".join(f"{value:{sign}.{digits}f}" for value in self.values)
-        return f"{self.mean:{sign}.{digits}f} ± {self.half_interval if interval else self.std:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}±{self.half_interval if interval else self.std:.{digits}f}"
 
 
 def mean_std(values: Sequence[float | None]) -> MeanStd | None:
