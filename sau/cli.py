@@ -4,43 +4,37 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
+from itertools import chain
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import nn
 
+from sau import __version__, own_network, quality
 from sau import device as machine
-from sau import own_network, quality
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.triggers import describe_figures, same_trigger
-from sau.config import Method
+from sau.config import Method, options
 from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
-from sau.defense.base import Defense
 from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, der, figures, proportions, score, table, verdict
 from sau.files import existing, release_all, safe_join
-from sau.flags import RECIPES
 from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.risk import gauge
-from sau.run import AttackRun, DefenseRun, Run, RunLogger, begin, trigger_session, versioned
-from sau.settings import OwnRun, Settings
+from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, trigger_session
+from sau.settings import Settings
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
-TOOLS = {
-    "report": "sau.tools:report",
-    "figures": "sau.tools:figures",
-    "grid": "sau.grid.command:main",
-    "verify": "sau.tools:verify",
-    "inspect": "sau.tools:inspect",
-}
+TOOLS = {"grid": "sau.grid.command:main"}
+TOOLS |= {name: f"sau.tools:{name}" for name in ("report", "figures", "verify", "inspect")}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,9 +54,8 @@ def _main(argv: list[str]) -> int:
         print(listing())
         return 0
     if kind in TOOLS:
-        module, _, function = TOOLS[kind].partition(":")
         try:
-            status: int = getattr(import_module(module), function)(argv[1:])
+            status: int = resolve_name(TOOLS[kind])(argv[1:])
         except ModuleNotFoundError as missing:
             raise ConfigError(f"sau {kind} needs {missing.name}; pip install -e '.[report]'") from None
         return status
@@ -81,11 +74,8 @@ def listing() -> str:
         "data sets": {name: each.about for name, each in sources.SOURCES.items()},
         "recipes": RECIPES,
     }
-    return "\n".join(
-        line
-        for kind, lines in groups.items()
-        for line in (f"{kind}:", *(f"  {n:11} {text}" for n, text in lines.items()))
-    )
+    blocks = [[f"{kind}:", *(f"  {name:11} {text}" for name, text in each.items())] for kind, each in groups.items()]
+    return "\n".join(chain(*blocks))
 
 
 def _sentence(doc: str | None) -> str:
@@ -113,7 +103,6 @@ def attack(name: str, argv: Sequence[str]) -> None:
     asked = Settings(f"sau attack {name}", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
     dataset = asked.get("dataset") or Run.dataset
     origin, (recipe, why) = sources.source(dataset), asked.recipe()
-    asked.help(recipe, dataset)
     run, training, method = asked.settle(recipe, dataset)
     _check_name(run.attack or name, name)
     where = machine.prepare(asked.device)
@@ -123,25 +112,27 @@ def attack(name: str, argv: Sequence[str]) -> None:
     notes = [note] if (note := sources.subset_note(dataset, train, test)) else []
     data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
     train, test = train.to(where), test.to(where)
+    # A width is refused only where the user asked for it.
+    width, shape = run.width if has_width(run.model) or "width" in asked.given else None, list(train.pixels.shape[1:])
+    network = {"name": run.model, "classes": train.num_classes, "width": width, "shape": shape}
+    network |= {"mean": list(origin.mean), "std": list(origin.std)}
     torch.manual_seed(run.random_seed)
-    network = _network(asked, run, train, origin)
-    shape, width = network["shape"], network["width"]
     model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
 
     identity = {"attack": name, **method.identity(), **training.params(), **data, **network}
-    identity["random_seed"] = run.random_seed
-    record.can_start(versioned(identity), run.overwrite)  # before a trigger is made, which may take long
+    identity |= {"random_seed": run.random_seed, "sau": __version__}
+    record.can_start(identity, run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     method = method.fit_trigger(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     if poisoned is train and method.pratio and not method.in_batch:
         notes.append(f"pratio {method.pratio:g} of {len(train)} images is less than one, so nothing is poisoned")
-    settings = {"attack": name, **method.params(), **training.params()}
     mark = same_trigger(record, None if method.trains_trigger else method.trigger)
-    facts = {"method": settings, "data": data, "model": network, "notes": notes, "trigger_digest": mark}
+    facts: dict[str, Any] = {"method": {"attack": name, **method.params(), **training.params()}, "data": data}
+    facts |= {"model": network, "notes": notes, "trigger_digest": mark}
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
-    begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
+    begin(record, run, identity, model, method, where, facts, [line], asked.without_effect)
     plan = method.describe(poisoned, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)
@@ -150,13 +141,13 @@ def attack(name: str, argv: Sequence[str]) -> None:
     logger = RunLogger(record, run, method.classifier_epochs(training), test, again, started, each)
     method.fit(model, poisoned, recipe=training, session=logger.session(), **how)
     triggered = again()
-    final = logger.final(model, triggered)
+    final, _ = logger.final(model, triggered)
     attack_result.save(record, model, method.poisoned_samples(poisoned), triggered, method.trigger)
     record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
     if gate := method.gate(dataset, final.asr):
         found["gate"] = gate
-        _judge(record, gate, final, "this attack", f"try {method.remedy}")
+        _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
     logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
@@ -165,74 +156,61 @@ def defend(name: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     asked = Settings(f"sau defense {name}", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
     folder, own = asked.get("result_file"), asked.get("model_file") is not None
-    if folder is None:
-        asked.help(asked.recipe()[0], "folder" if own else asked.get("dataset") or Run.dataset)
+    if folder is None and not own:
+        asked.help(asked.recipe()[0], asked.get("dataset") or Run.dataset)
     if own == (folder is not None):
         raise ConfigError("give one of --result_file, an attack's folder, and --model_file, a network of your own")
     if own:
         return own_network.purify(name, asked)
     attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, folder))
     recipe, why = asked.recipe(attacked.recipe)
-    asked.help(recipe, attacked.dataset, _recorded(attacked))
     run, _, method = asked.settle(recipe, attacked.dataset, _recorded(attacked))
-    asked.ignore((field.name for field in fields(OwnRun)), "it is about a network of your own")
+    asked.ignore(options(OwnRun), "it is about a network of your own")
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
     offered = attacked.offers("poisoned" if method.data_use == "poisoned" else "clean")
-    given, test, notes = _given(attacked, run, method, offered, run.dataset_path if asked.has("dataset_path") else None)
+    train, test, notes = attacked.images(run.dataset_path if "dataset_path" in asked.asked else None)
+    given = sources.clean_subset(attacked.given(train, offered), run.ratio, run.random_seed, run.index)
+    looks = method.data_use != "none"
+    notes += sources.check_clean_set(given, test, offered) if looks else []
     given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
     model = attacked.model().to(where)
     method = asked.adapted(method, model, len(given))
 
     record = Record(safe_join(attacked.path, "defense", run.save_folder_name or name))
     identity = {"defense": name, **method.identity(), "clean": sources.fingerprint(given), "attacked": attacked.digest}
+    identity |= {"random_seed": run.random_seed, "sau": __version__}
     facts: dict[str, Any] = {"method": {"defense": name, **method.params()}, "data": {"dataset": attacked.dataset}}
     facts |= {"model": attacked.network, "attacked": attacked.digest, "notes": notes}
     facts["clean_index"] = given.index.tolist()
-    looks = method.data_use != "none"
     images = f"{len(given):,} {offered} images of {attacked.dataset}" if looks else "it looks at no images"
     line = f"recipe {recipe} ({why}): {images}; {record.path}"
-    identity["random_seed"] = run.random_seed
-    begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
+    begin(record, run, identity, model, method, where, facts, [line], asked.without_effect)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
-    _judge(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")
+    _warn_below(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")
     risks = None
     if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat = risks(model).summary() if risks else None
     seconds, epochs = time.monotonic() - begun, getattr(method, "epochs", 1)
     logger = RunLogger(record, run, epochs, test, lambda: triggered, started, seconds, risks)
-    judge = partial(score, clean=test, triggered=triggered)
-    session = replace(logger.session(), judge=judge if method.selection == "oracle" else None)
+    oracle = method.selection == "oracle"
+    session = replace(logger.session(), judge=partial(score, clean=test, triggered=triggered) if oracle else None)
     how: Any = {"augment": sources.source(attacked.dataset).augment, "seed": run.random_seed, "settings": "as_given"}
     fixed = method.purify(model, given, session=session, **how)
-    after = logger.final(fixed, triggered)
+    after, found = logger.final(fixed, triggered)
     record.save_tensors("model", fixed.get_submodule("net").state_dict())
-    record.log(table({"before": before, "oracle" if method.selection == "oracle" else "after": after}))
+    record.log(table({"before": before, "oracle" if oracle else "after": after}))
     record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], looks))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": der(before, after)}
     scores |= {"selection": method.selection, "data": offered}
     scores |= {"gate": attacked.gate} if attacked.gate else {}
-    if risks:
-        scores["risk"] = {"before": threat, "after": logger.last_risks(fixed), "search": asdict(run.search())}
+    scores |= {"risk": {"before": threat, "after": found.summary(), "search": asdict(run.search())}} if found else {}
     logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _given(
-    attacked: attack_result.AttackResult, run: DefenseRun, method: Defense, offered: str, place: str | None
-) -> tuple[Images, Images, list[str]]:
-    """What the method is given of the `offered` kind, the clean test set, and notes about them; `place` is the folder
-    of the data sets, if the user has named one."""
-    train, test, notes = attacked.images(place)
-    pool = attacked.given(train, offered)
-    given = sources.clean_subset(pool, run.ratio, run.random_seed, run.index)
-    if method.data_use != "none":
-        notes += sources.check_clean_set(given, test, offered)
-    return given, test, notes
-
-
-def _judge(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
+def _warn_below(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
     """Warn of an attack that is below its gate; see `Attack.gate`."""
     if gate and not gate["passed"] and found.asr:
         asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}"
@@ -270,10 +248,3 @@ def _check_name(given: str, name: str) -> None:
     if other != name:
         advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
         raise ConfigError(f"--attack is {given!r}, but this is {name}; leave it out{advice}")
-
-
-def _network(asked: Settings, run: AttackRun, train: Images, origin: sources.Source) -> dict[str, Any]:
-    """What a defense must know to build the network again; a width is refused only where the user asked for it."""
-    width = run.width if has_width(run.model) or "width" in asked.given else None
-    shape = {"name": run.model, "classes": train.num_classes, "width": width, "shape": list(train.pixels.shape[1:])}
-    return {**shape, "mean": list(origin.mean), "std": list(origin.std)}

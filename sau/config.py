@@ -7,10 +7,10 @@ these, or one of these `| None`.
 
 import difflib
 import inspect
+import operator
 import os
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
@@ -22,15 +22,16 @@ from torch import Tensor
 from sau.errors import ConfigError, DataError, require
 from sau.files import checksum
 
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
+    "le": ("up to", operator.le), "lt": ("below", operator.lt),
+}  # fmt: skip
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
 Bound = int | float
 
 
-def param(
-    default: Any, help: str = "", *, ge: Bound | None = None, gt: Bound | None = None, le: Bound | None = None,
-    lt: Bound | None = None, aliases: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
+def param(default: Any, help: str = "", *, aliases: tuple[str, ...] = (), **bounds: Bound) -> Any:
     """A field of a dataclass that is a flag and a YAML key as well.
 
     What a subclass leaves out (or all, with a plain default) it takes from the field of its base.
@@ -38,14 +39,11 @@ def param(
     Args:
         default: its default.
         help: what it is, with units; the range and the default are added.
-        ge: least value; of a tuple that of each entry, as for all bounds.
-        gt: every value is above this.
-        le: largest value.
-        lt: every value is below this.
         aliases: further names of the flag and of the key.
+        bounds: `ge`, `gt`, `le` or `lt`: each value is at least, above, at most, below this; of a tuple each entry.
     """
-    given = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "aliases": aliases}
-    return field(default=default, metadata={key: value for key, value in given.items() if value not in (None, "", ())})
+    assert bounds.keys() <= BOUNDS.keys()
+    return field(default=default, metadata={**({"help": help} if help else {}), "aliases": aliases, **bounds})
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,12 @@ class Option:
     default: Any
     help: str = ""
     aliases: tuple[str, ...] = ()
-    ge: Bound | None = None
-    gt: Bound | None = None
-    le: Bound | None = None
-    lt: Bound | None = None
+    bounds: Mapping[str, Bound] = field(default_factory=dict)
 
     @property
     def range(self) -> str:
         """The allowed range in words; empty where every value of the type is allowed."""
-        if self.ge is not None and self.le is not None:
-            return f"{self.ge} to {self.le}"
-        low = f"above {self.gt}" if self.gt is not None else f"{self.ge}" if self.ge is not None else ""
-        high = f"up to {self.le}" if self.le is not None else f"below {self.lt}" if self.lt is not None else ""
-        if self.ge is not None:
-            return f"{low} up to {high}" if high else f"{low} and more"
-        return " and ".join(filter(None, (low, high)))
+        return " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in self.bounds.items())
 
     @property
     def about(self) -> str:
@@ -80,34 +69,36 @@ class Option:
 
     def misfit(self, value: Any) -> str | None:
         """What is allowed instead of `value`; None where it is of the right type and inside the range."""
-        if (wrong := misfit(value, self.hint)) is not None:
-            return wrong
+        words = _words(self.hint)
+        if not words:  # a method of somebody's own may have a field that cannot be a flag
+            return None
+        if not _is_a(value, self.hint):
+            return words
         values = value if isinstance(value, list | tuple) else () if value is None else (value,)
-        if all(self._inside(each) for each in values):
+        if all(BOUNDS[name][1](each, bound) for name, bound in self.bounds.items() for each in values):
             return None
         return f"none, or {self.range}" if _optional(self.hint) else self.range
 
-    def _inside(self, value: Any) -> bool:
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
+    def parse(self, value: Any) -> Any:
+        """A flag's text or a YAML value as this parameter; ConfigError says what is allowed."""
+        found = convert(value, self.hint)
+        if (allowed := self.misfit(found)) is not None:
+            raise ConfigError(f"allowed is {allowed}")
+        return found
 
 
 def options(cls: type) -> dict[str, Option]:
     """The parameters of a dataclass, by name."""
     hints, found = typing.get_type_hints(cls), {}
-    for each in fields(cls):
-        known: dict[str, Any] = {"aliases": ()}
+    for each in (one for one in fields(cls) if one.init):
+        known: dict[str, Any] = {"help": "", "aliases": ()}
         for base in reversed(cls.__mro__):
             if each.name in inspect.get_annotations(base):
                 more = base.__dict__["__dataclass_fields__"][each.name].metadata
-                known = {**known, **more, "aliases": known["aliases"] + more.get("aliases", ())}
-        if each.init:
-            default = None if each.default is MISSING else each.default
-            found[each.name] = Option(each.name, hints[each.name], default, **known)
+                known |= {**more, "aliases": known["aliases"] + more.get("aliases", ())}
+        default = None if each.default is MISSING else each.default
+        bounds = {name: known[name] for name in BOUNDS if name in known}
+        found[each.name] = Option(each.name, hints[each.name], default, known["help"], known["aliases"], bounds)
     return found
 
 
@@ -122,13 +113,6 @@ def check(settings: Any, of: str = "") -> None:
         value = getattr(settings, name)
         allowed = option.misfit(value)
         require(name + of, value, allowed is None, str(allowed))
-
-
-def describe(cls: type) -> str:
-    """An `Args:` block of the parameters that a class itself declares, for its docstring; "" where it has none."""
-    own = {name: each.metadata for name, each in vars(cls).items() if hasattr(each, "metadata")}
-    lines = [f"    {name}: {more['help']}." for name, more in own.items() if "help" in more]
-    return "\n".join(["\n\nArgs:", *lines]) + "\n" if lines else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +137,9 @@ class Method:
         super().__init_subclass__(**given)
         if "graph_safe" not in vars(cls) and "step" in vars(cls):
             cls.graph_safe = False
-        cls.__doc__ = (cls.__doc__ or "").rstrip() + describe(cls)
+        helps = {name: each.metadata.get("help") for name, each in vars(cls).items() if hasattr(each, "metadata")}
+        if lines := [f"    {name}: {text}." for name, text in helps.items() if text]:
+            cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "Args:", *lines, ""])
 
     def __post_init__(self) -> None:
         check(self)
@@ -162,26 +148,19 @@ class Method:
         """The hyperparameters, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
-    def contents(self) -> dict[str, str]:
-        """The SHA-256 of each file that is given; of a record's folder, that of the weights. DataError if one cannot be
-        read."""
-        sums = {}
+    def identity(self) -> dict[str, Any]:
+        """`params` as they determine a result: of a file the SHA-256 of its content, for the place differs between
+        machines; of a record's folder that of its weights. DataError if one cannot be read."""
+        found = self.params()
         for name in self.files:
-            if (given := getattr(self, name)) is not None:
+            if (given := found[name]) is not None:
                 path = Path(given) / "model.safetensors" if Path(given).is_dir() else Path(given)
                 try:
-                    sums[f"{name}_sha256"] = checksum(path)
+                    found[f"{name}_sha256"] = checksum(path)
                 except DataError as error:
-                    bare = path != Path(given) and not path.exists()
-                    said = f"{given} is a folder without {path.name}" if bare else error
-                    raise DataError(f"{name}: {said}; name a file that is there") from None
-        return sums
-
-    def identity(self) -> dict[str, Any]:
-        """`params` as they determine a result: of a file that is given the content, for the place differs between
-        machines."""
-        sums = self.contents()
-        return {name: value for name, value in self.params().items() if f"{name}_sha256" not in sums} | sums
+                    raise DataError(f"{name}: {error}; name a file that is there") from None
+                del found[name]
+        return found
 
     def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by
@@ -206,62 +185,55 @@ class Method:
 def convert(value: Any, hint: Any) -> Any:
     """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
     text = "" if isinstance(value, dict | list | tuple) else str(value).strip()
-    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if _optional(hint):
-        return None if value is None or text.lower() in ("none", "auto", "null") else convert(value, _inner(hint))
+        return None if value is None or text.lower() in ("none", "auto", "null") else convert(value, _plain(hint))
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is tuple and not isinstance(value, dict):
         items = value if isinstance(value, list | tuple) else text.strip("[]() ").replace(",", " ").split()
         return tuple(convert(item, parts[0]) for item in items)
-    if kind is Literal:
-        choices = {str(choice).lower(): choice for choice in parts}
-        if text.lower() in choices:
-            return choices[text.lower()]
-    if hint is bool and text.lower() in ("true", "1", "false", "0"):
-        return text.lower() in ("true", "1")
-    if hint is str and value is not None and not isinstance(value, bool | dict | list):
+    named = {str(choice).lower(): choice for choice in parts} if kind is Literal else {}
+    named = {"true": True, "1": True, "false": False, "0": False} if kind is bool else named
+    if text.lower() in named:
+        return named[text.lower()]
+    if kind is str and value is not None and not isinstance(value, bool | dict | list):
         return str(value)
-    if hint in (int, float) and not isinstance(value, bool | dict | list):
+    if kind in (int, float) and not isinstance(value, bool | dict | list):
         with suppress(ValueError, OverflowError):  # refused below, like every other wrong value
-            number = float(value) if hint is float and isinstance(value, Real) else hint(text)
-            if hint is int or abs(number) < FLOAT32_END:  # NaN is not
+            number = float(value) if kind is float and isinstance(value, Real) else kind(text)
+            if kind is int or abs(number) < FLOAT32_END:  # NaN is not
                 return number
     raise ConfigError(f"allowed is {_words(hint)}")
 
 
-def misfit(value: Any, hint: Any) -> str | None:
-    """What is allowed instead of `value`, where it is not of the annotated type."""
-    if not _settable(hint):
-        return None
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the annotated type already."""
     given = tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
-    with suppress(ConfigError):
-        if (found := convert(value, hint)) == given and isinstance(found, bool) == isinstance(value, bool):
-            return None
-    return _words(hint)
-
-
-def _settable(hint: Any) -> bool:
-    """Whether a flag can have this type; a method of somebody's own may have fields of others."""
-    if typing.get_origin(hint) is tuple or _optional(hint):
-        return _settable(_inner(hint))
-    return typing.get_origin(hint) is Literal or hint in WORDS
+    try:
+        found = convert(value, hint)
+    except ConfigError:
+        return False
+    return bool(found == given) and isinstance(found, bool) == isinstance(value, bool)
 
 
 def _optional(hint: Any) -> bool:
-    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return type(None) in typing.get_args(hint)
 
 
-def _inner(hint: Any) -> Any:
-    return next(part for part in typing.get_args(hint) if part is not type(None))
+def _plain(hint: Any) -> Any:
+    """A type without `| None`."""
+    return next(part for part in typing.get_args(hint) if part is not type(None)) if _optional(hint) else hint
 
 
 def _words(hint: Any) -> str:
-    """What a type allows."""
-    if _optional(hint):
-        return f"{_words(_inner(hint))}, or none"
-    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    """What a type allows; "" for one that no flag can have."""
+    kind, parts = typing.get_origin(_plain(hint)), typing.get_args(_plain(hint))
     if kind is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    return f"a list, each {_words(parts[0])}" if kind is tuple else WORDS[hint]
+        words = f"one of {', '.join(map(str, parts))}"
+    elif kind is tuple:
+        words = _words(parts[0]) and f"a list, each {_words(parts[0])}"
+    else:
+        words = WORDS.get(_plain(hint), "")
+    return f"{words}, or none" if words and _optional(hint) else words
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sau import __version__
 from sau import device as machine
 from sau.compat import weights
 from sau.compat.weights import SAFE, network, short_names
 from sau.data.images import Images, last_of_each, sample, to_float
 from sau.data.readers import class_folders, image_folder
 from sau.data.sources import check_clean_set, fingerprint
-from sau.defense.base import Defense
 from sau.defense.inputs import misuse
 from sau.defense.nc import NC, Patches, anomaly
 from sau.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ class Reversal:
 
     def summary(self, clean: Sequence[float]) -> dict[str, Any]:
         """For a report; `clean` are the indices of clean networks that were searched alike."""
-        index, above, p = self.index, None, None
+        above, p, index = None, None, self.index
         if index is not None and clean:
             above = sum(other >= index for other in clean)
             p = round((1 + above) / (1 + len(clean)), 3)
@@ -78,15 +78,14 @@ class Reversal:
 
     def text(self, clean: Sequence[float]) -> str:
         """The same as a line."""
-        said, smallest = self.summary(clean), f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
+        said, text = self.summary(clean), f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
         if self.index is None:
-            return smallest
-        rank = "no clean network with as many classes was searched for as long on as few images"
-        if clean:
-            rank = (
-                f"{said['clean_above']} of {len(clean)} clean networks in clean_indices.json reach that (p {said['p']})"
-            )
-        return f"{smallest}, index {self.index:.1f}; {rank}"
+            return text
+        text += f", index {self.index:.1f}; "
+        if not clean:
+            return f"{text}no clean network with as many classes was searched for as long on as few images"
+        reach = f"{said['clean_above']} of {len(clean)} clean networks"
+        return f"{text}{reach} in clean_indices.json reach that (p {said['p']})"
 
 
 def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Reversal | None:
@@ -127,17 +126,11 @@ def concentration(found: Found, classes: int) -> dict[str, Any]:
     flipped = found.answer[found.kind > 0]
     if len(flipped) == 0:
         return {"class": None, "share": 0.0, "interval": None, "even": 0.0, "count": 0, "by_class": []}
-    counts = torch.bincount(flipped, minlength=classes).tolist()
-    top = max(range(classes), key=counts.__getitem__)
-    most = Proportion(counts[top], len(flipped))
-    return {
-        "class": top,
-        "share": most.percent,
-        "interval": list(most.interval),
-        "even": round(100 / classes, 2),
-        "count": len(flipped),
-        "by_class": [Proportion(count, len(flipped)).percent for count in counts],
-    }
+    shares = [Proportion(count, len(flipped)) for count in torch.bincount(flipped, minlength=classes).tolist()]
+    most = max(shares, key=lambda share: share.hits)
+    leads = {"class": shares.index(most), "share": most.percent, "interval": list(most.interval)}
+    by_class = [share.percent for share in shares]
+    return {**leads, "even": round(100 / classes, 2), "count": len(flipped), "by_class": by_class}
 
 
 def split(images: Images, share: float) -> tuple[Images, Images]:
@@ -160,7 +153,10 @@ def purify(name: str, asked: Settings) -> None:
     asked.ignore(["track_risk"], "the risks before and after are measured in any case")
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
-    _need_nothing_of_an_attacker(method)
+    if method.selection == "oracle":
+        raise ConfigError("select is oracle, allowed is defender: nobody has images with your network's trigger")
+    if method.data_use == "poisoned":
+        raise ConfigError(f"{method.name} needs the attacker's images, which your network does not come with")
     clean, found = Path(str(own.clean_dir)), weights.read(Path(str(own.model_file)))
     folders = class_folders(clean)
     names = by_name(folders, found.classes)
@@ -170,23 +166,18 @@ def purify(name: str, asked: Settings) -> None:
     model = Normalized(to_channels_last(net), own.mean or None, own.std or None).to(where).eval()
     method = asked.adapted(method, model, len(given))
     _check_classes(model, test, clean)
-    (right,) = proportions(model, given.pixels, given.labels)
-    misused = misuse(right.hits, right.total, given.num_classes)  # said before hours are spent
-    notes = [misused] if misused else []
-    if file.classes and not names:
-        theirs = f"{file.path.name} names its classes {short_names(file.classes)}"
-        notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
-    notes += check_clean_set(given, test) if method.data_use != "none" else []
-    stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(str(own.model_file)).stem).strip("_")[:80] or "network"
+    notes = check_clean_set(given, test) if method.data_use != "none" else []
+    notes = [*_misused(model, given), *_otherwise_named(file, names), *notes]
+    stem = re.sub(r"[^A-Za-z0-9]+", "_", file.path.stem).strip("_")[:80] or "network"
     record = Record(safe_join(run.record_root, run.save_folder_name or f"{stem}_{name}"))
     identity = {"defense": name, **method.identity(), **asdict(own), "clean": fingerprint(images)}
-    identity |= {"attacked": file.digest, "random_seed": run.random_seed}
-    facts: dict[str, Any] = {"method": {"defense": name, **method.params()}, "own": asdict(own), "notes": notes}
+    identity |= {"attacked": file.digest, "random_seed": run.random_seed, "sau": __version__}
+    facts = {"method": {"defense": name, **method.params()}, "own": asdict(own), "notes": notes}
     facts["model"] = {"name": arch, "classes": images.num_classes}
-    line = f"recipe {recipe}, {why}; choose another with --recipe"
-    begin(record, run, identity, model, method, where, facts, line, asked.without_effect)
-    record.log(f"{arch} from {file.path}; {len(given)} clean images to purify with, {len(test)} to measure with")
-    record.log(f"classes: {short_names(names or folders)} ({'names in the file' if names else 'folders in order'})")
+    lines = [f"recipe {recipe}, {why}; choose another with --recipe"]
+    lines.append(f"{arch} from {file.path}; {len(given)} clean images to purify with, {len(test)} to measure with")
+    lines.append(f"classes: {short_names(names or folders)} ({'names in the file' if names else 'folders in order'})")
+    begin(record, run, identity, model, method, where, facts, lines, asked.without_effect)
     begun, before = time.monotonic(), score(model, test, None)
     evaluation = time.monotonic() - begun
     # `purify` leaves the network as it is, so that it is the reference throughout.
@@ -202,21 +193,28 @@ def purify(name: str, asked: Settings) -> None:
     alike = {"classes": images.num_classes, "passes": own.reversal_passes, "images": len(test)}
     report = {"before": _report(record, "before", before, threat, patches, alike)}
     report["after"] = _report(record, "after", after, left, smaller, alike)
-    _keep(record, fixed, net, "safetensors" if file.kind == SAFE else "pt")
+    _keep(record, fixed.get_submodule("net"), net, "safetensors" if file.kind == SAFE else "pt")
     logger.finish(report)
 
 
-def _need_nothing_of_an_attacker(method: Defense) -> None:
-    """ConfigError for a method that cannot work without triggered images."""
-    if method.selection == "oracle":
-        raise ConfigError("select is oracle, allowed is defender: nobody has images with your network's trigger")
-    if method.data_use == "poisoned":
-        raise ConfigError(f"{method.name} needs the attacker's images, which your network does not come with")
+def _misused(model: nn.Module, images: Images) -> list[str]:
+    """A note if the network errs so much on clean images that it seems to be used wrongly."""
+    (right,) = proportions(model, images.pixels, images.labels)
+    misused = misuse(right.hits, right.total, images.num_classes)
+    return [misused] if misused else []
+
+
+def _otherwise_named(file: weights.Weights, names: list[str] | None) -> list[str]:
+    """A note if the file names classes and the folders bear other names."""
+    if not file.classes or names:
+        return []
+    theirs = f"{file.path.name} names its classes {short_names(file.classes)}"
+    return [f"{theirs}, which are not the names of the folders; the folders are numbered in order"]
 
 
 def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None:
     """The purified weights, in the format in which those of `net` came, too."""
-    state = fixed.get_submodule("net").state_dict()
+    state = fixed.state_dict()
     record.save_tensors("model", state)
     if ending == "pt":
         record.save_tensors("model", state, pickled=True)

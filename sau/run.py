@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +21,21 @@ from sau.config import Method, check, param
 from sau.data.images import Images
 from sau.data.sources import DATA_FOLDER
 from sau.device import has_bf16, set_threads
-from sau.errors import ConfigError
+from sau.errors import ConfigError, require
 from sau.evaluate import Score, score
-from sau.flags import RecipeName
 from sau.loop import Limit, RunContext
 from sau.models import Normalized
 from sau.pgd import Bounded, Search
 from sau.quality import RADIUS
 from sau.record.folder import EARLY, Record, digest
 from sau.risk import Found
+
+RecipeName = Literal["paper", "cpu", "fast"]
+RECIPES: dict[str, str] = {
+    "paper": "the published settings; the default on CUDA",
+    "cpu": "a narrow network and few epochs; the default without CUDA",
+    "fast": "an attack's network in a fraction of the time of paper, on CUDA",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,37 +44,23 @@ class Run:
 
     dataset: str = param(
         "cifar10",
-        "cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own "
-        "images, in train/CLASS/ and test/CLASS/ of dataset_path); of a defense the record's",
+        "cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own images, in "
+        "train/CLASS/ and test/CLASS/ of dataset_path); of a defense the record's",
     )
-    dataset_path: str = param(
-        DATA_FOLDER,
-        "folder that holds the data sets, in the benchmark's or in torchvision's layout; a defense looks where the "
-        "attack found them",
-    )
+    dataset_path: str = param(DATA_FOLDER, "folder of the data sets; a defense looks where the attack found them")
     model: str = param(
-        "preactresnet18",
-        "preactresnet18, or a classifier of torchvision by its name, like vgg19_bn; of a defense the record's",
+        "preactresnet18", "preactresnet18, or a classifier of torchvision, like vgg19_bn; of a defense the record's"
     )
     recipe: Literal["auto", RecipeName] = param(
         "auto",
-        "shipped settings to start from: paper (as published), cpu (narrow network, few epochs), or auto, which is "
-        "paper on CUDA and cpu elsewhere; a defense takes the recipe of the record. fast trains a victim in a "
-        "quarter of paper's epochs; defenses, and attacks inside the batches, then have those of paper",
+        "shipped settings to start from: paper (as published), cpu (narrow network, few epochs) or fast (an attack in "
+        "a quarter of paper's epochs, else paper); auto is paper on CUDA, cpu elsewhere, of a defense the record's",
     )
     device: str = param("auto", "auto, cpu, cuda or one like cuda:1")
-    amp: bool | None = param(
-        None, "true is bf16, false is fp32; auto is bf16 where the device has bf16 arithmetic, else fp32"
-    )
+    amp: bool | None = param(None, "true is bf16, false fp32; auto is bf16 where the device has bf16 arithmetic")
     threads: int = param(0, "CPU threads; 0 means OMP_NUM_THREADS where it is set, else all cores")
-    compile: bool = param(
-        False,
-        "run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3). CUDA graphs need no flag: "
-        "on CUDA the updates of attacks, sau, at, ft, ft-sam, fst, d3 and nc are captured and repeated",
-    )
-    max_minutes: float | None = param(
-        None, "ends the updates in time for the run to end after so many minutes; none means no limit", gt=0
-    )
+    compile: bool = param(False, "run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3)")
+    max_minutes: float | None = param(None, "ends the updates in time for the run to end after so many minutes", gt=0)
     random_seed: int = param(0, "of the weights, of the order of images and of every choice of images", ge=0, lt=2**32)
     record_root: str = param("./record", "folder of the result folders")
     overwrite: bool = param(False, "discard what is in the result folder")
@@ -75,9 +68,8 @@ class Run:
     frequency_save: int = param(0, "epochs between two copies of the weights that are kept; 0 means none", ge=0)
     save_folder_name: str | None = param(
         None,
-        "result folder, of an attack below record_root (none makes one of the time and the attack), of a defense "
-        "below `defense` in the attack's folder (none means the defense's name), of a network of your own below "
-        "record_root (none means its file and the defense)",
+        "result folder below record_root, of a defense below `defense` in the attack's folder; none is made of the "
+        "time, of the defense's name, or of your network's file",
     )
     yaml_path: str | None = param(None, "YAML file with any of these settings")
 
@@ -89,31 +81,21 @@ class Run:
 class AttackRun(Run):
     """What an attack is asked besides its own hyperparameters."""
 
-    width: int = param(
-        64, "channels of preactresnet18's first stage; the published network has 64, torchvision's have no width"
-    )
-    img_size: int | None = param(
-        None, "height and width of the images in pixels (gtsrb, tiny, folder); none means the data set's own"
-    )
+    width: int = param(64, "channels of preactresnet18's first stage (published: 64); torchvision's have no width")
+    img_size: int | None = param(None, "height and width of the images in pixels (gtsrb, tiny, folder)")
     bd_yaml_path: str | None = param(None, "YAML file with settings of the attack; it beats yaml_path")
     attack: str | None = param(None, "the attack's name, which the script already says; another one is refused")
-    trigger_radius: float = param(
-        RADIUS, "of the L-infinity ball, in [0, 1] pixels, that the summary counts triggers in (0.2: SAU's)", gt=0, lt=1
-    )
+    trigger_radius: float = param(RADIUS, "of the L_inf ball that the summary counts triggers in", gt=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseRun(Run):
     """What a defense is asked besides its own hyperparameters."""
 
-    result_file: str | None = param(
-        None, "result folder of the attack, ours or BackdoorBench's: a name below record_root, or a path"
-    )
+    result_file: str | None = param(None, "an attack's folder, ours or BackdoorBench's: below record_root, or a path")
     ratio: float = param(0.05, "share of the clean training set that the defender has", gt=0, le=1)
     index: str | None = param(None, "file with the indices of the defender's images, one a line; beats ratio")
-    track_risk: bool = param(
-        False, "at every evaluation, before and after, also measure the risks R_cl, R_bd, R_adv and R_share"
-    )
+    track_risk: bool = param(False, "measure the risks R_cl, R_bd, R_adv and R_share, too, at every evaluation")
     risk_samples: int = param(1000, "test images that the risks are measured on", ge=1)
     risk_norm: Bounded = param(Search.norm, "norm of the ball that is searched")
     risk_eps: float = param(Search.eps, "its radius, in [0, 1] pixels; in L_inf below 1", gt=0)
@@ -129,31 +111,44 @@ class DefenseRun(Run):
         return Search(norm=self.risk_norm, eps=self.risk_eps, steps=self.risk_steps, restarts=self.risk_restarts)
 
 
-def versioned(identity: dict[str, Any]) -> dict[str, Any]:
-    """What determines a result, this version of the library included."""
-    return {**identity, "sau": sau.__version__}
+@dataclass(frozen=True, kw_only=True)
+class OwnRun:
+    """What a defense is asked about a network of your own; all but `model_file` and `clean_dir` may be left out."""
+
+    model_file: str | None = param(
+        None,
+        "weights of a network of yours (.pt, .pth, .ckpt, .safetensors), instead of result_file; nothing in it runs",
+    )
+    clean_dir: str | None = param(
+        None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"
+    )
+    arch: str = param("auto", "auto (found by the weights), a network's name, or module:function, which is called")
+    model_prefix: str | None = param(None, "of the weights' names, where a file has several networks: state_dict_ema")
+    trust_code: bool = param(False, "allow module:function, which runs that code")
+    mean: tuple[float, ...] = param((), "per-channel mean that it expects to be subtracted, like 0.49,0.48,0.45")
+    std: tuple[float, ...] = param((), "per-channel standard deviation that it expects to be divided by", gt=0)
+    input_size: int = param(32, "height and width that the images are brought to", ge=1)
+    check_share: float = param(0.2, "share of each class's images that measures and is not purified with", gt=0, lt=1)
+    reversal_passes: int = param(40, "passes of the search for small patches, before and after; 0 leaves it out", ge=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        both = (self.model_file is None) == (self.clean_dir is None)
+        require("clean_dir", self.clean_dir, both, "a folder of images, with model_file")
+        fits = len(self.mean) == len(self.std) in (0, 1, 3)
+        require("std", self.std, fits, "as many values as mean: none, 1 or 3")
 
 
 def begin(
     record: Record, run: Run, identity: dict[str, Any], model: Normalized, method: Method, where: torch.device,
-    facts: Mapping[str, Any], first_line: str, ignored: str = "",
+    facts: Mapping[str, Any], lines: Sequence[str], ignored: str = "",
 ) -> None:  # fmt: skip
-    """Start or resume a record and write its configuration; set threads, precision and torch.compile of the run.
+    """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run.
 
-    Args:
-        record: the folder.
-        run: what was asked.
-        identity: what determines the result.
-        model: the network; becomes bf16 where the device has bf16 arithmetic, unless `run.amp` says otherwise.
-        method: the attack or defense.
-        where: the device.
-        facts: what else belongs into the configuration; its `notes` are logged.
-        first_line: logged first.
-        ignored: which flags have no effect and why, if there are any.
-
-    Raises ConfigError if an interrupted run began in another precision than is asked now.
+    `identity` determines the result, `facts` are written to `config.yaml` as well, `ignored` says which flags have no
+    effect. ConfigError if an interrupted run began in another precision than is asked now.
     """
-    record.can_start(versioned(identity), run.overwrite)
+    record.can_start(identity, run.overwrite)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads = set_threads(run.threads, earlier.get("threads"))
     before = earlier.get("amp")
@@ -165,10 +160,9 @@ def begin(
     machine = {"threads": threads, "amp": model.amp, "device": where.type, "compile": model.compiled}
     versions = {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()}
     asked = {"run": asdict(run), "command": shlex.join(sys.argv), "git": _commit(), "versions": versions}
-    record.begin({**asked, **machine, **facts}, versioned(identity), run.overwrite)
-    record.log(first_line)
-    for note in facts.get("notes", ()):
-        record.log(f"note: {note}")
+    record.begin({**asked, **machine, **facts}, identity, run.overwrite)
+    for line in (*lines, *(f"note: {note}" for note in facts["notes"])):
+        record.log(line)
     if ignored:
         record.log(f"warning: flags without effect here: {ignored}")
     record.log(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} threads")
@@ -192,36 +186,28 @@ def trigger_session(run: Run, started: float) -> RunContext | None:
     return RunContext(limit=Limit(started + 60 * run.max_minutes, whole=True)) if run.max_minutes else None
 
 
+@dataclass
 class RunLogger:
-    """Evaluates a run, writes its metrics and closes its record.
+    """Evaluates a run, writes its metrics and closes its record."""
 
-    Args:
-        record: where metrics and copies go.
-        run: how often to evaluate and to copy.
-        epochs: of the run.
-        test: clean test images.
-        triggered: makes the triggered test images, or None; called at each evaluation.
-        started: when the command began, by `time.monotonic`.
-        evaluation_seconds: what one evaluation is expected to take.
-        risks: measures the risks of a network, or None; called at each evaluation.
-        closing_seconds: what is expected to take place after the last update; None is an evaluation.
-    """
+    record: Record
+    run: Run
+    epochs: int
+    test: Images  # clean
+    triggered: Callable[[], Images | None]  # makes the triggered test images, or None; called at each evaluation
+    started: float  # when the command began, by `time.monotonic`
+    evaluation_seconds: float  # what one evaluation is expected to take
+    risks: Callable[[nn.Module], Found] | None = None  # measures the risks of a network at each evaluation
+    closing_seconds: float | None = None  # what is expected to follow the last update; None is an evaluation
+    last: tuple[str, Score, Found | None] | None = field(default=None, init=False)  # of the last evaluated network
+    findings: dict[str, Any] = field(default_factory=dict, init=False)
+    limit: Limit | None = field(default=None, init=False)
 
-    def __init__(
-        self, record: Record, run: Run, epochs: int, test: Images, triggered: Callable[[], Images | None],
-        started: float, evaluation_seconds: float, risks: Callable[[nn.Module], Found] | None = None,
-        closing_seconds: float | None = None,
-    ) -> None:  # fmt: skip
-        self.record, self.run, self.epochs, self.test, self.triggered = record, run, epochs, test, triggered
-        self.started, self.evaluation_seconds, self.risks = started, evaluation_seconds, risks
-        self.last: tuple[str, Score, Found | None] | None = None  # of the last evaluated network
-        self.findings: dict[str, Any] = {}
-        self.earlier: float | None = None
-        record.clock = lambda: self.seconds
-        closing = evaluation_seconds if closing_seconds is None else closing_seconds
-        # An epoch may end, and be evaluated, with the last update.
-        left = 60 * (run.max_minutes or 0) - evaluation_seconds - closing
-        self.limit = Limit(started + left) if run.max_minutes else None
+    def __post_init__(self) -> None:
+        self.record.clock = lambda: self.seconds
+        if self.run.max_minutes:  # an epoch may end, and be evaluated, with the last update
+            closing = self.evaluation_seconds if self.closing_seconds is None else self.closing_seconds
+            self.limit = Limit(self.started + 60 * self.run.max_minutes - self.evaluation_seconds - closing)
 
     def session(self) -> RunContext:
         """What the loop needs of this."""
@@ -232,20 +218,14 @@ class RunLogger:
             data_checked=True,
         )  # fmt: skip
 
-    def final(self, model: nn.Module, triggered: Images | None) -> Score:
-        """The score of the result: that of the last evaluation if it was of the same weights, else measured now."""
-        known = self._measured(model)
-        return known[0] if known else score(model, self.test, triggered)
-
-    def _measured(self, model: nn.Module) -> tuple[Score, Found | None] | None:
-        return self.last[1:] if self.last is not None and self.last[0] == network_digest(model) else None
+    @cached_property
+    def earlier(self) -> float:
+        """Seconds before an interruption, which the record knows once the loop has loaded its checkpoint."""
+        return self.record.seconds
 
     @property
     def seconds(self) -> float:
         """Seconds spent on the run, those before an interruption included."""
-        if self.earlier is None:  # rows that stand here before the first new one come from an interrupted run
-            last = self.record.rows[-1]["seconds"] if self.record.rows else 0.0
-            self.earlier = max(last, self.record.seconds)
         return round(self.earlier + time.monotonic() - self.started, 2)
 
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
@@ -253,33 +233,34 @@ class RunLogger:
         model: nn.Module | None = state.get("model")
         figures: dict[str, float | None] = {}
         if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
-            found = score(model, self.test, self.triggered())
+            found, risks = self._measure(model, self.triggered())
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
-            risks = self.risks(model) if self.risks is not None else None
-            figures.update(risks.row() if risks else {})
-            if epoch == self.epochs:
-                self.last = network_digest(model), found, risks
+            figures |= risks.row() if risks else {}
         self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
             self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())
         return figures
 
-    def last_risks(self, model: nn.Module) -> dict[str, Any]:
-        """The risks of the result; a method that told the loop of no network gets its row here."""
-        assert self.risks is not None
-        known = self._measured(model)
-        found = (known[1] if known else None) or self.risks(model)
+    def _measure(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
+        risks = self.risks(model) if self.risks is not None else None
+        self.last = network_digest(model), score(model, self.test, triggered), risks
+        return self.last[1:]
+
+    def final(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
+        """The score and the risks of the result, measured now unless the last evaluation was of the same weights; a
+        method that told the loop of no network gets the row of its risks here."""
+        known = self.last is not None and self.last[0] == network_digest(model)
+        found, risks = self.last[1:] if self.last is not None and known else self._measure(model, triggered)
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
-        if "r_adv" not in last:
+        if risks and "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
-            self.record.log_metrics(**place, **found.row(), seconds=self.seconds)
-        return found.summary()
+            self.record.log_metrics(**place, **risks.row(), seconds=self.seconds)
+        return found, risks
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the record; a run that was ended early says where, and has a digest of its own."""
-        ended = self.limit.ended if self.limit else None
-        if ended:
+        if ended := self.limit.ended if self.limit else None:
             known = self.record.config
             identity, note = {**known["identity"], EARLY: ended}, f"ended early, {ended}"
             self.record.update_config(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])

@@ -1,88 +1,81 @@
-"""What every command is asked, and the way from a command line, YAML files and a record to all of its objects.
+"""From a command line, YAML files and a record to the objects of a command.
 
 Precedence: flag > YAML named by the user > record > shipped YAML > default.
 """
 
+import argparse
+import textwrap
+import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 
-from sau import flags
-from sau.config import Method, Option, check, options, param
+from sau.config import Method, Option, nearest, options
 from sau.defense.base import Defense
 from sau.device import choose_device
-from sau.errors import ConfigError, require
-from sau.flags import IGNORED, Setting, read_yaml, shipped
+from sau.errors import ConfigError
 from sau.optim import Training
-from sau.run import AttackRun, Run
+from sau.run import AttackRun, OwnRun, Run
+from sau.yaml_file import (
+    IGNORED,
+    SHORT,
+    Layers,
+    Setting,
+    build,
+    config_text,
+    once,
+    overlaid,
+    read_yaml,
+    shipped,
+    values,
+    written,
+)  # fmt: skip
 
 FILES = ("yaml_path", "bd_yaml_path")  # flags that name YAML files, in rising precedence
-THEIRS = {"num_workers", "pin_memory", "non_blocking", "prefetch"}  # keys that tell a file of BackdoorBench
 FAST = {"fast": "paper"}  # a short recipe for the attacked network alone, and the recipe that it shortens
+OF_RECORDS = ("dataset", "dataset_path", "model", "ratio", "index")  # not about a network of your own
+HELP = {
+    "--help": "these flags and their values here",
+    "--help_all": "also other names of the flags, and flags of BackdoorBench without effect",
+    "--print_config": "print all settings as a YAML file for --yaml_path",
+}
 
 
-# Parameters of a defense that are about the record of an attack, not about a network of your own.
-OF_RECORDS = ("dataset", "dataset_path", "model", "ratio", "index")
+class Parser(argparse.ArgumentParser):
+    """Flags by their whole names, after `description`, a docstring, as it stands; a mistake is a ConfigError."""
+
+    def __init__(self, description: str | None = None, **given: Any) -> None:
+        def plain(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+
+        lines = (description or "").replace("\n    ", "\n")
+        super().__init__(description=lines, formatter_class=plain, allow_abbrev=False, **given)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnRun:
-    """What a defense is asked about a network of your own; all but `model_file` and `clean_dir` may be left out."""
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = Setting(" ".join(values) if isinstance(values, list) else values, str(option_string))
+        setattr(namespace, self.dest, once(getattr(namespace, self.dest, None), given))
 
-    model_file: str | None = param(
-        None,
-        ".pt, .pth, .ckpt or .safetensors file with the weights of a network of yours, instead of result_file; it "
-        "is read without running anything in it",
-    )
-    clean_dir: str | None = param(
-        None,
-        "folder with a folder of clean images for each class; numbered by the class names in model_file, if it has "
-        "them, else in order (2 before 10)",
-    )
-    arch: str = param(
-        "auto",
-        "auto finds the network by names and shapes of the weights; or its name, or module:function, which is "
-        "imported and called without arguments",
-    )
-    model_prefix: str | None = param(
-        None, "what the names of its weights begin with where the file holds several networks, like state_dict_ema"
-    )
-    trust_code: bool = param(False, "allow module:function, which runs that code")
-    mean: tuple[float, ...] = param(
-        (), "per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted, like 0.49,0.48,0.45"
-    )
-    std: tuple[float, ...] = param((), "per-channel standard deviation that it expects to be divided by", gt=0)
-    input_size: int = param(32, "height and width that the images are brought to", ge=1)
-    check_share: float = param(0.2, "share of each class's images that measures and is not purified with", gt=0, lt=1)
-    reversal_passes: int = param(
-        40,
-        "passes of the search for the smallest patch of each class, before and after; 0 leaves it out. The clean "
-        "networks beside it were searched with 40",
-        ge=0,
-    )
 
-    def __post_init__(self) -> None:
-        check(self)
-        both = (self.model_file is None) == (self.clean_dir is None)
-        require("clean_dir", self.clean_dir, both, "a folder of images, with model_file")
-        fits = len(self.mean) == len(self.std) in (0, 1, 3)
-        require("std", self.std, fits, "as many values as mean: none, 1 or 3")
+def _metavar(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    return _metavar(parts[0]) if parts else str(hint.__name__).upper()
 
 
 class Settings:
-    """A command line, its YAML files and the shipped ones, on their way to objects.
-
-    Args:
-        command: as the user typed it, for help.
-        method: the attack or defense.
-        sections: dataclasses whose parameters are flags, the method among them.
-        argv: the flags.
-    """
+    """A command line, its YAML files and the shipped ones, on their way to the objects of `sections`: dataclasses whose
+    parameters are the flags, the method among them. `command` is what the user typed, for help."""
 
     def __init__(self, command: str, method: type[Method], sections: Sequence[type], argv: Sequence[str]) -> None:
         self.command, self.method, self.sections = command, method, sections
@@ -94,67 +87,95 @@ class Settings:
                 others = tuple(other for other, ours in method.training_aliases.items() if ours == name)
                 self.known.setdefault(name, replace(option, aliases=option.aliases + others))
         of_defenses = {} if self.kind == "attack" else {"width": "it is that of the weights"}
-        reasons = {**IGNORED, **of_defenses, **method.ignored}
-        self.groups = self._groups()
-        self.given = flags.parse_flags(self.groups, argv, reasons)
-        self.reasons, self.help_wanted = reasons, self.given.pop("help", None)
+        self.reasons = {**IGNORED, **of_defenses, **method.ignored}
+        self.given = self._parsed(argv)
+        self.help_wanted: Any = self.given.pop("help", None)
         self.files = [self._read(name) for name in FILES if name in self.given and name in self.known]
-        self.early = {name: each for file in self.files for name, each in file.settings.items()} | self.given
+        self.early = {name: each for file in self.files for name, each in file[""].items()} | self.given
         self.asked = {*self.early}  # what the user gave, by flag or file
-        self.ignored |= {name: why for name, why in reasons.items() if name in self.asked - self.known.keys()}
+        self.ignored |= {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
 
-    def _read(self, flag: str) -> flags.YamlFile:
-        """A YAML file that the user named; of BackdoorBench's own some keys are dropped that its code does not read."""
-        file = read_yaml(Path(self.given[flag].value), self.known, self.reasons)
-        for name in FILES:
-            if name in file.settings and name in self.known:
-                raise ConfigError(f"{file.settings[name].origin} names a further file; give it as --{name}")
-        if file.settings.keys() & THEIRS:
-            for name in file.settings.keys() & {*self.method.unread}:
-                del file.settings[name]
-                self.ignored[name] = "BackdoorBench does not read this key of its file either"
-        return file
+    def _parsed(self, argv: Sequence[str]) -> dict[str, Setting]:
+        """The flags, not yet converted; `--help` and its like stand under `help`."""
+        known, unknown = self._parser({}, True).parse_known_args(argv)
+        if "help" in known or not unknown:  # help also beside mistakes
+            return vars(known)
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigError(f"{flag!r} belongs to no flag; allowed is one value a flag, and a list like 10,20")
+        every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
+        raise ConfigError(f"unknown flag {unknown[0]!r}{nearest(flag, every)}; see --help")
+
+    def _parser(self, shown: Mapping[str, Any], everything: bool, about: str = "") -> Parser:
+        """The flags; `shown` are the values in force, `everything` has other names and flags without effect as well."""
+        needs = "" if self.kind == "attack" else " --result_file FOLDER | --model_file FILE --clean_dir FOLDER"
+        usage = f"{self.command}{needs} [flags]"
+        made = Parser(textwrap.fill(about), usage=usage, add_help=False, argument_default=argparse.SUPPRESS)
+        for title, members in self._groups().items():
+            group = made.add_argument_group(title)
+            for option in members:
+                names = [f"--{name}" for name in (option.name, *(option.aliases if everything else ()))]
+                how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
+                if typing.get_origin(option.hint) is tuple:
+                    how = {"nargs": "+"}  # a list may also be written with spaces
+                text = f"{option.about} [{written(shown.get(option.name, option.default), option.hint)}]"
+                how |= {"metavar": _metavar(option.hint), "help": text.replace("%", "%%")}
+                group.add_argument(*names, dest=option.name, action=_Once, **how)
+        group = made.add_argument_group("help")
+        for flag, text in HELP.items():
+            names = ["-h", flag] if flag == "--help" else [flag]
+            group.add_argument(*names, dest="help", action="store_const", const=flag, help=text)
+        group = made.add_argument_group("accepted for old command lines, without effect")
+        for name in self.reasons.keys() - self.known.keys() if everything else ():
+            short = [SHORT[name]] if name in SHORT else []
+            how = {"nargs": "*", "metavar": "X", "help": self.reasons[name]}
+            group.add_argument(f"--{name}", *short, dest=name, action=_Once, **how)
+        return made
 
     def _groups(self) -> dict[str, list[Option]]:
         """Every parameter once, by the heading of help that it stands under: the method's own come first."""
-        shared = {**options(Training), "augment": None}
-        runs = [name for section in self.sections if issubclass(section, Run) for name in options(section)]
-        headings: dict[str, list[str]] = {
-            self.method.name: [name for name in options(self.method) if name not in shared],
-            "training": [name for name in self.known if name in shared],
-            "the run": runs,
-            "a network of your own": [*options(OwnRun)] if OwnRun in self.sections else [],
-        }
-        groups, seen = dict[str, list[Option]](), set[str]()
-        for heading, names in headings.items():
-            groups[heading] = [self.known[name] for name in names if name not in seen]
-            seen |= {*names}
+        headings = {"training": {*options(Training), "augment"}}
+        headings |= {"the run": {name for each in self.sections if issubclass(each, Run) for name in options(each)}}
+        headings |= {"a network of your own": {*options(OwnRun)} if OwnRun in self.sections else set()}
+        groups: dict[str, list[Option]] = {self.method.name: [], **{heading: [] for heading in headings}}
+        for name, option in self.known.items():
+            groups[next((title for title, own in headings.items() if name in own), self.method.name)].append(option)
         return {heading: members for heading, members in groups.items() if members}
+
+    def _read(self, flag: str) -> Layers:
+        """A YAML file that the user named; of BackdoorBench's own some keys are dropped that its code does not read."""
+        file = read_yaml(Path(self.given[flag].value), self.known, self.reasons)
+        own = file[""]
+        for name in FILES:
+            if name in own and name in self.known:
+                raise ConfigError(f"{own[name].origin} names a further file; give it as --{name}")
+        if own.keys() & SHORT.keys():  # keys that tell a file of BackdoorBench
+            for name in own.keys() & {*self.method.unread}:
+                del own[name]
+                self.ignored[name] = "BackdoorBench does not read this key of its file either"
+        return file
 
     def help(self, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> None:
         """Print the help or the configuration, with the values that these flags would run with, and leave, if asked."""
         if self.help_wanted is None:
             return
-        layers = self._layers(recipe, dataset, record or {})
-        shown = {**flags.values(layers, self.known), "recipe": recipe, "dataset": dataset}
+        shown = {**values(self._layers(recipe, dataset, record or {}), self.known), "recipe": recipe}
+        shown["dataset"] = dataset
         about = " ".join((self.method.__doc__ or "").split("\n\n")[0].split())
-        if self.help_wanted.value == "config":
+        if self.help_wanted == "--print_config":
             others = {*FILES, "save_folder_name", "overwrite"}
             if OwnRun in self.sections:
                 others |= {*OF_RECORDS} if "model_file" in self.asked else {*options(OwnRun)}
-            members = [option for group in self.groups.values() for option in group if option.name not in others]
-            print(flags.config_text(about, members, shown))
+            members = [option for group in self._groups().values() for option in group if option.name not in others]
+            print(config_text(about, members, shown))
         else:
-            needs = "" if self.kind == "attack" else " --result_file FOLDER | --model_file FILE --clean_dir FOLDER"
-            here = f"In [ ] is what this command would run with: recipe {recipe}, data set {dataset}."
-            reasons = self.reasons if self.help_wanted.value == "all" else None
-            usage = f"{self.command}{needs} [flags]"
-            print(flags.parser(self.groups, shown, reasons, usage, f"{about} {here}").format_help())
+            about += f" In [ ] is what this command would run with: recipe {recipe}, data set {dataset}."
+            print(self._parser(shown, self.help_wanted == "--help_all", about).format_help())
         raise SystemExit(0)
 
     def get(self, name: str) -> Any:
         """What the flags or the user's YAML files say about a parameter, whatever the recipe; None if nothing."""
-        return flags.values({name: self.early[name]}, self.known).get(name) if name in self.early else None
+        return values({name: self.early[name]}, self.known).get(name) if name in self.early else None
 
     @cached_property
     def device(self) -> torch.device:
@@ -165,9 +186,8 @@ class Settings:
         """The recipe in force and why it is that one; `recorded` is that of the attack."""
         chosen, why = self.get("recipe") or "auto", "as asked"
         if chosen == "auto" and recorded is None:
-            return (
-                ("paper", "the default on CUDA") if self.device.type == "cuda" else ("cpu", "the default without CUDA")
-            )
+            cuda = self.device.type == "cuda"
+            return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
         if chosen == "auto":
             chosen, why = str(recorded), "as the attack"
         if (fitting := self.fitting(chosen)) != chosen:
@@ -180,46 +200,33 @@ class Settings:
         return recipe if beforehand else FAST.get(recipe, recipe)
 
     def settle(self, recipe: str, dataset: str, record: Mapping[str, Any] | None = None) -> list[Any]:
-        """The sections as objects.
-
-        Args:
-            recipe: the recipe in force.
-            dataset: the data set in force.
-            record: what the record says; a flag or YAML key that contradicts its data set or network is refused.
-        """
-        found = flags.values(self._layers(recipe, dataset, record or {}), self.known)
-        return [flags.build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
+        """The sections as objects, for the recipe and the data set in force; prints the help and leaves instead where
+        that was asked for. A flag or YAML key that contradicts the data set or network of the `record` is refused."""
+        self.help(recipe, dataset, record)
+        found = values(self._layers(recipe, dataset, record or {}), self.known)
+        return [build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
 
     def _layers(self, recipe: str, dataset: str, record: Mapping[str, Any]) -> dict[str, Setting]:
         """Every setting that is not its default, by precedence."""
         layers: dict[str, Setting] = {}
-        if self.kind == "attack" and (path := shipped("recipe", dataset)) is not None:
-            layers.update(read_yaml(path, self.known).overlaid(recipe, dataset))
+        if self.kind == "attack":
+            layers = overlaid(shipped("recipe", dataset, self.known), recipe, dataset)
         if recipe in FAST and "epochs" not in layers:
             raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
-        if (path := shipped(self.kind, self.method.name)) is not None:
-            layers.update(read_yaml(path, self.known).overlaid(FAST.get(recipe, recipe), dataset))
-        given = {
-            name: each for file in self.files for name, each in file.overlaid(recipe, dataset).items()
-        } | self.given
+        layers |= overlaid(shipped(self.kind, self.method.name, self.known), FAST.get(recipe, recipe), dataset)
+        given = {name: each for file in self.files for name, each in overlaid(file, recipe, dataset).items()}
+        given |= self.given
         for name in ("dataset", "model", "width", "num_classes"):
             if record.get(name) is not None and name in given and str(given[name].value) != str(record[name]):
-                raise ConfigError(
-                    f"{given[name].origin} is {given[name].value!r}, but the record has {record[name]!r}; leave it out"
-                )
-        layers.update({name: Setting(value, f"record: {name}") for name, value in record.items()})
+                asked = f"{given[name].origin} is {given[name].value!r}"
+                raise ConfigError(f"{asked}, but the record has {record[name]!r}; leave it out")
         self.asked |= given.keys()
-        return {**layers, **given}
-
-    def has(self, name: str) -> bool:
-        """Whether the user gave it, by flag or file."""
-        return name in self.asked
+        return {**layers, **{name: Setting(value, f"record: {name}") for name, value in record.items()}, **given}
 
     @property
     def without_effect(self) -> str:
         """The flags without effect that the user gave, and why; empty if there are none."""
-        origins = {name: each.origin for name, each in self.given.items() if each.origin.startswith("--")}
-        return "; ".join(f"{origins.get(name, f'--{name}')}: {why}" for name, why in self.ignored.items())
+        return "; ".join(f"--{name}: {why}" for name, why in self.ignored.items())
 
     def ignore(self, names: Iterable[str], reason: str) -> None:
         """Remember which of these flags, that are for another kind of command, the user gave."""

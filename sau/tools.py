@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,12 @@ from torch import Tensor, nn
 from sau.device import choose_device, prepare, set_threads
 from sau.errors import RecordError, printable
 from sau.files import existing, safe_join, write
+from sau.settings import Parser as Parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXAMPLE_IMAGES = 300  # test images that adversarial examples are searched for
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags by their whole names, after `description`, a docstring, as it stands; a mistake is a line and status 2."""
-
-    def __init__(self, description: str | None = None, **given: Any) -> None:
-        plain = argparse.RawDescriptionHelpFormatter
-        lines = (description or "").replace("\n    ", "\n")
-        super().__init__(description=lines, formatter_class=plain, allow_abbrev=False, **given)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -25,9 +25,9 @@ from sau.config import options
 from sau.errors import ConfigError, run_command
 from sau.figures import audit, save
 from sau.files import safe_join, write
-from sau.flags import Setting, values
 from sau.grid.store import find
 from sau.tools import Parser, add_device, use_device
+from sau.yaml_file import Setting, values
 
 say = partial(print, flush=True)
 CONFIG = options(AuditConfig)

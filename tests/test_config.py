@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,24 +10,21 @@ import pytest
 import yaml
 from toys import QUICK, REPOSITORY, refuses
 
-from sau import flags as config
 from sau.attack import ATTACKS, SIG, BadNet, InputAware, WaNet
-from sau.config import convert, options, param
+from sau.config import Method, convert, options, param
 from sau.data.sources import SOURCES
 from sau.defense import DEFENSES, FT, IBAU, SAU
 from sau.errors import ConfigError
-from sau.flags import CASES, read_yaml
 from sau.optim import DESCENT, Training
-from sau.run import AttackRun, DefenseRun
-from sau.settings import OwnRun, Settings
+from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun
+from sau.settings import Settings
+from sau.yaml_file import build, overlaid, read_yaml, values
 
 # Options
 
-RECIPES = ("paper", "cpu", "fast")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class Base(Method):
     """About."""
 
     lr: float = param(0.1, "rate", aliases=("learning_rate",))
@@ -113,22 +111,18 @@ def test_values_that_are_refused(hint, values):
 # Flags
 
 
-SMALL = {"small": [*options(Small).values()]}
-
-
-def flags(*argv: str) -> dict[str, Any]:
-    return {name: setting.value for name, setting in config.parse_flags(SMALL, argv).items()}
+def small(*argv: str) -> Small:
+    return Settings("x", Small, (Small,), argv).settle("cpu", "digits")[0]
 
 
 def test_flags_under_all_their_names():
-    assert flags("--lr", "1", "--n_steps", "4", "--m=fast") == {"lr": "1", "steps": "4", "mode": "fast"}
-    assert flags("--learning_rate", "2") == {"lr": "2"} and flags() == {}
-    assert flags("--lr", "1", "--learning_rate", "1") == {"lr": "1"}
+    assert small("--lr", "1", "--n_steps", "4", "--m=fast") == Small(lr=1.0, steps=4, mode="Fast")
+    assert small("--learning_rate", "2") == Small(lr=2.0) and small() == Small()
+    assert small("--lr", "1", "--learning_rate", "1") == Small(lr=1.0)
 
 
 def test_a_switch_needs_no_value():
-    assert flags("--strict") == {"strict": "true"} and flags("--strict", "--lr", "1")["strict"] == "true"
-    assert flags("--strict", "false") == {"strict": "false"}
+    assert small("--strict").strict and small("--strict", "--lr", "1").strict and not small("--strict", "false").strict
     run, method = Settings("x", SAU, (DefenseRun, SAU), ["--train_mode"]).settle("paper", "cifar10")
     assert method.train_mode is True
 
@@ -139,16 +133,15 @@ def test_a_switch_needs_no_value():
         (["--step", "1"], ["unknown", "--step", "--steps"]),  # no abbreviations
         (["--zzzzzz"], ["unknown", "--zzzzzz"]),
         (["--lr", "1", "2"], ["'2'", "no flag"]),
-        (["--lr=1", "--lr", "2"], ["--lr", "twice"]),
+        (["--lr=1", "--lr", "2"], ["--lr is '1'", "'2'"]),
         (["--lr", "1", "--learning_rate", "2"], ["--lr is '1'", "--learning_rate is '2'"]),
-        (["--strict", "--strict"], ["--strict", "twice"]),
         (["-n", "4", "--num_workers", "2"], ["-n is '4'", "--num_workers is '2'"]),
         (["--lr"], ["--lr", "expected one argument"]),
     ],
 )
 def test_flags_that_are_refused(argv, words):
     with refuses(ConfigError, *words):
-        flags(*argv)
+        small(*argv)
 
 
 # What the benchmark's scripts of defenses take beside the flags that all of them have.
@@ -235,8 +228,10 @@ def test_no_schedule_is_a_constant_rate_but_of_input_aware_the_drops_of_the_benc
 
 
 @pytest.mark.parametrize("argv", [("--help", "--nonsense", "1"), ("--nonsense", "1", "-h"), ("--help_all",)])
-def test_help_is_given_beside_mistakes(argv):
-    assert flags(*argv)["help"] == ("all" if "--help_all" in argv else "brief")
+def test_help_is_given_beside_mistakes(argv, capsys):
+    with pytest.raises(SystemExit):
+        small(*argv)
+    assert ("--learning_rate" in capsys.readouterr().out) == ("--help_all" in argv)
 
 
 # YAML
@@ -252,15 +247,13 @@ def written(folder: Path, text: str) -> Path:
 
 
 def read(file: Path, recipe: str | None = None, dataset: str | None = None) -> dict[str, Any]:
-    return config.values(read_yaml(file, KNOWN).overlaid(recipe or "", dataset or ""), KNOWN)
+    return values(overlaid(read_yaml(file, KNOWN), recipe or "fast", dataset or "gtsrb"), KNOWN)
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "+1e-4", ".0001", "0.0001", "1.0e-04", "'1e-4'"])
 def test_numbers_in_yaml_are_numbers(tmp_path, text):
     """YAML 1.1, which PyYAML reads, takes 1e-4 for a text."""
-    settings = read_yaml(written(tmp_path, f"lr: {text}\n"), KNOWN).settings
-    assert read(tmp_path / "settings.yaml") == {"lr": 1e-4}
-    assert isinstance(settings["lr"].value, float) != text.startswith("'")
+    assert read(written(tmp_path, f"lr: {text}\n")) == {"lr": 1e-4}
 
 
 def test_a_yaml_file_with_every_kind_of_value(tmp_path):
@@ -277,19 +270,20 @@ def test_of_a_file_with_epochs_and_rounds_the_rounds_count(tmp_path, text):
     """BackdoorBench's files of i-BAU and of SAU on Tiny ImageNet hold both; on the command line both are refused."""
     argv = ["--yaml_path", str(written(tmp_path, text))]
     assert Settings("x", IBAU, (DefenseRun, IBAU), argv).get("epochs") == 5
-    with pytest.raises(ConfigError, match="two names of one setting"):
+    with pytest.raises(ConfigError, match="give one of them"):
         Settings("x", IBAU, (DefenseRun, IBAU), ["--epochs", "100", "--n_rounds", "5"])
 
 
 def test_overlays_of_recipe_and_data_set(tmp_path):
     """The file, over it the recipe's settings, over these the data set's."""
     text = "lr: 1\nsteps: 1\nmode: fast\nrecipes:\n  cpu: {steps: 2, mode: slow}\n  paper: {steps: 3}\n"
-    text += "datasets:\n  digits: {steps: 4}\n"
+    text += "datasets:\n  digits: {steps: 4}\n  digits.paper: {lr: 5}\n"
     file = written(tmp_path, text)
     assert read(file) == {"lr": 1.0, "steps": 1, "mode": "Fast"}
     assert read(file, "cpu") == {"lr": 1.0, "steps": 2, "mode": "slow"}
     assert read(file, "paper", "cifar10") == {"lr": 1.0, "steps": 3, "mode": "Fast"}
     assert read(file, "cpu", "digits") == {"lr": 1.0, "steps": 4, "mode": "slow"}
+    assert read(file, "paper", "digits") == {"lr": 5.0, "steps": 4, "mode": "Fast"}
 
 
 @pytest.mark.parametrize(
@@ -325,13 +319,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     for file in (tmp_path / "missing.yaml", tmp_path):
         with pytest.raises(ConfigError, match="cannot read"):
             read(file)
-
-
-def test_an_overlay_of_a_data_set_may_hold_for_one_recipe(tmp_path):
-    file = written(tmp_path, "steps: 1\ndatasets:\n  digits: {lr: 2}\n  digits.cpu: {steps: 3}\n")
-    assert read(file, "cpu", "digits") == {"lr": 2.0, "steps": 3}
-    assert read(file, "paper", "digits") == {"lr": 2.0, "steps": 1}
-    assert read(file, "cpu", "cifar10") == {"steps": 1}
 
 
 # What beats what
@@ -418,21 +405,12 @@ def sections_of(file: Path) -> tuple[type, ...]:
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_shipped_file_is_read_and_its_values_are_allowed(file):
     known = {name: option for cls in sections_of(file) for name, option in options(cls).items()}
-    cases = [(recipe, dataset) for recipe in RECIPES for dataset in SOURCES]
-    for recipe, dataset in cases:
-        values = config.values(read_yaml(file, known).overlaid(recipe, dataset), known)
+    for recipe, dataset in product(RECIPES, SOURCES):
+        found = values(overlaid(read_yaml(file, known), recipe, dataset), known)
         for cls in sections_of(file):
-            config.build(cls, values)
-    overlays = yaml.safe_load(file.read_text()) or {}
-    assert set(overlays.get("recipes", {})) <= set(RECIPES) and {
-        case.split(".")[0] for case in overlays.get("datasets", {})
-    } <= set(SOURCES)
-
-
-@pytest.mark.parametrize("file", [f for f in SHIPPED if f.parent.name != "recipe"], ids=lambda file: file.name)
-def test_shipped_files_hold_what_recipes_and_data_sets_change(file):
-    """Defaults stand in the class alone."""
-    assert {*(yaml.safe_load(file.read_text()) or {})} <= {*CASES}
+            build(cls, found)
+    if file.parent.name != "recipe":  # defaults stand in the class alone
+        assert {*(yaml.safe_load(file.read_text()) or {})} <= {"recipes", "datasets"}
 
 
 @pytest.mark.parametrize("name", ["sig", "sau"])

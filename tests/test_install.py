@@ -66,11 +66,12 @@ def run(python: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]
 
 
 def test_the_package_is_that_of_the_wheel(python, tmp_path):
-    code = "import sau, sau.flags as y; print(sau.__file__, y.shipped('defense', 'sau'), sep='\\n')"
+    code = "import sau; print(sau.__file__)"
     done = run(python, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        assert Path(line).is_relative_to(python.parents[1]) and not Path(line).is_relative_to(REPOSITORY)
+    place = Path(done.stdout.strip())
+    assert place.is_relative_to(python.parents[1]) and not place.is_relative_to(REPOSITORY)
+    assert (place.parent / "configs" / "defense" / "sau.yaml").is_file()
 
 
 def test_attack_and_defense_without_the_repository(python, tmp_path):

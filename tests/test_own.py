@@ -23,7 +23,7 @@ from sau.own_network import Reversal, _check_classes, by_name, clean_indices, co
 from sau.pgd import Search
 from sau.record.attack_result import load_weights
 from sau.risk import Found, measure
-from sau.settings import OwnRun
+from sau.run import OwnRun
 
 CLASSES, SIDE = 3, 16
 FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", "--reversal_passes", "1", *QUICK)

@@ -10,9 +10,9 @@ from toys import REPOSITORY, the_error
 
 from sau.attack import ATTACKS
 from sau.defense import DEFENSES
-from sau.flags import IGNORED
 from sau.record.summaries import save
 from sau.report.results import find_results
+from sau.yaml_file import IGNORED
 
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]
 

@@ -16,8 +16,8 @@ from sau.errors import ConfigError
 from sau.optim import Training
 from sau.pgd import Search
 from sau.quality import of_attack
-from sau.run import AttackRun, DefenseRun
-from sau.settings import OwnRun, Settings
+from sau.run import AttackRun, DefenseRun, OwnRun
+from sau.settings import Settings
 
 CLASSES = [AttackRun, DefenseRun, OwnRun, AuditConfig, Training, Search, *ATTACKS.values(), *DEFENSES.values()]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -37,17 +37,15 @@ def as_typed(option: Option, value: float) -> Any:
 def outside(option: Option) -> Iterator[Any]:
     """Values next to the bounds that are not allowed."""
     step = 1 if scalar(option) is int else 1e-6
-    for bound, by in ((option.ge, -step), (option.gt, 0), (option.le, step), (option.lt, 0)):
-        if bound is not None:
-            yield as_typed(option, bound + by)
+    for name, bound in option.bounds.items():
+        yield as_typed(option, bound + {"ge": -step, "gt": 0, "le": step, "lt": 0}[name])
 
 
 def inside(option: Option) -> Iterator[Any]:
     """Values next to the bounds, or on them, that are allowed."""
     step = 1 if scalar(option) is int else 1e-6
-    for bound, by in ((option.ge, 0), (option.gt, step), (option.le, 0), (option.lt, -step)):
-        if bound is not None:
-            yield as_typed(option, bound + by)
+    for name, bound in option.bounds.items():
+        yield as_typed(option, bound + {"ge": 0, "gt": step, "le": 0, "lt": -step}[name])
 
 
 @each_class
@@ -130,7 +128,7 @@ def test_radii_of_l2_are_sums_over_pixels():
 @pytest.mark.parametrize(
     ("flag", "value", "allowed"),
     [("--sig_delta", "0", "above 0 and up to 255"), ("--sig_delta", "x", "a finite number"),
-     ("--epochs", "-1", "0 and more")],
+     ("--epochs", "-1", "at least 0")],
 )  # fmt: skip
 def test_a_refusal_names_flag_value_and_range(flag, value, allowed):
     with pytest.raises(ConfigError) as refusal:
@@ -140,8 +138,8 @@ def test_a_refusal_names_flag_value_and_range(flag, value, allowed):
 
 def test_a_subclass_changes_a_default_and_keeps_the_rest():
     lr, wider = options(SAU)["lr"], options(ATTACKS["inputaware"])["pratio"]
-    assert (lr.default, lr.gt, lr.help) == (1e-4, 0, options(Training)["lr"].help)
-    assert (wider.ge, wider.le, wider.aliases) == (0, 0.5, ("poison_ratio",))
+    assert (lr.default, lr.bounds, lr.help) == (1e-4, {"gt": 0}, options(Training)["lr"].help)
+    assert (wider.bounds, wider.aliases) == ({"ge": 0, "le": 0.5}, ("poison_ratio",))
 
 
 def test_docstrings_have_the_parameters():

@@ -20,7 +20,7 @@ from sau.compat.torch_file import LEGACY, ZIP
 from sau.errors import ConfigError, RecordError, printable
 from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, unwrapped
 from sau.record.attack_result import compare
-from sau.settings import OwnRun
+from sau.run import OwnRun
 
 SAFE = "safetensors"
 _CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class", "id2label", "label2id")

@@ -10,7 +10,8 @@ from sau.config import check, nearest, options, param
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, require
-from sau.flags import RecipeName, Setting, build, read_flat, values
+from sau.run import RecipeName
+from sau.yaml_file import Setting, build, read_flat, values
 
 Overrides = dict[str, dict[str, Any]]
 AXES = ("attacks", "defenses", "seeds", "ratios", "clean_shares")
