@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -48,47 +48,7 @@ from sau.util import seeded
 IMAGES, BATCH = 320, 32  # ten updates a pass, as the published search has on 2,500 images in batches of 250
 
 
-@dataclass(frozen=True)
-class Reversal:
-    """What was found.
-
-    Args:
-        norms: |m_c|_1 of the smallest patch of each class, in pixels.
-        label: the class with the smallest patch.
-        index: its anomaly index; None where the norms do not allow one: with two classes, which lie equally far from
-            their median, and where half of the norms are the median.
-    """
-
-    norms: tuple[float, ...]
-    label: int
-    index: float | None
-
-    def summary(self, clean: Sequence[float]) -> dict[str, Any]:
-        """For a report; `clean` are the indices of clean networks that were searched alike."""
-        above, p, index = None, None, self.index
-        if index is not None and clean:
-            above = sum(other >= index for other in clean)
-            p = round((1 + above) / (1 + len(clean)), 3)
-        said = {
-            "norms": [round(norm, 2) for norm in self.norms],
-            "class": self.label,
-            "index": index and round(index, 2),
-        }
-        return {**said, "clean_networks": len(clean), "clean_above": above, "p": p}
-
-    def text(self, clean: Sequence[float]) -> str:
-        """The same as a line."""
-        said, text = self.summary(clean), f"smallest patch: class {self.label}, {min(self.norms):.1f} pixels"
-        if self.index is None:
-            return text
-        text += f", index {self.index:.1f}; "
-        if not clean:
-            return f"{text}no clean network with as many classes was searched for as long on as few images"
-        reach = f"{said['clean_above']} of {len(clean)} clean networks"
-        return f"{text}{reach} in clean_indices.json reach that (p {said['p']})"
-
-
-def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Reversal | None:
+def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> dict[str, Any] | None:
     """Invert a patch for every class of `model`, which stays as it is; None without passes.
 
     Args:
@@ -96,6 +56,10 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
         images: clean images with labels, on the model's device; at most 320 of them, drawn by `seed`, are used.
         passes: passes over the images.
         seed: of the choice and the order of the images.
+
+    Returns `norms`, |m_c|_1 of the smallest patch of each class in pixels; `class`, the one with the smallest patch;
+    `index`, its anomaly index: None with two classes, which lie equally far from their median, and where half of the
+    norms are the median.
     """
     if passes == 0:
         return None
@@ -107,7 +71,31 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> Rev
     norms = patches.found()[2]
     label = int(norms.argmin())
     index = float(anomaly(norms)[label])
-    return Reversal(tuple(norms.tolist()), label, index if len(norms) > 2 and math.isfinite(index) else None)
+    known = len(norms) > 2 and math.isfinite(index)
+    return {"norms": norms.tolist(), "class": label, "index": index if known else None}
+
+
+def ranked(found: dict[str, Any], clean: Sequence[float]) -> dict[str, Any]:
+    """What `reverse` found, rounded, with its rank among `clean`, the indices of clean networks searched alike."""
+    index, above, p = found["index"], None, None
+    if index is not None and clean:
+        above = sum(other >= index for other in clean)
+        p = round((1 + above) / (1 + len(clean)), 3)
+    norms = [round(norm, 2) for norm in found["norms"]]
+    rank = {"clean_networks": len(clean), "clean_above": above, "p": p}
+    return {"norms": norms, "class": found["class"], "index": index and round(index, 2), **rank}
+
+
+def rank_text(found: dict[str, Any]) -> str:
+    """What `ranked` says, as a line."""
+    text = f"smallest patch: class {found['class']}, {min(found['norms']):.1f} pixels"
+    if found["index"] is None:
+        return text
+    text += f", index {found['index']:.1f}; "
+    if found["p"] is None:
+        return f"{text}no clean network with as many classes was searched for as long on as few images"
+    reach = f"{found['clean_above']} of {found['clean_networks']} clean networks in clean_indices.json"
+    return f"{text}{reach} reach that (p {found['p']})"
 
 
 def clean_indices(passes: int, classes: int, images: int) -> list[float]:
@@ -249,7 +237,7 @@ def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
 
 
 def _report(
-    record: Record, when: str, found_score: Score, found: Found, patches: Reversal | None, alike: dict[str, int]
+    record: Record, when: str, found_score: Score, found: Found, patches: dict[str, Any] | None, alike: dict[str, int]
 ) -> dict[str, Any]:
     """What is said of a network, for `summary.json`, and in a line for the screen; `alike` are the clean networks that
     its patches are compared with."""
@@ -261,7 +249,6 @@ def _report(
     record.log(text)
     report = {**found_score.summary(), "risk": found.summary(), "flips": flips}
     if patches is not None:
-        clean = clean_indices(**alike)
-        report["reversal"] = patches.summary(clean)
-        record.log(f"{when:8}{patches.text(clean)}")
+        report["reversal"] = ranked(patches, clean_indices(**alike))
+        record.log(f"{when:8}{rank_text(report['reversal'])}")
     return report

@@ -55,13 +55,13 @@ def main() -> int:
             continue
         test = clean.images(asked.dataset_path)[1]
         found = reverse(clean.model().to(where), test.to(where), asked.passes)
-        if found.index is None:
+        if found is None or found["index"] is None:
             raise ConfigError(f"{path}: the norms of its classes give no index; wanted are three classes and more")
-        about = {"dataset": clean.dataset, "classes": len(found.norms), "width": clean.network["width"]}
+        about = {"dataset": clean.dataset, "classes": len(found["norms"]), "width": clean.network["width"]}
         about["digest"] = clean.digest
-        content["networks"].append({**about, "class": found.label, "index": round(found.index, 3)})
+        content["networks"].append({**about, "class": found["class"], "index": round(found["index"], 3)})
         write(asked.out, (json.dumps(content, indent=1) + "\n").encode())
-        print(f"{path}: class {found.label}, index {found.index:.2f}", flush=True)
+        print(f"{path}: class {found['class']}, index {found['index']:.2f}", flush=True)
     return 0
 
 

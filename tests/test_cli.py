@@ -353,16 +353,10 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (("--save_folder_name", "../up"), "'../up'"),
-        (("--save_folder_name", "a", "--record_root", "a file"), "a file"),
-    ],
-)
-def test_a_place_that_is_none_is_refused_and_nothing_is_left(refused, tmp_path, flags, word):
+def test_a_place_that_is_none_is_refused_and_nothing_is_left(refused, tmp_path):
     (tmp_path / "a file").write_text("in the way")
-    assert word in refused("attack", "badnet", *TINY, *flags)
+    assert "'../up'" in refused("attack", "badnet", *TINY, "--save_folder_name", "../up")
+    assert "a file" in refused("attack", "badnet", *TINY, "--save_folder_name", "a", "--record_root", "a file")
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"a file", ".a.lock"}
 
 
@@ -374,22 +368,18 @@ def test_a_rate_that_breaks_the_network_is_one_line(refused, tmp_path):
     assert not (tmp_path / "record" / "a" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        ([], "--result_file"),
-        (["--result_file", "../victim"], "../victim"),
-        (["--result_file", "victim", "--dataset", "cifar10"], "'digits'"),
-        (["--result_file", "victim", "--ratio", "0.0001"], "empty"),
-    ],
-)
-def test_defenses_that_are_refused(refused, victim, flags, word):
-    assert word in refused("defense", "sau", *flags, *QUICK) and not (victim / "defense").exists()
+REFUSED = {
+    "--result_file": (), "../victim": ("--result_file", "../victim"), "other": PURIFY[:2],
+    "'digits'": ("--result_file", "victim", "--dataset", "cifar10"),
+    "empty": ("--result_file", "victim", "--ratio", "0.0001"),
+}  # fmt: skip
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_other_images_than_the_attack_saw_are_refused(refused, victim):
-    assert "other" in refused("defense", "ft", *PURIFY) and not (victim / "defense").exists()
+@pytest.mark.parametrize("word", REFUSED)
+def test_defenses_that_are_refused(refused, victim, word, request):
+    if word == "other":  # images than those that the attack saw
+        request.getfixturevalue("few_digits")
+    assert word in refused("defense", "sau", *REFUSED[word], *QUICK) and not (victim / "defense").exists()
 
 
 # Real data

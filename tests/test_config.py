@@ -259,9 +259,7 @@ def test_numbers_in_yaml_are_numbers(tmp_path, text):
 def test_a_yaml_file_with_every_kind_of_value(tmp_path):
     file = written(tmp_path, "# a comment\nlearning_rate: 2\nn_steps: 9\nmode: FAST\nstrict: yes\npath: none\n")
     assert read(file) == {"lr": 2.0, "steps": 9, "mode": "Fast", "strict": True, "path": None}
-    assert read(written(tmp_path, "lr: 1\nlearning_rate: 1.0\n")) == {
-        "lr": 1.0
-    }  # as in the benchmark's SAU: epochs, n_rounds
+    assert read(written(tmp_path, "lr: 1\nlearning_rate: 1.0\n")) == {"lr": 1.0}
     assert read(written(tmp_path, "")) == {} and read(written(tmp_path, "# nothing\n")) == {}
 
 
@@ -289,6 +287,7 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("key", "text"),
     [
+        ("cannot read", ""),  # no file
         ("step", "lr: 1\nstep: 2\n"),
         ("lr", "lr: 1\nsteps: 2\nlr: 1\n"),
         ("learning_rate", "lr: 1\nlearning_rate: 2\n"),
@@ -308,17 +307,12 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
 def test_yaml_that_is_refused(tmp_path, monkeypatch, key, text):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "settings.yaml"
-    file.write_text(text, encoding="latin-1")
+    if text:
+        file.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError) as refusal:
         read(file, "cpu")
     assert str(file) in str(refusal.value) and key in str(refusal.value).replace(str(file), "")
     assert not (tmp_path / "canary").exists()
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    for file in (tmp_path / "missing.yaml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot read"):
-            read(file)
 
 
 # What beats what
@@ -329,31 +323,20 @@ def asked(argv: Sequence[str], record: dict[str, Any] | None = None, recipe: str
     return request.settle(recipe, dataset, record)
 
 
-def test_flag_beats_yaml_beats_shipped_beats_signature(tmp_path):
-    file = written(tmp_path, "lr: 3\n")
+def test_flag_beats_yaml_beats_record_beats_shipped_beats_signature(tmp_path):
+    file = ("--yaml_path", str(written(tmp_path, "lr: 3\ndatasets:\n  digits: {dataset_path: from yaml}\n")))
     assert asked([])[1].lr == SAU().lr == 1e-4
     assert asked([], recipe="cpu")[1].lr == 1e-3  # the shipped overlay
-    assert asked(["--yaml_path", str(file)], recipe="cpu")[1].lr == 3
-    assert asked(["--yaml_path", str(file), "--lr", "4"], recipe="cpu")[1].lr == 4
+    assert asked(file, recipe="cpu")[1].lr == 3
+    assert asked([*file, "--lr", "4"], recipe="cpu")[1].lr == 4
+    record = {"dataset": "digits", "model": "preactresnet18", "dataset_path": "from record"}
+    assert asked([])[0].dataset_path == "./data"
+    assert asked([], record)[0].dataset_path == "from record" and asked([], record)[0].model == "preactresnet18"
+    assert asked(file, record, dataset="digits")[0].dataset_path == "from yaml"
+    assert asked([*file, "--dataset_path", "from flag"], record, dataset="digits")[0].dataset_path == "from flag"
 
 
-def test_a_file_names_no_further_file(tmp_path):
-    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
-    one.write_text(f"lr: 3\nbd_yaml_path: {two}\n")
-    two.write_text("pratio: 0.4\n")
-    with refuses(ConfigError, f"{one}: bd_yaml_path", "--bd_yaml_path"):
-        Settings("x", BadNet, (AttackRun, Training, BadNet), ["--yaml_path", str(one)])
-
-
-def test_what_is_needed_before_the_recipe_is_known_does_not_depend_on_it(tmp_path):
-    with refuses(ConfigError, "settings.yaml: record_root cannot depend on"):
-        asked(["--yaml_path", str(written(tmp_path, "datasets:\n  digits: {record_root: elsewhere}\n"))])
-    file = written(tmp_path, "lr: 3\ndatasets:\n  digits: {dataset_path: there}\n")
-    record = {"dataset": "digits", "dataset_path": "here"}
-    assert asked(["--yaml_path", str(file)], record, dataset="digits")[0].dataset_path == "there"
-
-
-def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
+def test_the_attacks_yaml_beats_the_recipes_yaml_and_names_no_further_file(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("lr: 3\nepochs: 3\npratio: 0.3\n")
     two.write_text("lr: 4\npratio: 0.4\n")
@@ -362,15 +345,14 @@ def test_the_attacks_yaml_beats_the_recipes_yaml(tmp_path):
     for order in (argv, argv[2:4] + argv[:2] + argv[4:]):
         run, training, method = Settings("x", BadNet, sections, order).settle("cpu", "cifar10")
         assert (training.lr, training.epochs, method.pratio) == (4.0, 3, 0.5)
+    one.write_text(f"lr: 3\nbd_yaml_path: {two}\n")
+    with refuses(ConfigError, f"{one}: bd_yaml_path", "--bd_yaml_path"):
+        Settings("x", BadNet, sections, ["--yaml_path", str(one)])
 
 
-def test_the_record_beats_the_signature_and_is_beaten_by_yaml_and_flags(tmp_path):
-    file = written(tmp_path, "dataset_path: from yaml\n")
-    record = {"dataset": "digits", "model": "preactresnet18", "dataset_path": "from record"}
-    assert asked([])[0].dataset_path == "./data"
-    assert asked([], record)[0].dataset_path == "from record" and asked([], record)[0].model == "preactresnet18"
-    assert asked(["--yaml_path", str(file)], record)[0].dataset_path == "from yaml"
-    assert asked(["--yaml_path", str(file), "--dataset_path", "from flag"], record)[0].dataset_path == "from flag"
+def test_what_is_needed_before_the_recipe_is_known_does_not_depend_on_it(tmp_path):
+    with refuses(ConfigError, "settings.yaml: record_root cannot depend on"):
+        asked(["--yaml_path", str(written(tmp_path, "datasets:\n  digits: {record_root: elsewhere}\n"))])
 
 
 def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
@@ -431,25 +413,19 @@ def test_print_config_writes_a_file_that_changes_nothing(name, tmp_path, capsys)
 # Recipes
 
 
-def with_recipe(*flags: str, dataset: str = "cifar10", method: type = BadNet) -> tuple:
+def with_recipe(method: type, *flags: str) -> tuple:
     request = Settings("x", method, (AttackRun, Training, method), [*flags, "--device", "cpu"])
-    return request.recipe(), *request.settle(request.recipe()[0], dataset)
+    return request.recipe(), *request.settle(request.recipe()[0], "cifar10")
 
 
-def test_fast_is_for_attacks_beforehand():
-    """On any device, as asked."""
-    (recipe, why), run, training, _ = with_recipe("--recipe", "fast")
+def test_fast_is_for_attacks_beforehand(refused):
+    """On any device, as asked; elsewhere it is the whole recipe."""
+    (recipe, why), run, training, _ = with_recipe(BadNet, "--recipe", "fast")
     assert (recipe, why, run.recipe, run.width, training.epochs) == ("fast", "as asked", "fast", 64, 24)
-    (recipe, why), _, training, _ = with_recipe("--recipe", "fast", method=WaNet)
+    (recipe, why), _, training, _ = with_recipe(WaNet, "--recipe", "fast")
     assert recipe == "paper" and "poisoned beforehand" in why and training.epochs == 100
-
-
-@pytest.mark.parametrize(("recorded", "full"), [("fast", "paper"), ("cpu", "cpu")])
-def test_a_defense_takes_the_whole_recipe(recorded, full):
-    assert Settings("x", SAU, (DefenseRun, SAU), []).recipe(recorded)[0] == full
+    for recorded, full in (("fast", "paper"), ("cpu", "cpu")):
+        assert Settings("x", SAU, (DefenseRun, SAU), []).recipe(recorded)[0] == full
     assert Settings("x", SAU, (DefenseRun, SAU), ["--recipe", "fast", "--device", "cpu"]).recipe("cpu")[0] == "paper"
-
-
-def test_data_sets_without_a_fast_recipe_say_so(refused):
     line = refused("attack", "badnet", "--dataset", "digits", "--recipe", "fast", *QUICK)
     assert "recipe is fast, which digits does not have; allowed is paper" in line

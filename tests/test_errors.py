@@ -15,7 +15,7 @@ from sau.errors import (
     os_error,
     require,
     run_command,
-)
+)  # fmt: skip
 
 
 def raising(error: BaseException):

@@ -89,13 +89,11 @@ def test_attack_and_defense_without_the_repository(python, tmp_path):
 
 
 def test_the_command_of_the_wheel(python, tmp_path):
-    done = run(python, str(python.parent / "sau"), "defense", "ft", "--help", cwd=tmp_path)
+    """The distribution is not called as the package."""
+    sau_command = str(python.parent / "sau")
+    done = run(python, sau_command, "defense", "ft", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--result_file" in done.stdout
-    done = run(python, str(python.parent / "sau"), "list", cwd=tmp_path)
-    assert done.returncode == 0 and "  badnet " in done.stdout
-
-
-def test_the_distribution_is_not_called_as_the_package(python, tmp_path):
+    assert "  badnet " in run(python, sau_command, "list", cwd=tmp_path).stdout
+    assert run(python, sau_command, "--version", cwd=tmp_path).stdout == f"sau {sau.__version__}\n"
     code = "from importlib.metadata import version; print(version('shared-adversarial-unlearning'))"
     assert run(python, "-c", code, cwd=tmp_path).stdout == f"{sau.__version__}\n"
-    assert run(python, str(python.parent / "sau"), "--version", cwd=tmp_path).stdout == f"sau {sau.__version__}\n"

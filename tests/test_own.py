@@ -19,7 +19,7 @@ from sau.compat.weights import network
 from sau.data.images import Images
 from sau.errors import ConfigError, DataError, RecordError
 from sau.models import PreActResNet18
-from sau.own_network import Reversal, _check_classes, by_name, clean_indices, concentration, reverse, split
+from sau.own_network import _check_classes, by_name, clean_indices, concentration, rank_text, ranked, reverse, split
 from sau.pgd import Search
 from sau.record.attack_result import load_weights
 from sau.risk import Found, measure
@@ -271,8 +271,9 @@ def test_the_patch_of_a_shortcut_is_small_and_ranked_among_clean_networks():
     pixels[..., -1, -1] = 0
     images = Images.clean(pixels, torch.arange(64) % 8, 8)
     planted, clean = (reverse(Bands(shortcut), images, 30) for shortcut in (20.0, 0.0))
-    assert planted.label == 3 and planted.norms[3] < 0.2 * sorted(planted.norms)[1] and planted.index > 5 > clean.index
-    said = Reversal((1.0, 9.0), 0, 3.0).summary([2.0, 3.0, 4.0])
+    assert planted["class"] == 3 and planted["norms"][3] < 0.2 * sorted(planted["norms"])[1]
+    assert planted["index"] > 5 > clean["index"]
+    said = ranked({"norms": [1.0, 9.0], "class": 0, "index": 3.0}, [2.0, 3.0, 4.0])
     assert (said["clean_above"], said["p"]) == (2, 0.75)
 
 
@@ -282,13 +283,13 @@ UNLIKE = {"passes": 39, "classes": 11, "images": 319}
 def test_without_clean_networks_that_were_searched_alike_nothing_is_ranked():
     alike = {"passes": 40, "classes": 10, "images": 320}
     assert clean_indices(**alike) and not any(clean_indices(**{**alike, name: n}) for name, n in UNLIKE.items())
-    lone = Reversal((1.0, 9.0, 9.5), 0, 3.0)
-    assert lone.summary([])["p"] is None and "no clean network" in lone.text([])
+    lone = ranked({"norms": [1.0, 9.0, 9.5], "class": 0, "index": 3.0}, [])
+    assert lone["p"] is None and "no clean network" in rank_text(lone)
     images = Images.clean(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2, 2)
     model = tiny_net(2).train().requires_grad_(False)
     two = reverse(model, images, 1)
     assert model.training and not any(weight.requires_grad for weight in model.parameters())  # it is left as it was
-    assert two.index is None and two.summary([1.0])["p"] is None and "index" not in two.text([1.0])
+    assert two["index"] is None and ranked(two, [1.0])["p"] is None and "index" not in rank_text(ranked(two, [1.0]))
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(net, pictures, tmp_path):
