@@ -110,12 +110,13 @@ class Settings:
         """The flags; `shown` are the values in force, `everything` has other names and flags without effect as well."""
         needs = "" if self.kind == "attack" else " --result_file FOLDER | --model_file FILE --clean_dir FOLDER"
         usage = f"{self.command}{needs} [flags]"
-        made = Parser(textwrap.fill(about), usage=usage, add_help=False, argument_default=argparse.SUPPRESS)
+        how: dict[str, Any] = {"prog": self.command, "usage": usage, "add_help": False}
+        made = Parser(textwrap.fill(about), argument_default=argparse.SUPPRESS, **how)
         for title, members in self._groups().items():
             group = made.add_argument_group(title)
             for option in members:
                 names = [f"--{name}" for name in (option.name, *(option.aliases if everything else ()))]
-                how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
+                how = {"nargs": "?", "const": "true"} if option.hint is bool else {}
                 if typing.get_origin(option.hint) is tuple:
                     how = {"nargs": "+"}  # a list may also be written with spaces
                 text = f"{option.about} [{written(shown.get(option.name, option.default), option.hint)}]"
@@ -126,7 +127,7 @@ class Settings:
             names = ["-h", flag] if flag == "--help" else [flag]
             group.add_argument(*names, dest="help", action="store_const", const=flag, help=text)
         group = made.add_argument_group("accepted for old command lines, without effect")
-        for name in self.reasons.keys() - self.known.keys() if everything else ():
+        for name in (name for name in self.reasons if everything and name not in self.known):
             short = [SHORT[name]] if name in SHORT else []
             how = {"nargs": "*", "metavar": "X", "help": self.reasons[name]}
             group.add_argument(f"--{name}", *short, dest=name, action=_Once, **how)
