@@ -8,18 +8,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from sau.device import choose_device, prepare, set_threads
 from sau.errors import RecordError, printable
 from sau.files import existing, safe_join, write
 from sau.settings import Parser as Parser
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 EXAMPLE_IMAGES = 300  # test images that adversarial examples are searched for
 
@@ -27,8 +23,7 @@ EXAMPLE_IMAGES = 300  # test images that adversarial examples are searched for
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--threads`."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or one like cuda:1 [auto]")
-    threads = "CPU threads; 0 means OMP_NUM_THREADS where it is set, else all cores [0]"
-    parser.add_argument("--threads", type=int, default=0, help=threads)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: OMP_NUM_THREADS, else all cores [0]")
 
 
 def use_device(asked: argparse.Namespace) -> torch.device:
@@ -56,8 +51,7 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page [report.html]")
     for name in formats:
         parser.add_argument(f"--{name}", type=Path, help=f"write the table as {name} to this file")
-    about = "data set of the folders that do not name theirs (summaries alone)"
-    parser.add_argument("--dataset", choices=SOURCES, metavar="NAME", help=about)
+    parser.add_argument("--dataset", choices=SOURCES, metavar="NAME", help="data set of folders that name none")
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean images [where the runs had them]")
     args = parser.parse_args(argv)
     page, sections = build(args.root, args.dataset, args.dataset_path)
@@ -86,8 +80,7 @@ def figures(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset_path", help="folder of the data sets [as the attack had it]")
     parser.add_argument("--defense", help="defense of which examples and features are drawn [none]")
     parser.add_argument("--eps", type=float, default=0.2, help="radius of the L-infinity ball of the examples [0.2]")
-    maps = ("tsne", "pca")
-    parser.add_argument("--map", choices=maps, default="tsne", help="method for the map of features [tsne]")
+    parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="method for the map of features [tsne]")
     add_device(parser)
     args = parser.parse_args(argv)
     path = existing(args.record_root, args.name)
@@ -96,8 +89,8 @@ def figures(argv: Sequence[str]) -> int:
     return 0
 
 
-def _figures(path: Path, args: argparse.Namespace) -> "Iterator[tuple[str, Figure]]":
-    """(name, figure) of everything that the record holds."""
+def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """(name, figure of matplotlib) of everything that the record holds."""
     from sau import figures as draw
     from sau.data.images import sample
     from sau.pgd import Search
@@ -129,19 +122,8 @@ def _figures(path: Path, args: argparse.Namespace) -> "Iterator[tuple[str, Figur
         yield f"features_{args.defense}", draw.features(before, after, test, attacked.triggered, args.map)
         clean, triggered = sample(test, attacked.triggered, EXAMPLE_IMAGES)
         if triggered:
-            networks = OnDevice(after.eval(), device), OnDevice(before, device)
-            yield f"examples_{args.defense}", draw.examples(*networks, clean, triggered, search)
-
-
-class OnDevice(nn.Module):
-    """A network on a device for inputs on the CPU; its outputs come back to the CPU."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.device = model.to(device), device
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.to(self.device)).to(x.device)
+            there = after.eval().to(device), before.to(device), clean.to(device), triggered.to(device)
+            yield f"examples_{args.defense}", draw.examples(*there, search)
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -200,5 +182,4 @@ def inspect(argv: Sequence[str]) -> int:
     print(json.dumps(found, indent=2) if asked.json else text(found))
     if asked.to is not None and found["status"] != HARMLESS:
         print(f"error: {asked.to} was not written, see the verdict", file=sys.stderr)
-    status: int = found["status"]
-    return status
+    return int(found["status"])
