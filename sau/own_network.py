@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import resources
@@ -125,9 +125,8 @@ def split(images: Images, share: float) -> tuple[Images, Images]:
     """(to purify with, to measure with): the last `share` of each class measures; each keeps an image of either."""
     counts = images.labels.bincount(minlength=images.num_classes)
     if (counts == 1).any():
-        raise DataError(
-            f"class {int((counts == 1).nonzero()[0])} has 1 clean image; each class needs two, one to measure with"
-        )
+        lone = int((counts == 1).nonzero()[0])
+        raise DataError(f"class {lone} has 1 clean image; each class needs two, one to measure with")
     held = last_of_each(images.labels, share)
     return images[~held], images[held]
 
@@ -169,18 +168,16 @@ def purify(name: str, asked: Settings) -> None:
     begun, before = time.monotonic(), score(model, test, None)
     evaluation = time.monotonic() - begun
     # `purify` leaves the network as it is, so that it is the reference throughout.
-    measured = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
-    inverted = partial(reverse, images=test, passes=own.reversal_passes, seed=run.random_seed)
-    threat, patches = measured(model), inverted(model)
+    risks = gauge(model, test, None, run.risk_samples, run.search(), run.random_seed)
+    examine = partial(_examine, record, test, risks, own.reversal_passes, run.random_seed)
+    report = {"before": examine("before", model, before)}
     closing = time.monotonic() - begun  # what is measured now is measured again in the end
     epochs = getattr(method, "epochs", 1)
     logger = RunLogger(record, run, epochs, test, lambda: None, started, evaluation, closing_seconds=closing)
     fixed = method.purify(model, given, seed=run.random_seed, session=logger.session(), settings="as_given")
-    after, left, smaller = score(fixed, test, None), measured(fixed), inverted(fixed)
+    after = score(fixed, test, None)
+    report["after"] = examine("after", fixed, after)
     record.log(table({"before": before, "after": after}))
-    alike = {"classes": images.num_classes, "passes": own.reversal_passes, "images": len(test)}
-    report = {"before": _report(record, "before", before, threat, patches, alike)}
-    report["after"] = _report(record, "after", after, left, smaller, alike)
     _keep(record, fixed.get_submodule("net"), net, "safetensors" if file.kind == SAFE else "pt")
     logger.finish(report)
 
@@ -236,19 +233,20 @@ def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
     return [spelt.get(name.casefold(), name) for name in classes] if known else None
 
 
-def _report(
-    record: Record, when: str, found_score: Score, found: Found, patches: dict[str, Any] | None, alike: dict[str, int]
-) -> dict[str, Any]:
-    """What is said of a network, for `summary.json`, and in a line for the screen; `alike` are the clean networks that
-    its patches are compared with."""
-    risks, flips = found.row(), concentration(found, alike["classes"])
-    text = f"{when:8}R_adv {risks['r_adv']:.1f} %, R_share {risks['r_share']:.1f} %"
+def _examine(
+    record: Record, test: Images, risks: Callable[[nn.Module], Found], passes: int, seed: int, when: str,
+    model: nn.Module, found_score: Score,
+) -> dict[str, Any]:  # fmt: skip
+    """What clean images say of a network, for `summary.json`, and in lines for the screen."""
+    found, patches = risks(model), reverse(model, test, passes, seed)
+    row, flips = found.row(), concentration(found, test.num_classes)
+    text = f"{when:8}R_adv {row['r_adv']:.1f} %, R_share {row['r_share']:.1f} %"
     if flips["count"]:
         text += f"; {flips['share']:.1f} % of {flips['count']} adversarial examples lead to class {flips['class']}"
         text += f" (evenly: {flips['even']:.1f} %)"
     record.log(text)
     report = {**found_score.summary(), "risk": found.summary(), "flips": flips}
     if patches is not None:
-        report["reversal"] = ranked(patches, clean_indices(**alike))
+        report["reversal"] = ranked(patches, clean_indices(passes, test.num_classes, len(test)))
         record.log(f"{when:8}{rank_text(report['reversal'])}")
     return report
