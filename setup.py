@@ -22,7 +22,6 @@ setup(
     packages=[*find_packages(include=["sau", "sau.*"]), "sau.configs"],
     package_dir={"sau.configs": "configs"},
     package_data={
-        "sau": ["clean_indices.json"],
         "sau.configs": ["*/*.yaml"],
         "sau.report": ["published.json", "page.*"],
     },

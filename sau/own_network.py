@@ -2,21 +2,18 @@
 
 Nobody knows its trigger, so no ASR is claimed. The report says what clean images alone can say: the accuracy, the
 adversarial risks (`sau.risk`), where adversarial examples lead (a backdoor draws them to its class), and how small a
-patch sends images to a class. These are hints, not tests: each stands beside what a clean network would show.
+patch sends images to a class. These are hints, not tests.
 
-The patches are those of Neural Cleanse (see `sau.defense.nc`). With n_1..n_K, the mask norms of the smallest
-ones, the index is the largest (med - n_c) / MAD (see `sau.defense.nc`). Neural Cleanse flags a class above 2, which
-clean networks pass, too. So the index is ranked among those of N clean ones: p = (1 + those that reach it) / (1 + N).
+The patches are those of Neural Cleanse (see `sau.defense.nc`). With n_1..n_K, the mask norms of the smallest ones, the
+index is the largest (med - n_c) / MAD. Neural Cleanse suspects a class above 2, which clean networks pass, too.
 """
 
-import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -68,41 +65,12 @@ def reverse(model: nn.Module, images: Images, passes: int, seed: int = 0) -> dic
     with seeded(seed), torch.compiler.set_stance("force_eager"):  # open classes become fewer, and batches with them
         twin, batches = shared_weight_twin(model), some.batches(BATCH, seed=seed)
         nc.invert(twin, batches, patches, RunContext(say=lambda line: None))
-    norms = patches.found()[2]
-    label = int(norms.argmin())
-    index = float(anomaly(norms)[label])
-    known = len(norms) > 2 and math.isfinite(index)
-    return {"norms": norms.tolist(), "class": label, "index": index if known else None}
-
-
-def ranked(found: dict[str, Any], clean: Sequence[float]) -> dict[str, Any]:
-    """What `reverse` found, rounded, with its rank among `clean`, the indices of clean networks searched alike."""
-    index, above, p = found["index"], None, None
-    if index is not None and clean:
-        above = sum(other >= index for other in clean)
-        p = round((1 + above) / (1 + len(clean)), 3)
-    norms = [round(norm, 2) for norm in found["norms"]]
-    rank = {"clean_networks": len(clean), "clean_above": above, "p": p}
-    return {"norms": norms, "class": found["class"], "index": index and round(index, 2), **rank}
-
-
-def rank_text(found: dict[str, Any]) -> str:
-    """What `ranked` says, as a line."""
-    text = f"smallest patch: class {found['class']}, {min(found['norms']):.1f} pixels"
-    if found["index"] is None:
-        return text
-    text += f", index {found['index']:.1f}; "
-    if found["p"] is None:
-        return f"{text}no clean network with as many classes was searched for as long on as few images"
-    reach = f"{found['clean_above']} of {found['clean_networks']} clean networks in clean_indices.json"
-    return f"{text}{reach} reach that (p {found['p']})"
-
-
-def clean_indices(passes: int, classes: int, images: int) -> list[float]:
-    """Indices of clean networks with so many classes that `scripts/clean_indices.py` searched for as many updates."""
-    content = json.loads((resources.files("sau") / "clean_indices.json").read_text())
-    alike = content["passes"] == passes and images >= IMAGES
-    return [network["index"] for network in content["networks"] if alike and network["classes"] == classes]
+    sizes = patches.found()[2]
+    label = int(sizes.argmin())
+    index = float(anomaly(sizes)[label])
+    known = len(sizes) > 2 and math.isfinite(index)
+    norms = [round(norm, 2) for norm in sizes.tolist()]
+    return {"norms": norms, "class": label, "index": round(index, 2) if known else None}
 
 
 def concentration(found: Found, classes: int) -> dict[str, Any]:
@@ -247,6 +215,8 @@ def _examine(
     record.log(text)
     report = {**found_score.summary(), "risk": found.summary(), "flips": flips}
     if patches is not None:
-        report["reversal"] = ranked(patches, clean_indices(passes, test.num_classes, len(test)))
-        record.log(f"{when:8}{rank_text(report['reversal'])}")
+        report["reversal"] = patches
+        text = f"{when:8}smallest patch: class {patches['class']}, {min(patches['norms']):.1f} pixels"
+        suspect = "Neural Cleanse suspects a class above 2, as clean networks reach, too"
+        record.log(f"{text}, index {patches['index']:.1f} ({suspect})" if patches["index"] is not None else text)
     return report

@@ -17,7 +17,6 @@ SCRIPTS = REPOSITORY / "scripts"
 COMPUTE = {
     "audit.py": ("--result_file", "nobody"),
     "bench.py": ("train",),
-    "clean_indices.py": ("nobody", "--out", "new.json"),
     "figures.py": ("nobody", "--defense", "sau"),
     "tables.py": ("radii", "nobody", "sau"),
     "verify.py": ("nobody",),

@@ -133,13 +133,3 @@ def test_a_defense_never_asks_for_the_test_sets(name):
     one = ROWS[name].defense.purify(tiny_net(), pair, session=quiet())
     other = ROWS[name].defense.purify(tiny_net(), pair, session=Session(say=lambda text: None, judge=judge))
     assert same_weights(one, other)
-
-
-# Files that scripts go on with
-
-
-@pytest.mark.parametrize("text", ["{", '{"networks": []}', '{"passes": 40, "networks": [{}]}'])
-def test_a_damaged_list_of_clean_networks_is_one_line(text, script, tmp_path):
-    (tmp_path / "x.json").write_text(text)
-    status, _, err = script("clean_indices.py", "record", "--out", "x.json")
-    assert status == 2 and "x.json is no list of clean networks" in the_error(err)
