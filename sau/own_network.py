@@ -217,6 +217,6 @@ def _examine(
     if patches is not None:
         report["reversal"] = patches
         text = f"{when:8}smallest patch: class {patches['class']}, {min(patches['norms']):.1f} pixels"
-        suspect = "Neural Cleanse suspects a class above 2, as clean networks reach, too"
+        suspect = "above 2 is suspect to Neural Cleanse, but clean networks reach that, too"
         record.log(f"{text}, index {patches['index']:.1f} ({suspect})" if patches["index"] is not None else text)
     return report
