@@ -50,7 +50,7 @@ def without_time(row: dict) -> dict:
 
 
 def test_an_attack_from_a_foreign_folder(finished):
-    """The folder, the screen and the log; nothing on stderr."""
+    """The folder, the screen and the log; nothing on stderr; the configuration is resolved and complete."""
     folder, out = finished / "record" / "victim", (finished / "attack.out").read_text()
     assert (finished / "attack.err").read_text() == ""
     first = out.splitlines()[0]
@@ -58,10 +58,7 @@ def test_an_attack_from_a_foreign_folder(finished):
     assert "forecast" in out and [f"epoch {e}/4" in out for e in range(1, 5)] == [True] * 4
     assert (folder / "log.txt").read_text() == out
     Record(folder).check()
-
-
-def test_the_configuration_is_resolved_and_complete(finished):
-    found = yaml.safe_load((finished / "record" / "victim" / "config.yaml").read_text())
+    found = yaml.safe_load((folder / "config.yaml").read_text())
     assert found["run"]["recipe"] == "cpu" and found["run"]["width"] == 4 and found["run"]["random_seed"] == 0
     assert found["threads"] == 1 and found["amp"] is False and found["versions"]["torch"] == torch.__version__
     assert found["versions"]["sau"] == sau.__version__ and "python" in found["versions"]
@@ -230,17 +227,6 @@ def test_the_benchmarks_names_of_the_attacks_are_known(here, refused, tmp_path):
     assert "lira.py" not in text and "inputaware" in text  # no script that does not exist; those that do
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_copies_of_the_weights_are_kept_when_asked(here, tmp_path):
-    flags = [flag if flag != "0" else "3" for flag in TINY]
-    assert here("attack", "badnet", *flags, "--save_folder_name", "a", "--frequency_save", "2")[0] == 0
-    folder = tmp_path / "record" / "a"
-    assert [file.name for file in folder.glob("model_epoch_*")] == ["model_epoch_2.safetensors"]
-    copy = safetensors.torch.load_file(folder / "model_epoch_2.safetensors")
-    assert list(copy) == list(safetensors.torch.load_file(folder / "model.safetensors"))
-    Record(folder).check()
-
-
 def test_a_finished_run_is_not_made_again_and_another_one_is_refused_its_folder(here, refused, tmp_path):
     """Status 0 and one line for the same command, however long ago; a refusal for other settings or another wish."""
     flags = ("attack", "badnet", *TINY, "--save_folder_name", "a")
@@ -345,9 +331,13 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
         assert here(*run)[0] == 130
     assert "lr: 0.1 there, 0.5 here" in refused(*run, "--lr", "0.5")
     assert "amp is True" in refused(*["true" if flag == "false" else flag for flag in run])
-    status, out, _ = here(*run, "--compile", "true")
+    status, out, _ = here(*run, "--compile", "true", "--frequency_save", "2")
     assert status == 0 and "resuming after epoch 1" in out and "--compile has no effect" in out
-    assert [row["epoch"] for row in rows(tmp_path / "record" / "a")] == [1, 2, 3]
+    folder = tmp_path / "record" / "a"
+    assert [row["epoch"] for row in rows(folder)] == [1, 2, 3]
+    assert [file.name for file in folder.glob("model_epoch_*")] == ["model_epoch_2.safetensors"]
+    copy = safetensors.torch.load_file(folder / "model_epoch_2.safetensors")
+    assert list(copy) == list(safetensors.torch.load_file(folder / "model.safetensors"))
 
 
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.

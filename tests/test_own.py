@@ -175,10 +175,14 @@ def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path,
 
 
 def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, here, monkeypatch):
-    """Also where there are folders for some of the classes only."""
+    """Also where there are folders for some of the classes only; the log shows which, and what the file says else."""
     assert by_name(["blue", "red"], ["Red", "green", "BLUE"]) == ["red", "green", "blue"]
     assert by_name(["blue", "red"], ["red", "green"]) is None and by_name(["blue"], None) is None
     assert by_name(["a"], ["a", "A"]) is None  # which of the two?
+    torch.save({"net": net.state_dict(), "classes": ["x", "y", "z"]}, tmp_path / "says.pt")
+    status, out, _ = here(*flags(tmp_path / "says.pt", pictures))
+    assert status == 0 and "classes: 0 = blue, 1 = green, 2 = red (folders in order)" in out.splitlines()
+    assert "says.pt names its classes 0 = x, 1 = y, 2 = z" in out
     shutil.rmtree(pictures / "green")
     torch.save({"net": net.state_dict(), "classes": ["Red", "green", "blue"]}, tmp_path / "named.pt")
     seen = []
@@ -188,14 +192,6 @@ def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, her
         assert status == 0, err
         assert "classes: 0 = red, 1 = green, 2 = blue (names in the file)" in out.splitlines()
         assert seen[-1].labels.tolist() == [2] * 6 + [0] * 6 and seen[-1].num_classes == CLASSES
-
-
-def test_classes_are_shown(net, pictures, tmp_path, here):
-    """And what the file says otherwise."""
-    torch.save({"net": net.state_dict(), "classes": ["x", "y", "z"]}, tmp_path / "says.pt")
-    status, out, _ = here(*flags(tmp_path / "says.pt", pictures))
-    assert status == 0 and "classes: 0 = blue, 1 = green, 2 = red (folders in order)" in out.splitlines()
-    assert "says.pt names its classes 0 = x, 1 = y, 2 = z" in out
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError])
