@@ -227,11 +227,11 @@ def _trigger(
         record.log(quality.describe(hidden))
         if method.figures:
             hidden["made"] = dict(method.figures)
-            record.log(f"as it was made: {describe_figures(method.figures)}")
+            record.log(f"trigger as it was made: {describe_figures(method.figures)}")
     if crossed is None:
         return {"trigger": hidden}
     (share,) = proportions(model, crossed.pixels, crossed.labels)
-    record.log(f"cross ACC {share.percent:.2f} %, on test images with triggers that must do nothing")
+    record.log(f"cross ACC {share.percent:.2f} %, on test images with a trigger that must have no effect")
     return {"trigger": hidden, **figures({"cross_acc": share})}
 
 

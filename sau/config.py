@@ -158,7 +158,7 @@ class Method:
                 try:
                     found[f"{name}_sha256"] = checksum(path)
                 except DataError as error:
-                    raise DataError(f"{name}: {error}; name a file that is there") from None
+                    raise DataError(f"{name}: {error}; name an existing file") from None
                 del found[name]
         return found
 

@@ -220,7 +220,7 @@ def verdict(before: Score, after: Score, took: bool = True, images: bool = True)
     racc = f"R-ACC {before.racc.percent:.2f} -> {after.racc.percent:.2f} %."
     if not took or before.asr.percent <= GONE:
         first, last = (
-            "No verdict on the backdoor, for the attack did not take",
+            "No verdict on the backdoor, because the attack did not take",
             "an attack that takes, then this defense",
         )
         return f"{first}: {asr}\n{cost}\nNext: {last} again."

@@ -67,8 +67,8 @@ class MicroBatchedStep:
             raise OutOfMemory(f"out of memory with {images} images; try a smaller --batch_size")
         self.parts *= 2
         self.session.say(
-            f"out of memory: batches of {size} go through in {self.parts} parts from here on; the updates are the "
-            "same, but batch norm in train mode sees one part at a time"
+            f"out of memory: batches of {size} are split into {self.parts} parts from now on; the updates are the "
+            "same, but batch norm in train mode normalises each part on its own"
         )
         self.session.note(parts=self.parts)
 

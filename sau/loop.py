@@ -94,7 +94,7 @@ class RunContext:
         if self.limit is None or not self.limit.reached():
             return False
         self.limit.ended = self.limit.ended or where
-        self.say(f"the time is over: ended in {where}")
+        self.say(f"--max_minutes is reached: ended in {where}")
         return True
 
     def quiet(self) -> "RunContext":
@@ -237,7 +237,7 @@ class _Run:
             raise
         self._refuse_broken()
         if not (self.session.stage or self.place.epoch or self.place.batch):
-            self.session.say("warning: no update was made, so the network is as it was; give more --max_minutes")
+            self.session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         return True
 
     def _forecast(self) -> None:

@@ -94,7 +94,7 @@ def split(images: Images, share: float) -> tuple[Images, Images]:
     counts = images.labels.bincount(minlength=images.num_classes)
     if (counts == 1).any():
         lone = int((counts == 1).nonzero()[0])
-        raise DataError(f"class {lone} has 1 clean image; each class needs two, one to measure with")
+        raise DataError(f"class {lone} has 1 clean image; each class needs two, one for measuring")
     held = last_of_each(images.labels, share)
     return images[~held], images[held]
 
@@ -173,7 +173,7 @@ def _keep(record: Record, fixed: nn.Module, net: nn.Module, ending: str) -> None
         record.save_tensors("model", state, pickled=True)
     record.log(f"purified weights: {record.path / f'model.{ending}'}")
     if state.keys() != net.state_dict().keys():
-        record.log("note: layers were added; sau.record.attack_result.load_weights makes room for them in your network")
+        record.log("note: layers were added; sau.record.attack_result.load_weights adds them to your network")
 
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
@@ -188,7 +188,7 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
             "give a folder for each, named by the number of its output (0, 1, 2, ...) or in the same order"
         )
     if not logits.isfinite().all():
-        raise ConfigError("the network answers a clean image with NaN or infinity; are mean and std its own?")
+        raise ConfigError("the network answers a clean image with NaN or infinity; check mean and std")
     check_logits(logits)
 
 

@@ -153,7 +153,7 @@ def begin(
     threads = set_threads(run.threads, earlier.get("threads"))
     before = earlier.get("amp")
     if before is not None and run.amp not in (None, before):
-        raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or say --overwrite true")
+        raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or give --overwrite true")
     chosen = has_bf16(where) if run.amp is None else run.amp
     model.amp = chosen if before is None else before
     model.compiled = bool(earlier.get("compile", run.compile and method.compiles))

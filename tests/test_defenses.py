@@ -578,7 +578,7 @@ def test_the_share_of_clean_images_is_said_and_a_low_one_warned_of():
         labels = torch.where(torch.arange(200) < wrong, (y + 1) % 4, y)
         said, right = lines_of(FT(epochs=0), net, (x, labels)), 200 - wrong
         assert f"the network classifies {right} of 200 clean images correctly ({right / 2:.1f} %)" in said
-        assert sum("usual causes are mean and std" in line for line in said) == warned
+        assert sum("check mean and std" in line for line in said) == warned
     poisoned = BadNet(pratio=0.2).poison_train(toy_images(40), 0)
     assert any("of 40 poisoned images correctly" in line for line in lines_of(EP(), net, poisoned))
 
@@ -594,7 +594,7 @@ def test_a_network_that_is_harmed_is_told():
     victim = train_victim(Prototype(), images)
     for rate, harmed in ((0.5, True), (1e-5, False)):
         said = lines_of(FT(epochs=2, lr=rate, lr_scheduler="constant"), victim, images)
-        told = [line for line in said if "so it is harmed" in line]
+        told = [line for line in said if "accuracy on the clean images fell" in line]
         assert len(told) == harmed
 
 

@@ -249,7 +249,7 @@ def test_a_crash_is_tried_again_and_a_mistake_is_not(planned, drive):
     engine, failed, lines = drive(every, script)
     assert failed == [every[2], every[4]]
     assert [engine.order.count(every[at].label) for at in (1, 2, 4)] == [2, 1, 2]
-    assert any(line.startswith(f"again   {every[1].label}: worker lost: no process; try 2 of 2") for line in lines)
+    assert any(line.startswith(f"retry   {every[1].label}: worker lost: no process; try 2 of 2") for line in lines)
 
 
 def test_a_failed_cell_takes_its_defenses_along_and_the_next_call_tries_them_again(planned, drive, tmp_path):

@@ -103,7 +103,7 @@ def made():
 
 @pytest.mark.parametrize(("last", "mean", "said"), [
     ([], None, None),
-    ([], "0,0,0", "the network classifies only 5 of 15 clean images correctly; usual causes are mean and std"),
+    ([], "0,0,0", "the network classifies only 5 of 15 clean images correctly; check mean and std"),
     (["torch.nn.Softmax(1)"], None, "answers with probabilities, allowed are logits"),
 ])  # fmt: skip
 def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean, said, pictures, tmp_path, here):
@@ -119,7 +119,10 @@ def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean
     assert status == 0, err
     notes = yaml.safe_load((tmp_path / "record" / "net_ft" / "config.yaml").read_text())["notes"]
     if said is None:
-        assert "the network classifies 15 of 15 clean images correctly (100.0 %)" in out and "usual causes" not in out
+        assert (
+            "the network classifies 15 of 15 clean images correctly (100.0 %)" in out
+            and "check mean and std" not in out
+        )
     else:
         assert any(said in note for note in notes) and out.index(said) < out.index("R_share")
 

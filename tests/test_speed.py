@@ -100,8 +100,8 @@ def test_a_limit_ends_a_run_between_two_updates():
         for label in ("epoch", "second"):
             loop.run(step, toy_images(12).batches(4), 2, state={}, end_epoch=ended.append, session=session, label=label)
     assert now == [20.0] and limit.ended == "epoch 1 of 2, before batch 3 of 3" and ended == []
-    ends = [line for line in said if line.startswith("the time is over")]
-    assert ends == [f"the time is over: ended in {where} of 3" for where in
+    ends = [line for line in said if line.startswith("--max_minutes")]
+    assert ends == [f"--max_minutes is reached: ended in {where} of 3" for where in
                     ("epoch 1 of 2, before batch 3", "second 1 of 2, before batch 1")]  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     calls = iter(range(1000))
     monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 15)
     status, out, _ = here("attack", "badnet", *VICTIM, "--save_folder_name", "a", "--max_minutes", "60")
-    assert status == 0 and "the time is over: ended in epoch 2 of 4, before batch 5 of 11" in out
+    assert status == 0 and "--max_minutes is reached: ended in epoch 2 of 4, before batch 5 of 11" in out
     folder = tmp_path / "record" / "a"
     config = Record(folder).check()
     assert Record(folder).summary()["ended_early"] == "epoch 2 of 4, before batch 5 of 11"

@@ -289,7 +289,7 @@ def check_trainable(model: nn.Module, images: Images) -> None:
         raise DataError("there are no images to train on; give at least one")
     check_initialised(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("the weights of the network are frozen, so nothing would learn; call requires_grad_() on it")
+        raise ConfigError("the weights of the network are frozen; call requires_grad_() on it")
     with torch.no_grad(), eval_mode(model):
         logits = logits_of(model, to_float(images.pixels[:8]))
     check_labels(images.labels, logits.shape[1])

@@ -118,7 +118,7 @@ def _checkpoint(name: str, say: Callable[[str], None]) -> Record | None:
     try:
         record.load()
     except RecordError as error:
-        say(f"{str(error).split(';')[0]}; making it again")
+        say(f"{str(error).split(';')[0]}; it is made again")
         shutil.rmtree(record.path)
         record.path.mkdir()
     return record

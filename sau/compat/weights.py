@@ -214,14 +214,14 @@ def _architecture(run: OwnRun, classes: int, found: Weights) -> tuple[str, Calla
 
 def _imported(run: OwnRun) -> nn.Module:
     if not run.trust_code:
-        raise ConfigError(f"--arch {run.arch} would run that code; say --trust_code true if you trust it")
+        raise ConfigError(f"--arch {run.arch} would run that code; give --trust_code true if you trust it")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         net = resolve_name(run.arch)()
     except Exception as error:  # whatever that code raises
         raise ConfigError(f"--arch {run.arch} failed: {type(error).__name__}: {error}") from None
     if not isinstance(net, nn.Module):
-        raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, wanted is a torch.nn.Module")
+        raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, allowed is a torch.nn.Module")
     return net
 
 

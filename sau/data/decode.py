@@ -93,14 +93,14 @@ def cached(
             if path.exists():  # another process may have made it meanwhile
                 return safetensors.torch.load_file(path)
         except SafetensorError as error:
-            say(f"{path} is damaged ({first_line(error)}); making it again")
+            say(f"{path} is damaged ({first_line(error)}); it is made again")
         except (OSError, RuntimeError) as error:
-            say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
+            say(f"warning: {what}: not cached ({first_line(error)}); SAU_CACHE names another folder")
             return make()
         tensors = {name: tensor.contiguous() for name, tensor in make().items()}
         try:
             write(path, safetensors.torch.save(tensors))
-            say(f"{what}: kept in {path} ({path.stat().st_size / 1e6:,.1f} MB)")
+            say(f"{what}: cached in {path} ({path.stat().st_size / 1e6:,.1f} MB)")
         except (OSError, SauError) as error:
-            say(f"warning: {what}: not kept ({first_line(error)}); SAU_CACHE names another folder")
+            say(f"warning: {what}: not cached ({first_line(error)}); SAU_CACHE names another folder")
         return tensors

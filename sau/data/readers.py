@@ -72,7 +72,7 @@ def _download(root: Path, official: Any) -> Path:
 
     place = root.parent
     if not place.is_dir() and place.name != "data":  # the default, ./data, is made
-        raise DataError(f"there is no folder {place} for {official.filename}; make it or mend --dataset_path")
+        raise DataError(f"there is no folder {place} for {official.filename}; create it or correct --dataset_path")
     print(f"downloading {official.filename} to {root}")
     try:
         download_and_extract_archive(official.url, str(root), filename=official.filename, md5=official.tgz_md5)

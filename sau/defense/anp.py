@@ -66,7 +66,7 @@ class ANP(MaskPruning):
         self.require("select", fixed is None or self.select == "defender", "defender where pruning_number is given")
         if self.pruning_by == "threshold":
             below = fixed is None or fixed < 1  # no mask is above 1
-            self.require("pruning_number", below, "none, or 0 up to below 1, for every neuron would go")
+            self.require("pruning_number", below, "none, or from 0 to below 1 (1 prunes every neuron)")
             self.require("pruning_max", self.pruning_max <= 1, "above 0 up to 1 where masks are pruned by threshold")
             return
         for name in ("pruning_max", "pruning_step") if fixed is None else ("pruning_number",):

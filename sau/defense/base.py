@@ -192,7 +192,7 @@ class TrainingDefense(Training, Defense):
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         # Without an update the network would be left with what `prepare` made of it, like a random classifier.
         if not session.begun and session.time_is_up("round 1, before its first batch"):
-            session.say("warning: no update was made, so the network is as it was; give more --max_minutes")
+            session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         elif self.epochs:
             self.train(self.prepare(model, batches), batches, session)
 

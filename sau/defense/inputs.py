@@ -106,7 +106,7 @@ def check_before(method: Any, model: nn.Module, batches: Batched, session: Sessi
     counts, runs = labels.bincount(minlength=classes), 1 + int((labels.diff() != 0).sum())
     present = int(counts.count_nonzero())
     if 1 < present and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
-        session.say("warning: the loader gives the images class by class; give one that shuffles, as methods expect")
+        session.say("warning: the loader gives the images class by class; give one that shuffles")
     for note in check_counts(counts, method.data_use) if not session.data_checked else ():
         session.say(f"note: {note}")
     return right / total, total
@@ -122,9 +122,8 @@ def check_after(method: Any, model: nn.Module, batches: Batched, before: float, 
     answers, labels, _ = predictions(model, batches)
     after = float((answers == labels).double().mean())
     if before - after > HARM:
-        now = f"warning: the network classifies {100 * after:.0f} % of the clean images correctly"
-        advice = "a smaller --lr, fewer --epochs or other settings"
-        session.say(f"{now}, before it was {100 * before:.0f} %, so it is harmed; try {advice}")
+        fell = f"the accuracy on the clean images fell from {100 * before:.0f} to {100 * after:.0f} %"
+        session.say(f"warning: {fell}; try a smaller --lr, fewer --epochs or other settings")
 
 
 def misuse(right: int, total: int, classes: int) -> str | None:
@@ -135,8 +134,8 @@ def misuse(right: int, total: int, classes: int) -> str | None:
     if right >= total * (1 + 1 / classes) / 2:  # half way from chance to all; ImageNet has been at 60 % for long
         return None
     return (
-        f"the network classifies only {right:,} of {total:,} clean images correctly; usual causes are mean and std, "
-        "the order of the channels, the size of the images or the numbering of the classes other than in its training"
+        f"the network classifies only {right:,} of {total:,} clean images correctly; check mean and std, the "
+        "order of the channels and of the classes, and the size of the images"
     )
 
 

@@ -147,7 +147,7 @@ class NC(FT):
         if not session.restore_later_stage(patches=patches):  # else the fine-tuning was under way
             self.invert(model, batches if self.augment_inversion else unaugmented(batches), patches, session)
             if session.limit is not None and session.limit.ended:
-                session.say("no class is flagged, for the inversion was not finished")
+                session.say("no class is flagged, because the search was not finished")
                 return
         norms = patches.found()[2]
         flagged, index = self.flagged(norms), [round(value, 4) for value in anomaly(norms).tolist()]

@@ -111,7 +111,7 @@ class Runner:
             return self._done(cell)
         self.tries[cell.digest] += 1
         if outcome.again and self.tries[cell.digest] <= self.retries:
-            self.say(f"again   {cell.label}: {outcome.reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
+            self.say(f"retry   {cell.label}: {outcome.reason}; try {self.tries[cell.digest] + 1} of {self.retries + 1}")
             self.waiting.insert(0, cell)
         else:
             self._end(cell, False, f"{outcome.reason}; see {self.store.log(cell)}.err")
@@ -120,7 +120,7 @@ class Runner:
         summary, kept = self.store.summary(cell), self.store.kept.get(cell.folder, {})
         self._end(cell, True, f"{scores(summary)}; {duration(summary.get('seconds', 0.0))}")
         if kept and any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc", "after")):
-            self.say(f"warning: {cell.label} differs from its published result; this machine computes other bits")
+            self.say(f"warning: {cell.label} differs from its published result; as on another processor")
 
     def _end(self, cell: Cell, finished: bool, text: str) -> None:
         self.ended[cell.digest] = finished

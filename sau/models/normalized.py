@@ -58,7 +58,7 @@ def require_tensor(network: nn.Module, answer: Any) -> Tensor:
     """`answer`, the output of `network`; DataError unless it is a tensor."""
     if not isinstance(answer, Tensor):
         mode = "train" if network.training else "eval"
-        raise DataError(f"in {mode} mode the network answers with {type(answer).__name__}, allowed are logits [B, K]")
+        raise DataError(f"in {mode} mode the network returns {type(answer).__name__}, allowed are logits [B, K]")
     return answer
 
 

@@ -122,7 +122,7 @@ class AttackResult:
         if same and poisoned is not None:
             same = int(poisoned.index.max()) < len(train)
         if not same:
-            raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; mend --dataset_path")
+            raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; correct --dataset_path")
         return train, test, notes
 
 

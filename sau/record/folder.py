@@ -284,7 +284,7 @@ def _check_manifest(file: Path, required: set[str], light: bool) -> None:
         raise RecordError(f"{file} is damaged: {error}") from None
     _check_version(version, file.parent)
     if missing := sorted(required - wanted.keys()):
-        raise RecordError(f"{file} does not name {missing[0]}; take that file away or make the folder again")
+        raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
     for name, (size, sha256) in wanted.items():
         one = file.parent / Path(name).name
         same = one.name == name and one.is_file() and one.stat().st_size == size
