@@ -298,7 +298,7 @@ def test_an_audit_has_every_part_for_every_network(nets):
     assert left["none"]["bec"] == pytest.approx(1) and left["control"]["bec"] == 0
     assert len(said) == len(found["rows"]) and list(found["seconds"]) == ["before", *AuditConfig().parts]
     text = tables([found])
-    for part in ("| ft | ", "k = 2", "| --- | --- |", "| network | s | BEC |"):
+    for part in ("| ft | ", "k = 2", "|---|---|", "| network | s | BEC |"):
         assert part in text
 
 
