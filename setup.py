@@ -23,7 +23,7 @@ setup(
     package_dir={"sau.configs": "configs"},
     package_data={
         "sau.configs": ["*/*.yaml"],
-        "sau.report": ["published.json", "page.*"],
+        "sau.report": ["published.json", "page.*", "table.tex"],
     },
     install_requires=required,
     extras_require={

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from sau.audit import PARTS, AuditConfig, open_case, run_audit, tables
+from sau.audit import PARTS, AuditConfig, draw, open_case, run_audit, tables
 from sau.audit.runner import RESULT
 from sau.config import options
 from sau.errors import ConfigError, run_command
-from sau.figures import audit, save
+from sau.figures import save
 from sau.files import safe_join, write
 from sau.grid.store import find
 from sau.tools import Parser, add_device, use_device
@@ -80,7 +80,7 @@ def one(
     write(out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
     say("\n" + tables([found]) + "\n")
     say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
-    say(*save(audit([found]), out / "audit"), out / RESULT, sep="\n")
+    say(*save(draw([found]), out / "audit"), out / RESULT, sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.audit import read, tables
+from sau.audit import draw, read, tables
 from sau.errors import RecordError, run_command
-from sau.figures import audit, save
+from sau.figures import save
 from sau.files import write
 from sau.record.folder import difference
 from sau.tools import Parser
@@ -47,7 +47,7 @@ def run(given: argparse.Namespace) -> None:
     text = tables(audits)
     print(text)
     write(given.out.with_name(f"{given.out.name}.md"), f"{text}\n".encode())
-    print(*save(audit(audits), given.out), sep="\n")
+    print(*save(draw(audits), given.out), sep="\n")
 
 
 def main() -> None:

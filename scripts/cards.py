@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from sau.report.cells import DEAD
-from sau.report.results import NONE, Result, find_results
-from sau.report.stats import mean_std
+from sau.report.results import NONE, Result, find_results, mean_std
 from sau.report.tables import Row, mean_row, published
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -29,8 +29,7 @@ from sau import files
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, run_command
 from sau.report.cells import Section, TableCell, sections
-from sau.report.results import NONE, PERCENT, Result, find_results
-from sau.report.stats import mean_std
+from sau.report.results import NONE, PERCENT, Result, find_results, mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
 from sau.tools import Parser, add_device
 from sau.util import markdown

@@ -1,14 +1,12 @@
 """A small grid, and an engine whose cells end as they are told."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from sau.grid.engines import Job, Local, Outcome
-from sau.grid.plan import cells
-from sau.grid.spec import read
-from sau.grid.store import Cell, Store
+from sau.grid.engines import Cell, Local, Outcome
+from sau.grid.plan import cells, read
+from sau.grid.store import Store
 from sau.record.folder import Record
 
 SMALL = """
@@ -39,20 +37,19 @@ def finish(store: Store, cell: Cell, **summary: Any) -> None:
 class Scripted(Local):
     """An engine on which the tries of a cell, by its label, end as in `script`; others finish."""
 
-    def __init__(self, cells: Sequence[Cell], store: Store, script: dict[str, list[Outcome | OSError]]) -> None:
-        self.cells, self.store, self.script = cells, store, script
+    def __init__(self, store: Store, script: dict[str, list[Outcome | OSError]]) -> None:
+        self.store, self.script = store, script
         self.order: list[str] = []
         self.places, self.stopped = 1, False
 
-    def submit(self, job: Job) -> Future[Outcome]:
-        self.order.append(job.label)
-        left, future = self.script.get(job.label), Future[Outcome]()
+    def submit(self, cell: Cell) -> Future[Outcome]:
+        self.order.append(cell.label)
+        left, future = self.script.get(cell.label), Future[Outcome]()
         outcome = left.pop(0) if left else Outcome("finished")
         if isinstance(outcome, OSError):
             future.set_exception(outcome)
             return future
         if outcome.reason == "finished":
-            (cell,) = (cell for cell in self.cells if cell.label == job.label)
             finish(self.store, cell)
         future.set_result(outcome)
         return future

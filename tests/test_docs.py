@@ -15,7 +15,7 @@ import sau
 from sau.attack import ATTACKS
 from sau.config import options
 from sau.defense import DEFENSES
-from sau.grid.spec import Block, Grid
+from sau.grid.plan import Block, Grid
 from sau.optim import Training
 
 DOCS = REPOSITORY / "docs"

@@ -15,9 +15,7 @@ import matplotlib.pyplot as plt
 from sau.data import images as data
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
-from sau.figures import curves, examples, images, risks, save, types
-from sau.figures.curves import RISKS
-from sau.figures.images import last_features
+from sau.figures import RISKS, curves, examples, images, last_features, risks, save, types
 from sau.pgd import Search
 from sau.record.folder import Record
 
@@ -156,5 +154,5 @@ def test_features_are_the_input_of_the_linear_layer_that_runs_last():
     model.another = torch.nn.Linear(2, 2)  # last in the order of modules, but it does not run
     torch.testing.assert_close(last_features(model, x), kept)
     assert not model.linear._forward_hooks
-    with pytest.raises(ConfigError, match="no linear layer"):
+    with pytest.raises(ConfigError, match="no Linear layer"):
         last_features(torch.nn.Conv2d(3, 2, 1), x)

@@ -3,13 +3,13 @@
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +19,10 @@ from toys import QUICK, REPOSITORY, refuses, the_error
 from sau.errors import ConfigError, RecordError
 from sau.files import acquire, release
 from sau.grid import engines
-from sau.grid.command import Runner, needed, status
-from sau.grid.engines import Job, Local, Outcome, run_job
-from sau.grid.plan import cells, select
-from sau.grid.spec import read
-from sau.grid.store import Cell, Store, attack_named, defense_named, mark, publish, without_digest
+from sau.grid.command import needed, run_cells, status
+from sau.grid.engines import Cell, Local, Outcome, run_cell
+from sau.grid.plan import cells, read, select
+from sau.grid.store import Store, attack_named, defense_named, mark, publish
 from sau.record.folder import Record
 from sau.record.summaries import load
 
@@ -44,8 +43,8 @@ def drive(tmp_path) -> Callable[..., tuple[Scripted, list[Cell], list[str]]]:
     def run(every, script=None, *, published=()):
         store, lines = Store(tmp_path / "root", tuple(published)), list[str]()
         todo = needed(every, store)
-        engine = Scripted(todo, store, script or {})
-        return engine, Runner(todo, store, engine, retries=1, timeout=None, say=lines.append).run(), lines
+        engine = Scripted(store, script or {})
+        return engine, run_cells(todo, store, engine, 1, lines.append), lines
 
     return run
 
@@ -146,7 +145,7 @@ def test_names_of_folders_are_read_back(planned):
     assert attack_named("mine_r-e_s3")[2] is None and attack_named("demo") == ("demo", None, None)
     assert defense_named("sau_c1.23457e-05") == ("sau", {"ratio": 1.23457e-5, "select": "defender"})
     assert defense_named("clp_c0.1_oracle_0123456789") == ("clp", {"ratio": 0.1, "select": "oracle"})
-    assert defense_named("sau_c..") == ("sau_c..", None) and without_digest("badnet_s0") == "badnet_s0"
+    assert defense_named("sau_c..") == ("sau_c..", None) and mark("badnet_s0") == ""
     for cell in planned(SMALL + "  clp: {select: oracle}\n"):
         place = cell.folder.split("/")[-1]
         assert mark(place) == cell.digest[:10]
@@ -163,10 +162,10 @@ def test_every_shipped_grid_can_be_planned_and_is_named_in_the_guide(file):
     assert f"`{file.stem}`" in re.findall(r"`[\w-]+`", table)
 
 
-@pytest.mark.parametrize(
-    "name", ["table1_cpu", "fp32_cpu", "clean_share", "i_bau_1e-4", "precision_cpu", "ratios", "rivals_cpu",
-             "variants_cpu"]
-)  # fmt: skip
+KEPT = "table1_cpu fp32_cpu clean_share i_bau_1e-4 precision_cpu ratios rivals_cpu variants_cpu"
+
+
+@pytest.mark.parametrize("name", KEPT.split())
 def test_kept_results_are_still_those_of_their_cells(name):
     """Whatever is added to what a digest is of, cells without it keep theirs, or weeks of runs are lost."""
     grid, found = read(GRIDS / f"{name}.yaml"), load(RESULTS / f"{name}.jsonl")
@@ -188,7 +187,7 @@ BAD = {
     "clip": SMALL.replace("clp", "clip"),
     "attacks": "dataset: digits\n",
     "attacks is": SMALL.replace("[badnet,", "[badnet, badnet,"),
-    "'saw'": SMALL + "  saw: {lr: 1}\n",
+    "saw": SMALL + "  saw: {lr: 1}\n",
     "overrides.ft.epochz": SMALL.replace("ft: {epochs", "ft: {epochz"),
     "epochs": SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"),
     "threads": SMALL + "threads: 0\n",
@@ -214,20 +213,12 @@ def test_a_wrong_file_is_refused_by_the_name_of_the_key(planned, key):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ("none.yaml",),
-        ("grid.yaml", "--only", "x"),
-        ("grid.yaml", "--memory_gb", "1"),
-        ("grid.yaml", "--retries", "-1"),
-        ("grid.yaml", "--published", "nowhere"),
-        ("grid.yaml", "--cores", "4000"),
-    ],
+    "flags", ["--only x", "--memory_gb 1", "--memory_gb inf", "--retries -1", "--published nowhere", "--cores 4000"]
 )
 def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):
     planned()
-    status, _, err = script("grid.py", *flags)
-    assert status == 2 and flags[-1] in the_error(err) or flags[-2].lstrip("-") in the_error(err)
+    status, _, err = script("grid.py", "grid.yaml", *flags.split())
+    assert status == 2 and flags.split()[0].lstrip("-") in the_error(err)
 
 
 # The order of cells
@@ -255,20 +246,9 @@ def test_a_crash_is_tried_again_and_a_mistake_is_not(planned, drive):
 def test_a_failed_cell_takes_its_defenses_along_and_the_next_call_tries_them_again(planned, drive, tmp_path):
     every, store = planned(), Store(tmp_path / "root")
     _, failed, lines = drive(every, {every[0].label: [Outcome("why", again=False)]})
-    assert failed == every[:3] and f"[1/6] failed  {every[0].label}: why; see {store.log(every[0])}.err" in lines
+    assert failed == every[:3] and f"[1/6] failed  {every[0].label}: why; see {every[0].log(store.root)}.err" in lines
     assert status(every, store) == ["6 cells: 3 finished, 3 waiting", "left: 3 cells"]
     assert drive(every)[0].order == [cell.label for cell in every[:3]] and not needed(every, store)
-
-
-def test_the_engine_is_stopped_whatever_ends_the_grid(planned, tmp_path, monkeypatch):
-    def interrupted(self: Scripted, job: Job) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Scripted, "submit", interrupted)
-    engine: Any = Scripted([], Store(tmp_path), {})
-    with pytest.raises(KeyboardInterrupt):
-        Runner(planned(), Store(tmp_path), engine, retries=0, timeout=None, say=lambda line: None).run()
-    assert engine.stopped
 
 
 # What is kept
@@ -294,7 +274,7 @@ def test_an_attack_that_comes_out_otherwise_than_published_is_told(planned, driv
     finish(other, every[0], acc=12.0)
     publish(other, every, tmp_path / "kept")
     lines = drive(every, published=[tmp_path / "kept"])[2]
-    assert any(line.startswith(f"warning: {every[0].label} differs") for line in lines)
+    assert "differs" in lines[0] and not any("differs" in line for line in lines[1:])
 
 
 def test_a_damaged_cell_is_neither_skipped_nor_published(planned, drive, tmp_path):
@@ -322,17 +302,18 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeyp
     status, out, _ = script("grid.py", "grid.yaml")
     assert status == 0 and "6 cells, 0 to run" in out
     (store.folder(every[0]) / "manifest.json").unlink()
-    crash = Scripted([], store, {every[0].label: [Outcome("why", again=False)]})
+    crash = Scripted(store, {every[0].label: [Outcome("why", again=False)]})
     monkeypatch.setattr("sau.grid.command.Local", lambda *given: crash)
     status, out, _ = script("grid.py", "grid.yaml")
     assert status == 1 and f"failed  {every[0].label}: why" in out
+    monkeypatch.setattr(Scripted, "submit", lambda *given: os.kill(os.getpid(), signal.SIGINT))
+    assert script("grid.py", "grid.yaml")[0] == 130 and crash.stopped  # whatever ends the grid
 
 
 # Engines
 
 
-def job(tmp_path: Path, **changes: Any) -> Job:
-    return replace(Job("label", ("attack", "badnet"), str(tmp_path / "log"), "cache", 1, 1.0, 0.0, None), **changes)
+CELL = Cell("attack", "badnet", "0" * 64, "badnet_s0", "cell", (), None, 1, 1.0, 0.0, ("digits", "data"))
 
 
 @pytest.fixture
@@ -361,25 +342,28 @@ def program(tmp_path, monkeypatch) -> Callable[[str], None]:
 )
 def test_how_a_process_ends_is_told(program, tmp_path, code, outcome):
     program(code)
-    (tmp_path / "log.err").write_text("of an earlier try\n")
-    assert run_job(job(tmp_path)) == outcome
+    log = Path(CELL.log(tmp_path) + ".err")
+    log.parent.mkdir(parents=True)
+    log.write_text("of an earlier try\n")
+    assert run_cell(CELL, tmp_path, "cache", None) == outcome
 
 
 def test_a_process_gets_its_threads_and_devices_and_is_killed_after_its_time(program, tmp_path):
     program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "print(*(os.environ[n] for n in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'SAU_CACHE')), flush=True)\n"
             "print(*sys.argv[1:], flush=True); time.sleep(60)")  # fmt: skip
-    outcome = run_job(job(tmp_path, threads=3, timeout=1.0), "4,7")
+    outcome = run_cell(replace(CELL, threads=3, flags=("--lr=1",)), tmp_path, "cache", 1.0, "4,7")
     assert "cell_timeout" in outcome.reason
-    first, argv = (tmp_path / "log.out").read_text().splitlines()
-    assert first == "3 4,7 cache" and argv.startswith("-P -m sau.grid.engines ") and argv.endswith("attack badnet")
+    first, argv = Path(CELL.log(tmp_path) + ".out").read_text().splitlines()
+    assert first == "3 4,7 cache"
+    assert argv == f"-P -m sau.grid.engines attack badnet --record_root={tmp_path} --lr=1"
 
 
 def test_all_cells_are_stopped_together(program, tmp_path):
     program("open(os.environ['SAU_CACHE'] + str(os.getpid()), 'w'); time.sleep(60)")
-    started = job(tmp_path, cache=str(tmp_path / "started"))
-    here = Local([started], cores=1, memory_gb=8.0)
-    future, waited = here.submit(started), threading.Event()
+    how = {"root": tmp_path, "cache": str(tmp_path / "started"), "timeout": None}
+    here, waited = Local([CELL], how, cores=1, memory_gb=8.0), threading.Event()
+    future = here.submit(CELL)
     while not list(tmp_path.glob("started*")):
         waited.wait(0.05)
     here.stop()
@@ -392,26 +376,26 @@ def test_all_cells_are_stopped_together(program, tmp_path):
 @pytest.mark.parametrize(
     ("needs", "places", "seen"),
     [
-        ({"threads": 2}, 2, []),
-        ({"memory_gb": 3.0}, 3, []),
+        ({"threads": 2}, 2, [None] * 2),
+        ({"memory_gb": 3.0}, 3, [None] * 3),
         ({"gpus": 0.5}, 4, ["4", "4", "7", "7"]),
         ({"gpus": 1.0}, 2, ["4", "7"]),
         ({"gpus": 2.0}, 1, ["4,7"]),
     ],
 )
-def test_cores_memory_and_gpus_are_never_oversubscribed(tmp_path, monkeypatch, needs, places, seen):
+def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, places, seen):
     """Of GPUs, cells see the numbers that this process sees."""
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    here = Local([job(tmp_path), job(tmp_path, **needs)], cores=5, memory_gb=10.0)
+    here = Local([CELL, replace(CELL, **needs)], {}, cores=5, memory_gb=10.0)
     assert here.places == places and [here.slots.get() for _ in range(here.slots.qsize())] == seen
 
 
 @pytest.mark.parametrize(("name", "value"), [("memory_gb", 10.0), ("threads", 9), ("gpus", 1.0)])
-def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(tmp_path, monkeypatch, name, value):
+def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(monkeypatch, name, value):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError) as refusal:
-        Local([job(tmp_path), job(tmp_path, **{name: value})], cores=1, memory_gb=4.0)
+        Local([CELL, replace(CELL, **{name: value})], {}, cores=1, memory_gb=4.0)
     assert refusal.value.param == name
 
 

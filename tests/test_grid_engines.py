@@ -13,7 +13,8 @@ from grids import SMALL, plan
 from toys import REPOSITORY, environment, stop_after
 
 from sau.files import in_use
-from sau.grid.store import Cell, Store
+from sau.grid.engines import Cell
+from sau.grid.store import Store
 
 pytestmark = pytest.mark.slow
 SCRIPT = [sys.executable, str(REPOSITORY / "scripts" / "grid.py"), "grid.yaml"]

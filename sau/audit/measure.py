@@ -54,24 +54,13 @@ ASIDE = ("shortcut", "downsample")  # in the names of convolutions beside the ma
 Channels = dict[str, Labels]  # by layer
 
 
-# Re-learning
-
-
 def mixture(
     train: Images, poisons: Images, shots: int, *, share: float, seed: int, augment: Augment | None = None
 ) -> Images:
-    """The attacker's images: `shots` poisons, and clean ones up to the size of the attacker's draw.
+    """The attacker's images: `shots` of `poisons`, and clean ones up to the size of the draw, a `share` of `train`.
 
     The same seed draws the same clean images whatever `shots` is, and the poisons of fewer shots are among those of
-    more.
-
-    Args:
-        train: clean training images.
-        poisons: triggered ones with the attacker's labels.
-        shots: how many of these.
-        share: of the training images that the attacker draws.
-        seed: of the draws.
-        augment: put the clean images through this, once and for all; the poisons stay as they are.
+    more. The clean images are put through `augment` once and for all; the poisons stay as they are.
     """
     draw, size = generator(DRAW + seed), round(share * len(train))
     require("share", share, size > 0, f"above {0.5 / len(train):.3g}, which is one of {len(train)} images")
@@ -86,20 +75,10 @@ def relearn(
     model: nn.Module, images: Images, *, epochs: int = 5, seed: int = 0, augment: Augment | None = None
 ) -> nn.Module:
     """A copy of `model`, all weights fine-tuned as RA does: SGD 0.01 with momentum 0.9, batches of 128, batch norm in
-    train mode, cross-entropy, neither decay nor schedule.
-
-    Args:
-        model: pixels in [0, 1] -> logits; stays as it is.
-        images: the attacker's, from `mixture`.
-        epochs: passes over them.
-        seed: of their order and augmentation.
-        augment: put every batch through this, poisons included; None takes the images as they are.
+    train mode, cross-entropy, neither decay nor schedule. `augment` takes every batch, poisons included.
     """
     method = FT(epochs=epochs, batch_size=128, lr=0.01, lr_scheduler="constant", wd=0.0, augment=augment is not None)
     return method.purify(model, images, augment=augment, seed=seed, session=Session(say=lambda line: None))
-
-
-# The path
 
 
 def connected(attacked: nn.Module, purified: nn.Module) -> bool:
@@ -130,23 +109,14 @@ def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | N
     return model.eval()
 
 
-# Universal perturbations
-
-
 def universal(
     model: nn.Module, images: Images, radii: Sequence[float], *, steps: int, seed: int = 0
 ) -> Iterator[tuple[float, Universal]]:
     """(eps, D) for one radius after the other, D [1, C, H, W] with |D|_inf <= eps.
 
-    Plain gradient steps as long as eps times the gradient, at the published eps of 0.05 the published rate. Each
-    radius, no smaller than the one before, begins where the last one ended; the first begins anywhere in its ball.
-
-    Args:
-        model: frozen, in eval mode.
-        images: what D is fitted to; their labels are where it shall lead.
-        radii: of the ball in [0, 1] pixels.
-        steps: gradient steps for each radius, of 128 images.
-        seed: of the start and the order of images.
+    D is fitted to lead `images` to their labels; `model` is frozen, in eval mode. Plain gradient steps as long as eps
+    times the gradient, at the published eps of 0.05 the published rate, each on 128 images, `steps` for each of the
+    rising `radii`. Each radius begins where the last one ended; the first begins anywhere in its ball.
     """
     rng = generator(seed)
     delta, batches = noise(images, radii[0], rng), _batches(len(images), rng)
@@ -166,7 +136,7 @@ def noise(images: Images, eps: float, rng: torch.Generator) -> Universal:
     return ((2 * torch.rand(shape, generator=rng) - 1) * eps).to(images.pixels.device)
 
 
-def shifted(images: Images, delta: Universal) -> Pixels:
+def shifted(images: Images, delta: Universal | float) -> Pixels:
     """The images with D, cut to [0, 1]."""
     return (to_float(images.pixels) + delta).clamp(0, 1)
 
@@ -178,9 +148,6 @@ def _batches(count: int, rng: torch.Generator) -> Iterator[Tensor]:
         yield from order[: count - count % FIT_BATCH].split(FIT_BATCH) if count >= FIT_BATCH else (order,)
 
 
-# What is left in the features
-
-
 def layers(model: nn.Module) -> list[str]:
     """The convolutions on the main path without the first one, by name."""
     every = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
@@ -188,12 +155,9 @@ def layers(model: nn.Module) -> list[str]:
 
 
 def top_tac_channels(model: nn.Module, clean: Images, triggered: Images) -> Channels:
-    """The channels of each layer of the backdoored `model` that change most with the trigger.
+    """The channels of each layer of h_b, `model`, that change most with the trigger.
 
-    Args:
-        model: h_b.
-        clean: x; the first 2,200 count.
-        triggered: the same images with the trigger, in that order.
+    `clean` are the images before it, in the same order; the first 2,200 count.
     """
     sums: dict[str, Tensor] = {}
     names = layers(model)
@@ -206,14 +170,12 @@ def top_tac_channels(model: nn.Module, clean: Images, triggered: Images) -> Chan
 
 def similarity(reference: nn.Module, model: nn.Module, triggered: Images, channels: Channels) -> dict[str, float]:
     """CKA of each layer between h_b and `model`, which has the same layers, on the first 500 triggered images."""
-    blocks = torch.arange(min(CKA_IMAGES, len(triggered))).split(BLOCK)
-    theirs, ours = (
-        [_outputs(network, triggered[at], list(channels)) for at in blocks] for network in (reference, model)
-    )
-    return {
-        name: cka(*(torch.cat([block[name][:, kept].flatten(1) for block in found]) for found in (theirs, ours)))
-        for name, kept in channels.items()
-    }
+    found: dict[str, list[list[Tensor]]] = {name: [[], []] for name in channels}
+    for at in torch.arange(min(CKA_IMAGES, len(triggered))).split(BLOCK):
+        for place, network in enumerate((reference, model)):
+            for name, output in _outputs(network, triggered[at], list(channels)).items():
+                found[name][place].append(output[:, channels[name]].flatten(1))
+    return {name: cka(torch.cat(theirs), torch.cat(ours)) for name, (theirs, ours) in found.items()}
 
 
 def cka(x: Float[Tensor, "n f"], y: Float[Tensor, "n g"]) -> float:

@@ -1,53 +1,157 @@
-"""An audit: rows of its parts, the file that they are kept in, and tables of them: a row for each network, a column for
-each step of what the attacker spent, means over seeds.
+"""An audit: what it is asked, the networks and images that it looks at, and rows of its parts.
 
 A row has `part`, `curve`, `network`, `x`, `seed`, and shares of images. `x` is what the attacker spent: poisoned images
 (relearn), the radius eps (white); or the share of the way from the attacked weights (path).
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
+from sau.attack import attack_from_config
+from sau.attack.lf_search import load_clean
 from sau.attack.triggers import network_digest
 from sau.audit import measure
-from sau.audit.case import CONTROL, NONE, PARTS, AuditConfig, Case
-from sau.data.images import Images, to_float
-from sau.data.sources import fingerprint
-from sau.errors import ConfigError, one_line
+from sau.config import check, param
+from sau.data.images import BACKDOOR, Augment, Images, sample
+from sau.data.sources import fingerprint, source
+from sau.errors import ConfigError, DataError, RecordError, require
 from sau.evaluate import figures, proportions, score
-from sau.files import parse_json, read_json
-from sau.files import read as read_bytes
-from sau.record.folder import as_json
-from sau.report.stats import MeanStd, mean_std
-from sau.types import Pixels
-from sau.util import generator, markdown
+from sau.files import safe_join
+from sau.grid.store import defense_named
+from sau.models import Normalized
+from sau.record import attack_result
+from sau.record.folder import Record, as_json
+from sau.report.results import NONE
+from sau.util import generator, marked
 
+Part = Literal["relearn", "path", "white", "bec"]
+PARTS: tuple[Part, ...] = get_args(Part)
+CONTROL = "control"  # the network that was trained without a backdoor; `none` is the attacked one
 RELEASED, FRESH = "released", "fresh"  # re-learning: augmented once, or every batch anew
 BETWEEN, ANEW = "statistics between", "statistics anew"  # the path: of batch norm
 TRIGGER, ALONE, NOISE = "trigger + D", "D alone", "trigger + noise"  # what a perturbation is added to
+STAMPED = 5000  # training images that are stamped anew where a record's own poisons carry their true labels
 RESULT = "audit.json"
 Row = dict[str, Any]
-Audit = Mapping[str, Any]  # what `audit.json` holds
-Key = tuple[str, str]  # part and curve
+Found = tuple[tuple[str, str, float, int], Row]  # (network, curve, x, seed), and what was measured there
 
-TITLES: dict[Key, str] = {
-    ("before", ""): "As they are",
-    ("relearn", RELEASED): "Re-learning from k poisons, augmented once (as released)",
-    ("relearn", FRESH): "Re-learning from k poisons, every batch augmented anew",
-    ("path", BETWEEN): "On the path from the attacked weights (0) to the purified ones (1)",
-    ("path", ANEW): "On the same path, statistics of batch norm estimated anew",
-    ("white", TRIGGER): "White box: trigger and universal D, by radius",
-    ("white", ALONE): "White box: D on images without a trigger (gUAA), by radius",
-    ("white", NOISE): "Trigger and noise, by radius",
-}
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """The parts of an audit, and what the attacker may spend in each."""
+
+    parts: tuple[Part, ...] = param(PARTS, "some of relearn, path, white, bec")
+    shots: tuple[int, ...] = param((1, 2, 5, 10, 50), "poisoned images to re-learn from; 0 is always among them", ge=0)
+    epochs: int = param(5, "epochs of re-learning", ge=1)
+    share: float = param(0.02, "share of the training images that the attacker has for this", gt=0, le=1)
+    eps: tuple[float, ...] = param((0.01, 0.02, 0.05), "rising L-infinity radii of universal perturbations", gt=0, lt=1)
+    steps: int = param(100, "gradient steps for each radius", ge=1)
+    images: int = param(1000, "triggered training images that a perturbation is fitted to", ge=1)
+    seeds: tuple[int, ...] = param((0,), "seeds of the attacker's draws, which are repeated for each", ge=0, lt=2**63)
+
+    def __post_init__(self) -> None:
+        check(self, " of the audit")
+        for name in ("parts", "shots", "eps", "seeds"):
+            values = getattr(self, name)
+            require(f"{name} of the audit", values, 0 < len(values) == len(set(values)), "one or more, each once")
+        require("eps of the audit", self.eps, tuple(sorted(self.eps)) == self.eps, "rising numbers")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A record with its networks, the attacker's training images, and the test images that figures come from."""
+
+    name: str  # of the record
+    networks: dict[str, Normalized]  # frozen, in eval mode: `none`, defenses (marked where test data chose), `control`
+    train: Images  # all clean training images; the attacker draws from them
+    poisons: Images  # triggered training images whose target label is not their true one
+    test: Images  # clean test images
+    triggered: Images  # triggered ones, the target class left out; `index` is the place in `test`
+    augment: Augment  # how training images are augmented
+    notes: tuple[str, ...]  # what there is to say about the images, like that they are a subset
+    about: dict[str, Any]  # data set, network and settings of the attack: all but the seed
+
+    @property
+    def untriggered(self) -> Images:
+        """The test images that `triggered` was made from, in its order."""
+        return self.test[self.triggered.index]
+
+    def score(self, model: nn.Module) -> dict[str, Any]:
+        """ACC, ASR and R-ACC."""
+        return score(model, self.test, self.triggered).summary()
+
+
+def open_case(
+    place: Path, defenses: Sequence[str] = (), control: Path | None = None, *, dataset_path: str | None = None,
+    samples: int = 2500, amp: bool | None = None, where: torch.device | str = "cpu",
+) -> Case:  # fmt: skip
+    """Read a record and the networks to compare.
+
+    Args:
+        place: folder of an attack, ours or BackdoorBench's.
+        defenses: names of defenses in it; of a grid's folder, like sau_c0.05_0123456789, the first part is enough.
+        control: folder of a `prototype` record, on the same images.
+        dataset_path: folder of the data sets; None is where the attack found them.
+        samples: test images to measure on, drawn once and for all; more than there are means all.
+        amp: whether networks run in bf16; None is as the attack's did.
+        where: device to work on.
+
+    Raises RecordError for a clean network, an attacked control or one of other images, and for want of poisons.
+    """
+    attacked, there = attack_result.load(place), torch.device(where)
+    if attacked.triggered is None:
+        raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
+    train, test, notes = attacked.images(dataset_path)
+    networks = {NONE: attacked.model(), **dict(_purified(attacked, name) for name in defenses)}
+    if control is not None:
+        networks[CONTROL] = load_clean(control, train)
+        if not measure.connected(networks[NONE], networks[CONTROL]):
+            raise RecordError(f"{control} holds another network than {place}; train the control like that one")
+    for model in networks.values():
+        model.amp = bool(attacked.amp) if amp is None else amp
+        model.to(there).eval().requires_grad_(False)
+    clean, triggered = sample(test, attacked.triggered, samples)
+    if triggered is None:
+        raise DataError(f"none of {samples} test images has a triggered version; measure on more")
+    about = {f"network_{key}": attacked.network[key] for key in ("name", "classes", "width")}
+    about = {"dataset": attacked.dataset, **about, **(attacked.settings or {})}
+    images = train.to(there), _poisons(attacked, train).to(there), clean.to(there), triggered.to(there)
+    return Case(attacked.path.name, networks, *images, source(attacked.dataset).augment, tuple(notes), about)
+
+
+def _purified(attacked: attack_result.AttackResult, name: str) -> tuple[str, Normalized]:
+    """A defense, marked where test data chose, and the network that it left."""
+    place = safe_join(attacked.path / "defense", name)
+    if not place.is_dir():
+        found = sorted(other.name for other in place.parent.glob("*") if defense_named(other.name)[0] == name)
+        if len(found) > 1:
+            raise RecordError(f"{attacked.path} has several defenses {name}: {', '.join(found)}; name one of these")
+        place = place.with_name(found[0]) if found else place
+    model, record = attacked.model(), Record(place)
+    attack_result.load_weights(model, place)
+    if attacked.digest is not None and record.check(light=True).get("attacked") != attacked.digest:
+        raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
+    return marked(name, record.summary().get("selection")), model
+
+
+def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:
+    """Triggered training images that pull towards the attacker's label: the stored ones, or some stamped anew."""
+    if (stored := attacked.poisoned) is not None:
+        pulling = (stored.role == BACKDOOR) & (stored.labels != stored.true_labels)
+        if pulling.any():
+            return stored[pulling.nonzero()[:, 0]]
+    if not attacked.settings:
+        raise RecordError(f"{attacked.path} has no poisoned images with a wrong label, nor settings to make any with")
+    attack = attack_from_config(attacked.settings, attacked.trigger)
+    made = attack.poison(train[torch.randperm(len(train), generator=generator(0))[:STAMPED]])
+    return made[(made.labels != made.true_labels).nonzero()[:, 0]]
 
 
 def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -62,10 +166,10 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
         say(f"note: {note}")
     for part in ("before", *(part for part in PARTS if part in config.parts)):
         started = time.monotonic()
-        for row in WORK[part](case, config):
-            rows.append({"part": part, **row})
-            figure = f"ASR {row['asr']:.1f} %" if "asr" in row else f"s {row['s']:.3f}"
-            say(f"{part:8}{row['network']:16} {row['curve']:20} {row['x']:<6g} {figure}")
+        for (name, curve, x, seed), found in WORK[part](case, config):
+            rows.append({"part": part, "network": name, "curve": curve, "x": x, "seed": seed, **found})
+            figure = f"ASR {found['asr']:.1f} %" if "asr" in found else f"s {found['s']:.3f}"
+            say(f"{part:8}{name:16} {curve:20} {x:<6g} {figure}")
         seconds[part] = round(time.monotonic() - started, 2)
     return {
         "record": case.name, "attack": case.about.get("attack"),
@@ -88,56 +192,66 @@ def _notes(case: Case, config: AuditConfig) -> Iterator[str]:
             yield f"no path leads to {name}, which has other layers"
 
 
-def _before(case: Case, config: AuditConfig) -> Iterator[Row]:
+def _before(case: Case, config: AuditConfig) -> Iterator[Found]:
     """ACC, ASR and R-ACC of every network as it is."""
     for name, model in case.networks.items():
-        yield _scored(case, model, network=name, curve="", x=0, seed=0)
+        yield (name, "", 0, 0), case.score(model)
 
 
-def _relearn(case: Case, config: AuditConfig) -> Iterator[Row]:
+def _relearn(case: Case, config: AuditConfig) -> Iterator[Found]:
     """The same after RA with so many poisons; 0 is always among them."""
     shots = sorted({min(k, _most_shots(case, config)) for k in (0, *config.shots)})
     for (name, model), curve, seed, k in product(case.networks.items(), (RELEASED, FRESH), config.seeds, shots):
         first, later = (None, case.augment) if curve == FRESH else (case.augment, None)
         images = measure.mixture(case.train, case.poisons, k, share=config.share, seed=seed, augment=first)
         again = measure.relearn(model, images, epochs=config.epochs, seed=seed, augment=later)
-        yield _scored(case, again, network=name, curve=curve, x=k, seed=seed)
+        yield (name, curve, k, seed), case.score(again)
 
 
-def _path(case: Case, config: AuditConfig) -> Iterator[Row]:
+def _path(case: Case, config: AuditConfig) -> Iterator[Found]:
     """The same along the path from the attacked network to every purified one of its layers."""
     images = measure.mixture(case.train, case.poisons, 0, share=config.share, seed=0)
     start = case.networks[NONE]
-    ends = [name for name, model in case.networks.items() if measure.connected(start, model)]
-    for name, curve, s in product(ends, (BETWEEN, ANEW), measure.STEPS):
+    ends = {name: model for name, model in case.networks.items() if measure.connected(start, model)}
+    for (name, end), curve, s in product(ends.items(), (BETWEEN, ANEW), measure.STEPS):
         if name not in (NONE, CONTROL):
-            model = measure.interpolate(start, case.networks[name], s)
+            model = measure.interpolate(start, end, s)
             model = measure.reestimate_statistics(model, images, case.augment) if curve == ANEW else model
-            yield _scored(case, model, network=name, curve=curve, x=s, seed=0)
+            yield (name, curve, s, 0), case.score(model)
 
 
-def _white(case: Case, config: AuditConfig) -> Iterator[Row]:
-    """D fitted to each network itself, on triggered images or on clean ones alone.
+def _white(case: Case, config: AuditConfig) -> Iterator[Found]:
+    """ASR and R-ACC with D, fitted to each network itself, on triggered images or on clean ones alone.
 
     With the trigger also: noise of the same size, and the same D on the control.
     """
+    control = case.networks.get(CONTROL)
     for (name, model), curve, seed in product(case.networks.items(), (TRIGGER, ALONE), config.seeds):
         order = torch.randperm(len(case.poisons), generator=generator(seed))
         fitted, shown = case.poisons[order[: config.images]], case.triggered
         if curve == ALONE:
             fitted, shown = _relabel(case.train[fitted.index], fitted), _relabel(case.untriggered, shown)
-        yield _shown(model, shown, to_float(shown.pixels), network=name, curve=curve, x=0.0, seed=seed)
+        yield (name, curve, 0.0, seed), _shifted(model, shown)
         for eps, delta in measure.universal(model, fitted, config.eps, steps=config.steps, seed=seed):
-            row, pixels = partial(_shown, shown=shown, network=name, x=eps, seed=seed), measure.shifted(shown, delta)
             if curve == TRIGGER:
                 noise = measure.noise(shown, eps, generator(seed))
-                yield row(model, pixels=measure.shifted(shown, noise), curve=NOISE)
-            if curve == TRIGGER and name != CONTROL and CONTROL in case.networks:
-                yield row(case.networks[CONTROL], pixels=pixels, curve=f"same D on {CONTROL}")
-            yield row(model, pixels=pixels, curve=curve)
+                yield (name, NOISE, eps, seed), _shifted(model, shown, noise)
+            if curve == TRIGGER and name != CONTROL and control is not None:
+                yield (name, f"same D on {CONTROL}", eps, seed), _shifted(control, shown, delta)
+            yield (name, curve, eps, seed), _shifted(model, shown, delta)
 
 
-def _bec(case: Case, config: AuditConfig) -> Iterator[Row]:
+def _relabel(clean: Images, target: Images) -> Images:
+    """Clean images with the labels that the attacker wants for them."""
+    return replace(clean, labels=target.labels, true_labels=target.true_labels)
+
+
+def _shifted(model: nn.Module, shown: Images, delta: Tensor | float = 0.0) -> dict[str, Any]:
+    asr, racc = proportions(model, measure.shifted(shown, delta), shown.labels, shown.true_labels)
+    return figures({"asr": asr, "racc": racc})
+
+
+def _bec(case: Case, config: AuditConfig) -> Iterator[Found]:
     """How alike each network's reaction to the trigger is to the attacked one's: `s`, the mean of `layers`, and BEC."""
     attacked = case.networks[NONE]
     channels = measure.top_tac_channels(attacked, case.untriggered, case.triggered)
@@ -145,115 +259,9 @@ def _bec(case: Case, config: AuditConfig) -> Iterator[Row]:
               for name, model in case.networks.items()}  # fmt: skip
     s = {name: sum(found.values()) / len(found) for name, found in layers.items()}
     for name, value in measure.bec(s, CONTROL).items():
-        yield {"network": name, "curve": "", "x": 0, "seed": 0, "s": s[name], "layers": layers[name], "bec": value}
+        yield (name, "", 0, 0), {"s": s[name], "layers": layers[name], "bec": value}
 
 
-WORK: dict[str, Callable[[Case, AuditConfig], Iterator[Row]]] = {
+WORK: dict[str, Callable[[Case, AuditConfig], Iterator[Found]]] = {
     "before": _before, "relearn": _relearn, "path": _path, "white": _white, "bec": _bec,
 }  # fmt: skip
-
-
-def _scored(case: Case, model: torch.nn.Module, **where: Any) -> Row:
-    return {**where, **score(model, case.test, case.triggered).summary()}
-
-
-def _shown(model: torch.nn.Module, shown: Images, pixels: Pixels, **where: Any) -> Row:
-    """ASR and R-ACC on these pixels, in place of those of the images that are shown."""
-    asr, racc = proportions(model, pixels, shown.labels, shown.true_labels)
-    return {**where, **figures({"asr": asr, "racc": racc})}
-
-
-def _relabel(clean: Images, target: Images) -> Images:
-    """Clean images with the labels that the attacker wants for them."""
-    return Images(clean.pixels, target.labels, target.true_labels, clean.role, clean.index, clean.num_classes)
-
-
-def read(place: Path) -> dict[str, Any]:
-    """One audit: of its folder or record, or FILE.jsonl/NAME, the line of a file whose `name` this is.
-
-    Raises OSError, or ValueError if there is none.
-    """
-    if place.parent.is_file():
-        lines = [parse_json(line) for line in read_bytes(place.parent).decode().splitlines()]
-        found = next((line for line in lines if isinstance(line, dict) and line.get("name") == place.name), {})
-    else:
-        found = read_json((place if (place / RESULT).is_file() else place / "audit") / RESULT)
-    if not {"rows", "asked", "about", "networks"} <= found.keys():
-        raise ValueError("it is no result of scripts/audit.py, or no line has the name")
-    return found
-
-
-# Tables
-
-
-def curves(audits: Sequence[Audit]) -> dict[Key, dict[str, dict[Any, MeanStd]]]:
-    """ASR by part and curve, network, and what the attacker spent: one value for each audit, or draw of a lone one."""
-    found: dict[Key, dict[str, dict[Any, list[float]]]] = {}
-    for audit in audits:
-        drawn: dict[tuple[Key, str, Any], list[float]] = {}
-        for row in audit["rows"]:
-            if "asr" in row:
-                drawn.setdefault(((row["part"], row["curve"]), row["network"], row["x"]), []).append(row["asr"])
-        for (key, network, x), values in drawn.items():
-            line = found.setdefault(key, {}).setdefault(network, {})
-            line.setdefault(x, []).extend(_independent(values, audits))
-    return {
-        key: {network: {x: MeanStd(tuple(values)) for x, values in line.items()} for network, line in lines.items()}
-        for key, lines in found.items()
-    }
-
-
-def _independent(values: Sequence[float], audits: Sequence[Audit]) -> Sequence[float]:
-    """Draws of the attacker's on one network do not count as networks where several are compared."""
-    return values if len(audits) == 1 else [statistics.mean(values)]
-
-
-def coefficients(audits: Sequence[Audit]) -> dict[str, dict[str, MeanStd | None]]:
-    """`s` and `bec` by network; None where a value is not defined."""
-    found: dict[str, dict[str, list[float | None]]] = {}
-    for audit in audits:
-        for row in (row for row in audit["rows"] if row["part"] == "bec"):
-            for name, values in found.setdefault(row["network"], {"s": [], "bec": []}).items():
-                values.append(row[name])
-    return {network: {name: mean_std(values) for name, values in some.items()} for network, some in found.items()}
-
-
-def tables(audits: Sequence[Audit]) -> str:
-    """Markdown: ASR in percent for every part, then BEC; mean ± standard deviation where there are several seeds."""
-    n, draws = len(audits), len(audits[0]["asked"]["seeds"])
-    over = f"{n} attacked networks" if n > 1 else f"{draws} draws of the attacker's"
-    texts = [f"Mean ± standard deviation over {over}."] if n > 1 or draws > 1 else []
-    for key, lines in curves(audits).items():
-        steps = list(dict.fromkeys(x for line in lines.values() for x in line))
-        heads = ["network", *(_step(key[0], x) for x in steps)]
-        body = [[name, *(_text(line.get(x)) for x in steps)] for name, line in lines.items()]
-        if key[0] in ("before", "relearn"):
-            heads += ["ACC" if key[0] == "before" else f"ACC at {_step('relearn', steps[-1])}"]
-            body = [[*cells, _text(_acc(audits, key, cells[0], steps[-1]))] for cells in body]
-        texts.append(_table(TITLES.get(key, f"{key[0]}: trigger and the {key[1]}"), heads, body))
-    found = coefficients(audits)
-    if found:
-        body = [[name, *(_text(value, 3) for value in values.values())] for name, values in found.items()]
-        texts.append(_table("Backdoor existence coefficient", ["network", "s", "BEC"], body))
-    return "\n\n".join(texts)
-
-
-def _acc(audits: Sequence[Audit], key: Key, network: str, x: Any) -> MeanStd | None:
-    values: list[float | None] = []
-    for audit in audits:
-        rows = (row for row in audit["rows"] if (row["part"], row["curve"]) == key)
-        values += _independent([row["acc"] for row in rows if (row["network"], row["x"]) == (network, x)], audits)
-    return mean_std(values)
-
-
-def _step(part: str, x: Any) -> str:
-    """The head of a column."""
-    return {"before": "ASR", "relearn": f"k = {x}"}.get(part, str(x))
-
-
-def _text(value: MeanStd | None, digits: int = 1) -> str:
-    return "-" if value is None else value.text(digits)
-
-
-def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    return f"{one_line(title)}\n\n{markdown(heads, body)}".rstrip()

@@ -1,28 +1,31 @@
-"""From a grid's blocks to its cells: each has the digest of what determines its result, and a folder of its own."""
+"""The YAML file of a grid (axes to cross, in blocks, over those of the file that it includes), and its cells: each has
+the digest of what determines its result, and a folder of its own.
+"""
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sau.attack import ATTACKS
-from sau.config import Method, nearest
+from sau.config import Method, check, nearest, options, param
+from sau.data.sources import source
 from sau.defense import DEFENSES
-from sau.errors import ConfigError, SauError
+from sau.errors import ConfigError, SauError, require
 from sau.files import checksum
-from sau.grid.spec import Block
-from sau.grid.store import Cell
+from sau.grid.engines import Cell
 from sau.optim import Training
 from sau.record.folder import digest
-from sau.run import AttackRun, DefenseRun
+from sau.run import AttackRun, DefenseRun, RecipeName
 from sau.settings import Settings
+from sau.yaml_file import Setting, build, read_flat, values
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
+Overrides = dict[str, dict[str, Any]]
 _AXIS = {"attack": "pratio", "defense": "ratio"}
-_LETTER = {"attack": "r", "defense": "c"}  # poisoning ratio, clean share
 # The grid sets these for all cells, by keys of its own or by itself.
 _RESERVED = {
     "dataset", "dataset_path", "recipe", "device", "amp", "threads", "random_seed", "record_root", "result_file",
@@ -32,37 +35,144 @@ _FACTS = ("model", "width", "img_size", "ratio", "index")  # of a run: they dete
 _MEASURED = ("trigger_radius", "track_risk")  # they add to what a summary holds, as risk_* do where risks are tracked
 
 
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Axes to cross, and what their cells have in common; `dataset` to `recipe` as in attack/NAME.py."""
+
+    dataset: str = param("cifar10", "the data set")
+    dataset_path: str = param("./data", "folder of the data sets")
+    recipe: RecipeName = param("cpu", "shipped settings to start from")  # auto would depend on the machine
+    device: Literal["cpu", "cuda"] = param("cpu", "where every cell computes")
+    amp: bool = param(False, "true is bf16, false is fp32")
+    threads: int = param(1, "CPU threads of a cell, which are part of its result", ge=1)
+    memory_gb: float = param(2.0, "GiB that a cell needs", gt=0)
+    gpus: float = param(0.0, "GPUs that a cell needs: a share up to 1, of which several use one, or a number", ge=0)
+    attacks: tuple[str, ...] = param((), "names of attacks; prototype trains the clean network")
+    defenses: tuple[str, ...] = param((), "names of defenses; none means the attacks alone")
+    seeds: tuple[int, ...] = param((0,), "random seeds, of attack and defense alike", ge=0, lt=2**32)
+    ratios: tuple[float, ...] = param((), "poisoning ratios; none means each attack's own")
+    clean_shares: tuple[float, ...] = param((), "shares of the clean images; none means each defense's own")
+    overrides: Overrides = field(default_factory=dict, metadata={"help": "settings by method, `attack` or `defense`"})
+
+    def __post_init__(self) -> None:
+        check(self)
+        source(self.dataset)
+        for axis, known in (("attacks", ATTACKS), ("defenses", DEFENSES)):
+            for name in getattr(self, axis):
+                require(axis, name, name in known, f"one of {', '.join(known)}")
+        for axis in ("attacks", "defenses", "seeds", "ratios", "clean_shares"):
+            values = getattr(self, axis)
+            require(axis, values, len(set(values)) == len(values), "each value once")
+        require("seeds", self.seeds, len(self.seeds) > 0, "one seed or more")
+        require("gpus", self.gpus, self.gpus <= 1 or self.gpus == int(self.gpus), "a share up to 1, or a whole number")
+        require("gpus", self.gpus, (self.device == "cuda") == (self.gpus > 0), "above 0 with device cuda, 0 with cpu")
+        for group, settings in self.overrides.items():
+            self._check_overrides(group, settings)
+
+    def _check_overrides(self, group: str, settings: Mapping[str, Any]) -> None:
+        """Refuse what no method is called, what these methods do not have, and what the grid sets itself."""
+        methods = [(kind, name) for kind in METHODS for name in METHODS[kind]]
+        known = {setting for kind, name in methods if group in (kind, name) for setting in _names(kind, name)}
+        if not known:
+            every = [*METHODS, *(name for _, name in methods)]
+            raise ConfigError(f"overrides has {group!r}{nearest(str(group), every)}")
+        axes = {"pratio": self.ratios, "ratio": self.clean_shares, "index": self.clean_shares}
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"overrides.{group}.{key}: unknown setting{nearest(str(key), sorted(known))}")
+            if key in _RESERVED or axes.get(key):
+                raise ConfigError(f"overrides.{group}.{key}: the grid sets it, by a key of its own; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A whole file: its blocks, and what concerns all of them."""
+
+    include: str | None = param(None, "grid file that this one replaces parts of, relative to this one")
+    blocks: tuple[Block, ...] = param((), "each replaces some of the file's settings; none means one block")
+    record_root: str = param("./record/grid", "folder of the cells, relative to where the command runs")
+    published: tuple[str, ...] = param((), "files (.jsonl) of finished cells, relative to this one")
+    retries: int = param(1, "tries after a crash or a timeout; a mistake of the user is not tried again", ge=0)
+    cell_timeout: float | None = param(None, "seconds that one try may take", gt=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+_BLOCK = options(Block)
+
+
+def read(path: Path) -> Grid:
+    """The grid of a file; ConfigError names the file and the key, and says what is allowed."""
+    settings = _settings(path)
+    if (include := settings.pop("include", None)) is not None:
+        settings = {**_settings(path.parent / str(include.value)), **settings}
+    try:
+        if "include" in settings:
+            raise ConfigError(f"{settings['include'].origin}: an included file cannot include another one")
+        parts = settings.pop("blocks", Setting([{}], "")).value
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise ConfigError("blocks; allowed is a list of mappings")
+        blocks = tuple(_block(settings, part, f"blocks[{number}]") for number, part in enumerate(parts))
+        grid: Grid = build(Grid, {**values(settings, options(Grid)), "blocks": blocks})
+        require("attacks", "none", any(block.attacks for block in blocks), f"some of {', '.join(ATTACKS)}")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return grid
+
+
+def _settings(path: Path) -> dict[str, Setting]:
+    """The settings of one file, with the paths of published results as seen from here."""
+    found = _flat(read_flat(path, {**options(Grid), **_BLOCK}))
+    if (published := found.get("published")) is not None:
+        names = published.value if isinstance(published.value, list) else [published.value]
+        places = [str((path.parent / str(name)).resolve()) for name in names]
+        found["published"] = Setting(places, published.origin)
+    return found
+
+
+def _flat(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings, overrides one by one as `overrides.METHOD.NAME`, so that each replaces its like alone."""
+    overrides = settings.pop("overrides", Setting({}, ""))
+    try:
+        every = [(group, name, value) for group, own in overrides.value.items() for name, value in own.items()]
+    except AttributeError:
+        raise ConfigError(f"{overrides.origin}; allowed is a mapping of methods to mappings") from None
+    single = {f"overrides.{group}.{name}": Setting(value, overrides.origin) for group, name, value in every}
+    return {**settings, **single}
+
+
+def _block(common: Mapping[str, Setting], part: Mapping[str, Any], origin: str) -> Block:
+    for name in part:
+        if name not in _BLOCK:
+            raise ConfigError(f"{origin} has {name!r}{nearest(str(name), list(_BLOCK))}")
+    settings = {**common, **_flat({name: Setting(value, f"{origin}.{name}") for name, value in part.items()})}
+    overrides: Overrides = {}
+    for key, setting in settings.items():
+        if key.startswith("overrides."):
+            _, group, name = key.split(".", 2)
+            overrides.setdefault(group, {})[name] = setting.value
+    block: Block = build(Block, {**values(settings, _BLOCK), "overrides": overrides})
+    return block
+
+
 def cells(blocks: Sequence[Block]) -> list[Cell]:
     """Every cell once, attacks before their defenses; ConfigError if a block cannot be."""
     found: dict[str, Cell] = {}
-    for block in blocks:
-        _check_overrides(block)
-        for cell in _crossed(block):
-            found.setdefault(cell.digest, cell)
+    for cell in (cell for block in blocks for cell in _crossed(block)):
+        found.setdefault(cell.digest, cell)
     return list(found.values())
 
 
 def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     """The cells whose label or method fits a pattern (`*` and `?` as in a shell), and the attacks that they need."""
-    chosen = set[str]()
+    chosen = set[str | None]()
     for pattern in patterns:
-        fitting = {cell.digest for cell in every if pattern == cell.name or fnmatch.fnmatch(cell.label, pattern)}
+        fitting = [cell for cell in every if pattern == cell.name or fnmatch.fnmatch(cell.label, pattern)]
         if not fitting:
             raise ConfigError(f"--only {pattern!r} fits no cell; labels are like {every[-1].label}")
-        chosen |= fitting
-    chosen |= {cell.attack for cell in every if cell.digest in chosen and cell.attack}
+        chosen |= {cell.digest for cell in fitting} | {cell.attack for cell in fitting}
     return [cell for cell in every if cell.digest in chosen]
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """A method with all of its settings, but for seed and attack."""
-
-    kind: str
-    name: str
-    flags: tuple[str, ...]
-    digest: str
-    label: str
 
 
 def _crossed(block: Block) -> Iterator[Cell]:
@@ -70,38 +180,38 @@ def _crossed(block: Block) -> Iterator[Cell]:
     settle = cache(partial(_settle, block))
     for seed, name in product(block.seeds, block.attacks):
         for ratio in (block.ratios or (None,)) if "pratio" in _names("attack", name) else (None,):
-            attack = _cell(block, settle("attack", name, ratio), seed, None)
+            attack = _cell(block, "attack", name, settle("attack", name, ratio), seed)
             yield attack
             for defense in block.defenses:
                 shares = block.clean_shares or (None,)
                 for share in shares if DEFENSES[defense].data_use != "none" else shares[:1]:
-                    yield _cell(block, settle("defense", defense, share), seed, attack)
+                    yield _cell(block, "defense", defense, settle("defense", defense, share), seed, attack)
 
 
-def _cell(block: Block, method: _Settled, seed: int, attack: Cell | None) -> Cell:
-    on = attack.digest if attack else None
-    mark = digest({"settings": method.digest, "random_seed": seed, "attack": on})
-    own = f"{method.label}_{mark[:10]}" + ("" if attack else f"_s{seed}")
-    target = (f"--result_file={attack.folder}",) if attack else ()
-    flags = (*method.flags, f"--random_seed={seed}", f"--save_folder_name={own}", *target)
-    folder = f"{attack.folder}/defense/{own}" if attack else own
+def _cell(
+    block: Block, kind: str, name: str, settled: tuple[str, str, Sequence[str]], seed: int, attack: Cell | None = None
+) -> Cell:
+    label, settings, flags = settled
+    mark = digest({"settings": settings, "random_seed": seed, "attack": attack.digest if attack else None})
+    own, flags = f"{label}_{mark[:10]}", (*flags, f"--random_seed={seed}")
     needs, data = (block.threads, block.memory_gb, block.gpus), (block.dataset, block.dataset_path)
-    return Cell(method.kind, method.name, mark, folder, flags, on, *needs, data)
+    if attack is None:
+        label, own = f"{label}_s{seed}", f"{own}_s{seed}"
+        return Cell(kind, name, mark, label, own, (*flags, f"--save_folder_name={own}"), None, *needs, data)
+    label, folder = f"{attack.label}/defense/{label}", f"{attack.folder}/defense/{own}"
+    flags = (*flags, f"--save_folder_name={own}", f"--result_file={attack.folder}")
+    return Cell(kind, name, mark, label, folder, flags, attack.digest, *needs, data)
 
 
-def _settle(block: Block, kind: str, name: str, amount: float | None) -> _Settled:
-    axis = _AXIS[kind]
+def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[str, str, tuple[str, ...]]:
+    """Label, digest of the settings and flags of a method, but for seed and attack."""
+    axis, known = _AXIS[kind], _names(kind, name)
     settings: dict[str, Any] = {key: getattr(block, key) for key in ("recipe", "device", "amp", "threads")}
     settings["dataset_path"] = str(Path(block.dataset_path).absolute())  # a worker elsewhere starts in another folder
     settings |= {"dataset": block.dataset} if kind == "attack" else {}
     settings |= {axis: amount} if amount is not None else {}
-    reserved = _RESERVED | ({axis, "index"} if amount is not None else set())
-    known = _names(kind, name)
     for group in (kind, name):
-        for key in (given := block.overrides.get(group, {})):
-            if key in reserved:
-                raise ConfigError(f"overrides.{group}.{key}: the grid sets it, by a key of its own; leave it out")
-        settings |= {key: value for key, value in given.items() if key in known}
+        settings |= {key: value for key, value in block.overrides.get(group, {}).items() if key in known}
     for key in (*METHODS[kind][name].files, "index"):
         if settings.get(key) not in (None, "none"):
             settings[key] = str(Path(str(settings[key])).absolute())
@@ -112,9 +222,10 @@ def _settle(block: Block, kind: str, name: str, amount: float | None) -> _Settle
         facts = _identity(sections, run, block, settings["dataset_path"])
     except SauError as error:
         raise ConfigError(f"{kind} {name}: {error}") from None
-    label = f"{name}_{_LETTER[kind]}{facts[axis]:g}" if axis in known else name
+    letter = "r" if kind == "attack" else "c"  # poisoning ratio, clean share
+    label = f"{name}_{letter}{facts[axis]:g}" if axis in known else name
     label += "_oracle" if facts.get("select") == "oracle" else ""
-    return _Settled(kind, name, flags, digest({kind: name, **facts}), label)
+    return label, digest({kind: name, **facts}), flags
 
 
 def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block, dataset_path: str) -> dict[str, Any]:
@@ -132,16 +243,6 @@ def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block
     names = [field.name for field in fields(run) if field.name in _MEASURED or (tracked and field.name[:5] == "risk_")]
     more = {name: getattr(run, name) for name in names if getattr(run, name) != getattr(type(run), name)}
     return {**settings, **facts, **where, **machine, **more}
-
-
-def _check_overrides(block: Block) -> None:
-    """Refuse, by a ConfigError, a setting that its method, or every one of its kind, does not have."""
-    for group, settings in block.overrides.items():
-        methods = [(kind, name) for kind in METHODS for name in METHODS[kind] if group in (kind, name)]
-        known = set[str]().union(*(_names(kind, name) for kind, name in methods))
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"overrides.{group}.{key}: unknown setting{nearest(str(key), sorted(known))}")
 
 
 def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:

@@ -2,45 +2,19 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sau
 from sau.errors import RecordError
 from sau.files import existing, in_use
+from sau.grid.engines import Cell
 from sau.record.folder import MANIFEST, Record
 from sau.record.summaries import load, save
 
 _MARK = re.compile(r"(?<=.)_([0-9a-f]{10})(?=(?:_s\d+)?$)")
 _DECIMAL = r"\d+(?:\.\d*)?(?:e-\d+)?"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: an attack, or a defense on an attack."""
-
-    kind: str  # attack or defense
-    name: str  # the method
-    digest: str  # of all that determines the result, hexadecimal
-    folder: str  # below the record root, unique to the digest
-    flags: tuple[str, ...]  # of attack/NAME.py or defense/NAME.py, all but the record root
-    attack: str | None  # digest of the attack's cell; None for an attack
-    threads: int
-    memory_gb: float
-    gpus: float  # or a share of one
-    data: tuple[str, str]  # the data set, and the folder of the data sets
-
-    @property
-    def label(self) -> str:
-        """The folder without digests, for people."""
-        return "/".join(without_digest(part) for part in self.folder.split("/"))
-
-
-def without_digest(folder: str) -> str:
-    """The name of a cell's folder without its digest, like badnet_r0.1_s0; other names stay as they are."""
-    return _MARK.sub("", folder)
 
 
 def mark(folder: str) -> str:
@@ -51,7 +25,7 @@ def mark(folder: str) -> str:
 
 def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
     """Attack, seed and settings of `<attack>_s<seed>` or, as a grid has it, `<attack>_r<ratio>_<digest>_s<seed>`."""
-    parts = re.fullmatch(rf"(.+?)(?:_r({_DECIMAL}))?_s(\d{{1,10}})", without_digest(folder))
+    parts = re.fullmatch(rf"(.+?)(?:_r({_DECIMAL}))?_s(\d{{1,10}})", _MARK.sub("", folder))
     if parts is None:
         return folder, None, None
     return parts[1], int(parts[3]), {"pratio": float(parts[2])} if parts[2] else None
@@ -59,9 +33,10 @@ def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
 
 def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
     """Defense and settings of a grid's `<defense>_c<share>_<digest>`; `_oracle` before the digest: test data chose."""
-    parts = re.fullmatch(rf"(.+?)_c({_DECIMAL})(_oracle)?", without_digest(folder))
+    name = _MARK.sub("", folder)
+    parts = re.fullmatch(rf"(.+?)_c({_DECIMAL})(_oracle)?", name)
     if parts is None:
-        return without_digest(folder), None
+        return name, None
     return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}
 
 
@@ -80,11 +55,8 @@ def find(root: str, name: str) -> Path:
 
 
 class Store:
-    """The record root of a grid and its files of kept results.
-
-    Args:
-        root: folder of the cells; `.grid` in it holds logs and the cache.
-        published: files of results, by the names of the cells' folders; the first one that has a cell counts.
+    """The record root of a grid, whose `.grid` holds logs and the cache, and its files of kept results: the first one
+    that has a cell counts.
     """
 
     def __init__(self, root: Path, published: Sequence[Path] = ()) -> None:
@@ -95,10 +67,6 @@ class Store:
     def folder(self, cell: Cell) -> Path:
         """The result folder of a cell."""
         return self.root / cell.folder
-
-    def log(self, cell: Cell) -> Path:
-        """Where the output of a cell goes; `.out` and `.err` are added."""
-        return self.root / ".grid" / "logs" / cell.folder.replace("/", "__")
 
     @property
     def cache(self) -> str:
@@ -123,10 +91,6 @@ class Store:
             except RecordError as error:
                 raise RecordError(f"{error}; delete {self.folder(cell)}, and the grid runs it again") from None
 
-    def summary(self, cell: Cell) -> Mapping[str, Any]:
-        """The summary of a finished cell."""
-        return Record(self.folder(cell)).summary()
-
 
 def publish(store: Store, cells: Sequence[Cell], target: Path) -> int:
     """Add the summaries of finished cells to the file `target`; returns how many cells have one.
@@ -135,10 +99,9 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> int:
     """
     store.verify(cells)
     earlier = load(target) if target.exists() else {}
-    found: dict[str, Mapping[str, Any]] = {cell.folder: store.kept[cell.folder] for cell in cells
-                                           if cell.folder in store.kept}  # fmt: skip
+    found = {cell.folder: store.kept[cell.folder] for cell in cells if cell.folder in store.kept}
     for cell in filter(store.finished, cells):
-        found[cell.folder] = {**store.summary(cell), "sau": sau.__version__}
+        found[cell.folder] = {**Record(store.folder(cell)).summary(), "sau": sau.__version__}
     if found:
         save(target, {**earlier, **found})
     return len(found)

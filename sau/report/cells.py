@@ -3,51 +3,40 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sau.errors import one_line
 from sau.grid.store import mark
 from sau.record.folder import EARLY
-from sau.report.results import COST, NONE, PERCENT, Result
-from sau.report.stats import MeanStd, mean_std
+from sau.report.results import BEFORE, COST, NONE, PERCENT, MeanStd, Result, mean_std
 from sau.util import marked
 
 NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*PERCENT, *COST)
 DEAD = "(did not take)"
-Key = tuple[str, str, str, str]  # attack, its label, defense, its label
+Settings = dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """One defense against one attack.
-
-    Args:
-        attack: name of the attack.
-        attack_label: the settings in which it differs from other cells of the attack; mostly empty.
-        defense: name of the defense, or `none`.
-        label: as `attack_label`, of the defense.
-        results: over seeds, at least one.
-        dead: on how many networks the attack missed its gate; empty if on none. Such a cell shows nothing of a defense:
-            it is ranked nowhere and in no mean over attacks.
-        rank: 1 for the best of its attack, 2 for the second, else 0.
-    """
+    """One defense against one attack."""
 
     attack: str
-    attack_label: str
-    defense: str
-    label: str
-    results: tuple[Result, ...]
-    dead: str = ""
-    rank: int = 0
+    attack_label: str  # the settings in which it differs from other cells of the attack; mostly empty
+    defense: str  # or `none`
+    label: str  # as `attack_label`, of the defense
+    results: tuple[Result, ...]  # over seeds, at least one
+    dead: str = ""  # on how many networks the attack missed its gate; such a cell has no rank and is in no mean
+    rank: int = 0  # 1 for the best of its attack, 2 for the second, else 0
 
     @cached_property
     def figures(self) -> dict[str, MeanStd | None]:
         """acc, asr, racc, der, seconds, peak_memory_mb, and before_acc, before_asr, before_racc."""
-        names = (*FIGURES, "before_acc", "before_asr", "before_racc")
+        names = (*FIGURES, *(f"before_{name}" for name in BEFORE))
         return {name: mean_std([result.figures[name] for result in self.results]) for name in names}
 
     @property
@@ -76,22 +65,26 @@ class TableCell:
         words = [word for word in self.label.split(", ") if word not in ("select defender", "select oracle")]
         return marked(f"{self.defense} {', '.join(words)}".strip(), "oracle" if self.oracle else None)
 
+    @property
+    def competes(self) -> bool:
+        """Whether it may have a rank."""
+        return self.defense != NONE and self.figures["der"] is not None and not (self.oracle or self.dead)
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """Least is best: by the highest mean DER, then by the lowest mean ASR, as they are shown."""
+        der, asr = self.figures["der"], self.figures["asr"]
+        return (-round(der.mean, 2) if der else float("inf"), round(asr.mean, 2) if asr else float("inf"))
+
 
 @dataclass(frozen=True)
 class Section:
-    """The cells of one data set and one network.
+    """The cells of one data set and one network."""
 
-    Args:
-        dataset: name of the data set; None if unknown.
-        network: settings of the network; empty if unknown.
-        notes: what the configurations note about the data, like that it is a subset.
-        cells: by attack, in it the undefended network first, then the defenses by rank.
-    """
-
-    dataset: str | None
-    network: dict[str, Any]
-    notes: tuple[str, ...] = ()
-    cells: list[TableCell] = field(default_factory=list)
+    dataset: str | None  # None if unknown
+    network: dict[str, Any]  # settings of the network; empty if unknown
+    notes: tuple[str, ...] = ()  # what the configurations note about the data, like that it is a subset
+    cells: list[TableCell] = field(default_factory=list)  # by attack: the undefended network, the defenses by merit
 
     @property
     def dead(self) -> str:
@@ -110,9 +103,7 @@ class Section:
 def sections(results: Sequence[Result], dataset: str | None = None) -> list[Section]:
     """Group results. Only seeds are averaged: data set, test images, network and settings must be the same.
 
-    Args:
-        results: of `find_results`.
-        dataset: data set of the folders that do not name theirs.
+    `dataset` is the data set of the folders that do not name theirs.
     """
     parts: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -122,15 +113,33 @@ def sections(results: Sequence[Result], dataset: str | None = None) -> list[Sect
     return [_section(part) for _, part in sorted(parts.items())]
 
 
+def _network(result: Result) -> dict[str, Any]:
+    """Network of the attack; of an attack by BackdoorBench, that of its defense."""
+    settings, model = result.attack_settings or {}, result.config.get("model") or {}
+    found = {name: settings[name] for name in NETWORK if name in settings}
+    return found or {name: model[name] for name in NETWORK if name in model}
+
+
 def _section(results: list[Result]) -> Section:
     notes = {str(note) for result in results for note in result.config.get("notes") or []}
-    groups: dict[Key, list[Result]] = defaultdict(list)
+    attacks: dict[tuple[str, str], list[tuple[Result, str]]] = defaultdict(list)
     for result, (attack_label, label) in zip(results, _labels(results), strict=True):
-        groups[result.attack, attack_label, result.defense, label].append(result)
-    dead = {key[:2]: _dead([one for other, found in groups.items() if other[:2] == key[:2] for one in found])
-            for key in groups}  # fmt: skip
-    cells = [TableCell(*key, tuple(found), dead[key[:2]]) for key, found in groups.items()]
-    return Section(results[0].dataset, _network(results[0]), tuple(sorted(notes)), _ranked(cells))
+        attacks[result.attack, attack_label].append((result, label))
+    cells = [cell for attack, found in sorted(attacks.items()) for cell in _ranked(attack, found)]
+    return Section(results[0].dataset, _network(results[0]), tuple(sorted(notes)), cells)
+
+
+def _ranked(attack: tuple[str, str], found: Sequence[tuple[Result, str]]) -> list[TableCell]:
+    """The cells of one attack in order, with ranks: neither for oracles nor where the attack did not take."""
+    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result, label in found:
+        groups[result.defense, label].append(result)
+    dead = _dead([result for result, _ in found])
+    cells = [TableCell(*attack, *defense, tuple(results), dead) for defense, results in groups.items()]
+    merits = sorted({cell.merit for cell in cells if cell.competes})[:2]
+    cells = [replace(cell, rank=merits.index(cell.merit) + 1) if cell.competes and cell.merit in merits else cell
+             for cell in cells]  # fmt: skip
+    return sorted(cells, key=lambda cell: (cell.defense != NONE, cell.merit, cell.defense, cell.label))
 
 
 def _dead(results: list[Result]) -> str:
@@ -140,79 +149,43 @@ def _dead(results: list[Result]) -> str:
     return f"ASR below {max(missed.values()):g} on {len(missed)} of {count} networks" if missed else ""
 
 
-def _ranked(cells: list[TableCell]) -> list[TableCell]:
-    """Rank by the highest mean DER, then by the lowest ASR; without oracles and attacks that did not take."""
-    merits: dict[tuple[str, str], set[tuple[float, float]]] = defaultdict(set)
-    for cell in cells:
-        if _competes(cell):
-            merits[cell.attack, cell.attack_label].add(_merit(cell))
-    ranked = []
-    for cell in cells:
-        order = sorted(merits[cell.attack, cell.attack_label])
-        rank = order.index(_merit(cell)) + 1 if _competes(cell) else 0
-        ranked.append(replace(cell, rank=rank if rank <= 2 else 0))
-    return sorted(ranked, key=_order)
-
-
-def _competes(cell: TableCell) -> bool:
-    return cell.defense != NONE and cell.figures["der"] is not None and not (cell.oracle or cell.dead)
-
-
-def _merit(cell: TableCell) -> tuple[float, float]:
-    der, asr = cell.figures["der"], cell.figures["asr"]
-    return (-round(der.mean, 2) if der else float("inf"), round(asr.mean, 2) if asr else float("inf"))
-
-
-def _order(cell: TableCell) -> tuple[Any, ...]:
-    return (cell.attack, cell.attack_label, cell.defense != NONE, _merit(cell), cell.defense, cell.label)
-
-
-def _network(result: Result) -> dict[str, Any]:
-    """Network of the attack; of an attack by BackdoorBench, that of its defense."""
-    settings, model = result.attack_settings or {}, result.config.get("model") or {}
-    found = {name: settings[name] for name in NETWORK if name in settings}
-    return found or {name: model[name] for name in NETWORK if name in model}
-
-
 def _labels(results: Sequence[Result]) -> list[tuple[str, str]]:
     """For each result the settings in which its attack, and its defense, differs from others of the same name.
 
     Where two results of one network and seed have the same label, their folders are added.
     """
-    attacks = _differences([(result.attack, result.attack_settings) for result in results])
-    defenses = _differences([(result.defense, result.settings) for result in results])
-    own = [(one, text) for one, text in zip(results, attacks, strict=True) if one.defense == NONE]
-    seeds = [(one.attack, text, one.path if one.seed is None else one.seed) for one, text in own]
-    folders = dict(zip((one.path for one, _ in own), _folders([one for one, _ in own], seeds), strict=True))
-    keys = [(one.attack_path, one.seed, one.defense, text) for one, text in zip(results, defenses, strict=True)]
+    attacks = _differences([(one.attack, one.attack_settings) for one in results])
+    defenses = _differences([(one.defense, one.settings) for one in results])
+    keys: dict[Path, tuple[Any, ...]] = {}
+    for one, attack, defense in zip(results, attacks, defenses, strict=True):
+        if one.defense == NONE:
+            keys[one.path] = one.attack, attack, one.path if one.seed is None else one.seed
+        else:
+            keys[one.path] = one.attack_path, one.seed, one.defense, defense
+    counts = Counter(keys.values())
+    folders = {one.path: f"folder {mark(one.path.name) or one.name}" for one in results if counts[keys[one.path]] > 1}
     attacks = [_join(text, folders.get(one.attack_path, "")) for one, text in zip(results, attacks, strict=True)]
-    return list(zip(attacks, map(_join, defenses, _folders(results, keys)), strict=True))
+    runs = [folders.get(one.path, "") if one.defense != NONE else "" for one in results]
+    return list(zip(attacks, map(_join, defenses, runs), strict=True))
 
 
-def _folders(results: Sequence[Result], keys: Sequence[Hashable]) -> list[str]:
-    """The folder, or the digest in its name, of results whose key is not theirs alone; else empty."""
-    counts = Counter(keys)
-    return [
-        f"folder {mark(one.path.name) or one.name}" if counts[key] > 1 else ""
-        for one, key in zip(results, keys, strict=True)
-    ]
-
-
-def _differences(named: Sequence[tuple[str, dict[str, Any] | None]]) -> list[str]:
+def _differences(named: Sequence[tuple[str, Settings]]) -> list[str]:
     """For each (name, settings) how it differs from others of that name. An early end is always named."""
-    texts: dict[tuple[str, str], set[str]] = defaultdict(set)
-    keys = {(name, key) for name, settings in named for key in settings or ()}
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, settings in named:
-        for key in (key for other, key in keys if other == name and settings):
-            texts[name, key].add(_text((settings or {}).get(key)))
-    differing = sorted(key for key, found in texts.items() if len(found) > 1 and key[1] != EARLY)
-    return [_label([key for other, key in differing if other == name], settings or {}) for name, settings in named]
+        groups[name] += [settings] if settings else []
+    differing = {}
+    for name, group in groups.items():
+        keys = sorted({key for settings in group for key in settings} - {EARLY})
+        differing[name] = [key for key in keys if len({_text(settings.get(key)) for settings in group}) > 1]
+    return [_label(differing[name], settings) for name, settings in named]
 
 
-def _label(differing: Sequence[str], settings: dict[str, Any]) -> str:
+def _label(differing: Sequence[str], settings: Settings) -> str:
+    if not settings:
+        return ""
     texts = [f"no {key}" if settings.get(key) is None else f"{key} {_short(settings[key])}" for key in differing]
-    early = f"ended in {str(settings[EARLY]).split(',')[0]}" if EARLY in settings else ""
-    return _join(*(texts if settings else ()), early)
+    return _join(*texts, f"ended in {str(settings[EARLY]).split(',')[0]}" if EARLY in settings else "")
 
 
 def _join(*texts: str) -> str:

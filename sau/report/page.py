@@ -1,22 +1,18 @@
 """One self-contained HTML page of all results below a folder."""
 
 import json
-from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sau.data import sources
-from sau.data.images import Images
 from sau.data.readers import needs_download
 from sau.errors import DataError, SauError
 from sau.figures import data_url, images, scatter
-from sau.record.attack_result import load_images
-from sau.record.folder import Record
+from sau.record import attack_result
 from sau.report.cells import Section, TableCell, sections
-from sau.report.results import NONE, PERCENT, Result, find_results
-from sau.report.stats import MeanStd
+from sau.report.results import NONE, PERCENT, MeanStd, Result, find_results
 from sau.report.tables import published, published_rows
 
 HIDDEN = {"identity", "clean_index", "command", "digest", "schema"}  # repeated, long, or shown elsewhere
@@ -24,31 +20,22 @@ COLUMNS = 4  # images in a strip
 
 
 def build(root: Path, dataset: str | None = None, dataset_path: str | None = None) -> tuple[str, list[Section]]:
-    """The page and the sections on it.
+    """The page of all results below `root` (see `find_results`), and the sections on it.
 
-    Args:
-        root: folder of the result folders, at any depth, or a JSONL file of summaries.
-        dataset: data set of the folders that do not name theirs.
-        dataset_path: folder of the data sets, for clean images; None means where the runs had them.
-
-    Raises RecordError if there is nothing to show.
+    `dataset` is that of the folders that do not name theirs, `dataset_path` the folder of the data sets, for clean
+    images; None means where the runs had them. RecordError if there is nothing to show.
     """
     results, left_out = find_results(root)
-    found = sections(results, dataset)
-    parts, count = [], 0
+    found, parts, numbers = sections(results, dataset), [], count(1)
     for section in found:
-        rows = [_row(cell, f"c{count + i}", dataset_path) for i, cell in enumerate(section.cells, 1)]
-        count += len(rows)
+        rows = [_row(cell, f"c{next(numbers)}", dataset_path) for cell in section.cells]
         plot, names = scatter(section) or (None, [])
         parts.append({"section": section, "rows": rows, "scatter": plot and data_url(plot, "svg"), "names": names,
                       "pairs": published_rows(section), **_overview(rows)})  # fmt: skip
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters["figure"] = _figure
     page = environment.get_template("page.html").render(
         root=root.resolve().name, parts=parts, left_out=left_out, results=results, published=published(),
@@ -71,17 +58,14 @@ def _row(cell: TableCell, identifier: str, dataset_path: str | None) -> dict[str
     return {"id": identifier, "cell": cell, "settings": settings, "commands": commands, "strip": strip}
 
 
-def _overview(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+def _overview(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The table of DER: columns are defenses, rows attacks with a cell or None in each column."""
-    shown = [row for row in rows if row["cell"].figures["asr"]]  # a clean network has no DER
-    defenses = sorted({row["cell"].name for row in shown}, key=lambda name: (name != NONE, name))
     attacks: dict[str, dict[str, Any]] = {}
-    for row in shown:
+    for row in (row for row in rows if row["cell"].figures["asr"]):  # a clean network has no DER
         attacks.setdefault(row["cell"].attack_name, {})[row["cell"].name] = row
-    return {
-        "defenses": defenses,
-        "grid": [(attack, [own.get(name) for name in defenses]) for attack, own in attacks.items()],
-    }
+    defenses = sorted({name for own in attacks.values() for name in own}, key=lambda name: (name != NONE, name))
+    grid = [(attack, [own.get(name) for name in defenses]) for attack, own in attacks.items()]
+    return {"defenses": defenses, "grid": grid}
 
 
 def trigger_strip(result: Result, dataset_path: str | None = None) -> tuple[str, str]:
@@ -91,20 +75,11 @@ def trigger_strip(result: Result, dataset_path: str | None = None) -> tuple[str,
     if not result.config or not (result.path / "triggered.safetensors").is_file():
         return "", ""
     try:
-        record = Record(result.path)
-        record.check()
-        triggered = load_images(record, "triggered")
-        assert triggered is not None
-        return data_url(images(_clean_images(result, dataset_path), triggered, COLUMNS), "png"), ""
-    except (SauError, KeyError, TypeError, IndexError) as error:
+        attacked = attack_result.load(result.path)
+        place = dataset_path or attacked.dataset_path
+        if needs_download(attacked.dataset, Path(place)):  # a report downloads nothing
+            raise DataError(f"no {attacked.dataset} under {place}; give --dataset_path")
+        assert attacked.triggered is not None
+        return data_url(images(attacked.images(dataset_path)[1], attacked.triggered, COLUMNS), "png"), ""
+    except SauError as error:
         return "", f"no images: {error}"
-
-
-def _clean_images(result: Result, dataset_path: str | None) -> Images:
-    """The test set that the attack saw; DataError if it is not there, for a report downloads nothing."""
-    run, name = result.config["run"], str(result.dataset)
-    root = dataset_path or str(run["dataset_path"])
-    test = None if needs_download(name, Path(root)) else sources.load(name, root, run.get("img_size"))[1]
-    if test is None or sources.fingerprint(test) != result.config["data"].get("test"):
-        raise DataError(f"{root} does not hold the {name} test set that the attack saw; give --dataset_path")
-    return test

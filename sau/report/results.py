@@ -1,6 +1,10 @@
-"""Read result folders: what was measured, and what is wrong with a folder that does not count."""
+"""Read result folders: what was measured, and what is wrong with a folder that does not count; means over results."""
 
-from dataclasses import dataclass, field, replace
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +14,28 @@ from sau.grid.store import attack_named, defense_named
 from sau.record.folder import CONFIG, MANIFEST, METRICS, OWN, SUMMARY, Record, run_kind
 from sau.record.summaries import gate, load
 
-UNVERIFIED = f"{SUMMARY} alone: nothing to check it by"
 NONE = "none"  # the "defense" of the attacked network itself
 PERCENT = ("acc", "asr", "racc", "der")
 COST = ("seconds", "peak_memory_mb")
+BEFORE = ("acc", "asr", "racc")  # as before_acc, ... of the network before the defense
 SEED_KEYS = {"random_seed", "clean", "attacked"}  # differ between seeds; all other settings must be equal
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished result folder.
+    """One finished result folder."""
 
-    Args:
-        path: the folder.
-        attack: name of the attack.
-        defense: name of the defense, or `none` for the attacked network.
-        seed: random seed; None if unknown.
-        dataset: name of the data set; None if unknown.
-        figures: acc, asr, racc, der in percent, seconds, peak_memory_mb, and before_acc, before_asr, before_racc of
-            the network before the defense; None where not measured.
-        summary: `summary.json`.
-        config: `config.yaml`; empty if a summary alone was kept, which nothing verifies.
-        attack_settings: settings of the attack without its seed; None if unknown.
-        settings: the same for the defense; None for `none`.
-        name: the folder below the root, like badnet_s0/defense/sau.
-    """
-
-    path: Path
+    path: Path  # the folder
     attack: str
-    defense: str
-    seed: int | None
-    dataset: str | None
-    figures: dict[str, float | None] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    attack_settings: dict[str, Any] | None = None
-    settings: dict[str, Any] | None = None
-    name: str = ""
+    defense: str  # `none` for the attacked network
+    seed: int | None  # None if unknown
+    dataset: str | None = None  # None if unknown
+    attack_settings: dict[str, Any] | None = None  # all but the seed; None if unknown
+    settings: dict[str, Any] | None = None  # of the defense; None for `none`
+    name: str = ""  # the folder below the root, like badnet_s0/defense/sau
+    figures: dict[str, float | None] = field(default_factory=dict)  # of PERCENT, COST and BEFORE; None if not measured
+    summary: dict[str, Any] = field(default_factory=dict)  # `summary.json`
+    config: dict[str, Any] = field(default_factory=dict)  # `config.yaml`; empty if a summary alone was kept
 
     @property
     def oracle(self) -> bool:
@@ -71,6 +60,43 @@ class Result:
         return None if after is None or before is None else before - after
 
 
+@dataclass(frozen=True)
+class MeanStd:
+    """Values of one figure over seeds, or over attacks; at least one."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Arithmetic mean."""
+        return statistics.mean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation with n - 1; None for one value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half of the 95 % interval of the mean by Student's t; None for fewer than three values."""
+        from scipy.special import stdtrit
+
+        n = len(self.values)
+        return None if self.std is None or n < 3 else float(stdtrit(n - 1, 0.975)) * self.std / math.sqrt(n)
+
+    def text(self, digits: int = 2, interval: bool = False, sign: str = "") -> str:
+        """`mean±std` or `mean±half_interval`, which no table breaks; one or two values are listed."""
+        if len(self.values) < 3:
+            return ", ".join(f"{value:{sign}.{digits}f}" for value in self.values)
+        return f"{self.mean:{sign}.{digits}f}±{self.half_interval if interval else self.std:.{digits}f}"
+
+
+def mean_std(values: Sequence[float | None]) -> MeanStd | None:
+    """MeanStd of the values; None if there are none or one is None."""
+    known = tuple(value for value in values if value is not None)
+    return MeanStd(known) if known and len(known) == len(values) else None
+
+
 def find_results(root: Path) -> tuple[list[Result], list[str]]:
     """All results below a folder, at any depth, and the folders that do not count, each with the reason.
 
@@ -80,22 +106,26 @@ def find_results(root: Path) -> tuple[list[Result], list[str]]:
     Raises RecordError if `root` does not exist or holds no result.
     """
     if root.is_file():
-        base = root.with_suffix("")
-        entries: dict[Path, dict[str, Any] | None] = {base / cell: summary for cell, summary in load(root).items()}
+        base, kept = root.with_suffix(""), load(root)
+        folders = [base / cell for cell in kept]
     elif root.is_dir():
-        root = root.absolute()
-        entries = {file.parent: None for name in (CONFIG, MANIFEST) for file in root.rglob(name)}
-        base = root.parent if root in entries else root
+        base, kept = root.absolute(), {}
+        folders = [file.parent for name in (CONFIG, MANIFEST) for file in base.rglob(name)]
+        base = base.parent if base in folders else base
     else:
         raise RecordError(f"there is no folder {root}; name the folder that holds the result folders, like ./record")
     found, left_out = dict[Path, Result](), list[str]()
-    for folder in sorted(entries):  # attacks before their defenses
+    for folder in sorted(set(folders)):  # attacks before their defenses
         name = str(folder.relative_to(base))
-        attack = folder.parents[1] if folder.parent.name == "defense" else None
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        attack = None
+        if folder.parent.name == "defense":  # of an attack by BackdoorBench only the folder's name is known
+            path = folder.parents[1]
+            named, seed, settings = attack_named(path.name)
+            attack = found.get(path) or Result(path, named, NONE, seed, attack_settings=settings)
         try:
-            if not any(part.startswith(".") for part in Path(name).parts):
-                parent = (found.get(attack) or _from_name(attack)) if attack else None
-                found[folder] = replace(_read(folder, parent, entries[folder]), name=name)
+            found[folder] = _read(folder, name, attack, kept.get(name))
         except RecordError as error:
             reason = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
             left_out.append(f"{name}: {reason}")
@@ -105,56 +135,47 @@ def find_results(root: Path) -> tuple[list[Result], list[str]]:
     return list(found.values()), left_out
 
 
-def _from_name(folder: Path) -> Result:
-    """An attack of which only the folder's name is known, as of one by BackdoorBench."""
-    name, seed, settings = attack_named(folder.name)
-    return Result(folder, name, NONE, seed, None, attack_settings=settings)
+def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any] | None) -> Result:
+    """One folder, of a defense of `attack` if there is one; `summary` is given where it is all that was kept.
 
-
-def _read(folder: Path, parent: Result | None, summary: dict[str, Any] | None) -> Result:
-    """One folder; `summary` is given where it is all that was kept. RecordError if the folder does not count."""
-    record = Record(folder)
+    What a configuration does not say is taken from the names of the folders. RecordError if the folder does not count.
+    """
+    config: dict[str, Any] = {}
     if summary is None:
-        record.check(light=True)
-        _check_kind(record.config, parent)
-        summary = record.summary()
-    figures = _figures(summary, defense=parent is not None)
+        record = Record(folder)
+        config, summary = _checked(record, attack), record.summary()
     gate(summary, folder)
-    who = _who(record.config, folder, parent)
-    if not record.config and who["settings"] is not None and "selection" in summary:
-        who["settings"] = {**who["settings"], "select": summary["selection"]}
-    return Result(folder, **who, figures=figures, summary=summary, config=record.config)
-
-
-def _check_kind(config: dict[str, Any], parent: Result | None) -> None:
-    if run_kind(config) == OWN:
-        raise RecordError("a purified network of your own, whose trigger is unknown")
-    if parent is None and "defense" in config["identity"]:
-        raise RecordError("a defense without its attack; name the folder of the attack or one above it")
-    attack = parent.config.get("digest") if parent is not None else None
-    if attack is not None and config and config.get("attacked") != attack:
-        raise RecordError("it purified another attack than the one that is here now")
-
-
-def _who(config: dict[str, Any], folder: Path, parent: Result | None) -> dict[str, Any]:
-    """Names, seed and settings: from the configuration if there is one, else from the names of the folders."""
-    identity, run = config.get("identity", {}), config.get("run") or {}
+    identity, run, amp = config.get("identity", {}), config.get("run") or {}, config.get("amp")
     settings = {str(key): value for key, value in identity.items() if key not in SEED_KEYS}
-    seed, dataset = identity.get("random_seed"), (config.get("data") or {}).get("dataset")
-    seed, dataset = seed if type(seed) is int else None, str(dataset) if dataset else None
-    amp = {"amp": config["amp"]} if settings and config.get("amp") is not None else {}
-    if parent is None:
-        name, named_seed, named = attack_named(folder.name)
-        return {"attack": str(identity.get("attack", name)), "defense": NONE, "dataset": dataset,
-                "seed": named_seed if seed is None else seed,
-                "attack_settings": {**settings, **amp} or named, "settings": None}  # fmt: skip
-    name, named = defense_named(folder.name)
+    dataset = (config.get("data") or {}).get("dataset")
+    common: dict[str, Any] = {"name": name, "figures": _figures(summary, attack is not None), "summary": summary}
+    common["config"] = config
+    if attack is None:
+        named, seed, by_name = attack_named(folder.name)
+        settings |= {"amp": amp} if settings and amp is not None else {}
+        who = str(identity.get("attack", named)), NONE, identity.get("random_seed", seed)
+        return Result(folder, *who, dataset, settings or by_name, **common)
+    named, by_name = defense_named(folder.name)
+    of_attack = attack.attack_settings
     if settings:  # the clean set: a share, or a file that lists the images
         settings |= {"ratio": run.get("ratio")} if run.get("index") is None else {"index": str(run["index"])}
-        settings |= {} if amp.items() <= (parent.attack_settings or amp).items() else amp
-    return {"attack": parent.attack, "attack_settings": parent.attack_settings,
-            "defense": str(identity.get("defense", name)), "settings": settings or named,
-            "dataset": parent.dataset or dataset, "seed": parent.seed if seed is None else seed}  # fmt: skip
+        settings |= {"amp": amp} if amp is not None and of_attack and of_attack.get("amp") != amp else {}
+    elif by_name is not None and "selection" in summary:
+        by_name["select"] = summary["selection"]
+    who = attack.attack, str(identity.get("defense", named)), identity.get("random_seed", attack.seed)
+    return Result(folder, *who, attack.dataset or dataset, of_attack, settings or by_name, **common)
+
+
+def _checked(record: Record, attack: Result | None) -> dict[str, Any]:
+    """The configuration of a whole folder; RecordError for one that does not count, or of another attack."""
+    config = record.check(light=True)
+    if run_kind(config) == OWN:
+        raise RecordError("a purified network of your own, whose trigger is unknown")
+    if attack is None and "defense" in config["identity"]:
+        raise RecordError("a defense without its attack; name the folder of the attack or one above it")
+    if attack and attack.config.get("digest") not in (None, config.get("attacked")):
+        raise RecordError("it purified another attack than the one that is here now")
+    return config
 
 
 def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
@@ -162,9 +183,8 @@ def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
     after, before = (summary.get("after"), summary.get("before")) if defense else (summary, {})
     if not isinstance(after, dict) or not isinstance(before, dict) or (defense and "acc" not in before):
         raise RecordError(f"{SUMMARY} lacks the scores before or after; run the defense again")
-    found = {"acc": after.get("acc"), "asr": after.get("asr"), "racc": after.get("racc"), "der": summary.get("der")}
-    found |= {name: summary.get(name) for name in COST}
-    found |= {f"before_{name}": before.get(name) for name in ("acc", "asr", "racc")}
+    found = {name: after.get(name) for name in BEFORE} | {name: summary.get(name) for name in ("der", *COST)}
+    found |= {f"before_{name}": before.get(name) for name in BEFORE}
     for name, value in found.items():
         most = MOST if name in COST else 100
         if value is not None and not (is_number(value) and 0 <= value <= most):
@@ -180,14 +200,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     Reading stops at the first line that is no row, which a killed run may leave.
     """
     rows: list[dict[str, float]] = []
-    lines = read(folder / METRICS).decode(errors="replace").splitlines() if (folder / METRICS).is_file() else []
-    for line in lines:
-        try:
+    content = read(folder / METRICS) if (folder / METRICS).is_file() else b""
+    with suppress(ValueError, AttributeError, KeyError):
+        for line in content.decode(errors="replace").splitlines():
             row = {str(key): float(value) for key, value in parse_json(line).items() if is_number(value)}
-        except (ValueError, AttributeError):
-            break
-        if "epoch" not in row:
-            break
-        rows.append(row)
-    last = max((row.get("stage", 0.0) for row in rows), default=0.0)
-    return [row for row in rows if row.get("stage", 0.0) == last]
+            rows.append({"stage": 0.0, "epoch": row["epoch"], **row})
+    last = max((row["stage"] for row in rows), default=0.0)
+    return [row for row in rows if row["stage"] == last]

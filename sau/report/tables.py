@@ -4,21 +4,26 @@ import csv
 import io
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sau.errors import printable
-from sau.report.cells import FIGURES, Section, TableCell
-from sau.report.results import NONE, PERCENT, UNVERIFIED, Result
-from sau.report.stats import PairedComparison, compare
+from jinja2 import Environment, FileSystemLoader
 
+from sau.errors import printable
+from sau.record.folder import SUMMARY
+from sau.report.cells import FIGURES, Section, TableCell
+from sau.report.results import NONE, PERCENT, MeanStd
+
+UNVERIFIED = f"{SUMMARY} alone: nothing to check it by"
 Row = list[float | None]  # acc, asr, racc, der in percent
-_LATEX = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
@@ -27,8 +32,9 @@ def rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 
 def _row(section: Section, cell: TableCell) -> dict[str, Any]:
+    network, defended = section.network, cell.defense != NONE
     row: dict[str, Any] = {
-        "dataset": section.dataset, "network": section.network.get("name"), "width": section.network.get("width"),
+        "dataset": section.dataset, "network": network.get("name"), "width": network.get("width"),
         "attack": cell.attack, "attack_variant": cell.attack_label, "defense": cell.defense,
         "defense_variant": cell.label, "seeds": len(cell.results),
     }  # fmt: skip
@@ -37,7 +43,6 @@ def _row(section: Section, cell: TableCell) -> dict[str, Any]:
         row[name] = None if figure is None else round(figure.mean, 2)
         row[f"{name}_sd"] = None if figure is None or len(figure.values) < 3 else round(figure.std or 0.0, 2)
         row[f"{name}_values"] = [] if figure is None else [round(value, 2) for value in figure.values]
-    defended = cell.defense != NONE
     return {
         **row, "rank": cell.rank or None, "selection": ("oracle" if cell.oracle else "defender") if defended else None,
         "data": ("poisoned" if cell.poisoned else "clean") if defended else None, "did_not_take": cell.dead or None,
@@ -69,43 +74,18 @@ def _plain(value: Any) -> Any:
 
 def as_latex(sections: Sequence[Section]) -> str:
     """A booktabs table each section, the best DER bold, the second underlined; below it what the signs mean."""
-    return "\n".join(_tabular(section) for section in sections)
-
-
-def _tabular(section: Section) -> str:
-    head = r"attack & defense & seeds & ACC & ASR & R-ACC & DER & seconds & MB \\"
-    lines, last = list[str](), ""
-    for cell in section.cells:
-        lines += [r"\midrule"] if last not in ("", cell.attack_name) else []
-        last = cell.attack_name
-        defense = _escape(f"{cell.defense} {cell.label}".strip()) + (r"$^\dagger$" if cell.oracle else "")
-        texts = [_escape(last), defense, str(len(cell.results)), *(_latex_figure(cell, name) for name in FIGURES)]
-        lines.append(" & ".join(texts) + r" \\")
-    note = r"\par\smallskip\footnotesize $\pm$: standard deviation over seeds; of two seeds both values."
-    note += r" $^\dagger$: chosen by test data." if any(cell.oracle for cell in section.cells) else ""
-    note += f" {_escape(section.dead)}" if section.dead else ""
-    parts = [f"% {_escape(section.title)}", r"\begin{tabular}{llrrrrrrr}", r"\toprule", head, r"\midrule", *lines,
-             r"\bottomrule", r"\end{tabular}", f"{{{note}\\par}}", ""]  # fmt: skip
-    return "\n".join(parts)
-
-
-def _latex_figure(cell: TableCell, name: str) -> str:
-    figure = cell.figures[name]
-    if figure is None:
-        return "--"
-    wrap = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(cell.rank if name == "der" else 0, "%s")
-    return wrap % _escape(figure.text(2 if name in PERCENT else 0))
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    environment = Environment(
+        "<%", "%>", "<<", ">>", "<#", "#>", trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+    )  # fmt: skip
+    environment.filters["tex"] = lambda text: " ".join(text.split()).translate(_LATEX)
+    return environment.get_template("table.tex").render(sections=sections, figures=FIGURES, percent=PERCENT)
 
 
 @cache
-def published() -> dict[str, Any]:
+def published() -> Any:
     """`published.json`: `names` of attacks, the `setting` that a run must have to be compared, `tables` by defense."""
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
-    return found
+    return json.loads((Path(__file__).parent / "published.json").read_text())
 
 
 def published_rows(section: Section) -> list[tuple[TableCell, Row]]:
@@ -119,10 +99,8 @@ def published_rows(section: Section) -> list[tuple[TableCell, Row]]:
         return []
     found = []
     for cell in section.cells:
-        row, own = (
-            tables.get(cell.defense, {"rows": {}})["rows"].get(cell.attack),
-            cell.results[0].attack_settings or {},
-        )
+        row = tables[cell.defense]["rows"].get(cell.attack) if cell.defense in tables else None
+        own = cell.results[0].attack_settings or {}
         if row is not None and all(own.get(key, value) == value for key, value in setting.items()):
             found.append((cell, row))
     return sorted(found, key=lambda pair: (published()["names"][pair[0].attack], pair[0].defense != NONE))
@@ -140,25 +118,75 @@ def mean_row(rows: Sequence[Row]) -> Row:
     return [statistics.mean(column) if len(column) == len(rows) else None for column in columns]
 
 
+@dataclass(frozen=True)
+class PairedComparison:
+    """A defense minus a rival, in points, on the networks that both purified: a difference an attack.
+
+    Differences are taken per network, so that what makes a network easy or hard for every defense cancels out, and
+    averaged over the networks of an attack: seeds are no further attacks.
+    """
+
+    acc: MeanStd
+    asr: MeanStd  # below 0 is better
+    racc: MeanStd
+    der: MeanStd
+    networks: int  # how many both purified
+
+    @property
+    def wins(self) -> int:
+        """Attacks on which the defense has the higher DER."""
+        return sum(value > 0 for value in self.der.values)
+
+    @property
+    def p(self) -> float:
+        """Two-sided sign test over attacks; ties are left out."""
+        from scipy.stats import binomtest
+
+        decided = [value for value in self.der.values if value]
+        return float(binomtest(self.wins, len(decided)).pvalue) if decided else 1.0
+
+
 def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str, bool, PairedComparison]]:
     """A defense against each rival, over attacks that took: (rival, whether test data chose for it, comparison).
 
     The strongest rival comes first, rivals with an oracle last. A defense that test data chose is compared with none.
     """
-    found = []
-    groups: dict[tuple[str, str], list[TableCell]] = {}
+    groups: dict[tuple[str, str], list[TableCell]] = defaultdict(list)
     for cell in section.cells:
         if not cell.dead:
-            groups.setdefault((cell.defense, cell.label), []).append(cell)
+            groups[cell.defense, cell.label].append(cell)
+    found = []
     for own in groups.values():
-        if own[0].defense != defense or own[0].oracle:
-            continue
-        for rival in groups.values():
-            if rival[0].defense not in (defense, NONE) and (comparison := compare(_results(own), _results(rival))):
+        for rival in groups.values() if own[0].defense == defense and not own[0].oracle else ():
+            if rival[0].defense not in (defense, NONE) and (comparison := _compare(own, rival)):
                 shown = max(rival, key=lambda cell: cell.oracle)
                 found.append((shown.name, shown.oracle, comparison))
     return sorted(found, key=lambda item: (item[1], item[2].der.mean))
 
 
-def _results(cells: Sequence[TableCell]) -> list[Result]:
-    return [result for cell in cells for result in cell.results]
+def _compare(ours: Sequence[TableCell], theirs: Sequence[TableCell]) -> PairedComparison | None:
+    """None if they share no network."""
+    first, second = _by_network(ours), _by_network(theirs)
+    attacks: dict[str, list[list[float]]] = defaultdict(list)  # differences of the figures on each network
+    for network in sorted(first.keys() & second.keys()):
+        pairs = zip(first[network], second[network], strict=True)
+        attacks[network[0]].append([a - b for a, b in pairs])
+    if not attacks:
+        return None
+    columns = zip(*map(_means, attacks.values()), strict=True)
+    figures = {name: MeanStd(column) for name, column in zip(PERCENT, columns, strict=True)}
+    return PairedComparison(**figures, networks=sum(map(len, attacks.values())))
+
+
+def _by_network(cells: Sequence[TableCell]) -> dict[tuple[str, Path], list[float]]:
+    """PERCENT by network (attack and folder), over the defense's own seeds; one without a trigger is left out."""
+    found: dict[tuple[str, Path], list[list[float]]] = defaultdict(list)
+    for result in (result for cell in cells for result in cell.results):
+        figures = [figure for name in PERCENT if (figure := result.figures[name]) is not None]
+        if len(figures) == len(PERCENT):
+            found[result.attack, result.attack_path].append(figures)
+    return {network: _means(rows) for network, rows in found.items()}
+
+
+def _means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]

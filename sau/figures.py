@@ -1,0 +1,294 @@
+"""Figures of a record, drawn with matplotlib: curves, risks, images, features; and ACC against ASR over many runs.
+
+They need the extra `report`. Colours are Okabe and Ito's, which readers with any colour vision tell apart; line styles
+repeat what colours say.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+from sau.data.images import Images, evenly_spaced, to_float
+from sau.defense.hooks import classifier, forward_hooks
+from sau.errors import DataError, RecordError
+from sau.evaluate import predict
+from sau.files import write
+from sau.pgd import Search
+from sau.quality import magnified
+from sau.record.folder import Record
+from sau.report.cells import Section
+from sau.report.results import NONE, read_metrics
+from sau.risk import measure
+from sau.types import Pixels
+from sau.util import marked
+
+Style = tuple[str, str, str]  # label, colour, line style or hatch
+
+BLACK, GREY, BLUE, RED, GREEN = "#000000", "#808080", "#0072b2", "#d55e00", "#009e73"  # grey on light and dark pages
+SCORES: dict[str, Style] = {"acc": ("ACC", BLUE, "-"), "asr": ("ASR", RED, "--"), "racc": ("R-ACC", GREEN, "-.")}
+RISKS: dict[str, Style] = {
+    "acc": ("ACC", BLUE, "-"),
+    "r_adv": ("$R_{adv}$", BLACK, "-"),
+    "r_share": ("$R_{share}$", "#cc79a7", "--"),
+    "r_share_sau": ("$R_{share}$, SAU's search", "#e69f00", "-."),
+    "r_bd": ("$R_{bd}$", RED, ":"),
+}
+TYPES: dict[str, Style] = {
+    "type1": ("I: both alike", RED, "///"),
+    "type2": ("II: only the purified", "#56b4e9", "..."),
+    "type3": ("III: both, differently", GREEN, "\\\\\\"),
+}
+NORMS = {"L_inf": r"$L_\infty$", "L2": "$L_2$", "L1": "$L_1$"}
+MAPS = {"tsne": "t-SNE", "pca": "principal components"}
+PERCENT = "test images (%)"
+TICKS = (0, 1, 5, 10, 25, 50, 100)  # ASR in percent
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg, close the figure, and return the two paths."""
+    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
+    for path in paths:
+        write(path, _drawn(figure, path.suffix[1:]))  # replaces a link instead of following it
+    plt.close(figure)
+    return paths
+
+
+def data_url(figure: Figure, kind: str) -> str:
+    """The figure as the URL of an image, png or svg, without a background, for a page; the figure is closed."""
+    content = base64.b64encode(_drawn(figure, kind, transparent=True)).decode()
+    plt.close(figure)
+    return f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{content}"
+
+
+def _drawn(figure: Figure, kind: str, **how: bool) -> bytes:
+    buffer, metadata = io.BytesIO(), {"Date": None} if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata, **how)
+    return buffer.getvalue()
+
+
+def add_legend(figure: Figure, panels: Sequence[Axes], columns: int = 3) -> None:
+    """One legend below, with the lines of every panel."""
+    found = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    if handles:
+        place: Any = "outside lower center"
+        figure.legend(handles.values(), handles.keys(), loc=place, ncols=columns, frameon=False, fontsize=8)
+
+
+def curves(record: Record) -> Figure:
+    """Losses on the left; ACC, ASR and R-ACC where they were measured on the right."""
+    rows, before = read_metrics(record.path), record.summary().get("before", {})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
+    for name in dict.fromkeys(name for row in rows for name in row if name == "loss" or name.endswith("_loss")):
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        left.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+    _plot(right, rows, before, SCORES)
+    right.set_ylim(-3, 103)
+    for panel, label in ((left, "mean loss (nats)"), (right, PERCENT)):
+        _label(panel, record, label)
+        if panel.get_lines():
+            panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def risks(records: Sequence[Record]) -> Figure:
+    """R_adv, R_share, R_bd and ACC against rounds, a panel for each defense that ran with --track_risk."""
+    figure, panels, summaries = _panels(records)
+    for panel, record, summary in zip(panels, records, summaries, strict=True):
+        before, search = summary["risk"]["before"], summary["risk"]["search"]
+        _plot(panel, read_metrics(record.path), {**before, "acc": summary["before"]["acc"]}, RISKS)
+        ball = f"{NORMS[search['norm']]} radius {search['eps']:g}, {search['steps']} steps"
+        panel.set(ylim=(-3, 103), title=f"{panel.get_title()} ({ball})")
+    add_legend(figure, panels)
+    return figure
+
+
+def types(records: Sequence[Record]) -> Figure:
+    """Shares of the three types of adversarial examples of the purified network, stacked, against rounds."""
+    figure, panels, summaries = _panels(records)
+    for panel, record, summary in zip(panels, records, summaries, strict=True):
+        rows = [{"epoch": 0, **summary["risk"]["before"]}, *(r for r in read_metrics(record.path) if "type1" in r)]
+        bands = panel.stackplot([row["epoch"] for row in rows], [[row[name] for row in rows] for name in TYPES])
+        for band, (label, colour, hatch) in zip(bands, TYPES.values(), strict=True):
+            band.set(facecolor=colour, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
+        panel.set_ylim(0, 100)
+    add_legend(figure, panels)
+    return figure
+
+
+def _panels(records: Sequence[Record]) -> tuple[Figure, Sequence[Axes], list[dict[str, Any]]]:
+    """A panel for each defense and the summaries; RecordError for one that did not track risks."""
+    size, summaries = (0.6 + 3.0 * len(records), 2.9), [record.summary() for record in records]
+    figure = plt.figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    for panel, record, summary in zip(panels, records, summaries, strict=True):
+        if "risk" not in summary:
+            raise RecordError(f"{record.path} has no risks; run the defense with --track_risk")
+        _label(panel, record, PERCENT if panel is panels[0] else "")
+        panel.set_title(marked(record.path.name, summary.get("selection")))
+    return figure, panels, summaries
+
+
+def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], styles: dict[str, Style]) -> None:
+    """A line a figure; `before` is its value in epoch 0."""
+    for name, (label, colour, line) in styles.items():
+        points = [(row["epoch"], row[name]) for row in ({"epoch": 0, **before}, *rows) if row.get(name) is not None]
+        if points:
+            panel.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour, label=label)
+
+
+def _label(panel: Any, record: Record, ylabel: str) -> None:
+    panel.set(xlabel="round" if record.path.parent.name == "defense" else "epoch", ylabel=ylabel)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def scatter(section: Section) -> tuple[Figure, list[str]] | None:
+    """A numbered point a defense, and their names in this order; None if none was run on an attack that took.
+
+    Over several attacks the points are means, of the defenses that ran on all of them.
+    """
+    cells = [(cell, asr.mean, acc.mean) for cell in section.cells
+             if not cell.dead and (asr := cell.figures["asr"]) and (acc := cell.figures["acc"])]  # fmt: skip
+    attacks = {cell.attack_name for cell, _, _ in cells if cell.defense != NONE}
+    groups: dict[str, list[list[float]]] = {}
+    for cell, *point in cells:
+        if cell.attack_name in attacks:
+            groups.setdefault(cell.name, []).append(point)
+    points = {name: np.mean(each, 0) for name, each in groups.items() if len(each) == len(attacks)}
+    before, names = points.pop(NONE, None), list(points)
+    if not points:
+        return None
+    figure, axis = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
+    for number, (name, point) in enumerate(points.items(), 1):
+        chosen = "none" if name.endswith("(oracle)") else BLUE
+        axis.plot(*point, "o", markerfacecolor=chosen, markeredgecolor=BLUE, clip_on=False)
+        axis.annotate(str(number), point, (5, -3), textcoords="offset points", color=GREY, fontsize=8)
+    if before is not None:
+        axis.plot(*before, "s", color="black", markeredgecolor=GREY, clip_on=False)
+    axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("ASR % (square-root scale), less is better", color=GREY)
+    axis.set_ylabel("ACC %", color=GREY)
+    axis.set_title(f"mean over {len(attacks)} attacks" if len(attacks) > 1 else next(iter(attacks)), color=GREY)
+    axis.set_xticks(TICKS, map(str, TICKS))
+    axis.tick_params(colors=GREY)
+    axis.grid(color=GREY, alpha=0.3)
+    axis.spines[:].set_visible(False)
+    return figure, names
+
+
+def images(test: Images, triggered: Images, columns: int = 6) -> Figure:
+    """Rows: clean, triggered, difference magnified so that its largest value is white. Columns: test images."""
+    shown = triggered[evenly_spaced(len(triggered), columns)]
+    after, before = to_float(shown.pixels), to_float(test.pixels[shown.index])
+    difference, gain = magnified(after - before)
+    pairs = zip(shown.true_labels.tolist(), shown.labels.tolist(), strict=True)
+    rows = {"clean": before, "triggered": after, f"difference\nx{gain:.3g}": difference}
+    return _grid(rows, {"triggered": [f"class {true}, wanted {wanted}" for true, wanted in pairs]})
+
+
+def examples(
+    model: nn.Module, reference: nn.Module, test: Images, triggered: Images, search: Search, columns: int = 5,
+    seed: int = 0,
+) -> Figure:  # fmt: skip
+    """Clean, triggered, a shared adversarial example (type I), a non-shared one (II or III), and both differences.
+
+    Below each image stand the predictions of the backdoored network h_b and of the purified one, h. Columns are test
+    images that both classify correctly and that have both kinds of examples, up to `columns`.
+
+    Raises DataError if no image has both kinds, as with a model that equals the reference.
+    """
+    clean = test[triggered.index]
+    x, y = to_float(clean.pixels), clean.labels
+    found = measure(model, reference, clean, triggered, search, seed=seed)
+    right = (predict(model, x) == y) & (predict(reference, x) == y)
+    chosen = (right & found.share & (found.kind >= 2)).nonzero()[:columns, 0]
+    if len(chosen) == 0:
+        both = "both a shared and a non-shared adversarial example"
+        raise DataError(f"none of {len(y)} images has {both}; use more images or another network")
+    shared, other = found.witness[chosen], found.example[chosen]
+    difference, gain = magnified(torch.cat([shared, other]))
+    rows = {
+        "clean": x[chosen],
+        "triggered": to_float(triggered.pixels[chosen]),
+        "shared (I)": x[chosen] + shared,
+        f"(I): difference\nx{gain:.3g}": difference[: len(chosen)],
+        "not shared\n(II or III)": x[chosen] + other,
+        f"(II or III):\ndifference\nx{gain:.3g}": difference[len(chosen) :],
+    }
+    notes = {}
+    for name in [name for name in rows if "difference" not in name]:
+        pairs = zip(predict(reference, rows[name]).tolist(), predict(model, rows[name]).tolist(), strict=True)
+        notes[name] = [f"$h_b$: {b}  $h$: {a}" for b, a in pairs]
+    return _grid(rows, notes)
+
+
+def _grid(rows: Mapping[str, Tensor], notes: Mapping[str, Sequence[str]]) -> Figure:
+    """Named rows of images [columns, C, H, W] in [0, 1], with a line of text below those that have one."""
+    columns = len(next(iter(rows.values())))
+    size = (1.15 * columns + 0.5, 1.4 * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for line, (title, row) in zip(axes, rows.items(), strict=True):
+        for axis, image, text in zip(line, row, notes.get(title, [""] * columns), strict=True):
+            axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(text, fontsize=7)
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(title, fontsize=8)
+    return figure
+
+
+@torch.no_grad()
+def last_features(model: nn.Module, x: Pixels, batch_size: int = 500) -> Tensor:
+    """[B, F]: the input of the linear layer that makes the logits. ConfigError if none does."""
+    kept: list[Tensor] = []
+    layer = classifier(model, x[:2], "a map of features", "another network")
+    with forward_hooks([(layer, lambda layer, given, output: kept.append(given[0].float().flatten(1).cpu()))]):
+        for batch in x.split(batch_size):
+            model(batch)
+    return torch.cat(kept)
+
+
+def features(
+    before: nn.Module, after: nn.Module, test: Images, triggered: Images, method: Literal["tsne", "pca"] = "tsne",
+    count: int = 600,
+) -> Figure:  # fmt: skip
+    """Maps of the last features of two networks: `count` clean images and a quarter as many triggered ones.
+
+    Clean images of the target label are blue, others grey with their class at the centre; triggered ones are crosses.
+    """
+    clean, n = test[evenly_spaced(len(test), count)], min(count, len(test))
+    bad = triggered[evenly_spaced(len(triggered), max(1, count // 4))]
+    x, target = to_float(torch.cat([clean.pixels, bad.pixels])), int(bad.labels.mode().values)
+    wanted = clean.labels == target
+    figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
+    for panel, (title, model) in zip(panels, {"backdoored": before, "purified": after}.items(), strict=True):
+        points = _to_plane(last_features(model.eval(), x), method)
+        panel.scatter(*points[:n][~wanted].T, s=5, color="#bbbbbb", label="clean, other classes")
+        panel.scatter(*points[:n][wanted].T, s=8, color=BLUE, label=f"clean, class {target} (target)")
+        panel.scatter(*points[n:].T, s=14, color=RED, marker="x", linewidths=0.8, label="triggered")
+        for label in clean.labels[~wanted].unique().tolist():
+            centre = points[:n][clean.labels == label].median(0).values.tolist()
+            panel.annotate(str(label), centre, fontsize=9, weight="bold")
+        panel.set(xticks=[], yticks=[], title=title, xlabel=f"{MAPS[method]} of the last features (no unit)")
+    add_legend(figure, panels)
+    return figure
+
+
+def _to_plane(points: Tensor, method: str) -> Tensor:
+    perplexity = min(30, (len(points) - 1) / 3)
+    pca, tsne = PCA(2, random_state=0), TSNE(2, perplexity=perplexity, init="pca", random_state=0)
+    centred = (points - points.mean(0)).numpy()
+    return torch.from_numpy((pca if method == "pca" else tsne).fit_transform(centred))
