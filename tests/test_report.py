@@ -431,7 +431,7 @@ def test_the_exports_hold_every_value_and_a_deviation_of_three(tmp_path):
     ]  # fmt: skip
     defense(attack(tmp_path, seed=2), "sau", 2, asr=5.0)
     sau = next(row for row in json.loads(as_json(tables(tmp_path))) if row["defense"] == "sau")
-    assert (sau["asr"], sau["asr_sd"]) == (3.0, 2.0) and r"3.00 $\pm$ 2.00" in as_latex(tables(tmp_path))
+    assert (sau["asr"], sau["asr_sd"]) == (3.0, 2.0) and r"3.00$\pm$2.00" in as_latex(tables(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\t=1", " =1", "\r@x", "a\r=1+1", "a\n=1", "\tx"])
