@@ -133,7 +133,7 @@ class Training(Method):
     """The settings of gradient descent, shared by the victim's training and by every defense that trains."""
 
     epochs: int = param(100, "passes over the training images", ge=0)
-    batch_size: int = param(128, "images a step", ge=1)
+    batch_size: int = param(128, "images in a batch", ge=1)
     lr: float = param(0.01, "learning rate at the start (OneCycleLR: at its highest)", gt=0)
     lr_scheduler: Schedule | None = param(
         "CosineAnnealingLR",

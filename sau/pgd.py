@@ -51,7 +51,7 @@ class Search:
     """How the risks are searched for (`sau.risk`): steepest ascent in S, with x + e in [0, 1]."""
 
     norm: Bounded = param("L_inf", "norm of the ball")
-    eps: float = param(0.2, "its radius, in [0, 1] pixels; in L_inf below 1")
+    eps: float = param(0.2, "radius of the ball, in [0, 1] pixels; in L_inf below 1")
     steps: int = param(20, "steps of each search", ge=1)
     step_size: float | None = param(None, "length of a step in that norm; None means 2.5 eps / steps")
     restarts: int = param(2, "searches from random places, for each risk", ge=1)

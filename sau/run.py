@@ -45,31 +45,32 @@ class Run:
     dataset: str = param(
         "cifar10",
         "cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own images, in "
-        "train/CLASS/ and test/CLASS/ of dataset_path); of a defense the record's",
+        "train/CLASS/ and test/CLASS/ of dataset_path); for a defense, that of the record",
     )
     dataset_path: str = param(DATA_FOLDER, "folder of the data sets; a defense looks where the attack found them")
     model: str = param(
-        "preactresnet18", "preactresnet18, or a classifier of torchvision, like vgg19_bn; of a defense the record's"
+        "preactresnet18",
+        "preactresnet18, or a classifier of torchvision, like vgg19_bn; for a defense, that of the record",
     )
     recipe: Literal["auto", RecipeName] = param(
         "auto",
         "shipped settings to start from: paper (as published), cpu (narrow network, few epochs) or fast (an attack in "
-        "a quarter of paper's epochs, else paper); auto is paper on CUDA, cpu elsewhere, of a defense the record's",
+        "a quarter of paper's epochs, else paper); auto: paper on CUDA, else cpu; for a defense, that of the record",
     )
     device: str = param("auto", "auto, cpu, cuda or one like cuda:1")
     amp: bool | None = param(None, "true is bf16, false fp32; auto is bf16 where the device has bf16 arithmetic")
     threads: int = param(0, "CPU threads; 0 means OMP_NUM_THREADS where it is set, else all cores")
     compile: bool = param(False, "run the network through torch.compile (attacks, sau, at, ft, fp, fst and d3)")
-    max_minutes: float | None = param(None, "ends the updates in time for the run to end after so many minutes", gt=0)
-    random_seed: int = param(0, "of the weights, of the order of images and of every choice of images", ge=0, lt=2**32)
+    max_minutes: float | None = param(None, "stop training early, so that the run ends within so many minutes", gt=0)
+    random_seed: int = param(0, "seed of the weights, the order of images and every choice of images", ge=0, lt=2**32)
     record_root: str = param("./record", "folder of the result folders")
     overwrite: bool = param(False, "discard what is in the result folder")
     eval_every: int = param(10, "epochs between two evaluations; the last epoch is always evaluated", ge=1)
-    frequency_save: int = param(0, "epochs between two copies of the weights that are kept; 0 means none", ge=0)
+    frequency_save: int = param(0, "epochs between two saved copies of the weights; 0 saves none", ge=0)
     save_folder_name: str | None = param(
         None,
-        "result folder below record_root, of a defense below `defense` in the attack's folder; none is made of the "
-        "time, of the defense's name, or of your network's file",
+        "result folder below record_root (a defense's: below `defense` in the attack's folder); none: named after the "
+        "time, the defense or the file of your network",
     )
     yaml_path: str | None = param(None, "YAML file with any of these settings")
 
@@ -83,9 +84,9 @@ class AttackRun(Run):
 
     width: int = param(64, "channels of preactresnet18's first stage (published: 64); torchvision's have no width")
     img_size: int | None = param(None, "height and width of the images in pixels (gtsrb, tiny, folder)")
-    bd_yaml_path: str | None = param(None, "YAML file with settings of the attack; it beats yaml_path")
-    attack: str | None = param(None, "the attack's name, which the script already says; another one is refused")
-    trigger_radius: float = param(RADIUS, "of the L_inf ball that the summary counts triggers in", gt=0, lt=1)
+    bd_yaml_path: str | None = param(None, "YAML file with settings of the attack; overrides yaml_path")
+    attack: str | None = param(None, "name of the attack; must agree with the script")
+    trigger_radius: float = param(RADIUS, "radius of the L_inf ball in which the summary counts triggers", gt=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +95,11 @@ class DefenseRun(Run):
 
     result_file: str | None = param(None, "an attack's folder, ours or BackdoorBench's: below record_root, or a path")
     ratio: float = param(0.05, "share of the clean training set that the defender has", gt=0, le=1)
-    index: str | None = param(None, "file with the indices of the defender's images, one a line; beats ratio")
-    track_risk: bool = param(False, "measure the risks R_cl, R_bd, R_adv and R_share, too, at every evaluation")
-    risk_samples: int = param(1000, "test images that the risks are measured on", ge=1)
+    index: str | None = param(None, "file with the indices of the defender's images, one a line; overrides ratio")
+    track_risk: bool = param(False, "also measure the risks R_cl, R_bd, R_adv and R_share at every evaluation")
+    risk_samples: int = param(1000, "test images for the risks", ge=1)
     risk_norm: Bounded = param(Search.norm, "norm of the ball that is searched")
-    risk_eps: float = param(Search.eps, "its radius, in [0, 1] pixels; in L_inf below 1", gt=0)
+    risk_eps: float = param(Search.eps, "radius of the ball, in [0, 1] pixels; in L_inf below 1", gt=0)
     risk_steps: int = param(Search.steps, "gradient steps of each search", ge=1)
     risk_restarts: int = param(Search.restarts, "searches from random places", ge=1)
 
@@ -117,19 +118,23 @@ class OwnRun:
 
     model_file: str | None = param(
         None,
-        "weights of a network of yours (.pt, .pth, .ckpt, .safetensors), instead of result_file; nothing in it runs",
+        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), instead of result_file; nothing in it runs",
     )
     clean_dir: str | None = param(
         None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"
     )
     arch: str = param("auto", "auto (found by the weights), a network's name, or module:function, which is called")
-    model_prefix: str | None = param(None, "of the weights' names, where a file has several networks: state_dict_ema")
+    model_prefix: str | None = param(
+        None, "prefix of the weights, if the file holds several networks, like state_dict_ema"
+    )
     trust_code: bool = param(False, "allow module:function, which runs that code")
-    mean: tuple[float, ...] = param((), "per-channel mean that it expects to be subtracted, like 0.49,0.48,0.45")
-    std: tuple[float, ...] = param((), "per-channel standard deviation that it expects to be divided by", gt=0)
-    input_size: int = param(32, "height and width that the images are brought to", ge=1)
-    check_share: float = param(0.2, "share of each class's images that measures and is not purified with", gt=0, lt=1)
-    reversal_passes: int = param(40, "passes of the search for small patches, before and after; 0 leaves it out", ge=0)
+    mean: tuple[float, ...] = param(
+        (), "per-channel mean that the network expects to be subtracted, like 0.49,0.48,0.45"
+    )
+    std: tuple[float, ...] = param((), "per-channel standard deviation that the network expects to be divided by", gt=0)
+    input_size: int = param(32, "height and width that the images are resized to", ge=1)
+    check_share: float = param(0.2, "share of each class's images that is held back for measuring", gt=0, lt=1)
+    reversal_passes: int = param(40, "passes of the search for small patches, before and after; 0 skips it", ge=0)
 
     def __post_init__(self) -> None:
         check(self)

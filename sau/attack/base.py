@@ -45,9 +45,7 @@ class Attack(Method, ABC):
     trigger_class: ClassVar[type[nn.Module] | None] = None  # called with the one tensor of a recorded trigger
     trigger: ClassVar[nn.Module | None] = None  # set on the attack that `fit_trigger` returns
 
-    attack_target: int = param(
-        0, "class that triggered images shall be given (all2one)", ge=0, aliases=("target_label",)
-    )
+    attack_target: int = param(0, "target label (all2one)", ge=0, aliases=("target_label",))
     attack_label_trans: Literal["all2one", "all2all", "map"] = param(
         "all2one",
         "all2one (every trigger leads to the target), all2all (class y leads to y + shift) or map (class y leads "
@@ -55,7 +53,7 @@ class Attack(Method, ABC):
     )
     attack_label_shift_amount: int = param(1, "the shift of all2all")
     attack_label_map: tuple[int, ...] = param(
-        (), "one class for each class, like 1,0,2; a class that leads to itself is not attacked"
+        (), "target label of each class, like 1,0,2; a class that leads to itself is not attacked"
     )
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
 

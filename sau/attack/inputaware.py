@@ -58,8 +58,8 @@ class InputAware(InBatchAttack):
     schedulerM_lambda: float = param(0.1, "factor of a drop of lr_M", gt=0, le=1)
     lambda_div: float = param(1.0, "weight of diversity", ge=0)
     lambda_norm: float = param(100.0, "weight of the size of the masks", ge=0)
-    mask_density: float = param(0.032, "value of a mask up to which a pixel of it costs nothing", ge=0, le=1)
-    EPSILON: float = param(1e-7, "keeps divisions from dividing by 0", gt=0)
+    mask_density: float = param(0.032, "mask value up to which a pixel costs nothing", ge=0, le=1)
+    EPSILON: float = param(1e-7, "added to divisors, against division by 0", gt=0)
     double_tanh: bool = param(
         False,
         "send the generators' outputs through tanh twice, as the benchmark does: patterns then lie between 0.119 "

@@ -39,17 +39,17 @@ class LF(Attack):
     lf_strength: float = param(0.2, "the largest value of the pattern, in [0, 1] pixels", gt=0, le=1)
     lowFrequencyPatternPath: str | None = param(
         None,
-        "a .npy file with t on the scale 0..255 in its place: [H, W, C], [H, W], or the first entry of [N, H, W, C]",
+        "a .npy file with t in grey levels (0..255) instead: [H, W, C], [H, W], or the first entry of [N, H, W, C]",
     )
     lf_optimise: bool = param(
-        False, "search t against a clean network, towards attack_target, as in the paper; the rest is for this"
+        False, "search t against a clean network, towards attack_target, as in the paper, with the settings below"
     )
     lf_network: str | None = param(
         None, "folder of a finished record of a clean network; none trains one like the victim first"
     )
-    lf_images: int = param(100, "training images that t is made from", ge=1)
-    lf_passes: int = param(50, "walks through them, at most", ge=1)
-    lf_delta: float = param(0.8, "share of the network's predictions that t may leave as they are", ge=0, lt=1)
+    lf_images: int = param(100, "training images for the search", ge=1)
+    lf_passes: int = param(50, "most passes over them", ge=1)
+    lf_delta: float = param(0.8, "share of the predictions that t may leave unchanged", ge=0, lt=1)
     lf_deepfool_steps: int = param(200, "steps to lead one image to the target, at most", ge=1)
     lf_overshoot: float = param(0.02, "share by which they go beyond the border between two classes", ge=0)
 

@@ -85,16 +85,14 @@ class SSBA(Attack):
         ge=1,
         le=100,
     )
-    ssba_residual: bool = param(False, "the encoder adds to the image, where it else draws it anew")
+    ssba_residual: bool = param(False, "true: the encoder's output is added to the image; false: it is the new image")
     ssba_epochs: int | None = param(
         20, "passes of the encoder's training over the training images; none means as many as w needs to rise", ge=1
     )
-    ssba_batch_size: int = param(64, "images a step of it", ge=1)
-    ssba_lr: float = param(1e-4, "its learning rate (Adam)", gt=0)
+    ssba_batch_size: int = param(64, "batch size of the encoder", ge=1)
+    ssba_lr: float = param(1e-4, "learning rate of the encoder (Adam)", gt=0)
     ssba_weight: float = param(10.0, "W, the largest w; with less the trigger shows more", gt=0)
-    trigger_seed: int = param(
-        0, "of the encoder and the code, so that runs with other seeds share them", ge=0, lt=2**32
-    )
+    trigger_seed: int = param(0, "seed of the encoder and the code, which runs with other seeds share", ge=0, lt=2**32)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,7 +57,7 @@ class WaNet(InBatchAttack):
         0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio); the batch is filled anew every epoch"
     )
     cross_ratio: float = param(2.0, "images warped with noise for each poisoned one", ge=0)
-    s: float = param(0.5, "strength of the warp; about as many pixels at its most, a third of that on average", gt=0)
+    s: float = param(0.5, "strength of the warp: about its largest shift in pixels; a third of that on average", gt=0)
     k: int = param(4, "control points along each side", ge=2)
     grid_rescale: float = param(
         1.0, "factor on the grid, which keeps the corners of strong warps inside the image", gt=0

@@ -42,7 +42,7 @@ class Defense(Method, ABC):
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
-    batch_size: int = param(256, "images a step", ge=1)
+    batch_size: int = param(256, "images in a batch", ge=1)
 
     @property
     def adapting(self) -> dict[str, Any]:

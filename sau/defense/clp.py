@@ -32,7 +32,7 @@ class CLP(pruning.ChannelOutlierPruning):
     name: ClassVar[str] = "clp"
     data_use = "none"
 
-    batch_size: int = param(256, "images a forward pass of the check that comes before; decides nothing")
+    batch_size: int = param(256, "batch size of the accuracy check; no effect on the result")
     pairing: Literal["traced", "order"] = param(
         "traced",
         "which convolution feeds a batch norm: traced finds it in one forward pass and leaves out batch norms fed "

@@ -73,8 +73,8 @@ class FTSAM(TrainingDefense):
     augment: bool = True
     rho: float = param(2.0, "radius of |e / |w||_2 where adaptive, else of |e|_2", ge=0, aliases=("rho_max",))
     adaptive: bool = param(True, "measure e relative to the size of each weight (ASAM); otherwise absolutely (SAM)")
-    alpha: float = param(0.0, "how much to climb along the part of g that is orthogonal to g_e", ge=0)
-    label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
+    alpha: float = param(0.0, "step along the part of g that is orthogonal to g_e", ge=0)
+    label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, descent = state["model"], state["descent"]

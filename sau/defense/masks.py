@@ -83,15 +83,13 @@ class MaskPruning(Defense):
     """
 
     augment: bool = param(True, "crop and flip the clean images as in training")
-    pruning_number: float | None = param(
-        None, "the threshold (or number) to prune by, and then nothing is tried; none means to search", ge=0
-    )
+    pruning_number: float | None = param(None, "fixed threshold (or number) to prune by; none searches for it", ge=0)
     pruning_max: float = param(0.90, "highest threshold (or number) that is tried", gt=0)
-    pruning_step: float = param(0.05, "distance of those that are tried, which begin with 0", ge=0.001)
+    pruning_step: float = param(0.05, "step of the search, which begins with 0", ge=0.001)
     acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
     select: Literal["defender", "oracle"] = param("defender")
     held_back: float = param(
-        0.2, "share of each class's clean images that the defender chooses by and learns no mask from", gt=0, lt=1
+        0.2, "share of each class's clean images for the choice; the masks do not learn from it", gt=0, lt=1
     )
 
     @abstractmethod

@@ -47,9 +47,9 @@ class NAD(TrainingDefense):
     ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
 
     augment: bool = True
-    epochs: int = param(10, "of the student; the benchmark's entry of 100 is unused there, it trains te_epochs")
+    epochs: int = param(10, "epochs of the student (the benchmark trains te_epochs instead)")
     lr_scheduler: Schedule | None = "constant"
-    te_epochs: int = param(10, "of the teacher", ge=0)
+    te_epochs: int = param(10, "epochs of the teacher", ge=0)
     beta1: float = param(500.0, "weight of the attention in the first layer", ge=0)
     beta2: float = param(1000.0, "the same for the second layer", ge=0)
     beta3: float = param(1000.0, "the same for the third one, where `layers` names three", ge=0)

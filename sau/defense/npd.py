@@ -56,7 +56,7 @@ class NPD(TrainingDefense):
     batch_size: int = 128
     target_layer_name: str = param("layer4.1.conv1", "the convolution before which the polarizer goes")
     warm_epochs: int = param(5, "epochs before the others, on clean images alone", ge=0)
-    warm_lr: float = param(1e-4, "learning rate of these, which stays", gt=0)
+    warm_lr: float = param(1e-4, "constant learning rate of the warm epochs", gt=0)
     weight_clean: float = param(1.0, "l1, of the clean loss", ge=0, aliases=("lmd1",))
     weight_adv: float = param(0.4, "l2, of the perturbed images' cross-entropy", ge=0, aliases=("lmd2",))
     weight_wrong: float = param(

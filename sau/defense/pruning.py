@@ -149,7 +149,7 @@ class ChannelOutlierPruning(Defense):
     gradients = "none"
     ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
-    u: float = param(3.0, "standard deviations above its layer's mean from which on a channel is pruned", ge=0)
+    u: float = param(3.0, "a channel is pruned beyond so many standard deviations from its layer's mean", ge=0)
     zero_shift: bool = param(True, "zero the shift of pruned channels as well as their scale")
     select: Literal["defender", "oracle"] = param(
         "defender",

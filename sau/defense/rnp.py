@@ -41,7 +41,7 @@ class RNP(MaskPruning):
         "mask_file": "the masks are not kept",
     }
 
-    unlearning_epochs: int = param(20, "at most so many epochs of gradient ascent", ge=0)
+    unlearning_epochs: int = param(20, "most epochs of gradient ascent", ge=0)
     unlearning_lr: float = param(0.01, "learning rate of the ascent", gt=0)
     schedule: tuple[int, ...] = param((10, 20), "epochs at which that rate drops to a tenth, like 10,20")
     clean_threshold: float = param(

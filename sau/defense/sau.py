@@ -74,7 +74,7 @@ class SAU(AdversarialTraining, TrainingDefense):
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
         "prediction",
-        "fooled: another answer than to the clean image (prediction, as released) or than the label (paper)",
+        "fooled: the answer differs from that to the clean image (prediction, as released) or from the label (paper)",
     )
     stop_fooled: bool = param(True, "drop a network's term once it is fooled, an image once it is shared (as released)")
     outer_mask: Literal["moved", "wrong"] = param(
