@@ -188,7 +188,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     begin(record, run, identity, model, method, where, facts, [line], asked.without_effect)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
-    _warn_below(record, attacked.gate, before, "the attack of this record", "what a defense does with it says nothing")
+    _warn_below(record, attacked.gate, before, "the attack of this record", "results of defenses on it say nothing")
     risks = None
     if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)

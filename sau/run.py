@@ -118,7 +118,7 @@ class OwnRun:
 
     model_file: str | None = param(
         None,
-        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), instead of result_file; nothing in it runs",
+        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), instead of result_file; no code in it is run",
     )
     clean_dir: str | None = param(
         None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"
@@ -170,7 +170,7 @@ def begin(
         record.log(line)
     if ignored:
         record.log(f"warning: flags without effect here: {ignored}")
-    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} threads")
+    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} thread{'s' * (threads > 1)}")
     if run.compile != model.compiled:
         why = "this run goes on as it began" if method.compiles else f"the networks of {method.name} cannot be compiled"
         record.log(f"note: {why}, so --compile has no effect")

@@ -42,7 +42,7 @@ class Block:
     dataset: str = param("cifar10", "the data set")
     dataset_path: str = param("./data", "folder of the data sets")
     recipe: RecipeName = param("cpu", "shipped settings to start from")  # auto would depend on the machine
-    device: Literal["cpu", "cuda"] = param("cpu", "where every cell computes")
+    device: Literal["cpu", "cuda"] = param("cpu", "device of every cell")
     amp: bool = param(False, "true is bf16, false is fp32")
     threads: int = param(1, "CPU threads of a cell, which are part of its result", ge=1)
     memory_gb: float = param(2.0, "GiB that a cell needs", gt=0)
@@ -88,7 +88,7 @@ class Block:
 class Grid:
     """A whole file: its blocks, and what concerns all of them."""
 
-    include: str | None = param(None, "grid file that this one replaces parts of, relative to this one")
+    include: str | None = param(None, "grid file that this one starts from, relative to this one")
     blocks: tuple[Block, ...] = param((), "each replaces some of the file's settings; none means one block")
     record_root: str = param("./record/grid", "folder of the cells, relative to where the command runs")
     published: tuple[str, ...] = param((), "files (.jsonl) of finished cells, relative to this one")
