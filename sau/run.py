@@ -118,7 +118,7 @@ class OwnRun:
 
     model_file: str | None = param(
         None,
-        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), instead of result_file; no code in it is run",
+        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), instead of result_file; nothing in it runs",
     )
     clean_dir: str | None = param(
         None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"
