@@ -39,12 +39,6 @@ def test_smoothing_leaves_the_label_exactly_its_share():
     assert torch.isfinite(smoothed_loss(z[:, :2], y % 2, 0.5))
 
 
-def test_the_direction_loses_the_part_that_only_the_plain_gradient_has():
-    """g = (1, 1), g_e = (2, 0): the orthogonal part of g is (0, 1)."""
-    (found,) = FTSAM(alpha=0.5).direction(doubles([1.0, 1.0]), doubles([2.0, 0.0]))
-    assert found.tolist() == pytest.approx([2.0, -0.5])
-
-
 def test_weights_are_undone_to_the_bit_whatever_happens():
     weights = [torch.randn(100) * 10.0**i for i in range(-3, 3)]
     before = [weight.clone() for weight in weights]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from toys import backdoored, batch, pair, quiet, same_weights, smooth_net, tiny_net
 
 from sau.defense import IBAU
-from sau.defense.i_bau import solve
 from sau.evaluate import score
 from sau.loop import Session
 from sau.models import Normalized, to_channels_last
@@ -24,32 +23,6 @@ Double = tuple[Tensor, Tensor]
 def hypergradient(defense: IBAU, net: nn.Module, outer: Double, first: Double, delta: Tensor, carriers: Tensor) -> Any:
     surrogate, *_ = defense.losses(net, outer, first, delta, carriers)
     return torch.autograd.grad(surrogate, list(net.parameters()))
-
-
-def test_the_hypergradient_of_a_quadratic_problem():
-    """l_in = d'Hd/2 + d'Bw has d* = -H^-1 B w; with l_out = |d - a|^2/2 the total derivative is -B' H^-1 (d* - a)."""
-    torch.manual_seed(0)
-    roots, b, w, a = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (4, 3), (3,), (4,)))
-    h = roots @ roots.T / 4 + torch.eye(4)
-    w.requires_grad_()
-    delta = (-torch.linalg.solve(h, b @ w)).detach().requires_grad_()
-    g = (delta - a).detach()
-    exact = -b.T @ torch.linalg.solve(h, g)
-    rate, errors = 0.2, []
-    for steps in (1, 5, 20, 300):
-        slope = h @ delta + b @ w
-        v = solve(slope, delta, g, steps, rate)
-        (found,) = torch.autograd.grad(-rate * (v * slope).sum(), w)
-        errors.append(float((found - exact).norm() / exact.norm()))
-    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1 and errors[-1] < 1e-8
-
-
-def test_the_iteration_is_the_neumann_sum():
-    """After K steps from zero v is the sum of the first K powers of 1 - r H, applied to g."""
-    h, g = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)), torch.tensor([1.0, -2.0], dtype=torch.float64)
-    delta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    v = solve(h @ delta, delta, g, 3, 0.1)
-    assert v.tolist() == pytest.approx([1 + 0.9 + 0.81, -2 * (1 + 0.7 + 0.49)])
 
 
 def test_the_hypergradient_is_the_derivative_of_the_bilevel_value():

@@ -127,16 +127,6 @@ def test_without_attention_the_student_is_fine_tuned():
     assert all(not module._forward_hooks for module in on.modules())
 
 
-def test_attention_comes_closer_to_the_teachers():
-    net, data = tiny_net(), pair()
-    losses: list[float] = []
-    session = Session(
-        say=lambda text: None, on_epoch=lambda e, row, s: losses.append(row.get("attention_loss", 0)) or {}
-    )
-    NAD(te_epochs=10, epochs=10, **SMALL).purify(net, data, session=session)
-    assert 0 < losses[-1] < losses[10] / 2
-
-
 @cache
 def a_teacher() -> nn.Module:
     return FT(epochs=2, lr_scheduler="constant", **SMALL).purify(tiny_net(), pair(), session=quiet())

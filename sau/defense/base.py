@@ -134,14 +134,14 @@ class Defense(Method, ABC):
         session = (session or Session()) if progress else (session or Session()).quiet()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
-        model, (mean, std) = inputs.unwrap(model), statistics(mean, std)
+        model, stats = inputs.unwrap(model), statistics(mean, std)
         place = torch.device(device) if device is not None else next(model.parameters()).device
         with grad_enabled(place):
             mine = inputs.copy_to(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # networks for inference are often frozen
-            owned = mine if isinstance(mine, Normalized) else Normalized(mine, mean, std).to(place)
-            batches: Any = inputs.clean_batches(data, self.batch_size, place, mean, std, seed)
+            owned = mine if isinstance(mine, Normalized) else Normalized(mine, *stats).to(place)
+            batches: Any = inputs.clean_batches(data, self.batch_size, place, stats, seed)
             x, y = inputs.first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
                 judged = self.gradients != "none" and inputs.check_gradients(self, owned, x)

@@ -14,13 +14,14 @@ from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import Session
 from sau.models import match_memory_format, to_channels_last
 from sau.models.normalized import check_initialised, check_labels, check_logits, is_finite, logits_of
-from sau.types import Batched, Loader, Pixels
+from sau.types import Batched, Pixels
 from sau.util import epoch_generator, seeded
 
 HARM = 0.1  # of the clean images
 SHUFFLED = 20  # images that chance does not sort by class
 EMPTY = "the clean set is empty; give at least one labelled image"
-Statistics = Sequence[float] | None  # a number for each channel, or one for all; None: the images are in [0, 1]
+# Mean and deviation that were undone: a number for each channel, or one for all; None: the images are in [0, 1].
+Statistics = tuple[Sequence[float], Sequence[float]] | tuple[None, None]
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -139,28 +140,25 @@ def misuse(right: int, total: int, classes: int) -> str | None:
     )
 
 
-def clean_batches(
-    data: Images | Loader | tuple[Tensor, Tensor], size: int, device: torch.device, mean: Statistics, std: Statistics,
-    seed: int,
-) -> Batched:  # fmt: skip
+def clean_batches(data: Any, size: int, device: torch.device, stats: Statistics, seed: int) -> Batched:
     """Batches of (pixels in [0, 1], labels) from `Images`, a pair of tensors or a loader. DataError for what is none,
     and, when a loader is walked through, for batches that are not (see `checked`)."""
     if isinstance(data, Images):
         data = (data.pixels, data.labels)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        pixels, labels = checked(data[0], data[1], mean, std)
-        check_normalised(float(data[0].min()), float(data[0].max()), mean, std)
+        pixels, labels = checked(data[0], data[1], stats)
+        check_normalised(float(data[0].min()), float(data[0].max()), stats)
         return Batches(pixels.to(device), (labels.to(device),), size, seed)
     try:
-        loader = not isinstance(data, Tensor | Iterator) and len(data) >= 0  # type: ignore[arg-type]
+        loader = not isinstance(data, Tensor | Iterator) and len(data) >= 0
     except TypeError:  # also from the `__len__` of a DataLoader over an endless stream
         loader = False
     if not loader:
         raise DataError(f"clean data of type {type(data).__name__}; give a DataLoader with a length, or two tensors")
-    return _Loader(data, device, mean, std, seed)
+    return _Loader(data, device, stats, seed)
 
 
-def checked(x: Any, y: Any, mean: Statistics, std: Statistics) -> tuple[Tensor, Tensor]:
+def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
     """Pixels as uint8 or as float in [0, 1] (normalisation undone) and labels as int64; DataError if they cannot be."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise DataError(f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors")
@@ -176,6 +174,7 @@ def checked(x: Any, y: Any, mean: Statistics, std: Statistics) -> tuple[Tensor, 
         return x, y.long()
     if not x.is_floating_point():
         raise DataError(f"pixels of type {x.dtype}; allowed are uint8 0..255 or floats in [0, 1]")
+    mean, std = stats
     if mean is None or std is None:
         return in_range(x), y.long()
     if len(mean) not in (1, x.shape[1]):
@@ -183,12 +182,13 @@ def checked(x: Any, y: Any, mean: Statistics, std: Statistics) -> tuple[Tensor, 
     return in_range(x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1)), y.long()
 
 
-def check_normalised(low: float, high: float, mean: Statistics, std: Statistics) -> None:
+def check_normalised(low: float, high: float, stats: Statistics) -> None:
     """DataError if images that are to be normalised, whose values range from `low` to `high`, are not.
 
     Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
     Where they do, although black would lie below, the images were in [0, 1], and undoing changed them.
     """
+    mean, std = stats
     if mean is None or std is None or not -OVERSHOOT < low <= high < 1 + OVERSHOOT:
         return
     if all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
@@ -201,8 +201,8 @@ def check_normalised(low: float, high: float, mean: Statistics, std: Statistics)
 class _Loader:
     """A user's loader with every batch checked and moved; its own augmentation and order stay in force."""
 
-    def __init__(self, loader: Any, device: torch.device, mean: Statistics, std: Statistics, seed: int) -> None:
-        self.loader, self.device, self.mean, self.std, self.seed = loader, device, mean, std, seed
+    def __init__(self, loader: Any, device: torch.device, stats: Statistics, seed: int) -> None:
+        self.loader, self.device, self.stats, self.seed = loader, device, stats, seed
         self.augment: Augment | None = None
         self.epoch, self.size = 0, None  # the loader's own
 
@@ -217,13 +217,13 @@ class _Loader:
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
-            x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.mean, self.std))
-            if self.epoch == 0 and self.mean is not None:  # once is enough
+            x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.stats))
+            if self.epoch == 0 and self.stats[0]:  # once is enough
                 low, high = min(low, float(batch[0].min())), max(high, float(batch[0].max()))
             yield to_float(self.augment(x, generator) if self.augment else x), y
         if batch is None:
             raise DataError(EMPTY)
-        check_normalised(low, high, self.mean, self.std)
+        check_normalised(low, high, self.stats)
 
 
 def unaugmented(batches: Batched) -> Batched:

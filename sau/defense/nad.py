@@ -70,26 +70,23 @@ class NAD(TrainingDefense):
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
         session.say(f"attention of {', '.join(terms)}")
-        teacher = self._teacher(model, batches, session).eval().requires_grad_(False)
-        state = {**self.prepare(model, batches), "teacher": teacher, "weights": weights}
-        self.train(state, batches, session.for_stage(1))
-
-    def _teacher(self, model: nn.Module, batches: Batched, session: Session) -> nn.Module:
         teacher = copy.deepcopy(model)
         if self.teacher_model_loc is not None:
             from sau.record.attack_result import load_weights  # and all that reads records, where it is needed alone
 
             load_weights(teacher, Path(self.teacher_model_loc))
-            return teacher
+        else:
+            self.tune(teacher, batches, session)
+        state = {"teacher": teacher.eval().requires_grad_(False), "weights": weights}
+        self.train({**self.prepare(model, batches), **state}, batches, session.for_stage(1))
+
+    def tune(self, teacher: nn.Module, batches: Batched, session: Session) -> None:
+        """Fine-tune a copy of the network, which becomes the teacher."""
         plan = replace(self, epochs=self.te_epochs)
         state = plan.prepare(teacher, batches)
-        loop.run(
-            partial(TrainingDefense.step, plan, state), batches, plan.epochs,
-            # Without "model": nobody wants the teacher's scores.
-            state={"teacher": teacher, "descent": state["descent"]},
-            end_epoch=partial(plan.end_epoch, state), session=session, label="teacher",
-        )  # fmt: skip
-        return teacher
+        step, end_epoch = partial(TrainingDefense.step, plan, state), partial(plan.end_epoch, state)
+        kept = {"teacher": teacher, "descent": state["descent"]}  # without "model": nobody wants the teacher's scores
+        loop.run(step, batches, plan.epochs, state=kept, end_epoch=end_epoch, session=session, label="teacher")
 
     def supports_microbatch(self) -> bool:
         return True
