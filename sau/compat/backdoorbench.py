@@ -41,8 +41,7 @@ def read(folder: Path) -> AttackResult:
     """Read `attack_result.pt` of a folder and the images that it lists; clean images are not among them.
 
     Images of a folder `cross_...` have role CROSS. WaNet and its like store covers among the others, which then have
-    role BACKDOOR and labels equal to true_labels. Changes of the file on purpose are not noticed: its only checksum is
-    the archive's CRC-32. RecordError names the file and what is wrong, in one line.
+    role BACKDOOR and labels equal to true_labels. RecordError names the file and what is wrong.
     """
     path = folder / BACKDOORBENCH
     raw = torch_file.content(path)
@@ -130,9 +129,6 @@ def _row(folder: Path, name: str, entry: Any, index: int, classes: int) -> tuple
     raise RecordError(
         f"{what} is at {reprlib.repr(path)}; {file} is missing or no ordinary file; copy the whole folder"
     )
-
-
-# Writing
 
 
 def exported_images(record: Record, data: str | None = None) -> tuple[Images, Images, Images, int]:
@@ -237,15 +233,12 @@ def _split(images: Images, split: str, order: np.ndarray, length: int, folder: P
 
 
 def _save_for_numpy_1(content: Any, path: Path) -> None:
-    """`torch.save` with numpy's modules under their names in numpy 1, which both versions read.
-
-    `.format_version` is left out: it promises distances between members that only torch's own writer keeps.
-    """
+    """`torch.save` with numpy's modules under their names in numpy 1, which both versions read."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
-            if not name.endswith("/.format_version"):
+            if not name.endswith("/.format_version"):  # it promises distances that only torch's own writer keeps
                 member = old.read(name)
                 if name.endswith("/data.pkl"):
                     member = member.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")

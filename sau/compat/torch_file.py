@@ -115,9 +115,8 @@ def content(path: Path) -> bytes:
 def load(path: Path, raw: bytes) -> Any:
     """What `raw`, the content of a file of `torch.save`, holds, with stand-ins for what is no tensor or plain value.
 
-    Raises:
-        ProgramError: the file imports what is not on the list, or is TorchScript; nothing of it has run.
-        RecordError: the file is damaged (files of torch before 1.6 have no checksums) or of another format.
+    ProgramError if the file imports what is not on the list, or is TorchScript; RecordError if it is damaged (files of
+    torch before 1.6 have no checksums) or of another format. Nothing of it is run.
     """
     try:
         if raw.startswith(ZIP):

@@ -39,10 +39,8 @@ class Weights:
     classes: list[str] | None = None  # their names in the order of the logits, if the file holds them
 
     def prefix(self, own: Mapping[str, Tensor]) -> str | None:
-        """The prefix under which the names and shapes of the state dict `own` lie, and nothing else; None without one.
-
-        What lies beside it, like an optimiser's tensors, does not matter. RecordError if there are several.
-        """
+        """The prefix under which the names and shapes of the state dict `own` lie, and nothing else; None without one,
+        RecordError if there are several. What lies beside it, like an optimiser's tensors, does not matter."""
         fitting = [start for start in self.starts(next(iter(own))) if _shapes(self.below(start)) == _shapes(own)]
         if len(fitting) > 1:
             under = [prefix[:50] for prefix in fitting[:3]]
@@ -102,10 +100,8 @@ def file_format(raw: bytes) -> str:
 
 
 def read(path: Path, raw: bytes | None = None) -> Weights:
-    """Read a `.pt`, `.pth`, `.ckpt` or `.safetensors` file; its content tells the format, not its name.
-
-    Nothing in it is run. `raw` is its content, if it has been read. RecordError if it cannot be read.
-    """
+    """Read a `.pt`, `.pth`, `.ckpt` or `.safetensors` file without running anything in it; `raw` is its content, if it
+    has been read, and tells the format. RecordError if it cannot be read."""
     raw = torch_file.content(path) if raw is None else raw
     kind, digest = file_format(raw), hashlib.sha256(raw).hexdigest()
     if kind != SAFE:
@@ -157,11 +153,8 @@ class Guess(NamedTuple):
 
 
 def guess(found: Weights) -> Guess | None:
-    """The network whose names and shapes are in `found`, or None; RecordError if it is there more than once.
-
-    Candidates are preactresnet18 of any width and torchvision's classifiers, except regnet, whose state dict cannot be
-    had without memory for its weights.
-    """
+    """The network whose names and shapes are in `found`: preactresnet18 of any width, one of torchvision's classifiers
+    (except regnet, which needs memory to be compared), or None; RecordError if it is there more than once."""
     names = sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))
     for name in [*MODELS, *(name for name in names if not name.startswith("regnet"))]:
         first, *_, last = state_dict_spec(partial(unwrapped, name, 10, 64))

@@ -31,14 +31,9 @@ _STRAY = {
 }  # fmt: skip
 
 
-# CIFAR
-
-
 def cifar(name: str, root: Path, size: int = 32) -> tuple[Images, Images]:
-    """Train and test images [N, 3, 32, 32] of cifar10, or of cifar100 with the fine classes, from the official files.
-
-    A smaller file is a subset. Downloads to `root`/`name` what is nowhere under `root`.
-    """
+    """Train and test images [N, 3, 32, 32] of cifar10, or of cifar100 with the fine classes, from the official files; a
+    smaller file is a subset. Downloads to `root`/`name` what is nowhere under `root`."""
     official = _official(name)
     folder = _cifar_folder(name, root) or _download(root / name, official)
     splits = []
@@ -115,16 +110,9 @@ def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor
     return pixels, labels
 
 
-# Folders of images
-
-
 def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
     """German traffic signs, uint8 [N, 3, size, size], 43 classes: training images by class and file name, test images
-    as in GT-final_test.csv.
-
-    Layouts: torchvision's (gtsrb/GTSRB/Training), the official archives' (GTSRB/Final_Training/Images) and
-    BackdoorBench's (gtsrb/{Train,Test}).
-    """
+    as in GT-final_test.csv. The layout is torchvision's, the official archives' or BackdoorBench's."""
     bases, advice = (root / "gtsrb", root), "torchvision.datasets.GTSRB(root, download=True) fetches it"
     train = _first(bases, ("GTSRB/Training", "GTSRB/Final_Training/Images", "Train"), advice)
     test = _first(bases, ("GTSRB/Final_Test/Images", "Test"), advice)
@@ -140,10 +128,8 @@ def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
 
 
 def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
-    """Tiny ImageNet, uint8 [N, 3, size, size]: classes in the order of their ids, then file names.
-
-    The test images are those of `val`: val/images with val_annotations.txt, or val/<id>.
-    """
+    """Tiny ImageNet, uint8 [N, 3, size, size]: classes in the order of their ids, then file names. The test images are
+    those of val/images, listed in val_annotations.txt, or of val/<id>."""
     name = "tiny-imagenet-200"
     bases = (root / "tiny" / name, root / "tiny", root / name, root)
     train = _first(bases, ("train",), f"unpack http://cs231n.stanford.edu/{name}.zip there")
@@ -171,10 +157,9 @@ def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
 
 
 def image_folder(root: Path, size: int = 32, names: Sequence[str] | None = None) -> Images:
-    """Own images, uint8 [N, 3, size, size], from <class>/*; classes and files by name.
+    """Own images, uint8 [N, 3, size, size], from <class>/*; classes and files by name, without `_STRAY`.
 
-    Every file is an image but hidden ones and those that a system leaves there (`__MACOSX`, `Thumbs.db`, ...). `names`
-    are those of all classes in the order of their numbers; None numbers the folders in their order.
+    `names` are those of all classes in the order of their numbers; None numbers the folders in their order.
     """
     folders = class_folders(root)
     if len(folders) < 2:

@@ -127,10 +127,8 @@ def fingerprint(images: Images) -> str:
 
 
 def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None = None) -> Images:
-    """The defender's clean images: `int(ratio * N)` drawn as BackdoorBench draws them, or the indices of a file.
-
-    The draw is Python's `random.sample` right after seeding, so the indices equal the published lists.
-    """
+    """The defender's clean images: `int(ratio * N)` drawn as BackdoorBench draws them, so that the indices equal the
+    published lists, or the indices of a file."""
     n = len(images)
     if index_file is not None:
         picked = _read_indices(Path(index_file), n)
