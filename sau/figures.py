@@ -242,7 +242,7 @@ def _grid(rows: Mapping[str, Tensor], notes: Mapping[str, Sequence[str]]) -> Fig
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (title, row) in zip(axes, rows.items(), strict=True):
         for axis, image, text in zip(line, row, notes.get(title, [""] * columns), strict=True):
-            axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(text, fontsize=7)
             axis.spines[:].set_visible(False)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from sau.device import choose_device, prepare, set_threads
 from sau.errors import RecordError, printable
@@ -123,19 +122,8 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         yield f"features_{args.defense}", draw.features(before, after, test, attacked.triggered, args.map)
         clean, triggered = sample(test, attacked.triggered, EXAMPLE_IMAGES)
         if triggered:
-            networks = OnDevice(after.eval(), device), OnDevice(before, device)
-            yield f"examples_{args.defense}", draw.examples(*networks, clean, triggered, search)
-
-
-class OnDevice(nn.Module):
-    """A network on a device for inputs on the CPU; its outputs come back to the CPU."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.device = model.to(device), device
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.to(self.device)).to(x.device)
+            there = after.eval().to(device), before.to(device), clean.to(device), triggered.to(device)
+            yield f"examples_{args.defense}", draw.examples(*there, search)
 
 
 def verify(argv: Sequence[str]) -> int:
