@@ -241,6 +241,7 @@ class RunLogger:
             found, risks = self._measure(model, self.triggered())
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
             figures |= risks.row() if risks else {}
+            self.last = (network_digest(model), found, risks) if epoch == self.epochs else None
         self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
@@ -248,9 +249,7 @@ class RunLogger:
         return figures
 
     def _measure(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
-        risks = self.risks(model) if self.risks is not None else None
-        self.last = network_digest(model), score(model, self.test, triggered), risks
-        return self.last[1:]
+        return score(model, self.test, triggered), self.risks(model) if self.risks is not None else None
 
     def final(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
         """The score and the risks of the result, measured now unless the last evaluation was of the same weights; a
