@@ -23,8 +23,7 @@ from sau.data.images import BACKDOOR, Augment, Images, sample
 from sau.data.sources import fingerprint, source
 from sau.errors import ConfigError, DataError, RecordError, require
 from sau.evaluate import figures, proportions, score
-from sau.files import safe_join
-from sau.grid.store import defense_named
+from sau.grid.store import find
 from sau.models import Normalized
 from sau.record import attack_result
 from sau.record.folder import Record, as_json
@@ -128,12 +127,7 @@ def open_case(
 
 def _purified(attacked: attack_result.AttackResult, name: str) -> tuple[str, Normalized]:
     """A defense, marked where test data chose, and the network that it left."""
-    place = safe_join(attacked.path / "defense", name)
-    if not place.is_dir():
-        found = sorted(other.name for other in place.parent.glob("*") if defense_named(other.name)[0] == name)
-        if len(found) > 1:
-            raise RecordError(f"{attacked.path} has several defenses {name}: {', '.join(found)}; name one of these")
-        place = place.with_name(found[0]) if found else place
+    place = find(attacked.path / "defense", name)
     model, record = attacked.model(), Record(place)
     attack_result.load_weights(model, place)
     if attacked.digest is not None and record.check(light=True).get("attacked") != attacked.digest:

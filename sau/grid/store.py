@@ -40,14 +40,14 @@ def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
     return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}
 
 
-def find(root: str, name: str) -> Path:
-    """A result folder: by its path, its name below `root`, or there as a grid's attack and seed, like badnet_s0.
+def find(root: str | Path, name: str) -> Path:
+    """A result folder: by its path, its name below `root`, or there a grid's by what people call it: badnet_s0, sau.
 
     RecordError if there is none, or if several fit.
     """
-    attack, seed, _ = attack_named(name)
-    fitting = [path for path in sorted(Path(root).glob(f"{attack}_*_s{seed}")) if attack_named(path.name)[0] == attack]
-    if Path(root, name).is_dir() or Path(name).is_dir() or not fitting:
+    short = re.compile(rf"_[rc]{_DECIMAL}(_oracle)?")
+    fitting = [path for path in sorted(Path(root).glob("*")) if short.sub("", _MARK.sub("", path.name)) == name]
+    if Path(root, name).is_dir() or not fitting:
         return existing(root, name)
     if len(fitting) > 1:
         raise RecordError(f"{root} has several {name}: {', '.join(path.name for path in fitting)}; name one of these")
