@@ -73,7 +73,8 @@ def run_cells(
                     continue
                 waiting.remove(cell)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, outcome = running.pop(future), _outcome(future, engine)
+                cell, error = running.pop(future), future.exception()  # a process, a worker or its machine is lost
+                outcome = Outcome(f"worker lost: {first_line(error)}") if error else future.result()
                 tries[cell.digest] += 1
                 if store.finished(cell):
                     end(cell, _scores(cell, store), True)
@@ -85,13 +86,6 @@ def run_cells(
     finally:
         engine.stop()
     return [cell for cell in cells if not ended[cell.digest]]
-
-
-def _outcome(future: Future[Outcome], engine: Local | RayEngine) -> Outcome:
-    try:
-        return future.result()
-    except engine.lost as error:
-        return Outcome(f"worker lost: {first_line(error)}")
 
 
 def _scores(cell: Cell, store: Store) -> str:

@@ -109,8 +109,6 @@ class Local:
     the largest one. `how` has root, cache and timeout of `run_cell`. ConfigError if a cell needs more than there is.
     """
 
-    lost = (OSError,)  # what a future raises where a process cannot be had
-
     def __init__(
         self, cells: Sequence[Cell], how: Mapping[str, Any], cores: int | None = None, memory_gb: float | None = None
     ) -> None:
@@ -198,7 +196,6 @@ class RayEngine:
             self.ray.init(address=address or "local", log_to_driver=False, logging_level="error", **start)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"address is {address}, but no Ray answers: {first_line(error)}") from None
-        self.lost = (self.ray.exceptions.RayError,)  # what a future raises where a worker or its machine dies
         self.task = self.ray.remote(run_cell)
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         for cell in cells:
