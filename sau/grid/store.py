@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import sau
 from sau.errors import RecordError
 from sau.files import existing, in_use
 from sau.grid.engines import Cell
-from sau.record.folder import MANIFEST, Record
+from sau.record.folder import Record
 from sau.record.summaries import load, save
 
 _MARK = re.compile(r"(?<=.)_([0-9a-f]{10})(?=(?:_s\d+)?$)")
@@ -61,8 +62,7 @@ class Store:
 
     def __init__(self, root: Path, published: Sequence[Path] = ()) -> None:
         self.root = root.absolute()
-        found = [load(file) for file in published if file.exists()]
-        self.kept = {cell: summary for summaries in reversed(found) for cell, summary in summaries.items()}
+        self.kept = ChainMap(*(load(file) for file in published if file.exists()))
 
     def folder(self, cell: Cell) -> Path:
         """The result folder of a cell."""
@@ -75,7 +75,7 @@ class Store:
 
     def finished(self, cell: Cell) -> bool:
         """Whether the cell's record lies here."""
-        return os.path.isfile(f"{self.root}/{cell.folder}/{MANIFEST}")
+        return Record(self.folder(cell)).finished
 
     def state(self, cell: Cell) -> str:
         """Where a cell stands: running, finished, published (its result is kept, its weights are not) or waiting."""
