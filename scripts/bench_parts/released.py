@@ -19,7 +19,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Files(Dataset[tuple[Tensor, int]]):
-    """Pictures that are opened, transformed and normalised one by one when they are asked for.
+    """Images that are opened, transformed and normalised one by one when they are asked for.
 
     Args:
         images: what they show; those with a trigger are written to PNG files, the others stay arrays.
