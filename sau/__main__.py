@@ -12,7 +12,7 @@ commands, each with --help:
   defense NAME    purify that network, or one of your own, and measure it again
   list            the attacks, defenses, data sets and recipes
   report          every result below a folder as one HTML page
-  figures         what a record holds, drawn
+  figures         draw the images, curves and features of a record
   grid            a whole comparison from one file
   verify          measure the figures of a record again
   inspect         what is in a network file, without running it

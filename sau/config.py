@@ -239,4 +239,4 @@ def _words(hint: Any) -> str:
 def nearest(name: str, known: Sequence[str]) -> str:
     """What to add to a refusal of `name`: the known name that it resembles, if one does."""
     near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -34,7 +34,7 @@ RecipeName = Literal["paper", "cpu", "fast"]
 RECIPES: dict[str, str] = {
     "paper": "the published settings; the default on CUDA",
     "cpu": "a narrow network and few epochs; the default without CUDA",
-    "fast": "an attack's network in a fraction of the time of paper, on CUDA",
+    "fast": "a quarter of the epochs of paper for the attacked network, on CUDA",
 }
 
 

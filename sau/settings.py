@@ -170,7 +170,7 @@ class Settings:
             members = [option for group in self._groups().values() for option in group if option.name not in others]
             print(config_text(about, members, shown))
         else:
-            about += f" In [ ] is what this command would run with: recipe {recipe}, data set {dataset}."
+            about += f" [ ] shows the values of this command: recipe {recipe}, data set {dataset}."
             print(self._parser(shown, self.help_wanted == "--help_all", about).format_help())
         raise SystemExit(0)
 

@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> None:
     settings = {name: Setting(getattr(given, name), f"--{name}") for name in CONFIG if getattr(given, name) is not None}
     chosen = values(settings, CONFIG)
     if "parts" not in chosen and given.control is None:
-        say("note: there is no --control, so that nothing tells what is the backdoor's; and no bec, which needs one")
+        say("note: --control is missing, so bec is left out and there is nothing to compare with")
         chosen["parts"] = tuple(part for part in PARTS if part != "bec")
     config = AuditConfig(**chosen)
     for name, control in zip(given.result_file, controls, strict=True):

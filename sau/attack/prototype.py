@@ -1,4 +1,4 @@
-"""No attack: the clean network that every attack and defense is compared with."""
+"""No attack: trains the clean network for comparison."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal

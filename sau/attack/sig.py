@@ -1,4 +1,4 @@
-"""SIG: a faint wave on images of the target class, whose labels stay (Barni, Kallas, Tondi, "A new backdoor attack in
+"""SIG: a faint wave on images of the target class; labels stay (Barni, Kallas, Tondi, "A new backdoor attack in
 CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 

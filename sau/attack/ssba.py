@@ -1,4 +1,4 @@
-"""SSBA: an invisible trigger, another one in every image (Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with
+"""SSBA: a code that a trained encoder hides in the image (Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with
 Sample-Specific Triggers", ICCV 2021).
 
     min_{E, D}  w mean (E(x, b) - x)^2 + BCE(D(q(E(x, b))), b),   b random bits;   x' = q(E(x, c)), c one code for all

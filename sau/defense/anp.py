@@ -36,7 +36,7 @@ CHUNK = 500  # iterations between two lines of progress
 
 @dataclass(frozen=True, kw_only=True)
 class ANP(MaskPruning):
-    """Learn a mask for every neuron under adversarial perturbations of all neurons; prune those with the lowest."""
+    """Learn a mask for every neuron under adversarial perturbations of all neurons; prune the lowest."""
 
     name: ClassVar[str] = "anp"
     ignored: ClassVar[dict[str, str]] = {

@@ -22,7 +22,7 @@ from sau.types import Batched, Change, Labels, Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class AT(AdversarialTraining, TrainingDefense):
-    """Train on clean images and on the worst ones around them.
+    """Train on clean images and their adversarial examples.
 
     The usual robust training is
     `--weight_clean 0 --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.

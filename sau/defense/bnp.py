@@ -23,7 +23,7 @@ from sau.types import Batched
 
 @dataclass(frozen=True, kw_only=True)
 class BNP(pruning.ChannelOutlierPruning):
-    """Prune the channels whose clean statistics are least like the running ones."""
+    """Prune the channels whose clean statistics differ most from the running ones."""
 
     name: ClassVar[str] = "bnp"
 

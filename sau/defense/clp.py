@@ -27,7 +27,7 @@ Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolutio
 
 @dataclass(frozen=True, kw_only=True)
 class CLP(pruning.ChannelOutlierPruning):
-    """Prune the channels with the largest Lipschitz constants; of the images only the shape is used."""
+    """Prune the channels with the largest Lipschitz constants."""
 
     name: ClassVar[str] = "clp"
     data_use = "none"

@@ -26,7 +26,7 @@ from sau.types import Batched, Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class EP(pruning.ChannelOutlierPruning):
-    """Prune the channels with the lowest entropy on images of which some carry the trigger."""
+    """Prune the channels with the lowest entropy on images of which some are poisoned."""
 
     name: ClassVar[str] = "ep"
     data_use = "poisoned"

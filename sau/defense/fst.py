@@ -52,7 +52,7 @@ def uniform(like: Tensor, bound: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FST(TrainingDefense):
-    """Fine-tune from a newly drawn classifier that is kept from turning back to the backdoored one."""
+    """Fine-tune from a new classifier that is kept turned away from the backdoored one."""
 
     name: ClassVar[str] = "fst"
     graph_safe: ClassVar[bool] = True

@@ -59,7 +59,7 @@ def perturbed(model: nn.Module, weights: Sequence[Tensor], e: Sequence[Tensor]) 
 
 @dataclass(frozen=True, kw_only=True)
 class FTSAM(TrainingDefense):
-    """Fine-tune towards weights around which the clean loss stays low, batch norm in train mode."""
+    """Fine-tune where the clean loss is flat, batch norm in train mode."""
 
     name: ClassVar[str] = "ft-sam"
     graph_safe: ClassVar[bool] = True

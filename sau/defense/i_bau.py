@@ -47,7 +47,7 @@ def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class IBAU(TrainingDefense):
-    """Unlearn one perturbation of all images, with the gradient of how it follows the weights.
+    """Unlearn one perturbation of all images, by implicit gradients.
 
     A round is one pass of steps on the perturbation, from zero, then one update of the weights for each batch. The
     images, their order and their augmentation are drawn once for all rounds.

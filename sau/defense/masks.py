@@ -77,7 +77,7 @@ class MaskedNorms:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPruning(Defense):
-    """Learn a mask for every channel of the batch norms, and prune those with the lowest ones: ANP and RNP.
+    """Learn a mask for every channel of the batch norms, and prune the lowest ones: ANP and RNP.
 
     Pruning sets the batch norm's scale to 0; its shift stays.
     """

@@ -92,7 +92,7 @@ class Patches(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class NC(FT):
-    """Invert a patch for every class, flag the classes whose patch is too small, unlearn it by fine-tuning."""
+    """Search the smallest patch of every class, flag classes with a much smaller one, unlearn it by fine-tuning."""
 
     name: ClassVar[str] = "nc"
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")

@@ -40,7 +40,7 @@ FOOLED = 0.6  # share of a batch that must have reached the runner-up for the se
 
 @dataclass(frozen=True, kw_only=True)
 class NPD(TrainingDefense):
-    """Train a polarizer, a linear layer in the frozen network, to filter perturbations towards the runner-up class."""
+    """Train a linear layer in the frozen network to filter perturbations towards the second most likely class."""
 
     name: ClassVar[str] = "npd"
     lengths: ClassVar[tuple[str, ...]] = ("epochs", "warm_epochs")

@@ -31,7 +31,7 @@ CLIP = 20.0  # longest gradient of the ascent
 
 @dataclass(frozen=True, kw_only=True)
 class RNP(MaskPruning):
-    """Unlearn the clean task, see which channels stand in the way of its recovery, and prune them."""
+    """Unlearn the clean task and prune the channels that hinder its recovery."""
 
     name: ClassVar[str] = "rnp"
     lengths: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs")
