@@ -269,7 +269,7 @@ WRONG = [
     ("bd_test.poison_indicator", np.zeros(20), "0 of them triggered"),
     ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"),
     (ENTRY, {}, "lacks 1"),
-    (f"{ENTRY}.1.other_info", [10, 1], "is 10, allowed is 0 to 9"),
+    (f"{ENTRY}.1.other_info", [10, 1], "0..9"),
     (f"{ENTRY}.1.other_info", [0, 8], "missing"),
     (f"{ENTRY}.1.path", 3, "not as BackdoorBench writes it"),
 ]
@@ -420,11 +420,11 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     ("changed", "word"),
     [
         ({"dataset": "digits"}, "no data set digits"),
-        ({"width": 16}, "width of the network is 16"),
-        ({"name": "resnet18"}, "name of the network is resnet18"),
-        ({"shape": [3, 64, 64]}, "BackdoorBench has [3, 32, 32]"),
-        ({"mean": [0.5, 0.5, 0.5]}, "mean of the network"),
-        ({"std": [0.5, 0.5, 0.5]}, "std of the network"),
+        ({"width": 16}, "'width': 16"),
+        ({"name": "resnet18"}, "preactresnet18 or vgg19 or vgg19_bn of width 64"),
+        ({"shape": [3, 64, 64]}, "'shape': [3, 32, 32]"),
+        ({"mean": [0.5, 0.5, 0.5]}, "'mean': [0.4914, 0.4822, 0.4465]"),
+        ({"std": [0.5, 0.5, 0.5]}, "'std': [0.247, 0.243, 0.261]"),
         ({"poison": False}, "clean network"),
     ],
 )

@@ -12,7 +12,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -80,7 +79,7 @@ def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:
         network={**network, "mean": list(origin.mean), "std": list(origin.std)},
         weights=tensors,
         triggered=triggered,
-        poisoned=poisoned if poisoned is not None and len(poisoned) else None,
+        poisoned=poisoned,
         dataset=dataset,
         dataset_path=DATA_FOLDER,
         recipe=None,
@@ -90,7 +89,7 @@ def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:
     )
 
 
-def _images(folder: Path, name: str, state: Any, classes: int, size: int, most: int) -> tuple[Images, int]:
+def _images(folder: Path, name: str, state: Any, classes: int, size: int, most: int) -> tuple[Images | None, int]:
     """The images of `bd_train` or `bd_test` with a trigger, in the order of the attack, and how many the attack saw."""
     table = state["bd_data_container"]["data_dict"]
     flags, order = (_integers(state[key], f"{key} of {name}") for key in ("poison_indicator", "original_index_array"))
@@ -101,10 +100,13 @@ def _images(folder: Path, name: str, state: Any, classes: int, size: int, most: 
     chosen = order[flags[order] != 0]
     if name == "bd_test" and not len(chosen) == len(order) > 0:
         raise RecordError(f"bd_test has {len(order)} images, {len(chosen)} of them triggered; all must be")
-    rows = [_row(folder, name, table[index], index, classes) for index in chosen.tolist()]
+    if not len(chosen):
+        return None, n
+    rows = [_row(folder, name, table[index], index) for index in chosen.tolist()]
     images = read_images(f"BackdoorBench {name}", folder, [row[:2] for row in rows], size, classes)
-    true, role = torch.tensor([row[2:] for row in rows], dtype=torch.int64).view(-1, 2).unbind(1)
-    return replace(images, true_labels=true, role=role.to(torch.uint8), index=torch.from_numpy(chosen)), n
+    true, role = torch.tensor([row[2:] for row in rows]).unbind(1)
+    more = {"true_labels": true, "role": role.to(torch.uint8), "index": torch.from_numpy(chosen)}
+    return Images.restore({**images.tensors(), **more}, classes), n
 
 
 def _integers(value: Any, what: str) -> np.ndarray:
@@ -115,20 +117,15 @@ def _integers(value: Any, what: str) -> np.ndarray:
     return given.astype(np.int64)
 
 
-def _row(folder: Path, name: str, entry: Any, index: int, classes: int) -> tuple[str, int, int, int]:
+def _row(folder: Path, name: str, entry: Any, index: int) -> tuple[str, int, int, int]:
     """The file of an image, its stored label, its true label and its role."""
-    what, path, (stored, true) = f"{name}'s image {index}", entry["path"], entry["other_info"]
-    for label in (stored, true):
-        valid = type(label) is int and 0 <= label < classes
-        require(f"the label of {what}", label, valid, f"0 to {classes - 1}")
+    path, (stored, true) = entry["path"], entry["other_info"]
     parts = path.replace("\\", "/").split("/")[-3:]
     # Older versions store another path than they write to, and a path or a link may lead out of the folder.
     for file in (folder.joinpath(*parts), folder / f"{name}_dataset" / str(true) / f"{index}.png"):
         if file.is_file() and file.resolve().is_relative_to(folder.resolve()):
             return str(file), stored, true, CROSS if parts[0].startswith("cross_") else BACKDOOR
-    raise RecordError(
-        f"{what} is at {reprlib.repr(path)}; {file} is missing or no ordinary file; copy the whole folder"
-    )
+    raise RecordError(f"{file} is missing or no ordinary file, and so is {reprlib.repr(path)}; copy the whole folder")
 
 
 def exported_images(record: Record, data: str | None = None) -> tuple[Images, Images, Images, int]:
@@ -202,13 +199,13 @@ def _check_expressible(dataset: str, network: dict[str, Any]) -> None:
     """RecordError if BackdoorBench has no such data set or cannot build this network."""
     if dataset not in OFFICIAL:
         raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
-    origin = source(dataset)
-    wanted: dict[str, tuple[Any, ...]] = {"name": NETWORKS, "width": (None, 64)}
-    wanted |= {"shape": ([3, origin.size, origin.size],), "mean": (list(origin.mean),), "std": (list(origin.std),)}
-    for key, allowed in wanted.items():
-        if network[key] not in allowed:
-            choices = " or ".join(map(str, allowed))
-            raise RecordError(f"{key} of the network is {network[key]}; BackdoorBench has {choices} for {dataset}")
+    origin, width = source(dataset), network["width"]
+    published = {"shape": [3, origin.size, origin.size], "mean": list(origin.mean), "std": list(origin.std)}
+    if network["name"] not in NETWORKS or width not in (None, 64) or not published.items() <= network.items():
+        names = " or ".join(NETWORKS)
+        raise RecordError(
+            f"the network is {network}; BackdoorBench has {names} of width 64 and {published} for {dataset}"
+        )
 
 
 def _split(images: Images, split: str, order: np.ndarray, length: int, folder: Path, name: str) -> dict[str, Any]:

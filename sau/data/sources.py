@@ -164,9 +164,7 @@ def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[st
     shared = sum(one in known for one in sums)
     if shared > MAX_OVERLAP * len(given):
         raise DataError(f"{shared} of {len(given)} {kind} images are test images, too; give the defense others")
-    notes = []
-    if shared:
-        notes.append(f"{shared} of {len(given)} {kind} images are test images, too")
+    notes = [f"{shared} of {len(given)} {kind} images are test images, too"] if shared else []
     if twins := len(sums) - len({*sums}):
         notes.append(f"{twins} of {len(given)} {kind} images are copies of others")
     return notes + check_counts(given.labels.bincount(minlength=given.num_classes), kind)
