@@ -25,14 +25,14 @@ def choose_device(wish: str) -> torch.device:
     """The device that `wish` names; `auto` is CUDA where there is one. ConfigError if this machine does not have it."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cards = torch.cuda.device_count()
     try:
         device = torch.device(wish)
-    except RuntimeError:
-        raise ConfigError(f"device is {wish!r}, allowed is auto, cpu, cuda or one like cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {wish!r}, but torch finds no CUDA device here; allowed is auto or cpu")
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ConfigError(f"device is {wish!r}; this machine has cpu and {torch.cuda.device_count()} cuda devices")
+        there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < cards)
+    except RuntimeError:  # no kind of device
+        there = False
+    if not there:
+        raise ConfigError(f"device is {wish!r}; allowed are auto, cpu, and cuda:N of the {cards} CUDA devices here")
     return device
 
 
@@ -45,7 +45,7 @@ def prepare(device: torch.device) -> torch.device:
 
 
 def set_threads(wish: int, earlier: int | None = None) -> int:
-    """Use `wish` CPU threads; returns how many are used. For the process of a command: see `keep_memory`.
+    """Use `wish` CPU threads in this process, and return how many are used; see `keep_memory`, too.
 
     0 means OMP_NUM_THREADS, or `earlier`, the number that an interrupted run began with (other numbers round
     differently), or all cores that this process may use, by affinity and control group.

@@ -44,11 +44,7 @@ class SauError(ValueError):
 class ConfigError(SauError):
     """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range.
 
-    Args:
-        text: the message.
-        param: name of the parameter, where the error is about one.
-        got: its value.
-        allowed: the values that are allowed, in words.
+    Where it is about one parameter, `param` is its name, `got` its value, and `allowed` says in words what may be.
     """
 
     def __init__(self, text: str, *, param: str | None = None, got: object = None, allowed: str | None = None) -> None:
@@ -117,14 +113,13 @@ def run_command(main: Callable[[], int | None]) -> int:
     with suppress(ValueError):  # only the main thread may handle signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
-        try:
-            status = main()
-        except Finished as finished:
-            print(finished)
-            status = 0
+        status = main()
         if sys.stdout is not None:  # None where the caller closed it
             sys.stdout.flush()
         return status or 0
+    except Finished as finished:
+        print(finished)
+        return 0
     except SauError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -1,8 +1,7 @@
 """Every number in every table: ACC, ASR, R-ACC and DER, in percent, with counts and intervals."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Images, in_range, to_float
 from sau.errors import DataError, TrainingError, lacks_memory
-from sau.models.normalized import check_labels, logits_of
+from sau.models.normalized import check_labels, eval_mode, logits_of
 
 # In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
 # than this, and at least this R-ACC is right again.
@@ -66,7 +65,7 @@ class Score:
 
     def shares(self) -> dict[str, Proportion | None]:
         """By the names that files have for them."""
-        return {"acc": self.acc, "asr": self.asr, "racc": self.racc}
+        return dict(vars(self))
 
     def __str__(self) -> str:
         """One line, like `ACC 98.33 % [96.41, 99.23]  ASR ...  R-ACC ...`; ACC alone without triggered images."""
@@ -93,34 +92,17 @@ def figures(shares: Mapping[str, Proportion | None]) -> dict[str, Any]:
     return out
 
 
-@contextmanager
-def eval_mode(*networks: nn.Module) -> Iterator[None]:
-    """Inside, the networks are in eval mode; then each of their modules is in its own mode again."""
-    modes = {module: module.training for network in networks for module in network.modules()}
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
+@torch.no_grad()
+def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None, labels: tuple[Tensor, ...] = ()) -> Tensor:
     """Classes [N] that `model`, in eval mode, gives to `pixels` [N, C, H, W] (uint8, or float in [0, 1]).
 
     `batch_size` images go through it at once, or as many as suit the device, and fewer where memory does not hold
-    them. Raises TrainingError if a logit is not finite: a broken network has no accuracy.
+    them. Raises TrainingError if a logit is not finite: a broken network has no accuracy; DataError for `labels` that
+    are no classes of the network.
     """
-    return _predict(model, pixels, batch_size)[0]
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> tuple[Tensor, int]:
-    """What `predict` returns, and how many classes the network has."""
     device = next(model.parameters(), pixels).device
-    size = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE)
-    answers, finite, at, classes = [], torch.ones((), dtype=torch.bool, device=device), 0, 0
+    size, at = batch_size or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE), 0
+    answers, finite = list[Tensor](), torch.ones((), dtype=torch.bool, device=device)
     with eval_mode(model):
         while at < max(1, len(pixels)):  # no images have an answer, too: no classes
             try:  # a copy, for some networks change their input in place
@@ -130,12 +112,14 @@ def _predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None) ->
                     raise
                 size = -(-size // 2)
                 continue
+            for each in () if answers else labels:
+                check_labels(each, logits.shape[1])
             finite &= logits.isfinite().all()
             answers.append(logits.argmax(1))
-            at, classes = at + size, logits.shape[1]
+            at += size
     if not finite:
         raise TrainingError("the logits of the network are NaN or infinite; its weights are broken")
-    return torch.cat(answers).to(pixels.device), classes
+    return torch.cat(answers).to(pixels.device)
 
 
 def score(
@@ -172,9 +156,8 @@ def proportions(model: nn.Module, pixels: Tensor, *labels: Tensor) -> list[Propo
                 f"{len(pixels)} images have labels {list(each.shape)} of {each.dtype}, allowed is one whole number for "
                 "each of at least one image"
             )
-    predictions, classes = _predict(model, in_range(pixels.detach()) if pixels.is_floating_point() else pixels)
-    for each in labels:
-        check_labels(each, classes)
+    pixels = in_range(pixels.detach()) if pixels.is_floating_point() else pixels
+    predictions = predict(model, pixels, labels=labels)
     return [Proportion(int((predictions == each).sum()), len(each)) for each in labels]
 
 
@@ -213,25 +196,26 @@ def verdict(before: Score, after: Score, took: bool = True, images: bool = True)
     """
     lost = round(before.acc.percent - after.acc.percent, 2)
     cost = f"It cost {lost:.2f} points of accuracy" if lost > 0 else "It cost no accuracy"
-    cost = f"{cost}: ACC {before.acc.percent:.2f} -> {after.acc.percent:.2f} %."
-    if before.asr is None or after.asr is None or before.racc is None or after.racc is None:
+    cost = f"{cost}: ACC {_change(before.acc, after.acc)}"
+    if before.asr is None or after.asr is None:
         return f"There was no backdoor to remove.\n{cost}"
-    asr = f"ASR {before.asr.percent:.2f} -> {after.asr.percent:.2f} %."
-    racc = f"R-ACC {before.racc.percent:.2f} -> {after.racc.percent:.2f} %."
+    asr, racc = _change(before.asr, after.asr), _change(before.racc, after.racc)
     if not took or before.asr.percent <= GONE:
-        first, last = (
-            "No verdict on the backdoor, because the attack did not take",
-            "an attack that takes, then this defense",
-        )
-        return f"{first}: {asr}\n{cost}\nNext: {last} again."
-    more = "more clean images (--ratio) or " if images else ""
+        first = f"No verdict on the backdoor, because the attack did not take: ASR {asr}"
+        return f"{first}\n{cost}\nNext: an attack that takes, then this defense again."
+    more, right = "more clean images (--ratio) or " if images else "", bool(after.racc and after.racc.percent >= RIGHT)
     if after.asr.percent > GONE:
-        what = "weaker, but not gone" if after.asr.percent <= before.asr.percent / 2 else "still there"
-        last = f"{more}another defense; settings chosen by these figures would be chosen by the test set"
-        return f"The backdoor is {what}: {asr}\n{cost}\nTriggered images with their true label: {racc}\nNext: {last}."
-    right = after.racc.percent >= RIGHT
-    again = "Triggered images get their true label again" if right else "The trigger still leads to wrong labels"
-    last = f"{more}milder settings, chosen on clean images and not by these figures"
-    if right and lost <= COST:
-        last = "other attacks and seeds; scripts/audit.py tries to bring the backdoor back"
-    return f"The backdoor is gone: {asr}\n{cost}\n{again}: {racc}\nNext: {last}."
+        first = "weaker, but not gone" if after.asr.percent <= before.asr.percent / 2 else "still there"
+        third = "Triggered images with their true label"
+        advice = f"{more}another defense; settings chosen by these figures would be chosen by the test set"
+    else:
+        first = "gone"
+        third = "Triggered images get their true label again" if right else "The trigger still leads to wrong labels"
+        advice = f"{more}milder settings, chosen on clean images and not by these figures"
+        if right and lost <= COST:
+            advice = "other attacks and seeds; scripts/audit.py tries to bring the backdoor back"
+    return f"The backdoor is {first}: ASR {asr}\n{cost}\n{third}: R-ACC {racc}\nNext: {advice}."
+
+
+def _change(before: Proportion | None, after: Proportion | None) -> str:
+    return " -> ".join(f"{share.percent:.2f}" for share in (before, after) if share is not None) + " %."

@@ -17,7 +17,7 @@ from sau.errors import DataError, FaultError, LockedError, RecordError, os_error
 MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
 SMALL = 16 << 20  # bytes of a text file of a record
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_TEMPORARY = re.compile(r"\..+\.(yaml|jsonl|json|bin|safetensors|pt)\.[a-z0-9_]{8}")  # names that `write` makes
+_PARTIAL = ".partial"  # ends the names of the temporary files that `write` makes
 
 
 def safe_join(root: str | Path, *names: str) -> Path:
@@ -35,9 +35,9 @@ def safe_join(root: str | Path, *names: str) -> Path:
 
 def existing(root: str | Path, target: str) -> Path:
     """A folder name below `root`, or any folder given as a path; RecordError if it is neither."""
-    name = target.rstrip(os.sep)
     if os.sep in target and Path(target).is_dir():
         return Path(target)
+    name = target.rstrip(os.sep)
     if os.sep in name:
         raise RecordError(f"there is no folder {target}; allowed is a name below {root}, or the path of a folder")
     return safe_join(root, name)
@@ -96,8 +96,7 @@ def append(path: Path, text: str) -> None:
 
 def temp_files(folder: Path) -> list[Path]:
     """The temporary files that a killed `write` left in a folder."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return [file for file in entries if _TEMPORARY.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
+    return [file for file in folder.glob(f".*{_PARTIAL}") if file.is_file() and not file.is_symlink()]
 
 
 def write(path: Path, content: bytes) -> None:
@@ -105,7 +104,9 @@ def write(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL, delete=False
+        ) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()
@@ -145,18 +146,11 @@ def acquire(folder: Path) -> bool:
         LockedError: another process uses it.
         RecordError: the lock file cannot be written, or is a link.
     """
-    key = _resolve(folder)
-    if key in _locks:
+    if _resolve(folder) in _locks:
         return False
-    try:
-        key.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(_lock_file(key), timeout=WAIT, thread_local=False)
-        lock.acquire()
-    except Timeout:
-        raise LockedError(f"{folder} is in use by another process; wait for it or stop it") from None
-    except OSError as error:
-        raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
-    _locks[key] = lock
+    if (lock := _lock(folder, WAIT)) is None:
+        raise LockedError(f"{folder} is in use by another process; wait for it or stop it")
+    _locks[_resolve(folder)] = lock
     return True
 
 
@@ -174,18 +168,24 @@ def release_all() -> None:
 
 def in_use(folder: Path) -> bool:
     """Whether a process, this one included, uses `folder`; of another user's lock it cannot be told, so False."""
-    file = _lock_file(folder)
-    if not file.exists():
+    if not os.access(_lock_file(folder), os.W_OK):
         return False
+    if lock := _lock(folder, 0):
+        lock.release()
+    return lock is None
+
+
+def _lock(folder: Path, wait: float) -> FileLock | None:
+    """The lock of a folder; None if it is not free within `wait` seconds."""
     try:
-        with FileLock(file, timeout=0):
-            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_lock_file(folder), timeout=wait, thread_local=False)
+        lock.acquire()
+        return lock
     except Timeout:
-        return True
-    except PermissionError:
-        return False
+        return None
     except OSError as error:
-        raise os_error(error, f"cannot read the lock of {folder}: {error.strerror}") from None
+        raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
 
 
 def _resolve(folder: Path) -> Path:

@@ -4,7 +4,6 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from sau.errors import OutOfMemory, first_line, lacks_memory
 from sau.loop import RunContext
 from sau.optim import Descent
 
-Step = Callable[[dict[str, Any], Tensor, Tensor], dict[str, Tensor]]  # (state, x, y) -> what to report
+Report = dict[str, Tensor]
+Step = Callable[[dict[str, Any], Tensor, Tensor], Report]  # (state, x, y) -> what to report
 Compose = Callable[[dict[str, Any], Tensor, Tensor], tuple[Tensor, Tensor]]
 MAX_GRAPHS = 4  # shapes of batches with a graph of their own, each of which keeps the memory of a step
 
@@ -46,7 +46,7 @@ class MicroBatchedStep:
         self.supports_microbatch, self.compose, self.parts = supports_microbatch, compose, 1
         self.graphed = GraphedStep(step, state, session, enabled=graph_safe)
 
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def __call__(self, x: Tensor, y: Tensor) -> Report:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
         while True:
             try:
@@ -56,7 +56,9 @@ class MicroBatchedStep:
                 if not lacks_memory(error):
                     raise
             # Outside the except block, so that the tensors of the failed attempt are freed.
-            if not self.graphed.release():
+            if self.graphed.graphs:
+                self.graphed.disable("its memory is needed")
+            else:
                 self._double_parts(len(y))
             if x.is_cuda:
                 torch.cuda.empty_cache()
@@ -72,39 +74,19 @@ class MicroBatchedStep:
         )
         self.session.note(parts=self.parts)
 
-    def _in_parts(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _in_parts(self, x: Tensor, y: Tensor) -> Report:
         n = min(self.parts, len(y))
-        pairs = [(x[i::n], y[i::n]) for i in range(n)]  # every n-th image: an attack's batch begins with triggered ones
-        descent, reports = self.state["descent"], []
-        shares = [len(labels) / len(y) for _, labels in pairs]
+        descent, merged = self.state["descent"], Report()
         try:
-            for i, (part, labels) in enumerate(pairs):
-                descent.share, descent.first, descent.last = shares[i], i == 0, i == n - 1
-                reports.append(self.step(self.state, part, labels))
+            for i in range(n):
+                part, labels = x[i::n], y[i::n]  # every n-th image: an attack's batch begins with triggered ones
+                descent.share, descent.first, descent.last = len(labels) / len(y), i == 0, i == n - 1
+                for name, value in self.step(self.state, part, labels).items():  # means and counts
+                    value = value.detach() * (descent.share if value.is_floating_point() else 1)
+                    merged[name] = merged[name] + value if i else value
         finally:
             descent.share, descent.first, descent.last = 1.0, True, True
-        return _merged(reports, shares)
-
-
-def _merged(reports: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
-    """Means weighted by images, sums of counts."""
-    merged = {}
-    for name, value in reports[0].items():
-        values = [report[name].detach() for report in reports]
-        if value.is_floating_point():
-            values = [one * share for one, share in zip(values, shares, strict=True)]
-        merged[name] = torch.stack(values).sum(0)
-    return merged
-
-
-@dataclass
-class _Graph:
-    """A captured step for one shape of batch, with the memory of its batch and of its report."""
-
-    x: Tensor
-    y: Tensor
-    report: dict[str, Tensor]
-    replay: Callable[[], None]
+        return merged
 
 
 class GraphedStep:
@@ -112,44 +94,39 @@ class GraphedStep:
 
     A CUDA graph replays kernels only. A step is therefore not captured if it draws random numbers on the CPU, waits for
     the device (CUDA refuses that), moves a `Descent` more than once, has an optimiser that is not fused or keeps its
-    gradients, or a network that does not allow it (`Normalized.graph_safe`).
-
-    Args:
-        step: (state, x, y) -> what to report.
-        state: of the step.
-        session: prints a line and notes in the record whether steps are captured.
-        enabled: whether steps may be captured; set to False where one cannot be.
+    gradients, or a network that does not allow it (`Normalized.graph_safe`). `enabled` says whether steps may be
+    captured; it becomes False where one cannot be.
     """
 
     def __init__(self, step: Step, state: dict[str, Any], session: RunContext, *, enabled: bool) -> None:
         self.step, self.state, self.session, self.enabled = step, state, session, enabled
-        self.graphs: dict[tuple[Any, ...], _Graph] = {}
+        # By the shape of a batch: memory for its images, its labels and its report, and what replays the graph.
+        self.graphs: dict[tuple[Any, ...], tuple[Tensor, Tensor, Report, Callable[[], None]]] = {}
 
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def __call__(self, x: Tensor, y: Tensor) -> Report:
         """One update; what is reported holds until the next one."""
-        if not (self.enabled and has_graphs(x.device) and self._is_safe()):
+        known = (x.shape, y.shape) in self.graphs
+        full = len(self.graphs) == MAX_GRAPHS and not known
+        if full or not (self.enabled and has_graphs(x.device) and self._is_safe()):
             return self.step(self.state, x, y)
-        if (graph := self.graphs.get((x.shape, y.shape))) is not None:
-            return self._replay(graph, x, y)
-        if len(self.graphs) == MAX_GRAPHS:
-            return self.step(self.state, x, y)
+        if known:
+            return self._replay(x, y)
         moves, rng = [one.moves for one in self._descents()], _cpu_rng_state()
         report = self._detached(x, y)
         if _cpu_rng_state() != rng:
-            self._disable("it draws random numbers on the CPU")
-        elif any(one.moves != before + 1 for one, before in zip(self._descents(), moves, strict=True)):
-            self._disable("it updates the weights more than once")
+            self.disable("it draws random numbers on the CPU")
+        elif [one.moves for one in self._descents()] != [before + 1 for before in moves]:
+            self.disable("it updates the weights more than once")
         else:
             self._capture(x.clone(), y.clone())
         return report
 
-    def release(self) -> bool:
-        """Free the memory of the graphs and make no more; False if there are none."""
-        found = bool(self.graphs)
-        if found:
-            self.graphs.clear()
-            self._disable("its memory is needed")
-        return found
+    def disable(self, reason: str) -> None:
+        """Make no more graphs, and free the memory of those that there are."""
+        self.enabled = False
+        self.graphs.clear()
+        self.session.note(captured=False)
+        self.session.say(f"note: the training step is not replayed as a CUDA graph: {reason}")
 
     def _is_safe(self) -> bool:
         networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
@@ -160,13 +137,8 @@ class GraphedStep:
     def _descents(self) -> list[Descent]:
         return [thing for thing in self.state.values() if isinstance(thing, Descent)]
 
-    def _detached(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _detached(self, x: Tensor, y: Tensor) -> Report:
         return {name: value.detach() for name, value in self.step(self.state, x, y).items()}
-
-    def _disable(self, reason: str) -> None:
-        self.enabled = False
-        self.session.note(captured=False)
-        self.session.say(f"note: the training step is not replayed as a CUDA graph: {reason}")
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
         try:
@@ -175,22 +147,23 @@ class GraphedStep:
                     stack.enter_context(descent.capturing())
                 report, replay = capture(lambda: self._detached(x, y))
         except RuntimeError as error:  # out of memory is one, too
-            self._disable(first_line(error.__context__ or error))  # what broke a capture says more than its end
+            self.disable(first_line(error.__context__ or error))  # what broke a capture says more than its end
             return
         if not self.graphs:
             self.session.note(captured=True)
             self.session.say("the training step is replayed as a CUDA graph")
-        self.graphs[x.shape, y.shape] = _Graph(x, y, report, replay)
+        self.graphs[x.shape, y.shape] = x, y, report, replay
 
-    def _replay(self, graph: _Graph, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        graph.x.copy_(x)
-        graph.y.copy_(y)
+    def _replay(self, x: Tensor, y: Tensor) -> Report:
+        images, labels, report, replay = self.graphs[x.shape, y.shape]
+        images.copy_(x)
+        labels.copy_(y)
         for descent in self._descents():
             descent.refresh()
-        graph.replay()
+        replay()
         for descent in self._descents():
             descent.advance()
-        return graph.report
+        return report
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -286,8 +259,6 @@ def shared_weight_twin(model: nn.Module) -> nn.Module:
     Compiled code and `FixedNorms` form all gradients that there may be, used or not, and the former is compiled anew
     when `requires_grad` changes; so a search through a network that is being trained goes through this.
     """
-    twin = copy.deepcopy(model).requires_grad_(False)
-    theirs = (*model.parameters(), *model.buffers())
-    for ours, other in zip((*twin.parameters(), *twin.buffers()), theirs, strict=True):
-        ours.data = other.data
-    return twin
+    shared: dict[int, Tensor] = {id(weight): nn.Parameter(weight.data, False) for weight in model.parameters()}
+    shared |= {id(buffer): buffer.data for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)  # which copies nothing that its memo holds

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,19 +29,13 @@ class Limit:
     def __init__(self, end: float, whole: bool = False) -> None:
         self.end, self.whole = end, whole
         self.ended: str | None = None
-        self.last: float | None = None
-        self.spans = deque[float](maxlen=RECENT)
+        self.times = deque[float](maxlen=RECENT + 1)
 
     def reached(self) -> bool:
         """Whether a slow recent update, if repeated, would go beyond the end: the third slowest, as two may compile."""
-        now = time.monotonic()
-        if self.last is not None:
-            self.spans.append(now - self.last)
-        self.last = now
-        reached = self.ended is not None or now + min(sorted(self.spans)[-3:], default=0.0) > self.end
-        if reached and self.whole:
-            raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
-        return reached
+        self.times.append(time.monotonic())
+        slowest = sorted(later - earlier for earlier, later in pairwise(self.times))[-3:]
+        return self.ended is not None or self.times[-1] + min(slowest, default=0.0) > self.end
 
 
 @dataclass
@@ -76,13 +71,18 @@ class RunContext:
     data_checked: bool = False
 
     @property
+    def last_checkpoint(self) -> dict[str, Any] | None:
+        """What `checkpoint` loads; None where there is nothing."""
+        return None if self.checkpoint is None else self.checkpoint.load()
+
+    @property
     def begun(self) -> bool:
         """Whether there is a checkpoint to resume, so that what precedes the first run is not repeated."""
-        return self.checkpoint is not None and self.checkpoint.load() is not None
+        return self.last_checkpoint is not None
 
     def restore_later_stage(self, **objects: Any) -> bool:
         """Whether the checkpoint is of a later stage; if so, the objects are loaded from it, by name."""
-        kept = self.checkpoint.load() if self.checkpoint is not None else None
+        kept = self.last_checkpoint
         if kept is None or kept["stage"] <= self.stage:
             return False
         for name, thing in objects.items():
@@ -212,7 +212,7 @@ class _Run:
             set_rng_state(self.rng)
         title, hidden = f"{self.label} {self.place.epoch + 1}/{self.epochs}", None if self.session.bar else True
         for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=hidden):
-            if self._time_is_up(length):
+            if self._time_is_up(f"{self.label} {self.place.epoch + 1} of {self.epochs}", length):
                 return False
             self.place.add(self.step(x, y), len(y))
             if self.session.limit is not None:
@@ -226,24 +226,23 @@ class _Run:
     def _due(self) -> bool:
         return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
 
-    def _time_is_up(self, length: int) -> bool:
-        """Whether the limit ends the run before this batch; one that raises leaves a checkpoint of it."""
-        where = f"{self.label} {self.place.epoch + 1} of {self.epochs}, before batch {self.place.batch + 1} of {length}"
-        try:
-            if not self.session.time_is_up(where):
-                return False
-        except TrainingError:
+    def _time_is_up(self, epoch: str, length: int) -> bool:
+        """Whether the limit ends the run before this batch."""
+        if not self.session.time_is_up(f"{epoch}, before batch {self.place.batch + 1} of {length}"):
+            return False
+        if self.session.limit is not None and self.session.limit.whole:
             self._save()
-            raise
+            raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         self._refuse_broken()
         if not (self.session.stage or self.place.epoch or self.place.batch):
             self.session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         return True
 
     def _forecast(self) -> None:
+        """Once, after the first updates: the time to the end, by those after the first, which warms up."""
         if len(self.step_times) > FORECAST_STEPS:
             return
-        if len(self.step_times) in (0, FORECAST_STEPS) and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.step_times.append(time.monotonic())
         if len(self.step_times) > FORECAST_STEPS:
@@ -256,19 +255,20 @@ class _Run:
         self._refuse_broken()
         if self.session.checkpoint is None:
             return
-        objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
-        modules = [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
-        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-        if below is None or sum(tensor.numel() * tensor.element_size() for tensor in tensors) < below:
-            generators = {"begin": self.epoch_rng, "now": self.rng}
-            place = {"stage": self.session.stage, "place": vars(self.place), **generators, "objects": objects}
-            self.session.checkpoint.save(place)
+        tensors = [tensor for module in self._modules() for tensor in module.state_dict().values()]
+        if below is None or sum(tensor.nbytes for tensor in tensors) < below:
+            objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+            place = {"stage": self.session.stage, "place": vars(self.place), "objects": objects}
+            self.session.checkpoint.save({**place, "begin": self.epoch_rng, "now": self.rng})
             self.saved = time.monotonic()
+
+    def _modules(self) -> list[nn.Module]:
+        return [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
 
     def _refuse_broken(self) -> None:
         """A finite loss says nothing of the update after it, for masks and other networks as for `model`."""
         self.place.means(self.rate)
-        numbers = [w for thing in self.state.values() if isinstance(thing, nn.Module) for w in thing.parameters()]
+        numbers = [parameter for module in self._modules() for parameter in module.parameters()]
         numbers += self.state["model"].buffers() if "model" in self.state else ()
         finite = [is_finite(value) for value in numbers if value.is_floating_point()]
         if finite and not bool(torch.stack(finite).all()):
@@ -276,14 +276,14 @@ class _Run:
             raise TrainingError(f"a weight is not finite after {where}; try a smaller --{self.rate}")
 
     def _resume(self) -> None:
-        kept = self.session.checkpoint.load() if self.session.checkpoint is not None else None
-        if kept is not None and kept["stage"] > self.session.stage:
+        kept = self.session.last_checkpoint
+        if kept is None or kept["stage"] < self.session.stage:
+            return
+        if kept["stage"] > self.session.stage:
             self.place.epoch = self.epochs
-        if kept is None or kept["stage"] != self.session.stage:
             return
         for name, content in kept["objects"].items():
-            if name in self.state:  # checkpoints of older versions hold more
-                self.state[name].load_state_dict(content)
+            self.state[name].load_state_dict(content)
         self.place, self.epoch_rng, self.rng = _Place(**kept["place"]), kept["begin"], kept["now"]
         batch = f", batch {self.place.batch}" if self.place.batch else ""
         self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")

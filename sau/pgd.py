@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -70,19 +71,13 @@ class Search:
     def ascend(self, objective: Callable[[Change], PerImage], x: Pixels, e: Change) -> Change:
         """e after one step."""
         size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
-        return pgd(objective, x, e, self.ball, steps=1, lr=size, direction=lambda g: steepest(g, self.norm))
+        return pgd(objective, x, e, self.ball, steps=1, lr=size, direction=partial(steepest, norm=self.norm))
 
 
 def pgd(
-    objective: Callable[[Change], PerImage | None],
-    x: Pixels,
-    e: Change,
-    ball: Ball,
-    *,
-    steps: int,
-    lr: float,
+    objective: Callable[[Change], PerImage | None], x: Pixels, e: Change, ball: Ball, *, steps: int, lr: float,
     direction: Callable[[Change], Change] = torch.sign,
-) -> Change:
+) -> Change:  # fmt: skip
     """Projected gradient ascent from `e`: e <- ball.into(x, e + lr * direction(gradient)), `steps` times.
 
     Args:
@@ -106,16 +101,14 @@ def pgd(
 def steepest(gradient: Change, norm: Bounded) -> Change:
     """The direction of length 1 in `norm` that raises a function with this gradient most; in L1 shared by the largest
     1 % of the values."""
-    flat = gradient.flatten(1)
     if norm == "L_inf":
-        direction = flat.sign()
-    elif norm == "L2":
-        direction = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    else:
-        k = max(1, int(SPARSE * flat.shape[1]))
-        top = flat.abs().topk(k, 1).indices
-        direction = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k)
-    return direction.view_as(gradient)
+        return gradient.sign()
+    if norm == "L2":
+        return gradient / length(gradient, "L2").clamp_min(1e-30).view(-1, 1, 1, 1)
+    flat = gradient.flatten(1)
+    k = max(1, int(SPARSE * flat.shape[1]))
+    top = flat.abs().topk(k, 1).indices
+    return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k).view_as(gradient)
 
 
 def is_radius(eps: float, norm: Norm) -> bool:

@@ -26,13 +26,10 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
 
     Returns:
         psnr: mean over the changed images of 10 log10(1 / MSE), in dB; None if nothing changed.
-        ssim: mean structural similarity of `ssim_count` images by scikit-image's default; None without skimage. Its
-        windows of 7x7 weigh all pixels alike, where Wang et al. 2004 weigh them by a Gaussian.
-        ssim_count: of how many images that is, spread evenly.
+        ssim: mean structural similarity of `ssim_count` images, spread evenly, by scikit-image's default, whose windows
+        of 7x7 weigh all pixels alike (a Gaussian in Wang et al. 2004); None without skimage.
         linf, linf_max: mean and maximum over images of the largest change of a value, in [0, 1] pixels.
-        unchanged: percentage of images that the trigger does not change.
-        in_ball: percentage of images whose change is at most `radius`.
-        radius: as given.
+        unchanged, in_ball: percentage of images that the trigger does not change, and changes by at most `radius`.
     """
     require("radius", radius, is_radius(radius, "L_inf"), RADII)
     largest, errors = [], []
@@ -68,10 +65,8 @@ def describe(found: dict[str, Any]) -> str:
     ssim = "" if found["ssim"] is None else f", SSIM {found['ssim']:.3f}"
     psnr = "unchanged" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB"
     none = f", {found['unchanged']:g} % of the images unchanged" if 0 < found["unchanged"] < 100 else ""
-    return (
-        f"trigger: {psnr}{ssim}, L-infinity {found['linf']:.3f} (at most {found['linf_max']:.3f}), "
-        f"{found['in_ball']:g} % within {found['radius']:g}{none}"
-    )
+    linf, inside = f"{found['linf']:.3f} (at most {found['linf_max']:.3f})", f"{found['in_ball']:g} % within"
+    return f"trigger: {psnr}{ssim}, L-infinity {linf}, {inside} {found['radius']:g}{none}"
 
 
 def _ssim(clean: Bytes, triggered: Bytes) -> float | None:

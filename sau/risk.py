@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from sau.data.images import Images, paired, sample, to_float
 from sau.defense.sau import SAU, example_types
 from sau.errors import DataError
-from sau.evaluate import Proportion, eval_mode, figures, predict
-from sau.models.normalized import check_labels, check_logits, grad_enabled, logits_of
+from sau.evaluate import Proportion, figures, predict
+from sau.models.normalized import check_labels, check_logits, eval_mode, grad_enabled, logits_of
 from sau.pgd import Search, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 from sau.util import seeded
@@ -67,8 +67,7 @@ class Found:
         found |= {"r_share_sau": self.by_sau, **{f"type{i}": self.kind == i for i in (1, 2, 3)}}
         if self.target is not None and self.inside is not None:
             found |= {"r_bd": self.target, "in_ball": self.inside}
-            if self.inside.any():
-                found["r_bd_in_ball"] = self.target[self.inside]
+            found |= {"r_bd_in_ball": self.target[self.inside]} if self.inside.any() else {}
         return {name: _proportion(flags) for name, flags in found.items()}
 
     def row(self) -> dict[str, float]:
@@ -119,9 +118,15 @@ def measure(
     chosen = clean[place]
     eager = partial(torch.compiler.set_stance, "force_eager")  # batches are of many sizes; it holds once it is made
     with grad_enabled(clean.pixels.device), eval_mode(model, reference), seeded(seed), eager():
-        _check_networks((model, reference), chosen)
+        logits, others = (logits_of(network, to_float(chosen.pixels[:8])) for network in (model, reference))
+        check_logits(logits)
+        check_logits(others)
+        if logits.shape != others.shape or logits.shape[1] < 2:
+            counts = f"{logits.shape[1]} and {others.shape[1]}"
+            raise DataError(f"the networks have {counts} classes; allowed is the same number, 2 and more")
+        check_labels(chosen.labels, logits.shape[1])
         hunt = AdversarialSearch(model, reference, to_float(chosen.pixels), chosen.labels, search or Search())
-        return _found(hunt, clean, triggered, place)
+        return hunt.run(clean, triggered, place)
 
 
 def gauge(
@@ -130,48 +135,6 @@ def gauge(
     """Measures the risks of one network after the other on the same sample, with the same search."""
     some, bad = sample(clean, triggered, count, seed)
     return lambda model: measure(model, reference, some, bad, search, seed=seed)
-
-
-def _check_networks(networks: tuple[nn.Module, nn.Module], chosen: Images) -> None:
-    some = [logits_of(network, to_float(chosen.pixels[:8])) for network in networks]
-    for logits in some:
-        check_logits(logits)
-    classes, others = (logits.shape[1] for logits in some)
-    if classes != others or classes < 2:
-        raise DataError(f"the networks have {classes} and {others} classes; allowed is the same number, 2 and more")
-    check_labels(chosen.labels, classes)
-
-
-def _found(hunt: "AdversarialSearch", clean: Images, triggered: Images | None, place: Labels) -> Found:
-    x, both = hunt.x, (hunt.model, hunt.reference)
-    predictions = hunt.predict(hunt.model, to_float(clean.pixels))
-    a, r = predictions[place], hunt.predict(hunt.reference, x)
-    hunt.note(torch.zeros_like(x), a, r)  # e = 0 lies in S
-    delta = hunt.as_sau(a, r)
-    by_sau = hunt.note(delta, *(hunt.predict(network, x + delta) for network in both)) == 1
-    example = hunt.strongest()
-    answer, r = (hunt.predict(network, x + example) for network in both)
-    kind = hunt.note(example, answer, r)
-    for _ in range(hunt.search.restarts - 1):
-        hunt.adversarial(hunt.search.ball.start(x, "random"))
-    for _ in range(hunt.search.restarts):
-        hunt.shared(hunt.search.ball.start(x, "random"))
-    blind = hunt.share.clone()
-    target = planted = inside = None
-    if triggered is not None:
-        g = to_float(triggered.pixels)
-        inside = hunt.search.ball.contains(g - x)
-        a, r = (hunt.predict(network, g) for network in both)
-        hunt.note(g - x, a, r, inside)
-        begin = hunt.search.ball.into(x, g - x)
-        hunt.shared(begin)
-        hunt.adversarial(begin)
-        target, planted = a == triggered.labels, r == triggered.labels
-    return Found(
-        wrong=predictions != clean.labels, target=target, planted=planted, inside=inside, adv=hunt.adv,
-        share=hunt.share, blind=blind, by_sau=by_sau, kind=kind, answer=answer, example=example, witness=hunt.witness,
-        passes=hunt.passes / len(x),
-    )  # fmt: skip
 
 
 def margins(z: Logits) -> Tensor:
@@ -197,10 +160,42 @@ class AdversarialSearch:
         self.witness = torch.zeros_like(x)
         self.passes = 0
 
-    def predict(self, model: nn.Module, x: Pixels) -> Labels:
-        """Classes that `model` gives to x."""
+    def run(self, clean: Images, triggered: Images | None, place: Labels) -> Found:
+        """All that `Found` has; x are the images of `clean` at `place`, from which the triggered ones are made."""
+        x, ball = self.x, self.search.ball
+        every = self._predict(self.model, to_float(clean.pixels))
+        answer, planted = every[place], self._predict(self.reference, x)
+        self.note(torch.zeros_like(x), answer, planted)  # e = 0 lies in S
+        delta = self.as_sau(answer, planted)
+        by_sau = self.note(delta, *self._answers(x + delta)) == 1
+        example = self.strongest()
+        answer, planted = self._answers(x + example)
+        kind = self.note(example, answer, planted)
+        for _ in range(self.search.restarts - 1):
+            self._climb(self._alone, ball.start(x, "random"), self.adv)
+        for _ in range(self.search.restarts):
+            self._climb(self._together, ball.start(x, "random"), self.share, networks=2)
+        blind, of_trigger = self.share.clone(), dict[str, Flags | None](target=None, planted=None, inside=None)
+        if triggered is not None:
+            g = to_float(triggered.pixels)
+            inside, (a, r) = ball.contains(g - x), self._answers(g)
+            self.note(g - x, a, r, inside)
+            begin = ball.into(x, g - x)
+            self._climb(self._together, begin, self.share, networks=2)
+            self._climb(self._alone, begin, self.adv)
+            of_trigger = {"target": a == triggered.labels, "planted": r == triggered.labels, "inside": inside}
+        return Found(
+            wrong=every != clean.labels, **of_trigger, adv=self.adv, share=self.share, blind=blind, by_sau=by_sau,
+            kind=kind, answer=answer, example=example, witness=self.witness, passes=self.passes / len(x),
+        )  # fmt: skip
+
+    def _predict(self, model: nn.Module, x: Pixels) -> Labels:
         self.passes += len(x)
         return predict(model, x, BATCH)
+
+    def _answers(self, x: Pixels) -> tuple[Labels, Labels]:
+        """Classes that h and h_b give to x."""
+        return self._predict(self.model, x), self._predict(self.reference, x)
 
     def note(
         self, delta: Change, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
@@ -239,14 +234,6 @@ class AdversarialSearch:
 
         self._climb(goal, self.search.ball.start(self.x, "random"), torch.zeros_like(self.adv))
         return best
-
-    def adversarial(self, delta: Change) -> None:
-        """Search for witnesses of `adv` from `delta`, where there is none yet."""
-        self._climb(self._alone, delta, self.adv)
-
-    def shared(self, delta: Change) -> None:
-        """Search for witnesses of `share` from `delta`, where there is none yet."""
-        self._climb(self._together, delta, self.share, networks=2)
 
     def _alone(self, at: Labels, delta: Change) -> PerImage:
         z = logits_of(self.model, self.x[at] + delta)

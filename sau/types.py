@@ -31,7 +31,7 @@ class Batched(Protocol):
 
 
 def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of images that refuses bytes: of those it would make something else without a word."""
+    """A method of images that refuses bytes, of which it would make something else without a word."""
 
     @wraps(stamp)
     def guarded(self: Any, x: Tensor, **how: Any) -> Any:

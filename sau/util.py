@@ -71,13 +71,10 @@ def at_most(bound: float) -> str:
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table in Markdown. Names in it may be a stranger's, so signs of its own and of HTML are written out."""
-    lines = [[_cell(text) for text in line] for line in (head, *body)]
+    plain = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|"})
+    lines = [[printable(text).translate(plain) for text in line] for line in (head, *body)]
     rows = [f"| {' | '.join(line)} |\n" for line in lines]
     return "".join([rows[0], "|---" * len(head), "|\n", *rows[1:]])
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def marked(name: str, selection: str | None) -> str:

@@ -54,11 +54,11 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
     except (SauError, *MALFORMED) as error:
         return [*checks, _failed("data", error)]
     checks.append(Check("data", "ok", f"{attack.dataset} as the attack saw it"))
-    checks += [_check("figures", _figures, attack, path, test, device)]
+    checks.append(_check("figures", _figures, attack, test, path, device))
     for folder in sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir()):
         checks.append(_check(f"{folder.name}: files", _files, folder))
         if checks[-1].state == "ok":
-            checks.append(_check(f"{folder.name}: figures", _figures, attack, folder, test, device))
+            checks.append(_check(f"{folder.name}: figures", _figures, attack, test, folder, device))
     return checks
 
 
@@ -81,29 +81,25 @@ def _files(folder: Path) -> str:
     return "they have the sums of the manifest"
 
 
-def _figures(attack: AttackResult, folder: Path, test: Images, device: torch.device | None) -> str:
+def _figures(attack: AttackResult, test: Images, folder: Path, device: torch.device | None) -> str:
     """Score the stored networks and compare with the summary; RecordError names the figure that differs."""
-    record = Record(folder)
+    record, where = Record(folder), device or torch.device("cpu")
     summary, amp = record.summary(), bool(record.check(light=True).get("amp"))
-    parts = {"before": attack.path, "after": folder} if "before" in summary else {"": folder}
+    triggered = attack.triggered and attack.triggered.to(where)
     texts, recorded = list[str](), dict[str, Score]()
-    for part, place in parts.items():
+    for part, place in {"before": attack.path, "after": folder}.items() if "before" in summary else [("", folder)]:
         figures = summary[part] if part else summary
         counts = (figures.get(f"{name}_count") for name in ("acc", "asr", "racc"))
-        shares = [None if count is None else Proportion(*count) for count in counts]
-        recorded[part] = Score(*shares)  # type: ignore[arg-type]
-        model = attack.blank()
-        attack_result.load_weights(model, place / "model.safetensors")
-        model.amp = amp
-        where = device or torch.device("cpu")
-        triggered = attack.triggered and attack.triggered.to(where)
-        measured = score(model.to(where).eval(), test.to(where), triggered)
+        recorded[part] = Score(*(count and Proportion(*count) for count in counts))  # type: ignore[arg-type]
         for name, value in recorded[part].summary().items():
             if figures.get(name) != value:
                 raise RecordError(f"{part} {name} is {figures.get(name)}, but the counts give {value}".strip())
-        for name, share in measured.shares().items():
+        model = attack.blank()
+        attack_result.load_weights(model, place / "model.safetensors")
+        model.amp = amp
+        for name, share in score(model.to(where).eval(), test.to(where), triggered).shares().items():
             compare(f"{part} {name}".strip(), recorded[part].shares()[name], share)
-        texts += [f"{part} {name} {share.percent} %".strip() for name, share in measured.shares().items() if share]
+            texts += [f"{part} {name} {share.percent} %".strip()] if share else []
     if "der" in summary:
         rating = der(recorded["before"], recorded["after"])
         if rating != summary["der"]:
@@ -114,9 +110,8 @@ def _figures(attack: AttackResult, folder: Path, test: Images, device: torch.dev
 
 def compare(name: str, recorded: Proportion | None, measured: Proportion | None) -> None:
     """RecordError if the counts differ by more than `TOLERANCE`, and by more than one image."""
-    if recorded is None or measured is None:
-        same = recorded is measured
-    else:
+    same = recorded is measured  # both None
+    if recorded is not None and measured is not None:
         allowed = max(1, TOLERANCE * recorded.total)
         same = recorded.total == measured.total and abs(recorded.hits - measured.hits) <= allowed
     if not same:

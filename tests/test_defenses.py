@@ -41,9 +41,10 @@ from sau.config import options
 from sau.data.images import Augment, to_float
 from sau.defense import ANP, AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, RNP, SAU, anp
 from sau.errors import ConfigError, DataError, SauError, TrainingError
-from sau.evaluate import der, eval_mode, score
+from sau.evaluate import der, score
 from sau.loop import Limit, Session
 from sau.models import Normalized
+from sau.models.normalized import eval_mode
 from sau.optim import Training
 
 QUICK = FT(epochs=1, batch_size=8, lr=0.01)

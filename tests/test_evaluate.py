@@ -14,16 +14,10 @@ from sau.evaluate import Proportion, Score, der, predict, proportions, score, ta
 # Proportions
 
 
-@pytest.mark.parametrize(
-    ("hits", "total", "percent"), [(0, 7, 0.0), (7, 7, 100.0), (1, 3, 33.33), (2, 3, 66.67), (9131, 10_000, 91.31)]
-)
-def test_a_share_has_two_decimals(hits, total, percent):
-    assert Proportion(hits, total).percent == percent
-
-
 def test_shares_and_scores_print_themselves():
     share = Proportion(81, 263)
     assert str(share) == "30.80 % [25.53, 36.62]"
+    assert [Proportion(n, 3).percent for n in range(4)] == [0, 33.33, 66.67, 100]
     assert str(Score(share, Proportion(15, 148), Proportion(10, 10))) == (
         "ACC 30.80 % [25.53, 36.62]  ASR 10.14 % [6.24, 16.05]  R-ACC 100.00 % [72.25, 100.00]"
     )
@@ -48,6 +42,9 @@ def test_wilsons_interval(hits, total, interval):
 
 # Scores
 
+IMAGES = toy_images(6)
+FLOATS = to_float(IMAGES.pixels)
+
 
 class Answers(nn.Module):
     """A network that reads its answer off the first pixel: its grey level is the class."""
@@ -60,27 +57,9 @@ class Answers(nn.Module):
         return nn.functional.one_hot((x[:, 0, 0, 0] * 255).round().long(), self.classes).float()
 
 
-class Constant(nn.Module):
-    def __init__(self, answer: int, classes: int = 4) -> None:
-        super().__init__()
-        self.answer, self.classes = answer, classes
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.one_hot(torch.full((len(x),), self.answer), self.classes).float()
-
-
 def saying(answers: list[int]) -> Tensor:
     """Images to which `Answers` gives these classes."""
     return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
-
-
-def test_a_constant_answer():
-    """40 images of four classes: a quarter is right; the target's answer is always the attack's, never the truth."""
-    test = toy_images(40)
-    triggered = Blended().poison_test(test)
-    target, other = score(Constant(0), test, triggered), score(Constant(2), test, triggered)
-    assert (target.acc, target.asr, target.racc) == (Proportion(10, 40), Proportion(30, 30), Proportion(0, 30))
-    assert (other.acc, other.asr, other.racc) == (Proportion(10, 40), Proportion(0, 30), Proportion(10, 30))
 
 
 def test_counts_by_hand():
@@ -104,17 +83,11 @@ def test_images_and_tensors_are_the_same_to_it():
 
 
 def test_without_triggers_there_is_no_asr():
-    test = toy_images(8)
-    for nothing in (None, test[test.labels[:0]]):
-        result = score(Constant(0), test, nothing)
-        assert result.asr is None and result.racc is None and result.acc == Proportion(2, 8)
-        assert result.summary() == {
-            "acc": 25.0,
-            "asr": None,
-            "racc": None,
-            "acc_interval": list(Proportion(2, 8).interval),
-            "acc_count": [2, 8],
-        }
+    for nothing in (None, IMAGES[IMAGES.labels[:0]]):
+        result = score(Answers(), (saying([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])), nothing)
+        assert result == Score(Proportion(1, 4), None, None)
+        found = {"acc": 25.0, "acc_interval": list(result.acc.interval), "acc_count": [1, 4]}
+        assert result.summary() == {**found, "asr": None, "racc": None}
 
 
 def test_predictions_do_not_depend_on_the_batches():
@@ -204,19 +177,11 @@ def test_der_by_cases(before, after, rating):
 # ACC and ASR before, ACC and ASR after, DER: cells of the table in the SAU paper (CIFAR-10, PreAct-ResNet18, 10 %).
 PUBLISHED = {
     "BadNets SAU": (91.32, 95.03, 89.31, 1.53, 95.74),
-    "Blended SAU": (93.47, 99.92, 90.96, 6.14, 95.63),
-    "Input-Aware SAU": (90.67, 98.26, 91.59, 1.27, 98.49),
     "LF SAU": (93.19, 99.28, 90.32, 4.18, 96.12),
     "SIG SAU": (84.48, 98.27, 88.56, 1.67, 98.30),
-    "SSBA SAU": (92.88, 97.86, 90.84, 1.79, 97.01),
     "WaNet SAU": (91.25, 89.73, 91.26, 1.02, 94.36),
-    "BadNets ANP": (91.32, 95.03, 90.88, 4.88, 94.86),
     "Blended FP": (93.47, 99.92, 93.17, 99.26, 50.18),
-    "Blended NC": (93.47, 99.92, 93.47, 99.92, 50.00),
-    "SIG FP": (84.48, 98.27, 89.10, 26.20, 86.03),
     "WaNet EP": (91.25, 89.73, 90.09, 86.64, 50.96),
-    "LF NAD": (93.19, 99.28, 92.37, 47.83, 75.31),
-    "Input-Aware i-BAU": (90.67, 98.26, 90.29, 63.36, 67.26),
 }
 
 
@@ -227,40 +192,25 @@ def test_der_of_the_published_table(cell):
     assert der(scored(acc_0, asr_0), scored(acc, asr)) == pytest.approx(rating, abs=0.0101)
 
 
-def test_der_of_nothing():
-    assert der(scored(90, None), scored(80, 3)) is None and der(scored(90, 3), scored(80, None)) is None
-
-
 # The table
-
-
-def test_the_table_as_text():
-    before = Score(Proportion(9, 10), Proportion(10, 10), Proportion(0, 10))
-    after = Score(Proportion(8, 10), Proportion(1, 10), Proportion(7, 10))
-    head, first, second = table({"before": before, "after": after}).splitlines()
-    assert head.split() == ["ACC", "%", "ASR", "%", "R-ACC", "%", "DER", "%"]
-    assert first.split()[0] == "before" and "90.00 [59.58, 98.21]" in first and "100.00" in first
-    assert second.split()[0] == "after" and "10.00 [1.79, 40.42]" in second and second.split()[-1] == "90.00"
-    assert len(head) == len(second)
 
 
 def test_every_row_of_the_table_is_rated_against_the_first():
     rows = {
         name: scored(*shares) for name, shares in {"none": (90, 100), "fine_tuning": (80, 50), "c": (90, 0)}.items()
     }
-    lines = table(rows).splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["-", "70.00", "100.00"]
-    assert len({len(line) for line in lines}) == 1
-
-
-def percents(acc: float, asr: float | None = None, racc: float | None = None) -> Score:
-    return Score(*(None if value is None else Proportion(round(100 * value), 10_000) for value in (acc, asr, racc)))
+    head, first, *others = table(rows).splitlines()
+    assert head.split() == ["ACC", "%", "ASR", "%", "R-ACC", "%", "DER", "%"]
+    assert first.split()[:3] == ["none", "90.00", "[89.40,"] and "100.00 [99.96, 100.00]" in first
+    assert [line.split()[-1] for line in (first, *others)] == ["-", "70.00", "100.00"]
+    assert len({len(line) for line in (head, first, *others)}) == 1
 
 
 def test_der_is_rounded_once():
     """The drops are 1/3 and 2/3 points; of rounded percentages DER would be 49.84."""
     before, after = Score(Proportion(300, 300), Proportion(200, 300)), Score(Proportion(298, 300), Proportion(199, 300))
     assert der(before, after) == round((100 / 300 - 200 / 300 + 100) / 2, 2) == 49.83
+    assert der(scored(90, None), scored(80, 3)) is None and der(scored(90, 3), scored(80, None)) is None
 
 
 def test_durations_and_bounds_are_written_short_and_bounds_never_too_high():
@@ -289,10 +239,6 @@ def test_an_output_that_is_no_logits_has_no_accuracy(shape, got):
     for measured in (lambda: predict(net, images.pixels), lambda: score(net, images, None)):
         with refuses(DataError, got):
             measured()
-
-
-IMAGES = toy_images(6)
-FLOATS = to_float(IMAGES.pixels)
 
 
 @pytest.mark.parametrize(

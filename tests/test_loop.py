@@ -124,18 +124,6 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(kind):
 # How often a checkpoint is written
 
 
-class Seconds:
-    """A clock that a second passes on with every update."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        patch.setattr(loop.time, "monotonic", lambda: self.now)
-
-    def step(self, x, y):
-        self.now += 1.0
-        return {"loss": torch.tensor(1.0)}
-
-
 class Diary(Tape):
     """Notes where every checkpoint stood."""
 
@@ -161,9 +149,15 @@ class Diary(Tape):
 def test_a_large_checkpoint_is_written_once_in_save_every_seconds(large, save_every, wanted, monkeypatch):
     """Epochs of five updates of a second each; what is written takes no time on this clock."""
     monkeypatch.setattr(loop, "LARGE", 4 if large else 5)
-    clock, tape = Seconds(monkeypatch), Diary()
+    now, tape = [0.0], Diary()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    def step(x, y):
+        now[0] += 1.0
+        return {"loss": torch.tensor(1.0)}
+
     state = {"model": nn.Linear(1, 1, bias=False)}  # 4 bytes
-    run(clock.step, Plain([2] * 5), 4, state=state, checkpoint=tape, save_every=save_every)
+    run(step, Plain([2] * 5), 4, state=state, checkpoint=tape, save_every=save_every)
     assert tape.places == wanted
 
 
@@ -231,50 +225,39 @@ def test_floats_are_averaged_over_images_and_counts_summed():
 # A loss that is not finite
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("save_every", [NEVER, ALWAYS])
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_finite_checkpoint(value, save_every):
-    """Batch 4 of epoch 2 breaks. The checkpoint is from the end of epoch 1, or from batch 3 of epoch 2, also
-    where it is too large to be written at the end of every epoch."""
-    weight, tape, count = nn.Linear(1, 1), Tape(), [0]
+@pytest.mark.parametrize("save_every", [NEVER, ALWAYS, None, "in time"])
+@pytest.mark.parametrize(
+    ("broken", "name", "value"),
+    [
+        ("loss", "model", torch.nan),
+        ("loss", "model", torch.inf),
+        ("weight", "model", torch.inf),
+        ("weight", "masks", torch.nan),
+    ],
+)
+def test_what_is_not_finite_stops_a_run_and_leaves_the_last_finite_checkpoint(broken, name, value, save_every):
+    """Batch 4 of epoch 2 breaks the loss or, once it is measured, a weight. The checkpoint is from the end of epoch 1,
+    or from batch 3 of epoch 2; without checkpoints, or where the time ends there, it is seen all the same."""
+    weight, tape, count, limit = nn.Linear(1, 1), Tape(), [0], Limit(1e18)
 
     def step(x, y):
         count[0] += 1
-        broken = count[0] == 9
+        number = value if count[0] >= 9 else float(count[0])
+        limit.end = 0.0 if count[0] == 9 else 1e18
         with torch.no_grad():
-            weight.bias.fill_(value if broken else float(count[0]))
-        return {"loss": torch.tensor(value if broken else 1.0)}
+            weight.bias.fill_(number if broken == "weight" else count[0])
+        return {"loss": torch.tensor(number if broken == "loss" else 1.0)}
 
-    with refuses(TrainingError, "epoch 2", "--lr"):
-        run(step, Plain([2] * 5), 3, state={"model": weight}, checkpoint=tape, save_every=save_every)
-    place = tape.load()
-    assert place is not None
-    kept = float(place["objects"]["model"]["bias"])
-    assert (place["place"]["epoch"], place["place"]["batch"], kept) == (
-        (1, 3, 8.0) if save_every == ALWAYS else (1, 0, 5.0)
-    )
-
-
-@pytest.mark.parametrize("name", ["model", "masks"])
-@pytest.mark.parametrize("kept", [True, False])
-def test_weights_that_are_not_finite_are_not_kept_though_their_loss_was(name, kept):
-    """The loss is measured before the update that breaks the weight."""
-    weight, tape, count = nn.Linear(1, 1), Tape(), [0]
-
-    def step(x, y):
-        count[0] += 1
-        with torch.no_grad():
-            weight.bias.fill_(float("inf") if count[0] == 10 else float(count[0]))
-        return {"loss": torch.tensor(1.0)}
-
-    with pytest.raises(TrainingError) as stop:
-        session = Session(checkpoint=tape if kept else None, say=lambda text: None)
-        loop.run(step, Plain([2] * 5), 2, state={name: weight}, end_epoch=lambda losses: None, session=session,
-                 rate="warm_lr")  # fmt: skip
-    assert "weight is not finite" in str(stop.value) and str(stop.value).endswith("--warm_lr")
-    place = tape.load()
-    assert (place is not None) == kept
-    assert place is None or float(place["objects"][name]["bias"]) == 5.0
+    kept = {"checkpoint": tape, "save_every": save_every} if isinstance(save_every, float) else {}
+    how = {"limit": limit} if save_every == "in time" else kept
+    with refuses(TrainingError, f"{broken} is not finite", "--warm_lr"):
+        loop.run(step, Plain([2] * 5), 3, state={name: weight}, end_epoch=lambda losses: None,
+                 session=Session(say=lambda text: None, **how), rate="warm_lr")  # fmt: skip
+    assert count[0] == (9 if save_every in (ALWAYS, "in time") else 10)
+    if kept:
+        last = tape.load()
+        found = last["place"]["epoch"], last["place"]["batch"], float(last["objects"][name]["bias"])
+        assert found == ((1, 3, 8.0) if save_every == ALWAYS else (1, 0, 5.0))
 
 
 # Several runs that share a checkpoint

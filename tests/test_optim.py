@@ -104,21 +104,22 @@ def sgd(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
     return p - 0.1 * kept["v"]
 
 
-def adam(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
-    """Adam with weight decay in the gradient, and AMSGrad: the second moment never falls."""
-    g = g + 0.01 * p
+def moments(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int, amsgrad: bool) -> Tensor:
+    """A step of Adam; with AMSGrad the second moment never falls."""
     kept["m"] = 0.7 * kept.get("m", 0 * p) + 0.3 * g
     kept["v"] = 0.9 * kept.get("v", 0 * p) + 0.1 * g * g
-    kept["max"] = torch.maximum(kept.get("max", 0 * p), kept["v"])
+    kept["max"] = torch.maximum(kept.get("max", 0 * p), kept["v"]) if amsgrad else kept["v"]
     return p - 0.1 * (kept["m"] / (1 - 0.7**t)) / ((kept["max"] / (1 - 0.9**t)).sqrt() + 1e-8)
+
+
+def adam(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
+    """Weight decay in the gradient."""
+    return moments(p, g + 0.01 * p, kept, t, amsgrad=True)
 
 
 def adamw(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:
     """Weight decay beside the step; no AMSGrad."""
-    p = p * (1 - 0.1 * 0.01)
-    kept["m"] = 0.7 * kept.get("m", 0 * p) + 0.3 * g
-    kept["v"] = 0.9 * kept.get("v", 0 * p) + 0.1 * g * g
-    return p - 0.1 * (kept["m"] / (1 - 0.7**t)) / ((kept["v"] / (1 - 0.9**t)).sqrt() + 1e-8)
+    return moments(p * (1 - 0.1 * 0.01), g, kept, t, amsgrad=False)
 
 
 def adadelta(p: Tensor, g: Tensor, kept: dict[str, Tensor], t: int) -> Tensor:

@@ -18,12 +18,6 @@ def normalised(x):
     return (x - torch.tensor(MEAN).view(1, -1, 1, 1)) / torch.tensor(STD).view(1, -1, 1, 1)
 
 
-def advice_for(x, **more):
-    with pytest.raises(DataError) as refusal:
-        QUICK.purify(tiny_net(), (x, torch.zeros(len(x), dtype=torch.int64)), session=quiet(), **more)
-    return str(refusal.value)
-
-
 @pytest.mark.parametrize("give", [lambda x, y: (x, y), triples], ids=["pair", "loader"])
 @pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5,), (0.5,)), ((0.1307,), (0.3081,))])
 def test_mean_and_std_of_images_that_are_not_normalised_are_refused(give, mean, std):

@@ -205,14 +205,10 @@ def test_every_witness_is_one_and_the_risks_are_ordered(norm, eps, seed):
     assert shares["r_cl"].total == 60 and shares["r_adv"].total == len(triggered)
 
 
-def test_without_a_trigger_all_pictures_count_and_there_is_no_bound():
-    model, reference, data, _ = planted(0, 0.1)
+def test_without_triggers_inside_the_ball_there_is_no_bound():
+    model, reference, data, triggered = planted(0, 0.1)
     found = measure(model, reference, data, search=Search(eps=0.1, steps=2))
     assert found.bound() is None and "r_bd" not in found.row() and len(found.adv) == len(data)
-
-
-def test_triggers_outside_the_ball_give_no_bound():
-    model, reference, data, triggered = planted(0, 0.1)
     far = triggered[(triggered.pixels != data.pixels[triggered.index]).flatten(1).any(1)]
     found = measure(model, reference, data, far, Search(eps=0.001, steps=2))
     assert found.bound() is None and "r_bd_in_ball" not in found.shares() and found.summary()["in_ball"] == 0

@@ -18,12 +18,10 @@ from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
 from sau.data.images import Augment, to_float
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
-from sau.errors import TrainingError
 from sau.loop import Limit, Session
 from sau.models import Normalized, PreActResNet18
 from sau.optim import Training
 from sau.record.folder import Record, digest
-from sau.run import Run, trigger_session
 from sau.verify import verify
 
 
@@ -103,24 +101,6 @@ def test_a_limit_ends_a_run_between_two_updates():
     ends = [line for line in said if line.startswith("--max_minutes")]
     assert ends == [f"--max_minutes is reached: ended in {where} of 3" for where in
                     ("epoch 1 of 2, before batch 3", "second 1 of 2, before batch 1")]  # fmt: skip
-
-
-@pytest.mark.parametrize("broken", ["loss", "masks"])
-def test_a_broken_loss_or_weight_is_not_handed_on_when_the_time_is_over(broken, monkeypatch):
-    now, masks = [0.0], torch.nn.Linear(1, 1)
-
-    def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        now[0] += 10
-        if broken == "masks":
-            torch.nn.init.constant_(masks.weight, torch.nan)
-        return {"loss": torch.tensor(torch.nan if broken == "loss" else 1.0)}
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    limit = Limit(25.0)
-    with pytest.raises(TrainingError, match=f"{'loss' if broken == 'loss' else 'weight'} is not finite"):
-        loop.run(step, toy_images(12).batches(4), 1, state={"masks": masks}, end_epoch=lambda losses: None,
-                 session=Session(say=lambda text: None, limit=limit))  # fmt: skip
-    assert now == [20.0]
 
 
 # Compiled networks
@@ -264,9 +244,3 @@ def test_a_trigger_that_is_not_made_in_time_is_gone_on_with(here, tmp_path, monk
     assert "resuming after" in here("attack", *flags)[1]
     made = Record(tmp_path / "record" / "a").summary()["trigger"]["made"]
     assert {*made} == {"fooled", "led_to_the_target", "energy_in_the_lowest_7x7"} and 0 < made["fooled"] <= 1
-
-
-def test_a_trigger_has_the_minutes_of_its_command():
-    session = trigger_session(Run(max_minutes=10.0), 5.0)
-    assert session is not None and session.limit is not None and session.limit.end == 605.0
-    assert trigger_session(Run(), 5.0) is None

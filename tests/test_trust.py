@@ -1,4 +1,4 @@
-"""The test plan's rows that no other file has: names, spoiled folders, leakage, small clean sets, the evaluator."""
+"""The test plan's rows that no other file has: names, spoiled folders, leakage, small clean sets."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,9 +7,6 @@ import pytest
 import torch
 import yaml
 from defense_rows import ROWS
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_evaluate import Answers, saying
 from torch import nn
 from toys import QUICK, quiet, same_weights, the_error, tiny_net, toy_images
 
@@ -17,7 +14,6 @@ from sau.data.images import to_float
 from sau.data.sources import check_clean_set
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError
-from sau.evaluate import Score, der, score
 from sau.loop import Session
 
 # P1: names
@@ -94,28 +90,6 @@ def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here)
     assert status == 0 and out.count("note: the clean images have none of 9 of 10 classes") == 1, err
     notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
     assert len(notes) == 1 and "9 of 10 classes" in notes[0]
-
-
-# E1: the evaluator against brute force
-
-
-@settings(max_examples=300, deadline=None, database=None)
-@given(st.data())
-def test_figures_are_those_of_a_count_by_hand(data):
-    classes = data.draw(st.integers(2, 6))
-    label = st.integers(0, classes - 1)
-    clean = data.draw(st.lists(st.tuples(label, label), min_size=1, max_size=12))
-    bad = data.draw(st.lists(st.tuples(label, label, label), min_size=1, max_size=12))
-    (answers, truth), (guessed, wanted, really) = zip(*clean, strict=True), zip(*bad, strict=True)
-    triggered = saying(guessed), torch.tensor(wanted), torch.tensor(really)
-    found = score(Answers(classes), (saying(answers), torch.tensor(truth)), triggered)
-    counts = [sum(a == b for a, b in zip(one, other, strict=True))
-              for one, other in ((answers, truth), (guessed, wanted), (guessed, really))]  # fmt: skip
-    shares = [(share.hits, share.total) for share in (found.acc, found.asr, found.racc)]
-    assert shares == [*zip(counts, (len(clean), len(bad), len(bad)), strict=True)]
-    other = Score(replace(found.acc, hits=0), replace(found.asr, hits=0), found.racc)
-    expected = (100 * found.asr.hits / len(bad) - 100 * found.acc.hits / len(clean) + 100) / 2
-    assert der(found, other) == round(expected, 2)
 
 
 # E2: no defense sees the test sets

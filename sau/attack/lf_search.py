@@ -24,9 +24,9 @@ from sau.attack.triggers import ImageTrigger, Made, TriggerContext, cached_trigg
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import RecordError, TrainingError
-from sau.evaluate import AT_ONCE, eval_mode, predict
+from sau.evaluate import AT_ONCE, predict
 from sau.loop import RunContext
-from sau.models.normalized import Normalized, full_precision
+from sau.models.normalized import Normalized, eval_mode, full_precision
 from sau.record import attack_result
 from sau.types import Labels, Pixels
 from sau.util import generator

@@ -26,9 +26,8 @@ from sau.defense.base import TrainingDefense
 from sau.defense.hooks import forward_hooks, resolve_layer
 from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
-from sau.evaluate import eval_mode
 from sau.loop import Session
-from sau.models.normalized import at_least_fp32
+from sau.models.normalized import at_least_fp32, eval_mode
 from sau.optim import Schedule
 from sau.types import Batched, Labels, Logits, Pixels
 

@@ -140,6 +140,19 @@ def translate_errors(refused: Callable[[str], SauError]) -> Iterator[None]:
 
 
 @contextmanager
+def eval_mode(*networks: nn.Module) -> Iterator[None]:
+    """Inside, the networks are in eval mode; then each of their modules is in its own mode again."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def grad_enabled(place: torch.device) -> Iterator[None]:
     """Inside, gradients are on and autocast is off, whatever the caller's contexts say.
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sau.data import readers, sources
 from sau.data.images import Images
-from sau.data.sources import subset_note
 from sau.defense.npd import insert_polarizers
 from sau.errors import DataError, RecordError
 from sau.models import Normalized, build, state_dict_spec
@@ -24,41 +23,24 @@ _NETWORK = ("name", "classes", "width", "shape", "mean", "std")
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
-    """An attacked network and its images, read from our folder or from BackdoorBench's.
-
-    Args:
-        path: the folder.
-        network: how to build the network: name, classes, width, shape, mean, std.
-        weights: its state dict.
-        triggered: the test set of ASR and R-ACC, or None for a clean network.
-        poisoned: the poisoned training images; None if there are none or the attack kept none.
-        dataset: the data set of the attack.
-        dataset_path: where the attack found it.
-        recipe: the recipe of the attack; None if the folder does not say.
-        fingerprints: of the clean training and test images; None if the folder does not say.
-        lengths: training and test images that the attack saw; None means all.
-        digest: tells attacks apart.
-        settings: of the attack, by name, its own name as `attack`; None if the folder does not say.
-        trigger: the tensors of what stamps further images; None where a formula does, or where the attack kept none.
-        amp: whether the attack's network ran in bf16; None if the folder does not say.
-        gate: the ASR that the attack had to reach and whether it did, as in `summary.json`; None without a gate.
-    """
+    """An attacked network and its images, read from our folder or from BackdoorBench's, which leaves what follows
+    `digest` at None, and fingerprints and recipe, too."""
 
     path: Path
-    network: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    triggered: Images | None
-    poisoned: Images | None
+    network: dict[str, Any]  # how to build it: name, classes, width, shape, mean, std
+    weights: dict[str, Tensor]  # its state dict
+    triggered: Images | None  # the test set of ASR and R-ACC; None for a clean network
+    poisoned: Images | None  # the poisoned training images; None if there are none or the attack kept none
     dataset: str
-    dataset_path: str
+    dataset_path: str  # where the attack found it
     recipe: str | None
-    fingerprints: dict[str, str] | None
-    lengths: tuple[int | None, int | None]
-    digest: str
-    settings: dict[str, Any] | None = None
-    trigger: dict[str, torch.Tensor] | None = None
-    amp: bool | None = None
-    gate: dict[str, Any] | None = None
+    fingerprints: dict[str, str] | None  # of the clean training and test images
+    lengths: tuple[int | None, int | None]  # training and test images that the attack saw; None means all
+    digest: str  # tells attacks apart
+    settings: dict[str, Any] | None = None  # of the attack, by name, its own name as `attack`
+    trigger: dict[str, Tensor] | None = None  # the tensors of what stamps further images; None where a formula does
+    amp: bool | None = None  # whether the attack's network ran in bf16
+    gate: dict[str, Any] | None = None  # as in `summary.json`; None without a gate
 
     def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
         """The kind of images for a defense that `needs` such; those of a clean network are all clean.
@@ -106,24 +88,28 @@ class AttackResult:
         if dataset_path is None and place != sources.DATA_FOLDER and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
         train, test = sources.load(self.dataset, place, self.network["shape"][1])
-        seen = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)} if self.fingerprints else None
-        notes = [note] if (note := subset_note(self.dataset, train, test)) else []
-        same = seen == self.fingerprints
-        splits = []
+        notes = [note] if (note := sources.subset_note(self.dataset, train, test)) else []
+        found = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)}
+        same = self.fingerprints in (None, found)
+        seen = []
         for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
-            if length is not None and length < len(images):
+            length = len(images) if length is None else length
+            same = same and length <= len(images)
+            if length < len(images):
                 notes.append(f"the attack saw the first {length} of {len(images)} {name} images; this run sees those")
-            same = same and (length or 0) <= len(images)
-            splits.append(images if length is None else images[torch.arange(min(length, len(images)))])
-        train, test = splits
-        bad, poisoned = self.triggered, self.poisoned
-        if same and bad is not None:
-            same = int(bad.index.max()) < len(test) and torch.equal(test.labels[bad.index], bad.true_labels)
-        if same and poisoned is not None:
-            same = int(poisoned.index.max()) < len(train)
-        if not same:
+            seen.append(images if length == len(images) else images[torch.arange(min(length, len(images)))])
+        if not (same and self._fits(*seen)):
             raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; correct --dataset_path")
-        return train, test, notes
+        return seen[0], seen[1], notes
+
+    def _fits(self, train: Images, test: Images) -> bool:
+        """Whether the poisoned and triggered images can be made from these."""
+        bad, poisoned = self.triggered, self.poisoned
+        if poisoned is not None and int(poisoned.index.max()) >= len(train):
+            return False
+        if bad is None:
+            return True
+        return int(bad.index.max()) < len(test) and torch.equal(test.labels[bad.index], bad.true_labels)
 
 
 def save(

@@ -105,11 +105,10 @@ class Record:
             overwrite: see `can_start`.
         """
         resumes = self.can_start(identity, overwrite)
-        if resumes or self._holds_only("defense"):  # defenses stay when the weights of their attack are made again
-            for file in temp_files(self.path):
-                file.unlink()
-        else:
+        if not resumes and not self._holds_only("defense"):  # defenses stay when their attack is made again
             self._clear()
+        for file in temp_files(self.path):
+            file.unlink()
         if not (self.path / CHECKPOINT).is_file():
             (self.path / METRICS).unlink(missing_ok=True)
         self.update_config(schema=SCHEMA, digest=digest(identity), identity=identity, **config)
@@ -158,7 +157,7 @@ class Record:
         write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None; rows of later epochs are dropped, because these epochs run again."""
+        """The last checkpoint, or None; rows that came after it are dropped, because their epochs run again."""
         self._write_config()
         file = self.path / CHECKPOINT
         if not file.is_file():
@@ -168,9 +167,7 @@ class Record:
             if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
                 raise ValueError("SHA-256 differs")
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            self.seconds = place.pop("seconds")
-            rows, done = place.pop("rows"), (place["stage"], place["place"]["epoch"])
-            self.rows = [row for row in rows if (row.get("stage", 0), row["epoch"]) <= done]
+            self.seconds, self.rows = place.pop("seconds"), place.pop("rows")
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = first_line(error)[:100]
             raise RecordError(f"{file} is damaged ({reason}); start again with --overwrite") from None
@@ -179,11 +176,12 @@ class Record:
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
         """Write `<name>.safetensors`, or `<name>.pt`, a plain state dict for those who want one."""
-        content, buffer = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, io.BytesIO()
+        content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         if pickled:
-            torch.save(content, buffer)
-        raw = buffer.getvalue() if pickled else safetensors.torch.save(content)
-        write(self.path / f"{name}.{'pt' if pickled else 'safetensors'}", raw)
+            torch.save(content, buffer := io.BytesIO())
+            write(self.path / f"{name}.pt", buffer.getvalue())
+        else:
+            write(self.path / f"{name}.safetensors", safetensors.torch.save(content))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """Read `<name>.safetensors` of a finished folder; call `check` first."""
@@ -265,7 +263,7 @@ def read_config(file: Path) -> Config:
         got = f"{file.parent} is not a result folder of sau (no valid {file.name})"
         raise RecordError(f"{got}; choose another --save_folder_name")
     _check_version(config["schema"], file.parent)
-    return {key: value for key, value in config.items() if key != "seal"}  # written by earlier code
+    return config
 
 
 def dump_manifest(files: list[Path]) -> bytes:
