@@ -339,7 +339,7 @@ def test_a_batch_that_memory_does_not_hold_makes_the_same_update(most):
 
 def test_later_batches_keep_the_number_of_parts():
     full, _, lines = in_memory_of(FT(), 8)
-    assert full.sizes == [15, 8, 7, 8, 7, 8, 7] and len(lines) == 1 and "in 2 parts" in lines[0]
+    assert full.sizes == [15, 8, 7, 8, 7, 8, 7] and len(lines) == 1 and "into 2 parts" in lines[0]
 
 
 @pytest.mark.parametrize("most", [20, 8], ids=["in the outer step", "in the search"])
