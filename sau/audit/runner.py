@@ -82,6 +82,10 @@ class Case:
         """The test images that `triggered` was made from, in its order."""
         return self.test[self.triggered.index]
 
+    def most_shots(self, share: float) -> int:
+        """The most poisons that the attacker's draw, a `share` of the training images, can have."""
+        return min(round(share * len(self.train)), len(self.poisons))
+
     def score(self, model: nn.Module) -> dict[str, Any]:
         """ACC, ASR and R-ACC."""
         return score(model, self.test, self.triggered).summary()
@@ -173,13 +177,8 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
     }  # fmt: skip
 
 
-def _most_shots(case: Case, config: AuditConfig) -> int:
-    """The most poisons that the attacker's draw can have."""
-    return min(round(config.share * len(case.train)), len(case.poisons))
-
-
 def _notes(case: Case, config: AuditConfig) -> Iterator[str]:
-    if "relearn" in config.parts and (most := _most_shots(case, config)) < max(config.shots):
+    if "relearn" in config.parts and (most := case.most_shots(config.share)) < max(config.shots):
         yield f"the attacker has {most} poisoned images at most"
     for name, model in case.networks.items():
         if "path" in config.parts and not measure.connected(case.networks[NONE], model):
@@ -194,7 +193,7 @@ def _before(case: Case, config: AuditConfig) -> Iterator[Found]:
 
 def _relearn(case: Case, config: AuditConfig) -> Iterator[Found]:
     """The same after RA with so many poisons; 0 is always among them."""
-    shots = sorted({min(k, _most_shots(case, config)) for k in (0, *config.shots)})
+    shots = sorted({min(k, case.most_shots(config.share)) for k in (0, *config.shots)})
     for (name, model), curve, seed, k in product(case.networks.items(), (RELEASED, FRESH), config.seeds, shots):
         first, later = (None, case.augment) if curve == FRESH else (case.augment, None)
         images = measure.mixture(case.train, case.poisons, k, share=config.share, seed=seed, augment=first)

@@ -25,7 +25,6 @@ from sau.yaml_file import Setting, build, read_flat, values
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 Overrides = dict[str, dict[str, Any]]
-_AXIS = {"attack": "pratio", "defense": "ratio"}
 # The grid sets these for all cells, by keys of its own or by itself.
 _RESERVED = {
     "dataset", "dataset_path", "recipe", "device", "amp", "threads", "random_seed", "record_root", "result_file",
@@ -205,7 +204,8 @@ def _cell(
 
 def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[str, str, tuple[str, ...]]:
     """Label, digest of the settings and flags of a method, but for seed and attack."""
-    axis, known = _AXIS[kind], _names(kind, name)
+    axis, letter = ("pratio", "r") if kind == "attack" else ("ratio", "c")  # poisoning ratio, clean share
+    known = _names(kind, name)
     settings: dict[str, Any] = {key: getattr(block, key) for key in ("recipe", "device", "amp", "threads")}
     settings["dataset_path"] = str(Path(block.dataset_path).absolute())  # a worker elsewhere starts in another folder
     settings |= {"dataset": block.dataset} if kind == "attack" else {}
@@ -222,7 +222,6 @@ def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[s
         facts = _identity(sections, run, block, settings["dataset_path"])
     except SauError as error:
         raise ConfigError(f"{kind} {name}: {error}") from None
-    letter = "r" if kind == "attack" else "c"  # poisoning ratio, clean share
     label = f"{name}_{letter}{facts[axis]:g}" if axis in known else name
     label += "_oracle" if facts.get("select") == "oracle" else ""
     return label, digest({kind: name, **facts}), flags
