@@ -183,7 +183,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     facts: dict[str, Any] = {"method": {"defense": name, **method.params()}, "data": {"dataset": attacked.dataset}}
     facts |= {"model": attacked.network, "attacked": attacked.digest, "notes": notes}
     facts["clean_index"] = given.index.tolist()
-    images = f"{len(given):,} {offered} images of {attacked.dataset}" if looks else "it looks at no images"
+    images = f"{len(given):,} {offered} images of {attacked.dataset}" if looks else "no images needed"
     line = f"recipe {recipe} ({why}): {images}; {record.path}"
     begin(record, run, identity, model, method, where, facts, [line], asked.without_effect)
     torch.manual_seed(run.random_seed)

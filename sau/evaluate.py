@@ -203,7 +203,7 @@ def verdict(before: Score, after: Score, took: bool = True, images: bool = True)
     asr, racc = _change(before.asr, after.asr), _change(before.racc, after.racc)
     if not took or before.asr.percent <= GONE:
         first = f"No verdict on the backdoor, because the attack did not take: ASR {asr}"
-        return f"{first}\n{cost}\nNext: an attack that takes, then this defense again."
+        return f"{first}\n{cost}\nNext: an attack with a higher ASR, then this defense again."
     more, right = "more clean images (--ratio) or " if images else "", bool(after.racc and after.racc.percent >= RIGHT)
     if after.asr.percent > GONE:
         first = "weaker, but not gone" if after.asr.percent <= before.asr.percent / 2 else "still there"

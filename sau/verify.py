@@ -78,7 +78,7 @@ def _failed(name: str, error: Exception) -> Check:
 
 def _files(folder: Path) -> str:
     Record(folder).check()
-    return "they have the sums of the manifest"
+    return "they match the manifest"
 
 
 def _figures(attack: AttackResult, test: Images, folder: Path, device: torch.device | None) -> str:

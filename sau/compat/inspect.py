@@ -76,20 +76,25 @@ def _convert(tensors: dict[str, Tensor], to: Path) -> None:
     write(to, packed)
 
 
+def _nans(count: int, before: str) -> str:
+    return f"{before}{count:,} NaN" if count else ""
+
+
 def text(report: Report) -> str:
     """The report for people; the verdict is its last line."""
     network, which = report["network"], "none of those known here"
     if network:
         width = f", width {network['width']}" if network["width"] else ""
-        which = f"{network['name']}{width}, {network['classes']} classes, names under '{network['prefix']}'"
+        under = f", names under {network['prefix']}" if network["prefix"] else ""
+        which = f"{network['name']}{width}, {network['classes']} classes{under}"
     total, nans = (sum(tensor[key] for tensor in report["tensors"]) for key in ("values", "nan"))
     lines = [
         f"{report['path']}: {report['bytes']:,} bytes",
         f"SHA-256   {report['sha256'] or 'not computed'}",
         f"format    {report['format'] or 'not recognised'}",
         *(f"imports   {name[:100]}" for name in report["imports"] or ["nothing"]),
-        *(f"tensor    {t['name'][:100]}  {t['shape']}  {t['dtype']}  {t['nan']} NaN" for t in report["tensors"]),
-        f"tensors   {len(report['tensors'])}, {total:,} values, {nans} NaN",
+        *(f"tensor    {t['name'][:100]}  {t['shape']}  {t['dtype']}{_nans(t['nan'], '  ')}" for t in report["tensors"]),
+        f"tensors   {len(report['tensors'])}, {total:,} values{_nans(nans, ', ')}",
         f"network   {which}",
         f"classes   {short_names(report['classes']) if report['classes'] else 'not named in the file'}",
         report["verdict"],

@@ -87,7 +87,7 @@ class Record:
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
         if self.finished and same:
             self.check(light=True)
-            raise Finished(f"{self.path} is finished, with these settings; --overwrite makes it again")
+            raise Finished(f"{self.path} is finished; --overwrite repeats it")
         advice = "choose another --save_folder_name, or discard it by --overwrite"
         if self.finished:
             raise RecordError(f"{self.path} is finished; {advice}")
