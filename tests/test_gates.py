@@ -9,7 +9,7 @@ from toys import QUICK, REPOSITORY
 from sau.attack import ATTACKS, BadNet
 from sau.errors import RecordError
 from sau.evaluate import Proportion
-from sau.record import attack_result, summaries
+from sau.record import attack_result
 
 ATTACK = ("--dataset", "digits", "--width", "2", "--epochs", "0", "--save_folder_name", "a", *QUICK)
 DEFENSE = ("defense", "ft", "--result_file", "a", "--epochs", "0", *QUICK)
@@ -75,4 +75,4 @@ def test_the_pages_state_the_gates_of_the_program(name):
 @pytest.mark.parametrize("gate", [True, {}, {"asr": "85", "passed": True}, {"asr": 101, "passed": False}])
 def test_a_damaged_gate_is_refused(tmp_path, gate):
     with pytest.raises(RecordError, match="gate is"):
-        summaries.gate({"gate": gate}, tmp_path)
+        attack_result.gate({"gate": gate}, tmp_path)

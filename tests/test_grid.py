@@ -22,9 +22,8 @@ from sau.grid import engines
 from sau.grid.command import needed, run_cells, status
 from sau.grid.engines import Cell, Local, Outcome, run_cell
 from sau.grid.plan import cells, read, select
-from sau.grid.store import Store, attack_named, defense_named, mark, publish
+from sau.grid.store import Store, attack_named, defense_named, load, mark, publish
 from sau.record.folder import Record
-from sau.record.summaries import load
 
 GRIDS = REPOSITORY / "configs" / "grid"
 RESULTS = REPOSITORY / "docs" / "results"

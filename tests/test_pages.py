@@ -10,7 +10,7 @@ from toys import REPOSITORY, the_error
 
 from sau.attack import ATTACKS
 from sau.defense import DEFENSES
-from sau.record.summaries import save
+from sau.grid.store import save
 from sau.report.results import find_results
 from sau.yaml_file import IGNORED
 

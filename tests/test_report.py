@@ -20,9 +20,9 @@ import matplotlib.pyplot as plt
 from sau.errors import printable
 from sau.evaluate import Proportion, Score, der
 from sau.figures import scatter
+from sau.grid.store import save
 from sau.record.attack_result import load
 from sau.record.folder import Record, dump_manifest
-from sau.record.summaries import save
 from sau.report import page
 from sau.report.cells import Section, TableCell, sections
 from sau.report.page import build, trigger_strip

@@ -8,7 +8,7 @@ from toys import REPOSITORY, refuses, the_error
 
 from sau.errors import RecordError
 from sau.evaluate import Proportion, Score
-from sau.record.summaries import load, save
+from sau.grid.store import load, save
 from sau.report.results import find_results
 
 RESULTS = REPOSITORY / "docs" / "results"

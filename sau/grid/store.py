@@ -1,18 +1,18 @@
 """What is on disk of a grid's cells: their folders, and the results that are kept of them."""
 
+import json
 import os
 import re
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sau
 from sau.errors import RecordError
-from sau.files import existing, in_use
+from sau.files import existing, in_use, parse_json, read, write
 from sau.grid.engines import Cell
 from sau.record.folder import Record
-from sau.record.summaries import load, save
 
 _MARK = re.compile(r"(?<=.)_([0-9a-f]{10})(?=(?:_s\d+)?$)")
 _DECIMAL = r"\d+(?:\.\d*)?(?:e-\d+)?"
@@ -105,3 +105,39 @@ def publish(store: Store, cells: Sequence[Cell], target: Path) -> int:
     if found:
         save(target, {**earlier, **found})
     return len(found)
+
+
+# The summaries of many result folders in one file: a JSON object a line, sorted by folder. `cell` is the folder, like
+# badnet_r0.1_fbb5bbdd0a_s0/defense/sau_c0.05_0a4c2f6d1e; the rest is its `summary.json` without the intervals of its
+# scores, which follow from the counts.
+
+
+def load(file: Path) -> dict[str, dict[str, Any]]:
+    """The summaries by folder; RecordError names the line that is not one."""
+    summaries: dict[str, dict[str, Any]] = {}
+    try:
+        lines = read(file).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read {file}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            content = parse_json(line)
+            cell = content.pop("cell")
+            if not isinstance(cell, str) or cell in summaries:
+                raise ValueError(f"cell is {str(cell)[:80]!r}, allowed is the name of a folder, once")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise RecordError(f"{file}, line {number} is no summary ({error}); delete the line") from None
+        summaries[cell] = content
+    return summaries
+
+
+def save(file: Path, summaries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the summaries of folders, replacing the file."""
+    lines = [json.dumps({"cell": cell, **_short(summaries[cell])}) for cell in sorted(summaries)]
+    write(file, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _short(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the intervals of these scores, or of those before and after a defense."""
+    kept = {name: value for name, value in scores.items() if not name.endswith("_interval")}
+    return kept | {part: _short(kept[part]) for part in ("before", "after") if part in kept}

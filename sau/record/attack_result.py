@@ -13,9 +13,9 @@ from sau.data import readers, sources
 from sau.data.images import Images
 from sau.defense.npd import insert_polarizers
 from sau.errors import DataError, RecordError
+from sau.files import is_number
 from sau.models import Normalized, build, state_dict_spec
 from sau.record.folder import ATTACK, CONFIG, Record, run_kind
-from sau.record.summaries import gate
 
 BACKDOORBENCH = "attack_result.pt"  # the file in which BackdoorBench stores an attack
 _NETWORK = ("name", "classes", "width", "shape", "mean", "std")
@@ -160,6 +160,17 @@ def load(path: Path) -> AttackResult:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path / CONFIG} is not complete ({error}); make the folder again") from None
+
+
+def gate(summary: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """`gate` of a summary, `{"asr": least ASR in percent, "passed": bool}`, or None; RecordError for anything else."""
+    found = summary.get("gate")
+    if found is None:
+        return None
+    if isinstance(found, dict) and type(found.get("passed")) is bool:
+        if is_number(least := found.get("asr")) and 0 <= least <= 100:
+            return found
+    raise RecordError(f"{folder}: gate is {str(found)[:60]!r}, allowed are asr, 0 to 100, and passed, true or false")
 
 
 def load_images(record: Record, part: str) -> Images | None:

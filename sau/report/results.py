@@ -10,9 +10,9 @@ from typing import Any
 
 from sau.errors import RecordError
 from sau.files import MOST, is_number, parse_json, read
-from sau.grid.store import attack_named, defense_named
+from sau.grid.store import attack_named, defense_named, load
+from sau.record.attack_result import gate
 from sau.record.folder import CONFIG, MANIFEST, METRICS, OWN, SUMMARY, Record, run_kind
-from sau.record.summaries import gate, load
 
 NONE = "none"  # the "defense" of the attacked network itself
 PERCENT = ("acc", "asr", "racc", "der")
