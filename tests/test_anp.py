@@ -1,7 +1,7 @@
 """ANP: its perturbation and its gradient by hand, what it leaves alone, its levels, its claim on a toy."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from toys import pair, quiet, tiny_net, toy_images
 from sau.attack import Blended
 from sau.data.images import Augment, Batches, Images
 from sau.defense import ANP, anp, pruning
-from sau.defense.masks import MaskedNorms
 from sau.evaluate import score
 from sau.loop import RunContext
 from sau.optim import Training
@@ -67,22 +66,21 @@ def test_masks_and_perturbations_scale_the_batch_norms():
     net, x, _ = doubled()
     norms = pruning.batch_norms(net, "anp")
     mask, noise = torch.rand(48, dtype=torch.float64), 0.4 * torch.randn(2, 48, dtype=torch.float64)
-    for xi, zeta, given in ((noise[0], noise[1], noise), (torch.zeros(48), torch.zeros(48), None)):
+    for xi, zeta, given in ((noise[0], noise[1], noise), (torch.zeros(48), torch.zeros(48), 0.0)):
         other = copy.deepcopy(net)
         for k, norm in enumerate(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)):
             part = slice(24 * k, 24 * k + 24)
             norm.weight.data *= mask[part] + xi[part]
             norm.bias.data *= 1 + zeta[part]
-        for training in (False, True):  # the copy's running statistics move in train mode
-            found = MaskedNorms(net.train(training), norms)(x, mask, given)
+        for training in (False, True):
+            found = pruning.masked_logits(net.train(training), norms, x, mask, given)
             torch.testing.assert_close(found, other.train(training)(x))
 
 
 def test_an_iteration_is_the_papers():
     """One update by hand: masks from 1, momentum without effect in the first step, clamped to [0, 1]."""
     net, x, y = doubled()
-    norms = pruning.batch_norms(net, "anp")
-    network = MaskedNorms(net.train(), norms)
+    network = partial(pruning.masked_logits, net.train(), pruning.batch_norms(net, "anp"))
     rows: list[dict[str, float]] = []
     session = RunContext(say=lambda line: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
     defense, batches = ANP(lr=20.0, anp_eps=0.4, anp_alpha=0.2, nb_iter=1, batch_size=8), Batches(x, (y,), 8)
@@ -136,7 +134,7 @@ def test_the_masks_are_learned_from_other_images_than_those_that_choose(monkeypa
         return {"net.features.1": torch.ones(10)}
 
     monkeypatch.setattr(ANP, "learn", learn)
-    monkeypatch.setattr(pruning, "choose", lambda model, levels, prune, held, *rest: used.append(held and held[0]))
+    monkeypatch.setattr(pruning, "choose", lambda model, levels, held, *rest: used.append(held and held[0]))
     ANP(**settings).purify(tiny_net(), (x, y), session=RunContext(say=lambda line: None, judge=lambda network: None))
     assert len(used[0]) == learned
     if chosen_by:

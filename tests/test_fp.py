@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from toys import own_answers, pair, quiet, tiny_net
 
 from sau.defense import FP, fp, pruning
-from sau.defense.fp import activations, last_layers, zero_units
+from sau.defense.fp import activations, unit_layers
 from sau.evaluate import Proportion, Score
 from sau.loop import Session
 from sau.models import PreActResNet18, unwrapped
@@ -37,9 +37,10 @@ def gone(net: nn.Module) -> list[int]:
 @pytest.mark.parametrize(("step", "expected"), [(1e-12, 7), (0.01, 7), (0.2, 6), (0.25, 6), (0.4, 4), (1.0, 0)])
 def test_the_last_step_within_the_tolerance_is_the_one_applied(step, expected):
     """Without the seventh pixel the accuracy falls from 100 to 50 %: steps of 1, 2, 3 (ceil of 2.5), 4 and 10 units
-    stop before it. The public code goes one step further and, in each, one unit less far."""
+    stop before it. The public code goes one step further and, in each, one unit less far. The order is that of plain
+    images even where tuning augments: a crop would shift the pixels."""
     net, data = ten_units()
-    fixed = FP(epochs=0, once_prune_ratio=step, augment=False).purify(net, data, session=quiet())
+    fixed = FP(epochs=0, once_prune_ratio=step, augment=True).purify(net, data, session=quiet())
     assert gone(fixed) == list(range(expected))
     kept = (fixed[1].weight != 0).any(0)
     assert torch.equal(fixed[1].weight[:, kept], net[1].weight[:, kept]) and torch.equal(fixed[1].bias, net[1].bias)
@@ -64,20 +65,16 @@ def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
 
 
 @pytest.mark.parametrize(("select", "count"), [("defender", 16), ("oracle", 20)])
-def test_the_oracle_ranks_on_all_images(monkeypatch, select, count):
-    """It measures elsewhere, so that nothing is held back."""
-    ranked = []
-    monkeypatch.setattr(fp, "activations", lambda model, layer, x: ranked.append(len(x)) or torch.arange(10.0))
-    net, data = ten_units()
+def test_what_ranks_and_how_many_go_at_once(monkeypatch, select, count):
+    """The oracle measures elsewhere, so that nothing is held back. 7 % of 100 are 7, though 100 * 0.07 is above it."""
+    ranked, tried = [], list[pruning.PruningLevel]()
+    monkeypatch.setattr(fp, "activations", lambda model, layer, x: ranked.append(len(x)) or torch.arange(100.0))
+    monkeypatch.setattr(pruning, "choose", lambda model, levels, *rest, **more: tried.extend(levels))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 100), nn.ReLU(), nn.Linear(100, 4))
     session = Session(say=lambda text: None, judge=lambda network: Score(Proportion(80, 100)))
-    FP(epochs=0, augment=False, select=select).purify(net, data, session=session)
-    assert ranked == [count]
-
-
-def test_the_order_is_that_of_plain_images_even_where_tuning_augments():
-    """A crop would shift the pixels, and with them the activations."""
-    net, data = ten_units()
-    assert gone(FP(epochs=0, augment=True).purify(net, data, session=quiet())) == list(range(7))
+    defense = FP(epochs=0, augment=False, select=select, once_prune_ratio=0.07)
+    defense.purify(net, own_answers(net, pair()[0]), session=session)
+    assert ranked == [count] and [level.count for level in tried] == list(range(7, 100, 7))
 
 
 # The units
@@ -96,18 +93,18 @@ def test_activations_are_signed_means():
 
 def names(net: nn.Module, unit: str, side: int = 32) -> list[str]:
     known = {module: name for name, module in net.named_modules()}
-    return [known[layer] for layer in last_layers(net.eval(), torch.rand(1, 3, side, side), unit)]
+    return [known[layer] for layer in unit_layers(net.eval(), torch.rand(1, 3, side, side), unit)]
 
 
 def test_the_last_layers_of_networks():
     small = PreActResNet18(width=4)
     assert names(small, "linear_input") == ["linear"] and names(small, "last_conv") == ["layer4.1.conv2"]
     resnet = unwrapped("resnet18", 10)
-    assert names(resnet, "linear_input") == ["fc"] and names(resnet, "last_conv") == ["layer4.1.conv2", "layer4.1.bn2"]
+    assert names(resnet, "linear_input") == ["fc"] and names(resnet, "last_conv") == ["layer4.1.bn2"]
     chain = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Flatten()
     )
-    assert names(chain, "last_conv", 8) == ["2", "3", "4"]
+    assert names(chain, "last_conv", 8) == ["3", "4"] and names(chain[:2], "last_conv", 8) == ["0", "1"]
     assert all(not module._forward_hooks for module in chain.modules())
 
 
@@ -117,16 +114,12 @@ def test_a_pruned_channel_is_zero_behind_its_batch_norm():
         net[1].bias.fill_(0.5)
     x = torch.rand(2, 3, 8, 8)
     before, pruned = net(x), torch.tensor([True, False, True, False])
-    zero_units(last_layers(net, x, "last_conv"), pruned)
-    assert (net(x)[:, pruned] == 0).all() and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
-
-
-def test_the_step_is_a_whole_number_of_units_whatever_rounding_does(monkeypatch):
-    """7 % of 100 are 7, though 100 * 0.07 is more by a bit."""
-    net, tried = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 100), nn.ReLU(), nn.Linear(100, 4)), []
-    monkeypatch.setattr(pruning, "choose", lambda model, levels, *rest, **more: tried.extend(levels))
-    FP(epochs=0, once_prune_ratio=0.07, acc_ratio=0.99).purify(net, own_answers(net, pair()[0]), session=quiet())
-    assert [level.count for level in tried] == list(range(7, 100, 7))
+    pruning.PruningLevel("half", {"1": pruned}).prune(net)
+    assert (
+        names(net, "last_conv", 8)[0] == "1"
+        and (net(x)[:, pruned] == 0).all()
+        and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
+    )
 
 
 # Fine-tuning

@@ -29,7 +29,7 @@ from sau.models import Normalized
     ],
 )
 def test_channels_u_deviations_above_their_layer_are_outliers(scores, u, expected):
-    found = pruning.outliers({"a": torch.tensor(scores, dtype=torch.float64)}, u).pruned
+    found = CLP().outliers({"a": torch.tensor(scores, dtype=torch.float64)}, u).pruned
     assert [i for flags in found.values() for i in flags.nonzero().flatten().tolist()] == expected
 
 
@@ -47,17 +47,14 @@ class First(pruning.ChannelOutlierPruning):
 
 
 def test_the_shift_goes_too_with_zero_shift():
+    """And the precision comes back."""
     net = tiny_net()
     nn.init.ones_(net.features[1].bias)
     for zero_shift in (True, False):
-        fixed = First(u=1.0, zero_shift=zero_shift).purify(net, pair(), session=quiet())
-        assert fixed.features[1].weight.tolist() == [0, 0] + [1] * 8
+        model = First(u=1.0, zero_shift=zero_shift).purify(Normalized(net, amp=True), pair(), session=quiet())
+        fixed = model.net
+        assert model.amp is True and fixed.features[1].weight.tolist() == [0, 0] + [1] * 8
         assert fixed.features[1].bias.tolist() == [float(not zero_shift)] * 2 + [1] * 8
-
-
-def test_the_precision_comes_back():
-    model = Normalized(tiny_net(), amp=True)
-    assert First().purify(model, pair(), session=quiet()).amp is True and model.amp is True
 
 
 def test_the_oracle_tries_u_from_the_highest_to_the_lowest():

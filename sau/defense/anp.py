@@ -13,6 +13,7 @@ A small change of a backdoor neuron sends clean images to the target class, so i
 lowest masks are pruned: their scale is set to 0, their shift stays.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.images import Augment, to_device_async
-from sau.defense import pruning
-from sau.defense.masks import MaskedNorms, MaskPruning
+from sau.defense.pruning import ByNorm, Clean, MaskPruning, PruningLevel, batch_norms, learn_masks, masked_logits
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
@@ -54,39 +54,36 @@ class ANP(MaskPruning):
     pruning_by: Literal["threshold", "number"] = param(
         "threshold", "threshold prunes masks up to a value, number prunes so many of the lowest"
     )
-    select: Literal["defender", "oracle"] = param(
-        "defender",
-        "defender takes the hardest threshold before the first that loses more than acc_ratio on held-back clean "
-        "images; oracle takes the one with the lowest ASR on the test sets, as in the benchmark",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fixed = self.pruning_number
         self.require("select", fixed is None or self.select == "defender", "defender where pruning_number is given")
-        if self.pruning_by == "threshold":
-            below = fixed is None or fixed < 1  # no mask is above 1
-            self.require("pruning_number", below, "none, or from 0 to below 1 (1 prunes every neuron)")
+        if self.pruning_by == "threshold":  # no mask is above 1
+            self.require(
+                "pruning_number", fixed is None or fixed < 1, "none, or from 0 to below 1 (1 prunes every neuron)"
+            )
             self.require("pruning_max", self.pruning_max <= 1, "above 0 up to 1 where masks are pruned by threshold")
             return
         for name in ("pruning_max", "pruning_step") if fixed is None else ("pruning_number",):
             self.require(name, float(getattr(self, name)).is_integer(), "a whole number where pruning_by is number")
 
-    def learn(self, model: nn.Module, clean: pruning.Clean, batches: Batched, session: RunContext) -> dict[str, Tensor]:
-        """The masks after `nb_iter` iterations with batch statistics."""
+    def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:
+        network = copy.deepcopy(model).train().requires_grad_(False)  # whose running statistics move
+        norms = batch_norms(network, self.name)
         drawn = RandomBatches(*clean, self.batch_size, self.nb_iter, cast(Any, batches).augment)
-        network = MaskedNorms(model.train(), pruning.batch_norms(model, self.name))
         sgd = Training(epochs=drawn.chunks, lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0)
-        return network.learn("chunk", partial(self.losses, network), drawn, sgd, session, "lr")
+        logits = partial(masked_logits, network, norms)
 
-    def losses(self, network: MaskedNorms, mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """What an iteration minimises, over the mask [C] of all neurons."""
-        start = torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype)
-        start = to_device_async(start, mask.device)
-        noise = self.ascend(lambda noise: F.cross_entropy(network(x, mask.detach(), noise), y), start)
-        clean, perturbed = F.cross_entropy(network(x, mask), y), F.cross_entropy(network(x, mask, noise), y)
-        loss = self.anp_alpha * clean + (1 - self.anp_alpha) * perturbed
-        return {"loss": loss, "clean_loss": clean, "perturbed_loss": perturbed}
+        def losses(mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
+            start = torch.empty(2, len(mask)).uniform_(-self.anp_eps, self.anp_eps).to(mask.dtype)
+            start = to_device_async(start, mask.device)
+            noise = self.ascend(lambda noise: F.cross_entropy(logits(x, mask.detach(), noise), y), start)
+            clean, perturbed = F.cross_entropy(logits(x, mask), y), F.cross_entropy(logits(x, mask, noise), y)
+            loss = self.anp_alpha * clean + (1 - self.anp_alpha) * perturbed
+            return {"loss": loss, "clean_loss": clean, "perturbed_loss": perturbed}
+
+        return learn_masks(norms, losses, drawn, sgd, session, "chunk", "lr")
 
     def ascend(self, loss: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
         """Sign steps up `loss` from `noise`, together as long as eps. As in the released code the result is not
@@ -97,13 +94,13 @@ class ANP(MaskPruning):
             noise = noise + self.anp_eps / self.anp_steps * gradient.sign()
         return noise.detach()
 
-    def level(self, masks: dict[str, Tensor], value: float) -> pruning.PruningLevel:
+    def level(self, masks: ByNorm, value: float) -> PruningLevel:
         """The masks up to the threshold `value`, or the `value` lowest ones of all layers together."""
         if self.pruning_by == "threshold":
-            return pruning.PruningLevel(f"threshold {value:g}", {name: m <= value for name, m in masks.items()})
+            return super().level(masks, value)
         rank = torch.cat(list(masks.values())).argsort(stable=True).argsort()
         parts = (rank < value).split([len(mask) for mask in masks.values()])
-        return pruning.PruningLevel(f"number {value:g}", dict(zip(masks, parts, strict=True)))
+        return PruningLevel(f"number {value:g}", dict(zip(masks, parts, strict=True)), shift=False)
 
 
 class RandomBatches:

@@ -11,13 +11,16 @@ layer are pruned.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
 from sau.config import param
 from sau.defense import pruning
+from sau.defense.hooks import forward_hooks
 from sau.types import Batched
 
 
@@ -30,26 +33,23 @@ class BNP(pruning.ChannelOutlierPruning):
     batch_size: int = param(256, "images a forward pass; the statistics are those of all clean images")
     augment: bool = param(True, "crop and flip the clean images as in training, where the running statistics come from")
 
-    def scores(self, model: nn.Module, batches: Batched) -> pruning.Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name, running=True)
         moments: dict[str, Tensor] = {}  # [3, C]: how many values, their sum, the sum of their squares
 
-        def add(name: str, inputs: Tensor) -> None:
-            values = inputs.double().transpose(0, 1).flatten(1)  # [C, B * H * W]
+        def add(name: str, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            values = inputs[0].double().transpose(0, 1).flatten(1)  # [C, B * H * W]
             batch = torch.stack([torch.ones_like(values).sum(1), values.sum(1), values.square().sum(1)])
             moments[name] = moments.get(name, 0) + batch
 
-        for x, *_ in batches:
-            pruning.collect_norm_inputs(model, norms, x, add)
+        with forward_hooks((norm, partial(add, name)) for name, norm in norms.items()):
+            for x, *_ in batches:
+                model(x)
         scores = {}
         for name, (count, total, squares) in moments.items():
             norm, mean = norms[name], total / count
             var = (squares / count - mean.square()).clamp_min(0) + norm.eps  # eps as in the batch norm: never 0
             running_mean, running_var = (norm.get_buffer(f"running_{kind}").double() for kind in ("mean", "var"))
-            scores[name] = kl(mean, var, running_mean, running_var + norm.eps)
+            running = Normal(running_mean, (running_var + norm.eps).sqrt())
+            scores[name] = kl_divergence(Normal(mean, var.sqrt()), running)
         return scores
-
-
-def kl(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor) -> Tensor:
-    """KL divergence, in nats, of N(mean, var) from N(other_mean, other_var)."""
-    return 0.5 * (other_var / var).log() + (var + (mean - other_mean).square()) / (2 * other_var) - 0.5

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.hooks import forward_hooks
 from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.types import Batched, Pixels
@@ -35,12 +34,11 @@ class CLP(pruning.ChannelOutlierPruning):
     batch_size: int = param(256, "batch size of the accuracy check; no effect on the result")
     pairing: Literal["traced", "order"] = param(
         "traced",
-        "which convolution feeds a batch norm: traced finds it in one forward pass and leaves out batch norms fed "
-        "by anything else, like a residual sum; order takes the last convolution before it in the order of the "
-        "modules, as the benchmark does",
+        "which convolution feeds a batch norm: traced finds it in one forward pass, and none behind a residual sum; "
+        "order takes the last one before it in the order of the modules, as the benchmark does",
     )
 
-    def scores(self, model: nn.Module, batches: Batched) -> pruning.Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name, running=True)
         if self.pairing == "order":
             pairs = ordered(model, norms)
@@ -58,26 +56,14 @@ def lipschitz(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tenso
     return spectral * norm.weight.detach().double().abs() / (norm.get_buffer("running_var").double() + norm.eps).sqrt()
 
 
-@torch.no_grad()
 def traced(model: nn.Module, norms: pruning.Norms, x: Pixels) -> Pairs:
-    """The batch norms whose input is the very output of a convolution, seen while `x` passes through `model`.
-
-    The input must be the same tensor, and unchanged since (a ReLU or a sum in place would have raised its version).
-    """
-    outputs: list[tuple[Tensor, int, nn.Conv2d]] = []
-    feeders: dict[str, set[nn.Conv2d | None]] = {name: set() for name in norms}
-
-    def leaves(conv: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append((output, output._version, conv))
-
-    def enters(name: str, tensor: Tensor) -> None:
-        found = [conv for output, version, conv in outputs if output is tensor and tensor._version == version]
-        feeders[name].add(found[-1] if found else None)
-
-    with forward_hooks((module, leaves) for module in model.modules() if isinstance(module, nn.Conv2d)):
-        pruning.collect_norm_inputs(model, norms, x, enters)
-    alone = {name: next(iter(found)) for name, found in feeders.items() if len(found) == 1}
-    return {name: conv for name, conv in alone.items() if conv is not None}
+    """The batch norms that take the very output of one convolution, and nothing else, while `x` passes through."""
+    calls, pairs = pruning.trace(model, x, nn.Conv2d, *pruning.NORMS), Pairs()
+    for name, norm in norms.items():
+        feeders = {feeder for layer, feeder in calls if layer is norm}
+        if len(feeders) == 1 and isinstance(conv := feeders.pop(), nn.Conv2d):
+            pairs[name] = conv
+    return pairs
 
 
 def ordered(model: nn.Module, norms: pruning.Norms) -> Pairs:

@@ -13,13 +13,16 @@ H_c lies more than u standard deviations below the mean of the layer: -H stands 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense import pruning
+from sau.defense.hooks import forward_hooks
 from sau.errors import DataError
 from sau.types import Batched, Pixels
 
@@ -35,18 +38,20 @@ class EP(pruning.ChannelOutlierPruning):
     bin_width: float = param(0.1, "width of a bin, in standard deviations of a channel", ge=0.001, aliases=("step",))
     augment: bool = param(True, "crop and flip the images as in training")
 
-    def scores(self, model: nn.Module, batches: Batched) -> pruning.Scores:
+    def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name)
         maxima: dict[str, Tensor] = {}
 
-        def add(name: str, inputs: Tensor) -> None:
-            highest = inputs.unflatten(1, (-1, 1)).flatten(2).amax(2)  # [B, C], also of inputs [B, C]
+        def add(name: str, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            highest = inputs[0].unflatten(1, (-1, 1)).flatten(2).amax(2).double()  # [B, C], also of inputs [B, C]
             maxima[name] = torch.maximum(highest, maxima.get(name, highest))  # a layer may run more than once
 
-        pruning.collect_norm_inputs(model, norms, self._draw(batches), add)
-        return {name: -entropy(standardised(t.double()), self.bin_width) for name, t in maxima.items()}
+        with forward_hooks((norm, partial(add, name)) for name, norm in norms.items()):
+            model(self.draw(batches))
+        z = {name: (t - t.mean(0)) / t.std(0).clamp_min(1e-12) for name, t in maxima.items()}  # constant ones are 0
+        return {name: -entropy(each, self.bin_width) for name, each in z.items()}
 
-    def _draw(self, batches: Batched) -> Pixels:
+    def draw(self, batches: Batched) -> Pixels:
         """The first `batch_size` images, which the seed has shuffled; all of them if there are fewer."""
         drawn: list[Tensor] = []
         for x, *_ in batches:
@@ -59,11 +64,6 @@ class EP(pruning.ChannelOutlierPruning):
         return x
 
 
-def standardised(t: Tensor) -> Tensor:
-    """The columns of t [n, C] with mean 0 and standard deviation 1 (n - 1 in the denominator); constant ones are 0."""
-    return (t - t.mean(0)) / t.std(0).clamp_min(1e-12)
-
-
 def entropy(z: Tensor, width: float) -> Tensor:
     """H [C], in nats, of the histogram of each column of z [n, C], with bins of `width` from the lowest value of all.
 
@@ -71,10 +71,7 @@ def entropy(z: Tensor, width: float) -> Tensor:
     lowest is in none).
     """
     low, high = float(z.min()), float(z.max())
-    bins = int((high - low) / width)
-    edges = low + width * torch.arange(bins + 1, dtype=z.dtype, device=z.device)
-    columns = z.t().contiguous()
-    bin_after = torch.bucketize(columns, edges)  # edges[b - 1] < z <= edges[b]
-    inside = (bin_after == torch.bucketize(columns, edges, right=True)) & (bin_after >= 1) & (bin_after <= bins)
-    counts = columns.new_zeros(len(columns), bins + 2).scatter_add_(1, bin_after, inside.to(z.dtype))
-    return torch.special.entr(counts / len(z)).sum(1)
+    edges = low + width * np.arange(int((high - low) / width) + 1)
+    columns = z.t().cpu().numpy()
+    counts = [np.histogram(column[~np.isin(column, edges)], edges)[0] for column in columns]
+    return torch.special.entr(torch.tensor(np.array(counts) / len(z), device=z.device)).sum(1)

@@ -39,77 +39,60 @@ class FP(FT):
 
     unit: Unit = param(
         "linear_input",
-        "what is pruned: linear_input (inputs of the last linear layer, as in the benchmark) or last_conv (output "
-        "channels of the convolution that runs last, as in the paper)",
+        "what is pruned: inputs of the last linear layer, as in the benchmark, or output channels of the convolution "
+        "that runs last, as in the paper",
     )
     acc_ratio: float = param(0.1, "share of the accuracy that pruning may cost", ge=0, le=1)
     once_prune_ratio: float = param(0.01, "share of the units that a step of pruning takes", gt=0, le=1)
     held_back: float = param(0.2, "share of each class's clean images that the accuracy is measured on", gt=0, lt=1)
     select: Literal["defender", "oracle"] = param(
-        "defender",
-        "whose accuracy: defender (the held-back images) or oracle (the clean test set, as in the benchmark)",
+        "defender", "whose accuracy: of the held-back images, or (oracle) of the test set, as in the benchmark"
     )
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         clean = stack_batches(batches)
-        layers = last_layers(model, clean[0][:1], self.unit)
+        layers = unit_layers(model, clean[0][:1], self.unit)
+        (name,) = (name for name, layer in model.named_modules() if layer is layers[0])
         units = layers[0].get_parameter("weight").shape[1 if self.unit == "linear_input" else 0]
         pruned = nn.Parameter(torch.zeros(units, dtype=torch.bool, device=clean[0].device), requires_grad=False)
         if not session.begun:  # otherwise `pruned` is in the checkpoint
-            pruned.copy_(self.prune(model, layers, units, clean, session))
-        state = self.prepare(model, batches)
-        self.train({**state, "layers": layers, "pruned": nn.ParameterList([pruned])}, batches, session)
-
-    def prune(
-        self, model: nn.Module, layers: list[nn.Module], units: int, clean: pruning.Clean, session: RunContext
-    ) -> Tensor:
-        """Zero the weights of as many units as the accuracy allows; returns which [units]."""
-        held = None
-        if self.select == "defender":  # the oracle measures on the test set, so that all clean images may rank
-            clean, held = pruning.hold_out(*clean, self.held_back)
-        rank = activations(model, layers[-1], clean[0]).argsort(stable=True).argsort()
-        step = max(1, math.ceil(units * self.once_prune_ratio - 1e-9))
-        counts = range(step, units, step)
-        levels = [pruning.PruningLevel(f"{n} of {units}, {self.unit}", {self.unit: rank < n}) for n in counts]
-
-        def apply(level: pruning.PruningLevel) -> None:
-            zero_units(layers, level.pruned[self.unit])
-
-        chosen = pruning.choose(model, levels, apply, held, self.acc_ratio, session, by_asr=False)
-        return chosen.pruned[self.unit] if chosen else rank < 0
+            held = None
+            if self.select == "defender":  # the oracle measures on the test set, so that all clean images may rank
+                clean, held = pruning.hold_out(*clean, self.held_back)
+            rank = activations(model, layers[-1], clean[0]).argsort(stable=True).argsort()
+            step = max(1, math.ceil(units * self.once_prune_ratio - 1e-9))
+            counts = range(step, units, step)
+            levels = [pruning.PruningLevel(f"{n} of {units}, {self.unit}", {name: rank < n}) for n in counts]
+            chosen = pruning.choose(model, levels, held, self.acc_ratio, session, by_asr=False)
+            pruned.copy_(chosen.pruned[name] if chosen else rank < 0)
+        level = pruning.PruningLevel(self.unit, {name: pruned})
+        state = {**self.prepare(model, batches), "level": level, "pruned": nn.ParameterList([pruned])}
+        self.train(state, batches, session)
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         report = super().step(state, x, y)
-        zero_units(state["layers"], state["pruned"][0])
+        state["level"].prune(state["model"])
         return report
 
 
-def last_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
-    """The layers that a unit consists of, in the order in which they run on `x`.
+def unit_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
+    """The layer whose weights a unit has, and those that its output then passes, in the order in which they run on `x`.
 
-    The linear layer that makes the logits; or the convolution that runs last, with the batch norm and the ReLU that
-    take its output. ConfigError if there is no such layer.
+    The linear layer that makes the logits; or the convolution that runs last, or the batch norm that takes its output,
+    and a ReLU. ConfigError if there is no such layer.
     """
     if unit == "linear_input":
         return [classifier(model, x, "fp", "--unit last_conv")]
     found: list[nn.Module] = []
-    last: list[tuple[Tensor, int]] = []  # the last output, and how often it had been changed in place
-
-    def follow(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            found[:] = [module]
-        elif last and inputs[0] is last[0][0] and inputs[0]._version == last[0][1] + getattr(module, "inplace", False):
-            found.append(module)  # no shortcut was added in between
-        else:
-            return
-        last[:] = [(output, output._version)]
-
-    kinds = (nn.Conv2d, *pruning.NORMS, nn.ReLU)
-    with forward_hooks((module, follow) for module in model.modules() if isinstance(module, kinds)):
-        predict(model, x)
+    for layer, feeder in pruning.trace(model, x, nn.Conv2d, *pruning.NORMS, nn.ReLU):
+        follows = bool(found) and feeder is found[-1]
+        if isinstance(layer, nn.Conv2d) or (follows and isinstance(layer, pruning.NORMS)):
+            found = [layer]
+        elif follows:
+            found.append(layer)
     if not found:
         raise ConfigError("the network has no Conv2d, which unit last_conv of fp prunes; try --unit linear_input")
-    if any(isinstance(layer, pruning.NORMS) and not layer.affine for layer in found):
+    if found[0].weight is None:
         what = "its last convolution is followed by a batch norm without weights, which would undo the pruning"
         raise ConfigError(f"{what}; try --unit linear_input")
     return [require_plain_weight(layer, "fp") for layer in found]
@@ -121,18 +104,8 @@ def activations(model: nn.Module, layer: nn.Module, x: Pixels) -> Tensor:
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         f = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else output
-        sums.append(f.float().flatten(2).mean(2).sum(0) if f.ndim > 2 else f.float().sum(0))
+        sums.append(f.float()[..., None].flatten(2).mean(2).sum(0))
 
     with forward_hooks([(layer, add)]):
         predict(model, x)
     return torch.stack(sums).sum(0) / len(x)
-
-
-@torch.no_grad()
-def zero_units(layers: list[nn.Module], pruned: Tensor) -> None:
-    """Zero what the `pruned` units [units] add: columns of a linear layer, or channels with their biases."""
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            layer.weight[:, pruned] = 0
-        elif not isinstance(layer, nn.ReLU):
-            pruning.zero_channels(layer, pruned, shift=layer.bias is not None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sau.data.images import OVERSHOOT, Augment, Batches, Images, check_counts, in_range, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import Session
-from sau.models import match_memory_format, to_channels_last
+from sau.models import to_channels_last
 from sau.models.normalized import check_initialised, check_labels, check_logits, is_finite, logits_of
 from sau.types import Batched, Pixels
 from sau.util import epoch_generator, seeded
@@ -53,7 +53,9 @@ def restore(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -
     for parameter in frozen:
         parameter.requires_grad_(False)
     mine.zero_grad()  # or the caller's optimiser would repeat the last step of the defense
-    return match_memory_format(mine, model).to(next(model.parameters()).device).eval()
+    if all(parameter.is_contiguous() for parameter in model.parameters()):  # files of tensors want that
+        mine.to(memory_format=torch.contiguous_format)
+    return mine.to(next(model.parameters()).device).eval()
 
 
 def check_weights(model: nn.Module) -> None:

@@ -51,36 +51,31 @@ def anomaly(norms: Tensor) -> Tensor:
 
 
 class Patches(nn.Module):
-    """Patches being inverted, row by row; row i is for class i % classes.
+    """Patches being inverted for images `like` [1, C, H, W], row by row; row i is for class i % classes.
 
-    Args:
-        classes: how many classes there are.
-        starts: rows for each class; the first starts with logits of 1, the others at random.
-        like: an image [1, C, H, W].
-        cost: weight of the norm at the start.
+    Of the `starts` of each class the first has logits of 1, the others are random. `cost` weighs the norm at first.
     """
-
-    best_mask: Tensor  # [rows, 1, H, W] and
-    best_pattern: Tensor  # [rows, C, H, W] in (0, 1): the smallest that worked, else those of the first pass
-    best: Tensor  # [rows], norm at which it worked; infinite where nothing did
-    cost: Tensor  # [rows]
-    open: Tensor  # [rows], whether the inversion goes on
-    passes: Tensor
 
     def __init__(self, classes: int, starts: int, like: Pixels, cost: float) -> None:
         super().__init__()
         rows, self.classes = classes * starts, classes
-        for name, depth in (("mask", 1), ("pattern", like.shape[1])):
+
+        def start(depth: int) -> nn.Parameter:
             logits = torch.randn(rows, depth, *like.shape[2:]).to(like)  # on the CPU: the same on every device
             logits[:classes] = 1.0
-            self.register_parameter(name, nn.Parameter(logits))
-            self.register_buffer(f"best_{name}", unit(logits))
+            return nn.Parameter(logits)
+
         zeros = torch.zeros(rows, device=like.device)
-        for name, value in (("best", zeros + math.inf), ("cost", zeros + cost), ("open", zeros == 0)):
-            self.register_buffer(name, value)
+        self.mask, self.pattern = start(1), start(like.shape[1])  # [rows, 1, H, W] and [rows, C, H, W]
+        # The smallest that worked in (0, 1), else those of the first pass, and the norm at which it worked.
+        self.best_mask: Tensor = nn.Buffer(unit(self.mask.detach()))
+        self.best_pattern: Tensor = nn.Buffer(unit(self.pattern.detach()))
+        self.best: Tensor = nn.Buffer(zeros + math.inf)
+        self.cost: Tensor = nn.Buffer(zeros + cost)
+        self.open: Tensor = nn.Buffer(zeros == 0)  # whether the inversion goes on
+        self.passes: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))
         for name in COUNTERS:
             self.register_buffer(name, zeros.clone())
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 
     def found(self) -> tuple[Tensor, Tensor, Tensor]:
         """For each class masks [K, 1, H, W], patterns [K, C, H, W] and norms [K]: of its starts, the smallest patch."""
@@ -113,28 +108,17 @@ class NC(FT):
     unlearning_ratio: float = param(0.2, "share of the clean images that are stamped for the fine-tuning", gt=0, le=1)
     nc_epoch: int = param(80, "passes over the clean images to invert the patches, at most", ge=1)
     mask_lr: float = param(0.1, "learning rate of masks and patterns (Adam with betas 0.5 and 0.9)", gt=0)
-    init_cost: float = param(
-        1e-3,
-        "weight of the mask's norm at the start; 0 is the paper's, which becomes 0.001 after `patience` passes "
-        "above the share",
-        ge=0,
-    )
-    atk_succ_threshold: float = param(
-        98.0, "share of images, in percent, that a patch must send to its class", ge=0, le=100
-    )
+    init_cost: float = param(1e-3, "weight of the mask's norm at the start; 0, as in the paper, is raised later", ge=0)
+    atk_succ_threshold: float = param(98.0, "percent of images that a patch must send to its class", ge=0, le=100)
     patience: int = param(5, "passes in a row above or below that share after which the cost rises or falls", ge=1)
     cost_multiplier: float = param(2.0, "factor by which the cost rises; it falls by this to the power of 1.5", gt=1)
     early_stop: bool = param(True, "stop the inversion of a class when its patch no longer shrinks")
-    early_stop_threshold: float = param(
-        0.99, "it no longer shrinks when its norm is at least this share of the last best", ge=0, le=1
-    )
+    early_stop_threshold: float = param(0.99, "share of the last best norm below which a patch shrinks", ge=0, le=1)
     early_stop_patience: int = param(25, "passes in a row without shrinking after which it stops", ge=1)
-    restarts: int = param(
-        1, "starts for each class, of which the smallest patch counts; all but the first are drawn at random", ge=1
-    )
+    restarts: int = param(1, "starts for each class, of which the smallest patch counts; more are random", ge=1)
     group: int = param(10, "classes (times restarts) in one forward pass; more need more memory", ge=1)
     inversion_share: float = param(
-        1.0, "share of each batch that the inversion looks at; below 1 the updates are as many and cheaper", gt=0, le=1
+        1.0, "share of each batch that the inversion looks at; below 1 is faster", gt=0, le=1
     )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
@@ -151,11 +135,9 @@ class NC(FT):
                 return
         norms = patches.found()[2]
         flagged, index = self.flagged(norms), [round(value, 4) for value in anomaly(norms).tolist()]
-        session.findings["flagged"] = flagged
-        session.findings["anomaly_index"] = [
-            value if math.isfinite(value) else None for value in index
-        ]  # the MAD was 0
-        session.findings["mask_norm"] = [round(norm, 4) for norm in norms.tolist()]
+        finite = [value if math.isfinite(value) else None for value in index]  # else the MAD was 0
+        rounded = [round(norm, 4) for norm in norms.tolist()]
+        session.findings.update(flagged=flagged, anomaly_index=finite, mask_norm=rounded)
         text = f"largest anomaly index {max(index):.3g}, median mask norm {float(norms.quantile(0.5)):.4g}"
         session.say(f"flagged classes: {', '.join(map(str, flagged)) or 'none, so the network stays as it is'}; {text}")
         if flagged:
@@ -175,45 +157,34 @@ class NC(FT):
         return (anomaly(norms) > self.index_threshold).nonzero().flatten().tolist()
 
     def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session) -> None:
-        """Move `patches` in place over `batches` of (pixels, labels).
-
-        Args:
-            model: [B, C, H, W] -> logits; its weights stay as they are. Afterwards it is in eval mode, and all of them
-                take gradients again.
-            batches: with a length.
-            patches: what moves.
-            session: progress and checkpoints.
-        """
+        """Move `patches` in place over `batches`. `model` is left in eval mode; all of its weights take gradients."""
         model.eval().requires_grad_(False)
-        steps = len(batches)
-        descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), steps)
+        descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), len(batches))
         state = {"patches": patches, "descent": descent}
         loop.run(
             partial(self.invert_step, model, state), batches, self.nc_epoch, state=state,
-            end_epoch=partial(self.end_pass, patches, steps), session=session, label="inversion", rate="mask_lr",
+            end_epoch=partial(self.end_pass, patches, len(batches)), session=session, label="inversion", rate="mask_lr",
         )  # fmt: skip
         model.requires_grad_(True)
 
     def invert_step(self, model: nn.Module, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of the patches whose inversion goes on."""
-        patches, x = state["patches"], x[: math.ceil(self.inversion_share * len(x))]
-        rows = patches.open.nonzero().flatten()
-        parameters, total = (patches.mask, patches.pattern), [torch.zeros_like(p) for p in patches.parameters()]
-        loss, hits = x.new_zeros(()), x.new_zeros(())
-        for part in rows.split(self.group):
+        patches, descent, x = state["patches"], state["descent"], x[: math.ceil(self.inversion_share * len(x))]
+        parts = patches.open.nonzero().flatten().split(self.group)
+        entropies, hits = list[Tensor](), list[Tensor]()
+        for i, part in enumerate(parts):
             mask, pattern = unit(patches.mask[part])[:, None], unit(patches.pattern[part])[:, None]
             logits = model((x + mask * (pattern - x)).flatten(0, 1))
             wanted = (part % patches.classes).repeat_interleave(len(x))
-            entropy = F.cross_entropy(logits, wanted, reduction="none").view(len(part), -1).mean(1)
+            entropies.append(F.cross_entropy(logits, wanted, reduction="none").view(len(part), -1).mean(1))
+            hits.append((logits.argmax(1) == wanted).view(len(part), -1).float().mean(1))
             norm = mask.flatten(1).sum(1)
-            gradients = torch.autograd.grad((entropy + patches.cost[part] * norm).sum(), parameters)
-            total = [a + b for a, b in zip(total, gradients, strict=True)]
-            right = (logits.argmax(1) == wanted).view(len(part), -1).float().mean(1)
-            patches.hits[part] += right
             patches.norms[part] += norm.detach()
-            loss, hits = loss + entropy.detach().sum(), hits + right.sum()
-        state["descent"].follow(total)  # zero for rows that have stopped
-        return {"loss": loss / len(rows), "success": 100 * hits / len(rows), "open": patches.open.float().sum()}
+            patches.hits[part] += hits[-1]
+            descent.first, descent.last = i == 0, i == len(parts) - 1
+            descent((entropies[-1] + patches.cost[part] * norm).sum())  # zero for rows that have stopped
+        loss, success = torch.cat(entropies).detach().mean(), 100 * torch.cat(hits).mean()
+        return {"loss": loss, "success": success, "open": patches.open.float().sum()}
 
     @torch.no_grad()
     def end_pass(self, s: Any, steps: int, losses: dict[str, float]) -> bool:

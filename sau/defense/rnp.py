@@ -12,15 +12,14 @@ The channels whose masks fall are those that keep h' from the clean task: they s
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.defense import pruning
-from sau.defense.masks import MaskedNorms, MaskPruning
+from sau.defense.pruning import ByNorm, Clean, MaskPruning, batch_norms, learn_masks, masked_logits
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
@@ -44,36 +43,31 @@ class RNP(MaskPruning):
     unlearning_epochs: int = param(20, "most epochs of gradient ascent", ge=0)
     unlearning_lr: float = param(0.01, "learning rate of the ascent", gt=0)
     schedule: tuple[int, ...] = param((10, 20), "epochs at which that rate drops to a tenth, like 10,20")
-    clean_threshold: float = param(
-        0.20, "the ascent ends after an epoch with this training accuracy or less", ge=0, le=1
-    )
+    clean_threshold: float = param(0.20, "training accuracy of an epoch that ends the ascent", ge=0, le=1)
     recovering_epochs: int = param(20, "epochs that the masks are trained", ge=0)
     recovering_lr: float = param(0.2, "learning rate of the masks", gt=0)
     alpha: float = param(0.2, "weight of the loss that trains the masks", gt=0)
     pruning_number: float | None = param(
-        0.70, "channels with masks up to this are pruned; none looks for the threshold", ge=0, lt=1
+        0.70, "channels with masks up to this are pruned, unless the oracle selects; none means to search", ge=0, lt=1
     )
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
-    select: Literal["defender", "oracle"] = param(
-        "defender",
-        "who looks for the threshold: defender (held-back images, only where pruning_number is none), or oracle "
-        "(always, by ACC and ASR of the test sets)",
-    )
 
-    def learn(self, model: nn.Module, clean: pruning.Clean, batches: Batched, session: RunContext) -> dict[str, Tensor]:
-        """The masks of an unlearned copy of the network."""
+    def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:
         unlearned = copy.deepcopy(model).train()
-        self._unlearn(unlearned, batches, session)
-        return self._recover(unlearned.requires_grad_(False), batches, session.for_stage(1))
+        self.unlearn(unlearned, batches, session)
+        norms = batch_norms(unlearned.requires_grad_(False), self.name)
+        sgd = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
 
-    def _unlearn(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> None:
+        def losses(mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
+            logits = masked_logits(unlearned, norms, x, mask)
+            return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": batch_accuracy(logits, y)}
+
+        session, how = session.for_stage(1), {"label": "recovering", "rate": "recovering_lr"}
+        return learn_masks(norms, losses, batches, sgd, session, **how, unlearned=unlearned)
+
+    def unlearn(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
-        training = Training(
-            epochs=self.unlearning_epochs,
-            lr=self.unlearning_lr,
-            lr_scheduler="MultiStepLR",
-            steplr_milestones=self.schedule,
-        )
+        training = Training(lr=self.unlearning_lr, lr_scheduler="MultiStepLR", steplr_milestones=self.schedule)
         descent = training.descent(unlearned.parameters(), len(batches))
 
         def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
@@ -86,21 +80,8 @@ class RNP(MaskPruning):
             descent.end_epoch(losses["loss"])
             return losses["clean_acc"] <= 100 * self.clean_threshold
 
-        state = {"unlearned": unlearned, "descent": descent}  # not "model", whose scores would be logged
-        how = {"label": "unlearning", "rate": "unlearning_lr"}
-        loop.run(step, batches, training.epochs, state=state, end_epoch=end_epoch, session=session, **how)
-
-    def _recover(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> dict[str, Tensor]:
-        """The masks [C] of each batch norm of the unlearned network."""
-        network = MaskedNorms(unlearned, pruning.batch_norms(unlearned, self.name))
-        sgd = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)
-
-        def losses(mask: Tensor, x: Pixels, y: Labels) -> dict[str, Tensor]:
-            logits = network(x, mask)
-            return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": batch_accuracy(logits, y)}
-
-        return network.learn("recovering", losses, batches, sgd, session, "recovering_lr", unlearned=unlearned)
-
-    def level(self, masks: dict[str, Tensor], threshold: float) -> pruning.PruningLevel:
-        """The channels whose masks are `threshold` or less."""
-        return pruning.PruningLevel(f"masks <= {threshold:g}", {name: m <= threshold for name, m in masks.items()})
+        loop.run(
+            step, batches, self.unlearning_epochs, end_epoch=end_epoch, session=session,
+            state={"unlearned": unlearned, "descent": descent},  # not "model", whose scores would be logged
+            label="unlearning", rate="unlearning_lr",
+        )  # fmt: skip

@@ -83,15 +83,9 @@ def unwrapped(name: str, num_classes: int, width: int | None = None) -> nn.Modul
 
 
 def build(
-    name: str,
-    num_classes: int,
-    *,
-    width: int | None = None,
-    shape: Sequence[int] = (3, 32, 32),
-    mean: Sequence[float],
-    std: Sequence[float],
-    amp: bool = False,
-) -> Normalized:
+    name: str, num_classes: int, *, width: int | None = None, shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float], std: Sequence[float], amp: bool = False,
+) -> Normalized:  # fmt: skip
     """A new network by name, in the memory layout that convolutions are fastest in.
 
     A network of torchvision that does not take images of this `shape` has them enlarged to 224x224 first, and its
@@ -152,12 +146,4 @@ def to_channels_last(net: nn.Module) -> nn.Module:
     if not any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions):
         for convolution in convolutions:
             convolution.to(memory_format=torch.channels_last)
-    return net
-
-
-def match_memory_format(net: nn.Module, other: nn.Module) -> nn.Module:
-    """`net`, its parameters contiguous in memory if those of `other` are: files of tensors want that."""
-    if all(parameter.is_contiguous() for parameter in other.parameters()):
-        for parameter in net.parameters():
-            parameter.data = parameter.data.contiguous()
     return net
