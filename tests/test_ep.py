@@ -64,7 +64,7 @@ def test_so_many_images_are_drawn_as_the_batch_size_says():
     pixels = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 2, 2)
     batches = [(pixels[i : i + 6], None) for i in range(0, 20, 6)]
     for size, length in ((2, 2), (6, 6), (7, 7), (20, 20), (256, 20)):
-        assert torch.equal(EP(batch_size=size).draw(batches), pixels[:length])
+        assert torch.equal(ep.first_images(batches, size), pixels[:length])
 
 
 def test_the_labels_are_not_used():

@@ -60,9 +60,7 @@ class ANP(MaskPruning):
         fixed = self.pruning_number
         self.require("select", fixed is None or self.select == "defender", "defender where pruning_number is given")
         if self.pruning_by == "threshold":  # no mask is above 1
-            self.require(
-                "pruning_number", fixed is None or fixed < 1, "none, or from 0 to below 1 (1 prunes every neuron)"
-            )
+            self.require("pruning_number", fixed is None or fixed < 1, "none, or 0 to below 1 (1 prunes every neuron)")
             self.require("pruning_max", self.pruning_max <= 1, "above 0 up to 1 where masks are pruned by threshold")
             return
         for name in ("pruning_max", "pruning_step") if fixed is None else ("pruning_number",):

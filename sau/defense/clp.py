@@ -34,8 +34,8 @@ class CLP(pruning.ChannelOutlierPruning):
     batch_size: int = param(256, "batch size of the accuracy check; no effect on the result")
     pairing: Literal["traced", "order"] = param(
         "traced",
-        "which convolution feeds a batch norm: traced finds it in one forward pass, and none behind a residual sum; "
-        "order takes the last one before it in the order of the modules, as the benchmark does",
+        "which convolution feeds a batch norm: the one whose output it takes (so none behind a residual sum), or the "
+        "last before it in the order of the modules, as in the benchmark",
     )
 
     def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:

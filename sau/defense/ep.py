@@ -47,21 +47,21 @@ class EP(pruning.ChannelOutlierPruning):
             maxima[name] = torch.maximum(highest, maxima.get(name, highest))  # a layer may run more than once
 
         with forward_hooks((norm, partial(add, name)) for name, norm in norms.items()):
-            model(self.draw(batches))
+            model(first_images(batches, self.batch_size))
         z = {name: (t - t.mean(0)) / t.std(0).clamp_min(1e-12) for name, t in maxima.items()}  # constant ones are 0
         return {name: -entropy(each, self.bin_width) for name, each in z.items()}
 
-    def draw(self, batches: Batched) -> Pixels:
-        """The first `batch_size` images, which the seed has shuffled; all of them if there are fewer."""
-        drawn: list[Tensor] = []
-        for x, *_ in batches:
-            drawn.append(x)
-            if sum(map(len, drawn)) >= self.batch_size:
-                break
-        x = torch.cat(drawn)[: self.batch_size]
-        if len(x) < 2:
-            raise DataError("1 image is given, but a histogram of ep needs 2 and more; give a larger ratio")
-        return x
+
+def first_images(batches: Batched, count: int) -> Pixels:
+    """The first `count` images, which the seed has shuffled; all of them if there are fewer."""
+    drawn: list[Tensor] = []
+    for x, *_ in batches:
+        drawn.append(x)
+        if sum(map(len, drawn)) >= count:
+            break
+    if len(x := torch.cat(drawn)[:count]) < 2:
+        raise DataError("1 image is given, but a histogram of ep needs 2 and more; give a larger ratio")
+    return x
 
 
 def entropy(z: Tensor, width: float) -> Tensor:

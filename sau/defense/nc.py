@@ -42,10 +42,7 @@ def unit(logits: Tensor) -> Tensor:
 
 
 def anomaly(norms: Tensor) -> Tensor:
-    """(med - n) / MAD of every class, positive where the mask is smaller than the median's; 0 where it is the median's.
-
-    The median of an even number is the mean of the two in the middle.
-    """
+    """(med - n) / MAD of every class; of an even number the median is the mean of the two in the middle."""
     below = norms.quantile(0.5) - norms
     return torch.where(below == 0, 0.0, below / (1.4826 * below.abs().quantile(0.5)))
 
@@ -117,9 +114,7 @@ class NC(FT):
     early_stop_patience: int = param(25, "passes in a row without shrinking after which it stops", ge=1)
     restarts: int = param(1, "starts for each class, of which the smallest patch counts; more are random", ge=1)
     group: int = param(10, "classes (times restarts) in one forward pass; more need more memory", ge=1)
-    inversion_share: float = param(
-        1.0, "share of each batch that the inversion looks at; below 1 is faster", gt=0, le=1
-    )
+    inversion_share: float = param(1.0, "share of each batch that the inversion looks at", gt=0, le=1)
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         x, y = stack_batches(batches)

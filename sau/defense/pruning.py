@@ -217,8 +217,8 @@ class MaskPruning(Defense):
     acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
     select: Literal["defender", "oracle"] = param(
         "defender",
-        "who searches: defender takes the hardest level before the first that loses more than acc_ratio on held-back "
-        "clean images; oracle takes the one with the lowest ASR on the test sets, as in the benchmark",
+        "defender: the hardest level before the first that loses more than acc_ratio on held-back images; oracle: the "
+        "one with the lowest ASR on the test sets, as in the benchmark",
     )
     held_back: float = param(0.2, "share of each class's clean images that the defender searches by", gt=0, lt=1)
 
@@ -266,8 +266,10 @@ def learn_masks(
     norms: Norms, losses: Callable[[Tensor, Pixels, Labels], dict[str, Tensor]], batches: Batched, sgd: Training,
     session: RunContext, label: str, rate: str, **kept: Any,
 ) -> ByNorm:  # fmt: skip
-    """Masks from 1 down the `loss` that `losses` (mask [C], x, y) reports, by `sgd` at a constant rate, clamped to
-    [0, 1] after every update. `label` and `rate` are those of `loop.run`; checkpoints hold what is `kept`, too."""
+    """Masks from 1 down the `loss` that `losses` (mask [C], x, y) reports, clamped to [0, 1] after every update.
+
+    `sgd` has a constant rate. `label` and `rate` are those of `loop.run`; checkpoints hold what is `kept`, too.
+    """
     mask = nn.Parameter(torch.cat([torch.ones_like(norm.get_parameter("weight")) for norm in norms.values()]))
     descent = sgd.descent([mask], len(batches))
 

@@ -41,9 +41,7 @@ class PreActBlock(nn.Module):
 class PreActResNet18(nn.Module):
     """Stem, four stages of two blocks, mean over the image, linear layer. No batch norm before the pooling.
 
-    Args:
-        num_classes: outputs of the linear layer.
-        width: channels of the first stage; the others have 2, 4 and 8 times as many. The published one is 64.
+    The first stage has `width` channels (64 as published), the others 2, 4 and 8 times as many.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 64) -> None:
@@ -88,12 +86,9 @@ def build(
 ) -> Normalized:  # fmt: skip
     """A new network by name, in the memory layout that convolutions are fastest in.
 
-    A network of torchvision that does not take images of this `shape` has them enlarged to 224x224 first, and its
-    state-dict keys begin with `1.`.
-
     `name` is one of `MODELS`, whose first stage has `width` channels (None: as published), or a classifier of
-    torchvision, like vgg19_bn. `shape` are channels, height and width of the images; mean, std and amp as in
-    `Normalized`.
+    torchvision, like vgg19_bn. One that does not take images of `shape` (C, H, W) has them enlarged to 224x224 first,
+    and its state-dict keys begin with `1.`. mean, std and amp are those of `Normalized`.
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """

@@ -19,9 +19,8 @@ class Normalized(nn.Module):
         std: per-channel standard deviation, given together with `mean`.
         amp: run `net` under bf16 autocast (weights stay as they are).
 
-    `compiled` is whether passes with gradients go through torch.compile; a copy compiles anew, and passes without
-    gradients, whose batches have other sizes, are not worth it. `graph_safe` is whether a step of its training may be
-    replayed as a CUDA graph (`sau.graphs`).
+    `compiled`: whether passes with gradients go through torch.compile (without, batches have too many sizes).
+    `graph_safe`: whether a step of its training may be replayed as a CUDA graph (`sau.graphs`).
     """
 
     mean: Tensor | None
@@ -34,7 +33,7 @@ class Normalized(nn.Module):
         mean, std = statistics(mean, std)
         self.net, self.amp, self.compiled = net, amp, False
         self.graph_safe: bool = True
-        self._compiled_net = 0  # `id` of the network that was compiled; that of a copy is another one
+        self._compiled_net = 0  # `id` of the network that was compiled; a copy, which has another, compiles anew
         for name, values in (("mean", mean), ("std", std)):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
@@ -100,7 +99,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     with translate_errors(refused):
         logits: Tensor = model(x)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        got = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise DataError(f"the network answers {len(x)} images with {got}, allowed are logits [{len(x)}, classes]")
     return at_least_fp32(logits)
 
