@@ -211,9 +211,9 @@ class MaskPruning(Defense):
     """
 
     augment: bool = param(True, "crop and flip the clean images as in training")
-    pruning_number: float | None = param(None, "threshold (or number) to prune by; none means to search it", ge=0)
+    pruning_number: float | None = param(None, "fixed threshold (or number) to prune by; none searches for it", ge=0)
     pruning_max: float = param(0.90, "highest threshold (or number) that is tried", gt=0)
-    pruning_step: float = param(0.05, "distance of those that are tried, which begin with 0", ge=0.001)
+    pruning_step: float = param(0.05, "step of the search, which begins with 0", ge=0.001)
     acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
     select: Literal["defender", "oracle"] = param(
         "defender",
