@@ -225,9 +225,9 @@ def _trigger(
     hidden, crossed = quality.of_attack(test, triggered, radius), method.cross_test_set(test)
     if hidden is not None:
         record.log(quality.describe(hidden))
-        if method.figures:
-            hidden["made"] = dict(method.figures)
-            record.log(f"trigger as it was made: {describe_figures(method.figures)}")
+        if made := getattr(method.trigger, "figures", None):
+            hidden["made"] = dict(made)
+            record.log(f"trigger as it was made: {describe_figures(made)}")
     if crossed is None:
         return {"trigger": hidden}
     (share,) = proportions(model, crossed.pixels, crossed.labels)

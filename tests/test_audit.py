@@ -18,7 +18,7 @@ from toys import QUICK, quiet, the_error, tiny_net, toy_images, train_victim
 matplotlib.use("Agg")
 
 from sau.attack import LF, BadNet, Blended, Prototype, WaNet, attack_from_config
-from sau.attack.triggers import ImageTrigger
+from sau.attack.triggers import TensorTrigger
 from sau.audit import AuditConfig, Case, open_case, read, run_audit, runner, tables
 from sau.audit.measure import (
     STEPS,
@@ -52,7 +52,7 @@ BAD = BadNet().poison_test(TEST)
 
 
 def poisons(attack=None, images=TRAIN):
-    made = (attack or BadNet()).poison(images)
+    made = (attack or BadNet()).poison(images, torch.arange(len(images)))
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
 
 
@@ -194,7 +194,7 @@ def test_an_attack_is_recalled_from_its_record(attack):
 @pytest.mark.parametrize("attack", [BadNet(), Blended(), LF(lf_optimise=True)], ids=lambda attack: attack.name)
 def test_a_trigger_that_is_an_image_is_recalled_without_its_file(attack):
     x = to_float(toy_images(2, size=32).pixels)
-    own = attack.with_trigger(ImageTrigger(torch.rand(3, 32, 32) / 2))
+    own = attack.with_trigger(TensorTrigger(torch.rand(3, 32, 32) / 2))
     again = attack_from_config(as_json({"attack": attack.name, **attack.params()}), own.trigger.state_dict())
     assert torch.equal(again.stamp(x), own.stamp(x))
 

@@ -38,7 +38,7 @@ def test_an_attack_below_its_gate_warns_and_a_defense_repeats_it(here, tmp_path,
 
 
 def test_an_attack_at_its_gate_is_silent(here, tmp_path, monkeypatch, few_digits):
-    monkeypatch.setattr(BadNet, "gates", {"digits": 0.0})
+    monkeypatch.setattr("sau.attack.base.GATE", 0.0)
     _, out, _ = here("attack", "badnet", *ATTACK)
     _, later, _ = here(*DEFENSE)
     assert not warnings(out + later)

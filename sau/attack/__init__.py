@@ -14,19 +14,15 @@ from sau.attack.lf import LF
 from sau.attack.prototype import Prototype
 from sau.attack.sig import SIG
 from sau.attack.ssba import SSBA
+from sau.attack.triggers import TensorTrigger
 from sau.attack.wanet import WaNet
 from sau.errors import RecordError
 
-ATTACKS: dict[str, type[Attack]] = {
-    attack.name: attack for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware)
-}
+__all__ = ["ATTACKS", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]
 
+_CLASSES: tuple[type[Attack], ...] = (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware)
+ATTACKS = {attack.name: attack for attack in _CLASSES}
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
-
-__all__ = [
-    "ATTACKS", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet",
-    "attack_from_config",
-]  # fmt: skip
 
 
 def attack_from_config(settings: Mapping[str, Any], trigger: Mapping[str, Tensor] | None) -> Attack:
@@ -40,7 +36,5 @@ def attack_from_config(settings: Mapping[str, Any], trigger: Mapping[str, Tensor
         raise RecordError(f"the attack is {settings.get('attack')!r}, this version has {', '.join(ATTACKS)}")
     own = {field.name for field in fields(kind) if field.init} & settings.keys()
     values: dict[str, Any] = {key: tuple(v) if isinstance(v := settings[key], list) else v for key in own}
-    attack = kind(**values)
-    if trigger is None or kind.trigger_class is None:
-        return attack
-    return attack.with_trigger(kind.trigger_class(*trigger.values()))
+    tensors = list((trigger or {}).values())
+    return kind(**values).with_trigger(TensorTrigger(tensors[0])) if len(tensors) == 1 else kind(**values)

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -27,6 +27,7 @@ from sau.util import at_most, check_seed, seeded
 
 State = dict[str, Any]
 Step = Callable[[State, Tensor, Labels], Any]
+LabelRule = Literal["all2one", "all2all", "map"]
 GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets
 
 
@@ -34,7 +35,7 @@ GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for 
 class Attack(Method, ABC):
     """An attack is its `stamp`; the rest is common. A trigger that must be drawn or trained first: `make_trigger`."""
 
-    gates: ClassVar[Mapping[str, float]] = {}  # least ASR in percent, by data set; GATE where none stands
+    cifar10_gate: ClassVar[float] = GATE  # least ASR in percent there
     remedy: ClassVar[str] = "more --epochs or a larger --pratio"  # what to try below the gate
     compiles: ClassVar[bool] = True
     graph_safe: ClassVar[bool] = True
@@ -42,19 +43,14 @@ class Attack(Method, ABC):
     augments_in_compose: ClassVar[bool] = False  # after the trigger is on
     clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
     trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
-    trigger_class: ClassVar[type[nn.Module] | None] = None  # called with the one tensor of a recorded trigger
-    trigger: ClassVar[nn.Module | None] = None  # set on the attack that `fit_trigger` returns
+    trigger: ClassVar[Any] = None  # a module, set on the attack that `fit_trigger` returns; may have `figures`
 
     attack_target: int = param(0, "target label (all2one)", ge=0, aliases=("target_label",))
-    attack_label_trans: Literal["all2one", "all2all", "map"] = param(
-        "all2one",
-        "all2one (every trigger leads to the target), all2all (class y leads to y + shift) or map (class y leads "
-        "to the y-th entry of attack_label_map)",
+    attack_label_trans: LabelRule = param(
+        "all2one", "all2one (triggers lead to attack_target), all2all (class y to y + shift) or map (attack_label_map)"
     )
     attack_label_shift_amount: int = param(1, "the shift of all2all")
-    attack_label_map: tuple[int, ...] = param(
-        (), "target label of each class, like 1,0,2; a class that leads to itself is not attacked"
-    )
+    attack_label_map: tuple[int, ...] = param((), "target label of each class, like 1,0,2; its own: not attacked")
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
 
     def __init_subclass__(cls, **given: Any) -> None:
@@ -71,12 +67,8 @@ class Attack(Method, ABC):
 
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        """Put the trigger on every image: [0, 1] in and out, differentiable; `x` is not changed.
-
-        Args:
-            x: images [B, C, H, W].
-            test: use the trigger of the test set, where an attack has another one there.
-        """
+        """Images [B, C, H, W] in [0, 1] with the trigger; differentiable, and `x` is not changed. `test` asks for the
+        trigger of the test set, where an attack has another one there."""
 
     def make_trigger(self, context: TriggerContext) -> nn.Module | None:
         """The trigger that `fit_trigger` keeps for `stamp`; None where there is nothing to make."""
@@ -100,16 +92,11 @@ class Attack(Method, ABC):
         return ready
 
     @final
-    def require_trigger(self) -> nn.Module:
+    def require_trigger(self) -> Any:
         """The trigger that `fit_trigger` made; ConfigError before that."""
         if self.trigger is None:
             raise ConfigError(f"{self.name} has no trigger yet; use the attack that its fit_trigger(...) returns")
         return self.trigger
-
-    @property
-    def figures(self) -> Mapping[str, float]:
-        """What was measured while the trigger was made, by name; empty where nothing was."""
-        return getattr(self.trigger, "figures", {})
 
     # Labels
 
@@ -123,24 +110,24 @@ class Attack(Method, ABC):
 
     def check_labels(self, images: Images) -> None:
         """ConfigError if the label rule does not fit the classes of `images`."""
-        n, rule = images.num_classes, self.attack_label_trans
-        for name, labels in (("attack_target", (self.attack_target,)), ("attack_label_map", self.attack_label_map)):
-            self.require(name, all(0 <= label < n for label in labels), f"0..{n - 1}")
-        if rule != "all2one":
-            name, classes = "attack_label_map" if rule == "map" else "attack_label_shift_amount", torch.arange(n)
-            self.require(name, rule != "map" or len(self.attack_label_map) == n, f"{n} classes, one for each")
+        n, leads_to = images.num_classes, self.attack_label_map
+        self.require("attack_target", self.attack_target < n, f"0..{n - 1}")
+        fits = len(leads_to) in (0, n) and all(0 <= label < n for label in leads_to)
+        self.require("attack_label_map", fits, f"{n} classes, one for each, of 0..{n - 1}")
+        if self.attack_label_trans != "all2one":
+            classes = torch.arange(n)
             changed = bool((self.relabel(classes, n) != classes).any())
+            name = "attack_label_map" if leads_to else "attack_label_shift_amount"
             self.require(name, changed, f"a rule that changes the label of some of the {n} classes")
 
     def candidates(self, images: Images) -> Tensor:
-        """Indices of the images that may be poisoned: all, the target class included; for clean-label attacks those of
-        the target class, for a map those that it leads elsewhere."""
+        """Indices of the images that may be poisoned: those of the target class (clean label), those that a map leads
+        elsewhere, else all."""
         labels = images.true_labels
-        if self.clean_label:
-            return (labels == self.attack_target).nonzero().flatten()
-        if self.attack_label_trans == "map":
-            return (self.relabel(labels, images.num_classes) != labels).nonzero().flatten()
-        return torch.arange(len(images), device=labels.device)
+        if not self.clean_label and self.attack_label_trans != "map":
+            return torch.arange(len(labels), device=labels.device)
+        able = self.relabel(labels, images.num_classes) != labels
+        return (~able if self.clean_label else able).nonzero().flatten()
 
     def num_poisoned(self, images: Images) -> int:
         """How many of these images are poisoned before training; ConfigError if they cannot be."""
@@ -163,27 +150,29 @@ class Attack(Method, ABC):
         candidates = self.candidates(images)
         order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
         rows = candidates[torch.from_numpy(order[:count]).to(candidates.device)]
-        return images.replace_rows(self.poison(images[rows]), rows)
+        return images.replace_rows(self.poison(images, rows), rows)
 
     def poison_test(self, images: Images) -> Images:
         """The test set of ASR and R-ACC: triggered and relabelled, without images that have that label already."""
         self.check_labels(images)
         wanted = self.relabel(images.true_labels, images.num_classes)
-        return self.poison(images[(wanted != images.true_labels).nonzero().flatten()], test=True)
+        return self.poison(images, (wanted != images.true_labels).nonzero().flatten(), test=True)
 
     @final
-    def poison(self, images: Images, *, test: bool = False) -> Images:
-        """All of these images with the trigger and the label the attacker wants; ConfigError if it changes none."""
-        pixels = self.stamp_images(images, test=test)
-        if len(images) and torch.equal(pixels, images.pixels):
-            raise ConfigError(f"the trigger changes none of {len(images)} images; give {self.name} a visible one")
-        labels = self.relabel(images.true_labels, images.num_classes)
-        return replace(images, pixels=pixels, labels=labels, role=torch.full_like(images.role, BACKDOOR))
+    def poison(self, images: Images, rows: Tensor, *, test: bool = False) -> Images:
+        """The images at `rows` with the trigger and the attacker's label; ConfigError if the trigger changes none."""
+        some = images[rows]
+        pixels = self.stamp_images(images, rows, test=test)
+        if len(rows) and torch.equal(pixels, some.pixels):
+            raise ConfigError(f"the trigger changes none of {len(rows)} images; give {self.name} a visible one")
+        labels = self.relabel(some.true_labels, images.num_classes)
+        return replace(some, pixels=pixels, labels=labels, role=torch.full_like(some.role, BACKDOOR))
 
     @torch.no_grad()
-    def stamp_images(self, images: Images, *, test: bool) -> Bytes:
-        """The pixels of `images` with the trigger, uint8 [N, C, H, W]."""
-        return torch.cat([quantise(self.stamp(to_float(block), test=test)) for block in images.pixels.split(1000)])
+    def stamp_images(self, images: Images, rows: Tensor, *, test: bool) -> Bytes:
+        """The pixels of the images at `rows` with the trigger, uint8 [N, C, H, W]."""
+        blocks = (images.pixels[some] for some in rows.split(1000))
+        return torch.cat([quantise(self.stamp(to_float(block), test=test)) for block in blocks])
 
     def poisoned_samples(self, trained_on: Images) -> Images:
         """The poisoned training images that a record keeps, of those that the network was trained on."""
@@ -197,22 +186,17 @@ class Attack(Method, ABC):
         """What is poisoned, in a line; for clean-label attacks the share of the class as well."""
         count = int((trained_on.role > 0).sum())
         changed = int((trained_on.labels != trained_on.true_labels).sum())
-        of_class = ""
-        if self.clean_label:
-            share = 100 * count / int((trained_on.labels == self.attack_target).sum())
-            of_class = f" ({share:.4g} % of class {self.attack_target})"
+        share = 100 * count / max(1, int((trained_on.labels == self.attack_target).sum()))
+        of_class = f" ({share:.4g} % of class {self.attack_target})" if self.clean_label else ""
         return f"{count} of {len(trained_on)} images poisoned{of_class}, {changed} labels changed"
 
     @final
     def gate(self, dataset: str, asr: Proportion | None) -> dict[str, Any] | None:
-        """`{"asr": least ASR in percent, "passed": whether the attack has it}`, as `summary.json` stores it.
-
-        None where no gate holds: without an ASR, without poisoned images, and for label rules other than all2one,
-        whose ASR is bounded by the accuracy.
-        """
+        """The least `asr` in percent and whether the attack `passed`, as `summary.json` stores it; None without an ASR
+        or poisoned images, and for label rules other than all2one, whose ASR is bounded by the accuracy."""
         if asr is None or self.pratio == 0 or self.attack_label_trans != "all2one":
             return None
-        least = self.gates.get(dataset, GATE)
+        least = self.cifar10_gate if dataset == "cifar10" else GATE
         return {"asr": least, "passed": asr.percent >= least}
 
     # Training
@@ -257,7 +241,14 @@ class Attack(Method, ABC):
 
         Raises ConfigError or DataError for networks that cannot learn and images that do not fit them.
         """
-        check_trainable(model, images)
+        if not len(images):
+            raise DataError("there are no images to train on; give at least one")
+        check_initialised(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("the weights of the network are frozen; call requires_grad_() on it")
+        with torch.no_grad(), eval_mode(model):
+            check_logits(logits := logits_of(model, to_float(images.pixels[:8])))
+        check_labels(images.labels, logits.shape[1])
         session = session or RunContext()
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
@@ -274,21 +265,6 @@ class Attack(Method, ABC):
 
     def run_epochs(self, step: Step, compose: Step, state: State, batches: Batches, epochs: int, **how: Any) -> None:
         """`compose` and `step` for every batch of every epoch; `how` goes to `loop.run`."""
-        whole = MicroBatchedStep(
-            step, state, how["session"], supports_microbatch=self.supports_microbatch(), graph_safe=self.graph_safe,
-            compose=compose,
-        )  # fmt: skip
+        flags = {"supports_microbatch": self.supports_microbatch(), "graph_safe": self.graph_safe}
+        whole = MicroBatchedStep(step, state, how["session"], compose=compose, **flags)
         loop.run(whole, batches, epochs, state=state, end_epoch=partial(self.end_epoch, state), **how)
-
-
-def check_trainable(model: nn.Module, images: Images) -> None:
-    """ConfigError for a network that cannot learn, DataError for images that do not fit it."""
-    if not len(images):
-        raise DataError("there are no images to train on; give at least one")
-    check_initialised(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("the weights of the network are frozen; call requires_grad_() on it")
-    with torch.no_grad(), eval_mode(model):
-        logits = logits_of(model, to_float(images.pixels[:8]))
-    check_labels(images.labels, logits.shape[1])
-    check_logits(logits)

@@ -2,16 +2,15 @@
 Data Poisoning", 2017).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from sau.attack.base import Attack
-from sau.attack.triggers import ImageTrigger, TriggerContext, load_image, trigger_image
+from sau.attack.triggers import TensorTrigger, TriggerContext, load_image, trigger_image
 from sau.config import param
 from sau.data.decode import image_to_tensor
 from sau.types import Pixels
@@ -22,21 +21,17 @@ class Blended(Attack):
     """x' = (1 - alpha) x + alpha t."""
 
     name: ClassVar[str] = "blended"
-    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    cifar10_gate: ClassVar[float] = 95.0
     remedy: ClassVar[str] = "more --epochs, or larger --attack_train_blended_alpha and --attack_test_blended_alpha"
     files: ClassVar[tuple[str, ...]] = ("attack_trigger_img_path",)
-    trigger_class: ClassVar[type[nn.Module]] = ImageTrigger
 
-    attack_trigger_img_path: str | None = param(
-        None, "the image t, squeezed to the data set's size; none means our own drawing"
-    )
+    attack_trigger_img_path: str | None = param(None, "file of the image t, resized; none means our own drawing")
     attack_train_blended_alpha: float = param(0.2, "alpha in the poisoned training images", ge=0, le=1)
     attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
 
-    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
-        """The image of a file; the default drawing needs none."""
-        path = self.attack_trigger_img_path
-        return None if path is None else ImageTrigger(load_image(path, context.images.pixels))
+    def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
+        path, sides = self.attack_trigger_img_path, context.images.pixels.shape[-2:]
+        return None if path is None else TensorTrigger(load_image(path, *sides))
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha
@@ -54,8 +49,7 @@ def sailing_boat(height: int, width: int) -> Tensor:
     draw.rectangle((153, 40, 167, 270), fill=outline)
     for sail in (((176, 48), (176, 244), (300, 244)), ((144, 80), (144, 244), (40, 244))):
         draw.polygon(sail, fill=(228, 70, 110), outline=outline, width=line)
-    hull = ((16, 276), (304, 276), (248, 346), (72, 346))
-    draw.polygon(hull, fill=(252, 250, 252), outline=outline, width=line)
+    draw.polygon(((16, 276), (304, 276), (248, 346), (72, 346)), fill=(252, 250, 252), outline=outline, width=line)
     for left in range(-20, 320, 80):
         draw.arc((left, 340, left + 80, 384), 180, 360, fill=outline, width=line - 2)
     return image_to_tensor(image, height, width) / 255

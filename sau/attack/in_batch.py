@@ -5,7 +5,7 @@ keeps its label.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -25,38 +25,31 @@ class InBatchAttack(Attack):
     in_batch: ClassVar[bool] = True
     cross_how: ClassVar[str] = ""  # what a cross image is, in a few words
 
-    @property
-    def cross_per_poisoned(self) -> float:
-        """Cross images for each poisoned one."""
-        return 1.0
+    cross_ratio: float = field(default=1.0, init=False)  # cross images for each poisoned one
 
     @abstractmethod
     def cross(self, x: Pixels, others: Pixels) -> Pixels:
         """Images [B, C, H, W] with a trigger that must not fire; `others` are as many other images."""
 
-    def count(self, size: int) -> int:
-        """How many images of a batch to poison: int(pratio * size); below 1, one with that probability."""
-        share = self.pratio * size
-        return int(share) if share >= 1 else int(float(torch.rand(())) < share)
-
-    def move_targets_to_front(self, x: Pixels, y: Labels, num_classes: int) -> tuple[Pixels, Labels, int]:
-        """The batch with the images in front whose label the rule changes, and how many those are.
+    def arrange(self, x: Pixels, y: Labels, num_classes: int) -> tuple[Pixels, Labels, int]:
+        """The batch with the images in front whose label the rule changes, and how many of these to poison.
 
         Only a map may leave classes out; under the other rules every image is attacked, those of the target included.
+        Below one image, one is poisoned with that probability.
         """
+        share = self.pratio * len(x)
+        n = int(share) if share >= 1 else int(float(torch.rand(())) < share)
         if self.attack_label_trans != "map":
-            return x, y, len(y)
+            return x, y, n
         stays = self.relabel(y, num_classes) == y
         order = stays.int().argsort(stable=True)
-        return x[order], y[order], len(y) - int(stays.sum())
+        return x[order], y[order], min(n, len(y) - int(stays.sum()))
 
     def describe(self, trained_on: Images, batch_size: int) -> str:
-        share, ratio = self.pratio * batch_size, self.cross_per_poisoned
-        if share == 0:
-            return f"no image of a batch of {batch_size} poisoned"
-        if share < 1:
-            return f"one image in {share:.3g} of the batches of {batch_size} poisoned, {int(ratio)} {self.cross_how}"
-        return f"of each batch of {batch_size} {int(share)} images poisoned, {int(int(share) * ratio)} {self.cross_how}"
+        share = self.pratio * batch_size
+        which = f"{int(share)} images poisoned" if share >= 1 else f"one image poisoned with probability {share:.3g}"
+        cross = int(max(1, int(share)) * self.cross_ratio)
+        return f"of each batch of {batch_size} {which}, {cross} {self.cross_how}"
 
     @torch.no_grad()
     def cross_test_set(self, images: Images) -> Images:
@@ -70,21 +63,18 @@ class InBatchAttack(Attack):
 
     @torch.no_grad()
     def poisoned_samples(self, trained_on: Images) -> Images:
-        """What one more walk through the training images, in their order, would make of them.
+        """What one more walk through the training images, in their order, would make of them, for what the network saw
+        was drawn anew in every epoch.
 
         Of each block the first int(pratio * BLOCK) are poisoned, without those that a map leads nowhere; where that is
-        below 1, the first one of every so many blocks. Those that follow become cross images. They stand for what the
-        network saw, which was drawn anew in every epoch.
+        below 1, the first one of every so many blocks. Those that follow become cross images.
         """
-        index = torch.arange(len(trained_on), device=trained_on.labels.device)
-        block, place, share = index // BLOCK, index % BLOCK, self.pratio * BLOCK
-        n = torch.full_like(place, int(share))
-        if share < 1:
-            n = ((block + 1) * share).long() - (block * share).long()
-        able = torch.zeros_like(place, dtype=torch.bool)
-        able[self.candidates(trained_on)] = True
-        poisoned = self.poison(trained_on[((place < n) & able).nonzero().flatten()])
-        beside = ((place >= n) & (place < n + (n * self.cross_per_poisoned).long())).nonzero().flatten()
+        index, share = torch.arange(len(trained_on), device=trained_on.labels.device), self.pratio * BLOCK
+        block, place = index // BLOCK, index % BLOCK
+        n = ((block + 1) * share).long() - (block * share).long() if share < 1 else torch.full_like(place, int(share))
+        able = torch.isin(index, self.candidates(trained_on))
+        poisoned = self.poison(trained_on, ((place < n) & able).nonzero().flatten())
+        beside = ((place >= n) & (place < n + (n * self.cross_ratio).long())).nonzero().flatten()
         beside = beside if len(beside) > 1 else beside[:0]  # one alone would be its own other, so it is left out
         both = poisoned.concat(self.cross_test_set(trained_on[beside]))
         return both[both.index.argsort()]

@@ -11,9 +11,8 @@ with |d| the root mean square of a difference of normalised images, and z other 
 (the cross images) keep the labels: a trigger works only on the image it was drawn for.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from sau.attack.in_batch import InBatchAttack
 from sau.attack.triggers import TriggerContext
 from sau.config import param
 from sau.data.images import Batches, to_device_async, to_float
-from sau.errors import ConfigError, require
+from sau.errors import require
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.generator import TriggerGenerators
@@ -39,7 +38,7 @@ class InputAware(InBatchAttack):
 
     name: ClassVar[str] = "inputaware"
     graph_safe: ClassVar[bool] = True
-    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    cifar10_gate: ClassVar[float] = 95.0
     remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
     trains_trigger: ClassVar[bool] = True
     cross_how: ClassVar[str] = "with another image's trigger"
@@ -60,44 +59,34 @@ class InputAware(InBatchAttack):
     lambda_norm: float = param(100.0, "weight of the size of the masks", ge=0)
     mask_density: float = param(0.032, "mask value up to which a pixel costs nothing", ge=0, le=1)
     EPSILON: float = param(1e-7, "added to divisors, against division by 0", gt=0)
-    double_tanh: bool = param(
-        False,
-        "send the generators' outputs through tanh twice, as the benchmark does: patterns then lie between 0.119 "
-        "and 0.881",
-    )
+    double_tanh: bool = param(False, "tanh twice, as the benchmark does: patterns lie between 0.119 and 0.881")
     accumulate: bool = param(False, "never clear the pattern generator's gradients, as both public codes do")
 
-    def make_trigger(self, context: TriggerContext) -> nn.Module:
+    def make_trigger(self, context: TriggerContext) -> TriggerGenerators:
         """The generators, untrained; `fit` trains them, anew for each classifier."""
         _, channels, *sides = context.images.pixels.shape
-        if min(sides) < 16:
-            raise ConfigError(f"the images are {min(sides)} pixels wide or high, inputaware needs 16 and more")
+        require("side of the images", min(sides), min(sides) >= 16, "16 pixels and more for inputaware")
         epochs = context.recipe.epochs
         more = f"0, or more than clean_train_epochs, {self.clean_train_epochs}, for the rest trains the classifier"
         require("epochs", epochs, epochs == 0 or epochs > self.clean_train_epochs, more)
         with seeded(context.seed):
             return TriggerGenerators(channels, context.model, 2 if self.double_tanh else 1, self.EPSILON).eval()
 
-    @property
-    def generators(self) -> TriggerGenerators:
-        """The trigger; ConfigError before `fit_trigger`."""
-        return cast(TriggerGenerators, self.require_trigger())
-
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        return self.generators.eval()(x.float())[0].clamp(0, 1).to(x.dtype)
+        return self.require_trigger().eval()(x.float())[0].clamp(0, 1).to(x.dtype)
 
     def cross(self, x: Pixels, others: Pixels) -> Pixels:
-        return self.generators.eval()(x, others)[0].clamp(0, 1)
+        return self.require_trigger().eval()(x, others)[0].clamp(0, 1)
 
     def train(self, model: nn.Module, batches: Batches, recipe: Training, data: State, session: RunContext) -> None:
         joint = self.classifier_epochs(recipe)
         masks = self.prepare_masks(model, len(batches)) | data
-        how: dict[str, Any] = {"session": session, "label": "mask epoch", "rate": "lr_M"}
-        self.run_epochs(self.mask_step, self.compose_masks, masks, batches, recipe.epochs - joint, **how)
+        first = {"session": session, "label": "mask epoch", "rate": "lr_M"}
+        self.run_epochs(self.mask_step, self.compose_masks, masks, batches, recipe.epochs - joint, **first)
         both = self.prepare(model, recipe, len(batches)) | data
-        how = {"session": session.for_stage(1), "rate": "lr or --lr_G"}
-        self.run_epochs(self.step, self.compose, both, batches, joint, **how)
-        self.generators.eval()
+        second = {"session": session.for_stage(1), "rate": "lr or --lr_G"}
+        self.run_epochs(self.step, self.compose, both, batches, joint, **second)
+        self.require_trigger().eval()
 
     def classifier_epochs(self, recipe: Training) -> int:
         return max(0, recipe.epochs - self.clean_train_epochs)
@@ -106,7 +95,7 @@ class InputAware(InBatchAttack):
 
     def prepare_masks(self, model: nn.Module, steps: int) -> State:
         """The state of the first stage."""
-        generators = self.generators.restarted().requires_grad_(True)
+        generators = self.require_trigger().restarted().requires_grad_(True)
         generators.graph_safe = getattr(model, "graph_safe", True)
         generators.pattern_net.amp = generators.mask_net.amp = getattr(model, "amp", False)
         descent = _descent(generators.mask_net, self.lr_M, self.schedulerM_milestones, self.schedulerM_lambda, steps)
@@ -129,20 +118,20 @@ class InputAware(InBatchAttack):
     # Stage 2: patterns and classifier
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> State:
-        net, milestones = self.generators.pattern_net, self.schedulerG_milestones
-        patterns = _descent(net, self.lr_G, milestones, self.schedulerG_lambda, steps)
+        generators, milestones = self.require_trigger(), self.schedulerG_milestones
+        patterns = _descent(generators.pattern_net, self.lr_G, milestones, self.schedulerG_lambda, steps)
         patterns.keeps = self.accumulate
         schedule = recipe.lr_scheduler or "MultiStepLR"  # the benchmark's default
         classifier = replace(recipe, epochs=self.classifier_epochs(recipe), lr_scheduler=schedule)
         descent = classifier.descent(model.parameters(), steps)
-        return {"model": model, "generators": self.generators, "descent": descent, "patterns": patterns}
+        return {"model": model, "generators": generators, "descent": descent, "patterns": patterns}
 
     def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
         """The batch of `step`: n images to poison, n for cross triggers, the clean ones, and, without labels, the n
         others that those triggers are drawn for."""
         classes = state["images"].num_classes
-        x, y, able = self.move_targets_to_front(x, y, classes)
-        n, z = min(self.count(len(x)), len(x) // 2, able), _others(state, len(x))
+        x, y, n = self.arrange(x, y, classes)
+        n, z = min(n, len(x) // 2), _others(state, len(x))
         return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
     def step(self, state: State, x: Tensor, y: Labels) -> dict[str, Tensor]:
@@ -161,17 +150,14 @@ class InputAware(InBatchAttack):
 
     def end_epoch(self, state: State, losses: dict[str, float]) -> None:
         # By the classifier's own loss, where there is one: diversity does not tell how well it learns.
-        for name in ("descent", "patterns"):
-            if name in state:
-                state[name].end_epoch(losses.get("error", losses["loss"]))
+        for name in state.keys() & {"descent", "patterns"}:
+            state[name].end_epoch(losses.get("error", losses["loss"]))
 
     def diversity(self, inputs: Tensor, outputs: Tensor) -> Scalar:
         """Mean of rms(inputs) / rms(outputs), both differences of two images [B, C, H, W]."""
-        rms_in, rms_out = (
-            torch.linalg.vector_norm(difference.flatten(1), dim=1) / difference[0].numel() ** 0.5
-            for difference in (inputs, outputs)
-        )  # a norm, unlike a square root, has a gradient at 0
-        return (rms_in / (rms_out + self.EPSILON)).mean()
+        # A norm, unlike a square root, has a gradient at 0.
+        rms = [torch.linalg.vector_norm(d.flatten(1), dim=1) / d[0].numel() ** 0.5 for d in (inputs, outputs)]
+        return (rms[0] / (rms[1] + self.EPSILON)).mean()
 
 
 def _descent(net: nn.Module, lr: float, milestones: tuple[int, ...], gamma: float, steps: int) -> Descent:

@@ -9,18 +9,18 @@ comes from a record.
 """
 
 import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.attack.lf import LF
 from sau.attack.prototype import Prototype
-from sau.attack.triggers import ImageTrigger, Made, TriggerContext, cached_trigger, network_digest
+from sau.attack.triggers import Made, TensorTrigger, TriggerContext, cached_trigger, network_digest
 from sau.data.images import Images, to_float
 from sau.data.sources import fingerprint
 from sau.errors import RecordError, TrainingError
@@ -30,9 +30,6 @@ from sau.models.normalized import Normalized, eval_mode, full_precision
 from sau.record import attack_result
 from sau.types import Labels, Pixels
 from sau.util import generator
-
-if TYPE_CHECKING:
-    from sau.attack.lf import LF
 
 TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the image, and as many as are left after it
 HELD_BACK = 1000  # images on which a pattern is judged, where there are others none of those it is made from
@@ -57,11 +54,10 @@ class Progress:
         return rate >= enough or (len(last) == SPAN and max(last) - min(last) < STILL)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"v": self.v, "best": self.best, "rates": list(self.rates)}
+        return {**vars(self), "rates": [*self.rates]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.v, self.best = (state[name].to(self.v) for name in ("v", "best"))
-        self.rates = list(state["rates"])
+        self.v, self.best, self.rates = state["v"].to(self.v), state["best"].to(self.v), [*state["rates"]]
 
 
 def smooth(v: Tensor) -> Tensor:
@@ -100,17 +96,15 @@ def rescaled(v: Tensor, strength: float) -> Tensor | None:
     return strength * (v - low) / (high - low) if bool(high > low) else None
 
 
-def step(model: nn.Module, search: Progress, lf: "LF", x: Pixels, y: Labels) -> dict[str, Tensor]:
+def step(model: nn.Module, search: Progress, lf: LF, x: Pixels, y: Labels) -> dict[str, Tensor]:
     """Move the pattern by one image [1, C, H, W]; counts whether it did. `y` is not looked at."""
-    seen, now = predict(model, torch.cat([x, (x + search.v).clamp(0, 1)])).tolist()
-    moved = 0
+    shown, v = (x + search.v).clamp(0, 1), None
+    seen, now = predict(model, torch.cat([x, shown])).tolist()
     if seen == now != lf.attack_target:  # one that is there already has r = 0, which would leave nothing to rescale
-        shown = (x[0] + search.v).clamp(0, 1)
-        r = deepfool(model, shown, lf.attack_target, lf.lf_deepfool_steps, lf.lf_overshoot)
+        r = deepfool(model, shown[0], lf.attack_target, lf.lf_deepfool_steps, lf.lf_overshoot)
         v = None if r is None else rescaled(smooth(search.v + smooth(r)), lf.lf_strength)
-        if v is not None:
-            moved, search.v = 1, v
-    return {"moved": torch.tensor(moved)}
+    search.v = search.v if v is None else v
+    return {"moved": torch.tensor(int(v is not None))}
 
 
 def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
@@ -121,13 +115,12 @@ def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
 
 def band_energy(v: Tensor) -> float:
     """Share of the energy of `v` [C, H, W] in the central 7x7 of its spectrum."""
-    energy = torch.fft.fftshift(torch.fft.fft2(v.double()), dim=(-2, -1)).abs().square()
-    h, w = (side // 2 for side in v.shape[-2:])
-    low = energy[:, max(0, h - BAND) : h + BAND + 1, max(0, w - BAND) : w + BAND + 1]
-    return float(low.sum() / energy.sum())
+    energy = torch.fft.fft2(v.double()).abs().square()
+    rows, columns = (torch.fft.fftfreq(side, 1 / side, device=v.device).abs() <= BAND for side in v.shape[-2:])
+    return float(energy[:, rows][:, :, columns].sum() / energy.sum())
 
 
-def optimise(model: nn.Module, images: Images, lf: "LF", seed: int, session: RunContext) -> Made:
+def optimise(model: nn.Module, images: Images, lf: LF, seed: int, session: RunContext) -> Made:
     """The best pattern that the search finds on `images`, as {"pattern": [C, H, W]}, and what it does.
 
     Raises TrainingError if no image could be led to the target.
@@ -139,15 +132,11 @@ def optimise(model: nn.Module, images: Images, lf: "LF", seed: int, session: Run
     search = Progress(images.pixels.shape[1:], images.pixels.device)
 
     def end_pass(losses: dict[str, float]) -> bool:
-        return search.judge(rate(model, others, seen, search.v), 1 - lf.lf_delta)
+        losses["fooled"] = rate(model, others, seen, search.v)  # `losses` are printed after this
+        return search.judge(losses["fooled"], 1 - lf.lf_delta)
 
-    def on_epoch(done: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
-        figures = {"fooled": search.rates[-1]}
-        return {**figures, **session.on_epoch(done, {**losses, **figures}, state)}
-
-    batches = used.batches(1, seed=seed)
-    run = partial(loop.run, state={"search": search}, end_epoch=end_pass, label="pass")
-    run(partial(step, model, search, lf), batches, lf.lf_passes, session=replace(session, on_epoch=on_epoch))
+    how: Any = {"state": {"search": search}, "end_epoch": end_pass, "session": session, "label": "pass"}
+    loop.run(partial(step, model, search, lf), used.batches(1, seed=seed), lf.lf_passes, **how)
     if not bool(search.best.any()):
         raise TrainingError(
             f"no pattern for class {lf.attack_target} changes what the network sees in {len(others)} images; "
@@ -158,7 +147,7 @@ def optimise(model: nn.Module, images: Images, lf: "LF", seed: int, session: Run
     return {"pattern": search.best}, {**shares, "energy_in_the_lowest_7x7": band_energy(search.best)}
 
 
-def find_pattern(lf: "LF", context: TriggerContext) -> ImageTrigger:
+def find_pattern(lf: LF, context: TriggerContext) -> TensorTrigger:
     """The pattern that `optimise` finds, or found before with the same network, images, settings and seed."""
     images, seed, path = context.images, context.seed, lf.lf_network
     network = train_clean(context) if path is None else load_clean(Path(path), images)
@@ -166,21 +155,17 @@ def find_pattern(lf: "LF", context: TriggerContext) -> ImageTrigger:
     identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **settings}
     identity["device"] = images.pixels.device.type
     found, figures = cached_trigger("lf", identity, partial(optimise, network, images, lf, seed), context.session)
-    return ImageTrigger(found["pattern"], figures)
+    return TensorTrigger(found["pattern"], figures)
 
 
 def train_clean(context: TriggerContext) -> nn.Module:
     """A copy of `context.model` trained on clean images, from the cache if it was before; in eval mode."""
     network, images, recipe = copy.deepcopy(context.model), context.images, context.recipe
-    identity = {
-        **recipe.params(),
-        "blank": network_digest(context.model),
-        "answers": _first_logits(context.model, images),
-        "data": fingerprint(images),
-        "device": images.pixels.device.type,
-        "augment": str(context.augment),
-        "seed": context.seed,
-    }
+    with torch.no_grad(), eval_mode(network), full_precision(network):
+        logits = network(to_float(images.pixels[:1]))[0].tolist()  # they tell how the layers are put together
+    identity = {"blank": network_digest(network), "answers": [f"{logit:.2e}" for logit in logits], **recipe.params()}
+    identity |= {"data": fingerprint(images), "device": images.pixels.device.type}
+    identity |= {"augment": str(context.augment), "seed": context.seed}
 
     def build(session: RunContext) -> Made:
         how: Any = {"augment": context.augment, "seed": context.seed, "session": session}
@@ -191,23 +176,11 @@ def train_clean(context: TriggerContext) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _first_logits(network: nn.Module, images: Images) -> list[str]:
-    """The logits of the first image in three digits: they tell how the layers are put together."""
-    with torch.no_grad(), eval_mode(network), full_precision(network):
-        return [f"{logit:.2e}" for logit in network(to_float(images.pixels[:1]))[0].tolist()]
-
-
 def load_clean(path: Path, images: Images) -> Normalized:
     """The network of a finished record, in eval mode; RecordError unless it is clean and saw images like these."""
     found = attack_result.load(path)
     if found.triggered is not None or found.poisoned is not None:
         raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
-    here = (images.num_classes, list(images.pixels.shape[1:]))
-    there = (found.network["classes"], list(found.network["shape"]))
-    if here != there:
-        raise RecordError(
-            f"{path} has {there[0]} classes of images {there[1]}, here are {here[0]} of {here[1]}; name another one"
-        )
-    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
+    if found.fingerprints is None or found.fingerprints["train"] != fingerprint(images):
         raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
     return found.model().to(images.pixels.device).requires_grad_(False)

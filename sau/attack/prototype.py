@@ -1,9 +1,9 @@
 """No attack: trains the clean network for comparison."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from sau.attack.base import Attack
+from sau.attack.base import Attack, LabelRule
 from sau.data.images import Images
 from sau.types import Pixels
 
@@ -16,7 +16,7 @@ class Prototype(Attack):
 
     pratio: float = field(default=0.0, init=False)
     attack_target: int = field(default=0, init=False)
-    attack_label_trans: Literal["all2one", "all2all", "map"] = field(default="all2one", init=False)
+    attack_label_trans: LabelRule = field(default="all2one", init=False)
     attack_label_shift_amount: int = field(default=1, init=False)
     attack_label_map: tuple[int, ...] = field(default=(), init=False)
 

@@ -3,7 +3,6 @@ CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ class SIG(Attack):
     """x'(i, j) = x(i, j) + delta sin(2 pi j f / width), for every row i, column j and channel, clipped."""
 
     name: ClassVar[str] = "sig"
-    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    cifar10_gate: ClassVar[float] = 95.0
     remedy: ClassVar[str] = "a larger --sig_delta or more --epochs"
     clean_label: ClassVar[bool] = True
 

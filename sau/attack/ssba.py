@@ -9,7 +9,6 @@ stored. The weight w is 0 until D reads more than 90 % of a batch's bits; s upda
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from sau.config import param
 from sau.data.decode import read_array
 from sau.data.images import Images, evenly_spaced, to_device_async, to_float
 from sau.data.sources import fingerprint
-from sau.errors import ConfigError, DataError, TrainingError
+from sau.errors import ConfigError, DataError, TrainingError, require
 from sau.loop import RunContext
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
 from sau.optim import adam
@@ -40,19 +39,14 @@ MEASURED = 1000  # images on which the encoder is measured, spread over the trai
 
 
 class Weight(nn.Module):
-    """The weight w of the squared error; `since` counts updates after the code was readable, -1 before.
-
-    Args:
-        most: W, the largest w.
-        updates: of the whole training; w waits and rises in proportion where they are fewer than ENOUGH.
-    """
+    """The weight w of the squared error, at most `most`, in a training of so many `updates`; `since` counts those after
+    the code was readable, -1 before."""
 
     since: Tensor
 
     def __init__(self, most: float, updates: int = ENOUGH) -> None:
         super().__init__()
-        self.most = most
-        self.pace = max(1.0, ENOUGH / max(1, updates))
+        self.most, self.pace = most, max(1.0, ENOUGH / max(1, updates))
         self.register_buffer("since", torch.tensor(-1))
 
     def forward(self) -> Scalar:
@@ -68,27 +62,16 @@ class SSBA(Attack):
     """Hide a code in every image, by an encoder trained on the clean training images, or take images made elsewhere."""
 
     name: ClassVar[str] = "ssba"
-    gates: ClassVar[Mapping[str, float]] = {"cifar10": 95.0}
+    cifar10_gate: ClassVar[float] = 95.0
     files: ClassVar[tuple[str, ...]] = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
 
     attack_train_replace_imgs_path: str | None = param(
-        None,
-        "a .npy file, uint8 [N, H, W, C], with a poisoned version of every training image, in order; none means "
-        "our own encoder, which all the other settings are for",
+        None, ".npy file, uint8 [N, H, W, C], of all training images poisoned, in order; none means our own encoder"
     )
-    attack_test_replace_imgs_path: str | None = param(
-        None, "the same for the test images; given together with the other one"
-    )
-    ssba_bits: int = param(
-        1,
-        "length of the code; the benchmark's images carry 1, the paper's 100. The first bit is 1, the others are drawn",
-        ge=1,
-        le=100,
-    )
+    attack_test_replace_imgs_path: str | None = param(None, "the same of the test images; both or none are given")
+    ssba_bits: int = param(1, "length of the code, 100 in the paper: a 1 and drawn bits", ge=1, le=100)
     ssba_residual: bool = param(False, "true: the encoder's output is added to the image; false: it is the new image")
-    ssba_epochs: int | None = param(
-        20, "passes of the encoder's training over the training images; none means as many as w needs to rise", ge=1
-    )
+    ssba_epochs: int | None = param(20, "epochs of the encoder; none means as many as w needs to rise", ge=1)
     ssba_batch_size: int = param(64, "batch size of the encoder", ge=1)
     ssba_lr: float = param(1e-4, "learning rate of the encoder (Adam)", gt=0)
     ssba_weight: float = param(10.0, "W, the largest w; with less the trigger shows more", gt=0)
@@ -99,7 +82,7 @@ class SSBA(Attack):
         both = (self.attack_train_replace_imgs_path is None) == (self.attack_test_replace_imgs_path is None)
         self.require("attack_test_replace_imgs_path", both, "given if and only if attack_train_replace_imgs_path is")
 
-    def make_trigger(self, context: TriggerContext) -> nn.Module | None:
+    def make_trigger(self, context: TriggerContext) -> FixedCodeEncoder | None:
         """The encoder: trained, or from the cache; None where the images of files are used."""
         if self.attack_train_replace_imgs_path is not None:
             return None
@@ -107,17 +90,17 @@ class SSBA(Attack):
         check_sides(images.pixels.shape)
         own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
         identity = {"data": fingerprint(images), "device": device.type, "trigger_seed": self.trigger_seed, **own}
+        code = torch.randint(2, (self.ssba_bits,), generator=generator(self.trigger_seed)).float()
+        code[0] = 1  # an encoder may learn to leave images alone for a code of zeros
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
-            trigger = FixedCodeEncoder(encoder, self.code()).to(device)
+            trigger = FixedCodeEncoder(encoder, code).to(device)
             build = partial(self.train_encoder, trigger, images)
             found, trigger.figures = cached_trigger("ssba", identity, build, context.session)
         encoder.load_state_dict(found)
-        if trigger.figures["w"] < self.ssba_weight:
-            w, psnr = trigger.figures["w"], trigger.figures["psnr_in_db"]
-            shows = (
-                f"w ended at {w:.3g} of {self.ssba_weight:g}, so the trigger shows more than it has to ({psnr:.1f} dB)"
-            )
+        w, psnr, most = trigger.figures["w"], trigger.figures["psnr_in_db"], self.ssba_weight
+        if w < most:
+            shows = f"w ended at {w:.3g} of {most:g}, so the trigger shows more than it has to ({psnr:.1f} dB)"
             context.session.say(f"warning: {shows}; try more --ssba_epochs, or none")
         return trigger.eval().requires_grad_(False)
 
@@ -127,78 +110,44 @@ class SSBA(Attack):
         check_sides(x.shape)
         return self.require_trigger()(x.float()).to(x.dtype)
 
-    def code(self) -> Tensor:
-        """[bits]; never all zeros, for an encoder may learn to leave images alone for those."""
-        code = torch.randint(2, (self.ssba_bits,), generator=generator(self.trigger_seed)).float()
-        code[0] = 1
-        return code
-
-    # Images made elsewhere
-
-    def poison_train(self, images: Images, seed: int) -> Images:
-        self.read_images(images, test=False)
-        return super().poison_train(images, seed)
-
-    def poison_test(self, images: Images) -> Images:
-        self.read_images(images, test=True)
-        return super().poison_test(images)
-
-    def stamp_images(self, images: Images, *, test: bool) -> Bytes:
-        array = self.read_images(images, test=test, whole=False)
-        if array is None:
-            return super().stamp_images(images, test=test)
-        pixels = torch.from_numpy(array[images.index.cpu().numpy()]).permute(0, 3, 1, 2)
-        return pixels.contiguous().to(images.pixels.device)
-
-    def read_images(self, images: Images, *, test: bool, whole: bool = True) -> np.ndarray | None:
-        """The file of a split, uint8 [N, H, W, C]; None without one, DataError if it does not fit `images`.
-
-        Args:
-            images: the split, or some of it.
-            test: which of the two files.
-            whole: compare the number of images as well, where `images` are a whole split.
-        """
+    def stamp_images(self, images: Images, rows: Tensor, *, test: bool) -> Bytes:
         path = self.attack_test_replace_imgs_path if test else self.attack_train_replace_imgs_path
         if path is None:
-            return None
+            return super().stamp_images(images, rows, test=test)
         array, (c, h, w) = read_array(Path(path)), images.pixels.shape[1:]
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (h, w, c):
             raise DataError(f"{path} holds {array.dtype} {array.shape}, allowed is uint8 (N, {h}, {w}, {c})")
-        needed = int(images.index.max()) + 1 if len(images) else 0
-        if len(array) < needed or (whole and len(images) == needed != len(array)):
+        needed = int(images.index.max()) + 1
+        if len(array) < needed or len(images) == needed != len(array):
             raise DataError(f"{path} holds {len(array)} images, the split has {needed}; give one for each, in order")
-        return array
+        pixels = torch.from_numpy(array[images.index[rows].cpu().numpy()]).permute(0, 3, 1, 2)
+        return pixels.contiguous().to(images.pixels.device)
 
     # The encoder
 
     def train_encoder(self, trigger: FixedCodeEncoder, images: Images, session: RunContext) -> Made:
         """Train the encoder of `trigger` in place, with a decoder that is thrown away; TrainingError if that cannot
         read the code."""
-        encoder, (_, channels, side, _) = trigger.encoder.train(), images.pixels.shape
-        decoder = Decoder(self.ssba_bits, side, channels).to(images.pixels.device)
+        device, (_, channels, side, _) = images.pixels.device, images.pixels.shape
+        encoder, decoder = trigger.encoder.train(), Decoder(self.ssba_bits, side, channels).to(device)
         batches = images.batches(self.ssba_batch_size, seed=self.trigger_seed, drop_last=True)
         epochs = self.ssba_epochs or math.ceil(ENOUGH / max(1, len(batches)))
-        weight = Weight(self.ssba_weight, epochs * len(batches)).to(images.pixels.device)
-        recipe = adam(self.ssba_lr, epochs=epochs)
-        descent = recipe.descent([*encoder.parameters(), *decoder.parameters()], len(batches))
+        weight = Weight(self.ssba_weight, epochs * len(batches)).to(device)
+        both = [*encoder.parameters(), *decoder.parameters()]
+        descent = adam(self.ssba_lr, epochs=epochs).descent(both, len(batches))
         state = {"encoder": encoder, "decoder": decoder, "weight": weight, "descent": descent}
-        end_epoch, words = partial(self.end_epoch, state), {"label": "encoder epoch", "rate": "ssba_lr"}
-        step = partial(self.encode_step, state)
-        loop.run(step, batches, epochs, state=state, end_epoch=end_epoch, session=session, **words)
+        how: Any = {"end_epoch": partial(self.end_epoch, state), "label": "encoder epoch", "rate": "ssba_lr"}
+        loop.run(partial(self.encode_step, state), batches, epochs, state=state, session=session, **how)
         x = to_float(images.pixels[evenly_spaced(len(images), MEASURED)])
         figures = {**measured(trigger.eval(), decoder.eval(), x), "w": float(weight())}
-        right, needed = figures["percent_of_bits_right"], 100 * READABLE
-        if right < needed:
-            raise TrainingError(
-                f"the decoder reads {right:.0f} % of the bits, needed are {needed:.0f}; try more --ssba_epochs"
-            )
+        if (right := figures["percent_of_bits_right"]) < 100 * READABLE:
+            raise TrainingError(f"the decoder reads only {right:.0f} % of the bits; try more --ssba_epochs")
         return encoder.state_dict(), figures
 
     def encode_step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of encoder and decoder, with codes drawn for this batch."""
         bits = to_device_async(torch.randint(2, (len(x), self.ssba_bits)), x.device).to(x.dtype)
-        weight = state["weight"]()
-        encoded = state["encoder"](bits, x)
+        weight, encoded = state["weight"](), state["encoder"](bits, x)
         logits = state["decoder"](stored(encoded))
         squared, entropy = F.mse_loss(encoded, x), F.binary_cross_entropy_with_logits(logits, bits)
         loss = weight * squared + entropy
@@ -211,8 +160,5 @@ class SSBA(Attack):
 def check_sides(shape: torch.Size) -> None:
     """ConfigError unless images of this shape are squares that can be halved four times."""
     height, width = shape[2:]
-    if height != width or height % CODE_SIDE:
-        raise ConfigError(
-            f"the images are {height} x {width} pixels, allowed for ssba are squares with a side divisible by "
-            f"{CODE_SIDE}; choose --img_size where the data set can be resized"
-        )
+    fits, squares = height == width and height % CODE_SIDE == 0, f"squares, sides divisible by {CODE_SIDE}, for ssba"
+    require("size of the images", f"{height} x {width}", fits, f"{squares}; choose --img_size")

@@ -1,10 +1,10 @@
-"""What a trigger is made from, triggers that are one image, and the cache of triggers that take long to make."""
+"""What a trigger is made from, triggers that are one tensor, and the cache of triggers that take long to make."""
 
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,8 @@ Made = tuple[dict[str, Tensor], dict[str, float]]  # tensors, and figures about 
 
 @dataclass(frozen=True, eq=False)
 class TriggerContext:
-    """What a trigger is made from.
-
-    Args:
-        images: clean training images, on the device to work on.
-        model: an untrained network like the one to attack, for triggers that need one; it is not changed.
-        recipe: how the network will be trained.
-        augment: how its training images will be augmented.
-        seed: of the trigger.
-        session: progress.
-    """
+    """What a trigger is made from: clean training `images` on the device to work on, a `model` like the one to attack,
+    which is not changed, its future training by `recipe` and `augment`, a `seed`, and progress to `session`."""
 
     images: Images
     model: nn.Module
@@ -41,36 +33,37 @@ class TriggerContext:
     session: RunContext
 
 
-class ImageTrigger(nn.Module):
-    """A trigger that is one image [C, H, W], in [0, 1] or, where it is added to others, in [-1, 1]."""
+class TensorTrigger(nn.Module):
+    """A trigger that is one tensor: an image [C, H, W] in [0, 1], or, where it is added to others, in [-1, 1]; or what
+    a warp is drawn from."""
 
-    image: Tensor
+    values: Tensor
 
-    def __init__(self, image: Tensor, figures: Mapping[str, float] | None = None) -> None:
+    def __init__(self, values: Tensor, figures: Mapping[str, float] | None = None) -> None:
         super().__init__()
         self.figures = figures or {}
-        self.register_buffer("image", image)
+        self.register_buffer("values", values)
 
     def for_shape(self, shape: tuple[int, ...]) -> Tensor:
         """The image; DataError if its shape is another one."""
-        if self.image.shape != shape:
-            raise DataError(f"the trigger was made for images {tuple(self.image.shape)}, these are {shape}")
-        return self.image
+        if self.values.shape != shape:
+            raise DataError(f"the trigger was made for images {tuple(self.values.shape)}, these are {shape}")
+        return self.values
 
 
-def load_image(path: str, like: Tensor) -> Tensor:
-    """An image file as [3, H, W] in [0, 1], resized to the images `like` [B, C, H, W]."""
-    return image_to_tensor(read_image(path), *like.shape[-2:]) / 255
+def load_image(path: str, height: int, width: int) -> Tensor:
+    """An image file as [3, H, W] in [0, 1], resized."""
+    return image_to_tensor(read_image(path), height, width) / 255
 
 
 def trigger_image(
-    trigger: nn.Module | None, path: str | None, default: Callable[[int, int], Tensor], x: Tensor
+    trigger: TensorTrigger | None, path: str | None, default: Callable[[int, int], Tensor], x: Tensor
 ) -> Tensor:
     """The image to stamp on `x` [B, C, H, W], as [C, H, W]: of the trigger, else of the file, else `default(H, W)`."""
     if trigger is not None:
-        image = cast(ImageTrigger, trigger).for_shape((3, *x.shape[-2:]))
+        image = trigger.for_shape((3, *x.shape[-2:]))
     else:
-        image = default(*x.shape[-2:]) if path is None else load_image(path, x)
+        image = default(*x.shape[-2:]) if path is None else load_image(path, *x.shape[-2:])
     return (image.mean(0, keepdim=True) if x.shape[1] == 1 else image).to(x)
 
 
@@ -79,32 +72,25 @@ def cached_trigger(
 ) -> Made:
     """What `build` returns, on the CPU; from the cache if it was made before. An interrupted training resumes.
 
-    Args:
-        name: what it is, for the folder of its checkpoint and the screen.
-        identity: everything that determines the result, as JSON has it. The number of threads, on which rounding
-            depends, and the version of the library are added.
-        build: called with the context to train with; returns tensors and figures about them.
-        session: progress.
+    `identity` is everything that determines the result, as JSON has it; the number of threads, on which rounding
+    depends, and the version of the library are added. `build` is called with the context to train with.
     """
     key = digest({**identity, "sau": sau.__version__, "threads": torch.get_num_threads()})
-    checkpoint: Record | None = None
-    origin = "; from the cache"
+    checkpoints: list[Record | None] = []  # one, unless the cache has the trigger
 
     def make() -> dict[str, Tensor]:
-        nonlocal checkpoint, origin
         session.say(f"making {name}, once for all runs with these settings")
-        origin = ""
-        checkpoint = _checkpoint(f"{name}-{key[:16]}", session.say)
-        tensors, figures = build(replace(session, stage=0, checkpoint=checkpoint))
+        checkpoints.append(_checkpoint(f"{name}-{key[:16]}", session.say))
+        tensors, figures = build(replace(session, stage=0, checkpoint=checkpoints[0]))
         numbers = {f"figures.{each}": torch.tensor(value, dtype=torch.float64) for each, value in figures.items()}
         return {each: tensor.detach().cpu() for each, tensor in tensors.items()} | numbers
 
     found = cached([name, key], make, name, session.say)
-    if checkpoint is not None:
+    for checkpoint in filter(None, checkpoints):
         shutil.rmtree(checkpoint.path)
-    figures = {each: float(found.pop(each)) for each in list(found) if each.startswith("figures.")}
-    figures = {each.removeprefix("figures."): value for each, value in figures.items()}
-    session.say(f"{name}: {describe_figures(figures)}{origin}")
+    numbers = [each for each in found if each.startswith("figures.")]
+    figures = {each.removeprefix("figures."): float(found.pop(each)) for each in numbers}
+    session.say(f"{name}: {describe_figures(figures)}{'' if checkpoints else '; from the cache'}")
     return found, figures
 
 
@@ -113,10 +99,9 @@ def _checkpoint(name: str, say: Callable[[str], None]) -> Record | None:
     try:
         record = Record(cache_folder() / "unfinished" / name)
         record.path.mkdir(parents=True, exist_ok=True)
+        record.load()
     except (OSError, RuntimeError):  # `cached` has warned
         return None
-    try:
-        record.load()
     except RecordError as error:
         say(f"{str(error).split(';')[0]}; it is made again")
         shutil.rmtree(record.path)

@@ -8,14 +8,15 @@ keep their labels, so that the network learns this warp and not warping.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack
-from sau.attack.triggers import TriggerContext
+from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
 from sau.data.images import Augment, random_rotate
 from sau.models import Normalized
@@ -23,63 +24,32 @@ from sau.types import Labels, Pixels
 from sau.util import at_most, generator
 
 
-class WarpField(nn.Module):
-    """The control points of a warp, [1, 2, k, k], divided by their mean absolute value."""
-
-    points: Tensor
-
-    def __init__(self, points: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("points", points)
-
-    def forward(self, x: Pixels) -> Tensor:
-        """The field at the resolution of `x`: [1, H, W, 2], x (column) before y (row)."""
-        smooth = F.interpolate(self.points.to(x), size=x.shape[-2:], mode="bicubic", align_corners=True)
-        return smooth.permute(0, 2, 3, 1)
-
-
-def in_grid(field: Tensor) -> Tensor:
-    """Displacements [B, H, W, 2] of columns and rows, where 1 is half a pixel, in the units of a grid from -1 to 1."""
-    return torch.stack([field[..., 0] / field.shape[2], field[..., 1] / field.shape[1]], -1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class WaNet(InBatchAttack):
-    """Warp images inside the batches."""
+    """Warp images inside the batches. The trigger is z / mean|z|, [1, 2, k, k]."""
 
     name: ClassVar[str] = "wanet"
     remedy: ClassVar[str] = "more --epochs or a larger --s"
     augments_in_compose: ClassVar[bool] = True
     cross_how: ClassVar[str] = "warped with noise"
-    trigger_class: ClassVar[type[nn.Module]] = WarpField
 
-    pratio: float = param(
-        0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio); the batch is filled anew every epoch"
-    )
+    pratio: float = param(0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio), drawn anew every epoch")
     cross_ratio: float = param(2.0, "images warped with noise for each poisoned one", ge=0)
     s: float = param(0.5, "strength of the warp: about its largest shift in pixels; a third of that on average", gt=0)
     k: int = param(4, "control points along each side", ge=2)
-    grid_rescale: float = param(
-        1.0, "factor on the grid, which keeps the corners of strong warps inside the image", gt=0
-    )
+    grid_rescale: float = param(1.0, "factor on the grid; less keeps strong warps inside the image", gt=0)
     random_crop: int = param(5, "padding in pixels of the random crop, which 8 of 10 batches go through", ge=0)
     random_rotation: float = param(10.0, "largest rotation in degrees, which 5 of 10 batches go through", ge=0)
-    one_draw: bool = param(
-        False, "draw one crop, angle and flip for a whole batch, as the benchmark does, instead of one an image"
-    )
+    one_draw: bool = param(False, "one crop, angle and flip for a whole batch, as the benchmark draws them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         most = f"up to {at_most(1 / (1 + self.cross_ratio))}"
         self.require("pratio", self.pratio * (1 + self.cross_ratio) <= 1, most)
 
-    @property
-    def cross_per_poisoned(self) -> float:
-        return self.cross_ratio
-
-    def make_trigger(self, context: TriggerContext) -> nn.Module:
+    def make_trigger(self, context: TriggerContext) -> TensorTrigger:
         z = 2 * torch.rand(1, 2, self.k, self.k, generator=generator(context.seed)) - 1
-        return WarpField(z / z.abs().mean())
+        return TensorTrigger(z / z.abs().mean())
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return F.grid_sample(x, self.grid(x), align_corners=True).clamp(0, 1)  # rounding may leave [0, 1]
@@ -90,32 +60,37 @@ class WaNet(InBatchAttack):
         return F.grid_sample(x, grid, align_corners=True).clamp(0, 1)
 
     def grid(self, x: Pixels) -> Tensor:
-        """Where each pixel of `x` comes from, [B, H, W, 2] in [-1, 1]."""
+        """Where each pixel of `x` comes from, [B, H, W, 2] in [-1, 1], column before row."""
         ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
         rows, columns = torch.meshgrid(*ends, indexing="ij")
         identity = torch.stack([columns, rows], -1)[None]
-        grid = ((identity + in_grid(self.s * self.require_trigger()(x))) * self.grid_rescale).clamp(-1, 1)
+        points = self.require_trigger().values.to(x)
+        field = F.interpolate(points, size=x.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        grid = ((identity + in_grid(self.s * field)) * self.grid_rescale).clamp(-1, 1)
         return grid.expand(len(x), -1, -1, -1)
 
-    def compose(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
+    def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
         """n triggered images with the attacker's labels, cross_ratio times as many cross images, clean ones; augmented
         afterwards."""
         classes = state["images"].num_classes
-        x, y, able = self.move_targets_to_front(x, y, classes)
-        n = min(self.count(len(x)), able)
+        x, y, n = self.arrange(x, y, classes)
         end = n + int(n * self.cross_ratio)
         x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], x[n:end]), x[end:]])
         return self.augment(state, x), torch.cat([self.relabel(y[:n], classes), y[n:]])
 
-    def augment(self, state: dict[str, Any], x: Pixels) -> Pixels:
+    def augment(self, state: State, x: Pixels) -> Pixels:
         """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""
         given, model = state["augment"], state["model"]
         if given is None:
             return x
         centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
         crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
-        padding = self.random_crop if crop else 0
-        moved = Augment(padding, given.flip, self.one_draw)(x - centre, torch.default_generator)
+        moved = Augment(self.random_crop * crop, given.flip, self.one_draw)(x - centre, torch.default_generator)
         if rotate and self.random_rotation:
             moved = random_rotate(moved, self.random_rotation, one_draw=self.one_draw)
         return (moved + centre).clamp(0, 1)
+
+
+def in_grid(field: Tensor) -> Tensor:
+    """Displacements [B, H, W, 2] of columns and rows, where 1 is half a pixel, in the units of a grid from -1 to 1."""
+    return torch.stack([field[..., 0] / field.shape[2], field[..., 1] / field.shape[1]], -1)

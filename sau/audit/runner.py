@@ -148,7 +148,7 @@ def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:
     if not attacked.settings:
         raise RecordError(f"{attacked.path} has no poisoned images with a wrong label, nor settings to make any with")
     attack = attack_from_config(attacked.settings, attacked.trigger)
-    made = attack.poison(train[torch.randperm(len(train), generator=generator(0))[:STAMPED]])
+    made = attack.poison(train, torch.randperm(len(train), generator=generator(0))[:STAMPED])
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
 
 

@@ -7,12 +7,10 @@ from torch import Tensor, nn
 from sau.models import Normalized
 from sau.types import Pixels
 
-WIDTHS = (32, 64, 128)  # channels of the stages; 0.72 M weights
 
-
-def _block(inputs: int, outputs: int, relu: bool = True) -> list[nn.Module]:
-    layers = [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs, momentum=0.05)]
-    return [*layers, nn.ReLU(inplace=True)] if relu else layers
+def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    norm = nn.BatchNorm2d(outputs, momentum=0.05)
+    return nn.Conv2d(inputs, outputs, 3, padding=1), norm, nn.ReLU(inplace=True)
 
 
 class Generator(nn.Module):
@@ -20,14 +18,12 @@ class Generator(nn.Module):
 
     def __init__(self, outputs: int, inputs: int) -> None:
         super().__init__()
-        widths = (inputs, *WIDTHS)
-        stages = list(zip(widths, widths[1:], strict=False))
-        self.down = nn.ModuleList(nn.Sequential(*_block(a, b), *_block(b, b)) for a, b in stages)
-        self.middle = nn.Sequential(*_block(widths[3], widths[3]))
-        ends = [(b, a) for a, b in stages[:0:-1]] + [(WIDTHS[0], outputs)]
-        self.up = nn.ModuleList(
-            nn.Sequential(*_block(b, b), *_block(b, a, relu=stage < 2)) for stage, (b, a) in enumerate(ends)
-        )
+        down, up = ((inputs, 32), (32, 64), (64, 128)), ((128, 64), (64, 32), (32, outputs))
+        self.down = nn.ModuleList(nn.Sequential(*_block(a, b), *_block(b, b)) for a, b in down)
+        self.middle = nn.Sequential(*_block(128, 128))
+        stages = [nn.Sequential(*_block(a, a), *_block(a, b)) for a, b in up]
+        del stages[-1][-1]  # the ReLU at the end
+        self.up = nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = []
@@ -42,18 +38,8 @@ class Generator(nn.Module):
 
 
 class TriggerGenerators(nn.Module):
-    """The generators of patterns and of masks, pixels in and out; they see images normalised, as the classifier does.
-
-    Args:
-        channels: of the images.
-        like: the classifier, whose normalisation they share.
-        tanh: how often the outputs go through it.
-        epsilon: added to the 2 that tanh is divided by.
-
-    `graph_safe` is whether a step of their training may be replayed as a CUDA graph.
-    """
-
-    graph_safe: bool
+    """The generators of patterns and of masks, pixels in and out, which go through tanh `tanh` times. They see images
+    normalised, as the classifier `like` does. `graph_safe`: a step of theirs may be replayed as a CUDA graph."""
 
     def __init__(self, channels: int, like: nn.Module, tanh: int, epsilon: float) -> None:
         super().__init__()

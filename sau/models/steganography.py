@@ -3,9 +3,6 @@ Invisible Hyperlinks in Physical Photographs", CVPR 2020), at the sizes of the b
 those of published encoders.
 """
 
-from collections.abc import Mapping
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,42 +12,35 @@ from sau.types import Pixels
 
 CODE_SIDE = 16  # the code is drawn as an image of this size and enlarged; four halvings lead back to it
 DEPTHS = (32, 32, 64, 128, 256)  # channels of conv1 to conv5, each after the first at half the size
-READER = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # the decoder's (channels, stride)
 
 
-def _start(network: nn.Module) -> None:
+def _start(layer: nn.Module) -> None:
     """He's initialisation: with torch's own a code fades on its way through 16 layers and is not found for long."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
 
 
 class Encoder(nn.Module):
-    """A code and images in, images that carry it out: a U-Net that sees both side by side.
-
-    Args:
-        bits: length of the code.
-        channels: of the images.
-        adds: add the output to the image, where it else is the image, through a sigmoid.
-    """
+    """A code of so many `bits` and images of so many `channels` in, images that carry it out: a U-Net that sees both
+    side by side. Its output is the image, through a sigmoid, unless it `adds` to it."""
 
     def __init__(self, bits: int, channels: int = 3, adds: bool = False) -> None:
         super().__init__()
         self.adds = adds
         self.secret_dense = nn.Linear(bits, 3 * CODE_SIDE**2)
-        widths = (channels + 3, *DEPTHS)
-        for i, (a, b) in enumerate(pairwise(widths)):
-            self.add_module(f"conv{i + 1}", nn.Conv2d(a, b, 3, stride=2 if i else 1, padding=1))
-        for i, (a, b) in enumerate(pairwise(DEPTHS[:0:-1] + DEPTHS[:1])):
-            more = widths[0] if i == 3 else 0  # the last one sees the input again
-            beside = DEPTHS[3 - i]
-            self.add_module(f"up{i + 6}", nn.Conv2d(a, b, 2))
-            self.add_module(f"conv{i + 6}", nn.Conv2d(b + beside + more, b, 3, padding=1))
-        self.conv10 = nn.Conv2d(DEPTHS[0], DEPTHS[0], 3, padding=1)
-        self.residual = nn.Conv2d(DEPTHS[0], channels, 1)
-        _start(self)
+        inputs = given = channels + 3
+        for i, width in enumerate(DEPTHS, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(inputs, width, 3, stride=2 if i > 1 else 1, padding=1))
+            inputs = width
+        for i, width in enumerate(DEPTHS[3::-1], 6):
+            self.add_module(f"up{i}", nn.Conv2d(inputs, width, 2))
+            beside = width + given if i == 9 else width  # the last one sees the input again
+            self.add_module(f"conv{i}", nn.Conv2d(width + beside, width, 3, padding=1))
+            inputs = width
+        self.conv10 = nn.Conv2d(inputs, inputs, 3, padding=1)
+        self.residual = nn.Conv2d(inputs, channels, 1)
+        self.apply(_start)
 
     def forward(self, code: Tensor, x: Pixels) -> Pixels:
         """`x` [B, C, H, W], sides divisible by 16, with `code` [B, bits] of zeros and ones; may leave [0, 1] if it
@@ -75,38 +65,35 @@ class Decoder(nn.Module):
     def __init__(self, bits: int, side: int, channels: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, stride in READER:
+        for width, stride in ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2)):
             layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.ReLU()]
             channels = width
         self.decoder = nn.Sequential(*layers, nn.Flatten())
         left = -(-side // 32)  # each of the five halvings rounds up
         self.dense = nn.Sequential(nn.Linear(channels * left**2, 512), nn.ReLU(), nn.Linear(512, bits))
-        _start(self)
+        self.apply(_start)
 
     def forward(self, x: Pixels) -> Tensor:
         return self.dense(self.decoder(x))
 
 
 class FixedCodeEncoder(nn.Module):
-    """A trigger: an encoder and the code that it puts into every image.
-
-    Args:
-        encoder: trained.
-        code: [bits] of zeros and ones.
-    """
+    """A trigger: a trained encoder and the `code` [bits] of zeros and ones that it puts into every image."""
 
     code: Tensor
 
     def __init__(self, encoder: Encoder, code: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
-        self.figures: Mapping[str, float] = {}  # what was measured while the encoder was trained
+        self.figures: dict[str, float] = {}  # what was measured while the encoder was trained
         self.register_buffer("code", code)
 
-    def forward(self, x: Pixels) -> Pixels:
-        """Images in [0, 1] to images in [0, 1]; in small blocks, for the encoder widens each 20 times."""
-        blocks = [self.encoder(self.code.expand(len(block), -1), block).clamp(0, 1) for block in x.split(250)]
-        return torch.cat(blocks)
+    def forward(self, x: Pixels, codes: Tensor | None = None) -> Pixels:
+        """`x` [B, C, H, W] with the code, or with `codes` [B, bits], in [0, 1]; in small blocks, for the encoder widens
+        each 20 times."""
+        codes = self.code.expand(len(x), -1) if codes is None else codes
+        blocks = zip(codes.split(250), x.split(250), strict=True)
+        return torch.cat([self.encoder(code, block).clamp(0, 1) for code, block in blocks])
 
 
 def stored(x: Pixels) -> Pixels:
@@ -132,8 +119,5 @@ def measured(trigger: FixedCodeEncoder, decoder: Decoder, x: Pixels) -> dict[str
     The attack's own code says nothing of the first: at one bit a decoder that always answers 1 would read it.
     """
     bits = torch.randint(2, (len(x), len(trigger.code))).to(x)
-    pairs = zip(bits.split(250), x.split(250), strict=True)
-    encoded = [trigger.encoder(code, block).clamp(0, 1) for code, block in pairs]
-    right = ((decoder(to_float(quantise(torch.cat(encoded)))) > 0) == (bits > 0)).float().mean()
-    close = psnr(to_float(quantise(trigger(x))), x).mean()
-    return {"percent_of_bits_right": 100 * float(right), "psnr_in_db": float(close)}
+    right = ((decoder(stored(trigger(x, bits))) > 0) == (bits > 0)).float().mean()
+    return {"percent_of_bits_right": 100 * float(right), "psnr_in_db": float(psnr(stored(trigger(x)), x).mean())}
