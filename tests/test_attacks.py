@@ -229,7 +229,7 @@ def test_attacks_inside_the_batches_leave_the_training_set_as_it_is(attack):
 
 def test_a_batch_has_one_poisoned_image_with_the_probability_of_its_share():
     torch.manual_seed(0)
-    x, y = torch.zeros(128, 1), torch.zeros(128)
+    x, y = torch.zeros(128, 3, 1, 1), torch.zeros(128, dtype=torch.long)
     counts = [WaNet(pratio=0.002).arrange(x, y, 1)[2] for _ in range(2000)]
     assert set(counts) == {0, 1} and 0.2 < sum(counts) / 2000 < 0.31  # 0.256
 

@@ -188,7 +188,7 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     images, lines = coloured(200), []
     attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
     found = fit(attack, images, lines, epochs=20)
-    pattern = found.require_trigger().values
+    pattern = found.trigger.values
     assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.5)
     assert band_energy(pattern) > 0.95
     assert any(line.startswith("pass 1/2") and "fooled" in line for line in lines)
@@ -198,7 +198,7 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     assert torch.allclose(found.stamp(x), (x + pattern).clamp(0, 1))
     lines.clear()
     again = fit(attack, images, lines, epochs=20)
-    assert torch.equal(again.require_trigger().values, pattern) and again.trigger.figures == found.trigger.figures
+    assert torch.equal(again.trigger.values, pattern) and again.trigger.figures == found.trigger.figures
     assert len(lines) == 2 and all("from the cache" in line for line in lines)
     with pytest.raises(DataError):
         found.stamp(torch.rand(1, 3, 16, 16))
@@ -216,10 +216,7 @@ def test_an_interrupted_search_ends_with_the_same_bits(where, own_cache, monkeyp
     lines: list[str] = []
     again = fit(attack, images, lines)
     assert any("resuming after" in line for line in lines)
-    assert (
-        torch.equal(again.require_trigger().values, whole.require_trigger().values)
-        and again.trigger.figures == whole.trigger.figures
-    )
+    assert torch.equal(again.trigger.values, whole.trigger.values) and again.trigger.figures == whole.trigger.figures
 
 
 def test_a_search_must_be_made_before_it_stamps():

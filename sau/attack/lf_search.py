@@ -116,7 +116,7 @@ def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
 def band_energy(v: Tensor) -> float:
     """Share of the energy of `v` [C, H, W] in the central 7x7 of its spectrum."""
     energy = torch.fft.fft2(v.double()).abs().square()
-    rows, columns = (torch.fft.fftfreq(side, 1 / side, device=v.device).abs() <= BAND for side in v.shape[-2:])
+    rows, columns = (torch.fft.fftfreq(n, 1 / n, device=v.device).abs().round() <= BAND for n in v.shape[-2:])
     return float(energy[:, rows][:, :, columns].sum() / energy.sum())
 
 
