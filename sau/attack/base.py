@@ -50,7 +50,7 @@ class Attack(Method, ABC):
         "all2one", "all2one (triggers lead to attack_target), all2all (class y to y + shift) or map (attack_label_map)"
     )
     attack_label_shift_amount: int = param(1, "the shift of all2all")
-    attack_label_map: tuple[int, ...] = param((), "target label of each class, like 1,0,2; its own: not attacked")
+    attack_label_map: tuple[int, ...] = param((), "target label of each class, like 1,0,2; a class may keep its own")
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
 
     def __init_subclass__(cls, **given: Any) -> None:
