@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 import torch
 from attack_rows import each_poison
