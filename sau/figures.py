@@ -6,7 +6,7 @@ repeat what colours say.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ def _drawn(figure: Figure, kind: str, **how: bool) -> bytes:
     return buffer.getvalue()
 
 
-def add_legend(figure: Figure, panels: Sequence[Axes], columns: int = 3) -> None:
+def add_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
     """One legend below, with the lines of every panel."""
     found = [panel.get_legend_handles_labels() for panel in panels]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
@@ -127,11 +127,11 @@ def types(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _panels(records: Sequence[Record]) -> tuple[Figure, Sequence[Axes], list[dict[str, Any]]]:
+def _panels(records: Sequence[Record]) -> tuple[Figure, list[Axes], list[dict[str, Any]]]:
     """A panel for each defense and the summaries; RecordError for one that did not track risks."""
     size, summaries = (0.6 + 3.0 * len(records), 2.9), [record.summary() for record in records]
     figure = plt.figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    panels = list(figure.subplots(1, len(records), sharey=True, squeeze=False)[0])
     for panel, record, summary in zip(panels, records, summaries, strict=True):
         if "risk" not in summary:
             raise RecordError(f"{record.path} has no risks; run the defense with --track_risk")

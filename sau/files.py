@@ -170,7 +170,7 @@ def in_use(folder: Path) -> bool:
     """Whether a process, this one included, uses `folder`; of another user's lock it cannot be told, so False."""
     if not os.access(_lock_file(folder), os.W_OK):
         return False
-    if lock := _lock(folder, 0):
+    if lock := _lock(folder, 0.0):
         lock.release()
     return lock is None
 

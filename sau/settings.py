@@ -95,7 +95,7 @@ class Settings:
         self.asked = {*self.early}  # what the user gave, by flag or file
         self.ignored |= {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
 
-    def _parsed(self, argv: Sequence[str]) -> dict[str, Setting]:
+    def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags, not yet converted; `--help` and its like stand under `help`."""
         known, unknown = self._parser({}, True).parse_known_args(argv)
         if "help" in known or not unknown:  # help also beside mistakes
