@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sau.defense import ANP, AT, BNP, CLP, D3, EP, FP, FST, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU, Defense
+from sau.defense import ANP, AT, BNP, CLP, D3, EP, FP, FST, FT, FTSAM, IBAU, NAD, NC, NPD, RNP, SAU, SAUSAM, Defense
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Row:
 
 ROWS = {
     "sau": Row(SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
+    "sau-sam": Row(SAUSAM(epochs=2, batch_size=8, lr=0.01, rho=0.5)),
     "ft": Row(FT(epochs=2, batch_size=8, lr=0.01)),
     "ft-sam": Row(FTSAM(epochs=2, batch_size=8, lr=0.01, rho=0.5)),
     "d3": Row(D3(epochs=2, batch_size=8, lr=0.01)),

@@ -1,0 +1,94 @@
+"""SAU-SAM: SAU's shared examples (Wei et al., NeurIPS 2023), unlearned by FT-SAM's update (Zhu et al., ICCV 2023).
+
+With h the network being purified (softmax p), h_b the backdoored one, a ball S and clean pairs (x, y):
+
+    inner   x' = x + e: SAU's inner problem over S, from a random start, both networks in eval mode
+    loss    L(w) = CE(h(x), y) + 1[s != y] * -log(1 - p_s(x')),     s = argmax h_b(x')
+    outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
+
+The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
+labels. In L, h is in train mode. The running statistics of batch norm are those of the clean images alone; the
+perturbed images are normalised by the statistics of their own batch.
+
+SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
+trigger. The flat minimum keeps a purified network from learning the backdoor again from a few poisoned images.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.config import param
+from sau.defense.base import TrainingDefense
+from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
+from sau.defense.sau import SAU, unsharing_loss
+from sau.evaluate import batch_accuracy
+from sau.pgd import Init
+from sau.types import Batched, Flags, Labels, Pixels, Scalar
+
+WEIGHTS = 700_000  # of the network that rho was chosen for, PreAct-ResNet18 of width 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAUSAM(TrainingDefense):
+    """Unlearn shared adversarial examples in a flat neighbourhood, batch norm in train mode."""
+
+    name: ClassVar[str] = "sau-sam"
+    gradients = "images"
+    graph_safe: ClassVar[bool] = True
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.02
+    augment: bool = True
+    eps: float = param(0.2, "radius of the L_inf ball S, in [0, 1] pixels", gt=0, lt=1)
+    adv_lr: float = param(0.1, "step of the search", gt=0)
+    adv_steps: int = param(2, "steps of the search", ge=1)
+    pgd_init: Init = param("random", "where the search starts: zero, random, max (+eps everywhere) or min")
+    rho: float = param(2.0, "radius of the neighbourhood N(w); 0 is plain gradient descent", ge=0)
+    label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
+    weight_shared: float = param(1.0, "of the loss on shared examples", ge=0)
+    weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "SAUSAM":
+        """Also a smaller rho for networks of fewer weights: each weight of a smaller network has a larger share of e_w."""
+        weights = sum(p.numel() for p in model.parameters())
+        method = super().adapted(model, images, per_epoch)
+        return replace(method, rho=self.rho * min(1.0, math.sqrt(weights / WEIGHTS)))
+
+    def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
+        return {**super().prepare(model, batches), "_reference": copy.deepcopy(model).eval().requires_grad_(False)}
+
+    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+        model, descent = state["model"], state["descent"]
+        weights, found = descent.parameters, self.search(model.eval(), state["_reference"], x, y)
+        logits = model.train()(x)
+        loss = self.loss(model, logits, y, *found)
+        here = torch.autograd.grad(loss, weights, materialize_grads=True)
+        with perturbed(model, weights, FTSAM(rho=self.rho).perturbation(weights, here)):
+            worst = self.loss(model, model(x), y, *found)
+            there = torch.autograd.grad(worst, weights, materialize_grads=True)
+        descent.follow(there)
+        return {"loss": loss, "worst_loss": worst, "shared": found[2].sum(), "clean_acc": batch_accuracy(logits, y)}
+
+    def search(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags]:
+        """x', s, and where s is neither the label nor h_b's answer on x."""
+        sau = SAU(eps=self.eps, adv_lr=self.adv_lr, adv_steps=self.adv_steps, pgd_init=self.pgd_init)
+        with torch.no_grad():
+            clean, clean_ref = model(x).argmax(1), reference(x).argmax(1)
+        delta, s = sau.shared_pgd(model, reference, x, y, clean, clean_ref)
+        return x + delta, s, (s != y) & (s != clean_ref)
+
+    def loss(self, model: nn.Module, logits: Tensor, y: Labels, adversarial: Pixels, s: Labels, mask: Flags) -> Scalar:
+        """L from the logits of the clean images."""
+        with perturbed(model, (), ()):  # the statistics of this batch do not enter the running ones
+            z = model(adversarial)
+        loss = smoothed_loss(logits, y, self.label_smoothing) + self.weight_shared * unsharing_loss(z, s, mask)
+        if self.weight_true:
+            loss = loss + self.weight_true * (mask * F.cross_entropy(z, y, reduction="none")).mean()
+        return loss
