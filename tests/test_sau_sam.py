@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from released_sau import ReleasedSAU
+from torch import nn
 from toys import batch, smooth_net
 
-from sau.defense import SAUSAM
+from sau.defense import FTSAM, SAUSAM
 from sau.models import PreActResNet18
 
 EPS, RATE, STEPS, RHO, SMOOTHING, LR = 0.3, 0.1, 2, 0.6, 0.2, 0.1
 
 
-def attacked() -> tuple[torch.nn.Module, torch.nn.Module]:
+def attacked() -> tuple[nn.Module, nn.Module]:
     """The network to purify, some way from the attacked one."""
     reference = smooth_net()
     net = copy.deepcopy(reference)
@@ -62,7 +63,7 @@ def test_a_step_is_the_formulas_in_double_precision(weight_true):
     there = torch.autograd.grad(loss(), weights)
     assert not torch.allclose(here[0], there[0], rtol=0.01)
 
-    state = {**method.prepare(net, range(1)), "_reference": reference}
+    state = {**method.prepare(net, range(1)), "_reference": reference, "_sam": FTSAM(rho=RHO)}
     report = method.step(state, x, y)
     assert 0 < report["shared"] < 12
     for after, w, g in zip(net.parameters(), before, there, strict=True):
@@ -80,11 +81,11 @@ def test_the_search_starts_at_random_inside_the_ball():
     assert ((found[0] - x).abs() <= EPS + 1e-12).all()
 
 
-def test_smaller_networks_and_clean_sets_have_settings_of_their_own():
-    """As many updates for few images, rho in proportion to the root of the number of weights."""
-    published, large = SAUSAM(), PreActResNet18(width=16)
-    assert published.adapted(large, 2500) == SAUSAM(rho=published.adapted(large, 2500).rho)
-    assert published.adapted(large, 2500).rho == pytest.approx(2.0, rel=0.01)
-    few = published.adapted(large, 100)
+def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
+    """In proportion to the root of the number of weights."""
+    method = SAUSAM()
+    for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
+        assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
+    few = method.adapted(PreActResNet18(width=16), 100)
     assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05)
-    assert published.adapted(torch.nn.Linear(69, 100), 2500).rho == pytest.approx(0.2)
+    assert method.adapted(PreActResNet18(width=16), 2500) == method

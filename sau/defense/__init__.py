@@ -20,5 +20,8 @@ from sau.defense.sau import SAU as SAU
 from sau.defense.sau_sam import SAUSAM as SAUSAM
 
 DEFENSES: dict[str, type[Defense]] = {
-    defense.name: defense for defense in (SAU, SAUSAM, FT, AT, FTSAM, D3, FST, NAD, IBAU, NC, NPD, FP, ANP, RNP, CLP, BNP, EP)
-}
+    defense.name: defense
+    for defense in (
+        SAU, SAUSAM, FT, AT, FTSAM, D3, FST, NAD, IBAU, NC, NPD, FP, ANP, RNP, CLP, BNP, EP,
+    )
+}  # fmt: skip

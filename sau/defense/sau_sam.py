@@ -16,7 +16,7 @@ trigger. The flat minimum keeps a purified network from learning the backdoor ag
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -50,19 +50,21 @@ class SAUSAM(TrainingDefense):
     adv_lr: float = param(0.1, "step of the search", gt=0)
     adv_steps: int = param(2, "steps of the search", ge=1)
     pgd_init: Init = param("random", "where the search starts: zero, random, max (+eps everywhere) or min")
-    rho: float = param(2.0, "radius of the neighbourhood N(w); 0 is plain gradient descent", ge=0)
+    rho: float = param(
+        2.0,
+        "radius of N(w) where h has 700,000 weights or more; it goes with the root of their number",
+        ge=0,
+    )
     label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
     weight_shared: float = param(1.0, "of the loss on shared examples", ge=0)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "SAUSAM":
-        """Also a smaller rho for networks of fewer weights: each weight of a smaller network has a larger share of e_w."""
-        weights = sum(p.numel() for p in model.parameters())
-        method = super().adapted(model, images, per_epoch)
-        return replace(method, rho=self.rho * min(1.0, math.sqrt(weights / WEIGHTS)))
-
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
-        return {**super().prepare(model, batches), "_reference": copy.deepcopy(model).eval().requires_grad_(False)}
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        # Each weight of a smaller network has a larger share of e_w.
+        weights = sum(weight.numel() for weight in model.parameters())
+        rho = self.rho * min(1.0, math.sqrt(weights / WEIGHTS))
+        return {**super().prepare(model, batches), "_reference": reference, "_sam": FTSAM(rho=rho)}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model, descent = state["model"], state["descent"]
@@ -70,7 +72,7 @@ class SAUSAM(TrainingDefense):
         logits = model.train()(x)
         loss = self.loss(model, logits, y, *found)
         here = torch.autograd.grad(loss, weights, materialize_grads=True)
-        with perturbed(model, weights, FTSAM(rho=self.rho).perturbation(weights, here)):
+        with perturbed(model, weights, state["_sam"].perturbation(weights, here)):
             worst = self.loss(model, model(x), y, *found)
             there = torch.autograd.grad(worst, weights, materialize_grads=True)
         descent.follow(there)
