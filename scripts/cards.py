@@ -94,7 +94,7 @@ def defense_table(results: list[Result], name: str) -> str:
         if result.defense == name:
             groups.setdefault((result.attack, result.oracle), []).append(result)
     if not groups:
-        return ""
+        return few(name).lstrip()
     table = published()["tables"].get(name)
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
     rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))

@@ -39,7 +39,7 @@ from toys import (
 from sau.attack import BadNet, Prototype
 from sau.config import options
 from sau.data.images import Augment, to_float
-from sau.defense import ANP, AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, RNP, SAU, anp
+from sau.defense import ANP, AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, RNP, SAU, SAUSAM, anp
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
 from sau.loop import Limit, Session
@@ -609,6 +609,7 @@ CLAIMS = {  # method, the range of the ASR that is left (of more than 90 %), poi
     "at without adversarial loss": (AT(lr=0.003, weight_adv=0.0, epochs=6, batch_size=25), (30, 100), 10),
     "ft": (FT(**SAME), (90, 100), 5),
     "ft-sam": (FTSAM(rho=0.5, **SAME), (0, 10), 5),
+    "sau-sam": (SAUSAM(rho=10.0, **{**SAME, "lr": 0.02}), (0, 10), 5),
     "fst": (FST(**SAME), (0, 5), 5),
     "d3": (D3(**{**SAME, "lr": 0.02}), (0, 5), 5),
     "npd": (NPD(lr=0.02, eps=1.5, epochs=10, batch_size=25, target_layer_name="features.3"), (0, 40), 5),

@@ -40,7 +40,6 @@ class SAUSAM(TrainingDefense):
 
     name: ClassVar[str] = "sau-sam"
     gradients = "images"
-    graph_safe: ClassVar[bool] = True
 
     epochs: int = 20
     batch_size: int = 128
