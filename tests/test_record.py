@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -484,11 +483,13 @@ time.sleep(600)
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     folder, env = tmp_path / "deep" / "x", environment(PYTHONPATH=str(REPOSITORY))
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], env=env, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() and in_use(folder)
-        with pytest.raises(LockedError) as caught:
-            begun(folder)
-        assert caught.value.status == 1 and not folder.exists()
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout is not None and process.stdout.readline() and in_use(folder)
+            with pytest.raises(LockedError) as caught:
+                begun(folder)
+            assert caught.value.status == 1 and not folder.exists()
+        finally:
+            process.kill()
     assert not in_use(folder) and acquire(folder) and in_use(folder)
     release(folder)
     assert not in_use(folder)
