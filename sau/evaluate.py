@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from sau.data.images import Images, in_range, to_float
 from sau.errors import DataError, TrainingError, lacks_memory
-from sau.models.normalized import check_labels, logits_of
-from sau.models.normalized import eval_mode as eval_mode
+from sau.models.normalized import check_labels, eval_mode, logits_of
 
 # In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
 # than this, and at least this R-ACC is right again.

@@ -7,6 +7,7 @@ docs/results.
 import re
 import statistics
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ MEASURED = re.compile("(<!-- measured -->\n).*?((<!-- /measured -->\n.*)?)\\Z", 
 CLEAN = "prototype"  # networks without a backdoor, which are in no mean
 
 
+@cache
+def kept(name: str) -> list[Result]:
+    """The results of a file in docs/results."""
+    return find_results(DOCS / "results" / f"{name}.jsonl")[0]
+
+
 def update(check: bool) -> int:
     """Write the pages that are stale, or with `check` only name them and return 1 if there are any."""
-    stale, results = [], find_results(DOCS / "results" / f"{TABLE}.jsonl")[0]
+    stale, results = [], kept(TABLE)
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
         for file in sorted((DOCS / kind).glob("*.md")):
             old = file.read_text()
@@ -111,18 +118,16 @@ def defense_table(results: list[Result], name: str) -> str:
 
 def few(name: str) -> str:
     """What a tenth of digits as clean set leads to, and whether that removes the backdoors."""
-    found = find_results(DOCS / "results" / "digits.jsonl")[0]
-    groups = [[one for one in found if (one.attack, one.defense) == (attack, name)] for attack in ("badnet", "blended")]
+    own = [one for one in kept("digits") if one.defense == name]
+    groups = [[one for one in own if one.attack == attack] for attack in ("badnet", "blended")]
     if not all(groups):
         return ""
-    removed = [
-        one.figures["asr"] <= 15 and one.figures["racc"] >= 70 and one.figures["before_acc"] - one.figures["acc"] <= 5
-        for own in groups
-        for one in own
-    ]
+    lost = [one.acc_lost for own in groups for one in own]
+    cheap = all(points is not None and points <= 5 for points in lost)
+    removed = [one.figures["asr"] <= 15 and one.figures["racc"] >= 70 for own in groups for one in own]
     texts = [f"{own[0].attack} {' / '.join(columns(own, 'asr', 'racc', digits=1))}" for own in groups]
     about = f"[143 images of digits](../results/digits.md), ASR / R-ACC: {', '.join(texts)}. "
-    about += "That is enough." if all(removed) else "That is too few."
+    about += "That is enough." if cheap and all(removed) else "That is not enough."
     return f"\n{wrapped(about)}"
 
 

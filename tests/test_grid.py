@@ -305,6 +305,7 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeyp
     monkeypatch.setattr("sau.grid.command.Local", lambda *given: crash)
     status, out, _ = script("grid.py", "grid.yaml")
     assert status == 1 and f"failed  {every[0].label}: why" in out
+    crash.stopped = False
     monkeypatch.setattr(Scripted, "submit", lambda *given: signal.default_int_handler(2, None))
     assert script("grid.py", "grid.yaml")[0] == 130 and crash.stopped  # whatever ends the grid
 

@@ -17,10 +17,18 @@ from sau.attack.triggers import TriggerContext
 from sau.config import Method, param
 from sau.data.images import BACKDOOR, Augment, Batches, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
-from sau.evaluate import Proportion, batch_accuracy, eval_mode
+from sau.evaluate import Proportion, batch_accuracy
 from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
-from sau.models.normalized import check_initialised, check_labels, check_logits, grad_enabled, logits_of, require_tensor
+from sau.models.normalized import (
+    check_initialised,
+    check_labels,
+    check_logits,
+    eval_mode,
+    grad_enabled,
+    logits_of,
+    require_tensor,
+)
 from sau.optim import Training
 from sau.types import Bytes, Labels, Pixels, of_floats
 from sau.util import at_most, check_seed, seeded

@@ -181,6 +181,12 @@ def load_clean(path: Path, images: Images) -> Normalized:
     found = attack_result.load(path)
     if found.triggered is not None or found.poisoned is not None:
         raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
-    if found.fingerprints is None or found.fingerprints["train"] != fingerprint(images):
+    here = (images.num_classes, list(images.pixels.shape[1:]))
+    there = (found.network["classes"], list(found.network["shape"]))
+    if here != there:
+        raise RecordError(
+            f"{path} has {there[0]} classes of images {there[1]}, here are {here[0]} of {here[1]}; name another one"
+        )
+    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
         raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
     return found.model().to(images.pixels.device).requires_grad_(False)

@@ -117,7 +117,7 @@ class SSBA(Attack):
         array, (c, h, w) = read_array(Path(path)), images.pixels.shape[1:]
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (h, w, c):
             raise DataError(f"{path} holds {array.dtype} {array.shape}, allowed is uint8 (N, {h}, {w}, {c})")
-        needed = int(images.index.max()) + 1
+        needed = int(images.index.max()) + 1 if len(images) else 0
         if len(array) < needed or len(images) == needed != len(array):
             raise DataError(f"{path} holds {len(array)} images, the split has {needed}; give one for each, in order")
         pixels = torch.from_numpy(array[images.index[rows].cpu().numpy()]).permute(0, 3, 1, 2)

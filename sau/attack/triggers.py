@@ -99,9 +99,10 @@ def _checkpoint(name: str, say: Callable[[str], None]) -> Record | None:
     try:
         record = Record(cache_folder() / "unfinished" / name)
         record.path.mkdir(parents=True, exist_ok=True)
-        record.load()
     except (OSError, RuntimeError):  # `cached` has warned
         return None
+    try:
+        record.load()
     except RecordError as error:
         say(f"{str(error).split(';')[0]}; it is made again")
         shutil.rmtree(record.path)

@@ -38,12 +38,14 @@ def inspect(path: Path, to: Path | None = None) -> Report:
         report["imports"] = [] if report["format"] == weights.SAFE else torch_file.imports(raw)
         found = weights.read(path, raw)
         _describe(report, found)
-        if to is not None:
-            _convert(found.below(report["network"]["prefix"] if report["network"] else ""), to)
+        inside = found.below(report["network"]["prefix"] if report["network"] else "")
+        packed = b"" if to is None else _packed(inside)
     except torch_file.ProgramError as error:
         return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}
     except RecordError as error:
         return {**report, "status": UNREADABLE, "verdict": f"unreadable: {error}"}
+    if to is not None:
+        write(to, packed)
     return report
 
 
@@ -67,13 +69,12 @@ def _describe(report: Report, found: weights.Weights) -> None:
     report |= {"classes": found.classes, "status": HARMLESS, "verdict": verdict}
 
 
-def _convert(tensors: dict[str, Tensor], to: Path) -> None:
-    """Write tensors as safetensors; RecordError if safetensors cannot hold them."""
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    """Tensors as safetensors; RecordError if safetensors cannot hold them."""
     try:
-        packed = safetensors.torch.save({name: value.contiguous().clone() for name, value in tensors.items()})
+        return safetensors.torch.save({name: value.contiguous().clone() for name, value in tensors.items()})
     except Exception as error:  # of a type or name that it lacks
         raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
-    write(to, packed)
 
 
 def _nans(count: int, before: str) -> str:

@@ -213,6 +213,8 @@ def _imported(run: OwnRun) -> nn.Module:
         net = resolve_name(run.arch)()
     except Exception as error:  # whatever that code raises
         raise ConfigError(f"--arch {run.arch} failed: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
     if not isinstance(net, nn.Module):
         raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, allowed is a torch.nn.Module")
     return net

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,10 +30,13 @@ def read_image(path: str | Path) -> Image.Image:
     """An RGB image from a PNG, JPEG, WebP, BMP or PPM file, whatever its name ends in, as torchvision reads it: the
     rotation that a camera notes in EXIF is not applied. DataError unless it is an 8-bit image in colour or gray."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
-                raise ValueError(f"its mode is {image.mode}; allowed is an 8-bit image in colour or gray")
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF blocks
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
+                    raise ValueError(f"its mode is {image.mode}; allowed is an 8-bit image in colour or gray")
+                return image.convert("RGB")
     except Exception as error:  # the decoders raise a dozen types on damaged files
         reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise DataError(f"cannot read the image {path}: {reason}") from None

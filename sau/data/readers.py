@@ -66,7 +66,7 @@ def _download(root: Path, official: Any) -> Path:
     from torchvision.datasets.utils import download_and_extract_archive
 
     place = root.parent
-    if not place.is_dir() and place.name != "data":  # the default, ./data, is made
+    if not place.is_dir() and (place.name != "data" or not place.parent.is_dir()):  # the default, ./data, is made
         raise DataError(f"there is no folder {place} for {official.filename}; create it or correct --dataset_path")
     print(f"downloading {official.filename} to {root}")
     try:
@@ -101,11 +101,13 @@ def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor
     except Exception as error:  # damaged pickles raise a dozen types
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(
-            f"{path} is missing or no CIFAR file with {key!r} ({reason}); delete {path.parent} to download it again"
+            f"{path} is missing or no CIFAR file with {key!r} ({reason}); delete the CIFAR files in "
+            f"{path.parent} to download them again"
         ) from None
     if len(pixels) >= count and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
         raise DataError(
-            f"{path} is no subset, and its MD5 is not the official one; delete {path.parent} to download it again"
+            f"{path} is no subset, and its MD5 is not the official one; delete the CIFAR files in "
+            f"{path.parent} to download them again"
         )
     return pixels, labels
 

@@ -78,8 +78,10 @@ class Defense(Method, ABC):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
             scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
-            rate = min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median())))
-            changed = {"lr": float(f"{rate:.1e}"), "lr_scheduler": "OneCycleLR", "augment": few}
+            rate = self.params()["lr"]
+            if scales:
+                rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}")
+            changed = {"lr": rate, "lr_scheduler": "OneCycleLR", "augment": few}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, batch_size=size, **changed)
 
@@ -191,7 +193,7 @@ class TrainingDefense(Training, Defense):
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         # Without an update the network would be left with what `prepare` made of it, like a random classifier.
-        if not session.begun and session.time_is_up("round 1, before its first batch"):
+        if session.limit is not None and not session.begun and session.time_is_up("round 1, before its first batch"):
             session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         elif self.epochs:
             self.train(self.prepare(model, batches), batches, session)

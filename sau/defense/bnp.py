@@ -50,6 +50,6 @@ class BNP(pruning.ChannelOutlierPruning):
             norm, mean = norms[name], total / count
             var = (squares / count - mean.square()).clamp_min(0) + norm.eps  # eps as in the batch norm: never 0
             running_mean, running_var = (norm.get_buffer(f"running_{kind}").double() for kind in ("mean", "var"))
-            running = Normal(running_mean, (running_var + norm.eps).sqrt())
-            scores[name] = kl_divergence(Normal(mean, var.sqrt()), running)
+            running = Normal(running_mean, (running_var + norm.eps).sqrt(), validate_args=False)
+            scores[name] = kl_divergence(Normal(mean, var.sqrt(), validate_args=False), running)
         return scores

@@ -12,7 +12,7 @@ g_e = grad L(w + e). Optionally they also climb alpha times the part of g that i
 GSAM, 2022), which narrows the gap between the two losses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from torch.nn.utils import get_total_norm
 from sau.config import param
 from sau.defense.base import TrainingDefense
 from sau.evaluate import batch_accuracy
+from sau.optim import Descent
 from sau.types import Labels, Logits, Pixels, Scalar
 
 TINY = 1e-12  # keeps a norm of 0 from dividing
@@ -77,15 +78,21 @@ class FTSAM(TrainingDefense):
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, descent = state["model"], state["descent"]
-        weights, logits = descent.parameters, model(x)
+        model = state["model"]
+        logits = model(x)
         loss = smoothed_loss(logits, y, self.label_smoothing)
+        worst = self.update(model, state["descent"], loss, lambda: smoothed_loss(model(x), y, self.label_smoothing))
+        return {"loss": loss, "worst_loss": worst, "clean_acc": batch_accuracy(logits, y)}
+
+    def update(self, model: nn.Module, descent: Descent, loss: Scalar, again: Callable[[], Scalar]) -> Scalar:
+        """Move the weights along the gradient of L at w + e, from `loss`, L at w; `again` computes L anew. L(w + e)."""
+        weights = descent.parameters
         here = torch.autograd.grad(loss, weights, materialize_grads=True)
         with perturbed(model, weights, self.perturbation(weights, here)):
-            worst = smoothed_loss(model(x), y, self.label_smoothing)
+            worst = again()
             there = torch.autograd.grad(worst, weights, materialize_grads=True)
         descent.follow(self.direction(here, there) if self.alpha else there)
-        return {"loss": loss, "worst_loss": worst, "clean_acc": batch_accuracy(logits, y)}
+        return worst
 
     @torch.no_grad()
     def perturbation(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

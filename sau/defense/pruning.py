@@ -85,13 +85,14 @@ def choose(
     assert judge is not None  # `purify` refuses an oracle without one
     first = best = judge(model)
     search, chosen, count = held is None and by_asr, None, 0
+    before = copy.deepcopy(model.state_dict())
     for number, level in enumerate(levels, 1):
         place = f"the search, before level {number} of {len(levels)}"
         if level.emptied or (held is None and session.time_is_up(place)):
             break
         if level.count == count:  # no more than the one before
             continue
-        count, before = level.count, copy.deepcopy(model.state_dict())
+        count = level.count
         level.prune(model)
         found = judge(model)
         model.load_state_dict(before)

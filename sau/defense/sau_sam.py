@@ -3,7 +3,7 @@
 With h the network being purified (softmax p), h_b the backdoored one, a ball S and clean pairs (x, y):
 
     inner   x' = x + e: SAU's inner problem over S, from a random start, both networks in eval mode
-    loss    L(w) = CE(h(x), y) + 1[s != y] * -log(1 - p_s(x')),     s = argmax h_b(x')
+    loss    L(w) = CE(h(x), y) + 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
@@ -46,15 +46,13 @@ class SAUSAM(TrainingDefense):
     lr: float = 0.02
     augment: bool = True
     eps: float = param(0.2, "radius of the L_inf ball S, in [0, 1] pixels", gt=0, lt=1)
-    adv_lr: float = param(0.1, "step of the search", gt=0)
+    adv_lr: float = param(0.1, "step of the search", gt=0, lt=1)
     adv_steps: int = param(2, "steps of the search", ge=1)
-    pgd_init: Init = param("random", "where the search starts: zero, random, max (+eps everywhere) or min")
-    rho: float = param(
-        2.0,
-        "radius of N(w) where h has 700,000 weights or more; it goes with the root of their number",
-        ge=0,
+    pgd_init: Init = param(
+        "random", "first e: zero, max (+eps everywhere), min (-eps) or random (uniform, then projected)"
     )
-    label_smoothing: float = param(0.1, "what the label gives to the other classes together", ge=0, le=0.5)
+    rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
+    label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
     weight_shared: float = param(1.0, "of the loss on shared examples", ge=0)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
@@ -66,15 +64,11 @@ class SAUSAM(TrainingDefense):
         return {**super().prepare(model, batches), "_reference": reference, "_sam": FTSAM(rho=rho)}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        model, descent = state["model"], state["descent"]
-        weights, found = descent.parameters, self.search(model.eval(), state["_reference"], x, y)
+        model = state["model"]
+        found = self.search(model.eval(), state["_reference"], x, y)
         logits = model.train()(x)
         loss = self.loss(model, logits, y, *found)
-        here = torch.autograd.grad(loss, weights, materialize_grads=True)
-        with perturbed(model, weights, state["_sam"].perturbation(weights, here)):
-            worst = self.loss(model, model(x), y, *found)
-            there = torch.autograd.grad(worst, weights, materialize_grads=True)
-        descent.follow(there)
+        worst = state["_sam"].update(model, state["descent"], loss, lambda: self.loss(model, model(x), y, *found))
         return {"loss": loss, "worst_loss": worst, "shared": found[2].sum(), "clean_acc": batch_accuracy(logits, y)}
 
     def search(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags]:

@@ -23,7 +23,7 @@ from sau.grid.engines import Cell, Local, Outcome, RayEngine
 from sau.grid.plan import Grid, cells, read, select
 from sau.grid.store import Store, publish
 from sau.record.folder import Record
-from sau.tools import Parser
+from sau.settings import Parser
 from sau.util import duration
 
 say = partial(print, flush=True)
@@ -94,7 +94,7 @@ def _scores(cell: Cell, store: Store) -> str:
     found = summary.get("after", summary)
     scores = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
     text = f"{', '.join(scores)}; {duration(summary.get('seconds', 0.0))}"
-    if any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc", "after") if kept):
+    if any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc") if kept):
         text += "; warning: it differs from the published result, as on another processor"
     return text
 

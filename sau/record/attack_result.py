@@ -89,8 +89,9 @@ class AttackResult:
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
         train, test = sources.load(self.dataset, place, self.network["shape"][1])
         notes = [note] if (note := sources.subset_note(self.dataset, train, test)) else []
-        found = {"train": sources.fingerprint(train), "test": sources.fingerprint(test)}
-        same = self.fingerprints in (None, found)
+        same = self.fingerprints is None or self.fingerprints == {
+            "train": sources.fingerprint(train), "test": sources.fingerprint(test)
+        }  # fmt: skip
         seen = []
         for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
             length = len(images) if length is None else length
@@ -212,4 +213,4 @@ def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path
     for name in {**own, **weights}:
         got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
         if got != wanted:
-            raise RecordError(f"{path}: {name} has {got}, but {whose} needs {wanted}")
+            raise RecordError(f"{path}: {name[:100]} has {got}, but {whose} needs {wanted}")
