@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau import __version__, own_network, quality
 from sau import device as machine
+from sau import quality, subject
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.triggers import describe_figures, same_trigger
-from sau.config import Method, options
+from sau.config import Method
 from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, der, figures, proportions, score, table, verdict
-from sau.files import existing, release_all, safe_join
+from sau.files import release_all, safe_join
 from sau.models import build, has_width
 from sau.optim import Training
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.risk import gauge
-from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, trigger_session
+from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity, trigger_session
 from sau.settings import Settings
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
@@ -119,9 +119,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     torch.manual_seed(run.random_seed)
     model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
 
-    identity = {"attack": name, **method.identity(), **training.params(), **data, **network}
-    identity |= {"random_seed": run.random_seed, "sau": __version__}
-    record.can_start(identity, run.overwrite)  # before a trigger is made, which may take long
+    determined = identity(method, run, {**training.params(), **data, **network})
+    record.can_start(determined, run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     method = method.fit_trigger(train, model, training, session=trigger_session(run, started), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
@@ -132,7 +131,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     facts |= {"model": network, "notes": notes, "trigger_digest": mark}
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
-    begin(record, run, identity, model, method, where, facts, [line], asked.without_effect)
+    begin(record, run, determined, model, method, where, facts, [line], asked.without_effect)
     plan = method.describe(poisoned, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)
@@ -152,62 +151,61 @@ def attack(name: str, argv: Sequence[str]) -> None:
 
 
 def defend(name: str, argv: Sequence[str]) -> None:
-    """Load what an attack left, purify, measure before and after, record."""
+    """Load what an attack left, or a network of your own; purify, measure before and after, record."""
     started = time.monotonic()
     asked = Settings(f"sau defense {name}", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
-    folder, own = asked.get("result_file"), asked.get("model_file") is not None
-    if folder is None and not own:
-        asked.help(asked.recipe()[0], asked.get("dataset") or Run.dataset)
-    if own == (folder is not None):
-        raise ConfigError("give one of --result_file, an attack's folder, and --model_file, a network of your own")
-    if own:
-        return own_network.purify(name, asked)
-    attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, folder))
-    recipe, why = asked.recipe(attacked.recipe)
-    run, _, method = asked.settle(recipe, attacked.dataset, _recorded(attacked))
-    asked.ignore(options(OwnRun), "it is about a network of your own")
+    run, method, given = subject.of(asked)
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
-    offered = attacked.offers("poisoned" if method.data_use == "poisoned" else "clean")
-    train, test, notes = attacked.images(run.dataset_path if "dataset_path" in asked.asked else None)
-    given = sources.clean_subset(attacked.given(train, offered), run.ratio, run.random_seed, run.index)
-    looks = method.data_use != "none"
-    notes += sources.check_clean_set(given, test, offered) if looks else []
-    given, test, triggered = given.to(where), test.to(where), attacked.triggered and attacked.triggered.to(where)
-    model = attacked.model().to(where)
-    method = asked.adapted(method, model, len(given))
+    model, clean, test = given.model.to(where), given.given.to(where), given.test.to(where)
+    triggered = given.triggered and given.triggered.to(where)
+    method = asked.adapted(method, model, len(clean))
 
-    record = Record(safe_join(attacked.path, "defense", run.save_folder_name or name))
-    identity = {"defense": name, **method.identity(), "clean": sources.fingerprint(given), "attacked": attacked.digest}
-    identity |= {"random_seed": run.random_seed, "sau": __version__}
-    facts: dict[str, Any] = {"method": {"defense": name, **method.params()}, "data": {"dataset": attacked.dataset}}
-    facts |= {"model": attacked.network, "attacked": attacked.digest, "notes": notes}
-    facts["clean_index"] = given.index.tolist()
-    images = f"{len(given):,} {offered} images of {attacked.dataset}" if looks else "no images needed"
-    line = f"recipe {recipe} ({why}): {images}; {record.path}"
-    begin(record, run, identity, model, method, where, facts, [line], asked.without_effect)
+    record, determined = Record(given.folder), identity(method, run, given.identity)
+    facts = {"method": {"defense": name, **method.params()}, **given.facts, "notes": given.notes}
+    begin(record, run, determined, model, method, where, facts, given.lines, asked.without_effect)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
-    _warn_below(record, attacked.gate, before, "the attack of this record", "results of defenses on it say nothing")
+    seconds = time.monotonic() - begun
+    _warn_below(record, given.gate, before, "the attack of this record", "results of defenses on it say nothing")
     risks = None
-    if run.track_risk:  # `purify` leaves the attacked network as it is, so that it is the reference throughout
+    if run.track_risk or given.own:  # `purify` leaves the network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
-    threat = risks(model).summary() if risks else None
-    seconds, epochs = time.monotonic() - begun, getattr(method, "epochs", 1)
-    logger = RunLogger(record, run, epochs, test, lambda: triggered, started, seconds, risks)
+    threat, closing = risks and risks(model), time.monotonic() - begun - seconds
+    tracked = (seconds + closing, risks) if run.track_risk else (seconds, None)
+    epochs = getattr(method, "epochs", 1)
+    logger = RunLogger(record, run, epochs, test, lambda: triggered, started, *tracked, closing_seconds=closing)
     oracle = method.selection == "oracle"
     session = replace(logger.session(), judge=partial(score, clean=test, triggered=triggered) if oracle else None)
-    how: Any = {"augment": sources.source(attacked.dataset).augment, "seed": run.random_seed, "settings": "as_given"}
-    fixed = method.purify(model, given, session=session, **how)
+    how: Any = {"augment": given.augment, "seed": run.random_seed, "settings": "as_given"}
+    fixed = method.purify(model, clean, session=session, **how)
     after, found = logger.final(fixed, triggered)
-    record.save_tensors("model", fixed.get_submodule("net").state_dict())
+    _keep(record, fixed, model, given.pickled)
     record.log(table({"before": before, "oracle" if oracle else "after": after}))
-    record.log(verdict(before, after, not attacked.gate or attacked.gate["passed"], looks))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": der(before, after)}
-    scores |= {"selection": method.selection, "data": offered}
-    scores |= {"gate": attacked.gate} if attacked.gate else {}
-    scores |= {"risk": {"before": threat, "after": found.summary(), "search": asdict(run.search())}} if found else {}
+    scores |= {"selection": method.selection, "data": given.kind}
+    scores |= {"gate": given.gate} if given.gate else {}
+    if risks and threat:
+        found = found or risks(fixed)
+        for name in ("r_adv", "r_share"):
+            rates = [each.shares()[name].percent for each in (threat, found)]
+            record.log(f"{name.replace('r', 'R', 1)} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
+        scores["risk"] = {"before": threat.summary(), "after": found.summary(), "search": asdict(run.search())}
+    if not given.own:
+        looks = method.data_use != "none"
+        record.log(verdict(before, after, not given.gate or given.gate["passed"], looks))
     logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
+
+
+def _keep(record: Record, fixed: nn.Module, model: nn.Module, pickled: bool) -> None:
+    """The purified weights; `pickled` in a file of `torch.save`, too."""
+    state = fixed.get_submodule("net").state_dict()
+    record.save_tensors("model", state)
+    if pickled:
+        record.save_tensors("model", state, pickled=True)
+        record.log(f"purified weights: {record.path / 'model.pt'}")
+    if fixed.state_dict().keys() != model.state_dict().keys():
+        record.log("note: layers were added; sau.record.attack_result.load_weights adds them to your network")
 
 
 def _warn_below(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
@@ -233,13 +231,6 @@ def _trigger(
     (share,) = proportions(model, crossed.pixels, crossed.labels)
     record.log(f"cross ACC {share.percent:.2f} %, on test images with a trigger that must have no effect")
     return {"trigger": hidden, **figures({"cross_acc": share})}
-
-
-def _recorded(attacked: attack_result.AttackResult) -> dict[str, Any]:
-    """The settings that a record has; where the data sets lie may be given anew."""
-    net = attacked.network
-    network = {"model": net["name"], "width": net["width"], "num_classes": net["classes"]}
-    return {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, **network}
 
 
 def _check_name(given: str, name: str) -> None:

@@ -134,7 +134,6 @@ class OwnRun:
     std: tuple[float, ...] = param((), "per-channel standard deviation that the network expects to be divided by", gt=0)
     input_size: int = param(32, "height and width that the images are resized to", ge=1)
     check_share: float = param(0.2, "share of each class's images that is held back for measuring", gt=0, lt=1)
-    reversal_passes: int = param(40, "passes of the search for small patches, before and after; 0 skips it", ge=0)
 
     def __post_init__(self) -> None:
         check(self)
@@ -144,19 +143,24 @@ class OwnRun:
         require("std", self.std, fits, "as many values as mean: none, 1 or 3")
 
 
+def identity(method: Method, run: Run, more: Mapping[str, Any]) -> dict[str, Any]:
+    """All that determines the result of a run: the method, `more`, the seed and the version of the library."""
+    kind = "attack" if isinstance(run, AttackRun) else "defense"
+    return {kind: method.name, **method.identity(), **more, "random_seed": run.random_seed, "sau": sau.__version__}
+
+
 def begin(
-    record: Record, run: Run, identity: dict[str, Any], model: Normalized, method: Method, where: torch.device,
+    record: Record, run: Run, determined: dict[str, Any], model: Normalized, method: Method, where: torch.device,
     facts: Mapping[str, Any], lines: Sequence[str], ignored: str = "",
 ) -> None:  # fmt: skip
     """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run.
 
-    `identity` determines the result, `facts` are written to `config.yaml` as well, `ignored` says which flags have no
+    `determined` is the `identity`, `facts` are written to `config.yaml` as well, `ignored` says which flags have no
     effect. ConfigError if an interrupted run began in another precision than is asked now.
     """
-    record.can_start(identity, run.overwrite)
+    record.can_start(determined, run.overwrite)
     earlier = record.config  # of the run that is resumed; empty in a new one
-    threads = set_threads(run.threads, earlier.get("threads"))
-    before = earlier.get("amp")
+    threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")
     if before is not None and run.amp not in (None, before):
         raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or give --overwrite true")
     chosen = has_bf16(where) if run.amp is None else run.amp
@@ -165,17 +169,17 @@ def begin(
     machine = {"threads": threads, "amp": model.amp, "device": where.type, "compile": model.compiled}
     versions = {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()}
     asked = {"run": asdict(run), "command": shlex.join(sys.argv), "git": _commit(), "versions": versions}
-    record.begin({**asked, **machine, **facts}, identity, run.overwrite)
-    for line in (*lines, *(f"note: {note}" for note in facts["notes"])):
-        record.log(line)
-    if ignored:
-        record.log(f"warning: flags without effect here: {ignored}")
-    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} thread{'s' * (threads > 1)}")
+    record.begin({**asked, **machine, **facts}, determined, run.overwrite)
+    said = [*lines, *(f"note: {note}" for note in facts["notes"])]
+    said += [f"warning: flags without effect here: {ignored}"] if ignored else []
+    said.append(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} thread{'s' * (threads > 1)}")
     if run.compile != model.compiled:
         why = "this run goes on as it began" if method.compiles else f"the networks of {method.name} cannot be compiled"
-        record.log(f"note: {why}, so --compile has no effect")
+        said.append(f"note: {why}, so --compile has no effect")
     if model.compiled:
-        record.log("compiling the network (torch.compile), which takes up to a minute")
+        said.append("compiling the network (torch.compile), which takes up to a minute")
+    for line in said:
+        record.log(line)
 
 
 def _commit() -> str | None:
@@ -203,7 +207,7 @@ class RunLogger:
     started: float  # when the command began, by `time.monotonic`
     evaluation_seconds: float  # what one evaluation is expected to take
     risks: Callable[[nn.Module], Found] | None = None  # measures the risks of a network at each evaluation
-    closing_seconds: float | None = None  # what is expected to follow the last update; None is an evaluation
+    closing_seconds: float = 0.0  # what is expected to follow the last evaluation
     last: tuple[str, Score, Found | None] | None = field(default=None, init=False)  # of the last evaluated network
     findings: dict[str, Any] = field(default_factory=dict, init=False)
     limit: Limit | None = field(default=None, init=False)
@@ -211,8 +215,8 @@ class RunLogger:
     def __post_init__(self) -> None:
         self.record.clock = lambda: self.seconds
         if self.run.max_minutes:  # an epoch may end, and be evaluated, with the last update
-            closing = self.evaluation_seconds if self.closing_seconds is None else self.closing_seconds
-            self.limit = Limit(self.started + 60 * self.run.max_minutes - self.evaluation_seconds - closing)
+            after = 2 * self.evaluation_seconds + self.closing_seconds
+            self.limit = Limit(self.started + 60 * self.run.max_minutes - after)
 
     def session(self) -> RunContext:
         """What the loop needs of this."""

@@ -167,13 +167,12 @@ def guess(found: Weights) -> Guess | None:
     return None
 
 
-def network(run: OwnRun, classes: int, found: Weights | None = None) -> tuple[nn.Module, Weights, str]:
-    """The network with its weights, the content of their file, and the network's name.
+def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
+    """The network with the weights that its file, `run.model_file`, was `found` to hold, and its name.
 
-    `classes` are its logits where `run.arch` is a plain name; `found` is the content of the file, if it has been read.
-    ConfigError if the network cannot be found or trusted, RecordError if the weights are of another one.
+    `classes` are its logits where `run.arch` is a plain name. ConfigError if the network cannot be found or trusted,
+    RecordError if the weights are of another one.
     """
-    found = read(Path(str(run.model_file))) if found is None else found
     if run.model_prefix is not None:
         # A whole name comes first: `state_dict` is not `state_dict_ema`.
         chosen = found.below(f"{run.model_prefix.removesuffix('.')}.") or found.below(run.model_prefix)
@@ -188,7 +187,7 @@ def network(run: OwnRun, classes: int, found: Weights | None = None) -> tuple[nn
         raise RecordError(f"{error}{advice}") from None
     net = make()
     net.load_state_dict(state)
-    return net.eval(), found, name
+    return net.eval(), name
 
 
 def _architecture(run: OwnRun, classes: int, found: Weights) -> tuple[str, Callable[[], nn.Module]]:

@@ -1,0 +1,174 @@
+"""What a defense is given: of the folder of an attack, or of a network file and a folder of images of your own.
+
+Of your own network nobody knows the trigger, so no ASR is claimed. Clean images alone give the accuracy, the
+adversarial risks (`sau.risk`) and the verdict (`sau.defense.verdict`).
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sau.compat import weights
+from sau.compat.weights import short_names
+from sau.config import options
+from sau.data.images import Augment, Images, last_of_each, to_float
+from sau.data.readers import class_folders, image_folder
+from sau.data.sources import check_clean_set, clean_subset, fingerprint, source
+from sau.defense.base import Defense
+from sau.errors import ConfigError, DataError
+from sau.files import existing, safe_join
+from sau.models import Normalized, to_channels_last
+from sau.models.normalized import check_logits, translate_errors
+from sau.record import attack_result
+from sau.record.attack_result import AttackResult
+from sau.run import DefenseRun, OwnRun, Run
+from sau.settings import OF_RECORDS, Settings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A network to purify and the images for it, on the CPU, and what the result folder says of them."""
+
+    folder: Path  # of the result
+    model: Normalized
+    given: Images  # to purify with
+    test: Images  # clean images to measure with
+    identity: dict[str, Any]  # what determines the result besides the defense
+    facts: dict[str, Any]  # for `config.yaml`
+    lines: list[str]  # to say at the start
+    notes: list[str]
+    own: bool = False  # whether it is of a file, so that nobody knows whether it has a backdoor
+    kind: str = "clean"  # of the images to purify with: clean or poisoned
+    triggered: Images | None = None  # the test set of ASR and R-ACC; None where no trigger is known
+    gate: dict[str, Any] | None = None  # of the attack, see `Attack.gate`
+    augment: Augment | None = None  # of the training; None is the default of `Defense.purify`
+    pickled: bool = False  # whether the weights came in a file of `torch.save`, and shall be kept in one, too
+
+
+def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
+    """What the flags of a defense are about: `--result_file`, or `--model_file` and `--clean_dir`.
+
+    Also returns the settings of run and method as objects; prints the help instead and leaves where that was asked for.
+    """
+    place, file = asked.get("result_file"), asked.get("model_file")
+    if place is None and file is None:
+        asked.help(asked.recipe()[0], asked.get("dataset") or Run.dataset)
+    if (place is None) == (file is None):
+        raise ConfigError("give one of --result_file, an attack's folder, and --model_file, a network of your own")
+    if file is not None:
+        recipe, why = asked.recipe()
+        run, own, method = asked.settle(recipe, "folder")
+        asked.ignore(OF_RECORDS, "it is about the record of an attack")
+        found = _of_file(own, method, run)
+    else:
+        attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, place))
+        recipe, why = asked.recipe(attacked.recipe)
+        run, _, method = asked.settle(recipe, attacked.dataset, attacked.settled())
+        asked.ignore(options(OwnRun), "it is about a network of your own")
+        found = _of_record(attacked, method, run, run.dataset_path if "dataset_path" in asked.asked else None)
+    first, *more = found.lines
+    return run, method, replace(found, lines=[f"recipe {recipe} ({why}): {first}; {found.folder}", *more])
+
+
+def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset_path: str | None) -> Subject:
+    """The attacked network and the images of `attacked`; `dataset_path` is as in `AttackResult.images`."""
+    kind = attacked.offers("poisoned" if method.data_use == "poisoned" else "clean")
+    train, test, notes = attacked.images(dataset_path)
+    given, about = clean_subset(attacked.given(train, kind), run.ratio, run.random_seed, run.index), "no images needed"
+    if method.data_use != "none":
+        notes += check_clean_set(given, test, kind)
+        about = f"{len(given):,} {kind} images of {attacked.dataset}"
+    facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
+    return Subject(
+        folder=safe_join(attacked.path, "defense", run.save_folder_name or method.name),
+        model=attacked.model(),
+        given=given,
+        test=test,
+        triggered=attacked.triggered,
+        gate=attacked.gate,
+        augment=source(attacked.dataset).augment,
+        identity={"clean": fingerprint(given), "attacked": attacked.digest},
+        facts={**facts, "clean_index": given.index.tolist()},
+        lines=[about],
+        notes=notes,
+        kind=kind,
+    )
+
+
+def _of_file(own: OwnRun, method: Defense, run: DefenseRun) -> Subject:
+    """The network in `own.model_file`, and the images in the class folders of `own.clean_dir`.
+
+    ConfigError, DataError or RecordError where they do not fit together, or the defense needs what nobody has.
+    """
+    if method.selection == "oracle":
+        raise ConfigError("select is oracle, allowed is defender: nobody has images with your network's trigger")
+    if method.data_use == "poisoned":
+        raise ConfigError(f"{method.name} needs the attacker's images, which your network does not come with")
+    clean, found = Path(str(own.clean_dir)), weights.read(Path(str(own.model_file)))
+    folders = class_folders(clean)
+    names = by_name(folders, found.classes)
+    net, arch = weights.network(own, len(names or folders), found)
+    images = image_folder(clean, own.input_size, names)
+    given, test = split(images, own.check_share)
+    model = Normalized(to_channels_last(net), own.mean or None, own.std or None).eval()
+    _check_classes(model, test, clean)
+    notes = check_clean_set(given, test) if method.data_use != "none" else []
+    if found.classes and not names:
+        theirs = f"{found.path.name} names its classes {short_names(found.classes)}"
+        notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
+    order = "names in the file" if names else "folders in order"
+    stem = re.sub(r"[^A-Za-z0-9]+", "_", found.path.stem).strip("_")[:80] or "network"
+    return Subject(
+        folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"),
+        model=model,
+        given=given,
+        test=test,
+        identity={**asdict(own), "clean": fingerprint(images), "attacked": found.digest},
+        facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes}},
+        lines=[
+            f"{arch} from {found.path}, {len(given)} clean images to purify with, {len(test)} to measure with",
+            f"classes: {short_names(names or folders)} ({order})",
+        ],
+        own=True,
+        notes=notes,
+        pickled=found.kind != weights.SAFE,
+    )
+
+
+def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
+    """The file's `classes`, with the spelling of the folders, if every folder bears one of their names, else None."""
+    spelt = {name.casefold(): name for name in folders}
+    if classes is None or len({name.casefold() for name in classes}) < len(classes):
+        return None
+    known = spelt.keys() <= {*map(str.casefold, classes)}
+    return [spelt.get(name.casefold(), name) for name in classes] if known else None
+
+
+def split(images: Images, share: float) -> tuple[Images, Images]:
+    """(to purify with, to measure with): the last `share` of each class measures; each keeps an image of either."""
+    counts = images.labels.bincount(minlength=images.num_classes)
+    if (counts == 1).any():
+        lone = int((counts == 1).nonzero()[0])
+        raise DataError(f"class {lone} has 1 clean image; each class needs two, one for measuring")
+    held = last_of_each(images.labels, share)
+    return images[~held], images[held]
+
+
+def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
+    """ConfigError where the network does not answer with a finite logit for each class folder."""
+    what = f"the network does not accept images of {'x'.join(map(str, images.pixels.shape[1:]))}"
+    advice = "give its own size with --input_size"
+    with translate_errors(lambda reason: ConfigError(f"{what}: {reason}; {advice}")), torch.no_grad():
+        logits = model(to_float(images.pixels[:8]))
+    if logits.shape[-1] != images.num_classes:
+        raise ConfigError(
+            f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "
+            "give a folder for each, named by the number of its output (0, 1, 2, ...) or in the same order"
+        )
+    if not logits.isfinite().all():
+        raise ConfigError("the network answers a clean image with NaN or infinity; check mean and std")
+    check_logits(logits)
