@@ -17,7 +17,6 @@ from sau import device as machine
 from sau import quality, subject
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.triggers import describe_figures, same_trigger
-from sau.config import Method
 from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
@@ -25,7 +24,7 @@ from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, der, figures, proportions, score, table, verdict
 from sau.files import release_all, safe_join
 from sau.models import build, has_width
-from sau.optim import Training
+from sau.optim import Method, Training
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.risk import gauge

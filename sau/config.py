@@ -1,5 +1,4 @@
-"""One line a parameter: flag, help text, allowed range, other names, type check and YAML key all come from `param`;
-and what attacks, defenses and the settings of their training have in common.
+"""One line a parameter: flag, help text, allowed range, other names, type check and YAML key all come from `param`.
 
 A parameter is a field of a dataclass. Its annotation is its type: bool, int, float, str, a `Literal`, a tuple of one of
 these, or one of these `| None`.
@@ -9,25 +8,31 @@ import difflib
 import inspect
 import operator
 import os
+import reprlib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+import yaml
 
-from sau.errors import ConfigError, DataError, require
-from sau.files import checksum
+from sau.errors import NO_YAML, ConfigError, require
+from sau.files import read
 
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
     "le": ("up to", operator.le), "lt": ("below", operator.lt),
 }  # fmt: skip
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
+# BackdoorBench's files of SAU, i-BAU (epochs) and NAD (weight_decay) hold both, and its code reads the second.
+SUPERSEDED = {"epochs": "n_rounds", "weight_decay": "wd"}
+_BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however long it is
+_BRIEF.maxlevel, _BRIEF.maxstring = 1, 100
 Bound = int | float
 
 
@@ -69,15 +74,21 @@ class Option:
 
     def misfit(self, value: Any) -> str | None:
         """What is allowed instead of `value`; None where it is of the right type and inside the range."""
-        words = _words(self.hint)
+        words, optional = _words(self.hint), split_hint(self.hint)[2]
         if not words:  # a method of somebody's own may have a field that cannot be a flag
             return None
-        if not _is_a(value, self.hint):
+        try:
+            same, found = tuple(value) if isinstance(value, list) else value, convert(value, self.hint)
+        except ConfigError:
             return words
-        values = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        if isinstance(value, os.PathLike):
+            same = os.fspath(value)
+        if found != same or isinstance(found, bool) != isinstance(value, bool):
+            return words
+        values = found if isinstance(found, tuple) else () if found is None else (found,)
         if all(BOUNDS[name][1](each, bound) for name, bound in self.bounds.items() for each in values):
             return None
-        return f"none, or {self.range}" if _optional(self.hint) else self.range
+        return f"none, or {self.range}" if optional else self.range
 
     def parse(self, value: Any) -> Any:
         """A flag's text or a YAML value as this parameter; ConfigError says what is allowed."""
@@ -103,96 +114,30 @@ def options(cls: type) -> dict[str, Option]:
 
 
 def check(settings: Any, of: str = "") -> None:
-    """ConfigError if a field of a dataclass has the wrong type or is out of its range.
-
-    Args:
-        settings: an object of a dataclass.
-        of: what its fields belong to, for the message.
-    """
+    """ConfigError if a field of the dataclass has the wrong type or is out of its range; `of` says whose it is."""
     for name, option in options(type(settings)).items():
-        value = getattr(settings, name)
-        allowed = option.misfit(value)
+        allowed = option.misfit(value := getattr(settings, name))
         require(name + of, value, allowed is None, str(allowed))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
-
-    `ignored` maps flags of the benchmark that have no effect here to the reason, `training_aliases` the benchmark's
-    names for settings of the victim's training to ours, where only this method has them.
-    """
-
-    name: ClassVar[str] = ""
-    compiles: ClassVar[bool] = False  # whether torch.compile may run its network, which has no hooks and steady sizes
-    training_aliases: ClassVar[dict[str, str]] = {}
-    ignored: ClassVar[dict[str, str]] = {}
-    unread: ClassVar[tuple[str, ...]] = ()  # keys of the benchmark's own file of the method that its code does not read
-    # Whether `step` has the device do the same each time, with one update of each `Descent` in its state: CUDA may then
-    # replay it as a graph, and its Python does not run again. A subclass with a step of its own has to say it anew.
-    graph_safe: ClassVar[bool] = False
-    files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        if "graph_safe" not in vars(cls) and "step" in vars(cls):
-            cls.graph_safe = False
-        helps = {name: each.metadata.get("help") for name, each in vars(cls).items() if hasattr(each, "metadata")}
-        if lines := [f"    {name}: {text}." for name, text in helps.items() if text]:
-            cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "Args:", *lines, ""])
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def params(self) -> dict[str, Any]:
-        """The hyperparameters, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-
-    def identity(self) -> dict[str, Any]:
-        """`params` as they determine a result: of a file the SHA-256 of its content, for the place differs between
-        machines; of a record's folder that of its weights. DataError if one cannot be read."""
-        found = self.params()
-        for name in self.files:
-            if (given := found[name]) is not None:
-                path = Path(given) / "model.safetensors" if Path(given).is_dir() else Path(given)
-                try:
-                    found[f"{name}_sha256"] = checksum(path)
-                except DataError as error:
-                    raise DataError(f"{name}: {error}; name an existing file") from None
-                del found[name]
-        return found
-
-    def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by
-        epoch, or integer counts, summed."""
-        raise TypeError(f"{type(self).__name__} has no step of its own; it must define one or override the caller")
-
-    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
-        """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
-        state["descent"].end_epoch(losses["loss"])
-        return None
-
-    def supports_microbatch(self) -> bool:
-        """Whether `step` makes one update, of `state["descent"]`, from a mean over the images of its batch; the batch
-        may then go through in parts where memory does not hold it."""
-        return False
-
-    def require(self, name: str, ok: bool, allowed: str) -> None:
-        """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""
-        require(name, getattr(self, name), ok, allowed)
+def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """(type, its parts, whether None is allowed): of `tuple[int, ...] | None` that is (tuple, (int, ...), True)."""
+    parts = typing.get_args(hint)
+    if type(None) in parts:
+        return *split_hint(next(part for part in parts if part is not type(None)))[:2], True
+    return typing.get_origin(hint) or hint, parts, False
 
 
 def convert(value: Any, hint: Any) -> Any:
     """A flag's text or a YAML value as the annotated type; ConfigError says what is allowed."""
+    kind, parts, optional = split_hint(hint)
     text = "" if isinstance(value, dict | list | tuple) else str(value).strip()
-    if _optional(hint):
-        return None if value is None or text.lower() in ("none", "auto", "null") else convert(value, _plain(hint))
-    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if optional and (value is None or text.lower() in ("none", "auto", "null")):
+        return None
     if kind is tuple and not isinstance(value, dict):
         items = value if isinstance(value, list | tuple) else text.strip("[]() ").replace(",", " ").split()
         return tuple(convert(item, parts[0]) for item in items)
-    named = {str(choice).lower(): choice for choice in parts} if kind is Literal else {}
-    named = {"true": True, "1": True, "false": False, "0": False} if kind is bool else named
+    named = {str(choice).lower(): choice for choice in parts} if kind is Literal else SWITCH if kind is bool else {}
     if text.lower() in named:
         return named[text.lower()]
     if kind is str and value is not None and not isinstance(value, bool | dict | list):
@@ -205,38 +150,111 @@ def convert(value: Any, hint: Any) -> Any:
     raise ConfigError(f"allowed is {_words(hint)}")
 
 
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type already."""
-    given = tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
-    try:
-        found = convert(value, hint)
-    except ConfigError:
-        return False
-    return bool(found == given) and isinstance(found, bool) == isinstance(value, bool)
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _plain(hint: Any) -> Any:
-    """A type without `| None`."""
-    return next(part for part in typing.get_args(hint) if part is not type(None)) if _optional(hint) else hint
-
-
 def _words(hint: Any) -> str:
     """What a type allows; "" for one that no flag can have."""
-    kind, parts = typing.get_origin(_plain(hint)), typing.get_args(_plain(hint))
+    kind, parts, optional = split_hint(hint)
     if kind is Literal:
         words = f"one of {', '.join(map(str, parts))}"
     elif kind is tuple:
         words = _words(parts[0]) and f"a list, each {_words(parts[0])}"
     else:
-        words = WORDS.get(_plain(hint), "")
-    return f"{words}, or none" if words and _optional(hint) else words
+        words = WORDS.get(kind, "")
+    return f"{words}, or none" if words and optional else words
+
+
+def written(value: Any, hint: Any = None) -> str:
+    """A value as a flag takes it."""
+    if value is None:
+        return "auto" if hint == bool | None else "none"
+    if isinstance(value, tuple):
+        return ",".join(map(written, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """What to add to a refusal of `name`: the known name that it resembles, if one does."""
     near = difflib.get_close_matches(name, known, 1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+# Settings from flags and YAML files
+
+
+class Setting(NamedTuple):
+    """A value and where it was given, for error messages."""
+
+    value: Any
+    origin: str
+
+
+def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Every setting as the type of its parameter; ConfigError names where a wrong one was given."""
+    found = {}
+    for name in settings.keys() & known.keys():
+        value, origin = settings[name]
+        try:
+            found[name] = known[name].parse(value)
+        except ConfigError as error:
+            raise ConfigError(f"{origin} is {_BRIEF.repr(value)}; {error}") from None
+    return found
+
+
+def build(cls: type, found: Mapping[str, Any]) -> Any:
+    """The object that the values describe."""
+    return cls(**{name: found[name] for name in options(cls) if name in found})
+
+
+def once(settings: dict[str, Setting], name: str, given: Setting) -> None:
+    """Add a setting; ConfigError if another value was given before under this name or another one of the parameter."""
+    earlier = settings.setdefault(name, given)
+    if earlier.value != given.value:
+        both = f"{earlier.origin} is {_BRIEF.repr(earlier.value)} and {given.origin} is {_BRIEF.repr(given.value)}"
+        raise ConfigError(f"{both}, for one setting; give one of them")
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which a key may stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:  # plain YAML silently takes the last one
+            raise yaml.YAMLError(f"{twice[0]} is given twice; give it once")
+        return super().construct_mapping(node, deep)
+
+
+def read_flat(path: Path, known: Mapping[str, Option], ignored: Collection[str] = ()) -> dict[str, Setting]:
+    """The settings of a YAML file without cases; values may be lists and mappings. Refuses unknown keys."""
+    return settings_of(load_yaml(path), path, known, ignored)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The content of a YAML file; ConfigError if it is no mapping of names to values."""
+    try:
+        content = _Yaml(read(path).decode()).get_single_data() or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name a YAML file") from None
+    except NO_YAML as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    return mapping(content, str(path))
+
+
+def mapping(value: Any, what: str) -> dict[str, Any]:
+    """`value`; ConfigError, about `what`, if it is no mapping of names to values."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{what}: allowed is a mapping of names to values")
+    return value
+
+
+def settings_of(
+    content: Mapping[str, Any], path: Path, known: Mapping[str, Option], ignored: Collection[str]
+) -> dict[str, Setting]:
+    """The settings in a mapping of the file `path` by the names of their parameters; refuses unknown keys."""
+    canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
+    found: dict[str, Setting] = {}
+    for key, value in content.items():
+        if SUPERSEDED.get(key) in content or (value is None and key in canonical):
+            continue  # a key without a value sets nothing
+        if key not in canonical and key not in ignored:
+            raise ConfigError(f"{path}: {key}: unknown key{nearest(key, list(canonical))}")
+        once(found, canonical.get(key, key), Setting(value, f"{path}: {key}"))
+    return found

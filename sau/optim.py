@@ -1,15 +1,18 @@
-"""Gradient descent: the settings of optimisers and learning-rate schedules, and the step down a loss."""
+"""What a method is, and gradient descent: settings of optimisers and learning-rate schedules, the step down a loss."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
-from sau.config import Method, param
+from sau.config import check, param
+from sau.errors import DataError, require
+from sau.files import checksum
 
 Schedule = Literal[
     "constant", "CosineAnnealingLR", "OneCycleLR", "StepLR", "MultiStepLR", "CyclicLR", "ReduceLROnPlateau"
@@ -21,6 +24,73 @@ DESCENT = (
     "epochs", "lr", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "steplr_stepsize", "steplr_gamma",
     "steplr_milestones", "adam_betas", "cos_t_max",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
+
+    `ignored` maps flags of the benchmark that have no effect here to the reason, `training_aliases` the benchmark's
+    names for settings of the victim's training to ours, where only this method has them.
+    """
+
+    name: ClassVar[str] = ""
+    compiles: ClassVar[bool] = False  # whether torch.compile may run its network, which has no hooks and steady sizes
+    training_aliases: ClassVar[dict[str, str]] = {}
+    ignored: ClassVar[dict[str, str]] = {}
+    unread: ClassVar[tuple[str, ...]] = ()  # keys of the benchmark's own file of the method that its code does not read
+    # Whether `step` has the device do the same each time, with one update of each `Descent` in its state: CUDA may then
+    # replay it as a graph, and its Python does not run again. A subclass with a step of its own has to say it anew.
+    graph_safe: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "graph_safe" not in vars(cls) and "step" in vars(cls):
+            cls.graph_safe = False
+        helps = {name: each.metadata.get("help") for name, each in vars(cls).items() if hasattr(each, "metadata")}
+        if lines := [f"    {name}: {text}." for name, text in helps.items() if text]:
+            cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "Args:", *lines, ""])
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def params(self) -> dict[str, Any]:
+        """The hyperparameters, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def identity(self) -> dict[str, Any]:
+        """`params` as they determine a result: of a file the SHA-256 of its content, for the place differs between
+        machines; of a record's folder that of its weights. DataError if one cannot be read."""
+        found = self.params()
+        for name in self.files:
+            if (given := found[name]) is not None:
+                path = Path(given) / "model.safetensors" if Path(given).is_dir() else Path(given)
+                try:
+                    found[f"{name}_sha256"] = checksum(path)
+                except DataError as error:
+                    raise DataError(f"{name}: {error}; name an existing file") from None
+                del found[name]
+        return found
+
+    def step(self, state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """One update from a batch (x [B, C, H, W] in [0, 1], y [B]); returns what to report: scalars, averaged by
+        epoch, or integer counts, summed."""
+        raise TypeError(f"{type(self).__name__} has no step of its own; it must define one or override the caller")
+
+    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
+        """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
+        state["descent"].end_epoch(losses["loss"])
+        return None
+
+    def supports_microbatch(self) -> bool:
+        """Whether `step` makes one update, of `state["descent"]`, from a mean over the images of its batch; the batch
+        may then go through in parts where memory does not hold it."""
+        return False
+
+    def require(self, name: str, ok: bool, allowed: str) -> None:
+        """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""
+        require(name, getattr(self, name), ok, allowed)
 
 
 class Descent:

@@ -17,7 +17,7 @@ from torch import nn
 
 import sau
 from sau.attack.triggers import network_digest
-from sau.config import Method, check, param
+from sau.config import check, param
 from sau.data.images import Images
 from sau.data.sources import DATA_FOLDER
 from sau.device import has_bf16, set_threads
@@ -25,6 +25,7 @@ from sau.errors import ConfigError, require
 from sau.evaluate import Score, score
 from sau.loop import Limit, RunContext
 from sau.models import Normalized
+from sau.optim import Method
 from sau.pgd import Bounded, Search
 from sau.quality import RADIUS
 from sau.record.folder import EARLY, Record, digest

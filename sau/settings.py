@@ -4,46 +4,92 @@ Precedence: flag > YAML named by the user > record > shipped YAML > default.
 """
 
 import argparse
+import math
 import textwrap
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+import yaml
 from torch import nn
 
-from sau.config import Method, Option, nearest, options
-from sau.defense.base import Defense
-from sau.device import choose_device
-from sau.errors import ConfigError
-from sau.optim import Training
-from sau.run import AttackRun, OwnRun, Run
-from sau.yaml_file import (
-    IGNORED,
-    SHORT,
-    Layers,
+from sau.config import (
+    Option,
     Setting,
     build,
-    config_text,
+    load_yaml,
+    mapping,
+    nearest,
     once,
-    overlaid,
-    read_yaml,
-    shipped,
+    options,
+    settings_of,
+    split_hint,
     values,
     written,
 )  # fmt: skip
+from sau.data.sources import SOURCES
+from sau.defense.base import Defense
+from sau.device import choose_device
+from sau.errors import ConfigError
+from sau.optim import Method, Training
+from sau.run import RECIPES, AttackRun, OwnRun, Run
 
 FILES = ("yaml_path", "bd_yaml_path")  # flags that name YAML files, in rising precedence
+# Needed before the recipe and the data set are known, so that they cannot depend on these.
+EARLY = ("dataset", "recipe", "device", "record_root", "result_file", "model_file")
 FAST = {"fast": "paper"}  # a short recipe for the attacked network alone, and the recipe that it shortens
 OF_RECORDS = ("dataset", "dataset_path", "model", "ratio", "index")  # not about a network of your own
+SHORT = {"num_workers": "-n", "pin_memory": "-pm", "non_blocking": "-nb", "prefetch": "-pf"}  # flags of BackdoorBench
+# Flags of BackdoorBench that have no effect here; accepted with one warning, so that old command lines keep working.
+IGNORED = {
+    **dict.fromkeys(SHORT, "images lie on the device, so nothing loads or copies them"),
+    "git_hash": "the record has the commit in any case",
+    "checkpoint_load": "an interrupted run resumes by repeating its command",
+    "checkpoint_save": "the checkpoint lies in the record",
+    "log": "the log lies in the record",
+    "random_crop": "the attack crops as its data set says",
+    "random_rotation": "the attack rotates nothing",
+}
 HELP = {
     "--help": "these flags and their values here",
     "--help_all": "also other names of the flags, and flags of BackdoorBench without effect",
     "--print_config": "print all settings as a YAML file for --yaml_path",
 }
+Layers = dict[str, dict[str, Setting]]  # of a YAML file by case: "" is every one, then recipes and data sets
+
+
+def read_yaml(path: Path, known: Mapping[str, Option], ignored: Collection[str] = IGNORED) -> Layers:
+    """The settings of a YAML file that may set `known`, those below `recipes:` and `datasets:` by case; `ignored` are
+    keys without effect. ConfigError for unknown keys and for cases that do not exist."""
+    content, found = load_yaml(path), Layers()
+    datasets = [*SOURCES, *(f"{dataset}.{recipe}" for dataset in SOURCES for recipe in RECIPES)]
+    for kind, allowed in (("recipes", [*RECIPES]), ("datasets", datasets)):
+        for case, each in mapping(content.pop(kind, {}), f"{path}: {kind}").items():
+            if case not in allowed:
+                raise ConfigError(f"{path}: {kind} has no {case!r}{nearest(case, allowed)}")
+            found[case] = settings_of(mapping(each, f"{path}: {kind}: {case}"), path, known, ignored)
+            if early := [found[case][name].origin for name in EARLY if name in found[case]]:
+                raise ConfigError(f"{early[0]} cannot depend on the recipe or the data set; set it for all")
+    return {"": settings_of(content, path, known, ignored), **found}
+
+
+def overlaid(file: Layers, recipe: str, dataset: str) -> dict[str, Setting]:
+    """The settings of a file, over them the recipe's, over these the data set's, over these `DATASET.RECIPE`'s."""
+    cases = ("", recipe, dataset, f"{dataset}.{recipe}")
+    return {name: setting for case in cases for name, setting in file.get(case, {}).items()}
+
+
+def shipped(kind: str, name: str, known: Mapping[str, Option]) -> Layers:
+    """The YAML that comes with the library, `configs/KIND/NAME.yaml`; in a wheel it lies inside the package."""
+    here = Path(__file__).resolve().parent
+    places = [root / "configs" / kind / f"{name}.yaml" for root in (here, here.parent)]
+    return next((read_yaml(path, known) for path in places if path.is_file()), {})
+
+
+# Flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,15 +108,27 @@ class Parser(argparse.ArgumentParser):
 
 class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        given = Setting(" ".join(values) if isinstance(values, list) else values, str(option_string))
-        setattr(namespace, self.dest, once(getattr(namespace, self.dest, None), given))
+        text = " ".join(values) if isinstance(values, list) else values
+        once(vars(namespace), self.dest, Setting(text, str(option_string)))
 
 
 def _metavar(hint: Any) -> str:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
+    kind, parts, _ = split_hint(hint)
+    if kind is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
-    return _metavar(parts[0]) if parts else str(hint.__name__).upper()
+    return _metavar(parts[0]) if parts else str(kind.__name__).upper()
+
+
+def config_text(about: str, members: Iterable[Option], shown: Mapping[str, Any]) -> str:
+    """A YAML file with these parameters and the values in force, `shown`, each below its help text."""
+    lines = [f"# {about}"]
+    for option in members:
+        value = shown.get(option.name, option.default)
+        lines += textwrap.wrap(option.about, 118, initial_indent="# ", subsequent_indent="# ")
+        plain = list(value) if isinstance(value, tuple) else written(value, option.hint) if value is None else value
+        text = yaml.safe_dump([plain], default_flow_style=True, width=math.inf)  # in a list nothing follows the value
+        lines.append(f"{option.name}: {text.strip()[1:-1]}")
+    return "\n".join(lines)
 
 
 class Settings:
@@ -117,7 +175,7 @@ class Settings:
             for option in members:
                 names = [f"--{name}" for name in (option.name, *(option.aliases if everything else ()))]
                 how = {"nargs": "?", "const": "true"} if option.hint is bool else {}
-                if typing.get_origin(option.hint) is tuple:
+                if split_hint(option.hint)[0] is tuple:
                     how = {"nargs": "+"}  # a list may also be written with spaces
                 text = f"{option.about} [{written(shown.get(option.name, option.default), option.hint)}]"
                 how |= {"metavar": _metavar(option.hint), "help": text.replace("%", "%%")}

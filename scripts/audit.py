@@ -21,13 +21,12 @@ import torch
 
 from sau.audit import PARTS, AuditConfig, draw, open_case, run_audit, tables
 from sau.audit.runner import RESULT
-from sau.config import options
+from sau.config import Setting, options, values
 from sau.errors import ConfigError, run_command
 from sau.figures import save
 from sau.files import safe_join, write
 from sau.grid.store import find
 from sau.tools import Parser, add_device, use_device
-from sau.yaml_file import Setting, values
 
 say = partial(print, flush=True)
 CONFIG = options(AuditConfig)

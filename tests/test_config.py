@@ -11,14 +11,13 @@ import yaml
 from toys import QUICK, REPOSITORY, refuses
 
 from sau.attack import ATTACKS, SIG, BadNet, InputAware, WaNet
-from sau.config import Method, convert, options, param
+from sau.config import build, convert, options, param, values
 from sau.data.sources import SOURCES
 from sau.defense import DEFENSES, FT, IBAU, SAU
 from sau.errors import ConfigError
-from sau.optim import Training
+from sau.optim import Method, Training
 from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun
-from sau.settings import Settings
-from sau.yaml_file import build, overlaid, read_yaml, values
+from sau.settings import Settings, overlaid, read_yaml
 
 # Options
 

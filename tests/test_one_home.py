@@ -41,7 +41,7 @@ def importing(*modules: str) -> set[str]:
 def test_a_concern_has_one_home():
     assert importing("pickle") <= {"data/readers.py", "compat/torch_file.py"}
     assert calling("torch.load") <= {"record/folder.py", "compat/torch_file.py"}
-    assert importing("yaml") <= {"errors.py", "yaml_file.py", "record/folder.py"}
+    assert importing("yaml") <= {"errors.py", "config.py", "settings.py", "record/folder.py"}
     assert (importing("torch.optim") | calling("backward", "SGD", "Adam", "AdamW")) <= {"optim.py"}
     assert calling("fsync", "NamedTemporaryFile") <= {"files.py"}
     seeds = calling("manual_seed", "RandomState", "Random") - {"cli.py", "attack/base.py", "util.py"}

@@ -12,7 +12,7 @@ from sau.attack import ATTACKS
 from sau.defense import DEFENSES
 from sau.grid.store import save
 from sau.report.results import find_results
-from sau.yaml_file import IGNORED
+from sau.settings import IGNORED
 
 COMPARED = [name for name in DEFENSES if name != "sau-sam"]  # those of docs/results/table1_cpu.jsonl
 PAGES = [("attacks", name) for name in ATTACKS if name != "prototype"] + [("defenses", name) for name in DEFENSES]

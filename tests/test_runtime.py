@@ -13,7 +13,6 @@ from toys import tiny_net, toy_images
 
 from sau import device, graphs
 from sau.attack import ATTACKS, Attack, BadNet, InputAware, WaNet
-from sau.config import Method
 from sau.data.images import Augment, to_float
 from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import TrainingDefense
@@ -22,7 +21,7 @@ from sau.graphs import FixedNorms, MicroBatchedStep, fixed_norms
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
 from sau.models.generator import TriggerGenerators
-from sau.optim import Descent, Training
+from sau.optim import Descent, Method, Training
 
 NOT = "note: the training step is not replayed as a CUDA graph: "
 BATCHES = 8, 8, 5, 8, 8, 5, 8, 8, 5  # images

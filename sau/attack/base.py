@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.triggers import TriggerContext
-from sau.config import Method, param
+from sau.config import param
 from sau.data.images import BACKDOOR, Augment, Batches, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy
@@ -29,7 +29,7 @@ from sau.models.normalized import (
     logits_of,
     require_tensor,
 )
-from sau.optim import Training
+from sau.optim import Method, Training
 from sau.types import Bytes, Labels, Pixels, of_floats
 from sau.util import at_most, check_seed, seeded
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.config import Method, param
+from sau.config import param
 from sau.data.images import Augment, Batches, Images
 from sau.defense import inputs, verdict
 from sau.errors import ConfigError
@@ -21,7 +21,7 @@ from sau.graphs import MicroBatchedStep
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
-from sau.optim import Optimizer, Schedule, Training
+from sau.optim import Method, Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 from sau.util import seeded

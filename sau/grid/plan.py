@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sau.attack import ATTACKS
-from sau.config import Method, check, nearest, options, param
+from sau.config import Setting, build, check, nearest, options, param, read_flat, values
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError, require
 from sau.files import checksum
 from sau.grid.engines import Cell
-from sau.optim import Training
+from sau.optim import Method, Training
 from sau.record.folder import digest
 from sau.run import AttackRun, DefenseRun, RecipeName
 from sau.settings import Settings
-from sau.yaml_file import Setting, build, read_flat, values
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 Overrides = dict[str, dict[str, Any]]
