@@ -48,7 +48,15 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: list[str]) -> int:
     kind, name, *flags = [*argv, *[""] * (2 - len(argv))]
     if kind in METHODS and name in METHODS[kind]:
-        return _run(kind, name, flags)
+        try:
+            (attack if kind == "attack" else defend)(name, flags)
+            return 0
+        except KeyboardInterrupt:
+            named = " with the --save_folder_name of its folder" if kind == "attack" else ""
+            print(f"\nstopped; repeat the command{named}, without --overwrite, to resume", file=sys.stderr)
+            return 130
+        finally:
+            release_all()
     if kind == "list" and not name:
         print(listing())
         return 0
@@ -81,19 +89,6 @@ def _sentence(doc: str | None) -> str:
     """The first sentence of a docstring, without its citation."""
     text = re.sub(r" \(.*?\)", "", " ".join((doc or "").split("\n\n")[0].split()))
     return re.split(r"(?<=\w)\. ", text)[0].rstrip(".:")
-
-
-def _run(kind: str, name: str, flags: Sequence[str]) -> int:
-    """The exit status of `attack` or `defend`."""
-    try:
-        (attack if kind == "attack" else defend)(name, flags)
-        return 0
-    except KeyboardInterrupt:
-        named = " with the --save_folder_name of its folder" if kind == "attack" else ""
-        print(f"\nstopped; repeat the command{named}, without --overwrite, to resume", file=sys.stderr)
-        return 130
-    finally:
-        release_all()
 
 
 def attack(name: str, argv: Sequence[str]) -> None:

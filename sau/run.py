@@ -5,10 +5,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,7 +212,7 @@ class RunLogger:
     limit: Limit | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.record.clock = lambda: self.seconds
+        self.record.started = self.started
         if self.run.max_minutes:  # an epoch may end, and be evaluated, with the last update
             after = 2 * self.evaluation_seconds + self.closing_seconds
             self.limit = Limit(self.started + 60 * self.run.max_minutes - after)
@@ -228,16 +226,6 @@ class RunLogger:
             data_checked=True,
         )  # fmt: skip
 
-    @cached_property
-    def earlier(self) -> float:
-        """Seconds before an interruption, which the record knows once the loop has loaded its checkpoint."""
-        return self.record.seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent on the run, those before an interruption included."""
-        return round(self.earlier + time.monotonic() - self.started, 2)
-
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
         model: nn.Module | None = state.get("model")
@@ -247,7 +235,7 @@ class RunLogger:
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
             figures |= risks.row() if risks else {}
             self.last = (network_digest(model), found, risks) if epoch == self.epochs else None
-        self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.seconds)
+        self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.record.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
             self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())
@@ -264,7 +252,7 @@ class RunLogger:
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
         if risks and "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
-            self.record.log_metrics(**place, **risks.row(), seconds=self.seconds)
+            self.record.log_metrics(**place, **risks.row(), seconds=self.record.seconds)
         return found, risks
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -275,4 +263,4 @@ class RunLogger:
             self.record.update_config(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
             summary = {**summary, EARLY: ended}
         found = {"findings": self.findings} if self.findings else {}
-        self.record.finish({**summary, **found, "seconds": self.seconds})
+        self.record.finish({**summary, **found, "seconds": self.record.seconds})

@@ -29,7 +29,7 @@ from sau.config import (
     split_hint,
     values,
     written,
-)  # fmt: skip
+)
 from sau.data.sources import SOURCES
 from sau.defense.base import Defense
 from sau.device import choose_device

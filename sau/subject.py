@@ -84,19 +84,11 @@ def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset
         about = f"{len(given):,} {kind} images of {attacked.dataset}"
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     return Subject(
-        folder=safe_join(attacked.path, "defense", run.save_folder_name or method.name),
-        model=attacked.model(),
-        given=given,
-        test=test,
-        triggered=attacked.triggered,
-        gate=attacked.gate,
-        augment=source(attacked.dataset).augment,
-        identity={"clean": fingerprint(given), "attacked": attacked.digest},
-        facts={**facts, "clean_index": given.index.tolist()},
-        lines=[about],
-        notes=notes,
-        kind=kind,
-    )
+        folder=safe_join(attacked.path, "defense", run.save_folder_name or method.name), model=attacked.model(),
+        given=given, test=test, triggered=attacked.triggered, kind=kind, gate=attacked.gate,
+        augment=source(attacked.dataset).augment, facts={**facts, "clean_index": given.index.tolist()},
+        identity={"clean": fingerprint(given), "attacked": attacked.digest}, lines=[about], notes=notes,
+    )  # fmt: skip
 
 
 def _of_file(own: OwnRun, method: Defense, run: DefenseRun) -> Subject:
@@ -121,22 +113,15 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun) -> Subject:
         theirs = f"{found.path.name} names its classes {short_names(found.classes)}"
         notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
     order = "names in the file" if names else "folders in order"
+    counts = f"{len(given)} clean images to purify with, {len(test)} to measure with"
     stem = re.sub(r"[^A-Za-z0-9]+", "_", found.path.stem).strip("_")[:80] or "network"
     return Subject(
-        folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"),
-        model=model,
-        given=given,
-        test=test,
+        folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"), model=model,
+        given=given, test=test, own=True, pickled=found.kind != weights.SAFE,
+        facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes}}, notes=notes,
         identity={**asdict(own), "clean": fingerprint(images), "attacked": found.digest},
-        facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes}},
-        lines=[
-            f"{arch} from {found.path}, {len(given)} clean images to purify with, {len(test)} to measure with",
-            f"classes: {short_names(names or folders)} ({order})",
-        ],
-        own=True,
-        notes=notes,
-        pickled=found.kind != weights.SAFE,
-    )
+        lines=[f"{arch} from {found.path}, {counts}", f"classes: {short_names(names or folders)} ({order})"],
+    )  # fmt: skip
 
 
 def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:

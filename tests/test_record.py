@@ -19,7 +19,7 @@ from torch import nn
 from toys import REPOSITORY, environment, refuses, toy_images
 
 from sau.errors import FaultError, Finished, LockedError, RecordError
-from sau.files import acquire, checksum, in_use, read, release, safe_join, write
+from sau.files import acquire, checksum, existing, in_use, read, release, safe_join, write
 from sau.record import folder as module
 from sau.record.attack_result import BACKDOORBENCH, load, load_weights
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SCHEMA, SUMMARY, Record, digest, read_config
@@ -99,6 +99,17 @@ def test_a_folder_name_has_up_to_100_plain_characters(tmp_path):
     for name in ("", "..", "a/b", "-rf", ".hidden", "a\n", "é", "x" * 101, "a."):
         with pytest.raises(RecordError, match="folder name"):
             safe_join(tmp_path, name)
+
+
+def test_a_folder_is_given_by_name_or_by_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere" / "a").mkdir(parents=True)
+    assert existing("record", "a") == existing("record", "a/") == Path("record/a")
+    assert existing("record", "elsewhere/a") == Path("elsewhere/a")
+    assert existing("record", str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+    for name in ("elsewhere/b", "..", "../nothing"):
+        with pytest.raises(RecordError, match="folder"):
+            existing("record", name)
 
 
 def test_a_link_that_leads_out_is_refused_and_the_root_may_be_a_link(tmp_path):
@@ -417,12 +428,15 @@ def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: 5.0)
     record = begun(tmp_path / "a")
     record.log_metrics(epoch=1, seconds=10.0)
-    record.clock = lambda: 25.0
+    record.started = -20.0
     record.save(EPOCH_1)
     again = begun(tmp_path / "a")
-    watch = RunLogger(again, AttackRun(), 3, toy_images(4), lambda: None, 0.0, 0.0)
+    RunLogger(again, AttackRun(), 3, toy_images(4), lambda: None, 0.0, 0.0)
     again.load()
-    assert watch.seconds == 30.0
+    assert again.seconds == 30.0
+    again.save(EPOCH_1)
+    again.load()  # its own
+    assert again.seconds == 30.0
 
 
 @pytest.mark.parametrize("name", [LOG, METRICS])

@@ -75,18 +75,10 @@ def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:
         poisoned, train_length = _images(folder, "bd_train", content["bd_train"], classes, size, train[0])
     network = {"name": name, "classes": classes, "width": None, "shape": [3, size, size]}
     return AttackResult(
-        path=folder,
-        network={**network, "mean": list(origin.mean), "std": list(origin.std)},
-        weights=tensors,
-        triggered=triggered,
-        poisoned=poisoned,
-        dataset=dataset,
-        dataset_path=DATA_FOLDER,
-        recipe=None,
-        fingerprints=None,
-        lengths=(train_length, test_length),
-        digest=digest,
-    )
+        path=folder, network={**network, "mean": list(origin.mean), "std": list(origin.std)}, weights=tensors,
+        triggered=triggered, poisoned=poisoned, dataset=dataset, dataset_path=DATA_FOLDER, recipe=None,
+        fingerprints=None, lengths=(train_length, test_length), digest=digest,
+    )  # fmt: skip
 
 
 def _images(folder: Path, name: str, state: Any, classes: int, size: int, most: int) -> tuple[Images | None, int]:

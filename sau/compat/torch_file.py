@@ -6,11 +6,9 @@ own dtype can be put into states that numpy takes on trust (an int64 that claims
 """
 
 import io
-import pickletools
 import re
 import warnings
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +83,10 @@ argparse.Namespace builtins.dict builtins.float builtins.int builtins.list built
 datetime.date datetime.datetime datetime.timedelta pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
 pathlib._local.PosixPath torch.torch_version.TorchVersion types.SimpleNamespace
 """.split()
-ALLOWED: list[Any] = [
-    *((Inert, name) for name in _INERT),
-    *(
-        (Array, f"numpy.{name}")
-        for name in ("ndarray", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")
-    ),
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    (_dict, "collections.defaultdict"),
-    (_Type, "numpy.dtype"),
-]
+_ARRAYS = "numpy.ndarray numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct".split()
+_SCALARS = "numpy.core.multiarray.scalar numpy._core.multiarray.scalar".split()
+ALLOWED: list[Any] = [*((Inert, name) for name in _INERT), *((Array, name) for name in _ARRAYS)]
+ALLOWED += [*((_scalar, name) for name in _SCALARS), (_dict, "collections.defaultdict"), (_Type, "numpy.dtype")]
 
 
 def content(path: Path) -> bytes:
@@ -147,24 +139,3 @@ def _check_archive(raw: bytes) -> None:
             raise ValueError("its archive declares more bytes than the file has")
         if (bad := archive.testzip()) is not None:  # torch does not compare checksums
             raise ValueError(f"the checksum of {ascii(bad)[:60]} differs; copy or download the file again")
-
-
-def imports(raw: bytes) -> list[str]:
-    """The names that the pickles of a file import, in their order, read from the opcodes; nothing is run."""
-    names: dict[str, None] = {}
-    with suppress(Exception):  # zipfile and pickletools raise a dozen types on damaged files, which `load` refuses
-        pickles = [raw]
-        if raw.startswith(ZIP):
-            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-                pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-        for pickle in pickles:
-            stream, texts = io.BytesIO(pickle), [""]
-            for _ in range(5 if raw.startswith(LEGACY) else 1):  # number, version, system, content, storages
-                for opcode, argument, _ in pickletools.genops(stream):
-                    if opcode.name in ("GLOBAL", "INST"):
-                        names.setdefault(str(argument).replace(" ", ".", 1))
-                    elif opcode.name == "STACK_GLOBAL":
-                        names.setdefault(".".join(texts[-2:]))
-                    elif isinstance(argument, str):
-                        texts.append(argument)
-    return list(names)

@@ -58,8 +58,7 @@ class Weights:
 
     def of(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors for the state dict `own`, in its order and types; RecordError says what differs."""
-        prefix = self.prefix(own)
-        if prefix is None:
+        if (prefix := self.prefix(own)) is None:
             starts = self.starts(next(iter(own)))
             compare(own, self.below(starts[0]) if starts else {}, self.path, "the network")
         inside = self.below(str(prefix))

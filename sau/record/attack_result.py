@@ -146,23 +146,16 @@ def load(path: Path) -> AttackResult:
         sizes = [network["classes"], network["width"] or 1, *network["shape"]]
         if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"no network can be built of {network}")
+        data, run = config["data"], config["run"]
         return AttackResult(
-            path=path,
-            network=network,
-            weights=record.load_tensors("model"),
-            triggered=load_images(record, "triggered"),
-            poisoned=load_images(record, "poisoned"),
-            dataset=str(config["data"]["dataset"]),
-            dataset_path=str(config["run"]["dataset_path"]),
-            recipe=config["run"]["recipe"],
-            fingerprints={part: config["data"][part] for part in ("train", "test")},
-            lengths=(None, None),
-            digest=config["digest"],
-            settings=config.get("method"),
+            path=path, network=network, weights=record.load_tensors("model"),
+            triggered=load_images(record, "triggered"), poisoned=load_images(record, "poisoned"),
+            dataset=str(data["dataset"]), dataset_path=str(run["dataset_path"]), recipe=run["recipe"],
+            fingerprints={part: data[part] for part in ("train", "test")}, lengths=(None, None),
+            digest=config["digest"], settings=config.get("method"),
             trigger=record.load_tensors("trigger") if (path / "trigger.safetensors").is_file() else None,
-            amp=bool(config["amp"]) if "amp" in config else None,
-            gate=gate(record.summary(), path),
-        )
+            amp=bool(config["amp"]) if "amp" in config else None, gate=gate(record.summary(), path),
+        )  # fmt: skip
     except RecordError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,19 @@ class Record:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.config: Config = {}
-        self.clock: Callable[[], float] = lambda: 0.0  # seconds of the run so far, for checkpoints
-        self.seconds = 0.0  # those before the checkpoint that was loaded
+        self.started = time.monotonic()
+        self.earlier: float | None = None  # seconds before the checkpoint that was loaded first
         self._changed = False  # whether `config` differs from the file
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended; the manifest is written last."""
         return (self.path / MANIFEST).is_file()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the run, those before an interruption included."""
+        return round((self.earlier or 0.0) + time.monotonic() - self.started, 2)
 
     def can_start(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Whether a run would resume here (True), with the choices in `config`, or start anew (False); the folder is
@@ -97,13 +102,7 @@ class Record:
         return old if same else {}
 
     def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
-        """Start the folder or resume it, as `can_start` allows.
-
-        Args:
-            config: flags and choices of the run, for `config.yaml`.
-            identity: see `can_start`.
-            overwrite: see `can_start`.
-        """
+        """Start the folder or resume it, as `can_start` allows; `config` are flags and choices, for `config.yaml`."""
         resumes = self.can_start(identity, overwrite)
         if not resumes and not self._holds_only("defense"):  # defenses stay when their attack is made again
             self._clear()
@@ -152,7 +151,7 @@ class Record:
         """Write a checkpoint with the rows so far, its SHA-256 in front."""
         self._write_config()
         buffer = io.BytesIO()
-        torch.save({**place, "rows": self.rows, "seconds": self.clock()}, buffer)
+        torch.save({**place, "rows": self.rows, "seconds": self.seconds}, buffer)
         content = buffer.getvalue()
         write(self.path / CHECKPOINT, hashlib.sha256(content).hexdigest().encode() + content)
 
@@ -161,16 +160,18 @@ class Record:
         self._write_config()
         file = self.path / CHECKPOINT
         if not file.is_file():
+            self.earlier = self.earlier or 0.0
             return None
         raw = file.read_bytes()
         try:
             if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
                 raise ValueError("SHA-256 differs")
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            self.seconds, self.rows = place.pop("seconds"), place.pop("rows")
+            seconds, self.rows = float(place.pop("seconds")), place.pop("rows")
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = first_line(error)[:100]
             raise RecordError(f"{file} is damaged ({reason}); start again with --overwrite") from None
+        self.earlier = seconds if self.earlier is None else self.earlier
         write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         return place
 
