@@ -126,13 +126,13 @@ def run_command(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; repeat the command to go on", file=sys.stderr)
         return 130
-    except (OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader left, like `head`: discard the rest of the output
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        if isinstance(error, OSError):
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            return 1 if error.errno in _FAULTS else 2
+    except BrokenPipeError:  # the reader left, like `head`: discard the rest of the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1 if error.errno in _FAULTS else 2
+    except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
         print(f"error: out of memory ({first_line(error)}); give a smaller batch, network or images", file=sys.stderr)

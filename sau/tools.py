@@ -35,11 +35,8 @@ def use_device(asked: argparse.Namespace) -> torch.device:
 def report(argv: Sequence[str]) -> int:
     """Every result below a folder as one HTML page, and the same table as CSV, LaTeX and JSON.
 
-        sau report RECORDS [--out report.html] [--csv F] [--latex F] [--json F]
-            [--dataset cifar10] [--dataset_path ./data]
-
-    reads RECORDS/<name> (attacks) and RECORDS/<name>/defense/<method>, at any depth. Folders that are unfinished or
-    damaged are listed with the reason. RECORDS may also be a .jsonl file, as a grid publishes results.
+    It reads ROOT/<name> (attacks) and ROOT/<name>/defense/<method>, at any depth. Folders that are unfinished or
+    damaged are listed with the reason. ROOT may also be a .jsonl file, as a grid publishes results.
     """
     from sau.data.sources import SOURCES
     from sau.report.page import build
@@ -55,22 +52,20 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean images [where the runs had them]")
     args = parser.parse_args(argv)
     page, sections = build(args.root, args.dataset, args.dataset_path)
-    paths = {name: path for name in formats if (path := getattr(args, name)) is not None}
-    for path, text in [(args.out, page), *((path, formats[name](sections)) for name, path in paths.items())]:
+    texts = {args.out: page} | {path: form(sections) for name, form in formats.items() if (path := vars(args)[name])}
+    for path, text in texts.items():
         write(path, text.encode(errors="backslashreplace"))
         print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 
 
 def figures(argv: Sequence[str]) -> int:
-    """Draw a record as PNG and SVG.
+    """Draw a record as PNG and SVG, into its folder `figures`.
 
-        sau figures NAME [--record_root ./record]
-
-    writes `figures/` into the record: `images` (clean, triggered, difference), curves of the attack and of each
-    defense, `risks` and `types` of the defenses that ran with --track_risk; and with `--defense D` also `examples_D`,
-    adversarial examples that fool both networks and such that do not, and `features_D`, a map of the last features.
-    Examples are searched for on `--device`; the map is made on the CPU.
+    These are `images` (clean, triggered, difference), curves of the attack and of each defense, `risks` and `types` of
+    the defenses that ran with --track_risk; and with `--defense D` also `examples_D`, adversarial examples that fool
+    both networks and such that do not, and `features_D`, a map of the last features. Examples are searched for on
+    `--device`; the map is made on the CPU.
     """
     from sau.figures import save
 
@@ -100,14 +95,14 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     device = use_device(args)
     attacked, record = attack_result.load(path), Record(path)
     safe_join(path, "figures")  # RecordError if it is a link
-    after = attacked.blank()
+    before, after, triggered = attacked.model(), attacked.blank(), attacked.triggered
     if args.defense is not None:  # loaded before anything is drawn
-        if attacked.triggered is None:
+        if triggered is None:
             raise RecordError(f"{path} is a clean network; examples and features need triggered images")
         attack_result.load_weights(after, safe_join(path, "defense", args.defense))
     _, test, _ = attacked.images(args.dataset_path)
-    if attacked.triggered is not None:
-        yield "images", draw.images(test, attacked.triggered)
+    if triggered is not None:
+        yield "images", draw.images(test, triggered)
     if record.finished:  # a folder of BackdoorBench has no curves
         yield "attack", draw.curves(record)
     defenses = [Record(manifest.parent) for manifest in sorted(path.glob("defense/*/manifest.json"))]
@@ -117,19 +112,16 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     if tracked := [defense for defense in defenses if "risk" in defense.summary()]:
         yield "risks", draw.risks(tracked)
         yield "types", draw.types(tracked)
-    if args.defense is not None and attacked.triggered is not None:
-        before, search = attacked.model(), Search(eps=args.eps)
-        yield f"features_{args.defense}", draw.features(before, after, test, attacked.triggered, args.map)
-        clean, triggered = sample(test, attacked.triggered, EXAMPLE_IMAGES)
-        if triggered:
-            there = after.eval().to(device), before.to(device), clean.to(device), triggered.to(device)
-            yield f"examples_{args.defense}", draw.examples(*there, search)
+    if args.defense is not None and triggered is not None:
+        yield f"features_{args.defense}", draw.features(before, after, test, triggered, args.map)
+        clean, bad = sample(test, triggered, EXAMPLE_IMAGES)
+        if bad:
+            there = after.eval().to(device), before.to(device), clean.to(device), bad.to(device)
+            yield f"examples_{args.defense}", draw.examples(*there, Search(eps=args.eps))
 
 
 def verify(argv: Sequence[str]) -> int:
     """Whether result folders are whole, and whether their figures come out again when the stored weights are scored.
-
-        sau verify RECORD [RECORD ...] [--record_root ./record] [--dataset_path DIR]
 
     RECORD is the folder of an attack, by name below the record root or by path; the defenses in it are verified too.
     Compared are the sums of the manifest, and ACC, ASR, R-ACC and DER. A figure is right if the prediction of at most
@@ -162,8 +154,6 @@ def verify(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """What is in a network file that somebody else made, without running anything in it.
-
-        sau inspect FILE [--to FILE.safetensors] [--json]
 
     FILE is a .pt, .pth, .ckpt or .safetensors file; its content decides, not its name. The last line is the verdict.
     Exit status: 0 harmless to open, 1 suspicious (it wants to import or run what weights do not need), 2 unreadable, or

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -140,13 +139,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     if target.exists() or target.is_symlink():
         raise RecordError(f"{target} exists; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    finally:
-        rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        place = Path(temporary) / "new"
+        place.mkdir()
+        yield place
+        place.rename(target)
 
 
 def save_png(pixels: Tensor, path: Path) -> None:

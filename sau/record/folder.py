@@ -59,14 +59,9 @@ class Record:
         """Whether a run would resume here (True), with the choices in `config`, or start anew (False); the folder is
         locked from then on.
 
-        Args:
-            identity: what determines the result; once there is a checkpoint, only the same run resumes here.
-            overwrite: discard what is there.
-
-        Raises:
-            Finished: a run with the same identity has ended here.
-            LockedError: another process uses the folder.
-            RecordError: the run may neither start nor resume here.
+        `identity` is what determines the result: once there is a checkpoint, only the same run resumes. `overwrite`
+        discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
+        folder, RecordError if the run may neither start nor resume.
         """
         new = acquire(self.path)
         try:
@@ -97,7 +92,9 @@ class Record:
         if self.finished:
             raise RecordError(f"{self.path} is finished; {advice}")
         if not same and not self._holds_only(CONFIG, LOG):  # it holds only these before its first epoch
-            other = difference(old["identity"], identity)
+            there, names = old["identity"], sorted({**old["identity"], **identity})
+            pairs = [(name, there.get(name), identity.get(name)) for name in names]
+            other = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in pairs if a != b)
             raise RecordError(f"{self.path} holds an unfinished run with other settings ({other}); {advice}")
         return old if same else {}
 
@@ -235,12 +232,6 @@ def as_json(value: dict[str, Any]) -> dict[str, Any]:
 def digest(identity: dict[str, Any]) -> str:
     """SHA-256 of what determines a result, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(as_json(identity), sort_keys=True).encode()).hexdigest()
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The keys that differ between two identities, with both values, for an error."""
-    both = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
-    return "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in sorted(both.items()))
 
 
 def run_kind(config: Config) -> str:
