@@ -246,12 +246,13 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
 
 
 def settings_of(
-    content: Mapping[str, Any], path: Path, known: Mapping[str, Option], ignored: Collection[str]
+    content: Any, path: Path | str, known: Mapping[str, Option], ignored: Collection[str] = ()
 ) -> dict[str, Setting]:
-    """The settings in a mapping of the file `path` by the names of their parameters; refuses unknown keys."""
+    """The settings of a mapping from `path`, by the names of their parameters; values may be lists and mappings.
+    ConfigError for anything but a mapping, and for unknown keys."""
     canonical = {other: option.name for option in known.values() for other in (option.name, *option.aliases)}
     found: dict[str, Setting] = {}
-    for key, value in content.items():
+    for key, value in mapping(content, str(path)).items():
         if SUPERSEDED.get(key) in content or (value is None and key in canonical):
             continue  # a key without a value sets nothing
         if key not in canonical and key not in ignored:

@@ -70,7 +70,7 @@ def read_yaml(path: Path, known: Mapping[str, Option], ignored: Collection[str] 
         for case, each in mapping(content.pop(kind, {}), f"{path}: {kind}").items():
             if case not in allowed:
                 raise ConfigError(f"{path}: {kind} has no {case!r}{nearest(case, allowed)}")
-            found[case] = settings_of(mapping(each, f"{path}: {kind}: {case}"), path, known, ignored)
+            found[case] = settings_of(each, path, known, ignored)
             if early := [found[case][name].origin for name in EARLY if name in found[case]]:
                 raise ConfigError(f"{early[0]} cannot depend on the recipe or the data set; set it for all")
     return {"": settings_of(content, path, known, ignored), **found}
