@@ -39,7 +39,7 @@ ROWS = {
     "lf": Row(LF()),
     "ssba": Row(
         SSBA().with_trigger(FixedCodeEncoder(Encoder(1, 3, True), torch.ones(1)).eval().requires_grad_(False)),
-        {"ssba_epochs": 60, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
+        {"ssba_epochs": 40, "ssba_batch_size": 8, "ssba_lr": 1e-3, "ssba_residual": True},
         side=16,
         least=16,
     ),

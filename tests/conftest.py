@@ -15,6 +15,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from filelock import FileLock
 from toys import REPOSITORY, VICTIM, command, environment, the_error
 
 from sau.cli import main
@@ -134,12 +135,17 @@ def script(
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
-    """A folder with `record/victim`, made by attack/badnet.py on digits; do not change it, copy it."""
-    folder = tmp_path_factory.mktemp("finished")
-    done = cli("attack", "badnet", *VICTIM, "--save_folder_name", "victim", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "attack.out").write_text(done.stdout)
-    (folder / "attack.err").write_text(done.stderr)
+    """A folder with `record/victim`, made by attack/badnet.py on digits; do not change it, copy it. All workers of
+    pytest-xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "attack.err").exists():
+            folder.mkdir(exist_ok=True)
+            done = cli("attack", "badnet", *VICTIM, "--save_folder_name", "victim", cwd=folder)
+            assert done.returncode == 0, done.stderr
+            (folder / "attack.out").write_text(done.stdout)
+            (folder / "attack.err").write_text(done.stderr)
     return folder
 
 

@@ -85,11 +85,6 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
 
 
-def test_the_verdict_in_words() -> None:
-    (line,) = lines({"before": 2.0, "after": None, "typical": 25.0, "doubts": False})
-    assert "2.0 pixels before, none after" in line and "no proof" in line
-
-
 def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:
     images, session = toy_images(40), quiet()
     one = FT(epochs=1).purify(tiny_net(), images, session=session)

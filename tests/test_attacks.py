@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,17 @@ import torch.nn.functional as F
 from attack_rows import ROWS, each_dirty, each_fixed, each_in_batch, each_poison, each_row, ready
 from checkpoints import Stopping, Tape
 from PIL import Image
-from toys import REPOSITORY, quiet, same_weights, tiny_net, toy_images, train_victim
+from toys import REPOSITORY, quiet, refuses, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import ATTACKS, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, wanet
 from sau.config import options
-from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, to_float
+from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, sample, to_float
 from sau.errors import ConfigError, DataError
 from sau.evaluate import score
 from sau.loop import RunContext
-from sau.models import build
+from sau.models import Normalized, build
 from sau.optim import Training
+from sau.risk import measure
 
 
 def with_(attack: Attack, **changes) -> Any:
@@ -61,16 +63,12 @@ def test_a_stamp_keeps_shape_range_and_type_and_its_argument(row, side, dtype):
 
 
 @each_row
-def test_a_stamp_is_differentiable(row):
+@pytest.mark.usefixtures("unchecked")
+def test_a_stamp_is_differentiable_and_refuses_bytes(row):
+    """It would turn them into other images without a warning."""
     x = torch.rand(2, 3, 32, 32, requires_grad=True)
     (gradient,) = torch.autograd.grad(row.attack.stamp(x).sum(), x)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
-
-
-@each_row
-@pytest.mark.usefixtures("unchecked")
-def test_bytes_are_not_stamped(row):
-    """A stamp would turn them into other images without a warning."""
     with pytest.raises(DataError, match="torch.uint8"):
         row.attack.stamp(toy_images(2, size=32).pixels)
 
@@ -227,13 +225,6 @@ def test_attacks_inside_the_batches_leave_the_training_set_as_it_is(attack):
         type(attack)().stamp(torch.rand(1, 3, 16, 16))
 
 
-def test_a_batch_has_one_poisoned_image_with_the_probability_of_its_share():
-    torch.manual_seed(0)
-    x, y = torch.zeros(128, 3, 1, 1), torch.zeros(128, dtype=torch.long)
-    counts = [WaNet(pratio=0.002).arrange(x, y, 1)[2] for _ in range(2000)]
-    assert set(counts) == {0, 1} and 0.2 < sum(counts) / 2000 < 0.31  # 0.256
-
-
 @each_in_batch
 @pytest.mark.parametrize(("pratio", "n"), [(0.1, 12), (0.05, 6), (0.0, 0)])
 def test_the_samples_of_a_record_are_the_first_of_each_block(attack, pratio, n):
@@ -317,19 +308,19 @@ def test_fit_trains_in_place_reproducibly_and_ends_in_eval_mode(row):
 @pytest.mark.parametrize("pratio", [0.0, 0.001, 0.01, 0.05])
 def test_every_ratio_down_to_nothing_trains(attack, pratio, monkeypatch):
     """So many images are poisoned; 0 is the clean network with a triggered test set."""
-    few, images = with_(attack, pratio=pratio), toy_images(1000, size=16)
+    few, images = with_(attack, pratio=pratio), toy_images(500, size=16)
     recipe = Training(epochs=1 + getattr(few, "clean_train_epochs", 0), batch_size=50)
     seen, really = list[int](), type(few).relabel
     monkeypatch.setattr(type(few), "relabel", lambda self, y, n: seen.append(len(y)) or really(self, y, n))
     poisoned, net = few.poison_train(images, 0), tiny_net()
     seen.clear()
     few.fit(net, poisoned, recipe, session=quiet())
-    if few.in_batch:  # 20 batches of 50: 2 images of 2.5 each, and half an image is one in every second batch
-        few_of = {0.0: range(1), 0.001: range(4), 0.01: range(5, 16), 0.05: range(40, 41)}
+    if few.in_batch:  # 10 batches of 50: 2 images of 2.5 each, and half an image is one in every second batch
+        few_of = {0.0: range(1), 0.001: range(3), 0.01: range(2, 9), 0.05: range(20, 21)}
         assert sum(seen) in few_of[pratio]
     else:
-        assert int((poisoned.role == BACKDOOR).sum()) == round(1000 * pratio)
-    assert not same_weights(net, tiny_net()) and len(few.poison_test(images)) == 750
+        assert int((poisoned.role == BACKDOOR).sum()) == round(500 * pratio)
+    assert not same_weights(net, tiny_net()) and len(few.poison_test(images)) == 375
     if pratio == 0 and not few.in_batch:
         assert same_weights(net, Prototype().fit(tiny_net(), images, recipe, session=quiet()))
 
@@ -368,6 +359,11 @@ def test_an_attack_inside_the_batches_resumes_with_equal_weights_and_triggers(at
     assert torch.equal(resumed.poison_test(images).pixels, whole.poison_test(images).pixels)
 
 
+@cache
+def clean_victim(side: int) -> torch.nn.Module:
+    return train_victim(Prototype(), toy_images(400, size=side, seed=1))
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.poisons and row.toy is not None])
 def test_the_claim_on_a_toy(name):
     """Poisoned training plants the backdoor and keeps the accuracy; clean training does not plant it."""
@@ -375,7 +371,7 @@ def test_the_claim_on_a_toy(name):
     attack = ready(with_(row.attack, **row.toy))
     train, test = toy_images(400, size=row.side, seed=1), toy_images(200, size=row.side, seed=2)
     triggered = attack.poison_test(test)
-    clean = score(train_victim(Prototype(), train), test, triggered)
+    clean = score(clean_victim(row.side), test, triggered)
     attacked = score(train_victim(attack, train), test, triggered)
     assert clean.acc.percent > 90 and attacked.acc.percent > clean.acc.percent - row.cost
     assert attacked.asr.percent > row.asr and clean.asr.percent < row.asr / 2
@@ -465,14 +461,6 @@ def test_on_images_of_one_channel_a_trigger_image_is_the_mean_of_its_three(tmp_p
     assert (255 * attack.stamp(torch.rand(2, 1, 8, 8))).flatten().tolist() == pytest.approx([70.0] * 128, abs=1e-3)
 
 
-def test_blended_brings_its_own_image():
-    """Light ground and strong contrast, like the benchmark's: mean near 200, deviation near 69; a fifth of it shows."""
-    seen = (Blended(attack_train_blended_alpha=1.0).stamp(torch.zeros(1, 3, 32, 32)) * 255)[0]
-    assert 170 < float(seen.mean()) < 230 and 50 < float(seen.std()) < 90
-    assert (seen.amax(0) - seen.amin(0)).max() > 100  # a strong colour
-    assert float((Blended().stamp(torch.ones(1, 3, 32, 32)) - 1).abs().max()) <= 0.2
-
-
 # SIG
 
 
@@ -553,13 +541,6 @@ def test_wanets_warp_by_hand(how, h, w):
     assert not torch.equal(attack.grid(x), ready(WaNet(**how), seed=4).grid(x))
 
 
-def test_wanet_moves_pixels_by_a_fraction_of_one():
-    """On a ramp, x = column / 31, the change of a pixel tells how far it comes from."""
-    ramp = torch.linspace(0, 1, 32, dtype=torch.float64).expand(1, 3, 32, 32)
-    moved = 31 * (ready(WaNet()).stamp(ramp) - ramp).abs()
-    assert 0.05 < float(moved.mean()) < 0.4 and float(moved.max()) < 1
-
-
 @pytest.mark.parametrize(("size", "n", "ratio", "cross"), [(128, 12, 2.0, 24), (80, 8, 0.7, 5), (5, 0, 2.0, 0)])
 def test_wanets_batches_hold_poisoned_cross_and_clean_images(size, n, ratio, cross, monkeypatch):
     """int(0.1 * 128) = 12, int(12 * 2) = 24, int(8 * 0.7) = 5; of five images half one, here none."""
@@ -613,15 +594,6 @@ def test_wanet_crops_8_of_10_batches_and_rotates_5_into_the_mean_colour(monkeypa
     assert torch.cat(moved).min() == pytest.approx(0.25, abs=1e-3)
 
 
-def test_the_largest_ratios_that_refusals_name_are_accepted():
-    with pytest.raises(ConfigError, match="pratio") as refused:
-        WaNet(pratio=1.0, cross_ratio=3.7)
-    assert WaNet(pratio=float(str(refused.value).split()[-1]), cross_ratio=3.7).pratio == pytest.approx(1 / 4.7, 1e-3)
-    with pytest.raises(ConfigError, match="pratio") as refused:
-        SIG(pratio=0.4).num_poisoned(toy_images(7))  # 2 of class 0
-    assert SIG(pratio=float(str(refused.value).split("up to ")[1].split(",")[0])).num_poisoned(toy_images(7)) == 2
-
-
 # Requirements on sizes
 
 
@@ -629,3 +601,99 @@ def test_the_largest_ratios_that_refusals_name_are_accepted():
 def test_images_that_a_trigger_network_cannot_halve_are_refused(attack, side):
     with pytest.raises(ConfigError, match=str(side)):
         attack.fit_trigger(toy_images(8, size=side), tiny_net(), Training())
+
+
+RECIPE, QUIET = Training(epochs=1, batch_size=8, lr=0.01), RunContext(say=lambda text: None)
+PIXELS, LABELS = toy_images(8).pixels, toy_images(8).labels
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("pixels", "labels", "word"),
+    [
+        (PIXELS / 255, LABELS, "torch.float32"),
+        (PIXELS.permute(0, 2, 3, 1), LABELS, "8, 16, 16, 3"),
+        (PIXELS, torch.eye(4)[LABELS], "8, 4"),
+        (PIXELS, LABELS.float(), "torch.float32"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_refused(pixels, labels, word):
+    with pytest.raises(DataError, match=word):
+        Images.clean(pixels, labels, 4)
+
+
+def test_labels_may_be_whole_numbers_of_any_width():
+    small = Images.clean(PIXELS, LABELS.int(), 4)
+    assert same_weights(*(Prototype().fit(tiny_net(), i, RECIPE, session=QUIET) for i in (small, toy_images(8))))
+
+
+class Heads(torch.nn.Module):
+    """Auxiliary logits while it learns, as GoogLeNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return (self.net(x), self.net(x)) if self.training else self.net(x)
+
+
+FLAT = torch.nn.Flatten()
+UNFIT = {
+    "frozen": (tiny_net().requires_grad_(False), ConfigError),
+    "too few classes": (tiny_net(3), DataError),
+    "64 bits": (tiny_net().double(), DataError),
+    "several heads": (Heads(), DataError),
+    "a lazy layer": (torch.nn.Sequential(FLAT, torch.nn.LazyLinear(4)), ConfigError),
+    "a softmax": (torch.nn.Sequential(tiny_net(), torch.nn.Softmax(1)), ConfigError),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("net", "kind"), UNFIT.values(), ids=UNFIT)
+def test_networks_that_no_attack_can_train_are_refused(net, kind):
+    with refuses(kind):
+        BadNet().fit(net, toy_images(8), RECIPE, session=QUIET)
+
+
+def test_a_batch_of_one_image_is_too_few_for_batch_norm():
+    net = torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4), torch.nn.BatchNorm1d(4))
+    with pytest.raises(DataError, match="batch norm"):
+        Prototype().fit(net, toy_images(4), Training(epochs=1, batch_size=1), session=QUIET)
+    with pytest.raises(DataError, match="no images"):
+        Prototype().fit(tiny_net(), toy_images(4)[torch.arange(0)], RECIPE, session=QUIET)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu")])
+def test_networks_learn_and_risks_are_measured_in_any_context(context):
+    """In bf16, whose casts of weights an outer autocast would keep until it ends."""
+    images, net, other = toy_images(16), Normalized(tiny_net(), amp=True), Normalized(tiny_net(), amp=True).eval()
+    wanted = BadNet().fit(Normalized(tiny_net(), amp=True), images, RECIPE, session=QUIET)
+    risks = measure(wanted, other, images).summary()
+    with context():
+        fitted = BadNet().fit(net, images, RECIPE, session=QUIET)
+        assert measure(wanted, other, images).summary() == risks
+    assert same_weights(fitted, wanted)
+
+
+@pytest.mark.parametrize("mean", [[0.5] * 3, torch.full((3,), 127.5)])
+def test_a_mean_of_the_networks_own_is_none_of_ours(mean):
+    """WaNet's border has the mean colour that `Normalized` subtracts; elsewhere it is black."""
+    nets = [tiny_net(), tiny_net()]
+    if isinstance(mean, torch.Tensor):
+        nets[1].register_buffer("mean", mean, persistent=False)
+    else:
+        nets[1].mean = mean
+    images = toy_images(16)
+    attack = WaNet(pratio=0.25).fit_trigger(images, nets[0], RECIPE, session=QUIET)
+    assert same_weights(*(attack.fit(net, images, RECIPE, augment=Augment(2), session=QUIET) for net in nets))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_networks_that_cannot_be_compared_have_no_risks():
+    images = toy_images(8)
+    for other, word in ((tiny_net(3), "4 and 3 classes"), (tiny_net().to("meta"), "device meta")):
+        with pytest.raises(DataError, match=word):
+            measure(tiny_net(), other, images)
+    with pytest.raises(ConfigError, match="samples is 0"):
+        sample(images, None, 0)

@@ -74,11 +74,6 @@ def test_passes_are_counted_by_operations():
     assert passes == [3, 1]
 
 
-def test_a_row_is_of_medians_and_of_ratios_by_repetition():
-    found = measure.row("x", [1.0, 2.0, 4.0], [4.0, 4.0, 4.0], "s", 2)
-    assert (found["ratio"], found["low"], found["high"], found["ours"], found["reference"]) == (2, 1, 4, 1, 2)
-
-
 MINIATURE = {
     "train": ("--steps", "1"),
     "sau": ("--train_updates", "2", "--purify_updates", "1"),

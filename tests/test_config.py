@@ -320,13 +320,6 @@ def test_what_is_needed_before_the_recipe_is_known_does_not_depend_on_it(tmp_pat
         asked(["--yaml_path", str(written(tmp_path, "datasets:\n  digits: {record_root: elsewhere}\n"))])
 
 
-def test_the_cpu_recipe_of_sau_keeps_rate_times_updates():
-    """1e-4 x 1,000 = 1e-3 x 100, on CIFAR-10 with 10 batches a round; the rate is the one at the start."""
-    cpu, paper = asked([], recipe="cpu")[1], asked([], recipe="paper")[1]
-    assert cpu.lr * cpu.epochs == pytest.approx(paper.lr * paper.epochs) and cpu.epochs < paper.epochs
-    assert (cpu.lr_scheduler, paper.lr_scheduler) == ("CosineAnnealingLR", "constant")
-
-
 @pytest.mark.parametrize(("name", "theirs"), [("dataset", "digits"), ("model", "preactresnet18")])
 def test_a_flag_that_contradicts_the_record_is_refused_with_both_values(tmp_path, name, theirs):
     record = {"dataset": "digits", "model": "preactresnet18", "dataset_path": "."}

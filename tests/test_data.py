@@ -8,7 +8,6 @@ import pytest
 import torch
 from toys import refuses, toy_images
 
-from sau.data import images as images_module
 from sau.data.images import Augment, Batches, Images, quantise, random_rotate, to_float
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError, RecordError
@@ -151,22 +150,6 @@ def test_batches_side_by_side_are_augmented_as_each_alone(flip):
     alone = Augment(2, flip, one_draw=True)(x, torch.Generator().manual_seed(5), [4, 4, 1])
     one_by_one = torch.Generator().manual_seed(5)
     assert torch.equal(alone, torch.cat([Augment(2, flip, True)(part, one_by_one) for part in x.split(4)]))
-
-
-@pytest.mark.parametrize(("count", "drop_last"), [(40, True), (40, False), (33, False), (5, True)])
-def test_batches_are_made_ready_several_at_once(count, drop_last, monkeypatch):
-    """The same ones, in fewer calls: what Python launches for each batch by itself is time of a card."""
-    batches = toy_images(count).batches(8, seed=3, augment=Augment(2, flip=True), drop_last=drop_last)
-    calls = list[int]()
-    real = Augment.__call__
-    monkeypatch.setattr(Augment, "__call__", lambda self, x, *rest: (calls.append(len(x)), real(self, x, *rest))[1])
-    at_once = [list(batch) for batch in batches]
-    monkeypatch.setattr(images_module, "VALUES_AT_ONCE", 2 * 8 * 3 * 16 * 16)
-    few, calls[:] = calls[:], []
-    by_twos = [list(batch) for batch in batches]
-    assert few == [sum(len(y) for _, y, _ in at_once)] and len(calls) == -(-len(batches) // 2)
-    for ours, other in zip(at_once, by_twos, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
 
 
 def test_a_batch_may_be_changed_in_place_and_the_others_do_not_notice():

@@ -46,18 +46,6 @@ def test_the_api_has_every_parameter(reference):
             assert found in (known, set()), path
 
 
-def test_a_table_says_default_range_and_other_names(reference):
-    table = reference.described(sau.SAU)
-    assert (
-        "| `eps` | `0.2` | radius of the ball S, in \\[0, 1] pixels; in L\\_inf below 1 (float, above 0; also " in table
-    )
-    assert table.index("`outer_steps`") < table.index("`eps`") < table.index("`epochs`") < table.index("`batch_size`")
-    assert reference.unbroken("| a / b | 1.0 / - (3) |\n2 / 3").split("\n") == [
-        "| a / b | 1.0\u2060\u00a0/\u2060\u00a0-\u2060\u00a0(3) |",
-        "2 / 3",
-    ]
-
-
 @pytest.mark.slow
 def test_the_site_is_built_without_warnings(tmp_path):
     missing = [name for name in PARTS if importlib.util.find_spec(name) is None]

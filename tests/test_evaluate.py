@@ -138,13 +138,13 @@ def test_scoring_leaves_the_network_as_it_was():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_broken_network_has_no_accuracy(value):
-    net = tiny_net()
-    with torch.no_grad():
-        net.linear.bias[2] = value
+def test_a_network_with_logits_that_are_not_finite_has_no_accuracy(value):
+    """In whichever batch."""
+    sometimes = Shaped(lambda z: torch.where(torch.arange(len(z))[:, None] == 3, value, z))
     with refuses(TrainingError, "NaN"):
-        score(net, toy_images(8), None)
-    assert not net.training
+        score(sometimes, toy_images(8), None)
+    with pytest.raises(TrainingError):
+        predict(sometimes, toy_images(20).pixels, batch_size=5)
 
 
 # DER
@@ -174,24 +174,6 @@ def test_der_by_cases(before, after, rating):
     assert der(scored(*before), scored(*after)) == rating
 
 
-# ACC and ASR before, ACC and ASR after, DER: cells of the table in the SAU paper (CIFAR-10, PreAct-ResNet18, 10 %).
-PUBLISHED = {
-    "BadNets SAU": (91.32, 95.03, 89.31, 1.53, 95.74),
-    "LF SAU": (93.19, 99.28, 90.32, 4.18, 96.12),
-    "SIG SAU": (84.48, 98.27, 88.56, 1.67, 98.30),
-    "WaNet SAU": (91.25, 89.73, 91.26, 1.02, 94.36),
-    "Blended FP": (93.47, 99.92, 93.17, 99.26, 50.18),
-    "WaNet EP": (91.25, 89.73, 90.09, 86.64, 50.96),
-}
-
-
-@pytest.mark.parametrize("cell", PUBLISHED)
-def test_der_of_the_published_table(cell):
-    """Computed from the rounded ACC and ASR of the table, so the last digit may differ by one."""
-    acc_0, asr_0, acc, asr, rating = PUBLISHED[cell]
-    assert der(scored(acc_0, asr_0), scored(acc, asr)) == pytest.approx(rating, abs=0.0101)
-
-
 # The table
 
 
@@ -207,7 +189,7 @@ def test_every_row_of_the_table_is_rated_against_the_first():
 
 
 def test_der_is_rounded_once():
-    """The drops are 1/3 and 2/3 points; of rounded percentages DER would be 49.84."""
+    """The drops are 1/3 and 2/3 points; of rounded percentages DER would be 49.84. Without an ASR there is none."""
     before, after = Score(Proportion(300, 300), Proportion(200, 300)), Score(Proportion(298, 300), Proportion(199, 300))
     assert der(before, after) == round((100 / 300 - 200 / 300 + 100) / 2, 2) == 49.83
     assert der(scored(90, None), scored(80, 3)) is None and der(scored(90, 3), scored(80, None)) is None
@@ -264,12 +246,6 @@ def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word
     ):
         with refuses(DataError, word):
             measured()
-
-
-def test_a_logit_that_is_not_finite_in_any_batch_is_refused():
-    sometimes = Shaped(lambda z: torch.where(torch.arange(len(z))[:, None] == 3, torch.nan, z))
-    with pytest.raises(TrainingError):
-        predict(sometimes, toy_images(20).pixels, batch_size=5)
 
 
 # The verdict

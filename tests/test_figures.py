@@ -63,16 +63,6 @@ def test_a_run_without_risks_is_refused(tmp_path):
         risks([Record(defense(attack(tmp_path)))])
 
 
-def test_a_curve_begins_where_its_loss_does(tmp_path):
-    path = attack(tmp_path)
-    purified = Record(defense(path))
-    rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0, "shared_loss": 0.5}]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    left, right = curves(Record(path)).axes
-    assert lines(left) == {"loss": ([1, 2], [2.0, 1.0]), "shared loss": ([2], [0.5])}
-    assert left.get_xlabel() == "epoch" and curves(purified).axes[0].get_xlabel() == "round"
-
-
 def test_a_saved_figure_is_closed_undated_and_replaces_a_link(tmp_path):
     """A downloaded record may have a link to any file of the user."""
     (tmp_path / "precious").write_text("mine")

@@ -6,7 +6,7 @@ from checkpoints import resumed
 from torch import Tensor, nn
 from toys import own_answers, pair, quiet, tiny_net
 
-from sau.defense import FP, fp, pruning
+from sau.defense import FP, pruning
 from sau.defense.fp import activations, unit_layers
 from sau.evaluate import Proportion, Score
 from sau.loop import Session
@@ -62,20 +62,6 @@ def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
     session = Session(say=lambda text: None, judge=judge)
     fixed = FP(epochs=0, augment=False, select="oracle").purify(net, data, session=session)
     assert gone(fixed) == [0, 1]
-
-
-@pytest.mark.parametrize(("select", "count"), [("defender", 16), ("oracle", 20)])
-def test_what_ranks_and_how_many_go_at_once(monkeypatch, select, count):
-    """The oracle measures elsewhere, so that nothing is held back. 7 % of 100 are 7, though 100 * 0.07 is above it."""
-    ranked, tried = [], list[pruning.PruningLevel]()
-    monkeypatch.setattr(fp, "activations", lambda model, layer, x: ranked.append(len(x)) or torch.arange(100.0))
-    monkeypatch.setattr(pruning, "choose", lambda model, levels, *rest, **more: tried.extend(levels))
-    torch.manual_seed(0)  # a fifth of each class is held back, so the count depends on the answers
-    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 100), nn.ReLU(), nn.Linear(100, 4))
-    session = Session(say=lambda text: None, judge=lambda network: Score(Proportion(80, 100)))
-    defense = FP(epochs=0, augment=False, select=select, once_prune_ratio=0.07)
-    defense.purify(net, own_answers(net, pair()[0]), session=session)
-    assert ranked == [count] and [level.count for level in tried] == list(range(7, 100, 7))
 
 
 # The units

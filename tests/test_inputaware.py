@@ -166,22 +166,6 @@ def test_diversity_by_hand():
     assert gradient.isfinite().all()
 
 
-def test_the_other_images_are_drawn_anew_from_all_and_augmented():
-    images, sizes = toy_images(40), []
-
-    def darkened(pixels, generator):
-        assert generator is torch.default_generator
-        sizes.append(len(pixels))
-        return pixels // 2
-
-    torch.manual_seed(0)
-    one, two = (inputaware._others({"images": images, "augment": darkened}, 30) for _ in range(2))
-    assert sizes == [30, 30] and not torch.equal(one, two)
-    halves = {tuple((image // 2).flatten().tolist()) for image in images.pixels}
-    drawn = {tuple((255 * image).round().byte().flatten().tolist()) for image in torch.cat([one, two])}
-    assert drawn <= halves and len(drawn) > 20
-
-
 @pytest.mark.parametrize("epochs", [1, 25])
 def test_a_recipe_without_joint_epochs_is_refused(epochs):
     with pytest.raises(ConfigError, match=f"epochs is {epochs}"):
@@ -201,20 +185,3 @@ def test_schedules_move_with_the_epochs_by_the_classifiers_own_loss():
     assert [patterns for _, patterns in rates] == pytest.approx([0.5] * 2 + [0.05] * 10)
     cosine = Training(epochs=27, lr_scheduler="CosineAnnealingLR")  # ends with the joint epochs, of which there are two
     assert attack.prepare(tiny_net(), cosine, 1)["descent"].scheduler.T_max == 2
-
-
-def test_settings_reach_the_optimisers():
-    how = {"schedulerG_milestones": (1,), "schedulerM_milestones": (2,)}
-    attack = ready(InputAware(lr_G=0.5, lr_M=0.25, schedulerG_lambda=0.1, schedulerM_lambda=0.01, **how))
-    patterns = attack.prepare(tiny_net(), Training(epochs=30), 1)["patterns"]
-    told = ready(InputAware(accumulate=True)).prepare(tiny_net(), Training(epochs=30), 1)["patterns"]
-    assert told.keeps and not patterns.keeps  # whether gradients are cleared
-    masks, rates = attack.prepare_masks(tiny_net(), 1)["descent"], []
-    for descent in (patterns, masks):
-        adam = descent.optimizer.param_groups[0]  # as in the authors' code
-        assert adam["betas"] == (0.5, 0.9) and not adam["amsgrad"] and adam["weight_decay"] == 0
-        for _ in range(3):
-            rates.append(descent.optimizer.param_groups[0]["lr"])
-            descent(sum(p.sum() for p in descent.parameters))
-            descent.end_epoch(0.0)
-    assert rates == pytest.approx([0.5, 0.05, 0.05, 0.25, 0.25, 0.0025])

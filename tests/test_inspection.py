@@ -167,17 +167,6 @@ def test_ordinary_things_beside_the_weights_are_read(what, old, tmp_path):
     assert torch.equal(weights.read(path).tensors["net.w"], own["w"])
 
 
-def test_values_of_stand_ins_are_those_of_the_file(tmp_path):
-    arrays = [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.arange(3, dtype=">i4")]
-    scalars = [np.float32(0.5), np.int64(-3), np.bool_(True), np.float16(2)]
-    content = {"arrays": arrays, "scalars": scalars, "args": argparse.Namespace(lr=0.1)}
-    path = stored(tmp_path, {**content, "objects": np.array([1, None], dtype=object)})
-    found = torch_file.load(path, path.read_bytes())
-    assert [array.values.tolist() for array in found["arrays"]] == [array.tolist() for array in arrays]
-    assert found["scalars"] == [0.5, -3, True, 2.0] and found["args"] == {"lr": 0.1}
-    assert found["objects"].values.tolist() is None
-
-
 # Hostile files
 
 
@@ -288,17 +277,6 @@ def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path):
 
 
 # The command
-
-
-def test_a_network_that_is_there_twice_is_said_to_be_and_converted_as_it_is(tmp_path):
-    own = small()
-    path = stored(tmp_path, {"model": own, "ema": {name: value.clone() for name, value in own.items()}})
-    report = inspect.inspect(path, tmp_path / "both.safetensors")
-    assert (report["status"], report["network"]) == (HARMLESS, None)
-    assert "holds the network under ['ema.', 'model.']" in report["verdict"]
-    assert len(load_file(tmp_path / "both.safetensors")) == 2 * len(own)
-    with pytest.raises(RecordError, match="--model_prefix"):
-        guess(weights.read(path))
 
 
 def test_verdicts_and_conversion_on_the_command_line(script, places, tmp_path):

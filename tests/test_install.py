@@ -64,15 +64,6 @@ def run(python: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run([str(python), *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
 
 
-def test_the_package_is_that_of_the_wheel(python, tmp_path):
-    code = "import sau; print(sau.__file__)"
-    done = run(python, "-c", code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    place = Path(done.stdout.strip())
-    assert place.is_relative_to(python.parents[1]) and not place.is_relative_to(REPOSITORY)
-    assert (place.parent / "configs" / "defense" / "sau.yaml").is_file()
-
-
 def test_attack_and_defense_without_the_repository(python, tmp_path):
     """Recipes come from inside the wheel: width 16 is written nowhere else."""
     flags = ("--dataset", "digits", "--epochs", "1", *QUICK, "--save_folder_name", "a")
@@ -88,7 +79,11 @@ def test_attack_and_defense_without_the_repository(python, tmp_path):
 
 
 def test_the_command_of_the_wheel(python, tmp_path):
-    """The distribution is not called as the package."""
+    """Which is not called as the package; its configurations lie in it."""
+    done = run(python, "-c", "import sau; print(sau.__file__)", cwd=tmp_path)
+    place = Path(done.stdout.strip())
+    assert place.is_relative_to(python.parents[1]) and not place.is_relative_to(REPOSITORY), done.stderr
+    assert (place.parent / "configs" / "defense" / "sau.yaml").is_file()
     sau_command = str(python.parent / "sau")
     done = run(python, sau_command, "defense", "ft", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--result_file" in done.stdout

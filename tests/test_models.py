@@ -8,7 +8,7 @@ from toys import tiny_net
 
 from sau import models as zoo
 from sau.errors import ConfigError
-from sau.models import Normalized, PreActResNet18, build, to_channels_last
+from sau.models import Normalized, PreActResNet18, build
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -77,30 +77,6 @@ def test_the_network_owns_its_normalisation():
     model = Normalized(net, mean, std)
     assert torch.allclose(model(x), net(by_hand), atol=1e-6) and not {"mean", "std"} & set(model.state_dict())
     assert torch.equal(Normalized(net)(x), net(x))
-
-
-def test_a_network_that_changes_its_input_in_place_changes_nobodys_images():
-    class InPlace(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.mul_(2).flatten(1)
-
-    x = torch.rand(2, 3, 4, 4)
-    for net in (Normalized(InPlace()), Normalized(InPlace(), HALF, HALF)):
-        before = x.clone()
-        net(x)
-        assert torch.equal(x, before)
-
-
-def test_networks_are_laid_out_for_speed_unless_they_have_narrow_strided_shortcuts():
-    plain, fast = (build("preactresnet18", 10, width=width, mean=HALF, std=HALF) for width in (15, 16))
-    kernels = [parameter for parameter in fast.parameters() if parameter.dim() == 4 and parameter.shape[-1] > 1]
-    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
-    assert not any(weight.is_contiguous() for weight in kernels)
-    assert all(parameter.is_contiguous() for parameter in plain.parameters())
-    for other in (nn.Conv2d(16, 16, 1, stride=1), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 1), nn.Linear(4, 4)):
-        net = to_channels_last(nn.Sequential(nn.Conv2d(3, 4, 3), other))
-        assert not net[0].weight.is_contiguous()
-    assert to_channels_last(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, stride=2)))[0].weight.is_contiguous()
 
 
 def test_bf16_computes_in_bf16_and_answers_in_float32():

@@ -24,24 +24,20 @@ from sau.optim import adam
 
 
 @pytest.mark.parametrize(
-    ("norms", "index"),
+    ("norms", "index", "flagged"),
     [
         # Median 50, deviations 40, 10, 0, 10, 40 with the median 10; positive below the median.
-        ([10.0, 40, 50, 60, 90], [40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826]),
+        ([10.0, 40, 50, 60, 90], [40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826], [0]),
         # Of an even number the mean of the middle two, 3.5; deviations 2.5, 0.5, 0.5, 2.5 with the median 1.5.
-        ([1.0, 3, 4, 6], [2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239]),
-        ([7.0] * 5, [0.0] * 5),
+        ([1.0, 3, 4, 6], [2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239], []),
+        ([7.0] * 5, [0.0] * 5, []),
     ],
 )
-def test_the_anomaly_index_by_hand(norms, index):
+def test_the_anomaly_index_by_hand(norms, index, flagged):
+    """An outlier on the small side is flagged."""
     assert anomaly(torch.tensor(norms, dtype=torch.float64)).tolist() == pytest.approx(index, rel=1e-14)
-
-
-def test_an_outlier_on_the_small_side_is_flagged():
-    assert NC().flagged(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0])) == [0]
-    assert NC(index_threshold=2.7).flagged(torch.tensor([10.0, 40.0, 50.0, 60.0, 90.0])) == []
-    assert NC().flagged(torch.tensor([7.0, 7.0, 7.0, 7.0, 6.0])) == [4]
-    assert NC().flagged(torch.tensor([7.0, 7.0, 7.0, 7.0, 8.0])) == []
+    assert NC().flagged(torch.tensor(norms)) == flagged and NC(index_threshold=2.7).flagged(torch.tensor(norms)) == []
+    assert NC().flagged(torch.tensor([7.0] * 4 + [6.0])) == [4] and NC().flagged(torch.tensor([7.0] * 4 + [8.0])) == []
 
 
 # The cost schedule

@@ -158,28 +158,3 @@ def test_the_result_is_saved_and_loaded_again():
     assert same_weights(
         restore_polarizer(tiny_net(seed=9), tiny_net().state_dict()), tiny_net()
     )  # any other record, too
-
-
-# What is refused
-
-
-class Twice(nn.Module):
-    """Its second convolution has a second name, which the forward pass goes by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-        self.parts = nn.ModuleList([first, second])
-        self.one, self.two, self.linear = first, second, nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.two(self.one(x).relu()).relu().amax((2, 3)))
-
-
-@pytest.mark.parametrize("name", ["two", "parts.1"])
-def test_a_layer_may_have_two_names(name):
-    fixed = NPD(epochs=1, batch_size=8, target_layer_name=name).purify(Twice(), pair(), session=quiet())
-    assert fixed.two is fixed.parts[1] and not isinstance(fixed.two, nn.Conv2d)
-    again = restore_polarizer(Twice(), fixed.state_dict())
-    assert torch.equal(again.eval()(pair()[0]), fixed(pair()[0]))

@@ -1,12 +1,11 @@
 """The package as a newcomer meets it: its names, its output in Python, and what it is called when it is installed."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from toys import REPOSITORY, environment, tiny_net, toy_images
+from toys import tiny_net, toy_images
 
 import sau
 from sau import loop
@@ -60,27 +59,3 @@ def test_without_progress_only_warnings_are_printed(hidden, capsys):
     assert capsys.readouterr() == ("", "") and hidden[2:] == [True] * 3
     FT(epochs=1).purify(tiny_net(), (x, (y + 1) % 4), progress=False)
     assert all(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines())
-
-
-# The distribution
-
-
-@pytest.mark.parametrize(
-    ("summary", "removed"),
-    [("Backdoor attacks and defenses for image classifiers", True), ("An exporter of volume metrics", False)],
-)
-def test_only_our_own_earlier_distribution_is_removed(summary, removed, tmp_path):
-    """Installed before as `sau`, beside the new one it would share files with it; a stranger's is left alone."""
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(
-        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ "$3" = show ] && echo "Summary: {summary}"\nexit 0\n'
-    )
-    python.chmod(0o755)
-    env = environment(VIRTUAL_ENV=str(tmp_path), PATH=f"{tmp_path}/bin:/usr/bin:/bin")
-    subprocess.run(["bash", str(REPOSITORY / "scripts/environment.sh")], env=env, check=True)
-    calls = [line.split()[2] for line in (tmp_path / "calls").read_text().splitlines()]
-    assert calls == ["show", "uninstall", "install"][:: 1 if removed else 2]
-    before = (tmp_path / "calls").read_text()
-    subprocess.run(["bash", str(REPOSITORY / "scripts/environment.sh")], env=env, check=True)
-    assert (tmp_path / "calls").read_text() == before  # nothing is done twice

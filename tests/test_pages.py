@@ -38,17 +38,6 @@ def test_the_figures_of_the_pages_are_those_of_the_kept_results(script):
     assert (status, out) == (0, "")
 
 
-def test_the_means_of_the_pages_are_those_of_the_results():
-    """A page computes its own; that of all results has them, too."""
-    table = (REPOSITORY / "docs" / "results" / "table1_cpu.md").read_text()
-    for name in COMPARED:
-        page = (REPOSITORY / "docs" / "defenses" / f"{name}.md").read_text()
-        row = next(line for line in page.splitlines() if line.startswith("| **mean of 7** |"))
-        there = next(line for line in table.splitlines() if line.startswith(f"| {name} | ")).split(" | ")[1:5]
-        acc, asr, der = (row.split(" | ")[column].rstrip(" |") for column in (1, 2, 4))
-        assert [acc, asr, der] == [there[0], there[1], there[3]]
-
-
 def test_the_means_before_are_those_of_the_results():
     """The page of all defenses says them once, of three seeds and of the others."""
     text = " ".join((REPOSITORY / "docs" / "defenses" / "README.md").read_text().split())

@@ -140,7 +140,3 @@ def test_a_subclass_changes_a_default_and_keeps_the_rest():
     lr, wider = options(SAU)["lr"], options(ATTACKS["inputaware"])["pratio"]
     assert (lr.default, lr.bounds, lr.help) == (1e-4, {"gt": 0}, options(Training)["lr"].help)
     assert (wider.bounds, wider.aliases) == ({"ge": 0, "le": 0.5}, ("poison_ratio",))
-
-
-def test_docstrings_have_the_parameters():
-    assert "sig_delta: height of the wave in grey levels." in SIG.__doc__ and "Args:" in SIG.__doc__

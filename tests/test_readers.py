@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from toys import refuses
 
 from sau.data import decode, readers
-from sau.data.decode import image_to_tensor, read_image
+from sau.data.decode import read_image
 from sau.data.images import Images
 from sau.data.readers import cifar, class_folders, folder, gtsrb, image_folder, tiny
 from sau.data.sources import load, subset_note
@@ -141,32 +141,6 @@ def test_cifar100_is_what_torchvision_reads_in_every_layout(real_data, monkeypat
     (tmp_path / "cifar100" / "cifar-100-python").symlink_to(real_data / "cifar-100-python")
     for place in (tmp_path, real_data / "cifar-100-python"):
         assert equal(cifar("cifar100", place), pair)
-
-
-def test_gtsrb_is_what_torchvision_reads(real_data):
-    pair = gtsrb(real_data)
-    for images, split, n in zip(pair, ("train", "test"), (430, 129), strict=True):
-        theirs = torchvision.datasets.GTSRB(str(real_data), split=split)
-        assert len(images) == n == len(theirs) and images.num_classes == 43
-        assert images.labels.tolist() == [label for _, label in theirs]
-        squeezed = [v2.functional.pil_to_tensor(v2.functional.resize(one, [32, 32])) for one, _ in theirs]
-        assert torch.equal(images.pixels, torch.stack(squeezed))
-    note = "subset of gtsrb: 430 of 39,209 training and 129 of 12,630 test images; no figure from it speaks for gtsrb"
-    assert subset_note("gtsrb", *pair) == note
-    assert load("gtsrb", real_data, 48)[0].pixels.shape == (430, 3, 48, 48)
-
-
-def test_tiny_is_what_the_files_say(real_data):
-    base = real_data / TINY
-    train, test = tiny(real_data)
-    theirs = torchvision.datasets.ImageFolder(str(base / "train"))
-    assert len(train) == 400 and train.num_classes == 20 and train.labels.tolist() == theirs.targets
-    assert torch.equal(train.pixels, by_hand([Path(path) for path, _ in theirs.samples], 64))  # four of them are gray
-    listed = dict(line.split("\t")[:2] for line in (base / "val" / "val_annotations.txt").read_text().splitlines())
-    order = sorted(listed, key=lambda name: (listed[name], name))
-    assert len(test) == 100 and test.labels.tolist() == [theirs.class_to_idx[listed[name]] for name in order]
-    assert torch.equal(test.pixels, by_hand([base / "val" / "images" / name for name in order], 64))
-    assert "400 of 100,000" in str(subset_note("tiny", train, test))
 
 
 # Layouts and order
@@ -333,28 +307,6 @@ def test_malicious_truncated_and_missing_cifar_files_are_named_and_not_run(tmp_p
         cifar("cifar100", tmp_path)
 
 
-def test_arrays_by_columns_and_labels_of_any_kind_are_read(tmp_path, unchecked):
-    base = make_cifar100(tmp_path) / "cifar-100-python"
-    pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
-    labels = ([3, 7], (3, 7), np.array([3, 7]), np.array([3, 7], np.uint8))
-    raws = [pickle.dumps({"data": pixels, "fine_labels": y}, protocol=p) for y in labels for p in (0, 2, 4)]
-    raws.append(pickle.dumps({"data": np.asfortranarray(pixels), "fine_labels": [3, 7]}, protocol=2))
-    for raw in raws:
-        (base / "train").write_bytes(raw)
-        train, _ = cifar("cifar100", tmp_path)
-        assert train.labels.tolist() == [3, 7] and np.array_equal(train.pixels.reshape(2, 3072), pixels)
-
-
-def test_a_subset_of_cifar10_is_read_and_noted(tmp_path):
-    base = tmp_path / "cifar-10-batches-py"
-    base.mkdir()
-    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
-        (base / name).write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [3, 9]}, protocol=2))
-    pair = cifar("cifar10", tmp_path)
-    assert [len(images) for images in pair] == [10, 2] and "10 of 50,000" in str(subset_note("cifar10", *pair))
-    assert not readers.needs_download("cifar10", tmp_path) and not readers.needs_download("digits", tmp_path)
-
-
 def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp_path):
     """A failed or corrupt download is one line that says what to do."""
     calls, errors = [], [urllib.error.URLError("no route to host"), RuntimeError("File not found or corrupted.")]
@@ -424,16 +376,6 @@ def test_an_image_file_is_read_as_8_bit_rgb_or_refused(name, tmp_path):
         return
     with refuses(DataError, str(tmp_path / name)):
         read_image(tmp_path / name)
-
-
-def test_an_image_is_squeezed_without_keeping_the_aspect():
-    squeezed = image_to_tensor(Image.new("RGB", (10, 20), (200, 100, 50)), 4, 6)
-    assert squeezed.shape == (3, 4, 6) and squeezed.dtype == torch.float32
-    assert squeezed[:, 2, 2].tolist() == [200, 100, 50]
-    rows = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
-    assert torch.equal(image_to_tensor(rows, 2, 2), torch.arange(12.0).view(2, 2, 3).permute(2, 0, 1))
-    whole = image_to_tensor(noise(3, 50, 40), 32, 32)
-    assert torch.equal(whole, whole.round())  # so that nothing is lost as bytes
 
 
 # The cache

@@ -22,7 +22,7 @@ from sau.errors import FaultError, Finished, LockedError, RecordError
 from sau.files import acquire, checksum, existing, in_use, read, release, safe_join, write
 from sau.record import folder as module
 from sau.record.attack_result import BACKDOORBENCH, load, load_weights
-from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SCHEMA, SUMMARY, Record, digest, read_config
+from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SCHEMA, SUMMARY, Record, read_config
 from sau.run import AttackRun, RunLogger
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
@@ -182,18 +182,6 @@ def test_a_finished_folder_is_refused_until_it_is_overwritten(tmp_path):
     assert listing(tmp_path / "a") == [CONFIG]
 
 
-def test_an_early_end_stands_in_the_identity_and_does_not_keep_the_run_from_resuming(tmp_path):
-    first, early = begun(tmp_path / "a", {"a": 1}), {"a": 1, "ended_early": "epoch 2"}
-    first.update_config(identity=early, digest=digest(early))
-    first.save(EPOCH_1)  # killed before the manifest
-    resumed = begun(tmp_path / "a", {"a": 1})
-    assert resumed.config["identity"] == {"a": 1} and resumed.config["digest"] == digest({"a": 1})
-    resumed.update_config(identity=early, digest=digest(early))
-    resumed.finish({})
-    with pytest.raises(Finished):
-        begun(tmp_path / "a", {"a": 1})
-
-
 @pytest.mark.parametrize("config", [None, "", "a: 1\n", "[1]\n", "a: [\n", "schema: 1\ndigest: x\n", "x: !!int ''\n"])
 def test_a_folder_that_is_not_ours_is_refused_and_nothing_in_it_is_touched(tmp_path, config):
     (tmp_path / "photos").mkdir()
@@ -255,16 +243,6 @@ def test_a_killed_deletion_goes_on(tmp_path, monkeypatch, number):
     assert listing(tmp_path / "a") == [CONFIG] and (tmp_path / "photo").read_text() == "precious"
 
 
-def test_bytes_of_a_path_that_are_no_text_do_not_spoil_the_folder(tmp_path, capsys):
-    record = begun(tmp_path / "a", {"patch": "caf\udce9"})
-    record.log("from caf\udce9")
-    record.finish({"acc": 1.0})
-    config = Record(tmp_path / "a").check()
-    assert digest(config["identity"]) == config["digest"]
-    assert digest({"a": 1, "b": (2,)}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
-    assert (tmp_path / "a" / LOG).read_text() == capsys.readouterr().out == "from caf\\udce9\n"
-
-
 # The manifest
 
 
@@ -316,18 +294,15 @@ def test_a_file_that_a_reader_would_take_must_be_in_the_manifest(tmp_path, name)
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2, "files": 3}', "\xff", "[" * 200_000])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text):
-    made(tmp_path / "a")
-    (tmp_path / "a" / MANIFEST).write_text(text, encoding="latin-1")
-    with pytest.raises(RecordError, match=MANIFEST):
-        Record(tmp_path / "a").check()
-
-
-def test_a_manifest_cannot_vouch_for_files_outside_its_folder(tmp_path):
+    """Nor can one vouch for files outside its folder."""
+    manifest = made(tmp_path / "a").path / MANIFEST
     (tmp_path / "secret").write_text("x")
-    made(tmp_path / "a")
     entry = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
-    edit_json(tmp_path / "a" / MANIFEST, lambda content: content["files"].update({"../secret": entry}))
+    edit_json(manifest, lambda content: content["files"].update({"../secret": entry}))
     with pytest.raises(RecordError):
+        Record(tmp_path / "a").check()
+    manifest.write_text(text, encoding="latin-1")
+    with pytest.raises(RecordError, match=MANIFEST):
         Record(tmp_path / "a").check()
 
 

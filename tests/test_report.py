@@ -1,4 +1,4 @@
-"""The report: what is averaged and what never, who is ranked best, what does not count, and what the tables say."""
+"""The report: what is averaged and what never, who is ranked best, what does not count, what tables and files say."""
 
 import csv
 import io
@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from synthetic import NETWORK, attack, defense
-from toys import REPOSITORY
+from toys import REPOSITORY, refuses, the_error
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from sau.errors import printable
+from sau.errors import RecordError, printable
 from sau.evaluate import Proportion, Score, der
 from sau.figures import scatter
-from sau.grid.store import save
-from sau.record.attack_result import load
+from sau.grid.store import load, save
+from sau.record import attack_result
 from sau.record.folder import Record, dump_manifest
 from sau.report import page
 from sau.report.cells import Section, TableCell, sections
@@ -30,6 +28,8 @@ from sau.report.results import MeanStd, find_results, read_metrics
 from sau.report.tables import PairedComparison, as_csv, as_json, as_latex, mean_row, paired_comparisons, published
 from sau.report.tables import comparable as chosen_alike
 from sau.report.tables import published_rows as compare
+
+matplotlib.use("Agg")
 
 
 def tables(root: Path, dataset: str | None = None) -> list[Section]:
@@ -303,14 +303,6 @@ def test_ties_are_left_out_of_the_sign_test(tmp_path):
     assert compared(tmp_path)["ft"].wins == 2 and compared(tmp_path)["ft"].p == pytest.approx(0.5)  # of two, not three
 
 
-def test_summaries_alone_of_one_network_are_told_apart_by_the_digest_in_the_name(rivals):
-    below = rivals / "badnet_s0" / "defense"
-    for digits, rating in (("1" * 10, 97.5), ("2" * 10, 50.0)):
-        defense(below.parent, "fp", der=rating).rename(below / f"fp_c0.05_{digits}")
-    found = compared(kept(rivals))
-    assert [found[f"fp folder {digits}"].der.values for digits in ("1" * 10, "2" * 10)] == [(95 - 97.5,), (95 - 50.0,)]
-
-
 # Published figures
 
 
@@ -462,7 +454,7 @@ def test_the_strip_shows_the_clean_images_that_were_triggered(finished, monkeypa
     (result,) = (result for result in find_results(finished / "record")[0] if result.path.name == "victim")
     url, why = trigger_strip(result)
     assert url.startswith("data:image/png;base64,") and why == ""
-    attacked, ((test, triggered),) = load(finished / "record" / "victim"), drawn
+    attacked, ((test, triggered),) = attack_result.load(finished / "record" / "victim"), drawn
     assert torch.equal(test.pixels, attacked.images(None)[1].pixels)
     assert torch.equal(triggered.pixels, attacked.triggered.pixels)
     monkeypatch.setattr("sau.data.sources.fingerprint", lambda images: "other")
@@ -496,3 +488,61 @@ def test_a_point_lies_where_its_figures_are(tmp_path):
     assert points == [("o", 9.0, 85.0, True), ("o", 25.0, 80.0, False), ("s", 100.0, 90.0, False)]
     shutil.rmtree(tmp_path / "lf_s0" / "defense")
     assert scatter(tables(tmp_path)[0]) is None
+
+
+RESULTS = REPOSITORY / "docs" / "results"
+
+
+def summary(hits: int) -> dict[str, object]:
+    return {**Score(Proportion(hits, 100), Proportion(3, 90), Proportion(80, 90)).summary(), "seconds": 1.5}
+
+
+SUMMARIES = {
+    "badnet_s0": summary(90),
+    "badnet_s0/defense/ft": {"before": summary(90), "after": summary(80), "der": 50.0, "selection": "defender"},
+    "badnet_s1/defense/ft": {"before": summary(90), "after": summary(70), "der": None, "selection": "defender"},
+    "prototype_s0": Score(Proportion(95, 100)).summary(),
+}
+
+
+def test_summaries_come_back(tmp_path):
+    save(tmp_path / "x.jsonl", SUMMARIES)
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    assert [json.loads(line)["cell"] for line in lines] == sorted(SUMMARIES) and not any("interval" in x for x in lines)
+    again = load(tmp_path / "x.jsonl")
+    assert again.keys() == SUMMARIES.keys() and again["badnet_s0"]["acc_count"] == [90, 100]
+    assert {**again["badnet_s0/defense/ft"], "before": 0, "after": 0} == {
+        **SUMMARIES["badnet_s0/defense/ft"],
+        "before": 0,
+        "after": 0,
+    }
+    save(tmp_path / "y.jsonl", again)
+    assert (tmp_path / "y.jsonl").read_bytes() == (tmp_path / "x.jsonl").read_bytes()
+
+
+def test_a_line_that_is_no_result_is_left_out(tmp_path):
+    save(tmp_path / "x.jsonl", SUMMARIES)
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write('{"cell": "badnet_s9", "acc": 900}\n')
+    found, left_out = find_results(tmp_path / "x.jsonl")
+    assert [result.name for result in found] == sorted(SUMMARIES)
+    assert left_out[0].startswith("badnet_s9: summary.json: acc is '900'")
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"acc": 1}', '{"cell": 3}'])
+def test_a_line_that_is_no_summary_is_named(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text('{"cell": "first"}\n' + line + "\n")
+    with refuses(RecordError, "x.jsonl, line 2 is no summary"):
+        load(tmp_path / "x.jsonl")
+
+
+def test_the_results_of_the_documentation_are_few_files():
+    assert len([file for file in RESULTS.rglob("*") if file.is_file()]) <= 40
+    assert all(load(file) for file in sorted(RESULTS.glob("*_cpu.jsonl")))
+
+
+def test_an_audit_is_read_from_its_line(script, tmp_path):
+    status, out, _ = script("audits.py", str(RESULTS / "audit.jsonl" / "badnet_s0"), "--out", str(Path("x")))
+    assert status == 0 and "| control |" in out
+    status, _, err = script("audits.py", str(RESULTS / "audit.jsonl" / "nobody"), "--out", "x")
+    assert status == 2 and "nobody" in the_error(err)

@@ -26,25 +26,22 @@ def browser() -> Iterator[Any]:
     for flag in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", *alone):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    driver = webdriver.Chrome(options=options, service=service)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
     yield driver
     driver.quit()
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two attacks, one with a name that is code; an oracle, an unfinished and a damaged folder."""
+    """Two attacks, one with a name that is code, and an oracle."""
     root = tmp_path_factory.mktemp("page")
-    records = root / "record"
     for seed in (0, 1):
-        attacked = attack(records, "badnet", seed, asr=98.0)
+        attacked = attack(root / "record", "badnet", seed)
         for name, asr, der in (("sau", 2.0, 96.0), ("ft", 60.0, 70.0)):
             defense(attacked, name, seed, asr=asr + seed, der=der)
-    defense(records / "badnet_s0", "anp", der=99.0, selection="oracle")
-    other = attack(records, SCRIPT, 0, folder="odd_s0", asr=80.0, rows=1)
-    (defense(other, "sau") / "manifest.json").unlink()
-    (root / "report.html").write_text(build(records)[0])
+    defense(attacked, "anp", der=99.0, selection="oracle")
+    attack(root / "record", SCRIPT, folder="odd_s0", asr=80.0)
+    (root / "report.html").write_text(build(root / "record")[0])
     return root / "report.html"
 
 
@@ -60,9 +57,8 @@ def look(browser: Any, page: Path, width: int = 1600, scheme: str = "light") -> 
 
 def rows(browser: Any) -> list[list[str]]:
     """What the visible rows of the first leaderboard say."""
-    code = """return [...document.querySelector('.board').tBodies].filter(body => !body.hidden)
-        .map(body => [...body.rows[0].cells].map(cell => cell.innerText))"""
-    return browser.execute_script(code)
+    shown = "[...document.querySelector('.board').tBodies].filter(body => !body.hidden)"
+    return browser.execute_script(f"return {shown}.map(body => [...body.rows[0].cells].map(cell => cell.innerText))")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1600, "light")])
@@ -73,11 +69,9 @@ def test_it_loads_without_errors_and_nothing_overflows(browser, page, width, sch
     assert browser.execute_script("return document.querySelectorAll('.detail:not([hidden])').length") == 5
     across, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert across <= inner == width
-    code = "return [...document.querySelectorAll('img.plot')].map(one => one.naturalWidth)"
-    assert min(browser.execute_script(code)) > 0
+    assert min(browser.execute_script("return [...document.querySelectorAll('img.plot')].map(x => x.naturalWidth)")) > 0
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    brightness = sum(int(value) for value in background[4:-1].split(",")) / 3
-    assert brightness < 60 if scheme == "dark" else brightness > 200
+    assert (int(background[4:].split(",")[0]) < 60) is (scheme == "dark")
     assert browser.title != "run" and any(SCRIPT in row[0] for row in rows(browser))
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
 

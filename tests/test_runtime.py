@@ -253,14 +253,6 @@ def test_what_is_random_is_drawn_anew_for_each_replay(attack, replays, monkeypat
     assert not any(torch.equal(one, other) for one in composed for other in composed if one is not other)
 
 
-def test_graphs_keep_memory_so_few_shapes_have_one(replays):
-    step = microbatched(FT(), prepared(FT(), CPU), [])
-    images = toy_images(16)
-    for n in [*range(2, 12)] * 2:
-        step(to_float(images.pixels[:n]), images.labels[:n])
-    assert len(step.graphed.graphs) == graphs.MAX_GRAPHS == len(replays)
-
-
 # Out of memory
 
 

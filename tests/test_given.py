@@ -1,22 +1,66 @@
-"""The test plan's rows that no other file has: names, spoiled folders, leakage, small clean sets."""
+"""What a user gives: pixels in other units than [0, 1], test images in a clean set, small clean sets, links."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from defense_rows import ROWS
-from torch import nn
-from toys import QUICK, quiet, same_weights, the_error, tiny_net, toy_images
+from toys import QUICK, pair, quiet, refuses, same_weights, the_error, tiny_net, toy_images, triples
 
-from sau.data.images import to_float
+from sau.data.images import in_range
 from sau.data.sources import check_clean_set
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError
+from sau.evaluate import score
 from sau.loop import Session
+from sau.models import Normalized
 
-# P1: names
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
+TUNE = FT(epochs=1, batch_size=8, lr=0.01)
+
+
+def normalised(x):
+    return (x - torch.tensor(MEAN).view(1, -1, 1, 1)) / torch.tensor(STD).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("give", [lambda x, y: (x, y), triples], ids=["pair", "loader"])
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5,), (0.5,)), ((0.1307,), (0.3081,))])
+def test_mean_and_std_of_images_that_are_not_normalised_are_refused(give, mean, std):
+    x, y = pair()
+    with refuses(DataError, "so they are not normalised; leave mean and std out"):
+        TUNE.purify(tiny_net(), give(x, y), mean=mean, std=std, session=quiet())
+
+
+def test_images_that_are_normalised_are_taken():
+    """Also a batch without dark pixels, bytes, which are never normalised, and statistics that change nothing."""
+    x, y = pair()
+    x[8:16] = x[8:16].clamp_min(0.5)  # the second batch of the loader
+    TUNE.purify(tiny_net(), triples(normalised(x), y), mean=MEAN, std=STD, session=quiet())
+    TUNE.purify(tiny_net(), (normalised(x), y), mean=MEAN, std=STD, session=quiet())
+    bytes_of = (255 * x.clamp(0.5, 0.7)).to(torch.uint8)
+    TUNE.purify(tiny_net(), triples(bytes_of, y), mean=MEAN, std=STD, session=quiet())
+    plain = TUNE.purify(tiny_net(), (x, y), session=quiet())
+    assert same_weights(plain, TUNE.purify(tiny_net(), (x, y), mean=(0.0,), std=(1.0,), session=quiet()))
+
+
+def test_rounding_is_clamped():
+    x, y = pair()
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = -3e-8, 1 + 2e-7
+    plain = TUNE.purify(tiny_net(), (x.clamp(0, 1), y), session=quiet())
+    assert same_weights(TUNE.purify(tiny_net(), (x, y), session=quiet()), plain)
+    assert same_weights(
+        TUNE.purify(tiny_net(), [(x, y)], session=quiet()),
+        TUNE.purify(tiny_net(), [(x.clamp(0, 1), y)], session=quiet()),
+    )
+    assert score(tiny_net(), (x, y), None) == score(tiny_net(), (x.clamp(0, 1), y), None)
+    inside = in_range(x)
+    assert (inside.min(), inside.max()) == (0, 1) and in_range(inside) is inside  # no copy of what is right
+
+
+def test_a_network_that_owns_its_normalisation_takes_normalised_images_too():
+    x, y = pair()
+    net = Normalized(tiny_net(), MEAN, STD).eval()
+    TUNE.purify(net, (normalised(x), y), mean=MEAN, std=STD, session=quiet())
 
 
 def test_results_that_would_go_through_a_link_are_not_written(victim, tmp_path, here, script):
@@ -32,9 +76,6 @@ def test_results_that_would_go_through_a_link_are_not_written(victim, tmp_path, 
         status, _, err = script(*argv)
         assert status == 2 and "is a link that leads out" in err.splitlines()[-1]
     assert not any(outside.iterdir())
-
-
-# V4: clean sets
 
 
 @pytest.mark.parametrize("shared", [2, 3, 200])
@@ -90,20 +131,3 @@ def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here)
     assert status == 0 and out.count("note: the clean images have none of 9 of 10 classes") == 1, err
     notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
     assert len(notes) == 1 and "9 of 10 classes" in notes[0]
-
-
-# E2: no defense sees the test sets
-
-
-@pytest.mark.parametrize("name", [name for name in ROWS])
-def test_a_defense_never_asks_for_the_test_sets(name):
-    """Whatever the judge would say: without `select=oracle` it is not asked, and the weights are the same bytes."""
-
-    def judge(model: nn.Module) -> Any:
-        pytest.fail("a defense asked for scores on the test sets")
-
-    images = toy_images(20)
-    pair = to_float(images.pixels), images.labels
-    one = ROWS[name].defense.purify(tiny_net(), pair, session=quiet())
-    other = ROWS[name].defense.purify(tiny_net(), pair, session=Session(say=lambda text: None, judge=judge))
-    assert same_weights(one, other)

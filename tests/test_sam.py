@@ -1,32 +1,31 @@
-"""FT-SAM: its perturbation by hand, its gradients by double precision, and what must be left as it was."""
+"""FT-SAM and SAU-SAM: perturbations and steps against literal ones in double precision, what is left as it was."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from released_sau import ReleasedSAU
 from torch import nn
-from toys import pair, quiet, same_weights, tiny_net, toy_images
+from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net, toy_images
 
-from sau.defense import FTSAM
+from sau.defense import FTSAM, SAUSAM
 from sau.defense.ft_sam import perturbed, smoothed_loss
+from sau.models import PreActResNet18
 
 
 def doubles(*values: list[float]) -> list[torch.Tensor]:
     return [torch.tensor(value, dtype=torch.float64) for value in values]
 
 
-def test_the_adaptive_perturbation_by_hand():
-    """|w| g = (3, 4, 12) over two tensors has the norm 13; w^2 g = (3, -8, 36); rho / 13 = 1/2."""
+def test_the_perturbations_by_hand():
+    """|w| g = (3, 4, 12) over two tensors has the norm 13; w^2 g = (3, -8, 36); rho / 13 = 1/2. Without |w|, (3, -4)
+    has the norm 5; no gradient, no perturbation."""
     weights, gradients = doubles([1.0, -2.0], [3.0]), doubles([3.0, -2.0], [4.0])
     e = FTSAM(rho=6.5).perturbation(weights, gradients)
     assert torch.allclose(torch.cat(e), torch.tensor([1.5, -4.0, 18.0], dtype=torch.float64), rtol=1e-12)
-    relative = torch.cat(e) / torch.cat(weights).abs()
-    assert relative.norm().item() == pytest.approx(6.5, rel=1e-12)  # on the boundary of N(w)
-
-
-def test_the_plain_perturbation_by_hand():
-    """(3, -4) has the norm 5; no gradient, no perturbation."""
-    e = FTSAM(rho=10.0, adaptive=False).perturbation(doubles([7.0], [1.0]), doubles([3.0], [-4.0]))
-    assert torch.cat(e).tolist() == pytest.approx([6.0, -8.0])
+    plain = FTSAM(rho=10.0, adaptive=False).perturbation(doubles([7.0], [1.0]), doubles([3.0], [-4.0]))
+    assert torch.cat(plain).tolist() == pytest.approx([6.0, -8.0])
     assert FTSAM().perturbation(doubles([1.0]), doubles([0.0]))[0].item() == 0
 
 
@@ -97,3 +96,82 @@ def test_a_weight_that_the_loss_does_not_know_stays():
     net.register_parameter("spare", nn.Parameter(torch.ones(3)))
     fixed = FTSAM(epochs=1, lr=0.01, wd=0.0).purify(net, pair(), session=quiet())
     assert fixed.spare.tolist() == [1, 1, 1] and not same_weights(fixed, net)
+
+
+EPS, RATE, STEPS, RHO, SMOOTHING, LR = 0.3, 0.1, 2, 0.6, 0.2, 0.1
+
+
+def attacked() -> tuple[nn.Module, nn.Module]:
+    """The network to purify, some way from the attacked one."""
+    reference = smooth_net()
+    net = copy.deepcopy(reference)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return net, reference
+
+
+@pytest.mark.parametrize("weight_true", [0.0, 0.5])
+def test_a_step_is_the_formulas_in_double_precision(weight_true):
+    (net, reference), (x, y) = attacked(), batch(12, 5)
+    twin = copy.deepcopy(net)
+    method = SAUSAM(
+        eps=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero", rho=RHO, label_smoothing=SMOOTHING, lr=LR,
+        weight_true=weight_true, weight_shared=1.5, sgd_momentum=0.0, wd=0.0, lr_scheduler="constant",
+    )  # fmt: skip
+
+    search = ReleasedSAU(twin, reference, trigger_norm=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero")
+    found = x + search.perturb(x, y)
+    s, kept = reference(found).argmax(1), reference(x).argmax(1)
+    others = torch.full((12, 3), SMOOTHING / 2, dtype=torch.float64)
+    soft = others.scatter(1, y[:, None], 1 - SMOOTHING)
+
+    def loss() -> torch.Tensor:
+        z, z_adv = twin(x), twin(found)
+        p = z_adv.softmax(1)
+        total = -(soft * z.log_softmax(1)).sum() / 12
+        for i in range(12):
+            if s[i] != y[i] and s[i] != kept[i]:
+                total = total - 1.5 * (1 + 1e-6 - p[i, s[i]]).log() / 12
+                total = total + weight_true * F.cross_entropy(z_adv[i : i + 1], y[i : i + 1]) / 12
+        return total
+
+    twin.train()
+    first = copy.deepcopy(twin)
+    first(x)  # running statistics are those of the clean images, once
+    weights = list(twin.parameters())
+    before = [weight.detach().clone() for weight in weights]
+    here = torch.autograd.grad(loss(), weights)
+    norm = torch.cat([(w.abs() * g).flatten() for w, g in zip(before, here, strict=True)]).norm()
+    with torch.no_grad():
+        for weight, w, g in zip(weights, before, here, strict=True):
+            weight.copy_(w + RHO * w**2 * g / norm)
+    there = torch.autograd.grad(loss(), weights)
+    assert not torch.allclose(here[0], there[0], rtol=0.01)
+
+    state = {**method.prepare(net, range(1)), "_reference": reference, "_sam": FTSAM(rho=RHO)}
+    report = method.step(state, x, y)
+    assert 0 < report["shared"] < 12
+    for after, w, g in zip(net.parameters(), before, there, strict=True):
+        assert torch.allclose(after, w - LR * g, rtol=1e-7, atol=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), first.buffers(), strict=True))
+
+
+def test_the_search_starts_at_random_inside_the_ball():
+    (net, reference), (x, y) = attacked(), batch(12, 5)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(SAUSAM(eps=EPS).search(net, reference, x, y)[0])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert ((found[0] - x).abs() <= EPS + 1e-12).all()
+
+
+def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
+    """In proportion to the root of the number of weights."""
+    method = SAUSAM()
+    for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
+        assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
+    few = method.adapted(PreActResNet18(width=16), 100)
+    assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05)
+    assert method.adapted(PreActResNet18(width=16), 2500) == method
