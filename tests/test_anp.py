@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from toys import pair, quiet, tiny_net, toy_images
 
 from sau.attack import Blended
-from sau.data.images import Augment, Batches, Images
-from sau.defense import ANP, anp, pruning
+from sau.data.images import Batches, Images
+from sau.defense import ANP, pruning
 from sau.evaluate import score
 from sau.loop import RunContext
 from sau.optim import Training
@@ -25,9 +25,6 @@ class Deep(nn.Sequential):
         for inputs in (3, 24):
             layers += [nn.Conv2d(inputs, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.ReLU()]
         super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(24, 4))
-
-
-# The formula
 
 
 def test_the_perturbation_climbs_by_eps_over_steps_from_where_it_starts():
@@ -98,23 +95,6 @@ def test_an_iteration_is_the_papers():
     assert masks.min() == 0 and masks.max() == 1 and ((masks > 0) & (masks < 1)).any()
 
 
-# What is drawn, and when
-
-
-def test_batches_are_drawn_with_replacement_in_chunks(monkeypatch):
-    monkeypatch.setattr(anp, "CHUNK", 5)
-    torch.manual_seed(0)
-    x, y = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.arange(4)
-    chunks = anp.RandomBatches(x, y, 6, 12, None)
-    for chunk, length in enumerate((5, 5, 2)):
-        chunks.set_epoch(chunk)
-        batches = list(chunks)
-        assert len(chunks) == len(batches) == length and chunks.chunks == 3
-        assert all(len(labels) == 6 and torch.equal(pixels[:, 0, 0, 0], labels.float()) for pixels, labels in batches)
-    augmented = next(iter(anp.RandomBatches(x, y, 6, 1, Augment(padding=4))))[0]
-    assert (augmented.flatten(1).amax(1) > augmented.flatten(1).amin(1)).any()
-
-
 @pytest.mark.parametrize(
     ("settings", "learned", "chosen_by"),
     [({}, 16, 4), ({"held_back": 0.4}, 12, 8), ({"select": "oracle"}, 20, None), ({"pruning_number": 0.5}, 20, None)],
@@ -136,9 +116,6 @@ def test_the_masks_are_learned_from_other_images_than_those_that_choose(monkeypa
     if chosen_by:
         assert len(used[1]) == chosen_by
         assert {*torch.cat(used).flatten(1).sum(1).tolist()} == {*x.flatten(1).sum(1).tolist()}
-
-
-# What is pruned
 
 
 MASKS = {"a": torch.tensor([0.1, 0.9, 0.5]), "b": torch.tensor([0.5, 0.0])}
@@ -166,9 +143,6 @@ def test_a_number_prunes_scales_and_leaves_everything_else():
     assert (fixed.features[1].weight == 0).sum() == 4 and (fixed.features[1].bias == 1).all()
     changed = [name for name, value in fixed.state_dict().items() if not torch.equal(value, net.state_dict()[name])]
     assert changed == ["features.1.weight"]
-
-
-# The claim, on a toy
 
 
 @cache

@@ -622,11 +622,6 @@ def test_images_and_labels_of_another_kind_are_refused(pixels, labels, word):
         Images.clean(pixels, labels, 4)
 
 
-def test_labels_may_be_whole_numbers_of_any_width():
-    small = Images.clean(PIXELS, LABELS.int(), 4)
-    assert same_weights(*(Prototype().fit(tiny_net(), i, RECIPE, session=QUIET) for i in (small, toy_images(8))))
-
-
 class Heads(torch.nn.Module):
     """Auxiliary logits while it learns, as GoogLeNet has."""
 
@@ -674,19 +669,6 @@ def test_networks_learn_and_risks_are_measured_in_any_context(context):
         fitted = BadNet().fit(net, images, RECIPE, session=QUIET)
         assert measure(wanted, other, images).summary() == risks
     assert same_weights(fitted, wanted)
-
-
-@pytest.mark.parametrize("mean", [[0.5] * 3, torch.full((3,), 127.5)])
-def test_a_mean_of_the_networks_own_is_none_of_ours(mean):
-    """WaNet's border has the mean colour that `Normalized` subtracts; elsewhere it is black."""
-    nets = [tiny_net(), tiny_net()]
-    if isinstance(mean, torch.Tensor):
-        nets[1].register_buffer("mean", mean, persistent=False)
-    else:
-        nets[1].mean = mean
-    images = toy_images(16)
-    attack = WaNet(pratio=0.25).fit_trigger(images, nets[0], RECIPE, session=QUIET)
-    assert same_weights(*(attack.fit(net, images, RECIPE, augment=Augment(2), session=QUIET) for net in nets))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -46,9 +46,6 @@ def without_time(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory_mb")}
 
 
-# What an attack leaves
-
-
 def test_an_attack_from_a_foreign_folder(finished):
     """The folder, the screen and the log; nothing on stderr; the configuration is resolved and complete."""
     folder, out = finished / "record" / "victim", (finished / "attack.out").read_text()
@@ -67,9 +64,6 @@ def test_an_attack_from_a_foreign_folder(finished):
     assert set(options(Training)) | set(options(BadNet)) <= set(found["method"])
     assert set(options(AttackRun)) == set(found["run"])
     assert found["method"]["epochs"] == 4 and found["method"]["attack"] == "badnet"
-
-
-# What a defense leaves
 
 
 def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
@@ -126,9 +120,6 @@ def test_a_clean_network_is_defended_too(here, tmp_path):
     found = summary(folder / "defense" / "ft")
     assert found["before"]["asr"] is None and found["after"]["racc"] is None and found["der"] is None
     assert found["after"]["acc"] >= 0
-
-
-# Ways to run
 
 
 def shown(out: str, flag: str) -> str:
@@ -247,9 +238,6 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     assert here("defense", "ft", "--result_file", "a", "--epochs", "1", *QUICK)[0] == 0
 
 
-# Stopping and going on
-
-
 def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished, tmp_path, cli):
     """kill -9 in epoch 2, Ctrl-C in epoch 3, SIGTERM in epoch 4, and to the end; beside an undisturbed run."""
     argv = command("attack", "badnet", *VICTIM, "--save_folder_name", "again")
@@ -329,9 +317,6 @@ def test_defenses_that_are_refused(refused, victim, word, request):
     if word == "other":  # images than those that the attack saw
         request.getfixturevalue("few_digits")
     assert word in refused("defense", "sau", *REFUSED[word], *QUICK) and not (victim / "defense").exists()
-
-
-# Real data
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import yaml
 from hostile import KEYS, saved
 from PIL import Image
 from torch import nn
-from toys import QUICK, TinyNet, refuses, tiny_net, toy_images
+from toys import QUICK, TinyNet, refuses, toy_images
 
 from sau.compat import backdoorbench
 from sau.data import sources
@@ -122,31 +123,6 @@ def test_logits_and_scores_of_a_real_folder(original, cifar10):
 # Files that these tests make
 
 
-def pngs(images: Images, folder: Path, split: str) -> dict[Any, Any]:
-    table = {}
-    for i in range(len(images)):
-        index, true = int(images.index[i]), int(images.true_labels[i])
-        file = folder / f"bd_{split}_dataset" / str(true) / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(file)
-        stored = f"/home/somebody/record/a/bd_{split}_dataset/{true}/{index}.png"
-        table[np.int64(index)] = {"path": stored, "other_info": [int(images.labels[i]), true]}
-    return table
-
-
-def part(table: dict[Any, Any], order: np.ndarray, flagged: list[int], n: int) -> dict[str, Any]:
-    flags = np.zeros(n)
-    flags[flagged] = 1
-    return {
-        "bd_data_container": {"save_folder_path": "x", "save_file_format": ".png", "data_dict": table},
-        "getitem_all": True,
-        "getitem_all_switch": False,
-        "original_index_array": order,
-        "poison_indicator": flags,
-        "save_folder_path": "x",
-    }
-
-
 def toy_parts() -> tuple[Images, Images]:
     """Poisoned training images 3, 1 and 7 of 40, and the triggered ones of 20 test images."""
     train, test = (toy_images(n, classes=10, size=32) for n in (40, 20))
@@ -157,20 +133,16 @@ def toy_parts() -> tuple[Images, Images]:
     return poisoned, triggered
 
 
-def toy_content(folder: Path) -> dict[str, Any]:
-    """What BackdoorBench would have saved in `folder`, whose PNG files are written."""
-    poisoned, triggered = toy_parts()
-    folder.mkdir(parents=True, exist_ok=True)
-    return {
-        "model_name": NET,
-        "num_classes": 10,
-        "model": OrderedDict(tiny_net(10).state_dict()),
-        "data_path": "./data/cifar10",
-        "img_size": (32, 32, 3),
-        "clean_data": "cifar10",
-        "bd_train": part(pngs(poisoned, folder, "train"), np.arange(40), poisoned.index.tolist(), 40),
-        "bd_test": part(pngs(triggered, folder, "test"), triggered.index.numpy(), triggered.index.tolist(), 20),
-    }
+@pytest.fixture
+def toy_content(make, tiny) -> Callable[[Path], dict[str, Any]]:
+    """`toy_content(folder)` is what BackdoorBench would have saved in `folder`, whose PNG files are written."""
+    record = make(role=(BACKDOOR,) * 3)
+
+    def content(folder: Path) -> dict[str, Any]:
+        backdoorbench.write(record, folder, folder.name)
+        return torch.load(folder / RESULT, weights_only=False)
+
+    return content
 
 
 def save(content: Any, folder: Path) -> Path:
@@ -183,17 +155,16 @@ def same(one: Images, other: Images) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
-def test_an_attack_without_a_poisoned_training_set(tiny, tmp_path):
+def test_an_attack_without_a_poisoned_training_set(toy_content, tmp_path):
     content = toy_content(tmp_path / "a")
     content["bd_train"] = None
     found = backdoorbench.read(save(content, tmp_path / "a"))
     assert found.poisoned is None and found.lengths == (None, 20) and same(found.triggered, toy_parts()[1])
     assert len(found.digest) == 64
-    for name, tensor in tiny_net(10).state_dict().items():
-        assert torch.equal(found.weights[name], tensor)
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in content["model"].items())
 
 
-def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
+def test_lists_plain_keys_extra_keys_and_windows_paths(toy_content, tmp_path):
     content = toy_content(tmp_path / "a")
     content["img_size"], content["more"] = [32, 32, 3], {"extra": 1}
     for name in ("bd_train", "bd_test"):
@@ -206,7 +177,7 @@ def test_lists_plain_keys_extra_keys_and_windows_paths(tiny, tmp_path):
     assert same(found.poisoned, toy_parts()[0]) and same(found.triggered, toy_parts()[1])
 
 
-def test_images_in_cross_folders_are_covers_and_lost_folders_are_found(tiny, tmp_path):
+def test_images_in_cross_folders_are_covers_and_lost_folders_are_found(toy_content, tmp_path):
     content = toy_content(tmp_path / "a")
     (tmp_path / "a" / "bd_train_dataset").rename(tmp_path / "a" / "cross_train_dataset")
     table = content["bd_train"]["bd_data_container"]["data_dict"]
@@ -237,19 +208,20 @@ def refused(tmp_path):
     return check
 
 
-def test_truncated_flipped_and_missing_files_are_noticed(tiny, tmp_path, refused):
+def test_truncated_flipped_and_missing_files_are_noticed(toy_content, tmp_path, refused):
     with pytest.raises(RecordError, match="No such file"):
         backdoorbench.read(tmp_path)
-    folder = save(toy_content(tmp_path / "hostile"), tmp_path / "hostile")
+    folder = tmp_path / "hostile"
+    content = toy_content(folder)
     raw = bytearray((folder / RESULT).read_bytes())
     for length in (3, 2000, len(raw) - 1):
         refused(bytes(raw[:length]), "cannot be read")
-    place = raw.index(tiny_net(10).linear.weight.detach().numpy().tobytes())
+    place = raw.index(content["model"]["linear.weight"].numpy().tobytes())
     raw[place + 3] ^= 4
     refused(bytes(raw), "the checksum of")
 
 
-def test_missing_keys(refused, tiny, tmp_path):
+def test_missing_keys(refused, toy_content, tmp_path):
     whole = toy_content(tmp_path / "hostile")
     for key in KEYS:
         refused({name: value for name, value in whole.items() if name != key}, f"lacks {key!r}")
@@ -278,7 +250,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("place", "value", "word"), WRONG)
-def test_wrong_values(refused, tiny, tmp_path, place, value, word):
+def test_wrong_values(refused, toy_content, tmp_path, place, value, word):
     content = inner = toy_content(tmp_path / "hostile")
     *outer, last = place.split(".")
     for key in outer:
@@ -289,7 +261,7 @@ def test_wrong_values(refused, tiny, tmp_path, place, value, word):
     refused(content, word)
 
 
-def test_wrong_images(refused, tiny, tmp_path):
+def test_wrong_images(refused, toy_content, tmp_path):
     """Nothing outside the folder is opened: not by a path, a link, or a folder that is a link."""
     content = toy_content(tmp_path / "hostile")
     image = tmp_path / "hostile" / "bd_test_dataset" / "1" / "1.png"
@@ -361,7 +333,9 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (train, test))
     monkeypatch.setitem(OFFICIAL, "cifar10", (10, (40,), 20))
 
-    def record(dataset: str = "cifar10", poison: bool = True, **network: Any) -> Record:
+    def record(
+        dataset: str = "cifar10", poison: bool = True, role: Sequence[int] = (BACKDOOR, CROSS, BACKDOOR), **network: Any
+    ) -> Record:
         made = Record(tmp_path / "record" / "ours")
         made.begin({"run": {"dataset_path": "./data", "recipe": "cpu"}}, {"a": 1}, overwrite=True)
         data = {"dataset": dataset, "train": fingerprint(train), "test": fingerprint(test)}
@@ -376,9 +350,9 @@ def make(tmp_path, monkeypatch):
                     tensor += 0.01 * torch.rand_like(tensor)
         poisoned, triggered = toy_parts()
         if poison:
-            role = torch.tensor([BACKDOOR, CROSS, BACKDOOR], dtype=torch.uint8)
-            labels = torch.where(role == CROSS, poisoned.true_labels, poisoned.labels)
-            attack_result.save(made, model, replace(poisoned, role=role, labels=labels), triggered)
+            roles = torch.tensor(role, dtype=torch.uint8)
+            labels = torch.where(roles == CROSS, poisoned.true_labels, poisoned.labels)
+            attack_result.save(made, model, replace(poisoned, role=roles, labels=labels), triggered)
         else:
             attack_result.save(made, model, train[torch.arange(0)], triggered[torch.arange(0)])
         made.finish({})

@@ -52,9 +52,6 @@ TINY = ("--dataset", "digits", "--width", "1", "--epochs", "1", "--batch_size", 
 each_run = pytest.mark.parametrize(("kind", "name"), RUNS, ids=[name for _, name in RUNS])
 
 
-# Toy runs
-
-
 def method(kind: str, name: str) -> Any:
     """A method with every setting given, so that other defaults change nothing here."""
     settings = FROZEN[kind][name]["settings"]
@@ -116,9 +113,6 @@ def test_defenses_change_the_weights_that_they_are_given():
     before = [tensor.float().norm() for tensor in attacked().state_dict().values()]
     for name, frozen in FROZEN["defense"].items():
         assert frozen["outcome"]["norms"] != rounded(torch.stack(before)), name
-
-
-# Flags, files and keys
 
 
 def output(call: Callable[[], Any]) -> str:
@@ -187,9 +181,6 @@ def test_the_flags_of_every_command_are_those_of_the_contract(monkeypatch):
 
 def test_result_folders_have_the_files_and_keys_of_the_contract(tmp_path):
     assert folders(tmp_path) == FROZEN["folders"]
-
-
-# What older code wrote
 
 
 @pytest.fixture

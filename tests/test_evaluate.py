@@ -72,6 +72,11 @@ def test_counts_by_hand():
     assert (summary["acc"], summary["asr"], summary["racc"]) == (75.0, 40.0, 40.0)
     assert summary["acc_count"] == [3, 4] and summary["racc_count"] == [2, 5]
     assert summary["asr_interval"] == list(Proportion(2, 5).interval)
+    for nothing in (None, IMAGES[IMAGES.labels[:0]]):  # without triggers there is no ASR
+        result = score(Answers(), clean, nothing)
+        assert result == Score(Proportion(3, 4), None, None)
+        found = {"acc": 75.0, "acc_interval": list(result.acc.interval), "acc_count": [3, 4]}
+        assert result.summary() == {**found, "asr": None, "racc": None}
 
 
 def test_images_and_tensors_are_the_same_to_it():
@@ -80,14 +85,6 @@ def test_images_and_tensors_are_the_same_to_it():
     net = tiny_net()
     as_tensors = ((test.pixels, test.labels), (triggered.pixels, triggered.labels, triggered.true_labels))
     assert score(net, test, triggered) == score(net, *as_tensors)
-
-
-def test_without_triggers_there_is_no_asr():
-    for nothing in (None, IMAGES[IMAGES.labels[:0]]):
-        result = score(Answers(), (saying([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])), nothing)
-        assert result == Score(Proportion(1, 4), None, None)
-        found = {"acc": 25.0, "acc_interval": list(result.acc.interval), "acc_count": [1, 4]}
-        assert result.summary() == {**found, "asr": None, "racc": None}
 
 
 def test_predictions_do_not_depend_on_the_batches():
@@ -147,9 +144,6 @@ def test_a_network_with_logits_that_are_not_finite_has_no_accuracy(value):
         predict(sometimes, toy_images(20).pixels, batch_size=5)
 
 
-# DER
-
-
 def scored(acc: float, asr: float | None) -> Score:
     """A score with these percentages, out of 10,000 pictures."""
     triggered = None if asr is None else Proportion(round(100 * asr), 10_000)
@@ -172,9 +166,6 @@ def scored(acc: float, asr: float | None) -> Score:
 )
 def test_der_by_cases(before, after, rating):
     assert der(scored(*before), scored(*after)) == rating
-
-
-# The table
 
 
 def test_every_row_of_the_table_is_rated_against_the_first():
@@ -202,9 +193,6 @@ def test_durations_and_bounds_are_written_short_and_bounds_never_too_high():
     assert {value: formatting.short(value) for value in numbers} == numbers
     for bound in (0.0123456, 0.99996, 1.00004, 9.9999, 12.345, 12.348, 72.0, 1234.56):
         assert bound * (1 - 1e-3) < float(formatting.at_most(bound)) <= bound
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -246,9 +234,6 @@ def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word
     ):
         with refuses(DataError, word):
             measured()
-
-
-# The verdict
 
 
 @pytest.mark.parametrize(

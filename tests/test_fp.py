@@ -64,9 +64,6 @@ def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
     assert gone(fixed) == [0, 1]
 
 
-# The units
-
-
 def test_activations_are_signed_means():
     """A convolution by -1 and by 2 of the mean pixel; a linear layer sees these means."""
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 2)).double()
@@ -107,9 +104,6 @@ def test_a_pruned_channel_is_zero_behind_its_batch_norm():
         and (net(x)[:, pruned] == 0).all()
         and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
     )
-
-
-# Fine-tuning
 
 
 @pytest.mark.parametrize("unit", ["linear_input", "last_conv"])

@@ -59,9 +59,6 @@ LAYOUTS = {
 }
 
 
-# Honest files
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_honest_layouts_load_or_the_missing_key_is_named(layout, tmp_path):
     own = {name: value.bfloat16().to(value.dtype) for name, value in small().items()}  # which every layout can hold
@@ -165,9 +162,6 @@ def test_ordinary_things_beside_the_weights_are_read(what, old, tmp_path):
     own = {"w": torch.rand(3)}
     path = stored(tmp_path, {"net": own, "more": ordinary()[what]}, _use_new_zipfile_serialization=not old)
     assert torch.equal(weights.read(path).tensors["net.w"], own["w"])
-
-
-# Hostile files
 
 
 def test_all_that_a_file_may_call_beside_torchs_own_list_is_a_stand_in_of_ours():
@@ -274,9 +268,6 @@ def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path):
         lines = inspect.text(report).split("\n")
         assert all(line.isprintable() and len(line) < 1000 for line in lines)
         assert len(lines) == len(content) + 7
-
-
-# The command
 
 
 def test_verdicts_and_conversion_on_the_command_line(script, places, tmp_path):

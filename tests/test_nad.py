@@ -71,9 +71,6 @@ def test_features_are_taken_before_a_relu_in_place():
     assert not net.conv._forward_hooks
 
 
-# Layers
-
-
 def test_the_layers_of_networks():
     x = torch.rand(1, 3, 32, 32)
     assert attention_layers(PreActResNet18(width=4), x) == ["layer3", "layer4"]
@@ -97,9 +94,6 @@ def test_the_user_names_layers():
     ]
     inside = nn.Sequential(nn.Identity(), PreActResNet18(width=4))  # as a wrapper of the user's has it
     assert attention_layers(inside, x, ("layer4",)) == ["1.layer4"]
-
-
-# Student and teacher
 
 
 def test_without_attention_the_student_is_fine_tuned():

@@ -42,9 +42,6 @@ def test_it_stands_before_the_second_convolution_of_the_last_block():
     assert sum(weight.numel() for weight in state["descent"].parameters) == 32 * 32 + 2 * 32
 
 
-# The search
-
-
 def linear_net(*rows: list[float]) -> nn.Module:
     """Logits that are linear in the pixels of 1x2x2 pictures."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, len(rows), bias=False))
@@ -80,9 +77,6 @@ def test_the_search_stops_once_more_than_sixty_percent_are_there(there, steps):
     x[there:, 0, 0, 0] += 0.45
     delta = NPD(adv_steps=2).search(net, x, torch.ones(5, dtype=torch.long))
     assert delta[0, 0, 0, 1].item() == pytest.approx(0.1 * steps)
-
-
-# The losses
 
 
 def test_the_losses_by_hand():
@@ -131,9 +125,6 @@ def test_a_step_weighs_the_losses():
         net.features[3].norm.running_mean, other.features[3].norm.running_mean
     )  # of the two passes alone
     assert not any(module.training for module in net.modules())
-
-
-# What stays, and what comes back
 
 
 def test_the_network_itself_stays_as_it_was():

@@ -77,9 +77,6 @@ def test_one_cycle_counts_updates(optimizer, epochs, steps):
     assert seen == pytest.approx([*up, *down], abs=1e-9)
 
 
-# Optimisers
-
-
 REFERENCES = {
     "sgd": lambda p: torch.optim.SGD([p], 0.1, momentum=0.8, weight_decay=0.01),
     "adam": lambda p: torch.optim.Adam([p], 0.1, (0.7, 0.9), weight_decay=0.01, amsgrad=True),
@@ -165,9 +162,6 @@ def test_descent_goes_on_from_its_state(schedule, optimizer):
     second.load_state_dict(state)
     half_rates += epochs(resumed, second, 2)
     assert torch.equal(resumed, weights) and half_rates == rates
-
-
-# Every schedule in every defense
 
 
 def test_descents_share_a_loss_and_may_keep_their_gradients():

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from toys import tiny_net, toy_images
+from toys import own_answers, tiny_net, toy_images
 
 import sau
 from sau import loop
@@ -31,16 +30,6 @@ def test_the_names_at_the_top_are_those_of_their_modules():
     assert {*declared} == {*homes}
 
 
-# Progress
-
-
-def known():
-    """Images with the labels that the network gives them, so that there is nothing to warn of."""
-    x = to_float(toy_images(8).pixels)
-    with torch.no_grad():
-        return x, tiny_net()(x).argmax(1)
-
-
 @pytest.fixture
 def hidden(monkeypatch):
     """The `disable` of every progress bar."""
@@ -50,7 +39,7 @@ def hidden(monkeypatch):
 
 
 def test_without_progress_only_warnings_are_printed(hidden, capsys):
-    x, y = known()
+    x, y = own_answers(tiny_net(), to_float(toy_images(8).pixels))
     FT(epochs=2).purify(tiny_net(), (x, y))
     assert capsys.readouterr().out and hidden == [None, None]  # as tqdm decides
     FT(epochs=2).purify(tiny_net(), (x, y), progress=False)

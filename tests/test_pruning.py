@@ -105,9 +105,6 @@ def test_a_fixed_level_that_empties_a_layer_is_refused():
     assert gone(net) == 1
 
 
-# Batch norms
-
-
 def test_batch_norms_with_all_that_is_needed():
     assert list(pruning.batch_norms(tiny_net(), "clp", running=True)) == ["features.1"]
     batchwise = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))

@@ -108,9 +108,6 @@ def by_hand(paths: list[Path], size: int) -> torch.Tensor:
     return torch.stack([v2.functional.pil_to_tensor(image) for image in images])
 
 
-# The real files
-
-
 def test_cifar10_is_the_official_one(real_data, tmp_path):
     """The sums are those of torchvision's decoded arrays, [N, 32, 32, 3]. One flipped bit is found."""
     pair = load("cifar10", real_data)
@@ -141,9 +138,6 @@ def test_cifar100_is_what_torchvision_reads_in_every_layout(real_data, monkeypat
     (tmp_path / "cifar100" / "cifar-100-python").symlink_to(real_data / "cifar-100-python")
     for place in (tmp_path, real_data / "cifar-100-python"):
         assert equal(cifar("cifar100", place), pair)
-
-
-# Layouts and order
 
 
 def test_gtsrb_in_every_layout(tmp_path):
@@ -268,9 +262,6 @@ def test_a_bad_tree_is_refused_and_the_file_named(read, spoil, named, tmp_path, 
         read(tmp_path)
 
 
-# CIFAR files
-
-
 BAD_BATCHES = {
     "floats": {"data": np.zeros((20, 3072), np.float32)},
     "objects": {"data": np.zeros((20, 3072), object)},
@@ -338,9 +329,6 @@ def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_pa
         replace(found).images(str(tmp_path))
 
 
-# Image files
-
-
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -376,9 +364,6 @@ def test_an_image_file_is_read_as_8_bit_rgb_or_refused(name, tmp_path):
         return
     with refuses(DataError, str(tmp_path / name)):
         read_image(tmp_path / name)
-
-
-# The cache
 
 
 @pytest.fixture

@@ -278,9 +278,6 @@ def test_a_step_of_the_search_by_hand(values):
         torch.testing.assert_close(moved.flatten(1), 0.01 * direction, rtol=1e-4, atol=1e-7)
 
 
-# The command line
-
-
 def tracked(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return rows, json.loads((folder / "summary.json").read_text())["risk"]

@@ -75,9 +75,6 @@ def test_masks_are_trained_by_alpha_times_the_clean_loss():
         assert torch.equal(states[0]["unlearned"][f"net.{name}"], parameter)
 
 
-# What is pruned
-
-
 def pruned(net: nn.Module) -> Tensor:
     return net.get_parameter("features.1.weight") == 0
 

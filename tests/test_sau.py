@@ -32,9 +32,6 @@ def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sau.pgd.BUCKET", 4)
 
 
-# Toy images, toy networks
-
-
 @cache
 def pictures(n: int = 64) -> tuple[Tensor, Tensor]:
     """A faint coarse pattern for each class under strong noise, so that networks err on some pictures."""
@@ -141,9 +138,6 @@ def seen(*modules: nn.Module) -> Iterator[list[list[int]]]:
         hook.remove()
 
 
-# The same as the release
-
-
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "train_mode": {"train_mode": True},
@@ -206,9 +200,6 @@ def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest
     assert 0 < masked < 3 * BATCH  # otherwise the comparison would show nothing
 
 
-# The search
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"adv_steps": 1}, {"stop_fooled": False}, {"success": "label"}, {"clip_pixels": True}, {"norm": "L2"}],
@@ -261,9 +252,6 @@ def test_a_ball_contains_what_lies_in_it_up_to_rounding(norm: Any, values: float
     ball = Ball(norm=norm, eps=0.01)
     e = torch.full((1, 3, 8, 8), 0.01 / values)
     assert [bool(ball.contains(e + off)) for off in (0.0, 2**-24, 0.0001 / values)] == [True, True, False]
-
-
-# The losses
 
 
 def test_jensen_shannon_by_hand() -> None:
@@ -320,9 +308,6 @@ def test_types_of_adversarial_examples() -> None:
     assert example_types(answer, s, torch.zeros(8, dtype=torch.long)).tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
 
 
-# The outer step
-
-
 def test_the_types_that_are_reported() -> None:
     """Of the examples found, before the update; the losses are compared with the release's above."""
     method = SAU(lr=LR)
@@ -339,9 +324,6 @@ def test_reference_is_left_alone(train_mode: bool) -> None:
     assert not reference.training
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reference.parameters())
     assert same_weights(reference, backdoored("resnet"))
-
-
-# The cost
 
 
 def work(function: Any, x: Tensor, y: Tensor, model: nn.Module) -> float:
@@ -369,9 +351,6 @@ def test_cost_without_leaving(steps: int) -> None:
     assert sizes == [[BATCH] * (steps + 2)] * 2
     assert 4 * steps + 7.9 < cost <= 4 * steps + 8
     assert 8 * steps + 7.9 < work(twin.step, x, y, twin.h) <= 8 * steps + 8
-
-
-# Every switch switches something
 
 
 def test_clip_pixels() -> None:

@@ -32,9 +32,6 @@ def batch(n: int = 16) -> tuple[Tensor, Tensor]:
     return to_float(images.pixels), images.labels
 
 
-# Nothing in a step waits for the device
-
-
 class Reads(TorchDispatchMode):
     """Collects the operations that hand a tensor's content to Python, which on CUDA waits for everything before."""
 
@@ -74,9 +71,6 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
     assert reads.found != []
 
 
-# Time
-
-
 def test_a_limit_ends_a_run_between_two_updates():
     """An update takes 10 s by this clock: the third one would end at 30 s, beyond the limit of 25 s."""
     now = [0.0]
@@ -98,9 +92,6 @@ def test_a_limit_ends_a_run_between_two_updates():
     ends = [line for line in said if line.startswith("--max_minutes")]
     assert ends == [f"--max_minutes is reached: ended in {where} of 3" for where in
                     ("epoch 1 of 2, before batch 3", "second 1 of 2, before batch 1")]  # fmt: skip
-
-
-# Compiled networks
 
 
 def small() -> Normalized:

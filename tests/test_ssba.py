@@ -33,9 +33,6 @@ def unread(monkeypatch):
     monkeypatch.setattr(ssba, "READABLE", 0.0)
 
 
-# The networks
-
-
 def test_the_weights_have_the_published_names_and_shapes():
     """Those of the benchmark's, of a 1-bit code for 32x32 images."""
     encoder = {name: tuple(value.shape) for name, value in Encoder(1).state_dict().items() if name.endswith("weight")}
@@ -103,9 +100,6 @@ def test_psnr_by_hand():
     assert psnr(x, y).tolist() == pytest.approx([20, 40], abs=1e-3) and psnr(x, x).tolist() == pytest.approx([99, 99])
 
 
-# The weight of the squared error
-
-
 def test_the_weight_waits_until_the_code_is_readable_and_rises():
     """0 up to 0.9 of the bits; s updates later clip(10 (s - 1000) / 3000, 0, 10): 0.01 at 1003, 5 at 2500."""
     weight = ssba.Weight(10.0)
@@ -140,9 +134,6 @@ def test_stored_is_what_a_file_holds_and_has_the_gradient_of_the_clip():
     assert [round(v * 255) for v in y.flatten().tolist()] == [0, 25, 127, 229, 255]
     y.sum().backward()
     assert x.grad.flatten().tolist() == [0, 1, 1, 1, 0]
-
-
-# Training
 
 
 def black_and_white(count):
@@ -206,9 +197,6 @@ def test_a_code_begins_with_a_one_and_follows_from_its_seed(unread):
     codes = [attack.trigger.code for attack in made]
     assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
     assert all(code.shape == (32,) and code[0] == 1 for code in codes)
-
-
-# Images made elsewhere
 
 
 def marked(images, first):
