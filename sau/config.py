@@ -222,11 +222,6 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_flat(path: Path, known: Mapping[str, Option], ignored: Collection[str] = ()) -> dict[str, Setting]:
-    """The settings of a YAML file without cases; values may be lists and mappings. Refuses unknown keys."""
-    return settings_of(load_yaml(path), path, known, ignored)
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
     """The content of a YAML file; ConfigError if it is no mapping of names to values."""
     try:

@@ -33,26 +33,37 @@ from sau.risk import measure
 from sau.types import Pixels
 from sau.util import marked
 
-Style = tuple[str, str, str]  # label, colour, line style or hatch
+Style = tuple[str, str | None, str]  # label, colour, line style or hatch
 
-BLACK, GREY, BLUE, RED, GREEN = "#000000", "#808080", "#0072b2", "#d55e00", "#009e73"  # grey on light and dark pages
+BLACK, GREY = "#000000", "#808080"  # grey on light and dark pages
+COLOURS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b"
+)  # fmt: skip
 SCORES: dict[str, Style] = {"acc": ("ACC", BLUE, "-"), "asr": ("ASR", RED, "--"), "racc": ("R-ACC", GREEN, "-.")}
 RISKS: dict[str, Style] = {
     "acc": ("ACC", BLUE, "-"),
     "r_adv": ("$R_{adv}$", BLACK, "-"),
-    "r_share": ("$R_{share}$", "#cc79a7", "--"),
-    "r_share_sau": ("$R_{share}$, SAU's search", "#e69f00", "-."),
+    "r_share": ("$R_{share}$", PURPLE, "--"),
+    "r_share_sau": ("$R_{share}$, SAU's search", ORANGE, "-."),
     "r_bd": ("$R_{bd}$", RED, ":"),
 }
 TYPES: dict[str, Style] = {
     "type1": ("I: both alike", RED, "///"),
-    "type2": ("II: only the purified", "#56b4e9", "..."),
+    "type2": ("II: only the purified", SKY, "..."),
     "type3": ("III: both, differently", GREEN, "\\\\\\"),
 }
 NORMS = {"L_inf": r"$L_\infty$", "L2": "$L_2$", "L1": "$L_1$"}
-MAPS = {"tsne": "t-SNE", "pca": "principal components"}
 PERCENT = "test images (%)"
 TICKS = (0, 1, 5, 10, 25, 50, 100)  # ASR in percent
+
+
+def panels(rows: int, columns: int, size: tuple[float, float], **how: Any) -> tuple[Figure, list[Any]]:
+    """A figure of `size` inches and its panels, row by row, open at the top and on the right."""
+    figure = plt.figure(figsize=size, layout="constrained")
+    found = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
+    for panel in found:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, found
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -89,10 +100,9 @@ def add_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None
 def curves(record: Record) -> Figure:
     """Losses on the left; ACC, ASR and R-ACC where they were measured on the right."""
     rows, before = read_metrics(record.path), record.summary().get("before", {})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
-    for name in dict.fromkeys(name for row in rows for name in row if name == "loss" or name.endswith("_loss")):
-        points = [(row["epoch"], row[name]) for row in rows if name in row]
-        left.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+    figure, (left, right) = panels(1, 2, (7.2, 2.7))
+    losses = dict.fromkeys(name for row in rows for name in row if name == "loss" or name.endswith("_loss"))
+    _plot(left, rows, {}, {name: (name.replace("_", " "), None, "-") for name in losses})
     _plot(right, rows, before, SCORES)
     right.set_ylim(-3, 103)
     for panel, label in ((left, "mean loss (nats)"), (right, PERCENT)):
@@ -104,40 +114,39 @@ def curves(record: Record) -> Figure:
 
 def risks(records: Sequence[Record]) -> Figure:
     """R_adv, R_share, R_bd and ACC against rounds, a panel for each defense that ran with --track_risk."""
-    figure, panels, summaries = _panels(records)
-    for panel, record, summary in zip(panels, records, summaries, strict=True):
+    figure, shown, summaries = _tracked(records)
+    for panel, record, summary in zip(shown, records, summaries, strict=True):
         before, search = summary["risk"]["before"], summary["risk"]["search"]
         _plot(panel, read_metrics(record.path), {**before, "acc": summary["before"]["acc"]}, RISKS)
         ball = f"{NORMS[search['norm']]} radius {search['eps']:g}, {search['steps']} steps"
         panel.set(ylim=(-3, 103), title=f"{panel.get_title()} ({ball})")
-    add_legend(figure, panels)
+    add_legend(figure, shown)
     return figure
 
 
 def types(records: Sequence[Record]) -> Figure:
     """Shares of the three types of adversarial examples of the purified network, stacked, against rounds."""
-    figure, panels, summaries = _panels(records)
-    for panel, record, summary in zip(panels, records, summaries, strict=True):
+    figure, shown, summaries = _tracked(records)
+    for panel, record, summary in zip(shown, records, summaries, strict=True):
         rows = [{"epoch": 0, **summary["risk"]["before"]}, *(r for r in read_metrics(record.path) if "type1" in r)]
         bands = panel.stackplot([row["epoch"] for row in rows], [[row[name] for row in rows] for name in TYPES])
         for band, (label, colour, hatch) in zip(bands, TYPES.values(), strict=True):
             band.set(facecolor=colour, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
         panel.set_ylim(0, 100)
-    add_legend(figure, panels)
+    add_legend(figure, shown)
     return figure
 
 
-def _panels(records: Sequence[Record]) -> tuple[Figure, list[Axes], list[dict[str, Any]]]:
+def _tracked(records: Sequence[Record]) -> tuple[Figure, list[Axes], list[dict[str, Any]]]:
     """A panel for each defense and the summaries; RecordError for one that did not track risks."""
-    size, summaries = (0.6 + 3.0 * len(records), 2.9), [record.summary() for record in records]
-    figure = plt.figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(1, len(records), sharey=True, squeeze=False)[0])
-    for panel, record, summary in zip(panels, records, summaries, strict=True):
+    summaries = [record.summary() for record in records]
+    figure, shown = panels(1, len(records), (0.6 + 3.0 * len(records), 2.9), sharey=True)
+    for panel, record, summary in zip(shown, records, summaries, strict=True):
         if "risk" not in summary:
             raise RecordError(f"{record.path} has no risks; run the defense with --track_risk")
-        _label(panel, record, PERCENT if panel is panels[0] else "")
+        _label(panel, record, PERCENT if panel is shown[0] else "")
         panel.set_title(marked(record.path.name, summary.get("selection")))
-    return figure, panels, summaries
+    return figure, shown, summaries
 
 
 def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], styles: dict[str, Style]) -> None:
@@ -151,7 +160,6 @@ def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], before: Mapping[str, A
 def _label(panel: Any, record: Record, ylabel: str) -> None:
     panel.set(xlabel="round" if record.path.parent.name == "defense" else "epoch", ylabel=ylabel)
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def scatter(section: Section) -> tuple[Figure, list[str]] | None:
@@ -170,7 +178,7 @@ def scatter(section: Section) -> tuple[Figure, list[str]] | None:
     before, names = points.pop(NONE, None), list(points)
     if not points:
         return None
-    figure, axis = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
+    figure, (axis,) = panels(1, 1, (4.6, 3.8))
     for number, (name, point) in enumerate(points.items(), 1):
         chosen = "none" if name.endswith("(oracle)") else BLUE
         axis.plot(*point, "o", markerfacecolor=chosen, markeredgecolor=BLUE, clip_on=False)
@@ -238,9 +246,9 @@ def examples(
 def _grid(rows: Mapping[str, Tensor], notes: Mapping[str, Sequence[str]]) -> Figure:
     """Named rows of images [columns, C, H, W] in [0, 1], with a line of text below those that have one."""
     columns = len(next(iter(rows.values())))
-    size = (1.15 * columns + 0.5, 1.4 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for line, (title, row) in zip(axes, rows.items(), strict=True):
+    figure, axes = panels(len(rows), columns, (1.15 * columns + 0.5, 1.4 * len(rows)))
+    for number, (title, row) in enumerate(rows.items()):
+        line = axes[number * columns :][:columns]
         for axis, image, text in zip(line, row, notes.get(title, [""] * columns), strict=True):
             axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -273,8 +281,9 @@ def features(
     bad = triggered[evenly_spaced(len(triggered), max(1, count // 4))]
     x, target = to_float(torch.cat([clean.pixels, bad.pixels])), int(bad.labels.mode().values)
     wanted = clean.labels == target
-    figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
-    for panel, (title, model) in zip(panels, {"backdoored": before, "purified": after}.items(), strict=True):
+    figure, shown = panels(1, 2, (7.2, 3.4))
+    axes = {"tsne": "t-SNE", "pca": "principal components"}[method]
+    for panel, (title, model) in zip(shown, {"backdoored": before, "purified": after}.items(), strict=True):
         points = _to_plane(last_features(model.eval(), x), method)
         panel.scatter(*points[:n][~wanted].T, s=5, color="#bbbbbb", label="clean, other classes")
         panel.scatter(*points[:n][wanted].T, s=8, color=BLUE, label=f"clean, class {target} (target)")
@@ -282,8 +291,8 @@ def features(
         for label in clean.labels[~wanted].unique().tolist():
             centre = points[:n][clean.labels == label].median(0).values.tolist()
             panel.annotate(str(label), centre, fontsize=9, weight="bold")
-        panel.set(xticks=[], yticks=[], title=title, xlabel=f"{MAPS[method]} of the last features (no unit)")
-    add_legend(figure, panels)
+        panel.set(xticks=[], yticks=[], title=title, xlabel=f"{axes} of the last features (no unit)")
+    add_legend(figure, shown)
     return figure
 
 

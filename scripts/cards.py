@@ -16,6 +16,7 @@ import yaml
 from sau.report.cells import DEAD
 from sau.report.results import NONE, Result, find_results, mean_std
 from sau.report.tables import Row, mean_row, published
+from sau.util import markdown
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = "table1_cpu"  # of docs/results
@@ -91,7 +92,7 @@ def attack_table(results: list[Result], name: str) -> str:
         head.insert(3, "cross ACC")
         texts.insert(3, text(crossed) + f" ({len(crossed)} seeds)" * (len(crossed) < len(own)))
     about = f"Recipe `cpu`{recipe('attack', name)}, {len(own)} seeds; [columns](README.md#tables)."
-    return f"{wrapped(about)}\n| {' | '.join(head)} |\n{'|---' * len(head)}|\n| {' | '.join(texts)} |\n"
+    return f"{wrapped(about)}\n{markdown(head, [texts])}"
 
 
 def defense_table(results: list[Result], name: str) -> str:
@@ -105,15 +106,12 @@ def defense_table(results: list[Result], name: str) -> str:
     table = published()["tables"].get(name)
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
     rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))
-    head = "| attack | ACC | ASR | R-ACC | DER |" + " published: ACC / ASR |" * bool(table)
+    head = ["attack", "ACC", "ASR", "R-ACC", "DER"] + ["published: ACC / ASR"] * bool(table)
     source = re.split("; (?:DER|R-ACC)", table["source"])[0] if table else "nothing in this setting"
     about = f"Recipe `cpu`{recipe('defense', name)}; {cost(list(groups.values()))} ([columns](README.md#tables)). "
     about += f"Published: {source}."
-    return (
-        wrapped(about)
-        + f"\n{head}\n{'|---' * (6 if table else 5)}|\n" + "\n".join(rows) + "\n"
-        + flagged([result for result in results if result.defense == name]) + few(name)
-    )  # fmt: skip
+    flags = flagged([result for result in results if result.defense == name])
+    return f"{wrapped(about)}\n{markdown(head, rows)}{flags}{few(name)}"
 
 
 def few(name: str) -> str:
@@ -136,13 +134,13 @@ def wrapped(paragraph: str) -> str:
     return "\n".join(textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False)) + "\n"
 
 
-def defense_row(attack: str, own: list[Result]) -> str:
+def defense_row(attack: str, own: list[Result]) -> list[str]:
     """The row of one attack; without the last cell for a defense that is published nowhere."""
     dead = f" {DEAD}" * any(result.missed_gate is not None for result in own)
     who = ", **oracle**" * own[0].oracle
     texts = [attack + dead + who, *columns(own, "acc", "asr", "racc", "der")]
     table = published()["tables"].get(own[0].defense)
-    return f"| {' | '.join(texts + ([published_cell(table, attack, own[0].oracle)] if table else []))} |"
+    return texts + ([published_cell(table, attack, own[0].oracle)] if table else [])
 
 
 def means(groups: list[list[Result]], *names: str) -> list[str]:
@@ -151,7 +149,7 @@ def means(groups: list[list[Result]], *names: str) -> list[str]:
                              for own in groups]))  # fmt: skip
 
 
-def defense_mean(groups: list[list[Result]]) -> str:
+def defense_mean(groups: list[list[Result]]) -> list[str]:
     """The row of means; of what is published only where that is every attack."""
     texts = [f"**mean of {len(groups)}**", *means(groups, "acc", "asr", "racc", "der")]
     table = published()["tables"].get(groups[0][0].defense)
@@ -159,7 +157,7 @@ def defense_mean(groups: list[list[Result]]) -> str:
         rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
         mean = mean_row(rows)[:2] if len(rows) == len(groups) else []
         texts.append(" / ".join(figures(mean)) + " †" * (table["selection"] == "oracle") if mean else "-")
-    return f"| {' | '.join(texts)} |"
+    return texts
 
 
 def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:

@@ -35,7 +35,6 @@ from sau.tools import Parser, add_device
 from sau.util import markdown
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisoning ratio -> (ACC, ASR) of each seed
 
 
@@ -198,15 +197,13 @@ def seeds(args: argparse.Namespace) -> None:
 
 def ratios(args: argparse.Namespace) -> None:
     """Draw ASR against the poisoning ratio, a curve an attack, and print ACC / ASR, means over seeds."""
-    import matplotlib.pyplot as plt
-
-    from sau.figures import save
+    from sau.figures import COLOURS, panels, save
 
     curves = _curves(args.roots)
     every = sorted({ratio for curve in curves.values() for ratio in curve})
     body = [[attack, *(_mean_scores(curve.get(ratio)) for ratio in every)] for attack, curve in sorted(curves.items())]
     print(markdown(["attack", *(f"{ratio:g}" for ratio in every)], body), end="")
-    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    figure, (axis,) = panels(1, 1, (5.5, 3.6))
     for colour, (attack, curve) in zip(cycle(COLOURS), sorted(curves.items()), strict=False):
         asr = [[score[1] for score in curve.get(ratio, [(math.nan, math.nan)])] for ratio in every]  # nan: a gap
         means = [statistics.mean(values) for values in asr]
@@ -216,7 +213,6 @@ def ratios(args: argparse.Namespace) -> None:
     axis.set_xscale("symlog", linthresh=1e-3)
     axis.set(xlabel="poisoning ratio", ylabel="ASR %", ylim=(-3, 103))
     axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
     stem = args.out.with_suffix("") if args.out.suffix in (".png", ".svg") else args.out
     print(*save(figure, stem), sep="\n")
 

@@ -22,7 +22,7 @@ from sau.grid import engines
 from sau.grid.command import needed, run_cells, status
 from sau.grid.engines import Cell, Local, Outcome, run_cell
 from sau.grid.plan import cells, read, select
-from sau.grid.store import Store, attack_named, defense_named, load, mark, publish
+from sau.grid.store import Store, load, parse_name, publish
 from sau.record.folder import Record
 
 GRIDS = REPOSITORY / "configs" / "grid"
@@ -75,7 +75,7 @@ CHANGES = {
     "an attack's setting": ("epochs: 1}\n  ft", "epochs: 2}\n  ft", ALL),
     "threads": ("dataset: digits", "dataset: digits\nthreads: 2", ALL),
     "precision": ("dataset: digits", "dataset: digits\namp: true", ALL),
-    "device": ("dataset: digits", "dataset: digits\ndevice: cuda\ngpus: 1", ALL),
+    "device": ("dataset: digits", "dataset: digits\ndevice: cuda", ALL),
     "data set": ("dataset: digits", "dataset: cifar10", ALL),
     "network": ("{width: 2, epochs: 1}", "{model: resnet18, epochs: 1}", ALL),
     "clean share": ("clean_shares: [0.1]", "clean_shares: [0.2]", {"ft", "clp"}),
@@ -83,6 +83,8 @@ CHANGES = {
     "measured risks": ("ft: {epochs: 1}", "ft: {epochs: 1}\n  defense: {track_risk: true}", {"ft", "clp"}),
     "risks that are not measured": ("ft: {epochs: 1}", "ft: {epochs: 1}\n  defense: {risk_eps: 0.1}", set()),
     "memory and data folder": ("dataset: digits", "dataset: digits\nmemory_gb: 7\ndataset_path: /elsewhere", set()),
+    "GPUs of a cell without any": ("dataset: digits", "dataset: digits\ngpus: 0.5", set()),
+    "another name of a setting": ("width: 2,", "width: 2, weight_decay: 0.0005,", set()),
     "how often it is evaluated": ("ft: {epochs: 1}", "ft: {epochs: 1}\n  defense: {eval_every: 1}", set()),
     "an explicit default": ("ft: {epochs: 1}", "ft: {epochs: 1}\n  badnet: {attack_target: 0}", set()),
 }
@@ -139,16 +141,18 @@ def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):
 
 
 def test_names_of_folders_are_read_back(planned):
-    assert attack_named("badnet_r5e-05_0123456789_s3") == ("badnet", 3, {"pratio": 5e-5})
-    assert attack_named("badnet_r2.5e-05_s3") == ("badnet", 3, {"pratio": 2.5e-5})
-    assert attack_named("mine_r-e_s3")[2] is None and attack_named("demo") == ("demo", None, None)
-    assert defense_named("sau_c1.23457e-05") == ("sau", {"ratio": 1.23457e-5, "select": "defender"})
-    assert defense_named("clp_c0.1_oracle_0123456789") == ("clp", {"ratio": 0.1, "select": "oracle"})
-    assert defense_named("sau_c..") == ("sau_c..", None) and mark("badnet_s0") == ""
+    for folder, wanted in {
+        "badnet_r5e-05_0123456789_s3": ("badnet", 5e-5, 3),
+        "badnet_r2.5e-05_s3": ("badnet", 2.5e-5, 3),
+        "mine_r-e_s3": ("mine_r-e", None, 3),
+        "demo": ("demo", None, None),
+        "sau_c1.23457e-05": ("sau", 1.23457e-5, None),
+        "clp_c0.1_oracle_0123456789": ("clp", 0.1, None),
+        "sau_c..": ("sau_c..", None, None),
+    }.items():
+        assert parse_name(folder) == wanted
     for cell in planned(SMALL + "  clp: {select: oracle}\n"):
-        place = cell.folder.split("/")[-1]
-        assert mark(place) == cell.digest[:10]
-        assert (defense_named(place) if cell.attack else attack_named(place))[0] == cell.name
+        assert parse_name(cell.folder.split("/")[-1]).method == cell.name
 
 
 # Shipped grids and kept results
@@ -187,7 +191,7 @@ BAD = {
     "attacks": "dataset: digits\n",
     "attacks is": SMALL.replace("[badnet,", "[badnet, badnet,"),
     "saw": SMALL + "  saw: {lr: 1}\n",
-    "overrides.ft.epochz": SMALL.replace("ft: {epochs", "ft: {epochz"),
+    "overrides: ft: epochz": SMALL.replace("ft: {epochs", "ft: {epochz"),
     "epochs": SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"),
     "threads": SMALL + "threads: 0\n",
     "recipe is fast": SMALL + "recipe: fast\n",
@@ -196,8 +200,11 @@ BAD = {
     "overwrite": SMALL.replace("ft: {epochs: 1", "ft: {overwrite: true"),
     "overrides.badnet.pratio": SMALL + "  badnet: {pratio: 0.2}\n",
     "index": SMALL + "  clp: {index: mine.txt}\n",
-    "blocks[0] has 'published'": SMALL + "blocks:\n  - {published: x}\n",
-    "gpus": SMALL + "gpus: 0.5\n",
+    "blocks[0]: published": SMALL + "blocks:\n  - {published: x}\n",
+    "gpus": SMALL + "gpus: 2\n",
+    "blocks[0]: memory_gb": SMALL + "blocks:\n  - {memory_gb: 1}\n",
+    "blocks": SMALL + "blocks: {seeds: [0]}\n",
+    "overrides: ft": SMALL.replace("{epochs: 1}\n", "3\n"),
     "ratio": SMALL.replace("clean_shares: [0.1]", "clean_shares: [5]"),
     "patch_mask_path": SMALL + "  badnet: {patch_mask_path: nowhere.png}\n",
     "memory_gb": SMALL + "memory_gb: .nan\n",
@@ -313,7 +320,7 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeyp
 # Engines
 
 
-CELL = Cell("attack", "badnet", "0" * 64, "badnet_s0", "cell", (), None, 1, 1.0, 0.0, ("digits", "data"))
+CELL = Cell("attack", "badnet", "0" * 64, "badnet_s0", "cell", (), None, 1, 0.0, ("digits", "data"))
 
 
 @pytest.fixture
@@ -352,17 +359,17 @@ def test_a_process_gets_its_threads_and_devices_and_is_killed_after_its_time(pro
     program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "print(*(os.environ[n] for n in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES', 'SAU_CACHE')), flush=True)\n"
             "print(*sys.argv[1:], flush=True); time.sleep(60)")  # fmt: skip
-    outcome = run_cell(replace(CELL, threads=3, flags=("--lr=1",)), tmp_path, "cache", 1.0, "4,7")
+    outcome = run_cell(replace(CELL, threads=3, flags=("--lr=1",)), tmp_path, "cache", 1.0, "4")
     assert "cell_timeout" in outcome.reason
     first, argv = Path(CELL.log(tmp_path) + ".out").read_text().splitlines()
-    assert first == "3 4,7 cache"
+    assert first == "3 4 cache"
     assert argv == f"-P -m sau.grid.engines attack badnet --record_root={tmp_path} --lr=1"
 
 
 def test_all_cells_are_stopped_together(program, tmp_path):
     program("open(os.environ['SAU_CACHE'] + str(os.getpid()), 'w'); time.sleep(60)")
     how = {"root": tmp_path, "cache": str(tmp_path / "started"), "timeout": None}
-    here, waited = Local([CELL], how, cores=1, memory_gb=8.0), threading.Event()
+    here, waited = Local([CELL], how, 1.0, cores=1, memory_gb=8.0), threading.Event()
     future = here.submit(CELL)
     while not list(tmp_path.glob("started*")):
         waited.wait(0.05)
@@ -374,28 +381,31 @@ def test_all_cells_are_stopped_together(program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("needs", "places", "seen"),
+    ("needs", "memory", "seen"),
     [
-        ({"threads": 2}, 2, [None] * 2),
-        ({"memory_gb": 3.0}, 3, [None] * 3),
-        ({"gpus": 0.5}, 4, ["4", "4", "7", "7"]),
-        ({"gpus": 1.0}, 2, ["4", "7"]),
-        ({"gpus": 2.0}, 1, ["4,7"]),
+        ({"threads": 2}, 1.0, [None] * 2),
+        ({}, 3.0, [None] * 3),
+        ({"gpus": 0.5}, 1.0, ["4", "7"]),
+        ({"gpus": 1.0, "threads": 4}, 1.0, ["4"]),
     ],
 )
-def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, places, seen):
+def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memory, seen):
     """Of GPUs, cells see the numbers that this process sees."""
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    here = Local([CELL, replace(CELL, **needs)], {}, cores=5, memory_gb=10.0)
-    assert here.places == places and [here.slots.get() for _ in range(here.slots.qsize())] == seen
+    here = Local([CELL, replace(CELL, **needs)], {}, memory, cores=5, memory_gb=10.0)
+    assert here.places == len(seen) and [here.slots.get() for _ in range(here.slots.qsize())] == seen
 
 
-@pytest.mark.parametrize(("name", "value"), [("memory_gb", 10.0), ("threads", 9), ("gpus", 1.0)])
-def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(monkeypatch, name, value):
+@pytest.mark.parametrize(
+    ("name", "needs", "memory"),
+    [("memory_gb", {}, 10.0), ("threads", {"threads": 9}, 1.0), ("device", {"gpus": 1.0}, 1.0)],
+)
+def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(monkeypatch, name, needs, memory):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ConfigError) as refusal:
-        Local([CELL, replace(CELL, **{name: value})], {}, cores=1, memory_gb=4.0)
+        Local([CELL, replace(CELL, **needs)], {}, memory, cores=1, memory_gb=4.0)
     assert refusal.value.param == name
 
 

@@ -90,9 +90,13 @@ def test_seeds_are_averaged_and_a_figure_that_one_lacks_has_no_mean(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "wanted"),
     [
-        ({"ratio": 0.05}, {"ratio": 0.01}, ["ratio 0.01", "ratio 0.05"]),
-        ({}, {"ended_early": "round 3 of 9, before batch 1"}, ["", "ended in round 3 of 9"]),
-        ({}, {"patience": [0.5]}, ["no patience", "patience [0.5]"]),
+        ({"ratio": 0.05}, {"ratio": 0.01}, ["ratio=0.01", "ratio=0.05"]),
+        ({}, {"ended_early": "round 3 of 9"}, ["", "ended_early=round 3 of 9"]),
+        (
+            {"eps": 0.1, "norm": "L2"},
+            {"norm": "L1", "patience": [0.5]},
+            ["eps=0.1, norm=L2", "norm=L1, patience=[0.5]"],
+        ),
     ],
 )
 def test_only_seeds_are_averaged(first, second, wanted, tmp_path):
@@ -107,14 +111,14 @@ def test_another_precision_is_no_seed(tmp_path):
     for seed, amp in enumerate((True, False, True)):
         note(attack(tmp_path, seed=seed), amp=amp)
     found = {key: [result.seed for result in cell.results] for key, cell in cells(tmp_path).items()}
-    assert found == {("badnet", "amp true", "none"): [0, 2], ("badnet", "amp false", "none"): [1]}
+    assert found == {("badnet", "amp=true", "none"): [0, 2], ("badnet", "amp=false", "none"): [1]}
 
 
 def test_the_same_seed_twice_is_told_apart_by_the_folder(tmp_path):
     """Equal digests and other figures: the same run on another machine."""
     for folder, acc in (("cpu", 90.0), ("gpu", 91.0)):
         defense(attack(tmp_path, folder=folder, acc=acc), acc=acc - 1)
-    assert set(cells(tmp_path)) == {("badnet", f"folder {name}", d) for name in ("cpu", "gpu") for d in ("none", "sau")}
+    assert set(cells(tmp_path)) == {("badnet", name, d) for name in ("cpu", "gpu") for d in ("none", "sau")}
 
 
 def test_data_sets_test_images_and_networks_are_sections(tmp_path, monkeypatch):
@@ -137,7 +141,7 @@ def test_names_of_folders_say_what_a_summary_alone_does_not(tmp_path):
             attacked = attack(tmp_path, seed=seed, folder=f"badnet_r{ratio}_0123{seed}56789_s{seed}", pratio=ratio)
             defense(attacked, "sau", seed).rename(attacked / "defense" / f"sau_c0.05_abcdef012{seed}")
     whole, alone = cells(tmp_path), cells(kept(tmp_path))
-    assert {len(cell.results) for cell in whole.values()} == {2} and ("badnet", "pratio 0.1", "sau") in whole
+    assert {len(cell.results) for cell in whole.values()} == {2} and ("badnet", "pratio=0.1", "sau") in whole
     assert set(alone) == set(whole) and [all(c.verified for c in some.values()) for some in (whole, alone)] == [1, 0]
     assert {result.seed for result in find_results(kept(tmp_path))[0]} == {0, 1}
 

@@ -25,7 +25,7 @@ with linear CKA(X, Y) = <H XX' H, H YY' H> / (|H XX' H| |H YY' H|), H the centri
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -33,7 +33,6 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.images import Augment, Images, to_float
 from sau.defense.ft import FT
@@ -42,7 +41,7 @@ from sau.defense.npd import held_losses
 from sau.errors import require
 from sau.loop import Session
 from sau.models.normalized import full_precision
-from sau.types import Labels, Pixels, Universal
+from sau.types import Labels, Universal
 from sau.util import generator
 
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
@@ -96,17 +95,9 @@ def interpolate(attacked: nn.Module, purified: nn.Module, s: float) -> nn.Module
     return model.eval()
 
 
-@torch.no_grad()
-def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | None = None) -> nn.Module:
-    """`model`, changed: the statistics of its batch norms are the means over the batches of `images`, augmented."""
-    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # all batches count alike
-        norm.train()
-    for x, *_ in images.batches(NORM_BATCH, seed=0, augment=augment):
-        model(x)
-    return model.eval()
+def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | None = None) -> None:
+    """Make the statistics of the batch norms of `model` the means over the batches of `images`, augmented."""
+    torch.optim.swa_utils.update_bn(images.batches(NORM_BATCH, seed=0, augment=augment), model)
 
 
 def universal(
@@ -134,11 +125,6 @@ def noise(images: Images, eps: float, rng: torch.Generator) -> Universal:
     """A perturbation [1, C, H, W] drawn evenly from the ball: where the search begins, and a control by itself."""
     shape = (1, *images.pixels.shape[1:])
     return ((2 * torch.rand(shape, generator=rng) - 1) * eps).to(images.pixels.device)
-
-
-def shifted(images: Images, delta: Universal | float) -> Pixels:
-    """The images with D, cut to [0, 1]."""
-    return (to_float(images.pixels) + delta).clamp(0, 1)
 
 
 def _batches(count: int, rng: torch.Generator) -> Iterator[Tensor]:
@@ -186,10 +172,9 @@ def cka(x: Float[Tensor, "n f"], y: Float[Tensor, "n g"]) -> float:
     return float((first * second).sum()) / scale if scale > 0 else 0.0
 
 
-def bec(similarities: Mapping[str, float], clean: str) -> dict[str, float | None]:
-    """BEC by network, from s(h): h_b has 1 and the network `clean` has 0; None if those two are alike."""
-    lowest = similarities[clean]
-    return {name: (s - lowest) / (1 - lowest) if lowest < 1 else None for name, s in similarities.items()}
+def bec(s: float, clean: float) -> float | None:
+    """BEC of a network, from s(h) and that of the clean one; None if the clean one is like h_b."""
+    return (s - clean) / (1 - clean) if clean < 1 else None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ A row has `part`, `curve`, `network`, `x`, `seed`, and shares of images. `x` is 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ from sau.attack.lf_search import load_clean
 from sau.attack.triggers import network_digest
 from sau.audit import measure
 from sau.config import check, param
-from sau.data.images import BACKDOOR, Augment, Images, sample
+from sau.data.images import BACKDOOR, Augment, Images, sample, to_float
 from sau.data.sources import fingerprint, source
 from sau.errors import ConfigError, DataError, RecordError, require
 from sau.evaluate import figures, proportions, score
@@ -33,13 +34,9 @@ from sau.util import generator, marked
 Part = Literal["relearn", "path", "white", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
 CONTROL = "control"  # the network that was trained without a backdoor; `none` is the attacked one
-RELEASED, FRESH = "released", "fresh"  # re-learning: augmented once, or every batch anew
-BETWEEN, ANEW = "statistics between", "statistics anew"  # the path: of batch norm
-TRIGGER, ALONE, NOISE = "trigger + D", "D alone", "trigger + noise"  # what a perturbation is added to
 STAMPED = 5000  # training images that are stamped anew where a record's own poisons carry their true labels
 RESULT = "audit.json"
-Row = dict[str, Any]
-Found = tuple[tuple[str, str, float, int], Row]  # (network, curve, x, seed), and what was measured there
+Found = tuple[str, float, int, dict[str, Any]]  # curve, x, seed, and what was measured there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +74,11 @@ class Case:
     notes: tuple[str, ...]  # what there is to say about the images, like that they are a subset
     about: dict[str, Any]  # data set, network and settings of the attack: all but the seed
 
+    @cached_property
+    def channels(self) -> measure.Channels:
+        """The channels of the attacked network that change most with the trigger."""
+        return measure.top_tac_channels(self.networks[NONE], self.untriggered, self.triggered)
+
     @property
     def untriggered(self) -> Images:
         """The test images that `triggered` was made from, in its order."""
@@ -95,10 +97,10 @@ def open_case(
     place: Path, defenses: Sequence[str] = (), control: Path | None = None, *, dataset_path: str | None = None,
     samples: int = 2500, amp: bool | None = None, where: torch.device | str = "cpu",
 ) -> Case:  # fmt: skip
-    """Read a record and the networks to compare.
+    """Read an attack, ours or BackdoorBench's, and the networks to compare.
 
     Args:
-        place: folder of an attack, ours or BackdoorBench's.
+        place: its folder.
         defenses: names of defenses in it; of a grid's folder, like sau_c0.05_0123456789, the first part is enough.
         control: folder of a `prototype` record, on the same images.
         dataset_path: folder of the data sets; None is where the attack found them.
@@ -159,15 +161,20 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
     """
     if "bec" in config.parts and CONTROL not in case.networks:
         raise ConfigError("bec needs a network without a backdoor; give --control, or leave bec out of --parts")
-    rows, seconds, notes = list[Row](), dict[str, float](), [*case.notes, *_notes(case, config)]
+    rows, seconds, notes = list[dict[str, Any]](), dict[str, float](), [*case.notes]
+    if "relearn" in config.parts and (most := case.most_shots(config.share)) < max(config.shots):
+        notes.append(f"the attacker has {most} poisoned images at most")
+    apart = [name for name, model in case.networks.items() if not measure.connected(case.networks[NONE], model)]
+    notes += [f"no path leads to {name}, which has other layers" for name in apart if "path" in config.parts]
     for note in notes:
         say(f"note: {note}")
     for part in ("before", *(part for part in PARTS if part in config.parts)):
         started = time.monotonic()
-        for (name, curve, x, seed), found in WORK[part](case, config):
-            rows.append({"part": part, "network": name, "curve": curve, "x": x, "seed": seed, **found})
-            figure = f"ASR {found['asr']:.1f} %" if "asr" in found else f"s {found['s']:.3f}"
-            say(f"{part:8}{name:16} {curve:20} {x:<6g} {figure}")
+        for name, model in case.networks.items():
+            for curve, x, seed, found in WORK[part](case, config, name, model):
+                rows.append({"part": part, "network": name, "curve": curve, "x": x, "seed": seed, **found})
+                figure = f"ASR {found['asr']:.1f} %" if "asr" in found else f"s {found['s']:.3f}"
+                say(f"{part:8}{name:16} {curve:20} {x:<6g} {figure}")
         seconds[part] = round(time.monotonic() - started, 2)
     return {
         "record": case.name, "attack": case.about.get("attack"),
@@ -177,61 +184,53 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
     }  # fmt: skip
 
 
-def _notes(case: Case, config: AuditConfig) -> Iterator[str]:
-    if "relearn" in config.parts and (most := case.most_shots(config.share)) < max(config.shots):
-        yield f"the attacker has {most} poisoned images at most"
-    for name, model in case.networks.items():
-        if "path" in config.parts and not measure.connected(case.networks[NONE], model):
-            yield f"no path leads to {name}, which has other layers"
+def before(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
+    """ACC, ASR and R-ACC of a network as it is."""
+    yield "", 0, 0, case.score(model)
 
 
-def _before(case: Case, config: AuditConfig) -> Iterator[Found]:
-    """ACC, ASR and R-ACC of every network as it is."""
-    for name, model in case.networks.items():
-        yield (name, "", 0, 0), case.score(model)
-
-
-def _relearn(case: Case, config: AuditConfig) -> Iterator[Found]:
+def relearn(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
     """The same after RA with so many poisons; 0 is always among them."""
     shots = sorted({min(k, case.most_shots(config.share)) for k in (0, *config.shots)})
-    for (name, model), curve, seed, k in product(case.networks.items(), (RELEASED, FRESH), config.seeds, shots):
-        first, later = (None, case.augment) if curve == FRESH else (case.augment, None)
+    for curve, seed, k in product(("released", "fresh"), config.seeds, shots):
+        first, later = (None, case.augment) if curve == "fresh" else (case.augment, None)
         images = measure.mixture(case.train, case.poisons, k, share=config.share, seed=seed, augment=first)
         again = measure.relearn(model, images, epochs=config.epochs, seed=seed, augment=later)
-        yield (name, curve, k, seed), case.score(again)
+        yield curve, k, seed, case.score(again)
 
 
-def _path(case: Case, config: AuditConfig) -> Iterator[Found]:
-    """The same along the path from the attacked network to every purified one of its layers."""
-    images = measure.mixture(case.train, case.poisons, 0, share=config.share, seed=0)
+def path(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
+    """The same along the path from the attacked network to a purified one of its layers, with statistics of batch norm
+    from in between, or estimated anew."""
     start = case.networks[NONE]
-    ends = {name: model for name, model in case.networks.items() if measure.connected(start, model)}
-    for (name, end), curve, s in product(ends.items(), (BETWEEN, ANEW), measure.STEPS):
-        if name not in (NONE, CONTROL):
-            model = measure.interpolate(start, end, s)
-            model = measure.reestimate_statistics(model, images, case.augment) if curve == ANEW else model
-            yield (name, curve, s, 0), case.score(model)
+    if name in (NONE, CONTROL) or not measure.connected(start, model):
+        return
+    images = measure.mixture(case.train, case.poisons, 0, share=config.share, seed=0)
+    for curve, s in product(("statistics between", "statistics anew"), measure.STEPS):
+        there = measure.interpolate(start, model, s)
+        if curve == "statistics anew":
+            measure.reestimate_statistics(there, images, case.augment)
+        yield curve, s, 0, case.score(there)
 
 
-def _white(case: Case, config: AuditConfig) -> Iterator[Found]:
-    """ASR and R-ACC with D, fitted to each network itself, on triggered images or on clean ones alone.
+def white(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
+    """ASR and R-ACC with D, fitted to the network itself, on triggered images or on clean ones alone.
 
     With the trigger also: noise of the same size, and the same D on the control.
     """
     control = case.networks.get(CONTROL)
-    for (name, model), curve, seed in product(case.networks.items(), (TRIGGER, ALONE), config.seeds):
+    for curve, seed in product(("trigger + D", "D alone"), config.seeds):
         order = torch.randperm(len(case.poisons), generator=generator(seed))
         fitted, shown = case.poisons[order[: config.images]], case.triggered
-        if curve == ALONE:
+        if curve == "D alone":
             fitted, shown = _relabel(case.train[fitted.index], fitted), _relabel(case.untriggered, shown)
-        yield (name, curve, 0.0, seed), _shifted(model, shown)
+        yield curve, 0.0, seed, _shifted(model, shown)
         for eps, delta in measure.universal(model, fitted, config.eps, steps=config.steps, seed=seed):
-            if curve == TRIGGER:
-                noise = measure.noise(shown, eps, generator(seed))
-                yield (name, NOISE, eps, seed), _shifted(model, shown, noise)
-            if curve == TRIGGER and name != CONTROL and control is not None:
-                yield (name, f"same D on {CONTROL}", eps, seed), _shifted(control, shown, delta)
-            yield (name, curve, eps, seed), _shifted(model, shown, delta)
+            yield curve, eps, seed, _shifted(model, shown, delta)
+            if curve == "trigger + D":
+                yield "trigger + noise", eps, seed, _shifted(model, shown, measure.noise(shown, eps, generator(seed)))
+                if name != CONTROL and control is not None:
+                    yield f"same D on {CONTROL}", eps, seed, _shifted(control, shown, delta)
 
 
 def _relabel(clean: Images, target: Images) -> Images:
@@ -240,21 +239,19 @@ def _relabel(clean: Images, target: Images) -> Images:
 
 
 def _shifted(model: nn.Module, shown: Images, delta: Tensor | float = 0.0) -> dict[str, Any]:
-    asr, racc = proportions(model, measure.shifted(shown, delta), shown.labels, shown.true_labels)
+    pixels = (to_float(shown.pixels) + delta).clamp(0, 1)
+    asr, racc = proportions(model, pixels, shown.labels, shown.true_labels)
     return figures({"asr": asr, "racc": racc})
 
 
-def _bec(case: Case, config: AuditConfig) -> Iterator[Found]:
-    """How alike each network's reaction to the trigger is to the attacked one's: `s`, the mean of `layers`, and BEC."""
-    attacked = case.networks[NONE]
-    channels = measure.top_tac_channels(attacked, case.untriggered, case.triggered)
-    layers = {name: measure.similarity(attacked, model, case.triggered, channels)
-              for name, model in case.networks.items()}  # fmt: skip
-    s = {name: sum(found.values()) / len(found) for name, found in layers.items()}
-    for name, value in measure.bec(s, CONTROL).items():
-        yield (name, "", 0, 0), {"s": s[name], "layers": layers[name], "bec": value}
+def bec(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
+    """How alike a network's reaction to the trigger is to the attacked one's: `s`, the mean of `layers`, and BEC."""
+    layers, clean = (measure.similarity(case.networks[NONE], network, case.triggered, case.channels)
+                     for network in (model, case.networks[CONTROL]))  # fmt: skip
+    s, lowest = (sum(found.values()) / len(found) for found in (layers, clean))
+    yield "", 0, 0, {"s": s, "layers": layers, "bec": measure.bec(s, lowest)}
 
 
-WORK: dict[str, Callable[[Case, AuditConfig], Iterator[Found]]] = {
-    "before": _before, "relearn": _relearn, "path": _path, "white": _white, "bec": _bec,
+WORK: dict[str, Callable[[Case, AuditConfig, str, Normalized], Iterator[Found]]] = {
+    "before": before, "relearn": relearn, "path": path, "white": white, "bec": bec,
 }  # fmt: skip

@@ -16,17 +16,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from sau.config import Setting, values
 from sau.data.sources import load
 from sau.errors import ConfigError, first_line
 from sau.files import acquire
 from sau.grid.engines import Cell, Local, Outcome, RayEngine
-from sau.grid.plan import Grid, cells, read, select
+from sau.grid.plan import GRID, Grid, cells, read, select
 from sau.grid.store import Store, publish
 from sau.record.folder import Record
 from sau.settings import Parser
 from sau.util import duration
 
 say = partial(print, flush=True)
+OF_FILE = ("record_root", "retries", "cell_timeout")  # keys of the file that are flags as well
 
 
 def needed(cells: Sequence[Cell], store: Store) -> list[Cell]:
@@ -104,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
     flags = Parser(__doc__, prog="sau grid")
     add = flags.add_argument
     add("file", type=Path, help="the grid, like configs/grid/table1_cpu.yaml")
-    add("--record_root", help="folder of the cells [that of the file, or ./record/grid]")
+    for name in OF_FILE:
+        add(f"--{name}", help=f"{GRID[name].about} [that of the file, or {GRID[name].default}]")
     add("--dataset_path", help="folder of the data sets [that of the file, or ./data]")
     add(
         "--published", action="append", metavar="FILE",
@@ -112,8 +115,6 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits")
     add("--dry_run", action="store_true", help="print the cells that would run, and run nothing")
-    add("--retries", type=int, help="tries after a crash or a timeout [that of the file, or 1]")
-    add("--cell_timeout", type=float, metavar="SECONDS", help="most time of a try [no limit]")
     add("--publish", type=Path, metavar="FILE", help="add results of finished cells to a .jsonl file, run nothing")
     add("--engine", choices=("local", "ray"), default="local", help="what runs the cells [local]")
     add("--cores", type=int, help="cores to use, also of a Ray that is started here [all]")
@@ -126,9 +127,8 @@ def main(argv: Sequence[str]) -> int:
     """Run or look; exit status 1 if a cell failed."""
     look = list(argv[:1]) == ["status"]
     given = parser().parse_args(argv[look:])
-    grid = read(given.file)
-    keys = [key for key in ("record_root", "retries", "cell_timeout") if getattr(given, key) is not None]
-    grid = replace(grid, **{key: getattr(given, key) for key in keys})
+    settings = {name: Setting(getattr(given, name), f"--{name}") for name in OF_FILE if getattr(given, name)}
+    grid = replace(read(given.file), **values(settings, GRID))
     place = {"dataset_path": given.dataset_path} if given.dataset_path else {}
     every = cells([replace(block, **place) for block in grid.blocks])
     every = select(every, given.only) if given.only else every
@@ -160,9 +160,9 @@ def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
         if given.engine == "local":
             for dataset, place in dict.fromkeys(cell.data for cell in todo):
                 load(dataset, place)  # refuses missing data, downloads and decodes once for all cells
-            engine: Local | RayEngine = Local(todo, how, given.cores, given.memory_gb)
+            engine: Local | RayEngine = Local(todo, how, grid.memory_gb, given.cores, given.memory_gb)
         else:
-            engine = RayEngine(todo, how, given.address, given.cores)
+            engine = RayEngine(todo, how, grid.memory_gb, given.cores, given.address)
         run_cells(todo, store, engine, grid.retries)
         say(f"took {duration(time.monotonic() - started)}")
     say("\n".join(status(every, store)))

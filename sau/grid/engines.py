@@ -44,8 +44,7 @@ class Cell:
     flags: tuple[str, ...]  # of attack/NAME.py or defense/NAME.py, all but the record root
     attack: str | None  # digest of the attack's cell; None for an attack
     threads: int
-    memory_gb: float
-    gpus: float  # or a share of one
+    gpus: float  # 0 on the CPU; else 1, or for Ray the share of one that it takes
     data: tuple[str, str]  # the data set, and the folder of the data sets
 
     def log(self, root: Path) -> str:
@@ -62,15 +61,15 @@ class Outcome:
 
 
 def run_cell(
-    cell: Cell, root: Path, cache: str, timeout: float | None, gpus: str | None = None, stop: Event | None = None
+    cell: Cell, root: Path, cache: str, timeout: float | None, gpu: str | None = None, stop: Event | None = None
 ) -> Outcome:
     """Run a cell below the record root `root` in a process of its own, until `timeout` (s), or until `stop` is set.
 
-    `cache` is the folder of trained triggers and decoded images, `gpus` what CUDA_VISIBLE_DEVICES is set to.
+    `cache` is the folder of trained triggers and decoded images, `gpu` what CUDA_VISIBLE_DEVICES is set to.
     """
     threads = {f"{library}_NUM_THREADS": str(cell.threads) for library in ("OMP", "MKL", "OPENBLAS")}
     env = {**os.environ, **threads, "PYTHONPATH": PYTHONPATH, "SAU_CACHE": cache}
-    env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     program = [sys.executable, "-P", "-m", "sau.grid.engines"]
     argv, log = [*program, cell.kind, cell.name, f"--record_root={root}", *cell.flags], cell.log(root)
     Path(log).parent.mkdir(parents=True, exist_ok=True)
@@ -105,24 +104,26 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 class Local:
-    """This machine: as many cells at once as its cores, its memory (GiB; None means nine tenths) and its GPUs hold of
-    the largest one. `how` has root, cache and timeout of `run_cell`. ConfigError if a cell needs more than there is.
+    """This machine: as many cells at once as its cores, its memory (GiB; None means nine tenths) and its GPUs hold, of
+    `needs_gb` GiB and the most threads. `how` has root, cache and timeout of `run_cell`. ConfigError if not even one
+    has room.
     """
 
     def __init__(
-        self, cells: Sequence[Cell], how: Mapping[str, Any], cores: int | None = None, memory_gb: float | None = None
-    ) -> None:
+        self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None = None,
+        memory_gb: float | None = None,
+    ) -> None:  # fmt: skip
         memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
-        require("memory_gb", memory, 0 < memory < math.inf, "above 0")
-        threads, most, gpus = (max(getattr(cell, name) for cell in cells) for name in ("threads", "memory_gb", "gpus"))
-        places = {"threads": check_cores(cores) // threads, "memory_gb": int(memory / most)}
-        devices = _gpu_slots(gpus) if gpus else [None] * min(places.values())
-        places["gpus"] = len(devices)
-        for (name, count), need in zip(places.items(), (threads, most, gpus), strict=True):
-            require(name, need, count > 0, "what this machine has")
-        self.places: float = min(places.values())
-        self.pool, self.how, self.stopping = ThreadPoolExecutor(int(self.places)), how, Event()
-        self.slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # the devices that each cell may see
+        require("memory_gb", memory, needs_gb <= memory < math.inf, f"{needs_gb:g}, which a cell needs, and more")
+        threads = max(cell.threads for cell in cells)
+        places = min(check_cores(cores) // threads, int(memory / needs_gb))
+        require("threads", threads, places > 0, "what this machine has")
+        gpus = any(cell.gpus for cell in cells)
+        devices = visible_gpus()[:places] if gpus else [None] * places
+        require("device", "cuda", len(devices) > 0, "cpu, for this machine has no GPU")
+        self.places: float = len(devices)
+        self.pool, self.how, self.stopping = ThreadPoolExecutor(len(devices)), how, Event()
+        self.slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # the device that each cell may see
         for device in devices:
             self.slots.put(device)
 
@@ -131,11 +132,11 @@ class Local:
         return self.pool.submit(self._run, cell)
 
     def _run(self, cell: Cell) -> Outcome:
-        devices = self.slots.get()
+        device = self.slots.get()
         try:
-            return run_cell(cell, **self.how, gpus=devices, stop=self.stopping)
+            return run_cell(cell, **self.how, gpu=device, stop=self.stopping)
         finally:
-            self.slots.put(devices)
+            self.slots.put(device)
 
     def stop(self) -> None:
         """Stop what runs."""
@@ -159,30 +160,26 @@ def check_cores(cores: int | None) -> int:
     return cores or most
 
 
-def _gpu_slots(needs: float) -> list[str | None]:
-    """The GPUs of every cell that has room at once, each of which needs so many, or a share of one."""
+def visible_gpus() -> Sequence[str | None]:
+    """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES has for them."""
     import torch
 
-    # The numbers are those of the devices that this process sees, which may itself see a part of the machine's.
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = names or [str(number) for number in range(torch.cuda.device_count())]
-    if needs <= 1:
-        return [name for name in names for _ in range(int(1 / needs))]
-    whole = int(needs)
-    return [",".join(names[at : at + whole]) for at in range(0, len(names) - whole + 1, whole)]
+    return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
 class RayEngine:
     """Ray: the cluster at an address (`auto` finds the one on this machine), or one that is started here, of so many
-    cores. ConfigError if no machine of it has what a cell needs, or there is none.
+    cores. The rest is as in `Local`. ConfigError if no machine of it has what a cell needs, or there is none.
     """
 
     places = math.inf  # Ray keeps the line
 
     def __init__(
-        self, cells: Sequence[Cell], how: Mapping[str, Any], address: str | None = None, cores: int | None = None
-    ) -> None:
-        self.how, self.tasks = how, list[Any]()
+        self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None = None,
+        address: str | None = None,
+    ) -> None:  # fmt: skip
+        self.how, self.memory, self.tasks = how, int(needs_gb * GIB), list[Any]()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
@@ -199,16 +196,16 @@ class RayEngine:
         self.task = self.ray.remote(run_cell)
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         for cell in cells:
-            needs = {"CPU": cell.threads, "memory": cell.memory_gb * GIB, "GPU": cell.gpus}
+            needs = {"CPU": cell.threads, "memory": self.memory, "GPU": cell.gpus}
             if not any(all(node.get(what, 0) >= amount for what, amount in needs.items()) for node in nodes):
                 raise ConfigError(f"a cell needs {needs}, but none of the {len(nodes)} machines has them")
 
     def submit(self, cell: Cell) -> Future[Outcome]:
         """Put a cell in Ray's line."""
-        needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": int(cell.memory_gb * GIB)}
+        needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": self.memory}
         self.tasks.append(self.task.options(**needs, max_retries=0, name=cell.label).remote(cell, **self.how))
-        future: Future[Outcome] = self.tasks[-1].future()
-        return future
+        found: Future[Outcome] = self.tasks[-1].future()
+        return found
 
     def stop(self) -> None:
         """Stop what runs, and leave the cluster."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sau.attack import ATTACKS
-from sau.config import Setting, build, check, nearest, options, param, read_flat, values
+from sau.config import Option, Setting, build, check, load_yaml, mapping, nearest, options, param, settings_of, values
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError, require
@@ -24,6 +24,7 @@ from sau.settings import Settings
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 Overrides = dict[str, dict[str, Any]]
+Part = dict[str, Setting]  # of a file or a block
 # The grid sets these for all cells, by keys of its own or by itself.
 _RESERVED = {
     "dataset", "dataset_path", "recipe", "device", "amp", "threads", "random_seed", "record_root", "result_file",
@@ -43,8 +44,7 @@ class Block:
     device: Literal["cpu", "cuda"] = param("cpu", "device of every cell")
     amp: bool = param(False, "true is bf16, false is fp32")
     threads: int = param(1, "CPU threads of a cell, which are part of its result", ge=1)
-    memory_gb: float = param(2.0, "GiB that a cell needs", gt=0)
-    gpus: float = param(0.0, "GPUs that a cell needs: a share up to 1, of which several use one, or a number", ge=0)
+    gpus: float = param(1.0, "share of a GPU that a cell takes with Ray; a local one has it to itself", gt=0, le=1)
     attacks: tuple[str, ...] = param((), "names of attacks; prototype trains the clean network")
     defenses: tuple[str, ...] = param((), "names of defenses; none means the attacks alone")
     seeds: tuple[int, ...] = param((0,), "random seeds, of attack and defense alike", ge=0, lt=2**32)
@@ -62,24 +62,11 @@ class Block:
             values = getattr(self, axis)
             require(axis, values, len(set(values)) == len(values), "each value once")
         require("seeds", self.seeds, len(self.seeds) > 0, "one seed or more")
-        require("gpus", self.gpus, self.gpus <= 1 or self.gpus == int(self.gpus), "a share up to 1, or a whole number")
-        require("gpus", self.gpus, (self.device == "cuda") == (self.gpus > 0), "above 0 with device cuda, 0 with cpu")
-        for group, settings in self.overrides.items():
-            self._check_overrides(group, settings)
-
-    def _check_overrides(self, group: str, settings: Mapping[str, Any]) -> None:
-        """Refuse what no method is called, what these methods do not have, and what the grid sets itself."""
-        methods = [(kind, name) for kind in METHODS for name in METHODS[kind]]
-        known = {setting for kind, name in methods if group in (kind, name) for setting in _names(kind, name)}
-        if not known:
-            every = [*METHODS, *(name for _, name in methods)]
-            raise ConfigError(f"overrides has {group!r}{nearest(str(group), every)}")
         axes = {"pratio": self.ratios, "ratio": self.clean_shares, "index": self.clean_shares}
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"overrides.{group}.{key}: unknown setting{nearest(str(key), sorted(known))}")
-            if key in _RESERVED or axes.get(key):
-                raise ConfigError(f"overrides.{group}.{key}: the grid sets it, by a key of its own; leave it out")
+        for group, settings in self.overrides.items():
+            for name, value in settings.items():
+                ours = name in _RESERVED or axes.get(name)
+                require(f"overrides.{group}.{name}", value, not ours, "what no key of the grid itself sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,36 +79,38 @@ class Grid:
     published: tuple[str, ...] = param((), "files (.jsonl) of finished cells, relative to this one")
     retries: int = param(1, "tries after a crash or a timeout; a mistake of the user is not tried again", ge=0)
     cell_timeout: float | None = param(None, "seconds that one try may take", gt=0)
+    memory_gb: float = param(2.0, "GiB that a cell needs", gt=0)
 
     def __post_init__(self) -> None:
         check(self)
 
 
-_BLOCK = options(Block)
+BLOCK = options(Block)
+GRID = options(Grid)
 
 
 def read(path: Path) -> Grid:
     """The grid of a file; ConfigError names the file and the key, and says what is allowed."""
-    settings = _settings(path)
-    if (include := settings.pop("include", None)) is not None:
-        settings = {**_settings(path.parent / str(include.value)), **settings}
+    settings = _file(path, {**BLOCK, **GRID})
+    if (include := settings.pop("include", None)) is not None:  # which cannot include another one
+        known = {name: option for name, option in {**BLOCK, **GRID}.items() if name != "include"}
+        settings = {**_file(path.parent / str(include.value), known), **settings}
+    parts = settings.pop("blocks", Setting([{}], "")).value
+    if not isinstance(parts, list):
+        raise ConfigError(f"{path}: blocks: allowed is a list of mappings")
+    every = [_part(part, f"{path}: blocks[{number}]", BLOCK) for number, part in enumerate(parts)]
     try:
-        if "include" in settings:
-            raise ConfigError(f"{settings['include'].origin}: an included file cannot include another one")
-        parts = settings.pop("blocks", Setting([{}], "")).value
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise ConfigError("blocks; allowed is a list of mappings")
-        blocks = tuple(_block(settings, part, f"blocks[{number}]") for number, part in enumerate(parts))
-        grid: Grid = build(Grid, {**values(settings, options(Grid)), "blocks": blocks})
+        blocks = tuple(_block({**settings, **part}) for part in every)
         require("attacks", "none", any(block.attacks for block in blocks), f"some of {', '.join(ATTACKS)}")
+        grid: Grid = build(Grid, {**values(settings, GRID), "blocks": blocks})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return grid
 
 
-def _settings(path: Path) -> dict[str, Setting]:
+def _file(path: Path, known: Mapping[str, Option]) -> Part:
     """The settings of one file, with the paths of published results as seen from here."""
-    found = _flat(read_flat(path, {**options(Grid), **_BLOCK}))
+    found = _part(load_yaml(path), str(path), known)
     if (published := found.get("published")) is not None:
         names = published.value if isinstance(published.value, list) else [published.value]
         places = [str((path.parent / str(name)).resolve()) for name in names]
@@ -129,28 +118,34 @@ def _settings(path: Path) -> dict[str, Setting]:
     return found
 
 
-def _flat(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """The settings, overrides one by one as `overrides.METHOD.NAME`, so that each replaces its like alone."""
-    overrides = settings.pop("overrides", Setting({}, ""))
-    try:
-        every = [(group, name, value) for group, own in overrides.value.items() for name, value in own.items()]
-    except AttributeError:
-        raise ConfigError(f"{overrides.origin}; allowed is a mapping of methods to mappings") from None
-    single = {f"overrides.{group}.{name}": Setting(value, overrides.origin) for group, name, value in every}
-    return {**settings, **single}
+def _part(content: Any, origin: str, known: Mapping[str, Option]) -> Part:
+    """The settings of a file or a block, overrides one by one as `overrides.METHOD.NAME`, so that each replaces its
+    like alone. ConfigError for unknown keys and methods."""
+    found = settings_of(content, origin, known)
+    overrides = found.pop("overrides", Setting({}, f"{origin}: overrides"))
+    for group, settings in mapping(overrides.value, overrides.origin).items():
+        where, allowed = f"{overrides.origin}: {group}", _overridable(group)
+        if not allowed:
+            every = [*METHODS, *ATTACKS, *DEFENSES]
+            raise ConfigError(f"{where}: unknown method{nearest(group, every)}")
+        own = settings_of(settings, where, allowed)
+        found |= {f"overrides.{group}.{name}": setting for name, setting in own.items()}
+    return found
 
 
-def _block(common: Mapping[str, Setting], part: Mapping[str, Any], origin: str) -> Block:
-    for name in part:
-        if name not in _BLOCK:
-            raise ConfigError(f"{origin} has {name!r}{nearest(str(name), list(_BLOCK))}")
-    settings = {**common, **_flat({name: Setting(value, f"{origin}.{name}") for name, value in part.items()})}
+def _overridable(group: str) -> dict[str, Option]:
+    """What `overrides.GROUP` may set: a method's settings, those of any attack or defense, or nothing."""
+    methods = [(kind, name) for kind in METHODS for name in METHODS[kind] if group in (kind, name)]
+    return {name: option for method in methods for name, option in _options(*method).items()}
+
+
+def _block(settings: Part) -> Block:
     overrides: Overrides = {}
     for key, setting in settings.items():
         if key.startswith("overrides."):
             _, group, name = key.split(".", 2)
             overrides.setdefault(group, {})[name] = setting.value
-    block: Block = build(Block, {**values(settings, _BLOCK), "overrides": overrides})
+    block: Block = build(Block, {**values(settings, BLOCK), "overrides": overrides})
     return block
 
 
@@ -177,7 +172,7 @@ def _crossed(block: Block) -> Iterator[Cell]:
     """Seed by seed, attack by attack, each followed by its defenses."""
     settle = cache(partial(_settle, block))
     for seed, name in product(block.seeds, block.attacks):
-        for ratio in (block.ratios or (None,)) if "pratio" in _names("attack", name) else (None,):
+        for ratio in (block.ratios or (None,)) if "pratio" in _options("attack", name) else (None,):
             attack = _cell(block, "attack", name, settle("attack", name, ratio), seed)
             yield attack
             for defense in block.defenses:
@@ -192,19 +187,20 @@ def _cell(
     label, settings, flags = settled
     mark = digest({"settings": settings, "random_seed": seed, "attack": attack.digest if attack else None})
     own, flags = f"{label}_{mark[:10]}", (*flags, f"--random_seed={seed}")
-    needs, data = (block.threads, block.memory_gb, block.gpus), (block.dataset, block.dataset_path)
+    gpus = block.gpus if block.device == "cuda" else 0.0
+    common = (block.threads, gpus, (block.dataset, block.dataset_path))
     if attack is None:
         label, own = f"{label}_s{seed}", f"{own}_s{seed}"
-        return Cell(kind, name, mark, label, own, (*flags, f"--save_folder_name={own}"), None, *needs, data)
+        return Cell(kind, name, mark, label, own, (*flags, f"--save_folder_name={own}"), None, *common)
     label, folder = f"{attack.label}/defense/{label}", f"{attack.folder}/defense/{own}"
     flags = (*flags, f"--save_folder_name={own}", f"--result_file={attack.folder}")
-    return Cell(kind, name, mark, label, folder, flags, attack.digest, *needs, data)
+    return Cell(kind, name, mark, label, folder, flags, attack.digest, *common)
 
 
 def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[str, str, tuple[str, ...]]:
     """Label, digest of the settings and flags of a method, but for seed and attack."""
     axis, letter = ("pratio", "r") if kind == "attack" else ("ratio", "c")  # poisoning ratio, clean share
-    known = _names(kind, name)
+    known = _options(kind, name)
     settings: dict[str, Any] = {key: getattr(block, key) for key in ("recipe", "device", "amp", "threads")}
     settings["dataset_path"] = str(Path(block.dataset_path).absolute())  # a worker elsewhere starts in another folder
     settings |= {"dataset": block.dataset} if kind == "attack" else {}
@@ -250,9 +246,9 @@ def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:
 
 
 @cache
-def _names(kind: str, name: str) -> set[str]:
-    """The names of a method's settings."""
-    return {*_request(kind, name, ()).known}
+def _options(kind: str, name: str) -> dict[str, Option]:
+    """The settings of a method, by name."""
+    return _request(kind, name, ()).known
 
 
 def _text(value: Any) -> str:

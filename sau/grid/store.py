@@ -6,7 +6,7 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sau
 from sau.errors import RecordError
@@ -14,31 +14,26 @@ from sau.files import existing, in_use, parse_json, read, write
 from sau.grid.engines import Cell
 from sau.record.folder import Record
 
-_MARK = re.compile(r"(?<=.)_([0-9a-f]{10})(?=(?:_s\d+)?$)")
-_DECIMAL = r"\d+(?:\.\d*)?(?:e-\d+)?"
+_FOLDER = re.compile(
+    r"(?P<method>.+?)(?:_[rc](?P<amount>\d+(?:\.\d*)?(?:e-\d+)?))?(?:_oracle)?(?:_[0-9a-f]{10})?(?:_s(?P<seed>\d{1,10}))?"
+)
 
 
-def mark(folder: str) -> str:
-    """The digits of the digest in the name of a cell's folder; empty for other names."""
-    found = _MARK.search(folder)
-    return found[1] if found else ""
+class Name(NamedTuple):
+    """What the name of a folder says, as a grid writes it: `badnet_r0.1_DIGEST_s0`, `clp_c0.05_oracle_DIGEST`."""
+
+    method: str  # the whole name where it says nothing else
+    amount: float | None  # poisoning ratio of an attack, clean share of a defense
+    seed: int | None
 
 
-def attack_named(folder: str) -> tuple[str, int | None, dict[str, Any] | None]:
-    """Attack, seed and settings of `<attack>_s<seed>` or, as a grid has it, `<attack>_r<ratio>_<digest>_s<seed>`."""
-    parts = re.fullmatch(rf"(.+?)(?:_r({_DECIMAL}))?_s(\d{{1,10}})", _MARK.sub("", folder))
-    if parts is None:
-        return folder, None, None
-    return parts[1], int(parts[3]), {"pratio": float(parts[2])} if parts[2] else None
-
-
-def defense_named(folder: str) -> tuple[str, dict[str, Any] | None]:
-    """Defense and settings of a grid's `<defense>_c<share>_<digest>`; `_oracle` before the digest: test data chose."""
-    name = _MARK.sub("", folder)
-    parts = re.fullmatch(rf"(.+?)_c({_DECIMAL})(_oracle)?", name)
-    if parts is None:
-        return name, None
-    return parts[1], {"ratio": float(parts[2]), "select": "oracle" if parts[3] else "defender"}
+def parse_name(folder: str) -> Name:
+    """What the name of a result folder says; seeds stand in those of attacks alone."""
+    found = _FOLDER.fullmatch(folder)
+    if found is None:
+        return Name(folder, None, None)
+    amount, seed = found["amount"], found["seed"]
+    return Name(found["method"], float(amount) if amount else None, int(seed) if seed else None)
 
 
 def find(root: str | Path, name: str) -> Path:
@@ -46,8 +41,8 @@ def find(root: str | Path, name: str) -> Path:
 
     RecordError if there is none, or if several fit.
     """
-    short = re.compile(rf"_[rc]{_DECIMAL}(_oracle)?")
-    fitting = [path for path in sorted(Path(root).glob("*")) if short.sub("", _MARK.sub("", path.name)) == name]
+    parts = [(path, parse_name(path.name)) for path in sorted(Path(root).glob("*"))]
+    fitting = [path for path, of in parts if name == (of.method if of.seed is None else f"{of.method}_s{of.seed}")]
     if Path(root, name).is_dir() or not fitting:
         return existing(root, name)
     if len(fitting) > 1:

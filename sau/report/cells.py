@@ -1,16 +1,13 @@
 """The cells of tables: results averaged over seeds, by data set, network, attack and defense."""
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sau.errors import one_line
-from sau.grid.store import mark
 from sau.record.folder import EARLY
 from sau.report.results import BEFORE, COST, NONE, PERCENT, MeanStd, Result, mean_std
 from sau.util import marked
@@ -19,6 +16,7 @@ NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*PERCENT, *COST)
 DEAD = "(did not take)"
 Settings = dict[str, Any] | None
+Variant = tuple[str, str, bool]  # defense, label, and whether test data chose something
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class TableCell:
     """One defense against one attack."""
 
     attack: str
-    attack_label: str  # the settings in which it differs from other cells of the attack; mostly empty
+    attack_label: str  # what tells it from other cells of the attack, see `_labels`; mostly empty
     defense: str  # or `none`
     label: str  # as `attack_label`, of the defense
     results: tuple[Result, ...]  # over seeds, at least one
@@ -62,8 +60,7 @@ class TableCell:
     @property
     def name(self) -> str:
         """The defense with its label, marked if test data chose."""
-        words = [word for word in self.label.split(", ") if word not in ("select defender", "select oracle")]
-        return marked(f"{self.defense} {', '.join(words)}".strip(), "oracle" if self.oracle else None)
+        return marked(f"{self.defense} {self.label}".strip(), "oracle" if self.oracle else None)
 
     @property
     def competes(self) -> bool:
@@ -122,20 +119,17 @@ def _network(result: Result) -> dict[str, Any]:
 
 def _section(results: list[Result]) -> Section:
     notes = {str(note) for result in results for note in result.config.get("notes") or []}
-    attacks: dict[tuple[str, str], list[tuple[Result, str]]] = defaultdict(list)
+    attacks: dict[tuple[str, str], dict[Variant, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result, (attack_label, label) in zip(results, _labels(results), strict=True):
-        attacks[result.attack, attack_label].append((result, label))
-    cells = [cell for attack, found in sorted(attacks.items()) for cell in _ranked(attack, found)]
+        attacks[result.attack, attack_label][result.defense, label, result.oracle].append(result)
+    cells = [cell for attack, defenses in sorted(attacks.items()) for cell in _ranked(attack, defenses)]
     return Section(results[0].dataset, _network(results[0]), tuple(sorted(notes)), cells)
 
 
-def _ranked(attack: tuple[str, str], found: Sequence[tuple[Result, str]]) -> list[TableCell]:
+def _ranked(attack: tuple[str, str], defenses: dict[Variant, list[Result]]) -> list[TableCell]:
     """The cells of one attack in order, with ranks: neither for oracles nor where the attack did not take."""
-    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for result, label in found:
-        groups[result.defense, label].append(result)
-    dead = _dead([result for result, _ in found])
-    cells = [TableCell(*attack, *defense, tuple(results), dead) for defense, results in groups.items()]
+    dead = _dead([result for results in defenses.values() for result in results])
+    cells = [TableCell(*attack, name, own, tuple(results), dead) for (name, own, _), results in defenses.items()]
     merits = sorted({cell.merit for cell in cells if cell.competes})[:2]
     cells = [replace(cell, rank=merits.index(cell.merit) + 1) if cell.competes and cell.merit in merits else cell
              for cell in cells]  # fmt: skip
@@ -150,53 +144,35 @@ def _dead(results: list[Result]) -> str:
 
 
 def _labels(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """For each result the settings in which its attack, and its defense, differs from others of the same name.
-
-    Where two results of one network and seed have the same label, their folders are added.
-    """
+    """Labels of the attack and the defense of each result: the settings that differ between results of that name, as
+    `name=value`; or the folder, where these do not tell two runs of one seed apart."""
     attacks = _differences([(one.attack, one.attack_settings) for one in results])
     defenses = _differences([(one.defense, one.settings) for one in results])
-    keys: dict[Path, tuple[Any, ...]] = {}
-    for one, attack, defense in zip(results, attacks, defenses, strict=True):
-        if one.defense == NONE:
-            keys[one.path] = one.attack, attack, one.path if one.seed is None else one.seed
-        else:
-            keys[one.path] = one.attack_path, one.seed, one.defense, defense
-    counts = Counter(keys.values())
-    folders = {one.path: f"folder {mark(one.path.name) or one.name}" for one in results if counts[keys[one.path]] > 1}
-    attacks = [_join(text, folders.get(one.attack_path, "")) for one, text in zip(results, attacks, strict=True)]
-    runs = [folders.get(one.path, "") if one.defense != NONE else "" for one in results]
-    return list(zip(attacks, map(_join, defenses, runs), strict=True))
+    runs: list[tuple[Any, ...]] = []
+    for one, attack, label in zip(results, attacks, defenses, strict=True):
+        own = (one.attack, attack) if one.defense == NONE else (one.attack_path, one.defense, label, one.oracle)
+        runs.append((*own, one.seed))
+    counts = Counter(runs)
+    twice = {one.path: one.name for one, run in zip(results, runs, strict=True) if counts[run] > 1}
+    attacks = [twice.get(one.attack_path, text) for one, text in zip(results, attacks, strict=True)]
+    defenses = [one.path.name if one.path in twice else text for one, text in zip(results, defenses, strict=True)]
+    return [(a, "" if one.defense == NONE else d) for one, a, d in zip(results, attacks, defenses, strict=True)]
 
 
 def _differences(named: Sequence[tuple[str, Settings]]) -> list[str]:
-    """For each (name, settings) how it differs from others of that name. An early end is always named."""
+    """For each (name, settings) how it differs from others of that name. An early end is always said."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, settings in named:
         groups[name] += [settings] if settings else []
-    differing = {}
+    differing = {name: {EARLY} for name in groups}
     for name, group in groups.items():
-        keys = sorted({key for settings in group for key in settings} - {EARLY})
-        differing[name] = [key for key in keys if len({_text(settings.get(key)) for settings in group}) > 1]
-    return [_label(differing[name], settings) for name, settings in named]
-
-
-def _label(differing: Sequence[str], settings: Settings) -> str:
-    if not settings:
-        return ""
-    texts = [f"no {key}" if settings.get(key) is None else f"{key} {_short(settings[key])}" for key in differing]
-    return _join(*texts, f"ended in {str(settings[EARLY]).split(',')[0]}" if EARLY in settings else "")
-
-
-def _join(*texts: str) -> str:
-    return ", ".join(filter(None, texts))
-
-
-def _short(value: Any) -> str:
-    """A short text; long values that begin alike get different ones."""
-    text = value if isinstance(value, str) else _text(value)
-    return text if len(text) <= 24 else f"{text[:12]}…{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        keys = {key for settings in group for key in settings} - {"select"}  # an oracle is marked
+        differing[name] |= {key for key in keys if len({_text(settings.get(key)) for settings in group}) > 1}
+    return [
+        ", ".join(f"{key}={_text(value)}" for key, value in sorted((settings or {}).items()) if key in differing[name])
+        for name, settings in named
+    ]
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)

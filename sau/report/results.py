@@ -10,7 +10,7 @@ from typing import Any
 
 from sau.errors import RecordError
 from sau.files import MOST, is_number, parse_json, read
-from sau.grid.store import attack_named, defense_named, load
+from sau.grid.store import load, parse_name
 from sau.record.attack_result import gate
 from sau.record.folder import CONFIG, MANIFEST, METRICS, OWN, SUMMARY, Record, run_kind
 
@@ -122,8 +122,7 @@ def find_results(root: Path) -> tuple[list[Result], list[str]]:
         attack = None
         if folder.parent.name == "defense":  # of an attack by BackdoorBench only the folder's name is known
             path = folder.parents[1]
-            named, seed, settings = attack_named(path.name)
-            attack = found.get(path) or Result(path, named, NONE, seed, attack_settings=settings)
+            attack = found.get(path) or Result(path, parse_name(path.name).method, NONE, parse_name(path.name).seed)
         try:
             found[folder] = _read(folder, name, attack, kept.get(name))
         except RecordError as error:
@@ -145,25 +144,38 @@ def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any
         record = Record(folder)
         config, summary = _checked(record, attack), record.summary()
     gate(summary, folder)
-    identity, run, amp = config.get("identity", {}), config.get("run") or {}, config.get("amp")
+    identity, named = config.get("identity", {}), parse_name(folder.name)
+    kind, axis = ("attack", "pratio") if attack is None else ("defense", "ratio")
+    by_name = folder.name if attack and named.seed is not None else named.method  # a seed is in the names of attacks
+    method = str(identity.get(kind, by_name))
     settings = {str(key): value for key, value in identity.items() if key not in SEED_KEYS}
+    if settings:
+        settings |= {"amp": config.get("amp"), **(_clean_set(config.get("run") or {}) if attack else {})}
+    elif named.amount is not None:
+        settings = {axis: named.amount}
     dataset = (config.get("data") or {}).get("dataset")
     common: dict[str, Any] = {"name": name, "figures": _figures(summary, attack is not None), "summary": summary}
     common["config"] = config
     if attack is None:
-        named, seed, by_name = attack_named(folder.name)
-        settings |= {"amp": amp} if settings and amp is not None else {}
-        who = str(identity.get("attack", named)), NONE, identity.get("random_seed", seed)
-        return Result(folder, *who, dataset, settings or by_name, **common)
-    named, by_name = defense_named(folder.name)
-    of_attack = attack.attack_settings
-    if settings:  # the clean set: a share, or a file that lists the images
-        settings |= {"ratio": run.get("ratio")} if run.get("index") is None else {"index": str(run["index"])}
-        settings |= {"amp": amp} if amp is not None and of_attack and of_attack.get("amp") != amp else {}
-    elif by_name is not None and "selection" in summary:
-        by_name["select"] = summary["selection"]
-    who = attack.attack, str(identity.get("defense", named)), identity.get("random_seed", attack.seed)
-    return Result(folder, *who, attack.dataset or dataset, of_attack, settings or by_name, **common)
+        return Result(
+            folder, method, NONE, identity.get("random_seed", named.seed), dataset, settings or None, **common
+        )
+    seed = identity.get("random_seed", attack.seed)
+    return Result(
+        folder,
+        attack.attack,
+        method,
+        seed,
+        attack.dataset or dataset,
+        attack.attack_settings,
+        settings or None,
+        **common,
+    )
+
+
+def _clean_set(run: dict[str, Any]) -> dict[str, Any]:
+    """A share of the training images, or a file that lists them."""
+    return {"ratio": run.get("ratio")} if run.get("index") is None else {"index": str(run["index"])}
 
 
 def _checked(record: Record, attack: Result | None) -> dict[str, Any]:

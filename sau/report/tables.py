@@ -151,16 +151,15 @@ def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str
 
     The strongest rival comes first, rivals with an oracle last. A defense that test data chose is compared with none.
     """
-    groups: dict[tuple[str, str], list[TableCell]] = defaultdict(list)
+    groups: dict[str, list[TableCell]] = defaultdict(list)
     for cell in section.cells:
         if not cell.dead:
-            groups[cell.defense, cell.label].append(cell)
+            groups[cell.name].append(cell)
     found = []
     for own in groups.values():
-        for rival in groups.values() if own[0].defense == defense and not own[0].oracle else ():
+        for name, rival in groups.items() if own[0].defense == defense and not own[0].oracle else ():
             if rival[0].defense not in (defense, NONE) and (comparison := _compare(own, rival)):
-                shown = max(rival, key=lambda cell: cell.oracle)
-                found.append((shown.name, shown.oracle, comparison))
+                found.append((name, rival[0].oracle, comparison))
     return sorted(found, key=lambda item: (item[1], item[2].der.mean))
 
 
