@@ -4,6 +4,7 @@ attacker spent, means over seeds.
 
 import statistics
 import textwrap
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -59,18 +60,16 @@ def curves(audits: Sequence[Audit], figure: str = "asr") -> dict[Key, dict[str, 
     One value for each audit, or draw of a lone one: draws on one network do not count as networks where several are
     compared.
     """
-    found: dict[Key, dict[str, dict[Any, list[float]]]] = {}
+    found: dict[Key, dict[str, Line]] = {}
     for audit in audits:
-        drawn: dict[tuple[Key, str, Any], list[float]] = {}
+        drawn = defaultdict[tuple[Key, str, Any], list[float]](list)
         for row in (row for row in audit["rows"] if row.get(figure) is not None):
-            drawn.setdefault(((row["part"], row["curve"]), row["network"], row["x"]), []).append(row[figure])
+            drawn[(row["part"], row["curve"]), row["network"], row["x"]].append(row[figure])
         for (key, network, x), values in drawn.items():
             line = found.setdefault(key, {}).setdefault(network, {})
-            line.setdefault(x, []).extend(values if len(audits) == 1 else [statistics.mean(values)])
-    return {
-        key: {network: {x: MeanStd(tuple(values)) for x, values in line.items()} for network, line in lines.items()}
-        for key, lines in found.items()
-    }
+            earlier = line[x].values if x in line else ()
+            line[x] = MeanStd((*earlier, *(values if len(audits) == 1 else [statistics.mean(values)])))
+    return found
 
 
 def tables(audits: Sequence[Audit]) -> str:
@@ -86,11 +85,11 @@ def tables(audits: Sequence[Audit]) -> str:
         if key[0] in ("before", "relearn"):
             heads.append("ACC" if key[0] == "before" else f"ACC at {heads[-1]}")
             body = [[*cells, _text(acc[key][cells[0]].get(steps[-1]))] for cells in body]
-        texts.append(_table(_title(key), heads, body))
+        texts.append(f"{one_line(_title(key))}\n\n{markdown(heads, body)}".rstrip())
     s, bec = (curves(audits, figure).get(("bec", ""), {}) for figure in ("s", "bec"))
     if s:
         body = [[name, _text(line[0], 3), _text(bec.get(name, {}).get(0), 3)] for name, line in s.items()]
-        texts.append(_table("Backdoor existence coefficient", ["network", "s", "BEC"], body))
+        texts.append(f"Backdoor existence coefficient\n\n{markdown(['network', 's', 'BEC'], body)}".rstrip())
     return "\n\n".join(texts)
 
 
@@ -105,10 +104,6 @@ def _title(key: Key) -> str:
 
 def _text(value: MeanStd | None, digits: int = 1) -> str:
     return "-" if value is None else value.text(digits)
-
-
-def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    return f"{one_line(title)}\n\n{markdown(heads, body)}".rstrip()
 
 
 def draw(audits: Sequence[Audit]) -> "Figure":
@@ -130,13 +125,18 @@ def draw(audits: Sequence[Audit]) -> "Figure":
     styles[NONE] = {"color": "black", "marker": "."}
     styles[CONTROL] = {"color": GREY, "marker": ".", "linestyle": "--"}
     for panel, (key, lines) in zip(every, found.items(), strict=False):
-        _curves(panel, lines, styles)
+        steps = _steps(lines)
+        for name, line in lines.items():
+            places, bars = [steps.index(x) for x in line], [value.std or 0.0 for value in line.values()]
+            means = [value.mean for value in line.values()]
+            panel.errorbar(places, means, bars, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
+        panel.set_xticks(range(len(steps)), [f"{x:,}" if isinstance(x, int) else str(x) for x in steps], fontsize=8)
         panel.set_title(textwrap.fill(_title(key), 40), fontsize=9)
         panel.set(xlabel=SPENT[key[0]], ylabel="ASR (%)", ylim=(-3, 103))
     if left:  # BEC, where it is defined
-        bars = {name: line[0].mean for name, line in left.items()}
         panel = every[len(found)]
-        panel.barh(list(bars), list(bars.values()), color=[styles[name]["color"] for name in bars])
+        means = [line[0].mean for line in left.values()]
+        panel.barh(list(left), means, color=[styles[name]["color"] for name in left])
         panel.invert_yaxis()
         panel.axvline(0, color="black", linewidth=0.7)
         panel.set(title="existence coefficient", xlabel="BEC (attacked 1, control 0)")
@@ -144,13 +144,3 @@ def draw(audits: Sequence[Audit]) -> "Figure":
         panel.set_axis_off()
     add_legend(figure, every[: len(found)][::-1], 6)  # the line of the first panel, for not all draw each
     return figure
-
-
-def _curves(panel: Any, lines: Mapping[str, Line], styles: Mapping[str, dict[str, Any]]) -> None:
-    steps = _steps(lines)
-    for name, line in lines.items():
-        places, means = [steps.index(x) for x in line], [value.mean for value in line.values()]
-        spreads = [value.std or 0.0 for value in line.values()]
-        panel.errorbar(places, means, spreads, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
-    texts = [f"{x:,}" if isinstance(x, int) else str(x) for x in steps]
-    panel.set_xticks(range(len(steps)), texts, fontsize=8)

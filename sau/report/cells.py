@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from sau.errors import one_line
 from sau.record.folder import EARLY
@@ -15,8 +16,17 @@ from sau.util import marked
 NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*PERCENT, *COST)
 DEAD = "(did not take)"
-Settings = dict[str, Any] | None
 Variant = tuple[str, str, bool]  # defense, label, and whether test data chose something
+
+
+class Run(NamedTuple):
+    """What tells a run from others."""
+
+    of: tuple[Any, ...]  # the attacked network of a defense, and whether test data chose something
+    name: str  # of the attack or the defense
+    settings: dict[str, Any] | None
+    seed: int | None
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,32 @@ def _network(result: Result) -> dict[str, Any]:
 
 def _section(results: list[Result]) -> Section:
     notes = {str(note) for result in results for note in result.config.get("notes") or []}
+    runs = {one.attack_path: Run((), one.attack, one.attack_settings, one.seed, one.name) for one in reversed(results)}
+    labels = _labels(runs)  # an attack comes before its defenses and knows its own seed and folder
+    runs = {one.path: Run((one.attack_path, one.oracle), one.defense, one.settings, one.seed, one.path.name)
+            for one in results if one.defense != NONE}  # fmt: skip
+    own = _labels(runs)
     attacks: dict[tuple[str, str], dict[Variant, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result, (attack_label, label) in zip(results, _labels(results), strict=True):
-        attacks[result.attack, attack_label][result.defense, label, result.oracle].append(result)
+    for one in results:
+        attacks[one.attack, labels[one.attack_path]][one.defense, own.get(one.path, ""), one.oracle].append(one)
     cells = [cell for attack, defenses in sorted(attacks.items()) for cell in _ranked(attack, defenses)]
     return Section(results[0].dataset, _network(results[0]), tuple(sorted(notes)), cells)
+
+
+def _labels(runs: Mapping[Path, Run]) -> dict[Path, str]:
+    """The settings in which a run differs from others of its name, as `name=value`; or its folder, where these leave
+    two runs of one seed alike. An early end is always said, a choice by test data is marked elsewhere."""
+    labels = {}
+    for path, run in runs.items():
+        others = [other.settings for other in runs.values() if other.name == run.name and other.settings]
+        differing = {
+            key: value for key, value in sorted((run.settings or {}).items())
+            if key == EARLY or (key != "select" and any(other.get(key) != value for other in others))
+        }  # fmt: skip
+        labels[path] = ", ".join(f"{key}={_text(value)}" for key, value in differing.items())
+    alike = Counter((run.of, run.name, labels[path], run.seed) for path, run in runs.items())
+    return {path: labels[path] if alike[run.of, run.name, labels[path], run.seed] == 1 else run.folder
+            for path, run in runs.items()}  # fmt: skip
 
 
 def _ranked(attack: tuple[str, str], defenses: dict[Variant, list[Result]]) -> list[TableCell]:
@@ -141,37 +172,6 @@ def _dead(results: list[Result]) -> str:
     missed = {result.attack_path: result.missed_gate for result in results if result.missed_gate is not None}
     count = len({result.attack_path for result in results})
     return f"ASR below {max(missed.values()):g} on {len(missed)} of {count} networks" if missed else ""
-
-
-def _labels(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """Labels of the attack and the defense of each result: the settings that differ between results of that name, as
-    `name=value`; or the folder, where these do not tell two runs of one seed apart."""
-    attacks = _differences([(one.attack, one.attack_settings) for one in results])
-    defenses = _differences([(one.defense, one.settings) for one in results])
-    runs: list[tuple[Any, ...]] = []
-    for one, attack, label in zip(results, attacks, defenses, strict=True):
-        own = (one.attack, attack) if one.defense == NONE else (one.attack_path, one.defense, label, one.oracle)
-        runs.append((*own, one.seed))
-    counts = Counter(runs)
-    twice = {one.path: one.name for one, run in zip(results, runs, strict=True) if counts[run] > 1}
-    attacks = [twice.get(one.attack_path, text) for one, text in zip(results, attacks, strict=True)]
-    defenses = [one.path.name if one.path in twice else text for one, text in zip(results, defenses, strict=True)]
-    return [(a, "" if one.defense == NONE else d) for one, a, d in zip(results, attacks, defenses, strict=True)]
-
-
-def _differences(named: Sequence[tuple[str, Settings]]) -> list[str]:
-    """For each (name, settings) how it differs from others of that name. An early end is always said."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for name, settings in named:
-        groups[name] += [settings] if settings else []
-    differing = {name: {EARLY} for name in groups}
-    for name, group in groups.items():
-        keys = {key for settings in group for key in settings} - {"select"}  # an oracle is marked
-        differing[name] |= {key for key in keys if len({_text(settings.get(key)) for settings in group}) > 1}
-    return [
-        ", ".join(f"{key}={_text(value)}" for key, value in sorted((settings or {}).items()) if key in differing[name])
-        for name, settings in named
-    ]
 
 
 def _text(value: Any) -> str:

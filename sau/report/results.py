@@ -122,7 +122,9 @@ def find_results(root: Path) -> tuple[list[Result], list[str]]:
         attack = None
         if folder.parent.name == "defense":  # of an attack by BackdoorBench only the folder's name is known
             path = folder.parents[1]
-            attack = found.get(path) or Result(path, parse_name(path.name).method, NONE, parse_name(path.name).seed)
+            named, amount, seed = parse_name(path.name)
+            known = {"pratio": amount} if amount is not None else None
+            attack = found.get(path) or Result(path, named, NONE, seed, attack_settings=known)
         try:
             found[folder] = _read(folder, name, attack, kept.get(name))
         except RecordError as error:

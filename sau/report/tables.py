@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from sau.errors import printable
@@ -166,26 +167,21 @@ def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str
 def _compare(ours: Sequence[TableCell], theirs: Sequence[TableCell]) -> PairedComparison | None:
     """None if they share no network."""
     first, second = _by_network(ours), _by_network(theirs)
-    attacks: dict[str, list[list[float]]] = defaultdict(list)  # differences of the figures on each network
+    attacks: dict[str, list[Any]] = defaultdict(list)  # differences of the figures on each network
     for network in sorted(first.keys() & second.keys()):
-        pairs = zip(first[network], second[network], strict=True)
-        attacks[network[0]].append([a - b for a, b in pairs])
+        attacks[network[0]].append(first[network] - second[network])
     if not attacks:
         return None
-    columns = zip(*map(_means, attacks.values()), strict=True)
-    figures = {name: MeanStd(column) for name, column in zip(PERCENT, columns, strict=True)}
+    columns = np.transpose([np.mean(rows, 0) for rows in attacks.values()]).tolist()
+    figures = {name: MeanStd(tuple(column)) for name, column in zip(PERCENT, columns, strict=True)}
     return PairedComparison(**figures, networks=sum(map(len, attacks.values())))
 
 
-def _by_network(cells: Sequence[TableCell]) -> dict[tuple[str, Path], list[float]]:
+def _by_network(cells: Sequence[TableCell]) -> dict[tuple[str, Path], Any]:
     """PERCENT by network (attack and folder), over the defense's own seeds; one without a trigger is left out."""
     found: dict[tuple[str, Path], list[list[float]]] = defaultdict(list)
     for result in (result for cell in cells for result in cell.results):
         figures = [figure for name in PERCENT if (figure := result.figures[name]) is not None]
         if len(figures) == len(PERCENT):
             found[result.attack, result.attack_path].append(figures)
-    return {network: _means(rows) for network, rows in found.items()}
-
-
-def _means(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    return {network: np.mean(rows, 0) for network, rows in found.items()}
