@@ -186,10 +186,10 @@ def scatter(section: Section) -> tuple[Figure, list[str]] | None:
     if before is not None:
         axis.plot(*before, "s", color="black", markeredgecolor=GREY, clip_on=False)
     axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    axis.set_xlim(0, 100)
-    axis.set_xlabel("ASR % (square-root scale), less is better", color=GREY)
-    axis.set_ylabel("ACC %", color=GREY)
-    axis.set_title(f"mean over {len(attacks)} attacks" if len(attacks) > 1 else next(iter(attacks)), color=GREY)
+    title = f"mean over {len(attacks)} attacks" if len(attacks) > 1 else next(iter(attacks))
+    axis.set(xlim=(0, 100), xlabel="ASR % (square-root scale), less is better", ylabel="ACC %", title=title)
+    for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+        text.set_color(GREY)
     axis.set_xticks(TICKS, map(str, TICKS))
     axis.tick_params(colors=GREY)
     axis.grid(color=GREY, alpha=0.3)
@@ -208,9 +208,8 @@ def images(test: Images, triggered: Images, columns: int = 6) -> Figure:
 
 
 def examples(
-    model: nn.Module, reference: nn.Module, test: Images, triggered: Images, search: Search, columns: int = 5,
-    seed: int = 0,
-) -> Figure:  # fmt: skip
+    model: nn.Module, reference: nn.Module, test: Images, triggered: Images, search: Search, columns: int = 5
+) -> Figure:
     """Clean, triggered, a shared adversarial example (type I), a non-shared one (II or III), and both differences.
 
     Below each image stand the predictions of the backdoored network h_b and of the purified one, h. Columns are test
@@ -220,22 +219,19 @@ def examples(
     """
     clean = test[triggered.index]
     x, y = to_float(clean.pixels), clean.labels
-    found = measure(model, reference, clean, triggered, search, seed=seed)
+    found = measure(model, reference, clean, triggered, search)
     right = (predict(model, x) == y) & (predict(reference, x) == y)
     chosen = (right & found.share & (found.kind >= 2)).nonzero()[:columns, 0]
     if len(chosen) == 0:
-        both = "both a shared and a non-shared adversarial example"
-        raise DataError(f"none of {len(y)} images has {both}; use more images or another network")
+        raise DataError(f"none of {len(y)} images has shared and other adversarial examples; use more images")
     shared, other = found.witness[chosen], found.example[chosen]
     difference, gain = magnified(torch.cat([shared, other]))
     rows = {
-        "clean": x[chosen],
-        "triggered": to_float(triggered.pixels[chosen]),
-        "shared (I)": x[chosen] + shared,
+        "clean": x[chosen], "triggered": to_float(triggered.pixels[chosen]), "shared (I)": x[chosen] + shared,
         f"(I): difference\nx{gain:.3g}": difference[: len(chosen)],
         "not shared\n(II or III)": x[chosen] + other,
         f"(II or III):\ndifference\nx{gain:.3g}": difference[len(chosen) :],
-    }
+    }  # fmt: skip
     notes = {}
     for name in [name for name in rows if "difference" not in name]:
         pairs = zip(predict(reference, rows[name]).tolist(), predict(model, rows[name]).tolist(), strict=True)

@@ -97,16 +97,11 @@ def open_case(
     place: Path, defenses: Sequence[str] = (), control: Path | None = None, *, dataset_path: str | None = None,
     samples: int = 2500, amp: bool | None = None, where: torch.device | str = "cpu",
 ) -> Case:  # fmt: skip
-    """Read an attack, ours or BackdoorBench's, and the networks to compare.
+    """Read the attack in the folder `place`, ours or BackdoorBench's, and the networks to compare.
 
-    Args:
-        place: its folder.
-        defenses: names of defenses in it; of a grid's folder, like sau_c0.05_0123456789, the first part is enough.
-        control: folder of a `prototype` record, on the same images.
-        dataset_path: folder of the data sets; None is where the attack found them.
-        samples: test images to measure on, drawn once and for all; more than there are means all.
-        amp: whether networks run in bf16; None is as the attack's did.
-        where: device to work on.
+    These are `defenses` in it, by name (of a grid's folder, like sau_c0.05_0123456789, the first part is enough), and
+    `control`, the folder of a `prototype` record on the same images. Figures come from `samples` test images, drawn
+    once. None means the data sets where the attack found them, and bf16 (`amp`) as the attack ran.
 
     Raises RecordError for a clean network, an attacked control or one of other images, and for want of poisons.
     """
@@ -222,8 +217,9 @@ def white(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iter
     for curve, seed in product(("trigger + D", "D alone"), config.seeds):
         order = torch.randperm(len(case.poisons), generator=generator(seed))
         fitted, shown = case.poisons[order[: config.images]], case.triggered
-        if curve == "D alone":
-            fitted, shown = _relabel(case.train[fitted.index], fitted), _relabel(case.untriggered, shown)
+        if curve == "D alone":  # clean images with the labels that the attacker wants for them
+            pairs = ((case.train[fitted.index], fitted), (case.untriggered, shown))
+            fitted, shown = (replace(x, labels=of.labels, true_labels=of.true_labels) for x, of in pairs)
         yield curve, 0.0, seed, _shifted(model, shown)
         for eps, delta in measure.universal(model, fitted, config.eps, steps=config.steps, seed=seed):
             yield curve, eps, seed, _shifted(model, shown, delta)
@@ -231,11 +227,6 @@ def white(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iter
                 yield "trigger + noise", eps, seed, _shifted(model, shown, measure.noise(shown, eps, generator(seed)))
                 if name != CONTROL and control is not None:
                     yield f"same D on {CONTROL}", eps, seed, _shifted(control, shown, delta)
-
-
-def _relabel(clean: Images, target: Images) -> Images:
-    """Clean images with the labels that the attacker wants for them."""
-    return replace(clean, labels=target.labels, true_labels=target.true_labels)
 
 
 def _shifted(model: nn.Module, shown: Images, delta: Tensor | float = 0.0) -> dict[str, Any]:

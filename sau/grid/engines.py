@@ -179,7 +179,7 @@ class RayEngine:
         self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None = None,
         address: str | None = None,
     ) -> None:  # fmt: skip
-        self.how, self.memory, self.tasks = how, int(needs_gb * GIB), list[Any]()
+        self.how, self.memory = how, int(needs_gb * GIB)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
@@ -203,17 +203,12 @@ class RayEngine:
     def submit(self, cell: Cell) -> Future[Outcome]:
         """Put a cell in Ray's line."""
         needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": self.memory}
-        self.tasks.append(self.task.options(**needs, max_retries=0, name=cell.label).remote(cell, **self.how))
-        found: Future[Outcome] = self.tasks[-1].future()
-        return found
+        task = self.task.options(**needs, max_retries=0, name=cell.label).remote(cell, **self.how)
+        future: Future[Outcome] = task.future()
+        return future
 
     def stop(self) -> None:
-        """Stop what runs, and leave the cluster."""
-        _, left = self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0) if self.tasks else ([], [])
-        for task in left:
-            self.ray.cancel(task)
-        if left:
-            self.ray.wait(left, num_returns=len(left), timeout=2 * GRACE)
+        """Leave the cluster, which ends the workers of this process; their cells stop when their input ends."""
         self.ray.shutdown()
 
 

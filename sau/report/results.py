@@ -146,38 +146,21 @@ def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any
         record = Record(folder)
         config, summary = _checked(record, attack), record.summary()
     gate(summary, folder)
-    identity, named = config.get("identity", {}), parse_name(folder.name)
-    kind, axis = ("attack", "pratio") if attack is None else ("defense", "ratio")
-    by_name = folder.name if attack and named.seed is not None else named.method  # a seed is in the names of attacks
-    method = str(identity.get(kind, by_name))
+    identity, run, named = config.get("identity", {}), config.get("run") or {}, parse_name(folder.name)
     settings = {str(key): value for key, value in identity.items() if key not in SEED_KEYS}
     if settings:
-        settings |= {"amp": config.get("amp"), **(_clean_set(config.get("run") or {}) if attack else {})}
+        settings |= {"amp": config.get("amp"), **({key: run.get(key) for key in ("ratio", "index")} if attack else {})}
     elif named.amount is not None:
-        settings = {axis: named.amount}
-    dataset = (config.get("data") or {}).get("dataset")
-    common: dict[str, Any] = {"name": name, "figures": _figures(summary, attack is not None), "summary": summary}
-    common["config"] = config
+        settings = {"ratio" if attack else "pratio": named.amount}
+    known: dict[str, Any] = {"name": name, "figures": _figures(summary, bool(attack)), "summary": summary}
+    known |= {"config": config, "dataset": (config.get("data") or {}).get("dataset")}
     if attack is None:
-        return Result(
-            folder, method, NONE, identity.get("random_seed", named.seed), dataset, settings or None, **common
-        )
-    seed = identity.get("random_seed", attack.seed)
-    return Result(
-        folder,
-        attack.attack,
-        method,
-        seed,
-        attack.dataset or dataset,
-        attack.attack_settings,
-        settings or None,
-        **common,
-    )
-
-
-def _clean_set(run: dict[str, Any]) -> dict[str, Any]:
-    """A share of the training images, or a file that lists them."""
-    return {"ratio": run.get("ratio")} if run.get("index") is None else {"index": str(run["index"])}
+        method, seed = str(identity.get("attack", named.method)), identity.get("random_seed", named.seed)
+        return Result(folder, method, NONE, seed, attack_settings=settings or None, **known)
+    method = str(identity.get("defense", named.method if named.seed is None else folder.name))  # which has no seed
+    known |= {"seed": identity.get("random_seed", attack.seed), "settings": settings or None}
+    known |= {"dataset": attack.dataset or known["dataset"], "attack_settings": attack.attack_settings}
+    return Result(folder, attack.attack, method, **known)
 
 
 def _checked(record: Record, attack: Result | None) -> dict[str, Any]:
