@@ -18,7 +18,6 @@ from sau.audit import draw, read, tables
 from sau.errors import RecordError, run_command
 from sau.figures import save
 from sau.files import write
-from sau.record.folder import difference
 from sau.tools import Parser
 
 
@@ -39,9 +38,10 @@ def comparable(found: dict[str, Any]) -> dict[str, Any]:
 def run(given: argparse.Namespace) -> None:
     """Read, compare, draw, print."""
     audits = [opened(place) for place in given.audit]
-    for place, one in zip(given.audit, audits, strict=True):
-        if unlike := difference(comparable(audits[0]), comparable(one)):
-            raise RecordError(f"{place} and {given.audit[0]} are not alike: {unlike}")
+    first = comparable(audits[0])
+    for place, other in zip(given.audit, map(comparable, audits), strict=True):
+        if unlike := sorted(key for key in {**first, **other} if first.get(key) != other.get(key)):
+            raise RecordError(f"{place} and {given.audit[0]} are not alike: they differ in {', '.join(unlike)}")
     if len({one["networks"]["none"] for one in audits}) < len(audits):
         raise RecordError("two of the audits are of the same network; give each once")
     text = tables(audits)
