@@ -178,7 +178,14 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
         if not chosen:
             raise RecordError(f"{found.path} has no tensor under {run.model_prefix!r}; sau inspect lists them")
         found = replace(found, tensors=chosen)
-    name, make = _architecture(run, classes, found)
+    name, make = run.arch, _imported(run) if ":" in run.arch else None
+    if make is None and name != "auto":  # the width is that of the first convolution
+        width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
+        make = partial(unwrapped, name, classes, width)
+    elif make is None and (known := guess(found)):
+        name, make = known.name, partial(unwrapped, known.name, known.classes, known.width)
+    if make is None:
+        raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
     try:
         state = found.of(state_dict_spec(make))  # no memory yet: the file may claim any width
     except RecordError as error:
@@ -189,21 +196,8 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
     return net.eval(), name
 
 
-def _architecture(run: OwnRun, classes: int, found: Weights) -> tuple[str, Callable[[], nn.Module]]:
-    """The network's name and what makes it."""
-    if ":" in run.arch:
-        net = _imported(run)
-        return run.arch, lambda: net
-    if run.arch != "auto":
-        # The width is that of the first convolution.
-        width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
-        return run.arch, partial(unwrapped, run.arch, classes, width)
-    if known := guess(found):
-        return known.name, partial(unwrapped, known.name, known.classes, known.width)
-    raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
-
-
-def _imported(run: OwnRun) -> nn.Module:
+def _imported(run: OwnRun) -> Callable[[], nn.Module]:
+    """What gives the network of the user's own function, which is called here, once."""
     if not run.trust_code:
         raise ConfigError(f"--arch {run.arch} would run that code; give --trust_code true if you trust it")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
@@ -215,7 +209,7 @@ def _imported(run: OwnRun) -> nn.Module:
         sys.path.remove(os.getcwd())
     if not isinstance(net, nn.Module):
         raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, allowed is a torch.nn.Module")
-    return net
+    return lambda: net
 
 
 def short_names(names: Iterable[str]) -> str:

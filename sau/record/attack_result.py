@@ -83,28 +83,22 @@ class AttackResult:
     def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
         """The clean training and test images that the attack saw, and notes about them.
 
-        Args:
-            dataset_path: where they are; None is where the attack found them, and nothing is downloaded there.
-
-        Raises:
-            DataError: they are not there.
-            RecordError: they are not those that the attack saw.
+        `dataset_path` is where they are; None is where the attack found them, and nothing is downloaded there.
+        DataError if they are not there, RecordError if they are not those that the attack saw.
         """
         place = dataset_path or self.dataset_path
         if dataset_path is None and place != sources.DATA_FOLDER and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
-        train, test = sources.load(self.dataset, place, self.network["shape"][1])
-        notes = [note] if (note := sources.subset_note(self.dataset, train, test)) else []
-        same = self.fingerprints is None or self.fingerprints == {
-            "train": sources.fingerprint(train), "test": sources.fingerprint(test)
-        }  # fmt: skip
-        seen = []
-        for name, images, length in zip(("training", "test"), (train, test), self.lengths, strict=True):
-            length = len(images) if length is None else length
-            same = same and length <= len(images)
-            if length < len(images):
+        every = sources.load(self.dataset, place, self.network["shape"][1])
+        notes = [note] if (note := sources.subset_note(self.dataset, *every)) else []
+        marks = dict(zip(("train", "test"), map(sources.fingerprint, every), strict=True))
+        same, seen = self.fingerprints in (None, marks), list[Images]()
+        for name, images, length in zip(("training", "test"), every, self.lengths, strict=True):
+            if length is not None and length < len(images):
                 notes.append(f"the attack saw the first {length} of {len(images)} {name} images; this run sees those")
-            seen.append(images if length == len(images) else images[torch.arange(min(length, len(images)))])
+                images = images[torch.arange(length)]
+            same = same and length in (None, len(images))
+            seen.append(images)
         if not (same and self._fits(*seen)):
             raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; correct --dataset_path")
         return seen[0], seen[1], notes
