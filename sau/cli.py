@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pkgutil import resolve_name
 from typing import Any
 
@@ -23,12 +22,13 @@ from sau.defense import DEFENSES
 from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, der, figures, proportions, score, table, verdict
 from sau.files import release_all, safe_join
+from sau.loop import Limit, RunContext
 from sau.models import build, has_width
 from sau.optim import Method, Training
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.risk import gauge
-from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity, trigger_session
+from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity
 from sau.settings import Settings
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
@@ -51,26 +51,18 @@ def _main(argv: list[str]) -> int:
         try:
             (attack if kind == "attack" else defend)(name, flags)
             return 0
-        except KeyboardInterrupt:
-            named = " with the --save_folder_name of its folder" if kind == "attack" else ""
-            print(f"\nstopped; repeat the command{named}, without --overwrite, to resume", file=sys.stderr)
-            return 130
         finally:
             release_all()
-    if kind == "list" and not name:
+    if (kind == "list" and not name) or (kind in METHODS and name in ("--help", "-h")):
         print(listing())
         return 0
-    if kind in TOOLS:
-        try:
-            status: int = resolve_name(TOOLS[kind])(argv[1:])
-        except ModuleNotFoundError as missing:
-            raise ConfigError(f"sau {kind} needs {missing.name}; pip install -e '.[report]'") from None
-        return status
-    if kind in METHODS and name in ("", "--help", "-h"):
-        listed = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(METHODS[kind])}"
-        print(listed, file=sys.stdout if name else sys.stderr)
-        return 0 if name else 2
-    raise ConfigError(f"{' '.join(argv[:2])!r} is no command; see sau list")
+    if kind not in TOOLS:
+        raise ConfigError(f"{' '.join(argv[:2])!r} is no command; see sau list")
+    try:
+        status: int = resolve_name(TOOLS[kind])(argv[1:])
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"sau {kind} needs {missing.name}; pip install -e '.[report]'") from None
+    return status
 
 
 def listing() -> str:
@@ -81,8 +73,9 @@ def listing() -> str:
         "data sets": {name: each.about for name, each in sources.SOURCES.items()},
         "recipes": RECIPES,
     }
-    blocks = [[f"{kind}:", *(f"  {name:11} {text}" for name, text in each.items())] for kind, each in groups.items()]
-    return "\n".join(chain(*blocks))
+    return "\n".join(
+        line for kind, each in groups.items() for line in (f"{kind}:", *(f"  {name:11} {each[name]}" for name in each))
+    )
 
 
 def _sentence(doc: str | None) -> str:
@@ -116,7 +109,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     determined = identity(method, run, {**training.params(), **data, **network})
     record.can_start(determined, run.overwrite)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
-    method = method.fit_trigger(train, model, training, session=trigger_session(run, started), **how)
+    limit = Limit(started + 60 * run.max_minutes, whole=True) if run.max_minutes else None
+    method = method.fit_trigger(train, model, training, session=RunContext(limit=limit), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
     if poisoned is train and method.pratio and not method.in_batch:
         notes.append(f"pratio {method.pratio:g} of {len(train)} images is less than one, so nothing is poisoned")

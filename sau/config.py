@@ -190,8 +190,9 @@ class Setting(NamedTuple):
 def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict[str, Any]:
     """Every setting as the type of its parameter; ConfigError names where a wrong one was given."""
     found = {}
-    for name in settings.keys() & known.keys():
-        value, origin = settings[name]
+    for name, (value, origin) in settings.items():
+        if name not in known:
+            continue
         try:
             found[name] = known[name].parse(value)
         except ConfigError as error:

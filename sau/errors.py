@@ -124,7 +124,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("\nstopped; repeat the command to go on", file=sys.stderr)
+        how = "an attack resumes in its folder, which --save_folder_name names"
+        print(f"\nstopped; repeat the command to go on, without --overwrite; {how}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader left, like `head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

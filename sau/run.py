@@ -189,11 +189,6 @@ def _commit() -> str | None:
     return done.stdout.split()[0] if done is not None and done.returncode == 0 else None
 
 
-def trigger_session(run: Run, started: float) -> RunContext | None:
-    """How a trigger is made: within the limit of the run, if it has one; a trigger needs no evaluation."""
-    return RunContext(limit=Limit(started + 60 * run.max_minutes, whole=True)) if run.max_minutes else None
-
-
 @dataclass
 class RunLogger:
     """Evaluates a run, writes its metrics and closes its record."""

@@ -8,7 +8,8 @@ import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -96,11 +97,8 @@ class Parser(argparse.ArgumentParser):
     """Flags by their whole names, after `description`, a docstring, as it stands; a mistake is a ConfigError."""
 
     def __init__(self, description: str | None = None, **given: Any) -> None:
-        def plain(prog: str) -> argparse.HelpFormatter:
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
-
-        lines = (description or "").replace("\n    ", "\n")
-        super().__init__(description=lines, formatter_class=plain, allow_abbrev=False, **given)
+        how: Any = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        super().__init__(description=cleandoc(description or ""), formatter_class=how, allow_abbrev=False, **given)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")

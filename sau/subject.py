@@ -67,7 +67,10 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
     else:
         attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, place))
         recipe, why = asked.recipe(attacked.recipe)
-        run, _, method = asked.settle(recipe, attacked.dataset, attacked.settled())
+        net = attacked.network
+        recorded = {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, "model": net["name"]}
+        recorded |= {"width": net["width"], "num_classes": net["classes"]}
+        run, _, method = asked.settle(recipe, attacked.dataset, recorded)
         asked.ignore(options(OwnRun), "it is about a network of your own")
         found = _of_record(attacked, method, run, run.dataset_path if "dataset_path" in asked.asked else None)
     first, *more = found.lines

@@ -42,12 +42,6 @@ class AttackResult:
     amp: bool | None = None  # whether the attack's network ran in bf16
     gate: dict[str, Any] | None = None  # as in `summary.json`; None without a gate
 
-    def settled(self) -> dict[str, Any]:
-        """The flags of a defense that the record decides; `dataset_path` may be given anew."""
-        net = self.network
-        network = {"model": net["name"], "width": net["width"], "num_classes": net["classes"]}
-        return {"dataset": self.dataset, "dataset_path": self.dataset_path, **network}
-
     def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
         """The kind of images for a defense that `needs` such; those of a clean network are all clean.
 
