@@ -165,14 +165,15 @@ class Settings:
     def _parser(self, shown: Mapping[str, Any], everything: bool, about: str = "") -> Parser:
         """The flags; `shown` are the values in force, `everything` has other names and flags without effect as well."""
         needs = "" if self.kind == "attack" else " --result_file FOLDER | --model_file FILE --clean_dir FOLDER"
-        usage = f"{self.command}{needs} [flags]"
-        how: dict[str, Any] = {"prog": self.command, "usage": usage, "add_help": False}
-        made = Parser(textwrap.fill(about), argument_default=argparse.SUPPRESS, **how)
+        made = Parser(
+            textwrap.fill(about), argument_default=argparse.SUPPRESS, prog=self.command,
+            usage=f"{self.command}{needs} [flags]", add_help=False,
+        )  # fmt: skip
         for title, members in self._groups().items():
             group = made.add_argument_group(title)
             for option in members:
                 names = [f"--{name}" for name in (option.name, *(option.aliases if everything else ()))]
-                how = {"nargs": "?", "const": "true"} if option.hint is bool else {}
+                how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
                 if split_hint(option.hint)[0] is tuple:
                     how = {"nargs": "+"}  # a list may also be written with spaces
                 text = f"{option.about} [{written(shown.get(option.name, option.default), option.hint)}]"
