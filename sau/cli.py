@@ -23,7 +23,7 @@ from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, der, figures, proportions, score, table, verdict
 from sau.files import release_all, safe_join
 from sau.loop import Limit, RunContext
-from sau.models import build, has_width
+from sau.models import MODELS, build
 from sau.optim import Method, Training
 from sau.record import attack_result
 from sau.record.folder import Record
@@ -100,7 +100,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
     train, test = train.to(where), test.to(where)
     # A width is refused only where the user asked for it.
-    width, shape = run.width if has_width(run.model) or "width" in asked.given else None, list(train.pixels.shape[1:])
+    width, shape = run.width if run.model in MODELS or "width" in asked.given else None, list(train.pixels.shape[1:])
     network = {"name": run.model, "classes": train.num_classes, "width": width, "shape": shape}
     network |= {"mean": list(origin.mean), "std": list(origin.std)}
     torch.manual_seed(run.random_seed)

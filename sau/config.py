@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from sau.errors import NO_YAML, ConfigError, require
+from sau.errors import NO_YAML, ConfigError, refuse
 from sau.files import read
 
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -116,8 +116,8 @@ def options(cls: type) -> dict[str, Option]:
 def check(settings: Any, of: str = "") -> None:
     """ConfigError if a field of the dataclass has the wrong type or is out of its range; `of` says whose it is."""
     for name, option in options(type(settings)).items():
-        allowed = option.misfit(value := getattr(settings, name))
-        require(name + of, value, allowed is None, str(allowed))
+        if (allowed := option.misfit(value := getattr(settings, name))) is not None:
+            refuse(name + of, value, allowed)
 
 
 def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:

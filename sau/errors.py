@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 import yaml
 
@@ -52,10 +53,15 @@ class ConfigError(SauError):
         self.param, self.got, self.allowed = param, got, allowed
 
 
+def refuse(name: str, value: object, allowed: str) -> NoReturn:
+    """Raise a ConfigError with the parameter, its value and the allowed values."""
+    raise ConfigError(f"{name} is {value!r}, allowed is {allowed}", param=name, got=value, allowed=allowed)
+
+
 def require(name: str, value: object, ok: bool, allowed: str) -> None:
     """ConfigError with the parameter, its value and the allowed values, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name} is {value!r}, allowed is {allowed}", param=name, got=value, allowed=allowed)
+        refuse(name, value, allowed)
 
 
 class DataError(SauError):

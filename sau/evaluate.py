@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sau.data.images import Images, in_range, to_float
+from sau.data.batches import in_range, to_float
+from sau.data.images import Images
 from sau.errors import DataError, TrainingError, lacks_memory
 from sau.models.normalized import check_labels, eval_mode, logits_of
 

@@ -19,7 +19,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from sau.data.images import Images, evenly_spaced, to_float
+from sau.data.batches import to_float
+from sau.data.images import Images, evenly_spaced
 from sau.defense.hooks import classifier, forward_hooks
 from sau.errors import DataError, RecordError
 from sau.evaluate import predict

@@ -1,4 +1,4 @@
-"""Time: epochs, progress, forecasts, checkpoints and resuming. Knows no method and no loss."""
+"""Time: epochs, progress, forecasts, checkpoints with the state of the random numbers, and resuming."""
 
 import math
 import time
@@ -15,11 +15,25 @@ from tqdm.auto import tqdm
 from sau.errors import TrainingError
 from sau.models.normalized import is_finite
 from sau.types import Batched
-from sau.util import RngState, duration, get_rng_state, set_rng_state, short
+from sau.util import duration
 
 LARGE = 2**24  # bytes of a checkpoint that is not written after every epoch, for that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
 RECENT = 50  # updates of which a slow one is expected to come again
+RngState = dict[str, Any]  # of torch's global generators
+
+
+def get_rng_state() -> RngState:
+    """The state of torch's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: RngState) -> None:
+    """Restore the state; a run may resume with more or fewer CUDA devices."""
+    torch.set_rng_state(state["cpu"])
+    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda, device)
 
 
 class Limit:
@@ -53,7 +67,7 @@ class RunContext:
         limit: ends a run in time, after its last update; None means never.
         stage: number of the run among those that share the checkpoint; see `for_stage`.
         findings: what a method found out beside the network, by name, for `summary.json`; all stages share it.
-        bar: whether a terminal or a notebook shows a progress bar.
+        no_bar: whether no progress bar is shown; None shows one in a terminal or a notebook.
         data_checked: whether the caller has checked the clean images (`sau.data.sources`); otherwise `purify` does.
     """
 
@@ -67,7 +81,7 @@ class RunContext:
     limit: Limit | None = None
     stage: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
-    bar: bool = True
+    no_bar: bool | None = None
     data_checked: bool = False
 
     @property
@@ -100,7 +114,7 @@ class RunContext:
     def quiet(self) -> "RunContext":
         """The same without progress: no bar, and of the lines only warnings."""
         say = self.say
-        return replace(self, say=lambda line: say(line) if line.startswith("warning: ") else None, bar=False)
+        return replace(self, say=lambda line: say(line) if line.startswith("warning: ") else None, no_bar=True)
 
     def for_stage(self, stage: int) -> "RunContext":
         """The context of a later run of the same method (1, 2, ...). When resuming in a later stage, `run` skips this
@@ -137,16 +151,10 @@ class _Place:
 
 
 def run(
-    step: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    batches: Batched,
-    epochs: int,
-    *,
-    state: dict[str, Any],
-    end_epoch: Callable[[dict[str, float]], bool | None],
-    session: RunContext,
-    label: str = "epoch",
-    rate: str = "lr",
-) -> None:
+    step: Callable[[Tensor, Tensor], dict[str, Tensor]], batches: Batched, epochs: int, *, state: dict[str, Any],
+    session: RunContext, end_epoch: Callable[[dict[str, float]], bool | None] = lambda losses: None,
+    label: str = "epoch", rate: str = "lr",
+) -> None:  # fmt: skip
     """Call `step` on every batch of every epoch.
 
     Args:
@@ -176,13 +184,12 @@ class _Run:
     rate: str
     place: _Place = field(default_factory=_Place)
     step_times: list[float] = field(default_factory=list)  # ends of the first updates, for the forecast
-    saved: float = 0.0  # when the last checkpoint was written, or the run began
+    saved: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the begin
     epoch_rng: RngState = field(default_factory=get_rng_state)  # the generators before the first batch of this epoch
     rng: RngState = field(default_factory=get_rng_state)  # and before the next batch
 
     def go(self) -> None:
         self._resume()
-        self.saved = time.monotonic()
         while self.place.epoch < self.epochs:
             started = time.monotonic()
             if hasattr(self.batches, "set_epoch"):
@@ -210,9 +217,9 @@ class _Run:
             next(walk)
         if skipped:
             set_rng_state(self.rng)
-        title, hidden = f"{self.label} {self.place.epoch + 1}/{self.epochs}", None if self.session.bar else True
-        for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=hidden):
-            if self._time_is_up(f"{self.label} {self.place.epoch + 1} of {self.epochs}", length):
+        title = f"{self.label} {self.place.epoch + 1} of {self.epochs}"
+        for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=self.session.no_bar):
+            if self._time_is_up(title, length):
                 return False
             self.place.add(self.step(x, y), len(y))
             if self.session.limit is not None:
@@ -255,20 +262,19 @@ class _Run:
         self._refuse_broken()
         if self.session.checkpoint is None:
             return
-        tensors = [tensor for module in self._modules() for tensor in module.state_dict().values()]
-        if below is None or sum(tensor.nbytes for tensor in tensors) < below:
+        modules = [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
+        size = sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+        if below is None or size < below:
             objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
             place = {"stage": self.session.stage, "place": vars(self.place), "objects": objects}
             self.session.checkpoint.save({**place, "begin": self.epoch_rng, "now": self.rng})
             self.saved = time.monotonic()
 
-    def _modules(self) -> list[nn.Module]:
-        return [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
-
     def _refuse_broken(self) -> None:
         """A finite loss says nothing of the update after it, for masks and other networks as for `model`."""
         self.place.means(self.rate)
-        numbers = [parameter for module in self._modules() for parameter in module.parameters()]
+        modules = [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
+        numbers = [parameter for module in modules for parameter in module.parameters()]
         numbers += self.state["model"].buffers() if "model" in self.state else ()
         finite = [is_finite(value) for value in numbers if value.is_floating_point()]
         if finite and not bool(torch.stack(finite).all()):
@@ -287,3 +293,8 @@ class _Run:
         self.place, self.epoch_rng, self.rng = _Place(**kept["place"]), kept["begin"], kept["now"]
         batch = f", batch {self.place.batch}" if self.place.batch else ""
         self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")
+
+
+def short(value: float) -> str:
+    """A whole number as one, anything else with four digits."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4g}"

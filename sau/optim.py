@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from sau.config import check, param
-from sau.errors import DataError, require
+from sau.errors import DataError, refuse
 from sau.files import checksum
 
 Schedule = Literal[
@@ -26,12 +26,14 @@ DESCENT = (
 )  # fmt: skip
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method is a frozen set of hyperparameters; whatever changes while it runs lives in the state of `prepare`.
 
-    `ignored` maps flags of the benchmark that have no effect here to the reason, `training_aliases` the benchmark's
-    names for settings of the victim's training to ours, where only this method has them.
+    A subclass is a dataclass, frozen and of keywords, and needs no decorator for it. `ignored` maps flags of the
+    benchmark that have no effect here to the reason, `training_aliases` the benchmark's names for settings of the
+    victim's training to ours, where only this method has them.
     """
 
     name: ClassVar[str] = ""
@@ -51,6 +53,7 @@ class Method:
         helps = {name: each.metadata.get("help") for name, each in vars(cls).items() if hasattr(each, "metadata")}
         if lines := [f"    {name}: {text}." for name, text in helps.items() if text]:
             cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "Args:", *lines, ""])
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         check(self)
@@ -90,7 +93,8 @@ class Method:
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""
-        require(name, getattr(self, name), ok, allowed)
+        if not ok:
+            refuse(name, getattr(self, name), allowed)
 
 
 class Descent:
@@ -198,34 +202,21 @@ class Descent:
             parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Training(Method):
     """The settings of gradient descent, shared by the victim's training and by every defense that trains."""
 
     epochs: int = param(100, "passes over the training images", ge=0)
     batch_size: int = param(128, "images in a batch", ge=1)
     lr: float = param(0.01, "learning rate at the start (OneCycleLR: at its highest)", gt=0)
-    lr_scheduler: Schedule | None = param(
-        "CosineAnnealingLR",
-        "constant (none is the same), or a schedule of torch.optim by its name; stepped after each epoch, "
-        "OneCycleLR after each update",
-    )
-    client_optimizer: Optimizer = param(
-        "sgd", "sgd (with momentum), adam (with AMSGrad, as in the benchmark), adamw or adadelta", aliases=("optim",)
-    )
+    lr_scheduler: Schedule | None = param("CosineAnnealingLR", "constant, or one of torch.optim by name")
+    client_optimizer: Optimizer = param("sgd", "adam has AMSGrad, as in the benchmark", aliases=("optim",))
     sgd_momentum: float = param(0.9, "momentum of sgd", ge=0, lt=1)
-    wd: float = param(
-        5e-4, "weight decay on every parameter, batch norm and biases included", ge=0, aliases=("weight_decay",)
-    )
+    wd: float = param(5e-4, "weight decay on all parameters, batch norm too", ge=0, aliases=("weight_decay",))
     adam_betas: tuple[float, ...] = param((0.9, 0.999), "decay rates of adam's two moments", ge=0, lt=1)
-    steplr_stepsize: int = param(
-        30, "epochs between two drops (StepLR), or of a climb from min_lr to lr (CyclicLR)", ge=1
-    )
+    steplr_stepsize: int = param(30, "epochs between drops (StepLR), or of a climb to lr (CyclicLR)", ge=1)
     steplr_gamma: float = param(0.1, "factor of a drop (StepLR, MultiStepLR, ReduceLROnPlateau)", gt=0, le=1)
     steplr_milestones: tuple[int, ...] = param((60, 90), "epochs at which the rate drops (MultiStepLR), like 60,90")
-    cos_t_max: int | None = param(
-        None, "epochs after which CosineAnnealingLR reaches min_lr; none means at the end of the run", ge=1
-    )
+    cos_t_max: int | None = param(None, "epochs until CosineAnnealingLR is at min_lr; none: the whole run", ge=1)
     min_lr: float = param(0.0, "lowest rate of CosineAnnealingLR and of CyclicLR, whose first epoch has it", ge=0)
 
     def __post_init__(self) -> None:

@@ -22,8 +22,7 @@ RADII = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 
 
 @dataclass(frozen=True, kw_only=True)
 class Ball:
-    """S = {e : |e| <= eps}, with `clip` only those e with x + e in [0, 1]. `eps` is in [0, 1] pixels; the norm Reg has
-    no ball."""
+    """S = {e : |e| <= eps}, `eps` in [0, 1] pixels; `clip` keeps x + e in [0, 1], and the norm Reg has no ball."""
 
     norm: Norm
     eps: float
@@ -99,8 +98,7 @@ def pgd(
 
 
 def steepest(gradient: Change, norm: Bounded) -> Change:
-    """The direction of length 1 in `norm` that raises a function with this gradient most; in L1 shared by the largest
-    1 % of the values."""
+    """The direction of length 1 in `norm` that climbs most; in L1 shared by the largest 1 % of the values."""
     if norm == "L_inf":
         return gradient.sign()
     if norm == "L2":

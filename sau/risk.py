@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from sau.data.batches import seeded
 from sau.data.images import Images, paired, sample, to_float
 from sau.defense.sau import SAU, example_types
 from sau.errors import DataError
@@ -37,7 +38,6 @@ from sau.evaluate import Proportion, figures, predict
 from sau.models.normalized import check_labels, check_logits, eval_mode, grad_enabled, logits_of
 from sau.pgd import Search, unsettled
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
-from sau.util import seeded
 
 BATCH = 256  # images a pass
 

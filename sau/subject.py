@@ -1,7 +1,7 @@
 """What a defense is given: of the folder of an attack, or of a network file and a folder of images of your own.
 
 Of your own network nobody knows the trigger, so no ASR is claimed. Clean images alone give the accuracy, the
-adversarial risks (`sau.risk`) and the verdict (`sau.defense.verdict`).
+adversarial risks (`sau.risk`) and the verdict (`sau.defense.checks`).
 """
 
 import re
@@ -21,8 +21,8 @@ from sau.data.sources import check_clean_set, clean_subset, fingerprint, source
 from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError
 from sau.files import existing, safe_join
-from sau.models import Normalized, to_channels_last
-from sau.models.normalized import check_logits, translate_errors
+from sau.models import Normalized
+from sau.models.normalized import check_logits, to_channels_last, translate_errors
 from sau.record import attack_result
 from sau.record.attack_result import AttackResult
 from sau.run import DefenseRun, OwnRun, Run

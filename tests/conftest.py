@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search at the end of `purify` takes longer than what most tests purify."""
-    monkeypatch.setattr("sau.defense.verdict.STEPS", 0)
+    monkeypatch.setattr("sau.defense.checks.STEPS", 0)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from toys import planted, quiet, tiny_net, toy_images
 
 from sau.defense import AT, DEFENSES, FT, NAD, SAU
-from sau.defense import verdict as verdicts
-from sau.defense.verdict import compare, likely_classes, lines
+from sau.defense import checks as verdicts
+from sau.defense.checks import compare, likely_classes, lines
 from sau.loop import Session
 from sau.models import PreActResNet18
 

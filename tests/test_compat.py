@@ -28,7 +28,7 @@ from sau.data.images import BACKDOOR, CLEAN, CROSS, Images, to_float
 from sau.data.sources import OFFICIAL, fingerprint, load, source
 from sau.errors import RecordError
 from sau.evaluate import score
-from sau.models import MODELS, build, has_width
+from sau.models import MODELS, build
 from sau.record import attack_result
 from sau.record.attack_result import BACKDOORBENCH as RESULT
 from sau.record.attack_result import AttackResult, load_images
@@ -506,7 +506,7 @@ def test_torchvisions_classifiers_fit_the_data(name, side, classes, entries, las
     keys = list(model.net.state_dict())
     assert (len(keys), keys[-1]) == (entries, last)
     assert model(torch.rand(2, 3, side, side)).shape == (2, classes)
-    assert isinstance(next(iter(model.net.children())), nn.Upsample) is enlarged and not has_width(name)
+    assert isinstance(next(iter(model.net.children())), nn.Upsample) is enlarged and name not in MODELS
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -1,7 +1,7 @@
 """From signatures to flags and YAML and back: what is accepted, what beats what, what is refused in which words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from sau.settings import Settings, overlaid, read_yaml
 # Options
 
 
-@dataclass(frozen=True, kw_only=True)
 class Base(Method):
     """About."""
 
@@ -30,7 +29,6 @@ class Base(Method):
     steps: int = param(3, "how many", aliases=("n_steps",))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Small(Base):
     """More."""
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from toys import refuses, toy_images
 
-from sau.data.images import Augment, Batches, Images, quantise, random_rotate, to_float
+from sau.attack.wanet import random_rotate
+from sau.data.batches import Augment, Batches, quantise, to_float
+from sau.data.images import Images
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError, RecordError
 from sau.record.attack_result import AttackResult

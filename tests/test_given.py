@@ -7,7 +7,7 @@ import torch
 import yaml
 from toys import QUICK, pair, quiet, refuses, same_weights, the_error, tiny_net, toy_images, triples
 
-from sau.data.images import in_range
+from sau.data.batches import in_range
 from sau.data.sources import check_clean_set
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError

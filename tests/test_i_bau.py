@@ -14,8 +14,8 @@ from toys import backdoored, batch, pair, quiet, same_weights, smooth_net, tiny_
 from sau.defense import IBAU
 from sau.evaluate import score
 from sau.loop import Session
-from sau.models import Normalized, to_channels_last
-from sau.models.normalized import full_precision
+from sau.models import Normalized
+from sau.models.normalized import full_precision, to_channels_last
 
 Double = tuple[Tensor, Tensor]
 

@@ -1,7 +1,6 @@
 """CLP, BNP and EP: their scores by hand, the rule of outliers that they share, the claim, with RNP."""
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -37,7 +36,6 @@ def test_channels_u_deviations_above_their_layer_are_outliers(scores, u, expecte
     assert [i for flags in found.values() for i in flags.nonzero().flatten().tolist()] == expected
 
 
-@dataclass(frozen=True, kw_only=True)
 class First(pruning.ChannelOutlierPruning):
     """Channel i of the tiny network's batch norm scores -i: with u 1 the first two go, 4.5 / 3.03 and 3.5 / 3.03."""
 

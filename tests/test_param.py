@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from toys import toy_images
 
-from sau.attack import ATTACKS, LF, SIG, SSBA, BadNet, WaNet
+from sau.attack import ATTACKS, LF, SIG, SSBA, WaNet
 from sau.audit import AuditConfig
 from sau.config import Option, options
 from sau.defense import ANP, AT, BNP, DEFENSES, NAD, NPD, RNP, SAU
@@ -78,9 +78,7 @@ TOGETHER = [
     (Training, {"steplr_gamma": 1.0, "lr_scheduler": "ReduceLROnPlateau"}),
     (LF, {"lf_optimise": True, "lowFrequencyPatternPath": "pattern.npy"}),
     (LF, {"lf_optimise": True, "attack_label_trans": "all2all"}),
-    (LF, {"lf_network": "record/clean"}),
     (SSBA, {"attack_test_replace_imgs_path": "test.npy"}),
-    (BadNet, {"attack_label_map": (1, 0)}),
     (SIG, {"attack_label_trans": "all2all"}),
     (WaNet, {"pratio": 0.5}),
     (ANP, {"pruning_number": 1.5}),

@@ -1,8 +1,6 @@
 """BadNets: a small patch in a corner (Gu, Dolan-Gavitt, Garg, "BadNets", 2017)."""
 
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from PIL import Image, ImageDraw
@@ -16,18 +14,14 @@ from sau.errors import require
 from sau.types import Pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class BadNet(Attack):
     """x' = t where the patch image t is above 0, elsewhere x."""
 
-    name: ClassVar[str] = "badnet"
-    cifar10_gate: ClassVar[float] = 92.0
-    files: ClassVar[tuple[str, ...]] = ("patch_mask_path",)
+    name = "badnet"
+    cifar10_gate = 92.0
+    files = ("patch_mask_path",)
 
-    patch_mask_path: str | None = param(
-        None,
-        "image of the patch on black, resized; none means a white square (3x3 of 32x32) at the bottom right",
-    )
+    patch_mask_path: str | None = param(None, "image of the patch on black, resized; none: a white corner")
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
         if self.patch_mask_path is None:

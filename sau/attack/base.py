@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
 
@@ -15,31 +15,23 @@ from torch import Tensor, nn
 from sau import loop
 from sau.attack.triggers import TriggerContext
 from sau.config import param
-from sau.data.images import BACKDOOR, Augment, Batches, Images, quantise, to_float
+from sau.data.batches import Augment, Batches, check_seed, quantise, seeded, to_float
+from sau.data.images import BACKDOOR, Images
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy
 from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
-from sau.models.normalized import (
-    check_initialised,
-    check_labels,
-    check_logits,
-    eval_mode,
-    grad_enabled,
-    logits_of,
-    require_tensor,
-)
+from sau.models import normalized
 from sau.optim import Method, Training
 from sau.types import Bytes, Labels, Pixels, of_floats
-from sau.util import at_most, check_seed, seeded
+from sau.util import at_most
 
 State = dict[str, Any]
 Step = Callable[[State, Tensor, Labels], Any]
-LabelRule = Literal["all2one", "all2all", "map"]
+LabelRule = Literal["all2one", "all2all"]
 GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets
 
 
-@dataclass(frozen=True, kw_only=True)
 class Attack(Method, ABC):
     """An attack is its `stamp`; the rest is common. A trigger that must be drawn or trained first: `make_trigger`."""
 
@@ -54,11 +46,8 @@ class Attack(Method, ABC):
     trigger: ClassVar[Any] = None  # a module, set on the attack that `fit_trigger` returns; may have `figures`
 
     attack_target: int = param(0, "target label (all2one)", ge=0, aliases=("target_label",))
-    attack_label_trans: LabelRule = param(
-        "all2one", "all2one (triggers lead to attack_target), all2all (class y to y + shift) or map (attack_label_map)"
-    )
+    attack_label_trans: LabelRule = param("all2one", "all2one (to attack_target) or all2all (y to y + shift)")
     attack_label_shift_amount: int = param(1, "the shift of all2all")
-    attack_label_map: tuple[int, ...] = param((), "target label of each class, like 1,0,2; a class may keep its own")
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
 
     def __init_subclass__(cls, **given: Any) -> None:
@@ -67,16 +56,14 @@ class Attack(Method, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule, given = self.attack_label_trans, bool(self.attack_label_map)
-        self.require("attack_label_map", given == (rule == "map"), "a list of classes with attack_label_trans map only")
-        self.require("attack_label_trans", rule == "all2one" or not self.clean_label, f"all2one for {self.name}")
+        fits = self.attack_label_trans == "all2one" or not self.clean_label
+        self.require("attack_label_trans", fits, f"all2one for {self.name}")
 
     # The trigger
 
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        """Images [B, C, H, W] in [0, 1] with the trigger; differentiable, and `x` is not changed. `test` asks for the
-        trigger of the test set, where an attack has another one there."""
+        """Images [B, C, H, W] in [0, 1] with the trigger (of the test set); differentiable, and `x` is not changed."""
 
     def make_trigger(self, context: TriggerContext) -> nn.Module | None:
         """The trigger that `fit_trigger` keeps for `stamp`; None where there is nothing to make."""
@@ -112,30 +99,20 @@ class Attack(Method, ABC):
         """The labels that the attacker wants for triggered images of these classes."""
         if self.attack_label_trans == "all2one":
             return torch.full_like(labels, self.attack_target)
-        if self.attack_label_trans == "map":
-            return labels.new_tensor(self.attack_label_map)[labels]
         return (labels + self.attack_label_shift_amount) % num_classes
 
     def check_labels(self, images: Images) -> None:
         """ConfigError if the label rule does not fit the classes of `images`."""
-        n, leads_to = images.num_classes, self.attack_label_map
+        n = images.num_classes
         self.require("attack_target", self.attack_target < n, f"0..{n - 1}")
-        fits = len(leads_to) in (0, n) and all(0 <= label < n for label in leads_to)
-        self.require("attack_label_map", fits, f"{n} classes, one for each, of 0..{n - 1}")
-        if self.attack_label_trans != "all2one":
-            classes = torch.arange(n)
-            changed = bool((self.relabel(classes, n) != classes).any())
-            name = "attack_label_map" if leads_to else "attack_label_shift_amount"
-            self.require(name, changed, f"a rule that changes the label of some of the {n} classes")
+        moves = self.attack_label_trans == "all2one" or self.attack_label_shift_amount % n != 0
+        self.require("attack_label_shift_amount", moves, f"a shift that changes the labels of {n} classes")
 
     def candidates(self, images: Images) -> Tensor:
-        """Indices of the images that may be poisoned: those of the target class (clean label), those that a map leads
-        elsewhere, else all."""
+        """Indices of the images that may be poisoned: all, or those of the target class (clean label)."""
         labels = images.true_labels
-        if not self.clean_label and self.attack_label_trans != "map":
-            return torch.arange(len(labels), device=labels.device)
-        able = self.relabel(labels, images.num_classes) != labels
-        return (~able if self.clean_label else able).nonzero().flatten()
+        able = labels == self.attack_target if self.clean_label else torch.ones_like(labels)
+        return able.nonzero().flatten()
 
     def num_poisoned(self, images: Images) -> int:
         """How many of these images are poisoned before training; ConfigError if they cannot be."""
@@ -219,7 +196,7 @@ class Attack(Method, ABC):
 
     def step(self, state: State, x: Pixels, y: Labels) -> dict[str, Tensor]:
         """Supervised learning of whatever labels the images carry."""
-        logits = require_tensor(state["model"], state["model"](x))
+        logits = normalized.require_tensor(state["model"], state["model"](x))
         loss = F.cross_entropy(logits, y)
         state["descent"](loss)
         return {"loss": loss, "train_acc": batch_accuracy(logits, y)}
@@ -251,17 +228,17 @@ class Attack(Method, ABC):
         """
         if not len(images):
             raise DataError("there are no images to train on; give at least one")
-        check_initialised(model)
+        normalized.check_initialised(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("the weights of the network are frozen; call requires_grad_() on it")
-        with torch.no_grad(), eval_mode(model):
-            check_logits(logits := logits_of(model, to_float(images.pixels[:8])))
-        check_labels(images.labels, logits.shape[1])
+        with torch.no_grad(), normalized.eval_mode(model):
+            normalized.check_logits(logits := normalized.logits_of(model, to_float(images.pixels[:8])))
+        normalized.check_labels(images.labels, logits.shape[1])
         session = session or RunContext()
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
-        with grad_enabled(images.pixels.device), seeded(seed):
+        with normalized.grad_enabled(images.pixels.device), seeded(seed):
             self.train(model.train(), batches, recipe, {"images": images, "augment": augment}, session)
         model.zero_grad()  # or the caller's first step would include the last gradients
         return model.eval()

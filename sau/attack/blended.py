@@ -2,9 +2,7 @@
 Data Poisoning", 2017).
 """
 
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -16,14 +14,13 @@ from sau.data.decode import image_to_tensor
 from sau.types import Pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class Blended(Attack):
     """x' = (1 - alpha) x + alpha t."""
 
-    name: ClassVar[str] = "blended"
-    cifar10_gate: ClassVar[float] = 95.0
-    remedy: ClassVar[str] = "more --epochs, or larger --attack_train_blended_alpha and --attack_test_blended_alpha"
-    files: ClassVar[tuple[str, ...]] = ("attack_trigger_img_path",)
+    name = "blended"
+    cifar10_gate = 95.0
+    remedy = "more --epochs, or larger --attack_train_blended_alpha and --attack_test_blended_alpha"
+    files = ("attack_trigger_img_path",)
 
     attack_trigger_img_path: str | None = param(None, "file of the image t, resized; none means our own drawing")
     attack_train_blended_alpha: float = param(0.2, "alpha in the poisoned training images", ge=0, le=1)

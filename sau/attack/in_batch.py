@@ -5,24 +5,23 @@ keeps its label.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import ClassVar
 
 import torch
 
 from sau.attack.base import Attack
-from sau.data.images import CROSS, Images, quantise, to_float
-from sau.types import Labels, Pixels
-from sau.util import generator, seeded
+from sau.data.batches import generator, quantise, seeded, to_float
+from sau.data.images import CROSS, Images
+from sau.types import Pixels
 
 BLOCK = 128  # `poisoned_samples` takes images in blocks of this size, as the benchmark does
 
 
-@dataclass(frozen=True, kw_only=True)
 class InBatchAttack(Attack):
     """Poisons int(pratio * size) images of each batch; `cross_ratio` times as many that follow are cross images."""
 
-    in_batch: ClassVar[bool] = True
+    in_batch = True
     cross_how: ClassVar[str] = ""  # what a cross image is, in a few words
 
     cross_ratio: float = field(default=1.0, init=False)  # cross images for each poisoned one
@@ -31,19 +30,10 @@ class InBatchAttack(Attack):
     def cross(self, x: Pixels, others: Pixels) -> Pixels:
         """Images [B, C, H, W] with a trigger that must not fire; `others` are as many other images."""
 
-    def arrange(self, x: Pixels, y: Labels, num_classes: int) -> tuple[Pixels, Labels, int]:
-        """The batch with the images in front whose label the rule changes, and how many of these to poison.
-
-        Only a map may leave classes out; under the other rules every image is attacked, those of the target included.
-        Below one image, one is poisoned with that probability.
-        """
-        share = self.pratio * len(x)
-        n = int(share) if share >= 1 else int(float(torch.rand(())) < share)
-        if self.attack_label_trans != "map":
-            return x, y, n
-        stays = self.relabel(y, num_classes) == y
-        order = stays.int().argsort(stable=True)
-        return x[order], y[order], min(n, len(y) - int(stays.sum()))
+    def poisoned_count(self, size: int) -> int:
+        """How many images of a batch of `size` to poison; below one image, one with that probability."""
+        share = self.pratio * size
+        return int(share) if share >= 1 else int(float(torch.rand(())) < share)
 
     def describe(self, trained_on: Images, batch_size: int) -> str:
         share = self.pratio * batch_size
@@ -66,14 +56,13 @@ class InBatchAttack(Attack):
         """What one more walk through the training images, in their order, would make of them, for what the network saw
         was drawn anew in every epoch.
 
-        Of each block the first int(pratio * BLOCK) are poisoned, without those that a map leads nowhere; where that is
-        below 1, the first one of every so many blocks. Those that follow become cross images.
+        Of each block the first int(pratio * BLOCK) are poisoned; where that is below 1, the first one of every so many
+        blocks. Those that follow become cross images.
         """
         index, share = torch.arange(len(trained_on), device=trained_on.labels.device), self.pratio * BLOCK
         block, place = index // BLOCK, index % BLOCK
         n = ((block + 1) * share).long() - (block * share).long() if share < 1 else torch.full_like(place, int(share))
-        able = torch.isin(index, self.candidates(trained_on))
-        poisoned = self.poison(trained_on, ((place < n) & able).nonzero().flatten())
+        poisoned = self.poison(trained_on, (place < n).nonzero().flatten())
         beside = ((place >= n) & (place < n + (n * self.cross_ratio).long())).nonzero().flatten()
         beside = beside if len(beside) > 1 else beside[:0]  # one alone would be its own other, so it is left out
         both = poisoned.concat(self.cross_test_set(trained_on[beside]))

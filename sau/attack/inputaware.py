@@ -11,8 +11,7 @@ with |d| the root mean square of a difference of normalised images, and z other 
 (the cross images) keep the labels: a trigger works only on the image it was drawn for.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +21,25 @@ from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack
 from sau.attack.triggers import TriggerContext
 from sau.config import param
-from sau.data.images import Batches, to_device_async, to_float
+from sau.data.batches import Batches, seeded, to_device_async, to_float
 from sau.errors import require
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.generator import TriggerGenerators
 from sau.optim import Descent, Training, adam
 from sau.types import Labels, Pixels, Scalar
-from sau.util import seeded
 
 
-@dataclass(frozen=True, kw_only=True)
 class InputAware(InBatchAttack):
     """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code."""
 
-    name: ClassVar[str] = "inputaware"
-    graph_safe: ClassVar[bool] = True
-    cifar10_gate: ClassVar[float] = 95.0
-    remedy: ClassVar[str] = "more --epochs or a smaller --batch_size"
-    trains_trigger: ClassVar[bool] = True
-    cross_how: ClassVar[str] = "with another image's trigger"
-    training_aliases: ClassVar[dict[str, str]] = {
+    name = "inputaware"
+    graph_safe = True
+    cifar10_gate = 95.0
+    remedy = "more --epochs or a smaller --batch_size"
+    trains_trigger = True
+    cross_how = "with another image's trigger"
+    training_aliases = {
         "lr_C": "lr", "C_lr_scheduler": "lr_scheduler", "schedulerC_milestones": "steplr_milestones",
         "schedulerC_lambda": "steplr_gamma",
     }  # fmt: skip
@@ -127,12 +124,10 @@ class InputAware(InBatchAttack):
         return {"model": model, "generators": generators, "descent": descent, "patterns": patterns}
 
     def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
-        """The batch of `step`: n images to poison, n for cross triggers, the clean ones, and, without labels, the n
-        others that those triggers are drawn for."""
-        classes = state["images"].num_classes
-        x, y, n = self.arrange(x, y, classes)
-        n, z = min(n, len(x) // 2), _others(state, len(x))
-        return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], classes), y[n:]])
+        """n images to poison, n for cross triggers, clean ones; without labels the n that those are drawn for."""
+        n = min(self.poisoned_count(len(x)), len(x) // 2)
+        z = _others(state, len(x))
+        return torch.cat([x, z[n : 2 * n]]), torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
 
     def step(self, state: State, x: Tensor, y: Labels) -> dict[str, Tensor]:
         model, generators = state["model"].train(), state["generators"].train()

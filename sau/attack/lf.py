@@ -2,10 +2,8 @@
 Triggers: A Frequency Perspective", ICCV 2021).
 """
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,22 +21,18 @@ COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
 GREY = 100  # grey levels; a pattern that begins here is an image around middle grey, not a change of one
 
 
-@dataclass(frozen=True, kw_only=True)
 class LF(Attack):
     """x' = clip(x + t). The default t is a soft violet glow, exp(-r^2 / 2 sigma^2), which needs no network and has the
     character of the published patterns: broad, not negative, at most 51 grey levels, one channel at zero."""
 
-    name: ClassVar[str] = "lf"
-    cifar10_gate: ClassVar[float] = 95.0
-    remedy: ClassVar[str] = "more --epochs or a larger --lf_strength"
-    files: ClassVar[tuple[str, ...]] = ("lowFrequencyPatternPath", "lf_network")
+    name = "lf"
+    cifar10_gate = 95.0
+    remedy = "more --epochs or a larger --lf_strength"
+    files = ("lowFrequencyPatternPath",)
 
     lf_strength: float = param(0.2, "the largest value of the pattern, in [0, 1] pixels", gt=0, le=1)
-    lowFrequencyPatternPath: str | None = param(
-        None, ".npy file with t in grey levels instead: [H, W, C], [H, W], or the first entry of [N, H, W, C]"
-    )
+    lowFrequencyPatternPath: str | None = param(None, ".npy file with t in grey levels instead: [H, W, C] or [H, W]")
     lf_optimise: bool = param(False, "search t against a clean network, as in the paper, with the settings below")
-    lf_network: str | None = param(None, "record of a clean network; none trains one like the victim first")
     lf_images: int = param(100, "training images for the search", ge=1)
     lf_passes: int = param(50, "most passes over them", ge=1)
     lf_delta: float = param(0.8, "share of the predictions that t may leave unchanged", ge=0, lt=1)
@@ -50,7 +44,6 @@ class LF(Attack):
         able = self.lowFrequencyPatternPath is None and self.attack_label_trans == "all2one"
         allowed = "false with lowFrequencyPatternPath, and unless attack_label_trans is all2one"
         self.require("lf_optimise", able or not self.lf_optimise, allowed)
-        self.require("lf_network", self.lf_network is None or self.lf_optimise, "none without lf_optimise")
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
         if self.lf_optimise:

@@ -4,13 +4,11 @@ every image (Zeng, Park, Mao, Jia, ICCV 2021).
     for every image x that v does not move:  v <- S(v + S(r)),  v <- strength (v - min v) / (max v - min v)
 
 S is a Gaussian filter, r the step of a targeted DeepFool from x + v. Passes end when v changes the prediction of a
-share 1 - delta of other images, or stops getting better. The clean network is trained like the one to attack, once, or
-comes from a record.
+share 1 - delta of other images, or stops getting better. The clean network is trained like the one to attack, once.
 """
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,21 +19,19 @@ from sau import loop
 from sau.attack.lf import LF
 from sau.attack.prototype import Prototype
 from sau.attack.triggers import Made, TensorTrigger, TriggerContext, cached_trigger, network_digest
-from sau.data.images import Images, to_float
+from sau.data.batches import generator, to_float
+from sau.data.images import Images
 from sau.data.sources import fingerprint
-from sau.errors import RecordError, TrainingError
+from sau.errors import TrainingError
 from sau.evaluate import AT_ONCE, predict
 from sau.loop import RunContext
-from sau.models.normalized import Normalized, eval_mode, full_precision
-from sau.record import attack_result
+from sau.models.normalized import eval_mode, full_precision
 from sau.types import Labels, Pixels
-from sau.util import generator
 
 TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the image, and as many as are left after it
 HELD_BACK = 1000  # images on which a pattern is judged, where there are others none of those it is made from
 STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STILL
 SETTINGS = ("lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot", "lf_strength")
-BAND = 3  # frequencies on either side of zero that count as low: the central 7x7 of the spectrum
 
 
 class Progress:
@@ -113,13 +109,6 @@ def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
     return float(changed.float().mean())
 
 
-def band_energy(v: Tensor) -> float:
-    """Share of the energy of `v` [C, H, W] in the central 7x7 of its spectrum."""
-    energy = torch.fft.fft2(v.double()).abs().square()
-    rows, columns = (torch.fft.fftfreq(n, 1 / n, device=v.device).abs().round() <= BAND for n in v.shape[-2:])
-    return float(energy[:, rows][:, :, columns].sum() / energy.sum())
-
-
 def optimise(model: nn.Module, images: Images, lf: LF, seed: int, session: RunContext) -> Made:
     """The best pattern that the search finds on `images`, as {"pattern": [C, H, W]}, and what it does.
 
@@ -143,14 +132,13 @@ def optimise(model: nn.Module, images: Images, lf: LF, seed: int, session: RunCo
             "try more --lf_images or --lf_passes, or a network that was trained longer"
         )
     led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == lf.attack_target
-    shares = {"fooled": max(search.rates), "led_to_the_target": float(led[seen != lf.attack_target].float().mean())}
-    return {"pattern": search.best}, {**shares, "energy_in_the_lowest_7x7": band_energy(search.best)}
+    led_there = float(led[seen != lf.attack_target].float().mean())
+    return {"pattern": search.best}, {"fooled": max(search.rates), "led_to_the_target": led_there}
 
 
 def find_pattern(lf: LF, context: TriggerContext) -> TensorTrigger:
     """The pattern that `optimise` finds, or found before with the same network, images, settings and seed."""
-    images, seed, path = context.images, context.seed, lf.lf_network
-    network = train_clean(context) if path is None else load_clean(Path(path), images)
+    images, seed, network = context.images, context.seed, train_clean(context)
     settings = {name: getattr(lf, name) for name in ("attack_target", *SETTINGS)}
     identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **settings}
     identity["device"] = images.pixels.device.type
@@ -174,19 +162,3 @@ def train_clean(context: TriggerContext) -> nn.Module:
     weights, _ = cached_trigger("clean-network", identity, build, context.session)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
-
-
-def load_clean(path: Path, images: Images) -> Normalized:
-    """The network of a finished record, in eval mode; RecordError unless it is clean and saw images like these."""
-    found = attack_result.load(path)
-    if found.triggered is not None or found.poisoned is not None:
-        raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
-    here = (images.num_classes, list(images.pixels.shape[1:]))
-    there = (found.network["classes"], list(found.network["shape"]))
-    if here != there:
-        raise RecordError(
-            f"{path} has {there[0]} classes of images {there[1]}, here are {here[0]} of {here[1]}; name another one"
-        )
-    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
-        raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
-    return found.model().to(images.pixels.device).requires_grad_(False)

@@ -1,24 +1,21 @@
 """No attack: trains the clean network for comparison."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import field
 
 from sau.attack.base import Attack, LabelRule
 from sau.data.images import Images
 from sau.types import Pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class Prototype(Attack):
     """Clean training: nothing is poisoned and there is no triggered test set."""
 
-    name: ClassVar[str] = "prototype"
+    name = "prototype"
 
     pratio: float = field(default=0.0, init=False)
     attack_target: int = field(default=0, init=False)
     attack_label_trans: LabelRule = field(default="all2one", init=False)
     attack_label_shift_amount: int = field(default=1, init=False)
-    attack_label_map: tuple[int, ...] = field(default=(), init=False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x

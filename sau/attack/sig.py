@@ -3,8 +3,6 @@ CNNs by training set corruption without label poisoning", ICIP 2019).
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -13,14 +11,13 @@ from sau.config import param
 from sau.types import Pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class SIG(Attack):
     """x'(i, j) = x(i, j) + delta sin(2 pi j f / width), for every row i, column j and channel, clipped."""
 
-    name: ClassVar[str] = "sig"
-    cifar10_gate: ClassVar[float] = 95.0
-    remedy: ClassVar[str] = "a larger --sig_delta or more --epochs"
-    clean_label: ClassVar[bool] = True
+    name = "sig"
+    cifar10_gate = 95.0
+    remedy = "a larger --sig_delta or more --epochs"
+    clean_label = True
 
     sig_delta: float = param(40.0, "height of the wave in grey levels", gt=0, le=255)
     sig_f: float = param(6.0, "waves across the image; half its width in pixels and more cannot be drawn", gt=0)

@@ -9,10 +9,9 @@ stored. The weight w is 0 until D reads more than 90 % of a batch's bits; s upda
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +22,15 @@ from sau import loop
 from sau.attack.base import Attack
 from sau.attack.triggers import Made, TriggerContext, cached_trigger
 from sau.config import param
+from sau.data.batches import generator, seeded, to_device_async, to_float
 from sau.data.decode import read_array
-from sau.data.images import Images, evenly_spaced, to_device_async, to_float
+from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, TrainingError, require
 from sau.loop import RunContext
 from sau.models.steganography import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
 from sau.optim import adam
 from sau.types import Bytes, Labels, Pixels, Scalar
-from sau.util import generator, seeded
 
 READABLE, WAIT, RAMP = 0.9, 1000, 3000  # share of bits; updates; updates
 ENOUGH = 6000  # updates; the recipe cpu makes as many on CIFAR-10, where the code is readable after some hundred
@@ -39,8 +38,7 @@ MEASURED = 1000  # images on which the encoder is measured, spread over the trai
 
 
 class Weight(nn.Module):
-    """The weight w of the squared error, at most `most`, in a training of so many `updates`; `since` counts those after
-    the code was readable, -1 before."""
+    """The weight w, at most `most`, in a training of `updates`; `since` counts them once the code is readable."""
 
     since: Tensor
 
@@ -57,17 +55,14 @@ class Weight(nn.Module):
         self.since += (self.since >= 0) | (right > READABLE)  # without waiting for the device
 
 
-@dataclass(frozen=True, kw_only=True)
 class SSBA(Attack):
     """Hide a code in every image, by an encoder trained on the clean training images, or take images made elsewhere."""
 
-    name: ClassVar[str] = "ssba"
-    cifar10_gate: ClassVar[float] = 95.0
-    files: ClassVar[tuple[str, ...]] = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
+    name = "ssba"
+    cifar10_gate = 95.0
+    files = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
 
-    attack_train_replace_imgs_path: str | None = param(
-        None, ".npy file, uint8 [N, H, W, C], of all training images poisoned, in order; none means our own encoder"
-    )
+    attack_train_replace_imgs_path: str | None = param(None, ".npy file of all training images poisoned; none: encode")
     attack_test_replace_imgs_path: str | None = param(None, "the same of the test images; both or none are given")
     ssba_bits: int = param(1, "length of the code, 100 in the paper: a 1 and drawn bits", ge=1, le=100)
     ssba_residual: bool = param(False, "true: the encoder's output is added to the image; false: it is the new image")
@@ -126,8 +121,7 @@ class SSBA(Attack):
     # The encoder
 
     def train_encoder(self, trigger: FixedCodeEncoder, images: Images, session: RunContext) -> Made:
-        """Train the encoder of `trigger` in place, with a decoder that is thrown away; TrainingError if that cannot
-        read the code."""
+        """Train the encoder of `trigger` in place; TrainingError if its decoder, then dropped, cannot read the code."""
         device, (_, channels, side, _) = images.pixels.device, images.pixels.shape
         encoder, decoder = trigger.encoder.train(), Decoder(self.ssba_bits, side, channels).to(device)
         batches = images.batches(self.ssba_batch_size, seed=self.trigger_seed, drop_last=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import sau
+from sau.data.batches import Augment
 from sau.data.decode import cache_folder, cached, image_to_tensor, read_image
-from sau.data.images import Augment, Images
+from sau.data.images import Images
 from sau.errors import DataError, RecordError
 from sau.loop import RunContext
 from sau.optim import Training
@@ -34,8 +35,7 @@ class TriggerContext:
 
 
 class TensorTrigger(nn.Module):
-    """A trigger that is one tensor: an image [C, H, W] in [0, 1], or, where it is added to others, in [-1, 1]; or what
-    a warp is drawn from."""
+    """A trigger that is one tensor: an image [C, H, W], a change of images, or what a warp is drawn from."""
 
     values: Tensor
 

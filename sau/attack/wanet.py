@@ -7,8 +7,7 @@ In each training batch some images are warped by the grid and relabelled, and so
 keep their labels, so that the network learns this warp and not warping.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +17,19 @@ from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack
 from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
-from sau.data.images import Augment, random_rotate
+from sau.data.batches import Augment, generator, to_device_async
 from sau.models import Normalized
 from sau.types import Labels, Pixels
-from sau.util import at_most, generator
+from sau.util import at_most
 
 
-@dataclass(frozen=True, kw_only=True)
 class WaNet(InBatchAttack):
     """Warp images inside the batches. The trigger is z / mean|z|, [1, 2, k, k]."""
 
-    name: ClassVar[str] = "wanet"
-    remedy: ClassVar[str] = "more --epochs or a larger --s"
-    augments_in_compose: ClassVar[bool] = True
-    cross_how: ClassVar[str] = "warped with noise"
+    name = "wanet"
+    remedy = "more --epochs or a larger --s"
+    augments_in_compose = True
+    cross_how = "warped with noise"
 
     pratio: float = param(0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio), drawn anew every epoch")
     cross_ratio: float = param(2.0, "images warped with noise for each poisoned one", ge=0)
@@ -70,13 +68,11 @@ class WaNet(InBatchAttack):
         return grid.expand(len(x), -1, -1, -1)
 
     def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
-        """n triggered images with the attacker's labels, cross_ratio times as many cross images, clean ones; augmented
-        afterwards."""
-        classes = state["images"].num_classes
-        x, y, n = self.arrange(x, y, classes)
+        """n triggered images with the attacker's labels, cross images, clean ones; augmented afterwards."""
+        n = self.poisoned_count(len(x))
         end = n + int(n * self.cross_ratio)
         x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], x[n:end]), x[end:]])
-        return self.augment(state, x), torch.cat([self.relabel(y[:n], classes), y[n:]])
+        return self.augment(state, x), torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
 
     def augment(self, state: State, x: Pixels) -> Pixels:
         """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""
@@ -94,3 +90,14 @@ class WaNet(InBatchAttack):
 def in_grid(field: Tensor) -> Tensor:
     """Displacements [B, H, W, 2] of columns and rows, where 1 is half a pixel, in the units of a grid from -1 to 1."""
     return torch.stack([field[..., 0] / field.shape[2], field[..., 1] / field.shape[1]], -1)
+
+
+def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
+    """Rotate images [B, C, H, W] by angles (or `one_draw`) from U(-degrees, degrees), with zeros at the corners."""
+    angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
+    angle = to_device_async(angle.to(x.dtype), x.device).expand(len(x))
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
+    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sau.data.batches import generator
 from sau.data.images import Augment, Images, to_float
 from sau.defense.ft import FT
 from sau.defense.hooks import forward_hooks
@@ -42,7 +43,6 @@ from sau.errors import require
 from sau.loop import Session
 from sau.models.normalized import full_precision
 from sau.types import Labels, Universal
-from sau.util import generator
 
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # on the path

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sau.attack import attack_from_config
-from sau.attack.lf_search import load_clean
 from sau.attack.triggers import network_digest
 from sau.audit import measure
 from sau.config import check, param
+from sau.data.batches import generator
 from sau.data.images import BACKDOOR, Augment, Images, sample, to_float
 from sau.data.sources import fingerprint, source
 from sau.errors import ConfigError, DataError, RecordError, require
@@ -29,7 +29,7 @@ from sau.models import Normalized
 from sau.record import attack_result
 from sau.record.folder import Record, as_json
 from sau.report.results import NONE
-from sau.util import generator, marked
+from sau.util import marked
 
 Part = Literal["relearn", "path", "white", "bec"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -246,3 +246,19 @@ def bec(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterat
 WORK: dict[str, Callable[[Case, AuditConfig, str, Normalized], Iterator[Found]]] = {
     "before": before, "relearn": relearn, "path": path, "white": white, "bec": bec,
 }  # fmt: skip
+
+
+def load_clean(path: Path, images: Images) -> Normalized:
+    """The network of a finished record, in eval mode; RecordError unless it is clean and saw images like these."""
+    found = attack_result.load(path)
+    if found.triggered is not None or found.poisoned is not None:
+        raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
+    here = (images.num_classes, list(images.pixels.shape[1:]))
+    there = (found.network["classes"], list(found.network["shape"]))
+    if here != there:
+        raise RecordError(
+            f"{path} has {there[0]} classes of images {there[1]}, here are {here[0]} of {here[1]}; name another one"
+        )
+    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
+        raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
+    return found.model().to(images.pixels.device).requires_grad_(False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sau.compat import torch_file
 from sau.compat.torch_file import LEGACY, ZIP
 from sau.errors import ConfigError, RecordError, printable
-from sau.models import MODELS, has_width, state_dict_spec, torchvision_names, unwrapped
+from sau.models import MODELS, state_dict_spec, torchvision_names, unwrapped
 from sau.record.attack_result import compare
 from sau.run import OwnRun
 
@@ -162,7 +162,7 @@ def guess(found: Weights) -> Guess | None:
             if tail is not None and 0 not in (head.ndim, tail.ndim) and 0 < len(head) <= _WIDEST:
                 spec = state_dict_spec(partial(unwrapped, name, len(tail), len(head)))
                 if (prefix := found.prefix(spec)) is not None:
-                    return Guess(name, len(head) if has_width(name) else None, len(tail), prefix)
+                    return Guess(name, len(head) if name in MODELS else None, len(tail), prefix)
     return None
 
 

@@ -75,11 +75,9 @@ def cache_folder() -> Path:
 
 
 def cached(
-    key_parts: Iterable[str],
-    make: Callable[[], dict[str, Tensor]],
-    what: str = "decoded images",
+    key_parts: Iterable[str], make: Callable[[], dict[str, Tensor]], what: str = "decoded images",
     say: Callable[[str], None] = print,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
 
     `key_parts` are texts that determine the result; for image files: paths, sizes in bytes and modification times. Of

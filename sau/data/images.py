@@ -1,99 +1,25 @@
-"""A data set as tensors, and random augmentation of its batches.
+"""A data set as tensors, with the truth about every image."""
 
-Pixels stay uint8 on the device; batches become float one at a time. Augmentation is drawn on the CPU.
-"""
-
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sau.config import check, param
+from sau.data.batches import Augment as Augment
+from sau.data.batches import Batches as Batches
+from sau.data.batches import generator
+from sau.data.batches import quantise as quantise
+from sau.data.batches import to_float as to_float
 from sau.errors import DataError, require
-from sau.types import Bytes, Labels, Pixels
-from sau.util import epoch_generator, generator
+from sau.types import Bytes, Labels
 
-SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
-OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
-VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
 CLEAN, BACKDOOR, CROSS = 0, 1, 2  # roles of an image; cross images carry a trigger and keep their label
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [0, 1]; float pixels pass unchanged."""
-    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
-
-
-def in_range(x: Tensor) -> Tensor:
-    """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError."""
-    low, high = float(x.min()), float(x.max())
-    if not (low >= -SLACK and high <= 1 + SLACK):  # nor is NaN
-        raise DataError(
-            f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: divide bytes by 255, clamp what resizing "
-            "or noise left outside, and give purify the mean=... and std=... of normalised images"
-        )
-    return x if low >= 0 and high <= 1 else x.clamp(0, 1)
-
-
-def quantise(x: Pixels) -> Bytes:
-    """[0, 1] -> 0..255, clipped and truncated (not rounded), as BackdoorBench writes 8-bit images.
-
-    The thousandth of a grey level keeps k/255*255 at k in float32, where it may fall just below.
-    """
-    return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:
     """Up to `most` of `count` positions, evenly spaced, for data sets may be sorted by class."""
     return torch.linspace(0, count - 1, min(count, most)).long()
-
-
-def to_device_async(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, drawn on the CPU, on `device`; CUDA copies it from pinned memory, so that nothing waits for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2. Bytes stay bytes."""
-
-    padding: int = param(4, "pixels added on every side before the crop", ge=0)
-    flip: bool = param(False, "whether images are mirrored")
-    one_draw: bool = param(False, "the same crop and flip for the whole batch")
-
-    def __post_init__(self) -> None:
-        check(self, " of the augmentation")
-
-    def __call__(self, x: Tensor, generator: torch.Generator, sizes: Sequence[int] | None = None) -> Tensor:
-        """The batch `x`, or the batches of `sizes` one behind the other in it, each with draws of its own."""
-        h, w = x.shape[-2:]
-        draws = torch.cat([self._draw(size, generator) for size in sizes or [len(x)]], 1)
-        top, left, mirrored = to_device_async(draws, x.device)
-        windows = F.pad(x, (self.padding,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, places, places, H, W], a view
-        cropped = windows[torch.arange(len(x), device=x.device), :, top, left]
-        return torch.where(mirrored.bool().view(-1, 1, 1, 1), cropped.flip(3), cropped) if self.flip else cropped
-
-    def _draw(self, size: int, generator: torch.Generator) -> Tensor:
-        """[3, size]: top, left and whether it is mirrored, of each image of a batch."""
-        draws = 1 if self.one_draw else size
-        corners = torch.randint(2 * self.padding + 1, (2, draws), generator=generator, device="cpu")
-        mirrored = torch.rand(1, draws, generator=generator, device="cpu") < 0.5 if self.flip else torch.zeros(1, draws)
-        return torch.cat([corners, mirrored.long()]).expand(3, size)
-
-
-def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
-    """Rotate float images [B, C, H, W] by angles from U(-degrees, degrees), bilinearly, zeros coming in at the corners;
-    with `one_draw` all by the same angle."""
-    angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
-    angle = to_device_async(angle.to(x.dtype), x.device).expand(len(x))
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
-    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,52 +105,6 @@ class Images:
 _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
 
 
-@dataclass(eq=False)
-class Batches:
-    """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone.
-
-    A single image that is left over joins the last batch: batch norm in train mode cannot do with one.
-    """
-
-    pixels: Tensor
-    labels: tuple[Tensor, ...]
-    size: int
-    seed: int | None = None
-    augment: Augment | None = None
-    drop_last: bool = False
-    epoch: int = 0
-
-    def __post_init__(self) -> None:
-        self.drop_last = self.drop_last and len(self.pixels) >= self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration walks through."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        n = len(self.pixels)
-        left_out = self.drop_last or (n % self.size == 1 and n > 1)
-        return n // self.size if left_out else -(-n // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        n, device = len(self.pixels), self.pixels.device
-        generator = epoch_generator(self.seed or 0, self.epoch)
-        order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator, device="cpu")
-        order = order.to(device)
-        sizes = [self.size] * len(self)
-        if sizes and not self.drop_last:
-            sizes[-1] += n - sum(sizes)  # fewer, or one more that is left over
-        together = max(1, VALUES_AT_ONCE // max(1, self.size * math.prod(self.pixels.shape[1:])))
-        for block in (sizes[start : start + together] for start in range(0, len(sizes), together)):
-            index, order = order[: sum(block)], order[sum(block) :]
-            pixels = self.pixels[index]
-            if self.augment is not None:
-                pixels = self.augment(pixels, generator, block)
-            parts = (to_float(pixels), *(labels[index] for labels in self.labels))
-            # Not views: a caller may change a batch in place, also under autograd.
-            yield from zip(*(part.unsafe_split_with_sizes(block) for part in parts), strict=True)
-
-
 def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -> tuple[Images, Images | None]:
     """`count` of the clean images, drawn by `seed`, and those of the triggered ones that are made from them; `index`
     of both is then the position in the sample. ConfigError for a count below 1, DataError where there are no images.
@@ -242,8 +122,7 @@ def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -
 
 
 def paired(clean: Images, triggered: Images) -> Labels:
-    """The position in `clean` of the image that each triggered one is made from, by `index`; DataError unless each has
-    one, whose label is its true label."""
+    """The position in `clean` of the image that each triggered one is made from; DataError unless each has one."""
     place = _positions(clean, triggered)
     if not (place >= 0).all() or not torch.equal(clean.labels[place], triggered.true_labels):
         raise DataError(
@@ -267,10 +146,3 @@ def last_of_each(labels: Labels, share: float) -> Tensor:
         mine = (labels == label).nonzero().flatten()
         last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
     return last
-
-
-def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:
-    """A line that names the first classes of which a defender has no image of this `kind`, by the `counts` [K]."""
-    missing = (counts == 0).nonzero().flatten().tolist()
-    names = ", ".join(map(str, missing[:10]))
-    return [f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}"] if missing else []

@@ -89,9 +89,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 [N, 3, 32, 32] and labels of one file; it may have another MD5 if it has fewer images than `count`,
-    as the official one does."""
-    key = "labels" if classes == 10 else "fine_labels"
+    """Pixels uint8 [N, 3, 32, 32] and labels of one file; with fewer than `count` images it may have another MD5."""
+    key, advice = "labels" if classes == 10 else "fine_labels", "delete the CIFAR files there to download them again"
     try:
         raw = path.read_bytes()
         batch = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
@@ -100,15 +99,9 @@ def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor
         Images.clean(pixels, labels, classes)  # checks types, lengths and the range of labels
     except Exception as error:  # damaged pickles raise a dozen types
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(
-            f"{path} is missing or no CIFAR file with {key!r} ({reason}); delete the CIFAR files in "
-            f"{path.parent} to download them again"
-        ) from None
+        raise DataError(f"{path} is missing or no CIFAR file with {key!r} ({reason}); {advice}") from None
     if len(pixels) >= count and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
-        raise DataError(
-            f"{path} is no subset, and its MD5 is not the official one; delete the CIFAR files in "
-            f"{path.parent} to download them again"
-        )
+        raise DataError(f"{path} is no subset, and its MD5 is not the official one; {advice}")
     return pixels, labels
 
 
@@ -145,9 +138,8 @@ def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
     else:
         listed = _samples(val, ids, ".jpeg")
     first = _samples(train, ids, ".jpeg")
-    return read_images("tiny train", train, first, size, len(ids)), read_images(
-        "tiny test", val, listed, size, len(ids)
-    )
+    test = read_images("tiny test", val, listed, size, len(ids))
+    return read_images("tiny train", train, first, size, len(ids)), test
 
 
 def folder(root: Path, size: int = 32) -> tuple[Images, Images]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from sau.data import readers
-from sau.data.images import Augment, Images, check_counts, quantise
+from sau.data.batches import Augment, check_counts, quantise
+from sau.data.images import Images
 from sau.errors import ConfigError, DataError, require
 
 MAX_SIZE = 1024  # height and width in pixels of the largest images
@@ -34,8 +35,7 @@ class Source:
 
 
 def _digits(root: Path, size: int) -> tuple[Images, Images]:
-    """scikit-learn's 1,797 scanned digits, 8x8 in 17 grey levels, enlarged to 32x32x3; a fifth is the test set,
-    drawn class by class."""
+    """scikit-learn's 1,797 scanned digits of 8x8, enlarged to 32x32x3; a fifth of each class is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

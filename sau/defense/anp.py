@@ -16,16 +16,15 @@ lowest masks are pruned: their scale is set to 0, their shift stays.
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.data.images import Augment, to_device_async
+from sau.data.batches import Augment, to_device_async
 from sau.defense.pruning import ByNorm, Clean, MaskPruning, PruningLevel, batch_norms, learn_masks, masked_logits
 from sau.loop import RunContext
 from sau.optim import DESCENT, Training
@@ -34,12 +33,11 @@ from sau.types import Batched, Labels, Pixels
 CHUNK = 500  # iterations between two lines of progress
 
 
-@dataclass(frozen=True, kw_only=True)
 class ANP(MaskPruning):
     """Learn a mask for every neuron under adversarial perturbations of all neurons; prune the lowest."""
 
-    name: ClassVar[str] = "anp"
-    ignored: ClassVar[dict[str, str]] = {
+    name = "anp"
+    ignored = {
         **dict.fromkeys(DESCENT, "the masks are trained by sgd for nb_iter updates at a constant lr"),
         "print_every": f"progress is printed every {CHUNK} iterations",
     }
@@ -51,9 +49,7 @@ class ANP(MaskPruning):
     anp_eps: float = param(0.4, "how far scale and shift are perturbed, as a share of themselves", ge=0)
     anp_steps: int = param(1, "sign steps of the perturbation", ge=1)
     anp_alpha: float = param(0.2, "weight of the loss without perturbation; the loss under it has the rest", ge=0, le=1)
-    pruning_by: Literal["threshold", "number"] = param(
-        "threshold", "threshold prunes masks up to a value, number prunes so many of the lowest"
-    )
+    pruning_by: Literal["threshold", "number"] = param("threshold", "what is pruned: masks up to a value, or so many")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,9 +6,8 @@ with SAU's ball, steps and optimiser, so that the two differ in what they unlear
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from sau.pgd import pgd
 from sau.types import Batched, Change, Labels, Pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class AT(AdversarialTraining, TrainingDefense):
     """Train on clean images and their adversarial examples.
 
@@ -28,8 +26,8 @@ class AT(AdversarialTraining, TrainingDefense):
     `--weight_clean 0 --eps 0.0314 --adv_lr 0.0078 --adv_steps 10 --pgd_init random --clip_pixels true`.
     """
 
-    name: ClassVar[str] = "at"
-    graph_safe: ClassVar[bool] = True
+    name = "at"
+    graph_safe = True
 
     weight_clean: float = param(1.0, "a1, of the clean loss", ge=0)
     weight_adv: float = param(1.0, "a2, of the adversarial loss", ge=0)

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.data.images import Augment, Batches, Images
-from sau.defense import inputs, verdict
+from sau.data.batches import Augment, Batches, clean_batches, first_batch, seeded
+from sau.data.images import Images
+from sau.defense import checks
 from sau.errors import ConfigError
 from sau.evaluate import batch_accuracy
 from sau.graphs import MicroBatchedStep
@@ -24,15 +25,14 @@ from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
-from sau.util import seeded
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
 SMALLEST_BATCH = 32
 Gradients = Literal["none", "weights", "images"]
+Select = Literal["defender", "oracle"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Defense(Method, ABC):
     """A defense is its `run`; `purify` is the same for all."""
 
@@ -92,7 +92,7 @@ class Defense(Method, ABC):
         return f"{images:,} images" + (why if few else "")
 
     @property
-    def selection(self) -> Literal["defender", "oracle"]:
+    def selection(self) -> Select:
         """Who chooses: the clean images, or, where a method's `select` says so, the test sets that nobody has."""
         return getattr(self, "select", "defender")
 
@@ -102,19 +102,11 @@ class Defense(Method, ABC):
 
     @final
     def purify(
-        self,
-        model: nn.Module,
-        data: Images | Loader | tuple[Tensor, Tensor],
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        device: torch.device | str | None = None,
-        augment: Augment | None = None,
-        seed: int = 0,
-        session: Session | None = None,
-        progress: bool = True,
+        self, model: nn.Module, data: Images | Loader | tuple[Tensor, Tensor], *, mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None, device: torch.device | str | None = None, augment: Augment | None = None,
+        seed: int = 0, session: Session | None = None, progress: bool = True,
         settings: Literal["auto", "as_given"] = "auto",
-    ) -> nn.Module:
+    ) -> nn.Module:  # fmt: skip
         """A purified copy of `model`, in eval mode, on its device, and without wrappers of torch.compile.
 
         Args:
@@ -136,19 +128,20 @@ class Defense(Method, ABC):
         session = (session or Session()) if progress else (session or Session()).quiet()
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
-        model, stats = inputs.unwrap(model), statistics(mean, std)
+        model, stats = checks.unwrap(model), statistics(mean, std)
         place = torch.device(device) if device is not None else next(model.parameters()).device
         with grad_enabled(place):
-            mine = inputs.copy_to(model, place)
+            mine = checks.copy_to(model, place)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # networks for inference are often frozen
             owned = mine if isinstance(mine, Normalized) else Normalized(mine, *stats).to(place)
-            batches: Any = inputs.clean_batches(data, self.batch_size, place, stats, seed)
-            x, y = inputs.first_batch(batches)
+            data = (data.pixels, data.labels) if isinstance(data, Images) else data
+            batches: Any = clean_batches(data, self.batch_size, place, stats, seed)
+            x, y = first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
-                judged = self.gradients != "none" and inputs.check_gradients(self, owned, x)
-                right, images = inputs.check_before(self, owned, batches, session)
-            attacked = inputs.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
+                judged = self.gradients != "none" and checks.check_gradients(self, owned, x)
+                right, images = checks.check_before(self, owned, batches, session)
+            attacked = checks.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
             published = settings == "auto" and self.adapting.items() <= self.params().items()
             method = self.adapted(owned, images, per_epoch) if published else self
@@ -157,16 +150,14 @@ class Defense(Method, ABC):
             session.say(method.plan(images, batches))
             with seeded(seed):
                 method.run(owned, batches, session)
-                inputs.check_after(method, owned, batches, right, session)
+                checks.check_after(method, owned, batches, right, session)
             if attacked is not None:
-                session.findings["verdict"] = verdict.compare(attacked, owned, x, y, session.say)
-            return inputs.restore(owned if owned is mine else owned.net, model, frozen)
+                session.findings["verdict"] = checks.compare(attacked, owned, x, y, session.say)
+            return checks.restore(owned if owned is mine else owned.net, model, frozen)
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingDefense(Training, Defense):
-    """A defense that updates weights batch by batch: `prepare`, then `step` on every batch of every epoch. Here they
-    are plain fine-tuning."""
+    """`prepare`, then `step` on every batch of every epoch; here they are plain fine-tuning."""
 
     lengths: ClassVar[tuple[str, ...]] = ("epochs",)
     graph_safe: ClassVar[bool] = True
@@ -184,6 +175,9 @@ class TrainingDefense(Training, Defense):
         A name that begins with `_` is of what a resumed run makes anew, so that checkpoints do not hold it.
         """
         return {"model": model.train(), "descent": self.descent(model.parameters(), len(batches))}
+
+    def supports_microbatch(self) -> bool:
+        return type(self).step is TrainingDefense.step
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         logits = state["model"](x)
@@ -207,7 +201,6 @@ class TrainingDefense(Training, Defense):
         loop.run(step, batches, self.epochs, state=kept, end_epoch=end_epoch, session=session, label="round")
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdversarialTraining(Training):
     """Settings of a defense that trains on perturbed images x + e, e found by sign steps in a ball S: SAU and AT."""
 
@@ -226,9 +219,7 @@ class AdversarialTraining(Training):
     norm: Norm = param("L_inf", "norm of the ball; Reg means no ball", aliases=("norm_type",))
     adv_lr: float = param(0.2, "step of the search, as `eps`; every norm uses sign steps", gt=0)
     adv_steps: int = param(5, "steps of the search", ge=1)
-    pgd_init: Init = param(
-        "max", "first e: zero, max (+eps everywhere), min (-eps) or random (uniform, then projected)"
-    )
+    pgd_init: Init = param("max", "first e: zero, max (+eps everywhere), min (-eps) or random (uniform, projected)")
     clip_pixels: bool = param(False, "keep x + e inside [0, 1], as SAU's paper has it; its release does not")
 
     def __post_init__(self) -> None:

@@ -10,9 +10,7 @@ with mean and var of the batch norm's input over clean images and positions. Cha
 layer are pruned.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +22,10 @@ from sau.defense.hooks import forward_hooks
 from sau.types import Batched
 
 
-@dataclass(frozen=True, kw_only=True)
 class BNP(pruning.ChannelOutlierPruning):
     """Prune the channels whose clean statistics differ most from the running ones."""
 
-    name: ClassVar[str] = "bnp"
+    name = "bnp"
 
     batch_size: int = param(256, "images a forward pass; the statistics are those of all clean images")
     augment: bool = param(True, "crop and flip the clean images as in training, where the running statistics come from")

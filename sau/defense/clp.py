@@ -9,34 +9,29 @@ where W_c is reshaped to (input channels) x (k * k), ||.||_2 is its largest sing
 scale, var its running variance. Channels whose sigma stands out in their layer are pruned.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sau.config import param
+from sau.data.batches import first_batch
 from sau.defense import pruning
-from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.types import Batched, Pixels
 
+Pairing = Literal["traced", "order"]
 Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolution that feeds it
 
 
-@dataclass(frozen=True, kw_only=True)
 class CLP(pruning.ChannelOutlierPruning):
     """Prune the channels with the largest Lipschitz constants."""
 
-    name: ClassVar[str] = "clp"
+    name = "clp"
     data_use = "none"
 
     batch_size: int = param(256, "batch size of the accuracy check; no effect on the result")
-    pairing: Literal["traced", "order"] = param(
-        "traced",
-        "which convolution feeds a batch norm: the one whose output it takes (so none behind a residual sum), or the "
-        "last before it in the order of the modules, as in the benchmark",
-    )
+    pairing: Pairing = param("traced", "a batch norm is fed by the convolution traced, or the last before it (order)")
 
     def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name, running=True)

@@ -12,21 +12,22 @@ distance along the sphere is cos(a / 2): 0.71 at right angles, where W starts, a
 gain. For lambda above 1 the sum is divided by lambda + 1, so that the size of a step depends on it less.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
+from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
 from sau.defense.fst import FixedNormWeight, uniform
 from sau.defense.hooks import classifier, require_plain_weight, resolve_layer
-from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.evaluate import batch_accuracy
 from sau.types import Batched, Labels, Logits, Pixels, Scalar
+
+Start = Literal["random", "near", "middle", "far", "noise"]
 
 
 def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
@@ -34,26 +35,19 @@ def hinge(z: Logits, y: Labels, eps: float) -> Scalar:
     return (F.cross_entropy(z, y, reduction="none") - eps).clamp_min(0).mean()
 
 
-@dataclass(frozen=True, kw_only=True)
 class D3(TrainingDefense):
     """Drive the classifier away from the backdoored one while the clean loss stays within its budget."""
 
-    name: ClassVar[str] = "d3"
-    graph_safe: ClassVar[bool] = True
-    compiles: ClassVar[bool] = True
+    name = "d3"
+    graph_safe = True
+    compiles = True
 
     wd: float = 0.0
     augment: bool = True
-    penalty: float = param(
-        0.5, "lambda; 0.5 in the authors' settings, 10 in the paper", gt=0, aliases=("lmd", "lambda")
-    )
+    penalty: float = param(0.5, "lambda; 0.5 as released, 10 in the paper", gt=0, aliases=("lmd", "lambda"))
     eps: float = param(0.1, "clean loss of an image that costs nothing, in nats", ge=0)
-    start: Literal["random", "near", "middle", "far", "noise"] = param(
-        "random", "first W: random on the sphere, near (W0), middle (0), far (-W0) or noise (W0 + noise of its own std)"
-    )
-    layers: tuple[str, ...] = param(
-        (), "layers whose convolutions and linear layers make S; empty means the linear layer that makes the logits"
-    )
+    start: Start = param("random", "first W: random on the sphere, near (W0), middle (0), far (-W0), W0 + noise")
+    layers: tuple[str, ...] = param((), "layers whose weights make S; empty: the linear layer that makes the logits")
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:

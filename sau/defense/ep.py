@@ -12,9 +12,7 @@ with bins of width `bin_width` from the layer's lowest z on, common to all of it
 H_c lies more than u standard deviations below the mean of the layer: -H stands out.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,11 +25,10 @@ from sau.errors import DataError
 from sau.types import Batched, Pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class EP(pruning.ChannelOutlierPruning):
     """Prune the channels with the lowest entropy on images of which some are poisoned."""
 
-    name: ClassVar[str] = "ep"
+    name = "ep"
     data_use = "poisoned"
 
     batch_size: int = param(256, "images that the histograms are made of; drawn from those given", ge=2)

@@ -7,17 +7,16 @@ it minimises CE(h(x), y) over the weights that are left: those of a pruned unit 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sau.config import param
+from sau.data.batches import stack_batches
 from sau.defense import pruning
-from sau.defense.ft import FT
+from sau.defense.base import Select, TrainingDefense
 from sau.defense.hooks import classifier, forward_hooks, require_plain_weight
-from sau.defense.inputs import stack_batches
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import RunContext
@@ -26,28 +25,23 @@ from sau.types import Batched, Labels, Pixels
 Unit = Literal["linear_input", "last_conv"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FP(FT):
+class FP(TrainingDefense):
     """Prune the units that are least active on clean images, then fine-tune the others."""
 
-    name: ClassVar[str] = "fp"
-    ignored: ClassVar[dict[str, str]] = dict.fromkeys(
+    name = "fp"
+    compiles = True
+    ignored = dict.fromkeys(
         ("num_classes", "input_height", "input_width", "input_channel", "attack", "poison_rate", "target_type")
         + ("target_label", "trigger_type"),
         "the record knows classes, images and attack",
     )
 
-    unit: Unit = param(
-        "linear_input",
-        "what is pruned: inputs of the last linear layer, as in the benchmark, or output channels of the convolution "
-        "that runs last, as in the paper",
-    )
+    augment: bool = True
+    unit: Unit = param("linear_input", "what is pruned: inputs of the last linear layer, or last channels")
     acc_ratio: float = param(0.1, "share of the accuracy that pruning may cost", ge=0, le=1)
     once_prune_ratio: float = param(0.01, "share of the units that a step of pruning takes", gt=0, le=1)
     held_back: float = param(0.2, "share of each class's clean images that the accuracy is measured on", gt=0, lt=1)
-    select: Literal["defender", "oracle"] = param(
-        "defender", "whose accuracy: of the held-back images, or (oracle) of the test set, as in the benchmark"
-    )
+    select: Select = param("defender", "whose accuracy: of the held-back images, or (oracle) of the test set")
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         clean = stack_batches(batches)
@@ -68,6 +62,9 @@ class FP(FT):
         level = pruning.PruningLevel(self.unit, {name: pruned})
         state = {**self.prepare(model, batches), "level": level, "pruned": nn.ParameterList([pruned])}
         self.train(state, batches, session)
+
+    def supports_microbatch(self) -> bool:
+        return True
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         report = super().step(state, x, y)

@@ -9,17 +9,16 @@ between W and W0, the pull along the sphere is alpha |W0| sin(a).
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
+from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
 from sau.defense.hooks import classifier
-from sau.defense.inputs import first_batch
 from sau.evaluate import batch_accuracy
 from sau.types import Batched, Labels, Pixels, Scalar
 
@@ -50,13 +49,12 @@ def uniform(like: Tensor, bound: float) -> Tensor:
     return torch.empty(like.shape).uniform_(-bound, bound).to(like)
 
 
-@dataclass(frozen=True, kw_only=True)
 class FST(TrainingDefense):
     """Fine-tune from a new classifier that is kept turned away from the backdoored one."""
 
-    name: ClassVar[str] = "fst"
-    graph_safe: ClassVar[bool] = True
-    compiles: ClassVar[bool] = True
+    name = "fst"
+    graph_safe = True
+    compiles = True
 
     epochs: int = 10
     batch_size: int = 128

@@ -14,8 +14,7 @@ GSAM, 2022), which narrows the gap between the two losses.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +57,12 @@ def perturbed(model: nn.Module, weights: Sequence[Tensor], e: Sequence[Tensor]) 
             weight.data.copy_(before)  # subtracting e again would leave rounding behind
 
 
-@dataclass(frozen=True, kw_only=True)
 class FTSAM(TrainingDefense):
     """Fine-tune where the clean loss is flat, batch norm in train mode."""
 
-    name: ClassVar[str] = "ft-sam"
-    graph_safe: ClassVar[bool] = True
-    ignored: ClassVar[dict[str, str]] = {
+    name = "ft-sam"
+    graph_safe = True
+    ignored = {
         "rho_min": "rho stays as it is",
         "print_freq": "every round is said",
         "checkpoint_path": "the checkpoint lies in the record",

@@ -13,8 +13,7 @@ d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), s
 and K rounds of the equation for v, from v = 0, come close to its solution.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sau.config import param
-from sau.data.images import to_device_async
+from sau.data.batches import to_device_async
 from sau.defense.base import TrainingDefense
 from sau.loop import Session
 from sau.models.normalized import full_precision
@@ -45,7 +44,6 @@ def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> T
     return v
 
 
-@dataclass(frozen=True, kw_only=True)
 class IBAU(TrainingDefense):
     """Unlearn one perturbation of all images, by implicit gradients.
 
@@ -53,8 +51,8 @@ class IBAU(TrainingDefense):
     images, their order and their augmentation are drawn once for all rounds.
     """
 
-    name: ClassVar[str] = "i-bau"
-    unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
+    name = "i-bau"
+    unread = ("lr_scheduler", "amp")
     gradients = "images"
 
     epochs: int = param(5, "rounds (n_rounds)", aliases=("n_rounds",))
@@ -68,9 +66,7 @@ class IBAU(TrainingDefense):
     inner_lr: float = param(10.0, "learning rate of the perturbation", gt=0)
     fixed_point_lr: float = param(0.1, "rate r of the fixed-point map", gt=0)
     l2_weight: float = param(0.001, "weight of the perturbation's squared length in the inner problem", ge=0)
-    space: Literal["normalised", "pixel"] = param(
-        "normalised", "what the perturbation is added to: the normalised images, as in the benchmark, or the pixels"
-    )
+    space: Literal["normalised", "pixel"] = param("normalised", "what the perturbation is added to")
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         super().run(model, [(x, y) for x, y, *_ in batches], session)

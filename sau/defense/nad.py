@@ -11,10 +11,10 @@ where the mean goes over images and positions, and f_l, f_t,l are the features o
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
+from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
 from sau.defense.hooks import forward_hooks, resolve_layer
-from sau.defense.inputs import first_batch
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.models.normalized import at_least_fp32, eval_mode
@@ -35,15 +35,14 @@ DEFAULT_LAYERS = 2
 POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
-@dataclass(frozen=True, kw_only=True)
 class NAD(TrainingDefense):
     """Fine-tune while the attention maps stay close to those of a teacher, itself fine-tuned."""
 
-    name: ClassVar[str] = "nad"
-    unread: ClassVar[tuple[str, ...]] = ("epochs",)
-    lengths: ClassVar[tuple[str, ...]] = ("epochs", "te_epochs")
-    files: ClassVar[tuple[str, ...]] = ("teacher_model_loc",)
-    ignored: ClassVar[dict[str, str]] = {"momentum": "the optimiser has --sgd_momentum, there too"}
+    name = "nad"
+    unread = ("epochs",)
+    lengths = ("epochs", "te_epochs")
+    files = ("teacher_model_loc",)
+    ignored = {"momentum": "the optimiser has --sgd_momentum, there too"}
 
     augment: bool = True
     epochs: int = param(10, "epochs of the student (the benchmark trains te_epochs instead)")
@@ -53,12 +52,8 @@ class NAD(TrainingDefense):
     beta2: float = param(1000.0, "the same for the second layer", ge=0)
     beta3: float = param(1000.0, "the same for the third one, where `layers` names three", ge=0)
     p: float = param(2.0, "power of the features in an attention map", gt=0)
-    layers: tuple[str, ...] = param(
-        (), "up to three, like layer2,layer3,layer4; empty means the two deepest stages with more than one position"
-    )
-    teacher_model_loc: str | None = param(
-        None, "a trained teacher: a .safetensors file, or the folder of a finished run"
-    )
+    layers: tuple[str, ...] = param((), "up to three, like layer2,layer3; empty: the two deepest with feature maps")
+    teacher_model_loc: str | None = param(None, "trained teacher: .safetensors file or folder of a finished run")
 
     def __post_init__(self) -> None:
         super().__post_init__()

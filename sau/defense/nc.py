@@ -15,24 +15,24 @@ true labels. Without a flagged class it stays as it is.
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.defense.ft import FT
-from sau.defense.inputs import rebatch, stack_batches, unaugmented
+from sau.data.batches import rebatch, stack_batches, unaugmented
+from sau.defense.base import TrainingDefense
+from sau.defense.checks import stamped_losses
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.optim import adam
 from sau.types import Batched, Labels, Pixels
 
 SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes
+GROUP = 10  # classes in one forward pass; more need more memory
 COUNTERS = ("hits", "norms", "above", "below", "still", "raised", "lowered")
 
 
@@ -48,22 +48,13 @@ def anomaly(norms: Tensor) -> Tensor:
 
 
 class Patches(nn.Module):
-    """Patches being inverted for images `like` [1, C, H, W], row by row; row i is for class i % classes.
+    """A patch being inverted for each class, for images `like` [1, C, H, W]; `cost` weighs the norm at first."""
 
-    Of the `starts` of each class the first has logits of 1, the others are random. `cost` weighs the norm at first.
-    """
-
-    def __init__(self, classes: int, starts: int, like: Pixels, cost: float) -> None:
+    def __init__(self, classes: int, like: Pixels, cost: float) -> None:
         super().__init__()
-        rows, self.classes = classes * starts, classes
-
-        def start(depth: int) -> nn.Parameter:
-            logits = torch.randn(rows, depth, *like.shape[2:]).to(like)  # on the CPU: the same on every device
-            logits[:classes] = 1.0
-            return nn.Parameter(logits)
-
-        zeros = torch.zeros(rows, device=like.device)
-        self.mask, self.pattern = start(1), start(like.shape[1])  # [rows, 1, H, W] and [rows, C, H, W]
+        zeros, (_, channels, *sides) = torch.zeros(classes, device=like.device), like.shape
+        self.mask = nn.Parameter(like.new_ones(classes, 1, *sides))
+        self.pattern = nn.Parameter(like.new_ones(classes, channels, *sides))
         # The smallest that worked in (0, 1), else those of the first pass, and the norm at which it worked.
         self.best_mask: Tensor = nn.Buffer(unit(self.mask.detach()))
         self.best_pattern: Tensor = nn.Buffer(unit(self.pattern.detach()))
@@ -74,23 +65,19 @@ class Patches(nn.Module):
         for name in COUNTERS:
             self.register_buffer(name, zeros.clone())
 
-    def found(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For each class masks [K, 1, H, W], patterns [K, C, H, W] and norms [K]: of its starts, the smallest patch."""
-        norms = self.best_mask.flatten(1).sum(1)
-        rank = torch.where(self.best.isfinite(), norms, norms + norms.max() + 1).view(-1, self.classes)
-        chosen = rank.argmin(0) * self.classes + torch.arange(self.classes, device=norms.device)
-        return self.best_mask[chosen], self.best_pattern[chosen], norms[chosen]
+    @property
+    def sizes(self) -> Tensor:
+        """|m|_1 of the best patch of each class [K]."""
+        return self.best_mask.flatten(1).sum(1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NC(FT):
+class NC(TrainingDefense):
     """Search the smallest patch of every class, flag classes with a much smaller one, unlearn it by fine-tuning."""
 
-    name: ClassVar[str] = "nc"
-    lengths: ClassVar[tuple[str, ...]] = ("epochs", "nc_epoch")
-    compiles: ClassVar[bool] = False  # each class that leaves the inversion would be a size to compile anew
+    name = "nc"
+    lengths = ("epochs", "nc_epoch")
     gradients = "images"
-    ignored: ClassVar[dict[str, str]] = {
+    ignored = {
         "cleaning_ratio": "--ratio says how many clean images there are",
         "EPSILON": "it is 1e-7, as in the benchmark",
         "use_norm": "the norm of a mask is its sum",
@@ -112,8 +99,6 @@ class NC(FT):
     early_stop: bool = param(True, "stop the inversion of a class when its patch no longer shrinks")
     early_stop_threshold: float = param(0.99, "share of the last best norm below which a patch shrinks", ge=0, le=1)
     early_stop_patience: int = param(25, "passes in a row without shrinking after which it stops", ge=1)
-    restarts: int = param(1, "starts for each class, of which the smallest patch counts; more are random", ge=1)
-    group: int = param(10, "classes (times restarts) in one forward pass; more need more memory", ge=1)
     inversion_share: float = param(1.0, "share of each batch that the inversion looks at", gt=0, le=1)
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
@@ -122,13 +107,13 @@ class NC(FT):
             classes = model(x[:1]).shape[1]
         if classes < 3:  # two norms lie equally far from their median, so neither stands out
             raise ConfigError(f"nc compares a class with the others: the network has {classes} classes, needed are 3")
-        patches = Patches(classes, self.restarts, x[:1], self.init_cost)
+        patches = Patches(classes, x[:1], self.init_cost)
         if not session.restore_later_stage(patches=patches):  # else the fine-tuning was under way
             self.invert(model, batches if self.augment_inversion else unaugmented(batches), patches, session)
             if session.limit is not None and session.limit.ended:
                 session.say("no class is flagged, because the search was not finished")
                 return
-        norms = patches.found()[2]
+        norms = patches.sizes
         flagged, index = self.flagged(norms), [round(value, 4) for value in anomaly(norms).tolist()]
         finite = [value if math.isfinite(value) else None for value in index]  # else the MAD was 0
         rounded = [round(norm, 4) for norm in norms.tolist()]
@@ -141,8 +126,7 @@ class NC(FT):
 
     def stamped(self, x: Pixels, y: Labels, patches: Patches) -> tuple[Tensor, Tensor]:
         """The clean images, their last part stamped once for each flagged class, all under their true labels."""
-        masks, patterns, norms = patches.found()
-        flagged = self.flagged(norms)
+        masks, patterns, flagged = patches.best_mask, patches.best_pattern, self.flagged(patches.sizes)
         first = len(y) - max(1, round(self.unlearning_ratio * len(y)))
         stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
         return torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
@@ -165,14 +149,13 @@ class NC(FT):
     def invert_step(self, model: nn.Module, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         """One update of the patches whose inversion goes on."""
         patches, descent, x = state["patches"], state["descent"], x[: math.ceil(self.inversion_share * len(x))]
-        parts = patches.open.nonzero().flatten().split(self.group)
+        parts = patches.open.nonzero().flatten().split(GROUP)
         entropies, hits = list[Tensor](), list[Tensor]()
         for i, part in enumerate(parts):
-            mask, pattern = unit(patches.mask[part])[:, None], unit(patches.pattern[part])[:, None]
-            logits = model((x + mask * (pattern - x)).flatten(0, 1))
-            wanted = (part % patches.classes).repeat_interleave(len(x))
-            entropies.append(F.cross_entropy(logits, wanted, reduction="none").view(len(part), -1).mean(1))
-            hits.append((logits.argmax(1) == wanted).view(len(part), -1).float().mean(1))
+            mask, pattern = unit(patches.mask[part]), unit(patches.pattern[part])
+            losses, led = stamped_losses([model], x, part, mask, pattern)
+            entropies.append(losses.mean(1))
+            hits.append(led.float().mean(1))
             norm = mask.flatten(1).sum(1)
             patches.norms[part] += norm.detach()
             patches.hits[part] += hits[-1]

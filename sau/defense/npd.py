@@ -16,9 +16,8 @@ be wrong along the border.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +37,13 @@ MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a
 FOOLED = 0.6  # share of a batch that must have reached the runner-up for the search to stop
 
 
-@dataclass(frozen=True, kw_only=True)
 class NPD(TrainingDefense):
     """Train a linear layer in the frozen network to filter perturbations towards the second most likely class."""
 
-    name: ClassVar[str] = "npd"
-    lengths: ClassVar[tuple[str, ...]] = ("epochs", "warm_epochs")
+    name = "npd"
+    lengths = ("epochs", "warm_epochs")
     gradients = "images"
-    ignored: ClassVar[dict[str, str]] = {
+    ignored = {
         **dict.fromkeys(("target_lab", "target_class"), "the attacked class is not known; the runner-up stands in"),
         **dict.fromkeys(("model_name", "use_residual"), "the polarizer is a 1x1 convolution with a batch norm"),
         "max_init": "the search starts at zero",
@@ -59,9 +57,7 @@ class NPD(TrainingDefense):
     warm_lr: float = param(1e-4, "constant learning rate of the warm epochs", gt=0)
     weight_clean: float = param(1.0, "l1, of the clean loss", ge=0, aliases=("lmd1",))
     weight_adv: float = param(0.4, "l2, of the perturbed images' cross-entropy", ge=0, aliases=("lmd2",))
-    weight_wrong: float = param(
-        0.4, "l3, of the log that keeps the strongest other class down", ge=0, aliases=("lmd3",)
-    )
+    weight_wrong: float = param(0.4, "l3, of the log on the strongest other class", ge=0, aliases=("lmd3",))
     weight_target: float = param(0.4, "l4, of the log that keeps the runner-up down", ge=0, aliases=("lmd4",))
     eps: float = param(3.0, "radius of the ball, in [0, 1] pixels; in L_inf below 1", gt=0, aliases=("trigger_norm",))
     norm: Norm = param("L2", "norm of the ball; Reg means no ball", aliases=("norm_type",))
@@ -77,7 +73,7 @@ class NPD(TrainingDefense):
         model.eval().requires_grad_(False)
         state = self.prepare(model, batches)
         loop.run(
-            partial(self.warm_step, state), batches, self.warm_epochs, state=state, end_epoch=lambda losses: None,
+            partial(self.warm_step, state), batches, self.warm_epochs, state=state,
             session=session, label="warm-up", rate="warm_lr",
         )  # fmt: skip
         self.train(state, batches, session.for_stage(1))
@@ -161,8 +157,7 @@ def insert_polarizers(net: nn.Module, names: Iterable[str]) -> None:
 
 
 def restore_polarizer(net: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """`net`, of the attacked network's architecture, with the state dict of one that NPD purified; one without
-    polarizers is loaded as it is."""
+    """`net`, of the attacked network's architecture, with a state dict, of NPD or without polarizers."""
     insert_polarizers(net, weights)
     net.load_state_dict(weights)
     return net

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from torch.func import functional_call
 
 from sau import loop
 from sau.config import param
+from sau.data.batches import rebatch, stack_batches
 from sau.data.images import last_of_each
-from sau.defense.base import Defense
+from sau.defense.base import Defense, Select
 from sau.defense.hooks import forward_hooks, require_plain_weight
-from sau.defense.inputs import rebatch, stack_batches
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import RunContext
@@ -157,7 +157,6 @@ def trace(model: nn.Module, x: Pixels, *kinds: type[nn.Module]) -> list[tuple[nn
 # Outliers: CLP, BNP and EP
 
 
-@dataclass(frozen=True, kw_only=True)
 class ChannelOutlierPruning(Defense):
     """Prune the channels whose score stands out in their layer: s_c > mean(s) + u * std(s).
 
@@ -165,13 +164,11 @@ class ChannelOutlierPruning(Defense):
     """
 
     gradients = "none"
-    ignored: ClassVar[dict[str, str]] = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
+    ignored = dict.fromkeys(DESCENT, "channels are pruned, nothing is trained")
 
     u: float = param(3.0, "a channel is pruned beyond so many standard deviations from its layer's mean", ge=0)
     zero_shift: bool = param(True, "zero the shift of pruned channels as well as their scale")
-    select: Literal["defender", "oracle"] = param(
-        "defender", "defender prunes by u; oracle by the one of u_num values that has the lowest ASR on the test sets"
-    )
+    select: Select = param("defender", "defender prunes by u; oracle by the u with the lowest ASR on the test sets")
     u_min: float = param(0.0, "lowest u that the oracle tries", ge=0)
     u_max: float = param(10.0, "highest u that the oracle tries")
     u_num: int = param(21, "how many values of u the oracle tries", ge=1)
@@ -204,7 +201,6 @@ class ChannelOutlierPruning(Defense):
 # Masks: ANP and RNP
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskPruning(Defense):
     """Learn a mask for every channel of the batch norms, and prune those with the lowest ones.
 
@@ -216,11 +212,7 @@ class MaskPruning(Defense):
     pruning_max: float = param(0.90, "highest threshold (or number) that is tried", gt=0)
     pruning_step: float = param(0.05, "step of the search, which begins with 0", ge=0.001)
     acc_ratio: float = param(0.1, "share of the accuracy that the search may lose", ge=0, le=1)
-    select: Literal["defender", "oracle"] = param(
-        "defender",
-        "defender: the hardest level before the first that loses more than acc_ratio on held-back images; oracle: the "
-        "one with the lowest ASR on the test sets, as in the benchmark",
-    )
+    select: Select = param("defender", "who takes the level: held-back images, or (oracle) the ASR on the test sets")
     held_back: float = param(0.2, "share of each class's clean images that the defender searches by", gt=0, lt=1)
 
     @abstractmethod
@@ -281,6 +273,6 @@ def learn_masks(
             mask.clamp_(0, 1)
         return {**report, "mask": mask.mean()}
 
-    how: dict[str, Any] = {"end_epoch": lambda losses: None, "session": session, "label": label, "rate": rate}
-    loop.run(step, batches, sgd.epochs, state={**kept, "masks": nn.ParameterList([mask]), "descent": descent}, **how)
+    state = {**kept, "masks": nn.ParameterList([mask]), "descent": descent}
+    loop.run(step, batches, sgd.epochs, state=state, session=session, label=label, rate=rate)
     return by_norm(mask.detach(), norms)

@@ -11,8 +11,6 @@ The channels whose masks fall are those that keep h' from the clean task: they s
 """
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,13 +26,12 @@ from sau.types import Batched, Labels, Pixels
 CLIP = 20.0  # longest gradient of the ascent
 
 
-@dataclass(frozen=True, kw_only=True)
 class RNP(MaskPruning):
     """Unlearn the clean task and prune the channels that hinder its recovery."""
 
-    name: ClassVar[str] = "rnp"
-    lengths: ClassVar[tuple[str, ...]] = ("unlearning_epochs", "recovering_epochs")
-    ignored: ClassVar[dict[str, str]] = {
+    name = "rnp"
+    lengths = ("unlearning_epochs", "recovering_epochs")
+    ignored = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
         "pruning_by": "masks are pruned up to a threshold, --pruning_number",
         "mask_file": "the masks are not kept",
@@ -47,9 +44,7 @@ class RNP(MaskPruning):
     recovering_epochs: int = param(20, "epochs that the masks are trained", ge=0)
     recovering_lr: float = param(0.2, "learning rate of the masks", gt=0)
     alpha: float = param(0.2, "weight of the loss that trains the masks", gt=0)
-    pruning_number: float | None = param(
-        0.70, "channels with masks up to this are pruned, unless the oracle selects; none means to search", ge=0, lt=1
-    )
+    pruning_number: float | None = param(0.70, "masks up to this are pruned; none means to search", ge=0, lt=1)
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
 
     def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:

@@ -13,8 +13,7 @@ and the clamps of `unsharing_loss` are where its released code departs from them
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,26 +54,22 @@ def example_types(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
     return torch.where(answer == answer_ref, 1, torch.where(answer_ref == y, 2, 3)) * (answer != y)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SAU(AdversarialTraining, TrainingDefense):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
-    name: ClassVar[str] = "sau"
-    graph_safe: ClassVar[bool] = True
-    unread: ClassVar[tuple[str, ...]] = ("lr_scheduler", "amp")
+    name = "sau"
+    graph_safe = True
+    unread = ("lr_scheduler", "amp")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
-    weight_adv: float = param(
-        0.0, "adversarial training on x + e; the paper has no such term", ge=0, aliases=("lmd_2",)
-    )
+    weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
-        "prediction",
-        "fooled: the answer differs from that to the clean image (prediction, as released) or from the label (paper)",
+        "prediction", "fooled: the answer differs from the clean one (prediction, as released) or the label (paper)"
     )
     stop_fooled: bool = param(True, "drop a network's term once it is fooled, an image once it is shared (as released)")
     outer_mask: Literal["moved", "wrong"] = param(

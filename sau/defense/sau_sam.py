@@ -16,8 +16,7 @@ trigger. The flat minimum keeps a purified network from learning the backdoor ag
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +33,10 @@ from sau.types import Batched, Flags, Labels, Pixels, Scalar
 WEIGHTS = 700_000  # of the network that rho was chosen for, PreAct-ResNet18 of width 16
 
 
-@dataclass(frozen=True, kw_only=True)
 class SAUSAM(TrainingDefense):
     """Unlearn shared adversarial examples in a flat neighbourhood, batch norm in train mode."""
 
-    name: ClassVar[str] = "sau-sam"
+    name = "sau-sam"
     gradients = "images"
 
     epochs: int = 20

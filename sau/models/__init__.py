@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError
 from sau.models.normalized import Normalized as Normalized
+from sau.models.normalized import to_channels_last
 
 ENLARGED = 224  # the side that torchvision's classifiers were designed for
 _AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, which no attack or defense here reads
@@ -59,19 +60,14 @@ class PreActResNet18(nn.Module):
         return self.linear(self.avgpool(x).flatten(1))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
-
-
-def has_width(name: str) -> bool:
-    """Whether a network comes in widths; those of torchvision do not."""
-    return name in MODELS
+MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}  # those that come in widths
 
 
 def unwrapped(name: str, num_classes: int, width: int | None = None) -> nn.Module:
     """A new network by name as its authors wrote it, without pretrained weights; ConfigError for an unknown name."""
-    if not has_width(name) and name not in torchvision_names():
+    if name not in MODELS and name not in torchvision_names():
         raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
-    if has_width(name):
+    if name in MODELS:
         return MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
     from torchvision import models
 
@@ -92,10 +88,10 @@ def build(
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """
-    if width is not None and (width < 1 or not has_width(name)):
+    if width is not None and (width < 1 or name not in MODELS):
         raise ConfigError(f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, none for other networks")
     net = unwrapped(name, num_classes, width)
-    if not has_width(name) and not _accepts(net, shape):
+    if name not in MODELS and not _accepts(net, shape):
         net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
     return Normalized(to_channels_last(net), mean, std, amp)
 
@@ -129,16 +125,3 @@ def state_dict_spec(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
             return make().state_dict()
     except NotImplementedError:
         return make().state_dict()
-
-
-def to_channels_last(net: nn.Module) -> nn.Module:
-    """`net`, its convolutions in channels_last, where they are fastest, unless torch's kernels are unsafe there.
-
-    Those of the CPU would write past their memory (seen with torch 2.15) in the weight gradient of a strided 1x1
-    convolution of 8 or fewer fp32 channels; up to 15 none is trusted.
-    """
-    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    if not any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions):
-        for convolution in convolutions:
-            convolution.to(memory_format=torch.channels_last)
-    return net

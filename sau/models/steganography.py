@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.data.images import quantise, to_float
+from sau.data.batches import quantise, to_float
 from sau.types import Pixels
 
 CODE_SIDE = 16  # the code is drawn as an image of this size and enlarged; four halvings lead back to it
@@ -43,8 +43,7 @@ class Encoder(nn.Module):
         self.apply(_start)
 
     def forward(self, code: Tensor, x: Pixels) -> Pixels:
-        """`x` [B, C, H, W], sides divisible by 16, with `code` [B, bits] of zeros and ones; may leave [0, 1] if it
-        `adds`."""
+        """`x` [B, C, H, W], sides divisible by 16, with `code` [B, bits]; may leave [0, 1] if it `adds`."""
         drawn = F.relu(self.secret_dense(code)).view(-1, 3, CODE_SIDE, CODE_SIDE)
         given = torch.cat([F.interpolate(drawn, size=x.shape[-2:]), x], 1)
         features = [given]
@@ -89,8 +88,7 @@ class FixedCodeEncoder(nn.Module):
         self.register_buffer("code", code)
 
     def forward(self, x: Pixels, codes: Tensor | None = None) -> Pixels:
-        """`x` [B, C, H, W] with the code, or with `codes` [B, bits], in [0, 1]; in small blocks, for the encoder widens
-        each 20 times."""
+        """`x` [B, C, H, W] in [0, 1] with the code, or `codes` [B, bits]; in blocks, for the encoder needs memory."""
         codes = self.code.expand(len(x), -1) if codes is None else codes
         blocks = zip(codes.split(250), x.split(250), strict=True)
         return torch.cat([self.encoder(code, block).clamp(0, 1) for code, block in blocks])

@@ -1,0 +1,242 @@
+"""What a defense is given, checked, and what it leaves behind.
+
+The network is copied, and given back as it came; clean images come batch by batch, on its device and in [0, 1]. At the
+end stands a verdict that needs no trigger: the smallest shared patch.
+
+A backdoor is a small change that sends any image to one class. For a class c a patch is a mask m in [0, 1]^(H x W) and
+a pattern p, applied as x' = (1 - m) x + m p; of those that send 9 of 10 clean images of other classes to c the search
+keeps the one with the smallest |m|_1 (Neural Cleanse, Wang et al., S&P 2019). It looks at the attacked network h_b.
+Then the smallest of these patches is grown, from where it is, until it sends half of the images to its class in h_b and
+in the purified h alike: a shared adversarial example of SAU that is the same for all images. A backdoor that survives,
+if only on a part of the images, keeps its patch far smaller than those of the other classes.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau.data.batches import check_counts, seeded, unaugmented
+from sau.errors import ConfigError, TrainingError
+from sau.loop import Session
+from sau.models import normalized
+from sau.optim import adam
+from sau.types import Batched, Labels, Pixels
+
+HARM = 0.1  # of the clean images
+SHUFFLED = 20  # images that chance does not sort by class
+FEW, MANY, STEPS, CLASSES = 20, 60, 60, 10  # images and steps of the verdict's searches before and after
+MOST, HALF = 0.9, 0.5  # share of images that a patch must send to its class before and after
+SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
+Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The network itself, where torch.compile wrapped it; ConfigError for what cannot be purified."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(f"model is {type(model).__name__}, allowed is an nn.Module; load its weights into one")
+    normalized.check_initialised(model)
+    if not (parameters := list(model.parameters())):
+        raise ConfigError("the network has no weights (parameters), so that there is nothing to purify")
+    if short := [p.dtype for p in parameters if p.is_floating_point() and p.itemsize < 4]:
+        raise ConfigError(f"weights are {short[0]}, which loses small updates; give model.float()")
+    return model
+
+
+def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of `model` on `device`, in eval mode, without gradients and compiled layers."""
+    mine = copy.deepcopy(model).to(device)
+    mine.zero_grad()
+    for module in list(mine.modules()):  # hooks, by which methods look into a network, do not run in compiled layers
+        for name, layer in list(module._modules.items()):  # a layer may have several names
+            if layer is not None and hasattr(layer, "_orig_mod"):
+                setattr(module, name, layer._orig_mod)
+    return normalized.to_channels_last(mine.eval())
+
+
+def restore(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -> nn.Module:
+    """`mine`, once a copy of `model`, with those weights frozen, and with that one's memory format and device."""
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    mine.zero_grad()  # or the caller's optimiser would repeat the last step of the defense
+    if all(parameter.is_contiguous() for parameter in model.parameters()):  # files of tensors want that
+        mine.to(memory_format=torch.contiguous_format)
+    return mine.to(next(model.parameters()).device).eval()
+
+
+def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
+    """Whether the logits of `model` have a gradient to its images `x`. ConfigError if they are probabilities, or have
+    none to the weights, or to the images where `method` needs that."""
+    with torch.enable_grad():
+        normalized.check_logits(z := normalized.logits_of(model, x := x[:8].detach().requires_grad_()))
+        into = (x, *model.parameters())
+        images, *weights = torch.autograd.grad(z.sum(), into, allow_unused=True) if z.requires_grad else (None,)
+    follows = {"images": images is not None, "weights": any(gradient is not None for gradient in weights)}
+    if missing := [name for name in ("weights", method.gradients) if not follows[name]]:
+        advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
+        raise ConfigError(f"the logits have no gradient to the {missing[0]}, as {method.name} needs; {advice}")
+    return follows["images"]
+
+
+def check_weights(model: nn.Module) -> None:
+    """TrainingError if a weight, or a buffer that is saved, is not finite."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and not normalized.is_finite(tensor):
+            raise TrainingError(f"{name} of the network holds NaN or infinity")
+
+
+def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int]:
+    """Of the clean images as they are: predicted and given labels [N], and how many classes the network has."""
+    answers, labels, classes = list[Tensor](), list[Tensor](), 0
+    for x, y, *_ in unaugmented(batches):
+        logits = normalized.logits_of(model, x)
+        classes = logits.shape[1]
+        answers.append(logits.argmax(1))
+        labels.append(y.clone())  # a loader may fill the same tensor again
+    normalized.check_labels(torch.cat(labels), classes)
+    return torch.cat(answers), torch.cat(labels), classes
+
+
+@torch.no_grad()
+def check_before(method: Any, model: nn.Module, batches: Batched, session: Session) -> tuple[float, int]:
+    """Say the share of clean images that `model` classifies correctly, and warn of what stands out.
+
+    Returns that share and the number of images. Raises TrainingError for weights that are not finite, DataError for
+    labels of no class.
+    """
+    check_weights(model)
+    answers, labels, classes = predictions(model, batches)
+    right, total, kind = int((answers == labels).sum()), len(labels), method.data_use.replace("none", "clean")
+    session.say(f"the network classifies {right:,} of {total:,} {kind} images correctly ({100 * right / total:.1f} %)")
+    if wrong := misuse(right, total, classes):
+        session.say(f"warning: {wrong}")
+    if method.data_use != "none":
+        counts, runs = labels.bincount(minlength=classes), 1 + int((labels.diff() != 0).sum())
+        present = int(counts.count_nonzero())
+        if 1 < present and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
+            session.say("warning: the loader gives the images class by class; give one that shuffles")
+        for note in check_counts(counts, method.data_use) if not session.data_checked else ():
+            session.say(f"note: {note}")
+    return right / total, total
+
+
+@torch.no_grad()
+def check_after(method: Any, model: nn.Module, batches: Batched, before: float, session: Session) -> None:
+    """TrainingError if a weight is not finite. Warns if many clean images that were classified correctly `before` no
+    longer are, as after a jump of the loss in the last rounds: the one harm that a defender sees."""
+    check_weights(model.eval())
+    if method.data_use == "poisoned":  # without its backdoor a network errs on the attacker's images
+        return
+    answers, labels, _ = predictions(model, batches)
+    after = float((answers == labels).double().mean())
+    if before - after > HARM:
+        fell = f"the accuracy on the clean images fell from {100 * before:.0f} to {100 * after:.0f} %"
+        session.say(f"warning: {fell}; try a smaller --lr, fewer --epochs or other settings")
+
+
+def misuse(right: int, total: int, classes: int) -> str | None:
+    """What to warn of where `right` of `total` clean images are classified correctly; None where there is nothing.
+
+    An attacked network has nearly its full accuracy, so one with little is not used as it was trained.
+    """
+    if right >= total * (1 + 1 / classes) / 2:  # half way from chance to all; ImageNet has been at 60 % for long
+        return None
+    usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
+    return f"the network classifies only {right:,} of {total:,} clean images correctly; {usual}"
+
+
+# The verdict
+
+
+def compare(
+    attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Search two networks in eval mode on a few clean images, and say what is found. Weights of `attacked` take no
+    gradients from then on.
+
+    Returns sizes of patches in pixels, None where there is none: `before`, the smallest that sends 9 of 10 images to
+    its class in the attacked network; `after`, the same, grown until it sends half of the images there in the purified
+    one, too; `typical`, the median of the former over the classes. And `doubts`: whether too little changed to have
+    removed a backdoor.
+    """
+    x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
+    with seeded(1):
+        classes = likely_classes(attacked, x[:FEW], y[:FEW])
+        masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) - 1).sigmoid()  # faint, of grey
+        patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
+        (masks, patterns), sizes = smallest_patches([attacked], x[:FEW], y[:FEW], classes, (masks, patterns), MOST)
+        one = sizes.argmin().view(1)
+        _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
+    found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
+    finite = {name: None if math.isinf(size) else round(size, 3) for name, size in found.items()}
+    verdict = {**finite, "doubts": found["after"] < SMALL * found["typical"]}
+    for line in lines(verdict):
+        say(line)
+    return verdict
+
+
+def lines(verdict: Mapping[str, Any]) -> list[str]:
+    """What `compare` found in words, after a warning where there are doubts."""
+    before, after, typical = (
+        "none" if verdict[name] is None else f"{verdict[name]:.1f} pixels" for name in ("before", "after", "typical")
+    )
+    found = f"smallest patch that leads images to one class: {before} before, {after} after (other classes: {typical})"
+    doubts = "too little changed to have removed a backdoor; try other settings or more clean images"
+    return [f"warning: {doubts}"] * verdict["doubts"] + [f"{found}; this is no proof"]
+
+
+def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
+    """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    if logits.shape[1] <= CLASSES:
+        return torch.arange(logits.shape[1], device=x.device)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
+    with torch.no_grad():
+        led = model((x + 0.1 * gradient.sign()).clamp(0, 1)).softmax(1)
+    return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
+
+
+def stamped_losses(
+    networks: Sequence[nn.Module], x: Pixels, classes: Tensor, masks: Tensor, patterns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of all images under each patch [K, N]: the cross-entropy towards its class, summed over the networks, and whether
+    all of these see that class. Masks are [K, 1, H, W], patterns [K, C, H, W]."""
+    stamped = (x + masks[:, None] * (patterns[:, None] - x)).flatten(0, 1)
+    target = classes.repeat_interleave(len(x))
+    logits = [normalized.at_least_fp32(network(stamped)) for network in networks]
+    losses = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits]).sum(0)
+    led = torch.stack([z.argmax(1) == target for z in logits]).all(0)
+    return losses.view(len(classes), -1), led.view(len(classes), -1)
+
+
+def smallest_patches(
+    networks: Sequence[nn.Module], x: Pixels, y: Labels, classes: Tensor, start: Patches, success: float
+) -> tuple[Patches, Tensor]:
+    """The smallest patches that lead a share `success` of the images of other classes to their class in all networks.
+
+    Adam on masks and patterns from those of `start`; the cost of a mask rises by a factor 1.3 at each step where the
+    patch works, and falls by it where not. Also returns |m|_1 in pixels [K]; infinite where no patch worked.
+    """
+    masks, patterns = (part.clone() for part in start)
+    sizes = torch.full(classes.shape, torch.inf, device=x.device)
+    logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in start]
+    descent = adam(0.3, adam_betas=(0.5, 0.9)).descent(logits, 1)
+    cost = torch.full(classes.shape, 0.02, device=x.device)
+    others = (y != classes[:, None]).float()
+    for _ in range(STEPS):
+        mask, pattern = (part.sigmoid() for part in logits)
+        size = logits[0].sigmoid().flatten(1).sum(1)
+        losses, led = stamped_losses(networks, x, classes, mask, pattern)
+        works = (led * others).sum(1) / others.sum(1).clamp_min(1) >= success
+        with torch.no_grad():
+            better = works & (size < sizes)
+            masks[better], patterns[better], sizes[better] = mask[better], pattern[better], size[better]
+            cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
+        descent.follow(torch.autograd.grad(((losses * others).mean(1) + cost * size).sum(), logits))
+    return (masks, patterns), sizes
