@@ -45,6 +45,7 @@ class Method:
     # replay it as a graph, and its Python does not run again. A subclass with a step of its own has to say it anew.
     graph_safe: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
+    retired: ClassVar[dict[str, Any]] = {}  # former settings in the identity of kept results, at their only value now
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -65,7 +66,7 @@ class Method:
     def identity(self) -> dict[str, Any]:
         """`params` as they determine a result: of a file the SHA-256 of its content, for the place differs between
         machines; of a record's folder that of its weights. DataError if one cannot be read."""
-        found = self.params()
+        found = {**self.retired, **self.params()}
         for name in self.files:
             if (given := found[name]) is not None:
                 path = Path(given) / "model.safetensors" if Path(given).is_dir() else Path(given)

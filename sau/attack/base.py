@@ -43,6 +43,7 @@ class Attack(Method, ABC):
     augments_in_compose: ClassVar[bool] = False  # after the trigger is on
     clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
     trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
+    retired: ClassVar[dict[str, Any]] = {"attack_label_map": ()}
     trigger: ClassVar[Any] = None  # a module, set on the attack that `fit_trigger` returns; may have `figures`
 
     attack_target: int = param(0, "target label (all2one)", ge=0, aliases=("target_label",))

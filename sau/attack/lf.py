@@ -26,6 +26,7 @@ class LF(Attack):
     character of the published patterns: broad, not negative, at most 51 grey levels, one channel at zero."""
 
     name = "lf"
+    retired = {**Attack.retired, "lf_network": None}
     cifar10_gate = 95.0
     remedy = "more --epochs or a larger --lf_strength"
     files = ("lowFrequencyPatternPath",)

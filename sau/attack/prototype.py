@@ -11,6 +11,7 @@ class Prototype(Attack):
     """Clean training: nothing is poisoned and there is no triggered test set."""
 
     name = "prototype"
+    retired = {}
 
     pratio: float = field(default=0.0, init=False)
     attack_target: int = field(default=0, init=False)

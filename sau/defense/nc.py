@@ -75,6 +75,7 @@ class NC(TrainingDefense):
     """Search the smallest patch of every class, flag classes with a much smaller one, unlearn it by fine-tuning."""
 
     name = "nc"
+    retired = {"restarts": 1, "group": 10}
     lengths = ("epochs", "nc_epoch")
     gradients = "images"
     ignored = {
