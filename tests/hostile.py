@@ -1,11 +1,9 @@
 """Files that would do harm if they were read as pickles usually are."""
 
-import builtins
 import io
 import os
 import pickle
 import struct
-import subprocess
 import tarfile
 import warnings
 import zipfile
@@ -131,8 +129,6 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
         "false dtype": (false_dtype(), "dtype"),
         "torch.utils": (saved(Call(run, command)), "torch.utils.collect_env.run"),
         "builtins of numpy": (builtins_of_numpy(canary), "operator.getitem"),
-        "exec": (saved(Call(builtins.exec, f"open({str(canary)!r}, 'w')")), "exec"),
-        "subprocess": (saved(Call(subprocess.check_call, ["touch", str(canary)])), "check_call"),
     }
 
 

@@ -12,22 +12,8 @@ from torch import Tensor, nn
 class ReleasedSAU:
     """One batch of SAU as released: `perturb` is the inner maximisation, `step` is that and the outer minimisation.
 
-    Args:
-        h: the network to purify, pixels in [0, 1] -> logits; changed in place.
-        h_b: the backdoored network; like the release, it keeps gradients that nobody reads.
-        lr: learning rate of Adam with AMSGrad.
-        trigger_norm: rho, the radius of the ball.
-        norm_type: L_inf, L1, L2, or Reg for no ball.
-        adv_lr: eta, the step of the search.
-        adv_steps: T, the steps of the search.
-        pgd_init: zero, max (+rho everywhere) or min.
-        beta_1: weight of the adversarial part of the search.
-        beta_2: weight of its shared part.
-        lmd_1: weight of the clean loss.
-        lmd_2: weight of the loss on adversarial examples.
-        lmd_3: weight of the shared loss.
-        outer_steps: weight updates a batch.
-        train_mode: batch norm uses, and updates, statistics in the outer step.
+    `h` is purified in place, `h_b` the backdoored network, which keeps gradients that nobody reads, as in the release.
+    Options have the release's names; `test_sau.OURS` says which of ours they are.
     """
 
     def __init__(

@@ -75,9 +75,6 @@ def asr(model, delta=None):
     return score(model, TEST, (pixels, BAD.labels, BAD.true_labels)).asr.percent
 
 
-# Re-learning
-
-
 def test_the_attackers_images_are_nested_and_drawn_apart_from_the_defenders():
     bad, step = poisons(), Augment(2)
     draws = {k: mixture(TRAIN, bad, k, share=0.25, seed=3, augment=step) for k in (0, 2, 5)}
@@ -129,9 +126,6 @@ def test_relearning_is_what_the_protocol_says(nets):
     torch.testing.assert_close(again.features[1].running_mean, by_hand.features[1].running_mean)
 
 
-# Universal perturbations
-
-
 def test_a_perturbation_raises_the_asr_and_never_leaves_its_ball(nets):
     budgets = (0.01, 0.05, 0.1)
     found = dict(universal(nets["ft"].requires_grad_(False), poisons(), budgets, steps=20))
@@ -158,9 +152,6 @@ def test_the_perturbation_of_a_linear_network_is_the_exact_one():
     assert torch.equal(delta.flatten(), torch.tensor(0.01) * w.sign())
 
 
-# Recalled attacks
-
-
 @each_poison
 def test_an_attack_is_recalled_from_its_record(attack):
     settings = as_json({"attack": attack.name, **attack.params(), "epochs": 3})
@@ -172,9 +163,6 @@ def test_an_attack_is_recalled_from_its_record(attack):
         assert torch.equal(again.stamp(x), attack.stamp(x))
     with pytest.raises(RecordError, match="'mine'"):
         attack_from_config({"attack": "mine"}, None)
-
-
-# The coefficient
 
 
 def test_cka_by_hand():
@@ -224,9 +212,6 @@ def test_the_channels_that_change_with_the_trigger_are_chosen():
     assert not second._forward_hooks
 
 
-# The plan
-
-
 def case(nets, names=("none", "ft", "control")):
     networks = {name: Normalized(nets[name]).eval().requires_grad_(False) for name in names}
     return Case("toy", networks, TRAIN, poisons(), TEST, BAD, Augment(2), (), {"attack": "badnet"})
@@ -268,9 +253,6 @@ def test_an_audit_has_every_part_for_every_network(nets):
         assert part in text
 
 
-# The path
-
-
 def test_settled_statistics_are_those_of_the_images():
     torch.manual_seed(0)
     norm, dropped = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
@@ -297,9 +279,6 @@ def test_shots_are_no_more_than_the_attacker_can_have(nets):
     few = replace(case(nets, ("none",)), poisons=poisons()[torch.arange(3)])
     found = run_audit(few, AuditConfig(**{**SMALL, "parts": ("relearn",), "shots": (2, 5, 9)}), lambda text: None)
     assert {row["x"] for row in found["rows"] if row["part"] == "relearn"} == {0, 2, 3} and "3" in found["notes"][0]
-
-
-# Records
 
 
 def test_a_grids_defense_is_found_by_its_name_and_one_of_another_attack_refused(victim, here):

@@ -50,9 +50,6 @@ def test_the_published_settings_of_sau_are_its_defaults():
     assert options(DefenseRun)["ratio"].default == 0.05
 
 
-# Values
-
-
 @pytest.mark.parametrize(
     ("hint", "expected", "values"),
     [
@@ -96,9 +93,6 @@ def test_values_that_are_refused(hint, values):
     for value in values:
         with pytest.raises(ConfigError, match="allowed is"):
             convert(value, hint)
-
-
-# Flags
 
 
 def small(*argv: str) -> Small:
@@ -197,9 +191,6 @@ def test_help_is_given_beside_mistakes(argv, capsys):
     assert ("--learning_rate" in capsys.readouterr().out) == ("--help_all" in argv)
 
 
-# YAML
-
-
 KNOWN = options(Small)
 
 
@@ -278,9 +269,6 @@ def test_yaml_that_is_refused(tmp_path, monkeypatch, key, text):
     assert not (tmp_path / "canary").exists()
 
 
-# What beats what
-
-
 def asked(argv: Sequence[str], record: dict[str, Any] | None = None, recipe: str = "paper", dataset: str = "cifar10"):
     request = Settings("x", SAU, (DefenseRun, SAU), argv)
     return request.settle(recipe, dataset, record)
@@ -327,9 +315,6 @@ def test_a_flag_that_contradicts_the_record_is_refused_with_both_values(tmp_path
             asked(argv, record)
 
 
-# Shipped files
-
-
 SHIPPED = sorted(file for file in (REPOSITORY / "configs").rglob("*.yaml") if file.parent.name != "grid")
 
 
@@ -364,9 +349,6 @@ def test_print_config_writes_a_file_that_changes_nothing(name, tmp_path, capsys)
     for one, other in zip(again.settle("cpu", "digits"), flags.settle("cpu", "digits"), strict=True):
         assert replace(one, yaml_path=None) == other if hasattr(one, "yaml_path") else one == other
     assert "# learning rate at the start (OneCycleLR: at its highest); above 0\n" in text
-
-
-# Recipes
 
 
 def with_recipe(method: type, *flags: str) -> tuple:

@@ -66,9 +66,6 @@ def test_stored_images_that_are_wrong_are_refused(wrong):
         Images.restore(kept, 4)
 
 
-# Batches
-
-
 def numbered(n: int, size: int, **how) -> Batches:
     """Batches over n images whose pixel value and label are their number."""
     numbers = torch.arange(n)
@@ -114,9 +111,6 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     for _ in range(3):
         order(walked)  # an earlier walk of the same object leaves no trace
     assert order(walked) == at(1, 0)
-
-
-# Augmentation
 
 
 def by_hand(x: torch.Tensor, padding: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
@@ -192,9 +186,6 @@ def test_the_normalisation_of_each_data_set():
     assert {name: (origin.mean, origin.std) for name, origin in SOURCES.items()} == wanted
 
 
-# The defender's images
-
-
 def index_images(n: int) -> Images:
     """n images of one pixel."""
     return Images.clean(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), 10)
@@ -233,9 +224,6 @@ def test_a_clean_share_outside_0_to_1_is_refused(ratio):
         clean_subset(index_images(100), ratio, 0)
     with pytest.raises(DataError, match="--ratio"):
         clean_subset(index_images(19), 0.05, 0)  # less than one image
-
-
-# Data sets
 
 
 def test_digits_are_scaled_by_16_and_truncated():

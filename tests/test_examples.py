@@ -44,8 +44,8 @@ def shape(line: str) -> str:
     return re.sub(r" +", " ", re.sub(r"-?\d[\d.,e+-]*", "#", line)).strip()
 
 
-def test_the_table_of_the_readme_is_that_of_the_demo(here):
-    """Two epochs and two rounds."""
+def test_the_table_of_the_readme_is_that_of_the_demo(here, few_digits):
+    """Two epochs and two rounds, of few images."""
     printed: list[str] = []
     for argv in commands("--epochs", "2", "--eval_every", "2", "--lr_scheduler", "OneCycleLR"):
         status, out, err = here(*argv)

@@ -48,9 +48,6 @@ def drive(tmp_path) -> Callable[..., tuple[Scripted, list[Cell], list[str]]]:
     return run
 
 
-# Which cells there are
-
-
 def test_an_attack_is_one_cell_for_all_of_its_defenses(planned):
     every = planned()
     labels = [cell.label for cell in every]
@@ -155,9 +152,6 @@ def test_names_of_folders_are_read_back(planned):
         assert parse_name(cell.folder.split("/")[-1]).method == cell.name
 
 
-# Shipped grids and kept results
-
-
 @pytest.mark.parametrize("file", sorted(GRIDS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_grid_can_be_planned_and_is_named_in_the_guide(file):
     assert len(cells(read(file).blocks)) >= 6
@@ -227,9 +221,6 @@ def test_wrong_flags_are_one_line_that_names_them(planned, script, flags):
     assert status == 2 and flags.split()[0].lstrip("-") in the_error(err)
 
 
-# The order of cells
-
-
 def test_attacks_come_before_their_defenses_and_finished_cells_are_not_run_again(planned, drive):
     every = planned()
     engine, failed, lines = drive(every)
@@ -255,9 +246,6 @@ def test_a_failed_cell_takes_its_defenses_along_and_the_next_call_tries_them_aga
     assert failed == every[:3] and f"[1/6] failed  {every[0].label}: why; see {every[0].log(store.root)}.err" in lines
     assert status(every, store) == ["6 cells: 3 finished, 3 waiting", "left: 3 cells"]
     assert drive(every)[0].order == [cell.label for cell in every[:3]] and not needed(every, store)
-
-
-# What is kept
 
 
 def test_a_published_result_counts_and_its_attack_is_trained_again_only_for_work_that_is_left(planned, drive, tmp_path):
@@ -315,9 +303,6 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeyp
     crash.stopped = False
     monkeypatch.setattr(Scripted, "submit", lambda *given: signal.default_int_handler(2, None))
     assert script("grid.py", "grid.yaml")[0] == 130 and crash.stopped  # whatever ends the grid
-
-
-# Engines
 
 
 CELL = Cell("attack", "badnet", "0" * 64, "badnet_s0", "cell", (), None, 1, 0.0, ("digits", "data"))

@@ -114,9 +114,6 @@ def test_it_computes_in_single_precision():
     assert model.amp
 
 
-# The claim, on a toy
-
-
 def test_it_removes_the_backdoor_and_keeps_the_accuracy():
     """The median of three seeds: one run's outcome hangs on how the processor rounds."""
     net, clean, test, triggered = backdoored()

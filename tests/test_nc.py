@@ -40,9 +40,6 @@ def test_the_anomaly_index_by_hand(norms, index, flagged):
     assert NC().flagged(torch.tensor([7.0] * 4 + [6.0])) == [4] and NC().flagged(torch.tensor([7.0] * 4 + [8.0])) == []
 
 
-# The cost schedule
-
-
 def passes(
     defense: NC, outcomes: list[tuple[float, float]], cost: float = 1.0
 ) -> tuple[list[float], list[bool], Patches]:
@@ -107,9 +104,6 @@ def test_a_class_stops_when_its_cost_went_both_ways_and_its_patch_no_longer_shri
     assert passes(defense, [(0, 10)] * 9)[1] == [False] * 9  # nothing ever worked
 
 
-# The inversion
-
-
 @pytest.mark.parametrize("group", [1, 3, 10])
 def test_the_gradient_of_an_update_is_that_of_the_formula(monkeypatch, group):
     """In float64, each class by itself; Adam would not see a wrong scale. A class that has stopped has none."""
@@ -138,9 +132,6 @@ def test_the_gradient_of_an_update_is_that_of_the_formula(monkeypatch, group):
         entropies.append(float(entropy.detach()))
     assert not seen[0][1].any() and not seen[1][1].any()
     assert float(report["loss"]) == pytest.approx(sum(entropies) / 3, rel=1e-12)
-
-
-# Planted patches
 
 
 class Planted(nn.Module):
@@ -245,9 +236,6 @@ def test_the_inversion_sees_pictures_without_augmentation_unless_asked():
     plain = norms(augment=False)
     assert norms(augment=True) == plain and norms(augment=True, augment_inversion=True) != plain
     assert norms(augment=False, augment_inversion=True) == plain  # nothing to crop by
-
-
-# Resuming
 
 
 def test_a_share_of_each_batch_is_inverted(monkeypatch):

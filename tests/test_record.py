@@ -55,9 +55,6 @@ def edit_json(file: Path, change) -> None:
     file.write_text(json.dumps(content))
 
 
-# Writing
-
-
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     events = []
     sync, replace = os.fsync, Path.replace
@@ -90,9 +87,6 @@ def test_reading_refuses_what_is_no_small_regular_file(tmp_path):
             read(path, most)
 
 
-# Names
-
-
 def test_a_folder_name_has_up_to_100_plain_characters(tmp_path):
     for name in ("a", "badnet_0.1", "x" * 100, "a..b"):
         assert safe_join(tmp_path, name) == tmp_path / name
@@ -122,9 +116,6 @@ def test_a_link_that_leads_out_is_refused_and_the_root_may_be_a_link(tmp_path):
         with pytest.raises(RecordError, match="link"):
             safe_join(tmp_path / "record", *names)
     assert safe_join(tmp_path / "record", "a").name == "a"
-
-
-# Beginning
 
 
 def test_facts_come_back_once_training_began(tmp_path):
@@ -243,9 +234,6 @@ def test_a_killed_deletion_goes_on(tmp_path, monkeypatch, number):
     assert listing(tmp_path / "a") == [CONFIG] and (tmp_path / "photo").read_text() == "precious"
 
 
-# The manifest
-
-
 def test_a_finished_folder_passes_its_check(tmp_path):
     record = made(tmp_path / "disk" / "a")
     (tmp_path / "linked").symlink_to("disk")
@@ -334,9 +322,6 @@ def test_a_full_disk_at_the_end_costs_only_the_end(tmp_path, monkeypatch):
     assert not (tmp_path / "a" / CHECKPOINT).exists() and Record(tmp_path / "a").check()
 
 
-# Tensors, checkpoints, metrics, log
-
-
 def test_tensors_in_another_memory_layout_come_back(tmp_path):
     record, weight = begun(tmp_path / "a"), torch.rand(4, 3, 5, 5).to(memory_format=torch.channels_last)
     record.save_tensors("model", {"weight": weight, "view": weight[:, 1]})
@@ -423,9 +408,6 @@ def test_a_link_in_place_of_a_log_is_not_followed(tmp_path, name):
     with pytest.raises(RecordError, match=name):
         record.log("one") if name == LOG else record.log_metrics(epoch=1)
     assert (tmp_path / "precious").read_text() == "mine"
-
-
-# Attack results
 
 
 def test_weights_are_loaded_from_a_whole_folder(tmp_path):

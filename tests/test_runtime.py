@@ -126,9 +126,6 @@ METHODS = [
 ]
 
 
-# CUDA graphs
-
-
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_replayed_updates_are_the_eager_ones(method, replays):
     """Two shapes, each captured after its first batch; rates of OneCycleLR move with every update. On the device rates
@@ -253,9 +250,6 @@ def test_what_is_random_is_drawn_anew_for_each_replay(attack, replays, monkeypat
     assert not any(torch.equal(one, other) for one in composed for other in composed if one is not other)
 
 
-# Out of memory
-
-
 def test_memory_of_graphs_is_freed_before_a_batch_is_split(replays):
     method, lines, full = FT(), list[str](), [False]
 
@@ -328,11 +322,6 @@ def test_a_batch_that_memory_does_not_hold_makes_the_same_update(most):
         assert all(torch.allclose(one[name].double(), other[name].double(), atol=1e-9) for name in one)
 
 
-def test_later_batches_keep_the_number_of_parts():
-    full, _, lines = in_memory_of(FT(), 8)
-    assert full.sizes == [15, 8, 7, 8, 7, 8, 7] and len(lines) == 1 and "into 2 parts" in lines[0]
-
-
 @pytest.mark.parametrize("most", [20, 8], ids=["in the outer step", "in the search"])
 def test_memory_that_runs_out_in_train_mode_leaves_the_search_in_eval_mode(most):
     """Batch norm counts the outer passes alone, one for each part: 15 and 15 images go through it together."""
@@ -345,9 +334,6 @@ def test_memory_that_runs_out_in_train_mode_leaves_the_search_in_eval_mode(most)
 def test_what_cannot_be_divided_says_so(method, most):
     with pytest.raises(OutOfMemory, match="--batch_size"):
         in_memory_of(method, most)
-
-
-# Batch norm with fixed statistics
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -415,9 +401,6 @@ def test_fixed_norms_by_hand(affine, size, monkeypatch):
             found.append(torch.autograd.grad(norm(x).square().sum(), [x, *norm.parameters()]))
     for theirs, ours in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12)
-
-
-# The device
 
 
 @pytest.mark.parametrize(

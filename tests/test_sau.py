@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from released_sau import ReleasedSAU
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from toys import same_weights
 
 from sau.defense.sau import SAU, example_types, jensen_shannon, unsharing_loss
 from sau.models import Normalized, PreActResNet18
@@ -316,14 +315,6 @@ def test_the_types_that_are_reported() -> None:
     types = example_types(state["model"](x + delta).argmax(1), s, y)
     report = method.step(state, x, y)
     assert [int(report[f"train_type{kind}"]) for kind in (1, 2, 3)] == types.bincount(minlength=4)[1:].tolist()
-
-
-@pytest.mark.parametrize("train_mode", [False, True])
-def test_reference_is_left_alone(train_mode: bool) -> None:
-    reference = apart(SAU(train_mode=train_mode), "resnet")["_reference"]
-    assert not reference.training
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in reference.parameters())
-    assert same_weights(reference, backdoored("resnet"))
 
 
 def work(function: Any, x: Tensor, y: Tensor, model: nn.Module) -> float:

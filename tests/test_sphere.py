@@ -9,13 +9,25 @@ import torch
 import torch.nn.functional as F
 from checkpoints import Stopping
 from torch import nn
-from toys import at_angle, pair, quiet, refuses, same_weights, tiny_net, toy_images
+from toys import pair, quiet, refuses, same_weights, tiny_net, toy_images
 
 from sau.defense import D3, FST
 from sau.defense.d3 import hinge
+from sau.defense.fst import FixedNormWeight
 from sau.defense.hooks import classifier, resolve_layer
 from sau.errors import ConfigError
 from sau.loop import Limit, Session
+
+
+def at_angle(angle: float, radius: float = 3.0) -> tuple[FixedNormWeight, torch.Tensor, torch.Tensor]:
+    """A sphere whose W lies at an angle from W0, and the directions of W and of the way round from W0."""
+    torch.manual_seed(0)
+    first, second = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T.reshape(2, 3, 4)
+    sphere = FixedNormWeight(nn.Parameter(radius * first))
+    here, along = math.cos(angle) * first + math.sin(angle) * second, math.cos(angle) * second - math.sin(angle) * first
+    with torch.no_grad():
+        sphere.weight.copy_(radius * here)
+    return sphere, here, along
 
 
 @pytest.mark.parametrize("radius", [0.5, 3.0])

@@ -1,6 +1,5 @@
 """Small data, small networks and the command line: what several test files need."""
 
-import math
 import os
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sau.attack import Attack, Blended
 from sau.data.images import Images, to_float
-from sau.defense.fst import FixedNormWeight
 from sau.errors import SauError
 from sau.loop import Session
 from sau.optim import Training
@@ -245,14 +243,3 @@ def smooth_net() -> nn.Module:
 def batch(n: int, seed: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     return torch.rand(n, 1, 4, 4, dtype=torch.float64), torch.arange(n) % 3
-
-
-def at_angle(angle: float, radius: float = 3.0) -> tuple[FixedNormWeight, torch.Tensor, torch.Tensor]:
-    """A sphere whose W lies at an angle from W0, and the directions of W and of the way round from W0."""
-    torch.manual_seed(0)
-    first, second = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T.reshape(2, 3, 4)
-    sphere = FixedNormWeight(nn.Parameter(radius * first))
-    here, along = math.cos(angle) * first + math.sin(angle) * second, math.cos(angle) * second - math.sin(angle) * first
-    with torch.no_grad():
-        sphere.weight.copy_(radius * here)
-    return sphere, here, along
