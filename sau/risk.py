@@ -179,7 +179,7 @@ class AdversarialSearch:
         if triggered is not None:
             g = to_float(triggered.pixels)
             inside, (a, r) = ball.contains(g - x), self._answers(g)
-            self.note(g - x, a, r, inside)
+            self.note((g - x)[inside], a[inside], r[inside], inside.nonzero()[:, 0])
             begin = ball.into(x, g - x)
             self._climb(self._together, begin, self.share, networks=2)
             self._climb(self._alone, begin, self.adv)
@@ -197,20 +197,17 @@ class AdversarialSearch:
         """Classes that h and h_b give to x."""
         return self._predict(self.model, x), self._predict(self.reference, x)
 
-    def note(
-        self, delta: Change, a: Labels, r: Labels, where: Flags | None = None, index: Labels | None = None
-    ) -> Labels:
-        """Take h's answers `a` and h_b's answers `r` on x[index] + delta for witnesses, `where` delta lies in S.
+    def note(self, delta: Change, a: Labels, r: Labels, index: Labels | None = None) -> Labels:
+        """Take h's answers `a` and h_b's answers `r` on x[index] + delta, which lies in S, for witnesses.
 
         Returns their types, see `example_types`.
         """
         index = torch.arange(len(self.y), device=self.y.device) if index is None else index
-        where = torch.ones_like(index, dtype=torch.bool) if where is None else where
         types = example_types(a, r, self.y[index])
-        new = (types == 1) & where & ~self.share[index]
+        new = (types == 1) & ~self.share[index]
         self.witness[index[new]] = delta[new]
-        self.adv[index] |= (types > 0) & where
-        self.share[index] |= (types == 1) & where
+        self.adv[index] |= types > 0
+        self.share[index] |= types == 1
         return types
 
     def as_sau(self, a: Labels, r: Labels) -> Change:
@@ -242,7 +239,7 @@ class AdversarialSearch:
 
     def _together(self, at: Labels, delta: Change) -> PerImage:
         u, v = (logits_of(network, self.x[at] + delta) for network in (self.model, self.reference))
-        self.note(delta.detach(), u.argmax(1), v.argmax(1), index=at)
+        self.note(delta.detach(), u.argmax(1), v.argmax(1), at)
         return shared_margin(u, v, self.y[at])
 
     def _climb(

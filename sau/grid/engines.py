@@ -96,10 +96,9 @@ def run_cell(
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the process to leave, and kill it if it does not."""
     process.terminate()  # does nothing where it has ended
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    process.kill()
     process.communicate()
 
 
