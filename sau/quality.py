@@ -80,12 +80,8 @@ def _ssim(clean: Bytes, triggered: Bytes) -> float | None:
     return float(sum(values) / len(values))
 
 
-def magnified(difference: Tensor, white: float = 1.0) -> tuple[Tensor, float]:
-    """|difference| times the factor that makes its largest value white, and the factor.
-
-    Args:
-        difference: of images, any shape; where it is less than a grey level it is taken for one.
-        white: the value of white in the images, 1 or 255.
-    """
-    gain = white / max(float(difference.abs().max()), white / 255)
+def magnified(difference: Tensor) -> tuple[Tensor, float]:
+    """|difference| of images in [0, 1], any shape, times the factor that makes its largest value 1, and the factor; a
+    largest value below a grey level is taken for one."""
+    gain = 1 / max(float(difference.abs().max()), 1 / 255)
     return difference.abs() * gain, gain

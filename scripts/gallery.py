@@ -102,8 +102,8 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
 
 def difference(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
     """Absolute differences scaled so that the largest is white, and the scale."""
-    change, gain = quality.magnified(after.float() - before.float(), 255.0)
-    return change.clamp(0, 255).to(torch.uint8), gain
+    change, gain = quality.magnified((after.float() - before.float()) / 255)
+    return (255 * change).round().to(torch.uint8), gain
 
 
 def figures(found: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sau.config import Setting, values
+from sau.config import Setting, values, written
 from sau.data.sources import load
 from sau.errors import ConfigError, first_line
 from sau.files import acquire
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("file", type=Path, help="the grid, like configs/grid/table1_cpu.yaml")
     for name in OF_FILE:
-        add(f"--{name}", help=f"{GRID[name].about} [that of the file, or {GRID[name].default}]")
+        add(f"--{name}", help=f"{GRID[name].about} [that of the file, or {written(GRID[name].default)}]")
     add("--dataset_path", help="folder of the data sets [that of the file, or ./data]")
     add(
         "--published", action="append", metavar="FILE",
