@@ -13,7 +13,7 @@ from toys import QUICK, VICTIM, refuses
 from sau.cli import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
-from sau.evaluate import Proportion
+from sau.evaluate import Proportion, score
 from sau.record.folder import CONFIG, MANIFEST, SUMMARY, dump_config, dump_manifest, read_config
 from sau.verify import compare, verify
 
@@ -64,9 +64,12 @@ def states(path: Path, dataset_path: str | None = None) -> dict[str, str]:
     return {check.name: check.state for check in verify(path, dataset_path)}
 
 
-def test_a_right_record_is_verified(defended, script):
+def test_a_right_record_is_verified(defended, script, monkeypatch):
+    """Each network is scored once, the attacked one too."""
+    scored = list[object]()
+    monkeypatch.setattr("sau.verify.score", lambda *given: scored.append(given) or score(*given))
     names = ("files", "data", "figures", "ft: files", "ft: figures", "npd: files", "npd: figures")
-    assert states(defended) == dict.fromkeys(names, "ok")
+    assert states(defended) == dict.fromkeys(names, "ok") and len(scored) == 3
     root = ("--record_root", str(defended.parent), "--threads", "1", "--device", "cpu")
     assert script("verify.py", "victim", *root)[0] == 0
 
