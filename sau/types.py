@@ -1,13 +1,10 @@
 """Shapes as types. `pytest --jaxtyping-packages=sau,beartype.beartype` checks them at every call."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-
-from sau.errors import DataError
 
 Pixels = Float[Tensor, "batch channel height width"]  # in [0, 1]
 Change = Float[Tensor, "batch channel height width"]  # added to pixels, in their units
@@ -28,15 +25,3 @@ class Batched(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Any]: ...
-
-
-def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of images that refuses bytes, of which it would make something else without a word."""
-
-    @wraps(stamp)
-    def guarded(self: Any, x: Tensor, **how: Any) -> Any:
-        if not x.is_floating_point():
-            raise DataError(f"pixels to stamp are {x.dtype}, allowed are floats in [0, 1]; give pixels / 255")
-        return stamp(self, x, **how)
-
-    return guarded

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor, nn
 from toys import Shaped, refuses, tiny_net, toy_images
 
-from sau import util as formatting
 from sau.attack import Blended
+from sau.attack.base import at_most
 from sau.data.images import to_float
 from sau.errors import DataError, TrainingError
 from sau.evaluate import Proportion, Score, der, predict, proportions, score, table, verdict
+from sau.loop import short
+from sau.util import duration
 
 # Proportions
 
@@ -188,11 +190,11 @@ def test_der_is_rounded_once():
 
 def test_durations_and_bounds_are_written_short_and_bounds_never_too_high():
     seconds = {45.4: "45 s", 99.4: "99 s", 100.0: "2 min", 5_969.0: "99 min", 6_000.0: "1 h 40 min"}
-    assert {value: formatting.duration(value) for value in seconds} == seconds
+    assert {value: duration(value) for value in seconds} == seconds
     numbers = {3.0: "3", -120.0: "-120", 0.0: "0", 1.5: "1.5", 0.12344: "0.1234", 123456.0: "123456"}
-    assert {value: formatting.short(value) for value in numbers} == numbers
+    assert {value: short(value) for value in numbers} == numbers
     for bound in (0.0123456, 0.99996, 1.00004, 9.9999, 12.345, 12.348, 72.0, 1234.56):
-        assert bound * (1 - 1e-3) < float(formatting.at_most(bound)) <= bound
+        assert bound * (1 - 1e-3) < float(at_most(bound)) <= bound
 
 
 @pytest.mark.parametrize(

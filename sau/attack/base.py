@@ -1,10 +1,11 @@
 """What every attack does: choose images, stamp and relabel them, train the network on them."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -23,13 +24,30 @@ from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
 from sau.models import normalized
 from sau.optim import Method, Training
-from sau.types import Bytes, Labels, Pixels, of_floats
-from sau.util import at_most
+from sau.types import Bytes, Labels, Pixels
 
 State = dict[str, Any]
 Step = Callable[[State, Tensor, Labels], Any]
 LabelRule = Literal["all2one", "all2all"]
 GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets
+
+
+def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of images that refuses bytes, of which it would make something else without a word."""
+
+    @wraps(stamp)
+    def guarded(self: Any, x: Tensor, **how: Any) -> Any:
+        if not x.is_floating_point():
+            raise DataError(f"pixels to stamp are {x.dtype}, allowed are floats in [0, 1]; give pixels / 255")
+        return stamp(self, x, **how)
+
+    return guarded
+
+
+def at_most(bound: float) -> str:
+    """The largest number of four digits that is not above `bound`, which is above 0."""
+    text = f"{bound:.4g}"
+    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
 
 
 class Attack(Method, ABC):
