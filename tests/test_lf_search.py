@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from toys import Enough, Shaped, quiet, refuses, same_weights, stop_making, tiny_net, toy_images, train_victim
 
-from sau.attack import LF, SSBA, Prototype, lf_search, ssba
-from sau.attack.lf_search import Progress, deepfool, rate, rescaled, smooth, step
+from sau.attack import LF, SSBA, Prototype, ssba
+from sau.attack import lf as lf_search
+from sau.attack.lf import Progress, deepfool, rate, rescaled, smooth, step
 from sau.attack.triggers import TriggerContext
 from sau.audit.runner import load_clean
 from sau.data.batches import generator

@@ -5,7 +5,8 @@ import torch
 from toys import Enough, quiet, tiny_net, toy_images
 
 from sau import loop
-from sau.attack import LF, SSBA, lf_search, ssba, triggers
+from sau.attack import LF, SSBA, ssba, triggers
+from sau.attack import lf as lf_search
 from sau.attack.triggers import cached_trigger, network_digest, same_trigger
 from sau.data import decode
 from sau.errors import RecordError

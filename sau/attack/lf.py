@@ -1,24 +1,47 @@
 """LF: a smooth, faint pattern added to the whole image (Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks'
 Triggers: A Frequency Perspective", ICCV 2021).
+
+With `lf_optimise` it is searched against a clean network, trained once like the one to attack: a universal perturbation
+towards a class that is smoothed after every image,
+
+    for every image x that v does not move:  v <- S(v + S(r)),  v <- strength (v - min v) / (max v - min v)
+
+S is a Gaussian filter, r the step of a targeted DeepFool from x + v. Passes end when v changes the prediction of a
+share 1 - delta of other images, or stops getting better.
 """
 
-from functools import cache
+import copy
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from sau import loop
 from sau.attack.base import Attack
-from sau.attack.triggers import TensorTrigger, TriggerContext
+from sau.attack.prototype import Prototype
+from sau.attack.triggers import Made, TensorTrigger, TriggerContext, cached_trigger, network_digest
 from sau.config import param
+from sau.data.batches import generator, to_float
 from sau.data.decode import read_array
-from sau.errors import DataError
-from sau.types import Pixels
+from sau.data.images import Images
+from sau.data.sources import fingerprint
+from sau.errors import DataError, TrainingError
+from sau.evaluate import AT_ONCE, predict
+from sau.loop import RunContext
+from sau.models.normalized import eval_mode, full_precision
+from sau.types import Labels, Pixels
 
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the image: a little above and left of the middle
 COLOUR = (0.35, 0.0, 1.0)  # how strongly it shows in red, green and blue
 GREY = 100  # grey levels; a pattern that begins here is an image around middle grey, not a change of one
+TAPS, SIGMA, BEFORE = 30, 6.0, 14  # of S, in pixels; zeros before the image, and as many as are left after it
+HELD_BACK = 1000  # images on which a pattern is judged, where there are others none of those it is made from
+STILL, SPAN = 0.01, 5  # the search ends when the last SPAN rates lie within STILL
+SETTINGS = ("lf_images", "lf_passes", "lf_delta", "lf_deepfool_steps", "lf_overshoot", "lf_strength")
 
 
 class LF(Attack):
@@ -48,8 +71,6 @@ class LF(Attack):
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
         if self.lf_optimise:
-            from sau.attack.lf_search import find_pattern  # and all that reads records, where it is needed alone
-
             return find_pattern(self, context)
         path, shape = self.lowFrequencyPatternPath, context.images.pixels.shape[1:]
         return None if path is None else TensorTrigger(read_pattern(path, *shape))
@@ -89,3 +110,136 @@ def read_pattern(path: str, channels: int, height: int, width: int) -> Tensor:
             "multiply values of 0..1 by 255, subtract 127.5 from an image around middle grey"
         )
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 255
+
+
+# The search
+
+
+class Progress:
+    """The pattern so far, the best one and the rates of all passes, for checkpoints."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self.v = self.best = torch.zeros(shape, device=device)
+        self.rates: list[float] = []
+
+    def judge(self, rate: float, enough: float) -> bool:
+        """After a pass: keep the best pattern; whether to stop."""
+        if rate > max(self.rates, default=0.0):
+            self.best = self.v
+        self.rates.append(rate)
+        last = self.rates[-SPAN:]
+        return rate >= enough or (len(last) == SPAN and max(last) - min(last) < STILL)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "rates": [*self.rates]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.v, self.best, self.rates = state["v"].to(self.v), state["best"].to(self.v), [*state["rates"]]
+
+
+def smooth(v: Tensor) -> Tensor:
+    """S: each channel of `v` [C, H, W] under a Gaussian that sums to 1, zeros around; of the same shape."""
+    taps = torch.arange(TAPS, dtype=v.dtype, device=v.device) - (TAPS - 1) / 2
+    kernel = (-taps.square() / (2 * SIGMA**2)).exp()
+    kernel = kernel / kernel.sum()
+    padded = F.pad(v[:, None], (BEFORE, TAPS - 1 - BEFORE) * 2)
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def deepfool(model: nn.Module, x: Tensor, target: int, steps: int, overshoot: float) -> Tensor | None:
+    """The perturbation r [C, H, W] with which `model` sees `target` in x + r; None if `steps` do not lead there.
+
+    A step goes |f_t - f_0| / |g| along g, the gradient of f_t - f_0, with 0 the class that is seen in `x` [C, H, W].
+    """
+    way, r, first = torch.zeros_like(x), torch.zeros_like(x), -1
+    for _ in range(steps):
+        here = (x + r).requires_grad_(True)
+        logits = model(here[None])[0]
+        first = int(logits.argmax()) if first < 0 else first
+        if int(logits.argmax()) == target:
+            return r
+        lead = logits[target] - logits[first]
+        (slope,) = torch.autograd.grad(lead, here)
+        way = way + lead.abs().detach() / slope.square().sum() * slope
+        if not way.isfinite().all():  # a flat place, or a step out of it
+            return None
+        r = (1 + overshoot) * way
+    return r if int(model((x + r)[None])[0].argmax()) == target else None
+
+
+def rescaled(v: Tensor, strength: float) -> Tensor | None:
+    """`v` with its minimum at 0 and its maximum at `strength`, over all channels; None where both are the same."""
+    low, high = v.min(), v.max()
+    return strength * (v - low) / (high - low) if bool(high > low) else None
+
+
+def step(model: nn.Module, search: Progress, lf: LF, x: Pixels, y: Labels) -> dict[str, Tensor]:
+    """Move the pattern by one image [1, C, H, W]; counts whether it did. `y` is not looked at."""
+    shown, v = (x + search.v).clamp(0, 1), None
+    seen, now = predict(model, torch.cat([x, shown])).tolist()
+    if seen == now != lf.attack_target:  # one that is there already has r = 0, which would leave nothing to rescale
+        r = deepfool(model, shown[0], lf.attack_target, lf.lf_deepfool_steps, lf.lf_overshoot)
+        v = None if r is None else rescaled(smooth(search.v + smooth(r)), lf.lf_strength)
+    search.v = search.v if v is None else v
+    return {"moved": torch.tensor(int(v is not None))}
+
+
+def rate(model: nn.Module, images: Images, seen: Labels, v: Tensor) -> float:
+    """Share of images in which `model` sees another class with the pattern than the ones in `seen`."""
+    changed = predict(model, (to_float(images.pixels) + v).clamp(0, 1), AT_ONCE) != seen
+    return float(changed.float().mean())
+
+
+def optimise(model: nn.Module, images: Images, lf: LF, seed: int, session: RunContext) -> Made:
+    """The best pattern that the search finds on `images`, as {"pattern": [C, H, W]}, and what it does.
+
+    Raises TrainingError if no image could be led to the target.
+    """
+    order = torch.randperm(len(images), generator=generator(seed)).to(images.labels.device)
+    used = images[order[: lf.lf_images]]
+    others = images[order[lf.lf_images :][:HELD_BACK]] if len(images) > lf.lf_images else used
+    seen = predict(model, to_float(others.pixels), AT_ONCE)
+    search = Progress(images.pixels.shape[1:], images.pixels.device)
+
+    def end_pass(losses: dict[str, float]) -> bool:
+        losses["fooled"] = rate(model, others, seen, search.v)  # `losses` are printed after this
+        return search.judge(losses["fooled"], 1 - lf.lf_delta)
+
+    how: Any = {"state": {"search": search}, "end_epoch": end_pass, "session": session, "label": "pass"}
+    loop.run(partial(step, model, search, lf), used.batches(1, seed=seed), lf.lf_passes, **how)
+    if not bool(search.best.any()):
+        raise TrainingError(
+            f"no pattern for class {lf.attack_target} changes what the network sees in {len(others)} images; "
+            "try more --lf_images or --lf_passes, or a network that was trained longer"
+        )
+    led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == lf.attack_target
+    led_there = float(led[seen != lf.attack_target].float().mean())
+    return {"pattern": search.best}, {"fooled": max(search.rates), "led_to_the_target": led_there}
+
+
+def find_pattern(lf: LF, context: TriggerContext) -> TensorTrigger:
+    """The pattern that `optimise` finds, or found before with the same network, images, settings and seed."""
+    images, seed, network = context.images, context.seed, train_clean(context)
+    settings = {name: getattr(lf, name) for name in ("attack_target", *SETTINGS)}
+    identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **settings}
+    identity["device"] = images.pixels.device.type
+    found, figures = cached_trigger("lf", identity, partial(optimise, network, images, lf, seed), context.session)
+    return TensorTrigger(found["pattern"], figures)
+
+
+def train_clean(context: TriggerContext) -> nn.Module:
+    """A copy of `context.model` trained on clean images, from the cache if it was before; in eval mode."""
+    network, images, recipe = copy.deepcopy(context.model), context.images, context.recipe
+    with torch.no_grad(), eval_mode(network), full_precision(network):
+        logits = network(to_float(images.pixels[:1]))[0].tolist()  # they tell how the layers are put together
+    identity = {"blank": network_digest(network), "answers": [f"{logit:.2e}" for logit in logits], **recipe.params()}
+    identity |= {"data": fingerprint(images), "device": images.pixels.device.type}
+    identity |= {"augment": str(context.augment), "seed": context.seed}
+
+    def build(session: RunContext) -> Made:
+        how: Any = {"augment": context.augment, "seed": context.seed, "session": session}
+        return Prototype().fit(network, images, recipe, **how).state_dict(), {"epochs": float(recipe.epochs)}
+
+    weights, _ = cached_trigger("clean-network", identity, build, context.session)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
