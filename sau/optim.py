@@ -45,6 +45,7 @@ class Method:
     # replay it as a graph, and its Python does not run again. A subclass with a step of its own has to say it anew.
     graph_safe: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
+    watched: ClassVar[str] = "loss"  # the loss by which ReduceLROnPlateau judges; one below 0 would mislead it
     retired: ClassVar[dict[str, Any]] = {}  # former settings in the identity of kept results, at their only value now
 
     def __init_subclass__(cls, **given: Any) -> None:
@@ -84,7 +85,7 @@ class Method:
 
     def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
         """After each epoch, with its mean losses: move the learning-rate schedule. True ends the training early."""
-        state["descent"].end_epoch(losses["loss"])
+        state["descent"].end_epoch(losses[self.watched])
         return None
 
     def supports_microbatch(self) -> bool:

@@ -39,6 +39,7 @@ class D3(TrainingDefense):
     """Drive the classifier away from the backdoored one while the clean loss stays within its budget."""
 
     name = "d3"
+    watched = "excess"
     graph_safe = True
     compiles = True
 
@@ -78,10 +79,6 @@ class D3(TrainingDefense):
         if self.start == "noise":
             return origin + origin.std() * torch.randn(origin.shape).to(origin)
         return {"near": 1, "middle": 0, "far": -1}[self.start] * origin
-
-    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
-        """ReduceLROnPlateau watches the excess: below 0, where the loss goes, it takes a rise for an improvement."""
-        return super().end_epoch(state, {**losses, "loss": losses["excess"]})
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         spheres = state["spheres"]

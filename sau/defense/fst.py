@@ -53,6 +53,7 @@ class FST(TrainingDefense):
     """Fine-tune from a new classifier that is kept turned away from the backdoored one."""
 
     name = "fst"
+    watched = "clean_loss"
     graph_safe = True
     compiles = True
 
@@ -80,7 +81,3 @@ class FST(TrainingDefense):
         state["descent"](loss)
         sphere.project()
         return {"loss": loss, "clean_loss": clean, "overlap": overlap, "clean_acc": batch_accuracy(logits, y)}
-
-    def end_epoch(self, state: dict[str, Any], losses: dict[str, float]) -> bool | None:
-        """ReduceLROnPlateau watches the clean loss: below 0, where the other goes, it takes a rise for a gain."""
-        return super().end_epoch(state, {**losses, "loss": losses["clean_loss"]})
