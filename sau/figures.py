@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from sau.data.batches import to_float
 from sau.data.images import Images, evenly_spaced
-from sau.defense.hooks import classifier, forward_hooks
 from sau.errors import DataError, RecordError
 from sau.evaluate import predict
 from sau.files import write
+from sau.models.normalized import classifier, forward_hooks
 from sau.pgd import Search
 from sau.quality import magnified
 from sau.record.folder import Record

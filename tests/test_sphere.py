@@ -14,9 +14,9 @@ from toys import pair, quiet, refuses, same_weights, tiny_net, toy_images
 from sau.defense import D3, FST
 from sau.defense.d3 import hinge
 from sau.defense.fst import FixedNormWeight
-from sau.defense.hooks import classifier, resolve_layer
 from sau.errors import ConfigError
 from sau.loop import Limit, Session
+from sau.models.normalized import classifier, resolve_layer
 
 
 def at_angle(angle: float, radius: float = 3.0) -> tuple[FixedNormWeight, torch.Tensor, torch.Tensor]:

@@ -37,11 +37,10 @@ from torch import Tensor, nn
 from sau.data.batches import generator
 from sau.data.images import Augment, Images, to_float
 from sau.defense.ft import FT
-from sau.defense.hooks import forward_hooks
 from sau.defense.npd import held_losses
 from sau.errors import require
 from sau.loop import Session
-from sau.models.normalized import full_precision
+from sau.models.normalized import forward_hooks, full_precision
 from sau.types import Labels, Universal
 
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent

@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.hooks import forward_hooks
+from sau.models.normalized import forward_hooks
 from sau.types import Batched
 
 

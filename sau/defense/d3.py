@@ -22,9 +22,9 @@ from sau.config import param
 from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
 from sau.defense.fst import FixedNormWeight, uniform
-from sau.defense.hooks import classifier, require_plain_weight, resolve_layer
 from sau.errors import ConfigError
 from sau.evaluate import batch_accuracy
+from sau.models.normalized import classifier, require_plain_weight, resolve_layer
 from sau.types import Batched, Labels, Logits, Pixels, Scalar
 
 Start = Literal["random", "near", "middle", "far", "noise"]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense import pruning
-from sau.defense.hooks import forward_hooks
 from sau.errors import DataError
+from sau.models.normalized import forward_hooks
 from sau.types import Batched, Pixels
 
 

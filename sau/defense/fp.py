@@ -16,10 +16,10 @@ from sau.config import param
 from sau.data.batches import stack_batches
 from sau.defense import pruning
 from sau.defense.base import Select, TrainingDefense
-from sau.defense.hooks import classifier, forward_hooks, require_plain_weight
 from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import RunContext
+from sau.models.normalized import classifier, forward_hooks, require_plain_weight
 from sau.types import Batched, Labels, Pixels
 
 Unit = Literal["linear_input", "last_conv"]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
-from sau.defense.hooks import classifier
 from sau.evaluate import batch_accuracy
+from sau.models.normalized import classifier
 from sau.types import Batched, Labels, Pixels, Scalar
 
 

@@ -24,10 +24,9 @@ from sau import loop
 from sau.config import param
 from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
-from sau.defense.hooks import forward_hooks, resolve_layer
 from sau.errors import ConfigError
 from sau.loop import Session
-from sau.models.normalized import at_least_fp32, eval_mode
+from sau.models.normalized import at_least_fp32, eval_mode, forward_hooks, resolve_layer
 from sau.optim import Schedule
 from sau.types import Batched, Labels, Logits, Pixels
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from sau import loop
 from sau.config import param
 from sau.defense.base import TrainingDefense
-from sau.defense.hooks import resolve_layer
 from sau.errors import ConfigError
 from sau.loop import Session
+from sau.models.normalized import resolve_layer
 from sau.optim import Training
 from sau.pgd import RADII, Ball, Norm, is_radius, pgd
 from sau.types import Batched, Change, Labels, Logits, PerImage, Pixels, Scalar

@@ -16,11 +16,10 @@ from sau.config import param
 from sau.data.batches import rebatch, stack_batches
 from sau.data.images import last_of_each
 from sau.defense.base import Defense, Select
-from sau.defense.hooks import forward_hooks, require_plain_weight
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import RunContext
-from sau.models.normalized import full_precision
+from sau.models.normalized import forward_hooks, full_precision, require_plain_weight
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Logits, Pixels
 
