@@ -2,12 +2,14 @@
 
     python scripts/tables.py table RECORDS [--against sau] [--dataset cifar10] [--into PAGE.md]
     python scripts/tables.py seeds RECORDS
+    python scripts/tables.py clean AUDIT [AUDIT ...]
     python scripts/tables.py ratios RECORDS [RECORDS ...] [--out ratios]
     python scripts/tables.py gaps RECORD [RECORD ...]
     python scripts/tables.py radii RECORD [DEFENSE ...] [--radii 0.001 0.004]
     python scripts/tables.py cards [--check]
 
-RECORDS is a folder of result folders, or a JSONL file of summaries as a grid publishes them; RECORD is one attack.
+RECORDS is a folder of result folders, or a JSONL file of summaries as a grid publishes them; RECORD is one attack;
+AUDIT is a folder that scripts/audit.py wrote, or FILE.jsonl/NAME, with the parts statistics and relearn.
 """
 
 import argparse
@@ -26,6 +28,8 @@ import cards
 import risks
 
 from sau import files
+from sau.audit.runner import CONTROL
+from sau.audit.tables import read as read_audit
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, run_command
 from sau.report.cells import Section, TableCell, sections
@@ -52,6 +56,7 @@ def main() -> int:
     add["table"].add_argument("--dataset", choices=SOURCES, metavar="NAME", help=about)
     add["table"].add_argument("--into", type=Path, help="page whose part between <!-- table --> marks is replaced")
     add["seeds"].add_argument("root", type=Path, help="folder of the result folders")
+    add["clean"].add_argument("audits", type=Path, nargs="+", help="audits with a control, one an attack and seed")
     add["ratios"].add_argument("roots", type=Path, nargs="+", help="folders of results, or files of summaries")
     add["ratios"].add_argument("--out", type=Path, default=Path("ratios"), help="path of the PNG and the SVG [ratios]")
     add["gaps"].add_argument("records", nargs="+", type=Path, metavar="RECORD", help="result folder of an attack")
@@ -195,6 +200,31 @@ def seeds(args: argparse.Namespace) -> None:
         print(f"\n{section.dead}\n" * bool(section.dead), end="")
 
 
+def clean(args: argparse.Namespace) -> None:
+    """Print what a defense leaves beyond a clean network's figures: means over attacks of the means over seeds."""
+    found: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))  # network -> attack -> rows
+    heads: list[str] = []
+    for audit in (read_audit(place) for place in args.audits):
+        lines = {(r["network"], r["part"], r["x"]): r for r in audit["rows"] if r["curve"] in ("", "released")}
+        spent = sorted({x for _, part, x in lines if part == "relearn"})
+        heads = ["ACC", "ASR", "excess ASR", "R-ACC", "R-ACC gap", "statistics anew", *(f"k = {x}" for x in spent)]
+        control = lines[CONTROL, "before", 0]
+        for network in audit["networks"]:
+            row = lines[network, "before", 0]
+            figures = [row["acc"], row["asr"], row["asr"] - control["asr"], row["racc"], control["racc"] - row["racc"]]
+            figures.append(lines[network, "statistics", 0]["asr"])
+            figures += [lines[network, "relearn", x]["asr"] for x in spent]
+            found[network][audit["attack"]].append(figures)
+    body = []
+    for network, attacks in found.items():
+        means = [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in attacks.values()]
+        columns = list(zip(*means, strict=True))
+        worst = max(zip(columns[2], attacks, strict=True))
+        figures = [f"{statistics.mean(column):.1f}" for column in columns]
+        body.append([network, str(len(attacks)), *figures, f"{worst[0]:+.1f} ({worst[1]})"])
+    print(markdown(["network", "attacks", *heads, "largest excess"], body), end="")
+
+
 def ratios(args: argparse.Namespace) -> None:
     """Draw ASR against the poisoning ratio, a curve an attack, and print ACC / ASR, means over seeds."""
     from sau.figures import COLOURS, panels, save
@@ -242,6 +272,7 @@ def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "table": (table, "attacks against defenses with means and published means, and one defense against each rival"),
     "seeds": (seeds, "mean and standard deviation over seeds, a row a cell"),
+    "clean": (clean, "purified networks beside a clean one: excess ASR, gap of R-ACC, and what brings the ASR back"),
     "ratios": (ratios, "ASR against the poisoning ratio, as a table, PNG and SVG"),
     "gaps": (risks.gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
     "radii": (risks.radii, "risks of a record's networks against the radius of the ball"),

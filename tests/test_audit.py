@@ -1,5 +1,6 @@
 """The re-activation audit: its attacks do what they claim on networks with a backdoor, and not on those without."""
 
+import copy
 import json
 import math
 import shutil
@@ -73,6 +74,24 @@ def nets():
 def asr(model, delta=None):
     pixels = to_float(BAD.pixels) if delta is None else (to_float(BAD.pixels) + delta).clamp(0, 1)
     return score(model, TEST, (pixels, BAD.labels, BAD.true_labels)).asr.percent
+
+
+def test_what_a_clean_network_would_answer_is_taken_off(tmp_path, script):
+    def audit(attack, asr, floor):
+        rows = [
+            {"part": part, "curve": curve, "network": network, "x": x, "seed": 0, "acc": 80, "asr": value, "racc": racc}
+            for network, value, racc in (("sau", asr, 50.0), ("control", floor, 60.0))
+            for part, curve, x in (("before", "", 0), ("statistics", "", 0), ("relearn", "released", 5))
+        ]
+        networks = {"sau": "", "control": ""}
+        return {"rows": rows, "networks": networks, "attack": attack, "asked": {}, "about": {}}
+
+    for name, one in (("a", audit("lf", 9.0, 4.0)), ("b", audit("lf", 7.0, 4.0)), ("c", audit("sig", 1.0, 0.0))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "audit.json").write_text(json.dumps(one))
+    status, out, _ = script("tables.py", "clean", *(str(tmp_path / name) for name in "abc"))
+    # Seeds of an attack first, then attacks: (8 + 1) / 2, and (4 + 1) / 2 above the control.
+    assert status == 0 and "| sau | 2 | 80.0 | 4.5 | 2.5 | 50.0 | 10.0 | 4.5 | 4.5 | +4.0 (lf) |" in out
 
 
 def test_the_attackers_images_are_nested_and_drawn_apart_from_the_defenders():
@@ -227,6 +246,7 @@ def test_an_audit_has_every_part_for_every_network(nets):
     names = {"none", "ft", "control"}
     steps = {
         ("before", ""): [0],
+        ("statistics", ""): [0],
         ("relearn", "released"): [0, 2],
         ("relearn", "fresh"): [0, 2],
         ("white", "trigger + D"): [0.0, 0.05, 0.1],
@@ -241,6 +261,9 @@ def test_an_audit_has_every_part_for_every_network(nets):
     as_it_is = {name: score(model, TEST, BAD).asr.percent for name, model in nets.items()}
     for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0)):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
+    anew = copy.deepcopy(case(nets).networks["none"])
+    reestimate_statistics(anew, mixture(TRAIN, poisons(), 0, share=0.25, seed=0), Augment(2))
+    assert lines["statistics", ""]["none"][0].mean == score(anew, TEST, BAD).asr.percent != as_it_is["none"]
     way = lines["path", "statistics between"]["ft"]
     assert [way[0.0].mean, way[1.0].mean] == [as_it_is["none"], as_it_is["ft"]]
     left = {row["network"]: row for row in found["rows"] if row["part"] == "bec"}
@@ -350,6 +373,7 @@ def test_the_script_audits_a_grids_records_and_their_audits_are_compared(victim,
     assert {file.name for file in (audits[0] / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg"}
     found = [read(place) for place in audits]
     assert found[0]["rows"] == found[1]["rows"]
+    assert "| ft | 1 |" in script("tables.py", "clean", *map(str, audits))[1]
     both = ("audits.py", *map(str, audits), "--out", "both/badnet")
     assert "same network" in the_error(script(*both)[2])
     other, file = {**found[1]["networks"], "none": "another seed's"}, audits[1] / "audit" / "audit.json"

@@ -10,7 +10,8 @@ from torch import nn
 from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net, toy_images
 
 from sau.defense import FTSAM, SAUSAM
-from sau.defense.ft_sam import perturbed, smoothed_loss
+from sau.defense.base import smoothed_loss
+from sau.defense.ft_sam import perturbed
 from sau.models import PreActResNet18
 
 

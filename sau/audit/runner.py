@@ -4,6 +4,7 @@ A row has `part`, `curve`, `network`, `x`, `seed`, and shares of images. `x` is 
 (relearn), the radius eps (white); or the share of the way from the attacked weights (path).
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,8 @@ from sau.record.folder import Record, as_json
 from sau.report.results import NONE
 from sau.util import marked
 
-Part = Literal["relearn", "path", "white", "bec"]
+Part = Literal["statistics", "relearn", "path", "white", "bec"]
+Augmented = Literal["released", "fresh"]
 PARTS: tuple[Part, ...] = get_args(Part)
 CONTROL = "control"  # the network that was trained without a backdoor; `none` is the attacked one
 STAMPED = 5000  # training images that are stamped anew where a record's own poisons carry their true labels
@@ -43,9 +45,12 @@ Found = tuple[str, float, int, dict[str, Any]]  # curve, x, seed, and what was m
 class AuditConfig:
     """The parts of an audit, and what the attacker may spend in each."""
 
-    parts: tuple[Part, ...] = param(PARTS, "some of relearn, path, white, bec")
+    parts: tuple[Part, ...] = param(PARTS, "some of statistics, relearn, path, white, bec")
     shots: tuple[int, ...] = param((1, 2, 5, 10, 50), "poisoned images to re-learn from; 0 is always among them", ge=0)
     epochs: int = param(5, "epochs of re-learning", ge=1)
+    augmented: tuple[Augmented, ...] = param(
+        ("released", "fresh"), "released: the images of re-learning are augmented once; fresh: in every batch"
+    )
     share: float = param(0.02, "share of the training images that the attacker has for this", gt=0, le=1)
     eps: tuple[float, ...] = param((0.01, 0.02, 0.05), "rising L-infinity radii of universal perturbations", gt=0, lt=1)
     steps: int = param(100, "gradient steps for each radius", ge=1)
@@ -54,7 +59,7 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         check(self, " of the audit")
-        for name in ("parts", "shots", "eps", "seeds"):
+        for name in ("parts", "shots", "augmented", "eps", "seeds"):
             values = getattr(self, name)
             require(f"{name} of the audit", values, 0 < len(values) == len(set(values)), "one or more, each once")
         require("eps of the audit", self.eps, tuple(sorted(self.eps)) == self.eps, "rising numbers")
@@ -169,7 +174,7 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
             for curve, x, seed, found in WORK[part](case, config, name, model):
                 rows.append({"part": part, "network": name, "curve": curve, "x": x, "seed": seed, **found})
                 figure = f"ASR {found['asr']:.1f} %" if "asr" in found else f"s {found['s']:.3f}"
-                say(f"{part:8}{name:16} {curve:20} {x:<6g} {figure}")
+                say(f"{part:11}{name:16} {curve:20} {x:<6g} {figure}")
         seconds[part] = round(time.monotonic() - started, 2)
     return {
         "record": case.name, "attack": case.about.get("attack"),
@@ -184,10 +189,17 @@ def before(case: Case, config: AuditConfig, name: str, model: Normalized) -> Ite
     yield "", 0, 0, case.score(model)
 
 
+def statistics(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
+    """The same with statistics of batch norm estimated anew on clean images, where a backdoor may hide."""
+    images, again = measure.mixture(case.train, case.poisons, 0, share=config.share, seed=0), copy.deepcopy(model)
+    measure.reestimate_statistics(again, images, case.augment)
+    yield "", 0, 0, case.score(again)
+
+
 def relearn(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
     """The same after RA with so many poisons; 0 is always among them."""
     shots = sorted({min(k, case.most_shots(config.share)) for k in (0, *config.shots)})
-    for curve, seed, k in product(("released", "fresh"), config.seeds, shots):
+    for curve, seed, k in product(config.augmented, config.seeds, shots):
         first, later = (None, case.augment) if curve == "fresh" else (case.augment, None)
         images = measure.mixture(case.train, case.poisons, k, share=config.share, seed=seed, augment=first)
         again = measure.relearn(model, images, epochs=config.epochs, seed=seed, augment=later)
@@ -244,7 +256,7 @@ def bec(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterat
 
 
 WORK: dict[str, Callable[[Case, AuditConfig, str, Normalized], Iterator[Found]]] = {
-    "before": before, "relearn": relearn, "path": path, "white": white, "bec": bec,
+    "before": before, "statistics": statistics, "relearn": relearn, "path": path, "white": white, "bec": bec,
 }  # fmt: skip
 
 

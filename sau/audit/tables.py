@@ -26,6 +26,7 @@ Line = dict[Any, MeanStd]  # by what the attacker spent
 
 TITLES: dict[Key, str] = {
     ("before", ""): "As they are",
+    ("statistics", ""): "With statistics of batch norm estimated anew",
     ("relearn", "released"): "Re-learning from k poisons, augmented once (as released)",
     ("relearn", "fresh"): "Re-learning from k poisons, every batch augmented anew",
     ("path", "statistics between"): "On the path from the attacked weights (0) to the purified ones (1)",
@@ -80,10 +81,11 @@ def tables(audits: Sequence[Audit]) -> str:
     acc = curves(audits, "acc")
     for key, lines in curves(audits).items():
         steps = _steps(lines)
-        heads = ["network", *({"before": "ASR", "relearn": f"k = {x}"}.get(key[0], str(x)) for x in steps)]
+        alone = key[0] in ("before", "statistics")
+        heads = ["network", *("ASR" if alone else f"k = {x}" if key[0] == "relearn" else str(x) for x in steps)]
         body = [[name, *(_text(line.get(x)) for x in steps)] for name, line in lines.items()]
-        if key[0] in ("before", "relearn"):
-            heads.append("ACC" if key[0] == "before" else f"ACC at {heads[-1]}")
+        if alone or key[0] == "relearn":
+            heads.append("ACC" if alone else f"ACC at {heads[-1]}")
             body = [[*cells, _text(acc[key][cells[0]].get(steps[-1]))] for cells in body]
         texts.append(f"{one_line(_title(key))}\n\n{markdown(heads, body)}".rstrip())
     s, bec = (curves(audits, figure).get(("bec", ""), {}) for figure in ("s", "bec"))
