@@ -70,9 +70,6 @@ def swap(folder: Path, other: str, place: Path) -> Path:
     return place
 
 
-# The folder that BackdoorBench wrote
-
-
 @pytest.fixture(params=(RESULT, "attack_result_numpy1.pt"))
 def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> AttackResult:
     return backdoorbench.read(swap(original, request.param, tmp_path / "theirs"))
@@ -118,9 +115,6 @@ def test_logits_and_scores_of_a_real_folder(original, cifar10):
     assert (result.asr.hits, result.racc.hits, result.asr.total) == (77, 30, 180)
     for share, name in ((result.acc, "test_acc"), (result.asr, "test_asr"), (result.racc, "test_ra")):
         assert share.hits / share.total == expected[name]
-
-
-# Files that these tests make
 
 
 def toy_parts() -> tuple[Images, Images]:
@@ -187,9 +181,6 @@ def test_images_in_cross_folders_are_covers_and_lost_folders_are_found(toy_conte
         entry["path"] = entry["path"].replace("bd_test_dataset", "bd_other")
     found = backdoorbench.read(save(content, tmp_path / "a"))
     assert (found.poisoned.role == CROSS).all() and same(found.triggered, toy_parts()[1])
-
-
-# Refusals
 
 
 @pytest.fixture
@@ -280,9 +271,6 @@ def test_wrong_images(refused, toy_content, tmp_path):
     shutil.move(image.parent, tmp_path / "outside")
     image.parent.symlink_to(tmp_path / "outside")
     refused(content, "no ordinary file")
-
-
-# Writing
 
 
 def bench_load(root: Path, name: str) -> dict[str, Any]:

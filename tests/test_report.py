@@ -265,9 +265,6 @@ def test_the_gate_in_the_summary_of_a_defense_marks_its_attack(tmp_path):
     assert {cell.dead for cell in cells(tmp_path).values()} == {"ASR below 85 on 1 of 1 networks"}
 
 
-# Paired comparisons
-
-
 def compared(root: Path, name: str = "sau") -> dict[str, PairedComparison]:
     (section,) = tables(root, "cifar10")
     return {rival: found for rival, _, found in paired_comparisons(section, name)}
@@ -305,9 +302,6 @@ def test_ties_are_left_out_of_the_sign_test(tmp_path):
         defense(attacked, "sau", der=95.0)
         defense(attacked, "ft", der=rating)
     assert compared(tmp_path)["ft"].wins == 2 and compared(tmp_path)["ft"].p == pytest.approx(0.5)  # of two, not three
-
-
-# Published figures
 
 
 def test_published_figures_agree_with_themselves():
@@ -360,9 +354,6 @@ def test_the_published_means_are_over_the_same_attacks(rivals, tmp_path, script)
     assert "| 88.17 | 2.00 | 80.00 | 95.00 | 90.30 | 2.24 | 86.88 | 95.41 |" in out  # (89.31 + 90.32 + 91.26) / 3, ...
     defense(attack(tmp_path / "other", dataset="digits"), dataset="digits")
     assert "mean DER | badnet |\n" in script("tables.py", "table", str(tmp_path / "other"))[1]
-
-
-# Tables and the page
 
 
 def test_tables_are_written_between_the_marks_of_a_page(rivals, tmp_path, script):
@@ -471,9 +462,6 @@ def test_the_command_writes_what_is_asked_for(tmp_path, script):
     files = ["report.html", "t.csv", "t.tex", "t.json"]
     assert (status, err) == (0, "") and [line.split(":")[0] for line in out.splitlines()] == files
     assert all("badnet" in (tmp_path / name).read_text() for name in files)
-
-
-# The scatter plot
 
 
 def test_a_point_lies_where_its_figures_are(tmp_path):
