@@ -247,18 +247,14 @@ def fixed_norms(network: Any, x: Tensor) -> AbstractContextManager[Any]:
 
 
 def search_twin(model: Any) -> dict[str, Any]:
-    """State entry with a weight-sharing, gradient-free twin of `model` for the inner search (CUDA or compiled only)."""
-    if not getattr(model, "compiled", False) and not next(model.parameters()).is_cuda:
-        return {}
-    return {"frozen": shared_weight_twin(model.eval()).forward}
-
-
-def shared_weight_twin(model: nn.Module) -> nn.Module:
-    """A copy of `model` that shares its weights and statistics in memory and forms no gradients of weights.
+    """The state entry `frozen`, by which a search goes through a network that is being trained: a copy of `model` that
+    shares its weights and statistics in memory and forms no gradients of weights. Only on CUDA or where it is compiled.
 
     Compiled code and `FixedNorms` form all gradients that there may be, used or not, and the former is compiled anew
-    when `requires_grad` changes; so a search through a network that is being trained goes through this.
+    when `requires_grad` changes.
     """
+    if not getattr(model, "compiled", False) and not next(model.parameters()).is_cuda:
+        return {}
     shared: dict[int, Tensor] = {id(weight): nn.Parameter(weight.data, False) for weight in model.parameters()}
     shared |= {id(buffer): buffer.data for buffer in model.buffers()}
-    return copy.deepcopy(model, shared)  # which copies nothing that its memo holds
+    return {"frozen": copy.deepcopy(model.eval(), shared).forward}  # which copies nothing that its memo holds

@@ -113,8 +113,11 @@ def check_before(method: Any, model: nn.Module, batches: Batched, session: Sessi
     answers, labels, classes = predictions(model, batches)
     right, total, kind = int((answers == labels).sum()), len(labels), method.data_use.replace("none", "clean")
     session.say(f"the network classifies {right:,} of {total:,} {kind} images correctly ({100 * right / total:.1f} %)")
-    if wrong := misuse(right, total, classes):
-        session.say(f"warning: {wrong}")
+    if (
+        right < total * (1 + 1 / classes) / 2
+    ):  # half way from chance to all; an attacked network has nearly its full ACC
+        usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
+        session.say(f"warning: the network classifies only {right:,} of {total:,} clean images correctly; {usual}")
     if method.data_use != "none":
         counts, runs = labels.bincount(minlength=classes), 1 + int((labels.diff() != 0).sum())
         present = int(counts.count_nonzero())
@@ -137,17 +140,6 @@ def check_after(method: Any, model: nn.Module, batches: Batched, before: float, 
     if before - after > HARM:
         fell = f"the accuracy on the clean images fell from {100 * before:.0f} to {100 * after:.0f} %"
         session.say(f"warning: {fell}; try a smaller --lr, fewer --epochs or other settings")
-
-
-def misuse(right: int, total: int, classes: int) -> str | None:
-    """What to warn of where `right` of `total` clean images are classified correctly; None where there is nothing.
-
-    An attacked network has nearly its full accuracy, so one with little is not used as it was trained.
-    """
-    if right >= total * (1 + 1 / classes) / 2:  # half way from chance to all; ImageNet has been at 60 % for long
-        return None
-    usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
-    return f"the network classifies only {right:,} of {total:,} clean images correctly; {usual}"
 
 
 # The verdict
