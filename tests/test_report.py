@@ -6,12 +6,9 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import pytest
-import torch
 from synthetic import NETWORK, attack, defense
 from toys import REPOSITORY, refuses, the_error
 
@@ -19,12 +16,10 @@ from sau.errors import RecordError, printable
 from sau.evaluate import Proportion, Score, der
 from sau.figures import scatter
 from sau.grid.store import load, save
-from sau.record import attack_result
 from sau.record.folder import Record, dump_manifest
-from sau.report import page
 from sau.report.cells import Section, TableCell, sections
-from sau.report.page import build, trigger_strip
-from sau.report.results import MeanStd, find_results, read_metrics
+from sau.report.page import build
+from sau.report.results import MeanStd, find_results
 from sau.report.tables import PairedComparison, as_csv, as_json, as_latex, mean_row, paired_comparisons, published
 from sau.report.tables import comparable as chosen_alike
 from sau.report.tables import published_rows as compare
@@ -204,14 +199,6 @@ def test_a_defense_of_a_folder_of_backdoorbench_counts(tmp_path):
     (tmp_path / "badnet_bb" / "attack_result.pt").write_bytes(b"x")
     defense(tmp_path / "badnet_bb", "sau")
     assert cells(tmp_path)["badnet_bb", "sau"].verified and tables(tmp_path)[0].dataset == "cifar10"
-
-
-def test_metrics_are_those_of_the_last_stage_up_to_half_a_line(tmp_path):
-    rows = [{"epoch": 1, "loss": 9.0}, {"stage": 1, "epoch": 1, "loss": 1.0}, {"stage": 1, "epoch": 2, "loss": 0.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": 1, "epo')
-    assert [(row["epoch"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5)]
-    (tmp_path / "metrics.jsonl").write_text('{"loss": 1e400}\n')
-    assert read_metrics(tmp_path) == read_metrics(tmp_path / "none") == []
 
 
 def test_ranks_follow_der_then_asr_and_oracles_take_no_part(tmp_path):
@@ -438,22 +425,6 @@ def test_the_page_needs_nothing_else_and_names_stay_text(tmp_path):
     assert text.count("<script>") == 1 and not re.search(r"(src|href)=\"(?!#|data:)", text)
     assert not re.search(r"https?://|@import", text) and text.startswith("<!doctype html>")
     assert "a100&#34;: 100" in text
-
-
-def test_the_strip_shows_the_clean_images_that_were_triggered(finished, monkeypatch):
-    """And none of a data set that changed."""
-    drawn: list[Any] = []
-    monkeypatch.setattr(
-        page, "images", lambda test, triggered, columns: drawn.append((test, triggered)) or plt.figure()
-    )
-    (result,) = (result for result in find_results(finished / "record")[0] if result.path.name == "victim")
-    url, why = trigger_strip(result)
-    assert url.startswith("data:image/png;base64,") and why == ""
-    attacked, ((test, triggered),) = attack_result.load(finished / "record" / "victim"), drawn
-    assert torch.equal(test.pixels, attacked.images(None)[1].pixels)
-    assert torch.equal(triggered.pixels, attacked.triggered.pixels)
-    monkeypatch.setattr("sau.data.sources.fingerprint", lambda images: "other")
-    assert trigger_strip(result)[0] == "" and "--dataset_path" in trigger_strip(result)[1]
 
 
 def test_the_command_writes_what_is_asked_for(tmp_path, script):
