@@ -131,6 +131,16 @@ def open_case(
     return Case(attacked.path.name, networks, *images, source(attacked.dataset).augment, tuple(notes), about)
 
 
+def load_clean(path: Path, images: Images) -> Normalized:
+    """The network of a finished record; RecordError unless it is clean and was trained on these images."""
+    found = attack_result.load(path)
+    if found.triggered is not None or found.poisoned is not None:
+        raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
+    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
+        raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
+    return found.model().requires_grad_(False)
+
+
 def _purified(attacked: attack_result.AttackResult, name: str) -> tuple[str, Normalized]:
     """A defense, marked where test data chose, and the network that it left."""
     place = find(attacked.path / "defense", name)
@@ -258,19 +268,3 @@ def bec(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterat
 WORK: dict[str, Callable[[Case, AuditConfig, str, Normalized], Iterator[Found]]] = {
     "before": before, "statistics": statistics, "relearn": relearn, "path": path, "white": white, "bec": bec,
 }  # fmt: skip
-
-
-def load_clean(path: Path, images: Images) -> Normalized:
-    """The network of a finished record, in eval mode; RecordError unless it is clean and saw images like these."""
-    found = attack_result.load(path)
-    if found.triggered is not None or found.poisoned is not None:
-        raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
-    here = (images.num_classes, list(images.pixels.shape[1:]))
-    there = (found.network["classes"], list(found.network["shape"]))
-    if here != there:
-        raise RecordError(
-            f"{path} has {there[0]} classes of images {there[1]}, here are {here[0]} of {here[1]}; name another one"
-        )
-    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
-        raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
-    return found.model().to(images.pixels.device).requires_grad_(False)
