@@ -3,7 +3,7 @@
 With h the network being purified (softmax p), h_b the backdoored one, a ball S and clean pairs (x, y):
 
     inner   x' = x + e: SAU's inner problem over S, from a random start, both networks in eval mode
-    loss    L(w) = CE(h(x), y) + 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
+    loss    L(w) = CE(h(x), y) + b 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
@@ -51,7 +51,7 @@ class SAUSAM(TrainingDefense):
     )
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
-    weight_shared: float = param(1.0, "of the loss on shared examples", ge=0)
+    weight_shared: float = param(0.5, "of the loss on shared examples", ge=0)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
