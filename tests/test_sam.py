@@ -10,8 +10,7 @@ from torch import nn
 from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net, toy_images
 
 from sau.defense import FTSAM, SAUSAM
-from sau.defense.base import smoothed_loss
-from sau.defense.ft_sam import perturbed
+from sau.defense.ft_sam import perturbed, smoothed_loss
 from sau.models import PreActResNet18
 
 

@@ -395,14 +395,3 @@ def test_outer_mask() -> None:
 
 def test_an_update_of_several_outer_steps_is_not_split() -> None:
     assert SAU(outer_steps=1).supports_microbatch() and not SAU(outer_steps=2).supports_microbatch()
-
-
-def test_label_smoothing_acts_on_the_clean_loss_alone() -> None:
-    x, y = pictures(16)
-    reports = []
-    for share in (0.0, 0.2):
-        method = SAU(label_smoothing=share, adv_steps=1)
-        reports.append(method.step(apart(method, updates=0), x, y))
-    plain_loss, smooth = reports
-    assert torch.equal(plain_loss["shared_loss"], smooth["shared_loss"])
-    assert smooth["clean_loss"] != plain_loss["clean_loss"]

@@ -24,7 +24,7 @@ from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
 from sau.pgd import RADII, Ball, Init, Norm, is_radius
-from sau.types import Batched, Labels, Loader, Logits, Pixels, Scalar
+from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
@@ -41,7 +41,6 @@ class Defense(Method, ABC):
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
-    elsewhere: ClassVar[dict[str, Any]] = {}  # further settings on other networks than the published one
 
     batch_size: int = param(256, "images in a batch", ge=1)
 
@@ -49,7 +48,7 @@ class Defense(Method, ABC):
     def adapting(self) -> dict[str, Any]:
         """The settings that follow from clean set and network, with their published values; given ones stand."""
         names = {*self.lengths, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
-        names |= {"augment", *self.elsewhere} if self.updates else set()
+        names |= {"augment"} if self.updates else set()
         return {field.name: field.default for field in fields(self) if field.name in names}
 
     @final
@@ -60,8 +59,7 @@ class Defense(Method, ABC):
         by what is missing: as many updates at the same rate. Where these do not suffice, a method makes its `updates`,
         unless it has so many images and the published network, PreAct-ResNet18. Their rate rises to 0.08 of the typical
         weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images are
-        augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place. Other
-        networks get the method's `elsewhere`, too.
+        augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
@@ -76,15 +74,14 @@ class Defense(Method, ABC):
             grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
             changed = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
         else:
-            known = any(isinstance(module, PreActResNet18) for module in model.modules())
-            if known and not few:
+            if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
             scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
             rate = self.params()["lr"]
             if scales:
                 rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}")
-            changed = {"lr": rate, "lr_scheduler": "OneCycleLR", "augment": few, **({} if known else self.elsewhere)}
+            changed = {"lr": rate, "lr_scheduler": "OneCycleLR", "augment": few}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, batch_size=size, **changed)
 
@@ -157,13 +154,6 @@ class Defense(Method, ABC):
             if attacked is not None:
                 session.findings["verdict"] = checks.compare(attacked, owned, x, y, session.say)
             return checks.restore(owned if owned is mine else owned.net, model, frozen)
-
-
-def smoothed_loss(z: Logits, y: Labels, share: float) -> Scalar:
-    """Mean cross-entropy against 1 - share for the label, with `share` spread evenly over the other classes."""
-    classes = z.shape[1]
-    # torch spreads over all classes, the label's own included; this much of it leaves the label exactly 1 - share.
-    return F.cross_entropy(z, y, label_smoothing=share * classes / max(1, classes - 1))
 
 
 class TrainingDefense(Training, Defense):

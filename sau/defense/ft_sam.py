@@ -17,17 +17,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from sau.config import param
-from sau.defense.base import TrainingDefense, smoothed_loss
+from sau.defense.base import TrainingDefense
 from sau.evaluate import batch_accuracy
 from sau.optim import Descent
-from sau.types import Labels, Pixels, Scalar
+from sau.types import Labels, Logits, Pixels, Scalar
 
 TINY = 1e-12  # keeps a norm of 0 from dividing
+
+
+def smoothed_loss(z: Logits, y: Labels, share: float) -> Scalar:
+    """Mean cross-entropy against 1 - share for the label, with `share` spread evenly over the other classes."""
+    classes = z.shape[1]
+    # torch spreads over all classes, the label's own included; this much of it leaves the label exactly 1 - share.
+    return F.cross_entropy(z, y, label_smoothing=share * classes / max(1, classes - 1))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import AdversarialTraining, TrainingDefense, smoothed_loss
+from sau.defense.base import AdversarialTraining, TrainingDefense
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import unsettled
@@ -60,12 +60,10 @@ class SAU(AdversarialTraining, TrainingDefense):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    elsewhere = {"label_smoothing": 0.1, "weight_adv": 0.3}
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
     weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
-    label_smoothing: float = param(0.0, "share of the label that the other classes get, clean loss", ge=0, le=0.5)
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
@@ -103,7 +101,7 @@ class SAU(AdversarialTraining, TrainingDefense):
                     model.eval()
                 else:
                     z, z_adv = model(x) if report else z, model(x + delta)
-                clean, shared = smoothed_loss(z, y, self.label_smoothing), unsharing_loss(z_adv, s, mask)
+                clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 if self.weight_adv:
                     loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)

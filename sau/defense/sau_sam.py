@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import TrainingDefense, smoothed_loss
-from sau.defense.ft_sam import FTSAM, perturbed
+from sau.defense.base import TrainingDefense
+from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
 from sau.pgd import Init
