@@ -1,8 +1,9 @@
 """What a method is, and gradient descent: settings of optimisers and learning-rate schedules, the step down a loss."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, dataclass_transform
 
@@ -50,12 +51,20 @@ class Method:
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
+        inherited = {one.name for base in cls.__bases__ if is_dataclass(base) for one in fields(base)}
+        if bare := inherited & vars(cls).keys() - inspect.get_annotations(cls).keys():
+            raise TypeError(
+                f"{cls.__name__}: {', '.join(sorted(bare))} would be ignored; a parameter is written with its type"
+            )
         if "graph_safe" not in vars(cls) and "step" in vars(cls):
             cls.graph_safe = False
         helps = {name: each.metadata.get("help") for name, each in vars(cls).items() if hasattr(each, "metadata")}
         if lines := [f"    {name}: {text}." for name, text in helps.items() if text]:
             cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "Args:", *lines, ""])
         dataclass(frozen=True, kw_only=True)(cls)
+        made = {one.name for one in fields(cls)} - inherited
+        if fixed := sorted(name for name in made if any(hasattr(base, name) for base in cls.__bases__)):
+            raise TypeError(f"{cls.__name__}: {', '.join(fixed)} would become a parameter; write it without a type")
 
     def __post_init__(self) -> None:
         check(self)
@@ -210,8 +219,10 @@ class Training(Method):
     epochs: int = param(100, "passes over the training images", ge=0)
     batch_size: int = param(128, "images in a batch", ge=1)
     lr: float = param(0.01, "learning rate at the start (OneCycleLR: at its highest)", gt=0)
-    lr_scheduler: Schedule | None = param("CosineAnnealingLR", "constant, or one of torch.optim by name")
-    client_optimizer: Optimizer = param("sgd", "adam has AMSGrad, as in the benchmark", aliases=("optim",))
+    lr_scheduler: Schedule | None = param(
+        "CosineAnnealingLR", "constant (or none), or one of torch.optim, moved by epochs, OneCycleLR by updates"
+    )
+    client_optimizer: Optimizer = param("sgd", "optimiser; adam has AMSGrad, as in the benchmark", aliases=("optim",))
     sgd_momentum: float = param(0.9, "momentum of sgd", ge=0, lt=1)
     wd: float = param(5e-4, "weight decay on all parameters, batch norm too", ge=0, aliases=("weight_decay",))
     adam_betas: tuple[float, ...] = param((0.9, 0.999), "decay rates of adam's two moments", ge=0, lt=1)

@@ -21,7 +21,7 @@ class BadNet(Attack):
     cifar10_gate = 92.0
     files = ("patch_mask_path",)
 
-    patch_mask_path: str | None = param(None, "image of the patch on black, resized; none: a white corner")
+    patch_mask_path: str | None = param(None, "patch on black, resized; none: white, 3x3 of 32x32, bottom right")
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
         if self.patch_mask_path is None:

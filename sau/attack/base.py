@@ -82,7 +82,8 @@ class Attack(Method, ABC):
 
     @abstractmethod
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        """Images [B, C, H, W] in [0, 1] with the trigger (of the test set); differentiable, and `x` is not changed."""
+        """Images [B, C, H, W] in [0, 1] with the trigger, with `test` that of the test set, where there is another one;
+        differentiable, and `x` is not changed."""
 
     def make_trigger(self, context: TriggerContext) -> nn.Module | None:
         """The trigger that `fit_trigger` keeps for `stamp`; None where there is nothing to make."""

@@ -62,7 +62,9 @@ class SSBA(Attack):
     cifar10_gate = 95.0
     files = ("attack_train_replace_imgs_path", "attack_test_replace_imgs_path")
 
-    attack_train_replace_imgs_path: str | None = param(None, ".npy file of all training images poisoned; none: encode")
+    attack_train_replace_imgs_path: str | None = param(
+        None, ".npy file, uint8 [N, H, W, C], of all training images poisoned, in order; none: our own encoder"
+    )
     attack_test_replace_imgs_path: str | None = param(None, "the same of the test images; both or none are given")
     ssba_bits: int = param(1, "length of the code, 100 in the paper: a 1 and drawn bits", ge=1, le=100)
     ssba_residual: bool = param(False, "true: the encoder's output is added to the image; false: it is the new image")

@@ -31,7 +31,10 @@ class CLP(pruning.ChannelOutlierPruning):
     data_use = "none"
 
     batch_size: int = param(256, "batch size of the accuracy check; no effect on the result")
-    pairing: Pairing = param("traced", "a batch norm is fed by the convolution traced, or the last before it (order)")
+    pairing: Pairing = param(
+        "traced",
+        "convolution of a batch norm: the one traced to it, or (order) the last before it, as in the benchmark",
+    )
 
     def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name, running=True)

@@ -37,7 +37,7 @@ class FP(TrainingDefense):
     )
 
     augment: bool = True
-    unit: Unit = param("linear_input", "what is pruned: inputs of the last linear layer, or last channels")
+    unit: Unit = param("linear_input", "inputs of the last linear layer, or channels of the last convolution")
     acc_ratio: float = param(0.1, "share of the accuracy that pruning may cost", ge=0, le=1)
     once_prune_ratio: float = param(0.01, "share of the units that a step of pruning takes", gt=0, le=1)
     held_back: float = param(0.2, "share of each class's clean images that the accuracy is measured on", gt=0, lt=1)

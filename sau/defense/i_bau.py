@@ -66,7 +66,9 @@ class IBAU(TrainingDefense):
     inner_lr: float = param(10.0, "learning rate of the perturbation", gt=0)
     fixed_point_lr: float = param(0.1, "rate r of the fixed-point map", gt=0)
     l2_weight: float = param(0.001, "weight of the perturbation's squared length in the inner problem", ge=0)
-    space: Literal["normalised", "pixel"] = param("normalised", "what the perturbation is added to")
+    space: Literal["normalised", "pixel"] = param(
+        "normalised", "what the perturbation is added to: the normalised images, as in the benchmark, or the pixels"
+    )
 
     def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
         super().run(model, [(x, y) for x, y, *_ in batches], session)

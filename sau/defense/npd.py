@@ -57,7 +57,7 @@ class NPD(TrainingDefense):
     warm_lr: float = param(1e-4, "constant learning rate of the warm epochs", gt=0)
     weight_clean: float = param(1.0, "l1, of the clean loss", ge=0, aliases=("lmd1",))
     weight_adv: float = param(0.4, "l2, of the perturbed images' cross-entropy", ge=0, aliases=("lmd2",))
-    weight_wrong: float = param(0.4, "l3, of the log on the strongest other class", ge=0, aliases=("lmd3",))
+    weight_wrong: float = param(0.4, "l3, of the log that keeps other classes down", ge=0, aliases=("lmd3",))
     weight_target: float = param(0.4, "l4, of the log that keeps the runner-up down", ge=0, aliases=("lmd4",))
     eps: float = param(3.0, "radius of the ball, in [0, 1] pixels; in L_inf below 1", gt=0, aliases=("trigger_norm",))
     norm: Norm = param("L2", "norm of the ball; Reg means no ball", aliases=("norm_type",))
