@@ -16,8 +16,7 @@ class Row:
         defense: the method.
         rounds: whether it trains all weights, round by round, and in nothing but rounds.
         random: whether its result depends on the seed; not where it draws nothing.
-        images: whether its result depends on the images; not where the weights alone say what is pruned.
-    """
+        images: whether its result depends on the images; not where the weights alone say what is pruned."""
 
     defense: Defense
     rounds: bool = True

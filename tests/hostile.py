@@ -137,8 +137,7 @@ EVENTS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.remove", "os.
 
 def watched(calls: str, places: list[Path]) -> str:
     """A program that opens each of `places` in turn by `calls` (with `path` for it) and prints what Python's audit hook
-    saw beside reading: programs started, sockets, files opened for writing, renamed or removed.
-    """
+    saw beside reading: programs started, sockets, files opened for writing, renamed or removed."""
     return f"""
 import sys
 from pathlib import Path

@@ -13,8 +13,7 @@ class ReleasedSAU:
     """One batch of SAU as released: `perturb` is the inner maximisation, `step` is that and the outer minimisation.
 
     `h` is purified in place, `h_b` the backdoored network, which keeps gradients that nobody reads, as in the release.
-    Options have the release's names; `test_sau.OURS` says which of ours they are.
-    """
+    Options have the release's names; `test_sau.OURS` says which of ours they are."""
 
     def __init__(
         self,

@@ -187,8 +187,7 @@ def test_an_attack_is_recalled_from_its_record(attack):
 def test_cka_by_hand():
     """Of one feature each it is the squared correlation: (-1, 0, 1) with (-1, 1, 0) 1/4, with (1, -2, 1) 0. With two
     features, X X' of the rows (1, 0), (0, 1), (-1, -1) is centred already: [[1, 0, -1], [0, 1, -1], [-1, -1, 2]], of
-    length sqrt(10); that of y = (-1, 0, 1) is [[1, 0, -1], [0, 0, 0], [-1, 0, 1]], of length 2; their product 5.
-    """
+    length sqrt(10); that of y = (-1, 0, 1) is [[1, 0, -1], [0, 0, 0], [-1, 0, 1]], of length 2; their product 5."""
     line = torch.tensor([[-1.0], [0.0], [1.0]])
     assert cka(line, torch.tensor([[-1.0], [1.0], [0.0]])) == pytest.approx(0.25, abs=1e-12)
     assert cka(line, torch.tensor([[1.0], [-2.0], [1.0]])) == pytest.approx(0, abs=1e-12)
@@ -217,8 +216,7 @@ def test_the_coefficient_is_1_for_the_attacked_network_and_0_for_the_clean_one(n
 
 def test_the_channels_that_change_with_the_trigger_are_chosen():
     """Channel 7 of 20 alone sees the corner; a second one is chosen, for a tenth of 20 is two. The first convolution
-    and those beside the main path do not count.
-    """
+    and those beside the main path do not count."""
     first, second = torch.nn.Conv2d(3, 3, 1, bias=False), torch.nn.Conv2d(3, 20, 3, padding=1)
     with torch.no_grad():
         first.weight.copy_(torch.eye(3).view(3, 3, 1, 1))

@@ -25,8 +25,7 @@ class Experiment:
     """A training run with everything that must survive: momentum, a schedule, batch norm, noise from torch's generator.
 
     `stop` names the place of an interruption: ("before", n) or ("after", n) the n-th update, ("end_epoch", e) or
-    ("on_epoch", e).
-    """
+    ("on_epoch", e)."""
 
     def __init__(
         self, kind: str, tape: Tape | None = None, save_every: float = NEVER, stop: tuple | None = None

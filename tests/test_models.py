@@ -9,6 +9,7 @@ from toys import tiny_net
 from sau import models as zoo
 from sau.errors import ConfigError
 from sau.models import Normalized, PreActResNet18, build
+from sau.models.normalized import to_channels_last
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -136,3 +137,16 @@ def test_wrong_settings_of_a_network_are_refused(wrong, named, unchecked):
     settings = {"name": "preactresnet18", "num_classes": 10, "mean": HALF, "std": HALF} | wrong
     with pytest.raises(ConfigError, match=named):
         build(settings.pop("name"), settings.pop("num_classes"), **settings)
+
+
+@pytest.mark.parametrize(("inputs", "stride", "fast"), [(15, 2, False), (16, 2, True), (15, 1, True)])
+def test_narrow_strided_shortcuts_keep_kernels_from_writing_past_their_memory(inputs, stride, fast):
+    net = to_channels_last(nn.Sequential(nn.Conv2d(3, inputs, 3), nn.Conv2d(inputs, 4, 1, stride=stride)))
+    assert net[0].weight.is_contiguous() is not fast
+
+
+@pytest.mark.parametrize("stats", [(), (HALF, HALF)])
+def test_a_network_that_changes_its_input_in_place_changes_nobodys_images(stats):
+    x = torch.full((2, 3, 4, 4), -1.0)
+    Normalized(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()), *stats)(x)
+    assert (x == -1).all()

@@ -65,9 +65,7 @@ def test_features_are_taken_before_a_relu_in_place():
     net, x = Net(), torch.rand(2, 3, 6, 6)
     logits, found = features(net, ["conv"], x)
     assert torch.equal(found["conv"], net.conv(x))
-    torch.autograd.grad(
-        logits.sum() + found["conv"].square().sum(), net.conv.weight
-    )  # nothing it needs was overwritten
+    torch.autograd.grad(logits.sum() + found["conv"].square().sum(), net.conv.weight)  # nothing was overwritten
     assert not net.conv._forward_hooks
 
 

@@ -121,9 +121,7 @@ def test_a_step_weighs_the_losses():
     for weight, gradient, moved in zip(weights, torch.autograd.grad(loss, weights), found, strict=True):
         assert torch.allclose(moved, weight - 0.1 * gradient, rtol=1e-9, atol=1e-12)
         assert not torch.equal(moved, weight)
-    assert torch.equal(
-        net.features[3].norm.running_mean, other.features[3].norm.running_mean
-    )  # of the two passes alone
+    assert torch.equal(net.features[3].norm.running_mean, other.features[3].norm.running_mean)  # of both passes
     assert not any(module.training for module in net.modules())
 
 
@@ -146,6 +144,12 @@ def test_the_result_is_saved_and_loaded_again():
     again = restore_polarizer(tiny_net(seed=9), stored)
     assert same_weights(again, fixed.get_submodule("net"))
     assert torch.equal(Normalized(again.eval(), (0.5,) * 3, (0.25,) * 3)(x), fixed(x))
-    assert same_weights(
-        restore_polarizer(tiny_net(seed=9), tiny_net().state_dict()), tiny_net()
-    )  # any other record, too
+    assert same_weights(restore_polarizer(tiny_net(seed=9), tiny_net().state_dict()), tiny_net())  # any other one
+
+
+@pytest.mark.parametrize("name", ["again", "features.3"])
+def test_a_layer_may_have_two_names(name):
+    net = tiny_net()
+    net.again = net.features[3]
+    fixed = NPD(**{**SMALL, "target_layer_name": name}).purify(net, pair(), session=quiet())
+    assert fixed.again is fixed.features[3] and not isinstance(fixed.again, nn.Conv2d)

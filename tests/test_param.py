@@ -140,13 +140,7 @@ def test_a_subclass_changes_a_default_and_keeps_the_rest():
     assert (wider.bounds, wider.aliases) == ({"ge": 0, "le": 0.5}, ("poison_ratio",))
 
 
-@pytest.mark.parametrize(
-    ("body", "word"),
-    [
-        ({"epochs": 7}, "epochs would be ignored"),
-        ({"name": "a", "__annotations__": {"name": str}}, "name would become"),
-    ],
-)
-def test_a_parameter_without_its_type_and_a_fact_with_one_are_refused(body, word):
-    with pytest.raises(TypeError, match=word):
+@pytest.mark.parametrize("body", [{"epochs": 7}, {"name": "a", "__annotations__": {"name": str}}])
+def test_a_parameter_without_its_type_and_a_fact_with_one_are_refused(body):
+    with pytest.raises(TypeError, match=f"{[*body][0]} would"):
         type("Own", (Training,), body)

@@ -139,7 +139,7 @@ def test_sync_batch_norms_are_pruned_like_any(defense):
 
 @each_method
 def test_batch_norms_of_other_kinds_do_no_harm(defense):
-    """A SyncBatchNorm behind a linear layer, and a batch norm without shifts, which stays as it is."""
+    """A SyncBatchNorm behind a linear layer, one without shifts, which stays as it is, one with two names."""
     net = nn.SyncBatchNorm.convert_sync_batchnorm(pruning_net(nn.BatchNorm1d(4)))
     fixed = defense.purify(net, pair(), session=quiet())
     assert fixed(pair()[0]).isfinite().all() and not same_weights(fixed, net)
@@ -147,3 +147,7 @@ def test_batch_norms_of_other_kinds_do_no_harm(defense):
     net[1].bias = None
     fixed = defense.purify(net, pair(), session=quiet())
     assert torch.equal(fixed[1].weight, net[1].weight) and not same_weights(fixed, net)
+    net = tiny_net()
+    net.alias = net.features[1]
+    twice, once = (defense.purify(each, pair(), session=quiet()).features[1].weight for each in (net, tiny_net()))
+    assert (once == 0).any() and torch.equal(once, twice)

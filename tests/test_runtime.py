@@ -196,6 +196,13 @@ def test_a_step_that_draws_on_the_cpu_is_not_captured(draw, replays, monkeypatch
     assert not step.graphed.enabled and lines == [NOT + "it draws random numbers on the CPU"]
 
 
+def test_graphs_keep_memory_so_few_shapes_have_one(replays):
+    step, images = microbatched(FT(), prepared(FT(), CPU), []), toy_images(16)
+    for n in [*range(2, 12)] * 2:
+        step(to_float(images.pixels[:n]), images.labels[:n])
+    assert len(step.graphed.graphs) == graphs.MAX_GRAPHS == len(replays)
+
+
 @pytest.mark.parametrize(
     ("method", "reason"),
     [

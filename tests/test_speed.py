@@ -168,3 +168,18 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     summary = Record(folder / "defense" / "ft").summary()
     assert summary["ended_early"] == "round 2 of 7, before batch 2 of 2"
     assert {check.state for check in verify(folder)} == {"ok"}
+
+
+def test_two_updates_that_compile_do_not_count(monkeypatch):
+    """They take 45 s and the others 1 s: the run ends in time, not 45 s before."""
+    now, limit, seconds = [0.0], Limit(100.0), iter([45, *[1] * 8, 45, *[1] * 99])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    while not limit.reached():
+        now[0] += next(seconds)
+    assert now == [100.0]
+
+
+def test_a_trigger_that_is_not_made_in_time_ends_the_attack(here, tmp_path):
+    status, _, err = here("attack", "lf", *VICTIM, "--lf_optimise", "true", "--max_minutes", "1e-9")
+    assert status == 2 and err.startswith("error: max_minutes are over before the trigger is made")
+    assert len(err.splitlines()) == 1 and not [*tmp_path.glob("record/[!.]*")]

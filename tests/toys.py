@@ -46,8 +46,7 @@ def stop_making(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def toy_images(n: int = 80, *, classes: int = 4, size: int = 16, channels: int = 3, seed: int = 0) -> Images:
     """Striped pictures: the class is the direction and the width of the stripes, so that the maxima of small filters
-    tell them apart; phase and noise are drawn anew for every picture. Classes take turns.
-    """
+    tell them apart; phase and noise are drawn anew for every picture. Classes take turns."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     angle = labels * torch.pi / classes
@@ -66,14 +65,9 @@ class TinyNet(nn.Module):
     def __init__(self, classes: int = 4, channels: int = 3) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 10, 3, stride=2, padding=1),
-            nn.BatchNorm2d(10),
-            nn.ReLU(),
-            nn.Conv2d(10, 6, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(),
-        )
+            nn.Conv2d(channels, 10, 3, stride=2, padding=1), nn.BatchNorm2d(10), nn.ReLU(),
+            nn.Conv2d(10, 6, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+        )  # fmt: skip
         self.linear = nn.Linear(6, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,8 +125,7 @@ def stop_after(words: str, number: signal.Signals, argv: list[str], cwd: Path) -
     """Start a command and send it a signal when a line of its output begins with `words`.
 
     Returns its status and what it wrote to stderr. A command that does not leave fails the test; the time that it takes
-    depends on what else the machine does, so only minutes are too long.
-    """
+    depends on what else the machine does, so only minutes are too long."""
     # A process started in the background may ignore Ctrl-C and hand that on; the way through this one undoes it.
     undo = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     pipe = subprocess.PIPE
@@ -181,8 +174,7 @@ def planted(
     second on grey pictures of which `share` have that corner and the label 0.
 
     Returns the network, the pictures it was trained on, clean ones with labels, and those of other classes with the
-    trigger, as (pixels, the attack's labels, true labels).
-    """
+    trigger, as (pixels, the attack's labels, true labels)."""
     clean = toy_images(300, seed=1)
     x, y = clean.pixels.float() / 255, clean.labels.clone()
     stamped = int(share * len(y))
