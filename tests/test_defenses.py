@@ -5,6 +5,7 @@ import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -39,7 +40,7 @@ from toys import (
 from sau.attack import BadNet, Prototype
 from sau.config import options
 from sau.data.images import Augment, to_float
-from sau.defense import AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, SAU, SAUSAM, anp
+from sau.defense import ANP, AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, RNP, SAU, SAUSAM, anp
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
 from sau.loop import Limit, Session
@@ -274,6 +275,15 @@ def test_a_last_batch_of_one_image(defense):
     if ROWS[defense.name].rounds and defense.name not in ("sau", "at", "i-bau"):
         with pytest.raises(DataError, match="batch norm"):
             method.purify(OnePixel(), [(x[None], y[None]) for x, y in zip(*pair(3), strict=True)], session=quiet())
+
+
+@each
+def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense):
+    """Images without one of the classes are used, one image may be refused."""
+    x, y = pair()
+    assert defense.purify(tiny_net(), (x[y != 2], y[y != 2]), session=quiet())(x).isfinite().all()
+    with suppress(SauError):
+        assert defense.purify(tiny_net(), (x[3:4], y[3:4]), session=quiet())(x).isfinite().all()
 
 
 class Endless(IterableDataset):
@@ -622,3 +632,16 @@ def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
     if claim == "sau":
         assert after.racc.percent > before.racc.percent + 30 and der(before, after) > 85
         assert rounds[-1]["train_type1"] < rounds[0]["train_type1"]  # examples that fool both networks become rare
+
+
+@pytest.mark.parametrize(("defense", "name", "wanted"), [
+    (NPD(epochs=2, warm_epochs=0, batch_size=8, lr=0.2, target_layer_name="features.3"), "lr", [0.1, 0.0]),
+    (ANP(nb_iter=1, batch_size=4, sgd_momentum=0.3, pruning_by="number", pruning_number=2.0), "momentum", [0.3]),
+    (RNP(batch_size=8, unlearning_epochs=3, recovering_epochs=0, schedule=(1, 2), unlearning_lr=1e-4,
+         clean_threshold=0.0), "lr", [1e-5, 1e-6, 1e-6]),
+])  # fmt: skip
+def test_schedules_and_momentum_reach_the_optimiser(defense, name, wanted):
+    seen = []
+    session = replace(quiet(), on_epoch=lambda *at: seen.append(at[2]["descent"].optimizer.param_groups[0][name]) or {})
+    defense.purify(tiny_net(), pair(), session=session)
+    assert seen == pytest.approx(wanted, abs=1e-12)

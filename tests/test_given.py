@@ -48,10 +48,7 @@ def test_rounding_is_clamped():
     x[0, 0, 0, 0], x[0, 0, 0, 1] = -3e-8, 1 + 2e-7
     plain = TUNE.purify(tiny_net(), (x.clamp(0, 1), y), session=quiet())
     assert same_weights(TUNE.purify(tiny_net(), (x, y), session=quiet()), plain)
-    assert same_weights(
-        TUNE.purify(tiny_net(), [(x, y)], session=quiet()),
-        TUNE.purify(tiny_net(), [(x.clamp(0, 1), y)], session=quiet()),
-    )
+    assert same_weights(*(TUNE.purify(tiny_net(), [(z, y)], session=quiet()) for z in (x, x.clamp(0, 1))))
     assert score(tiny_net(), (x, y), None) == score(tiny_net(), (x.clamp(0, 1), y), None)
     inside = in_range(x)
     assert (inside.min(), inside.max()) == (0, 1) and in_range(inside) is inside  # no copy of what is right
