@@ -53,7 +53,11 @@ def _main(argv: list[str]) -> int:
             return 0
         finally:
             release_all()
-    if (kind == "list" and not name) or (kind in METHODS and name in ("--help", "-h")):
+    if kind in METHODS and name in ("", "--help", "-h"):
+        usage = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(METHODS[kind])}"
+        print(usage, file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if kind == "list" and not name:
         print(listing())
         return 0
     if kind not in TOOLS:
@@ -160,7 +164,9 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if run.track_risk or given.own:  # `purify` leaves the network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat, closing = risks and risks(model), time.monotonic() - begun - seconds
-    tracked = (seconds + closing, risks) if run.track_risk else (seconds, None)
+    if run.track_risk:  # each evaluation measures them
+        seconds, closing = seconds + closing, 0.0
+    tracked = seconds, risks if run.track_risk else None
     epochs = getattr(method, "epochs", 1)
     logger = RunLogger(record, run, epochs, test, lambda: triggered, started, *tracked, closing_seconds=closing)
     oracle = method.selection == "oracle"
@@ -175,9 +181,9 @@ def defend(name: str, argv: Sequence[str]) -> None:
     scores |= {"gate": given.gate} if given.gate else {}
     if risks and threat:
         found = found or risks(fixed)
-        for name in ("r_adv", "r_share"):
-            rates = [each.shares()[name].percent for each in (threat, found)]
-            record.log(f"{name.replace('r', 'R', 1)} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
+        for risk in ("r_adv", "r_share"):
+            rates = [each.shares()[risk].percent for each in (threat, found)]
+            record.log(f"{risk.replace('r', 'R', 1)} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
         scores["risk"] = {"before": threat.summary(), "after": found.summary(), "search": asdict(run.search())}
     if not given.own:
         looks = method.data_use != "none"

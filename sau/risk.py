@@ -55,7 +55,6 @@ class Found:
     blind: Flags  # [M], one for R_share was found without starting from g(x) - x
     by_sau: Flags  # [M], SAU's inner search, as released but kept in S, ends at one for R_share
     kind: Labels  # [M], type of the example that maximises h's cross-entropy, see `sau.defense.sau.example_types`
-    answer: Labels  # [M], the class that h gives to that example
     example: Pixels  # [M, C, H, W], its perturbation
     witness: Pixels  # [M, C, H, W], the perturbation of a witness for R_share; 0 where there is none
     passes: float  # forward passes of one network an image of D' (a gradient counts as one more)
@@ -169,8 +168,7 @@ class AdversarialSearch:
         delta = self.as_sau(answer, planted)
         by_sau = self.note(delta, *self._answers(x + delta)) == 1
         example = self.strongest()
-        answer, planted = self._answers(x + example)
-        kind = self.note(example, answer, planted)
+        kind = self.note(example, *self._answers(x + example))
         for _ in range(self.search.restarts - 1):
             self._climb(self._alone, ball.start(x, "random"), self.adv)
         for _ in range(self.search.restarts):
@@ -186,7 +184,7 @@ class AdversarialSearch:
             of_trigger = {"target": a == triggered.labels, "planted": r == triggered.labels, "inside": inside}
         return Found(
             wrong=every != clean.labels, **of_trigger, adv=self.adv, share=self.share, blind=blind, by_sau=by_sau,
-            kind=kind, answer=answer, example=example, witness=self.witness, passes=self.passes / len(x),
+            kind=kind, example=example, witness=self.witness, passes=self.passes / len(x),
         )  # fmt: skip
 
     def _predict(self, model: nn.Module, x: Pixels) -> Labels:

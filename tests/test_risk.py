@@ -109,34 +109,34 @@ BAD = Curve(
     ]
 )  # fmt: skip
 FLAGS = {"i": "inside", "t": "target", "p": "planted", "a": "adv", "s": "share", "b": "blind", "r": "by_sau"}
-# x and g(x), the radius being 10; which flags hold; kind and answer
+# x and g(x), the radius being 10; which flags hold; kind
 GREYS = [
-    (33, 43, "itpasbr", 1, 1),
-    (65, 60, "itpasbr", 1, 1),
-    (105, 110, "ita", 2, 1),
-    (195, 200, "itpas", 0, 0),  # a peak that no gradient leads to
-    (222, 230, "ip", 0, 0),
-    (226, 220, "ip", 0, 0),
-    (15, 65, "tp", 0, 0),  # shared at the trigger, but outside of the ball
-    (28, 15, "", 0, 0),
-    (36, 52, "tpasbr", 1, 1),
-    (65, 15, "asbr", 1, 1),
-    (145, 230, "pa", 3, 1),
-    (210, 65, "tpas", 0, 0),  # the peak is the place in the ball next to the trigger
-    (252, 230, "p", 0, 0),  # shared past 258, where no image is
+    (33, 43, "itpasbr", 1),
+    (65, 60, "itpasbr", 1),
+    (105, 110, "ita", 2),
+    (195, 200, "itpas", 0),  # a peak that no gradient leads to
+    (222, 230, "ip", 0),
+    (226, 220, "ip", 0),
+    (15, 65, "tp", 0),  # shared at the trigger, but outside of the ball
+    (28, 15, "", 0),
+    (36, 52, "tpasbr", 1),
+    (65, 15, "asbr", 1),
+    (145, 230, "pa", 3),
+    (210, 65, "tpas", 0),  # the peak is the place in the ball next to the trigger
+    (252, 230, "p", 0),  # shared past 258, where no image is
 ]
 
 
 def test_all_that_is_found_on_pictures_of_one_value_is_exact():
     """Networks that both answer 1 from 40 to 82 and around 200; alone h does from 82 to 165, h_b from 208 to 239."""
-    x, g, held, kind, answer = zip(*GREYS, strict=True)
+    x, g, held, kind = zip(*GREYS, strict=True)
     data = greys([20, 50, *x], [1, 1] + len(x) * [0])
     y, index = data.labels[2:], data.index[2:]
     triggered = Images(greys(g, y.tolist()).pixels, torch.ones_like(y), y, data.role[2:], index, 3)
     found = measure(PURE, BAD, data, triggered, Search(eps=10 / 255, steps=10))
     for letter, name in FLAGS.items():
         assert getattr(found, name).tolist() == [letter in flags for flags in held], name
-    assert found.kind.tolist() == [*kind] and found.answer.tolist() == [*answer]
+    assert found.kind.tolist() == [*kind]
     assert found.wrong.tolist() == [True, False, *(a in (65, 105, 145) for a in x)]
     # Of the 6 inside h answers 4 with the target, h_b all but 1, and 3 are shared.
     assert found.bound() == {"r_bd": 66.67, "at_most": 66.67}

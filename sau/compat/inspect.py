@@ -78,9 +78,9 @@ def text(report: Report) -> str:
     """The report for people; the verdict is its last line."""
     network, which = report["network"], "none of those known here"
     if network:
-        which = (
-            f"{network['name']}, {network['classes']} classes, width {network['width']}, under {network['prefix']!r}"
-        )
+        width = f", width {network['width']}" if network["width"] else ""
+        under = f", names under {network['prefix']}" if network["prefix"] else ""
+        which = f"{network['name']}{width}, {network['classes']} classes{under}"
     lines = [
         f"{report['path']}: {report['bytes']:,} bytes",
         f"SHA-256   {report['sha256'] or 'not computed'}",
