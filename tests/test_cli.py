@@ -146,6 +146,9 @@ def test_the_list_has_everything_there_is(here):
     status, out, _ = here("list")
     names = set(re.findall(r"^  (\S+) ", out, re.M))
     assert status == 0 and names >= {*ATTACKS, *DEFENSES, *sources.SOURCES, *RECIPES}
+    for kind, methods in (("attack", ATTACKS), ("defense", DEFENSES)):
+        usage = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(methods)}\n"
+        assert here(kind, "--help") == (0, usage, "") and here(kind) == (2, "", usage)
 
 
 def test_python_m_sau_and_what_does_not_wait_for_torch(tmp_path):
