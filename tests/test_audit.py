@@ -278,7 +278,7 @@ def test_settled_statistics_are_those_of_the_images():
     torch.manual_seed(0)
     norm, dropped = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
     images = TRAIN[torch.arange(300)]
-    model = torch.nn.Sequential(norm, dropped).eval()
+    model = torch.nn.Sequential(dropped, norm).eval()
     reestimate_statistics(model, images)
     batches = [x for x, *_ in images.batches(256, seed=0)]
     assert len(batches) == 2 and not model.training and not norm.training

@@ -19,8 +19,6 @@ from sau.optim import Method, Training
 from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun
 from sau.settings import Settings, overlaid, read_yaml
 
-# Options
-
 
 class Base(Method):
     """About."""

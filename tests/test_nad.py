@@ -19,8 +19,6 @@ from sau.record.folder import Record
 
 SMALL = {"batch_size": 8, "lr": 0.01, "augment": False}
 
-# Attention
-
 
 def test_attention_by_hand():
     """p = 2: 1 + 9 and 4 + 1, length sqrt(125); p = 1: 1 + 3 and 2 + 1, length 5."""

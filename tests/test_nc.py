@@ -20,8 +20,6 @@ from sau.evaluate import score
 from sau.loop import Session
 from sau.optim import adam
 
-# The outlier rule
-
 
 @pytest.mark.parametrize(
     ("norms", "index", "flagged"),

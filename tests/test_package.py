@@ -13,8 +13,6 @@ from sau.data.images import to_float
 from sau.defense import FT
 from sau.optim import Training
 
-# Names
-
 
 def test_the_names_at_the_top_are_those_of_their_modules():
     from sau import attack, data, defense, evaluate, models

@@ -33,6 +33,7 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.batches import generator
 from sau.data.images import Augment, Images, to_float
@@ -94,9 +95,17 @@ def interpolate(attacked: nn.Module, purified: nn.Module, s: float) -> nn.Module
     return model.eval()
 
 
+@torch.no_grad()
 def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | None = None) -> None:
-    """Make the statistics of the batch norms of `model` the means over the batches of `images`, augmented."""
-    torch.optim.swa_utils.update_bn(images.batches(NORM_BATCH, seed=0, augment=augment), model)
+    """Make the statistics of the batch norms of `model` the means over the batches of `images`, augmented; dropout
+    stays off, unlike in `torch.optim.swa_utils.update_bn`."""
+    for norm in (layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats):
+        norm.reset_running_stats()
+        norm.momentum = None  # all batches count alike
+        norm.train()
+    for x, *_ in images.batches(NORM_BATCH, seed=0, augment=augment):
+        model(x)
+    model.eval()
 
 
 def universal(
