@@ -205,7 +205,7 @@ def build(cls: type, found: Mapping[str, Any]) -> Any:
     return cls(**{name: found[name] for name in options(cls) if name in found})
 
 
-def once(settings: dict[str, Setting], name: str, given: Setting) -> None:
+def once(settings: dict[str, Any], name: str, given: Setting) -> None:
     """Add a setting; ConfigError if another value was given before under this name or another one of the parameter."""
     earlier = settings.setdefault(name, given)
     if earlier.value != given.value:
