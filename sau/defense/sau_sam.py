@@ -3,7 +3,7 @@
 With h the network being purified (softmax p), h_b the backdoored one, a ball S and clean pairs (x, y):
 
     inner   x' = x + e: SAU's inner problem over S, from a random start, both networks in eval mode
-    loss    L(w) = CE(h(x), y) + b 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
+    loss    L(w) = CE(h(x), y) + l2 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
@@ -11,7 +11,7 @@ labels. In L, h is in train mode. The running statistics of batch norm are those
 perturbed images are normalised by the statistics of their own batch.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
-trigger. The flat minimum keeps a purified network from learning the backdoor again from a few poisoned images.
+trigger.
 """
 
 import copy
