@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cards
 import risks
+from audits import opened
 
 from sau import files
 from sau.audit.runner import CONTROL
-from sau.audit.tables import read as read_audit
+from sau.audit.tables import curves
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, run_command
 from sau.report.cells import Section, TableCell, sections
@@ -203,38 +204,43 @@ def seeds(args: argparse.Namespace) -> None:
 def clean(args: argparse.Namespace) -> None:
     """Print what a defense leaves beyond a clean network's figures: means over attacks of the means over seeds."""
     found: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))  # network -> attack -> rows
-    heads: list[str] = []
-    for audit in (read_audit(place) for place in args.audits):
-        lines = {(r["network"], r["part"], r["x"]): r for r in audit["rows"] if r["curve"] in ("", "released")}
-        spent = sorted({x for _, part, x in lines if part == "relearn"})
-        heads = ["ACC", "ASR", "excess ASR", "R-ACC", "R-ACC gap", "statistics anew", *(f"k = {x}" for x in spent)]
-        control = lines[CONTROL, "before", 0]
+    audits = [opened(place) for place in args.audits]
+    parts = [("before", ""), ("statistics", ""), ("relearn", "released")]
+    for place, audit in zip(args.audits, audits, strict=True):
+        acc, asr, racc = (curves([audit], figure) for figure in ("acc", "asr", "racc"))
+        if not asr.keys() >= {*parts} or CONTROL not in audit["networks"]:
+            raise RecordError(f"{place} lacks a part or the control; run audit.py with --control and both parts")
+        if audit["asked"] != audits[0]["asked"]:
+            raise RecordError(f"{place} has other settings than {args.audits[0]}; audit both alike")
+        before, anew, relearned = parts
+        floor, ceiling = (figure[before][CONTROL][0].mean for figure in (asr, racc))
         for network in audit["networks"]:
-            row = lines[network, "before", 0]
-            figures = [row["acc"], row["asr"], row["asr"] - control["asr"], row["racc"], control["racc"] - row["racc"]]
-            figures.append(lines[network, "statistics", 0]["asr"])
-            figures += [lines[network, "relearn", x]["asr"] for x in spent]
-            found[network][audit["attack"]].append(figures)
+            left, right = asr[before][network][0].mean, racc[before][network][0].mean
+            figures = [acc[before][network][0].mean, left, left - floor, right, ceiling - right]
+            spent = [asr[anew][network][0], *asr[relearned][network].values()]
+            found[network][audit["attack"]].append([*figures, *(one.mean for one in spent)])
+    shots = [f"k = {k}" for k in curves(audits[:1])[parts[2]][CONTROL]]
+    heads = ["network", "attacks", "ACC", "ASR", "excess ASR", "R-ACC", "R-ACC gap", "statistics anew", *shots]
     body = []
     for network, attacks in found.items():
         means = [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in attacks.values()]
         columns = list(zip(*means, strict=True))
-        worst = max(zip(columns[2], attacks, strict=True))
-        figures = [f"{statistics.mean(column):.1f}" for column in columns]
-        body.append([network, str(len(attacks)), *figures, f"{worst[0]:+.1f} ({worst[1]})"])
-    print(markdown(["network", "attacks", *heads, "largest excess"], body), end="")
+        most, attack = max(zip(columns[2], attacks, strict=True))
+        texts = [f"{statistics.mean(column):.1f}" for column in columns]
+        body.append([network, str(len(attacks)), *texts, f"{most:+.1f} ({attack})"])
+    print(markdown([*heads, "largest excess"], body), end="")
 
 
 def ratios(args: argparse.Namespace) -> None:
     """Draw ASR against the poisoning ratio, a curve an attack, and print ACC / ASR, means over seeds."""
     from sau.figures import COLOURS, panels, save
 
-    curves = _curves(args.roots)
-    every = sorted({ratio for curve in curves.values() for ratio in curve})
-    body = [[attack, *(_mean_scores(curve.get(ratio)) for ratio in every)] for attack, curve in sorted(curves.items())]
+    scores = _curves(args.roots)
+    every = sorted({ratio for curve in scores.values() for ratio in curve})
+    body = [[attack, *(_mean_scores(curve.get(ratio)) for ratio in every)] for attack, curve in sorted(scores.items())]
     print(markdown(["attack", *(f"{ratio:g}" for ratio in every)], body), end="")
     figure, (axis,) = panels(1, 1, (5.5, 3.6))
-    for colour, (attack, curve) in zip(cycle(COLOURS), sorted(curves.items()), strict=False):
+    for colour, (attack, curve) in zip(cycle(COLOURS), sorted(scores.items()), strict=False):
         asr = [[score[1] for score in curve.get(ratio, [(math.nan, math.nan)])] for ratio in every]  # nan: a gap
         means = [statistics.mean(values) for values in asr]
         low = [mean - min(values) for mean, values in zip(means, asr, strict=True)]

@@ -92,6 +92,10 @@ def test_what_a_clean_network_would_answer_is_taken_off(tmp_path, script):
     status, out, _ = script("tables.py", "clean", *(str(tmp_path / name) for name in "abc"))
     # Seeds of an attack first, then attacks: (8 + 1) / 2, and (4 + 1) / 2 above the control.
     assert status == 0 and "| sau | 2 | 80.0 | 4.5 | 2.5 | 50.0 | 10.0 | 4.5 | 4.5 | +4.0 (lf) |" in out
+    for name, key, value in (("b", "asked", {"epochs": 1}), ("a", "networks", {"sau": ""})):
+        (tmp_path / name / "audit.json").write_text(json.dumps({**audit("lf", 9.0, 4.0), key: value}))
+        wrong = {"asked": "settings", "networks": "control"}[key]
+        assert wrong in the_error(script("tables.py", "clean", *(str(tmp_path / one) for one in "ab"))[2])
 
 
 def test_the_attackers_images_are_nested_and_drawn_apart_from_the_defenders():
