@@ -163,12 +163,11 @@ def defend(name: str, argv: Sequence[str]) -> None:
     risks = None
     if run.track_risk or given.own:  # `purify` leaves the network as it is, so that it is the reference throughout
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
-    threat, closing = risks and risks(model), time.monotonic() - begun - seconds
-    if run.track_risk:  # each evaluation measures them
-        seconds, closing = seconds + closing, 0.0
-    tracked = seconds, risks if run.track_risk else None
+    threat, searched = risks and risks(model), time.monotonic() - begun - seconds
+    # Each evaluation measures the risks, or only the end does.
+    expected = (seconds + searched, risks, 0.0) if run.track_risk else (seconds, None, searched)
     epochs = getattr(method, "epochs", 1)
-    logger = RunLogger(record, run, epochs, test, lambda: triggered, started, *tracked, closing_seconds=closing)
+    logger = RunLogger(record, run, epochs, test, lambda: triggered, started, *expected)
     oracle = method.selection == "oracle"
     session = replace(logger.session(), judge=partial(score, clean=test, triggered=triggered) if oracle else None)
     how: Any = {"augment": given.augment, "seed": run.random_seed, "settings": "as_given"}

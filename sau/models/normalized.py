@@ -79,12 +79,10 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
     """`mean` and `std` of the pixels in [0, 1] as a number for each channel; ConfigError if they cannot be."""
     if mean is None and std is None:
         return None, None
-    try:
+    with suppress(TypeError, ValueError):  # refused below, like every other wrong value
         found = [float(value) for value in mean], [float(value) for value in std]
         if len(found[0]) == len(found[1]) and all(0 <= m <= 1 for m in found[0]) and all(s > 0 for s in found[1]):
             return found
-    except (TypeError, ValueError):
-        pass
     allowed = "both or neither, a number for each channel: mean 0 to 1, as of pixels in [0, 1] (divide by 255)"
     raise ConfigError(f"mean is {mean} and std is {std}, allowed are {allowed}, and std above 0")
 
