@@ -219,7 +219,7 @@ def test_commands_augment_as_their_data_set_says(here, few, monkeypatch):
         assert seen == {Augment(2, flip=True)}, argv
 
 
-@pytest.mark.parametrize(("name", "covers"), [("wanet", 12), ("inputaware", 12)])
+@pytest.mark.parametrize(("name", "covers"), [("wanet", 12), ("inputaware", 12), ("bpp", 12)])
 @pytest.mark.usefixtures("few_digits")
 def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here, tmp_path, name, covers):
     """It keeps examples of what it did, with their roles, and what stamps further images."""
@@ -234,7 +234,7 @@ def test_an_attack_inside_the_batches_leaves_a_record_that_can_be_defended(here,
     kept = load_images(record, "poisoned")
     first = kept[kept.index < 128]
     assert (first.role == BACKDOOR).sum() == 12 and (first.role == CROSS).sum() == covers
-    assert record.load_tensors("trigger")
+    assert name == "bpp" or record.load_tensors("trigger")
     found = json.loads((record.path / "summary.json").read_text())
     assert found["trigger"]["psnr"] > 0 and 0 <= found["trigger"]["in_ball"] <= 100 and "made" not in found["trigger"]
     assert f"cross ACC {found['cross_acc']:.2f} %" in out and found["cross_acc_count"][1] == found["acc_count"][1]

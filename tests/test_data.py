@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import refuses, toy_images
 
-from sau.attack.wanet import random_rotate
+from sau.attack.in_batch import random_rotate
 from sau.data.batches import Augment, Batches, quantise, to_float
 from sau.data.images import Images
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source

@@ -64,11 +64,12 @@ def test_the_gate_itself_passes(hits, passed):
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "prototype"])
 def test_the_pages_state_the_gates_of_the_program(name):
-    """The table of docs/attacks/README.md, and the page of the attack."""
+    """The table of docs/attacks/README.md, the sentence below it, and the page of the attack."""
     here, other = (ATTACKS[name]().gate(dataset, Proportion(1, 1)) for dataset in ("cifar10", "digits"))
     pages = REPOSITORY / "docs" / "attacks"
-    rows = re.findall(rf"^\| `{name}` \| (\d+) \| (\d+) \|$", (pages / "README.md").read_text(), re.M)
-    assert rows == [(f"{here['asr']:g}", f"{other['asr']:g}")]
+    text = (pages / "README.md").read_text()
+    assert re.findall(rf"\({name}\.md\).*\| (\d+) \|$", text, re.M) == [f"{here['asr']:g}"]
+    assert f"on other data sets they are {other['asr']:g}" in " ".join(text.split())
     assert f"ASR at least {here['asr']:g}" in " ".join((pages / f"{name}.md").read_text().split())
 
 

@@ -111,9 +111,8 @@ def test_a_step_skips_what_needs_none():
     grey = torch.full((1, 3, 2, 2), 0.5)  # 12 * 0.5 = 6 is less than 6.5, and 12 * 0.6 is more
     search.v = torch.full((3, 2, 2), 0.1)
     before = search.v.clone()
-    assert int(step(ramp, search, replace(SMALL, attack_target=1), grey, y)["moved"]) == 0 and torch.equal(
-        search.v, before
-    )
+    assert int(step(ramp, search, replace(SMALL, attack_target=1), grey, y)["moved"]) == 0
+    assert torch.equal(search.v, before)
 
 
 def test_a_step_moves_smooths_and_rescales(clean):
@@ -129,18 +128,15 @@ def test_a_step_moves_smooths_and_rescales(clean):
 # The rules of the search
 
 
-def progress() -> Progress:
-    return Progress(torch.Size((1, 2, 2)), torch.device("cpu"))
-
-
 def test_the_search_stops_at_the_rate_it_wants_or_when_five_are_alike_and_keeps_the_best():
-    search = progress()
+    start = torch.Size((1, 2, 2)), torch.device("cpu")
+    search = Progress(*start)
     for n, (fooled, stop) in enumerate(((0.1, False), (0.05, False), (0.2, True))):
         search.v = torch.full((1, 2, 2), float(n))
         assert search.judge(fooled, 0.2) == stop and float(search.best[0, 0, 0]) == (0, 0, 2)[n]
-    rates, search = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2], progress()
+    rates, search = [0.0, 0.1, 0.1, 0.109, 0.105, 0.101, 0.2], Progress(*start)
     assert [search.judge(fooled, 0.9) for fooled in rates] == [False] * 5 + [True, False]
-    search = progress()
+    search = Progress(*start)
     assert not any(search.judge(fooled, 0.9) for fooled in (0.1, 0.1, 0.1, 0.1, 0.115, 0.115))
 
 

@@ -146,12 +146,7 @@ def test_the_decoder_learns_from_images_of_8_bits_and_the_encoder_through_them()
     seen = []
     attack, encoder, decoder = SSBA(ssba_residual=True), Encoder(1, 3, True), Decoder(1, 16)
     decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
-    state = {
-        "encoder": encoder,
-        "decoder": decoder,
-        "weight": ssba.Weight(10.0),
-        "descent": lambda loss: loss.backward(),
-    }
+    state = {"encoder": encoder, "decoder": decoder, "weight": ssba.Weight(10.0), "descent": torch.Tensor.backward}
     attack.encode_step(state, to_float(black_and_white(8).pixels), torch.zeros(8).long())
     assert torch.allclose(255 * seen[0], (255 * seen[0]).round(), atol=1e-3)
     assert 0 <= float(seen[0].min()) and float(seen[0].max()) <= 1

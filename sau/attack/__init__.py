@@ -9,6 +9,7 @@ from torch import Tensor
 from sau.attack.badnet import BadNet
 from sau.attack.base import Attack
 from sau.attack.blended import Blended
+from sau.attack.bpp import BPP
 from sau.attack.inputaware import InputAware
 from sau.attack.lf import LF
 from sau.attack.prototype import Prototype
@@ -18,9 +19,11 @@ from sau.attack.triggers import TensorTrigger
 from sau.attack.wanet import WaNet
 from sau.errors import RecordError
 
-__all__ = ["ATTACKS", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet"]
+__all__ = [
+    "ATTACKS", "BPP", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet",
+]  # fmt: skip
 
-_CLASSES: tuple[type[Attack], ...] = (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware)
+_CLASSES: tuple[type[Attack], ...] = (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP)
 ATTACKS = {attack.name: attack for attack in _CLASSES}
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
 

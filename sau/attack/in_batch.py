@@ -1,25 +1,29 @@
 """What attacks share that poison inside the training batches, and train on cross images beside the poisoned ones.
 
-A cross image carries a trigger that must not fire: another warp (WaNet), or another image's trigger (Input-Aware). It
-keeps its label.
+A cross image carries a trigger that must not fire: another warp (WaNet), or another image's trigger (Input-Aware, BPP).
+It keeps its label.
 """
 
+import math
 from abc import abstractmethod
 from dataclasses import field, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from sau.attack.base import Attack
-from sau.data.batches import generator, quantise, seeded, to_float
+from sau.attack.base import Attack, State
+from sau.data.batches import Augment, generator, quantise, seeded, to_device_async, to_float
 from sau.data.images import CROSS, Images
-from sau.types import Pixels
+from sau.models import Normalized
+from sau.types import Bytes, Pixels
 
 BLOCK = 128  # `poisoned_samples` takes images in blocks of this size, as the benchmark does
 
 
 class InBatchAttack(Attack):
-    """Poisons int(pratio * size) images of each batch; `cross_ratio` times as many that follow are cross images."""
+    """Poisons int(pratio * size) images of each batch; the `cross_count` images that follow are cross images."""
 
     in_batch = True
     cross_how: ClassVar[str] = ""  # what a cross image is, in a few words
@@ -35,10 +39,14 @@ class InBatchAttack(Attack):
         share = self.pratio * size
         return int(share) if share >= 1 else int(float(torch.rand(())) < share)
 
+    def cross_count(self, poisoned: int, size: int) -> int:
+        """How many cross images a batch of `size` has beside so many poisoned ones."""
+        return int(poisoned * self.cross_ratio)
+
     def describe(self, trained_on: Images, batch_size: int) -> str:
         share = self.pratio * batch_size
         which = f"{int(share)} images poisoned" if share >= 1 else f"one image poisoned with probability {share:.3g}"
-        cross = int(max(1, int(share)) * self.cross_ratio)
+        cross = self.cross_count(max(1, int(share)), batch_size)
         return f"of each batch of {batch_size} {which}, {cross} {self.cross_how}"
 
     @torch.no_grad()
@@ -63,7 +71,39 @@ class InBatchAttack(Attack):
         block, place = index // BLOCK, index % BLOCK
         n = ((block + 1) * share).long() - (block * share).long() if share < 1 else torch.full_like(place, int(share))
         poisoned = self.poison(trained_on, (place < n).nonzero().flatten())
-        beside = ((place >= n) & (place < n + (n * self.cross_ratio).long())).nonzero().flatten()
+        end = n + self.cross_count(max(1, int(share)), BLOCK) * (n > 0)
+        beside = ((place >= n) & (place < end)).nonzero().flatten()
         beside = beside if len(beside) > 1 else beside[:0]  # one alone would be its own other, so it is left out
         both = poisoned.concat(self.cross_test_set(trained_on[beside]))
         return both[both.index.argsort()]
+
+
+def random_images(state: State, size: int) -> Bytes:
+    """`size` training images, drawn anew from all of them, [size, C, H, W]."""
+    images = state["images"]
+    return images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]
+
+
+def augmented(state: State, x: Pixels, padding: int, degrees: float, one_draw: bool) -> Pixels:
+    """Crop, rotate and flip; whether a batch is cropped (8 of 10) or rotated (5 of 10) is one draw; the border is the
+    mean colour."""
+    given, model = state["augment"], state["model"]
+    if given is None:
+        return x
+    centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
+    crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
+    moved = Augment(padding * crop, given.flip, one_draw)(x - centre, torch.default_generator)
+    if rotate and degrees:
+        moved = random_rotate(moved, degrees, one_draw=one_draw)
+    return (moved + centre).clamp(0, 1)
+
+
+def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
+    """Rotate images [B, C, H, W] by angles (or `one_draw`) from U(-degrees, degrees), with zeros at the corners."""
+    angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
+    angle = to_device_async(angle.to(x.dtype), x.device).expand(len(x))
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
+    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.attack.base import State
-from sau.attack.in_batch import InBatchAttack
+from sau.attack.in_batch import InBatchAttack, random_images
 from sau.attack.triggers import TriggerContext
 from sau.config import param
-from sau.data.batches import Batches, seeded, to_device_async, to_float
+from sau.data.batches import Batches, seeded, to_float
 from sau.errors import require
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
@@ -163,6 +163,5 @@ def _descent(net: nn.Module, lr: float, milestones: tuple[int, ...], gamma: floa
 
 def _others(state: State, size: int) -> Pixels:
     """`size` other training images, augmented; in place of a second loader in another order."""
-    images = state["images"]
-    pixels = images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]
+    pixels = random_images(state, size)
     return to_float(state["augment"](pixels, torch.default_generator) if state["augment"] else pixels)

@@ -7,18 +7,15 @@ In each training batch some images are warped by the grid and relabelled, and so
 keep their labels, so that the network learns this warp and not warping.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sau.attack.base import State, at_most
-from sau.attack.in_batch import InBatchAttack
+from sau.attack.in_batch import InBatchAttack, augmented
 from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
-from sau.data.batches import Augment, generator, to_device_async
-from sau.models import Normalized
+from sau.data.batches import generator
 from sau.types import Labels, Pixels
 
 
@@ -69,34 +66,12 @@ class WaNet(InBatchAttack):
     def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
         """n triggered images with the attacker's labels, cross images, clean ones; augmented afterwards."""
         n = self.poisoned_count(len(x))
-        end = n + int(n * self.cross_ratio)
+        end = n + self.cross_count(n, len(x))
         x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], x[n:end]), x[end:]])
-        return self.augment(state, x), torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
-
-    def augment(self, state: State, x: Pixels) -> Pixels:
-        """Crop, rotate and flip; whether a batch is cropped or rotated is one draw; the border is the mean colour."""
-        given, model = state["augment"], state["model"]
-        if given is None:
-            return x
-        centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
-        crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
-        moved = Augment(self.random_crop * crop, given.flip, self.one_draw)(x - centre, torch.default_generator)
-        if rotate and self.random_rotation:
-            moved = random_rotate(moved, self.random_rotation, one_draw=self.one_draw)
-        return (moved + centre).clamp(0, 1)
+        x = augmented(state, x, self.random_crop, self.random_rotation, self.one_draw)
+        return x, torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
 
 
 def in_grid(field: Tensor) -> Tensor:
     """Displacements [B, H, W, 2] of columns and rows, where 1 is half a pixel, in the units of a grid from -1 to 1."""
     return torch.stack([field[..., 0] / field.shape[2], field[..., 1] / field.shape[1]], -1)
-
-
-def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:
-    """Rotate images [B, C, H, W] by angles (or `one_draw`) from U(-degrees, degrees), with zeros at the corners."""
-    angle = (2 * torch.rand(1 if one_draw else len(x)) - 1) * math.radians(degrees)
-    angle = to_device_async(angle.to(x.dtype), x.device).expand(len(x))
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    ratio = x.shape[-2] / x.shape[-1]  # coordinates run from -1 to 1 along both sides, whatever their lengths
-    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
