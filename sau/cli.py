@@ -16,12 +16,13 @@ from sau import device as machine
 from sau import quality, subject
 from sau.attack import ATTACKS, THEIRS, Attack
 from sau.attack.triggers import describe_figures, same_trigger
+from sau.compat import pretrained
 from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, run_command
 from sau.evaluate import Score, der, figures, proportions, score, table, verdict
-from sau.files import release_all, safe_join
+from sau.files import release_all, safe_join, write
 from sau.loop import Limit, RunContext
 from sau.models import MODELS, build
 from sau.optim import Method, Training
@@ -173,7 +174,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     how: Any = {"augment": given.augment, "seed": run.random_seed, "settings": "as_given"}
     fixed = method.purify(model, clean, session=session, **how)
     after, found = logger.final(fixed, triggered)
-    _keep(record, fixed, model, given.pickled)
+    _keep(record, fixed, model, given)
     record.log(table({"before": before, "oracle" if oracle else "after": after}))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": der(before, after)}
     scores |= {"selection": method.selection, "data": given.kind}
@@ -190,11 +191,17 @@ def defend(name: str, argv: Sequence[str]) -> None:
     logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 
-def _keep(record: Record, fixed: nn.Module, model: nn.Module, pickled: bool) -> None:
-    """The purified weights; `pickled` in a file of `torch.save`, too."""
-    state = fixed.get_submodule("net").state_dict()
+def _keep(record: Record, fixed: nn.Module, model: nn.Module, given: subject.Subject) -> None:
+    """The purified weights, in the format or the folder that they came in, too."""
+    net = fixed.get_submodule("net")
+    if given.configs:
+        for name, content in {**given.configs, pretrained.WEIGHTS: pretrained.saved(net)}.items():
+            write(record.path / name, content)
+        record.log(f"purified folder: {record.path}, opened as the one that it came in")
+        return
+    state = net.state_dict()
     record.save_tensors("model", state)
-    if pickled:
+    if given.pickled:
         record.save_tensors("model", state, pickled=True)
         record.log(f"purified weights: {record.path / 'model.pt'}")
     if fixed.state_dict().keys() != model.state_dict().keys():

@@ -117,12 +117,15 @@ class OwnRun:
 
     model_file: str | None = param(
         None,
-        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), instead of result_file; nothing in it runs",
+        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), or a folder that timm or transformers "
+        "wrote, instead of result_file; nothing in it runs",
     )
     clean_dir: str | None = param(
         None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"
     )
-    arch: str = param("auto", "auto (found by the weights), a network's name, or module:function, which is called")
+    arch: str = param(
+        "auto", "auto (found by the weights), a network's name, timm:NAME, or module:function, which is called"
+    )
     model_prefix: str | None = param(
         None, "prefix of the weights, if the file holds several networks, like state_dict_ema"
     )

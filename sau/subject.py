@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sau.compat import weights
+from sau.compat import pretrained, weights
 from sau.compat.weights import short_names
 from sau.config import options
 from sau.data.images import Augment, Images, last_of_each, to_float
@@ -47,6 +47,7 @@ class Subject:
     gate: dict[str, Any] | None = None  # of the attack, see `Attack.gate`
     augment: Augment | None = None  # of the training; None is the default of `Defense.purify`
     pickled: bool = False  # whether the weights came in a file of `torch.save`, and shall be kept in one, too
+    configs: dict[str, bytes] | None = None  # the other files of the folder that it came in, to be kept beside it
 
 
 def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
@@ -63,7 +64,9 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
         recipe, why = asked.recipe()
         run, own, method = asked.settle(recipe, "folder")
         asked.ignore(OF_RECORDS, "it is about the record of an attack")
-        found = _of_file(own, method, run)
+        if Path(file).is_dir():
+            asked.ignore(("model_prefix", "trust_code"), "a folder holds one network, and no code is run")
+        found = _of_file(own, method, run, asked.asked)
     else:
         attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, place))
         recipe, why = asked.recipe(attacked.recipe)
@@ -94,20 +97,30 @@ def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset
     )  # fmt: skip
 
 
-def _of_file(own: OwnRun, method: Defense, run: DefenseRun) -> Subject:
+def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> Subject:
     """The network in `own.model_file`, and the images in the class folders of `own.clean_dir`.
 
-    ConfigError, DataError or RecordError where they do not fit together, or the defense needs what nobody has.
+    `asked` are the settings that the user gave. ConfigError, DataError or RecordError where they do not fit together,
+    or the defense needs what nobody has.
     """
     if method.selection == "oracle":
         raise ConfigError("select is oracle, allowed is defender: nobody has images with your network's trigger")
     if method.data_use == "poisoned":
         raise ConfigError(f"{method.name} needs the attacker's images, which your network does not come with")
-    clean, found = Path(str(own.clean_dir)), weights.read(Path(str(own.model_file)))
-    folders = class_folders(clean)
+    clean, place = Path(str(own.clean_dir)), Path(str(own.model_file))
+    if place.is_dir() and method.name == "npd":
+        raise ConfigError("npd adds a layer to the network, so that the library of its folder could not open it again")
+    folders, came = class_folders(clean), pretrained.open_folder(place) if place.is_dir() else None
+    found = came.found if came else weights.read(place)
     names = by_name(folders, found.classes)
-    net, arch = weights.network(own, len(names or folders), found)
-    images = image_folder(clean, own.input_size, names)
+    shown, order = (names, "names in the file") if names else (folders, "folders in order")
+    if came:
+        own, net, arch = came.settle(own, asked), came.net, came.said["arch"]
+        if found.classes and not names:
+            names, shown, order = by_number(folders, found.classes), found.classes, "folders by number"
+    else:
+        net, arch = weights.network(own, len(names or folders), found)
+    images = image_folder(clean, came.view if came else own.input_size, names)
     given, test = split(images, own.check_share)
     model = Normalized(to_channels_last(net), own.mean or None, own.std or None).eval()
     _check_classes(model, test, clean)
@@ -115,15 +128,15 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun) -> Subject:
     if found.classes and not names:
         theirs = f"{found.path.name} names its classes {short_names(found.classes)}"
         notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
-    order = "names in the file" if names else "folders in order"
     counts = f"{len(given)} clean images to purify with, {len(test)} to measure with"
-    stem = re.sub(r"[^A-Za-z0-9]+", "_", found.path.stem).strip("_")[:80] or "network"
+    stem = re.sub(r"[^A-Za-z0-9]+", "_", place.name if came else place.stem).strip("_")[:80] or "network"
     return Subject(
         folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"), model=model,
-        given=given, test=test, own=True, pickled=found.kind != weights.SAFE,
+        given=given, test=test, own=True, pickled=found.kind != weights.SAFE, configs=came.configs if came else None,
         facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes}}, notes=notes,
         identity={**asdict(own), "clean": fingerprint(images), "attacked": found.digest},
-        lines=[f"{arch} from {found.path}, {counts}", f"classes: {short_names(names or folders)} ({order})"],
+        lines=[f"{arch} from {place}, {counts}", *([f"from the folder: {came.view.text}"] if came else []),
+               f"classes: {short_names(shown)} ({order})"],
     )  # fmt: skip
 
 
@@ -134,6 +147,16 @@ def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
         return None
     known = spelt.keys() <= {*map(str.casefold, classes)}
     return [spelt.get(name.casefold(), name) for name in classes] if known else None
+
+
+def by_number(folders: list[str], classes: list[str]) -> list[str]:
+    """A folder, or the number, for each of the `classes`; ConfigError unless every folder bears the number of one."""
+    numbers = {int(name): name for name in folders if name.isdecimal()}
+    if len(numbers) < len(folders) or max(numbers) >= len(classes):
+        strange = [name for name in folders if name.casefold() not in map(str.casefold, classes)] or folders
+        theirs = f"its classes are {short_names(classes)}; name each folder after one, or by its number"
+        raise ConfigError(f"the folder {strange[0]!a} names no class, or several, of the network: {theirs}")
+    return [numbers.get(number, str(number)) for number in range(len(classes))]
 
 
 def split(images: Images, share: float) -> tuple[Images, Images]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sau.compat import torch_file
 from sau.compat.torch_file import LEGACY, ZIP
 from sau.errors import ConfigError, RecordError, printable
-from sau.models import MODELS, state_dict_spec, torchvision_names, unwrapped
+from sau.models import MODELS, TIMM, state_dict_spec, torchvision_names, unwrapped
 from sau.record.attack_result import compare
 from sau.run import OwnRun
 
@@ -62,7 +62,7 @@ class Weights:
             starts = self.starts(next(iter(own)))
             compare(own, self.below(starts[0]) if starts else {}, self.path, "the network")
         inside = self.below(str(prefix))
-        return {name: _fit(inside[name], tensor, f"{self.path}: {name}") for name, tensor in own.items()}
+        return {name: fit(inside[name], tensor, f"{self.path}: {name}") for name, tensor in own.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -80,7 +80,7 @@ def _names(value: Any) -> list[str] | None:
     return list(value) if len({*value}) == len(value) else None
 
 
-def _fit(value: Tensor, own: Tensor, name: str) -> Tensor:
+def fit(value: Tensor, own: Tensor, name: str) -> Tensor:
     """`value` in the type of `own`: any float for a float, else the same type; RecordError if it is not finite."""
     if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
         raise RecordError(f"{name} has type {value.dtype}, allowed is {own.dtype}")
@@ -178,7 +178,8 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
         if not chosen:
             raise RecordError(f"{found.path} has no tensor under {run.model_prefix!r}; sau inspect lists them")
         found = replace(found, tensors=chosen)
-    name, make = run.arch, _imported(run) if ":" in run.arch else None
+    own_code = ":" in run.arch and not run.arch.startswith(TIMM)
+    name, make = run.arch, _imported(run) if own_code else None
     if make is None and name != "auto":  # the width is that of the first convolution
         width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
         make = partial(unwrapped, name, classes, width)
@@ -187,13 +188,18 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
     if make is None:
         raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
     try:
-        state = found.of(state_dict_spec(make))  # no memory yet: the file may claim any width
+        return filled(make, found), name
     except RecordError as error:
         advice = f"; its tensors fit {known.name}, which --arch auto finds" if (known := guess(found)) else ""
         raise RecordError(f"{error}{advice}") from None
+
+
+def filled(make: Callable[[], nn.Module], found: Weights) -> nn.Module:
+    """The network that `make` makes, with its weights in `found`; RecordError if they are of another one."""
+    state = found.of(state_dict_spec(make))  # no memory yet: the file may claim any width
     net = make()
     net.load_state_dict(state)
-    return net.eval(), name
+    return net.eval()
 
 
 def _imported(run: OwnRun) -> Callable[[], nn.Module]:

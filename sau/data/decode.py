@@ -6,7 +6,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -24,6 +26,17 @@ from sau.types import Bytes
 
 FORMATS = "PNG", "JPEG", "WEBP", "BMP", "PPM"
 _VERSION = 2  # of the cache and of the decoding; a change decodes everything anew
+
+
+class Preparation(NamedTuple):
+    """How a network's own library makes its input of an image."""
+
+    size: int
+    apply: Callable[[Image.Image], Tensor]  # RGB to pixels [3, size, size] on the scale 0..255
+    text: str  # says it in full
+
+
+Size = int | Preparation  # a number squeezes
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -48,11 +61,12 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.asarray(resized, dtype=np.float32).transpose(2, 0, 1).copy())
 
 
-def decode(paths: Sequence[str], size: int, title: str) -> Bytes:
-    """Every image squeezed to size x size, uint8 [N, 3, size, size], with a progress bar on a terminal."""
-    pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+def decode(paths: Sequence[str], size: Size, title: str) -> Bytes:
+    """Every image as uint8 [N, 3, size, size], with a progress bar on a terminal."""
+    side, apply = (size, partial(image_to_tensor, height=size, width=size)) if isinstance(size, int) else size[:2]
+    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     for slot, path in zip(pixels, tqdm(paths, desc=title, unit="image", disable=None, leave=False), strict=True):
-        slot.copy_(image_to_tensor(read_image(path), size, size))  # whole numbers, so the conversion is exact
+        slot.copy_(apply(read_image(path)))  # whole numbers, so the conversion is exact
     return pixels
 
 

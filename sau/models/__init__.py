@@ -1,6 +1,8 @@
 """The networks by name, each taking pixels in [0, 1]."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from sau.models.normalized import Normalized as Normalized
 from sau.models.normalized import to_channels_last
 
 ENLARGED = 224  # the side that torchvision's classifiers were designed for
+TIMM = "timm:"  # begins the name of a network of timm
 _AUXILIARY = ("googlenet", "inception_v3")  # have further heads in training, which no attack or defense here reads
 
 
@@ -65,6 +68,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
 
 def unwrapped(name: str, num_classes: int, width: int | None = None) -> nn.Module:
     """A new network by name as its authors wrote it, without pretrained weights; ConfigError for an unknown name."""
+    if name.startswith(TIMM):
+        timm, own = library("timm"), name.removeprefix(TIMM)
+        if ":" in own or not timm.is_model(own):  # a colon would name another source
+            raise ConfigError(f"unknown model {name!r}: timm {timm.__version__} has no network {own!r}")
+        return timm.create_model(own, num_classes=num_classes)
     if name not in MODELS and name not in torchvision_names():
         raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
     if name in MODELS:
@@ -94,6 +102,14 @@ def build(
     if name not in MODELS and not _accepts(net, shape):
         net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
     return Normalized(to_channels_last(net), mean, std, amp)
+
+
+def library(name: str) -> Any:
+    """timm or transformers; ConfigError where it is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise ConfigError(f"the network needs {name}; pip install -e '.[models]'") from None
 
 
 def torchvision_names() -> list[str]:
