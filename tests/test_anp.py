@@ -95,10 +95,9 @@ def test_an_iteration_is_the_papers():
     assert masks.min() == 0 and masks.max() == 1 and ((masks > 0) & (masks < 1)).any()
 
 
-@pytest.mark.parametrize(
-    ("settings", "learned", "chosen_by"),
-    [({}, 16, 4), ({"held_back": 0.4}, 12, 8), ({"select": "oracle"}, 20, None), ({"pruning_number": 0.5}, 20, None)],
-)
+@pytest.mark.parametrize(("settings", "learned", "chosen_by"), [
+    ({}, 16, 4), ({"held_back": 0.4}, 12, 8), ({"select": "oracle"}, 20, None), ({"pruning_number": 0.5}, 20, None),
+])  # fmt: skip
 def test_the_masks_are_learned_from_other_images_than_those_that_choose(monkeypatch, settings, learned, chosen_by):
     """Only where the defender searches, and those that choose are not augmented."""
     x, y = pair(20)
@@ -121,16 +120,13 @@ def test_the_masks_are_learned_from_other_images_than_those_that_choose(monkeypa
 MASKS = {"a": torch.tensor([0.1, 0.9, 0.5]), "b": torch.tensor([0.5, 0.0])}
 
 
-@pytest.mark.parametrize(
-    ("by", "value", "expected"),
-    [
-        ("threshold", 0.5, [[0, 2], [0, 1]]),  # up to and including
-        ("threshold", 0.0, [[], [1]]),
-        ("number", 0.0, [[], []]),
-        ("number", 2.0, [[0], [1]]),
-        ("number", 3.0, [[0, 2], [1]]),  # of equal masks the first
-    ],
-)
+@pytest.mark.parametrize(("by", "value", "expected"), [
+    ("threshold", 0.5, [[0, 2], [0, 1]]),  # up to and including
+    ("threshold", 0.0, [[], [1]]),
+    ("number", 0.0, [[], []]),
+    ("number", 2.0, [[0], [1]]),
+    ("number", 3.0, [[0, 2], [1]]),  # of equal masks the first
+])  # fmt: skip
 def test_levels_by_threshold_and_by_number(by, value, expected):
     found = ANP(pruning_by=by, pruning_number=0.0).level(MASKS, value).pruned
     assert [flags.nonzero().flatten().tolist() for flags in found.values()] == expected

@@ -127,14 +127,11 @@ def shown(out: str, flag: str) -> str:
     return re.search(rf"^  --{flag} .*?\[([^][ ]*)\]\n", out, re.M | re.S)[1]
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (("defense", "sau", "--recipe", "paper"), {"epochs": "100", "lr": "0.0001", "lr_scheduler": "constant"}),
-        (("defense", "sau", "--result_file", "victim"), {"epochs": "10", "dataset": "digits", "ratio": "0.1"}),
-        (("attack", "badnet", "--dataset", "digits"), {"dataset": "digits", "width": "16", "pratio": "0.1"}),
-    ],
-)
+@pytest.mark.parametrize(("argv", "expected"), [
+    (("defense", "sau", "--recipe", "paper"), {"epochs": "100", "lr": "0.0001", "lr_scheduler": "constant"}),
+    (("defense", "sau", "--result_file", "victim"), {"epochs": "10", "dataset": "digits", "ratio": "0.1"}),
+    (("attack", "badnet", "--dataset", "digits"), {"dataset": "digits", "width": "16", "pratio": "0.1"}),
+])  # fmt: skip
 def test_help_shows_what_would_run_here(argv, expected, victim, here, capsys):
     with pytest.raises(SystemExit) as left:
         here(*argv, "--device", "cpu", "--help")

@@ -379,18 +379,15 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     assert theirs["bd_test"]["order"].tolist() == triggered.index.tolist()
 
 
-@pytest.mark.parametrize(
-    ("changed", "word"),
-    [
-        ({"dataset": "digits"}, "no data set digits"),
-        ({"width": 16}, "'width': 16"),
-        ({"name": "resnet18"}, "preactresnet18 or vgg19 or vgg19_bn of width 64"),
-        ({"shape": [3, 64, 64]}, "'shape': [3, 32, 32]"),
-        ({"mean": [0.5, 0.5, 0.5]}, "'mean': [0.4914, 0.4822, 0.4465]"),
-        ({"std": [0.5, 0.5, 0.5]}, "'std': [0.247, 0.243, 0.261]"),
-        ({"poison": False}, "clean network"),
-    ],
-)
+@pytest.mark.parametrize(("changed", "word"), [
+    ({"dataset": "digits"}, "no data set digits"),
+    ({"width": 16}, "'width': 16"),
+    ({"name": "resnet18"}, "preactresnet18 or vgg19 or vgg19_bn of width 64"),
+    ({"shape": [3, 64, 64]}, "'shape': [3, 32, 32]"),
+    ({"mean": [0.5, 0.5, 0.5]}, "'mean': [0.4914, 0.4822, 0.4465]"),
+    ({"std": [0.5, 0.5, 0.5]}, "'std': [0.247, 0.243, 0.261]"),
+    ({"poison": False}, "clean network"),
+])  # fmt: skip
 def test_what_cannot_be_expressed(make, tiny, tmp_path, changed, word):
     with refuses(RecordError, word):
         backdoorbench.write(make(**changed), tmp_path / "out", "out")

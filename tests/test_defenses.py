@@ -337,17 +337,14 @@ def test_bad_images_and_labels_are_refused_in_one_line(method, data, word):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("error", "word", "how"),
-    [
-        (ConfigError, "both or neither", {"mean": (0.5,) * 3}),
-        (ConfigError, "0.5", {"mean": 0.5, "std": 0.25}),
-        (ConfigError, "divide by 255", {"mean": [125] * 3, "std": [63] * 3}),
-        (ConfigError, "above 0", {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}),
-        (ConfigError, "2", {"mean": [0.5] * 3, "std": [0.25] * 2}),
-        (DataError, "2 values", {"mean": [0.5] * 2, "std": [0.25] * 2}),
-    ],
-)
+@pytest.mark.parametrize(("error", "word", "how"), [
+    (ConfigError, "both or neither", {"mean": (0.5,) * 3}),
+    (ConfigError, "0.5", {"mean": 0.5, "std": 0.25}),
+    (ConfigError, "divide by 255", {"mean": [125] * 3, "std": [63] * 3}),
+    (ConfigError, "above 0", {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}),
+    (ConfigError, "2", {"mean": [0.5] * 3, "std": [0.25] * 2}),
+    (DataError, "2 values", {"mean": [0.5] * 2, "std": [0.25] * 2}),
+])  # fmt: skip
 def test_bad_statistics_are_refused(error, word, how):
     for data in (pair(), triples(*pair())):
         with refuses(error, word):

@@ -26,18 +26,15 @@ def test_shares_and_scores_print_themselves():
     assert str(Score(share)) == "ACC 30.80 % [25.53, 36.62]"
 
 
-@pytest.mark.parametrize(
-    ("hits", "total", "interval"),
-    [
-        (0, 10, (0.0, 27.75)),  # as R gives it: prop.test(0, 10, correct = FALSE)
-        (1, 10, (1.79, 40.42)),
-        (5, 10, (23.66, 76.34)),
-        (10, 10, (72.25, 100.0)),
-        (81, 263, (25.53, 36.62)),  # 0.2553 to 0.3662 in table I of Newcombe 1998
-        (15, 148, (6.24, 16.05)),  # the same table: 0.0624 to 0.1605
-        (1, 29, (0.61, 17.18)),  # the same table: 0.0061 to 0.1718
-    ],
-)
+@pytest.mark.parametrize(("hits", "total", "interval"), [
+    (0, 10, (0.0, 27.75)),  # as R gives it: prop.test(0, 10, correct = FALSE)
+    (1, 10, (1.79, 40.42)),
+    (5, 10, (23.66, 76.34)),
+    (10, 10, (72.25, 100.0)),
+    (81, 263, (25.53, 36.62)),  # 0.2553 to 0.3662 in table I of Newcombe 1998
+    (15, 148, (6.24, 16.05)),  # the same table: 0.0624 to 0.1605
+    (1, 29, (0.61, 17.18)),  # the same table: 0.0061 to 0.1718
+])  # fmt: skip
 def test_wilsons_interval(hits, total, interval):
     assert Proportion(hits, total).interval == interval
 
@@ -152,28 +149,23 @@ def scored(acc: float, asr: float | None) -> Score:
     return Score(Proportion(round(100 * acc), 10_000), triggered, triggered)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "rating"),
-    [
-        ((90, 100), (90, 0), 100.0),  # all of an ASR of 100, at no cost
-        ((90, 100), (90, 100), 50.0),  # nothing changed
-        ((90, 100), (80, 0), 95.0),  # ten points of ACC cost five
-        ((90, 50), (90, 0), 75.0),  # only what was there can fall
-        ((90, 10), (95, 10), 50.0),  # a rise of ACC is no gain
-        ((90, 10), (90, 60), 50.0),  # a rise of ASR is no loss
-        ((90, 10), (0, 60), 5.0),
-        ((100, 0), (0, 0), 0.0),
-        ((90, 10.03), (90, 10), 50.02),  # 50.015, of which two decimals are kept
-    ],
-)
+@pytest.mark.parametrize(("before", "after", "rating"), [
+    ((90, 100), (90, 0), 100.0),  # all of an ASR of 100, at no cost
+    ((90, 100), (90, 100), 50.0),  # nothing changed
+    ((90, 100), (80, 0), 95.0),  # ten points of ACC cost five
+    ((90, 50), (90, 0), 75.0),  # only what was there can fall
+    ((90, 10), (95, 10), 50.0),  # a rise of ACC is no gain
+    ((90, 10), (90, 60), 50.0),  # a rise of ASR is no loss
+    ((90, 10), (0, 60), 5.0),
+    ((100, 0), (0, 0), 0.0),
+    ((90, 10.03), (90, 10), 50.02),  # 50.015, of which two decimals are kept
+])  # fmt: skip
 def test_der_by_cases(before, after, rating):
     assert der(scored(*before), scored(*after)) == rating
 
 
 def test_every_row_of_the_table_is_rated_against_the_first():
-    rows = {
-        name: scored(*shares) for name, shares in {"none": (90, 100), "fine_tuning": (80, 50), "c": (90, 0)}.items()
-    }
+    rows = {"none": scored(90, 100), "fine_tuning": scored(80, 50), "c": scored(90, 0)}
     head, first, *others = table(rows).splitlines()
     assert head.split() == ["ACC", "%", "ASR", "%", "R-ACC", "%", "DER", "%"]
     assert first.split()[:3] == ["none", "90.00", "[89.40,"] and "100.00 [99.96, 100.00]" in first
@@ -197,15 +189,12 @@ def test_durations_and_bounds_are_written_short_and_bounds_never_too_high():
         assert bound * (1 - 1e-3) < float(at_most(bound)) <= bound
 
 
-@pytest.mark.parametrize(
-    ("shape", "got"),
-    [
-        (lambda z: z[..., None, None], "(6, 4, 1, 1)"),  # against six labels that would be 36 comparisons
-        (lambda z: {"logits": z}, "dict"),
-        (lambda z: z[:, 0], "(6,)"),
-        (lambda z: z[1:], "(5, 4)"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "got"), [
+    (lambda z: z[..., None, None], "(6, 4, 1, 1)"),  # against six labels that would be 36 comparisons
+    (lambda z: {"logits": z}, "dict"),
+    (lambda z: z[:, 0], "(6,)"),
+    (lambda z: z[1:], "(5, 4)"),
+])  # fmt: skip
 def test_an_output_that_is_no_logits_has_no_accuracy(shape, got):
     net, images = Shaped(shape), toy_images(6)
     for measured in (lambda: predict(net, images.pixels), lambda: score(net, images, None)):
@@ -213,19 +202,16 @@ def test_an_output_that_is_no_logits_has_no_accuracy(shape, got):
             measured()
 
 
-@pytest.mark.parametrize(
-    ("pixels", "labels", "word"),
-    [
-        (255 * FLOATS, IMAGES.labels, "by 255"),
-        (4 * FLOATS - 2, IMAGES.labels, "normalised"),
-        (FLOATS, torch.zeros(6, 1).long(), "[6, 1]"),  # against six predictions that would be 36 comparisons
-        (FLOATS, torch.zeros(5).long(), "[5]"),
-        (FLOATS, torch.zeros(6), "float32"),
-        (FLOATS, torch.zeros(0).long(), "[0]"),
-        (FLOATS, IMAGES.labels + 1, "4 classes"),
-        (FLOATS, IMAGES.labels - 1, "-1"),
-    ],
-)
+@pytest.mark.parametrize(("pixels", "labels", "word"), [
+    (255 * FLOATS, IMAGES.labels, "by 255"),
+    (4 * FLOATS - 2, IMAGES.labels, "normalised"),
+    (FLOATS, torch.zeros(6, 1).long(), "[6, 1]"),  # against six predictions that would be 36 comparisons
+    (FLOATS, torch.zeros(5).long(), "[5]"),
+    (FLOATS, torch.zeros(6), "float32"),
+    (FLOATS, torch.zeros(0).long(), "[0]"),
+    (FLOATS, IMAGES.labels + 1, "4 classes"),
+    (FLOATS, IMAGES.labels - 1, "-1"),
+])  # fmt: skip
 def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word):
     net = tiny_net()
     for measured in (
@@ -238,17 +224,14 @@ def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word
             measured()
 
 
-@pytest.mark.parametrize(
-    ("after", "words"),
-    [
-        ((95.0, 10.0, 70.0), ("The backdoor is gone: ", "It cost 5.00 points", "true label again", "Next: other")),
-        ((94.99, 10.0, 70.0), ("The backdoor is gone: ", "It cost 5.01 points", "(--ratio) or milder settings")),
-        ((99.0, 10.0, 69.99), ("The backdoor is gone: ", "still leads to wrong labels: ", "milder settings")),
-        ((100.0, 10.01, 70.0), ("weaker, but not gone: ", "It cost no accuracy: ", "or another defense;")),
-        ((100.0, 45.0, 70.0), ("weaker, but not gone: ", "R-ACC 5.00 -> 70.00 %")),
-        ((100.0, 45.01, 50.0), ("still there: ", "ASR 90.00 -> 45.01 %", "chosen by the test set")),
-    ],
-)
+@pytest.mark.parametrize(("after", "words"), [
+    ((95.0, 10.0, 70.0), ("The backdoor is gone: ", "It cost 5.00 points", "true label again", "Next: other")),
+    ((94.99, 10.0, 70.0), ("The backdoor is gone: ", "It cost 5.01 points", "(--ratio) or milder settings")),
+    ((99.0, 10.0, 69.99), ("The backdoor is gone: ", "still leads to wrong labels: ", "milder settings")),
+    ((100.0, 10.01, 70.0), ("weaker, but not gone: ", "It cost no accuracy: ", "or another defense;")),
+    ((100.0, 45.0, 70.0), ("weaker, but not gone: ", "R-ACC 5.00 -> 70.00 %")),
+    ((100.0, 45.01, 50.0), ("still there: ", "ASR 90.00 -> 45.01 %", "chosen by the test set")),
+])  # fmt: skip
 def test_the_verdict_at_its_bounds(after, words):
     scores = [Score(*(Proportion(round(100 * v), 10_000) for v in values)) for values in ((100.0, 90.0, 5.0), after)]
     found = verdict(*scores)

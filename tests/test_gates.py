@@ -46,10 +46,9 @@ def test_an_attack_at_its_gate_is_silent(here, tmp_path, monkeypatch, few_digits
         assert summary(tmp_path / folder)["gate"] == {"asr": 0.0, "passed": True}
 
 
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [("badnet", ("--pratio", "0")), ("badnet", ("--attack_label_trans", "all2all")), ("prototype", ())],
-)
+@pytest.mark.parametrize(("name", "flags"), [
+    ("badnet", ("--pratio", "0")), ("badnet", ("--attack_label_trans", "all2all")), ("prototype", ()),
+])  # fmt: skip
 def test_without_a_backdoor_or_with_other_label_rules_there_is_no_gate(here, tmp_path, few_digits, name, flags):
     """The ASR of all2all is bounded by the accuracy."""
     _, out, _ = here("attack", name, *ATTACK, *flags)

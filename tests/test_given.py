@@ -87,28 +87,21 @@ def test_up_to_a_hundredth_of_a_clean_set_may_be_test_images(shared):
             check_clean_set(replace(clean, pixels=pixels), test)
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (range(40), []),
-        ([2], ["none of 3 of 4 classes: 0, 1, 3"]),
-        ([0, 1, 2, 3, 3, 2], ["2 of 6 clean images are copies of others"]),
-    ],
-)
+@pytest.mark.parametrize(("rows", "words"), [
+    (range(40), []),
+    ([2], ["none of 3 of 4 classes: 0, 1, 3"]),
+    ([0, 1, 2, 3, 3, 2], ["2 of 6 clean images are copies of others"]),
+])  # fmt: skip
 def test_small_and_lopsided_clean_sets_are_noted(rows, words):
     notes = check_clean_set(toy_images(40, seed=6)[torch.tensor([*rows])], toy_images(8, seed=5))
     assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("defense", "count", "wanted"),
-    [
-        (FT(epochs=0, batch_size=8), 1, ["have none of 3 of 4 classes: 0, 1, 3"]),
-        (EP(batch_size=8), 2, ["the poisoned images have none of 2"]),
-        (CLP(batch_size=8), 1, []),  # looks at no images
-    ],
-    ids=["clean", "poisoned", "blind"],
-)
+@pytest.mark.parametrize(("defense", "count", "wanted"), [
+    (FT(epochs=0, batch_size=8), 1, ["have none of 3 of 4 classes: 0, 1, 3"]),
+    (EP(batch_size=8), 2, ["the poisoned images have none of 2"]),
+    (CLP(batch_size=8), 1, []),  # looks at no images
+], ids=["clean", "poisoned", "blind"])  # fmt: skip
 def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, count, wanted):
     some, said = toy_images(40, seed=6)[torch.arange(2, 2 + count)], list[str]()
     for data in ((some.pixels, some.labels), [(some.pixels, some.labels)]):

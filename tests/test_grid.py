@@ -323,15 +323,12 @@ def program(tmp_path, monkeypatch) -> Callable[[str], None]:
     return write
 
 
-@pytest.mark.parametrize(
-    ("code", "outcome"),
-    [
-        ("raise SystemExit(3)", Outcome("exit status 3")),
-        ("raise ValueError('broken\\x1b')", Outcome("ValueError: broken\\x1b")),
-        ("print('error: no such file', file=sys.stderr); sys.exit(2)", Outcome("no such file", again=False)),
-        ("os.kill(os.getpid(), signal.SIGTERM)", Outcome("killed by signal 15 (Terminated)")),
-    ],
-)
+@pytest.mark.parametrize(("code", "outcome"), [
+    ("raise SystemExit(3)", Outcome("exit status 3")),
+    ("raise ValueError('broken\\x1b')", Outcome("ValueError: broken\\x1b")),
+    ("print('error: no such file', file=sys.stderr); sys.exit(2)", Outcome("no such file", again=False)),
+    ("os.kill(os.getpid(), signal.SIGTERM)", Outcome("killed by signal 15 (Terminated)")),
+])  # fmt: skip
 def test_how_a_process_ends_is_told(program, tmp_path, code, outcome):
     program(code)
     log = Path(CELL.log(tmp_path) + ".err")
@@ -365,15 +362,12 @@ def test_all_cells_are_stopped_together(program, tmp_path):
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize(
-    ("needs", "memory", "seen"),
-    [
-        ({"threads": 2}, 1.0, [None] * 2),
-        ({}, 3.0, [None] * 3),
-        ({"gpus": 0.5}, 1.0, ["4", "7"]),
-        ({"gpus": 1.0, "threads": 4}, 1.0, ["4"]),
-    ],
-)
+@pytest.mark.parametrize(("needs", "memory", "seen"), [
+    ({"threads": 2}, 1.0, [None] * 2),
+    ({}, 3.0, [None] * 3),
+    ({"gpus": 0.5}, 1.0, ["4", "7"]),
+    ({"gpus": 1.0, "threads": 4}, 1.0, ["4"]),
+])  # fmt: skip
 def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memory, seen):
     """Of GPUs, cells see the numbers that this process sees."""
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
@@ -382,10 +376,9 @@ def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memo
     assert here.places == len(seen) and [here.slots.get() for _ in range(here.slots.qsize())] == seen
 
 
-@pytest.mark.parametrize(
-    ("name", "needs", "memory"),
-    [("memory_gb", {}, 10.0), ("threads", {"threads": 9}, 1.0), ("device", {"gpus": 1.0}, 1.0)],
-)
+@pytest.mark.parametrize(("name", "needs", "memory"), [
+    ("memory_gb", {}, 10.0), ("threads", {"threads": 9}, 1.0), ("device", {"gpus": 1.0}, 1.0),
+])  # fmt: skip
 def test_a_cell_that_fits_nowhere_is_refused_before_the_first_starts(monkeypatch, name, needs, memory):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -82,19 +82,16 @@ def test_names_decide_and_never_positions(tmp_path):
         Weights(tmp_path, ZIP, "", {f"n{name}": value for name, value in own.items()}).of(own)
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda own: {**own, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "conv1.weight has (4, 3, 5, 5)"),
-        (lambda own: {**own, "conv2.weight": torch.zeros(1)}, "conv2.weight has (1,), but the network needs nothing"),
-        (lambda own: {"a": dict(own), "b": dict(own)}, "--model_prefix"),
-        (lambda own: {"x": torch.zeros(3)}, "conv1.weight has nothing"),
-        (lambda own: {name: value.to(torch.int8) for name, value in own.items()}, "torch.int8"),
-        (lambda own: {**own, "linear.bias": own["linear.bias"] + float("nan")}, "not finite"),
-        (lambda own: {**own, "linear.bias": own["linear.bias"].double() + 1e300}, "not finite"),
-        (lambda own: {**own, "linear.bias": torch.zeros(1).expand(7)}, "holds fewer values"),
-    ],
-)
+@pytest.mark.parametrize(("change", "word"), [
+    (lambda own: {**own, "conv1.weight": torch.zeros(4, 3, 5, 5)}, "conv1.weight has (4, 3, 5, 5)"),
+    (lambda own: {**own, "conv2.weight": torch.zeros(1)}, "conv2.weight has (1,), but the network needs nothing"),
+    (lambda own: {"a": dict(own), "b": dict(own)}, "--model_prefix"),
+    (lambda own: {"x": torch.zeros(3)}, "conv1.weight has nothing"),
+    (lambda own: {name: value.to(torch.int8) for name, value in own.items()}, "torch.int8"),
+    (lambda own: {**own, "linear.bias": own["linear.bias"] + float("nan")}, "not finite"),
+    (lambda own: {**own, "linear.bias": own["linear.bias"].double() + 1e300}, "not finite"),
+    (lambda own: {**own, "linear.bias": torch.zeros(1).expand(7)}, "holds fewer values"),
+])  # fmt: skip
 def test_weights_of_another_network_or_kind_are_refused(change, word, tmp_path):
     own = small()
     with refuses(RecordError, word):

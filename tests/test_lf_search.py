@@ -246,14 +246,11 @@ def test_the_network_of_a_record_is_used(tmp_path):
     assert not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize(
-    ("attacked", "given", "word"),
-    [
-        (True, toy_images(8, size=32), "attacked"),
-        (False, toy_images(8, size=32, seed=1), "other digits images"),
-        (False, toy_images(8), "other digits images"),
-    ],
-)
+@pytest.mark.parametrize(("attacked", "given", "word"), [
+    (True, toy_images(8, size=32), "attacked"),
+    (False, toy_images(8, size=32, seed=1), "other digits images"),
+    (False, toy_images(8), "other digits images"),
+])  # fmt: skip
 def test_a_record_that_does_not_fit_is_refused(tmp_path, attacked, given, word):
     images = toy_images(8, size=32)
     path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if attacked else None)

@@ -120,16 +120,13 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(kind):
             assert began == (first.updates > (1 if save_every == ALWAYS else PER_EPOCH)), where
 
 
-@pytest.mark.parametrize(
-    ("large", "save_every", "wanted"),
-    [
-        (False, 1e9, [(1, 0), (2, 0), (3, 0), (4, 0)]),
-        (True, 1e9, [(4, 0)]),  # the last epoch's, without which a result that is being measured would be lost
-        (True, 6.5, [(1, 2), (2, 4), (4, 0)]),  # after 7 seconds, inside an epoch, and as many after that
-        (True, 4.5, [(1, 0), (2, 0), (3, 0), (4, 0)]),  # epochs of 5 seconds
-        (True, 9.5, [(2, 0), (4, 0)]),
-    ],
-)
+@pytest.mark.parametrize(("large", "save_every", "wanted"), [
+    (False, 1e9, [(1, 0), (2, 0), (3, 0), (4, 0)]),
+    (True, 1e9, [(4, 0)]),  # the last epoch's, without which a result that is being measured would be lost
+    (True, 6.5, [(1, 2), (2, 4), (4, 0)]),  # after 7 seconds, inside an epoch, and as many after that
+    (True, 4.5, [(1, 0), (2, 0), (3, 0), (4, 0)]),  # epochs of 5 seconds
+    (True, 9.5, [(2, 0), (4, 0)]),
+])  # fmt: skip
 def test_a_large_checkpoint_is_written_once_in_save_every_seconds(large, save_every, wanted, monkeypatch):
     """Epochs of five updates of a second each; what is written takes no time on this clock."""
     monkeypatch.setattr(loop, "LARGE", 4 if large else 5)
@@ -205,15 +202,12 @@ def test_floats_are_averaged_over_images_and_counts_summed():
 
 
 @pytest.mark.parametrize("save_every", [NEVER, ALWAYS, None, "in time"])
-@pytest.mark.parametrize(
-    ("broken", "name", "value"),
-    [
-        ("loss", "model", torch.nan),
-        ("loss", "model", torch.inf),
-        ("weight", "model", torch.inf),
-        ("weight", "masks", torch.nan),
-    ],
-)
+@pytest.mark.parametrize(("broken", "name", "value"), [
+    ("loss", "model", torch.nan),
+    ("loss", "model", torch.inf),
+    ("weight", "model", torch.inf),
+    ("weight", "masks", torch.nan),
+])  # fmt: skip
 def test_what_is_not_finite_stops_a_run_and_leaves_the_last_finite_checkpoint(broken, name, value, save_every):
     """Batch 4 of epoch 2 breaks the loss or, once it is measured, a weight. The checkpoint is from the end of epoch 1,
     or from batch 3 of epoch 2; without checkpoints, or where the time ends there, it is seen all the same."""

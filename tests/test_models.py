@@ -123,16 +123,13 @@ def test_images_are_enlarged_for_networks_that_do_not_take_them_and_for_no_other
     assert torch.equal(enlarged[0](x), large) and torch.equal(enlarged.eval()(x), net(large))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"std": (0.5, -0.1, 0.5)}, "std"),
-        ({"mean": (0.5,)}, "each channel"),
-        ({"name": "preactresnet19"}, "preactresnet18"),
-        ({"width": 0}, "width"),
-        ({"name": "resnet18", "width": 8}, "width"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "named"), [
+    ({"std": (0.5, -0.1, 0.5)}, "std"),
+    ({"mean": (0.5,)}, "each channel"),
+    ({"name": "preactresnet19"}, "preactresnet18"),
+    ({"width": 0}, "width"),
+    ({"name": "resnet18", "width": 8}, "width"),
+])  # fmt: skip
 def test_wrong_settings_of_a_network_are_refused(wrong, named, unchecked):
     settings = {"name": "preactresnet18", "num_classes": 10, "mean": HALF, "std": HALF} | wrong
     with pytest.raises(ConfigError, match=named):

@@ -21,16 +21,13 @@ from sau.loop import Session
 from sau.optim import adam
 
 
-@pytest.mark.parametrize(
-    ("norms", "index", "flagged"),
-    [
-        # Median 50, deviations 40, 10, 0, 10, 40 with the median 10; positive below the median.
-        ([10.0, 40, 50, 60, 90], [40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826], [0]),
-        # Of an even number the mean of the middle two, 3.5; deviations 2.5, 0.5, 0.5, 2.5 with the median 1.5.
-        ([1.0, 3, 4, 6], [2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239], []),
-        ([7.0] * 5, [0.0] * 5, []),
-    ],
-)
+@pytest.mark.parametrize(("norms", "index", "flagged"), [
+    # Median 50, deviations 40, 10, 0, 10, 40 with the median 10; positive below the median.
+    ([10.0, 40, 50, 60, 90], [40 / 14.826, 10 / 14.826, 0, -10 / 14.826, -40 / 14.826], [0]),
+    # Of an even number the mean of the middle two, 3.5; deviations 2.5, 0.5, 0.5, 2.5 with the median 1.5.
+    ([1.0, 3, 4, 6], [2.5 / 2.2239, 0.5 / 2.2239, -0.5 / 2.2239, -2.5 / 2.2239], []),
+    ([7.0] * 5, [0.0] * 5, []),
+])  # fmt: skip
 def test_the_anomaly_index_by_hand(norms, index, flagged):
     """An outlier on the small side is flagged."""
     assert anomaly(torch.tensor(norms, dtype=torch.float64)).tolist() == pytest.approx(index, rel=1e-14)
@@ -74,14 +71,11 @@ def test_a_cost_that_begins_at_zero_is_switched_on_by_successes_as_in_the_paper(
     assert passes(defense, falls, cost=0.0)[1] == [False] * 5
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "number", "norm"),
-    [
-        # The first pass stands in, though it fails; then 8 works, 9 is larger, 5 fails, 6 works, 6 is not smaller.
-        ([(50, 3), (50, 2), (99, 8), (99, 9), (97, 5), (99, 6), (99, 6)], 5.0, 6.0),
-        ([(50, 3), (50, 2), (97, 1)], 0.0, math.inf),
-    ],
-)
+@pytest.mark.parametrize(("outcomes", "number", "norm"), [
+    # The first pass stands in, though it fails; then 8 works, 9 is larger, 5 fails, 6 works, 6 is not smaller.
+    ([(50, 3), (50, 2), (99, 8), (99, 9), (97, 5), (99, 6), (99, 6)], 5.0, 6.0),
+    ([(50, 3), (50, 2), (97, 1)], 0.0, math.inf),
+])  # fmt: skip
 def test_the_best_patch_is_the_smallest_that_works(outcomes, number, norm):
     _, _, patches = passes(NC(), outcomes)
     assert torch.equal(patches.best_mask, unit(torch.full((1, 1, 2, 2), number, dtype=torch.float64)))
@@ -164,10 +158,9 @@ def said(defense: NC, net: nn.Module, data: Any) -> tuple[nn.Module, list[str], 
     return defense.purify(net, data, session=session), lines, session.findings
 
 
-@pytest.mark.parametrize(
-    ("planted", "how"),
-    [((3,), {"nc_epoch": 60, "init_cost": 0.05}), ((1, 5), {"init_cost": 0.1, "mask_lr": 0.3}), ((), {"nc_epoch": 60})],
-)
+@pytest.mark.parametrize(("planted", "how"), [
+    ((3,), {"nc_epoch": 60, "init_cost": 0.05}), ((1, 5), {"init_cost": 0.1, "mask_lr": 0.3}), ((), {"nc_epoch": 60}),
+])  # fmt: skip
 def test_every_planted_class_is_flagged(planted, how):
     """And the findings, for `summary.json`, are plain numbers of every class."""
     defense = NC(**{"nc_epoch": 40, "init_cost": 0.05, "batch_size": 20, "epochs": 0, **how})

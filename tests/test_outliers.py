@@ -18,19 +18,16 @@ from sau.loop import Session
 from sau.models import Normalized, build, unwrapped
 
 
-@pytest.mark.parametrize(
-    ("scores", "u", "expected"),
-    [
-        ([0.0, 0, 0, 0, 5], 1.78, [4]),  # mean 1, deviation sqrt(20 / 4): the last lies 4 / 2.236 = 1.789 above
-        ([0.0, 0, 0, 0, 5], 1.79, []),
-        ([-5.0, 0, 0, 0, 0], 1.78, []),
-        ([-5.0, 0, 0, 0, 0], 0.0, [1, 2, 3, 4]),
-        # A layer keeps its lowest score, also where the mean of equal ones is rounded below them, or there is but one.
-        *(([0.1] * n, 0.0, []) for n in (3, 7)),
-        ([2.0], 0.0, []),
-        ([1e-9, 1.0], 0.0, [1]),
-    ],
-)
+@pytest.mark.parametrize(("scores", "u", "expected"), [
+    ([0.0, 0, 0, 0, 5], 1.78, [4]),  # mean 1, deviation sqrt(20 / 4): the last lies 4 / 2.236 = 1.789 above
+    ([0.0, 0, 0, 0, 5], 1.79, []),
+    ([-5.0, 0, 0, 0, 0], 1.78, []),
+    ([-5.0, 0, 0, 0, 0], 0.0, [1, 2, 3, 4]),
+    # A layer keeps its lowest score, also where the mean of equal ones is rounded below them, or there is but one.
+    *(([0.1] * n, 0.0, []) for n in (3, 7)),
+    ([2.0], 0.0, []),
+    ([1e-9, 1.0], 0.0, [1]),
+])  # fmt: skip
 def test_channels_u_deviations_above_their_layer_are_outliers(scores, u, expected):
     found = CLP().outliers({"a": torch.tensor(scores, dtype=torch.float64)}, u).pruned
     assert [i for flags in found.values() for i in flags.nonzero().flatten().tolist()] == expected
@@ -90,16 +87,12 @@ def test_nothing_but_scales_and_shifts_of_pruned_channels_changes(cls):
 # The claim: the one channel that answers to the trigger goes, and no other
 
 
-@pytest.mark.parametrize(
-    "defense",
-    [
-        CLP(),
-        BNP(augment=False),
-        EP(augment=False),
-        RNP(batch_size=200, unlearning_lr=0.005, recovering_lr=5.0, pruning_number=None, augment=False),
-    ],
-    ids=lambda defense: defense.name,
-)
+@pytest.mark.parametrize("defense", [
+    CLP(),
+    BNP(augment=False),
+    EP(augment=False),
+    RNP(batch_size=200, unlearning_lr=0.005, recovering_lr=5.0, pruning_number=None, augment=False),
+], ids=lambda defense: defense.name)  # fmt: skip
 def test_the_planted_channel_goes_and_no_other(defense: Defense):
     net, poisoned, clean, triggered = planted(share=0.2 if defense.data_use == "poisoned" else 0.05)
     before = score(net, clean, triggered)

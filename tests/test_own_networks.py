@@ -30,11 +30,10 @@ def cnn(norm: bool) -> nn.Module:
     """Three convolutions with or without batch norm, and two linear layers."""
     layers: list[nn.Module] = []
     for before, after in ((3, 24), (24, 48), (48, 64)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), *([nn.BatchNorm2d(after)] if norm else []), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)]
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+        normed = [nn.BatchNorm2d(after)] if norm else []
+        layers += [nn.Conv2d(before, after, 3, padding=1), *normed, nn.ReLU(), nn.MaxPool2d(2)]
+    head = (nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *head)
 
 
 class ViT(nn.Module):
@@ -99,16 +98,10 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, epochs
     loader = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
     lines.clear()
     session = Session(say=lines.append)
-    before, after = (
-        score(victim, test, triggered),
-        score(SAU().purify(victim, loader, session=session), test, triggered),
-    )
-    figures = {
-        f"{name}_{when}": share.percent
-        for when, s in (("before", before), ("after", after))
-        for name, share in s.shares().items()
-        if share
-    }
+    figures, networks = dict[str, float](), {"before": victim, "after": SAU().purify(victim, loader, session=session)}
+    for when, each in networks.items():
+        shares = score(each, test, triggered).shares()
+        figures |= {f"{name}_{when}": share.percent for name, share in shares.items() if share}
     cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed}
     return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
 

@@ -123,11 +123,10 @@ def test_radii_of_l2_are_sums_over_pixels():
         of_attack(images, attack.poison_test(images), 8.0)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "allowed"),
-    [("--sig_delta", "0", "above 0 and up to 255"), ("--sig_delta", "x", "a finite number"),
-     ("--epochs", "-1", "at least 0")],
-)  # fmt: skip
+@pytest.mark.parametrize(("flag", "value", "allowed"), [
+    ("--sig_delta", "0", "above 0 and up to 255"), ("--sig_delta", "x", "a finite number"),
+    ("--epochs", "-1", "at least 0"),
+])  # fmt: skip
 def test_a_refusal_names_flag_value_and_range(flag, value, allowed):
     with pytest.raises(ConfigError) as refusal:
         Settings("x", SIG, (AttackRun, Training, SIG), [flag, value]).settle("cpu", "digits")

@@ -62,21 +62,18 @@ def outcome(scores: Scores, select: str) -> int:
     return gone(net)
 
 
-@pytest.mark.parametrize(
-    ("scores", "select", "expected"),
-    [
-        # A tenth of 80 % are 8 points: 72 is allowed, 71 is not, and what comes after it does not count.
-        (USUAL, "defender", 3),
-        ({0: (80, 90), 1: (71, 0), 3: (80, 0), 5: (80, 0)}, "defender", 0),
-        # The lowest ASR of all that are allowed; none where nothing lowers it.
-        (USUAL, "oracle", 1),
-        ({0: (80, 90), 1: (79, 20), 3: (60, 0), 5: (75, 30)}, "oracle", 1),
-        ({0: (80, 90), 1: (79, 90), 3: (79, 95), 5: (79, 90)}, "oracle", 0),
-        (USUAL, "blind oracle", 3),
-        # A level that empties a layer is never taken.
-        ({n: (80, 90) for n in USUAL}, "defender", 5),
-    ],
-)
+@pytest.mark.parametrize(("scores", "select", "expected"), [
+    # A tenth of 80 % are 8 points: 72 is allowed, 71 is not, and what comes after it does not count.
+    (USUAL, "defender", 3),
+    ({0: (80, 90), 1: (71, 0), 3: (80, 0), 5: (80, 0)}, "defender", 0),
+    # The lowest ASR of all that are allowed; none where nothing lowers it.
+    (USUAL, "oracle", 1),
+    ({0: (80, 90), 1: (79, 20), 3: (60, 0), 5: (75, 30)}, "oracle", 1),
+    ({0: (80, 90), 1: (79, 90), 3: (79, 95), 5: (79, 90)}, "oracle", 0),
+    (USUAL, "blind oracle", 3),
+    # A level that empties a layer is never taken.
+    ({n: (80, 90) for n in USUAL}, "defender", 5),
+])  # fmt: skip
 def test_the_level_that_is_chosen(scores, select, expected):
     assert outcome(scores, select) == expected
 

@@ -135,14 +135,11 @@ def test_facts_come_back_once_training_began(tmp_path):
     assert stored["command"] == "third"
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({**IDENTITY, "lr": 0.2}, "lr: 0.1 there, 0.2 here"),
-        ({**IDENTITY, "milestones": (60,)}, "milestones: [60, 90] there, [60] here"),
-        ({**IDENTITY, "new": 1}, "new: None there, 1 here"),
-    ],
-)
+@pytest.mark.parametrize(("other", "words"), [
+    ({**IDENTITY, "lr": 0.2}, "lr: 0.1 there, 0.2 here"),
+    ({**IDENTITY, "milestones": (60,)}, "milestones: [60, 90] there, [60] here"),
+    ({**IDENTITY, "new": 1}, "new: None there, 1 here"),
+])  # fmt: skip
 def test_an_unfinished_run_with_other_settings_is_refused_with_the_difference(tmp_path, other, words):
     begun(tmp_path / "a").log_metrics(epoch=1, loss=0.5)
     before = listing(tmp_path)

@@ -82,18 +82,11 @@ def test_seeds_are_averaged_and_a_figure_that_one_lacks_has_no_mean(tmp_path):
     assert found.figures["racc"] is None and len(found.figures["acc"].values) == 3
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "wanted"),
-    [
-        ({"ratio": 0.05}, {"ratio": 0.01}, ["ratio=0.01", "ratio=0.05"]),
-        ({}, {"ended_early": "round 3 of 9"}, ["", "ended_early=round 3 of 9"]),
-        (
-            {"eps": 0.1, "norm": "L2"},
-            {"norm": "L1", "patience": [0.5]},
-            ["eps=0.1, norm=L2", "norm=L1, patience=[0.5]"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("first", "second", "wanted"), [
+    ({"ratio": 0.05}, {"ratio": 0.01}, ["ratio=0.01", "ratio=0.05"]),
+    ({}, {"ended_early": "round 3 of 9"}, ["", "ended_early=round 3 of 9"]),
+    ({"eps": 0.1, "norm": "L2"}, {"norm": "L1", "patience": [0.5]}, ["eps=0.1, norm=L2", "norm=L1, patience=[0.5]"]),
+])  # fmt: skip
 def test_only_seeds_are_averaged(first, second, wanted, tmp_path):
     for seed, more in enumerate((first, second)):
         defense(attack(tmp_path, seed=seed, folder=f"s{seed}"), seed=seed, **more)
@@ -474,11 +467,8 @@ def test_summaries_come_back(tmp_path):
     assert [json.loads(line)["cell"] for line in lines] == sorted(SUMMARIES) and not any("interval" in x for x in lines)
     again = load(tmp_path / "x.jsonl")
     assert again.keys() == SUMMARIES.keys() and again["badnet_s0"]["acc_count"] == [90, 100]
-    assert {**again["badnet_s0/defense/ft"], "before": 0, "after": 0} == {
-        **SUMMARIES["badnet_s0/defense/ft"],
-        "before": 0,
-        "after": 0,
-    }
+    one, other = (each["badnet_s0/defense/ft"] | {"before": 0, "after": 0} for each in (again, SUMMARIES))
+    assert one == other
     save(tmp_path / "y.jsonl", again)
     assert (tmp_path / "y.jsonl").read_bytes() == (tmp_path / "x.jsonl").read_bytes()
 

@@ -323,15 +323,11 @@ def broken() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize(
-    ("error", "make", "data"),
-    [
-        (DataError, tiny_net, toy_images(8)[torch.arange(0)]),
-        (TrainingError, broken, toy_images(8)),
-        (ConfigError, lambda: nn.Sequential(tiny_net(), nn.Softmax(1)), toy_images(8)),
-    ],
-    ids=["none", "NaN", "softmax"],
-)
+@pytest.mark.parametrize(("error", "make", "data"), [
+    (DataError, tiny_net, toy_images(8)[torch.arange(0)]),
+    (TrainingError, broken, toy_images(8)),
+    (ConfigError, lambda: nn.Sequential(tiny_net(), nn.Softmax(1)), toy_images(8)),
+], ids=["none", "NaN", "softmax"])  # fmt: skip
 def test_what_has_no_risks_is_refused(error, make, data):
     with refuses(error):
         measure(make(), make(), data, search=Search(steps=1))

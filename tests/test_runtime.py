@@ -111,19 +111,10 @@ class Masks(InputAware):
 
 CPU, RNG = torch.device("cpu"), graphs._cpu_rng_state
 METHODS = [
-    BadNet(),
-    FT(lr_scheduler="OneCycleLR", epochs=3),
-    SAU(lr=2**-10),
-    SAU(lr=2**-10, train_mode=True),
-    AT(lr=2**-10, client_optimizer="adamw"),
-    NC(),
-    FTSAM(lr=2**-10),
-    D3(lr=2**-10),
-    FST(lr=2**-10),
-    WaNet(pratio=0.25),
-    InputAware(pratio=0.25, lr_G=2**-16),
-    Masks(lr_M=2**-16),
-]
+    BadNet(), FT(lr_scheduler="OneCycleLR", epochs=3), SAU(lr=2**-10), SAU(lr=2**-10, train_mode=True),
+    AT(lr=2**-10, client_optimizer="adamw"), NC(), FTSAM(lr=2**-10), D3(lr=2**-10), FST(lr=2**-10),
+    WaNet(pratio=0.25), InputAware(pratio=0.25, lr_G=2**-16), Masks(lr_M=2**-16),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -203,14 +194,11 @@ def test_graphs_keep_memory_so_few_shapes_have_one(replays):
     assert len(step.graphed.graphs) == graphs.MAX_GRAPHS == len(replays)
 
 
-@pytest.mark.parametrize(
-    ("method", "reason"),
-    [
-        (SAU(outer_steps=2), "it updates the weights more than once"),
-        (AT(lr=1e-3, pgd_init="random"), "it draws random numbers on the CPU"),
-        (FT(client_optimizer="adadelta"), None),  # its rate is read by Python
-    ],
-)
+@pytest.mark.parametrize(("method", "reason"), [
+    (SAU(outer_steps=2), "it updates the weights more than once"),
+    (AT(lr=1e-3, pgd_init="random"), "it draws random numbers on the CPU"),
+    (FT(client_optimizer="adadelta"), None),  # its rate is read by Python
+])  # fmt: skip
 def test_other_steps_run_eagerly(method, reason, replays):
     losses, _, lines = updates(method, CPU)
     assert lines == ([NOT + reason] if reason else []) and not replays
@@ -410,10 +398,9 @@ def test_fixed_norms_by_hand(affine, size, monkeypatch):
         assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("flags", "wanted"),
-    [("fpu avx512_bf16 avx", True), ("amx_bf16 amx_tile", True), ("asimd bf16", True), ("avx512f avx2", False)],
-)
+@pytest.mark.parametrize(("flags", "wanted"), [
+    ("fpu avx512_bf16 avx", True), ("amx_bf16 amx_tile", True), ("asimd bf16", True), ("avx512f avx2", False),
+])  # fmt: skip
 def test_the_precision_is_that_of_the_processor(monkeypatch, tmp_path, flags, wanted):
     """By what the processor says of itself, so that the same machine always decides the same; else fp32."""
     (tmp_path / "cpuinfo").write_text(f"model name : one\nflags : {flags}\n")

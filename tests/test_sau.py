@@ -198,10 +198,9 @@ def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest
     assert 0 < masked < 3 * BATCH  # otherwise the comparison would show nothing
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"adv_steps": 1}, {"stop_fooled": False}, {"success": "label"}, {"clip_pixels": True}, {"norm": "L2"}],
-)
+@pytest.mark.parametrize("options", [
+    {}, {"adv_steps": 1}, {"stop_fooled": False}, {"success": "label"}, {"clip_pixels": True}, {"norm": "L2"},
+])  # fmt: skip
 def test_answers_belong_to_the_perturbations(options: dict[str, Any]) -> None:
     """s is what the reference says on the very images that the outer step sees."""
     method = SAU(lr=LR, **options)
@@ -356,10 +355,9 @@ def test_clipped_answers_belong_to_the_perturbations(stop_fooled: bool) -> None:
     assert torch.allclose(delta, plain(0.1)) and s.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("switches", "moved"),
-    [({"success": "label"}, 0.0), ({"success": "prediction"}, 0.2), ({"success": "label", "stop_fooled": False}, 0.2)],
-)
+@pytest.mark.parametrize(("switches", "moved"), [
+    ({"success": "label"}, 0.0), ({"success": "prediction"}, 0.2), ({"success": "label", "stop_fooled": False}, 0.2),
+])  # fmt: skip
 def test_success_by_prediction_or_label(switches: dict[str, Any], moved: float) -> None:
     """Both networks wrongly answer 1 on the clean image: a success by the label, which ends the search, but nothing has
     moved yet. Without the stop, cross-entropy drives m further up."""
