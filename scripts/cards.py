@@ -124,8 +124,8 @@ def few(name: str) -> str:
     cheap = all(points is not None and points <= 5 for points in lost)
     removed = [one.figures["asr"] <= 15 and one.figures["racc"] >= 70 for own in groups for one in own]
     texts = [f"{own[0].attack} {' / '.join(columns(own, 'asr', 'racc', digits=1))}" for own in groups]
-    about = f"[143 images of digits](../results/digits.md), ASR / R-ACC: {', '.join(texts)}. "
-    about += "That is enough." if cheap and all(removed) else "That is not enough."
+    verdict = "are enough" if cheap and all(removed) else "are not enough"
+    about = f"143 [digits](../results/digits.md) (ASR / R-ACC: {', '.join(texts)}) {verdict}."
     return f"\n{wrapped(about)}"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import quiet, tiny_net, toy_images
 
-from sau.attack import BPP, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
+from sau.attack import BPP, LF, SIG, SSBA, AdapBlend, AdapPatch, Attack, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.models.steganography import Encoder, FixedCodeEncoder
 from sau.optim import Training
 
@@ -46,6 +46,8 @@ ROWS = {
     "wanet": Row(ready(WaNet()), {"s": 8.0, "pratio": 0.2, "cross_ratio": 0.5}),
     "inputaware": Row(ready(InputAware(clean_train_epochs=1)), None, least=16),
     "bpp": Row(BPP(), {"squeeze_num": 2}),
+    "adap_blend": Row(AdapBlend(), {"pratio": 0.1, "cover_rate": 0.1}),
+    "adap_patch": Row(AdapPatch(), {"pratio": 0.1, "cover_rate": 0.1}),
 }
 
 

@@ -1,6 +1,5 @@
 """Attacks: what holds for every one of them, by table, and the triggers of each, by numbers."""
 
-import inspect
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -17,6 +16,8 @@ from PIL import Image
 from toys import REPOSITORY, quiet, refuses, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, in_batch
+from sau.attack.adaptive import AdapBlend, AdapPatch, patches
+from sau.attack.blended import sailing_boat
 from sau.attack.in_batch import augmented
 from sau.config import options
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, sample, to_float
@@ -37,12 +38,9 @@ def with_(attack: Attack, **changes) -> Any:
 def test_every_attack_has_its_files_and_its_help(name):
     attack = ATTACKS[name]
     assert set(ROWS) == set(ATTACKS)
-    assert attack.name == name and inspect.getmodule(attack).__name__ == f"sau.attack.{name}"
+    assert attack.name == name and attack.__module__ in (f"sau.attack.{name}", "sau.attack.adaptive")
     assert (REPOSITORY / f"attack/{name}.py").is_file()
     assert attack.__doc__ and all(option.help for option in options(attack).values())
-
-
-# Stamping
 
 
 @each_row
@@ -81,9 +79,6 @@ def test_stamping_in_blocks_is_stamping_at_once():
     assert torch.equal(poisoned.pixels, quantise(Blended().stamp(to_float(images.pixels))))
 
 
-# Poisoning
-
-
 @each_fixed
 @pytest.mark.parametrize("pratio", [0.0, 0.03, 0.1, 0.25, 1.0])
 def test_the_training_set_is_poisoned_where_it_says_and_nowhere_else(attack, pratio):
@@ -92,14 +87,16 @@ def test_the_training_set_is_poisoned_where_it_says_and_nowhere_else(attack, pra
         return  # refused, see below
     images = toy_images(80)
     before = {name: tensor.clone() for name, tensor in images.tensors().items()}
-    poisoned = with_(attack, pratio=pratio, attack_target=2).poison_train(images, seed=0)
+    ruled = with_(attack, pratio=pratio, attack_target=2)
+    poisoned = ruled.poison_train(images, seed=0)
     hit = poisoned.role == BACKDOOR
+    rows = ruled.draw(images, 0, int(hit.sum()))
     assert int(hit.sum()) == round(pratio * 80) and (poisoned.role[~hit] == CLEAN).all()
     assert (images.labels[hit] == 2).all() or not attack.clean_label
     assert (poisoned.labels[hit] == 2).all() and torch.equal(poisoned.labels[~hit], images.labels[~hit])
     assert torch.equal(poisoned.true_labels, images.true_labels) and torch.equal(poisoned.index, images.index)
     assert torch.equal(poisoned.pixels[~hit], images.pixels[~hit])
-    assert torch.equal(poisoned.pixels[hit], quantise(attack.stamp(to_float(images.pixels[hit]))))
+    assert torch.equal(poisoned.pixels[rows], quantise(attack.stamp(to_float(images.pixels[rows]))))
     assert all(torch.equal(tensor, before[name]) for name, tensor in images.tensors().items())
 
 
@@ -111,7 +108,7 @@ def test_the_benchmarks_indices_in_its_order(attack, monkeypatch):
     golden = [11841, 19602, 45519, 25747, 42642, 31902]
     for k in (1, 3, 6):
         role = with_(attack, pratio=k / 50_000).poison_train(images, seed=0).role
-        assert role.nonzero().flatten().tolist() == sorted(golden[:k])
+        assert (role == BACKDOOR).nonzero().flatten().tolist() == sorted(golden[:k])
 
 
 @pytest.mark.parametrize(("n", "pratio", "count"), [(25, 0.1, 2), (35, 0.1, 4), (1437, 0.1, 144), (10, 0.04, 0)])
@@ -197,9 +194,6 @@ def test_clean_training_poisons_nothing():
     assert Prototype().params() == {}
 
 
-# Inside the batches
-
-
 @each_in_batch
 def test_attacks_inside_the_batches_leave_the_training_set_as_it_is(attack):
     images = toy_images(40)
@@ -252,9 +246,6 @@ def test_a_cross_image_gets_the_trigger_of_another_one_whatever_the_order(monkey
     found = InputAware().cross_test_set(replace(images, pixels=marks)).pixels[:, 0, 0, 0].long()
     assert sorted(found.tolist()) == list(range(80)) and not (found == torch.arange(80)).any()
     assert (images.labels[found] == images.labels).float().mean() < 0.5
-
-
-# Training
 
 
 @each_row
@@ -573,7 +564,41 @@ def test_bpps_levels_and_negatives_by_hand(levels, dithering):
     assert torch.allclose(attack.cross(x, z), (x + of_z - z).clamp(0, 1), atol=1e-12)
 
 
-# Requirements on sizes
+@pytest.mark.parametrize("attack", [AdapBlend(), AdapPatch()])
+def test_covers_carry_parts_of_the_trigger_and_keep_their_label(attack):
+    images, rows = toy_images(200), torch.from_numpy(np.random.RandomState(0).permutation(200)[:50])
+    ruled = with_(attack, pratio=0.1, cover_rate=0.15, attack_target=2)
+    poisoned = ruled.poison_train(images, 0)
+    assert poisoned.role[rows].tolist() == [BACKDOOR] * 20 + [CROSS] * 30 and int((poisoned.role > 0).sum()) == 50
+    assert (poisoned.labels[rows[:20]] == 2).all() and torch.equal(poisoned.labels[rows[20:]], images.labels[rows[20:]])
+    assert torch.equal(poisoned.pixels[rows], quantise(attack.stamp(to_float(images.pixels[rows]))))
+    text = ruled.describe(poisoned, 128)
+    assert len(ruled.poisoned_samples(poisoned)) == 50 and "20 of 200 images poisoned" in text and ", 30 covers" in text
+
+
+def test_adap_blend_by_hand():
+    """Of 4x4 tiles an image has half, at 0.15, or three quarters; which ones differs; a test image has all, at 0.2."""
+    x, t = torch.rand(9, 3, 32, 32), sailing_boat(32, 32)
+    for rate, kept in ((0.5, 8), (0.25, 12)):
+        stamped, seen = AdapBlend(mask_rate=rate).stamp(x), set()
+        for one, clean in zip(stamped, x, strict=True):
+            changed = (one != clean).any(0).view(4, 8, 4, 8).any(3).any(1)
+            mask = changed.repeat_interleave(8, 0).repeat_interleave(8, 1)
+            assert int(changed.sum()) == kept and torch.allclose(one, torch.where(mask, 0.85 * clean + 0.15 * t, clean))
+            seen.add(tuple(changed.flatten().tolist()))
+        assert len(seen) > 5
+    assert torch.allclose(AdapBlend().stamp(x, test=True), 0.8 * x + 0.2 * t, atol=1e-6)
+
+
+def test_adap_patch_by_hand():
+    """Each image has one of four patches in four corners, a test image the first and the third, opaque."""
+    x, t = torch.rand(8, 3, 32, 32), patches(32, 32)
+    corners = [t[k, :, i : i + 16, j : j + 16] for k, (i, j) in enumerate(product((0, 16), repeat=2))]
+    assert [int((part > 0).sum()) for part in corners] == (t > 0).flatten(1).sum(1).tolist()
+    for i, (one, clean) in enumerate(zip(AdapPatch().stamp(x), x, strict=True)):
+        share, patch = (0.5, 0.2, 0.5, 0.3)[i % 4], t[i % 4]
+        assert torch.allclose(one, torch.where(patch > 0, clean + share * (patch - clean), clean), atol=1e-6)
+    assert torch.equal(AdapPatch().stamp(x, test=True), torch.where(t[0] + t[2] > 0, t[0] + t[2], x))
 
 
 @pytest.mark.parametrize(("attack", "side"), [(SSBA(), 12), (SSBA(), 24), (InputAware(), 12)])

@@ -26,8 +26,6 @@ from sau.record import attack_result
 from sau.record.folder import Record
 
 SMALL = LF(lf_optimise=True, lf_images=20, lf_passes=4, lf_deepfool_steps=30)
-
-
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
@@ -47,9 +45,6 @@ class Linear(nn.Module):
         return x.flatten(1) @ self.weight.T + self.bias
 
 
-# The filter
-
-
 def test_the_filter_by_hand():
     """30 taps exp(-(i - 14.5)^2 / 72) over their sum, 14 zeros before and 15 after."""
     v = torch.rand(2, 20, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -67,9 +62,6 @@ def test_the_filter_by_hand():
 def test_rescaling_by_hand_and_where_there_is_nothing_to_rescale():
     assert rescaled(torch.tensor([[[-1.0, 0.0, 3.0]]]), 0.2).tolist() == [[pytest.approx([0, 0.05, 0.2])]]
     assert rescaled(torch.zeros(3, 4, 4), 0.2) is None and rescaled(torch.full((3, 4, 4), float("nan")), 0.2) is None
-
-
-# DeepFool
 
 
 def test_deepfool_on_a_linear_network_is_one_step_of_its_closed_form():
@@ -98,9 +90,6 @@ def test_deepfool_gives_up():
     assert deepfool(beside, torch.zeros(1, 1, 2), 1, 5, 0.02) is None  # from 2, which is seen on the way, 1 is near
 
 
-# A step
-
-
 def test_a_step_skips_what_needs_none():
     """Pictures of the target class, whose r = 0 made NaN in the public script, and images that v moves already."""
     net = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
@@ -123,9 +112,6 @@ def test_a_step_moves_smooths_and_rescales(clean):
     r = deepfool(clean, x[0], 0, 30, 0.02)
     assert torch.allclose(search.v, rescaled(smooth(smooth(r)), 0.2))
     assert float(search.v.min()) == 0 and float(search.v.max()) == pytest.approx(0.2)
-
-
-# The rules of the search
 
 
 def test_the_search_stops_at_the_rate_it_wants_or_when_five_are_alike_and_keeps_the_best():
@@ -153,9 +139,6 @@ def test_a_search_that_finds_nothing_is_an_error():
     net = Linear(torch.zeros(4, 768), torch.tensor([1.0, 0.0, 0.0, 0.0]))
     with refuses(TrainingError, "class 0"):
         lf_search.optimise(net, toy_images(40), SMALL, 0, quiet())
-
-
-# All of it
 
 
 def coloured(n: int) -> Images:
@@ -223,9 +206,6 @@ def test_a_clean_network_that_answers_otherwise_is_another_one():
     assert ["from the cache" in line for line in found] == [False, False, True]
 
 
-# A network from a record
-
-
 def write_record(path: Path, images: Images, triggered: Images | None = None) -> Path:
     """A record as attack/prototype.py leaves it, or another attack; its network is not trained."""
     about = {"classes": 4, "width": 2, "shape": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -246,13 +226,11 @@ def test_the_network_of_a_record_is_used(tmp_path):
     assert not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize(("attacked", "given", "word"), [
-    (True, toy_images(8, size=32), "attacked"),
-    (False, toy_images(8, size=32, seed=1), "other digits images"),
-    (False, toy_images(8), "other digits images"),
-])  # fmt: skip
-def test_a_record_that_does_not_fit_is_refused(tmp_path, attacked, given, word):
-    images = toy_images(8, size=32)
+@pytest.mark.parametrize(
+    ("size", "seed", "word"), [(32, 0, "attacked"), (32, 1, "other digits"), (16, 0, "other digits")]
+)
+def test_a_record_that_does_not_fit_is_refused(tmp_path, size, seed, word):
+    images, given, attacked = toy_images(8, size=32), toy_images(8, size=size, seed=seed), word == "attacked"
     path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if attacked else None)
     with pytest.raises(RecordError, match=word):
         load_clean(path, given)

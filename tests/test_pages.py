@@ -28,7 +28,7 @@ def test_every_method_has_its_page(kind, name):
 def test_the_first_line_of_a_defense_and_its_page_agree_on_few_images():
     texts = {name: " ".join(cards.few(name).split()) for name in DEFENSES}
     assert all(texts.values())
-    assert {name: "That is enough." in text for name, text in texts.items()} == {
+    assert {name: "are enough." in text for name, text in texts.items()} == {
         name: defense.few_suffice for name, defense in DEFENSES.items()
     }
 

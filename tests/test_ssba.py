@@ -17,8 +17,6 @@ from sau.models.steganography import Decoder, Encoder, psnr, stored
 from sau.optim import Training
 
 FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}
-
-
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sau.attack.adaptive import AdapBlend, AdapPatch
 from sau.attack.badnet import BadNet
 from sau.attack.base import Attack
 from sau.attack.blended import Blended
@@ -20,10 +21,13 @@ from sau.attack.wanet import WaNet
 from sau.errors import RecordError
 
 __all__ = [
-    "ATTACKS", "BPP", "LF", "SIG", "SSBA", "THEIRS", "Attack", "BadNet", "Blended", "InputAware", "Prototype", "WaNet",
+    "ATTACKS", "BPP", "LF", "SIG", "SSBA", "THEIRS", "AdapBlend", "AdapPatch", "Attack", "BadNet", "Blended",
+    "InputAware", "Prototype", "WaNet",
 ]  # fmt: skip
 
-_CLASSES: tuple[type[Attack], ...] = (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP)
+_CLASSES: tuple[type[Attack], ...] = (
+    Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch,
+)  # fmt: skip
 ATTACKS = {attack.name: attack for attack in _CLASSES}
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
 

@@ -29,7 +29,7 @@ from sau.types import Bytes, Labels, Pixels
 State = dict[str, Any]
 Step = Callable[[State, Tensor, Labels], Any]
 LabelRule = Literal["all2one", "all2all"]
-GATE = 85.0  # percent: the least gate of any attack on CIFAR-10 (WaNet's), for all other data sets
+GATE = 85.0  # percent: the gate on other data sets than CIFAR-10, where it is not lower there
 
 
 def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,13 +149,17 @@ class Attack(Method, ABC):
 
     def poison_train(self, images: Images, seed: int) -> Images:
         """Stamp and relabel round(pratio * N) images; the same ones for the same seed, as in the benchmark."""
-        check_seed(seed, 2**32)  # numpy's
         if (count := self.num_poisoned(images)) == 0:
             return images
+        rows = self.draw(images, seed, count)
+        return images.replace_rows(self.poison(images, rows), rows)
+
+    def draw(self, images: Images, seed: int, count: int) -> Tensor:
+        """The first `count` of the candidates in a random order that follows from the seed."""
+        check_seed(seed, 2**32)  # numpy's
         candidates = self.candidates(images)
         order = np.random.RandomState(seed).permutation(len(candidates))  # the benchmark's generator and its draw
-        rows = candidates[torch.from_numpy(order[:count]).to(candidates.device)]
-        return images.replace_rows(self.poison(images, rows), rows)
+        return candidates[torch.from_numpy(order[:count]).to(candidates.device)]
 
     def poison_test(self, images: Images) -> Images:
         """The test set of ASR and R-ACC: triggered and relabelled, without images that have that label already."""
@@ -189,7 +193,7 @@ class Attack(Method, ABC):
 
     def describe(self, trained_on: Images, batch_size: int) -> str:
         """What is poisoned, in a line; for clean-label attacks the share of the class as well."""
-        count = int((trained_on.role > 0).sum())
+        count = int((trained_on.role == BACKDOOR).sum())
         changed = int((trained_on.labels != trained_on.true_labels).sum())
         share = 100 * count / max(1, int((trained_on.labels == self.attack_target).sum()))
         of_class = f" ({share:.4g} % of class {self.attack_target})" if self.clean_label else ""
@@ -201,7 +205,7 @@ class Attack(Method, ABC):
         or poisoned images, and for label rules other than all2one, whose ASR is bounded by the accuracy."""
         if asr is None or self.pratio == 0 or self.attack_label_trans != "all2one":
             return None
-        least = self.cifar10_gate if dataset == "cifar10" else GATE
+        least = self.cifar10_gate if dataset == "cifar10" else min(GATE, self.cifar10_gate)
         return {"asr": least, "passed": asr.percent >= least}
 
     # Training
