@@ -107,9 +107,9 @@ def defense_table(results: list[Result], name: str) -> str:
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
     rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))
     head = ["attack", "ACC", "ASR", "R-ACC", "DER"] + ["published: ACC / ASR"] * bool(table)
-    source = re.split("; (?:DER|R-ACC)", table["source"])[0] if table else "nothing in this setting"
-    about = f"Recipe `cpu`{recipe('defense', name)}; {cost(list(groups.values()))} ([columns](README.md#tables)). "
-    about += f"Published: {source}."
+    source = re.split("; (?:DER|R-ACC)", table["source"])[0] if table else ""
+    about = f"Recipe `cpu`{recipe('defense', name)}; {cost(list(groups.values()))} ([columns](README.md#tables))."
+    about += f" Published: {source}." * bool(table)
     flags = flagged([result for result in results if result.defense == name])
     return f"{wrapped(about)}\n{markdown(head, rows)}{flags}{few(name)}"
 

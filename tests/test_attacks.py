@@ -484,15 +484,9 @@ def test_wanets_warp_by_hand(how, h, w):
     assert not torch.equal(attack.grid(x), ready(WaNet(**how), seed=4).grid(x))
 
 
-@pytest.mark.parametrize(
-    ("attack", "size", "n", "cross"),
-    [
-        (WaNet(), 128, 12, 24),
-        (WaNet(cross_ratio=0.7), 80, 8, 5),
-        (WaNet(), 5, 0, 0),
-        (BPP(neg_ratio=0.15), 128, 12, 19),
-    ],
-)
+@pytest.mark.parametrize(("attack", "size", "n", "cross"), [
+    (WaNet(), 128, 12, 24), (WaNet(cross_ratio=0.7), 80, 8, 5), (WaNet(), 5, 0, 0), (BPP(neg_ratio=0.15), 128, 12, 19),
+])  # fmt: skip
 def test_batches_hold_poisoned_cross_and_clean_images(attack, size, n, cross, monkeypatch):
     """int(0.1 * 128) = 12, int(12 * 2) = 24, int(8 * 0.7) = 5; of five images half one, here none; int(0.15 * 128)."""
     images, attack = toy_images(size, classes=7, size=16), ready(with_(attack, attack_target=3))
