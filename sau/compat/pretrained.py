@@ -111,8 +111,10 @@ def _transformers(folder: Path, found: Weights) -> tuple[Any, ...]:
         raise ConfigError(f"{folder / CONFIG} says {arch}, allowed is a network ...ForImageClassification")
     tensors = {name: weights.fit(value, value, f"{found.path}: {name}") for name, value in found.tensors.items()}
     # The tensors are given, so that no other file is looked for; every network has the eager attention.
-    how = {"config": config, "state_dict": tensors, "attn_implementation": "eager", "dtype": torch.float32}
-    net, differs = getattr(lib, arch).from_pretrained(None, **how, output_loading_info=True)
+    how = {"config": config, "state_dict": tensors, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    net, differs = getattr(lib, arch).from_pretrained(
+        None, **how, attn_implementation="eager", output_loading_info=True
+    )
     if wrong := sorted(str(name) for each in differs.values() for name in each):
         raise ConfigError(f"{found.path} and {arch} differ in {len(wrong)} weights, like {wrong[0]}")
 
