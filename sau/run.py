@@ -49,7 +49,7 @@ class Run:
     dataset_path: str = param(DATA_FOLDER, "folder of the data sets; a defense looks where the attack found them")
     model: str = param(
         "preactresnet18",
-        "preactresnet18, or a classifier of torchvision, like vgg19_bn; for a defense, that of the record",
+        "preactresnet18, one of torchvision's, like vgg19_bn, or timm's, like timm:resnet18; a defense's: the record's",
     )
     recipe: Literal["auto", RecipeName] = param(
         "auto",

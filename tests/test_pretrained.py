@@ -121,6 +121,7 @@ def test_flags_agree_with_the_folder_or_are_refused(networks, clean, here, refus
     ("timm_resnet", "config.json", {"model_args": {"num_classes": 4}}, "fc.weight has (3, "),
     ("vit", "config.json", {"architectures": ["ViTModel"]}, "says ViTModel, allowed is a network ...ForImage"),
     ("vit", "config.json", {"num_hidden_layers": 3}, "differ in 16 weights"),
+    ("vit", "config.json", {"hidden_size": 10**7}, "has weights of other shapes than ViTForImageClassification"),
     ("vit", "config.json", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "contains custom code"),
     ("vit", "preprocessor_config.json", {"rescale_factor": 0.1}, "does more than resize, crop, scale"),
     ("vit", "preprocessor_config.json", {"size": {"height": 16, "width": 20}}, "wants images of 16x20"),

@@ -111,10 +111,11 @@ def _transformers(folder: Path, found: Weights) -> tuple[Any, ...]:
         raise ConfigError(f"{folder / CONFIG} says {arch}, allowed is a network ...ForImageClassification")
     tensors = {name: weights.fit(value, value, f"{found.path}: {name}") for name, value in found.tensors.items()}
     # The tensors are given, so that no other file is looked for; every network has the eager attention.
-    how = {"config": config, "state_dict": tensors, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-    net, differs = getattr(lib, arch).from_pretrained(
-        None, **how, attn_implementation="eager", output_loading_info=True
-    )
+    how = {"config": config, "state_dict": tensors, "attn_implementation": "eager", "dtype": torch.float32}
+    try:
+        net, differs = getattr(lib, arch).from_pretrained(None, **how, output_loading_info=True)
+    except RuntimeError:  # before it takes memory, of which a configuration may claim any size
+        raise ConfigError(f"{found.path} has weights of other shapes than {arch} by {CONFIG}") from None
     if wrong := sorted(str(name) for each in differs.values() for name in each):
         raise ConfigError(f"{found.path} and {arch} differ in {len(wrong)} weights, like {wrong[0]}")
 
@@ -130,5 +131,4 @@ def _transformers(folder: Path, found: Weights) -> tuple[Any, ...]:
         raise ConfigError(f"{folder / PROCESSOR} does more than resize, crop, scale to [0, 1] and normalise")
     scaling = {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
     settings = {name: value for name, value in processor.to_dict().items() if name not in scaling}
-    names = [config.id2label[number] for number in range(config.num_labels)]
-    return arch, Logits(net.eval()), names, mean, std, apply, settings
+    return arch, Logits(net.eval()), [config.id2label[i] for i in range(config.num_labels)], mean, std, apply, settings

@@ -36,9 +36,6 @@ class Preparation(NamedTuple):
     text: str  # says it in full
 
 
-Size = int | Preparation  # a number squeezes
-
-
 def read_image(path: str | Path) -> Image.Image:
     """An RGB image from a PNG, JPEG, WebP, BMP or PPM file, whatever its name ends in, as torchvision reads it: the
     rotation that a camera notes in EXIF is not applied. DataError unless it is an 8-bit image in colour or gray."""
@@ -61,8 +58,8 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.asarray(resized, dtype=np.float32).transpose(2, 0, 1).copy())
 
 
-def decode(paths: Sequence[str], size: Size, title: str) -> Bytes:
-    """Every image as uint8 [N, 3, size, size], with a progress bar on a terminal."""
+def decode(paths: Sequence[str], size: int | Preparation, title: str) -> Bytes:
+    """Every image as uint8 [N, 3, size, size], squeezed to a number, with a progress bar on a terminal."""
     side, apply = (size, partial(image_to_tensor, height=size, width=size)) if isinstance(size, int) else size[:2]
     pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     for slot, path in zip(pixels, tqdm(paths, desc=title, unit="image", disable=None, leave=False), strict=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sau.compat.torch_file import ALLOWED
-from sau.data.decode import Size, cached, decode
+from sau.data.decode import Preparation, cached, decode
 from sau.data.images import Images
 from sau.errors import DataError, first_line
 
@@ -150,7 +150,7 @@ def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
     return image_folder(root / "train", size, names), image_folder(root / "test", size, names)
 
 
-def image_folder(root: Path, size: Size = 32, names: Sequence[str] | None = None) -> Images:
+def image_folder(root: Path, size: int | Preparation = 32, names: Sequence[str] | None = None) -> Images:
     """Own images, uint8 [N, 3, size, size], from <class>/*; classes and files by name, without `_STRAY`.
 
     `names` are those of all classes in the order of their numbers; None numbers the folders in their order.
@@ -198,7 +198,7 @@ def _samples(root: Path, classes: Sequence[str], suffix: str = "") -> Samples:
     return sorted(found, key=lambda sample: sample[1])  # torchvision goes by name
 
 
-def read_images(title: str, root: Path, samples: Samples, size: Size, classes: int) -> Images:
+def read_images(title: str, root: Path, samples: Samples, size: int | Preparation, classes: int) -> Images:
     """The images of a split, from the cache or decoded with a progress bar."""
     key = [title, str(size) if isinstance(size, int) else size.text]
     for path, _ in samples:
