@@ -1,5 +1,6 @@
 """Numbers and tables as text."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from sau.errors import printable
@@ -11,6 +12,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def at_most(bound: float) -> str:
+    """The largest number of four digits that is not above `bound`, which is above 0."""
+    text = f"{bound:.4g}"
+    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -21,6 +21,7 @@ from sau.attack.blended import sailing_boat
 from sau.attack.in_batch import augmented
 from sau.config import options
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, sample, to_float
+from sau.defense import clp
 from sau.errors import ConfigError, DataError
 from sau.evaluate import score
 from sau.loop import RunContext
@@ -143,16 +144,14 @@ def test_label_rules_lead_each_class_where_they_say(attack, shift, wanted):
     assert torch.equal(triggered.true_labels, images.labels[moves])
 
 
-@pytest.mark.parametrize(
-    ("attack", "wrong", "name"),
-    [
-        (BadNet(), {"attack_label_trans": "all2all", "attack_label_shift_amount": 4}, "attack_label_shift_amount"),
-        (SIG(), {"pratio": 0.3}, "pratio"),
-        (BadNet(), {"attack_target": 4}, "attack_target"),
-        (ROWS["wanet"].attack, {"attack_target": 1000}, "attack_target"),
-        (BPP(), {"neg_ratio": 0.95}, "pratio"),
-    ],
-)
+@pytest.mark.parametrize(("attack", "wrong", "name"), [
+    (BadNet(), {"attack_label_trans": "all2all", "attack_label_shift_amount": 4}, "attack_label_shift_amount"),
+    (SIG(), {"pratio": 0.3}, "pratio"),
+    (BadNet(), {"attack_target": 4}, "attack_target"),
+    (ROWS["wanet"].attack, {"attack_target": 1000}, "attack_target"),
+    (BPP(), {"neg_ratio": 0.95}, "pratio"),
+    (InputAware(), {"resilient_rho": 1.0}, "resilient_rho"),
+])  # fmt: skip
 def test_rules_that_do_not_fit_are_refused(attack, wrong, name):
     with pytest.raises(ConfigError, match=name):
         with_(attack, **wrong).poison_train(toy_images(40), 0)
@@ -530,8 +529,8 @@ def test_wanet_crops_8_of_10_batches_and_rotates_5_into_the_mean_colour(monkeypa
     net = build("preactresnet18", 4, width=4, mean=(0.25,) * 3, std=(0.25,) * 3)
     torch.manual_seed(0)
     white = torch.ones(4, 3, 12, 12)
-    states = [{"augment": Augment(4, flip=i % 2 == 0), "model": net} for i in range(200)]
-    moved = [augmented(state, white, 3, 7.0, False) for state in states]
+    flip = [{"augment": Augment(4, flip=flip), "model": net} for flip in (True, False)]
+    moved = [augmented(flip[i % 2], white, 3, 7.0, False) for i in range(200)]
     assert 140 < crops.count(3) < 180 and crops.count(0) == 200 - crops.count(3) and flips == [True, False] * 100
     assert set(turns) == {7.0} and 80 < len(turns) < 120
     assert torch.cat(moved).min() == pytest.approx(0.25, abs=1e-3)
@@ -606,15 +605,12 @@ PIXELS, LABELS = toy_images(8).pixels, toy_images(8).labels
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("pixels", "labels", "word"),
-    [
-        (PIXELS / 255, LABELS, "torch.float32"),
-        (PIXELS.permute(0, 2, 3, 1), LABELS, "8, 16, 16, 3"),
-        (PIXELS, torch.eye(4)[LABELS], "8, 4"),
-        (PIXELS, LABELS.float(), "torch.float32"),
-    ],
-)
+@pytest.mark.parametrize(("pixels", "labels", "word"), [
+    (PIXELS / 255, LABELS, "torch.float32"),
+    (PIXELS.permute(0, 2, 3, 1), LABELS, "8, 16, 16, 3"),
+    (PIXELS, torch.eye(4)[LABELS], "8, 4"),
+    (PIXELS, LABELS.float(), "torch.float32"),
+])  # fmt: skip
 def test_images_and_labels_of_another_kind_are_refused(pixels, labels, word):
     with pytest.raises(DataError, match=word):
         Images.clean(pixels, labels, 4)
@@ -647,6 +643,20 @@ UNFIT = {
 def test_networks_that_no_attack_can_train_are_refused(net, kind):
     with refuses(kind):
         BadNet().fit(net, toy_images(8), RECIPE, session=QUIET)
+
+
+def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
+    """Of 16 channels the one with a scale of 9 gets the mean of all, (15 + 9) / 16, and the mean shift, 8 / 16."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
+    net[0].weight.data.fill_(1), net[1].weight.data[5:6].fill_(9), net[1].bias.data[5:6].fill_(8)
+    clp.smooth(net, torch.rand(1, 3, 2, 2), 3.0)
+    assert net[1].weight.tolist() == [1.0] * 5 + [1.5] + [1.0] * 10 and net[1].bias.tolist()[4:7] == [0, 0.5, 0]
+    calls, attack = list[float](), BadNet(abi=2.0)
+    monkeypatch.setattr("sau.attack.base.smooth", lambda model, x, u: calls.append(u))
+    attack.fit(tiny_net(), toy_images(20), Training(epochs=3, batch_size=10), session=quiet())
+    assert calls == [2.0] * 3 and "abi" in attack.identity() and not {"abi", "resilient_rho"} & {*BadNet().identity()}
+    with pytest.raises(ConfigError, match="abi"):
+        attack.fit(torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), toy_images(8), RECIPE, session=QUIET)
 
 
 def test_a_batch_of_one_image_is_too_few_for_batch_norm():

@@ -34,15 +34,11 @@ def clean() -> nn.Module:
     return train_victim(Prototype(), toy_images(200, size=32)).requires_grad_(False)
 
 
-class Linear(nn.Module):
+def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
     """Logits W x + b of a flattened image."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
+    layer = nn.Linear(*weight.T.shape)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return nn.Sequential(nn.Flatten(), layer).requires_grad_(False)
 
 
 def test_the_filter_by_hand():
@@ -68,7 +64,7 @@ def test_deepfool_on_a_linear_network_is_one_step_of_its_closed_form():
     """r = (f_0 - f_t) / |w_t - w_0|^2 (w_t - w_0), times 1.02."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(2, 12, generator=generator), torch.rand(3, 2, 2, generator=generator)
-    net = Linear(weight, torch.tensor([9.0, 0.0]))
+    net = linear(weight, torch.tensor([9.0, 0.0]))
     logits = net(x[None])[0]
     assert int(logits.argmax()) == 0
     way = weight[1] - weight[0]
@@ -82,21 +78,21 @@ def test_deepfool_on_a_linear_network_is_one_step_of_its_closed_form():
 
 def test_deepfool_gives_up():
     x = torch.rand(3, 2, 2)
-    flat = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))
+    flat = linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))
     assert deepfool(flat, x, 1, 200, 0.02) is None  # no way leads anywhere
-    hidden = Linear(torch.tensor([[0.0], [1.0], [2.0]]).expand(3, 12), torch.tensor([20.0, 0.0, 0.0]))
+    hidden = linear(torch.tensor([[0.0], [1.0], [2.0]]).expand(3, 12), torch.tensor([20.0, 0.0, 0.0]))
     assert deepfool(hidden, x, 1, 5, 0.02) is None  # 2 wins before 1 does
-    beside = Linear(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0, 0.5]))
+    beside = linear(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0, 0.5]))
     assert deepfool(beside, torch.zeros(1, 1, 2), 1, 5, 0.02) is None  # from 2, which is seen on the way, 1 is near
 
 
 def test_a_step_skips_what_needs_none():
     """Pictures of the target class, whose r = 0 made NaN in the public script, and images that v moves already."""
-    net = Linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
+    net = linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))  # sees 0 everywhere
     search = Progress(torch.Size((3, 2, 2)), torch.device("cpu"))
     x, y = torch.rand(1, 3, 2, 2), torch.zeros(1, dtype=torch.long)
     assert int(step(net, search, SMALL, x, y)["moved"]) == 0 and not search.v.any()
-    ramp = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
+    ramp = linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
     grey = torch.full((1, 3, 2, 2), 0.5)  # 12 * 0.5 = 6 is less than 6.5, and 12 * 0.6 is more
     search.v = torch.full((3, 2, 2), 0.1)
     before = search.v.clone()
@@ -128,7 +124,7 @@ def test_the_search_stops_at_the_rate_it_wants_or_when_five_are_alike_and_keeps_
 
 def test_the_rate_is_the_share_of_changed_predictions():
     """Two of four images are beyond the border, 6.5 of 12, once 0.1 is added; only one was before."""
-    net = Linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
+    net = linear(torch.stack([torch.zeros(12), torch.ones(12)]), torch.tensor([6.5, 0.0]))
     grey = torch.tensor([51, 128, 153, 77], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     images = Images.clean(grey, torch.zeros(4, dtype=torch.long), 2)
     seen = predict(net, to_float(grey))
@@ -136,7 +132,7 @@ def test_the_rate_is_the_share_of_changed_predictions():
 
 
 def test_a_search_that_finds_nothing_is_an_error():
-    net = Linear(torch.zeros(4, 768), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    net = linear(torch.zeros(4, 768), torch.tensor([1.0, 0.0, 0.0, 0.0]))
     with refuses(TrainingError, "class 0"):
         lf_search.optimise(net, toy_images(40), SMALL, 0, quiet())
 

@@ -1,6 +1,7 @@
 """FT-SAM and SAU-SAM: perturbations and steps against literal ones in double precision, what is left as it was."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from released_sau import ReleasedSAU
 from torch import nn
 from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net, toy_images
 
+from sau.attack import BadNet
 from sau.defense import FTSAM, SAUSAM
 from sau.defense.ft_sam import perturbed, smoothed_loss
 from sau.models import PreActResNet18
+from sau.optim import Training
 
 
 def doubles(*values: list[float]) -> list[torch.Tensor]:
@@ -57,16 +60,16 @@ def test_statistics_are_kept_and_those_of_the_batch_used():
     assert norm.num_batches_tracked == 1 and not torch.equal(norm.running_mean, kept["running_mean"])
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_a_step_is_the_papers_in_double_precision(adaptive, alpha):
-    """w - lr * (gradient at w + e), worked out again by functional calls; the statistics are those of one batch."""
+@pytest.mark.parametrize(("adaptive", "alpha", "share"), [*product((True, False), (0, 0.3), (0.1,)), (False, 0, 0)])
+def test_a_step_is_the_papers_in_double_precision(adaptive, alpha, share):
+    """w - lr * (gradient at w + e), by functional calls; statistics of one batch. Last, of a resilient attack."""
     net, images = tiny_net().double().train(), toy_images(8)
     x, y = images.pixels.double() / 255, images.labels
-    method = FTSAM(lr=0.1, sgd_momentum=0.0, wd=0.0, rho=0.7, adaptive=adaptive, alpha=alpha, lr_scheduler="constant")
+    how, attack = {"lr": 0.1, "sgd_momentum": 0.0, "wd": 0.0, "lr_scheduler": "constant"}, BadNet(resilient_rho=0.7)
+    method = FTSAM(rho=0.7, adaptive=adaptive, alpha=alpha, **how) if share else attack
     weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     buffers = {name: value.clone() for name, value in net.named_buffers()}
-    soft = torch.full((8, 4), 0.1 / 3, dtype=torch.float64).scatter(1, y[:, None], 0.9)
+    soft = torch.full((8, 4), share / 3, dtype=torch.float64).scatter(1, y[:, None], 1 - share)
 
     def gradient(at: dict[str, torch.Tensor]) -> torch.Tensor:
         at = {name: weight.clone().requires_grad_() for name, weight in at.items()}
@@ -77,7 +80,7 @@ def test_a_step_is_the_papers_in_double_precision(adaptive, alpha):
 
     w, g = torch.cat([weight.flatten() for weight in weights.values()]), gradient(weights)
     size = w.abs() if adaptive else torch.ones_like(w)
-    e = method.rho * size**2 * g / (size * g).norm()
+    e = 0.7 * size**2 * g / (size * g).norm()
     parts = (w + e).split([weight.numel() for weight in weights.values()])
     there = gradient({name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)})
     across = g - (g @ there) / (there @ there) * there
@@ -85,7 +88,7 @@ def test_a_step_is_the_papers_in_double_precision(adaptive, alpha):
 
     once = tiny_net().double().train()
     once(x)
-    method.step(method.prepare(net, range(1)), x, y)
+    method.step(method.prepare(net, range(1)) if share else attack.prepare(net, Training(**how), 1), x, y)
     found = torch.cat([weight.detach().flatten() for weight in net.parameters()])
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12) and not torch.allclose(found, w - 0.1 * g, atol=1e-4)
     assert all(torch.equal(value, dict(once.named_buffers())[name]) for name, value in net.named_buffers())

@@ -29,21 +29,18 @@ def raising(error: BaseException):
     return fails
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        (ConfigError("a\nb\x1b[2J"), 2, "error: a b\\x1b[2J"),
-        (RecordError("x"), 2, "error: x"),
-        (LockedError("x"), 1, "error: x"),
-        (OutOfMemory("x"), 1, "error: x"),
-        (FaultError("x"), 1, "error: x"),
-        (OSError(errno.ESTALE, "Stale", "a\x1bb"), 1, f"error: [Errno {errno.ESTALE}] Stale: 'a\\x1bb'"),
-        (OSError("a\x1bb\nc"), 2, "error: a\\x1bb\\nc"),
-        (OSError(errno.ENOENT, "None"), 2, f"error: [Errno {errno.ENOENT}] None"),
-        (RuntimeError("CUDA out of memory"), 1, "error: out of memory (CUDA out of memory)"),
-        (MemoryError("Unable to allocate 9 GiB"), 1, "error: out of memory (Unable to allocate 9 GiB)"),
-    ],
-)
+@pytest.mark.parametrize(("error", "status", "line"), [
+    (ConfigError("a\nb\x1b[2J"), 2, "error: a b\\x1b[2J"),
+    (RecordError("x"), 2, "error: x"),
+    (LockedError("x"), 1, "error: x"),
+    (OutOfMemory("x"), 1, "error: x"),
+    (FaultError("x"), 1, "error: x"),
+    (OSError(errno.ESTALE, "Stale", "a\x1bb"), 1, f"error: [Errno {errno.ESTALE}] Stale: 'a\\x1bb'"),
+    (OSError("a\x1bb\nc"), 2, "error: a\\x1bb\\nc"),
+    (OSError(errno.ENOENT, "None"), 2, f"error: [Errno {errno.ENOENT}] None"),
+    (RuntimeError("CUDA out of memory"), 1, "error: out of memory (CUDA out of memory)"),
+    (MemoryError("Unable to allocate 9 GiB"), 1, "error: out of memory (Unable to allocate 9 GiB)"),
+])  # fmt: skip
 def test_an_expected_error_has_its_status_and_one_line(error, status, line, capsys):
     assert run_command(raising(error)) == status
     err = capsys.readouterr().err
@@ -107,15 +104,12 @@ def test_a_device_that_is_not_there_is_refused(name, script, monkeypatch):
         assert status == 2 and "nobody" in the_error(err)
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "word"),
-    [
-        ("export.py", ("nobody", "--format", "png", "--out", "out", "--name_there", "mine"), "--name_there"),
-        ("tables.py", ("gaps", "nobody"), "nobody"),
-        ("tables.py", ("radii", "victim", "nobody"), "nobody"),
-        ("figures.py", ("victim", "--defense", "nobody"), "nobody"),
-    ],
-)
+@pytest.mark.parametrize(("name", "flags", "word"), [
+    ("export.py", ("nobody", "--format", "png", "--out", "out", "--name_there", "mine"), "--name_there"),
+    ("tables.py", ("gaps", "nobody"), "nobody"),
+    ("tables.py", ("radii", "victim", "nobody"), "nobody"),
+    ("figures.py", ("victim", "--defense", "nobody"), "nobody"),
+])  # fmt: skip
 def test_bad_arguments_are_refused_before_anything_is_made(name, flags, word, script, victim, monkeypatch):
     before = sorted(victim.parents[1].rglob("*"))
     more = ("--record_root", str(victim.parent)) if "victim" in flags else ()

@@ -1,11 +1,10 @@
 """What every attack does: choose images, stamp and relabel them, train the network on them."""
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -18,6 +17,8 @@ from sau.attack.triggers import TriggerContext
 from sau.config import param
 from sau.data.batches import Augment, Batches, check_seed, quantise, seeded, to_float
 from sau.data.images import BACKDOOR, Images
+from sau.defense.clp import fed, smooth
+from sau.defense.ft_sam import FTSAM
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy
 from sau.graphs import MicroBatchedStep
@@ -25,6 +26,7 @@ from sau.loop import RunContext
 from sau.models import normalized
 from sau.optim import Method, Training
 from sau.types import Bytes, Labels, Pixels
+from sau.util import at_most
 
 State = dict[str, Any]
 Step = Callable[[State, Tensor, Labels], Any]
@@ -42,12 +44,6 @@ def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
         return stamp(self, x, **how)
 
     return guarded
-
-
-def at_most(bound: float) -> str:
-    """The largest number of four digits that is not above `bound`, which is above 0."""
-    text = f"{bound:.4g}"
-    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
 
 
 class Attack(Method, ABC):
@@ -68,6 +64,8 @@ class Attack(Method, ABC):
     attack_label_trans: LabelRule = param("all2one", "all2one (to attack_target) or all2all (y to y + shift)")
     attack_label_shift_amount: int = param(1, "the shift of all2all")
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
+    resilient_rho: float = param(0.0, "radius of SAM in training, against fine-tuning; 0 trains as usual", ge=0)
+    abi: float | None = param(None, "u: hide channels that CLP would prune, after each epoch; none: do not", ge=0)
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -77,6 +75,13 @@ class Attack(Method, ABC):
         super().__post_init__()
         fits = self.attack_label_trans == "all2one" or not self.clean_label
         self.require("attack_label_trans", fits, f"all2one for {self.name}")
+        plain = self.resilient_rho == 0 or type(self).step is Attack.step
+        self.require("resilient_rho", plain, f"0 for {self.name}, which trains more than the network")
+
+    def identity(self) -> dict[str, Any]:
+        """As of every method; of settings that came after kept results only those in use."""
+        unused = [name for name, value in (("resilient_rho", 0), ("abi", None)) if getattr(self, name) == value]
+        return {name: value for name, value in super().identity().items() if name not in unused}
 
     # The trigger
 
@@ -219,10 +224,16 @@ class Attack(Method, ABC):
         return x, y
 
     def step(self, state: State, x: Pixels, y: Labels) -> dict[str, Tensor]:
-        """Supervised learning of whatever labels the images carry."""
-        logits = normalized.require_tensor(state["model"], state["model"](x))
+        """Supervised learning of whatever labels the images carry; with `resilient_rho` along grad L(w + rho g / |g|),
+        where g = grad L(w) (Foret et al., ICLR 2021), batch norm's running statistics being those at w."""
+        model, descent = state["model"], state["descent"]
+        logits = normalized.require_tensor(model, model(x))
         loss = F.cross_entropy(logits, y)
-        state["descent"](loss)
+        if self.resilient_rho:
+            sam = FTSAM(rho=self.resilient_rho, adaptive=False)
+            sam.update(model, descent, loss, lambda: F.cross_entropy(model(x), y))
+        else:
+            descent(loss)
         return {"loss": loss, "train_acc": batch_accuracy(logits, y)}
 
     def classifier_epochs(self, recipe: Training) -> int:
@@ -230,7 +241,7 @@ class Attack(Method, ABC):
         return recipe.epochs
 
     def supports_microbatch(self) -> bool:
-        return type(self).step is Attack.step
+        return type(self).step is Attack.step and not self.resilient_rho
 
     @final
     def fit(
@@ -258,6 +269,8 @@ class Attack(Method, ABC):
         with torch.no_grad(), normalized.eval_mode(model):
             normalized.check_logits(logits := normalized.logits_of(model, to_float(images.pixels[:8])))
         normalized.check_labels(images.labels, logits.shape[1])
+        if self.abi is not None:
+            fed(model, to_float(images.pixels[:1]))  # refuses networks without such channels
         session = session or RunContext()
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
@@ -274,6 +287,12 @@ class Attack(Method, ABC):
 
     def run_epochs(self, step: Step, compose: Step, state: State, batches: Batches, epochs: int, **how: Any) -> None:
         """`compose` and `step` for every batch of every epoch; `how` goes to `loop.run`."""
+
+        def end_epoch(losses: dict[str, float]) -> bool | None:
+            if self.abi is not None and "model" in state:
+                smooth(state["model"], to_float(state["images"].pixels[:1]), self.abi)
+            return self.end_epoch(state, losses)
+
         flags = {"supports_microbatch": self.supports_microbatch(), "graph_safe": self.graph_safe}
         whole = MicroBatchedStep(step, state, how["session"], compose=compose, **flags)
-        loop.run(whole, batches, epochs, state=state, end_epoch=partial(self.end_epoch, state), **how)
+        loop.run(whole, batches, epochs, state=state, end_epoch=end_epoch, **how)

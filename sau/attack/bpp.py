@@ -11,11 +11,12 @@ their label, so that the network learns the quantisation and not just any change
 import torch
 import torch.nn.functional as F
 
-from sau.attack.base import State, at_most
+from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack, augmented, random_images
 from sau.config import param
 from sau.data.batches import to_float
 from sau.types import Labels, Pixels
+from sau.util import at_most
 
 # Floyd and Steinberg's: (rows down, columns to the right, sixteenths of the error).
 DIFFUSION = ((1, 1, 1), (1, 0, 5), (1, -1, 3), (0, 1, 7))

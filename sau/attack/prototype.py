@@ -17,6 +17,8 @@ class Prototype(Attack):
     attack_target: int = field(default=0, init=False)
     attack_label_trans: LabelRule = field(default="all2one", init=False)
     attack_label_shift_amount: int = field(default=1, init=False)
+    resilient_rho: float = field(default=0.0, init=False)
+    abi: float | None = field(default=None, init=False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x

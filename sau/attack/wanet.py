@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sau.attack.base import State, at_most
+from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack, augmented
 from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
 from sau.data.batches import generator
 from sau.types import Labels, Pixels
+from sau.util import at_most
 
 
 class WaNet(InBatchAttack):

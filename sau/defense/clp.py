@@ -7,6 +7,9 @@ by a convolution with filter W_c, an upper bound of it is
 
 where W_c is reshaped to (input channels) x (k * k), ||.||_2 is its largest singular value, gamma the batch norm's
 scale, var its running variance. Channels whose sigma stands out in their layer are pruned.
+
+`smooth` is an attacker's answer, of Grond (Xu, Liu, Koffas, Picek, "Towards Backdoor Stealthiness in Model Parameter
+Space", CCS 2025): channels with sigma_c > mean(sigma) + u std(sigma) get the mean gamma and shift of their layer.
 """
 
 from typing import Literal
@@ -18,6 +21,7 @@ from sau.config import param
 from sau.data.batches import first_batch
 from sau.defense import pruning
 from sau.errors import ConfigError
+from sau.models.normalized import eval_mode
 from sau.types import Batched, Pixels
 
 Pairing = Literal["traced", "order"]
@@ -74,3 +78,23 @@ def ordered(model: nn.Module, norms: pruning.Norms) -> Pairs:
         elif name in norms and last is not None and last.out_channels == norms[name].num_features:
             pairs[name] = last
     return pairs
+
+
+def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
+    """The convolutions with the batch norms that they feed (`traced` by `x`); ConfigError if there are none."""
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, pruning.NORMS)}
+    norms = {name: norm for name, norm in norms.items() if norm.affine and norm.running_var is not None}
+    with eval_mode(model):
+        pairs = [(conv, norms[name]) for name, conv in traced(model, norms, x).items()]
+    if not pairs:
+        raise ConfigError("no batch norm of the network is fed by a convolution, as abi needs; leave it out")
+    return pairs
+
+
+@torch.no_grad()
+def smooth(model: nn.Module, x: Pixels, u: float) -> None:
+    """Hide in place the channels that CLP would find at `u`; `x` [1, C, H, W] is an image that `model` takes."""
+    for conv, norm in fed(model, x):
+        sigma = lipschitz(conv, norm)
+        found = sigma > sigma.mean() + u * sigma.std()
+        norm.weight[found], norm.bias[found] = norm.weight.mean(), norm.bias.mean()
