@@ -61,7 +61,6 @@ def flags(place: Path, clean: Path, *more: str) -> tuple[str, ...]:
 
 
 def changed(place: Path, to: Path, file: str, keys: dict) -> Path:
-    """A copy of a folder with other values in one of its files."""
     shutil.copytree(place, to)
     (to / file).write_text(json.dumps({**json.loads((to / file).read_text()), **keys}))
     return to
@@ -127,14 +126,16 @@ def test_flags_agree_with_the_folder_or_are_refused(networks, clean, here, refus
     ("vit", "preprocessor_config.json", {"size": {"height": 16, "width": 20}}, "wants images of 16x20"),
 ])  # fmt: skip
 def test_what_is_refused_in_one_line(kind, file, keys, said, networks, clean, tmp_path, refused):
-    assert said in refused(*flags(changed(networks / kind, tmp_path / "net", file, keys), clean))
+    place = changed(networks / kind, tmp_path / "net", file, keys)
+    assert said in refused(*flags(place, clean))
+    torch.save({}, place / "model.safetensors")
+    assert "is no safetensors file" in refused(*flags(place, clean))
 
 
 def test_a_name_of_timm_with_a_weights_file(clean, tmp_path, here, refused, monkeypatch):
     torch.save(unwrapped("timm:test_resnet", 3).state_dict(), tmp_path / "net.pt")
     named = flags(tmp_path / "net.pt", clean, "--arch")
-    status, out, err = here(*named, "timm:test_resnet")
-    assert status == 0 and "timm:test_resnet from" in out, err
+    assert "purified weights: record/net_ft/model.pt" in here(*named, "timm:test_resnet")[1]
     assert "has no network 'hf-hub:some/one'" in refused(*named, "timm:hf-hub:some/one")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "the network needs timm; pip install -e '.[models]'" in refused(*named, "timm:test_resnet")

@@ -62,6 +62,8 @@ class Pretrained:
 def open_folder(folder: Path) -> Pretrained:
     """The network in `folder`; ConfigError, RecordError or OSError if it cannot be used as its library uses it."""
     found, configs = weights.read(folder / WEIGHTS), {CONFIG: read(folder / CONFIG)}
+    if found.kind != weights.SAFE:
+        raise ConfigError(f"{found.path} is no safetensors file, but {found.kind}; its library would not open it")
     configs |= {PROCESSOR: read(folder / PROCESSOR)} if (folder / PROCESSOR).exists() else {}
     digest = hashlib.sha256(b"".join([found.digest.encode(), *configs.values()])).hexdigest()
     try:

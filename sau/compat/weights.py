@@ -178,8 +178,7 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
         if not chosen:
             raise RecordError(f"{found.path} has no tensor under {run.model_prefix!r}; sau inspect lists them")
         found = replace(found, tensors=chosen)
-    own_code = ":" in run.arch and not run.arch.startswith(TIMM)
-    name, make = run.arch, _imported(run) if own_code else None
+    name, make = run.arch, None if run.arch.startswith(TIMM) or ":" not in run.arch else _imported(run)
     if make is None and name != "auto":  # the width is that of the first convolution
         width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
         make = partial(unwrapped, name, classes, width)
