@@ -19,8 +19,7 @@ from sau.models import Normalized, unwrapped
 timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()  # as the command has it, before the first import
 transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
-CLASSES = ["cat", "dog", "ant"]  # not in order
-KINDS = ["timm_resnet", "timm_vit", "resnet", "vit"]
+CLASSES, KINDS = ["cat", "dog", "ant"], ["timm_resnet", "timm_vit", "resnet", "vit"]  # classes out of order
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +84,7 @@ def test_a_folder_comes_back_as_its_library_opens_it(kind, networks, clean, tmp_
     after = tmp_path / "record" / f"{kind}_ft"
     old, new = (safetensors.torch.load_file(place / "model.safetensors") for place in (networks / kind, after))
     assert old.keys() == new.keys() and not all(torch.equal(old[name], value) for name, value in new.items())
-    image = Image.open(next(clean.rglob("*.png")))
-    came = pretrained.open_folder(after)
+    image, came = Image.open(next(clean.rglob("*.png"))), pretrained.open_folder(after)
     x = to_float(came.view.apply(image).to(torch.uint8)[None])
     for net in (seen[0], came.net):
         answer = Normalized(net, came.said["mean"], came.said["std"]).eval()(x)
